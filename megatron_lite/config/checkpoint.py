@@ -1,0 +1,40 @@
+"""Where and when a run saves, what it keeps, and what it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePhase:
+    """Save every `interval` iterations up to iteration `until` (0: to the end of the run)."""
+
+    interval: int
+    until: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving, retention and loading."""
+
+    save: str = ""
+    phases: tuple[SavePhase, ...] = ()
+    """--save-interval N is one phase; --save-schedule "10:100 18:1000 1500" is three."""
+    save_optimizer: bool = True
+    save_rng: bool = True
+    asynchronous: bool = False
+    keep_last: int = 0
+    """Checkpoints kept; 0: all."""
+    load: str = ""
+    load_iteration: int = 0
+    """Iteration to load; 0: the one latest_checkpointed_iteration.txt names."""
+    load_optimizer: bool = True
+    load_rng: bool = True
+    finetune: bool = False
+    """Load the weights only and start at iteration 0."""
+    exit_on_missing: bool = False
+    """--exit-on-missing-checkpoint: an empty --load folder is an error instead of a fresh start."""
+    override_schedule: bool = False
+    """The command line's learning-rate schedule wins over the checkpoint's."""
+    use_checkpoint_schedule: bool = False
+    """The checkpoint's learning-rate schedule wins over the command line's."""

@@ -1,0 +1,34 @@
+"""RunConfig: the whole of a run, as one frozen value that is handed on in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.data import DataConfig, TokenizerConfig
+from megatron_lite.config.metrics import MetricsConfig
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is told before it starts. Nothing in it changes while the run goes on."""
+
+    model: ModelConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr: LrConfig = field(default_factory=LrConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

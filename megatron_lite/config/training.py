@@ -1,0 +1,36 @@
+"""How long a run trains, when it evaluates and when it stops early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, evaluation and early exits. Exactly one of train_iters and train_samples is not 0."""
+
+    train_iters: int = 0
+    train_samples: int = 0
+    train_tokens: int = 0
+    """Stop once this many tokens were trained on (an additional limit); 0: no limit."""
+    skip_train: bool = False
+    """Evaluate only."""
+    eval_interval: int = 1000
+    """Iterations between validations; 0: none."""
+    eval_iters: int = 100
+    """Global batches of one validation; 0: none."""
+    skip_iteration_ranges: tuple[tuple[int, int], ...] = ()
+    """Inclusive ranges of iterations whose samples are consumed but not trained on."""
+
+    exit_interval: int = 0
+    """Exit after an iteration that this divides (absolute, as Megatron means it); 0: never."""
+    exit_after_iters: int = 0
+    """Exit after this many iterations of this job."""
+    exit_samples: int = 0
+    """Exit once this many samples were consumed in total."""
+    exit_duration_minutes: float = 0.0
+    """Exit (saving first) once the job has run this long."""
+    kill_switch_path: str = ""
+    """Exit (saving first) once a file of this name exists."""
+    exit_signals: bool = True
+    """SIGTERM, SIGINT and SIGUSR1 end the run after the current iteration, saving first."""

@@ -1,0 +1,52 @@
+"""The errors a user is meant to read: each says the rule, what was found, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MegatronLiteError(Exception):
+    """Base of every error that is the user's to fix; the command line prints it without a traceback.
+
+    Args:
+        rule: what must hold, as a sentence without a full stop.
+        found: the values that break it, both sides of the comparison, with the names they came under.
+        fix: what to do about it: the flag, file or command to change.
+    """
+
+    def __init__(self, rule: str, *, found: str, fix: str) -> None:
+        self.rule = rule
+        self.found = found
+        self.fix = fix
+        super().__init__(f"{rule}: {found}. {fix}")
+
+
+class ConfigError(MegatronLiteError):
+    """The command line, a DeepSpeed JSON or an environment variable asks for something impossible."""
+
+
+class ConfigErrors(ConfigError):
+    """Several ConfigErrors at once, so that a three-day queue is not spent finding them one by one."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(
+            f"{len(self.errors)} rules are broken",
+            found="\n".join(f"  {number}. {error}" for number, error in enumerate(self.errors, 1)),
+            fix="Change the flags named above",
+        )
+
+    def __str__(self) -> str:
+        return f"{self.rule}:\n{self.found}"
+
+
+class DataError(MegatronLiteError):
+    """A dataset, a tokenizer's file or a corpus is missing, damaged or does not belong to the run."""
+
+
+class CheckpointError(MegatronLiteError):
+    """A checkpoint is missing, incomplete, damaged or does not belong to the run."""
+
+
+class TrainingError(MegatronLiteError):
+    """Training cannot go on: a loss or gradient that is not finite, a failed rank, a full disk."""
