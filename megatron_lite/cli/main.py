@@ -1,0 +1,87 @@
+"""megatron-lite <command>: finds the command, runs it, and turns errors into one readable paragraph."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from types import ModuleType
+
+from megatron_lite import __version__
+from megatron_lite.errors import MegatronLiteError
+
+COMMANDS = (
+    "train",
+    "explain",
+    "generate",
+    "preprocess",
+    "train-tokenizer",
+    "merge",
+    "data",
+    "checkpoint",
+    "schedule",
+    "curve",
+)
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; None takes them from sys.argv.
+
+    Returns:
+        The exit code: 0 done, 1 a failure that was explained, 2 unusable arguments, 130 interrupted.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else EXIT_USAGE
+    if words[0] == "--version":
+        print(f"megatron-lite {__version__}")
+        return 0
+    name = words[0].replace("_", "-")
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else "See megatron-lite --help."
+        print(f"megatron-lite: there is no command {words[0]!r}. {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    return run_command(_load(name), words[1:])
+
+
+def run_command(command: ModuleType, argv: list[str]) -> int:
+    """Calls the command and prints the errors that are the user's to fix without a traceback."""
+    try:
+        code: int = command.run(argv)
+    except MegatronLiteError as error:
+        print(f"{_origin()}{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `megatron-lite data inspect … | head`: the reader has what it wanted. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"megatron_lite.cli.{name.replace('-', '_')}")
+
+
+def _origin() -> str:
+    """Host and rank, in a job of several ranks: among 256 interleaved outputs they are what one looks for."""
+    rank = os.environ.get("RANK")
+    return f"[{os.uname().nodename} rank {rank}] " if rank is not None else ""
+
+
+def _overview() -> str:
+    lines = ["usage: megatron-lite <command> …", "", "commands:"]
+    lines += [f"  {name:<16} {_load(name).SUMMARY}" for name in COMMANDS]
+    lines += ["", "megatron-lite <command> --help says more. pretrain_gpt.py is `megatron-lite train`."]
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Installs megatron_lite and its console command; `pip install -e .[dev]` is what a contributor wants."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lite" / "__init__.py").read_text())
+
+EXTRAS = {
+    "hf": ["transformers>=4.45", "huggingface_hub>=0.25"],
+    "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+    "tensorboard": ["tensorboard>=2.15"],
+    "fast": ["tiktoken>=0.7"],
+    "data": ["zstandard>=0.22", "pyarrow>=15"],
+    "plot": ["matplotlib>=3.8"],
+    "eval": ["lm-eval>=0.4.5"],
+    "deepspeed": ["deepspeed>=0.15"],
+    "tpu": ["torch_xla>=2.9"],
+}
+# Checkers are pinned, so that `make check` says the same thing on every machine.
+CHECKERS = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16", "codespell==2.4.3", "pre-commit>=3.7"]
+TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+EXTRAS["dev"] = [
+    *CHECKERS,
+    *TESTS,
+    *(need for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "plot") for need in EXTRAS[extra]),
+]
+
+setup(
+    name="megatron_lite",
+    version=VERSION.group(1) if VERSION else "0",
+    description="A 3D-parallel GPT trainer you can read, rehearse on a laptop and trust on 256 GPUs",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
+    package_data={"megatron_lite": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.9", "numpy>=1.26", "tokenizers>=0.20", "safetensors>=0.4", "rich>=13"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-lite = megatron_lite.cli.main:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
