@@ -1,0 +1,75 @@
+"""The global batch as a function of consumed samples: constant, ramped up, or by a table of steps."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lite.config.batch import BatchConfig, Rampup
+
+
+def final_batch_size(batch: BatchConfig, dp: int = 1) -> int:
+    """Samples of an iteration once every ramp-up is over, before --decrease-batch-size-if-needed."""
+    if batch.step_schedule:
+        return batch.step_schedule[-1][1]
+    return batch.global_batch_size or batch.micro_batch_size * dp
+
+
+def global_batch_size(batch: BatchConfig, consumed: int, dp: int = 1) -> int:
+    """Samples of the iteration that starts when `consumed` samples were consumed.
+
+    Args:
+        batch: sizes and schedules.
+        consumed: samples consumed so far, without this iteration's.
+        dp: data-parallel size. Only --decrease-batch-size-if-needed, or a batch that is not given, depends on it.
+    """
+    if batch.step_schedule:
+        size = batch.step_schedule[0][1]
+        for threshold, at_threshold in batch.step_schedule:
+            if consumed >= threshold:
+                size = at_threshold
+    elif batch.rampup is not None:
+        size = _ramped(batch.rampup, final_batch_size(batch, dp), consumed)
+    else:
+        size = final_batch_size(batch, dp)
+    if batch.decrease_if_needed:
+        # Megatron would round a batch smaller than one micro-batch on every replica to nothing, and stop there.
+        # Here replicas may be idle, so such a batch can stay as it is.
+        one_each = batch.micro_batch_size * dp
+        size = size // one_each * one_each or size
+    return size
+
+
+def next_change(batch: BatchConfig, consumed: int, dp: int = 1) -> int | None:
+    """Fewest consumed samples, over `consumed`, at which the schedule takes its next step; None if it takes none."""
+    if batch.step_schedule:
+        return min((threshold for threshold, _ in batch.step_schedule if threshold > consumed), default=None)
+    ramp = batch.rampup
+    if ramp is None or consumed > ramp.samples:
+        return None
+    steps = _increments(ramp, final_batch_size(batch, dp))
+    if not steps or not ramp.samples:
+        return ramp.samples + 1
+    samples_per_step = ramp.samples / steps
+    step = int(consumed / samples_per_step) + 1
+    if step > steps:
+        return ramp.samples + 1
+    # The batch of a number of samples is decided by a division in floats, so the border is found by asking the same
+    # division, starting at a product that is off by one at the most.
+    border = math.ceil(step * samples_per_step)
+    while int(border / samples_per_step) >= step:
+        border -= 1
+    while int(border / samples_per_step) < step:
+        border += 1
+    return min(border, ramp.samples + 1)
+
+
+def _ramped(ramp: Rampup, final: int, consumed: int) -> int:
+    """Megatron's ramp-up: `start`, plus one increment for every samples / steps samples consumed."""
+    steps = _increments(ramp, final)
+    if consumed > ramp.samples or not steps or not ramp.samples:
+        return final
+    return min(final, ramp.start + int(consumed / (ramp.samples / steps)) * ramp.increment)
+
+
+def _increments(ramp: Rampup, final: int) -> int:
+    return (final - ramp.start) // ramp.increment if ramp.increment > 0 else 0

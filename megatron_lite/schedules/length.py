@@ -1,0 +1,161 @@
+"""How long a run is, and the correspondence of iterations, samples and tokens along it.
+
+Everything is a closed form per stage of constant batch, so iteration 300,000 costs no more than iteration 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.training import TrainingConfig
+from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size, next_change
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.sequence_length import sequence_stages
+
+
+@dataclass(frozen=True)
+class RampStage:
+    """Iterations first_iteration … last_iteration (numbered from 1, as the log does) of one global batch."""
+
+    first_iteration: int
+    last_iteration: int
+    consumed: int
+    """Samples consumed before first_iteration."""
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """From `iteration` finished iterations and `consumed` samples on, `count` iterations of `batch` (None: all)."""
+
+    iteration: int
+    consumed: int
+    batch: int
+    count: int | None
+
+
+def train_iterations(config: RunConfig) -> int:
+    """Iterations of the run: --train-iters, or as many whole global batches as fit into --train-samples."""
+    if config.training.train_iters:
+        return config.training.train_iters
+    return iteration_at(config, config.training.train_samples)
+
+
+def train_samples(config: RunConfig) -> int:
+    """Samples the training data is asked for. Independent of the layout, so that the order of the data is, too."""
+    if config.training.train_samples:
+        return config.training.train_samples
+    as_scheduled = replace(config.batch, decrease_if_needed=False)
+    return _consumed_at(as_scheduled, config.training.train_iters, config.parallel.dp)
+
+
+def valid_samples(config: RunConfig) -> int:
+    """Samples the validation data is asked for: one validation every eval_interval, and one after the run."""
+    training = config.training
+    validations = (train_iterations(config) // training.eval_interval if training.eval_interval else 0) + 1
+    return validations * training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
+
+
+def test_samples(config: RunConfig) -> int:
+    """Samples the test data is asked for: one evaluation after the run."""
+    return config.training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
+
+
+def consumed_at(config: RunConfig, iteration: int) -> int:
+    """Samples consumed when `iteration` iterations are finished."""
+    return _consumed_at(config.batch, iteration, config.parallel.dp)
+
+
+def iteration_at(config: RunConfig, consumed: int) -> int:
+    """Finished iterations that `consumed` samples suffice for: the largest n with consumed_at(n) <= consumed."""
+    finished = 0
+    for run in _runs(config.batch, config.parallel.dp):
+        if run.consumed > consumed:
+            break
+        affordable = (consumed - run.consumed) // run.batch
+        finished = run.iteration + (affordable if run.count is None else min(affordable, run.count))
+    return finished
+
+
+def tokens_at(config: RunConfig, iteration: int) -> int:
+    """Tokens consumed when `iteration` iterations are finished; a curriculum makes them fewer than samples * length."""
+    tokens, start, length = 0, 0, config.batch.seq_length
+    if config.batch.sequence_ramp is None:
+        return consumed_at(config, iteration) * length
+    for next_start, next_length in sequence_stages(config.batch):
+        if next_start >= iteration:
+            break
+        tokens += (consumed_at(config, next_start) - consumed_at(config, start)) * length
+        start, length = next_start, next_length
+    return tokens + (consumed_at(config, iteration) - consumed_at(config, start)) * length
+
+
+def last_iteration(config: RunConfig) -> int:
+    """Iteration after which the run ends: train_iterations, or earlier where --train-tokens is reached first."""
+    last, limit = train_iterations(config), config.training.train_tokens
+    if not limit or tokens_at(config, last) < limit:
+        return last
+    low, high = 0, last
+    while low < high:
+        middle = (low + high) // 2
+        if tokens_at(config, middle) < limit:
+            low = middle + 1
+        else:
+            high = middle
+    return high
+
+
+def is_finished(config: RunConfig, progress: Progress) -> bool:
+    """Whether the run has reached its length (early exits are train/'s business).
+
+    Samples are compared as samples: a run whose batch was changed on the way still ends where its data does.
+    """
+    training = config.training
+    if training.train_tokens and progress.consumed_train_tokens >= training.train_tokens:
+        return True
+    if training.train_iters:
+        return progress.iteration >= training.train_iters
+    consumed = progress.consumed_train_samples
+    return consumed + global_batch_size(config.batch, consumed, config.parallel.dp) > training.train_samples
+
+
+def is_skipped_iteration(training: TrainingConfig, iteration: int) -> bool:
+    """Whether iteration number `iteration` (from 1, as logged) only consumes its samples and trains on none."""
+    return any(first <= iteration <= last for first, last in training.skip_iteration_ranges)
+
+
+def ramp_stages(config: RunConfig) -> list[RampStage]:
+    """Stages of constant global batch, in order, from iteration 1 to the last; empty for a run of no iterations."""
+    last, stages = train_iterations(config), list[RampStage]()
+    for run in _runs(config.batch, config.parallel.dp):
+        if run.iteration >= last:
+            break
+        end = last if run.count is None else min(last, run.iteration + run.count)
+        if stages and stages[-1].global_batch == run.batch:
+            stages[-1] = replace(stages[-1], last_iteration=end)
+        else:
+            stages.append(RampStage(run.iteration + 1, end, run.consumed, run.batch))
+    return stages
+
+
+def _consumed_at(batch: BatchConfig, iteration: int, dp: int) -> int:
+    for run in _runs(batch, dp):
+        if run.count is None or iteration <= run.iteration + run.count:
+            return run.consumed + (iteration - run.iteration) * run.batch
+    raise AssertionError("the last run of equal batches has no end")
+
+
+def _runs(batch: BatchConfig, dp: int) -> Iterator[_Run]:
+    """Yield runs of iterations with the same batch; the last has no end."""
+    iteration, consumed = 0, 0
+    while True:
+        size, border = global_batch_size(batch, consumed, dp), next_change(batch, consumed, dp)
+        if border is None:
+            yield _Run(iteration, consumed, size, None)
+            return
+        count = -((consumed - border) // size)  # rounded up: the iteration that crosses the border still has this size
+        yield _Run(iteration, consumed, size, count)
+        iteration, consumed = iteration + count, consumed + count * size

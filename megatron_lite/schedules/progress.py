@@ -1,0 +1,55 @@
+"""How far a run has come: the only thing besides its config that decides what it does next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts since the start of the run. `iteration` is the number of finished iterations.
+
+    An iteration is *applied* when its optimizer step took place. One that fp16 skipped for an overflow, or whose
+    number is in --skip-train-iteration-range, consumes its samples but is not applied, and the learning rate,
+    which counts applied progress only, stands still (as in Megatron-LM).
+    """
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    consumed_train_tokens: int = 0
+    skipped_iterations: int = 0
+    applied_iterations: int = 0
+    applied_samples: int = 0
+    applied_tokens: int = 0
+
+    def advance(self, samples: int, tokens: int, applied: bool) -> Progress:
+        """Progress after one more iteration of `samples` samples that held `tokens` tokens in total."""
+        return Progress(
+            iteration=self.iteration + 1,
+            consumed_train_samples=self.consumed_train_samples + samples,
+            consumed_valid_samples=self.consumed_valid_samples,
+            consumed_train_tokens=self.consumed_train_tokens + tokens,
+            skipped_iterations=self.skipped_iterations + (not applied),
+            applied_iterations=self.applied_iterations + applied,
+            applied_samples=self.applied_samples + samples * applied,
+            applied_tokens=self.applied_tokens + tokens * applied,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts by name, as a checkpoint stores them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, int]) -> Progress:
+        """Inverse of to_dict; names that are not counts of progress are passed over.
+
+        A checkpoint that does not tell what was applied (Megatron's) is taken to have applied everything but its
+        skipped iterations' share, which is all that can be known.
+        """
+        known = {field.name: int(counts[field.name]) for field in fields(cls) if field.name in counts}
+        known.setdefault("applied_iterations", known.get("iteration", 0) - known.get("skipped_iterations", 0))
+        known.setdefault("applied_samples", known.get("consumed_train_samples", 0))
+        known.setdefault("applied_tokens", known.get("consumed_train_tokens", 0))
+        return cls(**known)

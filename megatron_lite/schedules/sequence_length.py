@@ -1,0 +1,64 @@
+"""Curriculum by sequence length (Li et al. 2021, arXiv:2108.06084): tokens of a sample by iteration.
+
+A shorter sequence is the beginning of the sample: it changes how many tokens an iteration holds, never its samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_lite.config.batch import BatchConfig, SequenceRamp
+
+
+def sequence_length(batch: BatchConfig, iteration: int) -> int:
+    """Tokens of each sample in the iteration that follows `iteration` finished ones.
+
+    Stages name iterations as the log numbers them, from 1; the first stage also covers what precedes it.
+    """
+    ramp = batch.sequence_ramp
+    if ramp is None:
+        return batch.seq_length
+    number = iteration + 1
+    if ramp.stages:
+        length = ramp.stages[0][1]
+        for first, of_stage in ramp.stages:
+            if number >= first:
+                length = of_stage
+        return min(length, batch.seq_length)
+    return _linear(ramp, batch.seq_length, number)
+
+
+def sequence_stages(batch: BatchConfig) -> Iterator[tuple[int, int]]:
+    """Yield (finished iterations from which it holds, sequence length), from (0, …) on; every length differs."""
+    start, length = 0, sequence_length(batch, 0)
+    yield start, length
+    for candidate in _changes(batch):
+        if candidate > start and sequence_length(batch, candidate) != length:
+            start, length = candidate, sequence_length(batch, candidate)
+            yield start, length
+
+
+def _linear(ramp: SequenceRamp, longest: int, number: int) -> int:
+    """DeepSpeed's fixed_linear schedule; it never gives less than one step."""
+    if number >= ramp.iterations:
+        return longest
+    length = math.floor(number / ramp.iterations * (longest - ramp.start) + ramp.start)
+    return min(longest, max(ramp.step, length - length % ramp.step))
+
+
+def _changes(batch: BatchConfig) -> Iterator[int]:
+    """Finished iterations at which the length may change, ascending."""
+    ramp = batch.sequence_ramp
+    if ramp is None:
+        return
+    if ramp.stages:
+        yield from (first - 1 for first, _ in ramp.stages)
+        return
+    slope = (batch.seq_length - ramp.start) / max(1, ramp.iterations)
+    if slope > 0:
+        for length in range(ramp.start // ramp.step * ramp.step + ramp.step, batch.seq_length, ramp.step):
+            # One to either side: the border is decided by floats.
+            guess = math.ceil((length - ramp.start) / slope) - 1
+            yield from (max(0, guess - 1), max(0, guess), guess + 1)
+    yield max(0, ramp.iterations - 1)
