@@ -1,0 +1,115 @@
+"""What every machine must be able to do for a run, and what it says about itself."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.errors import TrainingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend can do, as data, so that validation refuses an impossible job before anything is allocated."""
+
+    dtypes: frozenset[str] = frozenset({"fp32", "bf16", "fp16"})
+    fused_adam: bool = True
+    compile: bool = True
+    max_world: int | None = None
+    """Largest number of ranks; None: no limit."""
+
+
+class Backend(ABC):
+    """One rank's machine: its device, its place in the job, and the way to make groups of ranks."""
+
+    name: str
+    device: torch.device
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.local_rank = launch.local_rank
+
+    @abstractmethod
+    def seed(self, value: int) -> None:
+        """Seeds the generator that dropout on this device draws from. Cheap: called at every dropout site."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Returns once the device has done all that was asked of it."""
+
+    @abstractmethod
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes in use by this rank: allocated, max_allocated, reserved, max_reserved."""
+
+    @abstractmethod
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """The maker's dense matrix FLOP/s for `dtype`; None where it is not known."""
+
+    @abstractmethod
+    def device_name(self) -> str:
+        """The device in words."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this backend can do."""
+
+    @abstractmethod
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """A tensor on the device with the array's values; on CUDA the copy may still be under way."""
+
+    def new_group(self, axis: str, partition: Partition) -> Group:
+        """Makes this axis's groups; every rank calls it, in the same order, with the same partition."""
+        if self.world_size == 1:
+            return LocalGroup(axis, self.rank)
+        return new_process_group(axis, partition, self.rank, self._group_backend())
+
+    def shutdown(self) -> None:
+        """Leaves torch.distributed. Does no collective, so that a rank that failed can leave too."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _group_backend(self) -> str | None:
+        return None
+
+    def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
+        """Meets the other ranks of the job and makes the world's process group."""
+        launch = self.launch
+        minutes = parallel.rendezvous_timeout_minutes
+        try:
+            store, _, _ = next(
+                dist.rendezvous(  # type: ignore[attr-defined]
+                    launch.init_method,
+                    launch.rank,
+                    launch.world_size,
+                    timeout=datetime.timedelta(minutes=minutes),
+                )
+            )
+            timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("world", store),  # type: ignore[attr-defined]
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timeout,
+                device_id=device_id,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise TrainingError(
+                "All ranks of a job must meet",
+                found=f"rank {launch.rank} of {launch.world_size} on {launch.host or socket.gethostname()} waited"
+                f" up to {minutes:g} min at {launch.init_method}: {error}",
+                fix="Look at the first rank that failed; raise --rendezvous-timeout-minutes if nodes start slowly",
+            ) from error

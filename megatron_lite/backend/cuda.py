@@ -1,0 +1,101 @@
+"""NVIDIA GPUs: one device a rank, NCCL between ranks (and gloo for what lies in host memory)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.base import Backend, Capabilities
+from megatron_lite.backend.environment import Launch
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.errors import ConfigError
+
+# Dense 16-bit tensor-core TFLOP/s by data sheet (no sparsity); the first name found in the device's wins.
+_PEAK_TFLOPS = (
+    ("B300", 2250.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 150.0),
+    ("A30", 165.0),
+    ("A10", 125.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+    ("V100", 125.0),
+    ("T4", 65.0),
+)
+
+
+class CudaBackend(Backend):
+    """One GPU of this node, chosen by the local rank."""
+
+    name = "cuda"
+
+    def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
+        super().__init__(launch)
+        visible = torch.cuda.device_count()
+        if launch.local_rank >= visible:
+            raise ConfigError(
+                "Every rank of a node needs a GPU of its own",
+                found=f"local rank {launch.local_rank} on {launch.host}, which shows {visible} GPUs",
+                fix="Start at most that many ranks a node (torchrun --nproc-per-node), or train with --device cpu",
+            )
+        self.device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(self.device)
+        if runtime.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if launch.world_size > 1:
+            self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
+
+    def seed(self, value: int) -> None:
+        """Seeds this device's default generator, without a synchronisation."""
+        torch.cuda.default_generators[self.device.index].manual_seed(value)
+
+    def synchronize(self) -> None:
+        """Waits for all streams of the device."""
+        torch.cuda.synchronize(self.device)
+
+    def memory_stats(self) -> dict[str, int]:
+        """The caching allocator's counters, in bytes."""
+        return {
+            "allocated": torch.cuda.memory_allocated(self.device),
+            "max_allocated": torch.cuda.max_memory_allocated(self.device),
+            "reserved": torch.cuda.memory_reserved(self.device),
+            "max_reserved": torch.cuda.max_memory_reserved(self.device),
+        }
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """The data sheet's dense 16-bit number; None for other types (fp32 may or may not run on tensor cores)."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return None
+        name = self.device_name()
+        return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if known in name), None)
+
+    def device_name(self) -> str:
+        """As the driver calls it."""
+        return torch.cuda.get_device_name(self.device)
+
+    def capabilities(self) -> Capabilities:
+        """bf16 needs Ampere or newer."""
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())))
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copies through pinned memory, so that the host does not wait."""
+        host = torch.from_numpy(array if array.flags.writeable else array.copy())
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    def _group_backend(self) -> str | None:
+        return "nccl"

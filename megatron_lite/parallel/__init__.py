@@ -1,0 +1,1 @@
+"""How tensors split: mesh, collectives as autograd pairs, parallel layers, dropout streams, recomputation, buffers."""
