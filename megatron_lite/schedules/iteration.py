@@ -1,0 +1,57 @@
+"""The plan of one iteration: everything that config and progress decide about it, before any tensor exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.schedules.batch_size import global_batch_size
+from megatron_lite.schedules.learning_rate import learning_rate, weight_decay
+from megatron_lite.schedules.length import is_skipped_iteration
+from megatron_lite.schedules.microbatches import num_microbatches
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.sequence_length import sequence_length
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """What replica `replica` does in one iteration.
+
+    Attributes:
+        iteration: its number, from 1.
+        first_sample: samples consumed before it; it trains on [first_sample, first_sample + global_batch).
+        microbatches: how many micro-batches this replica runs, possibly none.
+        skip: its samples are consumed but not trained on (--skip-train-iteration-range).
+    """
+
+    iteration: int
+    replica: int
+    first_sample: int
+    global_batch: int
+    seq_length: int
+    microbatches: int
+    learning_rate: float
+    weight_decay: float
+    skip: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all replicas train on."""
+        return self.global_batch * self.seq_length
+
+
+def plan_iteration(config: RunConfig, progress: Progress, *, replica: int = 0) -> IterationPlan:
+    """The next iteration after `progress`, a pure function of both."""
+    iteration = progress.iteration + 1
+    batch = global_batch_size(config.batch, progress.consumed_train_samples, config.parallel.dp)
+    return IterationPlan(
+        iteration=iteration,
+        replica=replica,
+        first_sample=progress.consumed_train_samples,
+        global_batch=batch,
+        seq_length=sequence_length(config.batch, progress.iteration),
+        microbatches=num_microbatches(batch, config.batch.micro_batch_size, config.parallel.dp, replica),
+        learning_rate=learning_rate(config, progress),
+        weight_decay=weight_decay(config, progress),
+        skip=is_skipped_iteration(config.training, iteration),
+    )

@@ -1,0 +1,1 @@
+"""Where the parts meet: assembles a run from its config, steps it, evaluates, saves and stops it."""

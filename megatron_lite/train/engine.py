@@ -1,0 +1,54 @@
+"""The seam between the loop and whatever does the arithmetic: our own engine, or DeepSpeed's behind the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_lite.model.batch import MicroBatch
+from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.schedules.iteration import IterationPlan
+
+BatchReader = Callable[[int], MicroBatch]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one training iteration gave, equal on every rank.
+
+    Attributes:
+        loss: mean over the global batch of each sample's mean token loss.
+        source_losses: the same per data source, for blends; (sum of sample losses, samples) by source number.
+        applied: whether the optimizer stepped. fp16 skips an iteration whose gradients overflowed.
+        finite: whether loss and gradients were all finite.
+        grad_norm: before clipping, over all parameters of all ranks.
+    """
+
+    loss: float
+    source_losses: dict[int, tuple[float, int]]
+    applied: bool
+    finite: bool
+    grad_norm: float
+    loss_scale: float
+    num_zeros: int | None = None
+    params_norm: float | None = None
+
+
+class Engine(Protocol):
+    """Trains and evaluates one rank's share of the model."""
+
+    def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
+        """Runs one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
+
+    def eval_step(self, microbatches: int, read: BatchReader) -> tuple[float, int]:
+        """Forwards only; returns (sum of sample losses, samples) over all replicas."""
+
+    def state_tensors(self) -> list[GlobalTensor]:
+        """Everything that training changes and a checkpoint must hold, as this rank's pieces of named global tensors."""
+
+    def state_scalars(self) -> dict[str, Any]:
+        """The rest of the state: the loss scaler's counters, as JSON values."""
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """The inverse of state_scalars, after the tensors have been loaded in place."""

@@ -1,0 +1,97 @@
+"""Why and when a run ends: limits given on the command line, a kill switch, signals. Looked at between iterations."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_lite.config.training import TrainingConfig
+from megatron_lite.schedules.progress import Progress
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A reason to end the run now.
+
+    Attributes:
+        status: the word for exit_status.json: completed, exit_flag, time_limit, kill_switch or signal.
+        message: the line for the log, in Megatron's words where it has them.
+    """
+
+    status: str
+    message: str
+
+
+class SignalFlag:
+    """Remembers the first of SIGTERM, SIGINT and SIGUSR1 instead of dying of it, so that the iteration can be finished.
+
+    A context manager: the old handlers come back on leaving. A second SIGINT raises KeyboardInterrupt at once, for the
+    person at the terminal who means it.
+    """
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+        self._old: dict[signal.Signals, object] = {}
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> SignalFlag:
+        for number in SIGNALS:
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
+        self._notify(f"{self.received.name} received: finishing this iteration, then saving and stopping.{again}")
+
+
+class Stopper:
+    """Decides after each iteration whether the run ends, from the config, the clock, a file and a signal flag.
+
+    Args:
+        clock: seconds, from any origin; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        flag: SignalFlag | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._flag = flag
+        self._clock = clock
+        self._started = clock()
+        self._iterations_here = 0
+
+    def after_iteration(self, progress: Progress) -> Stop | None:
+        """The reason to stop after the iteration that led to `progress`, or None to go on."""
+        self._iterations_here += 1
+        config = self._config
+        minutes = (self._clock() - self._started) / 60.0
+        if self._flag is not None and self._flag.received is not None:
+            return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
+        if config.exit_duration_minutes and minutes > config.exit_duration_minutes:
+            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes")
+        if config.kill_switch_path and Path(config.kill_switch_path).exists():
+            return Stop("kill_switch", f"Detected kill switch at {config.kill_switch_path}. Exiting")
+        if config.exit_interval and progress.iteration % config.exit_interval == 0:
+            return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
+        if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:
+            return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
+        if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
+            return Stop("exit_flag", f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)")
+        return None

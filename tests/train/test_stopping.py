@@ -1,0 +1,83 @@
+"""When a run ends early: each limit on its own, with a clock of the test's."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_lite.config.training import TrainingConfig
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.stopping import SignalFlag, Stopper
+
+
+def stops_at(config: TrainingConfig, *, start: int = 0, samples: int = 4, limit: int = 50) -> tuple[int, str] | None:
+    stopper = Stopper(config, clock=lambda: 0.0)
+    progress = Progress(iteration=start, consumed_train_samples=start * samples)
+    for _ in range(limit):
+        progress = progress.advance(samples, samples, True)
+        if stop := stopper.after_iteration(progress):
+            return progress.iteration, stop.status
+    return None
+
+
+def test_nothing_stops_a_run_without_limits():
+    assert stops_at(TrainingConfig(train_iters=100)) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "start", "expected"),
+    [
+        # --exit-interval is absolute: a run resumed at 25 stops at 30, not at 35.
+        (TrainingConfig(exit_interval=10), 25, (30, "exit_flag")),
+        (TrainingConfig(exit_interval=10), 30, (40, "exit_flag")),
+        (TrainingConfig(exit_after_iters=10), 25, (35, "exit_flag")),
+        (TrainingConfig(exit_samples=42), 0, (11, "exit_flag")),
+    ],
+)
+def test_limits_in_iterations_and_samples(config, start, expected):
+    assert stops_at(config, start=start) == expected
+
+
+def test_duration_is_measured_from_the_start_of_the_job():
+    now = 0.0
+    stopper = Stopper(TrainingConfig(exit_duration_minutes=2), clock=lambda: now)
+    now = 119.0
+    assert stopper.after_iteration(Progress(iteration=1)) is None
+    now = 121.0
+    stop = stopper.after_iteration(Progress(iteration=2))
+    assert stop is not None
+    assert stop.status == "time_limit"
+
+
+def test_kill_switch(tmp_path):
+    switch = tmp_path / "stop"
+    stopper = Stopper(TrainingConfig(kill_switch_path=str(switch)))
+    assert stopper.after_iteration(Progress(iteration=1)) is None
+    switch.touch()
+    stop = stopper.after_iteration(Progress(iteration=2))
+    assert stop is not None
+    assert str(switch) in stop.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_iteration_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    said: list[str] = []
+    with SignalFlag(said.append) as flag:
+        stopper = Stopper(TrainingConfig(), flag)
+        assert stopper.after_iteration(Progress(iteration=1)) is None
+        os.kill(os.getpid(), number)
+        stop = stopper.after_iteration(Progress(iteration=2))
+        assert stop is not None
+        assert stop.status == "signal"
+    assert signal.Signals(number).name in said[0]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    with SignalFlag(lambda _: None):
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
