@@ -66,3 +66,7 @@ class TokenizerConfig:
     vocab_size: int = 0
     """NullTokenizer: entries before the end-of-document token, which gets this id."""
     vocab_extra_ids: int = 0
+    eod_token: str = ""
+    """Name of the token that ends a document; empty: what the tokenizer's files say, else the usual names."""
+    fast: bool = True
+    """Encode with tiktoken (extra `fast`) where it provably gives the same ids."""

@@ -1,0 +1,37 @@
+"""From a TokenizerConfig to the tokenizer it names."""
+
+from __future__ import annotations
+
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.tokenizer.base import Tokenizer
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a run; imports only the library that it needs.
+
+    Raises:
+        ConfigError: a setting that this kind of tokenizer has no use for.
+        DataError: its files are missing or damaged, or its library is not installed.
+    """
+    if config.vocab_extra_ids and config.type in ("GPT2BPETokenizer", "NullTokenizer"):
+        raise ConfigError(
+            "Extra ids are for Hugging Face and sentencepiece tokenizers",
+            found=f"--vocab-extra-ids is {config.vocab_extra_ids}, --tokenizer-type is {config.type}",
+            fix="Leave --vocab-extra-ids out, or choose another --tokenizer-type",
+        )
+    if config.type == "NullTokenizer":
+        from megatron_lite.tokenizer.null import NullTokenizer
+
+        return NullTokenizer(config.vocab_size)
+    if config.type == "SentencePieceTokenizer":
+        from megatron_lite.tokenizer.sentencepiece import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(config.model, eod_token=config.eod_token, extra_ids=config.vocab_extra_ids)
+    from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
+
+    if config.type == "GPT2BPETokenizer":
+        return read_gpt2(config.vocab_file, config.merge_file, eod_token=config.eod_token, use_fast=config.fast)
+    return read_hugging_face(
+        config.model, eod_token=config.eod_token, extra_ids=config.vocab_extra_ids, use_fast=config.fast
+    )

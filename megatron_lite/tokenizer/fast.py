@@ -1,0 +1,133 @@
+"""GPT-2's byte-level BPE through tiktoken, where that provably gives the ids of Hugging Face's `tokenizers`.
+
+Both cut text with the same regular expression and then merge within each word. `tokenizers` merges the pairs that
+merges.txt lists, by their order; tiktoken merges whatever pair spells a token, by that token's id. They agree if
+every token is a byte or has exactly one merge, ids grow in the order of merges, and every token's own bytes merge
+back to it: a state of BPE is fixed by its bytes, so no other pair that spells the token can ever stand side by side
+(the argument of Berglund & van der Merwe, "Formalizing BPE Tokenization", for the rules up to each merge).
+`build` checks these conditions and refuses otherwise; tests compare ids over all of Unicode.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_lite.tokenizer.base import TokenBatch
+
+if TYPE_CHECKING:
+    import tiktoken
+
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MAX_PIECE = 50_000
+"""Characters handed over at once: the regex engine behind tiktoken overflows its stack on a blank run of a million."""
+
+
+def byte_of_symbol() -> dict[str, int]:
+    """GPT-2's spelling of bytes as printable characters, inverted: `Ġ` → 32."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def pieces(text: str, limit: int = MAX_PIECE) -> Iterator[str]:
+    """Cut a text where GPT-2's pattern cuts it anyway, so that the pieces' ids end to end are the text's.
+
+    No word of the pattern goes on from a character that is not blank into a blank, so the place between the two is
+    safe. A piece is longer than `limit` only where there is no such place.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind(" ", start + 1, start + limit)
+        while cut > start and text[cut - 1].isspace():
+            cut = text.rfind(" ", start + 1, cut)
+        if cut <= start:
+            cut = _next_cut(text, start + limit)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _next_cut(text: str, start: int) -> int:
+    """First safe place at or after `start` (which is ≥ 1), or the end."""
+    cut = text.find(" ", start)
+    while cut >= 0 and text[cut - 1].isspace():
+        cut = text.find(" ", cut + 1)
+    return cut if cut >= 0 else len(text)
+
+
+def build(
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], reaches_itself: Callable[[list[str]], bool]
+) -> FastByteBpe | None:
+    """The fast encoder, or None where tiktoken is not installed or could give other ids.
+
+    Args:
+        vocabulary: symbols of tokens to ids; those that are neither a byte nor a merge's are never encoded.
+        merges: the pairs of merges.txt, in order.
+        reaches_itself: whether BPE turns each of these tokens' symbols back into that one token.
+    """
+    if importlib.util.find_spec("tiktoken") is None:
+        return None
+    symbols = byte_of_symbol()
+    merged = [left + right for left, right in merges]
+    ids = [vocabulary.get(token, -1) for token in merged]
+    rank = dict.fromkeys(symbols, -1) | {token: i for i, token in enumerate(merged)}
+    proper = (
+        vocabulary.keys() >= rank.keys()
+        and len(rank) == len(symbols) + len(merges)
+        and all(low < high for low, high in itertools.pairwise(ids))
+        and max((vocabulary[symbol] for symbol in symbols), default=0) < min(ids, default=1 << 31)
+        and all(rank.get(a, 1 << 31) < i and rank.get(b, 1 << 31) < i for i, (a, b) in enumerate(merges))
+        and reaches_itself(merged)
+    )
+    return (
+        FastByteBpe({bytes(symbols[s] for s in token): i for token, i in vocabulary.items() if token in rank})
+        if proper
+        else None
+    )
+
+
+class FastByteBpe:
+    """Encodes many texts in one call: they are joined by a marker that tiktoken cuts at and numbers for us."""
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        import tiktoken
+
+        self._marker_id = max(ranks.values()) + 1
+        self._marker = "\x00\x01<|megatron_lite: next text|>\x01\x00"
+        self._library: tiktoken.Encoding = tiktoken.Encoding(
+            "megatron_lite", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={self._marker: self._marker_id}
+        )
+        self._allowed = {self._marker}
+
+    @staticmethod
+    def takes(text: str) -> bool:
+        """Whether this (piece of) text is short enough for the regex engine."""
+        return len(text) <= MAX_PIECE
+
+    def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids of texts that `takes` accepts.
+
+        Raises:
+            UnicodeEncodeError: a text holds half of a surrogate pair.
+        """
+        if not texts:
+            return TokenBatch(np.empty(0, np.uint32), np.empty(0, np.int64))
+        joined = self._marker.join(texts)
+        if joined.count(self._marker) != len(texts) - 1:  # a text that holds the marker: nobody's, but it must not lie
+            encoded = [np.asarray(self._library.encode_ordinary(text), np.uint32) for text in texts]
+            return TokenBatch(np.concatenate(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        joined.encode("utf-8")
+        marked = self._library.encode_to_numpy(joined, allowed_special=self._allowed, disallowed_special=())
+        ends = np.append(np.flatnonzero(marked == self._marker_id), len(marked))
+        lengths = np.diff(ends, prepend=-1) - 1
+        return TokenBatch(marked[marked != self._marker_id], lengths)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text that `takes` accepts."""
+        text.encode("utf-8")
+        return self._library.encode_ordinary(text)

@@ -1,0 +1,59 @@
+"""Numbers as they are: text such as "17 4 9" is its ids, for tests and measurements without a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.tokenizer.base import Tokenizer
+
+
+class NullTokenizer(Tokenizer):
+    """Ids 0 … size−1 written in decimal and separated by blanks; the end of a document is id `size`."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ConfigError(
+                "NullTokenizer needs a vocabulary size",
+                found=f"--vocab-size is {size}",
+                fix="Give --vocab-size N, N ≥ 1",
+            )
+        self._size = size
+
+    @property
+    def vocab_size(self) -> int:
+        """`size` numbers and the end of a document."""
+        return self._size + 1
+
+    @property
+    def eod(self) -> int:
+        """The first id after the numbers."""
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """The numbers in the text.
+
+        Raises:
+            DataError: a word is not a number of the vocabulary.
+        """
+        words = text.split()
+        if all(word.isascii() and word.isdigit() and int(word) < self.vocab_size for word in words):
+            return [int(word) for word in words]
+        bad = next(word for word in words if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size))
+        raise DataError(
+            "NullTokenizer reads numbers separated by blanks",
+            found=f"{bad[:40]!r} is not a number below {self.vocab_size}",
+            fix="Give text of numbers, a larger --vocab-size, or another --tokenizer-type",
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The numbers, separated by blanks."""
+        return " ".join(map(str, ids))
+
+    def token(self, token_id: int) -> str:
+        """The number itself."""
+        return str(token_id)
+
+    def fingerprint(self) -> str:
+        """Says the size: numbers mean themselves."""
+        return f"null:{self._size}"

@@ -1,0 +1,83 @@
+"""tiktoken's ids are the reference library's, over all of Unicode and over blanks; unfit vocabularies fall back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.tokenizer import fast
+from megatron_lite.tokenizer.huggingface import read_gpt2
+
+pytest.importorskip("tiktoken")
+
+
+@pytest.fixture(scope="module")
+def both(bpe_folder):
+    files = str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")
+    return read_gpt2(*files, use_fast=True), read_gpt2(*files, use_fast=False)
+
+
+def same(both, texts):
+    quick, plain = (tokenizer.encode_flat(texts) for tokenizer in both)
+    assert quick.lengths.tolist() == plain.lengths.tolist()
+    assert (quick.ids == plain.ids).all()
+
+
+text = st.text(
+    st.one_of(st.sampled_from("ab the  \n\t'sl1\uff12²\u00a0\u2028\x1c\x85東"), st.characters(codec="utf-8"))
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(text, max_size=5))
+def test_same_ids(both, texts):
+    same(both, texts)
+
+
+def test_every_character_is_of_the_same_class_to_both_libraries(both):
+    """A letter joins a letter, a number a number, and so on: three neighbours tell the classes apart."""
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    same(both, ["".join(f"a{c}1{c}!" for c in characters[i : i + 4096]) for i in range(0, 0x32000, 4096)])
+    same(both, ["".join(f"a{c}1{c}!" for c in characters[0xE0000 - 2048 : 0xE0400])])
+
+
+def test_long_blank_runs_and_the_marker_itself(both):
+    same(both, ["x" + " " * 120_000 + "y", "x" + "\n \t" * 30_000, "東" * 60_000, ("word " * 30_000) + "  \n end"])
+    same(both, ["a" + both[0]._fast._marker + "b", "c"])
+
+
+@given(st.text(st.sampled_from("ab \n\u00a0\x1c"), max_size=60), st.integers(2, 9))
+def test_pieces_cut_only_where_the_pattern_cuts(both, string, limit):
+    parts = list(fast.pieces(string, limit))
+    assert "".join(parts) == string
+    assert [i for part in parts for i in both[1].encode(part)] == both[1].encode(string)
+
+
+def test_pieces_are_short_where_they_can_be():
+    assert max(map(len, fast.pieces("word " * 100, 20))) <= 20
+
+
+def test_an_unfit_vocabulary_is_refused(bpe_folder):
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
+    lines = (bpe_folder / "merges.txt").read_text().splitlines()[1:]
+    merges = [tuple(line.split(" ")) for line in lines]
+    assert fast.build(vocabulary, merges, lambda tokens: True) is not None
+    assert fast.build(vocabulary, merges, lambda tokens: False) is None
+    assert fast.build(vocabulary, merges[::-1], lambda tokens: True) is None
+    assert fast.build(vocabulary, [*merges, merges[-1]], lambda tokens: True) is None
+    swapped = dict(vocabulary)
+    first, last = "".join(merges[0]), "".join(merges[-1])
+    swapped[first], swapped[last] = vocabulary[last], vocabulary[first]
+    assert fast.build(swapped, merges, lambda tokens: True) is None
+
+
+def test_a_token_that_its_bytes_do_not_reach_falls_back(tmp_path):
+    """`abc` is listed as a+bc, but ab merges first: the libraries would differ, so the reference encodes."""
+    symbols = list(fast.byte_of_symbol())
+    vocabulary = {token: i for i, token in enumerate([*symbols, "ab", "bc", "abc"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb c\na bc\n")
+    assert not read_gpt2(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).is_fast

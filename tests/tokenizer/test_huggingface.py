@@ -1,0 +1,118 @@
+"""GPT-2's files and tokenizer.json give the same ids; every kind of bad file is a DataError."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+
+from megatron_lite.errors import DataError
+from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
+
+SAMPLES = ["", " ", "the cat", "naïve 東京 🙂 don't", "a\n\n  b \t c", "\x00\x01", "the cat<|endoftext|>sat"]
+
+
+def gpt2(folder, **kwargs):
+    return read_gpt2(str(folder / "vocab.json"), str(folder / "merges.txt"), **kwargs)
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_round_trip(bpe_folder, use_fast):
+    tokenizer = gpt2(bpe_folder, use_fast=use_fast)
+    assert tokenizer.is_fast == use_fast
+    for text in SAMPLES:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [list(ids) for ids in tokenizer.encode_batch(SAMPLES)] == [tokenizer.encode(text) for text in SAMPLES]
+
+
+def test_both_forms_mean_the_same(bpe_folder):
+    files, whole = gpt2(bpe_folder), read_hugging_face(str(bpe_folder))
+    assert files.vocab_size == whole.vocab_size
+    assert files.eod == whole.eod == files.vocab_size - 1
+    assert files.fingerprint() == whole.fingerprint()
+    assert files.token(files.eod) == "<|endoftext|>"
+    assert files.encode("the cat") == whole.encode("the cat")
+
+
+def test_an_added_token_in_a_text_is_text_to_gpt2_and_a_token_to_hugging_face(bpe_folder):
+    files, whole = gpt2(bpe_folder), read_hugging_face(str(bpe_folder / "tokenizer.json"))
+    text = "the cat<|endoftext|>"
+    assert files.eod not in files.encode(text)
+    assert whole.encode(text)[-1] == whole.eod
+    assert [list(ids) for ids in whole.encode_batch([text, "cat"])] == [whole.encode(text), whole.encode("cat")]
+
+
+def test_fingerprint_sees_one_changed_id(bpe_folder, tmp_path):
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
+    a, b = list(vocabulary)[-3:-1]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text((bpe_folder / "merges.txt").read_text())
+    assert gpt2(tmp_path).fingerprint() != gpt2(bpe_folder).fingerprint()
+
+
+def test_extra_ids_follow_the_vocabulary(bpe_folder):
+    plain, extra = read_hugging_face(str(bpe_folder)), read_hugging_face(str(bpe_folder), extra_ids=3)
+    assert extra.vocab_size == plain.vocab_size + 3
+    assert extra.token(plain.vocab_size) == "<extra_id_0>"
+
+
+def test_template_and_truncation(bpe_folder, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    library.add_special_tokens(["<s>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))]
+    )
+    library.enable_truncation(3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_hugging_face(str(tmp_path))
+    ids = tokenizer.encode("the cat sat on the mat")
+    assert ids[0] == library.token_to_id("<s>")
+    assert tokenizer.decode(ids[1:]) == "the cat sat on the mat"
+
+
+def test_eod_names(bpe_folder, tmp_path):
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text())
+    spec["added_tokens"][0]["content"] = "<stop>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r"<\|endoftext\|>, </s>, <\|end_of_text\|>.*--eod-token"):
+        _ = read_hugging_face(str(tmp_path)).eod
+    assert read_hugging_face(str(tmp_path), eod_token="<stop>").eod == spec["added_tokens"][0]["id"]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    assert read_hugging_face(str(tmp_path)).eod == spec["added_tokens"][0]["id"]
+
+
+def test_half_a_surrogate_pair_is_refused(bpe_folder):
+    for use_fast in (True, False):
+        tokenizer = gpt2(bpe_folder, use_fast=use_fast)
+        with pytest.raises(UnicodeEncodeError):
+            tokenizer.encode("\ud800")
+        with pytest.raises(UnicodeEncodeError):
+            tokenizer.encode_flat(["a", "\ud800"])
+
+
+def test_bad_files(bpe_folder, tmp_path):
+    merges = str(bpe_folder / "merges.txt")
+    with pytest.raises(DataError, match="--vocab-file is not given"):
+        read_gpt2("", merges)
+    with pytest.raises(DataError, match="not a file"):
+        read_gpt2(str(tmp_path / "absent.json"), merges)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(DataError, match="do not load"):
+        read_gpt2(str(tmp_path / "vocab.json"), merges)
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(DataError, match="lacks 255 of 256"):
+        gpt2(tmp_path)
+    with pytest.raises(DataError, match="--tokenizer-model is not given"):
+        read_hugging_face("")
+    with pytest.raises(DataError, match="none of these"):
+        read_hugging_face("no-such/model-anywhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.model").touch()
+    with pytest.raises(DataError, match="SentencePieceTokenizer"):
+        read_hugging_face(str(tmp_path / "empty"))
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(DataError, match="does not load"):
+        read_hugging_face(str(tmp_path))
