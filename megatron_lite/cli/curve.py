@@ -1,0 +1,59 @@
+"""megatron-lite curve: draws the loss curve of a run, in the terminal and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_lite.errors import ConfigError
+
+SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and as an SVG file"
+
+
+def run(argv: list[str]) -> int:
+    """Draw the curve that `argv` asks for."""
+    parser = argparse.ArgumentParser(prog="megatron-lite curve", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
+    parser.add_argument("metrics", type=Path, help="a run's metrics.jsonl, or the folder that holds it")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file as well")
+    parser.add_argument("--title", default="", help="title of the picture (default: the model's size)")
+    parser.add_argument(
+        "--width", type=int, default=0, help="columns of the terminal drawing (default: the terminal's)"
+    )
+    parser.add_argument("--no-terminal", action="store_true", help="draw nothing in the terminal")
+    options = parser.parse_args(argv)
+
+    from megatron_lite.metrics.curve import read_curve
+    from megatron_lite.metrics.curve_svg import draw_svg
+    from megatron_lite.metrics.curve_terminal import draw_terminal
+
+    path = options.metrics / "metrics.jsonl" if options.metrics.is_dir() else options.metrics
+    curve = read_curve(path, options.title)
+    if not options.no_terminal:
+        width = options.width or min(120, shutil.get_terminal_size().columns)
+        print(draw_terminal(curve, width, unicode=_has_braille(sys.stdout.encoding)), end="")
+    if options.svg:
+        _write(options.svg, draw_svg(curve))
+        print(f"loss curve written to {options.svg}")
+    return 0
+
+
+def _has_braille(encoding: str | None) -> bool:
+    try:
+        "⠒●│└─".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "--svg must name a file that can be written",
+            found=f"{path}: {error.strerror}",
+            fix="Give --svg another path",
+        ) from error

@@ -1,0 +1,142 @@
+"""Megatron's log lines, field for field in the current generation's formats, with tokens/s, MFU and ETA appended.
+
+Scripts that read Megatron's logs match ` name: value |`; our own fields follow the same pattern after Megatron's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import TextIO
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.window import Window, WindowAverages
+
+
+def format_iteration(report: IterationReport, averages: WindowAverages, now: datetime) -> str:
+    """The line of one log interval: `report` is its last iteration, `averages` are over all of it.
+
+    A loss whose average is not above zero (NaN, or every iteration was skipped) is left out, as Megatron does.
+    """
+    fields = [
+        f" [{now.strftime('%Y-%m-%d %H:%M:%S.%f')}] iteration {report.iteration:8d}/{report.train_iterations:8d}",
+        f"consumed samples: {report.consumed_train_samples:12d}",
+    ]
+    if report.skipped_train_samples > 0:
+        fields.append(f"skipped samples: {report.skipped_train_samples:12d}")
+    fields.append(f"elapsed time per iteration (ms): {averages.seconds_per_iteration * 1000.0:.1f}")
+    if averages.tflops_per_device is not None:
+        fields.append(f"throughput per GPU (TFLOP/s/GPU): {averages.tflops_per_device:.1f}")
+    fields.append(f"learning rate: {report.learning_rate:.6E}")
+    fields.append(f"global batch size: {report.global_batch_size:5d}")
+    fields += [f"{name}: {value:.6E}" for name, value in averages.losses.items() if value > 0.0]
+    fields.append(f"loss scale: {report.loss_scale:.1f}")
+    if report.grad_norm is not None:
+        fields.append(f"grad norm: {report.grad_norm:.3f}")
+    if report.num_zeros is not None:
+        fields.append(f"num zeros: {report.num_zeros}")
+    if report.params_norm is not None:
+        fields.append(f"params norm: {report.params_norm:.3f}")
+    fields.append(f"number of skipped iterations: {averages.skipped:3d}")
+    fields.append(f"number of nan iterations: {averages.nan:3d}")
+    fields.append(f"tokens/s: {averages.tokens_per_second:.1f}")
+    if averages.mfu is not None:
+        fields.append(f"MFU: {averages.mfu * 100.0:.1f}%")
+    if report.eta_seconds is not None:
+        fields.append(f"ETA: {format_duration(report.eta_seconds)}")
+    return " | ".join(fields) + " |"
+
+
+def format_timers(timers: Mapping[str, float]) -> str:
+    """The `time (ms)` line; `timers` holds mean seconds per iteration."""
+    return "time (ms) | " + " | ".join(f"{name}: {seconds * 1000.0:.2f}" for name, seconds in timers.items())
+
+
+def format_memory(memory: Mapping[str, int], iteration: int, rank: int = 0) -> str:
+    """The memory line, in MB of 2^20 bytes."""
+    fields = [f"{name.replace('_', ' ')}: {count / 2**20:.1f}" for name, count in memory.items()]
+    return f"[Rank {rank}] (after {iteration} iterations) memory (MB) | " + " | ".join(fields)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), with Megatron's bound on the exponent so that an early evaluation does not overflow."""
+    return math.exp(min(20.0, loss))
+
+
+def format_validation(report: ValidationReport) -> str:
+    """Three lines: the losses and perplexities between two rules of dashes."""
+    suffix = f"-{report.name}" if report.name else ""
+    where = f"iteration {report.iteration}" + (f" on {report.split} set" if report.at_end else "")
+    line = f"validation{suffix} loss at {where} | "
+    for name, value in report.losses.items():
+        line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
+    dashes = "-" * (len(line) + 1)
+    return f"{dashes}\n{line}\n{dashes}"
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, with days before them once there are any: `2d 03:04:05`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    total = max(0, round(seconds))
+    days, rest = divmod(total, 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+class ConsoleSink:
+    """Writes log lines, one per log interval, through `write` (a line without its newline)."""
+
+    def __init__(
+        self, write: Callable[[str], None], log_interval: int, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        self._write = write
+        self._log_interval = max(1, log_interval)
+        self._now = now
+        self._window = Window()
+        self._memory_told = False
+
+    def start(self, config: RunConfig, facts: RunFacts) -> None:
+        """Say nothing: the command line prints its own introduction."""
+
+    def iteration(self, report: IterationReport) -> None:
+        """Count the iteration, and print its window's line when the interval divides it or the run ends with it."""
+        self._window.add(report)
+        if report.iteration % self._log_interval == 0 or report.iteration == report.train_iterations:
+            self._print_window()
+
+    def _print_window(self) -> None:
+        report = self._window.reports[-1]
+        averages = self._window.take()
+        self._write(format_iteration(report, averages, self._now()))
+        if averages.timers:
+            self._write(format_timers(averages.timers))
+        if report.memory and not self._memory_told:
+            # Once, like Megatron: after the first window every buffer that stays has been allocated.
+            self._memory_told = True
+            self._write(format_memory(report.memory, report.iteration))
+
+    def validation(self, report: ValidationReport) -> None:
+        """Print the evaluation between its dashes."""
+        self._write(format_validation(report))
+
+    def message(self, text: str) -> None:
+        """Print text as it is."""
+        self._write(text)
+
+    def close(self) -> None:
+        """Print the iterations that an early exit left without their line."""
+        if self._window.reports:
+            self._print_window()
+
+
+def line_writer(stream: TextIO) -> Callable[[str], None]:
+    """A function that writes one line to `stream` and flushes it, so that a log followed by tail -f is current."""
+
+    def write(line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
+
+    return write

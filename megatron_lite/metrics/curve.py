@@ -1,0 +1,142 @@
+"""The loss curve of a metrics.jsonl: its series, their smoothing and their axes, for the drawings beside this file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megatron_lite.errors import DataError
+from megatron_lite.metrics.jsonl import read_records
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Points are (iteration, loss), in order and finite."""
+
+    title: str
+    train: tuple[tuple[float, float], ...]
+    validation: dict[str, tuple[tuple[float, float], ...]]
+    """By the evaluated dataset's name; "validation" for the only one."""
+
+    @property
+    def series(self) -> list[Points]:
+        """Every series that holds a point."""
+        return [points for points in (self.train, *self.validation.values()) if points]
+
+
+def read_curve(path: Path, title: str = "") -> LossCurve:
+    """The curve of `path`.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds no finite loss.
+    """
+    train: list[tuple[float, float]] = []
+    validation: dict[str, list[tuple[float, float]]] = {}
+    parameters = 0
+    for record in read_records(path):
+        parameters = record.get("parameters", parameters)
+        loss = record.get("losses", {}).get("lm loss", math.nan)
+        if not math.isfinite(loss):
+            continue
+        if record["kind"] == "iteration":
+            train.append((float(record["iteration"]), float(loss)))
+        elif record["kind"] == "validation" and record.get("split", "validation") == "validation":
+            validation.setdefault(record.get("name", "validation"), []).append(
+                (float(record["iteration"]), float(loss))
+            )
+    if not train and not validation:
+        raise DataError(
+            "A loss curve needs at least one loss",
+            found=f"{path} holds none",
+            fix="Let the run finish an iteration first, or give another run's metrics.jsonl",
+        )
+    title = title or ("Loss" if not parameters else f"Loss of a GPT with {format_parameters(parameters)} parameters")
+    return LossCurve(title, tuple(train), {name: tuple(points) for name, points in validation.items()})
+
+
+def format_parameters(count: int) -> str:
+    """Three digits and K, M, B or T."""
+    for divisor, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= divisor:
+            return f"{count / divisor:.3g}{suffix}"
+    return str(count)
+
+
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """Mean over the 2% of the run around each point; narrower near both ends, so that the line never lags the data."""
+    reach = len(points) // 100
+    sums = [0.0, *accumulate(y for _, y in points)]
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        smoothed.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
+    return smoothed
+
+
+def final_loss(points: Points) -> float:
+    """Mean over the last 2% of the points: one iteration's loss says little about where a run stands."""
+    last = points[-max(1, len(points) // 50) :]
+    return sum(y for _, y in last) / len(last)
+
+
+def thin(points: Points, limit: int) -> list[tuple[float, float]]:
+    """At most about `limit` points that look the same: of each stretch its lowest and highest are kept."""
+    if len(points) <= limit:
+        return list(points)
+    stretch = math.ceil(2 * len(points) / limit)
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return kept
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range with ticks at the round numbers in it."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def share(self, value: float) -> float:
+        """Where `value` lies between low (0) and high (1)."""
+        return (value - self.low) / (self.high - self.low)
+
+    def label(self, tick: float) -> str:
+        """The tick's number with just the decimals that tell it from its neighbours."""
+        step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        return f"{tick:,.{decimals}f}" if abs(tick) >= 10000 else f"{tick:.{decimals}f}"
+
+
+def make_axis(values: Sequence[float], count: int, *, whole: bool = False) -> Axis:
+    """An axis over `values` with about `count` ticks at multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        values: at least one finite number.
+        count: how many ticks would look right.
+        whole: ticks are whole numbers and the range ends with the values (iterations); otherwise there is a margin.
+    """
+    low, high = min(values), max(values)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        reach = 1.0 if whole else max(abs(high) * 0.05, 1e-3)
+        low, high = low - reach, high + reach
+    elif not whole:
+        low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+    step = _round_step((high - low) / max(1, count))
+    if whole:
+        step = max(1.0, step)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return Axis(low, high, tuple(number * step for number in range(first, last + 1)))
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * (1.0 - 1e-9))

@@ -1,0 +1,94 @@
+"""A live progress bar at the foot of the terminal; log lines are printed above it."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.console import format_duration
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can live on `stream`: a terminal that understands cursor movement."""
+    console = Console(file=stream)
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def format_status(report: IterationReport, validation_loss: float | None) -> str:
+    """The words beside the bar."""
+    parts = [f"{report.iteration}/{report.train_iterations}"]
+    if "lm loss" in report.losses:
+        parts.append(f"loss {report.losses['lm loss']:.4f}")
+    if validation_loss is not None:
+        parts.append(f"valid {validation_loss:.4f}")
+    parts.append(f"lr {report.learning_rate:.2e}")
+    parts.append(f"{format_count(report.tokens_per_second)} tokens/s")
+    if report.mfu is not None:
+        parts.append(f"MFU {report.mfu * 100.0:.1f}%")
+    if report.eta_seconds is not None:
+        parts.append(f"ETA {format_duration(report.eta_seconds)}")
+    return " · ".join(parts)
+
+
+def format_count(value: float) -> str:
+    """A number in three or four digits with k, M, G or T behind it."""
+    for suffix in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            return f"{value:.0f}{suffix}" if not suffix or abs(value) >= 99.95 else f"{value:.1f}{suffix}"
+        value /= 1000.0
+    return f"{value:.1f}T"
+
+
+class ProgressSink:
+    """The bar. `write` prints a line above it; the console sink is given that function.
+
+    Args:
+        stream: a terminal, see is_terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream)
+        # Four frames a second: drawing takes time from the thread that launches kernels.
+        self._progress = Progress(
+            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}", markup=False),
+            console=self._console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._validation_loss: float | None = None
+
+    def write(self, line: str) -> None:
+        """Print `line`, as it is, above the bar (or plainly while there is no bar)."""
+        self._console.print(Text(line), soft_wrap=True, highlight=False)
+
+    def start(self, config: RunConfig, facts: RunFacts) -> None:
+        """Show the bar, at the iteration from which the run continues."""
+        self._task = self._progress.add_task(
+            "train", total=facts.train_iterations, completed=facts.start_iteration, status="starting"
+        )
+        self._progress.start()
+
+    def iteration(self, report: IterationReport) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            status = format_status(report, self._validation_loss)
+            self._progress.update(self._task, completed=report.iteration, status=status)
+
+    def validation(self, report: ValidationReport) -> None:
+        """Remember the loss, which the bar shows from its next iteration on."""
+        self._validation_loss = report.losses.get("lm loss", self._validation_loss)
+
+    def message(self, text: str) -> None:
+        """Nothing: the console sink prints messages through `write`."""
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen and give the cursor back."""
+        self._progress.stop()

@@ -1,0 +1,131 @@
+"""TensorBoard with Megatron-LM's flat tags, so that its dashboards and comparison scripts work.
+
+Each scalar is written against the iteration, and once more as `<tag> vs samples` against the consumed samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_lite.config.metrics import MetricsConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.metrics.console import perplexity
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+
+MEMORY_TAGS = {
+    "reserved": "mem-reserved-bytes",
+    "allocated": "mem-allocated-bytes",
+    "max_allocated": "mem-max-allocated-bytes",
+    "max_reserved": "mem-max-reserved-bytes",
+}
+
+
+def open_writer(folder: str, queue_size: int) -> Any:
+    """A torch SummaryWriter for `folder`.
+
+    Raises:
+        ConfigError: the `tensorboard` package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "--tensorboard-dir needs the package tensorboard",
+            found=f"--tensorboard-dir {folder}, and importing it fails with: {error}",
+            fix="Install the extra with pip install 'megatron-lite[tensorboard]', or leave --tensorboard-dir away",
+        ) from error
+    return SummaryWriter(log_dir=folder, max_queue=queue_size)
+
+
+class TensorboardSink:
+    """Writes scalars through `writer`, which has SummaryWriter's add_scalar, add_text, flush and close.
+
+    No purge_step is passed on resume: TensorBoard would compare it with the ` vs samples` steps as well and drop them.
+    """
+
+    def __init__(self, config: MetricsConfig, writer: Any) -> None:
+        self._config = config
+        self._writer = writer
+        self._world_size = 1
+
+    def start(self, config: RunConfig, facts: RunFacts) -> None:
+        """Write every setting as text, as Megatron does with its arguments."""
+        self._world_size = facts.world_size
+        for name, value in _settings(config):
+            self._writer.add_text(name, str(value), global_step=facts.start_iteration)
+
+    def iteration(self, report: IterationReport) -> None:
+        """Write the iteration's scalars if --tensorboard-log-interval divides it."""
+        if report.iteration % max(1, self._config.tensorboard_log_interval):
+            return
+        for tag, value in self._training_scalars(report):
+            self._writer.add_scalar(tag, value, report.iteration)
+            self._writer.add_scalar(f"{tag} vs samples", value, report.consumed_train_samples)
+        for tag, value in self._machine_scalars(report):
+            self._writer.add_scalar(tag, value, report.iteration)
+
+    def validation(self, report: ValidationReport) -> None:
+        """Write each loss, and its perplexity with --log-validation-ppl-to-tensorboard."""
+        suffix = f"-{report.name}" if report.name else ""
+        for name, loss in report.losses.items():
+            scalars = {f"{name} {report.split}{suffix}": loss}
+            if self._config.log_validation_ppl:
+                scalars[f"{name} {report.split}{suffix} ppl"] = perplexity(loss) if math.isfinite(loss) else loss
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, report.iteration)
+                self._writer.add_scalar(f"{tag} vs samples", value, report.consumed_train_samples)
+        self._writer.flush()
+
+    def message(self, text: str) -> None:
+        """Messages are for the console."""
+
+    def close(self) -> None:
+        """Write out what is queued."""
+        self._writer.close()
+
+    def _training_scalars(self, report: IterationReport) -> Iterator[tuple[str, float]]:
+        config = self._config
+        if config.log_learning_rate:
+            yield "learning-rate", report.learning_rate
+        yield "batch-size", report.global_batch_size
+        yield from report.losses.items()
+        if config.log_loss_scale:
+            yield "loss-scale", report.loss_scale
+        if config.log_world_size:
+            yield "world-size", self._world_size
+        for tag, value in (
+            ("grad-norm", report.grad_norm),
+            ("num-zeros", report.num_zeros),
+            ("params-norm", report.params_norm),
+        ):
+            if value is not None:
+                yield tag, value
+
+    def _machine_scalars(self, report: IterationReport) -> Iterator[tuple[str, float]]:
+        yield "tokens-per-second", report.tokens_per_second
+        if report.mfu is not None:
+            yield "mfu", report.mfu
+        if report.skipped_train_samples:
+            yield "skipped-train-samples", report.skipped_train_samples
+        if self._config.log_timers:
+            yield "iteration-time", report.seconds
+            if report.tflops_per_device is not None:
+                yield "throughput", report.tflops_per_device
+            for name, seconds in report.timers.items():
+                yield f"{name}-time", seconds
+        if self._config.log_memory:
+            for name, count in report.memory.items():
+                if name in MEMORY_TAGS:
+                    yield MEMORY_TAGS[name], count
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, object]]:
+    """Every field as (part.field, value)."""
+    for part in dataclasses.fields(config):
+        values = getattr(config, part.name)
+        for entry in dataclasses.fields(values):
+            yield f"{part.name}.{entry.name}", getattr(values, entry.name)
