@@ -1,0 +1,78 @@
+import timeit
+
+import pytest
+
+from megatron_lite.metrics.timers import Timers
+
+
+class Machine:
+    """A clock that only moves when work is waited for."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.pending = 0.0
+        self.waits = 0
+
+    def synchronize(self):
+        self.waits += 1
+        self.now += self.pending
+        self.pending = 0.0
+
+    def timers(self, level):
+        return Timers(level, self.synchronize, lambda: self.now)
+
+
+def test_a_block_is_charged_for_its_own_queued_work():
+    machine = Machine()
+    timers = machine.timers(1)
+    machine.pending = 5.0  # queued before: not this block's
+    with timers("forward"):
+        machine.pending = 2.0
+    with timers("backward"):
+        machine.pending = 3.0
+    with timers("forward"):
+        machine.pending = 1.0
+    assert timers.take() == {"forward": 3.0, "backward": 3.0}
+    assert timers.take() == {}
+
+
+def test_timers_nest_and_report_the_outer_first():
+    machine = Machine()
+    timers = machine.timers(2)
+    with timers("step"):
+        machine.pending = 1.0
+        with timers("optimizer", level=2):
+            machine.pending = 2.0
+    assert list(timers.take().items()) == [("step", 3.0), ("optimizer", 2.0)]
+
+
+def test_levels_above_the_asked_one_cost_no_synchronisation():
+    machine = Machine()
+    timers = machine.timers(1)
+    with timers("micro-batch", level=2):
+        machine.pending = 1.0
+    assert timers.take() == {} and machine.waits == 0
+
+
+def test_off_is_nearly_free():
+    timers = Timers(0, lambda: None)
+
+    def block():
+        with timers("forward"):
+            pass
+
+    assert timeit.timeit(block, number=20_000) / 20_000 < 20e-6
+
+
+def test_a_failed_block_does_not_wait_for_the_device():
+    machine = Machine()
+    timers = machine.timers(1)
+    with pytest.raises(ValueError), timers("forward"):
+        raise ValueError
+    assert machine.waits == 1 and "forward" in timers.take()
+
+
+def test_a_timer_inside_itself_is_a_mistake():
+    timers = Timers(1, lambda: None)
+    with pytest.raises(AssertionError, match="forward"), timers("forward"), timers("forward"):
+        pass
