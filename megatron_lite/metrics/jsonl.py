@@ -14,8 +14,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import DataError, TrainingError
@@ -149,14 +150,15 @@ class JsonlSink:
         self._tell = tell
         self._now = now
         self._iteration = 0
-        self._file: BinaryIO | None = None
+        # Unbuffered: a signal handler that reports in the middle of a write would break a buffer.
+        self._file: FileIO | None = None
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
         """Repair and cut the file, then write down what starts, with the whole configuration."""
         self._iteration = facts.start_iteration
         with self._explained():
             moved = prepare(self._path, facts.start_iteration)
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)
         if moved is not None:
             self._tell(f"the metrics of an earlier run were moved to {moved}")
         facts_of_run = dataclasses.asdict(facts)
@@ -187,8 +189,9 @@ class JsonlSink:
         if self._file is None:  # a message before the start is for the console only
             return
         with self._explained():
-            self._file.write(encode({"kind": kind, "time": self._now(), **values}))
-            self._file.flush()
+            line = encode({"kind": kind, "time": self._now(), **values})
+            while line:  # a disk that fills up takes a part, and then says why it takes no more
+                line = line[self._file.write(line) :]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
