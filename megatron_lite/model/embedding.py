@@ -1,0 +1,71 @@
+"""From tokens to hidden states: word vectors, BLOOM's norm over them, learned positions, dropout.
+
+Letters: s sequence, b micro-batch, h hidden, tp the group's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.model.norms import Norm
+from megatron_lite.model.positions import LearnedPositions
+from megatron_lite.parallel.layers import VocabParallelEmbedding
+from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.sharding import Sharding
+
+EMBEDDING_LAYER = -1
+"""The embedding's layer number among dropout's streams."""
+
+
+class Embedding(nn.Module):
+    """The first stage's way in.
+
+    Args:
+        config: the model.
+        sharding: how this stage's tensors split.
+        rng: dropout's streams.
+    """
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, rng: RngStreams) -> None:
+        super().__init__()
+        self.rng = rng
+        self.dropout = config.hidden_dropout
+        self.split = sharding.split_sequence
+        self.fp32_residual = config.fp32_residual
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size, config.padded_vocab_size, config.hidden_size, sharding
+        )
+        self.position_embeddings = (
+            LearnedPositions(config.max_position_embeddings, config.hidden_size, sharding)
+            if config.position_embedding == "learned"
+            else None
+        )
+        self.norm = (
+            Norm(
+                config.hidden_size,
+                sharding,
+                kind="LayerNorm",
+                epsilon=config.norm_epsilon,
+                zero_centered=config.zero_centered_norm,
+                partial=sharding.split_sequence,
+            )
+            if config.embed_layernorm
+            else None
+        )
+
+    def forward(self, tokens: Tensor, start: int, position_ids: Tensor | None) -> Tensor:
+        """Tokens [b, s], the first of them at position `start`, -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
+        x: Tensor = self.word_embeddings(tokens.t().contiguous())
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(tokens.shape[1], start, position_ids)
+        if self.fp32_residual:
+            x = x.to(torch.float32)
+        if self.dropout > 0 and self.training:
+            self.rng.enter("embedding", EMBEDDING_LAYER, self.split)
+            x = F.dropout(x, self.dropout)
+        return x
