@@ -1,0 +1,48 @@
+"""Steps that all ranks take together: what fails on one rank is raised on every rank, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.manifest import CorruptCheckpointError
+from megatron_lite.errors import CheckpointError, MegatronLiteError
+
+T = TypeVar("T")
+
+
+def together(world: Group, step: Callable[[], T]) -> T:
+    """Runs `step` on every rank, waits for all, and returns this rank's result; a collective call.
+
+    Raises:
+        CheckpointError: `step` failed on some rank; the first one's words, with its host and rank.
+        Exception: the rank where `step` failed with another kind of error raises that one.
+    """
+    try:
+        result = step()
+    except Exception as error:
+        failures = world.all_gather_object(_describe(error))
+        if world.size == 1 or not isinstance(error, CheckpointError):
+            raise
+        raise _first(failures) from error
+    failures = world.all_gather_object(None)
+    if any(failures):
+        raise _first(failures)
+    return result
+
+
+def _first(failures: Sequence[tuple[type[CheckpointError], str, str, str, str] | None]) -> CheckpointError:
+    rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure)
+    kind, rule, found, fix, host = failure
+    return kind(rule, found=f"on {host}, rank {rank}: {found}", fix=fix)
+
+
+def _describe(error: Exception) -> tuple[type[CheckpointError], str, str, str, str]:
+    host = socket.gethostname()
+    kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
+    if isinstance(error, MegatronLiteError):
+        return kind, error.rule, error.found, error.fix, host
+    found = f"{type(error).__name__}: {error}"
+    return kind, "Every rank must be able to take part in a checkpoint", found, "See that rank's own error above", host

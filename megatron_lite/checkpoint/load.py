@@ -1,0 +1,171 @@
+"""A load: checksums first, then names and shapes, then the pieces that this rank holds, whatever layout wrote them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.catalog import iteration_of, list_checkpoints
+from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, read_manifest
+from megatron_lite.checkpoint.names import is_superseded, source_of
+from megatron_lite.checkpoint.storage import Read, read_pieces
+from megatron_lite.checkpoint.verify import verify_files
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.tensors import GlobalTensor
+
+_SHOWN = 5
+
+
+def load_checkpoint(
+    path: Path,
+    tensors: Sequence[GlobalTensor],
+    world: Group,
+    *,
+    strict: bool = True,
+    include: Callable[[str], bool] | None = None,
+) -> dict[str, Any]:
+    """Fills the tensors from a checkpoint; a collective call.
+
+    Args:
+        path: one checkpoint's folder.
+        tensors: what this rank holds; filled in place and converted (names.py says which saved tensor wins).
+        world: all ranks.
+        strict: whether every saved tensor must have a place in the run. One that the run needs must always be there.
+        include: which names take part, of the run's and of the checkpoint's; None: all. names.is_model_tensor leaves
+            the optimizer's state out.
+
+    Returns:
+        The scalars that were saved.
+
+    Raises:
+        CorruptCheckpointError: a file is missing or damaged. No tensor was touched.
+        CheckpointError: a tensor is missing, left over, or of another shape. No tensor was touched.
+    """
+    wanted = [tensor for tensor in tensors if include is None or include(tensor.name)]
+
+    def check() -> Manifest:
+        manifest = read_manifest(path)
+        # Each file is read by one rank, whichever ranks then need it: the check costs a job one pass over the bytes.
+        names = sorted(manifest.files, key=lambda name: manifest.files[name].size, reverse=True)
+        verify_files(path, manifest, names[world.rank :: world.size])
+        for tensor in wanted:
+            _check_fits(tensor, manifest, path)
+        return manifest
+
+    manifest = together(world, check)
+    names = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
+    if strict:
+        _check_nothing_left(manifest, names, include, path)
+
+    def read() -> None:
+        reads = [Read(tensor, _check_fits(tensor, manifest, path)) for tensor in wanted]
+        try:
+            with torch.no_grad():
+                read_pieces(path, manifest.tensors, reads)
+        except OSError as error:
+            raise CorruptCheckpointError(
+                "Every file of a checkpoint must be readable",
+                found=f"{error.filename or path}: {error.strerror or error}",
+                fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
+            ) from error
+
+    together(world, read)
+    return dict(manifest.scalars)
+
+
+def load_latest(
+    path: Path,
+    tensors: Sequence[GlobalTensor],
+    world: Group,
+    *,
+    include: Callable[[str], bool] | None = None,
+    fallback: bool = False,
+    notify: Callable[[str], None] = print,
+) -> tuple[Path, dict[str, Any]]:
+    """Fills the tensors from `path`, or from the newest earlier checkpoint beside it whose bytes are whole.
+
+    Args:
+        path: the checkpoint to try first, as catalog.find_checkpoint gives it.
+        tensors: as in load_checkpoint.
+        world: all ranks; a collective call.
+        include: as in load_checkpoint.
+        fallback: whether an earlier checkpoint may be taken when one is damaged (--fallback-on-corrupt).
+        notify: told which checkpoint was passed over, and why.
+
+    Returns:
+        The checkpoint that was loaded, and its scalars.
+
+    Raises:
+        CorruptCheckpointError: the checkpoint is damaged, and none may or can take its place.
+        CheckpointError: as load_checkpoint.
+    """
+    number = iteration_of(path) or 0
+    earlier = [entry for entry in list_checkpoints(path.parent) if (iteration_of(entry) or 0) < number]
+    # Ranks may see different things in a network folder for a moment; rank 0's view is everyone's.
+    candidates: list[Path] = world.all_gather_object([path, *reversed(earlier)] if fallback else [path])[0]
+    return _load_first(candidates, tensors, world, include, notify)
+
+
+def _load_first(
+    candidates: list[Path],
+    tensors: Sequence[GlobalTensor],
+    world: Group,
+    include: Callable[[str], bool] | None,
+    notify: Callable[[str], None],
+) -> tuple[Path, dict[str, Any]]:
+    candidate, *others = candidates
+    try:
+        return candidate, load_checkpoint(candidate, tensors, world, include=include)
+    except CorruptCheckpointError as error:
+        if not others:
+            raise
+        notify(f"{candidate.name} is damaged and passed over: {error.found}")
+    return _load_first(others, tensors, world, include, notify)
+
+
+def _check_fits(tensor: GlobalTensor, manifest: Manifest, path: Path) -> str:
+    """The saved tensor that fills this one; an error if there is none or it is another kind of tensor."""
+    source = source_of(tensor.name, tensor.dtype == torch.float32, manifest.tensors)
+    if source is None:
+        near = difflib.get_close_matches(tensor.name, manifest.tensors, n=1)
+        raise CheckpointError(
+            "Every tensor of the run must be in the checkpoint",
+            found=f"{path} has no {tensor.name}" + (f"; the nearest name is {near[0]}" if near else ""),
+            fix="Give the model the options it was saved with (`megatron-lite checkpoint inspect` shows them), or "
+            "leave optimizer state out with --no-load-optim",
+        )
+    saved = manifest.tensors[source]
+    if saved.shape != tuple(tensor.global_shape):
+        raise CheckpointError(
+            "A tensor must have the shape that it was saved with",
+            found=f"{tensor.name} is {tuple(tensor.global_shape)} in this run and {saved.shape} in {path}",
+            fix="Give the model the sizes it was saved with; parallel sizes may change freely",
+        )
+    if getattr(torch, saved.dtype).is_floating_point != tensor.dtype.is_floating_point:
+        raise CheckpointError(
+            "Integers and floating-point numbers are not converted into each other",
+            found=f"{tensor.name} is {tensor.dtype} in this run and {saved.dtype} in {path}",
+            fix="Load a checkpoint of the same kind of model",
+        )
+    return source
+
+
+def _check_nothing_left(manifest: Manifest, names: set[str], include: Callable[[str], bool] | None, path: Path) -> None:
+    left = [
+        name
+        for name in manifest.tensors
+        if name not in names and (include is None or include(name)) and not is_superseded(name, names)
+    ]
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        raise CheckpointError(
+            "Every tensor of the checkpoint must have a place in the run",
+            found=f"this run has no {', '.join(left[:_SHOWN])}{more}, which {path} holds",
+            fix="Give the model the options it was saved with; to take the weights only, add --no-load-optim",
+        )

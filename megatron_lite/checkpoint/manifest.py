@@ -1,0 +1,193 @@
+"""manifest.json: everything a checkpoint holds, readable without torch, and guarded by a checksum of its own."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_TAIL = ',\n"crc32": "{:08x}"\n}}\n'
+_TAIL_LENGTH = len(_TAIL.format(0))
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, has another length or other bytes than the manifest says."""
+
+
+@dataclass(frozen=True)
+class SavedPiece:
+    """One rectangle of a tensor and the bytes of the file that hold it.
+
+    Attributes:
+        offset: where the rectangle begins in the global tensor, one index per dim.
+        shape: its size, one length per dim.
+        file: name inside the checkpoint's folder.
+        start: first byte of the record in the file.
+        length: bytes of the record.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A global tensor: its logical shape, its dtype as torch spells it without the prefix, and its pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[SavedPiece, ...]
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """Length in bytes and CRC-32 of a file, which any single wrong byte changes."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the run was, so that a resume can tell what has changed.
+
+    Attributes:
+        config: the full RunConfig, as dataclasses.asdict gives it.
+        fingerprints: what the run depends on beyond its config: tokenizer, data, code, each a short hash or version.
+        skipped_samples: ranges [first, end) of samples that the run was told to leave out.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    skipped_samples: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json. `scalars` is the rest of the state: progress, loss scaler, step counts."""
+
+    iteration: int
+    tensors: Mapping[str, SavedTensor]
+    files: Mapping[str, SavedFile]
+    scalars: Mapping[str, Any]
+    provenance: Provenance
+    writer: Mapping[str, Any]
+    """Who wrote it: package and torch versions, number of ranks, time as seconds since 1970."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, the manifest itself not counted."""
+        return sum(file.size for file in self.files.values())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json: JSON whose last key is the CRC-32 of all bytes before it.
+
+    Raises:
+        CheckpointError: a scalar or config value is not JSON.
+    """
+    content = {
+        "format": "megatron_lite",
+        "format_version": FORMAT_VERSION,
+        "iteration": manifest.iteration,
+        "writer": dict(manifest.writer),
+        "scalars": dict(manifest.scalars),
+        "provenance": asdict(manifest.provenance),
+        "files": {name: [file.size, f"{file.crc32:08x}"] for name, file in sorted(manifest.files.items())},
+        "tensors": {name: tensor_to_json(tensor) for name, tensor in sorted(manifest.tensors.items())},
+    }
+    try:
+        # One top-level key a line: 30,000 pieces stay a few megabytes, and the head can still be read with `less`.
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            "Scalars and config of a checkpoint must be JSON values",
+            found=str(error),
+            fix="Save plain numbers, strings, lists and dicts, and tensors as tensors",
+        ) from error
+    body = ("{\n" + ",\n".join(lines)).encode()
+    return body + _TAIL.format(zlib.crc32(body)).encode()
+
+
+def decode_manifest(data: bytes, path: Path) -> Manifest:
+    """The inverse of encode_manifest; `path` is only for the error.
+
+    Raises:
+        CorruptCheckpointError: the checksum does not match.
+        CheckpointError: another program's file, or a newer format.
+    """
+    body, tail = data[:-_TAIL_LENGTH], data[-_TAIL_LENGTH:]
+    if tail != _TAIL.format(zlib.crc32(body)).encode():
+        raise CorruptCheckpointError(
+            "A checkpoint's manifest must match its own checksum",
+            found=f"{path} is damaged ({len(data)} bytes)",
+            fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
+        )
+    content = json.loads(data)
+    if content.get("format") != "megatron_lite" or content["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"A checkpoint must be of megatron_lite's format, version {FORMAT_VERSION} or older",
+            found=f"{path} is {content.get('format')!r}, version {content.get('format_version')}",
+            fix="Load it with the megatron_lite that wrote it, or a newer one",
+        )
+    provenance = content["provenance"]
+    return Manifest(
+        iteration=content["iteration"],
+        tensors={name: tensor_from_json(tensor) for name, tensor in content["tensors"].items()},
+        files={name: SavedFile(size, int(crc32, 16)) for name, (size, crc32) in content["files"].items()},
+        scalars=content["scalars"],
+        provenance=Provenance(
+            config=provenance["config"],
+            fingerprints=provenance["fingerprints"],
+            skipped_samples=tuple((first, end) for first, end in provenance["skipped_samples"]),
+        ),
+        writer=content["writer"],
+    )
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of one checkpoint's folder.
+
+    Raises:
+        CheckpointError: the folder or its manifest is not there, or of another format.
+        CorruptCheckpointError: the manifest is damaged.
+    """
+    path = checkpoint / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            "A checkpoint is a folder with a manifest.json",
+            found=f"{path}: {error.strerror}",
+            fix="Give a folder that --save wrote; `megatron-lite checkpoint list` shows them",
+        ) from error
+    return decode_manifest(data, path)
+
+
+def tensor_to_json(tensor: SavedTensor) -> list[Any]:
+    """Shape, dtype and pieces as plain lists."""
+    pieces = [[piece.offset, piece.shape, piece.file, piece.start, piece.length] for piece in tensor.pieces]
+    return [tensor.shape, tensor.dtype, pieces]
+
+
+def tensor_from_json(content: list[Any]) -> SavedTensor:
+    """The inverse of tensor_to_json."""
+    shape, dtype, pieces = content
+    return SavedTensor(
+        shape=tuple(shape),
+        dtype=dtype,
+        pieces=tuple(
+            SavedPiece(tuple(offset), tuple(extent), file, start, length)
+            for offset, extent, file, start, length in pieces
+        ),
+    )

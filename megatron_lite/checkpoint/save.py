@@ -1,0 +1,220 @@
+"""A save: every rank writes its share aside, rank 0 completes the folder, and one rename makes it visible."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite import __version__
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.catalog import announce, folder_name, make_visible, remove_stale
+from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_synced
+from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest
+from megatron_lite.checkpoint.pieces import Share, merge_shares
+from megatron_lite.checkpoint.retention import delete_expired
+from megatron_lite.checkpoint.storage import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.tensors import GlobalTensor
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did, for the log.
+
+    Attributes:
+        path: the checkpoint's folder.
+        size: bytes on disk, of all ranks together.
+        seconds: from the call until it was announced.
+        blocking_seconds: how much of that training stood still.
+        removed: names of what was deleted: expired checkpoints and the remains of killed saves.
+    """
+
+    path: Path
+    size: int
+    seconds: float
+    blocking_seconds: float
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What is to be saved besides the tensors.
+
+    Attributes:
+        root: the folder of --save.
+        iteration: the iteration that has just been finished.
+        scalars: JSON values: progress, loss scaler, step counts. Rank 0's count.
+        provenance: config and fingerprints of the run.
+        keep_last: checkpoints kept once this one is announced; 0: all.
+    """
+
+    root: Path
+    iteration: int
+    scalars: Mapping[str, Any]
+    provenance: Provenance
+    keep_last: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The folder that the checkpoint will have."""
+        return self.root / folder_name(self.iteration)
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    tensors: Sequence[GlobalTensor],
+    scalars: Mapping[str, Any],
+    provenance: Provenance,
+    world: Group,
+    *,
+    keep_last: int = 0,
+) -> SaveReport:
+    """Writes a checkpoint and announces it; a collective call that returns once it is safe on the disk.
+
+    Args:
+        root: the folder of --save, which all ranks must share.
+        iteration: the iteration that has just been finished.
+        tensors: what this rank holds; over all ranks, each element must have exactly one writer.
+        scalars: JSON values; rank 0's count.
+        provenance: config and fingerprints; rank 0's count.
+        world: all ranks.
+        keep_last: checkpoints kept, this one among them; older ones are deleted after it is announced. 0: all.
+
+    Raises:
+        CheckpointError: it could not be written, on every rank. Earlier checkpoints are untouched and nothing of this
+            one is left.
+    """
+    begun = time.monotonic()
+    request = SaveRequest(root, iteration, scalars, provenance, keep_last)
+    partial, stale = open_partial(request, tensors, world)
+    try:
+        together(world, lambda: write_share(partial, request, tensors, world))
+        report = together(world, lambda: finish(partial, request, world, begun, stale) if world.rank == 0 else None)
+    finally:
+        # After a rename there is nothing here any more; after a failure this is what is left of it.
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+    told: SaveReport = world.all_gather_object(report)[0]
+    return told
+
+
+def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> tuple[Path, list[str]]:
+    """Makes the folder that a save is written in, after removing what killed saves left; a collective call.
+
+    Returns:
+        The folder, and the names of what was removed.
+
+    Raises:
+        CheckpointError: there is no room, or no permission.
+    """
+    needed = sum(world.all_gather_object(size_to_write(tensors)))
+
+    def make() -> tuple[Path, list[str]] | None:
+        if world.rank != 0:
+            return None
+        try:
+            request.root.mkdir(parents=True, exist_ok=True)
+            stale = remove_stale(request.root)
+            _check_room(request, needed)
+            partial = request.path.with_name(f"{request.path.name}.partial-{secrets.token_hex(4)}")
+            partial.mkdir()
+        except OSError as error:
+            raise explain(error, request, needed) from error
+        return partial, stale
+
+    opened: tuple[Path, list[str]] = world.all_gather_object(together(world, make))[0]
+    return opened
+
+
+def write_share(partial: Path, request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> None:
+    """Writes this rank's pieces, and a note of them for rank 0.
+
+    Raises:
+        CheckpointError: the disk is full, the folder is not shared, …
+    """
+    try:
+        share = write_pieces(partial, tensors, world.rank)
+        replace_file(share_path(partial, world.rank), share.encode())
+    except OSError as error:
+        raise explain(error, request, size_to_write(tensors)) from error
+
+
+def share_path(partial: Path, rank: int) -> Path:
+    """Where a rank leaves the note of what it wrote, until the save is finished."""
+    return partial / f"share-{rank:05d}.json"
+
+
+def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stale: Sequence[str]) -> SaveReport:
+    """Rank 0's part once all shares lie in the folder: manifest, rename, announcement, retention.
+
+    Raises:
+        CheckpointError: the shares do not add up, or the disk is full.
+    """
+    try:
+        shares = [Share.decode(share_path(partial, rank).read_bytes()) for rank in range(world.size)]
+        tensors = merge_shares(shares)
+        files = {name: file for share in shares for name, file in share.files.items()}
+        files[DCP_METADATA_NAME] = write_dcp_metadata(partial, tensors)
+        writer = {
+            "megatron_lite": __version__,
+            "torch": torch.__version__,
+            "world_size": world.size,
+            "time": round(time.time(), 3),
+        }
+        manifest = Manifest(request.iteration, tensors, files, request.scalars, request.provenance, writer)
+        write_synced(partial / MANIFEST_NAME, encode_manifest(manifest))
+        for rank in range(world.size):
+            share_path(partial, rank).unlink()
+        sync_folder(partial)
+        make_visible(partial, request.path)
+        announce(request.root, request.iteration)
+        removed = delete_expired(request.root, request.iteration, request.keep_last)
+    except OSError as error:
+        raise explain(error, request, 0) from error
+    seconds = time.monotonic() - begun
+    return SaveReport(request.path, manifest.size, seconds, seconds, (*stale, *removed))
+
+
+def size_to_write(tensors: Sequence[GlobalTensor]) -> int:
+    """Bytes of the pieces that this rank is the writer of."""
+    return sum(piece.tensor.nbytes for tensor in tensors if tensor.write for piece in tensor.pieces)
+
+
+def explain(error: OSError, request: SaveRequest, needed: int) -> CheckpointError:
+    """The error for the user, with how much room there is."""
+    found = f"iteration {request.iteration} in {request.root}: {error.strerror or error}"
+    if error.filename:
+        found += f" ({error.filename})"
+    try:
+        found += f"; {_gib(shutil.disk_usage(request.root).free)} are free there"
+    except OSError:
+        found += "; the folder itself cannot be read"
+    if needed:
+        found += f", this rank writes {_gib(needed)}"
+    return CheckpointError("A checkpoint must be written whole", found=found, fix=_ROOM)
+
+
+_ROOM = "Earlier checkpoints are untouched. Make room, keep fewer with --keep-last, or give another --save"
+
+
+def _check_room(request: SaveRequest, needed: int) -> None:
+    free = shutil.disk_usage(request.root).free
+    if free < needed:
+        raise CheckpointError(
+            "A save needs room for all of its bytes",
+            found=f"iteration {request.iteration} takes {_gib(needed)}, {request.root} has {_gib(free)} free",
+            fix=_ROOM,
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3f} GiB"

@@ -1,0 +1,283 @@
+"""Rectangles of named global tensors in and out of torch.distributed.checkpoint's (DCP's) file format.
+
+DCP plans, writes and reads rectangles ("chunks"); here are its planners for GlobalTensors, and the translation between
+its metadata and our manifest. No collective runs here: a rank writes and reads its own pieces, and save.py and load.py
+bring the ranks together. The folder also gets DCP's own `.metadata`: any torch can read it without this package.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_lite.checkpoint.manifest import SavedFile, SavedPiece, SavedTensor
+from megatron_lite.checkpoint.pieces import Share
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.tensors import GlobalTensor
+
+DCP_METADATA_NAME = ".metadata"
+_BUFFER = 1 << 20
+
+
+def write_pieces(folder: Path, tensors: Sequence[GlobalTensor], rank: int) -> Share:
+    """Writes the pieces that this rank is the writer of, in one file of the folder, and waits for the disk.
+
+    Raises:
+        OSError: no room, no permission; what was written so far stays in the folder.
+    """
+    planner = _PieceSavePlanner(tensors)
+    plan = planner.create_local_plan()
+    held = tuple(tensor.name for tensor in tensors)
+    if not plan.items:
+        return Share(held=held)
+    file_system = _ChecksummingFileSystem()
+    writer = _file_writer(folder, file_system)
+    # The writer names files by the rank's place in the list of plans; ours are made without the other ranks.
+    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]
+    try:
+        results: list[WriteResult] = writer.write_data(plan, planner).wait()
+    except RuntimeError as error:
+        # torch.save reports a failed write of its stream as a RuntimeError; the stream knows the reason.
+        raise file_system.error or error from error
+    pieces: dict[str, list[SavedPiece]] = {}
+    for result in results:
+        where, shape = result.storage_data, planner.piece(result.index).shape
+        pieces.setdefault(result.index.fqn, []).append(
+            SavedPiece(tuple(result.index.offset or ()), tuple(shape), where.relative_path, where.offset, where.length)
+        )
+    shapes = {tensor.name: tensor for tensor in tensors}
+    saved = {
+        name: SavedTensor(shapes[name].global_shape, dtype_name(shapes[name].dtype), tuple(parts))
+        for name, parts in pieces.items()
+    }
+    return Share(saved, file_system.files, held)
+
+
+def write_dcp_metadata(folder: Path, tensors: Mapping[str, SavedTensor]) -> SavedFile:
+    """Writes `.metadata`, by which torch.distributed.checkpoint alone can read the folder.
+
+    Raises:
+        OSError: no room, no permission.
+    """
+    metadata = _dcp_metadata(tensors)
+    results = [WriteResult(index, where.length, where) for index, where in metadata.storage_data.items()]
+    file_system = _ChecksummingFileSystem()
+    _file_writer(folder, file_system).finish(metadata, [results])
+    (written,) = file_system.files.values()
+    return written
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor to fill and the saved tensor to fill it from; their names differ where one stands in for another."""
+
+    target: GlobalTensor
+    source: str
+
+
+def read_pieces(folder: Path, saved: Mapping[str, SavedTensor], reads: Sequence[Read]) -> None:
+    """Fills the targets' pieces, converting to their dtype and device.
+
+    Raises:
+        CheckpointError: a saved tensor does not cover a piece.
+        OSError: a file cannot be read.
+    """
+    metadata = _dcp_metadata({read.source: saved[read.source] for read in reads})
+    planner = _PieceLoadPlanner(reads, metadata)
+    plan = planner.create_local_plan()
+    reader = FileSystemReader(folder)
+    reader.set_up_storage_reader(metadata, True)
+    reader.read_data(plan, planner).wait()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _dcp_metadata(tensors: Mapping[str, SavedTensor]) -> Metadata:
+    state: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for name, tensor in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.shape)) for p in tensor.pieces]
+        properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+        state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for piece in tensor.pieces:
+            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, piece.start, piece.length)
+    # planner_data says how torch's own converters nest the names in a dict: not at all.
+    return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
+
+
+def _file_writer(folder: Path, file_system: _ChecksummingFileSystem) -> FileSystemWriter:
+    # One thread: with more, the writer drops an exception of any but the first.
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer.fs = file_system
+    return writer
+
+
+class _ChecksummedFile(io.BufferedWriter):
+    """A file that knows the CRC-32 and number of the bytes given to it, so that nothing is read back."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "wb"), _BUFFER)
+        self.saved = SavedFile(0, 0)
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            super().write(view)
+        except OSError as error:
+            self.error = error
+            raise
+        self.saved = SavedFile(self.saved.size + len(view), zlib.crc32(view, self.saved.crc32))
+        return len(view)
+
+
+class _ChecksummingFileSystem(FileSystem):
+    """DCP's local file system, remembering the length and checksum of every file written."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, SavedFile] = {}
+        self.error: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        file = _ChecksummedFile(path)
+        try:
+            with file:
+                yield file
+        finally:
+            self.error = file.error
+        self.files[Path(path).name] = file.saved
+
+
+class _PieceSavePlanner(SavePlanner):
+    """Every non-empty piece of the tensors that this rank is the writer of."""
+
+    def __init__(self, tensors: Sequence[GlobalTensor]) -> None:
+        self._pieces: dict[MetadataIndex, tuple[GlobalTensor, Tensor]] = {
+            MetadataIndex(tensor.name, piece.offset): (tensor, piece.tensor)
+            for tensor in tensors
+            if tensor.write
+            for piece in tensor.pieces
+            if piece.tensor.numel()
+        }
+
+    def piece(self, index: MetadataIndex) -> Tensor:
+        return self._pieces[index][1]
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(index, *entry) for index, entry in self._pieces.items()])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        # A transposed or strided view would be stored with its strides; the storage layer clones what is a part of a
+        # larger storage, so that a file never holds more than the piece.
+        return self.piece(write_item.index).detach().contiguous()
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """The tensors were given at construction."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        raise NotImplementedError("ranks plan for themselves")
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+
+def _write_item(index: MetadataIndex, tensor: GlobalTensor, data: Tensor) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(index.offset or ()), data.shape)
+    properties = TensorProperties(dtype=data.dtype)
+    return WriteItem(
+        index,
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk, properties, torch.Size(tensor.global_shape)),
+    )
+
+
+class _PieceLoadPlanner(LoadPlanner):
+    """The parts of saved pieces that fill this rank's pieces."""
+
+    def __init__(self, reads: Sequence[Read], metadata: Metadata) -> None:
+        self._metadata = metadata
+        self._reads = reads
+        self._pieces = {
+            MetadataIndex(read.target.name, piece.offset): piece.tensor.detach()
+            for read in reads
+            for piece in read.target.pieces
+        }
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([item for read in self._reads for item in self._items(read)])
+
+    def _items(self, read: Read) -> Iterator[ReadItem]:
+        pieces = [piece for piece in read.target.pieces if piece.tensor.numel()]
+        if not pieces:
+            return
+        chunks = [ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape) for piece in pieces]
+        saved = self._metadata.state_dict_metadata[read.source]
+        assert isinstance(saved, TensorStorageMetadata)
+        items = create_read_items_for_chunk_list(read.source, saved, chunks)
+        found, wanted = sum(item.lengths.numel() for item in items), sum(piece.tensor.numel() for piece in pieces)
+        if found != wanted:
+            raise CheckpointError(
+                "A checkpoint must hold every element of a tensor",
+                found=f"{read.source} has {found} of the {wanted} elements that this rank needs",
+                fix="Load another iteration; this one was put together wrongly",
+            )
+        for item in items:
+            yield replace(item, dest_index=MetadataIndex(read.target.name, item.dest_index.offset))
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        tensor = self._pieces[read_item.dest_index]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """resolve_tensor gave a view of the piece: it is filled already."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """The tensors were given at construction."""
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError("ranks plan for themselves")
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError("only tensors are stored")
