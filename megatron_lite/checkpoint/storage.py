@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class _ChecksummedFile(io.BufferedWriter):
     """A file that knows the CRC-32 and number of the bytes given to it, so that nothing is read back."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(io.FileIO(path, "wb"), _BUFFER)
+        super().__init__(FileIO(path, "wb"), _BUFFER)
         self.saved = SavedFile(0, 0)
         self.error: OSError | None = None
 

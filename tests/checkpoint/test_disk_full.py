@@ -1,0 +1,94 @@
+"""No room: earlier checkpoints stay, nothing half-written stays, and the error says how much room there is."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import resource
+import shutil
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint import storage
+from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.errors import CheckpointError
+
+BEFORE = ["iter_0000001", "latest_checkpointed_iteration.txt"]
+
+
+def names(root):
+    return sorted(entry.name for entry in root.iterdir())
+
+
+def test_refused_before_a_byte_is_written_if_it_cannot_fit(kit, tmp_path, monkeypatch):
+    kit.save(tmp_path, 1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**21, 2**21))
+    monkeypatch.setattr("megatron_lite.checkpoint.save.write_pieces", None)
+    with pytest.raises(CheckpointError, match=r"iteration 2 takes 0\.004 GiB, .* has 0\.002 GiB free\. Earlier"):
+        kit.save(tmp_path, 2, {"w": torch.zeros(2**20)})
+    assert names(tmp_path) == BEFORE
+
+
+@pytest.mark.parametrize("after", [0, 100_000, 300_000])
+def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, after):
+    kit.save(tmp_path, 1)
+    room = after
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            nonlocal room
+            room -= len(data)
+            if room < 0:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(storage, "FileIO", FullDisk)
+    with pytest.raises(CheckpointError, match=r"iteration 2 in .*No space left on device; .* GiB are free there"):
+        kit.save(tmp_path, 2, {f"w{number}": torch.zeros(10_000) for number in range(10)})
+    assert names(tmp_path) == BEFORE
+    verify_checkpoint(find_checkpoint(str(tmp_path)))
+
+
+@pytest.mark.parametrize("step", ["write_dcp_metadata", "write_synced", "make_visible", "sync_folder"])
+def test_the_disk_fills_at_a_later_step(kit, tmp_path, monkeypatch, step):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    kit.save(tmp_path, 1)
+    monkeypatch.setattr(f"megatron_lite.checkpoint.save.{step}", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        kit.save(tmp_path, 2)
+    assert names(tmp_path) == BEFORE
+
+
+def limited(kit, root, results):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    try:
+        kit.save(root, 2, {"w": torch.zeros(1_000_000)})
+    except CheckpointError as error:
+        results.put(str(error))
+
+
+def test_a_limit_of_the_system_is_met(kit, tmp_path):
+    """The real thing, as far as a test may go: the kernel itself refuses the write."""
+    kit.save(tmp_path, 1)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=limited, args=(kit, tmp_path, results))
+    child.start()
+    message = results.get()
+    child.join()
+    assert "File too large" in message
+    assert names(tmp_path) == BEFORE
+
+
+def test_a_folder_that_may_not_be_written(kit, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        kit.save(tmp_path / "file" / "save", 1)
