@@ -1,0 +1,187 @@
+"""Our training step against the same GPT-2 in plain PyTorch eager: same shapes, same data, one process.
+
+    python benchmarks/step_vs_plain.py
+    python benchmarks/step_vs_plain.py --device cuda --dtype bf16 --layers 12 --hidden 768 --heads 12 --seq 1024 --batch 8
+
+Steps alternate (ours, plain, ours, …), so that a machine whose clock wanders is fair to both; medians are compared.
+The plain side is what one would write by hand: nn.Linear, scaled_dot_product_attention, F.cross_entropy, fused AdamW.
+Exit code 1 if ours is slower than --limit times plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.select import select_backend
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.random import RngStreams
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Step = Callable[[Tensor], Tensor]
+
+
+class PlainBlock(nn.Module):
+    """GPT-2's layer as nanoGPT writes it: [b, s, h], one qkv projection, flash attention where there is one."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.c_attn, self.c_proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.c_fc, self.c_proj2 = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.gelu = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, h] -> [b, s, h]."""
+        b, s, h = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(h, dim=2)
+        q, k, v = (t.view(b, s, self.heads, h // self.heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(b, s, h))
+        return x + self.c_proj2(self.gelu(self.c_fc(self.ln_2(x))))
+
+
+class PlainGPT2(nn.Module):
+    """GPT-2 with a tied head."""
+
+    def __init__(self, vocab: int, length: int, layers: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab, hidden), nn.Embedding(length, hidden)
+        self.blocks = nn.ModuleList(PlainBlock(hidden, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, vocab, bias=False)
+        self.head.weight = self.wte.weight
+        for param in self.parameters():
+            if param.dim() > 1:
+                nn.init.normal_(param, 0.0, 0.02)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Tokens and labels [b, s] -> the mean loss."""
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.ln_f(x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def plain_step(args: argparse.Namespace, device: torch.device) -> Step:
+    """Forward, backward and AdamW of the plain model on tokens [b, s + 1]."""
+    model = PlainGPT2(args.vocab, args.seq, args.layers, args.hidden, args.heads).to(device, DTYPES[args.dtype])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step(tokens: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss: Tensor = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        if not args.no_optimizer:
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def our_step(args: argparse.Namespace) -> Step:
+    """The same of ours. The one function to change when the step that is measured changes."""
+    parallel = ParallelConfig()
+    mesh = build_mesh(select_backend(RuntimeConfig(device=args.device), parallel, Launch()), parallel)
+    config = ModelConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.seq,
+        vocab_size=args.vocab,
+        padded_vocab_size=args.vocab,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    stage = GPTStage(
+        config,
+        layers=range(args.layers),
+        has_embedding=True,
+        has_head=True,
+        mesh=mesh,
+        rng=RngStreams(1234, mesh.backend),
+        seed=1234,
+        dtype=DTYPES[args.dtype],
+    )
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step(tokens: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:])
+        loss = stage.loss(stage(None, batch), batch) / tokens.shape[0]
+        loss.backward()
+        if not args.no_optimizer:
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def measure(steps: dict[str, Step], args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Median seconds of each step, the steps taking turns."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, args.vocab, (args.batch, args.seq + 1), generator=generator).to(device)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.warmup + args.steps):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step(tokens)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= args.warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    for name, value in (("layers", 4), ("hidden", 256), ("heads", 4), ("seq", 256), ("batch", 4), ("vocab", 8192)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--limit", type=float, default=1.05)
+    parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measures and prints the ratio."""
+    args = arguments()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(1234)
+    device = torch.device(args.device)
+    median = measure({"ours": our_step(args), "plain": plain_step(args, device)}, args, device)
+    ratio = median["ours"] / median["plain"]
+    tokens = args.batch * args.seq
+    for name, value in median.items():
+        print(f"{name:>5}: {value * 1e3:8.2f} ms a step, {tokens / value:10,.0f} tokens/s")
+    print(f"ratio: {ratio:.3f} (limit {args.limit:g})")
+    return int(ratio > args.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
