@@ -1,0 +1,59 @@
+"""The blend's order against a plain loop over the greedy rule, near and far, and its independence of how it is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.data import blending
+from megatron_lite.data.blending import BlendIndex, normalize
+
+
+def plain_loop(weights, size):
+    """The rule as the originals' C++ states it."""
+    counts = [0] * len(weights)
+    order = []
+    for step in range(size):
+        errors = [weight * max(float(step), 1.0) - count for weight, count in zip(weights, counts, strict=True)]
+        source = errors.index(max(errors))
+        order.append((source, counts[source]))
+        counts[source] += 1
+    return order
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=6), size=st.integers(1, 700))
+def test_lookup_equals_the_plain_loop(weights, size):
+    normalized = normalize(weights)
+    index = BlendIndex(normalized)
+    assert [index.lookup(sample) for sample in range(size)] == plain_loop(normalized, size)
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.3, 0.7], [1, 1, 1], [0.1, 0.2, 0.7], [5, 3, 1, 0.01], [0.5, 0.5], [1.0], [1e-6, 1.0]]
+)
+@pytest.mark.parametrize("warm_up", [0, 8])
+def test_chunks_walked_side_by_side_equal_the_plain_loop(monkeypatch, weights, warm_up):
+    monkeypatch.setattr(blending, "CHUNK", 64)
+    monkeypatch.setattr(blending, "WARM_UP", warm_up)
+    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 4)
+    normalized = normalize(weights)
+    expected = plain_loop(normalized, 6400)
+    index = BlendIndex(normalized)
+    for sample in (6399, 0, 3200, 6336, 63, 64):
+        assert index.lookup(sample) == expected[sample]
+    for chunk in range(100):
+        sources, numbers = index.chunk(chunk)
+        assert list(zip(sources, numbers, strict=True)) == expected[chunk * 64 : (chunk + 1) * 64]
+
+
+def test_forgotten_chunks_come_back_the_same(monkeypatch):
+    monkeypatch.setattr(blending, "CHUNK", 16)
+    monkeypatch.setattr(blending, "KEPT", 2)
+    weights = normalize([2, 3, 4])
+    expected = plain_loop(weights, 320)
+    index = BlendIndex(weights)
+    for sample in np.random.RandomState(0).randint(0, 320, 100):
+        assert index.lookup(int(sample)) == expected[sample]
