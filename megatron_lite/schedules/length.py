@@ -75,8 +75,7 @@ def iteration_at(config: RunConfig, consumed: int) -> int:
     for run in _runs(config.batch, config.parallel.dp):
         if run.consumed > consumed:
             break
-        affordable = (consumed - run.consumed) // run.batch
-        finished = run.iteration + (affordable if run.count is None else min(affordable, run.count))
+        finished = run.iteration + (consumed - run.consumed) // run.batch
     return finished
 
 

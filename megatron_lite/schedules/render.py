@@ -1,0 +1,78 @@
+"""A simulated pipeline as text for a terminal, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.schedules.simulate import Span, Timeline
+
+_COLOURS = {"F": "#5b8ff9", "B": "#f6bd16", "W": "#61c8a6"}
+_NAMES = {"F": "forward", "B": "backward", "W": "weight gradient"}
+
+
+def text_grid(timeline: Timeline) -> str:
+    """One row a rank, one column for each shortest action's time; dots are idle and `=` carries on the action before.
+
+    An action's stage is named only where ranks hold more than one.
+    """
+    labels = [[_label(span, timeline) for span in spans] for spans in timeline.ranks]
+    width = max((len(label) for row in labels for label in row), default=1)
+    unit = min((span.end - span.start for spans in timeline.ranks for span in spans), default=1.0)
+    lines = []
+    for rank, spans in enumerate(timeline.ranks):
+        cells = ["." * width] * round(timeline.makespan / unit)
+        for span, label in zip(spans, labels[rank], strict=True):
+            first, last = round(span.start / unit), round(span.end / unit)
+            cells[first:last] = [label.ljust(width), *["=" * width] * (last - first - 1)][: last - first]
+        lines.append(f"rank {rank:>{len(str(len(timeline.ranks) - 1))}} | {' '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def save_picture(timeline: Timeline, path: Path, title: str) -> None:
+    """Draw the timeline, one row a rank, into an image file of the type that `path` ends in.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ConfigError(
+            "Drawing a schedule takes matplotlib",
+            found="it is not installed",
+            fix="pip install 'megatron-lite[plot]', or leave out --png and read the text",
+        ) from error
+    num_ranks = len(timeline.ranks)
+    figure = Figure(figsize=(min(60.0, 2 + timeline.makespan * 0.35), 1.6 + num_ranks * 0.45), layout="constrained")
+    axes = figure.subplots()
+    for rank, spans in enumerate(timeline.ranks):
+        stages = sorted({span.action.stage for span in spans})
+        for span in spans:
+            # Later chunks are drawn lighter.
+            alpha = 1.0 - 0.5 * stages.index(span.action.stage) / max(1, len(stages) - 1)
+            colour = _COLOURS[span.action.kind]
+            axes.barh(rank, span.end - span.start, 0.9, span.start, color=colour, alpha=alpha, edgecolor="white")
+            axes.text((span.start + span.end) / 2, rank, _label(span, timeline), ha="center", va="center", fontsize=7)
+    kinds = [kind for kind in _NAMES if any(span.action.kind == kind for spans in timeline.ranks for span in spans)]
+    figure.legend(
+        [Patch(color=_COLOURS[kind]) for kind in kinds],
+        [_NAMES[kind] for kind in kinds],
+        ncols=3,
+        loc="outside lower center",
+    )
+    axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=9)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "--png must name an image file that can be written", found=f"{path}: {error}", fix="Give --png another path"
+        ) from error
+
+
+def _label(span: Span, timeline: Timeline) -> str:
+    several = any(span.action.stage >= len(timeline.ranks) for spans in timeline.ranks for span in spans)
+    return str(span.action) if several else f"{span.action.kind}{span.action.microbatch}"
