@@ -1,0 +1,81 @@
+"""The update rules: torch's AdamW and SGD over flat main parameters, with their state made before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_lite.config.optimizer import OptimizerConfig
+
+_MOMENTS = {"adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}, "sgd": {"momentum": "momentum_buffer"}}
+
+
+class UpdateRule:
+    """Steps main parameters by their gradients.
+
+    Args:
+        config: which rule, and its constants.
+        mains: flat fp32 main parameters; each one's `.grad` is its gradient.
+        decays: for each, whether weight decay applies.
+        fused: use torch's fused kernels.
+
+    Attributes:
+        moments: for each main parameter, its state by the name that checkpoints give it.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, mains: Sequence[Tensor], decays: Sequence[bool], *, fused: bool
+    ) -> None:
+        self._groups = [
+            {"params": [main for main, its in zip(mains, decays, strict=True) if its is decay], "decays": decay}
+            for decay in (True, False)
+        ]
+        self._groups = [group for group in self._groups if group["params"]]
+        self._mains = tuple(mains)
+        self._steps: list[Tensor] = []
+        self._applied = 0
+        if config.kind == "adam":
+            betas = (config.adam_beta1, config.adam_beta2)
+            self._rule: torch.optim.Optimizer = torch.optim.AdamW(
+                self._groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused
+            )
+        else:
+            self._rule = torch.optim.SGD(self._groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
+        names = _MOMENTS[config.kind] if config.kind == "adam" or config.sgd_momentum else {}
+        self.moments: list[Mapping[str, Tensor]] = []
+        for main in self._mains:
+            moments = {name: torch.zeros_like(main) for name in names}
+            self._rule.state[main] = {names[name]: moment for name, moment in moments.items()}
+            self.moments.append(moments)
+            if config.kind == "adam":
+                # fused kernels read the step on the device; the others on the host, without a synchronisation
+                step = torch.zeros((), dtype=torch.float32, device=main.device if fused else "cpu")
+                self._rule.state[main]["step"] = step
+                self._steps.append(step)
+
+    @property
+    def applied(self) -> int:
+        """Steps made so far: what Adam's bias correction counts."""
+        return self._applied
+
+    @applied.setter
+    def applied(self, steps: int) -> None:
+        self._applied = steps
+        for step in self._steps:
+            step.fill_(steps)
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Makes one step.
+
+        Args:
+            lr: learning rate.
+            weight_decay: of the parameters that are decayed; 0 is used for the others. AdamW's is decoupled from the
+                gradient, SGD's is added to it.
+        """
+        for group in self._rule.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        self._rule.step()
+        self._applied += 1

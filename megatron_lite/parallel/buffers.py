@@ -1,0 +1,255 @@
+"""Flat buffers for a rank's parameters and their fp32 gradients, and the gradients' reduction over the replicas.
+
+Backward accumulates into the buffers, collectives work on ranges of them, and the optimizer steps them as a few long
+tensors. On one fp32 process `param.grad` simply is a view of the buffer: no hook, no copy, no collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.backend.group import Group
+from megatron_lite.parallel.flat_layout import Bucket, Slot, lay_out
+from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.reduction import GradientReduction, wait_all
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBuffer:
+    """Parameters of one decay class, one after the other.
+
+    Attributes:
+        decay: whether weight decay applies to them.
+        buckets: cover the buffer; every parameter lies in one.
+        values: [n] the parameters, in their own dtype.
+        gradients: [n] their gradients in fp32.
+    """
+
+    decay: bool
+    buckets: tuple[Bucket, ...]
+    values: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """A parameter's elements [start, stop), counted in the flattened parameter, at `position` of a shard."""
+
+    parameter: NamedParameter
+    start: int
+    stop: int
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What the optimizer of this rank steps as one tensor.
+
+    Attributes:
+        decay: whether weight decay applies.
+        values: [n] view of the parameters.
+        gradients: [n] view of their fp32 gradients, right after ParameterBuffers.reduce.
+        pieces: which parameters' elements these are; between them lies padding, which is and stays zero.
+    """
+
+    decay: bool
+    values: Tensor
+    gradients: Tensor
+    pieces: tuple[ShardPiece, ...]
+
+
+class ParameterBuffers:
+    """Moves a rank's parameters into flat buffers and keeps their gradients there.
+
+    One iteration is: zero_grad; begin; the backward passes; reduce; the optimizer's step on `shards`; gather.
+
+    Replicas may run different numbers of backward passes, or none: every replica joins every reduction, in one fixed
+    order. A bucket is reduced as soon as it and all before it have all their gradients, and at the latest by reduce.
+
+    Args:
+        parameters: of this rank, in the order of the forward pass; all of one dtype.
+        dp: the replicas that gradients are summed over.
+        tp: gradients of `sequence_parallel` parameters are summed over it too.
+        tied: by name of a tied parameter, the group of the ranks that hold its copies (first and last stage).
+        passes: by name of a parameter that more than one backward pass per micro-batch reaches (one that two stages on
+            this rank share), how many; 1 for all others.
+        bucket_megabytes: size of a bucket's fp32 gradients.
+        shard: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os): each replica gets the reduced gradients of its
+            slice of each bucket only, steps those, and gathers the others' parameters.
+        overlap: reduce buckets while backward runs; False: all in reduce.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        *,
+        dp: Group,
+        tp: Group,
+        tied: Mapping[str, Group] | None = None,
+        passes: Mapping[str, int] | None = None,
+        bucket_megabytes: int = 160,
+        shard: bool = False,
+        overlap: bool = True,
+    ) -> None:
+        self.parameters = tuple(parameters)
+        self.sharded = shard and dp.size > 1
+        self._dp, self._tp = dp, tp
+        self._tied = dict(tied or {})
+        self.dtype = _only_dtype(self.parameters)
+        parts = dp.size if self.sharded else 1
+        self.buffers = [
+            self._build(decay, bucket_megabytes * 2**20 // 4, parts)
+            for decay in (True, False)
+            if any(has_decay(p) is decay for p in self.parameters)
+        ]
+        self.shards = self._shards()
+        self._gradients = {
+            id(slot.parameter.param): _view(buffer.gradients, slot)
+            for buffer in self.buffers
+            for bucket in buffer.buckets
+            for slot in bucket.slots
+        }
+        self._reduction = GradientReduction(
+            [(bucket, buffer.gradients) for buffer in self.buffers for bucket in buffer.buckets],
+            order=self.parameters,
+            dp=dp,
+            scatter=self.sharded,
+            passes=passes or {},
+            overlap=overlap and dp.size > 1,
+        )
+        self._attach()
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero."""
+        for buffer in self.buffers:
+            buffer.gradients.zero_()
+
+    def begin(self, backwards: int) -> None:
+        """Announces how many micro-batches this rank will run backward for (0 is fine), so that reductions overlap.
+
+        Without it, all reductions wait for reduce.
+        """
+        self._reduction.begin(backwards)
+
+    def accumulate(self, param: nn.Parameter, gradient: Tensor) -> None:
+        """Adds a gradient that was computed without autograd's own accumulation, as one backward pass's share."""
+        self.gradient(param).add_(gradient)
+        self._reduction.arrived(param)
+
+    def reduce(self) -> None:
+        """Returns once every shard's gradients are the sums over all replicas, sequence parts and tied copies."""
+        if self.dtype == torch.float32:
+            for parameter in self.parameters:
+                # Someone who sets .grad to None (nn.Module.zero_grad does) would make training a silent no-op.
+                assert parameter.param.grad is self.gradient(parameter.param), f"{parameter.name} lost its gradient"
+        self._reduction.finish()
+        self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
+        for name, group in self._tied.items():
+            self._sum_over(group, [p for p in self.parameters if p.name == name])
+
+    def gather(self) -> None:
+        """Under ZeRO-1, gives every replica the parameters that the others have stepped; else nothing is to do."""
+        if not self.sharded:
+            return
+        works = []
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                own = bucket.slice_of(self._dp.rank, self._dp.size)
+                whole, part = buffer.values[bucket.start : bucket.stop], buffer.values[own.start : own.stop]
+                works.append(self._dp.all_gather_(whole, part, async_op=True))
+        wait_all(works)
+
+    def gradient(self, param: nn.Parameter) -> Tensor:
+        """A parameter's fp32 gradient, shaped like it: the view of the buffer that backward accumulates into."""
+        return self._gradients[id(param)]
+
+    def _build(self, decay: bool, bucket_elements: int, parts: int) -> FlatBuffer:
+        parameters = [p for p in self.parameters if has_decay(p) is decay]
+        buckets = lay_out(
+            parameters, bucket_elements=bucket_elements, parts=parts, alone=lambda p: p.name in self._tied
+        )
+        device = parameters[0].param.device
+        values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
+        gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
+        for bucket in buckets:
+            for slot in bucket.slots:
+                view = _view(values, slot)
+                view.copy_(slot.parameter.param.data)
+                slot.parameter.param.data = view
+        return FlatBuffer(decay, tuple(buckets), values, gradients)
+
+    def _shards(self) -> list[Shard]:
+        shards = []
+        for buffer in self.buffers:
+            slots = [slot for bucket in buffer.buckets for slot in bucket.slots]
+            ranges = [range(buffer.values.numel())]
+            if self.sharded:
+                ranges = [bucket.slice_of(self._dp.rank, self._dp.size) for bucket in buffer.buckets]
+            for own in ranges:
+                pieces = tuple(_overlaps(slots, own))
+                values, gradients = (flat[own.start : own.stop] for flat in (buffer.values, buffer.gradients))
+                shards.append(Shard(buffer.decay, values, gradients, pieces))
+        return shards
+
+    def _attach(self) -> None:
+        """Lets backward accumulate into the buffers, and the reduction hear of it where it must."""
+        for parameter in self.parameters:
+            param = parameter.param
+            if self.dtype == torch.float32:
+                param.grad = self.gradient(param)
+                if self._reduction.overlap:
+                    param.register_post_accumulate_grad_hook(self._reduction.arrived)
+            else:
+                param.register_post_accumulate_grad_hook(self._move_gradient)
+
+    def _move_gradient(self, param: Tensor) -> None:
+        assert isinstance(param, nn.Parameter) and param.grad is not None
+        gradient, param.grad = param.grad, None
+        self.accumulate(param, gradient)
+
+    def _sum_over(self, group: Group, parameters: Sequence[NamedParameter]) -> None:
+        """Sums over `group` what this rank's shards hold of the parameters; every rank of it holds the same ranges."""
+        if group.size == 1 or not parameters:
+            return
+        wanted = {id(parameter) for parameter in parameters}
+        parts = [
+            shard.gradients[piece.position : piece.position + piece.stop - piece.start]
+            for shard in self.shards
+            for piece in shard.pieces
+            if id(piece.parameter) in wanted
+        ]
+        if len(parts) == 1:
+            group.all_reduce_(parts[0])
+        elif parts:
+            joined = torch.cat(parts)
+            group.all_reduce_(joined)
+            for part, total in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
+                part.copy_(total)
+
+
+def has_decay(parameter: NamedParameter) -> bool:
+    """Megatron's rule: weight decay for matrices (embeddings too), none for biases and norms."""
+    return parameter.param.dim() > 1
+
+
+def _only_dtype(parameters: Sequence[NamedParameter]) -> torch.dtype:
+    dtypes = {parameter.param.dtype for parameter in parameters}
+    assert len(dtypes) == 1, f"parameters of one rank must share a dtype, not {dtypes}"
+    return dtypes.pop()
+
+
+def _view(flat: Tensor, slot: Slot) -> Tensor:
+    return flat[slot.start : slot.stop].view(slot.parameter.param.shape)
+
+
+def _overlaps(slots: Sequence[Slot], own: range) -> list[ShardPiece]:
+    pieces = []
+    for slot in slots:
+        start, stop = max(slot.start, own.start), min(slot.stop, own.stop)
+        if start < stop:
+            pieces.append(ShardPiece(slot.parameter, start - slot.start, stop - slot.start, start - own.start))
+    return pieces
