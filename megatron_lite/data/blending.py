@@ -104,7 +104,7 @@ def walk(weights: list[float], counts: list[int], start: int, steps: int) -> tup
 def walk_side_by_side(
     weights: list[float], counts: NDArray[np.int64], first: int, num_chunks: int
 ) -> NDArray[np.int64]:
-    """Counts at the ends of chunks first .. first + num_chunks - 1, [num_chunks, sources], from those before `first`."""
+    """Counts at the end of num_chunks chunks from `first` on, [num_chunks, sources], given those before `first`."""
     starts = (first + np.arange(num_chunks, dtype=np.int64)) * CHUNK
     begins = _warmed_up(weights, starts)
     begins[:, 0] = counts
@@ -131,7 +131,7 @@ def _warmed_up(weights: list[float], starts: NDArray[np.int64]) -> NDArray[np.fl
 def _advance(
     weights: list[float], counts: NDArray[np.float64], starts: NDArray[np.int64], steps: int
 ) -> NDArray[np.float64]:
-    """Apply the rule `steps` times to every column of counts [sources, starts]. Counts are whole, so doubles are exact."""
+    """Apply the rule `steps` times to every column of counts [sources, starts] (whole numbers, so doubles are exact)."""
     counts = np.ascontiguousarray(counts, dtype=np.float64)
     passed = starts.astype(np.float64)
     largest, error = np.empty_like(passed), np.empty_like(passed)

@@ -1,4 +1,4 @@
-"""The blend's order against a plain loop over the greedy rule, near and far, and its independence of how it is asked."""
+"""The blend's order against a plain loop over the greedy rule: near, far, and in whatever order it is asked for."""
 
 from __future__ import annotations
 
