@@ -1,0 +1,177 @@
+"""megatron-lite generate: continues prompts with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_lite.generation.restore import TrainedModel
+    from megatron_lite.generation.sampling import Sampling
+
+SUMMARY = "continue prompts with a model from a checkpoint"
+ROWS_AT_ONCE = 32
+"""Prompts and samples that share a batch; a longer list is worked off in parts."""
+
+
+def run(argv: list[str]) -> int:
+    """Continue the prompts that `argv` gives, or those typed one by one."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.num_samples < 1:
+        parser.error("--num-samples must be at least 1")
+
+    from megatron_lite.config.runtime import RuntimeConfig
+    from megatron_lite.generation.restore import restore_model
+    from megatron_lite.generation.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
+    )
+    tokenizer = {
+        "type": options.tokenizer_type,
+        "vocab_file": options.vocab_file,
+        "merge_file": options.merge_file,
+        "model": options.tokenizer_model,
+    }
+    model = restore_model(
+        options.load,
+        options.load_iteration,
+        RuntimeConfig(device=options.device, seed=options.seed),
+        tokenizer={name: value for name, value in tokenizer.items() if value},
+        notify=_note,
+    )
+    _note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.device}")
+    if prompts := _given(options):
+        _continue(model, prompts, options, sampling)
+    else:
+        _talk(model, options, sampling)
+    return 0
+
+
+def _talk(model: TrainedModel, options: argparse.Namespace, sampling: Sampling) -> None:
+    """Asks for prompts until there is none; one that the model cannot continue does not end the session."""
+    _note("type a prompt and press return; an empty one or Ctrl-D ends")
+    while prompt := _ask():
+        _answer(model, prompt, options, sampling)
+
+
+def _answer(model: TrainedModel, prompt: str, options: argparse.Namespace, sampling: Sampling) -> None:
+    try:
+        _continue(model, [prompt], options, sampling)
+    except ConfigError as error:
+        _note(str(error))
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-lite generate",
+        description="Continue prompts with a model from a checkpoint. Its shape and tokenizer are read from there. "
+        "Without a prompt, text piped in is one prompt, and on a terminal you are asked.",
+    )
+    source = parser.add_argument_group("model")
+    source.add_argument("--load", required=True, metavar="DIR", help="a run's --save folder, or one checkpoint in it")
+    source.add_argument("--load-iteration", type=int, default=0, metavar="N", help="which checkpoint (default: latest)")
+    source.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    kinds = get_args(get_type_hints(TokenizerConfig)["type"])
+    source.add_argument(
+        "--tokenizer-type", default="", choices=kinds, help="where the tokenizer's files have moved: its kind,"
+    )
+    source.add_argument("--vocab-file", default="", help="vocab.json,")
+    source.add_argument("--merge-file", default="", help="merges.txt,")
+    source.add_argument("--tokenizer-model", default="", help="or tokenizer.json, its folder, or the .model file")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt on each line")
+    prompts.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
+    choice = parser.add_argument_group("choice of tokens")
+    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    choice.add_argument("--temperature", type=float, default=1.0, help="0: greedy; default: %(default)s")
+    choice.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0: all (default)")
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that reach P together"
+    )
+    choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    choice.add_argument(
+        "--seed", type=int, default=1234, help="the same seed gives the same text; default: %(default)s"
+    )
+    return parser
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, or what is piped in; none: somebody is there to be asked."""
+    given = list(options.prompt or [])
+    if options.prompt_file is not None:
+        try:
+            given += options.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                "--prompt-file must be a readable UTF-8 text file",
+                found=f"{options.prompt_file}: {error}",
+                fix="Give a file with one prompt on each line",
+            ) from error
+    elif not given and not sys.stdin.isatty():
+        given.append(sys.stdin.read().removesuffix("\n"))
+    return given
+
+
+def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespace, sampling: Sampling) -> None:
+    from megatron_lite.generation.generate import check_prompts, generate
+    from megatron_lite.generation.stream import TextStream
+
+    eod = model.tokenizer.eod
+    ids = [model.tokenizer.encode(prompt) or [eod] for prompt in prompts]
+    check_prompts(ids, options.max_new_tokens, model.config.model)
+    rows = [(number, sample) for number in range(len(prompts)) for sample in range(options.num_samples)]
+    streams = [TextStream(model.tokenizer, ids[number]) for number, _ in rows]
+    texts = [""] * len(rows)
+    live = len(rows) == 1
+
+    def tell(row: int, piece: str) -> None:
+        texts[row] += piece
+        if live:
+            print(piece, end="", flush=True)
+
+    if live:
+        print(prompts[0], end="", flush=True)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+
+        def on_token(row: int, token: int, start: int = start) -> None:
+            tell(start + row, streams[start + row].push(token))
+
+        generate(
+            model.stage,
+            [ids[number] for number, _ in part],
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            # By sample, not by row: a prompt's text does not depend on the prompts beside it.
+            seeds=[options.seed + sample for _, sample in part],
+            eod=eod,
+            on_token=on_token,
+        )
+    for row, stream in enumerate(streams):
+        tell(row, stream.flush())
+    if live:
+        print()
+        return
+    for (number, sample), text in zip(rows, texts, strict=True):
+        print(f"--- prompt {number + 1}, sample {sample + 1} ---\n{prompts[number]}{text}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,52 @@
+"""A config as plain JSON values and back: what checkpoints and metrics.jsonl keep of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megatron_lite.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
+    """The inverse of dataclasses.asdict, also after JSON has turned its tuples into lists.
+
+    A field that the record lacks, written by an older version, takes its default.
+
+    Raises:
+        ConfigError: the record has a field that this version does not know, or lacks one without a default.
+    """
+    hints = get_type_hints(kind)
+    fields = {entry.name for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
+    if unknown := sorted(set(record) - fields):
+        raise ConfigError(
+            f"A stored {kind.__name__} must have only fields that this version knows",
+            found=f"unknown: {', '.join(unknown)}",
+            fix="Read it with the megatron_lite that wrote it, or a newer one",
+        )
+    try:
+        return kind(**{name: _value(hints[name], value) for name, value in record.items()})
+    except TypeError as error:
+        raise ConfigError(
+            f"A stored {kind.__name__} must be complete",
+            found=str(error),
+            fix="Read it with the megatron_lite that wrote it",
+        ) from error
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if get_origin(hint) in (Union, UnionType):
+        return _value(next(part for part in get_args(hint) if part is not type(None)), value)
+    if dataclasses.is_dataclass(hint):
+        return from_record(hint, value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        hints = parts[:1] * len(value) if len(parts) == 2 and parts[1] is Ellipsis else parts
+        return tuple(_value(part, entry) for part, entry in zip(hints, value, strict=True))
+    return value

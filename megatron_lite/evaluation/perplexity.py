@@ -1,0 +1,119 @@
+"""Mean loss and perplexity of a text, every token predicted once.
+
+Letters: n tokens of the text, s tokens of a window, b windows at once, V vocabulary, tp the group's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The cross entropy of a text, in nats."""
+
+    total: float
+    """Sum over the predicted tokens."""
+    tokens: int
+    """How many were predicted."""
+
+    @property
+    def mean(self) -> float:
+        """Loss per token."""
+        return self.total / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean), or infinity where that overflows."""
+        return math.exp(self.mean) if self.mean < 700.0 else math.inf
+
+    def bits_per_byte(self, size: int) -> float:
+        """Comparable between tokenizers, unlike the loss per token; `size` is the text's length in UTF-8 bytes."""
+        return self.total / size / math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs [start, end) of the text; of their predictions those from `fresh` on count."""
+
+    start: int
+    end: int
+    fresh: int
+
+
+def windows(length: int, size: int, stride: int) -> Iterator[Window]:
+    """Windows of `size` inputs, `stride` apart, so that each token but the first is a fresh prediction exactly once.
+
+    A stride below the size gives every later prediction at least size - stride tokens of context, at more work.
+    """
+    predicted = 0
+    for start in range(0, max(0, length - 1), stride):
+        end = min(start + size, length - 1)
+        yield Window(start, end, predicted)
+        predicted = end
+        if end == length - 1:
+            return
+
+
+@torch.inference_mode()
+def text_loss(
+    stage: GPTStage, tokens: Sequence[int], seq_length: int, *, stride: int = 0, batch_size: int = 8
+) -> TextLoss:
+    """The loss of a text that is longer than the model's context.
+
+    Args:
+        stage: the whole model on one pipeline stage; every tp rank calls this alike.
+        tokens: the text's ids.
+        seq_length: s.
+        stride: how far apart windows start; 0: s, so that they do not overlap.
+        batch_size: b.
+
+    Raises:
+        ConfigError: the text has less than two tokens, or the stride is not between 1 and s.
+    """
+    stride = stride or seq_length
+    if len(tokens) < 2 or not 1 <= stride <= seq_length:
+        raise ConfigError(
+            "A loss needs a text of at least two tokens, and windows that leave no gap",
+            found=f"{len(tokens)} tokens, stride {stride}, sequence length {seq_length}",
+            fix="Give more text, or a stride from 1 to the sequence length",
+        )
+    device, tp = stage.sharding.device, stage.sharding.tp
+    text = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+    total, count = 0.0, 0
+    was_training = stage.training
+    stage.eval()
+    try:
+        for group in _groups(list(windows(len(tokens), seq_length, stride)), batch_size):
+            inputs = torch.stack([text[window.start : window.end] for window in group])
+            labels = torch.stack([text[window.start + 1 : window.end + 1] for window in group])
+            logits = stage(None, MicroBatch(tokens=inputs, labels=labels))
+            losses = vocab_parallel_cross_entropy(logits, labels.t(), stage.config.vocab_size, tp)
+            for column, window in enumerate(group):
+                fresh = losses[window.fresh - window.start :, column]
+                total += float(fresh.double().sum())
+                count += fresh.shape[0]
+    finally:
+        stage.train(was_training)
+    return TextLoss(total, count)
+
+
+def _groups(found: list[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of one length, `batch_size` at a time; the last window of a text may be shorter than the others."""
+    group: list[Window] = []
+    for window in found:
+        if group and (len(group) == batch_size or window.end - window.start != group[0].end - group[0].start):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group

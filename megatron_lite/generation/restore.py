@@ -1,0 +1,121 @@
+"""A trained model from its checkpoint alone: the manifest says its shape, its precision and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.backend.select import select_backend
+from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.load import load_checkpoint
+from megatron_lite.checkpoint.manifest import Manifest, read_manifest
+from megatron_lite.checkpoint.names import is_model_tensor
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import PrecisionConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.record import from_record
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.model.build import build_stage
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A model that is ready to be asked."""
+
+    stage: GPTStage
+    tokenizer: Tokenizer
+    config: RunConfig
+    """The run's model, tokenizer and precision; batch and parallel are those of one device."""
+    path: Path
+    """The checkpoint's folder."""
+    iteration: int
+
+
+def restore_model(
+    load: str,
+    iteration: int,
+    runtime: RuntimeConfig,
+    *,
+    tokenizer: Mapping[str, Any] | None = None,
+    notify: Callable[[str], None] = print,
+) -> TrainedModel:
+    """Builds the model of a checkpoint on one device and fills it.
+
+    On a CPU the weights become fp32, which is faster there than half precision and loses nothing.
+
+    Args:
+        load: the folder given to --save, or one checkpoint's own.
+        iteration: which one; 0: the latest.
+        runtime: the device, and the threads on a CPU.
+        tokenizer: fields of TokenizerConfig that replace the manifest's: its files may have moved since.
+        notify: told what is surprising about the choice of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the tokenizer is not the one the model was trained with.
+        DataError: a file of the tokenizer is missing.
+    """
+    path = find_checkpoint(load, iteration, notify)
+    if path is None:
+        raise CheckpointError(
+            "--load must name a folder that holds a checkpoint",
+            found=f"{load} holds none",
+            fix="Give the folder that a run was given with --save",
+        )
+    manifest = read_manifest(path)
+    config = _config(manifest, path, runtime, tokenizer or {})
+    words = build_tokenizer(config.tokenizer)
+    _check_tokenizer(words, manifest, path)
+    backend = select_backend(config.runtime, config.parallel)
+    if backend.name == "cpu":
+        config = dataclasses.replace(config, precision=PrecisionConfig(dtype="fp32"))
+    mesh = build_mesh(backend, config.parallel)
+    stage = build_stage(config, mesh, RngStreams(config.runtime.seed, backend, mesh.tp.rank))
+    tensors = [parameter_tensor(entry, write=False) for entry in stage.named_parameters_global()]
+    load_checkpoint(path, tensors, mesh.world, include=is_model_tensor)
+    return TrainedModel(stage, words, config, path, manifest.iteration)
+
+
+def _config(manifest: Manifest, path: Path, runtime: RuntimeConfig, tokenizer: Mapping[str, Any]) -> RunConfig:
+    """What of the run's config describes the model; its batch, layout and schedules say nothing here."""
+    stored: Mapping[str, Any] = manifest.provenance.config
+    missing = [part for part in ("model", "tokenizer", "precision") if part not in stored]
+    if missing:
+        raise CheckpointError(
+            "A checkpoint's manifest must hold the run's config",
+            found=f"{path} lacks {', '.join(missing)}",
+            fix="Load a checkpoint that training wrote",
+        )
+    model = from_record(ModelConfig, stored["model"])
+    words = dataclasses.replace(from_record(TokenizerConfig, stored["tokenizer"]), **tokenizer)
+    return RunConfig(
+        model=model,
+        tokenizer=words,
+        precision=from_record(PrecisionConfig, stored["precision"]),
+        batch=BatchConfig(seq_length=stored.get("batch", {}).get("seq_length", 1), micro_batch_size=1),
+        parallel=ParallelConfig(),
+        runtime=runtime,
+    )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, path: Path) -> None:
+    wanted = manifest.provenance.fingerprints.get("tokenizer")
+    if wanted and wanted != tokenizer.fingerprint():
+        raise ConfigError(
+            "A model must be asked with the tokenizer it was trained with",
+            found=f"{path} was trained with {wanted}, this tokenizer is {tokenizer.fingerprint()}",
+            fix="Name the run's own files with --vocab-file and --merge-file, or --tokenizer-model",
+        )

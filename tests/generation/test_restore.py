@@ -1,0 +1,129 @@
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+
+from megatron_lite.backend.group import LocalGroup
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.cli import generate as command
+from megatron_lite.config.optimizer import PrecisionConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.generation.generate import generate
+from megatron_lite.generation.restore import restore_model
+from megatron_lite.generation.sampling import Sampling
+from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.tokenizer.null import NullTokenizer
+
+CPU = RuntimeConfig(device="cpu", seed=99)
+
+
+@pytest.fixture(scope="module")
+def save(make_config):
+    def save(root, stage, iteration=7, fingerprint=None, **config):
+        tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
+        stored = dataclasses.asdict(dataclasses.replace(make_config(), **config))
+        prints = {"tokenizer": fingerprint or NullTokenizer(50).fingerprint()}
+        save_checkpoint(root, iteration, tensors, {}, Provenance(stored, prints), LocalGroup("world"))
+        return root
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, save, stage):
+    return save(tmp_path_factory.mktemp("saved"), stage)
+
+
+def greedy(stage):
+    sampling = Sampling(temperature=0.0)
+    return generate(stage, [[1, 2, 3]], max_new_tokens=8, sampling=sampling, seeds=[0], eod=None)[0]
+
+
+def test_the_checkpoint_alone_gives_the_model_back(saved, stage):
+    model = restore_model(str(saved), 0, CPU)
+    assert model.iteration == 7 and model.path.name == "iter_0000007"
+    assert model.config.model == stage.config
+    for name, parameter in stage.named_parameters():
+        assert torch.equal(parameter, model.stage.get_parameter(name)), name
+    assert greedy(model.stage) == greedy(stage)
+
+
+def test_half_precision_becomes_fp32_on_a_cpu(tmp_path, save, stage):
+    model = restore_model(str(save(tmp_path, stage, precision=PrecisionConfig(dtype="bf16"))), 7, CPU)
+    assert {parameter.dtype for parameter in model.stage.parameters()} == {torch.float32}
+
+
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="--load must name a folder that holds a checkpoint"):
+        restore_model(str(tmp_path), 0, CPU)
+
+
+def test_another_tokenizer_is_refused(tmp_path, save, stage):
+    with pytest.raises(ConfigError, match="tokenizer it was trained with"):
+        restore_model(str(save(tmp_path, stage, fingerprint="sha256:other")), 0, CPU)
+
+
+def test_moved_tokenizer_files_can_be_named(saved):
+    with pytest.raises(DataError, match="nowhere"):
+        restore_model(str(saved), 0, CPU, tokenizer={"type": "HuggingFaceTokenizer", "model": "/nowhere"})
+
+
+def test_a_manifest_without_a_config_says_so(tmp_path, stage):
+    tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
+    save_checkpoint(tmp_path, 1, tensors, {}, Provenance(), LocalGroup("world"))
+    with pytest.raises(CheckpointError, match="lacks model, tokenizer, precision"):
+        restore_model(str(tmp_path), 0, CPU)
+
+
+def run(saved, capsys, *words):
+    assert command.run(["--load", str(saved), "--device", "cpu", "--max-new-tokens", "6", *words]) == 0
+    return capsys.readouterr()
+
+
+def test_the_command_continues_a_prompt(saved, stage, capsys):
+    out, err = run(saved, capsys, "--prompt", "1 2 3", "--greedy")
+    wanted = " ".join(str(token) for token in [1, 2, 3, *greedy(stage)[:6]])
+    assert out.split() == wanted.split()
+    assert "iteration 7" in err
+
+
+def test_the_command_samples_prompts_alike_alone_and_together(saved, capsys, tmp_path):
+    (tmp_path / "prompts").write_text("4 5 6 7\n1 2\n")
+    out, _ = run(saved, capsys, "--prompt-file", str(tmp_path / "prompts"), "--num-samples", "2", "--seed", "5")
+    parts = [part.partition("---\n")[2].strip() for part in out.split("--- prompt ")[1:]]
+    assert len(parts) == 4 and parts[0] != parts[1]
+    alone, _ = run(saved, capsys, "--prompt", "1 2", "--seed", "6")
+    assert alone.strip() == parts[3]
+
+
+def test_the_command_reads_a_pipe_and_a_terminal(saved, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 2 3\n"))
+    piped, _ = run(saved, capsys, "--greedy")
+
+    class Keyboard(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Keyboard("1 2 3\n" + "1 " * 40 + "\n1 2 3\n"))
+    typed, err = run(saved, capsys, "--greedy")
+    assert typed.count(piped.strip()) == 2
+    assert "learned positions" in err  # the second prompt was too long, and the third still answered
+
+
+def test_the_commands_mistakes_are_named(saved, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--temperature"):
+        command.run(["--load", str(saved), "--prompt", "1", "--temperature", "-1"])
+    with pytest.raises(DataError, match="--prompt-file"):
+        command.run(["--load", str(saved), "--device", "cpu", "--prompt-file", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        command.run(["--load", str(saved), "--num-samples", "0"])
+    assert "--num-samples" in capsys.readouterr().err
+
+
+def test_the_manifest_is_json_of_the_config(saved, make_config):
+    manifest = json.loads((saved / "iter_0000007" / "manifest.json").read_bytes())
+    assert manifest["provenance"]["config"]["model"]["hidden_size"] == make_config().model.hidden_size
