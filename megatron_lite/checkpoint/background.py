@@ -1,0 +1,193 @@
+"""Saving while training goes on: copy to host buffers that are kept, then write from a thread.
+
+Only the foreground uses collectives. The threads meet through the folder itself: each rank leaves a note of its share
+there, and rank 0's thread finishes the save when all are in. So a save never mixes with training's communication.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.durable import replace_file
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.pieces import Share
+from megatron_lite.checkpoint.save import SaveReport, SaveRequest, finish, open_partial, share_path, write_share
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.tensors import GlobalTensor, Piece
+
+_POLL_SECONDS = 0.02
+
+
+class BackgroundSaver:
+    """Saves one checkpoint at a time in the background.
+
+    A context manager: leaving it waits for the save under way. If an error is what leaves it, the save is abandoned,
+    without collectives, and what it wrote is removed by the next run's first save.
+
+    Args:
+        world: all ranks.
+        patience: seconds that rank 0 waits for the other ranks' shares once its own is written.
+    """
+
+    def __init__(self, world: Group, *, patience: float = 1800.0) -> None:
+        self._world = world
+        self._patience = patience
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._report: SaveReport | None = None
+        self._abandoned = threading.Event()
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.wait()
+            return
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's part of the save under way has failed; wait() then raises it, on every rank."""
+        return self._error is not None
+
+    def save(
+        self,
+        root: Path,
+        iteration: int,
+        tensors: Sequence[GlobalTensor],
+        scalars: Mapping[str, Any],
+        provenance: Provenance,
+        *,
+        keep_last: int = 0,
+    ) -> float:
+        """Copies the state and starts writing it; a collective call. Arguments as of save.save_checkpoint.
+
+        Waits for the save before, if that is still under way. The tensors may be changed as soon as it returns.
+
+        Returns:
+            Seconds that training stood still.
+
+        Raises:
+            CheckpointError: the save before failed, or this one cannot begin.
+        """
+        begun = time.monotonic()
+        self.wait()
+        # A copy: the trainer goes on counting while this is written.
+        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, keep_last)
+        partial, stale = open_partial(request, tensors, self._world)
+        staged = [self._stage(tensor) for tensor in tensors]
+        blocked = time.monotonic() - begun
+        self._thread = threading.Thread(
+            target=self._run, args=(partial, request, staged, begun, blocked, stale), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return blocked
+
+    def wait(self) -> SaveReport | None:
+        """Waits for the save under way; a collective call.
+
+        Returns:
+            On rank 0 the report of the save, if there was one since the last call; None on other ranks.
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return None
+        thread.join()
+        error, self._error = self._error, None
+        report, self._report = self._report, None
+
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        together(self._world, outcome)
+        return report
+
+    def _stage(self, tensor: GlobalTensor) -> GlobalTensor:
+        if not tensor.write:
+            return replace(tensor, pieces=[])
+        pieces = [
+            Piece(piece.offset, self._copy((tensor.name, number), piece.tensor))
+            for number, piece in enumerate(tensor.pieces)
+        ]
+        return replace(tensor, pieces=pieces)
+
+    def _copy(self, key: tuple[str, int], tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor.detach())
+
+    def _run(
+        self,
+        partial: Path,
+        request: SaveRequest,
+        staged: Sequence[GlobalTensor],
+        begun: float,
+        blocked: float,
+        stale: Sequence[str],
+    ) -> None:
+        try:
+            write_share(partial, request, staged, self._world)
+            if self._world.rank == 0:
+                self._await_shares(partial)
+                report = finish(partial, request, self._world, begun, stale)
+                self._report = replace(report, blocking_seconds=blocked)
+        except Exception as error:
+            self._error = error
+            self._clean_up(partial, error)
+
+    def _clean_up(self, partial: Path, error: Exception) -> None:
+        try:
+            if self._world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                replace_file(share_path(partial, self._world.rank), Share(error=str(error)).encode())
+        except OSError:
+            # Not even the note could be written: rank 0 then runs out of patience, and says which rank is missing.
+            return
+
+    def _await_shares(self, partial: Path) -> None:
+        deadline = time.monotonic() + self._patience
+        missing = set(range(self._world.size))
+        while missing:
+            for rank in sorted(missing):
+                path = share_path(partial, rank)
+                if path.exists():
+                    share = Share.decode(path.read_bytes())
+                    if share.error:
+                        raise CheckpointError(
+                            "Every rank must write its share of a checkpoint",
+                            found=f"rank {rank} could not: {share.error}",
+                            fix="Earlier checkpoints are untouched",
+                        )
+                    missing.discard(rank)
+            if missing and (self._abandoned.is_set() or time.monotonic() > deadline):
+                raise CheckpointError(
+                    "Every rank must write its share of a checkpoint",
+                    found=f"ranks {sorted(missing)} left no note in {partial} for {self._patience:.0f} s",
+                    fix="See whether all hosts see the same --save folder and whether those ranks still run",
+                )
+            if missing:
+                time.sleep(_POLL_SECONDS)

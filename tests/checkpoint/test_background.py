@@ -1,0 +1,157 @@
+"""Saving in the background: what is saved is what was there at the call, and a failure is not lost."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint import background as background_module
+from megatron_lite.checkpoint.background import BackgroundSaver
+from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.load import load_checkpoint
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.tensors import GlobalTensor, Piece
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """Lets the background write only once this event is set."""
+    go = threading.Event()
+    original = background_module.write_share
+
+    def write(*arguments):
+        assert go.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(background_module, "write_share", write)
+    return go
+
+
+def test_what_is_saved_is_what_was_there_at_the_call(kit, tmp_path, held_back):
+    tensors, scalars = kit.tensors(), {"progress": {"iteration": 1}}
+    with BackgroundSaver(kit.world) as saver:
+        saver.save(tmp_path, 1, kit.whole(tensors), scalars, Provenance(), keep_last=3)
+        for tensor in tensors.values():
+            tensor.add_(1000)
+        scalars["progress"]["iteration"] = 2
+        assert find_checkpoint(str(tmp_path)) is None
+        held_back.set()
+        report = saver.wait()
+        assert saver.wait() is None
+    assert report.path == find_checkpoint(str(tmp_path))
+    assert 0 < report.blocking_seconds < report.seconds
+    loaded = kit.zeros_like(tensors)
+    assert load_checkpoint(report.path, kit.whole(loaded), kit.world) == {"progress": {"iteration": 1}}
+    assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors().items())
+
+
+def test_the_next_save_waits_for_the_last(kit, tmp_path, held_back):
+    with BackgroundSaver(kit.world) as saver:
+        saver.save(tmp_path, 1, kit.whole(kit.tensors(1)), {}, Provenance())
+        threading.Timer(0.2, held_back.set).start()
+        blocked = saver.save(tmp_path, 2, kit.whole(kit.tensors(2)), {}, Provenance())
+        assert blocked > 0.1
+    for iteration in (1, 2):
+        loaded = kit.zeros_like(kit.tensors())
+        load_checkpoint(find_checkpoint(str(tmp_path), iteration), kit.whole(loaded), kit.world)
+        assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors(iteration).items())
+
+
+def test_a_failure_comes_out_of_the_next_save_once(kit, tmp_path, monkeypatch):
+    def full(*_):
+        raise CheckpointError("A checkpoint must be written whole", found="No space left on device", fix="Make room")
+
+    saver = BackgroundSaver(kit.world)
+    saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
+    saver.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(background_module, "write_share", full)
+        saver.save(tmp_path, 2, kit.whole(kit.tensors()), {}, Provenance())
+        saver._thread.join()
+    assert saver.failed
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        saver.save(tmp_path, 3, kit.whole(kit.tensors()), {}, Provenance())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert not saver.failed
+    saver.save(tmp_path, 4, kit.whole(kit.tensors()), {}, Provenance())
+    assert saver.wait().path.name == "iter_0000004"
+
+
+def test_an_error_in_training_abandons_the_save_without_hanging(kit, tmp_path):
+    with pytest.raises(RuntimeError, match="training"), BackgroundSaver(kit.world) as saver:
+        saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
+        raise RuntimeError("training failed")
+
+
+def halves(world, value):
+    tensor = torch.full((3,), value + world.rank)
+    return [GlobalTensor("w", (6,), tensor.dtype, [Piece((3 * world.rank,), tensor)])]
+
+
+def test_ranks_save_together(tmp_path, on_ranks):
+    def run(world):
+        with BackgroundSaver(world) as saver:
+            for iteration in (1, 2, 3):
+                tensors = halves(world, 10.0 * iteration)
+                saver.save(tmp_path, iteration, tensors, {}, Provenance(), keep_last=2)
+                tensors[0].pieces[0].tensor.fill_(-1)
+            report = saver.wait()
+            assert (report is None) == (world.rank > 0)
+        loaded = halves(world, 0.0)
+        load_checkpoint(find_checkpoint(str(tmp_path)), loaded, world)
+        assert loaded[0].pieces[0].tensor.tolist() == [30.0 + world.rank] * 3
+
+    on_ranks(2, run)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
+    verify_checkpoint(tmp_path / "iter_0000003")
+
+
+def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, on_ranks, monkeypatch):
+    def full(*_):
+        raise CheckpointError("A checkpoint must be written whole", found="No space left on device", fix="Make room")
+
+    def run(world):
+        saver = BackgroundSaver(world)
+        if world.rank == 1:
+            monkeypatch.setattr(background_module, "write_share", full)
+        saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
+        with pytest.raises(CheckpointError, match=r"rank 1.*No space left on device"):
+            saver.wait()
+
+    on_ranks(2, run)
+    assert not list(tmp_path.glob("iter_*"))
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path, on_ranks, monkeypatch):
+    def run(world):
+        saver = BackgroundSaver(world, patience=0.2)
+        if world.rank == 1:
+            monkeypatch.setattr(background_module, "write_share", lambda *_: time.sleep(0.6))
+        saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
+        with pytest.raises(CheckpointError, match=r"ranks \[1\] left no note in .* for 0 s"):
+            saver.wait()
+
+    on_ranks(2, run)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_stays_flat_over_many_saves(kit, tmp_path):
+    tensors = kit.whole({f"w{number}": torch.randn(256, 1024) for number in range(20)})
+    with BackgroundSaver(kit.world) as saver:
+        for iteration in range(1, 41):
+            saver.save(tmp_path, iteration, tensors, {}, Provenance(), keep_last=1)
+            saver.wait()
+            if iteration == 10:
+                after_ten = resident()
+    assert resident() < 1.02 * after_ten
