@@ -19,14 +19,17 @@ def text_grid(timeline: Timeline) -> str:
     labels = [[_label(span, timeline) for span in spans] for spans in timeline.ranks]
     width = max((len(label) for row in labels for label in row), default=1)
     unit = min((span.end - span.start for spans in timeline.ranks for span in spans), default=1.0)
-    lines = []
-    for rank, spans in enumerate(timeline.ranks):
-        cells = ["." * width] * round(timeline.makespan / unit)
-        for span, label in zip(spans, labels[rank], strict=True):
-            first, last = round(span.start / unit), round(span.end / unit)
-            cells[first:last] = [label.ljust(width), *["=" * width] * (last - first - 1)][: last - first]
-        lines.append(f"rank {rank:>{len(str(len(timeline.ranks) - 1))}} | {' '.join(cells)} |")
-    return "\n".join(lines)
+    rows: list[list[str]] = []
+    for spans, row in zip(timeline.ranks, labels, strict=True):
+        cells: list[str] = []
+        for span, label in zip(spans, row, strict=True):
+            # Times that are no multiples of the unit are rounded, but every action keeps a column.
+            cells += ["." * width] * (round(span.start / unit) - len(cells))
+            cells += [label.ljust(width)] + ["=" * width] * (round(span.end / unit) - len(cells) - 1)
+        rows.append(cells)
+    columns, digits = max(map(len, rows)), len(str(len(rows) - 1))
+    padded = [cells + ["." * width] * (columns - len(cells)) for cells in rows]
+    return "\n".join(f"rank {rank:>{digits}} | {' '.join(cells)} |" for rank, cells in enumerate(padded))
 
 
 def save_picture(timeline: Timeline, path: Path, title: str) -> None:
@@ -63,6 +66,7 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         loc="outside lower center",
     )
     axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+    axes.set_xlim(0, timeline.makespan or 1)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=9)
     try:

@@ -137,4 +137,4 @@ def test_a_constant_batch_gives_the_same_bits_in_iterations_and_in_samples(
     )
     rate = learning_rate(in_iterations, after(in_iterations, iteration))
     assert rate == learning_rate(in_samples, after(in_samples, iteration))
-    assert 0 <= rate <= 3e-4
+    assert 0 <= rate <= 3e-4 * (1 + 1e-12)  # as in Megatron, the end of a warm-up may be off by its last bit
