@@ -1,7 +1,7 @@
 """Our training step against the same GPT-2 in plain PyTorch eager: same shapes, same data, one process.
 
     python benchmarks/step_vs_plain.py
-    python benchmarks/step_vs_plain.py --device cuda --dtype bf16 --layers 12 --hidden 768 --heads 12 --seq 1024 --batch 8
+    python benchmarks/step_vs_plain.py --device cuda --dtype bf16 --layers 12 --hidden 768 --heads 12 --seq 1024
 
 Steps alternate (ours, plain, ours, …), so that a machine whose clock wanders is fair to both; medians are compared.
 The plain side is what one would write by hand: nn.Linear, scaled_dot_product_attention, F.cross_entropy, fused AdamW.
@@ -46,7 +46,7 @@ class PlainBlock(nn.Module):
         self.gelu = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, s, h] -> [b, s, h]."""
+        """`x` [b, s, h] -> [b, s, h]."""
         b, s, h = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).split(h, dim=2)
         q, k, v = (t.view(b, s, self.heads, h // self.heads).transpose(1, 2) for t in (q, k, v))

@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(config, sharding), _head_norm(config, sharding))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """X [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
         q, k, v = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -84,7 +84,7 @@ class SelfAttention(nn.Module):
         return self.proj(self._attend(q, k, v, context.mask))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """X [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; where q = 1 they are views of one tensor."""
+        """`x` [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; where q = 1 they are views of one tensor."""
         heads = self.queries_per_group
         qkv = self.qkv(x)
         length, batch = qkv.shape[:2]  # x may be a part of the sequence
@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
+        """The sum softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         dropout = self.dropout if self.training else 0.0
         if dropout > 0:
             self.rng.enter("attention", self.layer, self.split)

@@ -42,7 +42,7 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, sharding)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """X [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
         normed = self.input_norm(x)
         x = self._add(normed if self.residual_after_norm else x, self.self_attention(normed, context), "proj")
         normed = self.pre_mlp_norm(x)

@@ -57,7 +57,7 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(width, hidden, sharding, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
         y = self.fc1(x)
         if self.gated:
             gate, up = torch.chunk(y, 2, dim=-1)

@@ -47,7 +47,7 @@ class Norm(nn.Module):
         self.bias = sharding.empty(size) if kind == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., n] -> [..., n] in the parameters' type (x may be fp32: a residual stream kept in fp32)."""
+        """`x` [..., n] -> [..., n] in the parameters' type (x may be fp32: a residual stream kept in fp32)."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         shape = self.weight.shape

@@ -80,7 +80,7 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """X [s, b, n, d] -> the same with its first r channels rotated (in fp32)."""
+        """`x` [s, b, n, d] -> the same with its first r channels rotated (in fp32)."""
         cos, sin = tables
         turned, rest = x[..., : self.rotated].float(), x[..., self.rotated :]
         if self.interleaved:

@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = sharding.empty(out_features // group.size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [s, b, in] (sequence parallel: [s/tp, b, in]) -> [s, b, out/tp]."""
+        """`x` [s, b, in] (sequence parallel: [s/tp, b, in]) -> [s, b, out/tp]."""
         return column_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
@@ -79,7 +79,7 @@ class RowParallelLinear(nn.Module):
         self.bias = sharding.empty(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [s, b, in/tp] -> [s, b, out] (sequence parallel: [s/tp, b, out])."""
+        """`x` [s, b, in/tp] -> [s, b, out] (sequence parallel: [s/tp, b, out])."""
         return row_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
 
     def named(self, name: str) -> Iterator[NamedParameter]:

@@ -19,7 +19,7 @@ from megatron_lite.backend.group import Group, Work
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
 ) -> Tensor:
-    """Y = x Wᵀ + b where each rank holds some rows of W (output channels).
+    """The product x Wᵀ + b where each rank holds some rows of W (output channels).
 
     Args:
         x: [s, b, i], the same on every rank; under sequence parallelism this rank's [s/tp, b, i].
@@ -39,7 +39,7 @@ def column_parallel_linear(
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
 ) -> Tensor:
-    """Y = x Wᵀ + b where each rank holds some columns of W (input channels), and so one term of the sum.
+    """The product x Wᵀ + b where each rank holds some columns of W (input channels), and so one term of the sum.
 
     Args:
         x: [s, b, i/tp].

@@ -1,0 +1,13 @@
+"""Fixtures of all tests."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def on_ranks(tmp_path_factory):
+    """Calls a function on gloo ranks, on_ranks(world_size, function, *args): one result a rank. See ranks.py."""
+    from ranks import RankPools
+
+    pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
+    yield pools
+    pools.close()

@@ -1,0 +1,132 @@
+"""Several gloo ranks for a test, as processes that are forked once and serve many test functions.
+
+A test hands over an ordinary module-level function: it is called as function(backend, *args) on every rank, and what it
+returns comes back, one value a rank. What must cross over is pickled: tensors by value, functions by name.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from multiprocessing import connection
+
+import torch
+
+from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.select import select_backend
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+
+# Fork starts 8 ranks in a second, spawn in ten: torch is imported already.
+_FORK = multiprocessing.get_context("fork")
+
+
+class RankError(AssertionError):
+    """A rank raised: the message is its traceback."""
+
+
+class Ranks:
+    """A world of gloo ranks on this machine.
+
+    Args:
+        world_size: how many.
+        store: a file that does not exist yet, by which they meet.
+    """
+
+    def __init__(self, world_size, store):
+        self.world_size = world_size
+        self.processes, self.pipes = [], []
+        for rank in range(world_size):
+            here, there = _FORK.Pipe()
+            inherited = [*self.pipes, here]
+            process = _FORK.Process(target=_serve, args=(rank, world_size, store, there, inherited), daemon=True)
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.pipes.append(here)
+
+    @property
+    def alive(self):
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def run(self, function, *args, timeout=120.0):
+        """Calls function(backend, *args) on every rank; returns their results in the order of ranks."""
+        job = pickle.dumps((function, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(job)
+        results, deadline = {}, time.monotonic() + timeout
+        failure = None
+        while len(results) < self.world_size:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise failure or RankError(f"ranks {sorted(set(range(self.world_size)) - set(results))} hang")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    ok, results[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self.processes[rank].join(5)
+                    ok, results[rank] = False, f"died with exit code {self.processes[rank].exitcode}"
+                if not ok and failure is None:
+                    failure = RankError(f"rank {rank} of {self.world_size}: {results[rank]}")
+                    # The others may wait for it in a collective: they get a moment, not the whole time.
+                    deadline = min(deadline, time.monotonic() + 2.0)
+        if failure is not None:
+            self.close()
+            raise failure
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self):
+        """Ends the processes; they hold nothing that needs a goodbye."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+class RankPools:
+    """One world of ranks for each size, started when first asked for and anew after a failure."""
+
+    def __init__(self, make_folder):
+        self._make_folder = make_folder
+        self._worlds = {}
+
+    def __call__(self, world_size, function, *args, timeout=120.0):
+        """Runs function(backend, *args) on `world_size` ranks; returns their results in order."""
+        world = self._worlds.get(world_size)
+        if world is None or not world.alive:
+            world = self._worlds[world_size] = Ranks(world_size, self._make_folder() / "store")
+        return world.run(function, *args, timeout=timeout)
+
+    def close(self):
+        for world in self._worlds.values():
+            world.close()
+
+
+def _serve(rank, world_size, store, pipe, inherited):
+    """A rank's life: joins the others, then runs what it is sent until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for other in inherited:
+        other.close()
+    torch.set_num_threads(1)
+    launch = Launch(
+        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, init_method=f"file://{store}"
+    )
+    runtime = RuntimeConfig(device="cpu", num_threads=1)
+    parallel = ParallelConfig(world_size=world_size, distributed_timeout_minutes=1, rendezvous_timeout_minutes=1)
+    backend = None
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = pickle.loads(pipe.recv_bytes())
+            try:
+                backend = backend or select_backend(runtime, parallel, launch)
+                answer = (True, function(backend, *args))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            pipe.send_bytes(pickle.dumps(answer))
+    os._exit(0)
