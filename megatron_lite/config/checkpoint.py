@@ -32,6 +32,8 @@ class CheckpointConfig:
     load_rng: bool = True
     finetune: bool = False
     """Load the weights only and start at iteration 0."""
+    reset_progress: bool = False
+    """--reset-iteration: load weights and optimizer state, but start at iteration 0 with nothing consumed."""
     exit_on_missing: bool = False
     """--exit-on-missing-checkpoint: an empty --load folder is an error instead of a fresh start."""
     override_schedule: bool = False

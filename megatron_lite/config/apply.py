@@ -1,0 +1,94 @@
+"""From flags and their words to field values: types, constants, repeats, contradictions, and what has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_lite.config.flags.flag import Flag
+from megatron_lite.config.given import Given
+from megatron_lite.config.values import FALSE_WORDS, read_as, read_bool
+from megatron_lite.config.words import Occurrence, refusal
+from megatron_lite.errors import ConfigError
+
+COUNTS = {"one": (1, 1), "three": (3, 3), "some": (1, None), "any": (0, None)}
+"""Fewest and most words that may follow."""
+
+
+def apply(occurrences: Sequence[Occurrence], given: Given) -> None:
+    """Give each flag's value to its field; the last of repeats wins, different flags must not contradict each other."""
+    refused: dict[str, list[str]] = {}
+    givers: dict[str, Occurrence] = {}
+    for occurrence in occurrences:
+        flag = occurrence.flag
+        if flag.status == "supported":
+            _apply_one(occurrence, givers, given)
+        elif flag.status == "no effect" or _is_harmless(occurrence):
+            because = flag.help if flag.status == "no effect" else "it asks for what is done anyway"
+            given.notes.append(f"{occurrence.text} has no effect: {because}")
+        else:
+            refused.setdefault(flag.help, []).append(occurrence.text)
+    given.errors += [refusal(because, ", ".join(texts)) for because, texts in refused.items()]
+
+
+def _is_harmless(occurrence: Occurrence) -> bool:
+    words = occurrence.words
+    return bool(words) and all(
+        word.lower() in FALSE_WORDS - {"0"} or word.lower() in occurrence.flag.harmless for word in words
+    )
+
+
+def _apply_one(occurrence: Occurrence, givers: dict[str, Occurrence], given: Given) -> None:
+    flag = occurrence.flag
+    try:
+        assignments = _assignments(flag, occurrence.words)
+    except ValueError as error:
+        given.unreadable = True
+        given.errors.append(_unreadable(occurrence, str(error)))
+        return
+    if flag.means and assignments:
+        given.notes.append(f"{occurrence.spelled} is read as {flag.means}")
+    for field, value in assignments:
+        earlier = givers.get(field)
+        if earlier is not None and given.values[field] != value:
+            if earlier.flag is not flag:
+                given.refuse(
+                    "Two flags must not contradict each other",
+                    found=f"{earlier.text} and {occurrence.text}",
+                    fix="Leave one of them out",
+                )
+            else:
+                given.notes.append(f"{earlier.text} is overridden by a later {occurrence.text}")
+        givers[field] = occurrence
+        given.give(field, value, occurrence.text)
+
+
+def _assignments(flag: Flag, words: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The (field, value) pairs that a flag stands for.
+
+    Raises:
+        ValueError: with what the flag expects.
+    """
+    if not flag.takes_value:
+        if len(words) > 1:
+            raise ValueError("no value")
+        try:
+            on = read_bool(words[0]) if words else True
+        except ValueError:
+            raise ValueError("no value") from None
+        if on:
+            return [(flag.field, flag.sets), *flag.also]
+        return [(flag.field, not flag.sets)] if isinstance(flag.sets, bool) else []
+    fewest, most = COUNTS[flag.words]
+    if len(words) < fewest or (most is not None and len(words) > most):
+        raise ValueError({"one": "one value", "three": "three values"}.get(flag.words, "at least one value"))
+    value = flag.read(words) if flag.read else read_as(flag.type, words[0], flag.spellings)
+    return [(flag.field, value), *flag.also]
+
+
+def _unreadable(occurrence: Occurrence, expected: str) -> ConfigError:
+    name = occurrence.flag.name
+    found = occurrence.text if occurrence.words else f"{occurrence.spelled} with nothing after it"
+    if expected == "no value":
+        return ConfigError(f"{name} takes no value", found=found, fix="Leave the value out")
+    return ConfigError(f"{name} takes {expected}", found=found, fix=f"Correct the value of {name}")

@@ -1,0 +1,142 @@
+"""Rules of the batch and its schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.checks.bounds import at_least
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+
+
+def sizes_are_positive(config: RunConfig) -> Iterator[ConfigError]:
+    """Yield sizes without which nothing else can be judged."""
+    batch = config.batch
+    yield from at_least(1, seq_length=batch.seq_length, micro_batch_size=batch.micro_batch_size)
+    yield from at_least(0, global_batch_size=batch.global_batch_size)
+
+
+def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
+    """A batch is whole micro-batches; replicas may take uneven numbers of them."""
+    batch = config.batch
+    if batch.global_batch_size % batch.micro_batch_size:
+        yield ConfigError(
+            "The micro-batch must divide the global batch",
+            found=f"--global-batch-size {batch.global_batch_size}, --micro-batch-size {batch.micro_batch_size}",
+            fix="Change one of them",
+        )
+
+
+def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
+    """A ramp-up rises in whole steps, each a whole number of micro-batches, to the global batch."""
+    batch, ramp = config.batch, config.batch.rampup
+    if ramp is None:
+        return
+    found = f"--rampup-batch-size {ramp.start} {ramp.increment} {ramp.samples}"
+    fix = "Change --rampup-batch-size or --global-batch-size"
+    if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 0:
+        yield ConfigError("A ramp-up has a positive start and increment, and no negative length", found=found, fix=fix)
+        return
+    rise = batch.global_batch_size - ramp.start
+    if rise < 0 or rise % ramp.increment:
+        yield ConfigError(
+            "A ramp-up must reach the global batch in whole increments",
+            found=f"{found}, --global-batch-size {batch.global_batch_size}",
+            fix=fix,
+        )
+    if ramp.start % batch.micro_batch_size or ramp.increment % batch.micro_batch_size:
+        yield ConfigError(
+            "The micro-batch must divide every batch of the ramp-up",
+            found=f"{found}, --micro-batch-size {batch.micro_batch_size}",
+            fix="Change --rampup-batch-size or --micro-batch-size",
+        )
+
+
+def step_schedule_is_whole(config: RunConfig) -> Iterator[ConfigError]:
+    """--step-batch-size-schedule: each batch whole micro-batches, the last the global batch."""
+    batch = config.batch
+    if not batch.step_schedule:
+        return
+    sizes = [size for _, size in batch.step_schedule]
+    bad = [size for size in sizes if size < 1 or size % batch.micro_batch_size]
+    if bad:
+        yield ConfigError(
+            "The micro-batch must divide every batch of the schedule",
+            found=f"batches {', '.join(map(str, bad))}, --micro-batch-size {batch.micro_batch_size}",
+            fix="Change --step-batch-size-schedule or --micro-batch-size",
+        )
+    if sizes[-1] != batch.global_batch_size:
+        yield ConfigError(
+            "The global batch is the last of --step-batch-size-schedule",
+            found=f"--global-batch-size {batch.global_batch_size}, the schedule ends at {sizes[-1]}",
+            fix="Leave --global-batch-size out",
+        )
+
+
+def one_batch_schedule(config: RunConfig) -> Iterator[ConfigError]:
+    """A batch rises by one schedule, and a schedule in steps says exactly what it means."""
+    batch = config.batch
+    others = [
+        name
+        for name, set_ in (
+            ("--rampup-batch-size", batch.rampup is not None),
+            ("--decrease-batch-size-if-needed", batch.decrease_if_needed),
+        )
+        if set_
+    ]
+    if batch.step_schedule and others:
+        yield ConfigError(
+            "--step-batch-size-schedule stands alone",
+            found=f"--step-batch-size-schedule and {', '.join(others)}",
+            fix="Leave one of them out",
+        )
+
+
+def decreased_batch_is_not_empty(config: RunConfig) -> Iterator[ConfigError]:
+    """--decrease-batch-size-if-needed leaves at least one micro-batch a replica."""
+    batch, replicas = config.batch, config.parallel.dp
+    one_each = batch.micro_batch_size * replicas
+    if batch.decrease_if_needed and batch.global_batch_size < one_each:
+        yield ConfigError(
+            "A batch that may only decrease must have a micro-batch for every replica",
+            found=f"--global-batch-size {batch.global_batch_size}, {replicas} replicas of --micro-batch-size "
+            f"{batch.micro_batch_size}",
+            fix="Leave --decrease-batch-size-if-needed out: replicas may be idle",
+        )
+
+
+def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
+    """A curriculum goes from a shorter sequence to --seq-length in steps of tokens."""
+    ramp, longest, tp = config.batch.sequence_ramp, config.batch.seq_length, config.parallel.tp
+    if ramp is None:
+        return
+    lengths = [length for _, length in ramp.stages] or [ramp.start, ramp.step]
+    if min(lengths) < 1 or max(lengths) > longest or (not ramp.stages and ramp.iterations < 1):
+        yield ConfigError(
+            "A curriculum's sequence lengths lie between 1 and --seq-length",
+            found=f"{', '.join(map(str, lengths))} over {ramp.iterations} iterations, --seq-length {longest}",
+            fix="Change --seq-length-warmup or the DeepSpeed JSON's curriculum_learning",
+        )
+    elif config.parallel.sequence_parallel and any(length % tp for length in lengths):
+        yield ConfigError(
+            "The tensor-parallel size must divide every sequence length under --sequence-parallel",
+            found=f"lengths {', '.join(map(str, lengths))}, --tensor-model-parallel-size {tp}",
+            fix="Change the curriculum's lengths and step",
+        )
+    firsts = [first for first, _ in ramp.stages]
+    if len(set(firsts)) != len(firsts) or firsts != sorted(firsts):
+        yield ConfigError(
+            "A curriculum's stages begin one after the other",
+            found=f"first iterations {', '.join(map(str, firsts))}",
+            fix="Change --seq-length-warmup",
+        )
+
+
+RULES = (
+    microbatch_divides_batch,
+    rampup_reaches_the_batch,
+    step_schedule_is_whole,
+    one_batch_schedule,
+    decreased_batch_is_not_empty,
+    sequence_ramp_rises,
+)

@@ -1,0 +1,30 @@
+"""What a command line may say that is not itself a field of RunConfig; config/resolve.py turns it into fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options whose meaning depends on other options, on a file, or on who calls."""
+
+    zero_stage: int | None = None
+    """--zero-stage: 1 is the distributed optimizer, 0 is not, 2 and 3 are refused."""
+    deepspeed: bool = False
+    deepspeed_config: str = ""
+    step_batch_size_schedule: str = ""
+    """As written: its thresholds are tokens, which need the sequence length."""
+    save_interval: int = 0
+    save_schedule: str = ""
+    group_query_attention: bool = False
+    erf_gelu: bool = False
+    """--no-bias-gelu-fusion: Megatron's fused GELU is the tanh approximation, the unfused one is exact."""
+    no_position_embedding: bool = False
+    virtual_stages: int = 0
+    """--num-virtual-stages-per-pipeline-rank."""
+    per_token_loss: bool = False
+    data_args_path: str = ""
+    train_groups_path: str = ""
+    valid_groups_path: str = ""
+    test_groups_path: str = ""

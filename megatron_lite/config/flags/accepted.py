@@ -1,0 +1,177 @@
+"""Flags that are accepted and change nothing, each with the reason why that is right."""
+
+from __future__ import annotations
+
+from megatron_lite.config.flags.flag import no_effect
+
+KERNELS = (
+    *no_effect(
+        "kernels are chosen by PyTorch for what the device offers",
+        "--attention-backend --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton",
+        "--transformer-impl --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu",
+        "--fused-linear-cross-entropy --use-mcore-models --use-legacy-models --spec --enable-experimental",
+        "--fused-single-qkv-rope --use-te-activation-func",
+    ),
+    *no_effect(
+        "fusion is decided by --compile; what is computed does not depend on it",
+        "--no-masked-softmax-fusion --masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion",
+        "--no-rope-fusion --cross-entropy-loss-fusion --cross-entropy-fusion-impl",
+        "--no-gradient-accumulation-fusion --no-persist-layer-norm --disable-mem-efficient-ln",
+        "--abort-on-unmet-fused-kernel-constraints --barrier-with-L1-time --no-barrier-with-level-1-timing",
+    ),
+    *no_effect(
+        "no CUDA graphs are captured; --compile does what can be gained",
+        "--cuda-graph-impl --cuda-graph-scope --cuda-graph-modules --cuda-graph-warmup-steps",
+        "--enable-cuda-graph --external-cuda-graph --te-rng-tracker --inference-rng-tracker",
+        "--decode-only-cuda-graphs --delay-offload-until-cuda-graph",
+    ),
+)
+
+NUMERICS = (
+    *no_effect(
+        "softmax, loss and the gradients' sums are always in fp32",
+        "--attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --fp16-lm-cross-entropy",
+        "--disable-bf16-reduced-precision-matmul --ddp-reduce-scatter-with-fp32-accumulation",
+        "--grad-reduce-in-bf16",
+    ),
+    *no_effect(
+        "scaling the attention scores by the layer's number cancels out, and softmax is in fp32 anyway",
+        "--no-query-key-layer-scaling --apply-query-key-layer-scaling",
+    ),
+    *no_effect(
+        "parameters that tensor-parallel ranks share are equal by construction",
+        "--sync-tp-duplicated-parameters",
+    ),
+    *no_effect(
+        "every weight is initialised by its name, the same on any device and layout",
+        "--use-cpu-initialization --init-model-with-meta-device --lazy-mpu-init --no-initialization",
+        "--data-parallel-random-init",
+    ),
+)
+
+MEMORY = (
+    *no_effect(
+        "--checkpoint-activations recomputes without it; --sequence-parallel splits what is kept",
+        "--deepspeed-activation-checkpointing --distribute-saved-activations",
+        "--distribute-checkpointed-activations --partition-activations --contigious-checkpointing",
+        "--contiguous-checkpointing --checkpoint-in-cpu --synchronize-each-layer --profile-backward",
+        "--scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor",
+        "--no-clone-scatter-output-in-embedding",
+    ),
+    *no_effect(
+        "the allocator's cache is left alone, and so is Python's garbage collector",
+        "--empty-unused-memory-level --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval",
+        "--record-memory-history --memory-snapshot-path",
+    ),
+    *no_effect(
+        "the optimizer's moments stay in fp32: more memory than asked for, the same update or a more exact one",
+        "--use-bnb-optimizer --use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype",
+        "--main-grads-dtype --main-params-dtype",
+    ),
+)
+
+COMMUNICATION = (
+    *no_effect("the backend follows from --device", "--distributed-backend", "--use-ring-exchange-p2p"),
+    *no_effect(
+        "gradients always lie in contiguous buffers of our own",
+        "--ddp-impl --use-contiguous-buffers-in-ddp --no-contiguous-buffers-in-local-ddp --ddp-num-buckets",
+        "--ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw --use-distributed-data-parallel",
+    ),
+    *no_effect(
+        "communication overlaps computation wherever the schedule allows, without tuning",
+        "--no-scatter-gather-tensors-in-pipeline --overlap-p2p-communication --no-overlap-p2p-communication",
+        "--overlap-p2p-communication-warmup-flush --no-async-tensor-model-parallel-allreduce",
+        "--tp-comm-overlap --tp-comm-overlap-cfg --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs",
+        "--disable-tp-comm-split-ag --disable-tp-comm-split-rs --disable-tp-comm-bulk-dgrad",
+        "--disable-tp-comm-bulk-wgrad --overlap-param-gather-with-optimizer-step --no-align-param-gather",
+        "--align-grad-reduce --no-align-grad-reduce --defer-embedding-wgrad-compute --wgrad-deferral-limit",
+        "--delay-wgrad-compute --batch-p2p-communication --use-nccl-ub --nccl-communicator-config-path",
+        "--high-priority-stream-groups --sharp-enabled-group --use-sharp --disable-symmetric-registration",
+        "--distributed-timeout-seconds-after-init --use-tokenizer-broadcast --flight-recorder-dump-path",
+    ),
+    *no_effect(
+        "ZeRO-1 has one bucket size, --bucket-megabytes",
+        "--zero-reduce-scatter --zero-contigious-gradients --zero-contiguous-gradients",
+        "--zero-reduce-bucket-size --zero-allgather-bucket-size",
+    ),
+    *no_effect(
+        "the default --pp-partition-method balanced already counts the head's work",
+        "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+    ),
+    *no_effect(
+        "--deepspeed and --deepspeed_config say it all --deepscale --deepscale-config --deepspeed-mpi",
+    ),
+    *no_effect("it tunes context parallelism, which is refused where it is asked for", "--cp-comm-type"),
+)
+
+FILES = (
+    *no_effect(
+        "datasets are always memory-mapped .bin/.idx pairs",
+        "--mmap-warmup --no-mmap-bin-files --no-create-attention-mask-in-dataloader",
+        "--dataloader-defer-npy-index-mmap --dataloader-fast-cache-load --per-dataset-sequences-path",
+        "--num-dataset-builder-threads",
+    ),
+    *no_effect(
+        "one thread reads ahead; see --prefetch-microbatches",
+        "--num-workers --valid-num-workers --dataloader-prefetch-factor --pin-memory",
+    ),
+    *no_effect(
+        "there is one checkpoint format, complete, strictly checked and readable by any layout",
+        "--ckpt-format --use-dist-ckpt --dist-ckpt-format --dist-ckpt-strictness",
+        "--dist-ckpt-optim-fully-reshardable --dist-ckpt-save-pre-mcore-014 --dist-ckpt-workers",
+        "--auto-detect-ckpt-format --universal-checkpoint --ckpt-convert-format --ckpt-fully-parallel-save",
+        "--no-ckpt-fully-parallel-save --ckpt-fully-parallel-load --ckpt-assume-constant-structure",
+        "--use-persistent-ckpt-worker --async-strategy --strict-fsdp-dtensor-load",
+        "--no-use-tokenizer-model-from-checkpoint-args --use-tokenizer-model-from-checkpoint-args",
+        "--no-use-mp-args-from-checkpoint-args --tokenizer-metadata",
+    ),
+)
+
+REPORTS = (
+    *no_effect(
+        "always in the log, in TensorBoard and in metrics.jsonl",
+        "--log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard",
+        "--log-loss-scale-to-tensorboard --log-progress --log-timers --timing-log-option --log-path",
+    ),
+    *no_effect(
+        "no such tool is attached; metrics.jsonl holds what it would have been told",
+        "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --codecarbon-dir --log-energy",
+        "--one-logger-project --one-logger-run-name --enable-one-logger --no-one-logger --log-straggler",
+        "--disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count --otel-enabled",
+        "--otel-service-name --otel-span-groups",
+    ),
+    *no_effect(
+        "one rank prints what concerns all, and every error names its rank",
+        "--log-level --log-level-replica --logging-level --verbose",
+    ),
+    *no_effect(
+        "no profiler is attached; --timing-log-level measures the parts of an iteration",
+        "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler",
+        "--pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --nvtx-ranges",
+    ),
+    *no_effect(
+        "SIGTERM, SIGINT and SIGUSR1 are handled, whichever is sent",
+        "--exit-signal",
+    ),
+    *no_effect("an NVIDIA cluster's own service", "--adlr-autoresume", "--adlr-autoresume-interval"),
+)
+
+LAUNCHER = (
+    *no_effect("the launcher's environment variables say it", "--local-rank"),
+    *no_effect(
+        "it is the launcher's (torchrun, srun, deepspeed) and belongs before the script's name",
+        "--nproc-per-node --nnodes --node-rank --master-addr --master-port --max-restarts --rdzv-backend",
+        "--rdzv-endpoint --rdzv-id --rdzv-conf --tee --redirects --role --log-dir --num-gpus --num-nodes",
+        "--hostfile --include --exclude --no-local-rank --no-python --jobid --kill-on-bad-exit --wait",
+    ),
+)
+
+ACCEPTED = {
+    "Kernels": KERNELS,
+    "Numerics": NUMERICS,
+    "Memory": MEMORY,
+    "Communication": COMMUNICATION,
+    "Files": FILES,
+    "Reports": REPORTS,
+    "Launcher": LAUNCHER,
+}

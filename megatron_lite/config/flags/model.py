@@ -1,0 +1,126 @@
+"""Flags of the model: its shape, positions, normalisation, activation and initialisation."""
+
+from __future__ import annotations
+
+from megatron_lite.config.flags.flag import Flag
+
+MODEL = (
+    Flag("--num-layers", "model.num_layers", "Transformer layers.", aliases=("--encoder-num-layers",)),
+    Flag("--hidden-size", "model.hidden_size", "Channels of a token between layers."),
+    Flag("--num-attention-heads", "model.num_attention_heads", "Attention heads of a layer."),
+    Flag(
+        "--num-query-groups",
+        "model.num_query_groups",
+        "Key/value heads of grouped-query attention; they are shared by equally many query heads.",
+    ),
+    Flag(
+        "--group-query-attention",
+        "command.group_query_attention",
+        "Grouped-query attention; one group unless --num-query-groups says more.",
+        sets=True,
+    ),
+    Flag("--kv-channels", "model.head_dim", "Channels of one attention head (hidden size / heads if not given)."),
+    Flag("--ffn-hidden-size", "model.ffn_hidden_size", "Width of the MLP (4 x hidden size; 8/3 if it is gated)."),
+    Flag(
+        "--max-position-embeddings",
+        "model.max_position_embeddings",
+        "Rows of the learned position table (the sequence length if not given).",
+    ),
+    Flag(
+        "--position-embedding-type",
+        "model.position_embedding",
+        "How positions enter the model.",
+        spellings={"absolute": "learned", "learned_absolute": "learned", "rope": "rotary"},
+    ),
+    Flag(
+        "--use-rotary-position-embeddings",
+        "model.position_embedding",
+        "Rotary positions, as --position-embedding-type rope.",
+        sets="rotary",
+        means="--position-embedding-type rope",
+    ),
+    Flag(
+        "--no-position-embedding",
+        "command.no_position_embedding",
+        "No learned position table: nothing to do with rotary or ALiBi positions, no positions at all otherwise.",
+        sets=True,
+    ),
+    Flag("--rotary-base", "model.rotary_base", "Base of the rotary frequencies.", aliases=("--rope-theta",)),
+    Flag("--rotary-percent", "model.rotary_percent", "Share of a head's channels that is rotated."),
+    Flag("--rotary-interleaved", "model.rotary_interleaved", "Rotate neighbouring channels (GPT-J).", sets=True),
+    Flag(
+        "--rotary-seq-len-interpolation-factor",
+        "model.rotary_scaling",
+        "Divide positions by this before rotating.",
+    ),
+    Flag("--normalization", "model.normalization", "Which norm the layers use."),
+    Flag("--norm-epsilon", "model.norm_epsilon", "Epsilon of the norms.", aliases=("--layernorm-epsilon",)),
+    Flag(
+        "--apply-layernorm-1p",
+        "model.zero_centered_norm",
+        "Store a norm's weight as w - 1, so that weight decay pulls it to 1.",
+        sets=True,
+    ),
+    Flag("--qk-layernorm", "model.qk_layernorm", "Normalise queries and keys of each head.", sets=True),
+    Flag("--embed-layernorm", "model.embed_layernorm", "A norm right after the embedding (BLOOM).", sets=True),
+    Flag(
+        "--apply-residual-connection-post-layernorm",
+        "model.residual_post_layernorm",
+        "The residual branches off after the norm, as in BERT.",
+        sets=True,
+    ),
+    Flag("--fp32-residual-connection", "model.fp32_residual", "Keep the residual stream in fp32.", sets=True),
+    Flag("--activation", "model.activation", "The MLP's activation."),
+    Flag("--swiglu", "model.activation", "SiLU-gated MLP.", sets="swiglu", means="--activation swiglu"),
+    Flag("--squared-relu", "model.activation", "Squared ReLU.", sets="squared_relu", means="--activation squared_relu"),
+    Flag("--openai-gelu", "model.activation", "The tanh GELU.", sets="gelu_tanh", means="--activation gelu_tanh"),
+    Flag("--glu-activation", "model.activation", "A gated MLP: geglu, liglu, reglu or swiglu."),
+    Flag(
+        "--no-bias-gelu-fusion",
+        "command.erf_gelu",
+        "The exact GELU instead of the tanh approximation, which is what Megatron's fused kernel computes.",
+        sets=True,
+    ),
+    Flag(
+        "--disable-bias-linear",
+        "model.linear_bias",
+        "No biases in linear layers.",
+        sets=False,
+    ),
+    Flag("--add-qkv-bias", "model.qkv_bias", "Bias on queries, keys and values all the same.", sets=True),
+    Flag("--disable-qkv-bias", "model.qkv_bias", "No bias on queries, keys and values.", sets=False),
+    Flag(
+        "--untie-embeddings-and-output-weights",
+        "model.tied_embeddings",
+        "The output layer has a weight of its own.",
+        sets=False,
+    ),
+    Flag("--hidden-dropout", "model.hidden_dropout", "Dropout of the residual branches and the embedding."),
+    Flag("--attention-dropout", "model.attention_dropout", "Dropout of the attention weights."),
+    Flag("--init-method-std", "model.init_std", "Standard deviation of the initial weights."),
+    Flag(
+        "--no-scaled-init",
+        "model.scaled_init",
+        "Start the output projections like all other weights, not at std / sqrt(2 x layers).",
+        sets=False,
+    ),
+)
+
+VOCABULARY = (
+    Flag(
+        "--make-vocab-size-divisible-by",
+        "model.make_vocab_size_divisible_by",
+        "Round the vocabulary up to a multiple of this x tensor-parallel size.",
+    ),
+    Flag(
+        "--pad-vocab-size-to",
+        "model.padded_vocab_size",
+        "Rows of the embedding, instead of that rounding (0: round).",
+        aliases=("--padded-vocab-size",),
+    ),
+    Flag(
+        "--tokenizer-vocab-size",
+        "model.vocab_size",
+        "Entries of the tokenizer, where they must be known before it is read (0: read it).",
+    ),
+)

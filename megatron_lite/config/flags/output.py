@@ -1,0 +1,104 @@
+"""Flags of checkpoints, reports and the machine."""
+
+from __future__ import annotations
+
+from megatron_lite.config.flags.flag import Flag
+from megatron_lite.config.structured import read_save_schedule, write_save_schedule
+
+CHECKPOINT = (
+    Flag("--save", "checkpoint.save", "Folder of the checkpoints.", metavar="FOLDER"),
+    Flag(
+        "--save-interval",
+        "command.save_interval",
+        "Iterations between checkpoints; after the last range of --save-schedule, if both are given.",
+        aliases=("--persistent-save-interval",),
+    ),
+    Flag(
+        "--save-schedule",
+        "checkpoint.phases",
+        'Intervals by range: "10:100 18:1000 1500" is every 10 to iteration 100, every 18 to 1000, then every 1500.',
+        words="some",
+        read=lambda words: read_save_schedule(" ".join(words)),
+        write=write_save_schedule,
+        metavar="INTERVAL:LAST …",
+    ),
+    Flag("--no-save-optim", "checkpoint.save_optimizer", "Save no optimizer state.", sets=False),
+    Flag("--no-save-rng", "checkpoint.save_rng", "Save no random state.", sets=False),
+    Flag("--async-save", "checkpoint.asynchronous", "Write checkpoints while training goes on.", sets=True),
+    Flag("--keep-last", "checkpoint.keep_last", "Checkpoints kept (0: all)."),
+    Flag("--load", "checkpoint.load", "Folder of checkpoints to resume from.", metavar="FOLDER"),
+    Flag(
+        "--load-iteration",
+        "checkpoint.load_iteration",
+        "Which of them (0: the latest).",
+        aliases=("--ckpt-step",),
+    ),
+    Flag("--no-load-optim", "checkpoint.load_optimizer", "Load no optimizer state.", sets=False),
+    Flag("--no-load-rng", "checkpoint.load_rng", "Load no random state.", sets=False),
+    Flag("--finetune", "checkpoint.finetune", "Load the weights only and start at iteration 0.", sets=True),
+    Flag(
+        "--reset-iteration",
+        "checkpoint.reset_progress",
+        "Load weights and optimizer, and start at iteration 0.",
+        sets=True,
+        aliases=("--reset-progress",),
+    ),
+    Flag(
+        "--exit-on-missing-checkpoint",
+        "checkpoint.exit_on_missing",
+        "Fail if --load holds no checkpoint, instead of starting afresh.",
+        sets=True,
+    ),
+    Flag(
+        "--override-opt-param-scheduler",
+        "checkpoint.override_schedule",
+        "The command line's learning-rate schedule wins over the checkpoint's.",
+        sets=True,
+        aliases=("--override-lr-scheduler",),
+    ),
+    Flag(
+        "--use-checkpoint-opt-param-scheduler",
+        "checkpoint.use_checkpoint_schedule",
+        "The checkpoint's learning-rate schedule wins over the command line's.",
+        sets=True,
+        aliases=("--use-checkpoint-lr-scheduler",),
+    ),
+)
+
+METRICS = (
+    Flag("--log-interval", "metrics.log_interval", "Iterations between log lines."),
+    Flag("--tensorboard-dir", "metrics.tensorboard_dir", "Folder of the TensorBoard files.", metavar="FOLDER"),
+    Flag("--tensorboard-log-interval", "metrics.tensorboard_log_interval", "Iterations between TensorBoard points."),
+    Flag("--tensorboard-queue-size", "metrics.tensorboard_queue_size", "Points held before they are written."),
+    Flag("--log-timers-to-tensorboard", "metrics.log_timers", "Timers in TensorBoard.", sets=True),
+    Flag(
+        "--log-validation-ppl-to-tensorboard",
+        "metrics.log_validation_ppl",
+        "Validation perplexity in TensorBoard.",
+        sets=True,
+    ),
+    Flag("--log-memory-to-tensorboard", "metrics.log_memory", "Memory in TensorBoard.", sets=True),
+    Flag("--log-world-size-to-tensorboard", "metrics.log_world_size", "World size in TensorBoard.", sets=True),
+    Flag(
+        "--no-log-learning-rate-to-tensorboard",
+        "metrics.log_learning_rate",
+        "No learning rate in TensorBoard.",
+        sets=False,
+        aliases=("--no-log-learnig-rate-to-tensorboard",),
+    ),
+    Flag("--no-log-loss-scale-to-tensorboard", "metrics.log_loss_scale", "No loss scale in TensorBoard.", sets=False),
+    Flag("--log-params-norm", "metrics.log_params_norm", "Norm of the parameters in the log.", sets=True),
+    Flag("--log-num-zeros-in-grad", "metrics.log_num_zeros", "Zeros of the gradient in the log.", sets=True),
+    Flag("--timing-log-level", "metrics.timing_log_level", "How finely time is measured: 0, 1 or 2."),
+    Flag("--metrics-file", "metrics.metrics_file", "Path of metrics.jsonl (in --save if not given).", metavar="FILE"),
+    Flag("--no-progress-bar", "metrics.progress_bar", "Plain lines on a terminal, too.", sets=False),
+)
+
+RUNTIME = (
+    Flag("--device", "runtime.device", "Which kind of device; auto takes a GPU if there is one."),
+    Flag("--seed", "runtime.seed", "Seed of weights, dropout and the order of the data."),
+    Flag("--compile", "runtime.compile", "torch.compile each stage.", sets=True),
+    Flag("--deterministic-mode", "runtime.deterministic", "Only kernels that give the same bits twice.", sets=True),
+    Flag("--num-threads", "runtime.num_threads", "CPU threads of a rank (0: its share of the cores)."),
+    Flag("--dry-run", "runtime.dry_run", "Check and explain the command, then exit.", sets=True),
+)

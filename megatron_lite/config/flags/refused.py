@@ -1,0 +1,219 @@
+"""Flags that are refused, each with the reason and what to use instead; and families of them, by prefix."""
+
+from __future__ import annotations
+
+from megatron_lite.config.flags.flag import refused
+
+_MOE = "Mixture of experts is not built here: every layer has one dense MLP. Leave the flag out"
+_INFERENCE = "The trainer serves no requests. Use `megatron-lite generate`"
+_FP8 = "fp8 and fp4 are not built here. Use --bf16"
+_FSDP = "Parameters are not sharded over replicas here. Use --use-distributed-optimizer (ZeRO-1)"
+_MLA = "Latent attention is not built here. Use --group-query-attention"
+_MUP = (
+    "muP's multipliers are not built here, and without them the learning rate would mean something else. "
+    "Choose --lr and --init-method-std for this width"
+)
+_MTP = "Multi-token prediction is not built here. Leave the flag out"
+_OFFLOAD = "Nothing is offloaded to the CPU here. Use --checkpoint-activations, or more ranks"
+_FINETUNE = "Training on prompts and targets is not built here: every token counts. Leave the flag out"
+_HYBRID = "Only transformer layers are built here. Leave the flag out"
+_OTHER_MODEL = "It belongs to another model (BERT, T5, retrieval, vision). Leave the flag out"
+
+ARCHITECTURE = (
+    *refused(
+        _MOE,
+        "--num-experts --expert-model-parallel-size --expert-tensor-parallel-size",
+        "--expert-tensor-parallel-num-weight-shards --mlp-type --topk",
+        harmless=("1",),
+    ),
+    *refused(
+        _MOE,
+        "--moe-router-topk --moe-router-load-balancing-type --moe-router-dtype --moe-aux-loss-coeff",
+        "--moe-grouped-gemm --moe-token-dispatcher-type --moe-ffn-hidden-size --moe-permute-fusion",
+        "--moe-flex-dispatcher-backend --moe-shared-expert-intermediate-size --moe-router-score-function",
+        "--moe-z-loss-coeff --moe-layer-freq --moe-per-layer-logging --moe-router-bias-update-rate",
+        "--moe-router-enable-expert-bias --moe-router-force-load-balancing --moe-router-group-topk",
+        "--moe-router-num-groups --moe-router-pre-softmax --moe-router-topk-scaling-factor",
+        "--moe-expert-rank-capacity-factor --moe-paged-stash --moe-latent-size",
+        "--moe-paged-stash-buffer-size-factor-cpu --moe-paged-stash-buffer-size-factor-cuda",
+        "--moe-paged-stash-page-size",
+    ),
+    *refused(
+        _MLA,
+        "--multi-latent-attention --kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim",
+        "--v-head-dim --mscale --mscale-all-dim --rotary-scaling-factor",
+    ),
+    *refused(
+        "YaRN and Llama 3's rescaling are not built here. Use --rotary-seq-len-interpolation-factor",
+        "--rope-type --use-rope-scaling --rope-scaling-factor",
+        harmless=("rope",),
+    ),
+    *refused(
+        "Attention reaches the whole sequence here. Leave the flag out",
+        "--window-size --window-attn-skip-freq --attention-chunk-size",
+    ),
+    *refused(
+        "Attention has the plain softmax here. Leave the flag out",
+        "--softmax-type",
+        harmless=("vanilla",),
+    ),
+    *refused(
+        "This activation is not built here. Use --activation",
+        "--quick-geglu --onnx-safe --activation-func-clamp-value --glu-linear-offset",
+        harmless=("0", "0.0"),
+    ),
+    *refused(_HYBRID, "--hybrid-layer-pattern", "--hybrid-attention-ratio", "--hybrid-mlp-ratio", "--is-hybrid-model"),
+    *refused(_MTP, "--mtp-num-layers", "--mtp-loss-scaling-factor", "--mtp-use-repeated-layer", harmless=("0",)),
+    *refused(
+        "Weights start at N(0, --init-method-std) here. Leave the flag out",
+        "--init-method-xavier-uniform --embedding-init-method-std --init-method",
+    ),
+    *refused(_MUP, "--mup", "--use-mup", "--mup-input-mult", "--mup-output-mult", "--mup-attn-mult"),
+    *refused(
+        _OTHER_MODEL,
+        "--decoder-seq-length --decoder-num-layers --retriever-seq-length --mask-prob --short-seq-prob",
+        "--sample-rate --bert-no-binary-head --noise-density --mean-noise-span-length --img-dim --patch-dim",
+        "--num-classes --num-channels --ict-head-size --ict-load --bert-load --titles-data-path",
+        "--evidence-data-path --block-data-path --embedding-path",
+    ),
+)
+
+PARALLELISM = (
+    *refused(
+        "The sequence is split by --sequence-parallel only. Use it, with --tensor-model-parallel-size",
+        "--context-parallel-size --hierarchical-context-parallel-sizes --ds-sequence-parallel-size",
+        harmless=("1",),
+    ),
+    *refused(
+        _FSDP,
+        "--use-megatron-fsdp --use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy",
+        "--outer-dp-sharding-strategy --fsdp-double-buffer --fsdp-manual-registration",
+        "--megatron-fsdp-grad-comm-dtype --megatron-fsdp-main-grads-dtype --megatron-fsdp-main-params-dtype",
+        "--megatron-fsdp-max-pool-double-buffer --suggested-communication-unit-size",
+        "--num-distributed-optimizer-instances",
+        harmless=("no_shard", "1"),
+    ),
+    *refused(
+        "A weight is split over the tensor-parallel ranks only. Use --tensor-model-parallel-size",
+        "--tensor-parallel-num-weight-shards --gtp-remat-nccl-ub --gtp-expert-remat-nccl-ub",
+        "--gtp-remat-opt-in-modules --gtp-remat-reduce-scatter-with-fp32-accumulation",
+        harmless=("1",),
+    ),
+    *refused(
+        "Layers are dealt out by number. Use --pp-partition-method, or --decoder-first-pipeline-num-layers and -last-",
+        "--pipeline-model-parallel-layout --pipeline-model-parallel-split-rank --standalone-embedding-stage",
+    ),
+    *refused(
+        "Ranks are numbered tensor, data, pipeline (fastest first). Leave the flag out",
+        "--use-tp-pp-dp-mapping --microbatch-group-size-per-virtual-pipeline-stage",
+    ),
+    *refused(
+        _OFFLOAD,
+        "--cpu-optimizer --cpu-torch-adam --remote-device --use-pin-memory --optimizer-cpu-offload",
+        "--optimizer-offload-fraction --cpu-offloading-num-layers --fine-grained-activation-offloading",
+        "--fine-grained-offloading-max-inflight-offloads --activation-offload-fraction --offload-modules",
+        "--min-offloaded-tensor-size --delta-offload-bytes-across-pp-ranks",
+    ),
+    *refused(
+        _FP8,
+        "--fp8-format --fp8-recipe --fp8-amax-compute-algo --fp8-amax-history-len --fp8-param-gather",
+        "--fp4-format --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag",
+    ),
+)
+
+TRAINING = (
+    *refused(
+        "All parameters share one learning rate. Leave the flag out",
+        "--decoupled-lr --decoupled-min-lr --dump-param-to-param-group-map --no-weight-decay-cond-type",
+    ),
+    *refused(
+        "Only the core of attention can be recomputed on its own. Use --recompute-granularity selective or full",
+        "--recompute-modules",
+        harmless=("core_attn",),
+    ),
+    *refused(
+        _FINETUNE,
+        "--norm-target-loss --loss-on-targets-only --reweight-loss-based-on-position-frequency --sft",
+        "--fim-data",
+    ),
+    *refused("All parameters are trained. Leave the flag out", "--bitfit", "--no-train", "--freeze-lm"),
+    *refused(
+        "A run is what its command line says. Pass the model's flags; `megatron-lite checkpoint inspect` shows them",
+        "--use-checkpoint-args",
+    ),
+    *refused(
+        "A run starts from one checkpoint. Use --load FOLDER --finetune",
+        "--pretrained-checkpoint",
+    ),
+)
+
+DATA = (
+    *refused(
+        "Only memory-mapped datasets (MMIDIDX) are read. Convert older ones with tools/preprocess_data.py",
+        "--data-impl --dataset-impl",
+        harmless=("mmap", "infer"),
+    ),
+    *refused(
+        "A file of blends per split is not read. Use --train-data-path, --valid-data-path and --test-data-path",
+        "--per-split-data-args-path",
+    ),
+    *refused(
+        "This tokenizer is not built here. Use --tokenizer-type HuggingFaceTokenizer with its tokenizer.json",
+        "--tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens --use-gigatoken",
+    ),
+)
+
+OTHER_PROGRAMS = (
+    *refused(
+        "It belongs to tools/preprocess_data.py and tools/merge_datasets.py, not to training. Give it to them",
+        "--input --output-prefix --json-keys --json-key --append-eod --append-bos --prepend-space --workers",
+        "--datasets --split-sentences --keep-newlines --scratch --partitions --find-optimal-num-workers",
+        "--workers-to-check --max-documents --keep-sequential-samples",
+    ),
+    *refused(
+        "It belongs to an evaluation script, not to training. Use --skip-train to measure the loss",
+        "--task-list --adaptive-seq-len --results-path --intermed-results --micro-bs-multiplier --eval-fp32",
+        "--bootstrap-iters",
+    ),
+    *refused(
+        _INFERENCE,
+        "--inference --inference-max-seq-length --inference-logging-step-interval",
+        "--inference-dynamic-batching-buffer-size-gb --inference-dynamic-batching-max-requests",
+        "--inference-dynamic-batching-max-tokens --inference-dynamic-batching-prefix-caching",
+        "--inference-dynamic-batching-num-cuda-graphs",
+        "--inference-dynamic-batching-prefix-caching-eviction-policy --inference-dynamic-batching-block-size",
+        "--inference-cuda-graph-scope --enable-chunked-prefill --max-tokens-to-oom",
+    ),
+)
+
+REFUSED = {
+    "Architecture": ARCHITECTURE,
+    "Parallelism and precision": PARALLELISM,
+    "Training": TRAINING,
+    "Data": DATA,
+    "Other programs": OTHER_PROGRAMS,
+}
+
+FAMILIES = {
+    "--moe-": _MOE,
+    "--mtp-": _MTP,
+    "--fp8-": _FP8,
+    "--fp4-": _FP8,
+    "--megatron-fsdp-": _FSDP,
+    "--fsdp-": _FSDP,
+    "--mup-": _MUP,
+    "--mamba-": _HYBRID,
+    "--hybrid-": _HYBRID,
+    "--inference-": _INFERENCE,
+    "--cpu-offloading-": _OFFLOAD,
+    "--retro-": _OTHER_MODEL,
+    "--retriever-": _OTHER_MODEL,
+    "--biencoder-": _OTHER_MODEL,
+    "--vision-": _OTHER_MODEL,
+    "--dino-": _OTHER_MODEL,
+    "--rl-": _FINETUNE,
+    "--grpo-": _FINETUNE,
+    "--heterogeneous-": _HYBRID,
+    "--linear-attention-": _HYBRID,
+}
+"""Prefixes whose every flag is refused for the same reason, those not in the table included."""

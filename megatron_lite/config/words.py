@@ -1,0 +1,132 @@
+"""From argv to flags of the table and their words: argument files, spellings, prefixes, `=`."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.flags.flag import Flag
+from megatron_lite.config.flags.refused import FAMILIES
+from megatron_lite.config.flags.table import flags_by_spelling, spelling
+from megatron_lite.config.given import Given
+from megatron_lite.errors import ConfigError
+
+MAX_NESTING = 10
+"""Argument files within argument files; more is a circle."""
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One flag of a command line.
+
+    Attributes:
+        flag: its row of the table.
+        spelled: as written, for messages.
+        words: what follows it.
+    """
+
+    flag: Flag
+    spelled: str
+    words: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """As written, with its words."""
+        return " ".join([self.spelled, *self.words])
+
+
+def read_words(argv: Sequence[str], given: Given) -> list[Occurrence]:
+    """Split a command line into flags, in order.
+
+    Unknown and ambiguous flags are noted as errors in `given`, expanded prefixes as notes.
+    """
+    occurrences = []
+    for spelled, words in _group(_expand(argv, given), given):
+        flag = _find(spelled, words, given)
+        if flag is not None:
+            occurrences.append(Occurrence(flag, spelled, words))
+    return occurrences
+
+
+def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str]:
+    """Yield the words, those of argument files (@file) in their place. A file may have quotes and # comments."""
+    for word in argv:
+        if not word.startswith("@") or len(word) == 1:
+            yield word
+            continue
+        try:
+            text = Path(word[1:]).read_text(encoding="utf-8")
+            words = shlex.split(text, comments=True)
+        except (OSError, ValueError) as error:
+            given.refuse(
+                "An argument file must be readable",
+                found=f"{word}: {getattr(error, 'strerror', None) or error}",
+                fix="Correct the path after @",
+            )
+            continue
+        if nesting == MAX_NESTING:
+            given.refuse(
+                "Argument files must not name each other in a circle",
+                found=f"{word}, {nesting} files deep",
+                fix="Remove the @ word that leads back",
+            )
+            return
+        yield from _expand(words, given, nesting + 1)
+
+
+def _group(words: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]]]:
+    """Flags as spelled, each with the words up to the next."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            groups.append((name, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            given.refuse(
+                "A command line starts with a flag", found=f"the word {word!r}", fix="Name the flag that it belongs to"
+            )
+    return [(name, tuple(following)) for name, following in groups]
+
+
+def _find(spelled: str, words: tuple[str, ...], given: Given) -> Flag | None:
+    """The row of a flag, by its name, an alias or a unique prefix; None, with an error noted, if there is none."""
+    name, rows = spelling(spelled), flags_by_spelling()
+    if name in rows:
+        flag = rows[name]
+        if name != spelling(flag.name):
+            given.notes.append(f"{spelled} is read as {flag.name}")
+        return flag
+    for prefix, because in FAMILIES.items():
+        if name.startswith(prefix):
+            given.errors.append(refusal(because, " ".join([spelled, *words])))
+            return None
+    matches = {row.name: row for full, row in rows.items() if full.startswith(name)}
+    if len(matches) == 1:
+        ((full, flag),) = matches.items()
+        given.notes.append(f"{spelled} is read as {full}, the only flag that starts so")
+        return flag
+    if matches:
+        given.refuse(
+            "A shortened flag must have one meaning",
+            found=f"{spelled} could be {', '.join(sorted(matches))}",
+            fix="Write the flag in full",
+        )
+        return None
+    nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.6)
+    given.refuse(
+        "Every flag must be known",
+        found=spelled,
+        fix=f"Did you mean {rows[nearest[0]].name}?" if nearest else "See --help and docs/arguments.md",
+    )
+    return None
+
+
+def refusal(because: str, text: str) -> ConfigError:
+    """The error for a refused flag, from its row's text: why, then what to do."""
+    rule, _, fix = because.rpartition(". ")
+    return ConfigError(rule or because, found=text, fix=fix or "Leave the flag out")
