@@ -86,6 +86,8 @@ def test_skipped_iterations_hold_the_rate_back(run_config):
     config = run_config(global_batch_size=4, train_iters=100, lr=1.0, style="constant", warmup_iters=10)
     progress = Progress().advance(4, 128, True).advance(4, 128, False).advance(4, 128, True)
     assert learning_rate(config, progress) == 0.2
+    config = run_config(global_batch_size=4, train_samples=400, lr=1.0, style="constant", warmup_samples=40)
+    assert learning_rate(config, progress) == 0.2
 
 
 def test_decay_in_tokens_starts_where_the_warm_up_ends(run_config):

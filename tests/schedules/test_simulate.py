@@ -64,6 +64,12 @@ def test_times_of_one_micro_batch():
     assert timeline("zb-h1", 2, 1, costs=costs).ranks[0][1].start == 5
 
 
+def test_a_rank_moves_one_message_at_a_time():
+    line = timeline("gpipe", 3, 3, costs=Costs(comm=2.0))
+    # Rank 1 receives at 1-3 and 3-5, sends at 5-7, receives again at 7-9.
+    assert [span.start for span in line.ranks[1][:3]] == [3, 5, 9]
+
+
 def test_a_slower_stage_slows_the_pipeline():
     assert timeline("1f1b", 2, 3, costs=Costs(stages=(1.0, 2.0))).makespan == 1 + 3 * 6 + 2
 
