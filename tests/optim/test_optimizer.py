@@ -1,0 +1,227 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_lite.optim.optimizer import build_optimizer, clip_coefficient
+from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.parameters import NamedParameter
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8), nn.LayerNorm(8)).to(dtype)
+
+
+def backward(module, step, scale=1.0, parts=1):
+    """Gradients of iteration `step`: the same for modules of the same values."""
+    draw = torch.Generator().manual_seed(step)
+    for _ in range(parts):
+        tokens = torch.randint(0, 11, (4, 5), generator=draw)
+        target = torch.randn(4, 5, 8, generator=draw)
+        (scale * (module(tokens).float() - 3 * target).square().mean()).backward()
+
+
+def train(module, buffers, optimizer, steps, parts=1):
+    results = []
+    for step in steps:
+        buffers.zero_grad()
+        buffers.begin(parts)
+        backward(module, step, optimizer.loss_scale, parts)
+        buffers.reduce()
+        results.append(optimizer.step(lr=0.01 / (1 + step), weight_decay=0.1 * (1 + step)))
+    return results
+
+
+def reference(module, steps, rule=torch.optim.AdamW, clip=1.0, **constants):
+    """Plain torch: one tensor per parameter, gradients set to None, clipping by torch's own function."""
+    groups = [{"params": [p for p in module.parameters() if (p.dim() > 1) is decay]} for decay in (True, False)]
+    optimizer = rule(groups, lr=0.0, **constants)
+    norms = []
+    for step in steps:
+        optimizer.zero_grad(set_to_none=True)
+        backward(module, step)
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf).item())
+        for group, decay in zip(optimizer.param_groups, (0.1 * (1 + step), 0.0), strict=True):
+            group.update(lr=0.01 / (1 + step), weight_decay=decay)
+        optimizer.step()
+    return norms
+
+
+def assert_same(module, other, **tolerance):
+    for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_adam_and_clipping_equal_torchs_parameter_by_parameter(kit, clip):
+    ours, plain = model(), model()
+    buffers, optimizer = kit.build(ours, clip_grad=clip, adam_beta2=0.95, adam_eps=1e-7)
+    results = train(ours, buffers, optimizer, range(6))
+    norms = reference(plain, range(6), clip=clip, betas=(0.9, 0.95), eps=1e-7)
+    assert [result.grad_norm for result in results] == pytest.approx(norms, rel=1e-5)
+    assert clip != 0.5 or min(norms) > clip
+    assert all(result.applied and result.finite for result in results)
+    assert_same(ours, plain, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_equals_torchs(kit, momentum):
+    ours, plain = model(), model()
+    buffers, optimizer = kit.build(ours, kind="sgd", sgd_momentum=momentum)
+    train(ours, buffers, optimizer, range(6))
+    reference(plain, range(6), rule=torch.optim.SGD, momentum=momentum)
+    assert_same(ours, plain, rtol=2e-6, atol=2e-7)
+    assert len(optimizer.state_tensors()) == (7 if momentum else 0)
+
+
+def test_clipping_scales_gradients_as_torch_does(kit):
+    ours, plain = model(), model()
+    buffers, optimizer = kit.build(ours, clip_grad=0.1)
+    backward(ours, 0)
+    backward(plain, 0)
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1).item()
+    assert optimizer.step(0.0, 0.0).grad_norm == pytest.approx(norm, rel=1e-6)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+    assert clip_coefficient(2.0, 1.0) == 1 / (2 + 1e-6)
+    assert clip_coefficient(0.5, 1.0) == clip_coefficient(5.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_steps_fp32_main_parameters(kit, dtype):
+    ours = model(dtype)
+    start = [param.detach().float().clone() for param in ours.parameters()]
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    buffers, optimizer = kit.build(ours, dtype=name, initial_loss_scale=2.0**8)
+    # One step is far below bf16's resolution of the norm's weights (1.0); the main parameters add them up.
+    for step in range(40):
+        buffers.zero_grad()
+        backward(ours, step, optimizer.loss_scale)
+        buffers.reduce()
+        assert optimizer.step(lr=1e-4, weight_decay=0.0).applied
+    mains = {t.name: t for t in optimizer.state_tensors() if t.name.startswith("optimizer.main.")}
+    assert len(mains) == 7
+    for (name, param), before in zip(ours.named_parameters(), start, strict=True):
+        main = mains[f"optimizer.main.{name}"].pieces[0].tensor
+        assert main.dtype == torch.float32 and torch.equal(main.to(dtype), param)
+        assert not torch.equal(main, main.to(dtype).float())
+        assert 1e-4 < (main - before).abs().max() < 5e-3
+
+
+def test_fp16_scales_the_loss_and_gives_fp32s_norm(kit):
+    ours, plain = model(), model()
+    buffers, optimizer = kit.build(ours.half(), dtype="fp16", initial_loss_scale=2.0**10, clip_grad=0.5)
+    result = train(ours, buffers, optimizer, range(1))[0]
+    assert result.grad_norm == pytest.approx(reference(plain, range(1), clip=0.5)[0], rel=2e-2)
+    total = sum(buffers.gradient(param).square().sum().item() for param in ours.parameters())
+    assert math.sqrt(total) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
+def test_fp16_skips_an_overflow_and_lowers_the_scale(kit, poison):
+    ours = model(torch.float16)
+    buffers, optimizer = kit.build(ours, dtype="fp16", initial_loss_scale=2.0**10, hysteresis=1)
+    train(ours, buffers, optimizer, range(2))
+    before = [param.clone() for param in ours.parameters()]
+    state = [piece.tensor.clone() for t in optimizer.state_tensors() for piece in t.pieces]
+    buffers.gradient(ours[4].bias)[3] = poison
+    result = optimizer.step(lr=0.1, weight_decay=0.1)
+    assert not result.applied and not result.finite and not math.isfinite(result.grad_norm)
+    assert optimizer.loss_scale == 2.0**9 and optimizer.state_scalars()["step"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
+    held = [piece.tensor for t in optimizer.state_tensors() for piece in t.pieces]
+    assert all(torch.equal(a, b) for a, b in zip(held, state, strict=True))
+    assert train(ours, buffers, optimizer, range(2, 3))[0].applied
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(kit, dtype, check):
+    ours = model(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    before = [param.clone() for param in ours.parameters()]
+    buffers, optimizer = kit.build(ours, dtype=dtype, check_for_nan=check)
+    backward(ours, 0)
+    buffers.gradient(ours[1].weight)[0, 0] = math.nan
+    result = optimizer.step(lr=0.1, weight_decay=0.0)
+    assert not result.finite and result.applied is not check
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True)) is check
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"kind": "sgd"}, {"dtype": "bf16"}, {"dtype": "fp16", "initial_loss_scale": 2.0**12, "loss_scale_window": 2}],
+)
+def test_resume_is_exact(kit, parts):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parts.get("dtype"), torch.float32)
+    straight = model(dtype)
+    buffers, optimizer = kit.build(straight, **parts)
+    train(straight, buffers, optimizer, range(3))
+    saved = {t.name: [piece.tensor.clone() for piece in t.pieces] for t in optimizer.state_tensors()}
+    params = [param.detach().clone() for param in straight.parameters()]
+    scalars = json.loads(json.dumps(optimizer.state_scalars()))
+    expected = train(straight, buffers, optimizer, range(3, 7))
+
+    resumed = model(dtype)
+    buffers, optimizer = kit.build(resumed, **parts)
+    train(resumed, buffers, optimizer, range(9, 10))
+    with torch.no_grad():
+        for param, value in zip(resumed.parameters(), params, strict=True):
+            param.copy_(value)
+        for tensor in optimizer.state_tensors():
+            for piece, value in zip(tensor.pieces, saved.pop(tensor.name), strict=True):
+                piece.tensor.copy_(value)
+    optimizer.load_scalars(scalars)
+    assert not saved
+    assert train(resumed, buffers, optimizer, range(3, 7)) == expected
+    assert_same(resumed, straight, rtol=0, atol=0)
+
+
+def test_mains_follow_a_model_that_was_loaded_without_state(kit):
+    ours = model(torch.bfloat16)
+    _, optimizer = kit.build(ours, dtype="bf16")
+    with torch.no_grad():
+        ours[1].weight.fill_(0.75)
+    optimizer.reload_mains()
+    main = next(t for t in optimizer.state_tensors() if t.name == "optimizer.main.1.weight")
+    assert (main.pieces[0].tensor == 0.75).all()
+
+
+def test_a_scaler_of_another_kind_is_left_alone(kit):
+    _, optimizer = kit.build(model(torch.float16), dtype="fp16")
+    optimizer.load_scalars({"step": 7, "loss_scaler": {"kind": "constant"}})
+    assert optimizer.loss_scale == 2.0**32 and optimizer.state_scalars()["step"] == 7
+
+
+def padded(kit, **parts):
+    """Rows 2..3 of a rank whose vocabulary of 13 is padded to 16: local rows 12..15, of which one is real."""
+    weight = nn.Parameter(torch.cat([torch.full((1, 6), 0.5), torch.zeros(3, 6)]))
+    parameter = NamedParameter("embedding.word_embeddings.weight", weight, (13, 6), 0, (1, 6), (12, 0))
+    mesh = kit.mesh()
+    buffers = ParameterBuffers([parameter], dp=mesh.dp, tp=mesh.tp)
+    return weight, buffers, build_optimizer(kit.config(**parts), buffers, mesh)
+
+
+def test_padded_rows_stay_zero_and_are_not_saved(kit):
+    weight, buffers, optimizer = padded(kit, log_num_zeros=True, log_params_norm=True)
+    buffers.gradient(weight)[0, :4] = 1.0
+    result = optimizer.step(lr=0.1, weight_decay=0.1)
+    assert result.num_zeros == 2
+    assert not weight[1:].any() and weight[0].all()
+    assert result.params_norm == pytest.approx(weight.norm().item())
+    for tensor in optimizer.state_tensors():
+        assert tensor.global_shape == (13, 6) and tensor.write
+        assert [(piece.offset, tuple(piece.tensor.shape)) for piece in tensor.pieces] == [((12, 0), (1, 6))]
+
+
+def test_reports_are_made_only_when_asked_for(kit):
+    ours = model()
+    buffers, optimizer = kit.build(ours)
+    result = train(ours, buffers, optimizer, range(1))[0]
+    assert result.num_zeros is None and result.params_norm is None
+    buffers, optimizer = kit.build(ours, log_num_zeros=True)
+    buffers.zero_grad()
+    ours[0].weight.grad[3] = 1.0
+    assert optimizer.step(0.0, 0.0).num_zeros == sum(p.numel() for p in ours.parameters()) - 8
