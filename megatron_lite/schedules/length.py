@@ -5,6 +5,7 @@ Everything is a closed form per stage of constant batch, so iteration 300,000 co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -81,30 +82,24 @@ def iteration_at(config: RunConfig, consumed: int) -> int:
 
 def tokens_at(config: RunConfig, iteration: int) -> int:
     """Tokens consumed when `iteration` iterations are finished; a curriculum makes them fewer than samples * length."""
-    tokens, start, length = 0, 0, config.batch.seq_length
-    if config.batch.sequence_ramp is None:
-        return consumed_at(config, iteration) * length
-    for next_start, next_length in sequence_stages(config.batch):
-        if next_start >= iteration:
-            break
-        tokens += (consumed_at(config, next_start) - consumed_at(config, start)) * length
-        start, length = next_start, next_length
-    return tokens + (consumed_at(config, iteration) - consumed_at(config, start)) * length
+    tokens = 0
+    for start, count, per_iteration in _token_runs(config):
+        if count is None or iteration <= start + count:
+            return tokens + (iteration - start) * per_iteration
+        tokens += count * per_iteration
+    raise AssertionError("the last run of equal iterations has no end")
 
 
 def last_iteration(config: RunConfig) -> int:
     """Iteration after which the run ends: train_iterations, or earlier where --train-tokens is reached first."""
-    last, limit = train_iterations(config), config.training.train_tokens
-    if not limit or tokens_at(config, last) < limit:
+    last, missing = train_iterations(config), config.training.train_tokens
+    if not missing:
         return last
-    low, high = 0, last
-    while low < high:
-        middle = (low + high) // 2
-        if tokens_at(config, middle) < limit:
-            low = middle + 1
-        else:
-            high = middle
-    return high
+    for start, count, per_iteration in _token_runs(config):
+        if count is None or missing <= count * per_iteration:
+            return min(last, start - -missing // per_iteration)
+        missing -= count * per_iteration
+    raise AssertionError("the last run of equal iterations has no end")
 
 
 def is_finished(config: RunConfig, progress: Progress) -> bool:
@@ -158,3 +153,22 @@ def _runs(batch: BatchConfig, dp: int) -> Iterator[_Run]:
         count = -((consumed - border) // size)  # rounded up: the iteration that crosses the border still has this size
         yield _Run(iteration, consumed, size, count)
         iteration, consumed = iteration + count, consumed + count * size
+
+
+def _token_runs(config: RunConfig) -> Iterator[tuple[int, int | None, int]]:
+    """Yield (finished iterations at its start, iterations, tokens of one) where batch and length are the same."""
+    runs, stages = _runs(config.batch, config.parallel.dp), sequence_stages(config.batch)
+    run, (_, length), following = next(runs), next(stages), next(stages, None)
+    start = 0
+    while run.count is not None or following is not None:
+        run_end = math.inf if run.count is None else run.iteration + run.count
+        stage_end = math.inf if following is None else following[0]
+        end = int(min(run_end, stage_end))
+        if end > start:
+            yield start, end - start, run.batch * length
+        start = end
+        if run_end == end:
+            run = next(runs)
+        if following is not None and stage_end == end:
+            length, following = following[1], next(stages, None)
+    yield start, None, run.batch * length

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -147,6 +148,10 @@ def test_samples_iterations_and_batches_agree_with_the_plain_loop(run_config, fi
         progress = progress.advance(size, tokens, applied=True)
         batches.append(size)
     assert train_iterations(config) == last_iteration(config) == len(batches)
+    for limit in {1, progress.consumed_train_tokens // 2, progress.consumed_train_tokens} - {0}:
+        limited = replace(config, training=replace(config.training, train_tokens=limit))
+        ends = [n for n in range(len(batches) + 1) if tokens_at(config, n) >= limit]
+        assert last_iteration(limited) == min(ends, default=len(batches))
     assert consumed_at(config, len(batches)) == sum(batches) <= samples
     staged = [s.global_batch for s in ramp_stages(config) for _ in range(s.first_iteration, s.last_iteration + 1)]
     assert staged == batches
