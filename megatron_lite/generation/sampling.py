@@ -98,5 +98,6 @@ def choose(logits: Tensor, sampling: Sampling, vocab_size: int, uniform: Tensor)
     drawn = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
     # right=True: the first token whose cumulative sum lies above the number, which a token of probability 0 never is.
     place = torch.searchsorted(cumulative, drawn, right=True)
+    # A parallel sum on a GPU may round the zeros' sums apart, and so point beyond the last candidate.
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return ids.gather(1, torch.minimum(place, last)).squeeze(1)

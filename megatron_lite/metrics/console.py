@@ -96,6 +96,7 @@ class ConsoleSink:
         self._log_interval = max(1, log_interval)
         self._now = now
         self._window = Window()
+        self._memory: Mapping[str, int] = {}
         self._memory_told = False
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
@@ -104,6 +105,7 @@ class ConsoleSink:
     def iteration(self, report: IterationReport) -> None:
         """Count the iteration, and print its window's line when the interval divides it or the run ends with it."""
         self._window.add(report)
+        self._memory = report.memory or self._memory
         if report.iteration % self._log_interval == 0 or report.iteration == report.train_iterations:
             self._print_window()
 
@@ -113,10 +115,10 @@ class ConsoleSink:
         self._write(format_iteration(report, averages, self._now()))
         if averages.timers:
             self._write(format_timers(averages.timers))
-        if report.memory and not self._memory_told:
+        if self._memory and not self._memory_told:
             # Once, like Megatron: after the first window every buffer that stays has been allocated.
             self._memory_told = True
-            self._write(format_memory(report.memory, report.iteration))
+            self._write(format_memory(self._memory, report.iteration))
 
     def validation(self, report: ValidationReport) -> None:
         """Print the evaluation between its dashes."""

@@ -89,6 +89,11 @@ def test_greedy_takes_the_likeliest_whatever_the_number():
         assert choose(logits, Sampling(temperature=0.0), 3, torch.full((2,), uniform)).tolist() == [1, 0]
 
 
+def test_each_token_owns_a_half_open_interval():
+    logits = torch.zeros(3, 2)
+    assert choose(logits, Sampling(), 2, torch.tensor([0.0, 0.4999, 0.5])).tolist() == [0, 0, 1]
+
+
 def test_top_k_one_and_a_tiny_temperature_are_greedy():
     logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(0)) * 50
     greedy = choose(logits, Sampling(temperature=0.0), 100, torch.rand(8))
