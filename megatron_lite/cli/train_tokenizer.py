@@ -1,0 +1,82 @@
+"""megatron-lite train-tokenizer, tools/train_tokenizer.py: learn a vocabulary from text files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_lite.errors import ConfigError, DataError
+
+SUMMARY = "learn a byte-level BPE or sentencepiece tokenizer from text"
+
+
+def run(argv: list[str]) -> int:
+    """Train, write the files, and say how to use them."""
+    args = build_parser().parse_args(argv)
+    from megatron_lite.data.preprocess.texts import iterate_texts
+    from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece
+
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("--output is a folder", found=f"{folder} is a file", fix="Give another --output")
+    texts = iterate_texts(args.input, args.json_keys, max_bytes=args.max_mb * 1_000_000, skip_bad=args.skip_bad_lines)
+    try:
+        if args.tokenizer_type == "SentencePieceTokenizer":
+            path = folder / "tokenizer.model"
+            size = train_sentencepiece(
+                texts,
+                path,
+                vocab_size=args.vocab_size,
+                kind=args.sentencepiece_model,
+                special_tokens=args.special_tokens or (),
+                threads=args.workers,
+            )
+            use = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {path}"
+        else:
+            size = train_byte_level_bpe(
+                texts,
+                folder,
+                vocab_size=args.vocab_size,
+                special_tokens=args.special_tokens or ("<|endoftext|>",),
+                min_frequency=args.min_frequency,
+                progress=sys.stderr.isatty(),
+            )
+            use = f"--vocab-file {folder / 'vocab.json'} --merge-file {folder / 'merges.txt'}"
+    except OSError as error:
+        raise DataError(
+            "The tokenizer's folder can be written to", found=f"{folder}: {error}", fix="Give another --output"
+        ) from error
+    print(f"  {size:,} tokens" + (f" ({args.vocab_size:,} were asked for)" if size != args.vocab_size else ""))
+    print(f"  {use}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, named as those of preprocessing."""
+    parser = argparse.ArgumentParser(
+        prog="train_tokenizer.py",
+        description="Learn a tokenizer from text files. A byte-level BPE is written as tokenizer.json and as "
+        "GPT-2's vocab.json and merges.txt, the end-of-document token last.",
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="files or globs: .jsonl, .gz, .zst, .parquet"
+    )
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer's files go")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=("GPT2BPETokenizer", "SentencePieceTokenizer"),
+        default="GPT2BPETokenizer",
+        help="byte-level BPE (default) or sentencepiece",
+    )
+    parser.add_argument(
+        "--special-tokens", nargs="+", metavar="TOKEN", help="the first ends documents (BPE: <|endoftext|>)"
+    )
+    parser.add_argument("--min-frequency", type=int, default=2, metavar="N", help="least count of a merged pair (2)")
+    parser.add_argument("--sentencepiece-model", choices=("unigram", "bpe"), default="unigram", help="default unigram")
+    parser.add_argument("--max-mb", type=int, default=1000, metavar="N", help="read this much text at most (1000)")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads of sentencepiece")
+    return parser

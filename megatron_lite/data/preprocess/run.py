@@ -1,0 +1,179 @@
+"""Preprocessing from end to end: plan, let workers make shards, join them, give the result its name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.data.index_format import bin_path, idx_path, smallest_token_type
+from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.preprocess import manifest as papers
+from megatron_lite.data.preprocess.job import Task, build_job
+from megatron_lite.data.preprocess.options import PreprocessOptions
+from megatron_lite.data.preprocess.pool import Pool
+from megatron_lite.data.preprocess.progress import Progress
+from megatron_lite.data.preprocess.report import Summary
+from megatron_lite.data.preprocess.shard import Shard
+from megatron_lite.data.preprocess.shuffle import plan_buckets
+from megatron_lite.data.preprocess.sources import Source, Unit, find_sources, plan_units
+from megatron_lite.data.preprocess.work_folder import Done, WorkFolder, plan_hash
+from megatron_lite.data.preprocess.worker import Step
+from megatron_lite.errors import DataError
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made."""
+
+    prefixes: tuple[str, ...]
+    """The datasets, one for each key, as --data-path takes them."""
+    summary: str
+    """For people; empty if an earlier run had completed them."""
+
+
+def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
+    """Make the datasets. Killed at any moment, the same call goes on and gives the same bytes.
+
+    Raises:
+        DataError: the input or the tokenizer is missing or damaged, a line is bad, or the output cannot be written.
+    """
+    sources = find_sources(options.inputs)
+    tokenizer = build_tokenizer(options.tokenizer)
+    run = _Run(options, sources, tokenizer, progress)
+    if run.is_complete():
+        return Result(run.prefixes, "")
+    run.refuse_to_overwrite()
+    folder = WorkFolder(options.output_prefix, run.plan)
+    with contextlib.closing(progress):
+        try:
+            summary = run.make(folder)
+        finally:
+            folder.release()
+    folder.remove()
+    return Result(run.prefixes, summary.text())
+
+
+class _Run:
+    """One call's options and what follows from them."""
+
+    def __init__(
+        self, options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer, progress: Progress
+    ) -> None:
+        self.options = options
+        self.sources = sources
+        self.tokenizer = tokenizer
+        self.progress = progress
+        self.prefixes = tuple(map(options.prefix, options.json_keys))
+        self.about: dict[str, Any] = {
+            "type": options.tokenizer.type,
+            "fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod if options.append_eod else None,
+        }
+        self.plan = plan_hash(options, sources, self.about)
+
+    def is_complete(self) -> bool:
+        """Whether an earlier run of the same plan made every dataset."""
+        for prefix in self.prefixes:
+            made = papers.read_manifest(prefix)
+            if made is None or made.plan != self.plan:
+                return False
+            papers.check_files(prefix, made, contents=False)
+        return not WorkFolder.exists(self.options.output_prefix)
+
+    def refuse_to_overwrite(self) -> None:
+        """Leave alone what another command made.
+
+        Raises:
+            DataError: there is such a file, and --overwrite is not given.
+        """
+        if self.options.overwrite or WorkFolder.exists(self.options.output_prefix, self.plan):
+            return
+        for prefix in self.prefixes:
+            for path in (bin_path(prefix), idx_path(prefix)):
+                if path.exists():
+                    raise DataError(
+                        "A finished dataset is not replaced without being told",
+                        found=f"{path} exists, made by another command or from other input",
+                        fix="Pass --overwrite, or give another --output-prefix",
+                    )
+
+    def make(self, folder: WorkFolder) -> Summary:
+        """All the work; returns what was seen."""
+        if folder.discarded:
+            self.progress.say("Unfinished work of another command with this --output-prefix was thrown away.")
+        units = plan_units(self.sources, self.options.unit_bytes, self.options.limit_bytes)
+        finished = set(folder.finished())
+        todo = [unit for unit in units if unit.number not in finished]
+        self.progress.start(_size(units), _size(todo), len(units) - len(todo))
+        self._work(folder.path, todo)
+        done = [folder.read(unit.number) for unit in units]
+        summary = _summarise(units, done)
+        if not any(shard.num_bytes for one in done for shard in one.shards):
+            raise DataError(
+                "A dataset has tokens in it",
+                found=f"nothing is left of {summary.total.lines} lines of input",
+                fix="Check --input, --json-keys and the filters",
+            )
+        if self.options.shuffle:
+            buckets = plan_buckets(len(units), [one.shards for one in done])
+            self._work(folder.path, [bucket for bucket in buckets if bucket.number not in finished])
+            done = [folder.read(bucket.number) for bucket in buckets]
+        for key, prefix in enumerate(self.prefixes):
+            self._join(prefix, [one.shards[key] for one in done], summary)
+        return summary
+
+    def _work(self, folder: Path, tasks: Sequence[Task]) -> None:
+        if min(self.options.workers, len(tasks)) <= 1:
+            job = build_job(self.options, folder, self.tokenizer)
+            for task in tasks:
+                job(task, self.progress.advance)
+            return
+        make_job = functools.partial(build_job, self.options, folder)
+        pool: Pool[Task, Step]
+        with Pool(min(self.options.workers, len(tasks)), make_job) as pool:
+            for step in pool.run(tasks):
+                self.progress.advance(step)
+
+    def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
+        """Put shards end to end under the final name; the manifest comes last."""
+        papers.manifest_path(prefix).unlink(missing_ok=True)
+        with IndexedDatasetWriter(prefix, smallest_token_type(self.tokenizer.vocab_size)) as writer:
+            for shard in shards:
+                writer.append(shard.name)
+        manifest = papers.Manifest(
+            dtype=writer.dtype.name,
+            documents=writer.num_documents,
+            sequences=writer.num_sequences,
+            tokens=writer.num_tokens,
+            bin_pieces=[(shard.num_bytes, shard.checksum) for shard in shards],
+            idx_pieces=papers.file_pieces(idx_path(prefix)),
+            tokenizer=self.about,
+            flags=self.options.identity(),
+            inputs=[{"path": source.path, "bytes": source.num_bytes} for source in self.sources],
+            plan=self.plan,
+            report=summary.to_dict(),
+        )
+        papers.write_manifest(prefix, manifest)
+
+
+def _size(units: Sequence[Unit]) -> int:
+    return sum(unit.num_bytes for unit in units)
+
+
+def _summarise(units: Sequence[Unit], done: Sequence[Done]) -> Summary:
+    """All reports as one, with places as file:line."""
+    summary = Summary()
+    path, lines = "", 0
+    for unit, one in zip(units, done, strict=True):
+        if unit.source.path != path:
+            path, lines = unit.source.path, 0
+        summary.add(one.report, path, lines)
+        lines += one.report.lines
+    return summary

@@ -1,0 +1,62 @@
+"""Cutting a document into sentences with nltk's punkt, for --split-sentences."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from megatron_lite.errors import DataError
+
+
+class SentenceSplitter:
+    """Punkt for one language. `keep_newlines` makes line breaks that end a sentence part of it, as Megatron does.
+
+    Raises:
+        DataError: nltk or its punkt data is not installed.
+    """
+
+    def __init__(self, language: str, keep_newlines: bool) -> None:
+        fix = "pip install nltk, then python -m nltk.downloader punkt punkt_tab (where there is a network)"
+        try:
+            punkt = importlib.import_module("nltk.tokenize.punkt")
+        except ImportError as error:
+            raise DataError(
+                "--split-sentences needs the nltk library", found="it is not installed", fix=f"Run {fix}"
+            ) from error
+        try:
+            self._punkt: Any = punkt.PunktTokenizer(language)
+        except LookupError as error:
+            raise DataError(
+                "--split-sentences needs nltk's punkt data", found=f"there is none for {language}", fix=f"Run {fix}"
+            ) from error
+        if keep_newlines:
+            self._punkt._lang_vars = _newline_keeping_variables(punkt)
+
+    def split(self, text: str) -> list[str]:
+        """The sentences of a text; at least one, which may be empty."""
+        return list(self._punkt.tokenize(text)) or [""]
+
+
+def _newline_keeping_variables(punkt: Any) -> Any:
+    class Variables(punkt.PunktLanguageVars):
+        """Punkt's rules, with a sentence reaching over the blanks that follow it."""
+
+        _period_context_fmt = r"""
+            \S*                          # some word material
+            %(SentEndChars)s             # a potential sentence ending
+            \s*                          # blanks belong to the sentence
+            (?=(?P<after_tok>
+                %(NonWord)s              # either other punctuation
+                |
+                (?P<next_tok>\S+)        # or some other token
+            ))"""
+
+        def period_context_re(self) -> re.Pattern[str]:
+            return re.compile(
+                self._period_context_fmt
+                % {"NonWord": self._re_non_word_chars, "SentEndChars": self._re_sent_end_chars},
+                re.UNICODE | re.VERBOSE,
+            )
+
+    return Variables()

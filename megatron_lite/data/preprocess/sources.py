@@ -1,0 +1,118 @@
+"""Which files are read, and how they are cut into units of work that do not depend on the number of workers."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_lite.data.preprocess.options import MAX_UNIT, MIN_UNIT, UNITS
+from megatron_lite.errors import DataError
+
+Kind = Literal["text", "gzip", "zstd", "parquet"]
+KINDS: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
+LIBRARIES = {"zstd": "zstandard", "parquet": "pyarrow"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file. Its time of change tells a continued run that it is not the file it began with."""
+
+    path: str
+    kind: Kind
+    num_bytes: int
+    changed_ns: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One worker's errand: the lines that begin in bytes [start, end) of a file; of a packed file, all of it."""
+
+    number: int
+    source: Source
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file that this unit reads."""
+        return self.end - self.start
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The files that paths and globs name, in the order given (a glob's files sorted by name).
+
+    Raises:
+        DataError: a path does not exist or is a folder, a glob matches nothing, a file is named twice or its library
+            is not installed.
+    """
+    if not inputs:
+        raise DataError("Preprocessing needs input", found="no --input is given", fix="Give --input FILE …")
+    paths = [path for name in inputs for path in _expand(name)]
+    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if twice:
+        raise DataError(
+            "Each input file is read once", found=f"{twice[0]} is named more than once", fix="Name it once in --input"
+        )
+    return [_source(Path(path)) for path in paths]
+
+
+def _expand(name: str) -> list[str]:
+    if Path(name).exists():
+        return [name]
+    found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []  # noqa: PTH207, Path.glob is relative
+    if not found:
+        raise DataError(
+            "Every --input exists",
+            found=f"{name} {'matches no file' if glob.has_magic(name) else 'does not exist'}",
+            fix="Give the paths of the files, or a glob in quotes",
+        )
+    return found
+
+
+def _source(path: Path) -> Source:
+    if path.is_dir():
+        raise DataError(
+            "--input names files", found=f"{path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'"
+        )
+    kind = KINDS.get(path.suffix.lower(), "text")
+    library = LIBRARIES.get(kind)
+    if library and importlib.util.find_spec(library) is None:
+        raise DataError(
+            f"{path.suffix} files are read with the {library} library",
+            found=f"{path} is one, and {library} is not installed",
+            fix="Install the extra: pip install 'megatron_lite[data]'",
+        )
+    try:
+        with path.open("rb"):
+            status = path.stat()
+    except OSError as error:
+        raise DataError(
+            "Every --input can be read", found=f"{path}: {error.strerror}", fix="Check the file's rights"
+        ) from error
+    return Source(str(path), kind, status.st_size, status.st_mtime_ns)
+
+
+def plan_units(sources: Sequence[Source], unit_bytes: int | None = None, limit: int | None = None) -> list[Unit]:
+    """Cut the input into units: a function of the files' sizes alone."""
+    total = sum(source.num_bytes for source in sources)
+    size = unit_bytes or min(max(total // UNITS, MIN_UNIT), MAX_UNIT)
+    left = total if limit is None else limit
+    units: list[Unit] = []
+    for source in sources:
+        for start, end in _ranges(source, size):
+            if left > 0:
+                units.append(Unit(len(units), source, start, end))
+            left -= end - start
+    return units
+
+
+def _ranges(source: Source, size: int) -> Iterator[tuple[int, int]]:
+    if source.kind != "text":
+        yield 0, source.num_bytes
+        return
+    for start in range(0, source.num_bytes, size):
+        yield start, min(start + size, source.num_bytes)

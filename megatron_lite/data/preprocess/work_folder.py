@@ -1,0 +1,132 @@
+"""`{output prefix}.partial/`: finished shards of a run that is not complete, so that it can go on where it stopped.
+
+A unit is done when its `{number}.json` is there; that file names the shards, and a shard's name belongs to one
+attempt, so a process that outlives its killed parent can spoil nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_lite.data.preprocess.manifest import write_json
+from megatron_lite.data.preprocess.options import PreprocessOptions
+from megatron_lite.data.preprocess.report import Report
+from megatron_lite.data.preprocess.shard import Shard
+from megatron_lite.data.preprocess.sources import Source
+from megatron_lite.errors import DataError
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished unit: its shards, one for each key, and what was seen."""
+
+    shards: list[Shard]
+    report: Report
+
+
+def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any]) -> str:
+    """Hash of all that decides the output's bytes."""
+    content = {"sources": [asdict(source) for source in sources], "flags": options.identity(), "tokenizer": tokenizer}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def new_prefix(folder: Path, number: int) -> Path:
+    """Where a new attempt at a unit puts its shards."""
+    return folder / f"{number:06d}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def mark_done(folder: Path, number: int, done: Done) -> None:
+    """Say that a unit is finished."""
+    write_json(folder / f"{number:06d}.json", asdict(done))
+
+
+class WorkFolder:
+    """The folder, held by one run at a time.
+
+    Args:
+        output_prefix: the run's --output-prefix.
+        plan: hash of what is to be made; what another plan left behind is thrown away.
+
+    Raises:
+        DataError: another run holds it, or it cannot be made.
+    """
+
+    def __init__(self, output_prefix: str, plan: str) -> None:
+        self.path = Path(f"{output_prefix}.partial")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._hold()
+            self.discarded = self._discard_other_plans(plan)
+            self._remove_unfinished()
+        except OSError as error:
+            raise DataError(
+                "The output's folder can be written to",
+                found=f"{self.path}: {error.strerror or error}",
+                fix="Give another --output-prefix, or free space",
+            ) from error
+
+    @staticmethod
+    def exists(output_prefix: str, plan: str | None = None) -> bool:
+        """Whether a run (of this plan, if given) was begun and not completed."""
+        path = Path(f"{output_prefix}.partial") / "plan"
+        return path.is_file() and plan in (None, path.read_text())
+
+    def _hold(self) -> TextIO:
+        """Lock the folder; the lock goes with the process, however it ends."""
+        lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise DataError(
+                "One preprocessing run at a time writes to an --output-prefix",
+                found=f"another run holds {self.path}",
+                fix="Wait for it, or give another --output-prefix",
+            ) from error
+        return lock
+
+    def _discard_other_plans(self, plan: str) -> bool:
+        """Empty the folder unless it is of this plan; says whether finished work was thrown away."""
+        path = self.path / "plan"
+        if path.is_file() and path.read_text() == plan:
+            return False
+        old = [entry for entry in self.path.iterdir() if entry.name != "lock"]
+        for entry in old:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        partial = path.with_suffix(".tmp")
+        partial.write_text(plan)
+        partial.replace(path)
+        return any(entry.suffix == ".json" for entry in old)
+
+    def _remove_unfinished(self) -> None:
+        keep = {shard.name for number in self.finished() for shard in self.read(number).shards}
+        for entry in self.path.iterdir():
+            is_shard = entry.suffix in (".bin", ".idx", ".order") and str(entry.with_suffix("")) not in keep
+            if is_shard or entry.suffix == ".tmp":
+                entry.unlink(missing_ok=True)
+
+    def finished(self) -> list[int]:
+        """Units that are done, in order."""
+        return sorted(int(path.stem) for path in self.path.glob("*.json"))
+
+    def read(self, number: int) -> Done:
+        """What a finished unit left."""
+        saved = json.loads((self.path / f"{number:06d}.json").read_bytes())
+        return Done([Shard(**shard) for shard in saved["shards"]], Report.from_dict(saved["report"]))
+
+    def remove(self) -> None:
+        """The output is complete."""
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def release(self) -> None:
+        """Leave the folder for the next run."""
+        self._lock.close()

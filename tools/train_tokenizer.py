@@ -1,0 +1,10 @@
+"""Train a tokenizer: `megatron-lite train-tokenizer` beside Megatron's tools; a checkout suffices."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from megatron_lite.cli.main import main
+
+    sys.exit(main(["train-tokenizer", *sys.argv[1:]]))
