@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
-    """Calls a function on gloo ranks, on_ranks(world_size, function, *args): one result a rank. See ranks.py."""
+    """Calls a function on several gloo ranks, with a world size and arguments: one result a rank. See ranks.py."""
     from ranks import RankPools
 
     pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
