@@ -131,7 +131,7 @@ REPORTS = (
     *no_effect(
         "always in the log, in TensorBoard and in metrics.jsonl",
         "--log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard",
-        "--log-loss-scale-to-tensorboard --log-progress --log-timers --timing-log-option --log-path",
+        "--log-loss-scale-to-tensorboard --log-progress --log-timers --timing-log-option",
     ),
     *no_effect(
         "no such tool is attached; metrics.jsonl holds what it would have been told",
@@ -153,6 +153,7 @@ REPORTS = (
         "SIGTERM, SIGINT and SIGUSR1 are handled, whichever is sent",
         "--exit-signal",
     ),
+    *no_effect("every checkpoint's manifest holds the config", "--log-path"),
     *no_effect("an NVIDIA cluster's own service", "--adlr-autoresume", "--adlr-autoresume-interval"),
 )
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_lite.config.flags.flag import Flag
+from megatron_lite.config.model import GATED_ACTIVATIONS
+
+
+def _read_gated(words: Sequence[str]) -> str:
+    name = words[0].lower()
+    if name not in GATED_ACTIVATIONS:
+        raise ValueError(f"one of {', '.join(sorted(GATED_ACTIVATIONS))}")
+    return name
+
 
 MODEL = (
     Flag("--num-layers", "model.num_layers", "Transformer layers.", aliases=("--encoder-num-layers",)),
@@ -74,7 +85,14 @@ MODEL = (
     Flag("--swiglu", "model.activation", "SiLU-gated MLP.", sets="swiglu", means="--activation swiglu"),
     Flag("--squared-relu", "model.activation", "Squared ReLU.", sets="squared_relu", means="--activation squared_relu"),
     Flag("--openai-gelu", "model.activation", "The tanh GELU.", sets="gelu_tanh", means="--activation gelu_tanh"),
-    Flag("--glu-activation", "model.activation", "A gated MLP: geglu, liglu, reglu or swiglu."),
+    Flag(
+        "--glu-activation",
+        "model.activation",
+        "A gated MLP.",
+        read=_read_gated,
+        metavar="{geglu,liglu,reglu,swiglu}",
+        means="--activation",
+    ),
     Flag(
         "--no-bias-gelu-fusion",
         "command.erf_gelu",

@@ -14,18 +14,17 @@ _MUP = (
     "Choose --lr and --init-method-std for this width"
 )
 _MTP = "Multi-token prediction is not built here. Leave the flag out"
+_ROPE = "YaRN and Llama 3's rescaling are not built here. Use --rotary-seq-len-interpolation-factor"
+_ACTIVATION = "This activation is not built here. Use --activation"
+_SHARDS = "A weight is split over the tensor-parallel ranks only. Use --tensor-model-parallel-size"
 _OFFLOAD = "Nothing is offloaded to the CPU here. Use --checkpoint-activations, or more ranks"
 _FINETUNE = "Training on prompts and targets is not built here: every token counts. Leave the flag out"
 _HYBRID = "Only transformer layers are built here. Leave the flag out"
 _OTHER_MODEL = "It belongs to another model (BERT, T5, retrieval, vision). Leave the flag out"
 
 ARCHITECTURE = (
-    *refused(
-        _MOE,
-        "--num-experts --expert-model-parallel-size --expert-tensor-parallel-size",
-        "--expert-tensor-parallel-num-weight-shards --mlp-type --topk",
-        harmless=("1",),
-    ),
+    *refused(_MOE, "--expert-model-parallel-size --expert-tensor-parallel-size", harmless=("1",)),
+    *refused(_MOE, "--num-experts --expert-tensor-parallel-num-weight-shards --mlp-type --topk"),
     *refused(
         _MOE,
         "--moe-router-topk --moe-router-load-balancing-type --moe-router-dtype --moe-aux-loss-coeff",
@@ -43,11 +42,8 @@ ARCHITECTURE = (
         "--multi-latent-attention --kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim",
         "--v-head-dim --mscale --mscale-all-dim --rotary-scaling-factor",
     ),
-    *refused(
-        "YaRN and Llama 3's rescaling are not built here. Use --rotary-seq-len-interpolation-factor",
-        "--rope-type --use-rope-scaling --rope-scaling-factor",
-        harmless=("rope",),
-    ),
+    *refused(_ROPE, "--rope-type", harmless=("rope",)),
+    *refused(_ROPE, "--use-rope-scaling --rope-scaling-factor"),
     *refused(
         "Attention reaches the whole sequence here. Leave the flag out",
         "--window-size --window-attn-skip-freq --attention-chunk-size",
@@ -57,13 +53,11 @@ ARCHITECTURE = (
         "--softmax-type",
         harmless=("vanilla",),
     ),
-    *refused(
-        "This activation is not built here. Use --activation",
-        "--quick-geglu --onnx-safe --activation-func-clamp-value --glu-linear-offset",
-        harmless=("0", "0.0"),
-    ),
+    *refused(_ACTIVATION, "--glu-linear-offset", harmless=("0", "0.0")),
+    *refused(_ACTIVATION, "--quick-geglu --onnx-safe --activation-func-clamp-value"),
     *refused(_HYBRID, "--hybrid-layer-pattern", "--hybrid-attention-ratio", "--hybrid-mlp-ratio", "--is-hybrid-model"),
-    *refused(_MTP, "--mtp-num-layers", "--mtp-loss-scaling-factor", "--mtp-use-repeated-layer", harmless=("0",)),
+    *refused(_MTP, "--mtp-num-layers", harmless=("0",)),
+    *refused(_MTP, "--mtp-loss-scaling-factor --mtp-use-repeated-layer"),
     *refused(
         "Weights start at N(0, --init-method-std) here. Leave the flag out",
         "--init-method-xavier-uniform --embedding-init-method-std --init-method",
@@ -84,20 +78,20 @@ PARALLELISM = (
         "--context-parallel-size --hierarchical-context-parallel-sizes --ds-sequence-parallel-size",
         harmless=("1",),
     ),
+    *refused(_FSDP, "--data-parallel-sharding-strategy --outer-dp-sharding-strategy", harmless=("no_shard",)),
+    *refused(_FSDP, "--num-distributed-optimizer-instances", harmless=("1",)),
     *refused(
         _FSDP,
-        "--use-megatron-fsdp --use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy",
-        "--outer-dp-sharding-strategy --fsdp-double-buffer --fsdp-manual-registration",
-        "--megatron-fsdp-grad-comm-dtype --megatron-fsdp-main-grads-dtype --megatron-fsdp-main-params-dtype",
-        "--megatron-fsdp-max-pool-double-buffer --suggested-communication-unit-size",
-        "--num-distributed-optimizer-instances",
-        harmless=("no_shard", "1"),
+        "--use-megatron-fsdp --use-torch-fsdp2 --use-custom-fsdp --fsdp-double-buffer",
+        "--fsdp-manual-registration --megatron-fsdp-grad-comm-dtype --megatron-fsdp-main-grads-dtype",
+        "--megatron-fsdp-main-params-dtype --megatron-fsdp-max-pool-double-buffer",
+        "--suggested-communication-unit-size",
     ),
+    *refused(_SHARDS, "--tensor-parallel-num-weight-shards", harmless=("1",)),
     *refused(
-        "A weight is split over the tensor-parallel ranks only. Use --tensor-model-parallel-size",
-        "--tensor-parallel-num-weight-shards --gtp-remat-nccl-ub --gtp-expert-remat-nccl-ub",
-        "--gtp-remat-opt-in-modules --gtp-remat-reduce-scatter-with-fp32-accumulation",
-        harmless=("1",),
+        _SHARDS,
+        "--gtp-remat-nccl-ub --gtp-expert-remat-nccl-ub --gtp-remat-opt-in-modules",
+        "--gtp-remat-reduce-scatter-with-fp32-accumulation",
     ),
     *refused(
         "Layers are dealt out by number. Use --pp-partition-method, or --decoder-first-pipeline-num-layers and -last-",
@@ -201,6 +195,7 @@ FAMILIES = {
     "--fp4-": _FP8,
     "--megatron-fsdp-": _FSDP,
     "--fsdp-": _FSDP,
+    "--gtp-": _SHARDS,
     "--mup-": _MUP,
     "--mamba-": _HYBRID,
     "--hybrid-": _HYBRID,

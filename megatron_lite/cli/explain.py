@@ -1,0 +1,142 @@
+"""megatron-lite explain: what a training command means, before it runs; for people, or with --json for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, to_argv
+from megatron_lite.config.files import missing_files
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.vocabulary import with_vocabulary
+from megatron_lite.errors import MegatronLiteError
+from megatron_lite.planner.explain import BatchStage, Explanation, explain
+
+SUMMARY = "say what a training command means: sizes, iterations, ramp-up, saves, flags without effect"
+GPT2_ENTRIES = 50257
+STAGES_SHOWN = 12
+
+
+def run(argv: list[str]) -> int:
+    """Explain the training command `argv`; --json prints one JSON object instead of text."""
+    if asks_for_help(argv):
+        print("usage: megatron-lite explain [--json] FLAG [VALUE] …\n\nThe flags are those of pretrain_gpt.py.")
+        return 0
+    as_json = "--json" in argv
+    print(explain_text(parse_run([word for word in argv if word != "--json"]), as_json=as_json))
+    return 0
+
+
+def explain_text(parsed: ParsedRun, *, as_json: bool = False) -> str:
+    """The explanation of a parsed command, as text or as JSON."""
+    config, vocabulary = fill_vocabulary(parsed.config)
+    explanation = explain(config)
+    if as_json:
+        return json.dumps(_record(parsed, explanation, vocabulary), indent=2)
+    return "\n".join(_lines(parsed, explanation, vocabulary))
+
+
+def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
+    """The run with its vocabulary's size, as far as it can be known, and where it is from."""
+    tokenizer, model = config.tokenizer, config.model
+    if model.vocab_size:
+        return with_vocabulary(config, model.vocab_size), "--tokenizer-vocab-size"
+    if tokenizer.type == "NullTokenizer":
+        return with_vocabulary(config, tokenizer.vocab_size + 1), "--vocab-size and an end-of-document token"
+    if any(Path(path).exists() for path in (tokenizer.vocab_file, tokenizer.model) if path):
+        from megatron_lite.tokenizer.build import build_tokenizer
+
+        try:
+            return with_vocabulary(config, build_tokenizer(tokenizer).vocab_size), "the tokenizer"
+        except MegatronLiteError as error:
+            source = f"the tokenizer cannot be read ({error.rule})"
+    else:
+        source = "the tokenizer's files are not here"
+    if model.padded_vocab_size:
+        filled = replace(config, model=replace(model, vocab_size=model.padded_vocab_size))
+        return filled, f"--pad-vocab-size-to, since {source}"
+    return with_vocabulary(config, GPT2_ENTRIES), f"assumed to be GPT-2's, since {source}"
+
+
+def _record(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> dict[str, object]:
+    return {
+        "config": asdict(parsed.config),
+        "argv": to_argv(parsed.config),
+        "derived": {**asdict(explanation), "vocabulary_from": vocabulary},
+        "notes": list(parsed.notes),
+        "warnings": list(parsed.warnings),
+        "missing": _missing(parsed),
+    }
+
+
+def _missing(parsed: ParsedRun) -> list[str]:
+    return [str(error) for error in (*parsed.missing, *missing_files(parsed.config))]
+
+
+def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iterator[str]:
+    model, layout, length = explanation.model, explanation.layout, explanation.length
+    config = parsed.config
+    yield f"Model       {model.name}: {model.exact:,} parameters, {model.without_embedding:,} without the embedding"
+    yield f"            vocabulary {model.vocab_size:,} padded to {model.padded_vocab_size:,} ({vocabulary})"
+    yield f"            {model.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward"
+    sharding = ", optimizer state split over replicas" if layout.distributed_optimizer else ""
+    sizes = f"tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp}"
+    yield f"Layout      {layout.world_size} ranks = {sizes}{sharding}"
+    if len(layout.stage_layers) > 1:
+        yield "            layers by stage: " + " ".join(str(count) for _, count in layout.stage_layers)
+    yield (
+        f"Precision   {config.precision.dtype}, recomputation {config.recompute.granularity}, "
+        f"seed {config.runtime.seed}, device {config.runtime.device}"
+    )
+    yield (
+        f"Length      {length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens, "
+        f"{length.total_flops:.3g} FLOP"
+    )
+    yield (
+        f"            learning rate {config.lr.lr:g} to {config.lr.min_lr:g}, {config.lr.style}; warm-up "
+        f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
+    )
+    saves = explanation.saves
+    yield (
+        f"Saves       {saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
+        if saves.count
+        else "Saves       none"
+    )
+    yield from _stage_lines(explanation.stages)
+    for title, entries in (
+        ("Notes", parsed.notes),
+        ("Warnings", parsed.warnings),
+        ("Not found here (a run would stop)", _missing(parsed)),
+    ):
+        if entries:
+            yield from ("", title, *(f"  {entry}" for entry in entries))
+    yield from ("", "The same command, as it was understood:", "  " + _wrapped(to_argv(config)))
+
+
+def _stage_lines(stages: tuple[BatchStage, ...]) -> Iterator[str]:
+    yield ""
+    yield "   iterations              batch  micro-batches  per replica  replicas without  idle"
+    hidden = len(stages) - STAGES_SHOWN
+    for number, stage in enumerate(stages):
+        if hidden > 0 and STAGES_SHOWN // 2 <= number < STAGES_SHOWN // 2 + hidden:
+            if number == STAGES_SHOWN // 2:
+                yield f"   … {hidden} more stages (--json has them all)"
+            continue
+        fewest, most = stage.per_replica
+        per_replica = str(most) if fewest == most else f"{fewest}-{most}"
+        iterations = f"{stage.first_iteration:,}-{stage.last_iteration:,}"
+        yield (
+            f"   {iterations:<20} {stage.global_batch:>8,}  {stage.micro_batches:>13,}  {per_replica:>11}  "
+            f"{stage.replicas_without:>16,}  {stage.idle:>4.0%}"
+        )
+
+
+def _wrapped(words: list[str]) -> str:
+    """A command line on several lines, one flag each."""
+    text = ""
+    for word in words:
+        quoted = word if word.isascii() and not set(word) & set(" |&;<>()$`\\\"'*?[]#~%{}") and word else f"'{word}'"
+        text += (" \\\n  " if word.startswith("--") and text else " " if text else "") + quoted
+    return text

@@ -1,0 +1,194 @@
+"""What a run's config amounts to: parameters, iterations, tokens, every stage of its ramp-up, saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.config.counts import flops_per_token, parameter_count, size_name
+from megatron_lite.config.partition import stage_layers
+from megatron_lite.config.run import RunConfig
+from megatron_lite.schedules.learning_rate import lr_steps
+from megatron_lite.schedules.length import (
+    consumed_at,
+    last_iteration,
+    ramp_stages,
+    test_samples,
+    tokens_at,
+    train_samples,
+    valid_samples,
+)
+from megatron_lite.schedules.microbatches import idle_share, num_microbatches
+from megatron_lite.schedules.saves import save_iterations
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How large the model is.
+
+    Attributes:
+        exact: parameters, those of the padding left out.
+        name: the same as a name says it, as 13B.
+        vocab_size: rows of the embedding that `exact` counts.
+        flops_per_token: model FLOPs to train on one token, backward included.
+    """
+
+    exact: int
+    name: str
+    without_embedding: int
+    vocab_size: int
+    padded_vocab_size: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is cut. `stage_layers` holds (first layer, number) of every stage in the model's order."""
+
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    distributed_optimizer: bool
+    stage_layers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """Iterations of one global batch.
+
+    Attributes:
+        first_iteration: from 1, as in the log; `last_iteration` likewise, both included.
+        first_sample: samples consumed before it.
+        micro_batches: of one iteration, over all replicas.
+        per_replica: fewest and most that one replica takes.
+        replicas_without: replicas that take none.
+        idle: share of the replicas' time without work.
+    """
+
+    first_iteration: int
+    last_iteration: int
+    first_sample: int
+    global_batch: int
+    micro_batches: int
+    per_replica: tuple[int, int]
+    replicas_without: int
+    idle: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is, and what it asks of the data."""
+
+    iterations: int
+    samples: int
+    tokens: int
+    total_flops: float
+    train_samples_asked: int
+    valid_samples_asked: int
+    test_samples_asked: int
+    warmup: float
+    decay: int
+    lr_unit: str
+
+
+@dataclass(frozen=True)
+class Saves:
+    """How many checkpoints the run writes, and at which iterations the first and the last."""
+
+    count: int
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that follows from a config."""
+
+    model: ModelSize
+    layout: Layout
+    length: Length
+    stages: tuple[BatchStage, ...]
+    saves: Saves
+
+
+def explain(config: RunConfig) -> Explanation:
+    """Derive everything. model.vocab_size and padded_vocab_size should be filled in (config/vocabulary.py)."""
+    return Explanation(_model(config), _layout(config), _length(config), batch_stages(config), _saves(config))
+
+
+def batch_stages(config: RunConfig) -> tuple[BatchStage, ...]:
+    """Every stage of constant global batch, with the load of the replicas. A final partial stage ends with the run."""
+    micro, replicas, end = config.batch.micro_batch_size, config.parallel.dp, last_iteration(config)
+    stages = []
+    for stage in ramp_stages(config):
+        if stage.first_iteration > end:
+            break
+        batch = stage.global_batch
+        stages.append(
+            BatchStage(
+                first_iteration=stage.first_iteration,
+                last_iteration=min(stage.last_iteration, end),
+                first_sample=stage.consumed,
+                global_batch=batch,
+                micro_batches=batch // micro,
+                per_replica=(
+                    num_microbatches(batch, micro, replicas, replicas - 1),
+                    num_microbatches(batch, micro, replicas, 0),
+                ),
+                replicas_without=max(0, replicas - batch // micro),
+                idle=idle_share(batch, micro, replicas),
+            )
+        )
+    return tuple(stages)
+
+
+def _model(config: RunConfig) -> ModelSize:
+    model = config.model
+    exact = parameter_count(model)
+    return ModelSize(
+        exact=exact,
+        name=size_name(exact),
+        without_embedding=parameter_count(model, 0),
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        flops_per_token=flops_per_token(model, config.batch.seq_length),
+    )
+
+
+def _layout(config: RunConfig) -> Layout:
+    parallel = config.parallel
+    layers = stage_layers(config.model, parallel, config.batch.seq_length)
+    return Layout(
+        world_size=parallel.world_size,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=parallel.dp,
+        distributed_optimizer=parallel.distributed_optimizer,
+        stage_layers=tuple((part.start, len(part)) for part in layers),
+    )
+
+
+def _length(config: RunConfig) -> Length:
+    iterations = last_iteration(config)
+    steps, tokens = lr_steps(config), tokens_at(config, iterations)
+    by_samples = bool(config.training.train_samples)
+    unit = 1 if by_samples else max(1, config.batch.global_batch_size)
+    return Length(
+        iterations=iterations,
+        samples=consumed_at(config, iterations),
+        tokens=tokens,
+        total_flops=float(tokens) * flops_per_token(config.model, config.batch.seq_length),
+        train_samples_asked=train_samples(config),
+        valid_samples_asked=valid_samples(config),
+        test_samples_asked=test_samples(config),
+        warmup=steps.warmup / unit,
+        decay=steps.decay // unit,
+        lr_unit="samples" if by_samples else "iterations",
+    )
+
+
+def _saves(config: RunConfig) -> Saves:
+    if not config.checkpoint.save:
+        return Saves(0, None, None)
+    iterations = list(save_iterations(config.checkpoint, last_iteration(config)))
+    return Saves(len(iterations), *((iterations[0], iterations[-1]) if iterations else (None, None)))
