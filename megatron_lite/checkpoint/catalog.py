@@ -1,8 +1,8 @@
 """Which checkpoints a folder holds, which of them are whole, and which one a load means.
 
 A folder given to --save holds `iter_0000100/` for each checkpoint and `latest_checkpointed_iteration.txt`, as Megatron
-lays it out. Other names that begin with `iter_0000100.` are on their way in or out and are never loaded as they are:
-`.partial-…` is being written, `.replaced` steps aside for a new save of the same iteration, `.deleted-…` is going.
+lays it out. Longer names are on their way in or out: `iter_0000100.partial-…` is being written, `.deleted-…` is going,
+and `.replaced` has stepped aside for a new save of the same iteration, for which it stands until that is there.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lite.checkpoint.durable import replace_file, sync_folder
-from megatron_lite.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from megatron_lite.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpointError, read_manifest
 from megatron_lite.errors import CheckpointError
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
-_FOLDER = re.compile(r"iter_(\d{7,})")
-_REPLACED = re.compile(r"(iter_\d{7,})\.replaced")
+_REPLACED = ".replaced"
+_FOLDER = re.compile(rf"iter_(\d{{7,}})({re.escape(_REPLACED)})?")
 _STALE = re.compile(r"iter_\d{7,}\.(partial|deleted)-[0-9a-f]+")
 
 
@@ -33,27 +33,43 @@ def iteration_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def locate(root: Path, iteration: int) -> Path:
+    """Where an iteration's checkpoint lies, or would lie if there is none."""
+    checkpoint = root / folder_name(iteration)
+    replaced = _replaced(checkpoint)
+    return replaced if replaced.exists() and not checkpoint.exists() else checkpoint
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether the folder is a whole checkpoint: its manifest is readable and every file has the length it says.
 
     This looks at names and lengths only; verify.py reads the bytes.
     """
-    if iteration_of(checkpoint) is None or not (checkpoint / MANIFEST_NAME).is_file():
-        return False
+    return iteration_of(checkpoint) is not None and incompleteness(checkpoint) is None
+
+
+def incompleteness(checkpoint: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint, with the file's name, or None."""
+    if not checkpoint.is_dir():
+        return f"{checkpoint} is not there"
     try:
         manifest = read_manifest(checkpoint)
-        return all((checkpoint / name).stat().st_size == file.size for name, file in manifest.files.items())
-    except (CheckpointError, OSError):
-        return False
+    except CheckpointError as error:
+        return error.found
+    for name, file in manifest.files.items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.size:
+            return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {file.size}"
+    return None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints of a folder, oldest iteration first."""
     if not root.is_dir():
         return []
-    found = [(iteration_of(entry), entry) for entry in root.iterdir()]
-    numbered = sorted((iteration, entry) for iteration, entry in found if iteration is not None)
-    return [entry for _, entry in numbered if is_complete(entry)]
+    found = {iteration for entry in root.iterdir() if (iteration := iteration_of(entry)) is not None}
+    return [entry for iteration in sorted(found) if is_complete(entry := locate(root, iteration))]
 
 
 def announced(root: Path) -> str | None:
@@ -69,18 +85,19 @@ def announce(root: Path, iteration: int) -> None:
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())
 
 
-def latest(root: Path, notify: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that a load of `root` means: the announced one, else the newest whole one.
+def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that a load of `root` means: the announced one, or the newest whole one if none was announced.
 
     Args:
         root: the folder given to --load.
-        notify: told when the announced one is not there or damaged and another is taken.
+        fallback: whether an earlier one may be taken when the announced one is missing or damaged.
+        notify: told when another one than the announced is taken.
 
     Returns:
         None if nothing was ever saved here.
 
     Raises:
-        CheckpointError: a checkpoint was announced but there is none that can be loaded.
+        CheckpointError: a checkpoint was announced but is not there, or not whole.
     """
     text = announced(root)
     complete = list_checkpoints(root)
@@ -88,34 +105,36 @@ def latest(root: Path, notify: Callable[[str], None] = print) -> Path | None:
         if complete:
             notify(f"{root / LATEST_NAME} is missing: taking the newest complete checkpoint, {complete[-1].name}")
         return complete[-1] if complete else None
-    if text.isdecimal():
-        wanted = root / folder_name(int(text))
-        if wanted in complete:
-            return wanted
-        earlier = [entry for entry in complete if (iteration_of(entry) or 0) < int(text)]
-        if earlier:
-            notify(f"{LATEST_NAME} says {text} but {wanted.name} is missing or incomplete: taking {earlier[-1].name}")
-            return earlier[-1]
-    raise CheckpointError(
-        "The checkpoint that latest_checkpointed_iteration.txt names must be there",
-        found=f"{root} announces {text!r}, and holds {_names(complete)}",
-        fix="Correct --load or the text file; a checkpoint of Megatron or DeepSpeed is imported first",
-    )
+    if not text.isdecimal():
+        raise CheckpointError(
+            f"{LATEST_NAME} must say an iteration of this program's",
+            found=f"{root} announces {text!r}, and holds {_names(complete)}",
+            fix="Correct --load or the text file; a checkpoint of Megatron or DeepSpeed is imported first",
+        )
+    wanted = locate(root, int(text))
+    earlier = [entry for entry in complete if (iteration_of(entry) or 0) < int(text)]
+    if fallback and earlier and wanted not in complete:
+        notify(f"{incompleteness(wanted)}: taking {earlier[-1].name} instead of the announced {wanted.name}")
+        return earlier[-1]
+    return _require_complete(wanted)
 
 
-def find_checkpoint(load: str, iteration: int = 0, notify: Callable[[str], None] = print) -> Path | None:
+def find_checkpoint(
+    load: str, iteration: int = 0, *, fallback: bool = False, notify: Callable[[str], None] = print
+) -> Path | None:
     """The folder of the checkpoint that --load and --load-iteration mean.
 
     Args:
         load: a folder given to --save, or one checkpoint's own folder iter_….
         iteration: the iteration wanted; 0: the latest.
+        fallback: --fallback-on-corrupt: take an earlier one if the latest is missing or damaged.
         notify: told about anything surprising in the choice.
 
     Returns:
         None if the folder is missing or holds nothing yet (the caller decides whether that is a fresh start).
 
     Raises:
-        CheckpointError: what was asked for by name is missing or incomplete.
+        CheckpointError: what was asked for by name, or announced, is missing or incomplete.
     """
     path = Path(load)
     named = iteration_of(path)
@@ -127,31 +146,20 @@ def find_checkpoint(load: str, iteration: int = 0, notify: Callable[[str], None]
                 fix="Give the folder above it to --load, or leave --load-iteration out",
             )
         return _require_complete(path)
-    restore_replaced(path)
-    return _require_complete(path / folder_name(iteration)) if iteration else latest(path, notify)
-
-
-def restore_replaced(root: Path) -> None:
-    """Puts back a checkpoint that had stepped aside for a save of the same iteration which never arrived."""
-    for entry in list(root.iterdir()) if root.is_dir() else []:
-        match = _REPLACED.fullmatch(entry.name)
-        if match and not (root / match[1]).exists():
-            try:
-                entry.rename(root / match[1])
-            except OSError:
-                # Another rank was faster, or the folder is read-only: then there is nothing to put back from here.
-                continue
+    if iteration:
+        return _require_complete(locate(path, iteration))
+    return latest(path, fallback=fallback, notify=notify)
 
 
 def make_visible(partial: Path, checkpoint: Path) -> None:
     """Gives a finished save its name in one rename; an older save of the same iteration steps aside first.
 
-    Whenever the process dies, the older or the newer one is found: restore_replaced undoes the half-way state.
+    Whenever the process dies, the older or the newer one is found: see locate.
 
     Raises:
         OSError: the file system refuses.
     """
-    replaced = checkpoint.with_name(f"{checkpoint.name}.replaced")
+    replaced = _replaced(checkpoint)
     if checkpoint.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
@@ -163,9 +171,14 @@ def make_visible(partial: Path, checkpoint: Path) -> None:
 
 
 def remove_stale(root: Path) -> list[str]:
-    """Removes what killed saves and deletions left behind, and returns the names."""
-    restore_replaced(root)
-    stale = [entry for entry in root.iterdir() if _STALE.fullmatch(entry.name) or _REPLACED.fullmatch(entry.name)]
+    """Cleans up after killed saves and deletions (the saving rank only), and returns the names of what was removed."""
+    stale = [entry for entry in root.iterdir() if _STALE.fullmatch(entry.name)]
+    for replaced in root.glob(f"iter_*{_REPLACED}"):
+        checkpoint = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if checkpoint.exists():
+            stale.append(replaced)
+        else:
+            replaced.rename(checkpoint)
     stale += root.glob(f"{LATEST_NAME}.*.tmp")
     for entry in stale:
         if entry.is_dir():
@@ -175,15 +188,19 @@ def remove_stale(root: Path) -> list[str]:
     return sorted(entry.name for entry in stale)
 
 
+def _replaced(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + _REPLACED)
+
+
 def _require_complete(checkpoint: Path) -> Path:
-    if is_complete(checkpoint):
+    problem = incompleteness(checkpoint)
+    if problem is None:
         return checkpoint
-    state = "is incomplete or damaged" if checkpoint.is_dir() else "is not there"
-    others = list_checkpoints(checkpoint.parent)
-    raise CheckpointError(
-        "The checkpoint asked for must be complete",
-        found=f"{checkpoint} {state}; {checkpoint.parent} holds {_names(others)}",
-        fix="Choose one of these with --load-iteration",
+    kind = CorruptCheckpointError if (checkpoint / MANIFEST_NAME).is_file() else CheckpointError
+    raise kind(
+        "The checkpoint to load must be whole",
+        found=f"{problem}; {checkpoint.parent} holds {_names(list_checkpoints(checkpoint.parent))}",
+        fix="Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one",
     )
 
 

@@ -43,7 +43,7 @@ def test_by_folder_and_by_iteration(root):
     with pytest.raises(CheckpointError, match="must agree"):
         find_checkpoint(str(root / "iter_0000010"), 20)
     (root / "iter_0000010" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="iter_0000010 is incomplete"):
+    with pytest.raises(CheckpointError, match=r"iter_0000010.manifest\.json: No such file"):
         find_checkpoint(str(root / "iter_0000010"))
 
 
@@ -53,21 +53,33 @@ def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     assert find_checkpoint(str(tmp_path)) is None
 
 
-def test_a_lost_announcement_or_checkpoint_is_said(root):
+def test_a_lost_announcement_is_said(root):
     told = []
-    shutil.rmtree(root / "iter_12345678")
-    assert find_checkpoint(str(root), notify=told.append).name == "iter_0000020"
-    assert "says 12345678 but iter_12345678 is missing or incomplete: taking iter_0000020" in told[0]
     (root / "latest_checkpointed_iteration.txt").unlink()
-    assert find_checkpoint(str(root), notify=told.append).name == "iter_0000020"
-    assert "is missing: taking the newest" in told[1]
+    assert find_checkpoint(str(root), notify=told.append).name == "iter_12345678"
+    assert "is missing: taking the newest" in told[0]
 
 
-@pytest.mark.parametrize("text", ["5", "release", "global_step10", ""])
-def test_an_announcement_that_leads_nowhere_is_an_error_not_a_fresh_start(root, text):
-    (root / "latest_checkpointed_iteration.txt").write_text(text)
-    with pytest.raises(CheckpointError, match=f"announces '{text}'"):
+@pytest.mark.parametrize("lost", ["__0_0.distcp", "manifest.json", None])
+def test_an_announced_checkpoint_that_is_lost_is_an_error_unless_told_to_fall_back(root, lost):
+    announce(root, 20)
+    if lost:
+        (root / "iter_0000020" / lost).unlink()
+    else:
+        shutil.rmtree(root / "iter_0000020")
+    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'is not there'}.*holds iter_0000010, iter_123"):
         find_checkpoint(str(root))
+    told = []
+    assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_0000010"
+    assert "taking iter_0000010 instead of the announced iter_0000020" in told[0]
+
+
+@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 is not there"), ("release", "'release'"), ("", "''")])
+def test_an_announcement_that_leads_nowhere_is_an_error_not_a_fresh_start(root, text, says):
+    (root / "latest_checkpointed_iteration.txt").write_text(text)
+    for fallback in (False, True):
+        with pytest.raises(CheckpointError, match=says):
+            find_checkpoint(str(root), fallback=fallback)
 
 
 def test_saving_an_iteration_again_replaces_it(kit, root):
@@ -81,10 +93,15 @@ def test_saving_an_iteration_again_replaces_it(kit, root):
 def test_killed_between_the_two_renames_of_a_replacement(kit, root, monkeypatch):
     (root / "iter_0000020").rename(root / "iter_0000020.replaced")
     announce(root, 20)
-    assert find_checkpoint(str(root)).name == "iter_0000020"
-    assert not (root / "iter_0000020.replaced").exists()
+    # Looking does not move anything: the saving process may be alive.
+    assert find_checkpoint(str(root)) == root / "iter_0000020.replaced"
+    assert find_checkpoint(str(root), 20) == root / "iter_0000020.replaced"
+    assert [path.name for path in list_checkpoints(root)][1] == "iter_0000020.replaced"
+    assert remove_stale(root) == []
+    assert find_checkpoint(str(root)) == root / "iter_0000020"
     # … and just after the second: the new one stays, the old one goes at the next save.
     shutil.copytree(root / "iter_0000010", root / "iter_0000010.replaced")
+    assert len(list_checkpoints(root)) == 3
     assert remove_stale(root) == ["iter_0000010.replaced"]
     assert is_complete(root / "iter_0000010")
 
@@ -99,8 +116,7 @@ def test_a_save_that_cannot_be_renamed_leaves_the_older_one(kit, root, monkeypat
     monkeypatch.setattr("megatron_lite.checkpoint.save.make_visible", refuse)
     with pytest.raises(CheckpointError, match="Input/output error"):
         kit.save(root, 20)
-    assert find_checkpoint(str(root)).name == "iter_0000020"
-    assert (root / "iter_0000020" / "manifest.json").read_bytes() == before
+    assert (find_checkpoint(str(root)) / "manifest.json").read_bytes() == before
 
 
 def test_what_killed_saves_left_goes_with_the_next_save(kit, root):

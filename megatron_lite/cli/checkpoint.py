@@ -1,0 +1,262 @@
+"""megatron-lite checkpoint: lists, inspects, verifies, compares, averages and rewrites checkpoints on any machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_lite.checkpoint.manifest import Manifest
+
+SUMMARY = "list, inspect, verify, compare, average and rewrite checkpoints"
+
+
+def run(argv: list[str]) -> int:
+    """Do what `argv` asks for; 1 if verify or diff found something."""
+    options = _parser().parse_args(argv)
+
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    actions = {
+        "list": _list,
+        "inspect": _inspect,
+        "verify": _verify,
+        "diff": _diff,
+        "average": _average,
+        "rewrite": _rewrite,
+    }
+    return actions[options.action](options, console)
+
+
+def _list(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.catalog import announced, list_checkpoints
+    from megatron_lite.checkpoint.manifest import read_manifest
+
+    for root in options.folders:
+        table = _table(root, "", "iteration", "size", "parameters", "ranks", "saved", "version")
+        latest = announced(_existing(root))
+        for path in list_checkpoints(root):
+            manifest = read_manifest(path)
+            table.add_row(
+                "→" if latest == str(manifest.iteration) else "",
+                str(manifest.iteration),
+                _bytes(manifest.size),
+                f"{_num_parameters(manifest):,}",
+                str(manifest.writer["world_size"]),
+                _when(manifest),
+                manifest.writer["megatron_lite"],
+            )
+        console.print(table)
+        console.print(f"→ is what --load {root} takes" if latest else "nothing has been announced here")
+    return 0
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.manifest import read_manifest
+
+    for given in options.folders:
+        path = _one(given)
+        manifest = read_manifest(path)
+        console.print(str(path), style="bold")
+        table = _table("", "", "")
+        for name, value in {
+            "iteration": str(manifest.iteration),
+            "parameters": f"{_num_parameters(manifest):,}",
+            "size": f"{_bytes(manifest.size)} in {len(manifest.files)} files",
+            "written by": f"megatron_lite {manifest.writer['megatron_lite']}, torch {manifest.writer['torch']}, "
+            f"{manifest.writer['world_size']} ranks, {_when(manifest)}",
+            **{f"fingerprint of {name}": value for name, value in manifest.provenance.fingerprints.items()},
+            "state": json.dumps(dict(manifest.scalars)),
+        }.items():
+            table.add_row(name, value)
+        console.print(table)
+        if options.config:
+            console.print_json(json.dumps(dict(manifest.provenance.config)))
+        if options.tensors:
+            tensors = _table("tensors", "name", "shape", "dtype", "pieces")
+            for name, tensor in manifest.tensors.items():
+                shape = " x ".join(map(str, tensor.shape)) or "scalar"
+                tensors.add_row(name, shape, tensor.dtype, str(len(tensor.pieces)))
+            console.print(tensors)
+    return 0
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.catalog import iteration_of
+
+    paths = []
+    for given in options.folders:
+        single = iteration_of(given) is not None
+        found = [given] if single else sorted(p for p in _existing(given).iterdir() if iteration_of(p) is not None)
+        if not found:
+            raise CheckpointError(
+                "There must be something to verify",
+                found=f"no iter_… in {given}",
+                fix="Give a folder that --save wrote",
+            )
+        paths += found
+    failures = [_verify_one(path, console) for path in paths].count(False)
+    console.print(f"{len(paths) - failures} of {len(paths)} checkpoints are whole")
+    return 1 if failures else 0
+
+
+def _verify_one(path: Path, console: Console) -> bool:
+    from megatron_lite.checkpoint.verify import verify_checkpoint
+
+    begun = time.monotonic()
+    try:
+        manifest = verify_checkpoint(path)
+    except CheckpointError as error:
+        console.print("damaged", style="red", end=" ")
+        console.print(f"{path}: {error.found}")
+        return False
+    rate = manifest.size / max(time.monotonic() - begun, 1e-9)
+    console.print("whole  ", style="green", end=" ")
+    console.print(f"{path}: {len(manifest.files)} files, {_bytes(manifest.size)}, {_bytes(rate)}/s")
+    return True
+
+
+def _diff(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.checkpoint.resume import compare_configs
+
+    first, second = _one(options.first), _one(options.second)
+    one, other = read_manifest(first), read_manifest(second)
+    console.print(f"A {first}\nB {second}")
+    parts = {
+        "iteration": (one.iteration, other.iteration),
+        "config": (one.provenance.config, other.provenance.config),
+        "fingerprints": (one.provenance.fingerprints, other.provenance.fingerprints),
+        "state": (one.scalars, other.scalars),
+        "tensors": tuple({n: f"{t.dtype} {t.shape}" for n, t in m.tensors.items()} for m in (one, other)),
+    }
+    table = _table("", "", "A", "B")
+    for name, (a, b) in parts.items():
+        for difference in compare_configs({name: a}, {name: b}):
+            table.add_row(difference.path, str(difference.saved), str(difference.current))
+    differ = bool(table.row_count)
+    console.print(table if differ else "same config, fingerprints, state and tensor shapes")
+    if options.values:
+        differ = _diff_values(first, second, console) or differ
+    return 1 if differ else 0
+
+
+def _diff_values(first: Path, second: Path, console: Console) -> bool:
+    from megatron_lite.checkpoint.offline import compare_values
+
+    table = _table("values", "tensor", "largest |A - B|", "‖A - B‖ / ‖A‖")
+    count = 0
+    for difference in compare_values(first, second):
+        count += 1
+        if not difference.equal:
+            table.add_row(difference.name, f"{difference.largest:.3e}", f"{difference.relative:.3e}")
+    if table.row_count:
+        console.print(table)
+    console.print(f"{count - table.row_count} of {count} common tensors are equal bit for bit")
+    return bool(table.row_count)
+
+
+def _average(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.offline import average
+
+    report = average([_one(path) for path in options.folders], options.output, console.print)
+    console.print(f"wrote the average of {len(options.folders)} checkpoints to {report.path}: {_bytes(report.size)}")
+    return 0
+
+
+def _rewrite(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.offline import rewrite
+
+    report = rewrite(_one(options.folder), options.output, weights_only=options.weights_only, notify=console.print)
+    console.print(f"wrote {report.path}: {_bytes(report.size)}")
+    return 0
+
+
+def _one(given: Path) -> Path:
+    """The checkpoint that a folder means: itself, or the latest of a --save folder."""
+    from megatron_lite.checkpoint.catalog import find_checkpoint
+
+    found = find_checkpoint(str(_existing(given)))
+    if found is None:
+        raise CheckpointError(
+            "There must be a checkpoint", found=f"{given} holds none", fix="Give a folder that --save wrote, or iter_…"
+        )
+    return found
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError("The folder must exist", found=str(folder), fix="Give the folder that --save names")
+    return folder
+
+
+def _table(title: object, *columns: str) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title=str(title) or None, title_justify="left", box=SIMPLE, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _num_parameters(manifest: Manifest) -> int:
+    from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
+
+    return sum(prod(t.shape) for name, t in manifest.tensors.items() if not name.startswith(OPTIMIZER_PREFIX))
+
+
+def _when(manifest: Manifest) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.writer["time"]))
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-lite checkpoint", description=SUMMARY.capitalize() + ".")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="<action>")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    listing = action("list", "show the complete checkpoints of --save folders")
+    listing.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a folder that --save wrote")
+
+    inspecting = action("inspect", "show what a checkpoint holds")
+    inspecting.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
+    inspecting.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspecting.add_argument("--config", action="store_true", help="print the full config as JSON")
+
+    verifying = action("verify", "read every byte and compare it with the manifest's checksums")
+    verifying.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: all in it")
+
+    comparing = action("diff", "show where two checkpoints differ; exit code 1 if they do")
+    comparing.add_argument("first", type=Path, metavar="A", help="iter_…, or a folder: its latest")
+    comparing.add_argument("second", type=Path, metavar="B", help="the same")
+    comparing.add_argument("--values", action="store_true", help="compare the tensors' values as well")
+
+    averaging = action("average", "write a checkpoint with the mean of the weights of several")
+    averaging.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
+    averaging.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
+
+    rewriting = action("rewrite", "write a checkpoint of many files again in one")
+    rewriting.add_argument("folder", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
+    rewriting.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
+    rewriting.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+    return parser

@@ -1,0 +1,121 @@
+"""megatron-lite checkpoint, as it is typed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.load import load_checkpoint
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.cli.checkpoint import run
+from megatron_lite.errors import CheckpointError
+
+
+@pytest.fixture
+def root(kit, tmp_path):
+    for iteration in (10, 20):
+        kit.save(tmp_path / "run", iteration)
+    return tmp_path / "run"
+
+
+def call(*words):
+    return run([str(word) for word in words])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def test_list(root, capsys):
+    assert call("list", root) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^\s+10\s", out, re.MULTILINE)
+    assert re.search(r"^\s*→\s+20\s.*1,008", out, re.MULTILINE)
+
+
+def test_inspect(root, capsys):
+    assert call("inspect", root, "--tensors", "--config") == 0
+    out = capsys.readouterr().out
+    assert "iter_0000020" in out
+    assert '{"iteration": 20}' in out
+    assert re.search(r"decoder\.layers\.0\.mlp\.fc1\.weight\s+2 x 12 x 8\s+float32\s+1", out)
+
+
+def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys):
+    assert call("verify", root) == 0
+    assert "2 of 2 checkpoints are whole" in capsys.readouterr().out
+    flip(root / "iter_0000010" / "__0_0.distcp")
+    assert call("verify", root) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"damaged .*iter_0000010.*__0_0\.distcp has other bytes", out)
+    assert "1 of 2" in out
+    assert call("verify", root / "iter_0000020") == 0
+
+
+def test_diff(kit, root, capsys):
+    assert call("diff", root / "iter_0000010", root, "--values") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^\s+iteration\s+10\s+20", out, re.MULTILINE)
+    assert re.search(r"decoder\.final_norm\.bias\s+\d\.\d+e", out)
+    assert "1 of 5 common tensors are equal" in out
+    assert call("diff", root, root, "--values") == 0
+    assert "5 of 5 common tensors are equal" in capsys.readouterr().out
+
+
+def test_average(kit, tmp_path, capsys):
+    mains = [torch.randn(64) for _ in range(3)]
+    for number, main in enumerate(mains, 1):
+        weights = {"w": main.bfloat16(), "b": torch.full((2,), float(number))}
+        kit.save(tmp_path / "run", number, {**weights, "optimizer.main_param.w": main, "optimizer.exp_avg.w": main})
+    paths = [tmp_path / "run" / f"iter_000000{number}" for number in (1, 2, 3)]
+    assert call("average", *paths, "--output", tmp_path / "mean") == 0
+    path = find_checkpoint(str(tmp_path / "mean"))
+    loaded = {"w": torch.zeros(64), "b": torch.zeros(2)}
+    load_checkpoint(path, kit.whole(loaded), kit.world)
+    assert loaded["w"].equal(torch.stack(mains).double().mean(0).float())
+    assert loaded["b"].tolist() == [2.0, 2.0]
+    assert read_manifest(path).iteration == 3
+    assert not any(name.startswith("optimizer.exp_avg") for name in read_manifest(path).tensors)
+
+
+def test_average_of_different_models_is_refused(kit, tmp_path):
+    kit.save(tmp_path / "a", 1, {"w": torch.zeros(3)})
+    kit.save(tmp_path / "b", 1, {"w": torch.zeros(4)})
+    with pytest.raises(CheckpointError, match="differ in w"):
+        call("average", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c")
+    with pytest.raises(CheckpointError, match="at least two"):
+        call("average", tmp_path / "a", "--output", tmp_path / "c")
+
+
+def test_rewrite(kit, root, tmp_path):
+    assert call("rewrite", root, "--output", tmp_path / "copy") == 0
+    assert call("diff", root, tmp_path / "copy", "--values") == 0
+    assert call("rewrite", root, "--output", tmp_path / "weights", "--weights-only") == 0
+    assert not any(n.startswith("optimizer") for n in read_manifest(find_checkpoint(str(tmp_path / "weights"))).tensors)
+    with pytest.raises(CheckpointError, match="into another folder"):
+        call("rewrite", root, "--output", root)
+
+
+@pytest.mark.parametrize("words", [["list", "missing"], ["inspect", "missing"], ["verify", "."], ["inspect", "."]])
+def test_a_wrong_folder_is_an_error_that_says_so(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="Give"):
+        call(*words)
+
+
+def test_listing_needs_no_torch(root):
+    code = f"""
+import sys
+from megatron_lite.cli.checkpoint import run
+for words in (["list"], ["inspect"], ["verify"]):
+    assert run([*words, {str(root)!r}]) == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

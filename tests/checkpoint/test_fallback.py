@@ -1,0 +1,94 @@
+"""--fallback-on-corrupt: the previous whole checkpoint, said aloud; without it, an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.load import load_latest
+from megatron_lite.checkpoint.manifest import CorruptCheckpointError, read_manifest
+from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.errors import CheckpointError
+
+
+def damage(path, position, mask=1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= mask
+    path.write_bytes(content)
+
+
+def test_the_newest_whole_one_is_taken_and_the_damage_said(kit, tmp_path):
+    for iteration in (1, 2, 3):
+        kit.save(tmp_path, iteration)
+    for iteration in (2, 3):
+        damage(tmp_path / f"iter_000000{iteration}" / "__0_0.distcp", -1)
+    loaded, told = kit.zeros_like(kit.tensors()), []
+    path, scalars = load_latest(
+        find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world, fallback=True, notify=told.append
+    )
+    assert path.name == "iter_0000001"
+    assert scalars == {"iteration": 1}
+    assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors(1).items())
+    assert [message.split(" is damaged")[0] for message in told] == ["iter_0000003", "iter_0000002"]
+
+
+def test_it_must_be_asked_for(kit, tmp_path):
+    for iteration in (1, 2):
+        kit.save(tmp_path, iteration)
+    damage(tmp_path / "iter_0000002" / "__0_0.distcp", 5)
+    with pytest.raises(CorruptCheckpointError, match="iter_0000002"):
+        load_latest(find_checkpoint(str(tmp_path)), kit.whole(kit.tensors()), kit.world)
+
+
+def test_if_all_are_damaged_the_last_one_is_named(kit, tmp_path):
+    for iteration in (1, 2):
+        kit.save(tmp_path, iteration)
+        damage(tmp_path / f"iter_000000{iteration}" / ".metadata", 5)
+    with pytest.raises(CorruptCheckpointError, match="iter_0000001"):
+        load_latest(find_checkpoint(str(tmp_path)), [], kit.world, fallback=True, notify=lambda _: None)
+
+
+def test_a_wrong_model_is_not_a_reason_to_fall_back(kit, tmp_path):
+    for iteration in (1, 2):
+        kit.save(tmp_path, iteration)
+    with pytest.raises(CheckpointError, match="has no other"):
+        load_latest(
+            find_checkpoint(str(tmp_path)), kit.whole({"other": torch.zeros(1)}), kit.world, fallback=True, notify=print
+        )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(kit, tmp_path_factory):
+    return kit.save(tmp_path_factory.mktemp("save"), 1).path
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_flipped_or_missing_byte_of_any_file_is_found_and_the_file_named(checkpoint, data):
+    file = data.draw(st.sampled_from(sorted(checkpoint.iterdir())))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    changed = bytearray(content)
+    if data.draw(st.booleans()):
+        changed[position] ^= data.draw(st.integers(1, 255))
+    else:
+        del changed[position]
+    try:
+        file.write_bytes(changed)
+        with pytest.raises(CorruptCheckpointError, match=file.name.replace(".", r"\.")):
+            verify_checkpoint(checkpoint)
+    finally:
+        file.write_bytes(content)
+    verify_checkpoint(checkpoint)
+
+
+def test_a_manifest_of_another_program_or_of_the_future_is_not_called_damaged(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_lite.checkpoint.manifest.FORMAT_VERSION", 99)
+    path = kit.save(tmp_path, 1).path
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="version 99") as caught:
+        read_manifest(path)
+    assert not isinstance(caught.value, CorruptCheckpointError)
