@@ -131,7 +131,7 @@ def _warmed_up(weights: list[float], starts: NDArray[np.int64]) -> NDArray[np.fl
 def _advance(
     weights: list[float], counts: NDArray[np.float64], starts: NDArray[np.int64], steps: int
 ) -> NDArray[np.float64]:
-    """Apply the rule `steps` times to every column of counts [sources, starts] (whole numbers, so doubles are exact)."""
+    """Apply the rule `steps` times to every column of counts [sources, starts] (whole, so exact as doubles)."""
     counts = np.ascontiguousarray(counts, dtype=np.float64)
     passed = starts.astype(np.float64)
     largest, error = np.empty_like(passed), np.empty_like(passed)

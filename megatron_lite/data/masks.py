@@ -1,0 +1,28 @@
+"""What --eod-mask-loss, --reset-position-ids and --reset-attention-mask make of a batch of tokens.
+
+b: samples, s: sequence length. An end-of-document token belongs to the document that it ends; a new one begins after.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def loss_mask(tokens: NDArray[np.int64], eod: int) -> NDArray[np.float32]:
+    """Tokens [b, s] (inputs) -> float32 [b, s]: 0 where the input is `eod`, since what follows it is another text."""
+    return (tokens != eod).astype(np.float32)
+
+
+def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
+    """Tokens [b, s] (inputs) -> int64 [b, s]: number of the document, from 0 in each sample, that a token is in."""
+    ends = (tokens == eod).astype(np.int64)
+    return np.cumsum(ends, axis=-1) - ends
+
+
+def position_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
+    """Tokens [b, s] (inputs) -> int64 [b, s]: positions that start at 0 again after each `eod`."""
+    positions = np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int64), tokens.shape)
+    begins = np.zeros_like(tokens)
+    begins[..., 1:] = np.where(tokens[..., :-1] == eod, positions[..., 1:], 0)
+    return positions - np.maximum.accumulate(begins, axis=-1)
