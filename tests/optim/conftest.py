@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import sys
 import traceback
 from collections.abc import Callable
@@ -105,11 +106,22 @@ def on_ranks(tmp_path_factory):
         for process in ranks:
             process.start()
         try:
-            return [result for _, result in sorted((results.get(timeout=60) for _ in ranks), key=lambda pair: pair[0])]
+            gathered = dict(_next_result(results, ranks) for _ in ranks)
+            for process in ranks:
+                process.join(timeout=30)
+            assert all(process.exitcode == 0 for process in ranks)
+            return [gathered[rank] for rank in range(len(ranks))]
         finally:
             for process in ranks:
-                process.join(timeout=10)
                 process.kill()
-            assert [process.exitcode for process in ranks] == [0] * len(ranks)
 
     return run
+
+
+def _next_result(results: Any, ranks: list[Any]) -> tuple[int, Any]:
+    for _ in range(120):
+        try:
+            return results.get(timeout=0.5)
+        except queue.Empty:
+            assert not any(process.exitcode for process in ranks), "a rank failed: see its traceback"
+    raise AssertionError("the ranks gave no result within 60 s")

@@ -1,0 +1,114 @@
+"""Data parallelism on gloo ranks: any number of replicas, with and without ZeRO-1, trains as one process does."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from megatron_lite.config.parallel import ParallelConfig
+
+# Micro-batches of each iteration: more than, as many as and fewer than replicas, so that some replicas have none.
+MICROBATCHES = (5, 4, 1, 3, 2)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def model(dtype):
+    torch.manual_seed(0)
+    layers = nn.Embedding(37, 24), nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.LayerNorm(24)
+    return nn.Sequential(*layers).to(DTYPES[dtype])
+
+
+def train(kit, mesh, buffers=None, dtype="fp32", **parts):
+    """Trains one rank's replica; returns its results, parameters, and pieces of the state as numpy."""
+    module = model(dtype)
+    held, optimizer = kit.build(module, mesh, buffers, dtype=dtype, **parts)
+    results = []
+    for iteration, count in enumerate(MICROBATCHES):
+        mine = range(mesh.dp.rank, count, mesh.dp.size)
+        held.zero_grad()
+        held.begin(len(mine))
+        for number in mine:
+            draw = torch.Generator().manual_seed(100 * iteration + number)
+            tokens, target = torch.randint(0, 37, (3, 4), generator=draw), torch.randn(3, 4, 24, generator=draw)
+            loss = (module(tokens).float() - target).square().mean() / count
+            (loss * optimizer.loss_scale).backward()
+        held.reduce()
+        result = optimizer.step(lr=0.01, weight_decay=0.1)
+        results.append((result.applied, result.grad_norm, result.num_zeros, result.params_norm))
+    params = {name: param.detach().float().numpy().copy() for name, param in module.named_parameters()}
+    state = [
+        (tensor.name, tensor.global_shape, piece.offset, piece.tensor.numpy().copy())
+        for tensor in optimizer.state_tensors()
+        if tensor.write
+        for piece in tensor.pieces
+    ]
+    return results, params, state, sum(shard.values.numel() for shard in held.shards)
+
+
+def assemble(ranks):
+    """The whole tensors from every rank's written pieces; each element must be written exactly once."""
+    whole, written = {}, {}
+    for _, _, state, _ in ranks:
+        for name, shape, offset, piece in state:
+            place = tuple(slice(first, first + size) for first, size in zip(offset, piece.shape, strict=True))
+            whole.setdefault(name, np.zeros(shape, np.float32))[place] = piece
+            written.setdefault(name, np.zeros(shape, int))[place] += 1
+    assert all((count == 1).all() for count in written.values())
+    return whole
+
+
+REPORTS = {"log_num_zeros": True, "log_params_norm": True, "clip_grad": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "buffers"),
+    [
+        (2, {"shard": False, "bucket_megabytes": 0}),
+        (2, {"shard": True, "bucket_megabytes": 0}),
+        (2, {"shard": True, "overlap": False}),
+        (4, {"shard": False}),
+        (4, {"shard": True, "bucket_megabytes": 0}),
+    ],
+    ids=str,
+)
+def test_replicas_train_as_one_process_does(kit, on_ranks, replicas, buffers):
+    alone = train(kit, kit.mesh(), **REPORTS)
+    ranks = on_ranks(ParallelConfig(world_size=replicas), lambda mesh: train(kit, mesh, buffers, **REPORTS))
+    for results, params, _, _ in ranks:
+        assert results == ranks[0][0]
+        for ours, expected in zip(results, alone[0], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-5)
+        for name, value in params.items():
+            assert np.array_equal(value, ranks[0][1][name]), name
+            np.testing.assert_allclose(value, alone[1][name], rtol=1e-5, atol=2e-6, err_msg=name)
+    expected = assemble([alone])
+    state = assemble(ranks)
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
+    elements = [rank[3] for rank in ranks]
+    if buffers["shard"]:
+        assert len(set(elements)) == 1 and elements[0] < 1.5 * alone[3] / replicas
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_replicas_agree(kit, on_ranks, dtype):
+    # fp16's scale overflows at first, and is soon low enough.
+    parts = {"dtype": dtype, "initial_loss_scale": 2.0**20, "hysteresis": 1, **REPORTS}
+    config = ParallelConfig(world_size=2)
+    plain, sharded = (
+        on_ranks(config, lambda mesh, shard=shard: train(kit, mesh, {"shard": shard}, **parts))
+        for shard in (False, True)
+    )
+    assert [result[0] for result in plain[0][0]] == [result[0] for result in sharded[0][0]]
+    if dtype == "fp16":
+        assert {result[0] for result in plain[0][0]} == {True, False}
+    for ranks in (plain, sharded):
+        for name, value in ranks[1][1].items():
+            assert np.array_equal(value, ranks[0][1][name]), name
+    whole, parts_of_it = assemble(plain), assemble(sharded)
+    assert whole.keys() == parts_of_it.keys() and any("main" in name for name in whole)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts_of_it[name], value, rtol=2e-3, atol=1e-6, err_msg=name)
