@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -120,8 +121,7 @@ def on_ranks(tmp_path_factory):
 
 def _next_result(results: Any, ranks: list[Any]) -> tuple[int, Any]:
     for _ in range(120):
-        try:
+        with contextlib.suppress(queue.Empty):
             return results.get(timeout=0.5)
-        except queue.Empty:
-            assert not any(process.exitcode for process in ranks), "a rank failed: see its traceback"
+        assert not any(process.exitcode for process in ranks), "a rank failed: see its traceback"
     raise AssertionError("the ranks gave no result within 60 s")

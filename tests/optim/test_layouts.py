@@ -41,7 +41,7 @@ SPECS = [
     Spec("first.column", (32, HIDDEN), 0, (0,)),
     Spec("first.row", (HIDDEN, 32), 1, (0,)),
     Spec("first.norm", (HIDDEN,), None, (0,), True),
-    Spec("last.positions", (9, HIDDEN), None, (-1,)),
+    Spec("last.positions", (3, HIDDEN), None, (-1,)),
     Spec("last.bias", (8,), 0, (-1,)),
     Spec("last.norm", (HIDDEN,), None, (-1,), True),
 ]

@@ -79,7 +79,7 @@ def test_sgd_equals_torchs(kit, momentum):
 
 def test_clipping_scales_gradients_as_torch_does(kit):
     ours, plain = model(), model()
-    buffers, optimizer = kit.build(ours, clip_grad=0.1)
+    _, optimizer = kit.build(ours, clip_grad=0.1)
     backward(ours, 0)
     backward(plain, 0)
     norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1).item()

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -157,12 +159,12 @@ def test_layout_splits_evenly_and_leaves_a_tied_weight_alone():
     assert [slot.parameter.name for slot in slots] == [f"p{i}" for i in reversed(range(9))]
     assert [len(bucket.slots) for bucket in buckets if bucket.slots[0].parameter.name == "p5"] == [1]
     assert buckets[0].start == 0
-    for bucket, following in zip(buckets, buckets[1:], strict=False):
+    for bucket, following in pairwise(buckets):
         assert bucket.stop == following.start
     for bucket in buckets:
         assert (bucket.stop - bucket.start) % (4 * ALIGNMENT) == 0
         parts = [bucket.slice_of(coordinate, 4) for coordinate in range(4)]
         assert [part.start for part in parts] + [bucket.stop] == [bucket.start] + [part.stop for part in parts]
         assert bucket.slots[-1].stop <= bucket.stop
-    for slot, following in zip(slots, slots[1:], strict=False):
+    for slot, following in pairwise(slots):
         assert slot.stop <= following.start
