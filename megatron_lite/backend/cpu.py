@@ -49,6 +49,7 @@ class CpuBackend(Backend):
         statm = Path("/proc/self/statm")
         if statm.exists():
             now = int(statm.read_text().split()[1]) * resource.getpagesize()
+        peak = max(peak, now)  # the kernel updates its high-water mark late
         return {"allocated": now, "max_allocated": peak, "reserved": now, "max_reserved": peak}
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:

@@ -138,6 +138,7 @@ class AttentionMask(nn.Module):
             (True: may look).
         """
         total = start + length
+        assert document_ids is None or start == 0, "a cache holds one document a row"
         if not self.slopes and document_ids is None and (start == 0 or length == 1):
             return None
         if not self.slopes:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
+
 from megatron_lite.backend.base import Backend
 
 
@@ -34,6 +36,8 @@ class RngStreams:
         """
         self._position = (iteration, microbatch)
 
+    # It changes a generator that no graph can hold, with numbers that no graph may freeze.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, site: str, layer: int, split: bool) -> None:
         """Seeds the generator for the dropout that follows. Not to be called where nothing is dropped.
 

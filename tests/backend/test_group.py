@@ -21,11 +21,15 @@ def collectives(backend):
     peer = 1 - group.rank
     for transfer in group.exchange([(mine, peer)], [(received, peer)]):
         transfer.wait()
+    inside = torch.zeros(4, 3)
+    inside.view(2, 2, 3)[group.rank] = mine
+    group.all_gather_(inside, inside.view(2, 2, 3)[group.rank])
     group.barrier()
     return {
         "coordinate": (group.rank, group.size, group.ranks),
         "sum": summed,
         "max": highest,
+        "inside": inside,
         "gathered": group.all_gather(mine),
         "scattered": group.reduce_scatter(torch.arange(4.0) + backend.rank),
         "broadcast": sent,
@@ -42,6 +46,7 @@ def test_collectives_run_along_one_axis(on_ranks):
         assert torch.equal(got["sum"], low + high)
         assert torch.equal(got["max"], high)
         assert torch.equal(got["gathered"], torch.cat((low, high)))
+        assert torch.equal(got["inside"], torch.cat((low, high)))
         assert torch.equal(got["scattered"], (2 * torch.arange(4.0) + sum(row)).chunk(2)[rank // 2])
         assert torch.equal(got["broadcast"], high)
         assert torch.equal(got["received"], low if rank // 2 else high)

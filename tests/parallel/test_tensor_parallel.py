@@ -137,6 +137,34 @@ def test_recomputation_changes_no_bit_with_dropout_on(on_ranks, recompute, tp):
         assert torch.equal(one, two), name
 
 
+def steps(backend, parallel, model, compiled):
+    stage = make_stage(backend, parallel, model)
+    if compiled:  # dropout seeds a generator, which is outside any graph
+        stage.compile(backend="aot_eager", fullgraph=not model["hidden_dropout"])
+    losses = []
+    for iteration in range(3):
+        stage.embedding.rng.at(iteration, 0)
+        loss = stage.loss(stage(None, make_batch()), make_batch())
+        loss.backward()
+        losses.append(loss.item())
+    return losses, [p.param.grad for p in stage.named_parameters_global()]
+
+
+def test_compiled_ranks_compute_the_same_in_one_graph(on_ranks):
+    parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=True)
+    eager, compiled = (on_ranks(2, steps, parallel, LLAMA, choice)[1] for choice in (False, True))
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-6)
+    for one, two in zip(eager[1], compiled[1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_stage_draws_new_dropout_each_iteration():
+    model = GPT2 | {"num_layers": 1, "hidden_dropout": 0.2, "attention_dropout": 0.2}
+    eager, compiled = (steps(alone(), ParallelConfig(), model, choice)[0] for choice in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-6)
+    assert len(set(eager)) == 3
+
+
 def hidden_after_dropout(backend, parallel):
     stage = make_stage(backend, parallel, GPT2 | {"hidden_dropout": 0.5})
     x = stage.embedding(make_batch().tokens, 0, None)

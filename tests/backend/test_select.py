@@ -1,0 +1,81 @@
+"""Which machine is chosen, what it says of itself, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.select import select_backend
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.errors import ConfigError, TrainingError
+
+CPU = RuntimeConfig(device="cpu")
+
+
+def test_the_cpu_says_what_it_is():
+    backend = select_backend(CPU, ParallelConfig(), Launch())
+    assert (backend.name, backend.device.type, backend.rank, backend.world_size) == ("cpu", "cpu", 0, 1)
+    assert backend.device_name() and backend.peak_flops(torch.float32) is None
+    assert "fp32" in backend.capabilities().dtypes and backend.capabilities().max_world is None
+    before = backend.memory_stats()
+    held = torch.ones(8 * 2**20)
+    after = backend.memory_stats()
+    assert after["allocated"] - before["allocated"] > 0.9 * held.nbytes
+    assert after["max_allocated"] >= after["allocated"]
+    backend.synchronize()
+    backend.shutdown()
+
+
+def test_arrays_reach_the_device_without_warnings_and_stay_theirs(recwarn):
+    backend = select_backend(CPU, ParallelConfig(), Launch())
+    array = np.arange(4)
+    array.flags.writeable = False
+    tensor = backend.to_device(array)
+    tensor[0] = 7
+    assert array[0] == 0 and not recwarn.list
+
+
+def test_the_same_seed_draws_the_same():
+    backend = select_backend(CPU, ParallelConfig(), Launch())
+    draws = []
+    for seed in (5, 5, 6, 2**63 - 1):
+        backend.seed(seed)
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
+
+
+def test_a_world_of_another_size_is_refused():
+    with pytest.raises(ConfigError, match="torchrun started 2, the run is configured for 1"):
+        select_backend(CPU, ParallelConfig(), Launch(world_size=2, launcher="torchrun"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ConfigError, match="--device cuda needs a GPU"):
+        select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch())
+
+
+def test_xla_is_refused_by_name():
+    with pytest.raises(ConfigError, match="--device xla"):
+        select_backend(RuntimeConfig(device="xla"), ParallelConfig(), Launch())
+
+
+def test_ranks_that_never_come_are_an_error_that_names_this_one(tmp_path):
+    parallel = ParallelConfig(world_size=2, rendezvous_timeout_minutes=0.01, distributed_timeout_minutes=0.01)
+    launch = Launch(rank=1, world_size=2, host="node7", init_method=f"file://{tmp_path}/store")
+    with pytest.raises(TrainingError, match="rank 1 of 2 on node7"):
+        select_backend(RuntimeConfig(device="cpu", num_threads=1), parallel, launch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_chosen_and_seeded():
+    backend = select_backend(RuntimeConfig(), ParallelConfig(), Launch())
+    assert backend.name == "cuda" and backend.to_device(np.arange(3)).is_cuda
+    draws = []
+    for _ in range(2):
+        backend.seed(11)
+        draws.append(torch.rand(3, device=backend.device))
+    assert torch.equal(draws[0], draws[1])
+    assert set(backend.memory_stats()) == {"allocated", "max_allocated", "reserved", "max_reserved"}
