@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.agreement import together
 from megatron_lite.checkpoint.catalog import iteration_of, list_checkpoints
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, read_manifest
 from megatron_lite.checkpoint.names import is_superseded, source_of
-from megatron_lite.checkpoint.storage import Read, read_pieces
+from megatron_lite.checkpoint.reading import Read, read_pieces
 from megatron_lite.checkpoint.verify import verify_files
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor

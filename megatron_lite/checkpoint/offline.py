@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.names import MAIN_PREFIX, is_model_tensor
+from megatron_lite.checkpoint.reading import Read, read_pieces
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
-from megatron_lite.checkpoint.storage import Read, read_pieces
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece

@@ -20,7 +20,7 @@ from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_sy
 from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest
 from megatron_lite.checkpoint.pieces import Share, merge_shares
 from megatron_lite.checkpoint.retention import delete_expired
-from megatron_lite.checkpoint.storage import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
+from megatron_lite.checkpoint.writing import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
 

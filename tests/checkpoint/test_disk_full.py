@@ -12,7 +12,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from megatron_lite.checkpoint import storage
+from megatron_lite.checkpoint import writing
 from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
@@ -47,7 +47,7 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
                 raise OSError(28, "No space left on device")
             return super().write(data)
 
-    monkeypatch.setattr(storage, "FileIO", FullDisk)
+    monkeypatch.setattr(writing, "FileIO", FullDisk)
     with pytest.raises(CheckpointError, match=r"iteration 2 in .*No space left on device; .* GiB are free there"):
         kit.save(tmp_path, 2, {f"w{number}": torch.zeros(10_000) for number in range(10)})
     assert names(tmp_path) == BEFORE

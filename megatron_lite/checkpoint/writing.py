@@ -1,8 +1,8 @@
-"""Rectangles of named global tensors in and out of torch.distributed.checkpoint's (DCP's) file format.
+"""Writes a rank's pieces in torch.distributed.checkpoint's (DCP's) file format, with a checksum as the bytes go by.
 
-DCP plans, writes and reads rectangles ("chunks"); here are its planners for GlobalTensors, and the translation between
-its metadata and our manifest. No collective runs here: a rank writes and reads its own pieces, and save.py and load.py
-bring the ranks together. The folder also gets DCP's own `.metadata`: any torch can read it without this package.
+DCP plans and writes rectangles ("chunks"); here is its planner for GlobalTensors. No collective runs here: a rank
+writes its own pieces, and save.py brings the ranks together. The folder also gets DCP's own `.metadata`, so that any
+torch can read it without this package.
 """
 
 from __future__ import annotations
@@ -10,39 +10,22 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_lite.checkpoint.dcp_metadata import dcp_metadata, dtype_name
 from megatron_lite.checkpoint.manifest import SavedFile, SavedPiece, SavedTensor
 from megatron_lite.checkpoint.pieces import Share
-from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
 
 DCP_METADATA_NAME = ".metadata"
@@ -89,53 +72,12 @@ def write_dcp_metadata(folder: Path, tensors: Mapping[str, SavedTensor]) -> Save
     Raises:
         OSError: no room, no permission.
     """
-    metadata = _dcp_metadata(tensors)
+    metadata = dcp_metadata(tensors)
     results = [WriteResult(index, where.length, where) for index, where in metadata.storage_data.items()]
     file_system = _ChecksummingFileSystem()
     _file_writer(folder, file_system).finish(metadata, [results])
     (written,) = file_system.files.values()
     return written
-
-
-@dataclass(frozen=True)
-class Read:
-    """A tensor to fill and the saved tensor to fill it from; their names differ where one stands in for another."""
-
-    target: GlobalTensor
-    source: str
-
-
-def read_pieces(folder: Path, saved: Mapping[str, SavedTensor], reads: Sequence[Read]) -> None:
-    """Fills the targets' pieces, converting to their dtype and device.
-
-    Raises:
-        CheckpointError: a saved tensor does not cover a piece.
-        OSError: a file cannot be read.
-    """
-    metadata = _dcp_metadata({read.source: saved[read.source] for read in reads})
-    planner = _PieceLoadPlanner(reads, metadata)
-    plan = planner.create_local_plan()
-    reader = FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, True)
-    reader.read_data(plan, planner).wait()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without `torch.`: float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _dcp_metadata(tensors: Mapping[str, SavedTensor]) -> Metadata:
-    state: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
-    for name, tensor in tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.shape)) for p in tensor.pieces]
-        properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
-        state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        for piece in tensor.pieces:
-            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, piece.start, piece.length)
-    # planner_data says how torch's own converters nest the names in a dict: not at all.
-    return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
 
 
 def _file_writer(folder: Path, file_system: _ChecksummingFileSystem) -> FileSystemWriter:
@@ -227,58 +169,3 @@ def _write_item(index: MetadataIndex, tensor: GlobalTensor, data: Tensor) -> Wri
         WriteItemType.SHARD,
         tensor_data=TensorWriteData(chunk, properties, torch.Size(tensor.global_shape)),
     )
-
-
-class _PieceLoadPlanner(LoadPlanner):
-    """The parts of saved pieces that fill this rank's pieces."""
-
-    def __init__(self, reads: Sequence[Read], metadata: Metadata) -> None:
-        self._metadata = metadata
-        self._reads = reads
-        self._pieces = {
-            MetadataIndex(read.target.name, piece.offset): piece.tensor.detach()
-            for read in reads
-            for piece in read.target.pieces
-        }
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([item for read in self._reads for item in self._items(read)])
-
-    def _items(self, read: Read) -> Iterator[ReadItem]:
-        pieces = [piece for piece in read.target.pieces if piece.tensor.numel()]
-        if not pieces:
-            return
-        chunks = [ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape) for piece in pieces]
-        saved = self._metadata.state_dict_metadata[read.source]
-        assert isinstance(saved, TensorStorageMetadata)
-        items = create_read_items_for_chunk_list(read.source, saved, chunks)
-        found, wanted = sum(item.lengths.numel() for item in items), sum(piece.tensor.numel() for piece in pieces)
-        if found != wanted:
-            raise CheckpointError(
-                "A checkpoint must hold every element of a tensor",
-                found=f"{read.source} has {found} of the {wanted} elements that this rank needs",
-                fix="Load another iteration; this one was put together wrongly",
-            )
-        for item in items:
-            yield replace(item, dest_index=MetadataIndex(read.target.name, item.dest_index.offset))
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        tensor = self._pieces[read_item.dest_index]
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """resolve_tensor gave a view of the piece: it is filled already."""
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """The tensors were given at construction."""
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError("ranks plan for themselves")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("only tensors are stored")

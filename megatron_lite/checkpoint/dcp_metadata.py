@@ -1,0 +1,40 @@
+"""The manifest's tensors as torch.distributed.checkpoint's (DCP's) metadata, which its planners and files speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_lite.checkpoint.manifest import SavedTensor
+
+
+def dcp_metadata(tensors: Mapping[str, SavedTensor]) -> Metadata:
+    """Shapes, chunks and their places in the files, as DCP keeps them in memory and in `.metadata`.
+
+    Built from the manifest rather than read from `.metadata`: that is a pickle, and a load should execute nothing.
+    """
+    state: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for name, tensor in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.shape)) for p in tensor.pieces]
+        properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+        state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for piece in tensor.pieces:
+            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, piece.start, piece.length)
+    # planner_data says how torch's own converters nest the names in a dict: not at all.
+    return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`: float32."""
+    return str(dtype).removeprefix("torch.")
