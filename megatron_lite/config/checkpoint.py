@@ -40,3 +40,7 @@ class CheckpointConfig:
     """The command line's learning-rate schedule wins over the checkpoint's."""
     use_checkpoint_schedule: bool = False
     """The checkpoint's learning-rate schedule wins over the command line's."""
+    fallback_on_corrupt: bool = False
+    """Load the newest earlier checkpoint if the wanted one is damaged, saying so."""
+    accept_changed: tuple[str, ...] = ()
+    """What may differ from the run that wrote the checkpoint: tokenizer, data, code."""

@@ -23,3 +23,5 @@ class MicroBatch:
     """[b, s] int64: tokens attend within their document only; None: to the whole sample."""
     number: int = 0
     """The micro-batch's number in the global batch."""
+    sources: tuple[int, ...] | None = None
+    """Number of the data source of each sample; None where there is only one."""

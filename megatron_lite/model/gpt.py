@@ -154,24 +154,18 @@ class GPTStage(nn.Module):
             return x
         return column_parallel_linear(x, self._head_weight(), None, self.sharding.tp, self.sharding.split_sequence)
 
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Sum of the samples' losses: a scalar, fp32. Divided by the global batch by whoever steps.
-
-        So it is the same for any micro-batch size and layout. See sample_losses.
-        """
-        return self.sample_losses(logits, batch).sum()
-
     def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Each sample's mean token loss, masked tokens left out; 0 for a sample whose tokens all are.
+        """Each sample's mean token loss, masked tokens left out.
 
-        The logits are consumed (see vocab_parallel_cross_entropy).
+        Summed and divided by the global batch by whoever steps, it is the same for any micro-batch size and layout. A
+        sample whose tokens are all masked counts 0. The logits are consumed (see vocab_parallel_cross_entropy).
 
         Args:
             logits: [s, b, V/tp].
             batch: the labels [b, s], and their mask.
 
         Returns:
-            [b] fp32, the same on every tp rank.
+            [b], fp32, the same on every tp rank.
         """
         labels = batch.labels.t()
         losses = vocab_parallel_cross_entropy(logits, labels, self.config.vocab_size, self.sharding.tp)
@@ -179,6 +173,10 @@ class GPTStage(nn.Module):
             return losses.mean(0)
         mask = batch.loss_mask.t()
         return (losses * mask).sum(0) / mask.sum(0).clamp(min=1.0)
+
+    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+        """Sum of sample_losses: a scalar."""
+        return self.sample_losses(logits, batch).sum()
 
     def named_parameters_global(self) -> list[NamedParameter]:
         """The stage's parameters under their global names, in the order of the model. A shared head is listed once."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_lite.backend.group import Group
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.schedules.iteration import IterationPlan
@@ -19,14 +20,15 @@ class StepOutcome:
 
     Attributes:
         loss: mean over the global batch of each sample's mean token loss.
-        source_losses: the same per data source, for blends; (sum of sample losses, samples) by source number.
+        source_losses: mean loss of the samples of each data source that the batch had, by the source's number; empty
+            where there is only one.
         applied: whether the optimizer stepped. fp16 skips an iteration whose gradients overflowed.
         finite: whether loss and gradients were all finite.
         grad_norm: before clipping, over all parameters of all ranks.
     """
 
     loss: float
-    source_losses: dict[int, tuple[float, int]]
+    source_losses: dict[int, float]
     applied: bool
     finite: bool
     grad_norm: float
@@ -38,14 +40,18 @@ class StepOutcome:
 class Engine(Protocol):
     """Trains and evaluates one rank's share of the model."""
 
+    @property
+    def world(self) -> Group:
+        """All ranks that the engine spans."""
+
     def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
         """Runs one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
 
-    def eval_step(self, microbatches: int, read: BatchReader) -> tuple[float, int]:
-        """Forwards only; returns (sum of sample losses, samples) over all replicas."""
+    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> float:
+        """Forwards only, on this replica's micro-batches; returns the sum of sample losses over all replicas."""
 
     def state_tensors(self) -> list[GlobalTensor]:
-        """Everything that training changes and a checkpoint must hold, as this rank's pieces of named global tensors."""
+        """All that training changes and a checkpoint must hold: this rank's pieces of named global tensors."""
 
     def state_scalars(self) -> dict[str, Any]:
         """The rest of the state: the loss scaler's counters, as JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -35,8 +36,7 @@ class SignalFlag:
     person at the terminal who means it.
     """
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
-        self._notify = notify
+    def __init__(self) -> None:
         self._old: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
 
@@ -54,7 +54,9 @@ class SignalFlag:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
-        self._notify(f"{self.received.name} received: finishing this iteration, then saving and stopping.{again}")
+        text = f"\n{self.received.name} received: finishing this iteration, then saving and stopping.{again}\n"
+        # Not print: the signal may have come in the middle of one, whose buffer cannot be entered twice.
+        os.write(2, text.encode())
 
 
 class Stopper:
@@ -93,5 +95,7 @@ class Stopper:
         if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:
             return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
         if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
-            return Stop("exit_flag", f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)")
+            return Stop(
+                "exit_flag", f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)"
+            )
         return None

@@ -1,0 +1,181 @@
+"""Who builds what: the one place where model, data, optimizer, pipeline, checkpoint and metrics meet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_lite.backend.base import Backend
+from megatron_lite.backend.select import select_backend
+from megatron_lite.config.counts import parameter_count
+from megatron_lite.config.partition import num_stages, stage_layers
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.vocabulary import with_vocabulary
+from megatron_lite.data.build import build_datasets
+from megatron_lite.data.dataset import Dataset
+from megatron_lite.data.loader import Loader
+from megatron_lite.metrics.report import RunFacts
+from megatron_lite.metrics.reporter import Reporter, build_reporter
+from megatron_lite.metrics.throughput import Throughput
+from megatron_lite.metrics.timers import Timers
+from megatron_lite.model.build import DTYPES, build_stage
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.optim.optimizer import build_optimizer
+from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.mesh import Mesh, build_mesh
+from megatron_lite.parallel.random import RngStreams
+from megatron_lite.pipeline.executor import Executor
+from megatron_lite.pipeline.messages import Messages
+from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
+from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.pipeline import stage_of_chunk
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
+from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.loop import Run
+from megatron_lite.train.native import NativeEngine
+from megatron_lite.train.state import RunState, find_start, load_start, provenance_of, settle_config
+
+
+@contextmanager
+def assembled(config: RunConfig) -> Iterator[Run]:
+    """Builds a run and loads what it starts from; on leaving, waits for the last save and frees everything.
+
+    Args:
+        config: as the command line gives it: the vocabulary's size is still the tokenizer's to say.
+
+    Raises:
+        ConfigError: the machine cannot do what is asked.
+        DataError: a dataset or tokenizer is missing or damaged.
+        CheckpointError: so is what --load names, or it belongs to another run.
+    """
+    with ExitStack() as stack:
+        backend = select_backend(config.runtime, config.parallel)
+        stack.callback(backend.shutdown)
+        check_capabilities(config, backend)
+        mesh = build_mesh(backend, config.parallel)
+        # The last rank has the loss, so it reports, as in Megatron.
+        reporter = stack.enter_context(
+            build_reporter(config, sys.stdout, active=mesh.world.rank == mesh.world.size - 1)
+        )
+        tokenizer = build_tokenizer(config.tokenizer)
+        config = with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size)
+        start = find_start(config, reporter.message)
+        config = settle_config(config, start, reporter.message)
+        # Data before the model: what is wrong with it shows before gigabytes are allocated.
+        data = _open_data(config, backend, mesh, tokenizer)
+        stack.callback(data.close)
+        engine = build_engine(config, mesh, num_sources=len(data.train.names) if data.train is not None else 0)
+        provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint()})
+        progress = load_start(start, engine, config, provenance, reporter.message)
+        state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
+        peak = backend.peak_flops(DTYPES[config.precision.dtype])
+        _tell(config, mesh, reporter, peak, start_iteration=progress.iteration)
+        yield Run(
+            config=config,
+            mesh=mesh,
+            engine=engine,
+            data=data,
+            state=state,
+            reporter=reporter,
+            timers=Timers(config.metrics.timing_log_level, backend.synchronize),
+            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak),
+            progress=progress,
+        )
+
+
+def build_engine(config: RunConfig, mesh: Mesh, *, num_sources: int = 0) -> NativeEngine:
+    """This rank's stages with their buffers, optimizer and executor.
+
+    Args:
+        config: the run, its vocabulary's size filled in.
+        mesh: this rank's groups.
+        num_sources: data sources of a blend whose losses are reported one by one.
+    """
+    rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
+    stages = build_stages(config, mesh, rng)
+    parameters = [parameter for stage in stages.values() for parameter in stage.named_parameters_global()]
+    buffers = ParameterBuffers(
+        parameters,
+        dp=mesh.dp,
+        tp=mesh.tp,
+        bucket_megabytes=config.parallel.bucket_megabytes,
+        shard=config.parallel.distributed_optimizer,
+        overlap=config.parallel.overlap_grad_reduce,
+    )
+    if config.runtime.compile:
+        for stage in stages.values():
+            stage.compile()
+    executor = Executor(
+        stages,
+        num_stages=num_stages(config.model, config.parallel),
+        rng=rng,
+        messages=Messages(mesh.pp, mesh.backend.device),
+    )
+    optimizer = build_optimizer(config, buffers, mesh)
+    return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources)
+
+
+def build_stages(config: RunConfig, mesh: Mesh, rng: RngStreams) -> dict[int, GPTStage]:
+    """This rank's model chunks by global stage number, in the order of the model."""
+    parallel = config.parallel
+    layers = stage_layers(config.model, parallel, config.batch.seq_length)
+    chunks = len(layers) // parallel.pp
+    numbers = [stage_of_chunk(parallel.pipeline_schedule, parallel.pp, mesh.pp.rank, chunk) for chunk in range(chunks)]
+    return {number: build_stage(config, mesh, rng, layers[number]) for number in sorted(numbers)}
+
+
+def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer) -> RunData:
+    datasets = build_datasets(config, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint())
+    data, dp = config.data, config.parallel.dp
+    needs_eod = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
+    eod = tokenizer.eod if needs_eod else -1
+    final = final_batch_size(config.batch, dp)
+
+    def source(dataset: Dataset, *, training: bool) -> BatchSource:
+        loader = Loader(
+            dataset,
+            micro_batch=config.batch.micro_batch_size,
+            global_batch=(lambda consumed: global_batch_size(config.batch, consumed, dp))
+            if training
+            else (lambda consumed: final),
+            dp=dp,
+            replica=mesh.dp.rank,
+            prefetch=data.prefetch,
+            cyclic=data.sampler == "cyclic" and training,
+        )
+        return BatchSource(loader, backend, data, eod)
+
+    return RunData(
+        train=source(datasets.train, training=True) if datasets.train is not None else None,
+        valid={name: source(dataset, training=False) for name, dataset in datasets.valid.items()},
+        test={name: source(dataset, training=False) for name, dataset in datasets.test.items()},
+    )
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Tokenizer files by absolute path: the checkpoint remembers them, and is read from other folders."""
+    words = config.tokenizer
+    vocab_file, merge_file, model = (
+        str(Path(path).resolve()) if path else "" for path in (words.vocab_file, words.merge_file, words.model)
+    )
+    return replace(config, tokenizer=replace(words, vocab_file=vocab_file, merge_file=merge_file, model=model))
+
+
+def _tell(config: RunConfig, mesh: Mesh, reporter: Reporter, peak: float | None, *, start_iteration: int) -> None:
+    """Says what starts, and lets the sinks begin."""
+    facts = RunFacts(
+        parameters=parameter_count(config.model),
+        train_iterations=last_iteration(config),
+        start_iteration=start_iteration,
+        world_size=mesh.world.size,
+        data_parallel=mesh.dp.size,
+        device=mesh.backend.device_name(),
+        peak_flops=peak,
+        dtype=config.precision.dtype,
+    )
+    reporter.start(config, facts)

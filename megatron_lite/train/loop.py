@@ -1,0 +1,182 @@
+"""The loop: iterate, report, evaluate, save, stop. Everything it decides, it decides from config and progress."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import TrainingError
+from megatron_lite.metrics.report import IterationReport, ValidationReport
+from megatron_lite.metrics.reporter import Reporter
+from megatron_lite.metrics.throughput import Throughput
+from megatron_lite.metrics.timers import Timers
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.schedules.batch_size import final_batch_size
+from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
+from megatron_lite.schedules.learning_rate import learning_rate
+from megatron_lite.schedules.length import is_finished, last_iteration, tokens_at
+from megatron_lite.schedules.microbatches import num_microbatches
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.saves import is_save_iteration
+from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.state import RunState
+from megatron_lite.train.stopping import SignalFlag, Stop, Stopper
+
+
+@dataclass
+class Run:
+    """An assembled run: see assemble.py for who makes what."""
+
+    config: RunConfig
+    mesh: Mesh
+    engine: Engine
+    data: RunData
+    state: RunState
+    reporter: Reporter
+    timers: Timers
+    throughput: Throughput
+    progress: Progress
+
+
+def train(run: Run) -> Stop:
+    """Trains from `run.progress` to the end of the run or an earlier stop, evaluating and saving on the way.
+
+    Returns:
+        Why it ended.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration).
+        CheckpointError: a save failed.
+    """
+    config = run.config
+    with SignalFlag() as flag:
+        stopper = Stopper(config.training, flag)
+        stop = None
+        while stop is None and not is_finished(config, run.progress):
+            _iterate(run)
+            iteration = run.progress.iteration
+            if config.training.eval_interval and iteration % config.training.eval_interval == 0:
+                evaluate(run, "validation")
+            stop = stopper.after_iteration(run.progress)
+            if is_save_iteration(config.checkpoint, iteration) or stop is not None:
+                run.state.save(run.engine, run.progress)
+        if stop is not None:
+            return stop
+        run.state.save(run.engine, run.progress)
+        evaluate(run, "validation", at_end=True)
+        evaluate(run, "test", at_end=True)
+        return Stop("completed", f"training is complete after {run.progress.iteration} iterations")
+
+
+def _iterate(run: Run) -> None:
+    """One iteration: advances run.progress and reports."""
+    plan = plan_iteration(run.config, run.progress, replica=run.mesh.dp.rank)
+    started = time.perf_counter()
+    if plan.skip:
+        run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=False)
+        run.reporter.message(f"Skipped iteration {plan.iteration} due to --skip-train-iteration-range flag.")
+        return
+    assert run.data.train is not None, "a run that trains has training data"
+    with run.timers("train-step"):
+        outcome = run.engine.train_step(plan, run.data.train.reader(plan))
+    if not outcome.finite and run.config.optimizer.check_for_nan and run.config.precision.dtype != "fp16":
+        raise _not_finite(run, plan, outcome)
+    run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
+    run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
+
+
+def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float) -> IterationReport:
+    config, progress, train_data = run.config, run.progress, run.data.train
+    assert train_data is not None
+    last = last_iteration(config)
+    rates = run.throughput.measure(
+        seconds=seconds,
+        tokens=plan.tokens,
+        seq_length=plan.seq_length,
+        remaining_tokens=max(0, tokens_at(config, last) - progress.consumed_train_tokens),
+    )
+    losses = {"lm loss": outcome.loss}
+    losses |= {f"lm loss {name}": loss for name, loss in train_data.by_source(outcome.source_losses).items()}
+    return IterationReport(
+        iteration=progress.iteration,
+        train_iterations=last,
+        consumed_train_samples=progress.consumed_train_samples,
+        consumed_train_tokens=progress.consumed_train_tokens,
+        losses=losses,
+        # As Megatron logs it: the rate that the next iteration will use, for its scheduler has stepped by now.
+        learning_rate=learning_rate(config, progress),
+        global_batch_size=plan.global_batch,
+        seq_length=plan.seq_length,
+        loss_scale=outcome.loss_scale,
+        grad_norm=outcome.grad_norm,
+        num_zeros=outcome.num_zeros,
+        params_norm=outcome.params_norm,
+        skipped=0 if outcome.applied else 1,
+        nan=0 if outcome.finite else 1,
+        seconds=seconds,
+        tokens_per_second=rates.tokens_per_second,
+        tflops_per_device=rates.tflops_per_device,
+        mfu=rates.mfu,
+        eta_seconds=rates.eta_seconds,
+        memory=run.mesh.backend.memory_stats() if config.metrics.log_memory or progress.iteration == 1 else {},
+        timers=run.timers.take(),
+    )
+
+
+def evaluate(run: Run, split: str, *, at_end: bool = False) -> None:
+    """Evaluates every dataset of a split on eval_iters global batches and reports the mean losses.
+
+    Validation goes on in its data where the last one stopped, as Megatron's does, so that a resumed run evaluates on
+    the same samples as an uninterrupted one.
+    """
+    config = run.config
+    sources = run.data.valid if split == "validation" else run.data.test
+    if not sources or not config.training.eval_iters:
+        return
+    consumed = run.progress.consumed_valid_samples if split == "validation" else 0
+    global_batch = final_batch_size(config.batch, config.parallel.dp)
+    samples = config.training.eval_iters * global_batch
+    for name, source in sources.items():
+        started = time.perf_counter()
+        loss = _mean_loss(run, source, consumed, global_batch)
+        run.reporter.validation(
+            ValidationReport(
+                iteration=run.progress.iteration,
+                consumed_train_samples=run.progress.consumed_train_samples,
+                consumed_train_tokens=run.progress.consumed_train_tokens,
+                losses={"lm loss": loss},
+                split="validation" if split == "validation" else "test",
+                name=name if len(sources) > 1 else "",
+                at_end=at_end,
+                seconds=time.perf_counter() - started,
+                samples=samples,
+            )
+        )
+    if split == "validation" and not at_end:
+        run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
+
+
+def _mean_loss(run: Run, source: BatchSource, consumed: int, global_batch: int) -> float:
+    config = run.config
+    count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
+    total = 0.0
+    for step in range(config.training.eval_iters):
+        read = source.reader_at(consumed + step * global_batch, config.batch.seq_length)
+        total += run.engine.eval_step(count, read, config.batch.seq_length)
+    return total / (config.training.eval_iters * global_batch)
+
+
+def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
+    train_data = run.data.train
+    assert train_data is not None
+    last = plan.first_sample + plan.global_batch - 1
+    scale = "fp16 would have skipped it; " if run.config.precision.dtype == "bf16" else ""
+    return TrainingError(
+        "Loss and gradients must be finite",
+        found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on training "
+        f"samples {plan.first_sample} to {last} ({train_data.describe(plan)})",
+        fix=f"No parameter was changed by it and no checkpoint holds it. {scale}lower --lr, raise --lr-warmup-iters or "
+        f"leave these samples out with --skip-train-iteration-range {plan.iteration}-{plan.iteration}",
+    )

@@ -1,0 +1,159 @@
+"""Our own engine: executor, gradient buffers and optimizer put together for one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.group import Group
+from megatron_lite.config.run import RunConfig
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.optim.optimizer import Optimizer
+from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.tensors import GlobalTensor, parameter_tensor
+from megatron_lite.pipeline.executor import Executor, StepLosses
+from megatron_lite.schedules.iteration import IterationPlan
+from megatron_lite.schedules.lowering import lower
+from megatron_lite.schedules.pipeline import Action, pipeline_schedule
+from megatron_lite.train.engine import BatchReader, StepOutcome
+
+
+class NativeEngine:
+    """Trains this rank's stages. See Engine for what its methods promise.
+
+    Args:
+        config: the run.
+        mesh: this rank's groups.
+        stages: this rank's model chunks by global stage number.
+        buffers: their parameters and gradients.
+        optimizer: steps on the buffers.
+        executor: runs programs on the stages.
+        num_sources: data sources of a blend, for the loss of each; 1 or less: there is only one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        stages: Mapping[int, GPTStage],
+        buffers: ParameterBuffers,
+        optimizer: Optimizer,
+        executor: Executor,
+        num_sources: int,
+    ) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._stages = stages
+        self._buffers = buffers
+        self._optimizer = optimizer
+        self._executor = executor
+        self._num_sources = num_sources if num_sources > 1 else 0
+        self._program = lru_cache(maxsize=64)(self._make_program)
+
+    @property
+    def world(self) -> Group:
+        """All ranks."""
+        return self._mesh.world
+
+    def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
+        """Runs forwards and backwards, reduces gradients and steps; without a step if the loss is not finite."""
+        for stage in self._stages.values():
+            stage.train()
+        self._optimizer.zero_grad()
+        self._buffers.begin(plan.microbatches)
+        loss_scale = self._optimizer.loss_scale
+        losses = self._executor.run(
+            self._program(plan.microbatches, True),
+            read,
+            iteration=plan.iteration,
+            seq_length=plan.seq_length,
+            gradient_scale=loss_scale / plan.global_batch,
+        )
+        self._buffers.reduce()
+        total, by_source = self._sum(losses)
+        mean = total / plan.global_batch
+        if not math.isfinite(mean) and self._stops_at_nan:
+            return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
+        result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
+        return StepOutcome(
+            loss=mean,
+            source_losses=by_source,
+            applied=result.applied,
+            finite=result.finite and math.isfinite(mean),
+            grad_norm=result.grad_norm,
+            loss_scale=loss_scale,
+            num_zeros=result.num_zeros,
+            params_norm=result.params_norm,
+        )
+
+    @torch.no_grad()
+    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> float:
+        """Forwards only, without dropout."""
+        for stage in self._stages.values():
+            stage.eval()
+        losses = self._executor.run(
+            self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
+        )
+        return self._sum(losses)[0]
+
+    def state_tensors(self) -> list[GlobalTensor]:
+        """Parameters under their own names, and the optimizer's state."""
+        # Every replica holds the parameters, and every tp rank those that are not split: the first of them writes.
+        first = self._mesh.dp.rank == 0
+        weights = [
+            parameter_tensor(parameter, write=first and (parameter.tp_dim is not None or self._mesh.tp.rank == 0))
+            for parameter in self._buffers.parameters
+            if parameter.owned
+        ]
+        copies = [parameter_tensor(p, write=False) for p in self._buffers.parameters if not p.owned]
+        return [*weights, *copies, *self._optimizer.state_tensors()]
+
+    def state_scalars(self) -> dict[str, Any]:
+        """Step count and loss scale."""
+        return self._optimizer.state_scalars()
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Takes over the result of state_scalars."""
+        self._optimizer.load_scalars(scalars)
+
+    @property
+    def _stops_at_nan(self) -> bool:
+        return self._config.optimizer.check_for_nan and self._config.precision.dtype != "fp16"
+
+    def _make_program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
+        parallel, pp = self._config.parallel, self._mesh.pp
+        chunks = len(self._stages)
+        schedule = pipeline_schedule(parallel.pipeline_schedule, pp.size, microbatches, chunks)
+        if not backward:
+            schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
+        return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
+
+    def _sum(self, losses: StepLosses) -> tuple[float, dict[int, float]]:
+        """Sum of all samples' losses, and the mean of each source's, over all replicas and known to every rank."""
+        device, count = self._mesh.backend.device, self._num_sources
+        sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
+        for samples, sources in zip(losses.samples, losses.sources, strict=True):
+            sums[0] += samples.sum()
+            if count and sources is not None:
+                numbers = torch.tensor(sources, device=device)
+                sums.index_add_(0, 1 + numbers, samples.double())
+                sums.index_add_(0, 1 + count + numbers, torch.ones_like(samples, dtype=torch.float64))
+        # The tp ranks of the last stage all have the same losses: the first speaks for them.
+        if self._mesh.tp.rank != 0:
+            sums.zero_()
+        self._mesh.world.all_reduce_(sums)
+        total, *rest = _to_host(sums)
+        means = {number: rest[number] / rest[count + number] for number in range(count) if rest[count + number]}
+        return total, means
+
+
+def _to_host(sums: Tensor) -> list[float]:
+    # A rehearsal's tensors have shapes and no values.
+    values: list[float] = [0.0] * sums.numel() if sums.is_meta else sums.tolist()
+    return values
