@@ -134,11 +134,11 @@ class Optimizer:
         """This rank's share of the state as views, to be saved from or loaded into.
 
         Named optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> (or optimizer.momentum.<parameter>), and
-        optimizer.main.<parameter> unless the model's own parameters are the main ones.
+        optimizer.main_param.<parameter> unless the model's own parameters are the main ones.
         """
         tensors: list[GlobalTensor] = []
         for shard, main, moments in zip(self._buffers.shards, self._mains, self._rule.moments, strict=True):
-            states = dict(moments) if main.dtype == shard.values.dtype else {"main": main, **moments}
+            states = dict(moments) if main.dtype == shard.values.dtype else {"main_param": main, **moments}
             for piece in shard.pieces:
                 tensors += [self._global(f"optimizer.{name}", state, piece) for name, state in states.items()]
         return [tensor for tensor in tensors if tensor.pieces]

@@ -102,10 +102,10 @@ def test_low_precision_steps_fp32_main_parameters(kit, dtype):
         backward(ours, step, optimizer.loss_scale)
         buffers.reduce()
         assert optimizer.step(lr=1e-4, weight_decay=0.0).applied
-    mains = {t.name: t for t in optimizer.state_tensors() if t.name.startswith("optimizer.main.")}
+    mains = {t.name: t for t in optimizer.state_tensors() if t.name.startswith("optimizer.main_param.")}
     assert len(mains) == 7
     for (name, param), before in zip(ours.named_parameters(), start, strict=True):
-        main = mains[f"optimizer.main.{name}"].pieces[0].tensor
+        main = mains[f"optimizer.main_param.{name}"].pieces[0].tensor
         assert main.dtype == torch.float32 and torch.equal(main.to(dtype), param)
         assert not torch.equal(main, main.to(dtype).float())
         assert 1e-4 < (main - before).abs().max() < 5e-3
@@ -185,7 +185,7 @@ def test_mains_follow_a_model_that_was_loaded_without_state(kit):
     with torch.no_grad():
         ours[1].weight.fill_(0.75)
     optimizer.reload_mains()
-    main = next(t for t in optimizer.state_tensors() if t.name == "optimizer.main.1.weight")
+    main = next(t for t in optimizer.state_tensors() if t.name == "optimizer.main_param.1.weight")
     assert (main.pieces[0].tensor == 0.75).all()
 
 
