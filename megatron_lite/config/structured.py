@@ -11,6 +11,8 @@ from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.data import DataGroup, DataSource
 from megatron_lite.config.values import read_float, read_int, write_value
 
+BY_SIZE = "auto"
+"""Stands for a weight in a group whose sources are weighted by their size."""
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -111,7 +113,7 @@ def read_sequence_ramp(words: Sequence[str]) -> SequenceRamp:
         numbers = [[read_int(number) for number in entry] for entry in entries]
     except ValueError:
         raise ValueError(expected) from None
-    if all(len(entry) == 2 for entry in numbers) and numbers[0][0] == 0:
+    if all(len(entry) == 2 for entry in numbers) and (len(numbers) > 1 or numbers[0][0] <= 1):
         return SequenceRamp(stages=tuple(sorted((first, length) for first, length in numbers)))
     if len(numbers) != 1 or len(numbers[0]) not in (2, 3):
         raise ValueError(expected)
@@ -177,7 +179,8 @@ def _read_group(text: str) -> DataGroup:
         start, inner, end = parts[1].partition(":") if len(parts) == 3 else ("", "", "")
         if not colon or not inner:
             raise ValueError(expected)
-        source = DataSource(path=parts[2], weight=read_float(parts[0]), start=read_float(start), end=read_float(end))
+        weight = None if parts[0] == BY_SIZE else read_float(parts[0])
+        source = DataSource(path=parts[2], weight=weight, start=read_float(start), end=read_float(end))
         if not 0 <= source.start < source.end <= 1:
             raise ValueError(expected)
         sources.append(source)
@@ -198,10 +201,8 @@ def write_groups(groups: tuple[DataGroup, ...]) -> list[str]:
 
 
 def _write_source(source: DataSource) -> str:
-    weight = 1.0 if source.weight is None else source.weight
-    return " ".join(
-        [*map(write_value, [weight]), f"{write_value(source.start)}:{write_value(source.end)}", source.path]
-    )
+    weight = BY_SIZE if source.weight is None else write_value(source.weight)
+    return f"{weight} {write_value(source.start)}:{write_value(source.end)} {source.path}"
 
 
 def read_named_group(name: str) -> Any:

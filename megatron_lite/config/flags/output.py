@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.structured import read_save_schedule, write_save_schedule
+
+CHANGEABLE = ("tokenizer", "data", "code")
+
+
+def _read_changed(words: Sequence[str]) -> tuple[str, ...]:
+    if not set(words) <= set(CHANGEABLE):
+        raise ValueError(f"some of {', '.join(CHANGEABLE)}")
+    return tuple(sorted(set(words), key=CHANGEABLE.index))
+
 
 CHECKPOINT = (
     Flag("--save", "checkpoint.save", "Folder of the checkpoints.", metavar="FOLDER"),
@@ -48,6 +59,21 @@ CHECKPOINT = (
         "checkpoint.exit_on_missing",
         "Fail if --load holds no checkpoint, instead of starting afresh.",
         sets=True,
+    ),
+    Flag(
+        "--fallback-on-corrupt",
+        "checkpoint.fallback_on_corrupt",
+        "Load the newest earlier checkpoint if the wanted one is damaged.",
+        sets=True,
+    ),
+    Flag(
+        "--accept-changed",
+        "checkpoint.accept_changed",
+        "What may differ from the run that wrote the checkpoint: tokenizer, data, code.",
+        words="some",
+        read=_read_changed,
+        write=list,
+        metavar="WHAT …",
     ),
     Flag(
         "--override-opt-param-scheduler",

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+from job_commands import BIG_RAMP, LLAMA, SMALL
+
+from megatron_lite.cli.explain import run
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.errors import ConfigError
+
+
+def test_the_text(capsys):
+    assert run([*BIG_RAMP, "--world-size", "512"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "13B: 12,853,386,240 parameters",
+        "311,541 iterations",
+        "512 ranks = tensor 2 x pipeline 4 x data 64",
+        "ZeRO stage 1 is read as --use-distributed-optimizer",
+        "--data-impl mmap has no effect",
+        "--deepspeed_config must name a readable file",
+        "1-4,961",
+    ):
+        assert part in text, part
+
+
+def test_the_command_as_understood_can_be_run(capsys):
+    run([*LLAMA, "--world-size", "64"])
+    text = capsys.readouterr().out
+    argv = text[text.index("as it was understood:") :].split(":", 1)[1].replace("\\\n", "").split()
+    assert parse_run(argv).config == parse_run(LLAMA, world_size=64).config
+
+
+def test_json(capsys):
+    run(["--json", *BIG_RAMP, "--world-size", "512"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["derived"]["length"]["iterations"] == 311_541
+    assert len(record["derived"]["stages"]) == 64
+    assert record["config"]["batch"]["rampup"] == {"start": 16, "increment": 16, "samples": 5_000_000}
+    assert record["derived"]["vocabulary_from"].startswith("assumed")
+    assert any("--deepspeed_config" in entry for entry in record["missing"])
+    assert parse_run(record["argv"]).config == parse_run(BIG_RAMP, world_size=512).config
+
+
+def test_a_null_tokenizer_has_its_size_on_the_command_line(capsys):
+    run(["--json", *SMALL, "--tokenizer-type", "NullTokenizer", "--vocab-size", "99"])
+    assert json.loads(capsys.readouterr().out)["derived"]["model"]["vocab_size"] == 100
+
+
+def test_given_rows_stand_in_for_a_tokenizer_that_is_not_here(capsys):
+    run(["--json", *SMALL, "--pad-vocab-size-to", "1024", "--tokenizer-type", "PretrainedFromHF"])
+    assert json.loads(capsys.readouterr().out)["derived"]["model"]["vocab_size"] == 1024
+
+
+def test_errors_are_the_trainers():
+    with pytest.raises(ConfigError, match="must divide the global batch"):
+        run([*SMALL, "--micro-batch-size", "3"])
+
+
+def test_help(capsys):
+    assert run(["--help"]) == 0
+    assert "explain [--json]" in capsys.readouterr().out

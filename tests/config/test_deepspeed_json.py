@@ -1,0 +1,90 @@
+import json
+
+import pytest
+from job_commands import SMALL
+
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.config.batch import SequenceRamp
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def run(entries, *extra):
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(entries))
+        return parse_run([*SMALL, "--deepspeed", "--deepspeed_config", str(path), *extra])
+
+    return run
+
+
+def test_precision_comes_from_the_json(parse):
+    assert parse({"bf16": {"enabled": True}}).config.precision.dtype == "bf16"
+    assert parse({"bfloat16": {"enabled": True}}).config.precision.dtype == "bf16"
+    assert parse({"fp16": {"enabled": True}}).config.precision.dtype == "fp16"
+    assert parse({}, "--fp16").config.precision.dtype == "fp16"
+
+
+def test_the_loss_scale_is_deepspeeds(parse):
+    precision = parse({"fp16": {"enabled": True, "initial_scale_power": 8}}, "--loss-scale", "12").config.precision
+    assert precision.loss_scale == 0
+    assert precision.initial_loss_scale == 256
+    assert (precision.loss_scale_window, precision.hysteresis, precision.min_loss_scale) == (1000, 2, 1)
+    assert precision.scaler == "deepspeed"
+    assert parse({"fp16": {"enabled": True, "loss_scale": 128}}).config.precision.loss_scale == 128
+
+
+def test_without_deepspeed_a_static_scale_that_rounds_is_warned_of():
+    assert any("power of 2" in warning for warning in parse_run([*SMALL, "--fp16", "--loss-scale", "12"]).warnings)
+    assert not parse_run([*SMALL, "--fp16", "--loss-scale", "4096"]).warnings
+    assert parse_run([*SMALL, "--fp16"]).config.precision.scaler == "megatron"
+
+
+def test_the_json_clips_unless_it_is_silent(parse):
+    assert parse({"gradient_clipping": 0.5}).config.optimizer.clip_grad == 0.5
+    assert parse({}, "--clip-grad", "2").config.optimizer.clip_grad == 2
+    assert parse({"gradient_clipping": 2.0}, "--clip-grad", "2").config.optimizer.clip_grad == 2
+
+
+def test_zero(parse):
+    assert parse({"zero_optimization": {"stage": 1}}).config.parallel.distributed_optimizer
+    assert parse({"zero_optimization": {"stage": 1}}, "--zero-stage", "1").config.parallel.distributed_optimizer
+    assert not parse({"zero_optimization": {"stage": 0}}).config.parallel.distributed_optimizer
+    parsed = parse({"zero_optimization": {"stage": 1, "overlap_comm": True, "offload_param": {"device": "none"}}})
+    assert any("overlap_comm" in note for note in parsed.notes)
+
+
+def test_curricula(parse):
+    linear = {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 8,
+        "max_difficulty": 32,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8},
+    }
+    assert parse({"curriculum_learning": linear}).config.batch.sequence_ramp == SequenceRamp(
+        start=8, iterations=100, step=8
+    )
+    staged = {"enabled": True, "schedule_type": "fixed_discrete", "max_difficulty": 32}
+    staged["schedule_config"] = {"difficulty": [8, 16, 32], "max_step": [5, 10]}
+    assert parse({"curriculum_learning": staged}).config.batch.sequence_ramp == SequenceRamp(
+        stages=((0, 8), (6, 16), (11, 32))
+    )
+    assert parse({"curriculum_learning": {"enabled": False}}).config.batch.sequence_ramp is None
+
+
+def test_what_has_no_effect_is_said(parse):
+    notes = parse({"steps_per_print": 5, "train_batch_size": 7, "elastic_checkpoint": True}).notes
+    for key in ("steps_per_print", "train_batch_size", "elastic_checkpoint"):
+        assert any(f"DeepSpeed JSON: {key} has no effect" in note for note in notes)
+
+
+def test_auto_is_as_good_as_nothing(parse):
+    config = parse({"train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": "auto"}}).config
+    assert config.batch.micro_batch_size == 2
+    assert config.precision.dtype == "fp32"
+
+
+def test_the_native_engine_runs_it(parse):
+    assert parse({}).config.runtime.engine == "native"
+    assert parse({}, "--engine", "deepspeed").config.runtime.engine == "deepspeed"

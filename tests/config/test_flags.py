@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.arguments import asks_for_help
+from megatron_lite.config.flags.refused import FAMILIES, REFUSED
+from megatron_lite.config.flags.table import SUPPORTED, all_flags, flags_by_spelling, spelling
+from megatron_lite.config.given import field_types
+from megatron_lite.config.help import help_text
+from megatron_lite.config.reference import PAGE, reference_page
+from megatron_lite.config.values import read_as
+
+FROZEN = Path(__file__).with_name("flags.txt")
+
+
+def frozen_lines():
+    """One line a spelling: its status, and its name if it is an alias."""
+    return [
+        f"{name}\t{flag.status}" + ("" if spelling(flag.name) == name else f"\t{flag.name}")
+        for name, flag in sorted(flags_by_spelling().items())
+    ]
+
+
+def test_the_set_of_flags_is_frozen():
+    """A flag is never dropped or refused by accident. To change the set: python tests/config/test_flags.py."""
+    assert FROZEN.read_text().splitlines() == frozen_lines()
+
+
+@pytest.mark.parametrize("flag", all_flags(), ids=lambda flag: flag.name)
+def test_a_row_is_complete(flag):
+    assert flag.name.startswith("--")
+    assert "_" not in flag.name
+    assert flag.help
+    if flag.status != "supported":
+        assert not flag.field
+        return
+    assert flag.field in field_types()
+    assert flag.help.endswith((".", ")"))
+    assert flag.takes_value or not flag.read
+    if flag.takes_value and not flag.read and flag.default not in (None, ""):
+        assert read_as(flag.type, str(flag.default), flag.spellings) == flag.default
+
+
+def test_a_refusal_says_what_to_do():
+    for because in [*FAMILIES.values(), *(flag.help for flags in REFUSED.values() for flag in flags)]:
+        assert ". " in because, because
+
+
+def test_the_reference_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == reference_page(), "run: python -m megatron_lite.config.reference"
+
+
+def test_help_lists_every_supported_flag_in_its_group():
+    lines = help_text().splitlines()
+    for group, flags in SUPPORTED.items():
+        assert f"{group}:" in lines
+        for flag in flags:
+            assert any(line.startswith(f"  {flag.name}") for line in lines), flag.name
+    assert all(len(line) <= 125 for line in lines)
+    assert asks_for_help(["--num-layers", "2", "--help"])
+    assert not asks_for_help(["--num-layers", "2"])
+
+
+if __name__ == "__main__":
+    FROZEN.write_text("\n".join(frozen_lines()) + "\n")
