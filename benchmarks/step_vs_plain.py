@@ -4,7 +4,8 @@
     python benchmarks/step_vs_plain.py --device cuda --dtype bf16 --layers 12 --hidden 768 --heads 12 --seq 1024
 
 Steps alternate (ours, plain, ours, …), so that a machine whose clock wanders is fair to both; medians are compared.
-The plain side is what one would write by hand: nn.Linear, scaled_dot_product_attention, F.cross_entropy, fused AdamW.
+The plain side is what one would write by hand: nn.Linear, scaled_dot_product_attention, F.cross_entropy,
+clip_grad_norm_, fused AdamW. Ours is what a run does, from the plan of an iteration to its reported loss.
 Exit code 1 if ours is slower than --limit times plain.
 """
 
@@ -22,13 +23,17 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.optimizer import LrConfig, PrecisionConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.training import TrainingConfig
 from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
-from megatron_lite.parallel.random import RngStreams
+from megatron_lite.schedules.iteration import plan_iteration
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.assemble import build_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor], Tensor]
@@ -87,47 +92,39 @@ def plain_step(args: argparse.Namespace, device: torch.device) -> Step:
         optimizer.zero_grad(set_to_none=True)
         loss: Tensor = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        if not args.no_optimizer:
-            optimizer.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
         return loss.detach()
 
     return step
 
 
 def our_step(args: argparse.Namespace) -> Step:
-    """The same of ours. The one function to change when the step that is measured changes."""
-    parallel = ParallelConfig()
-    mesh = build_mesh(select_backend(RuntimeConfig(device=args.device), parallel, Launch()), parallel)
-    config = ModelConfig(
-        num_layers=args.layers,
-        hidden_size=args.hidden,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.seq,
-        vocab_size=args.vocab,
-        padded_vocab_size=args.vocab,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+    """The whole training step that a run does: plan, executor, gradient buffers, clipping, optimizer, loss."""
+    config = RunConfig(
+        model=ModelConfig(
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            num_attention_heads=args.heads,
+            max_position_embeddings=args.seq,
+            vocab_size=args.vocab,
+            padded_vocab_size=args.vocab,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        batch=BatchConfig(seq_length=args.seq, micro_batch_size=args.batch, global_batch_size=args.batch),
+        training=TrainingConfig(train_iters=10**6),
+        lr=LrConfig(lr=1e-4, style="constant"),
+        precision=PrecisionConfig(dtype=args.dtype),
+        runtime=RuntimeConfig(device=args.device),
     )
-    stage = GPTStage(
-        config,
-        layers=range(args.layers),
-        has_embedding=True,
-        has_head=True,
-        mesh=mesh,
-        rng=RngStreams(1234, mesh.backend),
-        seed=1234,
-        dtype=DTYPES[args.dtype],
-    )
-    optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    mesh = build_mesh(select_backend(config.runtime, config.parallel, Launch()), config.parallel)
+    engine = build_engine(config, mesh)
+    plan = plan_iteration(config, Progress())
 
     def step(tokens: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
         batch = MicroBatch(tokens[:, :-1], tokens[:, 1:])
-        loss = stage.loss(stage(None, batch), batch) / tokens.shape[0]
-        loss.backward()
-        if not args.no_optimizer:
-            optimizer.step()
-        return loss.detach()
+        return torch.tensor(engine.train_step(plan, lambda number: batch).loss)
 
     return step
 
@@ -161,7 +158,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--limit", type=float, default=1.05)
-    parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only")
     return parser.parse_args()
 
 
