@@ -10,7 +10,7 @@ KERNELS = (
         "--attention-backend --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton",
         "--transformer-impl --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu",
         "--fused-linear-cross-entropy --use-mcore-models --use-legacy-models --spec --enable-experimental",
-        "--fused-single-qkv-rope --use-te-activation-func",
+        "--fused-single-qkv-rope --use-te-activation-func --disable-jit-fuser",
     ),
     *no_effect(
         "fusion is decided by --compile; what is computed does not depend on it",
@@ -71,6 +71,10 @@ MEMORY = (
 )
 
 COMMUNICATION = (
+    *no_effect(
+        "there is one path, with any number of stages",
+        "--no-pipeline-parallel --enable-gloo-process-groups --disable-gloo-process-groups",
+    ),
     *no_effect("the backend follows from --device", "--distributed-backend", "--use-ring-exchange-p2p"),
     *no_effect(
         "gradients always lie in contiguous buffers of our own",
@@ -115,6 +119,7 @@ FILES = (
         "one thread reads ahead; see --prefetch-microbatches",
         "--num-workers --valid-num-workers --dataloader-prefetch-factor --pin-memory",
     ),
+    *no_effect("the order of the data never depends on the layout", "--data-sharding --no-data-sharding"),
     *no_effect(
         "there is one checkpoint format, complete, strictly checked and readable by any layout",
         "--ckpt-format --use-dist-ckpt --dist-ckpt-format --dist-ckpt-strictness",
@@ -138,6 +143,8 @@ REPORTS = (
         "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --codecarbon-dir --log-energy",
         "--one-logger-project --one-logger-run-name --enable-one-logger --no-one-logger --log-straggler",
         "--disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count --otel-enabled",
+        "--enable-ft-package --calc-ft-timeouts --config-logger-dir --one-logger-async --app-tag-run-name",
+        "--app-tag-run-version --log-optimizer-states-to-tensorboard --log-device-memory-used --goodput",
         "--otel-service-name --otel-span-groups",
     ),
     *no_effect(
@@ -151,7 +158,16 @@ REPORTS = (
     ),
     *no_effect(
         "SIGTERM, SIGINT and SIGUSR1 are handled, whichever is sent",
-        "--exit-signal",
+        "--exit-signal --exit-signal-handler-dataloader",
+    ),
+    *no_effect(
+        "every checkpoint is kept, unless --keep-last deletes it",
+        "--save-retain-interval",
+    ),
+    *no_effect(
+        "a loss or gradient that is not finite stops the run; nothing is run twice",
+        "--rerun-mode --result-rejected-tracker-filename --check-for-spiky-loss --check-for-large-grads",
+        "--no-check-for-spiky-loss --no-check-for-large-grads --check-weight-hash-across-dp-replicas-interval",
     ),
     *no_effect("every checkpoint's manifest holds the config", "--log-path"),
     *no_effect("an NVIDIA cluster's own service", "--adlr-autoresume", "--adlr-autoresume-interval"),

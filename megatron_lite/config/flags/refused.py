@@ -130,6 +130,16 @@ TRAINING = (
         "--norm-target-loss --loss-on-targets-only --reweight-loss-based-on-position-frequency --sft",
         "--fim-data",
     ),
+    *refused(
+        "Nothing is run wrong on purpose. Leave the flag out",
+        "--error-injection-rate --error-injection-type",
+        harmless=("0", "0.0", "transient_error"),
+    ),
+    *refused(
+        "There is one kind of checkpoint. Use --save-schedule and --keep-last",
+        "--non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-global-ckpt-dir",
+        "--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo",
+    ),
     *refused("All parameters are trained. Leave the flag out", "--bitfit", "--no-train", "--freeze-lm"),
     *refused(
         "A run is what its command line says. Pass the model's flags; `megatron-lite checkpoint inspect` shows them",
@@ -143,6 +153,16 @@ TRAINING = (
 
 DATA = (
     *refused(
+        "Each dataset is asked for 0.5% more samples than its share of the blend. Leave the flag out",
+        "--mid-level-dataset-surplus",
+        harmless=("0.005",),
+    ),
+    *refused(
+        "Validation reads --eval-iters batches of each set. Use --valid-weighted-split-paths for several sets",
+        "--full-validation --multiple-validation-sets --eval-global-batch-size --eval-micro-batch-size",
+    ),
+    *refused("Data lie in files. Copy them to this machine", "--object-storage-cache-path"),
+    *refused(
         "Only memory-mapped datasets (MMIDIDX) are read. Convert older ones with tools/preprocess_data.py",
         "--data-impl --dataset-impl",
         harmless=("mmap", "infer"),
@@ -153,7 +173,8 @@ DATA = (
     ),
     *refused(
         "This tokenizer is not built here. Use --tokenizer-type HuggingFaceTokenizer with its tokenizer.json",
-        "--tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens --use-gigatoken",
+        "--tokenizer-library --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
+        "--use-gigatoken",
     ),
 )
 
