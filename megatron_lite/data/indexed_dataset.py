@@ -16,21 +16,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_lite.data import index_checks as checks
 from megatron_lite.data.file_copy import copy_bytes
+from megatron_lite.data.index_checks import CHUNK
 from megatron_lite.data.index_format import HEADER, bin_path, idx_path, pack_header, read_header, type_code
+from megatron_lite.data.token_file import TokenFile
 from megatron_lite.errors import DataError
 
 BLOCK = 4096
 """Sequences whose pointers are checked together, the first time that one of them is read."""
-
-CHUNK = 1 << 20
-"""Entries of an index that are written or read at a time where memory must stay small."""
 
 EAGER = 1 << 22
 """Datasets of up to this many sequences are checked whole when they are opened (a few tens of milliseconds)."""
 
 
 class IndexedDataset:
-    """A .bin/.idx pair, memory-mapped: opening costs the same at ten sequences and at a billion.
+    """A .bin/.idx pair: the index is mapped, so opening costs the same at ten sequences and at a billion.
 
     What is cheap is checked on opening, and the rest in blocks before the first token of a block is handed out, so
     that an index which does not belong to its .bin never gives wrong tokens.
@@ -57,14 +56,10 @@ class IndexedDataset:
         self.document_index: NDArray[np.int64] = np.frombuffer(
             raw, dtype="<i8", count=header.num_document_entries, offset=header.documents_at
         )
-        self.num_bytes = bin_path(prefix).stat().st_size
-        checks.check_ends(
-            self.prefix, self.sizes, self.pointers, self.document_index, self.dtype.itemsize, self.num_bytes
-        )
-        # numpy cannot map an empty file.
-        self._tokens: NDArray[np.uint8] = (
-            np.memmap(bin_path(prefix), dtype=np.uint8, mode="r") if self.num_bytes else np.empty(0, dtype=np.uint8)
-        )
+        self._tokens = TokenFile(bin_path(prefix), self.dtype)
+        self.num_bytes = self._tokens.num_bytes
+        itemsize = self.dtype.itemsize
+        checks.check_ends(self.prefix, self.sizes, self.pointers, self.document_index, itemsize, self.num_bytes)
         self._checked: NDArray[np.bool_] = np.zeros(-(-count // BLOCK), dtype=np.bool_)
         if count <= EAGER:
             self.check()
@@ -85,7 +80,7 @@ class IndexedDataset:
         return self.num_bytes // self.dtype.itemsize
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray[np.generic]:
-        """Tokens of sequence `index` from `offset` on, `length` of them or all: a read-only view, [length].
+        """Tokens of sequence `index` from `offset` on, `length` of them or all: read-only, [length].
 
         Raises:
             DataError: the index is damaged around this sequence.
@@ -102,7 +97,7 @@ class IndexedDataset:
         if offset < 0 or count < 0 or offset + count > size:
             raise IndexError(f"tokens {offset}:{offset + count} of {size} in sequence {index} of {self.prefix}")
         start = int(self.pointers[index]) + offset * self.dtype.itemsize
-        return self._tokens[start : start + count * self.dtype.itemsize].view(self.dtype)
+        return self._tokens.read(start, count)
 
     def document(self, number: int) -> NDArray[np.generic]:
         """All tokens of document `number`, [tokens].

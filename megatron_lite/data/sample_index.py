@@ -170,29 +170,33 @@ class SampleIndex:
 def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
     """Shuffle documents and samples as Megatron does, bit for bit.
 
-    Needs 8 bytes for each entry of the larger index while it runs, and keeps 4 for each entry of both.
+    Both go through one scratch array of 8 bytes for each entry of the larger index; 4 for each entry of both are kept.
 
     Raises:
         DataError: a sequence has a negative length.
     """
     rng = np.random.RandomState(plan.seed)
-    packed = _pack_epochs(plan, sizes)
+    num_entries = plan.epochs * plan.num_documents
+    scratch = np.empty(max(num_entries, plan.total_samples), dtype=np.int64)
+    packed = scratch[:num_entries]
+    _pack_epochs(packed, plan, sizes)
     _shuffle(rng, packed, plan.documents_together)
     starts = _block_starts(packed)
-    documents = _low_halves(packed).view(np.int32)
-    numbers = np.arange(plan.total_samples, dtype=np.int64)
+    documents = _low_halves(packed)
+    numbers = scratch[: plan.total_samples]
+    for low in range(0, plan.total_samples, CHUNK):
+        numbers[low : low + CHUNK] = np.arange(low, min(plan.total_samples, low + CHUNK))
     _shuffle(rng, numbers, plan.samples_together)
-    shuffle: NDArray[np.integer] = numbers if plan.total_samples >= 2**32 - 2 else _low_halves(numbers)
+    shuffle: NDArray[np.integer] = numbers if plan.total_samples >= 2**32 - 2 else _low_halves(numbers).view(np.uint32)
     return SampleIndex(plan, documents, shuffle, starts)
 
 
-def _pack_epochs(plan: IndexPlan, sizes: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Sequence number (low half) and length (high half) in one integer, for every entry of every epoch.
+def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32]) -> None:
+    """Fill `packed`, for every entry of every epoch, with sequence number (low half) and length (high half).
 
     Shuffled together, the lengths need not be gathered afterwards from all over memory; and numpy shuffles integers of
     this size several times faster than those of 4 bytes, with the same draws and so to the same order.
     """
-    packed = np.empty(plan.epochs * plan.num_documents, dtype=np.int64)
     for low in range(plan.first, plan.last, CHUNK):
         high = min(plan.last, low + CHUNK)
         lengths = sizes[low:high].astype(np.int64)
@@ -205,7 +209,6 @@ def _pack_epochs(plan: IndexPlan, sizes: NDArray[np.int32]) -> NDArray[np.int64]
         packed[low - plan.first : high - plan.first] = (lengths << 32) | np.arange(low, high)
     for epoch in range(1, plan.epochs):
         packed[epoch * plan.num_documents : (epoch + 1) * plan.num_documents] = packed[: plan.num_documents]
-    return packed
 
 
 def _shuffle(rng: np.random.RandomState, values: NDArray[np.int64], together: int) -> None:
@@ -224,11 +227,9 @@ def _block_starts(packed: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(sums))])
 
 
-def _low_halves(values: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """The low 32 bits of each value, moved together in place; the memory that this frees is given back."""
-    count = values.shape[0]
-    for low in range(0, count, CHUNK):
-        halves = values[low : low + CHUNK].astype(np.uint32)
-        values.view(np.uint32)[low : low + halves.shape[0]] = halves
-    values.resize((count + 1) // 2, refcheck=False)
-    return values.view(np.uint32)[:count]
+def _low_halves(values: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The low 32 bits of each value."""
+    halves = np.empty(values.shape[0], dtype=np.int32)
+    for low in range(0, values.shape[0], CHUNK):
+        halves[low : low + CHUNK] = values[low : low + CHUNK].astype(np.uint32).view(np.int32)
+    return halves

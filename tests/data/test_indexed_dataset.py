@@ -219,6 +219,14 @@ def test_shards_of_another_token_type_are_refused(tmp_path):
         writer.append(tmp_path / "a")
 
 
+def test_a_bin_that_is_cut_while_it_is_open_is_a_data_error(tmp_path):
+    write(tmp_path / "a", [[[1, 2, 3, 4]]])
+    dataset = IndexedDataset(tmp_path / "a")
+    (tmp_path / "a.bin").write_bytes(b"\1\0")
+    with pytest.raises(DataError, match="ends at byte 2, it had 8"):
+        dataset.get(0)
+
+
 @pytest.mark.parametrize(("vocab", "dtype"), [(65499, np.uint16), (65500, np.int32)])
 def test_token_type_by_vocabulary(vocab, dtype):
     assert smallest_token_type(vocab) == dtype
