@@ -39,8 +39,10 @@ def test_a_rampup_comes_back(rampup):
 
 @given(st.lists(COUNTS, min_size=1, max_size=5), st.lists(COUNTS, min_size=4, max_size=4, unique=True))
 def test_a_save_schedule_comes_back(intervals, ends):
-    untils = [*sorted(ends)[: len(intervals) - 1], 0]
-    phases = tuple(SavePhase(interval=interval, until=until) for interval, until in zip(intervals, untils, strict=True))
+    ends_in_order = [*sorted(ends)[: len(intervals) - 1], 0]
+    phases = tuple(
+        SavePhase(interval=interval, until=until) for interval, until in zip(intervals, ends_in_order, strict=True)
+    )
     assert read_save_schedule(write_save_schedule(phases)[0]) == phases
 
 
