@@ -10,7 +10,6 @@ the ratios hold: what this package adds is one CRC-32 pass over the bytes in eac
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import statistics
@@ -71,10 +70,8 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
         for name, tensor in torch.load(file, weights_only=True).items():
             target[name].copy_(tensor)
 
-    iterations = itertools.count(1)
-
     def save() -> None:
-        save_checkpoint(root, next(iterations), held, {}, Provenance(), WORLD)
+        save_checkpoint(root, 1, held, {}, Provenance(), WORLD)
 
     def load(tensors: list[GlobalTensor]) -> None:
         path = find_checkpoint(str(root))
@@ -91,8 +88,11 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
         "load, resharded": lambda: load(columns),
     }
     times: dict[str, list[float]] = {name: [] for name in measured}
-    # In turn, so that a busy disk or machine is unfair to nobody; the first round is not counted.
+    # In turn, so that a busy disk or machine is unfair to nobody; the first round is not counted. Every save writes new
+    # files: to write over the old ones would spare the file system much of its work.
     for _ in range(repeats + 1):
+        file.unlink(missing_ok=True)
+        shutil.rmtree(root, ignore_errors=True)
         for name, function in measured.items():
             os.sync()
             begun = time.perf_counter()
@@ -102,8 +102,8 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
     blocked, total = [], []
     with BackgroundSaver(WORLD) as saver:
         # The first save allocates the host buffers that all later ones use.
-        for _ in range(repeats + 1):
-            blocked.append(saver.save(root, next(iterations), held, {}, Provenance(), keep_last=1))
+        for number in range(repeats + 1):
+            blocked.append(saver.save(root, 2 + number, held, {}, Provenance(), keep_last=1))
             report = saver.wait()
             assert report is not None
             total.append(report.seconds)
