@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import sys
 
-from megatron_lite.backend.environment import read_launch
-from megatron_lite.config.arguments import parse_run, raise_all
+from megatron_lite.backend.environment import Launch, read_launch
+from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, raise_all
+from megatron_lite.config.files import missing_files
+from megatron_lite.errors import ConfigError
 
 SUMMARY = "train a GPT; takes Megatron's command line"
 
 
 def run(argv: list[str]) -> int:
     """Trains, or with --dry-run only says what the command means."""
+    if asks_for_help(argv):
+        from megatron_lite.config.help import help_text
+
+        print(help_text())
+        return 0
     launch = read_launch()
-    world_size = None if launch.launcher == "python" else launch.world_size
-    parsed = parse_run(argv, world_size=world_size)
+    parsed = parse_run(argv, world_size=None if launch.launcher == "python" else launch.world_size)
+    if parsed.config.runtime.dry_run:
+        if launch.rank == 0:
+            from megatron_lite.cli.explain import explain_text
+
+            print(explain_text(parsed))
+        return 0
+    raise_all([*parsed.missing, *missing_files(parsed.config), *_not_launched(parsed, launch)])
     if launch.rank == 0:
         for line in (*parsed.notes, *parsed.warnings):
             print(line, file=sys.stderr)
-    if parsed.config.runtime.dry_run:
-        from megatron_lite.cli import explain
+    return _train(parsed)
 
-        return explain.run(argv)
-    raise_all(parsed.missing)
 
+def _train(parsed: ParsedRun) -> int:
     from megatron_lite.train.assemble import assembled
     from megatron_lite.train.loop import evaluate, train
 
@@ -32,6 +43,19 @@ def run(argv: list[str]) -> int:
             evaluate(run, "validation", at_end=True)
             evaluate(run, "test", at_end=True)
         else:
-            stop = train(run)
-            run.reporter.message(stop.message)
+            run.reporter.message(train(run).message)
     return 0
+
+
+def _not_launched(parsed: ParsedRun, launch: Launch) -> list[ConfigError]:
+    wanted = parsed.config.parallel.world_size
+    if launch.world_size == wanted:
+        return []
+    return [
+        ConfigError(
+            "A run of several ranks needs a launcher that starts them",
+            found=f"the flags ask for {wanted} ranks, this is a single process",
+            fix=f"Start it with `torchrun --nproc-per-node {wanted} pretrain_gpt.py …` or srun, or look at it with "
+            "--dry-run",
+        )
+    ]

@@ -78,8 +78,9 @@ def head_forward_flops(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """FLOPs to train on one token, forward and backward (twice forward), without recomputation.
+    """Model FLOPs to train on one token, forward and backward (twice forward).
 
+    Recomputed work does not count (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311): MFU rests on this.
     For a GPT-2 (heads × head_dim = h, ffn 4h) this is eq. 3 of Narayanan et al. 2021 with three passes in place of
     four: 72 l h² (1 + s / 6h + V / 12lh).
     """

@@ -68,7 +68,7 @@ def restore_model(
         ConfigError: the tokenizer is not the one the model was trained with.
         DataError: a file of the tokenizer is missing.
     """
-    path = find_checkpoint(load, iteration, notify)
+    path = find_checkpoint(load, iteration, notify=notify)
     if path is None:
         raise CheckpointError(
             "--load must name a folder that holds a checkpoint",

@@ -1,33 +1,12 @@
-"""Model FLOPs of a token, the MFU that follows from them, and when the run will be done.
-
-The count is that of Narayanan et al. 2021 (arXiv:2104.04473, eq. 3) without its fourth pass for recomputation, and of
-PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311): matrix products only, a multiply-add is two FLOPs, backward
-costs twice forward, attention is counted over the full s x s square although half of it is masked. Recomputed work does
-not count: these are the model's FLOPs, not the hardware's.
-"""
+"""Rates of an iteration: tokens per second, model FLOP/s, the MFU that follows from them, and the time left."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
 
+from megatron_lite.config.counts import flops_per_token
 from megatron_lite.config.model import ModelConfig
-
-
-def flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """FLOPs to train on one token of a sequence of `seq_length`: forward and backward.
-
-    For a GPT-2 (heads x head_dim = h, ffn 4h, no query groups) this is 72 l h^2 (1 + s / 6h + V / 12lh), eq. 3 with
-    three passes in place of four (its V term, V / 16lh, belongs to four). Grouped queries shrink the key and value
-    products, a gated MLP has three of them, and the output layer has `padded_vocab_size` rows.
-    """
-    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys_and_values = 2 * model.num_query_groups * model.head_dim
-    attention = hidden * (heads + keys_and_values) + heads * hidden + 2 * seq_length * heads
-    mlp = hidden * model.ffn_hidden_size * (3 if model.gated else 2)
-    head = hidden * (model.padded_vocab_size or model.vocab_size)
-    multiply_adds = model.num_layers * (attention + mlp) + head
-    return 3 * 2 * multiply_adds
 
 
 @dataclass(frozen=True)

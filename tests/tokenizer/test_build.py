@@ -11,7 +11,6 @@ from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece
-from megatron_lite.tokenizer.vocabulary import padded_vocab_size
 
 
 def test_null():
@@ -64,14 +63,6 @@ def test_training_needs_text_and_room(tmp_path):
     with pytest.raises(ConfigError, match="at least 257"):
         train_byte_level_bpe(["a"], tmp_path, vocab_size=256)
     assert train_byte_level_bpe(["ab ab"], tmp_path, vocab_size=1000, special_tokens=["<end>", "<pad>"]) == 259
-
-
-def test_padded_vocabulary():
-    assert [padded_vocab_size(50257, 128, tp) for tp in (1, 2, 4)] == [50304, 50432, 50688]
-    assert padded_vocab_size(50257, 128, 2, fixed=50400) == 50400
-    for fixed, tp in ((50000, 1), (50401, 2)):
-        with pytest.raises(ConfigError, match="--pad-vocab-size-to"):
-            padded_vocab_size(50257, 128, tp, fixed)
 
 
 def test_imports_are_light():
