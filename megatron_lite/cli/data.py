@@ -1,0 +1,171 @@
+"""megatron-lite data: looks into datasets, verifies and converts them, and says which text an iteration trained on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.cli.data_samples import build_indices, show_samples
+from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
+
+if TYPE_CHECKING:
+    from megatron_lite.data.indexed_dataset import IndexedDataset
+    from megatron_lite.tokenizer.base import Tokenizer
+
+SUMMARY = "inspect, verify and convert datasets; show the text of an iteration"
+EXIT_USAGE = 2
+
+USAGE = """\
+usage: megatron-lite data inspect PREFIX [--documents N] [--picture FILE.svg] [tokenizer flags]
+       megatron-lite data verify PREFIX [PREFIX ...] [tokenizer flags]
+       megatron-lite data samples --iteration N [--tokens N] THE JOB'S FLAGS
+       megatron-lite data index THE JOB'S FLAGS
+       megatron-lite data convert OLD_PREFIX NEW_PREFIX
+
+  inspect   header, counts, lengths as a histogram, the first documents (as text, given a tokenizer)
+  verify    every length and pointer, every id (given a tokenizer or a manifest), every checksum (given a manifest)
+  samples   which documents and text iteration N trains on
+  index     build and keep the sample index ahead of a job, so that it starts at once
+  convert   a dataset of the older lazy/cached kind to the one that is read here
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Do what `argv` asks for; a damaged dataset is an error."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else EXIT_USAGE
+    actions = {
+        "inspect": inspect,
+        "verify": verify,
+        "samples": show_samples,
+        "index": build_indices,
+        "convert": convert,
+    }
+    if argv[0] not in actions:
+        print(f"megatron-lite data: there is no action {argv[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return EXIT_USAGE
+    return actions[argv[0]](argv[1:])
+
+
+def inspect(argv: list[str]) -> int:
+    """Print what a dataset is."""
+    parser = argparse.ArgumentParser(prog="megatron-lite data inspect")
+    parser.add_argument("prefix", help="common path of the .bin and the .idx")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default 3)")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of each to show (default 64)")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the histogram of lengths")
+    add_tokenizer_arguments(parser)
+    options = parser.parse_args(argv)
+
+    from megatron_lite.data.indexed_dataset import IndexedDataset
+    from megatron_lite.data.survey import draw_lengths, draw_lengths_svg, survey_lengths
+
+    data = IndexedDataset(options.prefix)
+    lengths = survey_lengths(data)
+    print(data.prefix)
+    for name, value in {
+        "documents": f"{data.num_documents:,}",
+        "sequences": f"{len(data):,} ({lengths.empty:,} empty)",
+        "tokens": f"{data.num_tokens:,} as {data.dtype.name}, {data.num_bytes:,} bytes",
+        "lengths": f"{lengths.shortest:,} to {lengths.longest:,}, mean {lengths.mean:,.1f}",
+        "made with": _made_with(options.prefix),
+    }.items():
+        print(f"  {name:<10} {value}")
+    print("\n".join(draw_lengths(lengths)))
+    if options.picture:
+        options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
+        print(f"  drawn to {options.picture}")
+    _show_documents(data, _tokenizer(options), options.documents, options.tokens)
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    """Check whole datasets."""
+    parser = argparse.ArgumentParser(prog="megatron-lite data verify")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx")
+    add_tokenizer_arguments(parser)
+    options = parser.parse_args(argv)
+    tokenizer = _tokenizer(options)
+    for prefix in options.prefixes:
+        began = time.monotonic()
+        checked = _verify_one(prefix, tokenizer)
+        print(f"{prefix}: whole ({', '.join(checked)}; {time.monotonic() - began:.1f} s)")
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    """Convert a dataset of the older kind."""
+    parser = argparse.ArgumentParser(prog="megatron-lite data convert")
+    parser.add_argument("old_prefix", help="common path of the older .bin and .idx")
+    parser.add_argument("new_prefix", help="common path of the files to write")
+    options = parser.parse_args(argv)
+    from megatron_lite.data.older_index import convert_older
+
+    print(f"{options.new_prefix}: {convert_older(options.old_prefix, options.new_prefix):,} documents")
+    return 0
+
+
+def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
+    """Check one dataset; what was checked, in words."""
+    from megatron_lite.data.build import check_manifest
+    from megatron_lite.data.indexed_dataset import IndexedDataset
+    from megatron_lite.data.preprocess.manifest import check_files, read_manifest
+    from megatron_lite.data.survey import check_all_tokens
+
+    data = IndexedDataset(prefix)
+    data.check()
+    checked = [f"{len(data):,} lengths and pointers", f"{data.num_documents:,} documents"]
+    manifest = read_manifest(prefix)
+    check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")
+    vocab_size = (
+        tokenizer.vocab_size if tokenizer else int((manifest.tokenizer if manifest else {}).get("vocab_size", 0))
+    )
+    if vocab_size:
+        for done in check_all_tokens(data, vocab_size):
+            if sys.stderr.isatty():
+                print(f"\r{done:,} of {data.num_tokens:,} ids", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        checked.append(f"{data.num_tokens:,} ids below {vocab_size}")
+    else:
+        checked.append("no ids: give a tokenizer to check them")
+    if manifest is not None:
+        check_files(prefix, manifest)
+        checked.append("checksums")
+    else:
+        checked.append("no checksums: it has no manifest")
+    return checked
+
+
+def _tokenizer(options: argparse.Namespace) -> Tokenizer | None:
+    """The tokenizer, if any of its flags is given."""
+    if not any((options.tokenizer_type, options.vocab_file, options.merge_file, options.tokenizer_model)):
+        return None
+    from megatron_lite.tokenizer.build import build_tokenizer
+
+    return build_tokenizer(tokenizer_config(options))
+
+
+def _made_with(prefix: str) -> str:
+    from megatron_lite.data.preprocess.manifest import read_manifest
+
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return "unknown: no manifest (Megatron writes none)"
+    tokenizer = manifest.tokenizer
+    return (
+        f"{tokenizer.get('type')} of {tokenizer.get('vocab_size')} entries, fingerprint {tokenizer.get('fingerprint')}"
+    )
+
+
+def _show_documents(data: IndexedDataset, tokenizer: Tokenizer | None, documents: int, tokens: int) -> None:
+    """Print the beginnings of the first documents."""
+    for number in range(min(documents, data.num_documents)):
+        ids = data.document(number)
+        shown = ids[:tokens].tolist()
+        text = " ".join(map(str, shown)) if tokenizer is None else repr(tokenizer.decode(shown))
+        print(f"\ndocument {number}, {ids.shape[0]:,} tokens\n  {text}{' …' if ids.shape[0] > tokens else ''}")
