@@ -126,6 +126,7 @@ class Optimizer:
     @torch.no_grad()
     def reload_mains(self) -> None:
         """Takes the main parameters from the model's: after a load of the model without the optimizer's state."""
+        self._buffers.finish_gather()
         for main, shard in zip(self._mains, self._buffers.shards, strict=True):
             if main.dtype != shard.values.dtype:
                 main.copy_(shard.values)
@@ -136,6 +137,7 @@ class Optimizer:
         Named optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> (or optimizer.momentum.<parameter>), and
         optimizer.main_param.<parameter> unless the model's own parameters are the main ones.
         """
+        self._buffers.finish_gather()
         tensors: list[GlobalTensor] = []
         for shard, main, moments in zip(self._buffers.shards, self._mains, self._rule.moments, strict=True):
             states = dict(moments) if main.dtype == shard.values.dtype else {"main_param": main, **moments}

@@ -6,7 +6,7 @@ tensors. On one fp32 process `param.grad` simply is a view of the buffer: no hoo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.flat_layout import Bucket, Slot, lay_out
+from megatron_lite.parallel.gather import ParameterGather
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.reduction import GradientReduction, wait_all
+from megatron_lite.parallel.reduction import GradientReduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +114,16 @@ class ParameterBuffers:
             for bucket in buffer.buckets
             for slot in bucket.slots
         }
+        buckets = self._buckets_by_completion()
         self._reduction = GradientReduction(
-            [(bucket, buffer.gradients) for buffer in self.buffers for bucket in buffer.buckets],
-            order=self.parameters,
+            [(bucket, buffer.gradients) for bucket, buffer in buckets],
             dp=dp,
             scatter=self.sharded,
             passes=passes or {},
             overlap=overlap and dp.size > 1,
         )
+        values = [(bucket, buffer.values) for bucket, buffer in buckets]
+        self._gather = ParameterGather(values, dp) if self.sharded else None
         self._attach()
 
     def zero_grad(self) -> None:
@@ -146,22 +149,34 @@ class ParameterBuffers:
             for parameter in self.parameters:
                 # Someone who sets .grad to None (nn.Module.zero_grad does) would make training a silent no-op.
                 assert parameter.param.grad is self.gradient(parameter.param), f"{parameter.name} lost its gradient"
+        self.finish_gather()
         self._reduction.finish()
         self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
         for name, group in self._tied.items():
             self._sum_over(group, [p for p in self.parameters if p.name == name])
 
     def gather(self) -> None:
-        """Under ZeRO-1, gives every replica the parameters that the others have stepped; else nothing is to do."""
-        if not self.sharded:
-            return
-        works = []
-        for buffer in self.buffers:
-            for bucket in buffer.buckets:
-                own = bucket.slice_of(self._dp.rank, self._dp.size)
-                whole, part = buffer.values[bucket.start : bucket.stop], buffer.values[own.start : own.stop]
-                works.append(self._dp.all_gather_(whole, part, async_op=True))
-        wait_all(works)
+        """Under ZeRO-1, gives every replica the parameters that the others have stepped; else nothing is to do.
+
+        Parameters of units (overlap_gather) may still be under way after it.
+        """
+        if self._gather is not None:
+            self._gather.start()
+
+    def finish_gather(self) -> None:
+        """Returns once all parameters are up to date: before they are read other than by a unit's forward."""
+        if self._gather is not None:
+            self._gather.finish()
+
+    def overlap_gather(self, units: Iterable[nn.Module]) -> None:
+        """Lets gathers run into the next forward: each unit's forward first waits for the unit's own parameters.
+
+        Args:
+            units: modules whose parameters are read in their own forward only, such as layers. Compiled modules
+                cannot be units: a wait is not an operation that a graph can hold.
+        """
+        if self._gather is not None:
+            self._gather.overlap_with(units)
 
     def gradient(self, param: nn.Parameter) -> Tensor:
         """A parameter's fp32 gradient, shaped like it: the view of the buffer that backward accumulates into."""
@@ -181,6 +196,12 @@ class ParameterBuffers:
                 view.copy_(slot.parameter.param.data)
                 slot.parameter.param.data = view
         return FlatBuffer(decay, tuple(buckets), values, gradients)
+
+    def _buckets_by_completion(self) -> list[tuple[Bucket, FlatBuffer]]:
+        """All buckets, in the order in which backward completes them: it reaches last what forward uses first."""
+        place = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        buckets = [(bucket, buffer) for buffer in self.buffers for bucket in buffer.buckets]
+        return sorted(buckets, key=lambda entry: -min(place[id(slot.parameter)] for slot in entry[0].slots))
 
     def _shards(self) -> list[Shard]:
         shards = []

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megatron_lite.backend.group import Group, Work
 from megatron_lite.parallel.flat_layout import Bucket
-from megatron_lite.parallel.parameters import NamedParameter
 
 
 class GradientReduction:
@@ -18,8 +17,7 @@ class GradientReduction:
     fixed: that in which a backward pass completes the buckets. A replica that runs no backward starts them all at once.
 
     Args:
-        buckets: with the flat fp32 gradients that they are ranges of.
-        order: all parameters in the order of the forward pass.
+        buckets: with the flat fp32 gradients that they are ranges of, in the order in which backward completes them.
         dp: the replicas.
         scatter: each replica gets its slice's sums only, in place (ZeRO-1).
         passes: by name, backward passes per micro-batch that reach a parameter, where it is not one.
@@ -30,7 +28,6 @@ class GradientReduction:
         self,
         buckets: Sequence[tuple[Bucket, Tensor]],
         *,
-        order: Sequence[NamedParameter],
         dp: Group,
         scatter: bool,
         passes: Mapping[str, int],
@@ -38,9 +35,7 @@ class GradientReduction:
     ) -> None:
         self.overlap = overlap
         self._dp, self._scatter = dp, scatter
-        place = {id(parameter): number for number, parameter in enumerate(order)}
-        # Backward reaches last what forward uses first.
-        self._buckets = sorted(buckets, key=lambda entry: -min(place[id(slot.parameter)] for slot in entry[0].slots))
+        self._buckets = tuple(buckets)
         self._bucket_of = {
             id(slot.parameter.param): number
             for number, (bucket, _) in enumerate(self._buckets)

@@ -20,10 +20,11 @@ def model(dtype):
     return nn.Sequential(*layers).to(DTYPES[dtype])
 
 
-def train(kit, mesh, buffers=None, dtype="fp32", **parts):
+def train(kit, mesh, buffers=None, dtype="fp32", units=(), **parts):
     """Trains one rank's replica; returns its results, parameters, and pieces of the state as numpy."""
     module = model(dtype)
     held, optimizer = kit.build(module, mesh, buffers, dtype=dtype, **parts)
+    held.overlap_gather([module[unit] for unit in units])
     results = []
     for iteration, count in enumerate(MICROBATCHES):
         mine = range(mesh.dp.rank, count, mesh.dp.size)
@@ -37,6 +38,7 @@ def train(kit, mesh, buffers=None, dtype="fp32", **parts):
         held.reduce()
         result = optimizer.step(lr=0.01, weight_decay=0.1)
         results.append((result.applied, result.grad_norm, result.num_zeros, result.params_norm))
+    held.finish_gather()
     params = {name: param.detach().float().numpy().copy() for name, param in module.named_parameters()}
     state = [
         (tensor.name, tensor.global_shape, piece.offset, piece.tensor.numpy().copy())
@@ -63,19 +65,21 @@ REPORTS = {"log_num_zeros": True, "log_params_norm": True, "clip_grad": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("replicas", "buffers"),
+    ("replicas", "buffers", "units"),
     [
-        (2, {"shard": False, "bucket_megabytes": 0}),
-        (2, {"shard": True, "bucket_megabytes": 0}),
-        (2, {"shard": True, "overlap": False}),
-        (4, {"shard": False}),
-        (4, {"shard": True, "bucket_megabytes": 0}),
+        (2, {"shard": False, "bucket_megabytes": 0}, ()),
+        (2, {"shard": True, "bucket_megabytes": 0}, (0, 1, 4)),
+        (2, {"shard": True, "overlap": False}, (0, 1, 3, 4)),
+        (4, {"shard": False}, ()),
+        (4, {"shard": True, "bucket_megabytes": 0}, ()),
     ],
     ids=str,
 )
-def test_replicas_train_as_one_process_does(kit, on_ranks, replicas, buffers):
+def test_replicas_train_as_one_process_does(kit, on_ranks, replicas, buffers, units):
     alone = train(kit, kit.mesh(), **REPORTS)
-    ranks = on_ranks(ParallelConfig(world_size=replicas), lambda mesh: train(kit, mesh, buffers, **REPORTS))
+    ranks = on_ranks(
+        ParallelConfig(world_size=replicas), lambda mesh: train(kit, mesh, buffers, units=units, **REPORTS)
+    )
     for results, params, _, _ in ranks:
         assert results == ranks[0][0]
         for ours, expected in zip(results, alone[0], strict=True):
@@ -112,3 +116,38 @@ def test_low_precision_replicas_agree(kit, on_ranks, dtype):
     assert whole.keys() == parts_of_it.keys() and any("main" in name for name in whole)
     for name, value in whole.items():
         np.testing.assert_allclose(parts_of_it[name], value, rtol=2e-3, atol=1e-6, err_msg=name)
+
+
+def test_gathers_run_on_until_a_units_forward(kit, on_ranks):
+    def waiting(mesh):
+        module = model("fp32")
+        held, optimizer = kit.build(module, mesh, {"shard": True, "bucket_megabytes": 0})
+        held.overlap_gather([module[unit] for unit in (1, 3)])
+        started, waited = [], []
+        gather_, all_gather = mesh.dp, mesh.dp.all_gather_
+
+        class Watched:
+            def __init__(self, number, work):
+                self.number, self.work = number, work
+
+            def wait(self):
+                waited.append(self.number)
+                self.work.wait()
+
+        def watch(out, x, async_op=False):
+            started.append(out.numel())
+            return Watched(len(started) - 1, all_gather(out, x, async_op=async_op))
+
+        gather_.all_gather_ = watch
+        held.begin(0)
+        held.reduce()
+        optimizer.step(0.1, 0.1)
+        seen = [len(waited)]
+        for layer in (module[1], module[1], module[3]):
+            layer(torch.zeros(1, layer.in_features))
+            seen.append(len(waited))
+        return len(started), waited, seen
+
+    # Seven parameters, of which the embedding's and the norm's are in no unit and waited for at once.
+    for started, waited, seen in on_ranks(ParallelConfig(world_size=2), waiting):
+        assert started == 7 and seen == [3, 5, 5, 7] and waited[:3] == [0, 1, 2]
