@@ -1,0 +1,183 @@
+"""How long a run waits for its first sample at OSCAR's size, and what the loader's thread delivers after that.
+
+    python benchmarks/data_index.py                          # 300 million documents and samples: 14 GB of disk
+    python benchmarks/data_index.py --documents 3000000      # the same in a few seconds
+
+The lengths are synthesised; the .bin is a sparse file, which takes no disk. Run it alone, with one core to itself
+(`taskset -c 0`): the figures are of a single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lite.data.blending import BlendIndex, normalize
+from megatron_lite.data.dataset import GPTDataset
+from megatron_lite.data.index_cache import read_index, write_index
+from megatron_lite.data.index_format import bin_path, idx_path, pack_header
+from megatron_lite.data.indexed_dataset import IndexedDataset
+from megatron_lite.data.loader import Loader
+from megatron_lite.data.sample_index import build_index, plan_index
+
+CHUNK = 1 << 20
+SAMPLES_PER_SECOND_13B = 4.0
+"""Samples of 2048 tokens that one 8-GPU replica of a 13B model trains on in a second, generously."""
+
+
+def main() -> None:
+    """Builds, serves, writes, reopens, reads; prints seconds, memory and samples per second."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=300_000_000)
+    parser.add_argument("--samples", type=int, default=0, help="0: as many as documents")
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--mean-length", type=int, default=2200, help="mean tokens of a document")
+    parser.add_argument("--folder", default=None, help="where the temporary files go")
+    options = parser.parse_args()
+    samples = options.samples or options.documents
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        prefix = Path(folder) / "synthetic"
+        with timed("synthesise the .idx (not counted)"):
+            synthesise(prefix, options.documents, options.mean_length)
+        index_and_serve(prefix, samples, options.seq_length)
+        synthesise(prefix, options.documents // 10, options.mean_length)
+        against_plain(IndexedDataset(prefix), samples // 10, options.seq_length)
+    blend()
+
+
+def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
+    """Our build against the originals' procedure in plain numpy, both at a tenth of the size."""
+    plan = plan_index(
+        data.sizes, (0, len(data)), num_samples=samples, seq_length=length, seed=1234, order="legacy", prefix="plain"
+    )
+    began = time.process_time()
+    ours = build_index(plan, data.sizes)
+    middle = time.process_time()
+    rng = np.random.RandomState(plan.seed)
+    documents = np.tile(np.arange(plan.num_documents, dtype=np.int32), plan.epochs)
+    rng.shuffle(documents)
+    ends = np.concatenate([[0], np.cumsum(data.sizes[documents], dtype=np.int64)])
+    tokens = np.arange(plan.total_samples + 1) * length
+    positions = np.searchsorted(ends, tokens, side="right") - 1
+    rows = np.stack([positions, tokens - ends[positions]], axis=1).astype(np.int32)
+    shuffle = np.arange(plan.total_samples, dtype=np.uint32)
+    rng.shuffle(shuffle)
+    plain, our = time.process_time() - middle, middle - began
+    assert not plan.separate_last_epoch
+    assert np.array_equal(documents, ours.documents)
+    assert np.array_equal(shuffle, ours.shuffle)
+    assert ours.locate(plan.total_samples // 3, data.sizes) == tuple(rows[plan.total_samples // 3])
+    print(f"AT A TENTH OF THE SIZE: ours {our:.2f} s of processor, plain numpy {plain:.2f} s: ratio {plain / our:.1f}")
+
+
+def index_and_serve(prefix: Path, samples: int, length: int) -> None:
+    """The stages from nothing to the first sample, and from a kept index to the first sample."""
+    began = time.perf_counter()
+    with timed("open and check"):
+        data = IndexedDataset(prefix)
+    with timed("count tokens"):
+        plan = plan_index(
+            data.sizes,
+            (0, len(data)),
+            num_samples=samples,
+            seq_length=length,
+            seed=1234,
+            order="legacy",
+            prefix=str(prefix),
+        )
+    print(f"  {plan.epochs} epochs, {plan.total_samples:,} samples, {plan.tokens_per_epoch:,} tokens an epoch")
+    with timed("build: shuffle documents and samples"):
+        index = build_index(plan, data.sizes)
+    with timed("first sample"):
+        GPTDataset(data, index)[0]
+    print(f"FIRST SAMPLE after {time.perf_counter() - began:.1f} s, peak memory {peak_gigabytes():.2f} GB")
+    with timed("write the index (once)"):
+        write_index(index, prefix.parent / "index")
+    first_spans = index.spans(samples // 2, data.sizes)
+    del index
+    began = time.perf_counter()
+    data = IndexedDataset(prefix)
+    again = plan_index(
+        data.sizes,
+        (0, len(data)),
+        num_samples=samples,
+        seq_length=length,
+        seed=1234,
+        order="legacy",
+        prefix=str(prefix),
+    )
+    found = read_index(again, prefix.parent / "index")
+    assert found is not None
+    dataset = GPTDataset(data, found)
+    dataset[0]
+    print(f"REOPENED: first sample after {time.perf_counter() - began:.2f} s")
+    assert found.spans(samples // 2, data.sizes) == first_spans
+    serve(dataset)
+
+
+def serve(dataset: GPTDataset) -> None:
+    """Samples per second through the loader's thread."""
+    count = min(2000, len(dataset))
+    with Loader(dataset, micro_batch=4, global_batch=lambda consumed: 4) as loader:
+        began = time.perf_counter()
+        for consumed in range(0, count, 4):
+            loader.microbatch(consumed, 0)
+        rate = count / (time.perf_counter() - began)
+    print(
+        f"LOADER: {rate:,.0f} samples/s from one thread; a 13B replica of 8 GPUs takes {SAMPLES_PER_SECOND_13B:.0f}: "
+        f"{SAMPLES_PER_SECOND_13B / rate:.2%} of a step"
+    )
+
+
+def blend(sample: int = 100_000_000) -> None:
+    """A resumed run reaches far into a blend at once."""
+    for sources in (2, 5):
+        index = BlendIndex(normalize(np.random.RandomState(sources).dirichlet(np.ones(sources)).tolist()))
+        with timed(f"blend of {sources}: reach sample {sample:,}"):
+            index.lookup(sample)
+
+
+def synthesise(prefix: Path, documents: int, mean: int) -> None:
+    """An .idx of log-normal lengths, and a .bin that is all hole."""
+    rng = np.random.default_rng(0)
+    sizes = np.empty(documents, dtype=np.int32)
+    for low in range(0, documents, CHUNK):
+        part = rng.lognormal(0.0, 1.0, min(CHUNK, documents - low)) * (mean / np.exp(0.5))
+        sizes[low : low + CHUNK] = np.clip(part, 1, 1 << 20)
+    with idx_path(prefix).open("wb") as file:
+        file.write(pack_header(np.dtype("<u2"), documents, documents + 1))
+        sizes.tofile(file)
+        end = 0
+        for low in range(0, documents, CHUNK):
+            ends = end + np.cumsum(sizes[low : low + CHUNK], dtype=np.int64) * 2
+            np.concatenate([[end], ends[:-1]]).tofile(file)
+            end = int(ends[-1])
+        for low in range(0, documents + 1, CHUNK):
+            np.arange(low, min(documents + 1, low + CHUNK)).tofile(file)
+    with bin_path(prefix).open("wb") as file:
+        file.truncate(end)
+
+
+def peak_gigabytes() -> float:
+    """Most memory this process ever held, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long a stage took; where others share the machine, the processor's time says more."""
+    began, worked = time.perf_counter(), time.process_time()
+    yield
+    wall, processor = time.perf_counter() - began, time.process_time() - worked
+    print(f"  {wall:8.2f} s ({processor:7.2f} s of processor)  {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
