@@ -1,0 +1,170 @@
+"""Counts what a rank sends: a group around a group, which writes down every collective before it is done.
+
+Bytes sent are those of the algorithms that reach the lower bound (ring; Patarasu & Yuan 2009, "Bandwidth optimal
+all-reduce algorithms for clusters of workstations"), so that counts can be compared with closed formulas. A transport
+may choose another algorithm and send more.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.group import Group, ReduceOp, Work
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", "receive", "barrier", "object"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One call of this rank.
+
+    Attributes:
+        axis: of the group.
+        kind: of the call.
+        elements: of the whole tensor: what is reduced or broadcast, sent or received; the gathered tensor; the tensor
+            before it is scattered. Of an object, its pickled bytes.
+        dtype: of the elements; None where they are bytes.
+        group_size: ranks that take part.
+        peer: for send and receive, the other's coordinate.
+    """
+
+    axis: str
+    kind: Kind
+    elements: int
+    dtype: torch.dtype | None
+    group_size: int
+    peer: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The whole tensor in bytes."""
+        return self.elements * (1 if self.dtype is None else self.dtype.itemsize)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sends for it, rounded down.
+
+        Over d ranks: all-reduce 2 (d - 1) / d of the tensor, all-gather and reduce-scatter (d - 1) / d of it, an object
+        d - 1 times; a broadcast passes through every rank once, as in a chain.
+        """
+        size, ranks = self.size, self.group_size
+        if self.kind == "all_reduce":
+            return 2 * size * (ranks - 1) // ranks
+        if self.kind in ("all_gather", "reduce_scatter"):
+            return size * (ranks - 1) // ranks
+        if self.kind == "object":
+            return size * (ranks - 1)
+        return 0 if self.kind in ("receive", "barrier") else size
+
+
+@dataclass
+class Total:
+    """Calls of one kind along one axis.
+
+    Attributes:
+        calls: how many.
+        size: bytes of their tensors.
+        sent: bytes that this rank sent.
+    """
+
+    calls: int = 0
+    size: int = 0
+    sent: int = 0
+
+
+@dataclass
+class Traffic:
+    """What a rank called, in order, on all its groups that share this record. Groups of one rank call nothing."""
+
+    transfers: list[Transfer] = field(default_factory=list)
+
+    def totals(self, since: int = 0) -> dict[tuple[str, Kind], Total]:
+        """Sums by axis and kind, from transfer number `since` on."""
+        return totals(self.transfers[since:])
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.transfers.clear()
+
+
+def totals(transfers: Iterable[Transfer]) -> dict[tuple[str, Kind], Total]:
+    """Sums transfers by axis and kind."""
+    found: dict[tuple[str, Kind], Total] = defaultdict(Total)
+    for transfer in transfers:
+        total = found[transfer.axis, transfer.kind]
+        total.calls += 1
+        total.size += transfer.size
+        total.sent += transfer.sent
+    return dict(found)
+
+
+def counted(group: Group, traffic: Traffic) -> Group:
+    """The group, with all that it does written down in `traffic`. A group of one rank sends nothing: it stays as it is."""
+    return CountedGroup(group, traffic) if group.size > 1 else group
+
+
+class CountedGroup(Group):
+    """Writes each call down, then hands it on.
+
+    Args:
+        inner: does the work.
+        traffic: where calls are written; may be shared with other groups.
+    """
+
+    def __init__(self, inner: Group, traffic: Traffic) -> None:
+        super().__init__(inner.axis, inner.partition, inner.ranks[inner.rank])
+        self._inner = inner
+        self._traffic = traffic
+
+    @property
+    def process_group(self) -> Any:
+        """The inner group's: what is called on that is not counted."""
+        return self._inner.process_group
+
+    def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
+        """Counts `x`."""
+        self._note("all_reduce", x)
+        return self._inner.all_reduce_(x, op, async_op)
+
+    def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
+        """Counts `out`."""
+        self._note("all_gather", out)
+        return self._inner.all_gather_(out, x, async_op)
+
+    def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
+        """Counts `x`."""
+        self._note("reduce_scatter", x)
+        return self._inner.reduce_scatter_(out, x, async_op)
+
+    def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
+        """Counts `x`."""
+        self._note("broadcast", x)
+        self._inner.broadcast_(x, src_coordinate)
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
+        """Counts each message."""
+        for tensor, peer in sends:
+            self._note("send", tensor, peer)
+        for tensor, peer in receives:
+            self._note("receive", tensor, peer)
+        return self._inner.exchange(sends, receives)
+
+    def barrier(self) -> None:
+        """Counts the call."""
+        self._traffic.transfers.append(Transfer(self.axis, "barrier", 0, None, self.size))
+        self._inner.barrier()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Counts the pickled value."""
+        self._traffic.transfers.append(Transfer(self.axis, "object", len(pickle.dumps(value)), None, self.size))
+        return self._inner.all_gather_object(value)
+
+    def _note(self, kind: Kind, tensor: Tensor, peer: int | None = None) -> None:
+        self._traffic.transfers.append(Transfer(self.axis, kind, tensor.numel(), tensor.dtype, self.size, peer))

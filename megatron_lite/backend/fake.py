@@ -1,0 +1,140 @@
+"""A machine that is not there: any rank of any world, with tensors that have shapes and no values, and no others.
+
+It plays one rank of a job at a time. Its groups do no communication, but refuse what a real transport would refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.accounting import Traffic, counted
+from megatron_lite.backend.base import Backend, Capabilities
+from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
+from megatron_lite.errors import TrainingError
+
+
+class FakeBackend(Backend):
+    """Rank `rank` of `world_size`, on the meta device.
+
+    Args:
+        rank: the rank to play.
+        world_size: ranks of the job.
+
+    Attributes:
+        traffic: every collective and message that the rank called for.
+    """
+
+    name = "fake"
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(Launch(rank=rank, world_size=world_size))
+        self.device = torch.device("meta")
+        self.traffic = Traffic()
+
+    def seed(self, value: int) -> None:
+        """Nothing is drawn."""
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def memory_stats(self) -> dict[str, int]:
+        """Tensors without values take none."""
+        return {"allocated": 0, "max_allocated": 0, "reserved": 0, "max_reserved": 0}
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """No arithmetic is done."""
+        return None
+
+    def device_name(self) -> str:
+        """As it is."""
+        return "no device (rehearsal)"
+
+    def capabilities(self) -> Capabilities:
+        """All but compilation, which needs a device to compile for."""
+        return Capabilities(compile=False)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """The array's shape and type."""
+        return torch.from_numpy(array).to(self.device)
+
+    def new_group(self, axis: str, partition: Partition) -> Group:
+        """This rank's group of the axis; its calls are written down in `traffic`."""
+        row = next(row for row in partition if self.rank in row)
+        if len(row) == 1:
+            return LocalGroup(axis, self.rank, partition)
+        return counted(SilentGroup(axis, partition, self.rank), self.traffic)
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+class SilentGroup(Group):
+    """A group whose other ranks are not there: tensors stay as they are, and what could not be sent is an error."""
+
+    def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
+        """Checks `x`."""
+        self._check("all-reduces", x)
+        return _Done() if async_op else None
+
+    def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
+        """Checks that `out` has room for every coordinate's `x`."""
+        self._check("all-gathers", out, x)
+        self._check_parts("all-gathers", out, x)
+        return _Done() if async_op else None
+
+    def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
+        """Checks that `x` splits into parts shaped as `out`."""
+        self._check("reduce-scatters", out, x)
+        self._check_parts("reduce-scatters", x, out)
+        return _Done() if async_op else None
+
+    def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
+        """Checks `x` and the source."""
+        self._check("broadcasts", x)
+        self._check_peer(src_coordinate)
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
+        """Checks every message and its peer."""
+        for tensor, peer in (*sends, *receives):
+            self._check("sends or receives", tensor)
+            self._check_peer(peer)
+            if peer == self.rank:
+                raise self._error("sends a message to itself")
+        return [_Done() for _ in (*sends, *receives)]
+
+    def barrier(self) -> None:
+        """Returns at once."""
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """This rank's value, in everyone's place."""
+        return [value] * self.size
+
+    def _check(self, verb: str, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if not tensor.is_contiguous():
+                raise self._error(f"{verb} a tensor of shape {tuple(tensor.shape)} that is not contiguous")
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            raise self._error(f"{verb} between {' and '.join(str(tensor.dtype) for tensor in tensors)}")
+
+    def _check_parts(self, verb: str, whole: Tensor, part: Tensor) -> None:
+        if whole.numel() != part.numel() * self.size:
+            raise self._error(f"{verb} {self.size} parts of {part.numel()} elements and a whole of {whole.numel()}")
+
+    def _check_peer(self, peer: int) -> None:
+        if not 0 <= peer < self.size:
+            raise self._error(f"names a peer at coordinate {peer} of {self.size}")
+
+    def _error(self, what: str) -> TrainingError:
+        return TrainingError(
+            "A collective must be one that the transport can do",
+            found=f"coordinate {self.rank} of a {self.axis} group {what}",
+            fix="This is a mistake in the code of the layout, not in the command: please report it with the command",
+        )
