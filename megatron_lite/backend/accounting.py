@@ -106,7 +106,7 @@ def totals(transfers: Iterable[Transfer]) -> dict[tuple[str, Kind], Total]:
 
 
 def counted(group: Group, traffic: Traffic) -> Group:
-    """The group, with all that it does written down in `traffic`. A group of one rank sends nothing: it stays as it is."""
+    """The group, with all that it does written down in `traffic`; a group of one rank, which sends nothing, itself."""
     return CountedGroup(group, traffic) if group.size > 1 else group
 
 
