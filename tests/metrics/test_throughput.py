@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.counts import flops_per_token
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.metrics.throughput import Throughput
 
 
