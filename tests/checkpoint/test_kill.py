@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -21,7 +23,7 @@ KILLS = 8
 
 def content(iteration):
     """Tensors that say which iteration they belong to, large enough for a kill to fall into their writing."""
-    return {f"w{number}": torch.full((64, 1024), float(iteration)) for number in range(8)}
+    return {f"w{number}": torch.full((64, 1024), float(iteration)) for number in range(4)}
 
 
 def save_for_ever(kit, root, begin, pipe):
@@ -80,29 +82,58 @@ def test_killed_at_random_moments_of_saving(kit, tmp_path):
     assert all(is_complete(entry) for entry in tmp_path.iterdir() if entry.is_dir())
 
 
-@pytest.mark.parametrize("left", [0, 1, 2, 3])
-def test_killed_at_each_step_of_a_replacement(kit, tmp_path, left, monkeypatch):
-    """The same at chosen moments: a child that dies after the n-th rename or removal of its second save."""
-    kit.save(tmp_path, 1, content(1))
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+def die_before(step, root):
+    """Kills this process just before its n-th change to the folder; every rename, removal and opened file is one."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        # Inside of an rmtree, Python names entries relative to their folder: those count as well.
+        if event in CHANGES or (writes and str(arguments[0]).startswith(str(root))):
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(hook)
+
+
+def finishes(save, step, root):
     child = os.fork()
     if child == 0:
-        calls = 0
+        try:
+            die_before(step, root)
+            save()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == 0
 
-        def dying(function):
-            def step(*args, **options):
-                nonlocal calls
-                if calls == left:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                calls += 1
-                return function(*args, **options)
 
-            return step
-
-        monkeypatch.setattr("pathlib.Path.rename", dying(os.rename))
-        monkeypatch.setattr("shutil.rmtree", dying(lambda *_, **__: None))
-        kit.save(tmp_path, 1, content(2))
-        os._exit(0)
-    os.waitpid(child, 0)
-    found = find_checkpoint(str(tmp_path))
-    assert iteration_of(found) == 1
-    assert saved_value(kit, found) in (1, 2)
+@pytest.mark.parametrize("iteration", [2, 3])
+def test_killed_at_every_step_of_a_save(kit, tmp_path, iteration):
+    """Saves iteration 2 again, or a new one, and dies before each change to the folder in turn."""
+    start, steps = tmp_path / "start", 0
+    kit.save(start, 1, content(1))
+    kit.save(start, 2, content(2))
+    while True:
+        root = tmp_path / f"step{steps}"
+        shutil.copytree(start, root)
+        if finishes(lambda root=root: kit.save(root, iteration, content(9), keep_last=1), steps, root):
+            break
+        found = find_checkpoint(str(root), notify=pytest.fail)
+        # The last save's bytes, 9, or what was announced before it.
+        expected = {2: (2,), 3: (9,)} if iteration == 3 else {2: (2, 9)}
+        assert iteration_of(found) == int(announced(root))
+        assert saved_value(kit, found) in expected[iteration_of(found)], f"step {steps}"
+        # The next save tidies up whatever was left.
+        kit.save(root, 4, content(4), keep_last=1)
+        assert sorted(entry.name for entry in root.iterdir()) == ["iter_0000004", "latest_checkpointed_iteration.txt"]
+        steps += 1
+    assert steps > 10
+    assert saved_value(kit, find_checkpoint(str(root))) == 9
