@@ -61,6 +61,11 @@ class NativeEngine:
         """All ranks."""
         return self._mesh.world
 
+    @property
+    def buffers(self) -> ParameterBuffers:
+        """This rank's parameters and their gradients."""
+        return self._buffers
+
     def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
         """Runs forwards and backwards, reduces gradients and steps; without a step if the loss is not finite."""
         for stage in self._stages.values():
