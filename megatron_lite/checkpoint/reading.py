@@ -56,20 +56,21 @@ class _PieceLoadPlanner(LoadPlanner):
 
     def __init__(self, reads: Sequence[Read], metadata: Metadata) -> None:
         self._metadata = metadata
+        # By number, not by name: a rank may hold a tensor twice, as the two ends of a tied embedding do.
         self._pieces = {
-            MetadataIndex(read.target.name, piece.offset): piece.tensor.detach()
-            for read in reads
+            MetadataIndex(str(number), piece.offset): piece.tensor.detach()
+            for number, read in enumerate(reads)
             for piece in read.target.pieces
         }
         self._parts: dict[MetadataIndex, list[ReadItem]] = {}
-        for read in reads:
-            for item in self._items(read):
+        for number, read in enumerate(reads):
+            for item in self._items(number, read):
                 self._parts.setdefault(item.storage_index, []).append(item)
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan([parts[0] if len(parts) == 1 else self._whole(index) for index, parts in self._parts.items()])
 
-    def _items(self, read: Read) -> Iterator[ReadItem]:
+    def _items(self, number: int, read: Read) -> Iterator[ReadItem]:
         pieces = [piece for piece in read.target.pieces if piece.tensor.numel()]
         if not pieces:
             return
@@ -83,7 +84,7 @@ class _PieceLoadPlanner(LoadPlanner):
                 fix="Load another iteration; this one was put together wrongly",
             )
         for item in items:
-            yield replace(item, dest_index=MetadataIndex(read.target.name, item.dest_index.offset))
+            yield replace(item, dest_index=MetadataIndex(str(number), item.dest_index.offset))
 
     def _saved(self, name: str) -> TensorStorageMetadata:
         saved = self._metadata.state_dict_metadata[name]

@@ -69,6 +69,15 @@ def test_pieces_are_filled_through_views_that_require_gradients(kit, tmp_path):
     assert parameter.requires_grad
 
 
+def test_a_tensor_held_twice_is_filled_twice(kit, tmp_path):
+    table = torch.randn(6, 4)
+    path = kit.save(tmp_path, 1, {"w": table}).path
+    first, copy = torch.zeros(6, 4), torch.zeros(6, 4)
+    load_checkpoint(path, [*kit.whole({"w": first}), *kit.whole({"w": copy})], kit.world)
+    assert first.equal(table)
+    assert copy.equal(table)
+
+
 def cuts(shape: tuple[int, ...], draw: st.DrawFn) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Rectangles (offset, size) that together make up the shape, by cutting one of them again and again."""
     rectangles = [((0,) * len(shape), shape)]
