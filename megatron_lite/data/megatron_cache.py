@@ -19,7 +19,7 @@ from megatron_lite.data.sample_index import CHUNK, IndexPlan, SampleIndex
 LOG = logging.getLogger(__name__)
 
 SPOT_CHECKS = 256
-"""Pairs of neighbouring samples whose distance is recomputed from the lengths."""
+"""Stretches of the stream whose number of tokens is recomputed from the lengths."""
 
 
 def find_megatron_index(
@@ -98,8 +98,8 @@ def why_stale(
 ) -> str | None:
     """What shows that the arrays are not this plan's, or None if nothing does.
 
-    Lengths and the range of documents are checked whole; that samples lie seq_length tokens apart, and that the
-    shuffle stays in range, at SPOT_CHECKS places.
+    Shapes and the range of documents are checked whole; that samples lie seq_length tokens apart, and that the shuffle
+    stays in range, at SPOT_CHECKS places.
     """
     shapes = {
         "document entries": (documents.shape, (plan.epochs * plan.num_documents,)),
@@ -123,13 +123,15 @@ def _why_inconsistent(
     rows: NDArray[np.integer],
     shuffle: NDArray[np.integer],
 ) -> str | None:
-    for number in np.unique(np.linspace(0, plan.total_samples - 1, SPOT_CHECKS).astype(np.int64)):
+    # Far enough apart that a piece holds ends of documents, whose lengths are what is checked.
+    apart = min(plan.total_samples, 1 + 2 * plan.tokens_per_epoch // (plan.num_documents * plan.seq_length))
+    for number in np.unique(np.linspace(0, plan.total_samples - apart, SPOT_CHECKS).astype(np.int64)).tolist():
         if not 0 <= shuffle[number] < plan.total_samples:
             return f"sample {number} is number {shuffle[number]} of {plan.total_samples}"
-        (position, offset), (next_position, next_offset) = rows[number : number + 2].tolist()
+        (position, offset), (next_position, next_offset) = rows[number].tolist(), rows[number + apart].tolist()
         if not 0 <= position <= next_position < documents.shape[0]:
             return f"sample {number} reaches from document entry {position} to {next_position}"
-        between = int(np.sum(sizes[documents[position:next_position]], dtype=np.int64))
-        if between + next_offset - offset != plan.seq_length or not 0 <= next_offset < sizes[documents[next_position]]:
-            return f"sample {number} is {between + next_offset - offset} tokens long by the dataset's lengths"
+        between = int(np.sum(sizes[documents[position:next_position]], dtype=np.int64)) + next_offset - offset
+        if between != apart * plan.seq_length or not 0 <= next_offset < sizes[documents[next_position]]:
+            return f"samples {number} to {number + apart} are {between} tokens by the dataset's lengths"
     return None

@@ -49,6 +49,34 @@ def test_chunks_walked_side_by_side_equal_the_plain_loop(monkeypatch, weights, w
         assert list(zip(sources, numbers, strict=True)) == expected[chunk * 64 : (chunk + 1) * 64]
 
 
+@pytest.mark.parametrize("weights", [[0.3, 0.7], [5, 3, 1, 0.01]])
+def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
+    """Guesses are right so often that the repair needs wrong ones made up for it."""
+    monkeypatch.setattr(blending, "CHUNK", 16)
+    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 2)
+    guess, walks = blending._warmed_up, []
+
+    def wrong(weights, starts):
+        counts = guess(weights, starts)
+        counts[0] += 9
+        counts[1] -= 9
+        return counts
+
+    def counted(weights, counts, starts, steps):
+        walks.append(starts.shape[0])
+        return advance(weights, counts, starts, steps)
+
+    advance = blending._advance
+    monkeypatch.setattr(blending, "_warmed_up", wrong)
+    monkeypatch.setattr(blending, "_advance", counted)
+    normalized = normalize(weights)
+    expected = plain_loop(normalized, 640)
+    index = BlendIndex(normalized)
+    index.lookup(639)
+    assert len(walks) > 2
+    assert [index.lookup(sample) for sample in range(640)] == expected
+
+
 def test_forgotten_chunks_come_back_the_same(monkeypatch):
     monkeypatch.setattr(blending, "CHUNK", 16)
     monkeypatch.setattr(blending, "KEPT", 2)

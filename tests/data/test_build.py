@@ -186,9 +186,19 @@ def test_slices_visit_every_document_once_an_epoch_and_stay_inside(tmp_path):
     sizes = IndexedDataset(prefix).sizes
     epochs = [[train.spans(sample)[0][1] for sample in range(start, start + 200)] for start in (0, 200, 400)]
     assert all(sorted(sequence for sequence, _, _ in epoch) == list(range(200)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+    orders = [[sequence for sequence, _, _ in epoch] for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2]
     for epoch in epochs:
         for sequence, offset, length in epoch:
             assert length == min(LENGTH + 1, sizes[sequence])
             assert 0 <= offset <= sizes[sequence] - length
     assert {offset for epoch in epochs for _, offset, _ in epoch} > {0, 1, 2, 5}
+
+
+def test_slices_begin_at_every_place_that_leaves_room(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        for _ in range(50):
+            writer.add_document(np.arange(LENGTH + 2))
+    data = DataConfig(sources=(DataSource(path=str(tmp_path / "a")),), split="1", sampling="slice")
+    train = build_datasets(config(data, eval_iters=0)).train
+    assert {train.spans(sample)[0][1][1] for sample in range(100)} == {0, 1}

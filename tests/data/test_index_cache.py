@@ -116,7 +116,34 @@ def test_a_cache_of_other_lengths_is_refused(data, caplog):
     sizes = data.sizes.copy()
     sizes[:280] = np.roll(sizes[:280], 1)
     assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
-    assert "tokens long" in caplog.text
+    assert "by the dataset's lengths" in caplog.text
+
+
+def equal_lengths(tmp_path, size):
+    with IndexedDatasetWriter(tmp_path / "equal", np.uint16) as writer:
+        for _ in range(300):
+            writer.add_document(np.zeros(size))
+    return IndexedDataset(tmp_path / "equal")
+
+
+def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, caplog):
+    """Documents of one length: every shape agrees, only the range tells."""
+    data = equal_lengths(tmp_path, 20)
+    save_legacy(plan_for(data, bounds=(0, 280)), data)
+    assert find_megatron_index(data.prefix, "train", "", None, plan_for(data, bounds=(5, 285)), data.sizes) is None
+    assert "covers sequences 0 to 280, the split is 5 to 285" in caplog.text
+
+
+def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, caplog):
+    """Documents much longer than a sample: most neighbouring samples lie in one, and would not tell."""
+    data = equal_lengths(tmp_path, 10_000)
+    plan = plan_for(data)
+    save_legacy(plan, data)
+    sizes = data.sizes.copy()
+    sizes[0:280:2] += 1
+    sizes[1:280:2] -= 1
+    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
+    assert "by the dataset's lengths" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["doc_idx", "sample_idx", "shuffle_idx"])

@@ -119,6 +119,22 @@ def test_lazy_checks_find_a_shifted_pointer_before_its_tokens_are_read(tmp_path,
         dataset.get(30)
 
 
+@pytest.mark.parametrize("shift", [-10_000, 10_000])
+def test_lazy_checks_find_a_block_that_is_shifted_as_a_whole(tmp_path, monkeypatch, shift):
+    """Within such a block every sequence ends where the next begins; only the file's ends tell."""
+    write(tmp_path / "a", [[[index] * 5] for index in range(50)])
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    for sequence in range(16, 25):
+        at = 34 + 4 * 50 + 8 * sequence
+        index[at : at + 8] = struct.pack("<q", sequence * 10 + shift)
+    (tmp_path / "a.idx").write_bytes(index)
+    monkeypatch.setattr(indexed_dataset, "EAGER", 0)
+    monkeypatch.setattr(indexed_dataset, "BLOCK", 8)
+    dataset = IndexedDataset(tmp_path / "a")
+    with pytest.raises(DataError, match="sequences 16 to 24 lie in bytes"):
+        dataset.get(20)
+
+
 def test_views_of_part_of_a_sequence(tmp_path):
     write(tmp_path / "a", [[[1, 2, 3, 4, 5]]])
     dataset = IndexedDataset(tmp_path / "a")
