@@ -140,8 +140,8 @@ def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, caplog):
     plan = plan_for(data)
     save_legacy(plan, data)
     sizes = data.sizes.copy()
-    sizes[0:280:2] += 1
-    sizes[1:280:2] -= 1
+    sizes[100] += 1
+    sizes[200] -= 1
     assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
     assert "by the dataset's lengths" in caplog.text
 
