@@ -117,8 +117,8 @@ class _Done:
 class LocalGroup(Group):
     """A group of this rank alone: every collective is the identity."""
 
-    def __init__(self, axis: str, rank: int = 0) -> None:
-        super().__init__(axis, ((rank,),), rank)
+    def __init__(self, axis: str, rank: int = 0, partition: Partition | None = None) -> None:
+        super().__init__(axis, partition or ((rank,),), rank)
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
         """Leaves `x` as it is."""
@@ -205,13 +205,13 @@ def new_process_group(axis: str, partition: Partition, rank: int, backend: str |
         backend: torch.distributed's backend of the group; None: the world's.
     """
     if all(len(row) == 1 for row in partition):
-        return LocalGroup(axis, rank)
+        return LocalGroup(axis, rank, partition)
     if len(partition) == 1 and dist.group.WORLD is not None:
         return ProcessGroup(axis, partition, rank, dist.group.WORLD)
-    mine: dist.ProcessGroup | None = None
+    mine: Group | None = None
     for row in partition:
-        handle = dist.new_group(list(row), backend=backend)
+        handle = dist.new_group(list(row), backend=backend) if len(row) > 1 else None
         if rank in row:
-            mine = handle
+            mine = LocalGroup(axis, rank, partition) if handle is None else ProcessGroup(axis, partition, rank, handle)
     assert mine is not None, f"rank {rank} is in no row of {axis}"
-    return ProcessGroup(axis, partition, rank, mine)
+    return mine

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config.parallel import ParallelConfig
 
-AXES = ("tp", "pp", "dp", "mp", "world")
+AXES = ("tp", "pp", "dp", "mp", "embedding", "world")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def partitions(axis: str, parallel: ParallelConfig) -> tuple[tuple[int, ...], ..
     """All rows of an axis; each row's ranks in the order of their coordinates along it.
 
     Args:
-        axis: tp, pp, dp; mp (one replica's tp × pp ranks, tp fastest); world (one row of all).
+        axis: tp, pp, dp; mp (one replica's tp × pp ranks, tp fastest); embedding (first and last of each pp row; the
+            ranks between them are alone); world (one row of all).
         parallel: the mesh's sizes.
     """
     tp_size, dp_size, pp_size = parallel.tp, parallel.dp, parallel.pp
@@ -49,6 +50,10 @@ def partitions(axis: str, parallel: ParallelConfig) -> tuple[tuple[int, ...], ..
         return tuple(tuple(rank(tp, dp, pp) for dp in dps) for pp in pps for tp in tps)
     if axis == "pp":
         return tuple(tuple(rank(tp, dp, pp) for pp in pps) for dp in dps for tp in tps)
+    if axis == "embedding":
+        rows = partitions("pp", parallel)
+        ends = tuple((row[0], row[-1]) for row in rows) if pp_size > 1 else rows
+        return ends + tuple((middle,) for row in rows for middle in row[1:-1])
     if axis == "mp":
         return tuple(tuple(rank(tp, dp, pp) for pp in pps for tp in tps) for dp in dps)
     assert axis == "world", axis

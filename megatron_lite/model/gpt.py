@@ -27,6 +27,7 @@ from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recompute_units, run_units
 from megatron_lite.parallel.sharding import Sharding
+from megatron_lite.parallel.weight_gradients import WeightGradients
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 """Global name of the table that a tied head shares with the embedding."""
@@ -86,6 +87,7 @@ class GPTStage(nn.Module):
         dtype: of the parameters.
         sequence_parallel: whether tp ranks split the sequence between the parallel layers.
         recompute: which activations are recomputed.
+        weight_gradients: where backward may leave the gradients of matrices for later.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class GPTStage(nn.Module):
         dtype: torch.dtype,
         sequence_parallel: bool = False,
         recompute: RecomputeConfig | None = None,
+        weight_gradients: WeightGradients | None = None,
     ) -> None:
         super().__init__()
-        sharding = Sharding(mesh.tp, sequence_parallel, dtype, mesh.backend.device)
+        sharding = Sharding(mesh.tp, sequence_parallel, dtype, mesh.backend.device, weight_gradients)
         self.config = config
         self.sharding = sharding
         self.layer_numbers = layers
@@ -152,7 +155,10 @@ class GPTStage(nn.Module):
             cache.advance(length)
         if not self.has_head:
             return x
-        return column_parallel_linear(x, self._head_weight(), None, self.sharding.tp, self.sharding.split_sequence)
+        sharding = self.sharding
+        return column_parallel_linear(
+            x, self._head_weight(), None, sharding.tp, sharding.split_sequence, sharding.weight_gradients
+        )
 
     def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
         """Each sample's mean token loss, masked tokens left out.
@@ -197,6 +203,11 @@ class GPTStage(nn.Module):
                 found.extend(module.named(name))
         return found
 
+    def share_table(self, first: GPTStage) -> None:
+        """Makes this stage's copy of the tied table the very parameter of the stage that embeds, on the same rank."""
+        assert self.output_layer is not None and first.embedding is not None and self.config.tied_embeddings
+        self.output_layer.weight = first.embedding.word_embeddings.weight
+
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this stage's layers; not under sequence parallelism, where one token cannot be split."""
         assert not self.sharding.split_sequence, "generate with a stage built without sequence parallelism"
@@ -214,7 +225,7 @@ class GPTStage(nn.Module):
         """Makes forward go through torch.compile (whose arguments these are); the first call compiles."""
         super().compile(*args, **kwargs)
 
-    def _head_weight(self) -> Tensor:
+    def _head_weight(self) -> nn.Parameter:
         if self.output_layer is not None:
             return self.output_layer.weight
         assert self.embedding is not None

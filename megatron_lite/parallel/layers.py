@@ -34,13 +34,16 @@ class ColumnParallelLinear(nn.Module):
         assert out_features % (parts * group.size) == 0, (out_features, parts, group)
         self.group = group
         self.sequence_parallel = sharding.split_sequence
+        self.weight_gradients = sharding.weight_gradients
         self.parts = parts
         self.weight = sharding.empty(out_features // group.size, in_features)
         self.bias = sharding.empty(out_features // group.size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, in] (sequence parallel: [s/tp, b, in]) -> [s, b, out/tp]."""
-        return column_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
+        return column_parallel_linear(
+            x, self.weight, self.bias, self.group, self.sequence_parallel, self.weight_gradients
+        )
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """The layer's parameters under its global name: weight (out, in), or (parts, out/parts, in)."""
@@ -75,12 +78,13 @@ class RowParallelLinear(nn.Module):
         assert in_features % group.size == 0, (in_features, group)
         self.group = group
         self.sequence_parallel = sharding.split_sequence
+        self.weight_gradients = sharding.weight_gradients
         self.weight = sharding.empty(out_features, in_features // group.size)
         self.bias = sharding.empty(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, in/tp] -> [s, b, out] (sequence parallel: [s/tp, b, out])."""
-        return row_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
+        return row_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel, self.weight_gradients)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """The layer's parameters under its global name."""

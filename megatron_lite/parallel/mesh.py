@@ -20,17 +20,9 @@ class Mesh:
     dp: Group
     mp: Group
     """The tp x pp ranks that together hold one replica of the model."""
+    embedding: Group
+    """The first and the last rank of the pipeline, who hold copies of a tied embedding unless one has both ends."""
     world: Group
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the first pipeline stage (and so the embedding)."""
-        return self.pp.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the last pipeline stage (and so the head)."""
-        return self.pp.rank == self.pp.size - 1
 
     def __str__(self) -> str:
         return f"rank {self.world.rank} (dp {self.dp.rank}, pp {self.pp.rank}, tp {self.tp.rank})"
@@ -48,4 +40,12 @@ def build_mesh(backend: Backend, parallel: ParallelConfig) -> Mesh:
     def group(axis: str) -> Group:
         return backend.new_group(axis, partitions(axis, parallel))
 
-    return Mesh(backend, tp=group("tp"), pp=group("pp"), dp=group("dp"), mp=group("mp"), world=group("world"))
+    return Mesh(
+        backend,
+        tp=group("tp"),
+        pp=group("pp"),
+        dp=group("dp"),
+        mp=group("mp"),
+        embedding=group("embedding"),
+        world=group("world"),
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_lite.backend.group import Group
+from megatron_lite.parallel.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Sharding:
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
+    weight_gradients: WeightGradients | None = None
+    """Where backward may leave the gradients of matrices for later; None: it computes them itself."""
 
     @property
     def split_sequence(self) -> bool:

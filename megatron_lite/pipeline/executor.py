@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.weight_gradients import WeightGradients
+from megatron_lite.parallel.weight_gradients import Accumulate, WeightGradients
 from megatron_lite.pipeline.messages import Messages
 from megatron_lite.pipeline.stage import Batch, Stage
 from megatron_lite.schedules.pipeline import Action
@@ -53,7 +53,8 @@ class Executor:
         num_stages: stages of the whole pipeline; the last one computes the loss.
         rng: dropout streams, told before each forward and backward where they are.
         messages: to and from the ranks of neighbouring stages.
-        weight_gradients: where backward leaves weight gradients for W actions; None: schedules that do not split.
+        accumulate: adds a gradient that a W action computed to its parameter's.
+        weight_gradients: where backward leaves what W actions compute; None: schedules that do not split.
         trace: if given, each action is appended once it is done.
     """
 
@@ -64,6 +65,7 @@ class Executor:
         num_stages: int,
         rng: RngStreams,
         messages: Messages,
+        accumulate: Accumulate,
         weight_gradients: WeightGradients | None = None,
         trace: list[Action] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Executor:
         self._last_stage = num_stages - 1
         self._rng = rng
         self._messages = messages
+        self._accumulate = accumulate
         self._weight_gradients = weight_gradients
         self._trace = trace
 
@@ -100,7 +103,7 @@ class Executor:
                 self._backward(action, tensors, gradient_scale)
             elif action.kind == "W":
                 assert self._weight_gradients is not None, "this schedule splits backward"
-                self._weight_gradients.compute((action.stage, action.microbatch))
+                self._weight_gradients.compute((action.stage, action.microbatch), self._accumulate)
             else:
                 self._message(action, batch, tensors, seq_length)
             if last_use[action.microbatch] == place:
@@ -112,17 +115,18 @@ class Executor:
 
     def _forward(self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
+        trains, stays = torch.is_grad_enabled(), stage + 1 in self._stages
         output = self._stages[stage](tensors.inputs.get(key), batch)
         if stage == self._last_stage:
             samples = self._stages[stage].sample_losses(output, batch)
             losses.samples.append(samples.detach())
             losses.sources.append(batch.sources)
             output = samples.sum()
-        elif stage + 1 in self._stages:
-            tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(torch.is_grad_enabled())
-        if torch.is_grad_enabled() or stage != self._last_stage:
+        elif stays:
+            tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(trains)
+        if trains or not (stays or stage == self._last_stage):
             tensors.outputs[key] = output
-        if not torch.is_grad_enabled():
+        if not trains:
             tensors.inputs.pop(key, None)
 
     def _backward(self, action: Action, tensors: _Tensors, gradient_scale: float) -> None:

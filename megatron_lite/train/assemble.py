@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
@@ -22,20 +23,23 @@ from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.build import DTYPES, build_stage
-from megatron_lite.model.gpt import GPTStage
+from megatron_lite.model.gpt import WORD_EMBEDDINGS, GPTStage
 from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh, build_mesh
+from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.weight_gradients import WeightGradients
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.messages import Messages
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
-from megatron_lite.schedules.pipeline import stage_of_chunk
+from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.state import RunState, find_start, load_start, provenance_of, settle_config
@@ -74,6 +78,7 @@ def assembled(config: RunConfig) -> Iterator[Run]:
         progress = load_start(start, engine, config, provenance, reporter.message)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
+        reporter.message(introduction(config, backend, data, start, progress))
         _tell(config, mesh, reporter, peak, start_iteration=progress.iteration)
         yield Run(
             config=config,
@@ -88,45 +93,82 @@ def assembled(config: RunConfig) -> Iterator[Run]:
         )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, *, num_sources: int = 0) -> NativeEngine:
+def build_engine(
+    config: RunConfig, mesh: Mesh, *, num_sources: int = 0, trace: list[Action] | None = None
+) -> NativeEngine:
     """This rank's stages with their buffers, optimizer and executor.
 
     Args:
         config: the run, its vocabulary's size filled in.
         mesh: this rank's groups.
         num_sources: data sources of a blend whose losses are reported one by one.
+        trace: if given, every action of the executor is appended to it.
     """
+    parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
-    stages = build_stages(config, mesh, rng)
-    parameters = [parameter for stage in stages.values() for parameter in stage.named_parameters_global()]
-    buffers = ParameterBuffers(
-        parameters,
-        dp=mesh.dp,
-        tp=mesh.tp,
-        bucket_megabytes=config.parallel.bucket_megabytes,
-        shard=config.parallel.distributed_optimizer,
-        overlap=config.parallel.overlap_grad_reduce,
-    )
+    weight_gradients = WeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
+    stages = build_stages(config, mesh, rng, weight_gradients)
+    buffers = _build_buffers(config, mesh, list(stages.values()))
     if config.runtime.compile:
         for stage in stages.values():
             stage.compile()
     executor = Executor(
         stages,
-        num_stages=num_stages(config.model, config.parallel),
+        num_stages=num_stages(config.model, parallel),
         rng=rng,
         messages=Messages(mesh.pp, mesh.backend.device),
+        accumulate=buffers.accumulate,
+        weight_gradients=weight_gradients,
+        trace=trace,
     )
     optimizer = build_optimizer(config, buffers, mesh)
     return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources)
 
 
-def build_stages(config: RunConfig, mesh: Mesh, rng: RngStreams) -> dict[int, GPTStage]:
-    """This rank's model chunks by global stage number, in the order of the model."""
+def build_stages(
+    config: RunConfig, mesh: Mesh, rng: RngStreams, weight_gradients: WeightGradients | None = None
+) -> dict[int, GPTStage]:
+    """This rank's model chunks by global stage number, in the order of the model.
+
+    Where the first and the last stage meet on one rank (zb-v), a tied head is the embedding's own parameter.
+    """
     parallel = config.parallel
     layers = stage_layers(config.model, parallel, config.batch.seq_length)
     chunks = len(layers) // parallel.pp
     numbers = [stage_of_chunk(parallel.pipeline_schedule, parallel.pp, mesh.pp.rank, chunk) for chunk in range(chunks)]
-    return {number: build_stage(config, mesh, rng, layers[number]) for number in sorted(numbers)}
+    stages = {number: build_stage(config, mesh, rng, layers[number], weight_gradients) for number in sorted(numbers)}
+    first, last = stages[min(stages)], stages[max(stages)]
+    if first is not last and first.embedding is not None and last.has_head and config.model.tied_embeddings:
+        last.share_table(first)
+    return stages
+
+
+def _build_buffers(config: RunConfig, mesh: Mesh, stages: list[GPTStage]) -> ParameterBuffers:
+    parallel = config.parallel
+    parameters: dict[int, NamedParameter] = {}
+    for stage in stages:
+        for parameter in stage.named_parameters_global():
+            # One that two stages share is listed with the first, which owns it.
+            parameters.setdefault(id(parameter.param), parameter)
+    tied, passes = dict[str, Group](), dict[str, int]()
+    if config.model.tied_embeddings:
+        embeds = any(stage.embedding is not None for stage in stages)
+        heads = any(stage.has_head for stage in stages)
+        if embeds != heads:
+            tied[WORD_EMBEDDINGS] = mesh.embedding
+        elif embeds and (len(stages) > 1 or parallel.pipeline_schedule in SPLIT_BACKWARD):
+            # Its gradient comes in two parts: from the backwards of two stages, or from a backward and a W action.
+            passes[WORD_EMBEDDINGS] = 2
+    return ParameterBuffers(
+        list(parameters.values()),
+        dp=mesh.dp,
+        tp=mesh.tp,
+        tied=tied,
+        passes=passes,
+        bucket_megabytes=parallel.bucket_megabytes,
+        shard=parallel.distributed_optimizer,
+        overlap=parallel.overlap_grad_reduce,
+    )
 
 
 def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer) -> RunData:

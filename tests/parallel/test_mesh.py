@@ -24,11 +24,10 @@ def test_one_process_has_a_whole_mesh_without_torch_distributed():
     backend = select_backend(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
     mesh = build_mesh(backend, ParallelConfig())
     x = torch.arange(6.0)
-    assert [group.size for group in (mesh.tp, mesh.pp, mesh.dp, mesh.mp, mesh.world)] == [1] * 5
+    assert [group.size for group in (mesh.tp, mesh.pp, mesh.dp, mesh.mp, mesh.embedding, mesh.world)] == [1] * 6
     assert mesh.tp.all_reduce_(x) is None and mesh.dp.all_gather(x) is x and mesh.dp.reduce_scatter(x) is x
     work = mesh.dp.all_reduce_(x, async_op=True)
     assert work is not None and work.wait() is None
-    assert mesh.is_first_stage and mesh.is_last_stage
     assert not torch.distributed.is_initialized()
 
 

@@ -147,7 +147,7 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
             fix="Leave them out",
         )
         return
-    others = parallel.pp - (first > 0) - (last > 0)
+    others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
     rest = layers - first - last
     if rest < others or (not others and rest):
         yield ConfigError(
