@@ -63,7 +63,8 @@ class CpuBackend(Backend):
         if cpuinfo.exists():
             names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
             model = names[0].partition(":")[2].strip() if names else model
-        return f"{model} ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"{model} ({threads} thread{'' if threads == 1 else 's'})"
 
     def capabilities(self) -> Capabilities:
         """Everything, slowly."""

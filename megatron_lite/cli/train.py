@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, raise_all
@@ -19,6 +20,7 @@ def run(argv: list[str]) -> int:
 
         print(help_text())
         return 0
+    started = time.monotonic()
     launch = read_launch()
     parsed = parse_run(argv, world_size=None if launch.launcher == "python" else launch.world_size)
     if parsed.config.runtime.dry_run:
@@ -31,19 +33,31 @@ def run(argv: list[str]) -> int:
     if launch.rank == 0:
         for line in (*parsed.notes, *parsed.warnings):
             print(line, file=sys.stderr)
-    return _train(parsed)
+    return _train(parsed, launch, started)
 
 
-def _train(parsed: ParsedRun) -> int:
+def _train(parsed: ParsedRun, launch: Launch, started: float) -> int:
     from megatron_lite.train.assemble import assembled
+    from megatron_lite.train.exit_status import ExitRecord
     from megatron_lite.train.loop import evaluate, train
+    from megatron_lite.train.start import already_complete
 
-    with assembled(parsed.config) as run:
-        if parsed.config.training.skip_train:
+    config = parsed.config
+    if config.training.skip_train:
+        with assembled(config) as run:
             evaluate(run, "validation", at_end=True)
             evaluate(run, "test", at_end=True)
-        else:
-            run.reporter.message(train(run).message)
+        return 0
+    with ExitRecord(config.checkpoint.save, launch.rank) as record:
+        if (complete := already_complete(config)) is not None:
+            if launch.rank == 0:
+                print(complete)
+            return 0
+        with assembled(config) as run:
+            record.begin(lambda: run.progress.iteration, run.mesh.world.barrier)
+            stop = train(run, started=started)
+            run.reporter.message(stop.message)
+        record.end(stop)
     return 0
 
 

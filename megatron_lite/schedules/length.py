@@ -121,6 +121,17 @@ def is_skipped_iteration(training: TrainingConfig, iteration: int) -> bool:
     return any(first <= iteration <= last for first, last in training.skip_iteration_ranges)
 
 
+def skipped_samples(config: RunConfig, iteration: int) -> int:
+    """Samples consumed without training in the first `iteration` iterations; ranges may overlap."""
+    skipped, done = 0, 0
+    for first, last in sorted(config.training.skip_iteration_ranges):
+        begin, end = max(first - 1, done), min(last, iteration)
+        if begin < end:
+            skipped += consumed_at(config, end) - consumed_at(config, begin)
+            done = end
+    return skipped
+
+
 def ramp_stages(config: RunConfig) -> list[RampStage]:
     """Stages of constant global batch, in order, from iteration 1 to the last; empty for a run of no iterations."""
     last, stages = train_iterations(config), list[RampStage]()

@@ -42,7 +42,8 @@ from megatron_lite.train.capabilities import check_capabilities
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.state import RunState, find_start, load_start, provenance_of, settle_config
+from megatron_lite.train.start import find_start, load_start, settle_config
+from megatron_lite.train.state import RunState, provenance_of
 
 
 @contextmanager

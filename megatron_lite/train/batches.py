@@ -33,6 +33,7 @@ class BatchSource:
         self._data = data
         self._eod = eod
         self.names = tuple(loader.dataset.sources)
+        self.num_samples = len(loader.dataset)
 
     def reader(self, plan: IterationPlan) -> BatchReader:
         """Reads the micro-batches of a training iteration."""

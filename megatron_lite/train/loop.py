@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from megatron_lite.config.run import RunConfig
@@ -15,14 +16,14 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
 from megatron_lite.schedules.learning_rate import learning_rate
-from megatron_lite.schedules.length import is_finished, last_iteration, tokens_at
+from megatron_lite.schedules.length import is_finished, last_iteration, skipped_samples, tokens_at
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.engine import Engine, StepOutcome
 from megatron_lite.train.state import RunState
-from megatron_lite.train.stopping import SignalFlag, Stop, Stopper
+from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
 
 
 @dataclass
@@ -40,34 +41,45 @@ class Run:
     progress: Progress
 
 
-def train(run: Run) -> Stop:
+def train(run: Run, *, started: float | None = None) -> Stop:
     """Trains from `run.progress` to the end of the run or an earlier stop, evaluating and saving on the way.
 
+    Args:
+        run: the assembled run.
+        started: time.monotonic() when the job began, from which --exit-duration-in-mins counts; None: now.
+
     Returns:
-        Why it ended.
+        Why it ended. The last save is on the disk by then.
 
     Raises:
         TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration).
         CheckpointError: a save failed.
     """
     config = run.config
-    with SignalFlag() as flag:
-        stopper = Stopper(config.training, flag)
-        stop = None
+    with SignalFlag() if config.training.exit_signals else nullcontext() as flag:
+        stopper = Stopper(config.training, flag, started=started)
+        stop = _agree(run, stopper.before_iteration(run.progress))
         while stop is None and not is_finished(config, run.progress):
             _iterate(run)
             iteration = run.progress.iteration
             if config.training.eval_interval and iteration % config.training.eval_interval == 0:
                 evaluate(run, "validation")
-            stop = stopper.after_iteration(run.progress)
+            stop = _agree(run, stopper.after_iteration(run.progress))
+            if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
+                stop = None  # it ends here anyway, and with its evaluations
             if is_save_iteration(config.checkpoint, iteration) or stop is not None:
                 run.state.save(run.engine, run.progress)
-        if stop is not None:
-            return stop
-        run.state.save(run.engine, run.progress)
-        evaluate(run, "validation", at_end=True)
-        evaluate(run, "test", at_end=True)
-        return Stop("completed", f"training is complete after {run.progress.iteration} iterations")
+        if stop is None:
+            run.state.save(run.engine, run.progress)
+            evaluate(run, "validation", at_end=True)
+            evaluate(run, "test", at_end=True)
+            stop = Stop("completed", f"training is complete after {run.progress.iteration} iterations")
+        run.state.finish()
+        return stop
+
+
+def _agree(run: Run, stop: Stop | None) -> Stop | None:
+    return agree(run.mesh.world, run.mesh.backend.device, stop)
 
 
 def _iterate(run: Run) -> None:
@@ -84,6 +96,8 @@ def _iterate(run: Run) -> None:
     if not outcome.finite and run.config.optimizer.check_for_nan and run.config.precision.dtype != "fp16":
         raise _not_finite(run, plan, outcome)
     run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
+    if not outcome.applied:
+        run.reporter.message(_overflow(run.config, plan, outcome))
     run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
 
 
@@ -104,6 +118,7 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         train_iterations=last,
         consumed_train_samples=progress.consumed_train_samples,
         consumed_train_tokens=progress.consumed_train_tokens,
+        skipped_train_samples=skipped_samples(config, progress.iteration),
         losses=losses,
         # As Megatron logs it: the rate that the next iteration will use, for its scheduler has stepped by now.
         learning_rate=learning_rate(config, progress),
@@ -168,15 +183,33 @@ def _mean_loss(run: Run, source: BatchSource, consumed: int, global_batch: int) 
     return total / (config.training.eval_iters * global_batch)
 
 
+def _overflow(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> str:
+    """What is said of an iteration that fp16 left out."""
+    text = (
+        f"iteration {plan.iteration}: the gradients overflowed in fp16 at a loss scale of {outcome.loss_scale:g}, so "
+        "its step is skipped"
+    )
+    precision = config.precision
+    if precision.loss_scale:
+        return f"{text}; --loss-scale keeps that scale, and without it the scale would adapt"
+    if outcome.loss_scale <= precision.min_loss_scale:
+        return (
+            f"{text}. No smaller scale is allowed (--min-loss-scale): unless this passes soon the run has diverged, "
+            "and should go on from an earlier checkpoint (--load-iteration) with a lower --lr"
+        )
+    return text
+
+
 def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
     train_data = run.data.train
     assert train_data is not None
     last = plan.first_sample + plan.global_batch - 1
-    scale = "fp16 would have skipped it; " if run.config.precision.dtype == "bf16" else ""
     return TrainingError(
         "Loss and gradients must be finite",
-        found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on training "
-        f"samples {plan.first_sample} to {last} ({train_data.describe(plan)})",
-        fix=f"No parameter was changed by it and no checkpoint holds it. {scale}lower --lr, raise --lr-warmup-iters or "
-        f"leave these samples out with --skip-train-iteration-range {plan.iteration}-{plan.iteration}",
+        found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
+        f"{plan.first_sample} to {last} (numbers {train_data.describe(plan)} of the training data)",
+        fix=f"No parameter was changed by it and no checkpoint holds it. `megatron-lite data samples --iteration "
+        f"{plan.iteration}` with this command's flags shows these samples. Go on from the last checkpoint (--load) "
+        f"with a lower --lr or longer warm-up, or leave them out with --skip-train-iteration-range "
+        f"{plan.iteration}-{plan.iteration}",
     )

@@ -1,129 +1,26 @@
-"""A run's state on disk: which checkpoint it starts from, whether that one belongs to it, and its saves."""
+"""A run's state on its way to the disk: its saves, in the foreground or behind its back, and what they say of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from megatron_lite import __version__
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
-from megatron_lite.checkpoint.load import load_latest
-from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
+from megatron_lite.checkpoint.catalog import iteration_of
+from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.names import is_model_tensor
-from megatron_lite.checkpoint.resume import (
-    check_fingerprints,
-    check_model,
-    config_as_json,
-    describe,
-    resume_schedule,
-    schedule_config,
-)
+from megatron_lite.checkpoint.resume import config_as_json
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import CheckpointError
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.engine import Engine
+from megatron_lite.train.start import Start
 
 Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from: a checkpoint, or nothing.
-
-    Attributes:
-        path: the checkpoint's folder; None: fresh weights.
-        manifest: what it holds.
-    """
-
-    path: Path | None = None
-    manifest: Manifest | None = None
-
-
-def find_start(config: RunConfig, notify: Notify) -> Start:
-    """The checkpoint that --load means.
-
-    Raises:
-        CheckpointError: it is damaged, or missing under --exit-on-missing-checkpoint; or the run would write over
-            checkpoints of a longer one.
-    """
-    options = config.checkpoint
-    path = None
-    if options.load:
-        path = find_checkpoint(
-            options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=notify
-        )
-    if path is None and options.load:
-        if options.exit_on_missing:
-            raise CheckpointError(
-                "--load must hold a checkpoint under --exit-on-missing-checkpoint",
-                found=f"{options.load} holds none",
-                fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
-            )
-        notify(f"WARNING: --load {options.load} holds no checkpoint: starting from fresh weights")
-    _refuse_to_overwrite(config, path)
-    return Start(path, read_manifest(path)) if path is not None else Start()
-
-
-def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
-    """The config to go on with: the command line's, its schedule compared with the checkpoint's.
-
-    Raises:
-        CheckpointError: the model is another, or the schedules differ and no flag says which wins.
-    """
-    if start.manifest is None:
-        return config
-    saved = start.manifest.provenance.config
-    check_model(saved, config_as_json(config))
-    if config.checkpoint.finetune or "lr" not in saved:
-        return config
-    options = config.checkpoint
-    settled, differences = resume_schedule(
-        schedule_config(saved, config),
-        config,
-        override=options.override_schedule,
-        use_checkpoint=options.use_checkpoint_schedule,
-    )
-    if differences:
-        whose = "command line's" if options.override_schedule else "checkpoint's"
-        notify(f"the {whose} learning-rate schedule is taken:\n{describe(differences)}")
-    return settled
-
-
-def load_start(start: Start, engine: Engine, config: RunConfig, provenance: Provenance, notify: Notify) -> Progress:
-    """Fills the engine's tensors from the checkpoint and returns the progress to go on from; a collective call.
-
-    Raises:
-        CheckpointError: as load_checkpoint; or tokenizer, data or code are not those that the run began with.
-    """
-    if start.path is None or start.manifest is None:
-        return Progress()
-    options = config.checkpoint
-    if not options.finetune:
-        check_fingerprints(
-            start.manifest.provenance.fingerprints, provenance.fingerprints, accepted=options.accept_changed
-        )
-    weights_only = options.finetune or not options.load_optimizer
-    path, scalars = load_latest(
-        start.path,
-        engine.state_tensors(),
-        engine.world,
-        include=is_model_tensor if weights_only else None,
-        fallback=options.fallback_on_corrupt,
-        notify=notify,
-    )
-    if not weights_only:
-        engine.load_scalars(scalars["engine"])
-    progress = Progress() if options.finetune else Progress.from_dict(scalars["progress"])
-    if options.reset_progress:
-        progress = Progress()
-    notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
-    return progress
 
 
 class RunState:
@@ -153,8 +50,8 @@ class RunState:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._saver is not None and kind is None:
-            self._announce(self._saver.wait())
+        if kind is None:
+            self.finish()
         (self._saver or nullcontext()).__exit__(kind, error, trace)
 
     def save(self, engine: Engine, progress: Progress) -> None:
@@ -183,6 +80,15 @@ class RunState:
         blocked = self._saver.save(root, progress.iteration, tensors, scalars, self._provenance, keep_last=keep_last)
         self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
 
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one; a collective call.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._saver is not None:
+            self._announce(self._saver.wait())
+
     def _announce(self, report: SaveReport | None) -> None:
         if report is None:
             return
@@ -200,19 +106,3 @@ def provenance_of(config: RunConfig, fingerprints: dict[str, str]) -> Provenance
     return Provenance(
         config=config_as_json(config), fingerprints={**fingerprints, "code": f"megatron_lite {__version__}"}
     )
-
-
-def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
-    if not config.checkpoint.save:
-        return
-    root = Path(config.checkpoint.save)
-    begins = 0
-    if start is not None and not config.checkpoint.finetune and not config.checkpoint.reset_progress:
-        begins = iteration_of(start) or 0
-    later = [path for path in list_checkpoints(root) if (iteration_of(path) or 0) > begins]
-    if later:
-        raise CheckpointError(
-            "A run does not write over checkpoints that it did not start from",
-            found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",
-            fix=f"Add --load {root} to go on from there, move those checkpoints away, or give another --save",
-        )

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
+from megatron_lite.backend.group import Group
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
 
@@ -63,6 +66,9 @@ class Stopper:
     """Decides after each iteration whether the run ends, from the config, the clock, a file and a signal flag.
 
     Args:
+        config: the limits.
+        flag: the signals received; None: none are looked for.
+        started: what the clock said when the job began; None: it begins now.
         clock: seconds, from any origin; tests pass their own.
     """
 
@@ -71,31 +77,50 @@ class Stopper:
         config: TrainingConfig,
         flag: SignalFlag | None = None,
         *,
+        started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._flag = flag
         self._clock = clock
-        self._started = clock()
+        self._started = clock() if started is None else started
         self._iterations_here = 0
 
-    def after_iteration(self, progress: Progress) -> Stop | None:
-        """The reason to stop after the iteration that led to `progress`, or None to go on."""
-        self._iterations_here += 1
+    def before_iteration(self, progress: Progress) -> Stop | None:
+        """The reason not even to begin: one that the next start would meet again, or a signal that came already."""
         config = self._config
-        minutes = (self._clock() - self._started) / 60.0
         if self._flag is not None and self._flag.received is not None:
             return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
-        if config.exit_duration_minutes and minutes > config.exit_duration_minutes:
-            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes")
         if config.kill_switch_path and Path(config.kill_switch_path).exists():
             return Stop("kill_switch", f"Detected kill switch at {config.kill_switch_path}. Exiting")
-        if config.exit_interval and progress.iteration % config.exit_interval == 0:
-            return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
-        if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:
-            return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
         if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
             return Stop(
                 "exit_flag", f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)"
             )
         return None
+
+    def after_iteration(self, progress: Progress) -> Stop | None:
+        """The reason to stop after the iteration that led to `progress`, or None to go on."""
+        self._iterations_here += 1
+        config = self._config
+        if stop := self.before_iteration(progress):
+            return stop
+        minutes = (self._clock() - self._started) / 60.0
+        if config.exit_duration_minutes and minutes > config.exit_duration_minutes:
+            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes")
+        if config.exit_interval and progress.iteration % config.exit_interval == 0:
+            return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
+        if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:
+            return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
+        return None
+
+
+def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
+    """The stop of the first rank that has one, on every rank: signals and clocks differ. A collective call."""
+    if world.size == 1:
+        return stop
+    wanted = torch.tensor(0 if stop is None else 1, device=device)
+    world.all_reduce_(wanted, "max")
+    if not wanted.item():
+        return None
+    return next(found for found in world.all_gather_object(stop) if found is not None)

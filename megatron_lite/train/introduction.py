@@ -1,0 +1,118 @@
+"""The few lines that a run prints before its first iteration: what is trained, on what, how long and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from megatron_lite.backend.base import Backend
+from megatron_lite.config.counts import parameter_count, size_name
+from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.reporter import metrics_path
+from megatron_lite.schedules.batch_size import final_batch_size
+from megatron_lite.schedules.learning_rate import lr_steps
+from megatron_lite.schedules.length import consumed_at, last_iteration, tokens_at
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.start import Start
+
+SOURCES_SHOWN = 4
+
+
+def introduction(config: RunConfig, backend: Backend, data: RunData, start: Start, progress: Progress) -> str:
+    """The lines, each with its subject in front."""
+    lines = [
+        ("model", _model(config)),
+        ("machine", _machine(config, backend)),
+        ("batch", _batch(config)),
+        ("length", _length(config)),
+        *_data(data),
+        ("start", _start(config, start, progress)),
+        ("saves", _saves(config)),
+    ]
+    return "\n".join(f"  {name:<11} {text}" for name, text in lines)
+
+
+def _model(config: RunConfig) -> str:
+    model = config.model
+    count = parameter_count(model)
+    vocabulary = f"{model.vocab_size:,}"
+    if model.padded_vocab_size != model.vocab_size:
+        vocabulary += f" (padded to {model.padded_vocab_size:,})"
+    return (
+        f"{count:,} parameters ({size_name(count)}): {model.num_layers} layers, hidden size {model.hidden_size:,}, "
+        f"{model.num_attention_heads} heads, vocabulary {vocabulary}"
+    )
+
+
+def _machine(config: RunConfig, backend: Backend) -> str:
+    parallel = config.parallel
+    text = f"{backend.device_name()}, {config.precision.dtype}"
+    if parallel.world_size == 1:
+        return text
+    zero = ", optimizer split over replicas" if parallel.distributed_optimizer else ""
+    schedule = f", {parallel.pipeline_schedule}" if parallel.pp > 1 else ""
+    layout = f"tensor {parallel.tp} x pipeline {parallel.pp} x data {parallel.dp}{schedule}{zero}"
+    return f"{parallel.world_size} ranks ({layout}), each {text}"
+
+
+def _batch(config: RunConfig) -> str:
+    batch = config.batch
+    final = final_batch_size(batch, config.parallel.dp)
+    text = f"{final:,} samples of {batch.seq_length:,} tokens an iteration ({final * batch.seq_length:,} tokens)"
+    text += f", micro-batches of {batch.micro_batch_size}"
+    if batch.rampup is not None:
+        text += (
+            f", from {batch.rampup.start} in steps of {batch.rampup.increment} over {batch.rampup.samples:,} samples"
+        )
+    return text
+
+
+def _length(config: RunConfig) -> str:
+    last, lr = last_iteration(config), config.lr
+    text = f"{last:,} iterations, {consumed_at(config, last):,} samples, {tokens_at(config, last):,} tokens; "
+    unit = "samples" if config.training.train_samples else "iterations"
+    steps = lr_steps(config).warmup / (
+        1 if unit == "samples" else max(1, final_batch_size(config.batch, config.parallel.dp))
+    )
+    warmup = f", {steps:,.0f} {unit} of warm-up" if steps else ""
+    end = f" to {lr.min_lr:g}, {lr.style}" if lr.style != "constant" else ", constant"
+    return f"{text}learning rate {lr.lr:g}{end}{warmup}"
+
+
+def _data(data: RunData) -> Iterator[tuple[str, str]]:
+    if data.train is not None:
+        yield "train", _sources(data.train)
+    for split, sources in (("validation", data.valid), ("test", data.test)):
+        yield from _evaluated(split, sources)
+
+
+def _evaluated(split: str, sources: Mapping[str, BatchSource]) -> Iterator[tuple[str, str]]:
+    for name, source in sources.items():
+        yield split, (f"{name}: " if len(sources) > 1 else "") + _sources(source)
+
+
+def _sources(source: BatchSource) -> str:
+    shown = ", ".join(source.names[:SOURCES_SHOWN])
+    more = len(source.names) - SOURCES_SHOWN
+    return f"{source.num_samples:,} samples of {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def _start(config: RunConfig, start: Start, progress: Progress) -> str:
+    if start.path is None:
+        return f"fresh weights, seed {config.runtime.seed}"
+    if config.checkpoint.finetune or config.checkpoint.reset_progress:
+        return f"iteration 0, with the weights of {start.path}"
+    return f"after iteration {progress.iteration:,}, from {start.path}"
+
+
+def _saves(config: RunConfig) -> str:
+    options, metrics = config.checkpoint, metrics_path(config)
+    if not options.save:
+        text = "none, for there is no --save"
+    else:
+        every = [
+            f"every {phase.interval:,} iterations" + (f" until {phase.until:,}" if phase.until else "")
+            for phase in options.phases
+        ]
+        text = f"{options.save}, {', then '.join(every)}{' and ' if every else ''}at the end"
+    return text if metrics is None else f"{text}; every number in {metrics}"

@@ -1,0 +1,180 @@
+"""What a run starts from: the checkpoint that --load means, whether it belongs to the run, and what is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
+from megatron_lite.checkpoint.load import load_latest
+from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
+from megatron_lite.checkpoint.names import is_model_tensor
+from megatron_lite.checkpoint.resume import (
+    check_fingerprints,
+    check_model,
+    config_as_json,
+    describe,
+    resume_schedule,
+    schedule_config,
+)
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.schedules.length import is_finished, last_iteration
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.engine import Engine
+from megatron_lite.train.exit_status import read_exit_status
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: a checkpoint, or nothing.
+
+    Attributes:
+        path: the checkpoint's folder; None: fresh weights.
+        manifest: what it holds.
+    """
+
+    path: Path | None = None
+    manifest: Manifest | None = None
+
+
+def find_start(config: RunConfig, notify: Notify) -> Start:
+    """The checkpoint that --load means.
+
+    Raises:
+        CheckpointError: it is damaged, or missing under --exit-on-missing-checkpoint; or --save cannot be written to,
+            or the run would write over checkpoints of a longer one there.
+    """
+    options = config.checkpoint
+    _require_writable(options.save)
+    path = None
+    if options.load:
+        path = find_checkpoint(
+            options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=notify
+        )
+    if path is None and options.load:
+        if options.exit_on_missing:
+            raise CheckpointError(
+                "--load must hold a checkpoint under --exit-on-missing-checkpoint",
+                found=f"{options.load} holds none",
+                fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
+            )
+        # The same command that starts a run goes on with it later, so this is usual where --load is --save.
+        warning = "" if options.load == options.save else "WARNING: "
+        notify(f"{warning}--load {options.load} holds no checkpoint: starting from fresh weights")
+    _refuse_to_overwrite(config, path)
+    return Start(path, read_manifest(path)) if path is not None else Start()
+
+
+def already_complete(config: RunConfig) -> str | None:
+    """What to tell the user if a run was completed before, its last evaluations included; None: there is work left."""
+    options = config.checkpoint
+    if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
+        return None
+    path = find_checkpoint(
+        options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=lambda _: None
+    )
+    ended = read_exit_status(path.parent) if path is not None else None
+    if path is None or ended is None or ended.status != "completed":
+        return None
+    progress = Progress.from_dict(read_manifest(path).scalars["progress"])
+    if ended.iteration != progress.iteration or not is_finished(config, progress):
+        return None
+    length = "--train-iters" if config.training.train_iters else "--train-samples"
+    return (
+        f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command asks for "
+        f"{last_iteration(config)}. Nothing was done. To train on, give a larger {length}; to evaluate it again, add "
+        "--skip-train."
+    )
+
+
+def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
+    """The config to go on with: the command line's, its schedule compared with the checkpoint's.
+
+    Raises:
+        CheckpointError: the model is another, or the schedules differ and no flag says which wins.
+    """
+    if start.manifest is None:
+        return config
+    saved = start.manifest.provenance.config
+    check_model(saved, config_as_json(config))
+    if config.checkpoint.finetune or "lr" not in saved:
+        return config
+    options = config.checkpoint
+    settled, differences = resume_schedule(
+        schedule_config(saved, config),
+        config,
+        override=options.override_schedule,
+        use_checkpoint=options.use_checkpoint_schedule,
+    )
+    if differences:
+        whose = "command line's" if options.override_schedule else "checkpoint's"
+        notify(f"the {whose} learning-rate schedule is taken:\n{describe(differences)}")
+    return settled
+
+
+def load_start(start: Start, engine: Engine, config: RunConfig, provenance: Provenance, notify: Notify) -> Progress:
+    """Fills the engine's tensors from the checkpoint and returns the progress to go on from; a collective call.
+
+    Raises:
+        CheckpointError: as load_checkpoint; or tokenizer, data or code are not those that the run began with.
+    """
+    if start.path is None or start.manifest is None:
+        return Progress()
+    options = config.checkpoint
+    if not options.finetune:
+        check_fingerprints(
+            start.manifest.provenance.fingerprints, provenance.fingerprints, accepted=options.accept_changed
+        )
+    weights_only = options.finetune or not options.load_optimizer
+    path, scalars = load_latest(
+        start.path,
+        engine.state_tensors(),
+        engine.world,
+        include=is_model_tensor if weights_only else None,
+        fallback=options.fallback_on_corrupt,
+        notify=notify,
+    )
+    if not weights_only:
+        engine.load_scalars(scalars["engine"])
+    progress = Progress() if options.finetune else Progress.from_dict(scalars["progress"])
+    if options.reset_progress:
+        progress = Progress()
+    notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
+    return progress
+
+
+def _require_writable(save: str) -> None:
+    """Tries it now: the first save may be hours away."""
+    if not save:
+        return
+    try:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=save):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            "--save must be a folder that can be written to",
+            found=f"--save {save}: {error.strerror}",
+            fix="Correct the path or its permissions, or give another --save",
+        ) from error
+
+
+def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
+    if not config.checkpoint.save:
+        return
+    root = Path(config.checkpoint.save)
+    begins = 0
+    if start is not None and not config.checkpoint.finetune and not config.checkpoint.reset_progress:
+        begins = iteration_of(start) or 0
+    later = [path for path in list_checkpoints(root) if (iteration_of(path) or 0) > begins]
+    if later:
+        raise CheckpointError(
+            "A run does not write over checkpoints that it did not start from",
+            found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",
+            fix=f"Add --load {root} to go on from there, move those checkpoints away, or give another --save",
+        )

@@ -1,0 +1,249 @@
+"""How a run is stopped: Ctrl-C, signals, limits; what it says, what it saves, and that the next start loses nothing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.metrics.reporter import Reporter
+from megatron_lite.train import state
+
+SHORT = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4)
+
+
+def signal_after(number, iteration, times=1):
+    """Makes the process send itself a signal when an iteration is reported, which is before the iteration is over."""
+    report = Reporter.iteration
+
+    def report_and_send(self, values):
+        if values.iteration == iteration:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        report(self, values)
+
+    Reporter.iteration = report_and_send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, start, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = corpus.job(*SHORT, "--save", broken, "--load", broken)
+    result = start(words, partial(signal_after, number, 5)).wait()
+    assert result.code == 0
+    assert f"{number.name} received: finishing this iteration, then saving and stopping." in result.err
+    assert ("Press Ctrl-C again to stop at once" in result.err) == (number == signal.SIGINT)
+    assert result.out.splitlines()[-1] == f"exiting program after receiving {number.name}"
+    assert checkpoints(broken) == ["iter_0000003", "iter_0000005"]
+    ended = status(broken)
+    assert (ended["status"], ended["iteration"], ended["saved_iteration"]) == ("signal", 5, 5)
+    assert command(*words).code == 0
+    assert command(*corpus.job(*SHORT, "--save", whole)).code == 0
+    assert_same_run(whole, broken)
+
+
+def test_a_second_ctrl_c_stops_at_once(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    result = start(words, partial(signal_after, signal.SIGINT, 5, times=2)).wait()
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in result.err
+    assert checkpoints(save) == ["iter_0000003"]
+    assert status(save)["status"] == "signal"
+    assert "without saving" in status(save)["message"]
+    assert command(*words).code == 0
+    assert iterations(save) == list(range(1, 9))
+
+
+def test_without_the_handler_a_signal_is_deadly(corpus, start, tmp_path):
+    words = corpus.job(*SHORT, "--no-exit-signal-handler", "--save", tmp_path / "run")
+    result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
+    assert result.code == -signal.SIGTERM
+    assert checkpoints(tmp_path / "run") == ["iter_0000003"]
+
+
+def test_ctrl_c_at_a_real_terminal(corpus, tmp_path):
+    """The script itself, in an interpreter and terminal of its own: the key is pressed once the bar is there."""
+    save = tmp_path / "run"
+    words = [
+        str(word)
+        for word in corpus.job(
+            "--train-iters", 100_000, "--save", save, "--save-interval", 90_000, "--log-interval", 5
+        )[1:]
+    ]
+    keyboard, terminal = pty.openpty()
+    script = Path(__file__).parents[2] / "pretrain_gpt.py"
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    job = subprocess.Popen(
+        [sys.executable, script, *words], stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
+        start_new_session=True, preexec_fn=partial(_own_terminal, terminal),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = ""
+    while "tokens/s ·" not in shown:
+        shown += os.read(keyboard, 1 << 16).decode()
+    os.write(keyboard, b"\x03")
+    try:
+        while block := os.read(keyboard, 1 << 16):
+            shown += block.decode()
+    except OSError:  # Linux's end of a terminal
+        pass
+    assert job.wait(60) == 0, shown
+    os.close(keyboard)
+    assert "SIGINT received: finishing this iteration" in shown
+    assert "exiting program after receiving SIGINT" in shown
+    assert shown.rindex("successfully saved checkpoint") < shown.rindex("exiting program")
+    assert "\x1b[?25h" in shown[shown.rindex("\x1b[?25l") :], "the cursor is back"
+    assert len(checkpoints(save)) == 1
+
+
+def _own_terminal(terminal):
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+def test_a_finished_run_started_again_is_left_alone(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*words).code == 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in save.rglob("*") if path.is_file()}
+    for _ in range(2):
+        result = command(*words)
+        assert result.code == 0
+        assert "This run is complete: it ended at iteration 8" in result.out
+        assert "--train-iters" in result.out
+        assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in save.rglob("*") if path.is_file()} == (
+            before
+        )
+
+
+def test_a_run_killed_in_its_last_evaluations_makes_them_when_started_again(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    result = start(words, _die_in_the_last_evaluation).wait()
+    assert result.code == -signal.SIGKILL
+    assert checkpoints(save)[-1] == "iter_0000008"
+    result = command(*words)
+    assert result.code == 0
+    assert "training is complete after 8 iterations" in result.out
+    ends = [record["split"] for record in measured(save) if record.get("at_end")]
+    assert ends == ["validation", "test"]
+    assert iterations(save) == list(range(1, 9))
+    assert status(save)["status"] == "completed"
+
+
+def _die_in_the_last_evaluation():
+    Reporter.validation = lambda self, report: os.kill(os.getpid(), signal.SIGKILL) if report.at_end else None
+
+
+def test_more_iterations_go_on_from_a_finished_run(corpus, tmp_path):
+    save = tmp_path / "run"
+    job = partial(corpus.job, "--save", save, "--load", save, "--save-interval", 3, "--lr-decay-style", "cosine")
+    assert command(*job("--train-iters", 6)).code == 0
+    refused = command(*job("--train-iters", 10))
+    assert refused.code == 1
+    assert "lr.decay_iters: 6 in the checkpoint, 10 now" in refused.err
+    assert "--override-opt_param-scheduler" in refused.err
+    assert "--use-checkpoint-opt_param-scheduler" in refused.err
+    result = command(*job("--train-iters", 10, "--override-opt_param-scheduler"))
+    assert result.code == 0
+    assert "lr.decay_iters: 6 in the checkpoint, 10 now" in result.out
+    assert iterations(save) == list(range(1, 11))
+    assert not [record for record in measured(save) if record.get("at_end") and record["iteration"] == 6]
+
+
+def test_the_checkpoints_schedule_can_be_kept_by_a_longer_run(corpus, tmp_path):
+    save = tmp_path / "run"
+    job = partial(corpus.job, "--save", save, "--load", save, "--save-interval", 3, "--min-lr", 1e-4)
+    assert command(*job("--train-iters", 6)).code == 0
+    assert command(*job("--train-iters", 9, "--use-checkpoint-opt_param-scheduler")).code == 0
+    rates = [record["learning_rate"] for record in measured(save) if record["kind"] == "iteration"]
+    assert rates[5:] == [1e-4] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "last", "expected", "message"),
+    [
+        (("--exit-interval", 5), 5, "exit_flag", "exiting program at iteration 5 (--exit-interval)"),
+        (("--exit-samples", 18), 5, "exit_flag", "exiting program after 20 samples (--exit-samples)"),
+        (("--exit-after-iters", 2), 2, "exit_flag", "exiting program after 2 iterations (--exit-after-iters)"),
+        (("--exit-duration-in-mins", 1e-9), 1, "time_limit", "exiting program after 0.0 minutes"),
+        # The run's own end is its end, also where an exit falls on it.
+        (("--exit-interval", 8), 8, "completed", "training is complete after 8 iterations"),
+    ],
+)
+def test_limits_save_and_say_why(words, last, expected, message, corpus, tmp_path):
+    save = tmp_path / "run"
+    result = command(*corpus.job(*SHORT, "--save", save, *words))
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == message
+    assert checkpoints(save)[-1] == f"iter_{last:07d}"
+    assert status(save) | {"time": "", "message": message} == status(save) | {"time": ""}
+    assert (status(save)["status"], status(save)["iteration"]) == (expected, last)
+    assert [record["text"] for record in records(save) if record["kind"] == "message"][-1] == message
+
+
+def test_a_limit_that_was_reached_before_is_not_passed_by_starting_again(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save, "--exit-samples", 18)
+    for _ in range(3):
+        assert command(*words).code == 0
+        assert iterations(save) == list(range(1, 6))
+
+
+def test_kill_switch(corpus, start, tmp_path):
+    save, switch = tmp_path / "run", tmp_path / "stop"
+    words = corpus.job(
+        "--train-iters",
+        100_000,
+        "--save",
+        save,
+        "--save-interval",
+        90_000,
+        "--load",
+        save,
+        "--kill-switch-path",
+        switch,
+    )
+    job = start(words)
+    assert job.until(lambda: (save / "metrics.jsonl").exists() and len(iterations(save)) >= 3)
+    switch.touch()
+    result = job.wait()
+    assert result.code == 0
+    assert f"Detected kill switch at {switch}. Exiting" in result.out
+    assert status(save)["status"] == "kill_switch"
+    stopped = iterations(save)
+    assert checkpoints(save) == [f"iter_{stopped[-1]:07d}"]
+    # While it is there, a queue of jobs trains nothing.
+    assert command(*words).code == 0
+    assert iterations(save) == stopped
+
+
+def test_an_error_is_recorded_with_host_and_rank(corpus, tmp_path, monkeypatch):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save)
+    assert command(*words, "--exit-after-iters", 3).code == 0
+
+    def broken(root, iteration, *rest, **options):
+        if iteration == 6:
+            raise RuntimeError("the controller is on fire")
+        return save_checkpoint(root, iteration, *rest, **options)
+
+    monkeypatch.setattr(state, "save_checkpoint", broken)
+    with pytest.raises(RuntimeError):
+        command(*words, "--load", save)
+    ended = status(save)
+    assert (ended["status"], ended["message"]) == ("error", "the controller is on fire")
+    assert (ended["iteration"], ended["saved_iteration"]) == (6, 3)
+    assert (ended["host"], ended["rank"]) == (os.uname().nodename, 0)

@@ -1,0 +1,176 @@
+"""The command line as a user meets it: a tiny corpus made by its own commands, runs in this process and in others."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+from megatron_lite.checkpoint.offline import compare_values
+from megatron_lite.cli.main import main
+
+# Fork starts a job in a tenth of a second, an interpreter with torch in three; to a signal both are processes.
+_FORK = multiprocessing.get_context("fork")
+# What two runs of the same numbers may differ in.
+_OF_THE_CLOCK = {"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "eta_seconds", "memory", "timers"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*words):
+    """Runs `megatron-lite …` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as left:  # argparse's way
+            code = left.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+class Job:
+    """`megatron-lite …` as a process of its own.
+
+    Args:
+        folder: where its output goes.
+        words: the command line.
+        prepare: called in the process before the command.
+    """
+
+    def __init__(self, folder, words, prepare=None):
+        self.paths = folder / "job.out", folder / "job.err"
+        self.process = _FORK.Process(target=_job, args=([str(word) for word in words], self.paths, prepare))
+        self.process.start()
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=60.0):
+        """Its Result, once it has ended; the code of a killed one is minus the signal."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"the job hangs; it said\n{self.text()}")
+        return Result(self.process.exitcode, *(path.read_text() for path in self.paths))
+
+    def text(self):
+        return "\n".join(path.read_text() for path in self.paths if path.exists())
+
+    def until(self, condition, timeout=60.0):
+        """Waits until condition() holds or the job has ended; returns whether it still runs."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if not self.process.is_alive():
+                return False
+            assert time.monotonic() < deadline, f"waited in vain; the job said\n{self.text()}"
+            time.sleep(0.001)
+        return self.process.is_alive()
+
+
+def _job(words, paths, prepare):
+    for number, path in enumerate(paths, 1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(descriptor, number)
+    # pytest has put its own objects in their place.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare is not None:
+        prepare()
+    sys.exit(main(words))
+
+
+def records(folder):
+    """Lines of a run's metrics.jsonl without what the clock has to do with, later starts' included."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in _OF_THE_CLOCK} for line in lines]
+
+
+def measured(folder):
+    """Iterations and evaluations in order."""
+    return [record for record in records(folder) if record["kind"] in ("iteration", "validation")]
+
+
+def iterations(folder):
+    """Numbers of the iterations that metrics.jsonl holds, in its order."""
+    return [record["iteration"] for record in records(folder) if record["kind"] == "iteration"]
+
+
+def checkpoints(folder):
+    """Names of the checkpoints' folders, whole or not."""
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def status(folder):
+    """What exit_status.json says."""
+    return json.loads((folder / "exit_status.json").read_text())
+
+
+def assert_same_run(one, other):
+    """Two folders of --save hold the same numbers in all digits, and the same last checkpoint bit for bit."""
+    assert measured(one) == measured(other)
+    last = checkpoints(one)[-1]
+    assert checkpoints(other)[-1] == last
+    differences = list(compare_values(one / last, other / last))
+    assert len(differences) > 20
+    assert [difference.name for difference in differences if not difference.equal] == []
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenizer and two datasets.
+
+    Attributes:
+        text: their jsonl.
+        tokenizer: folder of the tokenizer.
+        data: prefixes of the datasets.
+    """
+
+    text: object
+    tokenizer: object
+    data: tuple
+
+    def job(self, *words, data=None):
+        """A training command of a two-layer model; `words` come last, so they win."""
+        return (
+            *("train", "--data-path", data or self.data[0], "--split", "80,10,10"),
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer),
+            *("--num-layers", 2, "--hidden-size", 16, "--num-attention-heads", 2, "--seq-length", 16),
+            *("--max-position-embeddings", 16, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3),
+            *("--log-interval", 1, "--eval-iters", 1, "--num-threads", 1, "--device", "cpu", *words),
+        )
+
+
+def make_corpus(folder):
+    """Writes text, trains a tokenizer on it and preprocesses it, by the commands that a user has."""
+    draw = random.Random(1234)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
+    text = folder / "corpus.jsonl"
+    documents = [" ".join(draw.choices(words, k=draw.randint(10, 60))) for _ in range(120)]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    tokenizer = folder / "tokenizer"
+    made = [command("train-tokenizer", "--input", text, "--output", tokenizer, "--vocab-size", 300)]
+    for name, seed in (("one", 1), ("two", 2)):
+        made.append(preprocess(text, folder / name, tokenizer, "--shuffle", "--seed", seed))
+    assert [result.code for result in made] == [0, 0, 0], made
+    return Corpus(text, tokenizer, (folder / "one_text_document", folder / "two_text_document"))
+
+
+def preprocess(text, prefix, tokenizer, *words):
+    """Runs the preprocess command."""
+    return command(
+        *("preprocess", "--input", text, "--output-prefix", prefix, "--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", tokenizer, "--append-eod", *words),
+    )
