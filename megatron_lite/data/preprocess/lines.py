@@ -65,7 +65,7 @@ def _read_text(unit: Unit) -> Iterator[Line]:
     with Path(unit.source.path).open("rb", buffering=BUFFER) as file:
         if unit.start:  # a line that began before the unit is another's
             file.seek(unit.start - 1)
-            while (rest := file.readline(BUFFER)) and not rest.endswith(b"\n"):
+            while file.tell() < unit.end and not file.readline(min(BUFFER, unit.end - file.tell())).endswith(b"\n"):
                 pass
         position, number = file.tell(), 0
         while position < unit.end:

@@ -60,7 +60,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         saved = json.loads(path.read_bytes())
         pieces = {name: [(int(size), int(crc)) for size, crc in saved[name]] for name in ("bin_pieces", "idx_pieces")}
         return Manifest(**{**saved, **pieces})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -43,7 +42,7 @@ class Report:
     tokens: int = 0
     """Tokens in the output, over all keys, ends of documents included."""
     unknown: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     """Kinds of bad lines."""
     bad_lines: list[Example] = field(default_factory=list)
     longest: list[Example] = field(default_factory=list)
@@ -53,7 +52,8 @@ class Report:
     def reject(self, line: int, reason: str) -> None:
         """Count a bad line, and remember the first few."""
         self.bad += 1
-        self.reasons[reason.split(":")[0].split(" at ")[0]] += 1
+        kind = reason.split(":")[0].split(" at ")[0]
+        self.reasons[kind] = self.reasons.get(kind, 0) + 1
         if len(self.bad_lines) < KEPT_EXAMPLES:
             self.bad_lines.append(Example(line, 0.0, reason))
 
@@ -74,7 +74,7 @@ class Report:
     def from_dict(cls, saved: dict[str, Any]) -> Report:
         """From `to_dict`'s JSON."""
         examples = {kind: [Example(**one) for one in saved[kind]] for kind in EXAMPLE_KINDS}
-        return cls(**{**saved, "reasons": Counter(saved["reasons"]), **examples})
+        return cls(**{**saved, **examples})
 
 
 COUNTS = tuple(item.name for item in fields(Report) if item.type == "int")
@@ -95,7 +95,8 @@ class Summary:
         """Add a unit of the file `path` that `lines_before` of its lines precede."""
         for name in COUNTS:
             setattr(self.total, name, getattr(self.total, name) + getattr(report, name))
-        self.total.reasons.update(report.reasons)
+        for kind, count in report.reasons.items():
+            self.total.reasons[kind] = self.total.reasons.get(kind, 0) + count
         for kind in EXAMPLE_KINDS:
             examples: list[Example] = getattr(report, kind)
             limit = 1 if kind == "longest" else KEPT_EXAMPLES

@@ -1,0 +1,118 @@
+"""Both Megatrons' command lines of preprocessing and merging, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.cli import merge, preprocess, train_tokenizer
+from megatron_lite.cli.main import main
+from megatron_lite.data.indexed_dataset import IndexedDataset
+from megatron_lite.errors import ConfigError
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"the cat {i} sat", "inputs": "a cat"}) + "\n" for i in range(50)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    folder = corpus.parent / "tokenizer"
+    words = ["--input", str(corpus), "--output", str(folder), "--vocab-size", "300"]
+    assert train_tokenizer.run(words) == 0
+    return folder
+
+
+def test_megatron_deepspeed(corpus, tokenizer, tmp_path, capsys):
+    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--dataset-impl", "mmap", "--tokenizer-type"]
+    words += ["GPT2BPETokenizer", "--merge-file", tokenizer / "merges.txt", "--vocab", tokenizer / "vocab.json"]
+    words += ["--append-eod", "--workers", "1", "--json-key", "inputs", "--log-interval", "10"]
+    assert preprocess.run([*map(str, words)]) == 0
+    assert len(IndexedDataset(tmp_path / "out_inputs_document")) == 50
+    said = capsys.readouterr()
+    assert f"--data-path {tmp_path / 'out_inputs_document'}" in said.out
+    assert "Processed 50 documents (" in said.err
+
+
+def test_megatron_lm(corpus, tokenizer, tmp_path, capsys):
+    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-type", "HuggingFaceTokenizer"]
+    words += ["--tokenizer-model", tokenizer, "--append-eod", "--workers", "1", "--partitions", "2"]
+    words += ["--json-keys", "text", "inputs", "--make-vocab-size-divisible-by", "128"]
+    assert preprocess.run([*map(str, words)]) == 0
+    assert "--partitions 2 has no effect" in capsys.readouterr().err
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in tmp_path.glob("out_*"):
+        path.rename(folder / path.name)
+    assert merge.run(["--input", str(folder), "--output-prefix", str(tmp_path / "merged")]) == 0
+    both = [str(folder / f"out_{key}_document") for key in ("inputs", "text")]
+    assert merge.run(["--datasets", *both, "--output-prefix", str(tmp_path / "merged2")]) == 0
+    assert (tmp_path / "merged.idx").read_bytes() == (tmp_path / "merged2.idx").read_bytes()
+    assert IndexedDataset(tmp_path / "merged").num_documents == 100
+
+
+@pytest.mark.parametrize("tool", ["preprocess_data", "merge_datasets", "merge_preprocessed_data", "train_tokenizer"])
+def test_tools_run_from_a_checkout(tool, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / f"{tool}.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "usage:" in done.stdout
+
+
+def test_refusals(corpus, tmp_path, capsys):
+    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
+    for more, message in (
+        ([], "neither --tokenizer-type nor"),
+        (["--tokenizer-type", "NullTokenizer"], "--vocab-size"),
+        (["--tokenizer-model", "x", "--dataset-impl", "lazy"], "--dataset-impl"),
+        (["--tokenizer-model", "x", "--log-interval", "0"], "--log-interval"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            preprocess.run(words + more)
+    with pytest.raises(ConfigError, match="--datasets PREFIX"):
+        merge.run(["--output-prefix", "x"])
+    with pytest.raises(ConfigError, match="--multimodal"):
+        merge.run(["--output-prefix", "x", "--multimodal"])
+    assert main(["preprocess", *words, "--tokenizer-model", "absent/model"]) == 1
+    assert "DataError" in capsys.readouterr().err
+
+
+def test_interrupted(corpus, tokenizer, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_lite.data.preprocess.worker.UnitWorker.run", stop)
+    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
+    assert preprocess.run([*map(str, words)]) == 130
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def test_finding_the_number_of_workers(corpus, tokenizer, tmp_path, capsys):
+    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
+    words += ["--find-optimal-num-workers", "--workers-to-check", "1", "2", "--max-documents", "20"]
+    assert preprocess.run([*map(str, words)]) == 0
+    assert "Fastest here: --workers" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_sentencepiece_and_bad_input(corpus, tmp_path, capsys):
+    pytest.importorskip("sentencepiece")
+    words = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "280", "--tokenizer-type"]
+    assert train_tokenizer.run([*words, "SentencePieceTokenizer"]) == 0
+    use = capsys.readouterr().out.split()
+    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
+    assert preprocess.run(words + use[use.index("--tokenizer-type") :]) == 0
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
+    words = ["train-tokenizer", "--input", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "t")]
+    assert main([*words, "--vocab-size", "300"]) == 1
+    assert "bad.jsonl:2" in capsys.readouterr().err
+    assert main([*words, "--vocab-size", "300", "--skip-bad-lines"]) == 0

@@ -1,0 +1,64 @@
+"""Worker processes: events arrive, errors arrive whole, a death is noticed, nobody stays behind."""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from megatron_lite.data.preprocess.pool import Pool
+from megatron_lite.data.preprocess.progress import BarProgress, LineProgress
+from megatron_lite.data.preprocess.worker import Step
+from megatron_lite.errors import DataError
+
+
+def square(task, report):
+    if task == "refuse":
+        raise DataError("a rule", found="this", fix="do that")
+    if task == "fail":
+        raise ZeroDivisionError("oh")
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    report(task * task)
+
+
+make_square = functools.partial(functools.partial, square)
+
+
+def test_pool():
+    with Pool(2, make_square) as pool:
+        assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
+        with pytest.raises(DataError, match=r"a rule: this\. do that"):
+            list(pool.run([1, "refuse"]))
+    for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
+        with Pool(1, make_square) as pool, pytest.raises(error, match=message):
+            list(pool.run([1, task, 2]))
+    assert not multiprocessing.active_children()
+
+
+def test_lines_are_megatrons():
+    now = [0.0]
+    stream = io.StringIO()
+    lines = LineProgress(stream, interval=100, clock=lambda: now[0])
+    lines.start(4_000_000, 2_000_000, 3)
+    for _ in range(3):
+        now[0] += 1
+        lines.advance(Step(70, 1_000_000, 500_000))
+    assert stream.getvalue().splitlines() == [
+        "Continuing: 3 units are done, 2.0 of 4.0 MB left",
+        "Processed 140 documents (70.0 docs/s, 1.00 MB/s). ETA 0:00:02",
+        "Processed 210 documents (70.0 docs/s, 1.00 MB/s). ETA 0:00:01",
+    ]
+
+
+def test_bar_shows_rates():
+    stream = io.StringIO()
+    bar = BarProgress(stream)
+    bar.start(100, 50, 1)
+    bar.advance(Step(10, 1000, 25))
+    bar.close()
+    assert "Continuing: 1 units are done" in stream.getvalue()

@@ -1,0 +1,183 @@
+"""Preprocessing end to end: the originals' bytes, for any workers, units and interruptions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.data.preprocess.progress import SilentProgress
+from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.tokenizer.build import build_tokenizer
+
+
+class Interrupt(SilentProgress):
+    """Ctrl-C after some steps."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def advance(self, step):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("keep_empty", [False, True])
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_bytes_are_the_originals(make, look, tokenizer, keep_empty, append_eod):
+    library = build_tokenizer(tokenizer)
+    wanted = look.original(look.texts, library.encode, library.eod if append_eod else None, keep_empty)
+    prefix = make(append_eod=append_eod, empty_documents="keep" if keep_empty else "skip")
+    assert look.files(prefix)[:2] == look.bytes_of(wanted)
+
+
+def test_any_number_of_workers_and_any_units_give_the_same_files(make, look):
+    one = look.files(make("one", append_eod=True))
+    assert look.files(make("two", append_eod=True, workers=2)) == one
+    for unit_bytes in (170, 10**9):
+        other = look.files(make(f"u{unit_bytes}", append_eod=True, unit_bytes=unit_bytes))
+        assert other[:2] == one[:2]
+
+
+def test_interrupted_anywhere_the_same_call_goes_on(make, look, tmp_path):
+    whole = look.files(make("whole", shuffle=True))
+    for after in (0, 1, 0, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            make("cut", Interrupt(after), shuffle=True)
+        assert not list(tmp_path.glob("cut_*")), "nothing under the final name"
+        assert (tmp_path / "cut.partial").is_dir()
+    assert look.files(make("cut", shuffle=True)) == whole
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make):
+    big = tmp_path / "big.jsonl"
+    big.write_text((corpus.read_text() + "\n") * 250)  # eight units
+    whole = look.files(make("whole", inputs=(str(big),), unit_bytes=None))
+    words = ["--input", str(big), "--vocab", tokenizer.vocab_file, "--merge", tokenizer.merge_file]
+    words += ["--output-prefix", str(tmp_path / "killed"), "--workers", "2", "--no-fast-tokenizer"]
+    start = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "preprocess", *words]
+    for wanted in (1, 3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list((tmp_path / "killed.partial").glob("*.json"))) < wanted:
+            time.sleep(0.01)
+        assert process.poll() is None, "it was killed, not done"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not list(tmp_path.glob("killed_*"))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--data-path" in done.stdout
+    assert "units are done" in done.stderr
+    assert look.files(tmp_path / "killed") == whole
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Already complete" in again.stdout
+
+
+def test_several_keys(make, look):
+    prefix = make(json_keys=("text", "title"), workers=2)
+    alone = make("alone", json_keys=("title",))
+    assert look.files(prefix, "_title_document")[:2] == look.files(alone, "_title_document")[:2]
+    assert look.files(prefix)[:2] == look.files(make("text"))[:2]
+
+
+def test_packed_and_several_inputs_are_read_in_order(make, look, corpus, tmp_path):
+    pytest.importorskip("zstandard")
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    content = corpus.read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content[:5000]) + gzip.compress(content[5000:]))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(content[:70]) + zstandard.compress(content[70:]))
+    rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    plain = look.documents(make("plain"))
+    names = (str(corpus), str(tmp_path / "?.*"))
+    assert look.documents(make("all", inputs=names)) == plain * 4
+    assert look.documents(make("two", inputs=names, workers=2)) == plain * 4
+
+
+def test_filters_drop_whole_documents_and_are_counted(make, look, tokenizer):
+    encode = build_tokenizer(tokenizer).encode
+    prefix = make(min_tokens=5, max_tokens=100, min_chars=3)
+    kept = [text for text in look.texts if len(text) >= 3 and 5 <= len(encode(text)) <= 100]
+    assert look.documents(prefix) == [encode(text) for text in kept]
+    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
+    dropped = report["too_few_chars"] + report["too_few_tokens"] + report["too_many_tokens"]
+    assert (report["documents"], report["blank"]) == (len(kept), 1)
+    assert dropped + len(kept) == len(look.texts)
+
+
+def test_sample_is_a_share_in_the_order_of_the_input(make, look):
+    every, half = look.documents(make("every")), look.documents(make("half", sample=0.5))
+    assert 0.35 * len(every) < len(half) < 0.65 * len(every)
+    rest = iter(every)
+    assert all(document in rest for document in half)
+    assert look.files(make("again", sample=0.5, workers=2)) == look.files(make("half2", sample=0.5))
+    assert look.documents(make("other", sample=0.5, seed=5)) != half
+
+
+def test_complete_output_is_left_alone(make, look, corpus, tmp_path):
+    prefix = make()
+    before = Path(f"{prefix}_text_document.bin").stat().st_mtime_ns
+    make()
+    assert Path(f"{prefix}_text_document.bin").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="--overwrite"):
+        make(append_eod=True)
+    make(append_eod=True, overwrite=True)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(corpus.read_bytes())
+    with pytest.raises(DataError, match="--overwrite"):
+        make(append_eod=True, inputs=(str(other),))
+
+
+def test_unfinished_work_of_another_command_is_not_used(make, look):
+    with pytest.raises(KeyboardInterrupt):
+        make("x", Interrupt(4))
+    assert look.files(make("x", append_eod=True)) == look.files(make("y", append_eod=True))
+
+
+def test_one_run_at_a_time(make, tmp_path):
+    from megatron_lite.data.preprocess.work_folder import WorkFolder
+
+    folder = WorkFolder(str(tmp_path / "out"), "plan")
+    with pytest.raises(DataError, match="another run holds"):
+        make()
+    folder.release()
+    make()
+
+
+def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "=- " * 20000}) + "\n")
+    report = json.loads(Path(f"{make(inputs=(str(path),))}_text_document.manifest.json").read_text())["report"]
+    assert report["longest"][0].startswith(f"{path}:2 ")
+    assert report["repetitive"][0].startswith(f"{path}:2 ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"workers": 0},
+        {"sample": 0.0},
+        {"sample": 2.0},
+        {"min_tokens": -1},
+        {"max_tokens": 3, "min_tokens": 4},
+        {"json_keys": ()},
+        {"json_keys": ("a", "a")},
+        {"seed": -1},
+        {"min_chars": -1},
+    ],
+)
+def test_settings_that_make_no_sense(make, wrong):
+    with pytest.raises(ConfigError, match="--"):
+        make(**wrong)

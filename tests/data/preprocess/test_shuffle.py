@@ -1,0 +1,33 @@
+"""--shuffle: the same documents in a random order that depends on the seed and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_a_permutation_that_depends_on_the_seed_alone(make, look, monkeypatch):
+    plain = look.documents(make("plain"))
+    one = make("one", shuffle=True)
+    shuffled = look.documents(one)
+    assert shuffled != plain
+    assert sorted(shuffled) == sorted(plain)
+    assert look.files(make("two", shuffle=True, workers=2)) == look.files(one)
+    assert look.documents(make("seed", shuffle=True, seed=7)) != shuffled
+    # Buckets of any size give the same order.
+    monkeypatch.setattr("megatron_lite.data.preprocess.shuffle.BUCKET_BYTES", 1500)
+    monkeypatch.setattr("megatron_lite.data.preprocess.shuffle.CHUNK_TOKENS", 60)
+    assert look.documents(make("small", shuffle=True)) == shuffled
+
+
+def test_documents_are_far_from_where_they_were(make, look):
+    plain, shuffled = look.documents(make("plain")), look.documents(make("mixed", shuffle=True))
+    distance = [abs(i - shuffled.index(document)) for i, document in enumerate(plain)]
+    assert sum(distance) / len(distance) == pytest.approx(len(plain) / 3, rel=0.2)
+
+
+def test_empty_documents_and_several_keys(make, look):
+    prefix = make("out", shuffle=True, empty_documents="keep", json_keys=("text", "title"))
+    texts, titles = look.documents(prefix), look.documents(prefix, "_title_document")
+    plain = make("plain", empty_documents="keep", json_keys=("text", "title"))
+    pairs = list(zip(look.documents(plain), look.documents(plain, "_title_document"), strict=True))
+    assert sorted(zip(texts, titles, strict=True)) == sorted(pairs), "a document's keys stay together"
