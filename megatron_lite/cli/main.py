@@ -14,6 +14,7 @@ from megatron_lite.errors import MegatronLiteError
 COMMANDS = (
     "train",
     "explain",
+    "rehearse",
     "generate",
     "preprocess",
     "train-tokenizer",

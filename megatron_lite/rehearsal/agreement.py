@@ -1,0 +1,74 @@
+"""Whether played ranks would have waited for each other forever: what one calls, its partners must call too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from megatron_lite.backend.accounting import Transfer
+from megatron_lite.config.layout import AXES, partitions
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.rehearsal.play import Played, RankReport
+
+
+def disagreements(parallel: ParallelConfig, reports: Sequence[RankReport]) -> list[str]:
+    """In words, the first difference of every two ranks along each axis that they share.
+
+    Ranks whose playing ended in an error are left out.
+    """
+    whole = [report for report in reports if not report.error]
+    rows = {axis: {rank: row for row in partitions(axis, parallel) for rank in row} for axis in AXES}
+    found = []
+    for one, other in combinations(whole, 2):
+        for axis in AXES:
+            row = rows[axis][one.rank]
+            if other.rank not in row:
+                continue
+            places = row.index(one.rank), row.index(other.rank)
+            found += list(_first_difference(axis, places, one, other))
+    return found
+
+
+def _first_difference(axis: str, places: tuple[int, int], one: RankReport, other: RankReport) -> Iterator[str]:
+    for plan, mine, theirs in zip(one.plans, one.played, other.played, strict=True):
+        if mine is None or theirs is None:
+            continue
+        for what, ours, its in _to_compare(axis, places, mine, theirs):
+            differs = next((n for n, (a, b) in enumerate(zip(ours, its, strict=False)) if a != b), None)
+            if differs is None and len(ours) == len(its):
+                continue
+            number = min(len(ours), len(its)) if differs is None else differs
+            yield (
+                f"iteration {plan.iteration:,}: ranks {one.rank} and {other.rank} differ in {what} number {number + 1} "
+                f"along {axis}: {_at(ours, number)} against {_at(its, number)}"
+            )
+            return
+
+
+def _to_compare(
+    axis: str, places: tuple[int, int], mine: Played, theirs: Played
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    here, there = places
+    yield (
+        "collective",
+        [_say(t) for t in mine.transfers if t.axis == axis and t.peer is None],
+        [_say(t) for t in theirs.transfers if t.axis == axis and t.peer is None],
+    )
+    yield "message", _messages(mine, axis, "send", there), _messages(theirs, axis, "receive", here)
+    yield "message", _messages(mine, axis, "receive", there), _messages(theirs, axis, "send", here)
+
+
+def _messages(played: Played, axis: str, kind: str, peer: int) -> list[str]:
+    return [
+        f"{t.elements:,} x {t.dtype}" for t in played.transfers if t.axis == axis and t.kind == kind and t.peer == peer
+    ]
+
+
+def _say(transfer: Transfer) -> str:
+    # Objects differ in their pickled sizes, which the transport settles.
+    size = "" if transfer.kind == "object" else f" of {transfer.elements:,} x {transfer.dtype}"
+    return f"{transfer.kind}{size}"
+
+
+def _at(entries: list[str], number: int) -> str:
+    return entries[number] if number < len(entries) else "nothing"

@@ -1,0 +1,187 @@
+"""Plays one rank: builds its engine as a run would, and steps it through every stage of the batch's ramp-up."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from megatron_lite.backend.accounting import Transfer
+from megatron_lite.backend.fake import FakeBackend
+from megatron_lite.config.layout import Coordinates, coordinates
+from megatron_lite.config.partition import num_stages
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import MegatronLiteError
+from megatron_lite.model.batch import MicroBatch
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.planner.explain import BatchStage, batch_stages
+from megatron_lite.rehearsal.shapes import ShapesOnly, fused_attention
+from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
+from megatron_lite.schedules.length import tokens_at
+from megatron_lite.schedules.microbatches import microbatch_number
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.assemble import build_engine
+from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.engine import BatchReader
+from megatron_lite.train.native import NativeEngine
+
+
+@dataclass(frozen=True)
+class Played:
+    """One iteration of one rank.
+
+    Attributes:
+        transfers: what it sent and received, in order.
+        working_bytes: most bytes alive at once besides the buffers: activations, logits, gradients under way.
+    """
+
+    transfers: tuple[Transfer, ...]
+    working_bytes: int
+
+
+@dataclass
+class RankReport:
+    """What playing one rank showed.
+
+    Attributes:
+        rank: in the job.
+        at: its coordinates.
+        parameters: of its stages, without padding.
+        buffers: bytes that it holds throughout, by what they are for.
+        plans: its iteration in each stage of the ramp-up.
+        played: what happened in them; None: it was left out. Iterations alike in micro-batches and length are the same
+            program, played once.
+        seconds: that playing took.
+        error: what stopped it; empty: nothing did.
+    """
+
+    rank: int
+    at: Coordinates
+    parameters: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
+    plans: list[IterationPlan] = field(default_factory=list)
+    played: list[Played | None] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str = ""
+
+
+def play(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[RankReport]:
+    """Plays ranks of a job, one after the other.
+
+    Args:
+        config: the run, its vocabulary's size filled in. Its world is not started, its files are not read.
+        ranks: which ones, and whether they play every stage of the ramp-up. The others leave out stages in which the
+            pipeline repeats itself: those with more than two micro-batches for each of its stages, but for the last.
+    """
+    # Compilation would compile for this machine, not for the job's.
+    config = replace(config, runtime=replace(config.runtime, compile=False))
+    stages = batch_stages(config)
+    shapes = ShapesOnly()
+    with fused_attention(), shapes:
+        for rank, all_stages in ranks.items():
+            yield _play_rank(config, rank, stages, shapes, all_stages)
+            gc.collect()  # an engine is full of circles, and the next rank's memory is counted
+
+
+def _play_rank(
+    config: RunConfig, rank: int, stages: Sequence[BatchStage], shapes: ShapesOnly, all_stages: bool
+) -> RankReport:
+    report = RankReport(rank, coordinates(rank, config.parallel))
+    started = time.perf_counter()
+    with _explained(report, "start-up"):
+        backend = FakeBackend(rank, config.parallel.world_size)
+        check_capabilities(config, backend)
+        mesh = build_mesh(backend, config.parallel)
+        engine = build_engine(config, mesh)
+        report.parameters = sum(math.prod(p.local_shape) for p in engine.buffers.parameters)
+        report.buffers = buffer_bytes(engine)
+        plans = [plan_iteration(config, progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
+        report.plans = plans
+        enough = plans[-1].microbatches if all_stages else 2 * num_stages(config.model, config.parallel)
+        seen: dict[tuple[int, int], Played] = {}
+        for plan in plans:
+            key = plan.microbatches, plan.seq_length
+            if key not in seen and (plan.microbatches <= enough or plan is plans[-1]):
+                with _explained(report, f"iteration {plan.iteration:,}"):
+                    seen[key] = _play_iteration(config, engine, backend, plan, shapes)
+            if report.error:
+                break
+            report.played.append(seen.get(key))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _play_iteration(
+    config: RunConfig, engine: NativeEngine, backend: FakeBackend, plan: IterationPlan, shapes: ShapesOnly
+) -> Played:
+    backend.traffic.clear()
+    shapes.reset_peak()
+    before = shapes.live
+    engine.train_step(plan, _reader(config, plan))
+    return Played(tuple(backend.traffic.transfers), shapes.peak - before)
+
+
+def progress_before(config: RunConfig, stage: BatchStage) -> Progress:
+    """The progress with which a stage of the ramp-up begins, if no iteration was skipped."""
+    iteration = stage.first_iteration - 1
+    tokens = tokens_at(config, iteration)
+    return Progress(
+        iteration=iteration,
+        consumed_train_samples=stage.first_sample,
+        consumed_train_tokens=tokens,
+        applied_iterations=iteration,
+        applied_samples=stage.first_sample,
+        applied_tokens=tokens,
+    )
+
+
+def buffer_bytes(engine: NativeEngine) -> dict[str, int]:
+    """Bytes of an engine's buffers by what they are for, padding included."""
+    buffers = engine.buffers
+    names = {tensor.name.split(".")[1] for tensor in engine.state_tensors() if tensor.name.startswith("optimizer.")}
+    shard = sum(shard.values.numel() for shard in buffers.shards) * torch.float32.itemsize
+    return {
+        "parameters": sum(flat.values.nbytes for flat in buffers.buffers),
+        "gradients": sum(flat.gradients.nbytes for flat in buffers.buffers),
+        "main parameters": shard if "main_param" in names else 0,
+        "moments": shard * len(names - {"main_param"}),
+    }
+
+
+def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
+    data, shape = config.data, (config.batch.micro_batch_size, plan.seq_length)
+
+    def empty(dtype: torch.dtype, wanted: bool = True) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype, device="meta") if wanted else None
+
+    def read(index: int) -> MicroBatch:
+        tokens, labels = torch.empty((2, *shape), dtype=torch.int64, device="meta")
+        return MicroBatch(
+            tokens=tokens,
+            labels=labels,
+            loss_mask=empty(torch.float32, data.eod_mask_loss),
+            position_ids=empty(torch.int64, data.reset_position_ids),
+            document_ids=empty(torch.int64, data.reset_attention_mask),
+            number=microbatch_number(config.parallel.dp, plan.replica, index),
+        )
+
+    return read
+
+
+@contextmanager
+def _explained(report: RankReport, phase: str) -> Iterator[None]:
+    """Turns whatever goes wrong into the report's error: it is what this rank of the cluster would have died of."""
+    try:
+        yield
+    except MegatronLiteError as error:
+        report.error = f"{phase}: {type(error).__name__}: {error}"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        report.error = f"{phase}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

@@ -1,0 +1,164 @@
+"""Rehearsals: a 13B job of 512 ranks in seconds, small jobs in every detail, and wrong layouts refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from job_commands import BIG_RAMP, SMALL
+
+from megatron_lite.cli import rehearse
+from megatron_lite.cli.explain import fill_vocabulary
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.config.counts import parameter_count
+from megatron_lite.errors import ConfigError
+from megatron_lite.rehearsal.agreement import disagreements
+from megatron_lite.rehearsal.play import play
+from megatron_lite.rehearsal.ranks import telling_ranks
+
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-vocab-size-divisible-by", "8"]
+
+
+@pytest.fixture
+def big(tmp_path):
+    """The 13B job's words, with its DeepSpeed JSON in place."""
+    config = tmp_path / "ds_config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 1,
+                "train_batch_size": 1024,
+                "gradient_clipping": 1.0,
+                "zero_optimization": {"stage": 1},
+                "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 12},
+            }
+        )
+    )
+    return [str(config) if word == "./ds_config.json" else word for word in BIG_RAMP]
+
+
+def small(*words):
+    return fill_vocabulary(parse_run([*SMALL, *NULL, *words]).config)[0]
+
+
+def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
+    program = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, "rehearse", *big, "--world-size", "512", "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    # Its own time: what else this machine does is not the rehearsal's.
+    assert usage.ru_utime + usage.ru_stime < 60
+    assert usage.ru_maxrss * 1024 < 8e9
+    record = json.loads(output)
+    assert record["disagreements"] == []
+    ranks = {rank["rank"]: rank for rank in record["ranks"]}
+    assert list(ranks) == [0, 128, 256, 384, 511]
+    first, last = ranks[0]["ramp_stages"], ranks[511]["ramp_stages"]
+    assert [stage["global_batch"] for stage in first] == list(range(16, 1025, 16))
+    assert all(stage["played"] for stage in (*first, *last))
+    assert [stage["microbatches"] for stage in last[:5]] == [0, 0, 0, 1, 1], "stages smaller than the replicas"
+    for rank in ranks.values():
+        held = rank["buffer_bytes"]
+        padded = held["parameters"] // 2
+        assert rank["parameters"] <= padded < 1.01 * rank["parameters"]
+        assert held["gradients"] == 4 * padded
+        assert held["moments"] == 2 * held["main parameters"] == 2 * 4 * padded // 64
+        traffic = {(line["axis"], line["kind"]): line["sent"] for line in rank["ramp_stages"][-1]["traffic"]}
+        assert traffic["dp", "reduce_scatter"] == pytest.approx(4 * padded * 63 / 64, rel=1e-6)
+        assert traffic["dp", "all_gather"] == pytest.approx(2 * padded * 63 / 64, rel=1e-6)
+    # Forward, its recomputation and backward: 2 + 2 + 2 all-reduces a layer of s b h in fp16, which over two ranks
+    # send as much as they hold; a middle stage has nothing else on the axis.
+    layers = 10
+    tp = next(line for line in ranks[128]["ramp_stages"][-1]["traffic"] if line["axis"] == "tp")
+    assert (tp["calls"], tp["sent"]) == (16 * 6 * layers, 16 * 6 * layers * 2048 * 5120 * 2)
+
+
+def test_every_rank_of_a_small_job_agrees_with_every_other():
+    config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
+    reports = list(play(config, dict.fromkeys(range(8), True)))
+    assert [report.error for report in reports] == [""] * 8
+    assert disagreements(config.parallel, reports) == []
+    total = sum(report.parameters for report in reports if report.at.dp == 0)
+    # Over one replica: what tp ranks hold twice (norms, row-parallel biases, positions) and the tied head's copy.
+    assert total > parameter_count(config.model)
+    alone = next(play(small(), {0: True}))
+    assert alone.parameters == parameter_count(config.model)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--pipeline-model-parallel-size 4 --world-size 8 --num-layers 8",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --world-size 4",
+        "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --world-size 2",
+        "--pipeline-model-parallel-size 2 --pipeline-schedule zb-v --world-size 2",
+        "--tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer --world-size 8 --bf16",
+        "--recompute-granularity selective --untie-embeddings-and-output-weights --world-size 2 --eod-mask-loss",
+        "--rampup-batch-size 2 2 100 --world-size 4 --position-embedding-type rope --swiglu --group-query-attention "
+        "--num-query-groups 2",
+    ],
+)
+def test_every_kind_of_layout_can_be_played(words):
+    config = small(*words.split())
+    reports = list(play(config, telling_ranks(config)))
+    assert [report.error for report in reports] == [""] * len(reports)
+    assert all(report.played for report in reports)
+    assert disagreements(config.parallel, reports) == []
+
+
+def test_a_rank_that_calls_something_else_is_found():
+    config = small("--pipeline-model-parallel-size", "2", "--world-size", "4")
+    reports = list(play(config, telling_ranks(config)))
+    first = reports[0].played[0]
+    sends = [number for number, transfer in enumerate(first.transfers) if transfer.kind == "send"]
+    shorter = tuple(t for number, t in enumerate(first.transfers) if number != sends[-1])
+    reports[0].played[0] = replace(first, transfers=shorter)
+    assert any(
+        "ranks 0 and 2 differ in message number 2 along pp" in text for text in disagreements(config.parallel, reports)
+    )
+
+
+def test_what_a_rank_would_die_of_is_reported(capsys, monkeypatch):
+    import megatron_lite.rehearsal.play as playing
+
+    def broken(config, mesh):
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(playing, "build_engine", broken)
+    assert rehearse.run([*SMALL, *NULL, "--world-size", "2"]) == 1
+    assert "WOULD FAIL: rank 0: start-up: ValueError: no such layer (test_rehearse.py:" in capsys.readouterr().out
+
+
+def test_chosen_ranks_as_tables(capsys):
+    assert rehearse.run([*SMALL, *NULL, "--world-size", "4", "--rank", "1", "3", "--train-iters", "7"]) == 0
+    text = capsys.readouterr().out
+    assert "4 ranks = tensor 1 x pipeline 1 x data 4; vocabulary 128" in text
+    assert "Ramp-up: ranks 1 and 3" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ("--world-size 500", "Tensor x pipeline parallel size must divide the world size"),
+        ("--num-attention-heads 5 --kv-channels 160", "The tensor-parallel size must divide --num-attention-heads"),
+        ("--pad-vocab-size-to 50259", "The tensor-parallel size must divide --pad-vocab-size-to"),
+        ("--ffn-hidden-size 20481", "The tensor-parallel size must divide --ffn-hidden-size"),
+        ("--num-layers 3", "Every pipeline stage holds a layer"),
+        (
+            "--num-layers-per-virtual-pipeline-stage 3",
+            "Every rank holds equally many chunks of equally many layers",
+        ),
+        ("--micro-batch-size 3", "The micro-batch must divide"),
+        ("--seq-length 2047 --sequence-parallel", "must divide the sequence under --sequence-parallel"),
+        ("--rank 512", "Ranks to play are ranks of the job"),
+    ],
+)
+def test_wrong_layouts_of_the_13b_model_are_refused(big, words, rule):
+    big = big[: big.index("--deepspeed")]
+    with pytest.raises(ConfigError) as caught:
+        rehearse.run([*big, "--world-size", "512", *words.split()])
+    assert rule in str(caught.value)
