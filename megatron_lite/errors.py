@@ -18,7 +18,9 @@ class MegatronLiteError(Exception):
         self.rule = rule
         self.found = found
         self.fix = fix
-        super().__init__(f"{rule}: {found}. {fix}")
+        # What was found may be a list with lines of its own.
+        before, after = "" if found.startswith("\n") else " ", "" if found.endswith("\n") else ". "
+        super().__init__(f"{rule}:{before}{found}{after}{fix}")
 
 
 class ConfigError(MegatronLiteError):

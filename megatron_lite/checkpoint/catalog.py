@@ -134,15 +134,26 @@ def find_checkpoint(
         None if the folder is missing or holds nothing yet (the caller decides whether that is a fresh start).
 
     Raises:
-        CheckpointError: what was asked for by name, or announced, is missing or incomplete.
+        CheckpointError: what was asked for by name, or announced, is missing or incomplete; or it cannot be read.
     """
-    path = Path(load)
+    try:
+        return _find(Path(load), iteration, fallback, notify)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(
+            "--load must name a folder that can be read",
+            found=f"--load {load}: {error.strerror}{where}",
+            fix="Give the folder that was the --save of a run, or one of its iter_… folders",
+        ) from error
+
+
+def _find(path: Path, iteration: int, fallback: bool, notify: Callable[[str], None]) -> Path | None:
     named = iteration_of(path)
     if named is not None and path.is_dir():
         if iteration not in (0, named):
             raise CheckpointError(
                 "--load and --load-iteration must agree",
-                found=f"--load {load} --load-iteration {iteration}",
+                found=f"--load {path} --load-iteration {iteration}",
                 fix="Give the folder above it to --load, or leave --load-iteration out",
             )
         return _require_complete(path)

@@ -147,7 +147,8 @@ def resume_schedule(
         raise CheckpointError(
             "The learning-rate and weight-decay schedule must go on as it was saved",
             found="\n" + describe(differences) + "\n",
-            fix=f"Add {_OVERRIDE} to take the command line's, or {_USE} to take the checkpoint's",
+            fix=f"Add {_OVERRIDE} to take the command line's (a decay then stretches to the new length), or {_USE} to "
+            "take the checkpoint's (the run goes on at the rate where its decay ends)",
         )
     lr = replace(
         saved.lr,

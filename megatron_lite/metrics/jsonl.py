@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -96,8 +97,14 @@ def prepare(path: Path, resumed_iteration: int) -> Path | None:
 
     Returns:
         Where an old file was moved, if it was.
+
+    Raises:
+        DataError: what is there is no metrics file: it is left alone.
+        OSError: it is a folder, or cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not path.exists() or path.stat().st_size == 0:
         return None
     if resumed_iteration == 0 and _holds_another_run(path):
@@ -115,11 +122,8 @@ def prepare(path: Path, resumed_iteration: int) -> Path | None:
 
 
 def _holds_another_run(path: Path) -> bool:
-    """Whether anything was measured, or the file is not ours: starts that failed at once do not count."""
-    try:
-        return any(record["kind"] in ("iteration", "validation") for record in read_records(path))
-    except DataError:
-        return True
+    """Whether anything was measured: starts that failed at once do not count."""
+    return any(record["kind"] in ("iteration", "validation") for record in read_records(path))
 
 
 def _survives(record: Mapping[str, Any], resumed_iteration: int) -> bool:
@@ -201,7 +205,7 @@ class JsonlSink:
             raise TrainingError(
                 "The metrics file must be writable, with room on its disk",
                 found=f"{self._path}: {error.strerror}",
-                fix="Free some space or give another path with --metrics-file",
+                fix="Free some space, or give the path of another file with --metrics-file",
             ) from error
 
 

@@ -28,7 +28,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
     """A torch SummaryWriter for `folder`.
 
     Raises:
-        ConfigError: the `tensorboard` package is missing.
+        ConfigError: the `tensorboard` package is missing, or the folder cannot be written to.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +38,14 @@ def open_writer(folder: str, queue_size: int) -> Any:
             found=f"--tensorboard-dir {folder}, and importing it fails with: {error}",
             fix="Install the extra with pip install 'megatron-lite[tensorboard]', or leave --tensorboard-dir away",
         ) from error
-    return SummaryWriter(log_dir=folder, max_queue=queue_size)
+    try:
+        return SummaryWriter(log_dir=folder, max_queue=queue_size)
+    except OSError as error:
+        raise ConfigError(
+            "--tensorboard-dir must be a folder that can be written to",
+            found=f"--tensorboard-dir {folder}: {error.strerror}",
+            fix="Correct the path or its permissions",
+        ) from error
 
 
 class TensorboardSink:

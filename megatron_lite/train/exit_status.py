@@ -105,6 +105,9 @@ class ExitRecord:
         if self._folder is None or not self._folder.is_dir():
             return
         path = self._folder / EXIT_STATUS_NAME
+        before = read_exit_status(self._folder)
+        if self._iteration is None and before is not None and before.status == "completed":
+            return  # a start that was refused does not undo what was completed here
         message = str(error) or type(error).__name__
         data = self._encode("error", message, host=socket.gethostname(), rank=self._rank)
         if self._iteration is None:

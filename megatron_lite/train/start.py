@@ -172,9 +172,11 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     if start is not None and not config.checkpoint.finetune and not config.checkpoint.reset_progress:
         begins = iteration_of(start) or 0
     later = [path for path in list_checkpoints(root) if (iteration_of(path) or 0) > begins]
-    if later:
-        raise CheckpointError(
-            "A run does not write over checkpoints that it did not start from",
-            found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",
-            fix=f"Add --load {root} to go on from there, move those checkpoints away, or give another --save",
-        )
+    if not later:
+        return
+    go_on = "Leave --load-iteration out" if start is not None and start.parent == root else f"Add --load {root}"
+    raise CheckpointError(
+        "A run does not write over checkpoints that it did not start from",
+        found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",
+        fix=f"{go_on} to go on from there, move those checkpoints away, or give another --save",
+    )
