@@ -23,8 +23,16 @@ class CheckpointConfig:
     save_optimizer: bool = True
     save_rng: bool = True
     asynchronous: bool = False
+    save_on_exit: bool = True
+    """Save when a run stops early; the end of a run is always saved."""
+    weights_only_every: int = 0
+    """Save the weights alone every this many iterations, in the folder `weights` below --save; 0: never."""
     keep_last: int = 0
     """Checkpoints kept; 0: all."""
+    keep_every: int = 0
+    """Of older checkpoints, keep those of every this many iterations; 0: none."""
+    keep_phases: tuple[SavePhase, ...] = ()
+    """Of older checkpoints, keep those that this schedule would save."""
     load: str = ""
     load_iteration: int = 0
     """Iteration to load; 0: the one latest_checkpointed_iteration.txt names."""

@@ -22,6 +22,13 @@ class TrainingConfig:
     skip_iteration_ranges: tuple[tuple[int, int], ...] = ()
     """Inclusive ranges of iterations whose samples are consumed but not trained on."""
 
+    spike_factor: float = 0.0
+    """A loss of more than this many times the recent median is too high; 0: spikes are not looked for."""
+    spike_patience: int = 3
+    """Iterations in a row with too high a loss that make a spike."""
+    auto_rollback: int = 0
+    """How often a run may go back before a spike by itself, leaving out its samples; 0: never."""
+
     exit_interval: int = 0
     """Exit after an iteration that this divides (absolute, as Megatron means it); 0: never."""
     exit_after_iters: int = 0

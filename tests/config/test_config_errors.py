@@ -138,7 +138,12 @@ FROM_FLAGS = {
     "--tokenizer-type NullTokenizer": "A NullTokenizer needs its size",
     # checks/checkpoint.py
     "--save x": "A run that saves needs an interval",
-    "--save x --save-schedule 10:100 5:50": "The ranges of a save schedule have a positive interval",
+    "--save x --save-schedule 10:100 5:50": "The ranges of --save-schedule have a positive interval",
+    "--keep-last 2 --keep-phase 10:100 5:50": "The ranges of --keep-phase have a positive interval",
+    "--keep-every 10": "--keep-every and --keep-phase say which checkpoints --keep-last leaves",
+    "--weights-only-every 10": "Weights are saved below --save",
+    "--spike-factor 0.5": "A spike is a loss above the usual one",
+    "--auto-rollback 1": "--auto-rollback goes back to a checkpoint from before a spike",
     "--load x --override-lr-scheduler --use-checkpoint-lr-scheduler": "One learning-rate schedule wins",
     "--load-iteration 5": "--load-iteration needs a checkpoint",
     # DeepSpeed

@@ -98,6 +98,24 @@ TRAINING = (
     ),
 )
 
+SPIKES = (
+    Flag(
+        "--spike-factor",
+        "training.spike_factor",
+        "A loss of more than X times the median of recent losses is too high (0: spikes are not looked for).",
+    ),
+    Flag(
+        "--spike-patience",
+        "training.spike_patience",
+        "Iterations in a row with too high a loss that make a spike, whose checkpoints are kept.",
+    ),
+    Flag(
+        "--auto-rollback",
+        "training.auto_rollback",
+        "How often the run may go back before a spike by itself, leaving out its samples (0: never).",
+    ),
+)
+
 STOPPING = (
     Flag(
         "--exit-interval",

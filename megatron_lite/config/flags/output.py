@@ -36,7 +36,34 @@ CHECKPOINT = (
     Flag("--no-save-optim", "checkpoint.save_optimizer", "Save no optimizer state.", sets=False),
     Flag("--no-save-rng", "checkpoint.save_rng", "Save no random state.", sets=False),
     Flag("--async-save", "checkpoint.asynchronous", "Write checkpoints while training goes on.", sets=True),
+    Flag("--save-on-exit", "checkpoint.save_on_exit", "Save before every early stop.", sets=True),
+    Flag(
+        "--no-save-on-exit",
+        "checkpoint.save_on_exit",
+        "Stop early without saving; the end of a run is saved all the same.",
+        sets=False,
+    ),
+    Flag(
+        "--weights-only-every",
+        "checkpoint.weights_only_every",
+        "Iterations between saves of the weights alone, kept in the folder weights below --save (0: none).",
+    ),
     Flag("--keep-last", "checkpoint.keep_last", "Checkpoints kept (0: all)."),
+    Flag(
+        "--keep-every",
+        "checkpoint.keep_every",
+        "Besides the last, keep the checkpoints of every N iterations (0: none).",
+    ),
+    Flag(
+        "--keep-phase",
+        "checkpoint.keep_phases",
+        'Besides the last, keep by range: "10:100 90:1000 1500" is every 10 to iteration 100, every 90 to 1000, then '
+        "every 1500.",
+        words="some",
+        read=lambda words: read_save_schedule(" ".join(words)),
+        write=write_save_schedule,
+        metavar="INTERVAL:LAST …",
+    ),
     Flag("--load", "checkpoint.load", "Folder of checkpoints to resume from.", metavar="FOLDER"),
     Flag(
         "--load-iteration",

@@ -14,6 +14,7 @@ SUPPORTED: dict[str, tuple[Flag, ...]] = {
     "Vocabulary": model.VOCABULARY,
     "Batch": batch.BATCH,
     "Length and evaluation": batch.TRAINING,
+    "Loss spikes": batch.SPIKES,
     "Stopping": batch.STOPPING,
     "Learning rate": optimizer.LEARNING_RATE,
     "Optimizer": optimizer.OPTIMIZER,
