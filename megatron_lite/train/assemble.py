@@ -76,7 +76,7 @@ def assembled(config: RunConfig) -> Iterator[Run]:
         stack.callback(data.close)
         engine = build_engine(config, mesh, num_sources=len(data.train.names) if data.train is not None else 0)
         provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint()})
-        progress = load_start(start, engine, config, provenance, reporter.message)
+        start, progress = load_start(start, engine, config, provenance, reporter.message)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -71,7 +71,11 @@ def find_start(config: RunConfig, notify: Notify) -> Start:
 
 
 def already_complete(config: RunConfig) -> str | None:
-    """What to tell the user if a run was completed before, its last evaluations included; None: there is work left."""
+    """What to tell the user if a run was completed before, its last evaluations included; None: there is work left.
+
+    Raises:
+        CheckpointError: --load is damaged, or holds another model.
+    """
     options = config.checkpoint
     if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
         return None
@@ -81,9 +85,14 @@ def already_complete(config: RunConfig) -> str | None:
     ended = read_exit_status(path.parent) if path is not None else None
     if path is None or ended is None or ended.status != "completed":
         return None
-    progress = Progress.from_dict(read_manifest(path).scalars["progress"])
+    manifest = read_manifest(path)
+    progress = Progress.from_dict(manifest.scalars["progress"])
     if ended.iteration != progress.iteration or not is_finished(config, progress):
         return None
+    saved = manifest.provenance.config
+    if not config.model.vocab_size:  # the tokenizer has not been asked yet
+        config = replace(config, model=replace(config.model, vocab_size=saved["model"]["vocab_size"]))
+    check_model(saved, config_as_json(config))
     length = "--train-iters" if config.training.train_iters else "--train-samples"
     return (
         f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command asks for "
@@ -117,14 +126,20 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     return settled
 
 
-def load_start(start: Start, engine: Engine, config: RunConfig, provenance: Provenance, notify: Notify) -> Progress:
-    """Fills the engine's tensors from the checkpoint and returns the progress to go on from; a collective call.
+def load_start(
+    start: Start, engine: Engine, config: RunConfig, provenance: Provenance, notify: Notify
+) -> tuple[Start, Progress]:
+    """Fills the engine's tensors from the checkpoint; a collective call.
+
+    Returns:
+        What was loaded (an earlier checkpoint, if this one is damaged and may be passed over), and the progress to go
+        on from.
 
     Raises:
         CheckpointError: as load_checkpoint; or tokenizer, data or code are not those that the run began with.
     """
     if start.path is None or start.manifest is None:
-        return Progress()
+        return start, Progress()
     options = config.checkpoint
     if not options.finetune:
         check_fingerprints(
@@ -145,7 +160,7 @@ def load_start(start: Start, engine: Engine, config: RunConfig, provenance: Prov
     if options.reset_progress:
         progress = Progress()
     notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
-    return progress
+    return replace(start, path=path), progress
 
 
 def _require_writable(save: str) -> None:
