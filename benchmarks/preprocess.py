@@ -1,0 +1,194 @@
+"""Preprocessing against the tokenizer library alone, against the original tools' design, and against itself.
+
+    python benchmarks/preprocess.py                 rates and ratios, about a minute
+    python benchmarks/preprocess.py --memory        peak memory at 200 MB and 2 GB of input
+
+The text is this Python's standard library. Rates are of text (UTF-8), best of `--repeats`; every pair that is compared
+runs in turns in this one process, so a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.preprocess.options import PreprocessOptions
+from megatron_lite.data.preprocess.progress import SilentProgress
+from megatron_lite.data.preprocess.run import preprocess
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
+from megatron_lite.tokenizer.huggingface import read_gpt2
+from megatron_lite.tokenizer.training import train_byte_level_bpe
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=float, default=40, help="text to read (40)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocab-file", default="", help="vocab.json; without it a BPE of 8192 is trained")
+    parser.add_argument("--merge-file", default="")
+    parser.add_argument("--memory", action="store_true", help="only measure peak memory")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        texts = standard_library(args.mb * 1e6)
+        config = tokenizer_config(args.vocab_file, args.merge_file, texts, Path(folder))
+        if args.memory:
+            compare_memory(texts, config, Path(folder))
+        else:
+            compare_rates(texts, config, Path(folder), args.repeats)
+
+
+def standard_library(num_bytes: float) -> list[str]:
+    """Python sources, again and again until there are so many bytes."""
+    found = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in found if "site-packages" not in path.parts]
+    texts = [text for text in texts if text]
+    out: list[str] = []
+    total = 0.0
+    while total < num_bytes:
+        text = texts[len(out) % len(texts)]
+        out.append(text)
+        total += len(text.encode())
+    return out
+
+
+def tokenizer_config(vocab_file: str, merge_file: str, texts: Sequence[str], folder: Path) -> TokenizerConfig:
+    """The given vocabulary, or one learnt from the first 5 MB."""
+    if not vocab_file:
+        train_byte_level_bpe(texts[:300], folder, vocab_size=8192)
+        vocab_file, merge_file = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return TokenizerConfig(vocab_file=vocab_file, merge_file=merge_file)
+
+
+def compare_rates(texts: Sequence[str], config: TokenizerConfig, folder: Path, repeats: int) -> None:
+    """Measure everything in turns and print rates and ratios."""
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer, plain = (
+        read_gpt2(config.vocab_file, config.merge_file, use_fast=use_fast) for use_fast in (True, False)
+    )
+    fast = tokenizer._fast
+    if fast is None:
+        raise SystemExit("tiktoken is not installed, or this vocabulary is not for it")
+    slow = TokenizerConfig(vocab_file=config.vocab_file, merge_file=config.merge_file, fast=False)
+    runs: dict[str, Callable[[], object]] = {
+        "tiktoken, batch, 1 thread": lambda: fast._library.encode_ordinary_batch(texts, num_threads=1),
+        "tokenizers, batch, 1 thread": lambda: plain._library.encode_batch_fast(texts),
+        "preprocess, 1 worker": lambda: ours(corpus, config, folder, 1),
+        "preprocess, 2 workers": lambda: ours(corpus, config, folder, 2),
+        "preprocess, 1 worker, tokenizers": lambda: ours(corpus, slow, folder, 1),
+        "originals' design, 1 worker": lambda: original(corpus, slow, folder),
+    }
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - began)
+    rate = {name: megabytes / seconds for name, seconds in best.items()}
+    print(f"{megabytes:.0f} MB of text, {len(texts)} documents, vocabulary {tokenizer.vocab_size}")
+    for name, value in rate.items():
+        print(f"  {name:34s} {value:7.2f} MB/s")
+    for title, above, below, goal in (
+        ("1 worker / tiktoken alone", "preprocess, 1 worker", "tiktoken, batch, 1 thread", 0.9),
+        ("the same with tokenizers", "preprocess, 1 worker, tokenizers", "tokenizers, batch, 1 thread", 0.9),
+        ("1 worker / originals' design", "preprocess, 1 worker", "originals' design, 1 worker", 3.0),
+        ("2 workers / 1 worker", "preprocess, 2 workers", "preprocess, 1 worker", 1.9),
+    ):
+        ratio = rate[above] / rate[below]
+        print(f"  {title:34s} {ratio:7.2f}  (at least {goal}: {'yes' if ratio >= goal else 'NO'})")
+
+
+def ours(corpus: Path, config: TokenizerConfig, folder: Path, workers: int) -> None:
+    """Preprocess once."""
+    preprocess(
+        PreprocessOptions(
+            inputs=(str(corpus),),
+            output_prefix=str(folder / f"out-{time.monotonic_ns()}"),
+            tokenizer=config,
+            append_eod=True,
+            workers=workers,
+        ),
+        SilentProgress(),
+    )
+
+
+class Encoder:
+    """The originals' worker: a tokenizer per process, a document per call."""
+
+    tokenizer: Tokenizer
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        self.config = config
+
+    def initializer(self) -> None:
+        """Build the tokenizer in the process."""
+        Encoder.tokenizer = build_tokenizer(self.config)
+
+    def encode(self, line: str) -> tuple[list[int], int]:
+        """One document's ids and bytes."""
+        ids = Encoder.tokenizer.encode(json.loads(line)["text"])
+        if ids:
+            ids.append(Encoder.tokenizer.eod)
+        return ids, len(line)
+
+
+def original(corpus: Path, config: TokenizerConfig, folder: Path) -> None:
+    """One document at a time through a pool of one worker, the parent writing each: the originals' design."""
+    encoder = Encoder(config)
+    with (
+        corpus.open(encoding="utf-8") as lines,
+        multiprocessing.get_context("fork").Pool(1, initializer=encoder.initializer) as pool,
+        IndexedDatasetWriter(folder / f"original-{time.monotonic_ns()}", np.uint16) as writer,
+    ):
+        for ids, _ in pool.imap(encoder.encode, lines, 25):
+            if ids:
+                writer.add_sequence(np.array(ids, np.uint16))
+                writer.end_document()
+
+
+MEASURE = """
+import resource, sys
+from megatron_lite.cli.main import main
+main(sys.argv[1:])
+mb = lambda who: resource.getrusage(who).ru_maxrss / 1024
+print("peak", mb(resource.RUSAGE_SELF), mb(resource.RUSAGE_CHILDREN))
+"""
+
+
+def compare_memory(texts: Sequence[str], config: TokenizerConfig, folder: Path) -> None:
+    """Peak memory of the parent and of the largest worker at 200 MB and at 2 GB."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    peaks = []
+    for size in (200e6, 2e9):
+        corpus = folder / "memory.jsonl"
+        with corpus.open("wb") as file:
+            while file.tell() < size:
+                file.write(lines)
+        words = ["preprocess", "--input", str(corpus), "--output-prefix", str(folder / "memory"), "--overwrite"]
+        words += ["--vocab-file", config.vocab_file, "--merge-file", config.merge_file, "--workers", "2"]
+        done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True)
+        parent, worker = (float(word) for word in done.stdout.split()[-2:])
+        peaks.append(parent + worker)
+        print(f"  {size / 1e6:5.0f} MB of input: parent {parent:.0f} MB, largest worker {worker:.0f} MB", flush=True)
+    print(f"  ratio {peaks[1] / peaks[0]:.3f}  (at most 1.1: {'yes' if peaks[1] <= 1.1 * peaks[0] else 'NO'})")
+
+
+if __name__ == "__main__":
+    main()
