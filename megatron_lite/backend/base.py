@@ -6,6 +6,7 @@ import datetime
 import socket
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class Backend(ABC):
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
+        self._store: Any = None
 
     @abstractmethod
     def seed(self, value: int) -> None:
@@ -80,6 +82,17 @@ class Backend(ABC):
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def watch_store(self) -> Any:
+        """A connection of its own to the store that the ranks met in, for a watchdog; None where there is one rank.
+
+        Of its own: a store serves one caller at a time, and the main thread may wait in it.
+        """
+        if self._store is None:
+            return None
+        store = self._store.clone()
+        store.set_timeout(datetime.timedelta(seconds=10))
+        return dist.PrefixStore("watch", store)  # type: ignore[attr-defined]
+
     def _group_backend(self) -> str | None:
         return None
 
@@ -98,6 +111,7 @@ class Backend(ABC):
             )
             timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
             store.set_timeout(timeout)
+            self._store = store
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("world", store),  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 from megatron_lite import __version__
+from megatron_lite.backend.environment import read_launch
 from megatron_lite.errors import MegatronLiteError
 
 COMMANDS = (
@@ -77,8 +78,11 @@ def _load(name: str) -> ModuleType:
 
 def _origin() -> str:
     """Host and rank, in a job of several ranks: among 256 interleaved outputs they are what one looks for."""
-    rank = os.environ.get("RANK")
-    return f"[{os.uname().nodename} rank {rank}] " if rank is not None else ""
+    try:
+        launch = read_launch()
+    except MegatronLiteError:
+        return f"[{os.uname().nodename}] "
+    return f"[{launch.host} rank {launch.rank}] " if launch.world_size > 1 else ""
 
 
 def _overview() -> str:

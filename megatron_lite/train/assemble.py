@@ -39,6 +39,7 @@ from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.failure import watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
@@ -61,6 +62,7 @@ def assembled(config: RunConfig) -> Iterator[Run]:
     with ExitStack() as stack:
         backend = select_backend(config.runtime, config.parallel)
         stack.callback(backend.shutdown)
+        stack.enter_context(watched(backend, config.parallel))
         check_capabilities(config, backend)
         mesh = build_mesh(backend, config.parallel)
         # The last rank has the loss, so it reports, as in Megatron.

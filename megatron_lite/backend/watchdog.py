@@ -1,0 +1,236 @@
+"""A thread on every rank that tells the others how this one is, so that no rank waits for one that will not come.
+
+The ranks meet in the store through which the job came together, and in no collective, since a failed rank joins none.
+Every rank leaves a sign of life there; rank 0 reads them all, and rank 1 reads rank 0's. The first failure is written
+there for all to read, and ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_SILENCE = 40.0
+"""Seconds after which a rank without a sign of life counts as dead. Python code that never lets another thread run can
+be silent too, but hardly as long."""
+GRACE = 5.0
+"""Seconds that a rank has to end by itself once another failed."""
+UNREACHABLE = 3
+"""Times in a row that the store may not answer."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure that ended the job: which rank was first, and what happened there."""
+
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a watchdog waits, in seconds.
+
+    Attributes:
+        silence: for a sign of life.
+        stall: for the main thread to get on, before all ranks show their stacks.
+        interval: between two looks.
+        grace: for a rank to end by itself.
+    """
+
+    silence: float
+    stall: float
+    interval: float
+    grace: float
+
+    @classmethod
+    def of(cls, timeout: float) -> Patience:
+        """In proportion to the time-out of collectives: stacks are shown at half of it."""
+        silence = min(LONGEST_SILENCE, timeout / 4)
+        return cls(
+            silence=silence, stall=timeout / 2, interval=min(2.0, silence / 8), grace=min(GRACE, max(1.0, timeout / 4))
+        )
+
+
+class Watchdog:
+    """Watches this rank's main thread, and through the store the others.
+
+    Args:
+        store: a connection of its own to the job's store (torch.distributed.Store).
+        rank: this rank.
+        world_size: ranks of the job.
+        name: this rank in words: host, rank, coordinates.
+        where: says in words what the main thread is doing, and gives a value that changes when it gets on.
+        patience: how long to wait for what.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        rank: int,
+        world_size: int,
+        name: str,
+        where: Callable[[], tuple[str, Hashable]],
+        patience: Patience,
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._name = name
+        self._where = where
+        self._patience = patience
+        self._over = threading.Event()
+        self._told = threading.Event()
+        self._ending = False
+        self._failure: Failure | None = None
+        self._beats = 0
+        self._stalls_seen = 0
+        self._last_place: Hashable = None
+        self._last_progress = time.monotonic()
+        self._stall_told = False
+        # Whom this rank listens for, and when it last heard what.
+        self._watched = list(range(1, world_size)) if rank == 0 else [0] if rank == 1 else []
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def fail(self, text: str) -> None:
+        """Tells all ranks that this one has failed, unless one did before. It may then end as it likes, but soon."""
+        self._ending = True
+        self._post(Failure(self._rank, text))
+        self._linger()
+
+    def first_failure(self) -> Failure | None:
+        """The failure that was first, which the caller will say and end by; None: none was told in good time."""
+        # A rank that was killed says nothing: it is missed only after a while.
+        self._told.wait(self._patience.silence + 4 * self._patience.interval)
+        if self._failure is not None:
+            self._ending = True
+            self._linger()
+        return self._failure
+
+    def leave(self) -> None:
+        """Ends watching: this rank is done and well."""
+        self._over.set()
+        self._thread.join(self._patience.grace)
+        with contextlib.suppress(Exception):
+            self._store.set(f"beat/{self._rank}", "left")
+            self._store.add("left", 1)
+            # Its process may hold the store: it stays until the others need it no more.
+            deadline = time.monotonic() + self._patience.silence
+            while self._rank == 0 and time.monotonic() < deadline and not self._store.check(["failed"]):
+                if self._store.add("left", 0) == self._world_size:
+                    break
+                time.sleep(0.02)
+
+    def _run(self) -> None:
+        errors, before = 0, time.monotonic()
+        while not self._over.wait(self._patience.interval):
+            now = time.monotonic()
+            if now - before > self._patience.silence / 2:
+                self._heard.clear()  # this process was held itself, and heard nobody for that
+            before = now
+            try:
+                self._beat()
+                self._show_stacks_if_asked()
+                self._look_for_stall()
+                self._look_for_silence()
+                self._look_for_failure()
+                errors = 0
+            except Exception as error:
+                errors += 1
+                if errors == UNREACHABLE:
+                    gone = "rank 0, where the ranks meet, cannot be reached: it was killed or cut off"
+                    self._failure = Failure(0, f"{gone} ({error})")
+            if self._failure is not None:
+                self._end(self._failure)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        # Where it is, is what is left of a rank that was killed.
+        beat = {"beat": self._beats, "name": self._name, "where": self._where()[0]}
+        self._store.set(f"beat/{self._rank}", json.dumps(beat))
+
+    def _post(self, failure: Failure) -> None:
+        with contextlib.suppress(Exception):
+            if self._store.add("failures", 1) == 1:
+                self._store.set("failed", json.dumps([failure.rank, failure.text]))
+
+    def _look_for_failure(self) -> None:
+        if self._store.check(["failed"]):
+            rank, text = json.loads(self._store.get("failed"))
+            self._failure = Failure(rank, text)
+            self._store.add("heard", 1)
+
+    def _end(self, failure: Failure) -> None:
+        """Gives the main thread, which may hang in a collective, a moment to end by itself, then ends the process."""
+        self._told.set()
+        if self._over.wait(self._patience.grace):
+            return
+        if not self._ending:
+            self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        self._linger()
+        os._exit(1)
+
+    def _linger(self) -> None:
+        """Keeps the store, which rank 0's process may hold, until every rank has read why the job ends."""
+        deadline = time.monotonic() + self._patience.grace
+        with contextlib.suppress(Exception):
+            while self._rank == 0 and time.monotonic() < deadline and self._store.add("heard", 0) < self._world_size:
+                time.sleep(0.02)
+
+    def _look_for_silence(self) -> None:
+        keys = [f"beat/{rank}" for rank in self._watched]
+        if not keys or not self._store.check(keys):
+            return
+        now = time.monotonic()
+        for rank, beat in zip(self._watched, self._store.multi_get(keys), strict=True):
+            if rank not in self._heard or self._heard[rank][0] != beat:
+                self._heard[rank] = beat, now
+            elif beat != b"left" and now - self._heard[rank][1] > self._patience.silence:
+                last = json.loads(beat)
+                self._post(
+                    Failure(
+                        rank,
+                        f"{last['name']} gave no sign of life for {now - self._heard[rank][1]:.0f} s, killed or cut "
+                        f"off in {last['where']}",
+                    )
+                )
+
+    def _look_for_stall(self) -> None:
+        words, place = self._where()
+        now = time.monotonic()
+        if place != self._last_place:
+            self._last_place, self._last_progress, self._stall_told = place, now, False
+        elif not self._stall_told and now - self._last_progress > self._patience.stall:
+            self._stall_told = True
+            text = f"{self._name} has been at the same place for {now - self._last_progress:.0f} s, in {words}"
+            self._store.set(f"stall/{self._store.add('stalls', 1)}", text)
+
+    def _show_stacks_if_asked(self) -> None:
+        count = self._store.add("stalls", 0)
+        if count == self._stalls_seen or not self._store.check([f"stall/{count}"]):
+            return
+        # Several ranks notice at about the same time: one picture does.
+        self._stalls_seen = count
+        self._stall_told = True
+        text = self._store.get(f"stall/{count}").decode()
+        self._say(f"{text}. Python stacks of this rank, in {self._where()[0]}:")
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+
+    def _say(self, text: str) -> None:
+        # Not print: the main thread may hold its lock.
+        os.write(2, f"[{self._name}] {text}\n".encode())

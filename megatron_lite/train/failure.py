@@ -1,0 +1,148 @@
+"""What is said and done when a rank fails: where it was, and that the others end too.
+
+Where a rank is, is read from the stack of its main thread, so nothing on the way of a training step keeps note of it.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_lite.backend.base import Backend
+from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
+from megatron_lite.config.layout import coordinates
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.errors import MegatronLiteError, TrainingError
+
+START_UP = "start-up"
+
+_Locals = Mapping[str, Any]
+
+PHASES: dict[tuple[str, str], Callable[[_Locals], str]] = {
+    ("train.assemble", "_open_data"): lambda its: "opening the data",
+    ("train.assemble", "build_engine"): lambda its: "building the model",
+    ("train.start", "load_start"): lambda its: "loading",
+    ("train.loop", "_iterate"): lambda its: f"iteration {its['plan'].iteration}" if "plan" in its else "an iteration",
+    ("train.loop", "evaluate"): lambda its: f"evaluation ({its.get('split', '')})",
+    ("train.state", "save"): lambda its: f"saving iteration {its['progress'].iteration}",
+    ("train.stopping", "agree"): lambda its: "agreeing whether to stop",
+    ("data.loader", "microbatch"): lambda its: "reading data",
+    ("pipeline.executor", "_forward"): lambda its: f"forward of {_action(its)}",
+    ("pipeline.executor", "_backward"): lambda its: f"backward of {_action(its)}",
+    ("pipeline.executor", "_message"): lambda its: f"message of {_action(its)}",
+    ("parallel.buffers", "reduce"): lambda its: "gradient reduction",
+    ("optim.optimizer", "step"): lambda its: "optimizer",
+    ("backend.group", "all_reduce_"): lambda its: f"all-reduce along {its['self'].axis}",
+    ("backend.group", "all_gather_"): lambda its: f"all-gather along {its['self'].axis}",
+    ("backend.group", "reduce_scatter_"): lambda its: f"reduce-scatter along {its['self'].axis}",
+    ("backend.group", "broadcast_"): lambda its: f"broadcast along {its['self'].axis}",
+    ("backend.group", "barrier"): lambda its: f"barrier along {its['self'].axis}",
+    ("backend.group", "all_gather_object"): lambda its: f"exchange of objects along {its['self'].axis}",
+}
+"""What a function on the stack means, by its module (within megatron_lite) and name; from its local variables."""
+
+_TRANSPORT = ("gloo", "nccl", "connection", "socket", "process group", "timed out", "tcpstore", "watchdog")
+"""Words in the errors with which a transport says that another rank is gone."""
+
+
+def rank_name(backend: Backend, parallel: ParallelConfig) -> str:
+    """This rank in words: host, rank and coordinates."""
+    at = coordinates(backend.rank, parallel)
+    host = backend.launch.host or socket.gethostname()
+    return f"{host} rank {backend.rank} (dp {at.dp}, pp {at.pp}, tp {at.tp})"
+
+
+def phase_of(frames: Iterable[FrameType]) -> str:
+    """What a stack is doing, from its outermost frame in: `iteration 7, backward of micro-batch 2, …`."""
+    words = []
+    for frame in frames:
+        module = frame.f_globals.get("__name__", "").removeprefix("megatron_lite.")
+        say = PHASES.get((module, frame.f_code.co_name))
+        # A running frame may have left its variables already.
+        with suppress(KeyError, AttributeError):
+            if say is not None:
+                words.append(say(frame.f_locals))
+    return ", ".join(words) or START_UP
+
+
+@contextmanager
+def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
+    """Whatever fails inside is said with host, rank, coordinates and phase, and ends the other ranks too.
+
+    Raises:
+        TrainingError: instead of what the transport says when another rank has failed: that rank's own words.
+    """
+    name = rank_name(backend, parallel)
+    store = backend.watch_store()
+    watchdog = None
+    if store is not None:
+        watchdog = Watchdog(
+            store,
+            rank=backend.rank,
+            world_size=backend.world_size,
+            name=name,
+            where=_main_thread,
+            patience=Patience.of(60 * parallel.distributed_timeout_minutes),
+        )
+    try:
+        yield
+    except BaseException as error:
+        phase = phase_of(_frames(error.__traceback__))
+        first = _told_by_another(watchdog, error)
+        if first is not None:
+            raise _ended_by(first, name, phase) from error
+        if watchdog is not None or not isinstance(error, (MegatronLiteError, KeyboardInterrupt)):
+            print(f"[{name}] failed in {phase}: {_words(error)}", file=sys.stderr, flush=True)
+        if watchdog is not None:
+            watchdog.fail(f"{name} failed in {phase}: {_words(error)}")
+        raise
+    if watchdog is not None:
+        watchdog.leave()
+
+
+def _told_by_another(watchdog: Watchdog | None, error: BaseException) -> Failure | None:
+    """The failure of another rank that this error follows from; None: it is this rank's own."""
+    if watchdog is None or not isinstance(error, (RuntimeError, OSError)):
+        return None
+    text = f"{type(error).__name__} {error}".lower()
+    return watchdog.first_failure() if any(word in text for word in _TRANSPORT) else None
+
+
+def _ended_by(first: Failure, name: str, phase: str) -> TrainingError:
+    return TrainingError(
+        "A job goes on with all its ranks or ends with the first that fails",
+        found=f"{first.text}; {name} was in {phase}",
+        fix="See that rank's output. With --save and --load, the same command goes on from the last checkpoint",
+    )
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _action(its: _Locals) -> str:
+    action = its["action"]
+    return f"micro-batch {action.microbatch} on stage {action.stage}"
+
+
+def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
+    while trace is not None:
+        yield trace.tb_frame
+        trace = trace.tb_next
+
+
+def _main_thread() -> tuple[str, Hashable]:
+    """What the main thread is doing, and a value that changes when it gets on."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack: list[FrameType] = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    stack.reverse()
+    phase = phase_of(stack)
+    return phase, (phase, *((id(entry), entry.f_lasti) for entry in stack))
