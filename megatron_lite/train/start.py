@@ -111,7 +111,7 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
         return config
     saved = start.manifest.provenance.config
     check_model(saved, config_as_json(config))
-    if config.checkpoint.finetune or "lr" not in saved:
+    if config.checkpoint.finetune or config.training.skip_train or "lr" not in saved:
         return config
     options = config.checkpoint
     settled, differences = resume_schedule(
@@ -145,7 +145,7 @@ def load_start(
         check_fingerprints(
             start.manifest.provenance.fingerprints, provenance.fingerprints, accepted=options.accept_changed
         )
-    weights_only = options.finetune or not options.load_optimizer
+    weights_only = options.finetune or not options.load_optimizer or config.training.skip_train
     path, scalars = load_latest(
         start.path,
         engine.state_tensors(),

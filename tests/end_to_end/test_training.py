@@ -1,0 +1,250 @@
+"""What a training command can be told, through the command line: models, schedules, evaluation, what is measured."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from trainer import assert_same_run, checkpoints, command, iterations, measured, records
+
+from megatron_lite.metrics.curve import read_curve
+
+RESUMED = ("--train-iters", 4, "--save-interval", 2)
+MODELS = {
+    "gpt-2": (),
+    "rotary": ("--position-embedding-type", "rope"),
+    "alibi": ("--position-embedding-type", "alibi"),
+    "rmsnorm": ("--normalization", "RMSNorm"),
+    "swiglu": ("--swiglu", "--ffn-hidden-size", 32),
+    "grouped queries": ("--num-attention-heads", 4, "--group-query-attention", "--num-query-groups", 2),
+    "untied": ("--untie-embeddings-and-output-weights",),
+    "no bias": ("--disable-bias-linear",),
+    "embedding norm": ("--embed-layernorm",),
+    "query and key norm": ("--qk-layernorm",),
+    "post-norm": ("--apply-residual-connection-post-layernorm",),
+    "llama": ("--use-rotary-position-embeddings", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
+              "--untie-embeddings-and-output-weights", "--num-attention-heads", 4, "--num-query-groups", 2,
+              "--group-query-attention", "--ffn-hidden-size", 32, "--bf16", "--recompute-granularity", "full"),
+    "bloom": ("--position-embedding-type", "alibi", "--embed-layernorm", "--bf16", "--hidden-dropout", 0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_trains_and_resumes(model, corpus, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = corpus.job(*RESUMED, *MODELS[model])
+    assert command(*words, "--save", whole).code == 0
+    losses = [record["losses"]["lm loss"] for record in measured(whole) if record["kind"] == "iteration"]
+    assert len(losses) == 4
+    assert losses[0] == pytest.approx(math.log(300), rel=0.05)
+    assert losses[-1] < losses[0]
+    resumed = (*words, "--save", broken, "--load", broken)
+    assert command(*resumed, "--exit-after-iters", 2).code == 0
+    assert command(*resumed).code == 0
+    assert_same_run(whole, broken)
+
+
+SCHEDULES = {
+    "constant": [1.0] * 6,
+    "linear": [1.0, 0.8, 0.6, 0.4, 0.2, 0.0],
+    "cosine": [1.0, 0.905, 0.655, 0.345, 0.095, 0.0],
+    "inverse-square-root": [1.0, 0.816, 0.707, 0.632, 0.577, 0.535],
+    "WSD": [1.0, 1.0, 1.0, 1.0, 0.5, 0.0],
+}
+
+
+@pytest.mark.parametrize("style", SCHEDULES)
+@pytest.mark.parametrize("length", ["iters", "samples"])
+def test_learning_rates(style, length, corpus, tmp_path):
+    unit = 1 if length == "iters" else 4
+    words = (f"--train-{length}", 7 * unit, f"--lr-warmup-{length}", 2 * unit, "--lr-decay-style", style)
+    if style == "WSD":
+        words += ("--lr-wsd-decay-style", "linear", f"--lr-wsd-decay-{length}", 2 * unit)
+    assert command(*corpus.job(*words, "--metrics-file", tmp_path / "metrics.jsonl")).code == 0
+    rates = [record["learning_rate"] for record in measured(tmp_path) if record["kind"] == "iteration"]
+    assert [rate / 1e-3 for rate in rates] == pytest.approx([0.5, *SCHEDULES[style]], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--optimizer", "adam", "--adam-beta2", 0.95),
+        ("--optimizer", "sgd", "--lr", 0.1),
+        ("--optimizer", "sgd", "--lr", 0.1, "--sgd-momentum", 0),
+        ("--weight-decay", 0.1, "--clip-grad", 0.1),
+        ("--weight-decay-incr-style", "linear", "--start-weight-decay", 0, "--end-weight-decay", 0.2),
+        ("--lr-warmup-fraction", 0.5, "--lr-warmup-init", 1e-4),
+        ("--step-batch-size-schedule", "0:2 128:4 384:8", "--global-batch-size", 8),
+        ("--seq-length-warmup", "8:6:4"),
+        ("--train-tokens", 64 * 6),
+        ("--recompute-granularity", "selective"),
+        ("--eod-mask-loss",),
+        ("--deterministic-mode",),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_other_ways_to_train_learn_too(words, corpus, tmp_path):
+    result = command(*corpus.job("--train-iters", 12, *words, "--metrics-file", tmp_path / "metrics.jsonl"))
+    assert result.code == 0, result.err
+    losses = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["kind"] == "iteration"]
+    assert losses[-1] < losses[0]
+    assert len(losses) == (6 if "--train-tokens" in words else 12)
+
+
+def test_evaluation_goes_on_in_its_data_at_each_interval(corpus, tmp_path):
+    words = ("--train-iters", 6, "--eval-interval", 2, "--eval-iters", 3, "--save", tmp_path, "--save-interval", 9)
+    result = command(*corpus.job(*words))
+    assert result.code == 0
+    found = [
+        (record["iteration"], record["split"], record["samples"], record.get("at_end", False))
+        for record in measured(tmp_path)
+        if record["kind"] == "validation"
+    ]
+    assert found == [
+        (2, "validation", 12, False),
+        (4, "validation", 12, False),
+        (6, "validation", 12, False),
+        (6, "validation", 12, True),
+        (6, "test", 12, True),
+    ]
+    last = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["iteration"] == 6][1:]
+    assert len(set(last)) == 3, "other samples each time"
+    assert "validation loss at iteration 2 | lm loss value: " in result.out
+    assert "validation loss at iteration 6 on test set | lm loss value: " in result.out
+
+
+def test_no_evaluation(corpus):
+    for words in (("--eval-iters", 0), ("--split", "1,0,0")):
+        result = command(*corpus.job("--train-iters", 3, "--eval-interval", 1, *words))
+        assert result.code == 0
+        assert "loss at iteration" not in result.out
+
+
+def test_skip_train_evaluates_a_checkpoint_and_changes_nothing(corpus, tmp_path):
+    save = tmp_path / "run"
+    assert command(*corpus.job(*RESUMED, "--save", save, "--eval-iters", 2)).code == 0
+    ends = [record["losses"]["lm loss"] for record in measured(save) if record.get("at_end")]
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    result = command(*corpus.job("--skip-train", "--load", save, "--eval-iters", 2))
+    assert result.code == 0, result.err
+    found = [float(loss) for loss in re.findall(r"lm loss value: (\S+)", result.out)]
+    assert found == pytest.approx(ends, rel=1e-6)
+    assert "elapsed time" not in result.out
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
+
+
+def test_finetune_takes_the_weights_alone(corpus, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command(*corpus.job(*RESUMED, "--save", first)).code == 0
+    result = command(*corpus.job(*RESUMED, "--save", second, "--load", first, "--finetune"))
+    assert result.code == 0, result.err
+    assert f"start       iteration 0, with the weights of {first}/iter_0000004" in result.out
+    one, two = (next(record for record in measured(folder) if record["iteration"] == 1) for folder in (first, second))
+    assert two["consumed_train_samples"] == 4
+    assert two["losses"]["lm loss"] < one["losses"]["lm loss"]
+    assert checkpoints(second) == ["iter_0000002", "iter_0000004"]
+
+
+def test_log_interval_averages_and_leaves_out_no_iteration(corpus, tmp_path):
+    words = ("--train-iters", 7, "--log-interval", 3, "--metrics-file", tmp_path / "metrics.jsonl")
+    result = command(*corpus.job(*words))
+    lines = re.findall(r"iteration +(\d+)/ +7 \|.* lm loss: (\S+) \|", result.out)
+    assert [int(number) for number, _ in lines] == [3, 6, 7]
+    losses = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["kind"] == "iteration"]
+    assert len(losses) == 7
+    means = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
+    assert [float(loss) for _, loss in lines] == pytest.approx(means, rel=1e-6)
+
+
+def test_the_log_line_holds_megatrons_fields(corpus):
+    words = ("--train-iters", 2, "--log-params-norm", "--log-num-zeros-in-grad")
+    line = next(line for line in command(*corpus.job(*words)).out.splitlines() if " iteration        2/" in line)
+    fields = [field.split(":")[0].strip() for field in line.split("|")[1:-1]]
+    assert fields == [
+        "consumed samples", "elapsed time per iteration (ms)", "throughput per GPU (TFLOP/s/GPU)", "learning rate",
+        "global batch size", "lm loss", "loss scale", "grad norm", "num zeros", "params norm",
+        "number of skipped iterations", "number of nan iterations", "tokens/s", "ETA",
+    ]  # fmt: skip
+
+
+def test_timers(corpus, tmp_path):
+    words = ("--train-iters", 3, "--metrics-file", tmp_path / "metrics.jsonl")
+    result = command(*corpus.job(*words, "--timing-log-level", 2))
+    lines = [line for line in result.out.splitlines() if line.startswith("time (ms) | ")]
+    assert len(lines) == 3
+    assert re.search(r"train-step: \d+\.\d\d", lines[0])
+    assert "time (ms)" not in command(*corpus.job("--train-iters", 3)).out
+
+
+def test_tensorboard_tags(corpus, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ("--train-iters", 6, "--eval-interval", 3, "--tensorboard-dir", tmp_path / "tb", "--log-params-norm")
+    words += ("--log-num-zeros-in-grad", "--log-timers-to-tensorboard", "--log-validation-ppl-to-tensorboard")
+    words += ("--log-memory-to-tensorboard", "--log-world-size-to-tensorboard", "--timing-log-level", 1)
+    words += ("--save", tmp_path / "run", "--save-interval", 3)
+    assert command(*corpus.job(*words)).code == 0
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    both = {"learning-rate", "batch-size", "lm loss", "loss-scale", "world-size", "grad-norm", "num-zeros"}
+    both |= {"params-norm", "lm loss validation", "lm loss validation ppl", "lm loss test", "lm loss test ppl"}
+    assert both | {f"{tag} vs samples" for tag in both} <= tags
+    assert {"iteration-time", "throughput", "train-step-time", "mem-allocated-bytes", "tokens-per-second"} <= tags
+    points = events.Scalars("lm loss")
+    losses = [record["losses"]["lm loss"] for record in measured(tmp_path / "run") if record["kind"] == "iteration"]
+    assert [point.step for point in points] == iterations(tmp_path / "run")
+    assert [point.value for point in points] == pytest.approx(losses)
+    assert [point.step for point in events.Scalars("lm loss vs samples")] == [4, 8, 12, 16, 20, 24]
+
+
+def test_the_run_introduces_itself(corpus, tmp_path):
+    save = tmp_path / "run"
+    result = command(*corpus.job(*RESUMED, "--save", save, "--exit-after-iters", 2, "--lr-warmup-iters", 2))
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines()[:10]]
+    said = {name: text.strip() for name, text in lines}
+    assert (
+        list(said) == ["model", "machine", "batch", "length", "train", "validation", "test", "start", "saves"] or said
+    )
+    saved = next(record for record in records(save) if record["kind"] == "start")
+    assert said["model"].startswith(f"{saved['parameters']:,} parameters (")
+    assert "2 layers, hidden size 16, 2 heads, vocabulary 300 (padded to 384)" in said["model"]
+    assert said["machine"].endswith("1 thread), fp32")
+    assert said["batch"] == "4 samples of 16 tokens an iteration (64 tokens), micro-batches of 2"
+    assert said["length"].startswith("4 iterations, 16 samples, 256 tokens; learning rate 0.001 to 0, linear, 2 iter")
+    assert re.fullmatch(rf"\d+ samples of {corpus.data[0]}", said["train"])
+    assert said["start"] == "fresh weights, seed 1234"
+    assert said["saves"].startswith(f"{save}, every 2 iterations and at the end; every number in {save}/metrics.jsonl")
+    result = command(*corpus.job(*RESUMED, "--save", save, "--load", save, "--lr-warmup-iters", 2))
+    assert f"  start       after iteration 2, from {save}/iter_0000002" in result.out
+
+
+def test_metrics_read_as_one_run_and_draw_its_curve(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job("--train-iters", 9, "--save-interval", 3, "--eval-interval", 3, "--save", save, "--load", save)
+    for _ in range(3):
+        assert command(*words, "--exit-after-iters", 4).code == 0
+    assert iterations(save) == list(range(1, 10))
+    assert all(one["consumed_train_samples"] < two["consumed_train_samples"] for one, two in pairwise(
+        [record for record in measured(save) if record["kind"] == "iteration"]))  # fmt: skip
+    assert [point[0] for point in read_curve(save / "metrics.jsonl").validation["validation"]] == [3, 6, 9, 9]
+    result = command("curve", save / "metrics.jsonl", "--svg", tmp_path / "loss.svg")
+    assert result.code == 0
+    assert (tmp_path / "loss.svg").read_text().startswith("<svg")
+
+
+def test_mock_data_and_null_tokenizer_need_no_files(tmp_path):
+    words = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", 99, "--num-layers", 1)
+    words += ("--hidden-size", 8, "--num-attention-heads", 1, "--seq-length", 8, "--micro-batch-size", 1)
+    result = command("train", *words, "--train-iters", 2, "--lr", 1e-3, "--eval-iters", 1, "--num-threads", 1)
+    assert result.code == 0, result.err
+    assert "training is complete after 2 iterations" in result.out
+
+
+def test_dry_run_explains_and_touches_nothing(corpus, tmp_path):
+    result = command(*corpus.job(*RESUMED, "--save", tmp_path / "run", "--dry-run"))
+    assert result.code == 0
+    assert "4 iterations" in result.out
+    assert not (tmp_path / "run").exists()
