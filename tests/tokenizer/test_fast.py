@@ -49,7 +49,8 @@ def test_long_blank_runs_and_the_marker_itself(both):
     same(both, ["a" + both[0]._fast._marker + "b", "c"])
 
 
-@given(st.text(st.sampled_from("ab \n\u00a0\x1c"), max_size=60), st.integers(2, 9))
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("abs1 \n\u00a0\x1c'_,東、。がー\uff12\u0301"), max_size=60), st.integers(2, 9))
 def test_pieces_cut_only_where_the_pattern_cuts(both, string, limit):
     parts = list(fast.pieces(string, limit))
     assert "".join(parts) == string
@@ -57,7 +58,8 @@ def test_pieces_cut_only_where_the_pattern_cuts(both, string, limit):
 
 
 def test_pieces_are_short_where_they_can_be():
-    assert max(map(len, fast.pieces("word " * 100, 20))) <= 20
+    for text in ("word " * 100, "a,b;" * 100, "x1" * 200, "東京、" * 100):
+        assert max(map(len, fast.pieces(text, 20))) <= 20
 
 
 def test_an_unfit_vocabulary_is_refused(bpe_folder):
