@@ -25,6 +25,7 @@ from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
@@ -103,7 +104,7 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
     with BackgroundSaver(WORLD) as saver:
         # The first save allocates the host buffers that all later ones use.
         for number in range(repeats + 1):
-            blocked.append(saver.save(root, 2 + number, held, {}, Provenance(), keep_last=1))
+            blocked.append(saver.save(root, 2 + number, held, {}, Provenance(), retention=Retention(last=1)))
             report = saver.wait()
             assert report is not None
             total.append(report.seconds)

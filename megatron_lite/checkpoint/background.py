@@ -23,7 +23,9 @@ from megatron_lite.checkpoint.agreement import together
 from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.pieces import Share
+from megatron_lite.checkpoint.retention import KEEP_ALL, Retention
 from megatron_lite.checkpoint.save import SaveReport, SaveRequest, finish, open_partial, share_path, write_share
+from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
@@ -74,7 +76,7 @@ class BackgroundSaver:
         scalars: Mapping[str, Any],
         provenance: Provenance,
         *,
-        keep_last: int = 0,
+        retention: Retention = KEEP_ALL,
     ) -> float:
         """Copies the state and starts writing it; a collective call. Arguments as of save.save_checkpoint.
 
@@ -89,7 +91,8 @@ class BackgroundSaver:
         begun = time.monotonic()
         self.wait()
         # A copy: the trainer goes on counting while this is written.
-        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, keep_last)
+        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention)
+        tensors = share_out(tensors)
         partial, stale = open_partial(request, tensors, self._world)
         staged = [self._stage(tensor) for tensor in tensors]
         blocked = time.monotonic() - begun
@@ -123,8 +126,6 @@ class BackgroundSaver:
         return report
 
     def _stage(self, tensor: GlobalTensor) -> GlobalTensor:
-        if not tensor.write:
-            return replace(tensor, pieces=[])
         pieces = [
             Piece(piece.offset, self._copy((tensor.name, number), piece.tensor))
             for number, piece in enumerate(tensor.pieces)

@@ -19,7 +19,8 @@ from megatron_lite.checkpoint.catalog import announce, folder_name, make_visible
 from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_synced
 from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest
 from megatron_lite.checkpoint.pieces import Share, merge_shares
-from megatron_lite.checkpoint.retention import delete_expired
+from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, delete_expired
+from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.checkpoint.writing import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
@@ -53,14 +54,14 @@ class SaveRequest:
         iteration: the iteration that has just been finished.
         scalars: JSON values: progress, loss scaler, step counts. Rank 0's count.
         provenance: config and fingerprints of the run.
-        keep_last: checkpoints kept once this one is announced; 0: all.
+        retention: what is kept once this one is announced.
     """
 
     root: Path
     iteration: int
     scalars: Mapping[str, Any]
     provenance: Provenance
-    keep_last: int = 0
+    retention: Retention = KEEP_ALL
 
     @property
     def path(self) -> Path:
@@ -76,25 +77,27 @@ def save_checkpoint(
     provenance: Provenance,
     world: Group,
     *,
-    keep_last: int = 0,
+    retention: Retention = KEEP_ALL,
 ) -> SaveReport:
     """Writes a checkpoint and announces it; a collective call that returns once it is safe on the disk.
 
     Args:
         root: the folder of --save, which all ranks must share.
         iteration: the iteration that has just been finished.
-        tensors: what this rank holds; over all ranks, each element must have exactly one writer.
+        tensors: what this rank holds; over all ranks, each element must have exactly one writer, or
+            replicas that share the work.
         scalars: JSON values; rank 0's count.
         provenance: config and fingerprints; rank 0's count.
         world: all ranks.
-        keep_last: checkpoints kept, this one among them; older ones are deleted after it is announced. 0: all.
+        retention: which checkpoints are kept; the others are deleted after this one is announced.
 
     Raises:
         CheckpointError: it could not be written, on every rank. Earlier checkpoints are untouched and nothing of this
             one is left.
     """
     begun = time.monotonic()
-    request = SaveRequest(root, iteration, scalars, provenance, keep_last)
+    request = SaveRequest(root, iteration, scalars, provenance, retention)
+    tensors = share_out(tensors)
     partial, stale = open_partial(request, tensors, world)
     try:
         together(world, lambda: write_share(partial, request, tensors, world))
@@ -177,7 +180,7 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
         sync_folder(partial)
         make_visible(partial, request.path)
         announce(request.root, request.iteration)
-        removed = delete_expired(request.root, request.iteration, request.keep_last)
+        removed = delete_expired(request.root, request.iteration, request.retention)
     except OSError as error:
         raise explain(error, request, 0) from error
     seconds = time.monotonic() - begun

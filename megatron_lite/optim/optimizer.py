@@ -53,7 +53,7 @@ class Optimizer:
         skip_nonfinite: leave the parameters alone if a gradient is not finite.
         count_zeros: report num_zeros.
         measure_params: report params_norm.
-        writes: whether this replica saves the state that it holds.
+        replica: (i, n): this rank is the i-th of n that hold the same state.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Optimizer:
         skip_nonfinite: bool = True,
         count_zeros: bool = False,
         measure_params: bool = False,
-        writes: bool = True,
+        replica: tuple[int, int] = (0, 1),
     ) -> None:
         self._buffers = buffers
         self._mains = tuple(mains)
@@ -79,7 +79,7 @@ class Optimizer:
         self._skip_nonfinite = skip_nonfinite
         self._count_zeros = count_zeros
         self._measure_params = measure_params
-        self._writes = writes
+        self._replica = replica
 
     @property
     def loss_scale(self) -> float:
@@ -177,8 +177,10 @@ class Optimizer:
             view = state[begin : begin + math.prod(block.shape)].view(block.shape)
             offset = tuple(base + inner for base, inner in zip(parameter.offset, block.offset, strict=True))
             pieces.append(Piece(offset, view))
-        write = self._writes and self._measure.counts(parameter)
-        return GlobalTensor(f"{prefix}.{parameter.name}", parameter.global_shape, state.dtype, pieces, write)
+        name, counts = f"{prefix}.{parameter.name}", self._measure.counts(parameter)
+        replica = self._replica if counts else (0, 1)
+        write = counts and replica[0] == 0
+        return GlobalTensor(name, parameter.global_shape, state.dtype, pieces, write, replica)
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
@@ -210,7 +212,7 @@ def build_optimizer(config: RunConfig, buffers: ParameterBuffers, mesh: Mesh) ->
         skip_nonfinite=config.precision.dtype == "fp16" or config.optimizer.check_for_nan,
         count_zeros=config.metrics.log_num_zeros,
         measure_params=config.metrics.log_params_norm,
-        writes=buffers.sharded or mesh.dp.rank == 0,
+        replica=(0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size),
     )
 
 

@@ -27,11 +27,18 @@ class GlobalTensor:
     dtype: torch.dtype
     pieces: list[Piece] = field(default_factory=list)
     write: bool = True
-    """Whether this rank is the one that saves its pieces."""
+    """Whether this rank is the one that saves its pieces, where one rank saves them for all that hold them."""
+    replica: tuple[int, int] = (0, 1)
+    """(i, n): this rank is the i-th of n that hold the same pieces, and each of them may save a part."""
 
 
 def parameter_tensor(
-    parameter: NamedParameter, *, write: bool, tensor: Tensor | None = None, name: str = ""
+    parameter: NamedParameter,
+    *,
+    write: bool,
+    tensor: Tensor | None = None,
+    name: str = "",
+    replica: tuple[int, int] = (0, 1),
 ) -> GlobalTensor:
     """The global tensor of a parameter, or of something shaped like it.
 
@@ -40,9 +47,10 @@ def parameter_tensor(
         write: whether this rank saves it.
         tensor: a tensor shaped like the parameter (a moment, a main parameter); None: the parameter's own data.
         name: the global tensor's name; empty: the parameter's.
+        replica: as GlobalTensor has it.
     """
     local = parameter.local(tensor)
     piece = Piece(parameter.offset, local)
     return GlobalTensor(
-        name or parameter.name, parameter.global_shape, local.dtype, [piece] if local.numel() else [], write
+        name or parameter.name, parameter.global_shape, local.dtype, [piece] if local.numel() else [], write, replica
     )

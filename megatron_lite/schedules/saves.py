@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 
 
-def is_save_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
-    """Whether a checkpoint is due once `iteration` iterations are finished.
+def falls_on(phases: Sequence[SavePhase], iteration: int) -> bool:
+    """Whether a schedule of phases names `iteration`.
 
     Within a phase these are the multiples of its interval, counted from the start of the run, so a resumed run saves
     where an uninterrupted one does.
     """
-    for phase in checkpoint.phases:
+    for phase in phases:
         if not phase.until or iteration <= phase.until:
             return iteration > 0 and phase.interval > 0 and iteration % phase.interval == 0
     return False
+
+
+def is_save_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
+    """Whether a checkpoint is due once `iteration` iterations are finished."""
+    return falls_on(checkpoint.phases, iteration)
+
+
+def is_weights_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
+    """Whether the weights alone are to be saved once `iteration` iterations are finished (--weights-only-every)."""
+    every = checkpoint.weights_only_every
+    return iteration > 0 and every > 0 and iteration % every == 0
 
 
 def save_iterations(checkpoint: CheckpointConfig, last_iteration: int) -> Iterator[int]:

@@ -109,10 +109,12 @@ class NativeEngine:
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Parameters under their own names, and the optimizer's state."""
-        # Every replica holds the parameters, and every tp rank those that are not split: the first of them writes.
-        first = self._mesh.dp.rank == 0
+        # Every replica holds the parameters, and every tp rank those that are not split: the first of these counts.
+        dp, first = self._mesh.dp, self._mesh.tp.rank == 0
         weights = [
-            parameter_tensor(parameter, write=first and (parameter.tp_dim is not None or self._mesh.tp.rank == 0))
+            parameter_tensor(parameter, write=dp.rank == 0, replica=(dp.rank, dp.size))
+            if first or parameter.tp_dim is not None
+            else parameter_tensor(parameter, write=False)
             for parameter in self._buffers.parameters
             if parameter.owned
         ]

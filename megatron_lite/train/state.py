@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.catalog import iteration_of
 from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.checkpoint.resume import config_as_json
+from megatron_lite.checkpoint.retention import retention_of
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
 from megatron_lite.schedules.progress import Progress
@@ -67,17 +68,17 @@ class RunState:
         if not self._options.save_optimizer:
             tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars()}
-        root, keep_last = Path(self._options.save), self._options.keep_last
+        root, retention = Path(self._options.save), retention_of(self._options)
         self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {root}")
         if self._saver is None:
             self._announce(
                 save_checkpoint(
-                    root, progress.iteration, tensors, scalars, self._provenance, self._world, keep_last=keep_last
+                    root, progress.iteration, tensors, scalars, self._provenance, self._world, retention=retention
                 )
             )
             return
         self._announce(self._saver.wait())
-        blocked = self._saver.save(root, progress.iteration, tensors, scalars, self._provenance, keep_last=keep_last)
+        blocked = self._saver.save(root, progress.iteration, tensors, scalars, self._provenance, retention=retention)
         self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_lite.backend.group import Group, LocalGroup, new_process_group
 from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
@@ -47,9 +48,12 @@ class Kit:
             "optimizer.exp_avg.decoder.final_norm.bias": torch.randn(8, generator=draw),
         }
 
-    def save(self, root: Path, iteration: int, tensors: Mapping[str, Tensor] | None = None, **options) -> SaveReport:
+    def save(
+        self, root: Path, iteration: int, tensors: Mapping[str, Tensor] | None = None, keep_last: int = 0, **options
+    ) -> SaveReport:
         """Saves the given tensors, or some that depend on the iteration."""
         held = self.whole(self.tensors(iteration) if tensors is None else tensors)
+        options = {"retention": Retention(keep_last), **options}
         return save_checkpoint(root, iteration, held, {"iteration": iteration}, Provenance(), self.world, **options)
 
 
