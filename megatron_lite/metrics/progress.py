@@ -64,6 +64,7 @@ class ProgressSink:
         )
         self._task: TaskID | None = None
         self._validation_loss: float | None = None
+        self._last: IterationReport | None = None
 
     def write(self, line: str) -> None:
         """Print `line`, as it is, above the bar (or plainly while there is no bar)."""
@@ -78,13 +79,19 @@ class ProgressSink:
 
     def iteration(self, report: IterationReport) -> None:
         """Move the bar."""
-        if self._task is not None:
-            status = format_status(report, self._validation_loss)
-            self._progress.update(self._task, completed=report.iteration, status=status)
+        self._last = report
+        self._update()
 
     def validation(self, report: ValidationReport) -> None:
-        """Remember the loss, which the bar shows from its next iteration on."""
-        self._validation_loss = report.losses.get("lm loss", self._validation_loss)
+        """Show the loss beside the bar, until the next one. That of the test set is for the log alone."""
+        if report.split == "validation":
+            self._validation_loss = report.losses.get("lm loss", self._validation_loss)
+            self._update()
+
+    def _update(self) -> None:
+        if self._task is not None and self._last is not None:
+            status = format_status(self._last, self._validation_loss)
+            self._progress.update(self._task, completed=self._last.iteration, status=status)
 
     def message(self, text: str) -> None:
         """Nothing: the console sink prints messages through `write`."""

@@ -47,6 +47,8 @@ def _model(config: RunConfig) -> str:
 def _machine(config: RunConfig, backend: Backend) -> str:
     parallel = config.parallel
     text = f"{backend.device_name()}, {config.precision.dtype}"
+    if config.runtime.compile:
+        text += ", compiled (in the first iteration, which takes a while)"
     if parallel.world_size == 1:
         return text
     zero = ", optimizer split over replicas" if parallel.distributed_optimizer else ""

@@ -7,9 +7,11 @@ import re
 from itertools import pairwise
 
 import pytest
+import torch
 from trainer import assert_same_run, checkpoints, command, iterations, measured, records
 
 from megatron_lite.metrics.curve import read_curve
+from megatron_lite.model.gpt import GPTStage
 
 RESUMED = ("--train-iters", 4, "--save-interval", 2)
 MODELS = {
@@ -44,6 +46,22 @@ def test_every_model_trains_and_resumes(model, corpus, tmp_path):
     assert command(*resumed, "--exit-after-iters", 2).code == 0
     assert command(*resumed).code == 0
     assert_same_run(whole, broken)
+
+
+def test_a_compiled_model_trains_alike_and_resumes(corpus, tmp_path, monkeypatch):
+    """Everything of --compile but its code generation, which takes a minute and is torch's."""
+    monkeypatch.setattr(GPTStage, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    words = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
+    assert command(*words, "--save", plain).code == 0
+    resumed = (*words, "--compile", "--save", compiled, "--load", compiled)
+    result = command(*resumed, "--exit-after-iters", 2)
+    assert result.code == 0
+    assert "compiled" in result.out
+    assert command(*resumed).code == 0
+    losses = [[record["losses"]["lm loss"] for record in measured(folder)] for folder in (plain, compiled)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 SCHEDULES = {

@@ -157,7 +157,7 @@ def test_a_bar_below_the_lines_on_a_terminal(monkeypatch):
     stream = Terminal()
     text = run_on(stream, config(log_interval=2))
     assert "hello [bold]world[/bold]" in text
-    assert "4/4 · loss 2.0000 · lr 1.00e-03 · 12.3k tokens/s · MFU 41.2% · ETA 00:01:01" in text
+    assert "4/4 · loss 2.0000 · valid 1.0000 · lr 1.00e-03 · 12.3k tokens/s · MFU 41.2% · ETA 00:01:01" in text
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is given back
     assert "\x1b" not in run_on(Terminal(), config(progress_bar=False))
 

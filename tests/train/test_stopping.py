@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.stopping import SignalFlag, Stopper
+from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
 
 
 def stops_at(config: TrainingConfig, *, start: int = 0, samples: int = 4, limit: int = 50) -> tuple[int, str] | None:
@@ -59,6 +59,31 @@ def test_kill_switch(tmp_path):
     stop = stopper.after_iteration(Progress(iteration=2))
     assert stop is not None
     assert str(switch) in stop.message
+
+
+def test_the_job_begins_before_its_first_iteration():
+    stopper = Stopper(TrainingConfig(exit_duration_minutes=2), started=-61.0, clock=lambda: 60.0)
+    assert stopper.after_iteration(Progress(iteration=1)) is not None
+
+
+def test_what_would_stop_the_first_iteration_again_stops_it_before(tmp_path):
+    done = Progress(iteration=10, consumed_train_samples=40)
+    assert Stopper(TrainingConfig(exit_samples=40)).before_iteration(done) is not None
+    assert Stopper(TrainingConfig(exit_samples=41, exit_interval=10)).before_iteration(done) is None
+    assert Stopper(TrainingConfig(kill_switch_path=str(tmp_path))).before_iteration(done) is not None
+
+
+def agreed(backend, stopping):
+    world = backend.new_group("world", (tuple(range(backend.world_size)),))
+    return [
+        agree(world, backend.device, Stop("signal", f"rank {backend.rank}") if backend.rank in ranks else None)
+        for ranks in stopping
+    ]
+
+
+def test_a_stop_of_any_rank_is_every_ranks(on_ranks):
+    results = on_ranks(3, agreed, [(), (2,), (1, 2), ()])
+    assert all([stop and stop.message for stop in result] == [None, "rank 2", "rank 1", None] for result in results)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

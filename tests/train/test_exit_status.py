@@ -1,0 +1,80 @@
+"""exit_status.json: how the last job ended, the first failure of several ranks, nothing where nothing was saved."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_lite.checkpoint.catalog import announce
+from megatron_lite.train.exit_status import EXIT_STATUS_NAME, ExitRecord, read_exit_status
+from megatron_lite.train.stopping import Stop
+
+
+def end(folder, stop=None, error=None, *, rank=0, begun=True, iteration=7):
+    """A rank's job that ends with this stop or error."""
+    with ExitRecord(str(folder), rank) as record:
+        if begun:
+            record.begin(lambda: iteration, lambda: None)
+        if error is not None:
+            raise error
+        record.end(stop)
+
+
+def test_a_stop_is_written_with_what_is_saved(tmp_path):
+    announce(tmp_path, 5)
+    end(tmp_path, Stop("time_limit", "exiting program after 3.0 minutes"))
+    ended = read_exit_status(tmp_path)
+    assert (ended.status, ended.message) == ("time_limit", "exiting program after 3.0 minutes")
+    assert (ended.iteration, ended.saved_iteration, ended.host, ended.rank) == (7, 5, "", None)
+    assert ended.time.endswith("+00:00")
+
+
+def test_of_several_stops_rank_0_writes_one(tmp_path):
+    end(tmp_path, Stop("signal", "stopped"), rank=1)
+    assert read_exit_status(tmp_path) is None
+
+
+def test_the_first_of_several_failures_is_kept(tmp_path):
+    end(tmp_path, Stop("signal", "of the job before"))
+    with ExitRecord(str(tmp_path), 0) as first:
+        first.begin(lambda: 0, lambda: None)
+        assert read_exit_status(tmp_path) is None
+    for rank, text in ((3, "out of memory"), (1, "connection closed by peer")):
+        with pytest.raises(RuntimeError):
+            end(tmp_path, error=RuntimeError(text), rank=rank)
+    ended = read_exit_status(tmp_path)
+    assert (ended.status, ended.message, ended.rank) == ("error", "out of memory", 3)
+    assert ended.host == os.uname().nodename
+
+
+def test_an_error_before_the_first_iteration_replaces_the_last_jobs_end_unless_that_was_the_runs(tmp_path):
+    end(tmp_path, Stop("time_limit", "of the job before"))
+    with pytest.raises(ValueError, match="no GPU"):
+        end(tmp_path, error=ValueError("no GPU"), begun=False)
+    ended = read_exit_status(tmp_path)
+    assert (ended.status, ended.message, ended.iteration) == ("error", "no GPU", None)
+    end(tmp_path, Stop("completed", "done"))
+    with pytest.raises(ValueError, match="typo"):
+        end(tmp_path, error=ValueError("typo"), begun=False)
+    assert read_exit_status(tmp_path).status == "completed"
+
+
+def test_an_interrupt_is_a_signal(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        end(tmp_path, error=KeyboardInterrupt())
+    assert read_exit_status(tmp_path).status == "signal"
+
+
+def test_nothing_is_made_for_a_note(tmp_path):
+    with pytest.raises(ValueError, match="typo"):
+        end(tmp_path / "missing", error=ValueError("typo"), begun=False)
+    with pytest.raises(ValueError, match="typo"):
+        end("", error=ValueError("typo"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_something_else_says_nothing(tmp_path):
+    for text in ("", "[]", "{}", '{"status": "completed"}', '{"other": 1}'):
+        (tmp_path / EXIT_STATUS_NAME).write_text(text)
+        assert read_exit_status(tmp_path) is None
