@@ -145,7 +145,7 @@ CELLS = (
     Cell(pp=2, schedule="zb-v", dropout="all", recompute="full"),
     Cell(pp=2, schedule="zb-v", dtype="bf16"),
     # world 4: two axes
-    Cell(tp=4, model="bloom", **SP, recompute="full", micro_batch=2),
+    Cell(tp=4, layers=2, model="bloom", **SP, recompute="full", micro_batch=2),
     Cell(dp=4, bucket_megabytes=0, dropout="all"),
     Cell(dp=4, **ZERO1, dtype="bf16"),
     Cell(pp=4, schedule="gpipe", recompute="selective"),
