@@ -22,6 +22,7 @@ COMMANDS = (
     "merge",
     "data",
     "checkpoint",
+    "rollback",
     "schedule",
     "curve",
 )

@@ -39,8 +39,9 @@ def run(argv: list[str]) -> int:
 def _train(parsed: ParsedRun, launch: Launch, started: float) -> int:
     from megatron_lite.train.assemble import assembled
     from megatron_lite.train.exit_status import ExitRecord
-    from megatron_lite.train.loop import evaluate, train
+    from megatron_lite.train.loop import evaluate
     from megatron_lite.train.start import already_complete
+    from megatron_lite.train.unattended import train_job
 
     config = parsed.config
     if config.training.skip_train:
@@ -53,11 +54,7 @@ def _train(parsed: ParsedRun, launch: Launch, started: float) -> int:
             if launch.rank == 0:
                 print(complete)
             return 0
-        with assembled(config) as run:
-            record.begin(lambda: run.progress.iteration, run.mesh.world.barrier)
-            stop = train(run, started=started)
-            run.reporter.message(stop.message)
-        record.end(stop)
+        record.end(train_job(config, record, started=started))
     return 0
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_lite.data.cyclic import CyclicOrder
 from megatron_lite.data.dataset import Dataset
 from megatron_lite.schedules.microbatches import microbatch_start, num_microbatches
+from megatron_lite.schedules.skipping import Ranges, place_of
 
 LOOK_AHEAD = 1000
 """Iterations in which the next micro-batch is looked for: a replica may have none while the batch ramps up."""
@@ -35,6 +36,7 @@ class Loader:
         replica: which of them this process belongs to.
         prefetch: micro-batches read ahead; 0: everything is read when it is asked for.
         cyclic: Megatron's cyclic sampler; False: the dataset's own order.
+        skipped: places in that order that are left out, as schedules/skipping.py has them.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Loader:
         replica: int = 0,
         prefetch: int = 2,
         cyclic: bool = False,
+        skipped: Ranges = (),
     ) -> None:
         self.dataset = dataset
         self.micro_batch = micro_batch
@@ -54,11 +57,17 @@ class Loader:
         self.dp = dp
         self.replica = replica
         self.prefetch = prefetch
+        self.skipped = skipped
         self._order = CyclicOrder(len(dataset), micro_batch, dp) if cyclic else None
         self._ahead: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
         # Datasets remember what they worked out last, so only one thread at a time reads them.
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
+
+    def places(self, start: int, count: int) -> list[int]:
+        """Places in the data's order of the samples that are consumed after `start` others, [count]."""
+        total = len(self.dataset) if self._order is None else None
+        return [place_of(consumed, self.skipped, total) for consumed in range(start, start + count)]
 
     def samples(self, start: int, count: int) -> list[int]:
         """Numbers in the dataset of the samples that are consumed after `start` others, [count]."""
@@ -124,8 +133,8 @@ class Loader:
         self.close()
 
     def _samples(self, start: int, count: int) -> list[int]:
-        consumed = range(start, start + count)
-        return list(consumed) if self._order is None else [self._order[number] for number in consumed]
+        places = self.places(start, count)
+        return places if self._order is None else [self._order[place] for place in places]
 
     def _read(self, wanted: tuple[int, int]) -> NDArray[np.int64]:
         return self.read(self.start(*wanted), self.micro_batch)

@@ -54,10 +54,10 @@ class TensorboardSink:
     No purge_step is passed on resume: TensorBoard would compare it with the ` vs samples` steps as well and drop them.
     """
 
-    def __init__(self, config: MetricsConfig, writer: Any) -> None:
+    def __init__(self, config: MetricsConfig, writer: Any, world_size: int = 1) -> None:
         self._config = config
         self._writer = writer
-        self._world_size = 1
+        self._world_size = world_size
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
         """Write every setting as text, as Megatron does with its arguments."""

@@ -35,6 +35,7 @@ from megatron_lite.pipeline.messages import Messages
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
+from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
@@ -48,11 +49,27 @@ from megatron_lite.train.state import RunState, provenance_of
 
 
 @contextmanager
-def assembled(config: RunConfig) -> Iterator[Run]:
+def machine(config: RunConfig) -> Iterator[Backend]:
+    """This rank's device and its connections to the other ranks, closed on leaving.
+
+    Raises:
+        ConfigError: it cannot do what is asked.
+    """
+    with ExitStack() as stack:
+        backend = select_backend(config.runtime, config.parallel)
+        stack.callback(backend.shutdown)
+        stack.enter_context(watched(backend, config.parallel))
+        check_capabilities(config, backend)
+        yield backend
+
+
+@contextmanager
+def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run]:
     """Builds a run and loads what it starts from; on leaving, waits for the last save and frees everything.
 
     Args:
         config: as the command line gives it: the vocabulary's size is still the tokenizer's to say.
+        backend: the machine to run on, which stays open; None: one of its own.
 
     Raises:
         ConfigError: the machine cannot do what is asked.
@@ -60,10 +77,7 @@ def assembled(config: RunConfig) -> Iterator[Run]:
         CheckpointError: so is what --load names, or it belongs to another run.
     """
     with ExitStack() as stack:
-        backend = select_backend(config.runtime, config.parallel)
-        stack.callback(backend.shutdown)
-        stack.enter_context(watched(backend, config.parallel))
-        check_capabilities(config, backend)
+        backend = backend or stack.enter_context(machine(config))
         mesh = build_mesh(backend, config.parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
@@ -71,15 +85,20 @@ def assembled(config: RunConfig) -> Iterator[Run]:
         )
         tokenizer = build_tokenizer(config.tokenizer)
         config = with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size)
-        start = find_start(config, reporter.message)
+        start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
         data = _open_data(config, backend, mesh, tokenizer)
         stack.callback(data.close)
         engine = build_engine(config, mesh, num_sources=len(data.train.names) if data.train is not None else 0)
         provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint()})
+        if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
+            provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
+            _leave_out(data, provenance.skipped_samples, reporter)
         start, progress = load_start(start, engine, config, provenance, reporter.message)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
+        if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
+            state.watch.load(loaded.scalars["spikes"])
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
         _tell(config, mesh, reporter, peak, start_iteration=progress.iteration)
@@ -200,6 +219,14 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
         valid={name: source(dataset, training=False) for name, dataset in datasets.valid.items()},
         test={name: source(dataset, training=False) for name, dataset in datasets.test.items()},
     )
+
+
+def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:
+    """Leaves samples out of training that a rollback has told to."""
+    if data.train is not None:
+        data.train.leave_out(skipped)
+    ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
+    reporter.message(f"samples left out of training since a rollback: {ranges}")
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

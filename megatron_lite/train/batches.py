@@ -14,6 +14,7 @@ from megatron_lite.data.loader import Loader
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import microbatch_number
+from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.train.engine import BatchReader
 
 
@@ -56,6 +57,18 @@ class BatchSource:
         """The plan's samples by their numbers in the dataset, for the message after a loss that is not finite."""
         numbers = self._loader.samples(plan.first_sample, plan.global_batch)
         return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+
+    def places(self, consumed: int, count: int) -> list[int]:
+        """Places in the data's order of the samples that follow `consumed` others."""
+        return self._loader.places(consumed, count)
+
+    def numbers(self, consumed: int, count: int) -> list[int]:
+        """Numbers in the dataset of the samples that follow `consumed` others."""
+        return self._loader.samples(consumed, count)
+
+    def leave_out(self, skipped: Ranges) -> None:
+        """Leaves these places in the data's order out of what is read from now on."""
+        self._loader.skipped = skipped
 
     def by_source(self, losses: Mapping[int, float]) -> dict[str, float]:
         """Losses by the sources' names instead of their numbers."""

@@ -19,9 +19,9 @@ from megatron_lite.schedules.learning_rate import learning_rate
 from megatron_lite.schedules.length import is_finished, last_iteration, skipped_samples, tokens_at
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.schedules.saves import is_save_iteration
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.spike_report import GoingBack, notice
 from megatron_lite.train.state import RunState
 from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
 
@@ -39,6 +39,7 @@ class Run:
     timers: Timers
     throughput: Throughput
     progress: Progress
+    going_back: GoingBack | None = None
 
 
 def train(run: Run, *, started: float | None = None) -> Stop:
@@ -60,15 +61,16 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         stopper = Stopper(config.training, flag, started=started)
         stop = _agree(run, stopper.before_iteration(run.progress))
         while stop is None and not is_finished(config, run.progress):
-            _iterate(run)
+            if (back := _iterate(run)) is not None:
+                run.state.finish()
+                return back
             iteration = run.progress.iteration
             if config.training.eval_interval and iteration % config.training.eval_interval == 0:
                 evaluate(run, "validation")
-            stop = _agree(run, stopper.after_iteration(run.progress))
+            stop = _agree(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
             if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
                 stop = None  # it ends here anyway, and with its evaluations
-            if is_save_iteration(config.checkpoint, iteration) or stop is not None:
-                run.state.save(run.engine, run.progress)
+            run.state.save_if_due(run.engine, run.progress, stopping=stop is not None)
         if stop is None:
             run.state.save(run.engine, run.progress)
             evaluate(run, "validation", at_end=True)
@@ -82,14 +84,14 @@ def _agree(run: Run, stop: Stop | None) -> Stop | None:
     return agree(run.mesh.world, run.mesh.backend.device, stop)
 
 
-def _iterate(run: Run) -> None:
-    """One iteration: advances run.progress and reports."""
+def _iterate(run: Run) -> Stop | None:
+    """One iteration: advances run.progress and reports; returns a Stop where the run is to go back before a spike."""
     plan = plan_iteration(run.config, run.progress, replica=run.mesh.dp.rank)
     started = time.perf_counter()
     if plan.skip:
         run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=False)
         run.reporter.message(f"Skipped iteration {plan.iteration} due to --skip-train-iteration-range flag.")
-        return
+        return None
     assert run.data.train is not None, "a run that trains has training data"
     with run.timers("train-step"):
         outcome = run.engine.train_step(plan, run.data.train.reader(plan))
@@ -99,6 +101,7 @@ def _iterate(run: Run) -> None:
     if not outcome.applied:
         run.reporter.message(_overflow(run.config, plan, outcome))
     run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
+    return notice(run, plan, outcome.loss)
 
 
 def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float) -> IterationReport:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.agreement import together
 from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
@@ -41,16 +43,39 @@ class Start:
     path: Path | None = None
     manifest: Manifest | None = None
 
+    def continued(self, config: RunConfig) -> Manifest | None:
+        """The manifest, if the run goes on in its data and its history where the checkpoint stands."""
+        options = config.checkpoint
+        return None if options.finetune or options.reset_progress else self.manifest
 
-def find_start(config: RunConfig, notify: Notify) -> Start:
+
+def find_start(config: RunConfig, notify: Notify, world: Group | None = None) -> Start:
     """The checkpoint that --load means.
+
+    Args:
+        config: the run.
+        notify: told of what is surprising.
+        world: all ranks, of which the first looks for all (a collective call); None: this one looks for itself.
 
     Raises:
         CheckpointError: it is damaged, or missing under --exit-on-missing-checkpoint; or --save cannot be written to,
             or the run would write over checkpoints of a longer one there.
     """
+    _require_writable(config.checkpoint.save)
+    if world is None:
+        return _find_start(config, notify)
+    # Folders of a network may look different to other ranks for a moment, and 256 ranks listing one take their time.
+    told: list[str] = []
+    found = together(world, lambda: _find_start(config, told.append) if world.rank == 0 else None)
+    start: Start
+    start, told = world.all_gather_object((found, told))[0]
+    for text in told:
+        notify(text)
+    return start
+
+
+def _find_start(config: RunConfig, notify: Notify) -> Start:
     options = config.checkpoint
-    _require_writable(options.save)
     path = None
     if options.load:
         path = find_checkpoint(
@@ -160,7 +185,7 @@ def load_start(
     if options.reset_progress:
         progress = Progress()
     notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
-    return replace(start, path=path), progress
+    return (start if path == start.path else Start(path, read_manifest(path))), progress
 
 
 def _require_writable(save: str) -> None:

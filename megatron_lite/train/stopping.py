@@ -99,15 +99,21 @@ class Stopper:
             )
         return None
 
-    def after_iteration(self, progress: Progress) -> Stop | None:
-        """The reason to stop after the iteration that led to `progress`, or None to go on."""
+    def after_iteration(self, progress: Progress, *, reserve: float = 0.0) -> Stop | None:
+        """The reason to stop after the iteration that led to `progress`, or None to go on.
+
+        Args:
+            progress: what the run has reached.
+            reserve: seconds that the save will take, which the time limit must leave.
+        """
         self._iterations_here += 1
         config = self._config
         if stop := self.before_iteration(progress):
             return stop
         minutes = (self._clock() - self._started) / 60.0
-        if config.exit_duration_minutes and minutes > config.exit_duration_minutes:
-            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes")
+        if config.exit_duration_minutes and minutes + reserve / 60.0 > config.exit_duration_minutes:
+            left = f", leaving {reserve:.0f} s for the save" if minutes <= config.exit_duration_minutes else ""
+            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes{left}")
         if config.exit_interval and progress.iteration % config.exit_interval == 0:
             return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
         if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:

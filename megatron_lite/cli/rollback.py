@@ -1,0 +1,79 @@
+"""megatron-lite rollback: takes a run back to an earlier checkpoint, its metrics with it, in one step."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.checkpoint.rollback import RollbackReport
+
+SUMMARY = "take a run back to an earlier checkpoint, leaving out samples from there"
+_TEXT = (
+    "Makes an earlier checkpoint the latest, so that the same command goes on from there. Later checkpoints are moved "
+    "to a folder rolled-back-…, metrics.jsonl is cut and TensorBoard's files are made anew; nothing is deleted."
+)
+
+
+def run(argv: list[str]) -> int:
+    """Rolls back and says what was done."""
+    options = _parser().parse_args(argv)
+
+    from megatron_lite.checkpoint.rollback import roll_back
+
+    root: Path = options.folder
+    try:
+        report = roll_back(root, options.to, options.skip_samples)
+        print(f"the latest checkpoint of {root} is {report.checkpoint.name}")
+        if report.moved:
+            print(f"moved {', '.join(report.moved)} to {report.aside}")
+        if report.skipped:
+            ranges = ", ".join(f"{first}-{end - 1}" for first, end in report.skipped)
+            print(f"samples left out of training from here on: {ranges}")
+        for line in _rewind(options, report):
+            print(line)
+    except OSError as error:
+        raise CheckpointError(
+            "A rollback must be able to change the folder",
+            found=f"{error.filename or root}: {error.strerror}",
+            fix="Correct the path or its permissions, make room, and give the same command again: it goes on",
+        ) from error
+    return 0
+
+
+def _rewind(options: argparse.Namespace, report: RollbackReport) -> list[str]:
+    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.metrics.rewind import rewind
+
+    settings = read_manifest(report.checkpoint).provenance.config.get("metrics", {})
+    metrics = options.metrics_file or settings.get("metrics_file") or options.folder / "metrics.jsonl"
+    return rewind(Path(metrics), options.to, report.aside, options.tensorboard_dir)
+
+
+def _range(text: str) -> tuple[int, int]:
+    """ "a-b" (both left out, as the log prints them) -> [a, b + 1)."""
+    first, dash, last = text.partition("-")
+    try:
+        begin, end = int(first), int(last if dash else first) + 1
+    except ValueError:
+        begin, end = 0, 0
+    if begin >= end:
+        raise ConfigError(
+            "--skip-samples is a range of samples",
+            found=text,
+            fix="Give the first and the last to leave out, as the message about the spike prints them: 1024-2047",
+        )
+    return begin, end
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-lite rollback", description=_TEXT)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="the run's --save (default: here)")
+    parser.add_argument("--to", type=int, required=True, metavar="N", help="iteration of the checkpoint to go back to")
+    parser.add_argument("--skip-samples", type=_range, metavar="A-B", help="samples to leave out, both ends included")
+    parser.add_argument("--metrics-file", type=Path, metavar="FILE", help="default: where the run writes it")
+    parser.add_argument("--tensorboard-dir", metavar="FOLDER", help="default: where the run writes it")
+    return parser

@@ -1,0 +1,66 @@
+"""Trains to the end of a job, going back before a loss spike on the way where --auto-rollback allows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_lite.backend.base import Backend
+from megatron_lite.backend.group import Group
+from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.rollback import RollbackReport, roll_back
+from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.reporter import metrics_path
+from megatron_lite.metrics.rewind import rewind
+from megatron_lite.train.assemble import assembled, machine
+from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.train.loop import train
+from megatron_lite.train.spike_report import GoingBack
+from megatron_lite.train.stopping import Stop
+
+
+def train_job(config: RunConfig, record: ExitRecord, *, started: float) -> Stop:
+    """Assembles the run and trains it; after a rollback, does so again on the same machine.
+
+    Args:
+        config: as the command line gives it.
+        record: told when training begins.
+        started: time.monotonic() when the job began.
+
+    Raises:
+        MegatronLiteError: as `assembled` and `train`.
+    """
+    with machine(config) as backend:
+        while True:
+            stop, back, world = _train_once(config, backend, record, started)
+            if back is None:
+                return stop
+            iteration = back.iteration
+            record.begin(lambda iteration=iteration: iteration, world.barrier)  # type: ignore[misc]
+            config = _go_back(config, back, world)
+
+
+def _train_once(
+    config: RunConfig, backend: Backend, record: ExitRecord, started: float
+) -> tuple[Stop, GoingBack | None, Group]:
+    with assembled(config, backend) as run:
+        record.begin(lambda: run.progress.iteration, run.mesh.world.barrier)
+        stop = train(run, started=started)
+        run.reporter.message(stop.message)
+    return stop, run.going_back, run.mesh.world
+
+
+def _go_back(config: RunConfig, back: GoingBack, world: Group) -> RunConfig:
+    """Rolls the folder of --save back, and returns the config that goes on from there; a collective call."""
+    root = Path(config.checkpoint.save)
+    report: RollbackReport = world.all_gather_object(
+        together(world, lambda: roll_back(root, back.iteration, back.skip, automatic=True) if world.rank == 0 else None)
+    )[0]
+    path = metrics_path(config)
+    # The rank that wrote the metrics cuts them: they may lie on its own host.
+    cut = world.rank == world.size - 1 and path is not None
+    together(world, lambda: rewind(path, back.iteration, report.aside) if cut and path is not None else None)
+    checkpoint = replace(
+        config.checkpoint, load=config.checkpoint.save, load_iteration=0, finetune=False, reset_progress=False
+    )
+    return replace(config, checkpoint=checkpoint)

@@ -1,0 +1,154 @@
+"""Loss spikes and the way back: found, told, left out, and the run that follows is one that never saw those samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from trainer import checkpoints, command, iterations, measured, records
+
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.native import NativeEngine
+
+JOB = ("--train-iters", 20, "--save-interval", 4, "--eval-interval", 10, "--seed", 5)
+SPIKES = ("--spike-factor", 2, "--spike-patience", 2)
+BAD = range(44, 52)
+"""Places of the samples of iterations 12 and 13, whose losses are made high."""
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Makes the loss high wherever a bad sample is trained on; returns the places that were trained on."""
+    places = []
+    reader, step = BatchSource.reader, NativeEngine.train_step
+
+    def note(self, plan):
+        places.append(self.places(plan.first_sample, plan.global_batch))
+        return reader(self, plan)
+
+    def spoil(self, plan, read):
+        outcome = step(self, plan, read)
+        return dataclasses.replace(outcome, loss=outcome.loss * 5) if set(places[-1]) & set(BAD) else outcome
+
+    monkeypatch.setattr(BatchSource, "reader", note)
+    monkeypatch.setattr(NativeEngine, "train_step", spoil)
+    return places
+
+
+def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, tmp_path):
+    save, board = tmp_path / "run", tmp_path / "board"
+    words = corpus.job(*JOB, *SPIKES, "--save", save, "--load", save, "--tensorboard-dir", board)
+    result = command(*words, "--keep-last", 1)
+    assert result.code == 0, result.err
+    (told,) = [record["text"] for record in records(save) if "loss spike" in str(record.get("text"))]
+    assert "in iterations 12 to 13" in told
+    assert "trained on samples 40 to 51" in told
+    # Only the last, and those around the spike, are left.
+    assert checkpoints(save) == ["iter_0000008", "iter_0000016", "iter_0000020"]
+    assert f"megatron-lite rollback {save} --to 8 --skip-samples 40-51" in result.out
+
+    result = command("rollback", save, "--to", 8, "--skip-samples", "40-51")
+    assert result.code == 0, result.err
+    assert checkpoints(save) == ["iter_0000008"]
+    assert checkpoints(save / "rolled-back-1") == ["iter_0000016", "iter_0000020"]
+    assert iterations(save) == list(range(1, 9))
+    assert read_manifest(save / "iter_0000008").provenance.skipped_samples == ((40, 52),)
+    assert command("checkpoint", "verify", save).code == 0
+    assert steps(board) == {"lm loss": list(range(1, 9)), "lm loss vs samples": list(range(4, 33, 4))}
+
+    seen.clear()
+    assert command(*words).code == 0
+    assert [place for places in seen for place in places] == [*range(32, 40), *range(52, 92)]
+    assert iterations(save) == list(range(1, 21))
+    assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((40, 52),)
+    assert not [record for record in records(save) if "loss spike" in str(record.get("text"))]
+
+
+def steps(board):
+    """Steps of two tags in TensorBoard's files."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(board))
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in ("lm loss", "lm loss vs samples")}
+
+
+@pytest.mark.parametrize("mode", [(), ("--async-save",)])
+def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
+    save, by_hand = tmp_path / "run", tmp_path / "hand"
+    words = (*corpus.job(*JOB, *mode), "--auto-rollback", 1, *SPIKES)
+    result = command(*words, "--save", save)
+    assert result.code == 0, result.err
+    assert "going back to iteration 8, leaving out samples 40 to 51 (rollback 1 of at most 1)" in result.out
+    trained = [place for places in seen for place in places]
+    assert trained == [*range(52), *range(32, 40), *range(52, 92)]
+    assert checkpoints(save) == [f"iter_{number:07d}" for number in (4, 8, 12, 16, 20)]
+    assert iterations(save) == list(range(1, 21))
+
+    # The same by hand, with a start in between.
+    stopped = corpus.job(*JOB, "--save", by_hand, "--load", by_hand)
+    assert command(*stopped, "--exit-interval", 8).code == 0
+    assert command("rollback", by_hand, "--to", 8, "--skip-samples", "40-51").code == 0
+    assert command(*stopped).code == 0
+    assert measured(save) == measured(by_hand)
+
+
+def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):
+    save = tmp_path / "run"
+    words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--auto-rollback", 1)
+    save.mkdir()
+    (save / "rollbacks.jsonl").write_text(json.dumps({"automatic": True}) + "\n")
+    result = command(*words)
+    assert result.code == 0, result.err
+    assert "the 1 rollbacks of --auto-rollback are used up" in result.out
+    assert "rollback 1 of" not in result.out
+
+
+def test_what_cannot_be_rolled_back_is_refused(corpus, tmp_path):
+    save = tmp_path / "run"
+    assert command(*corpus.job("--train-iters", 6, "--save-interval", 3, "--save", save)).code == 0
+    before = (save / "iter_0000003" / "manifest.json").read_bytes()
+    for words, text in (
+        (("--to", 4), "whole ones in"),
+        (("--to", 3, "--skip-samples", "8-20"), "has reached sample 12"),
+        (("--to", 3, "--skip-samples", "20-8"), "is a range of samples"),
+    ):
+        result = command("rollback", save, *words)
+        assert result.code == 1
+        assert text in result.err
+    assert checkpoints(save) == ["iter_0000003", "iter_0000006"]
+    assert (save / "iter_0000003" / "manifest.json").read_bytes() == before
+    # Asking twice is no error: a kill may have come in between.
+    for _ in range(2):
+        assert command("rollback", save, "--to", 3, "--skip-samples", "12-15").code == 0
+    assert read_manifest(save / "iter_0000003").provenance.skipped_samples == ((12, 16),)
+
+
+def test_weights_alone(corpus, tmp_path):
+    save, other = tmp_path / "run", tmp_path / "other"
+    options = ("--train-iters", 6, "--save-interval", 6, "--weights-only-every", 2, "--bf16")
+    assert command(*corpus.job(*options, "--save", save, "--async-save")).code == 0
+    assert command(*corpus.job(*options, "--save", other)).code == 0
+    for folder in (save, other):
+        assert checkpoints(folder / "weights") == [f"iter_{number:07d}" for number in (2, 4, 6)]
+        assert checkpoints(folder) == ["iter_0000006"]
+    names = read_manifest(save / "weights" / "iter_0000006").tensors
+    assert names and not [name for name in names if name.startswith("optimizer.")]
+    assert command("checkpoint", "verify", save / "weights").code == 0
+    job = corpus.job("--train-iters", 2, "--bf16", "--load", save / "weights")
+    assert command(*job, "--finetune").code == 0
+    assert command(*job).code == 1
+    shutil.rmtree(save / "weights" / "iter_0000006")
+
+
+def test_stopping_without_a_save(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job("--train-iters", 8, "--save-interval", 3, "--save", save, "--load", save)
+    assert command(*words, "--no-save-on-exit", "--exit-interval", 4).code == 0
+    assert checkpoints(save) == ["iter_0000003"]
+    assert command(*words, "--exit-interval", 5).code == 0
+    assert checkpoints(save) == ["iter_0000003", "iter_0000005"]
+    assert command(*words, "--no-save-on-exit").code == 0
+    assert checkpoints(save)[-1] == "iter_0000008"
