@@ -1,4 +1,4 @@
-"""Work on checkpoints without the cluster that wrote them: compare, average and rewrite, in one process."""
+"""Work on checkpoints without the cluster that wrote them: compare, average and reshard, in one process."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def average(paths: Sequence[Path], output: Path, notify: Callable[[str], None] =
     return save_checkpoint(output, last.iteration, tensors, last.scalars, provenance, world)
 
 
-def rewrite(path: Path, output: Path, *, weights_only: bool, notify: Callable[[str], None] = print) -> SaveReport:
+def reshard(path: Path, output: Path, *, weights_only: bool, notify: Callable[[str], None] = print) -> SaveReport:
     """Writes a checkpoint again in one file, whatever number of ranks wrote it; every bit of every tensor is the same.
 
     Any layout reads it without this; it serves to move or keep a checkpoint of many files, or its weights alone.

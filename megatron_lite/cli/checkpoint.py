@@ -1,4 +1,4 @@
-"""megatron-lite checkpoint: lists, inspects, verifies, compares, averages and rewrites checkpoints on any machine."""
+"""megatron-lite checkpoint: lists, inspects, verifies, compares, averages and reshards checkpoints on any machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from megatron_lite.checkpoint.manifest import Manifest
 
-SUMMARY = "list, inspect, verify, compare, average and rewrite checkpoints"
+SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
 
 def run(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
         "verify": _verify,
         "diff": _diff,
         "average": _average,
-        "rewrite": _rewrite,
+        "reshard": _reshard,
     }
     return actions[options.action](options, console)
 
@@ -174,10 +174,10 @@ def _average(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _rewrite(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.offline import rewrite
+def _reshard(options: argparse.Namespace, console: Console) -> int:
+    from megatron_lite.checkpoint.offline import reshard
 
-    report = rewrite(_one(options.folder), options.output, weights_only=options.weights_only, notify=console.print)
+    report = reshard(_one(options.folder), options.output, weights_only=options.weights_only, notify=console.print)
     console.print(f"wrote {report.path}: {_bytes(report.size)}")
     return 0
 
@@ -255,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     averaging.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
     averaging.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
 
-    rewriting = action("rewrite", "write a checkpoint of many files again in one")
-    rewriting.add_argument("folder", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
-    rewriting.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
-    rewriting.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+    resharding = action("reshard", "write a checkpoint of many files again in one; any layout reads either")
+    resharding.add_argument("folder", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
+    resharding.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
+    resharding.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
     return parser

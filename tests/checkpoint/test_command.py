@@ -94,13 +94,13 @@ def test_average_of_different_models_is_refused(kit, tmp_path):
         call("average", tmp_path / "a", "--output", tmp_path / "c")
 
 
-def test_rewrite(kit, root, tmp_path):
-    assert call("rewrite", root, "--output", tmp_path / "copy") == 0
+def test_reshard(kit, root, tmp_path):
+    assert call("reshard", root, "--output", tmp_path / "copy") == 0
     assert call("diff", root, tmp_path / "copy", "--values") == 0
-    assert call("rewrite", root, "--output", tmp_path / "weights", "--weights-only") == 0
+    assert call("reshard", root, "--output", tmp_path / "weights", "--weights-only") == 0
     assert not any(n.startswith("optimizer") for n in read_manifest(find_checkpoint(str(tmp_path / "weights"))).tensors)
     with pytest.raises(CheckpointError, match="into another folder"):
-        call("rewrite", root, "--output", root)
+        call("reshard", root, "--output", root)
 
 
 @pytest.mark.parametrize("words", [["list", "missing"], ["inspect", "missing"], ["verify", "."], ["inspect", "."]])
