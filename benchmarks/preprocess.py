@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--vocab-file", default="", help="vocab.json; without it a BPE of 8192 is trained")
     parser.add_argument("--merge-file", default="")
     parser.add_argument("--memory", action="store_true", help="only measure peak memory")
+    parser.add_argument("--memory-mb", type=float, nargs=2, default=(200, 2000), help="the two sizes of input")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder:
         texts = standard_library(args.mb * 1e6)
         config = tokenizer_config(args.vocab_file, args.merge_file, texts, Path(folder))
         if args.memory:
-            compare_memory(texts, config, Path(folder))
+            compare_memory(texts, config, Path(folder), args.memory_mb)
         else:
             compare_rates(texts, config, Path(folder), args.repeats)
 
@@ -174,11 +175,11 @@ print("peak", mb(resource.RUSAGE_SELF), mb(resource.RUSAGE_CHILDREN))
 """
 
 
-def compare_memory(texts: Sequence[str], config: TokenizerConfig, folder: Path) -> None:
-    """Peak memory of the parent and of the largest worker at 200 MB and at 2 GB."""
+def compare_memory(texts: Sequence[str], config: TokenizerConfig, folder: Path, megabytes: Sequence[float]) -> None:
+    """Peak memory of the parent and of the largest worker at both sizes of input."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     peaks = []
-    for size in (200e6, 2e9):
+    for size in (1e6 * megabytes[0], 1e6 * megabytes[1]):
         corpus = folder / "memory.jsonl"
         with corpus.open("wb") as file:
             while file.tell() < size:

@@ -153,7 +153,7 @@ def fast_encoder(library: tokenizers.Tokenizer) -> fast_path.FastByteBpe | None:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
 
     def reaches_itself(tokens: list[str]) -> bool:
-        words = hf.Tokenizer(hf.models.BPE(vocab=model["vocab"], merges=merges))
+        words = hf.Tokenizer(library.model)  # the rules alone, without cutting into words first
         return all(len(encoding) == 1 for encoding in words.encode_batch_fast(tokens))
 
     return fast_path.build(model["vocab"], merges, reaches_itself)
