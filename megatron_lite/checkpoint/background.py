@@ -106,7 +106,7 @@ class BackgroundSaver:
         """Waits for the save under way; a collective call.
 
         Returns:
-            On rank 0 the report of the save, if there was one since the last call; None on other ranks.
+            The report of the save, on every rank; None if there was none since the last call.
 
         Raises:
             CheckpointError: it failed on some rank.
@@ -123,7 +123,8 @@ class BackgroundSaver:
                 raise error
 
         together(self._world, outcome)
-        return report
+        told: SaveReport | None = self._world.all_gather_object(report)[0]
+        return told
 
     def _stage(self, tensor: GlobalTensor) -> GlobalTensor:
         pieces = [

@@ -81,12 +81,9 @@ def roll_back(
     announce(root, iteration)
     moved = _move_later(root, iteration, aside)
     weights = root / WEIGHTS_FOLDER
-    if weights.is_dir() and _move_later(weights, iteration, aside / WEIGHTS_FOLDER):
-        left = list_checkpoints(weights)
-        if left:
-            announce(weights, iteration_of(left[-1]) or 0)
-        else:
-            (weights / LATEST_NAME).unlink(missing_ok=True)
+    if weights.is_dir():
+        _announce_newest(weights, iteration)
+        _move_later(weights, iteration, aside / WEIGHTS_FOLDER)
     return RollbackReport(checkpoint, aside, tuple(moved), skipped)
 
 
@@ -128,6 +125,15 @@ def _record(root: Path, iteration: int, skip: tuple[int, int] | None, automatic:
     }
     before = path.read_bytes() if path.exists() else b""
     replace_file(path, before + json.dumps(entry).encode() + b"\n")
+
+
+def _announce_newest(weights: Path, iteration: int) -> None:
+    """Announces the newest checkpoint up to `iteration`, or none."""
+    left = [number for path in list_checkpoints(weights) if (number := iteration_of(path) or 0) <= iteration]
+    if left:
+        announce(weights, left[-1])
+    else:
+        (weights / LATEST_NAME).unlink(missing_ok=True)
 
 
 def _move_later(root: Path, iteration: int, aside: Path) -> list[str]:

@@ -120,7 +120,7 @@ def test_ranks_save_together(tmp_path, on_ranks):
                 saver.save(tmp_path, iteration, tensors, {}, Provenance(), retention=Retention(last=2))
                 tensors[0].pieces[0].tensor.fill_(-1)
             report = saver.wait()
-            assert (report is None) == (world.rank > 0)
+            assert report is not None
         loaded = halves(world, 0.0)
         load_checkpoint(find_checkpoint(str(tmp_path)), loaded, world)
         assert loaded[0].pieces[0].tensor.tolist() == [30.0 + world.rank] * 3
