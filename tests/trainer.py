@@ -93,8 +93,9 @@ def _job(words, paths, prepare):
 
 
 def records(folder):
-    """Lines of a run's metrics.jsonl without what the clock has to do with, later starts' included."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Lines of a run's metrics.jsonl without what the clock has to do with; one that is just being written is left."""
+    text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+    lines = [json.loads(line) for line in text.splitlines()]
     return [{name: value for name, value in line.items() if name not in _OF_THE_CLOCK} for line in lines]
 
 

@@ -50,6 +50,16 @@ def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, sta
     assert_same_run(whole, broken)
 
 
+def test_a_background_save_is_on_the_disk_before_the_last_word(corpus, start, tmp_path):
+    words = corpus.job(*SHORT, "--async-save", "--save", tmp_path / "run")
+    result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
+    assert result.code == 0
+    assert checkpoints(tmp_path / "run") == ["iter_0000003", "iter_0000005"]
+    *_, saved, last = result.out.splitlines()
+    assert "successfully saved checkpoint at iteration       5" in saved
+    assert last == "exiting program after receiving SIGTERM"
+
+
 def test_a_second_ctrl_c_stops_at_once(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*SHORT, "--save", save, "--load", save)
@@ -189,6 +199,7 @@ def test_limits_save_and_say_why(words, last, expected, message, corpus, tmp_pat
     assert result.code == 0
     assert result.out.splitlines()[-1] == message
     assert checkpoints(save)[-1] == f"iter_{last:07d}"
+    assert result.out.count("successfully saved") == len(checkpoints(save)), "each once"
     assert status(save) | {"time": "", "message": message} == status(save) | {"time": ""}
     assert (status(save)["status"], status(save)["iteration"]) == (expected, last)
     assert [record["text"] for record in records(save) if record["kind"] == "message"][-1] == message

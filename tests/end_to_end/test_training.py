@@ -163,6 +163,7 @@ def test_finetune_takes_the_weights_alone(corpus, tmp_path):
     assert two["consumed_train_samples"] == 4
     assert two["losses"]["lm loss"] < one["losses"]["lm loss"]
     assert checkpoints(second) == ["iter_0000002", "iter_0000004"]
+    assert result.out.count("successfully saved") == 2, "the last iteration is saved once"
 
 
 def test_log_interval_averages_and_leaves_out_no_iteration(corpus, tmp_path):
