@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; it takes abbreviations as Megatron's does."""
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
+        usage="%(prog)s --input FILE … --output-prefix PATH (--vocab-file PATH --merge-file PATH | "
+        "--tokenizer-model PATH) [--append-eod] [--workers N] …",
         description="Tokenise text files into the .bin/.idx dataset that training reads. Output appears under its "
         "name only when it is complete; a run that was stopped is continued by the same command.",
     )
