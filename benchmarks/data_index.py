@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import resource
 import tempfile
 import time
@@ -25,9 +26,20 @@ from megatron_lite.data.index_cache import read_index, write_index
 from megatron_lite.data.index_format import bin_path, idx_path, pack_header
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.loader import Loader
-from megatron_lite.data.sample_index import build_index, plan_index
+from megatron_lite.data.sample_index import (
+    IndexPlan,
+    SampleIndex,
+    build_index,
+    order_documents,
+    order_samples,
+    plan_index,
+)
 
 CHUNK = 1 << 20
+
+PROBED = 1 << 24
+"""Words drawn, and entries moved, to know what one takes."""
+
 SAMPLES_PER_SECOND_13B = 4.0
 """Samples of 2048 tokens that one 8-GPU replica of a 13B model trains on in a second, generously."""
 
@@ -79,7 +91,7 @@ def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
 
 def index_and_serve(prefix: Path, samples: int, length: int) -> None:
     """The stages from nothing to the first sample, and from a kept index to the first sample."""
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     with timed("open and check"):
         data = IndexedDataset(prefix)
     with timed("count tokens"):
@@ -93,11 +105,13 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
             prefix=str(prefix),
         )
     print(f"  {plan.epochs} epochs, {plan.total_samples:,} samples, {plan.tokens_per_epoch:,} tokens an epoch")
-    with timed("build: shuffle documents and samples"):
-        index = build_index(plan, data.sizes)
+    index = build(plan, data)
     with timed("first sample"):
         GPTDataset(data, index)[0]
-    print(f"FIRST SAMPLE after {time.perf_counter() - began:.1f} s, peak memory {peak_gigabytes():.2f} GB")
+    print(
+        f"FIRST SAMPLE after {time.perf_counter() - began:.1f} s ({time.process_time() - worked:.1f} s of processor), "
+        f"peak memory {peak_gigabytes():.2f} GB"
+    )
     with timed("write the index (once)"):
         write_index(index, prefix.parent / "index")
     first_spans = index.spans(samples // 2, data.sizes)
@@ -120,6 +134,53 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
     print(f"REOPENED: first sample after {time.perf_counter() - began:.2f} s")
     assert found.spans(samples // 2, data.sizes) == first_spans
     serve(dataset)
+    del dataset, found
+    floor(plan.epochs * plan.num_documents, plan.total_samples)
+
+
+def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
+    """What build_index does, in its two halves."""
+    rng = np.random.RandomState(plan.seed)
+    scratch = np.empty(max(plan.epochs * plan.num_documents, plan.total_samples), dtype=np.int64)
+    with timed("build: shuffle documents, sum their lengths"):
+        documents, starts = order_documents(rng, plan, data.sizes, scratch)
+    with timed("build: shuffle samples"):
+        shuffle = order_samples(rng, plan, scratch)
+    return SampleIndex(plan, documents, shuffle, starts)
+
+
+def floor(entries: int, samples: int) -> None:
+    """What cannot be left out of a build in this order, however it is arranged, at this core's speed right now.
+
+    The order is defined by one sequence of random words, most of which are needed before the first sample is known;
+    and where a sample lies is known once every document has been moved at least once.
+    """
+    words = words_of_shuffle(entries) + words_of_shuffle(samples)
+    rng = np.random.RandomState(0)
+    began = time.process_time()
+    for _ in range(PROBED // CHUNK):
+        rng.randint(0, 2**32, CHUNK, dtype=np.uint32)
+    drawing = (time.process_time() - began) / PROBED * words
+    values = np.ones(entries, dtype=np.int64)
+    places = [rng.randint(0, entries, CHUNK >> 6) for _ in range(PROBED // CHUNK << 6)]
+    began = time.process_time()
+    for some in places:
+        values[some] = values.take(some)
+    moving = (time.process_time() - began) / PROBED * entries
+    print(
+        f"FLOOR: {words / 1e6:,.0f} million words drawn {drawing:.1f} s, {entries / 1e6:,.0f} million documents moved "
+        f"once, as fast as numpy moves anything at random, {moving:.1f} s: {drawing + moving:.1f} s of processor"
+    )
+
+
+def words_of_shuffle(entries: int) -> float:
+    """Expected random words of numpy's shuffle: step i takes 2 ** bits(i) / (i + 1), for what exceeds i is redrawn."""
+    words, low = 0.0, 1
+    while low < entries:
+        high = min(entries, 2 * low)
+        words += 2 * low * math.log((high + 0.5) / (low + 0.5))
+        low = high
+    return words
 
 
 def serve(dataset: GPTDataset) -> None:

@@ -134,11 +134,12 @@ class BlendedDataset:
         self.datasets = tuple(datasets)
         self.size = size
         self.index = BlendIndex(weights)
+        self._sources = short_names([name for dataset in self.datasets for name in dataset.sources])
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The parts' names."""
-        return tuple(name for dataset in self.datasets for name in dataset.sources)
+        """The parts' names, as short as the log wants them, and no two alike."""
+        return self._sources
 
     def __len__(self) -> int:
         return self.size
@@ -161,6 +162,22 @@ class BlendedDataset:
         if not 0 <= sample < self.size:
             raise out_of_samples(sample, self.size, self.sources)
         return self.index.lookup(sample)
+
+
+def short_names(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Names for the parts of a blend: their paths without the folders that all are in.
+
+    A file that is given several times (other ranges of it, say) is numbered, so that no loss is logged over another's.
+    """
+    paths = [prefix.split("/") for prefix in prefixes]
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    names = ["/".join(path[shared:]) for path in paths]
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
+        for place, name in enumerate(names)
+    )
 
 
 class MockDataset:

@@ -176,19 +176,38 @@ def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
         DataError: a sequence has a negative length.
     """
     rng = np.random.RandomState(plan.seed)
-    num_entries = plan.epochs * plan.num_documents
-    scratch = np.empty(max(num_entries, plan.total_samples), dtype=np.int64)
-    packed = scratch[:num_entries]
+    scratch = np.empty(max(plan.epochs * plan.num_documents, plan.total_samples), dtype=np.int64)
+    documents, starts = order_documents(rng, plan, sizes, scratch)
+    return SampleIndex(plan, documents, order_samples(rng, plan, scratch), starts)
+
+
+def order_documents(
+    rng: np.random.RandomState, plan: IndexPlan, sizes: NDArray[np.int32], scratch: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The first half of a build: `documents` and `starts` of the index.
+
+    Args:
+        rng: as it is made from the plan's seed.
+        plan: of the index.
+        sizes: lengths of all sequences.
+        scratch: overwritten; at least one place for each entry.
+
+    Raises:
+        DataError: a sequence has a negative length.
+    """
+    packed = scratch[: plan.epochs * plan.num_documents]
     _pack_epochs(packed, plan, sizes)
     _shuffle(rng, packed, plan.documents_together)
-    starts = _block_starts(packed)
-    documents = _low_halves(packed)
+    return _low_halves(packed), _block_starts(packed)
+
+
+def order_samples(rng: np.random.RandomState, plan: IndexPlan, scratch: NDArray[np.int64]) -> NDArray[np.integer]:
+    """The second half of a build: `shuffle` of the index, from the generator as `order_documents` left it."""
     numbers = scratch[: plan.total_samples]
     for low in range(0, plan.total_samples, CHUNK):
         numbers[low : low + CHUNK] = np.arange(low, min(plan.total_samples, low + CHUNK))
     _shuffle(rng, numbers, plan.samples_together)
-    shuffle: NDArray[np.integer] = numbers if plan.total_samples >= 2**32 - 2 else _low_halves(numbers).view(np.uint32)
-    return SampleIndex(plan, documents, shuffle, starts)
+    return numbers if plan.total_samples >= 2**32 - 2 else _low_halves(numbers).view(np.uint32)
 
 
 def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32]) -> None:

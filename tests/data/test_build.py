@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.data.build import blend_counts, build_datasets
+from megatron_lite.data.dataset import short_names
 from megatron_lite.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.errors import DataError
 
@@ -79,7 +81,22 @@ def test_a_blend_takes_shares_of_its_sources(tmp_path, order):
     from_b = [train.source(sample) for sample in range(100)]
     assert sum(from_b) == 25
     assert all((train[sample].min() >= 50) == bool(source) for sample, source in enumerate(from_b))
-    assert [train.sources[source] for source in (0, 1)] == paths
+    assert train.sources == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["/data/en/text", "/data/fr/text"], ("en/text", "fr/text")),
+        (["/data/en", "/data/en", "/data/fr", "/data/en"], ("en (1)", "en (2)", "fr", "en (3)")),
+        (["/data/en/text", "fr"], ("/data/en/text", "fr")),
+        (["/data/en", "/data/en/deep"], ("en", "en/deep")),
+        (["a"], ("a",)),
+    ],
+)
+def test_sources_of_a_blend_have_short_names_of_their_own(prefixes, names):
+    """Losses are logged by name: two ranges of one file must not be logged over each other."""
+    assert short_names(prefixes) == names
 
 
 def test_sources_without_weights_are_read_once(tmp_path):
@@ -139,6 +156,11 @@ def test_a_sample_past_the_end_is_refused(tmp_path):
             train[len(train)]
 
 
+def piece(path):
+    """A whole file as a manifest's one piece: its size and checksum."""
+    return path.stat().st_size, zlib.crc32(path.read_bytes())
+
+
 def test_a_dataset_of_another_tokenizer_is_refused(tmp_path):
     from megatron_lite.data.preprocess.manifest import Manifest, write_manifest
 
@@ -148,8 +170,8 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path):
         documents=200,
         sequences=200,
         tokens=1,
-        bin_pieces=[((tmp_path / "a.bin").stat().st_size, 0)],
-        idx_pieces=[((tmp_path / "a.idx").stat().st_size, 0)],
+        bin_pieces=[piece(tmp_path / "a.bin")],
+        idx_pieces=[piece(tmp_path / "a.idx")],
         tokenizer={"type": "GPT2BPETokenizer", "fingerprint": "aaa"},
     )
     write_manifest(prefix, manifest)
