@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_lite.config.run import RunConfig
     from megatron_lite.data.build import Datasets
     from megatron_lite.data.dataset import Dataset
+    from megatron_lite.schedules.skipping import Ranges
     from megatron_lite.tokenizer.base import Tokenizer
 
 
@@ -48,11 +49,23 @@ def show_samples(argv: list[str]) -> int:
         dp=dp,
         prefetch=0,
         cyclic=config.data.sampler == "cyclic",
+        skipped=_left_out(config),
     ) as loader:
-        for place, sample in enumerate(loader.samples(consumed, count)):
-            print(f"\nsample {consumed + place:,} (number {sample:,} of the dataset)")
+        for place, sample in zip(loader.places(consumed, count), loader.samples(consumed, count), strict=True):
+            print(f"\nsample {place:,} (number {sample:,} of the dataset)")
             _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
     return 0
+
+
+def _left_out(config: RunConfig) -> Ranges:
+    """What the run of --load leaves out of its data since a rollback."""
+    if not config.checkpoint.load:
+        return ()
+    from megatron_lite.checkpoint.catalog import find_checkpoint
+    from megatron_lite.checkpoint.manifest import read_manifest
+
+    found = find_checkpoint(config.checkpoint.load, config.checkpoint.load_iteration)
+    return read_manifest(found).provenance.skipped_samples if found is not None else ()
 
 
 def build_indices(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.engine import Engine, StepOutcome
-from megatron_lite.train.spike_report import GoingBack, notice
+from megatron_lite.train.spike_report import GoingBack, notice, way_out
 from megatron_lite.train.state import RunState
 from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
 
@@ -53,7 +53,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         Why it ended. The last save is on the disk by then.
 
     Raises:
-        TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration).
+        TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration), and the run may
+            not go back.
         CheckpointError: a save failed.
     """
     config = run.config
@@ -96,6 +97,8 @@ def _iterate(run: Run) -> Stop | None:
     with run.timers("train-step"):
         outcome = run.engine.train_step(plan, run.data.train.reader(plan))
     if not outcome.finite and run.config.optimizer.check_for_nan and run.config.precision.dtype != "fp16":
+        if (back := way_out(run, plan, outcome.loss)) is not None:
+            return back
         raise _not_finite(run, plan, outcome)
     run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
     if not outcome.applied:
@@ -206,11 +209,11 @@ def _overflow(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> s
 def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
     train_data = run.data.train
     assert train_data is not None
-    last = plan.first_sample + plan.global_batch - 1
+    places = train_data.places(plan.first_sample, plan.global_batch)
     return TrainingError(
         "Loss and gradients must be finite",
         found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
-        f"{plan.first_sample} to {last} (numbers {train_data.describe(plan)} of the training data)",
+        f"{places[0]} to {places[-1]} (numbers {train_data.describe(plan)} of the training data)",
         fix=f"No parameter was changed by it and no checkpoint holds it. `megatron-lite data samples --iteration "
         f"{plan.iteration}` with this command's flags shows these samples. Go on from the last checkpoint (--load) "
         f"with a lower --lr or longer warm-up, or leave them out with --skip-train-iteration-range "

@@ -43,8 +43,17 @@ def notice(run: Run, plan: IterationPlan, loss: float) -> Stop | None:
     If it does, run.going_back says where to.
     """
     spike = run.state.watch.observe(plan.iteration, loss, plan.first_sample, plan.global_batch)
-    if spike is None:
+    return None if spike is None else _tell(run, spike)
+
+
+def way_out(run: Run, plan: IterationPlan, loss: float) -> Stop | None:
+    """The same for a loss or gradient that is not finite; None: the run cannot go on; a collective call."""
+    if not run.config.training.auto_rollback:
         return None
+    return _tell(run, run.state.watch.broken(plan.iteration, loss, plan.first_sample, plan.global_batch))
+
+
+def _tell(run: Run, spike: Spike) -> Stop | None:
     save = run.config.checkpoint.save
     run.state.finish()
     before: _Before | None = run.mesh.world.all_gather_object(

@@ -83,6 +83,17 @@ class SpikeWatch:
             return Spike(self._first, iteration, self._highest, usual, (self._begins, consumed + batch))
         return None
 
+    def broken(self, iteration: int, loss: float, consumed: int, batch: int) -> Spike:
+        """What a loss or gradient that is not finite makes certain at once. Arguments as of observe."""
+        rising = self._first is not None
+        return Spike(
+            first=self._first if self._first is not None else iteration,
+            last=iteration,
+            loss=loss,
+            usual=median(self._recent) if self._recent else math.nan,
+            consumed=(self._begins if rising else max(0, consumed - self._before), consumed + batch),
+        )
+
     def around(self) -> tuple[tuple[int, int | None], ...]:
         """(first, last) iteration of each spike so far, for Retention: what may become one has no last."""
         going_on = () if self._first is None else ((self._first, None),)

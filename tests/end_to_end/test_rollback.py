@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, t
     assert command("checkpoint", "verify", save).code == 0
     assert steps(board) == {"lm loss": list(range(1, 9)), "lm loss vs samples": list(range(4, 33, 4))}
 
+    # 9 consumed iterations are 36 samples; the tenth begins behind those left out.
+    shown = command("data", "samples", "--iteration", 11, *words[1:])
+    assert [line.split()[1] for line in shown.out.splitlines() if line.startswith("sample ")] == [
+        "52",
+        "53",
+        "54",
+        "55",
+    ]
     seen.clear()
     assert command(*words).code == 0
     assert [place for places in seen for place in places] == [*range(32, 40), *range(52, 92)]
@@ -93,6 +102,28 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
     assert command("rollback", by_hand, "--to", 8, "--skip-samples", "40-51").code == 0
     assert command(*stopped).code == 0
     assert measured(save) == measured(by_hand)
+
+
+def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch, tmp_path):
+    save, step = tmp_path / "run", NativeEngine.train_step
+
+    def spoil(self, plan, read):
+        outcome = step(self, plan, read)
+        return dataclasses.replace(outcome, loss=math.nan, finite=False) if set(seen[-1]) & set(BAD) else outcome
+
+    monkeypatch.setattr(NativeEngine, "train_step", spoil)
+    words = (*corpus.job(*JOB), "--save", save, "--spike-factor", 2)
+    result = command(*words, "--auto-rollback", 2)
+    assert result.code == 0, result.err
+    # Each time, the iteration and the one before it.
+    assert "going back to iteration 8, leaving out samples 40 to 47 (rollback 1 of at most 2)" in result.out
+    assert "going back to iteration 8, leaving out samples 36 to 51 (rollback 2 of at most 2)" in result.out
+    assert iterations(save) == list(range(1, 21))
+    assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((36, 52),)
+    shutil.rmtree(save)
+    result = command(*words)
+    assert result.code == 1
+    assert "Loss and gradients must be finite" in result.err
 
 
 def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):

@@ -1,0 +1,28 @@
+"""A time limit leaves the save as long as the slowest before it took."""
+
+from __future__ import annotations
+
+from megatron_lite.config.training import TrainingConfig
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.train.stopping import Stopper
+
+LIMIT = TrainingConfig(exit_duration_minutes=10)
+
+
+def stop_at(seconds, reserve):
+    now = 0.0
+    stopper = Stopper(LIMIT, started=0.0, clock=lambda: now)
+    now = seconds
+    return stopper.after_iteration(Progress(iteration=1), reserve=reserve)
+
+
+def test_the_save_is_over_by_the_limit():
+    assert stop_at(500.0, 90.0) is None
+    stop = stop_at(520.0, 90.0)
+    assert stop.status == "time_limit"
+    assert stop.message == "exiting program after 8.7 minutes, leaving 90 s for the save"
+
+
+def test_without_a_save_before_the_limit_itself_counts():
+    assert stop_at(599.0, 0.0) is None
+    assert stop_at(601.0, 0.0).message == "exiting program after 10.0 minutes"
