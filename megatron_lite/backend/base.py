@@ -42,6 +42,7 @@ class Backend(ABC):
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
         self._store: Any = None
+        self._watches = 0
 
     @abstractmethod
     def seed(self, value: int) -> None:
@@ -85,13 +86,15 @@ class Backend(ABC):
     def watch_store(self) -> Any:
         """A connection of its own to the store that the ranks met in, for a watchdog; None where there is one rank.
 
-        Of its own: a store serves one caller at a time, and the main thread may wait in it.
+        Of its own: a store serves one caller at a time, and the main thread may wait in it. Every call gives an empty
+        one; all ranks call it equally often.
         """
         if self._store is None:
             return None
         store = self._store.clone()
         store.set_timeout(datetime.timedelta(seconds=10))
-        return dist.PrefixStore("watch", store)  # type: ignore[attr-defined]
+        self._watches += 1
+        return dist.PrefixStore(f"watch{self._watches}", store)  # type: ignore[attr-defined]
 
     def _group_backend(self) -> str | None:
         return None

@@ -75,9 +75,10 @@ def _from_torchrun(variables: Mapping[str, str]) -> Launch:
 
 def _from_slurm(variables: Mapping[str, str]) -> Launch:
     world_size = _integer(variables, "SLURM_STEP_NUM_TASKS")
-    address = variables.get("MASTER_ADDR") or first_host(
-        variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "localhost")
-    )
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "localhost")
+    # Ranks of one node meet by themselves, whether or not its name can be resolved.
+    one_node = variables.get("SLURM_STEP_NUM_NODES") == "1"
+    address = variables.get("MASTER_ADDR") or ("127.0.0.1" if one_node else first_host(nodes))
     # A port of the job's own, the same on every rank: two jobs that share a node do not meet.
     port = variables.get("MASTER_PORT") or str(20000 + _integer(variables, "SLURM_JOB_ID", default=0) % 20000)
     per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST_SILENCE = 40.0
+LONGEST_SILENCE = 30.0
 """Seconds after which a rank without a sign of life counts as dead. Python code that never lets another thread run can
 be silent too, but hardly as long."""
 GRACE = 5.0
@@ -29,10 +29,17 @@ UNREACHABLE = 3
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure that ended the job: which rank was first, and what happened there."""
+    """The failure that ended the job.
+
+    Attributes:
+        rank: which rank was first.
+        text: what happened there.
+        silent: others say so, since it says nothing any more.
+    """
 
     rank: int
     text: str
+    silent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,7 @@ class Watchdog:
         self._patience = patience
         self._over = threading.Event()
         self._told = threading.Event()
+        self._quiet = threading.Event()
         self._ending = False
         self._failure: Failure | None = None
         self._beats = 0
@@ -108,15 +116,17 @@ class Watchdog:
         """Tells all ranks that this one has failed, unless one did before. It may then end as it likes, but soon."""
         self._ending = True
         self._post(Failure(self._rank, text))
-        self._linger()
+        self._hand_over()
 
     def first_failure(self) -> Failure | None:
         """The failure that was first, which the caller will say and end by; None: none was told in good time."""
-        # A rank that was killed says nothing: it is missed only after a while.
+        # A rank that was killed says nothing: it is missed only after a while, and sooner if someone lost a partner.
+        self._ending = True
+        with contextlib.suppress(Exception):
+            self._store.set("lost", "")
         self._told.wait(self._patience.silence + 4 * self._patience.interval)
         if self._failure is not None:
-            self._ending = True
-            self._linger()
+            self._hand_over()
         return self._failure
 
     def leave(self) -> None:
@@ -151,9 +161,23 @@ class Watchdog:
                 errors += 1
                 if errors == UNREACHABLE:
                     gone = "rank 0, where the ranks meet, cannot be reached: it was killed or cut off"
-                    self._failure = Failure(0, f"{gone} ({error})")
+                    self._failure = Failure(0, f"{gone} ({error})", silent=True)
             if self._failure is not None:
                 self._end(self._failure)
+        if self._ending:
+            self._quiet.set()
+            # The main thread is on its way out, and may yet hang: in a library's own farewell, for one.
+            time.sleep(3 * self._patience.grace)
+            os._exit(1)
+
+    def _hand_over(self) -> None:
+        """Leaves it to the main thread to end the process.
+
+        The watchdog's thread is done with the store first: a call into it does not survive Python's going down.
+        """
+        self._linger()
+        self._over.set()
+        self._quiet.wait(self._patience.grace)
 
     def _beat(self) -> None:
         self._beats += 1
@@ -164,21 +188,19 @@ class Watchdog:
     def _post(self, failure: Failure) -> None:
         with contextlib.suppress(Exception):
             if self._store.add("failures", 1) == 1:
-                self._store.set("failed", json.dumps([failure.rank, failure.text]))
+                self._store.set("failed", json.dumps([failure.rank, failure.text, failure.silent]))
 
     def _look_for_failure(self) -> None:
         if self._store.check(["failed"]):
-            rank, text = json.loads(self._store.get("failed"))
-            self._failure = Failure(rank, text)
+            self._failure = Failure(*json.loads(self._store.get("failed")))
             self._store.add("heard", 1)
 
     def _end(self, failure: Failure) -> None:
         """Gives the main thread, which may hang in a collective, a moment to end by itself, then ends the process."""
         self._told.set()
-        if self._over.wait(self._patience.grace):
+        if self._over.wait(2 * self._patience.grace if self._ending else self._patience.grace):
             return
-        if not self._ending:
-            self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
+        self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self._linger()
@@ -187,8 +209,9 @@ class Watchdog:
     def _linger(self) -> None:
         """Keeps the store, which rank 0's process may hold, until every rank has read why the job ends."""
         deadline = time.monotonic() + self._patience.grace
+        hearers = self._world_size - (self._failure is not None and self._failure.silent)
         with contextlib.suppress(Exception):
-            while self._rank == 0 and time.monotonic() < deadline and self._store.add("heard", 0) < self._world_size:
+            while self._rank == 0 and time.monotonic() < deadline and self._store.add("heard", 0) < hearers:
                 time.sleep(0.02)
 
     def _look_for_silence(self) -> None:
@@ -196,16 +219,18 @@ class Watchdog:
         if not keys or not self._store.check(keys):
             return
         now = time.monotonic()
+        longest = self._patience.silence / (3 if self._store.check(["lost"]) else 1)
         for rank, beat in zip(self._watched, self._store.multi_get(keys), strict=True):
             if rank not in self._heard or self._heard[rank][0] != beat:
                 self._heard[rank] = beat, now
-            elif beat != b"left" and now - self._heard[rank][1] > self._patience.silence:
+            elif beat != b"left" and now - self._heard[rank][1] > longest:
                 last = json.loads(beat)
                 self._post(
                     Failure(
                         rank,
                         f"{last['name']} gave no sign of life for {now - self._heard[rank][1]:.0f} s, killed or cut "
                         f"off in {last['where']}",
+                        silent=True,
                     )
                 )
 

@@ -51,3 +51,16 @@ def test_first_host(nodelist, host):
 def test_contradictions_are_config_errors(variables):
     with pytest.raises(ConfigError):
         read_launch(variables)
+
+
+def test_ranks_of_one_node_meet_without_its_name():
+    launch = read_launch(
+        {
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_STEP_NODELIST": "nowhere",
+            "SLURM_JOB_ID": "3",
+        }
+    )
+    assert launch.init_method == "tcp://127.0.0.1:20003"
