@@ -135,7 +135,7 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
     assert found.spans(samples // 2, data.sizes) == first_spans
     serve(dataset)
     del dataset, found
-    floor(plan.epochs * plan.num_documents, plan.total_samples)
+    parts_of_a_build(plan.epochs * plan.num_documents, plan.total_samples)
 
 
 def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
@@ -149,11 +149,12 @@ def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
     return SampleIndex(plan, documents, shuffle, starts)
 
 
-def floor(entries: int, samples: int) -> None:
-    """What cannot be left out of a build in this order, however it is arranged, at this core's speed right now.
+def parts_of_a_build(entries: int, samples: int) -> None:
+    """What a build is made of, at this core's speed right now: to compare the build with, where others share the machine.
 
-    The order is defined by one sequence of random words, most of which are needed before the first sample is known;
-    and where a sample lies is known once every document has been moved at least once.
+    The order is defined by one sequence of random words, nearly all of which come before the first sample's number is
+    known; and where a sample lies is known only when every document has been moved. Batches of independent moves, as
+    here, are numpy's best case: no move waits for another, nor for its word.
     """
     words = words_of_shuffle(entries) + words_of_shuffle(samples)
     rng = np.random.RandomState(0)
@@ -168,8 +169,8 @@ def floor(entries: int, samples: int) -> None:
         values[some] = values.take(some)
     moving = (time.process_time() - began) / PROBED * entries
     print(
-        f"FLOOR: {words / 1e6:,.0f} million words drawn {drawing:.1f} s, {entries / 1e6:,.0f} million documents moved "
-        f"once, as fast as numpy moves anything at random, {moving:.1f} s: {drawing + moving:.1f} s of processor"
+        f"FOR COMPARISON: {words / 1e6:,.0f} million words, only drawn: {drawing:.1f} s; {entries / 1e6:,.0f} million "
+        f"entries moved once, by independent gathers and scatters: {moving:.1f} s of processor"
     )
 
 
