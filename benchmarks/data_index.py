@@ -150,7 +150,7 @@ def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
 
 
 def parts_of_a_build(entries: int, samples: int) -> None:
-    """What a build is made of, at this core's speed right now: to compare the build with, where others share the machine.
+    """What a build is made of, at this core's speed right now, to compare it with where others share the machine.
 
     The order is defined by one sequence of random words, nearly all of which come before the first sample's number is
     known; and where a sample lies is known only when every document has been moved. Batches of independent moves, as
