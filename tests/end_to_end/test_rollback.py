@@ -126,6 +126,17 @@ def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch,
     assert "Loss and gradients must be finite" in result.err
 
 
+def test_a_spike_is_found_across_two_jobs(corpus, seen, tmp_path):
+    save = tmp_path / "run"
+    words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--keep-last", 1)
+    assert command(*words, "--exit-interval", 12).code == 0
+    # What began in the last iteration may be a spike: the checkpoint from before it stays.
+    assert checkpoints(save) == ["iter_0000008", "iter_0000012"]
+    result = command(*words)
+    assert "loss spike: in iterations 12 to 13" in result.out
+    assert checkpoints(save) == ["iter_0000008", "iter_0000016", "iter_0000020"]
+
+
 def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):
     save = tmp_path / "run"
     words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--auto-rollback", 1)
