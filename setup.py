@@ -12,7 +12,7 @@ EXTRAS = {
     "hf": ["transformers>=4.45", "huggingface_hub>=0.25"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "tensorboard": ["tensorboard>=2.15"],
-    "fast": ["tiktoken>=0.7"],
+    "fast": ["tiktoken>=0.12"],
     "data": ["zstandard>=0.22", "pyarrow>=15"],
     "plot": ["matplotlib>=3.8"],
     "eval": ["lm-eval>=0.4.5"],
