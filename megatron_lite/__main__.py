@@ -1,0 +1,8 @@
+"""`python -m megatron_lite` is the console command, also from a checkout that is not installed."""
+
+import sys
+
+from megatron_lite.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
