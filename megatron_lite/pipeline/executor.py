@@ -6,6 +6,7 @@ There is one path for one stage and for many: the program for pp = 1 is `0F0 0B0
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,11 @@ from megatron_lite.schedules.pipeline import Action
 
 BatchReader = Callable[[int], Batch]
 """Reads micro-batch `i` of this replica's share (0, 1, … in its own order)."""
+
+Timed = Callable[[str], AbstractContextManager[None]]
+_UNTIMED: AbstractContextManager[None] = nullcontext()
+_TIMERS = {"F": "forward-compute", "B": "backward-compute", "W": "weight-gradients"}
+"""Megatron's names, by the kind of action; all messages together are pipeline-messages."""
 
 
 @dataclass
@@ -56,6 +62,7 @@ class Executor:
         accumulate: adds a gradient that a W action computed to its parameter's.
         weight_gradients: where backward leaves what W actions compute; None: schedules that do not split.
         trace: if given, each action is appended once it is done.
+        timed: makes a context that measures a named part of a micro-batch's work; None: nothing is measured.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Executor:
         accumulate: Accumulate,
         weight_gradients: WeightGradients | None = None,
         trace: list[Action] | None = None,
+        timed: Timed | None = None,
     ) -> None:
         self._stages = stages
         self._last_stage = num_stages - 1
@@ -76,6 +84,7 @@ class Executor:
         self._accumulate = accumulate
         self._weight_gradients = weight_gradients
         self._trace = trace
+        self._timed: Timed = timed or (lambda name: _UNTIMED)
 
     def run(
         self, program: Sequence[Action], read: BatchReader, *, iteration: int, seq_length: int, gradient_scale: float
@@ -94,18 +103,20 @@ class Executor:
         last_use = {action.microbatch: place for place, action in enumerate(program)}
         for place, action in enumerate(program):
             if action.microbatch not in tensors.batches:
-                tensors.batches[action.microbatch] = read(action.microbatch)
+                with self._timed("batch-generator"):
+                    tensors.batches[action.microbatch] = read(action.microbatch)
             batch = tensors.batches[action.microbatch]
             self._rng.at(iteration, batch.number)
-            if action.kind == "F":
-                self._forward(action, batch, tensors, losses)
-            elif action.kind == "B":
-                self._backward(action, tensors, gradient_scale)
-            elif action.kind == "W":
-                assert self._weight_gradients is not None, "this schedule splits backward"
-                self._weight_gradients.compute((action.stage, action.microbatch), self._accumulate)
-            else:
-                self._message(action, batch, tensors, seq_length)
+            with self._timed(_TIMERS.get(action.kind, "pipeline-messages")):
+                if action.kind == "F":
+                    self._forward(action, batch, tensors, losses)
+                elif action.kind == "B":
+                    self._backward(action, tensors, gradient_scale)
+                elif action.kind == "W":
+                    assert self._weight_gradients is not None, "this schedule splits backward"
+                    self._weight_gradients.compute((action.stage, action.microbatch), self._accumulate)
+                else:
+                    self._message(action, batch, tensors, seq_length)
             if last_use[action.microbatch] == place:
                 del tensors.batches[action.microbatch]
             if self._trace is not None:

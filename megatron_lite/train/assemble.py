@@ -90,7 +90,9 @@ def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
         data = _open_data(config, backend, mesh, tokenizer)
         stack.callback(data.close)
-        engine = build_engine(config, mesh, num_sources=len(data.train.names) if data.train is not None else 0)
+        timers = Timers(config.metrics.timing_log_level, backend.synchronize)
+        num_sources = len(data.train.names) if data.train is not None else 0
+        engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
         provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint()})
         if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
             provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
@@ -109,14 +111,19 @@ def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run
             data=data,
             state=state,
             reporter=reporter,
-            timers=Timers(config.metrics.timing_log_level, backend.synchronize),
+            timers=timers,
             throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak),
             progress=progress,
         )
 
 
 def build_engine(
-    config: RunConfig, mesh: Mesh, *, num_sources: int = 0, trace: list[Action] | None = None
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    num_sources: int = 0,
+    trace: list[Action] | None = None,
+    timers: Timers | None = None,
 ) -> NativeEngine:
     """This rank's stages with their buffers, optimizer and executor.
 
@@ -125,6 +132,7 @@ def build_engine(
         mesh: this rank's groups.
         num_sources: data sources of a blend whose losses are reported one by one.
         trace: if given, every action of the executor is appended to it.
+        timers: measure the parts of a step and, from their level 2 on, of a micro-batch; None: nothing does.
     """
     parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
@@ -142,9 +150,10 @@ def build_engine(
         accumulate=buffers.accumulate,
         weight_gradients=weight_gradients,
         trace=trace,
+        timed=(lambda name: timers(name, 2)) if timers is not None else None,
     )
     optimizer = build_optimizer(config, buffers, mesh)
-    return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources)
+    return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources, timers)
 
 
 def build_stages(

@@ -177,6 +177,7 @@ def evaluate(run: Run, split: str, *, at_end: bool = False) -> None:
         )
     if split == "validation" and not at_end:
         run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
+    run.timers.take()  # its forwards are no part of the next iteration's times
 
 
 def _mean_loss(run: Run, source: BatchSource, consumed: int, global_batch: int) -> float:

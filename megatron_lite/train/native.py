@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
@@ -35,6 +36,7 @@ class NativeEngine:
         optimizer: steps on the buffers.
         executor: runs programs on the stages.
         num_sources: data sources of a blend, for the loss of each; 1 or less: there is only one.
+        timers: measure the parts of a step; None: nothing does.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class NativeEngine:
         optimizer: Optimizer,
         executor: Executor,
         num_sources: int,
+        timers: Timers | None = None,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -54,6 +57,7 @@ class NativeEngine:
         self._optimizer = optimizer
         self._executor = executor
         self._num_sources = num_sources if num_sources > 1 else 0
+        self._timers = timers or Timers(0, mesh.backend.synchronize)
         self._program = lru_cache(maxsize=64)(self._make_program)
 
     @property
@@ -73,19 +77,22 @@ class NativeEngine:
         self._optimizer.zero_grad()
         self._buffers.begin(plan.microbatches)
         loss_scale = self._optimizer.loss_scale
-        losses = self._executor.run(
-            self._program(plan.microbatches, True),
-            read,
-            iteration=plan.iteration,
-            seq_length=plan.seq_length,
-            gradient_scale=loss_scale / plan.global_batch,
-        )
-        self._buffers.reduce()
+        with self._timers("forward-backward"):
+            losses = self._executor.run(
+                self._program(plan.microbatches, True),
+                read,
+                iteration=plan.iteration,
+                seq_length=plan.seq_length,
+                gradient_scale=loss_scale / plan.global_batch,
+            )
+        with self._timers("all-grads-sync"):
+            self._buffers.reduce()
         total, by_source = self._sum(losses)
         mean = total / plan.global_batch
         if not math.isfinite(mean) and self._stops_at_nan:
             return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
-        result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
+        with self._timers("optimizer"):
+            result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
         return StepOutcome(
             loss=mean,
             source_losses=by_source,

@@ -66,7 +66,7 @@ def test_killed_at_random_moments_until_it_is_done(corpus, start, tmp_path):
     assert command(*corpus.job(*many, "--save", whole)).code == 0
     draw = random.Random(1234)
     kills = 0
-    for number in range(4):
+    for _ in range(4):
         job = start(corpus.job(*many, "--save", broken, "--load", broken))
         before = len(checkpoints(broken))
         # Every iteration saves, so half of these moments and more lie in the middle of a save.
@@ -74,7 +74,7 @@ def test_killed_at_random_moments_until_it_is_done(corpus, start, tmp_path):
             time.sleep(draw.uniform(0.0, 0.05))
             job.send(signal.SIGKILL)
         kills += job.wait().code == -signal.SIGKILL
-        assert number > 0 or kills == 1, "the first kill came too late"
+    assert kills, "they all came too late"
     result = command(*corpus.job(*many, "--save", broken, "--load", broken))
     assert result.code == 0
     assert_same_run(whole, broken)

@@ -188,12 +188,20 @@ def test_the_log_line_holds_megatrons_fields(corpus):
     ]  # fmt: skip
 
 
-def test_timers(corpus, tmp_path):
-    words = ("--train-iters", 3, "--metrics-file", tmp_path / "metrics.jsonl")
-    result = command(*corpus.job(*words, "--timing-log-level", 2))
-    lines = [line for line in result.out.splitlines() if line.startswith("time (ms) | ")]
-    assert len(lines) == 3
-    assert re.search(r"train-step: \d+\.\d\d", lines[0])
+def test_timers(corpus):
+    parts = ["train-step", "forward-backward", "all-grads-sync", "optimizer"]
+    inner = ["batch-generator", "forward-compute", "backward-compute"]
+    for level, names in ((1, parts), (2, [*parts[:2], *inner, *parts[2:]])):
+        log = ("--timing-log-level", level)
+        result = command(*corpus.job("--train-iters", 3, "--eval-interval", 1, "--eval-iters", 20, *log))
+        lines = [line for line in result.out.splitlines() if line.startswith("time (ms) | ")]
+        assert len(lines) == 3
+        fields = [dict(re.findall(r"([a-z-]+): (\d+\.\d\d)", line)) for line in lines]
+        assert all(list(found) == names for found in fields)
+        for found in fields:  # evaluations between the iterations are not in them
+            times = {name: float(value) for name, value in found.items()}
+            assert times["train-step"] >= sum(times[name] for name in parts[1:]) - 0.05
+            assert times["forward-backward"] >= sum(times.get(name, 0) for name in inner) - 0.05
     assert "time (ms)" not in command(*corpus.job("--train-iters", 3)).out
 
 
@@ -211,7 +219,7 @@ def test_tensorboard_tags(corpus, tmp_path):
     both = {"learning-rate", "batch-size", "lm loss", "loss-scale", "world-size", "grad-norm", "num-zeros"}
     both |= {"params-norm", "lm loss validation", "lm loss validation ppl", "lm loss test", "lm loss test ppl"}
     assert both | {f"{tag} vs samples" for tag in both} <= tags
-    assert {"iteration-time", "throughput", "train-step-time", "mem-allocated-bytes", "tokens-per-second"} <= tags
+    assert {"iteration-time", "throughput", "optimizer-time", "mem-allocated-bytes", "tokens-per-second"} <= tags
     points = events.Scalars("lm loss")
     losses = [record["losses"]["lm loss"] for record in measured(tmp_path / "run") if record["kind"] == "iteration"]
     assert [point.step for point in points] == iterations(tmp_path / "run")
