@@ -19,20 +19,24 @@ def is_terminal(stream: TextIO) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-def format_status(report: IterationReport, validation_loss: float | None) -> str:
-    """The words beside the bar."""
-    parts = [f"{report.iteration}/{report.train_iterations}"]
+def format_status(report: IterationReport, validation_loss: float | None, width: int = 1000) -> str:
+    """The words beside the bar: of those that fit into `width` columns the most telling, in their usual order."""
+    parts = {"count": f"{report.iteration}/{report.train_iterations}"}
     if "lm loss" in report.losses:
-        parts.append(f"loss {report.losses['lm loss']:.4f}")
+        parts["loss"] = f"loss {report.losses['lm loss']:.4f}"
     if validation_loss is not None:
-        parts.append(f"valid {validation_loss:.4f}")
-    parts.append(f"lr {report.learning_rate:.2e}")
-    parts.append(f"{format_count(report.tokens_per_second)} tokens/s")
+        parts["valid"] = f"valid {validation_loss:.4f}"
+    parts["lr"] = f"lr {report.learning_rate:.2e}"
+    parts["speed"] = f"{format_count(report.tokens_per_second)} tokens/s"
     if report.mfu is not None:
-        parts.append(f"MFU {report.mfu * 100.0:.1f}%")
+        parts["mfu"] = f"MFU {report.mfu * 100.0:.1f}%"
     if report.eta_seconds is not None:
-        parts.append(f"ETA {format_duration(report.eta_seconds)}")
-    return " · ".join(parts)
+        parts["eta"] = f"ETA {format_duration(report.eta_seconds)}"
+    for name in ("lr", "mfu", "speed", "valid", "eta"):
+        if len(" · ".join(parts.values())) <= width:
+            break
+        parts.pop(name, None)
+    return " · ".join(parts.values())
 
 
 def format_count(value: float) -> str:
@@ -42,6 +46,10 @@ def format_count(value: float) -> str:
             return f"{value:.0f}{suffix}" if not suffix or abs(value) >= 99.95 else f"{value:.1f}{suffix}"
         value /= 1000.0
     return f"{value:.1f}T"
+
+
+_BAR = 8
+"""Columns that are left to the bar itself on a narrow terminal."""
 
 
 class ProgressSink:
@@ -90,7 +98,7 @@ class ProgressSink:
 
     def _update(self) -> None:
         if self._task is not None and self._last is not None:
-            status = format_status(self._last, self._validation_loss)
+            status = format_status(self._last, self._validation_loss, self._console.width - _BAR - len(" 100%  "))
             self._progress.update(self._task, completed=self._last.iteration, status=status)
 
     def message(self, text: str) -> None:

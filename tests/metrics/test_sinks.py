@@ -214,3 +214,18 @@ def test_every_sink_is_closed_even_if_one_fails():
     with pytest.raises(OSError, match="full"):
         Reporter([TensorboardSink(MetricsConfig(), Failing()), TensorboardSink(MetricsConfig(), Good())]).close()
     assert closed == ["failing", "good"]
+
+
+def test_a_narrow_terminal_keeps_the_bar_and_what_tells_most(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for columns, status in (
+        (80, "4/4 · loss 2.0000 · valid 1.0000 · 12.3k tokens/s · ETA 00:01:01"),
+        (62, "4/4 · loss 2.0000 · valid 1.0000 · ETA 00:01:01"),
+        (30, "4/4 · loss 2.0000"),
+    ):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        last = run_on(Terminal(), config(log_interval=2)).rsplit("\r", 1)[-1]
+        assert status in last
+        assert "100%" in last
+        assert "━━━━━" in last
