@@ -134,4 +134,4 @@ def test_blended_data_and_its_losses_by_source(corpus, start, tmp_path):
     assert command(*words).code == 0
     assert_same_run(whole, broken)
     names = {name for record in measured(whole) for name in record["losses"]}
-    assert {f"lm loss {one}", f"lm loss {two}"} < names
+    assert {f"lm loss {one.name}", f"lm loss {two.name}"} < names
