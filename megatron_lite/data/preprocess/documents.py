@@ -36,7 +36,8 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise BadLineError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+        what = error.msg.removesuffix(" at")  # some of its messages end where a place is to follow
+        raise BadLineError(f"not JSON: {what} at character {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
         raise BadLineError(f"not JSON that can be read: {error}") from error
     if not isinstance(entry, dict):
