@@ -71,7 +71,7 @@ class ModelConfig:
             derive(self, "head_dim", self.hidden_size // max(1, self.num_attention_heads))
         if not self.ffn_hidden_size:
             width = 4 * self.hidden_size
-            derive(self, "ffn_hidden_size", width * 2 // 3 // 64 * 64 if self.gated else width)
+            derive(self, "ffn_hidden_size", max(64, width * 2 // 3 // 64 * 64) if self.gated else width)
 
     @property
     def gated(self) -> bool:

@@ -54,7 +54,7 @@ def format_timers(timers: Mapping[str, float]) -> str:
     return "time (ms) | " + " | ".join(f"{name}: {seconds * 1000.0:.2f}" for name, seconds in timers.items())
 
 
-def format_memory(memory: Mapping[str, int], iteration: int, rank: int = 0) -> str:
+def format_memory(memory: Mapping[str, int], iteration: int, rank: int) -> str:
     """The memory line, in MB of 2^20 bytes."""
     fields = [f"{name.replace('_', ' ')}: {count / 2**20:.1f}" for name, count in memory.items()]
     return f"[Rank {rank}] (after {iteration} iterations) memory (MB) | " + " | ".join(fields)
@@ -98,9 +98,11 @@ class ConsoleSink:
         self._window = Window()
         self._memory: Mapping[str, int] = {}
         self._memory_told = False
+        self._rank = 0
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Say nothing: the command line prints its own introduction."""
+        """Say nothing (the run introduces itself), but note which rank this is: the last one reports."""
+        self._rank = facts.world_size - 1
 
     def iteration(self, report: IterationReport) -> None:
         """Count the iteration, and print its window's line when the interval divides it or the run ends with it."""
@@ -118,7 +120,7 @@ class ConsoleSink:
         if self._memory and not self._memory_told:
             # Once, like Megatron: after the first window every buffer that stays has been allocated.
             self._memory_told = True
-            self._write(format_memory(self._memory, report.iteration))
+            self._write(format_memory(self._memory, report.iteration, self._rank))
 
     def validation(self, report: ValidationReport) -> None:
         """Print the evaluation between its dashes."""

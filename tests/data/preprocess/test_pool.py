@@ -30,6 +30,7 @@ make_square = functools.partial(functools.partial, square)
 
 
 def test_pool():
+    before = multiprocessing.active_children()
     with Pool(2, make_square) as pool:
         assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
         with pytest.raises(DataError, match=r"a rule: this\. do that"):
@@ -37,7 +38,7 @@ def test_pool():
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
         with Pool(1, make_square) as pool, pytest.raises(error, match=message):
             list(pool.run([1, task, 2]))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_lines_are_megatrons():
