@@ -21,7 +21,6 @@ class CheckpointConfig:
     phases: tuple[SavePhase, ...] = ()
     """--save-interval N is one phase; --save-schedule "10:100 18:1000 1500" is three."""
     save_optimizer: bool = True
-    save_rng: bool = True
     asynchronous: bool = False
     save_on_exit: bool = True
     """Save when a run stops early; the end of a run is always saved."""
@@ -37,7 +36,6 @@ class CheckpointConfig:
     load_iteration: int = 0
     """Iteration to load; 0: the one latest_checkpointed_iteration.txt names."""
     load_optimizer: bool = True
-    load_rng: bool = True
     finetune: bool = False
     """Load the weights only and start at iteration 0."""
     reset_progress: bool = False

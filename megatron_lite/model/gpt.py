@@ -120,6 +120,12 @@ class GPTStage(nn.Module):
         initialise(self.named_parameters_global(), config, seed)
 
     @property
+    def units(self) -> list[nn.Module]:
+        """Modules, in the order of forward, that read their parameters in their own forward and nowhere before it."""
+        parts = [self.embedding, *self.decoder.layers.values(), self.decoder.final_norm]
+        return [part for part in parts if part is not None]
+
+    @property
     def hidden_dtype(self) -> torch.dtype:
         """Type of the hidden states that stages hand on."""
         return torch.float32 if self.config.fp32_residual else self.sharding.dtype

@@ -142,6 +142,8 @@ def build_engine(
     if config.runtime.compile:
         for stage in stages.values():
             stage.compile()
+    elif parallel.overlap_param_gather:
+        buffers.overlap_gather(unit for stage in stages.values() for unit in stage.units)
     executor = Executor(
         stages,
         num_stages=num_stages(config.model, parallel),

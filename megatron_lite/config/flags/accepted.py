@@ -39,6 +39,10 @@ NUMERICS = (
         "--no-query-key-layer-scaling --apply-query-key-layer-scaling",
     ),
     *no_effect(
+        "there is no random state to save or load: dropout follows from the seed and the place where it is drawn",
+        "--no-save-rng --no-load-rng",
+    ),
+    *no_effect(
         "parameters that tensor-parallel ranks share are equal by construction",
         "--sync-tp-duplicated-parameters",
     ),

@@ -34,7 +34,6 @@ CHECKPOINT = (
         metavar="INTERVAL:LAST …",
     ),
     Flag("--no-save-optim", "checkpoint.save_optimizer", "Save no optimizer state.", sets=False),
-    Flag("--no-save-rng", "checkpoint.save_rng", "Save no random state.", sets=False),
     Flag("--async-save", "checkpoint.asynchronous", "Write checkpoints while training goes on.", sets=True),
     Flag("--save-on-exit", "checkpoint.save_on_exit", "Save before every early stop.", sets=True),
     Flag(
@@ -72,7 +71,6 @@ CHECKPOINT = (
         aliases=("--ckpt-step",),
     ),
     Flag("--no-load-optim", "checkpoint.load_optimizer", "Load no optimizer state.", sets=False),
-    Flag("--no-load-rng", "checkpoint.load_rng", "Load no random state.", sets=False),
     Flag("--finetune", "checkpoint.finetune", "Load the weights only and start at iteration 0.", sets=True),
     Flag(
         "--reset-iteration",
