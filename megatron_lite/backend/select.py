@@ -38,16 +38,10 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return CpuBackend(runtime, parallel, launch)
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "--device cuda needs a GPU that torch can use",
-                found=f"torch {torch.__version__} sees none",
-                fix="Check nvidia-smi and that torch is a CUDA build, or train with --device cpu",
-            )
-        return CudaBackend(runtime, parallel, launch)
-    raise ConfigError(
-        "The device is one that this version can train on",
-        found=f"--device {device}",
-        fix="Use --device cpu or --device cuda",
-    )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda needs a GPU that torch can use",
+            found=f"torch {torch.__version__} sees none",
+            fix="Check nvidia-smi and that torch is a CUDA build, or train with --device cpu",
+        )
+    return CudaBackend(runtime, parallel, launch)

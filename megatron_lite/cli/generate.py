@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "continue prompts with a model from a checkpoint"
 ROWS_AT_ONCE = 32
+MAX_NEW_TOKENS = 128
 """Prompts and samples that share a batch; a longer list is worked off in parts."""
 
 
@@ -99,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt on each line")
     prompts.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
     choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    choice.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: 128, or what the model has positions for"
+    )
     choice.add_argument("--temperature", type=float, default=1.0, help="0: greedy; default: %(default)s")
     choice.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0: all (default)")
     choice.add_argument(
@@ -129,13 +133,22 @@ def _given(options: argparse.Namespace) -> list[str]:
     return given
 
 
+def _what_fits(prompt: int, model: ModelConfig) -> int:
+    """Tokens to add where nobody says: 128, or the positions that are left, but at least one."""
+    left = model.max_position_embeddings - prompt if model.position_embedding == "learned" else MAX_NEW_TOKENS
+    return max(1, min(MAX_NEW_TOKENS, left))
+
+
 def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespace, sampling: Sampling) -> None:
     from megatron_lite.generation.generate import check_prompts, generate
     from megatron_lite.generation.stream import TextStream
 
     eod = model.tokenizer.eod
     ids = [model.tokenizer.encode(prompt) or [eod] for prompt in prompts]
-    check_prompts(ids, options.max_new_tokens, model.config.model)
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = _what_fits(max(map(len, ids)), model.config.model)
+    check_prompts(ids, max_new_tokens, model.config.model)
     rows = [(number, sample) for number in range(len(prompts)) for sample in range(options.num_samples)]
     streams = [TextStream(model.tokenizer, ids[number]) for number, _ in rows]
     texts = [""] * len(rows)
@@ -157,7 +170,7 @@ def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespa
         generate(
             model.stage,
             [ids[number] for number, _ in part],
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=sampling,
             # By sample, not by row: a prompt's text does not depend on the prompts beside it.
             seeds=[options.seed + sample for _, sample in part],

@@ -12,6 +12,7 @@ SUMMARY = "show a pipeline schedule: who computes what when, the bubble, the act
 def run(argv: list[str]) -> int:
     """Show the schedule that `argv` asks for."""
     options = _parser().parse_args(argv)
+    options.chunks = options.chunks or (2 if options.kind == "interleaved" else 1)
 
     from megatron_lite.schedules.lowering import lower
     from megatron_lite.schedules.pipeline import num_chunks, pipeline_schedule
@@ -47,8 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=get_args(PipelineKind), default="1f1b", help="the schedule (default: 1f1b)")
     parser.add_argument("--pp", type=int, default=4, help="pipeline ranks (default: 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="micro-batches of one iteration (default: 8)")
-    parser.add_argument("--chunks", type=int, default=1, help="model chunks a rank, for interleaved (default: 1)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the schedule into this file as well")
+    parser.add_argument(
+        "--chunks", type=int, default=0, help="model chunks a rank (default: 2 for interleaved, else 1)"
+    )
+    parser.add_argument(
+        "--png", type=Path, nargs="?", const="schedule.png", metavar="FILE", help="draw it, too (schedule.png)"
+    )
     parser.add_argument("--actions", action="store_true", help="list every rank's actions with sends and receives")
     parser.add_argument(
         "--blocking", action="store_true", help="sends wait for their receives (default: they overlap computation)"

@@ -10,7 +10,7 @@ from typing import Literal
 class RuntimeConfig:
     """What does not change the model or its data, only how they are run."""
 
-    device: Literal["auto", "cpu", "cuda", "xla"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 1234
     compile: bool = False
     """torch.compile each stage."""
@@ -18,6 +18,5 @@ class RuntimeConfig:
     """Refuse kernels that do not give the same bits twice."""
     num_threads: int = 0
     """CPU threads of one rank; 0: the machine's cores shared among its ranks."""
-    engine: Literal["native", "deepspeed"] = "native"
     dry_run: bool = False
     """Parse, validate and explain, then exit."""

@@ -117,7 +117,7 @@ def _find(spelled: str, words: tuple[str, ...], given: Given) -> Flag | None:
             fix="Write the flag in full",
         )
         return None
-    nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.75)
     given.refuse(
         "Every flag must be known",
         found=spelled,

@@ -123,14 +123,6 @@ class Optimizer:
         """2-norm of all main parameters of the model. A collective call."""
         return math.sqrt(self._measure.over_ranks([self._measure.squares(self._mains)])[0])
 
-    @torch.no_grad()
-    def reload_mains(self) -> None:
-        """Takes the main parameters from the model's: after a load of the model without the optimizer's state."""
-        self._buffers.finish_gather()
-        for main, shard in zip(self._mains, self._buffers.shards, strict=True):
-            if main.dtype != shard.values.dtype:
-                main.copy_(shard.values)
-
     def state_tensors(self) -> list[GlobalTensor]:
         """This rank's share of the state as views, to be saved from or loaded into.
 

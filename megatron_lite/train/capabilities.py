@@ -32,9 +32,3 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             found=f"{config.parallel.world_size} ranks on {backend.name}, which spans {able.max_world}",
             fix="Start fewer ranks or use another --device",
         )
-    if config.runtime.engine != "native":
-        raise ConfigError(
-            "The engine must be one that is installed",
-            found=f"--engine {config.runtime.engine}",
-            fix="Use --engine native; a DeepSpeed JSON is read by it too (--deepspeed_config)",
-        )

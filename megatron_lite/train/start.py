@@ -121,8 +121,9 @@ def already_complete(config: RunConfig) -> str | None:
     length = "--train-iters" if config.training.train_iters else "--train-samples"
     return (
         f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command asks for "
-        f"{last_iteration(config)}. Nothing was done. To train on, give a larger {length}; to evaluate it again, add "
-        "--skip-train."
+        f"{last_iteration(config)}. Nothing was done. To train on, give a larger {length}, and "
+        "--override-opt_param-scheduler to stretch the learning rate's decay to it or "
+        "--use-checkpoint-opt_param-scheduler to keep the one that has ended; to evaluate it again, add --skip-train."
     )
 
 

@@ -56,11 +56,6 @@ def test_cuda_without_a_gpu_is_refused():
         select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch())
 
 
-def test_xla_is_refused_by_name():
-    with pytest.raises(ConfigError, match="--device xla"):
-        select_backend(RuntimeConfig(device="xla"), ParallelConfig(), Launch())
-
-
 def test_ranks_that_never_come_are_an_error_that_names_this_one(tmp_path):
     parallel = ParallelConfig(world_size=2, rendezvous_timeout_minutes=0.01, distributed_timeout_minutes=0.01)
     launch = Launch(rank=1, world_size=2, host="node7", init_method=f"file://{tmp_path}/store")

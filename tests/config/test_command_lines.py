@@ -219,7 +219,6 @@ SPECIAL = {
     "checkpoint.keep_phases": (SavePhase(interval=20, until=100), SavePhase(interval=50)),
     "checkpoint.accept_changed": ("data", "code"),
     "runtime.device": "cpu",
-    "runtime.engine": "deepspeed",
 }
 COMPANIONS = {
     "training.train_samples": {"training": {"train_iters": 0}},

@@ -83,8 +83,3 @@ def test_auto_is_as_good_as_nothing(parse):
     config = parse({"train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": "auto"}}).config
     assert config.batch.micro_batch_size == 2
     assert config.precision.dtype == "fp32"
-
-
-def test_the_native_engine_runs_it(parse):
-    assert parse({}).config.runtime.engine == "native"
-    assert parse({}, "--engine", "deepspeed").config.runtime.engine == "deepspeed"

@@ -179,16 +179,6 @@ def test_resume_is_exact(kit, parts):
     assert_same(resumed, straight, rtol=0, atol=0)
 
 
-def test_mains_follow_a_model_that_was_loaded_without_state(kit):
-    ours = model(torch.bfloat16)
-    _, optimizer = kit.build(ours, dtype="bf16")
-    with torch.no_grad():
-        ours[1].weight.fill_(0.75)
-    optimizer.reload_mains()
-    main = next(t for t in optimizer.state_tensors() if t.name == "optimizer.main_param.1.weight")
-    assert (main.pieces[0].tensor == 0.75).all()
-
-
 def test_a_scaler_of_another_kind_is_left_alone(kit):
     _, optimizer = kit.build(model(torch.float16), dtype="fp16")
     optimizer.load_scalars({"step": 7, "loss_scaler": {"kind": "constant"}})

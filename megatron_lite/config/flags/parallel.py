@@ -119,5 +119,4 @@ DEEPSPEED = (
         "command.zero_stage",
         "1 is --use-distributed-optimizer, 0 is without; 2 and 3 are refused.",
     ),
-    Flag("--engine", "runtime.engine", "Who trains: our own engine, or an installed DeepSpeed."),
 )
