@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.errors import ConfigError
 
-BASE = [
-    "--num-layers",
-    "96",
-    "--hidden-size",
-    "1024",
-    "--num-attention-heads",
-    "16",
-    "--seq-length",
-    "1024",
-    "--max-position-embeddings",
-    "1024",
-    "--micro-batch-size",
-    "1",
-    "--global-batch-size",
-    "512",
-    "--train-samples",
-    "1_000_000",
-    "--lr",
-    "1e-4",
-    "--vocab-file",
-    "v",
-    "--merge-file",
-    "m",
-    "--data-path",
-    "d",
-]
+BASE = shlex.split(
+    "--num-layers 96 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --max-position-embeddings 1024 "
+    "--micro-batch-size 1 --global-batch-size 512 --train-samples 1_000_000 --lr 1e-4 "
+    "--vocab-file vocab.json --merge-file merges.txt --data-path corpus_text_document"
+)
 
 # What of each script breaks the rule, at the number of ranks that it starts.
 BROKEN = {
