@@ -1,0 +1,124 @@
+"""The executor on stages so small that every number can be worked out: order, gradients, hand-over, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_lite.backend.group import LocalGroup
+from megatron_lite.pipeline.executor import Executor
+from megatron_lite.pipeline.messages import Messages
+from megatron_lite.schedules.lowering import lower
+from megatron_lite.schedules.pipeline import pipeline_schedule
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor
+    number: int
+    sources: tuple[int, ...] | None = None
+
+
+class Scale(nn.Module):
+    """Multiplies by a weight: the loss of a chain of them is the product of weights times the mean token."""
+
+    hidden_dtype = torch.float32
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(weight)))
+
+    def forward(self, x, batch):
+        x = batch.tokens.t().unsqueeze(-1).float() if x is None else x
+        return x * self.weight
+
+    def sample_losses(self, logits, batch):
+        return logits.squeeze(-1).mean(0)
+
+    def hidden_shape(self, length, batch_size):
+        return length, batch_size, 1
+
+
+class Streams:
+    """Where the executor says it is."""
+
+    def __init__(self):
+        self.places = []
+
+    def at(self, iteration, microbatch):
+        self.places.append((iteration, microbatch))
+
+
+def executor(stages, trace=None):
+    streams = Streams()
+    made = Executor(
+        stages,
+        num_stages=len(stages),
+        rng=streams,
+        messages=Messages(LocalGroup("pp"), torch.device("cpu")),
+        accumulate=lambda param, gradient: param.grad.add_(gradient),
+        trace=trace,
+    )
+    return made, streams
+
+
+def batches(count):
+    return [Batch(torch.full((2, 4), number + 1), number=10 + number, sources=(0, 1)) for number in range(count)]
+
+
+def program(count, chunks=1, *, backward=True):
+    kind = "interleaved" if chunks > 1 else "1f1b"
+    schedule = pipeline_schedule(kind, 1, count, chunks)
+    if not backward:
+        schedule = [[action for action in schedule[0] if action.kind == "F"]]
+    return lower(schedule, kind, chunks)[0]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_losses_gradients_and_order(chunks):
+    stages = {number: Scale(number + 2) for number in range(chunks)}
+    trace = []
+    made, streams = executor(stages, trace)
+    given = batches(3)
+    losses = made.run(program(3, chunks), given.__getitem__, iteration=7, seq_length=4, gradient_scale=0.5)
+    product = torch.tensor([float(number + 2) for number in range(chunks)]).prod()
+    expected = [float(product) * (number + 1) for number in range(3)]
+    assert [sample.tolist() for sample in losses.samples] == [[value, value] for value in expected]
+    assert losses.sources == [(0, 1)] * 3
+    # d(sum of losses)/d(weight) = 2 samples x (1 + 2 + 3) x the other weights, times the scale.
+    for stage in stages.values():
+        assert float(stage.weight.grad) == pytest.approx(0.5 * 2 * 6 * float(product / stage.weight))
+    assert trace == list(program(3, chunks))
+    assert streams.places == [(7, 10 + action.microbatch) for action in trace]
+
+
+def test_evaluation_keeps_nothing_and_no_graph():
+    stages = {0: Scale(2), 1: Scale(3)}
+    made, _ = executor(stages)
+    with torch.no_grad():
+        losses = made.run(
+            program(2, 2, backward=False), batches(2).__getitem__, iteration=0, seq_length=4, gradient_scale=0.0
+        )
+    assert [float(sample[0]) for sample in losses.samples] == [6.0, 12.0]
+    assert all(stage.weight.grad is None for stage in stages.values())
+
+
+def test_a_replica_without_micro_batches_runs_nothing():
+    made, _ = executor({0: Scale(2)})
+    losses = made.run(program(0), batches(0).__getitem__, iteration=1, seq_length=4, gradient_scale=1.0)
+    assert losses.samples == []
+
+
+def test_micro_batches_are_read_once_each_and_when_first_needed():
+    read = []
+
+    def reader(index):
+        read.append(index)
+        return batches(3)[index]
+
+    made, _ = executor({0: Scale(2)})
+    made.run(program(3), reader, iteration=1, seq_length=4, gradient_scale=1.0)
+    assert read == [0, 1, 2]
