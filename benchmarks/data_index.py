@@ -89,21 +89,26 @@ def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
     print(f"AT A TENTH OF THE SIZE: ours {our:.2f} s of processor, plain numpy {plain:.2f} s: ratio {plain / our:.1f}")
 
 
+def plan_for(data: IndexedDataset, samples: int, length: int) -> IndexPlan:
+    """The plan of the whole file in Megatron-DeepSpeed's order."""
+    return plan_index(
+        data.sizes,
+        (0, len(data)),
+        num_samples=samples,
+        seq_length=length,
+        seed=1234,
+        order="legacy",
+        prefix=data.prefix,
+    )
+
+
 def index_and_serve(prefix: Path, samples: int, length: int) -> None:
     """The stages from nothing to the first sample, and from a kept index to the first sample."""
     began, worked = time.perf_counter(), time.process_time()
     with timed("open and check"):
         data = IndexedDataset(prefix)
     with timed("count tokens"):
-        plan = plan_index(
-            data.sizes,
-            (0, len(data)),
-            num_samples=samples,
-            seq_length=length,
-            seed=1234,
-            order="legacy",
-            prefix=str(prefix),
-        )
+        plan = plan_for(data, samples, length)
     print(f"  {plan.epochs} epochs, {plan.total_samples:,} samples, {plan.tokens_per_epoch:,} tokens an epoch")
     index = build(plan, data)
     with timed("first sample"):
@@ -118,15 +123,7 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
     del index
     began = time.perf_counter()
     data = IndexedDataset(prefix)
-    again = plan_index(
-        data.sizes,
-        (0, len(data)),
-        num_samples=samples,
-        seq_length=length,
-        seed=1234,
-        order="legacy",
-        prefix=str(prefix),
-    )
+    again = plan_for(data, samples, length)
     found = read_index(again, prefix.parent / "index")
     assert found is not None
     dataset = GPTDataset(data, found)

@@ -32,3 +32,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def stops_at_nan(self) -> bool:
+        """Whether a loss or gradient that is not finite ends the run; fp16 answers it with a smaller loss scale."""
+        return self.optimizer.check_for_nan and self.precision.dtype != "fp16"

@@ -96,7 +96,7 @@ def _iterate(run: Run) -> Stop | None:
     assert run.data.train is not None, "a run that trains has training data"
     with run.timers("train-step"):
         outcome = run.engine.train_step(plan, run.data.train.reader(plan))
-    if not outcome.finite and run.config.optimizer.check_for_nan and run.config.precision.dtype != "fp16":
+    if not outcome.finite and run.config.stops_at_nan:
         if (back := way_out(run, plan, outcome.loss)) is not None:
             return back
         raise _not_finite(run, plan, outcome)

@@ -89,7 +89,7 @@ class NativeEngine:
             self._buffers.reduce()
         total, by_source = self._sum(losses)
         mean = total / plan.global_batch
-        if not math.isfinite(mean) and self._stops_at_nan:
+        if not math.isfinite(mean) and self._config.stops_at_nan:
             return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
         with self._timers("optimizer"):
             result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
@@ -135,10 +135,6 @@ class NativeEngine:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Takes over the result of state_scalars."""
         self._optimizer.load_scalars(scalars)
-
-    @property
-    def _stops_at_nan(self) -> bool:
-        return self._config.optimizer.check_for_nan and self._config.precision.dtype != "fp16"
 
     def _make_program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
         parallel, pp = self._config.parallel, self._mesh.pp
