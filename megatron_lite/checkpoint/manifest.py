@@ -63,7 +63,8 @@ class Provenance:
 
     Attributes:
         config: the full RunConfig, as dataclasses.asdict gives it.
-        fingerprints: what the run depends on beyond its config: tokenizer, data, code, each a short hash or version.
+        fingerprints: what the run depends on beyond its config, each a short hash or version: `tokenizer`, `code`, and
+            of the data an entry for each source, `data source 1`, and one for their order. See check_fingerprints.
         skipped_samples: ranges [first, end) of samples that the run was told to leave out.
     """
 

@@ -80,29 +80,50 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         )
 
 
-def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, str], accepted: Collection[str] = ()) -> None:
+def check_fingerprints(
+    saved: Mapping[str, str], current: Mapping[str, str], accepted: Collection[str] = ()
+) -> list[Difference]:
     """Refuses to go on with another tokenizer, other data or other code than the run began with.
 
     Args:
-        saved: the checkpoint's, by what they are of (`tokenizer`, `data`, `code`).
-        current: this run's. What only one of the two has is not compared.
-        accepted: those that may differ (--accept-changed).
+        saved: the checkpoint's, by what they are of: the first word is `tokenizer`, `data` or `code`. What follows
+            ` of ` in a value is the name of what has the fingerprint, and may change.
+        current: this run's. A kind that only one of the two has is not compared.
+        accepted: the kinds that may differ (--accept-changed).
+
+    Returns:
+        The differences that were accepted, to be printed.
 
     Raises:
-        CheckpointError: some differ, all of them named with both values.
+        CheckpointError: others differ, all of them named with both values.
     """
+    kinds = {_kind(name) for name in saved} & {_kind(name) for name in current}
     changed = [
-        Difference(name, saved[name], current[name])
-        for name in sorted(saved.keys() & current.keys() - set(accepted))
-        if saved[name] != current[name]
+        Difference(name, saved.get(name, _ABSENT), current.get(name, _ABSENT))
+        for name in sorted(saved.keys() | current.keys(), key=_by_number)
+        if _kind(name) in kinds and _identity(saved.get(name)) != _identity(current.get(name))
     ]
-    if changed:
+    refused = [difference for difference in changed if _kind(difference.path) not in accepted]
+    if refused:
         raise CheckpointError(
             "A resumed run goes on with the tokenizer, data and code that it began with",
-            found="\n" + describe(changed) + "\n",
-            fix=f"Give the ones it began with, or accept the change with --accept-changed "
-            f"{' '.join(difference.path for difference in changed)}",
+            found="\n" + describe(refused) + "\n",
+            fix="Give the ones it began with, or accept the change with --accept-changed "
+            + " ".join(sorted({_kind(difference.path) for difference in changed})),
         )
+    return changed
+
+
+def _kind(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def _identity(value: str | None) -> str | None:
+    return value if value is None else value.partition(" of ")[0]
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(word) if word.isdecimal() else 0, word) for word in name.split()]
 
 
 def schedule_differences(saved: RunConfig, current: RunConfig) -> list[Difference]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.data.fingerprint import lengths_fingerprint
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.sample_index import IndexPlan, SampleIndex, build_index
 
@@ -31,9 +32,6 @@ WORTH_KEEPING = 1 << 22
 
 FORMAT = 1
 """Counted up whenever the files' meaning changes; it is part of their folder's name."""
-
-SAMPLED = 1 << 16
-"""Lengths that go into the dataset's part of the folder's name."""
 
 
 def cached_index(plan: IndexPlan, dataset: IndexedDataset, folder: Path | None) -> SampleIndex:
@@ -120,12 +118,9 @@ def write_index(index: SampleIndex, place: Path) -> None:
 
 
 def _key(plan: IndexPlan, dataset: IndexedDataset) -> str:
-    """Hash of the plan and of the dataset's content, as far as the index depends on it: its lengths, sampled."""
-    stride = max(1, len(dataset) // SAMPLED)
-    digest = hashlib.blake2b(json.dumps([FORMAT, asdict(plan)]).encode(), digest_size=12)
-    digest.update(f"{len(dataset)} {dataset.num_bytes} {dataset.dtype.str}".encode())
-    digest.update(np.ascontiguousarray(dataset.sizes[::stride]).tobytes())
-    return digest.hexdigest()
+    """Hash of the plan and of the dataset's content, as far as the index depends on it: its lengths."""
+    content = json.dumps([FORMAT, asdict(plan), lengths_fingerprint(dataset)])
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
 
 @contextlib.contextmanager

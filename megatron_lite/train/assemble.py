@@ -11,12 +11,14 @@ from pathlib import Path
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
+from megatron_lite.checkpoint.agreement import together
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.dataset import Dataset
+from megatron_lite.data.fingerprint import data_fingerprints
 from megatron_lite.data.loader import Loader
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
@@ -44,7 +46,7 @@ from megatron_lite.train.failure import watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.start import find_start, load_start, settle_config
+from megatron_lite.train.start import check_provenance, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState, provenance_of
 
 
@@ -90,14 +92,15 @@ def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
         data = _open_data(config, backend, mesh, tokenizer)
         stack.callback(data.close)
+        provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint(), **_fingerprints(config, mesh.world)})
+        check_provenance(start, config, provenance, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
         num_sources = len(data.train.names) if data.train is not None else 0
         engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
-        provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint()})
         if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
             provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
             _leave_out(data, provenance.skipped_samples, reporter)
-        start, progress = load_start(start, engine, config, provenance, reporter.message)
+        start, progress = load_start(start, engine, config, reporter.message)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
             state.watch.load(loaded.scalars["spikes"])
@@ -230,6 +233,15 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
         valid={name: source(dataset, training=False) for name, dataset in datasets.valid.items()},
         test={name: source(dataset, training=False) for name, dataset in datasets.test.items()},
     )
+
+
+def _fingerprints(config: RunConfig, world: Group) -> dict[str, str]:
+    """Of the data, read by one rank for all; of none where nothing is saved or loaded; a collective call."""
+    if not config.checkpoint.save and not config.checkpoint.load:
+        return {}
+    own = together(world, lambda: data_fingerprints(config) if world.rank == 0 else {})
+    prints: dict[str, str] = world.all_gather_object(own)[0]
+    return prints
 
 
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:

@@ -152,9 +152,26 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     return settled
 
 
-def load_start(
-    start: Start, engine: Engine, config: RunConfig, provenance: Provenance, notify: Notify
-) -> tuple[Start, Progress]:
+def check_provenance(start: Start, config: RunConfig, provenance: Provenance, notify: Notify) -> None:
+    """Compares tokenizer, data and code with those of the checkpoint, as far as the run goes on with them.
+
+    Raises:
+        CheckpointError: some are others, and --accept-changed does not name them.
+    """
+    if start.manifest is None or config.checkpoint.finetune:
+        return
+    current = dict(provenance.fingerprints)
+    if start.continued(config) is None or config.training.skip_train:
+        # It begins anew in its data, or only evaluates: any data will do.
+        current = {name: value for name, value in current.items() if not name.startswith("data ")}
+    accepted = check_fingerprints(
+        start.manifest.provenance.fingerprints, current, accepted=config.checkpoint.accept_changed
+    )
+    if accepted:
+        notify(f"WARNING: going on with what --accept-changed accepts:\n{describe(accepted)}")
+
+
+def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) -> tuple[Start, Progress]:
     """Fills the engine's tensors from the checkpoint; a collective call.
 
     Returns:
@@ -162,15 +179,11 @@ def load_start(
         on from.
 
     Raises:
-        CheckpointError: as load_checkpoint; or tokenizer, data or code are not those that the run began with.
+        CheckpointError: as load_checkpoint.
     """
-    if start.path is None or start.manifest is None:
+    if start.path is None:
         return start, Progress()
     options = config.checkpoint
-    if not options.finetune:
-        check_fingerprints(
-            start.manifest.provenance.fingerprints, provenance.fingerprints, accepted=options.accept_changed
-        )
     weights_only = options.finetune or not options.load_optimizer or config.training.skip_train
     path, scalars = load_latest(
         start.path,

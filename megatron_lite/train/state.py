@@ -38,6 +38,7 @@ class RunState:
         notify: told of each save.
 
     Attributes:
+        provenance: as given.
         watch: what has been seen of the loss; it is saved with the rest.
         longest_save: seconds of the slowest save so far, which the next may take as well; 0 if there was none here.
     """
@@ -47,7 +48,7 @@ class RunState:
         self.longest_save = 0.0
         self._options = config.checkpoint
         self._world = world
-        self._provenance = provenance
+        self.provenance = provenance
         self._notify = notify
         self._saver = BackgroundSaver(world) if self._options.asynchronous else None
         self._weights_saver = BackgroundSaver(world) if self._options.asynchronous else None
@@ -130,7 +131,7 @@ class RunState:
         retention: Retention,
     ) -> None:
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.watch.state()}
-        state = (root, progress.iteration, tensors, scalars, self._provenance)
+        state = (root, progress.iteration, tensors, scalars, self.provenance)
         if saver is None:
             self._announce(save_checkpoint(*state, self._world, retention=retention))
             return

@@ -92,10 +92,32 @@ def test_fingerprints_must_match_unless_accepted():
     assert 'data: "bb" in the checkpoint, "bc" now' in str(caught.value)
     assert 'tokenizer: "aa" in the checkpoint, "ab" now' in str(caught.value)
     assert caught.value.fix.endswith("--accept-changed data tokenizer")
-    with pytest.raises(CheckpointError, match="--accept-changed tokenizer"):
+    with pytest.raises(CheckpointError, match="--accept-changed data tokenizer") as caught:
         check_fingerprints(saved, current, ["data"])
-    check_fingerprints(saved, current, ["data", "tokenizer"])
-    check_fingerprints(saved, saved)
+    assert "data: " not in caught.value.found
+    assert [d.path for d in check_fingerprints(saved, current, ["data", "tokenizer"])] == ["data", "tokenizer"]
+    assert check_fingerprints(saved, saved) == []
+
+
+def test_the_source_that_changed_is_named_and_a_new_path_is_no_change():
+    saved = {"data order": "seed 1", **{f"data source {n}": f"weight 1, {n}a of /old/{n}" for n in (1, 2, 10)}}
+    moved = {name: value.replace("/old/", "/new/") for name, value in saved.items()}
+    assert check_fingerprints(saved, moved) == []
+    for change, told in (
+        ({"data source 2": "weight 1, ff of /new/2"}, "weight 1, 2a of /old/2"),
+        ({"data source 2": "weight 3, 2a of /new/2"}, "weight 3, 2a of /new/2"),
+        ({"data source 11": "weight 1, ff of /new/2"}, "data source 11: nothing in the checkpoint"),
+        ({"data order": "seed 2"}, 'data order: "seed 1" in the checkpoint, "seed 2" now'),
+    ):
+        with pytest.raises(CheckpointError, match=told) as caught:
+            check_fingerprints(saved, {**moved, **change})
+        assert caught.value.fix.endswith("--accept-changed data")
+        assert len(caught.value.found.strip().splitlines()) == 1
+        assert len(check_fingerprints(saved, {**moved, **change}, ["data"])) == 1
+    with pytest.raises(CheckpointError, match=r"(?s)source 2: .* source 10: "):
+        check_fingerprints(saved, {"data order": "seed 1", "data source 1": saved["data source 1"]})
+    # A checkpoint that says nothing of its data.
+    assert check_fingerprints({"tokenizer": "x"}, moved) == []
 
 
 def test_an_equal_schedule_needs_no_flag():

@@ -35,7 +35,7 @@ def go_on(backend, cell, root, iterations):
     engine = build_engine(config, mesh)
     told = []
     start, provenance = find_start(config, told.append), provenance_of(config, {})
-    start, progress = load_start(start, engine, config, provenance, told.append)
+    start, progress = load_start(start, engine, config, told.append)
     began = progress.iteration
     losses, norms, progress = iterate(config, mesh, engine, progress, iterations)
     with RunState(config, mesh.world, provenance, start, told.append) as state:
