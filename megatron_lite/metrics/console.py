@@ -130,10 +130,14 @@ class ConsoleSink:
         """Print text as it is."""
         self._write(text)
 
-    def close(self) -> None:
-        """Print the iterations that an early exit left without their line."""
+    def stopping(self) -> None:
+        """Print the iterations that an early exit leaves without their line."""
         if self._window.reports:
             self._print_window()
+
+    def close(self) -> None:
+        """Print them now where a failure left no time for stopping()."""
+        self.stopping()
 
 
 def line_writer(stream: TextIO) -> Callable[[str], None]:

@@ -183,6 +183,9 @@ class JsonlSink:
         """Append the message with the iteration after which it came."""
         self._append("message", {"iteration": self._iteration, "text": text})
 
+    def stopping(self) -> None:
+        """Nothing is held back."""
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

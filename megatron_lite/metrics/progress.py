@@ -104,6 +104,9 @@ class ProgressSink:
     def message(self, text: str) -> None:
         """Nothing: the console sink prints messages through `write`."""
 
+    def stopping(self) -> None:
+        """Nothing is held back."""
+
     def close(self) -> None:
         """Leave the last state of the bar on the screen and give the cursor back."""
         self._progress.stop()

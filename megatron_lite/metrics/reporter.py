@@ -31,6 +31,9 @@ class Sink(Protocol):
     def message(self, text: str) -> None:
         """Something to tell people."""
 
+    def stopping(self) -> None:
+        """No iteration follows; its last save and last words do."""
+
     def close(self) -> None:
         """The run is over, or has failed."""
 
@@ -63,6 +66,11 @@ class Reporter:
         """Something to tell people: printed, and kept in metrics.jsonl."""
         for sink in self._sinks:
             sink.message(text)
+
+    def stopping(self) -> None:
+        """No iteration follows: what was held back for a fuller line is told before the last save."""
+        for sink in self._sinks:
+            sink.stopping()
 
     def close(self) -> None:
         """Close every sink, in their order, also when one of them fails; the failure is raised after that."""

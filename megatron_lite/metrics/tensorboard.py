@@ -90,6 +90,9 @@ class TensorboardSink:
     def message(self, text: str) -> None:
         """Messages are for the console."""
 
+    def stopping(self) -> None:
+        """Nothing is held back."""
+
     def close(self) -> None:
         """Write out what is queued."""
         self._writer.close()

@@ -71,6 +71,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             stop = _agree(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
             if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
                 stop = None  # it ends here anyway, and with its evaluations
+            if stop is not None:
+                run.reporter.stopping()
             run.state.save_if_due(run.engine, run.progress, stopping=stop is not None)
         if stop is None:
             run.state.save(run.engine, run.progress)

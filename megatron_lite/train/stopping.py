@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from megatron_lite.backend.group import Group
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
 
@@ -26,10 +27,12 @@ class Stop:
     Attributes:
         status: the word for exit_status.json: completed, exit_flag, time_limit, kill_switch or signal.
         message: the line for the log, in Megatron's words where it has them.
+        again: what must change first, where the next start would stop for the same reason at once; empty: nothing.
     """
 
     status: str
     message: str
+    again: str = ""
 
 
 class SignalFlag:
@@ -92,11 +95,11 @@ class Stopper:
         if self._flag is not None and self._flag.received is not None:
             return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
         if config.kill_switch_path and Path(config.kill_switch_path).exists():
-            return Stop("kill_switch", f"Detected kill switch at {config.kill_switch_path}. Exiting")
+            path = config.kill_switch_path
+            return Stop("kill_switch", f"Detected kill switch at {path}. Exiting", f"once {path} is gone")
         if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
-            return Stop(
-                "exit_flag", f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)"
-            )
+            message = f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)"
+            return Stop("exit_flag", message, "with a larger --exit-samples")
         return None
 
     def after_iteration(self, progress: Progress, *, reserve: float = 0.0) -> Stop | None:
@@ -130,3 +133,35 @@ def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
     if not wanted.item():
         return None
     return next(found for found in world.all_gather_object(stop) if found is not None)
+
+
+def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> str | None:
+    """How a run that stopped goes on, in one line; None: it is complete.
+
+    Args:
+        config: the run's.
+        stop: why it stopped.
+        iteration: the last one finished.
+        saved: the iteration of the checkpoint that a start from --save finds; None: there is none.
+    """
+    options = config.checkpoint
+    if stop.status == "completed":
+        return None
+    if not options.save:
+        return "  nothing is kept of this run: a later start goes on only with --save and --load"
+    if saved is None:
+        return f"  {options.save} holds no checkpoint: the same command starts where this one did"
+    changes = [] if _same_folder(options.load, options.save) else [f"with --load {options.save}"]
+    flags = {
+        "--load-iteration": options.load_iteration,
+        "--finetune": options.finetune,
+        "--reset-iteration": options.reset_progress,
+    }
+    changes += [f"without {flag}" for flag, given in flags.items() if given]
+    changes += [stop.again] if stop.again else []
+    lost = f"; what came after it, up to {iteration}, is not saved" if saved < iteration else ""
+    return f"  the same command goes on from iteration {saved}{' ' * bool(changes)}{', '.join(changes)}{lost}"
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return bool(one) and Path(one).resolve() == Path(other).resolve()

@@ -8,15 +8,16 @@ from pathlib import Path
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.catalog import announced
 from megatron_lite.checkpoint.rollback import RollbackReport, roll_back
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.metrics.rewind import rewind
 from megatron_lite.train.assemble import assembled, machine
 from megatron_lite.train.exit_status import ExitRecord
-from megatron_lite.train.loop import train
+from megatron_lite.train.loop import Run, train
 from megatron_lite.train.spike_report import GoingBack
-from megatron_lite.train.stopping import Stop
+from megatron_lite.train.stopping import Stop, way_on
 
 
 def train_job(config: RunConfig, record: ExitRecord, *, started: float) -> Stop:
@@ -47,7 +48,15 @@ def _train_once(
         record.begin(lambda: run.progress.iteration, run.mesh.world.barrier)
         stop = train(run, started=started)
         run.reporter.message(stop.message)
+        if run.going_back is None and (line := _way_on(run, stop)) is not None:
+            run.reporter.message(line)
     return stop, run.going_back, run.mesh.world
+
+
+def _way_on(run: Run, stop: Stop) -> str | None:
+    save = run.config.checkpoint.save
+    saved = announced(Path(save)) if save else None
+    return way_on(run.config, stop, run.progress.iteration, int(saved) if saved and saved.isdecimal() else None)
 
 
 def _go_back(config: RunConfig, back: GoingBack, world: Group) -> RunConfig:

@@ -6,10 +6,12 @@ import os
 import signal
 
 import pytest
+from job_commands import SMALL
 
+from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
+from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree, way_on
 
 
 def stops_at(config: TrainingConfig, *, start: int = 0, samples: int = 4, limit: int = 50) -> tuple[int, str] | None:
@@ -105,3 +107,48 @@ def test_a_second_interrupt_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+SIGNAL = Stop("signal", "exiting program after receiving SIGINT")
+SAVING = ("--save", "run", "--save-interval", "5")
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "saved", "line"),
+    [
+        ((*SAVING, "--load", "./run"), SIGNAL, 7, "the same command goes on from iteration 7"),
+        (SAVING, SIGNAL, 7, "the same command goes on from iteration 7 with --load run"),
+        (
+            (*SAVING, "--load", "old", "--finetune"),
+            SIGNAL,
+            7,
+            "the same command goes on from iteration 7 with --load run, without --finetune",
+        ),
+        (
+            (*SAVING, "--load", "run", "--load-iteration", "2"),
+            SIGNAL,
+            5,
+            "the same command goes on from iteration 5 without --load-iteration; "
+            "what came after it, up to 7, is not saved",
+        ),
+        (SAVING, SIGNAL, None, "run holds no checkpoint: the same command starts where this one did"),
+        ((), SIGNAL, None, "nothing is kept of this run: a later start goes on only with --save and --load"),
+    ],
+)
+def test_the_last_line_says_how_to_go_on(words, stop, saved, line):
+    assert way_on(parse_run([*SMALL, *words]).config, stop, 7, saved) == f"  {line}"
+
+
+def test_a_reason_that_would_stop_the_next_start_too_is_named_and_a_complete_run_needs_nothing(tmp_path):
+    config = parse_run([*SMALL, *SAVING, "--load", "run"]).config
+    done = Progress(iteration=7, consumed_train_samples=40)
+    lines = []
+    for limit in (TrainingConfig(exit_samples=40), TrainingConfig(kill_switch_path=str(tmp_path))):
+        stop = Stopper(limit).before_iteration(done)
+        assert stop is not None
+        lines.append(way_on(config, stop, 7, 7))
+    assert lines == [
+        "  the same command goes on from iteration 7 with a larger --exit-samples",
+        f"  the same command goes on from iteration 7 once {tmp_path} is gone",
+    ]
+    assert way_on(config, Stop("completed", ""), 7, 7) is None
