@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -60,14 +61,14 @@ def pieces(text: str, limit: int = MAX_PIECE) -> Iterator[str]:
 
 
 def build(
-    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], reaches_itself: Callable[[list[str]], bool]
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], reaches_itself: Callable[[str], bool]
 ) -> FastByteBpe | None:
     """The fast encoder, or None where tiktoken is not installed or could give other ids.
 
     Args:
         vocabulary: symbols of tokens to ids; those that are neither a byte nor a merge's are never encoded.
         merges: the pairs of merges.txt, in order.
-        reaches_itself: whether BPE turns each of these tokens' symbols back into that one token.
+        reaches_itself: whether BPE turns a token's symbols back into that one token.
     """
     if importlib.util.find_spec("tiktoken") is None:
         return None
@@ -78,16 +79,15 @@ def build(
     proper = (
         vocabulary.keys() >= rank.keys()
         and len(rank) == len(symbols) + len(merges)
-        and all(low < high for low, high in itertools.pairwise(ids))
+        and all(itertools.starmap(operator.lt, itertools.pairwise(ids)))
         and max((vocabulary[symbol] for symbol in symbols), default=0) < min(ids, default=1 << 31)
         and all(rank.get(a, 1 << 31) < i and rank.get(b, 1 << 31) < i for i, (a, b) in enumerate(merges))
-        and reaches_itself(merged)
+        and all(map(reaches_itself, merged))
     )
-    return (
-        FastByteBpe({bytes(symbols[s] for s in token): i for token, i in vocabulary.items() if token in rank})
-        if proper
-        else None
-    )
+    if not proper:
+        return None
+    bytes_of = str.maketrans({symbol: chr(byte) for symbol, byte in symbols.items()})
+    return FastByteBpe({token.translate(bytes_of).encode("latin-1"): vocabulary[token] for token in rank})
 
 
 class FastByteBpe:

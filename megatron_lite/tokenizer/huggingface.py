@@ -151,10 +151,10 @@ def fast_encoder(library: tokenizers.Tokenizer) -> fast_path.FastByteBpe | None:
     ):
         return None
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    rules = library.model
 
-    def reaches_itself(tokens: list[str]) -> bool:
-        words = hf.Tokenizer(library.model)  # the rules alone, without cutting into words first
-        return all(len(encoding) == 1 for encoding in words.encode_batch_fast(tokens))
+    def reaches_itself(token: str) -> bool:
+        return len(rules.tokenize(token)) == 1
 
     return fast_path.build(model["vocab"], merges, reaches_itself)
 

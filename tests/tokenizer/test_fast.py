@@ -66,14 +66,14 @@ def test_an_unfit_vocabulary_is_refused(bpe_folder):
     vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
     lines = (bpe_folder / "merges.txt").read_text().splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines]
-    assert fast.build(vocabulary, merges, lambda tokens: True) is not None
-    assert fast.build(vocabulary, merges, lambda tokens: False) is None
-    assert fast.build(vocabulary, merges[::-1], lambda tokens: True) is None
-    assert fast.build(vocabulary, [*merges, merges[-1]], lambda tokens: True) is None
+    assert fast.build(vocabulary, merges, lambda token: True) is not None
+    assert fast.build(vocabulary, merges, lambda token: False) is None
+    assert fast.build(vocabulary, merges[::-1], lambda token: True) is None
+    assert fast.build(vocabulary, [*merges, merges[-1]], lambda token: True) is None
     swapped = dict(vocabulary)
     first, last = "".join(merges[0]), "".join(merges[-1])
     swapped[first], swapped[last] = vocabulary[last], vocabulary[first]
-    assert fast.build(swapped, merges, lambda tokens: True) is None
+    assert fast.build(swapped, merges, lambda token: True) is None
 
 
 def test_a_token_that_its_bytes_do_not_reach_falls_back(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.errors import ConfigError
 
-MIN_UNIT = 1 << 20
+MIN_UNIT = 2 << 20
 MAX_UNIT = 256 << 20
 UNITS = 256
 """A plain text file is read in units of a 256th of the input, within these bounds of bytes."""
@@ -42,7 +42,7 @@ class PreprocessOptions:
     workers: int = 1
     overwrite: bool = False
     unit_bytes: int | None = None
-    """Input that one shard holds; None: a 256th of the input, between 1 and 256 MiB."""
+    """Input that one shard holds; None: a 256th of the input, between 2 and 256 MiB."""
     limit_bytes: int | None = None
     """Read no further than this into the input (trials of speed)."""
 

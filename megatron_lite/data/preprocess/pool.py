@@ -42,12 +42,18 @@ class Pool(Generic[Task, Event]):
     def __init__(self, count: int, make_job: Callable[[], Job[Task, Event]]) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make_job), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append(_Worker(process, ours))
+        # Ctrl-C goes to every process of the terminal, and is the parent's to handle. A blocked signal stays blocked in
+        # a child, from its first instruction on; the parent is told of one that came meanwhile when it is unblocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, make_job), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append(_Worker(process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
         """Give out the tasks in order and yield what they report, as it comes.
@@ -115,8 +121,7 @@ def _died(process: BaseProcess) -> DataError:
 
 
 def _serve(pipe: Connection, make_job: Callable[[], Job[Task, Event]]) -> None:
-    """A worker's life. Ctrl-C is the parent's to handle; a parent that is gone closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's life; a parent that is gone closes the pipe."""
     try:
         job = make_job()
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from megatron_lite.data.preprocess.progress import Progress
 from megatron_lite.data.preprocess.report import Summary
 from megatron_lite.data.preprocess.shard import Shard
 from megatron_lite.data.preprocess.shuffle import plan_buckets
-from megatron_lite.data.preprocess.sources import Source, Unit, find_sources, plan_units
+from megatron_lite.data.preprocess.sources import Source, Unit, find_sources, plan_units, unit_size
 from megatron_lite.data.preprocess.work_folder import Done, WorkFolder, plan_hash
 from megatron_lite.data.preprocess.worker import Step
 from megatron_lite.errors import DataError
-from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
+
+_Pool = Pool[Task, Step]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
         DataError: the input or the tokenizer is missing or damaged, a line is bad, or the output cannot be written.
     """
     sources = find_sources(options.inputs)
-    tokenizer = build_tokenizer(options.tokenizer)
-    run = _Run(options, sources, tokenizer, progress)
-    if run.is_complete():
-        return Result(run.prefixes, "")
-    run.refuse_to_overwrite()
-    folder = WorkFolder(options.output_prefix, run.plan)
-    with contextlib.closing(progress):
+    units = plan_units(sources, options.unit_bytes, options.limit_bytes)
+    with contextlib.closing(progress), _start_workers(options, min(options.workers, len(units))) as pool:
+        run = _Run(options, sources, units, pool, progress)
+        if run.is_complete():
+            return Result(run.prefixes, "")
+        run.refuse_to_overwrite()
+        folder = WorkFolder(options.output_prefix, run.plan)
         try:
             summary = run.make(folder)
         finally:
@@ -59,16 +60,35 @@ def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
     return Result(run.prefixes, summary.text())
 
 
+def _start_workers(options: PreprocessOptions, count: int) -> contextlib.AbstractContextManager[_Pool | None]:
+    """Worker processes; none for one worker, which is this process.
+
+    They start before anything else is done: they import and build their tokenizers while this process reads its own.
+    """
+    if count <= 1:
+        return contextlib.nullcontext()
+    return Pool(count, functools.partial(build_job, options, WorkFolder.path_of(options.output_prefix)))
+
+
 class _Run:
     """One call's options and what follows from them."""
 
     def __init__(
-        self, options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer, progress: Progress
+        self,
+        options: PreprocessOptions,
+        sources: Sequence[Source],
+        units: Sequence[Unit],
+        pool: _Pool | None,
+        progress: Progress,
     ) -> None:
         self.options = options
         self.sources = sources
-        self.tokenizer = tokenizer
+        self.units = units
+        self.pool = pool
         self.progress = progress
+        # Where others encode, this process needs the vocabulary and not its fast encoder, the larger part of the wait.
+        config = options.tokenizer if pool is None else replace(options.tokenizer, fast=False)
+        self.tokenizer = tokenizer = build_tokenizer(config)
         self.prefixes = tuple(map(options.prefix, options.json_keys))
         self.about: dict[str, Any] = {
             "type": options.tokenizer.type,
@@ -76,7 +96,7 @@ class _Run:
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod if options.append_eod else None,
         }
-        self.plan = plan_hash(options, sources, self.about)
+        self.plan = plan_hash(options, sources, self.about, unit_size(sources, options.unit_bytes))
 
     def is_complete(self) -> bool:
         """Whether an earlier run of the same plan made every dataset."""
@@ -108,7 +128,7 @@ class _Run:
         """All the work; returns what was seen."""
         if folder.discarded:
             self.progress.say("Unfinished work of another command with this --output-prefix was thrown away.")
-        units = plan_units(self.sources, self.options.unit_bytes, self.options.limit_bytes)
+        units = self.units
         finished = set(folder.finished())
         todo = [unit for unit in units if unit.number not in finished]
         self.progress.start(_size(units), _size(todo), len(units) - len(todo))
@@ -130,16 +150,13 @@ class _Run:
         return summary
 
     def _work(self, folder: Path, tasks: Sequence[Task]) -> None:
-        if min(self.options.workers, len(tasks)) <= 1:
+        if self.pool is None:
             job = build_job(self.options, folder, self.tokenizer)
             for task in tasks:
                 job(task, self.progress.advance)
             return
-        make_job = functools.partial(build_job, self.options, folder)
-        pool: Pool[Task, Step]
-        with Pool(min(self.options.workers, len(tasks)), make_job) as pool:
-            for step in pool.run(tasks):
-                self.progress.advance(step)
+        for step in self.pool.run(tasks):
+            self.progress.advance(step)
 
     def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
         """Put shards end to end under the final name; the manifest comes last."""

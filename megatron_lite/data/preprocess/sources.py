@@ -96,11 +96,16 @@ def _source(path: Path) -> Source:
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
 
 
+def unit_size(sources: Sequence[Source], unit_bytes: int | None = None) -> int:
+    """Bytes of a unit of plain text: `unit_bytes` if given, else a share of the input within bounds."""
+    total = sum(source.num_bytes for source in sources)
+    return unit_bytes or min(max(total // UNITS, MIN_UNIT), MAX_UNIT)
+
+
 def plan_units(sources: Sequence[Source], unit_bytes: int | None = None, limit: int | None = None) -> list[Unit]:
     """Cut the input into units: a function of the files' sizes alone."""
-    total = sum(source.num_bytes for source in sources)
-    size = unit_bytes or min(max(total // UNITS, MIN_UNIT), MAX_UNIT)
-    left = total if limit is None else limit
+    size = unit_size(sources, unit_bytes)
+    left = sum(source.num_bytes for source in sources) if limit is None else limit
     units: list[Unit] = []
     for source in sources:
         for start, end in _ranges(source, size):

@@ -32,9 +32,13 @@ class Done:
     report: Report
 
 
-def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any]) -> str:
-    """Hash of all that decides the output's bytes."""
-    content = {"sources": [asdict(source) for source in sources], "flags": options.identity(), "tokenizer": tokenizer}
+def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any], unit_bytes: int) -> str:
+    """Hash of all that decides the output's bytes, and of how the work is cut into units of `unit_bytes`."""
+    content = {
+        "sources": [asdict(source) for source in sources],
+        "flags": options.identity() | {"unit_bytes": unit_bytes},
+        "tokenizer": tokenizer,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -60,7 +64,7 @@ class WorkFolder:
     """
 
     def __init__(self, output_prefix: str, plan: str) -> None:
-        self.path = Path(f"{output_prefix}.partial")
+        self.path = self.path_of(output_prefix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold()
@@ -74,9 +78,14 @@ class WorkFolder:
             ) from error
 
     @staticmethod
+    def path_of(output_prefix: str) -> Path:
+        """Where the folder of a run lies."""
+        return Path(f"{output_prefix}.partial")
+
+    @staticmethod
     def exists(output_prefix: str, plan: str | None = None) -> bool:
         """Whether a run (of this plan, if given) was begun and not completed."""
-        path = Path(f"{output_prefix}.partial") / "plan"
+        path = WorkFolder.path_of(output_prefix) / "plan"
         return path.is_file() and plan in (None, path.read_text())
 
     def _hold(self) -> TextIO:

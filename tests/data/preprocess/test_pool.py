@@ -23,6 +23,10 @@ def square(task, report):
         raise ZeroDivisionError("oh")
     if task == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if task == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        report("still here")
+        return
     report(task * task)
 
 
@@ -33,6 +37,7 @@ def test_pool():
     before = multiprocessing.active_children()
     with Pool(2, make_square) as pool:
         assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
+        assert list(pool.run(["interrupt"])) == ["still here"], "Ctrl-C is the parent's to handle"
         with pytest.raises(DataError, match=r"a rule: this\. do that"):
             list(pool.run([1, "refuse"]))
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
