@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
@@ -44,6 +45,8 @@ class Pool(Generic[Task, Event]):
         self._workers: list[_Worker] = []
         # Ctrl-C goes to every process of the terminal, and is the parent's to handle. A blocked signal stays blocked in
         # a child, from its first instruction on; the parent is told of one that came meanwhile when it is unblocked.
+        # (The library's tracker process goes first: starting it unblocks the signal.)
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(count):
