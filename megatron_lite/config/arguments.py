@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from megatron_lite.config.apply import apply
+from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.flags.table import flags_by_field
 from megatron_lite.config.given import SECTIONS, Given
@@ -119,6 +120,10 @@ def _write(values: dict[str, Any]) -> list[str]:
         words += ["--step-batch-size-schedule", " ".join(f"{tokens}:{batch}" for tokens, batch in pairs)]
     if "model.num_query_groups" in values:
         words.append("--group-query-attention")
+    match values.get("checkpoint.phases"):
+        case (SavePhase(interval=interval, until=0),):
+            words += ["--save-interval", str(interval)]
+            values = {field: value for field, value in values.items() if field != "checkpoint.phases"}
     for field, flags in flags_by_field().items():
         if field in values:
             words += _write_field(flags, values[field])

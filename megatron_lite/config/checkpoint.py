@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class CheckpointConfig:
     asynchronous: bool = False
     save_on_exit: bool = True
     """Save when a run stops early; the end of a run is always saved."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """After a save that failed (a full disk): stop, or train on. The last save of a job must succeed."""
     weights_only_every: int = 0
     """Save the weights alone every this many iterations, in the folder `weights` below --save; 0: never."""
     keep_last: int = 0

@@ -127,6 +127,7 @@ def test_curriculum():
         ("--no-load-optim False", "checkpoint.load_optimizer", True),
         ("--overlap-grad-reduce", "parallel.overlap_grad_reduce", True),
         ("--save x --save-interval 5", "checkpoint.phases", (SavePhase(interval=5),)),
+        ("--save x --save-interval 5 --on-failed-save continue", "checkpoint.on_failed_save", "continue"),
         (
             "--save x --save-schedule 10:100,18:1000 --save-interval 1500",
             "checkpoint.phases",
@@ -218,6 +219,7 @@ SPECIAL = {
     "checkpoint.phases": (SavePhase(interval=10, until=100), SavePhase(interval=50)),
     "checkpoint.keep_phases": (SavePhase(interval=20, until=100), SavePhase(interval=50)),
     "checkpoint.accept_changed": ("data", "code"),
+    "checkpoint.on_failed_save": "continue",
     "runtime.device": "cpu",
 }
 COMPANIONS = {
@@ -285,3 +287,9 @@ def test_parsing_is_fast_and_needs_no_torch():
     runs = [subprocess.check_output([sys.executable, "-c", script], text=True).split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.3
     assert {torch for _, torch in runs} == {"False"}
+
+
+def test_a_single_interval_is_written_as_one():
+    words = to_argv(parse_run([*SMALL, "--save", "x", "--save-interval", "5"]).config)
+    assert words[words.index("--save-interval") + 1] == "5"
+    assert "--save-schedule" not in words

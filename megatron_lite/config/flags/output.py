@@ -43,6 +43,11 @@ CHECKPOINT = (
         sets=False,
     ),
     Flag(
+        "--on-failed-save",
+        "checkpoint.on_failed_save",
+        "What a save that fails, as on a full disk, does to training; the last save of a job is always an error.",
+    ),
+    Flag(
         "--weights-only-every",
         "checkpoint.weights_only_every",
         "Iterations between saves of the weights alone, kept in the folder weights below --save (0: none).",
