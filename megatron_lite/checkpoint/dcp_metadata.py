@@ -1,4 +1,4 @@
-"""The manifest's tensors as torch.distributed.checkpoint's (DCP's) metadata, which its planners and files speak of."""
+"""The manifest's tensors as torch.distributed.checkpoint's (DCP's) metadata, by which any torch reads the folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_lite.checkpoint.manifest import SavedTensor
+from megatron_lite.checkpoint.manifest import SavedFile, SavedTensor
 
 
-def dcp_metadata(tensors: Mapping[str, SavedTensor]) -> Metadata:
-    """Shapes, chunks and their places in the files, as DCP keeps them in memory and in `.metadata`.
+def dcp_metadata(tensors: Mapping[str, SavedTensor], files: Mapping[str, SavedFile]) -> Metadata:
+    """Shapes, chunks and their places in the files, as DCP keeps them in `.metadata`.
 
-    Built from the manifest rather than read from `.metadata`: that is a pickle, and a load should execute nothing.
+    It is written for others: that file is a pickle, and a load of ours, which should execute nothing, reads the
+    manifest.
     """
     state: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
@@ -30,7 +31,8 @@ def dcp_metadata(tensors: Mapping[str, SavedTensor]) -> Metadata:
         properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
         state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
         for piece in tensor.pieces:
-            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, piece.start, piece.length)
+            part = files[piece.file].parts[piece.part]
+            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, part.start, part.length)
     # planner_data says how torch's own converters nest the names in a dict: not at all.
     return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
 

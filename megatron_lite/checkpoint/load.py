@@ -1,12 +1,17 @@
-"""A load: checksums first, then names and shapes, then the pieces that this rank holds, whatever layout wrote them."""
+"""A load: names and shapes first, then the pieces that this rank holds, whatever layout wrote them, and all checksums.
+
+A rank reads what it needs and checks it as it goes. What no rank needs (the optimizer's state in a load of weights) is
+shared out among the ranks and read for its checksums alone, so a load fails on any damage that `verify` would find.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_lite.backend.group import Group
@@ -14,8 +19,8 @@ from megatron_lite.checkpoint.agreement import together
 from megatron_lite.checkpoint.catalog import iteration_of, list_checkpoints
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, read_manifest
 from megatron_lite.checkpoint.names import is_superseded, source_of
-from megatron_lite.checkpoint.reading import Read, read_pieces
-from megatron_lite.checkpoint.verify import verify_files
+from megatron_lite.checkpoint.reading import Read, ReadPlan
+from megatron_lite.checkpoint.verify import verify_lengths, verify_parts
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
 
@@ -44,36 +49,30 @@ def load_checkpoint(
         The scalars that were saved.
 
     Raises:
-        CorruptCheckpointError: a file is missing or damaged. No tensor was touched.
+        CorruptCheckpointError: a file is missing or damaged. Tensors may have been filled, with sound values only.
         CheckpointError: a tensor is missing, left over, or of another shape. No tensor was touched.
     """
     wanted = [tensor for tensor in tensors if include is None or include(tensor.name)]
 
-    def check() -> Manifest:
+    def check() -> tuple[Manifest, ReadPlan]:
         manifest = read_manifest(path)
-        # Each file is read by one rank, whichever ranks then need it: the check costs a job one pass over the bytes.
-        names = sorted(manifest.files, key=lambda name: manifest.files[name].size, reverse=True)
-        verify_files(path, manifest, names[world.rank :: world.size])
-        for tensor in wanted:
-            _check_fits(tensor, manifest, path)
-        return manifest
+        names = sorted(manifest.files)[world.rank :: world.size]
+        verify_lengths(path, {name: manifest.files[name] for name in names})
+        reads = [Read(tensor, _check_fits(tensor, manifest, path)) for tensor in wanted]
+        return manifest, ReadPlan(manifest, reads)
 
-    manifest = together(world, check)
+    manifest, plan = together(world, check)
     names = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
     if strict:
         _check_nothing_left(manifest, names, include, path)
+    left = list(_unread(manifest, plan, world))[world.rank :: world.size]
 
     def read() -> None:
-        reads = [Read(tensor, _check_fits(tensor, manifest, path)) for tensor in wanted]
-        try:
-            with torch.no_grad():
-                read_pieces(path, manifest.tensors, reads)
-        except OSError as error:
-            raise CorruptCheckpointError(
-                "Every file of a checkpoint must be readable",
-                found=f"{error.filename or path}: {error.strerror or error}",
-                fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
-            ) from error
+        # First, so that the damage is found before anything is filled where it is found by a rank that needs it not.
+        for name in sorted({name for name, _ in left}):
+            verify_parts(path / name, [manifest.files[name].parts[part] for other, part in left if other == name])
+        with torch.no_grad():
+            plan.read(path)
 
     together(world, read)
     return dict(manifest.scalars)
@@ -127,6 +126,16 @@ def _load_first(
             raise
         notify(f"{candidate.name} is damaged and passed over: {error.found}")
     return _load_first(others, tensors, world, include, notify)
+
+
+def _unread(manifest: Manifest, plan: ReadPlan, world: Group) -> Iterator[tuple[str, int]]:
+    """Files and numbers of their parts that no rank needs; a collective call."""
+    parts = [(name, number) for name, file in sorted(manifest.files.items()) for number in range(len(file.parts))]
+    # A bit for each part: a hundred thousand parts are 12 KB from each rank.
+    mine = plan.parts
+    read = np.packbits(np.fromiter((part in mine for part in parts), bool, len(parts)))
+    needed = np.unpackbits(np.bitwise_or.reduce(world.all_gather_object(read)))
+    return (part for part, is_needed in zip(parts, needed, strict=False) if not is_needed)
 
 
 def _check_fits(tensor: GlobalTensor, manifest: Manifest, path: Path) -> str:

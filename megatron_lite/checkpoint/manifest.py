@@ -6,12 +6,13 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _TAIL = ',\n"crc32": "{:08x}"\n}}\n'
 _TAIL_LENGTH = len(_TAIL.format(0))
@@ -29,15 +30,13 @@ class SavedPiece:
         offset: where the rectangle begins in the global tensor, one index per dim.
         shape: its size, one length per dim.
         file: name inside the checkpoint's folder.
-        start: first byte of the record in the file.
-        length: bytes of the record.
+        part: which of the file's parts holds it, counted from 0.
     """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     file: str
-    start: int
-    length: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,25 @@ class SavedTensor:
 
 
 @dataclass(frozen=True)
-class SavedFile:
-    """Length in bytes and CRC-32 of a file, which any single wrong byte changes."""
+class SavedPart:
+    """A range of a file's bytes with a checksum of its own, so that who needs a part can read and check it alone."""
 
-    size: int
+    start: int
+    length: int
     crc32: int
+    """Any single wrong byte changes it."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """The parts that make up a file, one after the other: a piece's record each, or the whole file."""
+
+    parts: tuple[SavedPart, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.parts[-1].start + self.parts[-1].length if self.parts else 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "writer": dict(manifest.writer),
         "scalars": dict(manifest.scalars),
         "provenance": asdict(manifest.provenance),
-        "files": {name: [file.size, f"{file.crc32:08x}"] for name, file in sorted(manifest.files.items())},
+        "files": {name: file_to_json(file) for name, file in sorted(manifest.files.items())},
         "tensors": {name: tensor_to_json(tensor) for name, tensor in sorted(manifest.tensors.items())},
     }
     try:
@@ -125,7 +138,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
 
     Raises:
         CorruptCheckpointError: the checksum does not match.
-        CheckpointError: another program's file, or a newer format.
+        CheckpointError: another program's file, or another version of the format.
     """
     body, tail = data[:-_TAIL_LENGTH], data[-_TAIL_LENGTH:]
     if tail != _TAIL.format(zlib.crc32(body)).encode():
@@ -135,17 +148,17 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
             fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
         )
     content = json.loads(data)
-    if content.get("format") != "megatron_lite" or content["format_version"] > FORMAT_VERSION:
+    if content.get("format") != "megatron_lite" or content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"A checkpoint must be of megatron_lite's format, version {FORMAT_VERSION} or older",
+            f"A checkpoint must be of megatron_lite's format, version {FORMAT_VERSION}",
             found=f"{path} is {content.get('format')!r}, version {content.get('format_version')}",
-            fix="Load it with the megatron_lite that wrote it, or a newer one",
+            fix="Load it with the megatron_lite that wrote it",
         )
     provenance = content["provenance"]
     return Manifest(
         iteration=content["iteration"],
         tensors={name: tensor_from_json(tensor) for name, tensor in content["tensors"].items()},
-        files={name: SavedFile(size, int(crc32, 16)) for name, (size, crc32) in content["files"].items()},
+        files={name: file_from_json(file) for name, file in content["files"].items()},
         scalars=content["scalars"],
         provenance=Provenance(
             config=provenance["config"],
@@ -175,9 +188,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return decode_manifest(data, path)
 
 
+def size_text(size: float) -> str:
+    """A number of bytes for people: three or four digits and the unit that fits, as `1.94 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
 def tensor_to_json(tensor: SavedTensor) -> list[Any]:
     """Shape, dtype and pieces as plain lists."""
-    pieces = [[piece.offset, piece.shape, piece.file, piece.start, piece.length] for piece in tensor.pieces]
+    pieces = [[piece.offset, piece.shape, piece.file, piece.part] for piece in tensor.pieces]
     return [tensor.shape, tensor.dtype, pieces]
 
 
@@ -187,8 +209,18 @@ def tensor_from_json(content: list[Any]) -> SavedTensor:
     return SavedTensor(
         shape=tuple(shape),
         dtype=dtype,
-        pieces=tuple(
-            SavedPiece(tuple(offset), tuple(extent), file, start, length)
-            for offset, extent, file, start, length in pieces
-        ),
+        pieces=tuple(SavedPiece(tuple(offset), tuple(extent), file, part) for offset, extent, file, part in pieces),
+    )
+
+
+def file_to_json(file: SavedFile) -> list[Any]:
+    """Length and checksum of each part; where it starts follows."""
+    return [[part.length, f"{part.crc32:08x}"] for part in file.parts]
+
+
+def file_from_json(content: list[Any]) -> SavedFile:
+    """The inverse of file_to_json."""
+    starts = accumulate((length for length, _ in content), initial=0)
+    return SavedFile(
+        tuple(SavedPart(start, length, int(crc32, 16)) for start, (length, crc32) in zip(starts, content, strict=False))
     )

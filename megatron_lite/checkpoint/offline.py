@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.names import MAIN_PREFIX, is_model_tensor
-from megatron_lite.checkpoint.reading import Read, read_pieces
+from megatron_lite.checkpoint.reading import Read, ReadPlan
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
@@ -45,7 +45,7 @@ def read_whole(path: Path, manifest: Manifest, name: str, dtype: torch.dtype | N
             fix="`megatron-lite checkpoint inspect --tensors` shows its names",
         )
     tensor = torch.empty(saved.shape, dtype=dtype or getattr(torch, saved.dtype))
-    read_pieces(path, manifest.tensors, [Read(_whole(name, tensor), name)])
+    ReadPlan(manifest, [Read(_whole(name, tensor), name)]).read(path)
     return tensor
 
 

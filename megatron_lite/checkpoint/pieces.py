@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from megatron_lite.checkpoint.manifest import SavedFile, SavedPiece, SavedTensor, tensor_from_json, tensor_to_json
+from megatron_lite.checkpoint.manifest import (
+    SavedFile,
+    SavedPiece,
+    SavedTensor,
+    file_from_json,
+    file_to_json,
+    tensor_from_json,
+    tensor_to_json,
+)
 from megatron_lite.errors import CheckpointError
 
 
@@ -32,7 +40,7 @@ class Share:
         """The share as JSON, to be left in the folder for the rank that finishes the save."""
         content = {
             "tensors": {name: tensor_to_json(tensor) for name, tensor in self.tensors.items()},
-            "files": {name: [file.size, file.crc32] for name, file in self.files.items()},
+            "files": {name: file_to_json(file) for name, file in self.files.items()},
             "held": self.held,
             "error": self.error,
         }
@@ -44,7 +52,7 @@ class Share:
         content: dict[str, Any] = json.loads(data)
         return cls(
             {name: tensor_from_json(tensor) for name, tensor in content["tensors"].items()},
-            {name: SavedFile(size, crc32) for name, (size, crc32) in content["files"].items()},
+            {name: file_from_json(file) for name, file in content["files"].items()},
             tuple(content["held"]),
             content["error"],
         )

@@ -1,27 +1,27 @@
-"""Reads a rank's pieces from the rectangles that any other layout wrote, through torch.distributed.checkpoint (DCP).
+"""Reads a rank's pieces from the rectangles that any other layout wrote: only the records that hold a part of them.
 
-No collective runs here: a rank reads what its own pieces need, and load.py brings the ranks together.
+A record is read and checked as a whole, into one buffer that all records share, and its elements go from there to all
+pieces that want some. Tiles (tiles.py) keep records small, and layouts' bounds from cutting through them. No collective
+runs here: load.py brings the ranks together.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_lite.checkpoint.dcp_metadata import dcp_metadata
-from megatron_lite.checkpoint.manifest import SavedTensor
+from megatron_lite.checkpoint.manifest import Manifest, SavedPart, SavedPiece
+from megatron_lite.checkpoint.verify import open_file, read_part
+from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
-from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
 
 @dataclass(frozen=True)
@@ -32,98 +32,136 @@ class Read:
     source: str
 
 
-def read_pieces(folder: Path, saved: Mapping[str, SavedTensor], reads: Sequence[Read]) -> None:
-    """Fills the targets' pieces, converting to their dtype and device.
+@dataclass(frozen=True)
+class _Record:
+    """A saved piece, and the pieces of this rank that want a part of it."""
+
+    saved: SavedPiece
+    dtype: torch.dtype
+    wanted: list[Piece]
+
+
+class ReadPlan:
+    """Which parts of which files fill a rank's pieces.
 
     Raises:
         CheckpointError: a saved tensor does not cover a piece.
-        OSError: a file cannot be read.
-    """
-    metadata = dcp_metadata({read.source: saved[read.source] for read in reads})
-    planner = _PieceLoadPlanner(reads, metadata)
-    plan = planner.create_local_plan()
-    reader = FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, True)
-    reader.read_data(plan, planner).wait()
-
-
-class _PieceLoadPlanner(LoadPlanner):
-    """The parts of saved pieces that fill this rank's pieces.
-
-    DCP reads a saved piece anew for each part of it that is asked for. So where one saved piece fills several parts
-    (of a rank's pieces under ZeRO, or of a weight and its main parameter), it is asked for once, whole, and handed out.
     """
 
-    def __init__(self, reads: Sequence[Read], metadata: Metadata) -> None:
-        self._metadata = metadata
-        # By number, not by name: a rank may hold a tensor twice, as the two ends of a tied embedding do.
-        self._pieces = {
-            MetadataIndex(str(number), piece.offset): piece.tensor.detach()
-            for number, read in enumerate(reads)
-            for piece in read.target.pieces
-        }
-        self._parts: dict[MetadataIndex, list[ReadItem]] = {}
-        for number, read in enumerate(reads):
-            for item in self._items(number, read):
-                self._parts.setdefault(item.storage_index, []).append(item)
+    def __init__(self, manifest: Manifest, reads: Sequence[Read]) -> None:
+        self._manifest = manifest
+        records: dict[tuple[str, int], _Record] = {}
+        for read in reads:
+            saved = manifest.tensors[read.source]
+            dtype = getattr(torch, saved.dtype)
+            for piece in read.target.pieces:
+                found = 0
+                for other, count in _overlapping(piece, saved.pieces):
+                    found += count
+                    key = (other.file, other.part)
+                    records.setdefault(key, _Record(other, dtype, [])).wanted.append(piece)
+                if found != piece.tensor.numel():
+                    raise CheckpointError(
+                        "A checkpoint must hold every element of a tensor",
+                        found=f"{read.source} has {found} of {piece.tensor.numel()} elements that this rank needs",
+                        fix="Load another iteration; this one was put together wrongly",
+                    )
+        # In the order in which they lie on the disk.
+        self._records = {key: records[key] for key in sorted(records)}
 
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([parts[0] if len(parts) == 1 else self._whole(index) for index, parts in self._parts.items()])
+    @property
+    def parts(self) -> set[tuple[str, int]]:
+        """Names of files and numbers of their parts, all that will be read."""
+        return set(self._records)
 
-    def _items(self, number: int, read: Read) -> Iterator[ReadItem]:
-        pieces = [piece for piece in read.target.pieces if piece.tensor.numel()]
-        if not pieces:
-            return
-        chunks = [ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape) for piece in pieces]
-        items = create_read_items_for_chunk_list(read.source, self._saved(read.source), chunks)
-        found, wanted = sum(item.lengths.numel() for item in items), sum(piece.tensor.numel() for piece in pieces)
-        if found != wanted:
-            raise CheckpointError(
-                "A checkpoint must hold every element of a tensor",
-                found=f"{read.source} has {found} of the {wanted} elements that this rank needs",
-                fix="Load another iteration; this one was put together wrongly",
-            )
-        for item in items:
-            yield replace(item, dest_index=MetadataIndex(str(number), item.dest_index.offset))
+    @property
+    def size(self) -> int:
+        """Bytes that will be read."""
+        return sum(self._part(record).length for record in self._records.values())
 
-    def _saved(self, name: str) -> TensorStorageMetadata:
-        saved = self._metadata.state_dict_metadata[name]
-        assert isinstance(saved, TensorStorageMetadata)
-        return saved
+    def read(self, folder: Path) -> None:
+        """Fills the pieces, converting to their dtype and device.
 
-    def _whole(self, index: MetadataIndex) -> ReadItem:
-        shape = next(chunk.sizes for chunk in self._saved(index.fqn).chunks if chunk.offsets == index.offset)
-        origin = torch.Size([0] * len(shape))
-        part = self._parts[index][0]
-        return replace(part, dest_offsets=origin, storage_offsets=origin, lengths=shape)
+        Raises:
+            CorruptCheckpointError: a part that is needed is damaged or missing; pieces may be filled in part.
+        """
+        buffer = torch.empty(max((self._part(r).length for r in self._records.values()), default=0), dtype=torch.uint8)
+        view = buffer.numpy().data
+        files: dict[str, list[_Record]] = {}
+        for (name, _), record in self._records.items():
+            files.setdefault(name, []).append(record)
+        for name, records in files.items():
+            with open_file(folder / name) as file:
+                for record in records:
+                    _hand_out(record, buffer, read_part(file, folder / name, self._part(record), view))
 
-    def _part(self, item: ReadItem) -> Tensor:
-        return _narrow(self._pieces[item.dest_index], item.dest_offsets, item.lengths)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        if len(self._parts[read_item.storage_index]) == 1:
-            return self._part(read_item)
-        return torch.empty(read_item.lengths, dtype=self._saved(read_item.storage_index.fqn).properties.dtype)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        parts = self._parts[read_item.storage_index]
-        for part in parts if len(parts) > 1 else ():
-            self._part(part).copy_(_narrow(tensor, part.storage_offsets, part.lengths))
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """The tensors were given at construction."""
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError("ranks plan for themselves")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("only tensors are stored")
+    def _part(self, record: _Record) -> SavedPart:
+        return self._manifest.files[record.saved.file].parts[record.saved.part]
 
 
-def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
+def _overlapping(piece: Piece, saved: Sequence[SavedPiece]) -> Iterator[tuple[SavedPiece, int]]:
+    """The saved pieces that hold elements of a piece, and how many."""
+    if not piece.tensor.numel():
+        return
+    for other in saved:
+        _, shape = _intersection(piece, other)
+        if all(length > 0 for length in shape):
+            yield other, prod(shape)
+
+
+def _intersection(piece: Piece, saved: SavedPiece) -> tuple[list[int], list[int]]:
+    """Where two rectangles of one tensor meet: its offset in the tensor and its shape, which may be negative."""
+    start = [max(a, b) for a, b in zip(piece.offset, saved.offset, strict=True)]
+    ends = zip(piece.offset, piece.tensor.shape, saved.offset, saved.shape, strict=True)
+    stop = [min(a + a_length, b + b_length) for a, a_length, b, b_length in ends]
+    return start, [last - first for first, last in zip(start, stop, strict=True)]
+
+
+def _hand_out(record: _Record, buffer: Tensor, view: memoryview) -> None:
+    saved = record.saved
+    start, length = _payload(view), prod(saved.shape) * record.dtype.itemsize
+    tensor = buffer[start : start + length].view(record.dtype).view(saved.shape)
+    for piece in record.wanted:
+        at, shape = _intersection(piece, saved)
+        target = narrow(piece.tensor.detach(), [a - b for a, b in zip(at, piece.offset, strict=True)], shape)
+        target.copy_(narrow(tensor, [a - b for a, b in zip(at, saved.offset, strict=True)], shape))
+
+
+def _payload(record: memoryview) -> int:
+    """Where the elements begin in a record of torch.save: a zip file that holds them, not compressed, as `data/0`.
+
+    torch.load would copy them twice, and unpickle, of which a load should have no need.
+    """
+    with ZipFile(_View(record)) as archive:
+        (member,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+    # A member begins with its local header: 30 bytes, of which the last four are the lengths of name and padding.
+    header = member.header_offset
+    name, padding = (int.from_bytes(record[header + at : header + at + 2], "little") for at in (26, 28))
+    return header + 30 + name + padding
+
+
+class _View(io.RawIOBase):
+    """Bytes in memory as a file, without a copy."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

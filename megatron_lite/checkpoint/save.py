@@ -17,7 +17,7 @@ from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.agreement import together
 from megatron_lite.checkpoint.catalog import announce, folder_name, make_visible, remove_stale
 from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_synced
-from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest
+from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest, size_text
 from megatron_lite.checkpoint.pieces import Share, merge_shares
 from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, delete_expired
 from megatron_lite.checkpoint.sharing import share_out
@@ -160,13 +160,13 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
     """Rank 0's part once all shares lie in the folder: manifest, rename, announcement, retention.
 
     Raises:
-        CheckpointError: the shares do not add up, or the disk is full.
+        CheckpointError: the shares do not add up, the disk is full, or an old checkpoint cannot be deleted.
     """
     try:
         shares = [Share.decode(share_path(partial, rank).read_bytes()) for rank in range(world.size)]
         tensors = merge_shares(shares)
         files = {name: file for share in shares for name, file in share.files.items()}
-        files[DCP_METADATA_NAME] = write_dcp_metadata(partial, tensors)
+        files[DCP_METADATA_NAME] = write_dcp_metadata(partial, tensors, files)
         writer = {
             "megatron_lite": __version__,
             "torch": torch.__version__,
@@ -179,12 +179,32 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
             share_path(partial, rank).unlink()
         sync_folder(partial)
         make_visible(partial, request.path)
-        announce(request.root, request.iteration)
-        removed = delete_expired(request.root, request.iteration, request.retention)
+        _announce(request, partial)
     except OSError as error:
         raise explain(error, request, 0) from error
+    removed = _delete_expired(request)
     seconds = time.monotonic() - begun
     return SaveReport(request.path, manifest.size, seconds, seconds, (*stale, *removed))
+
+
+def _announce(request: SaveRequest, partial: Path) -> None:
+    """Makes the finished folder the latest; one that cannot be announced is no checkpoint, and stays aside."""
+    try:
+        announce(request.root, request.iteration)
+    except OSError:
+        request.path.rename(partial)
+        raise
+
+
+def _delete_expired(request: SaveRequest) -> list[str]:
+    try:
+        return delete_expired(request.root, request.iteration, request.retention)
+    except OSError as error:
+        raise CheckpointError(
+            "Checkpoints that --keep-last does not keep are deleted",
+            found=f"iteration {request.iteration} is saved, but {error.filename or request.root}: {error.strerror}",
+            fix="Correct the permissions of the folder, or leave --keep-last out",
+        ) from error
 
 
 def size_to_write(tensors: Sequence[GlobalTensor]) -> int:
@@ -198,11 +218,11 @@ def explain(error: OSError, request: SaveRequest, needed: int) -> CheckpointErro
     if error.filename:
         found += f" ({error.filename})"
     try:
-        found += f"; {_gib(shutil.disk_usage(request.root).free)} are free there"
+        found += f"; {size_text(shutil.disk_usage(request.root).free)} are free there"
     except OSError:
         found += "; the folder itself cannot be read"
     if needed:
-        found += f", this rank writes {_gib(needed)}"
+        found += f", this rank writes {size_text(needed)}"
     return CheckpointError("A checkpoint must be written whole", found=found, fix=_ROOM)
 
 
@@ -214,10 +234,7 @@ def _check_room(request: SaveRequest, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             "A save needs room for all of its bytes",
-            found=f"iteration {request.iteration} takes {_gib(needed)}, {request.root} has {_gib(free)} free",
+            found=f"iteration {request.iteration} takes {size_text(needed)}, {request.root} has {size_text(free)} free",
             fix=_ROOM,
         )
 
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3f} GiB"

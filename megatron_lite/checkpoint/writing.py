@@ -1,32 +1,32 @@
-"""Writes a rank's pieces in torch.distributed.checkpoint's (DCP's) file format, with a checksum as the bytes go by.
+"""Writes pieces of tensors in torch.distributed.checkpoint's (DCP's) file format, checksums as the bytes go by.
 
-DCP plans and writes rectangles ("chunks"); here is its planner for GlobalTensors. No collective runs here: a rank
-writes its own pieces, and save.py brings the ranks together. The folder also gets DCP's own `.metadata`, so that any
-torch can read it without this package.
+That format is a row of torch.save's records, one for each rectangle of a tensor, and `.metadata`, which says where each
+lies; any torch reads such a folder without this package. Pieces are cut into tiles (tiles.py), and each record is a
+part of its file with a checksum of its own. No collective runs here: a rank writes its own pieces, and save.py brings
+the ranks together.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import pickle
 import zlib
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
 from megatron_lite.checkpoint.dcp_metadata import dcp_metadata, dtype_name
-from megatron_lite.checkpoint.manifest import SavedFile, SavedPiece, SavedTensor
+from megatron_lite.checkpoint.durable import write_synced
+from megatron_lite.checkpoint.manifest import SavedFile, SavedPart, SavedPiece, SavedTensor
 from megatron_lite.checkpoint.pieces import Share
+from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.parallel.tensors import GlobalTensor
 
 DCP_METADATA_NAME = ".metadata"
@@ -39,136 +39,144 @@ def write_pieces(folder: Path, tensors: Sequence[GlobalTensor], rank: int) -> Sh
     Raises:
         OSError: no room, no permission; what was written so far stays in the folder.
     """
-    planner = _PieceSavePlanner(tensors)
-    plan = planner.create_local_plan()
-    held = tuple(tensor.name for tensor in tensors)
-    if not plan.items:
-        return Share(held=held)
-    file_system = _ChecksummingFileSystem()
-    writer = _file_writer(folder, file_system)
-    # The writer names files by the rank's place in the list of plans; ours are made without the other ranks.
-    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]
-    try:
-        # Our own checksum covers the file, so torch need not compute its slower one for each record as well.
-        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            results: list[WriteResult] = writer.write_data(plan, planner).wait()
-    except RuntimeError as error:
-        # torch.save reports a failed write of its stream as a RuntimeError; the stream knows the reason.
-        raise file_system.error or error from error
-    pieces: dict[str, list[SavedPiece]] = {}
-    for result in results:
-        where, shape = result.storage_data, planner.piece(result.index).shape
-        pieces.setdefault(result.index.fqn, []).append(
-            SavedPiece(tuple(result.index.offset or ()), tuple(shape), where.relative_path, where.offset, where.length)
-        )
-    shapes = {tensor.name: tensor for tensor in tensors}
-    saved = {
-        name: SavedTensor(shapes[name].global_shape, dtype_name(shapes[name].dtype), tuple(parts))
-        for name, parts in pieces.items()
-    }
-    return Share(saved, file_system.files, held)
+    with PieceWriter(folder, rank) as writer:
+        for tensor in tensors:
+            if not tensor.write:
+                continue
+            for piece in tensor.pieces:
+                data = piece.tensor.detach()
+                for offset, shape in tiles(tensor.global_shape, data.element_size(), piece.offset, data.shape):
+                    inside = [a - b for a, b in zip(offset, piece.offset, strict=True)]
+                    writer.write(tensor.name, tensor.global_shape, offset, narrow(data, inside, shape))
+    return writer.share(tuple(tensor.name for tensor in tensors))
 
 
-def write_dcp_metadata(folder: Path, tensors: Mapping[str, SavedTensor]) -> SavedFile:
+def write_dcp_metadata(folder: Path, tensors: Mapping[str, SavedTensor], files: Mapping[str, SavedFile]) -> SavedFile:
     """Writes `.metadata`, by which torch.distributed.checkpoint alone can read the folder.
 
     Raises:
         OSError: no room, no permission.
     """
-    metadata = dcp_metadata(tensors)
-    results = [WriteResult(index, where.length, where) for index, where in metadata.storage_data.items()]
-    file_system = _ChecksummingFileSystem()
-    _file_writer(folder, file_system).finish(metadata, [results])
-    (written,) = file_system.files.values()
-    return written
+    data = pickle.dumps(dcp_metadata(tensors, files))
+    write_synced(folder / DCP_METADATA_NAME, data)
+    return SavedFile((SavedPart(0, len(data), zlib.crc32(data)),))
 
 
-def _file_writer(folder: Path, file_system: _ChecksummingFileSystem) -> FileSystemWriter:
-    # One thread: with more, the writer drops an exception of any but the first.
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    writer.fs = file_system
-    return writer
+def narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The rectangle of a tensor, as a view."""
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+class PieceWriter:
+    """Writes rectangles of tensors one by one, and knows afterwards what lies where.
+
+    A context manager: leaving it without an error waits for the disk.
+
+    Args:
+        folder: of the checkpoint, as long as it is partial.
+        rank: whose files they are; no two writers of a folder have the same.
+        file_size: bytes at which the next file is begun; None: there is one file.
+    """
+
+    def __init__(self, folder: Path, rank: int, file_size: int | None = None) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._file_size = file_size
+        self._file: _ChecksummedFile | None = None
+        self._files: dict[str, SavedFile] = {}
+        self._tensors: dict[str, SavedTensor] = {}
+
+    def __enter__(self) -> PieceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            if kind is None:
+                self._finish(self._file)
+            else:
+                self._file.close()
+
+    def write(self, name: str, global_shape: Sequence[int], offset: Sequence[int], tensor: Tensor) -> None:
+        """Adds a record.
+
+        Args:
+            name: of the global tensor.
+            global_shape: its shape.
+            offset: where the rectangle begins in it.
+            tensor: the rectangle, on any device.
+
+        Raises:
+            OSError: no room, no permission.
+        """
+        file = self._open()
+        file.save(_own_storage(tensor.detach().cpu()))
+        piece = SavedPiece(tuple(offset), tuple(tensor.shape), file.path.name, len(file.parts) - 1)
+        known = self._tensors.get(name)
+        pieces = (*known.pieces, piece) if known else (piece,)
+        self._tensors[name] = SavedTensor(tuple(global_shape), dtype_name(tensor.dtype), pieces)
+
+    def share(self, held: tuple[str, ...]) -> Share:
+        """What was written, once the context is left; `held` as in Share."""
+        return Share(self._tensors, self._files, held)
+
+    def _open(self) -> _ChecksummedFile:
+        if self._file is not None and self._file_size is not None and self._file.size >= self._file_size:
+            self._finish(self._file)
+        if self._file is None:
+            # DCP's own names: rank, and number of the rank's file.
+            self._file = _ChecksummedFile(self._folder / f"__{self._rank}_{len(self._files)}.distcp")
+        return self._file
+
+    def _finish(self, file: _ChecksummedFile) -> None:
+        with file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._files[file.path.name] = SavedFile(tuple(file.parts))
+        self._file = None
 
 
 class _ChecksummedFile(io.BufferedWriter):
-    """A file that knows the CRC-32 and number of the bytes given to it, so that nothing is read back."""
+    """A file that knows the length and CRC-32 of each record, so that nothing is read back."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "wb"), _BUFFER)
-        self.saved = SavedFile(0, 0)
-        self.error: OSError | None = None
+        self.path = path
+        self.parts: list[SavedPart] = []
+        self.size = 0
+        self._crc32 = 0
+        self._error: OSError | None = None
+
+    def save(self, tensor: Tensor) -> None:
+        """Adds a tensor's record.
+
+        Raises:
+            OSError: no room.
+        """
+        start, self._crc32 = self.size, 0
+        try:
+            # Our own checksum covers the record, so torch need not compute its slower one as well.
+            with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+                torch.save(tensor, self)
+        except RuntimeError as error:
+            # torch.save reports a failed write of its stream as a RuntimeError; the stream knows the reason.
+            raise self._error or error from error
+        self.parts.append(SavedPart(start, self.size - start, self._crc32))
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
             super().write(view)
         except OSError as error:
-            self.error = error
+            self._error = error
             raise
-        self.saved = SavedFile(self.saved.size + len(view), zlib.crc32(view, self.saved.crc32))
+        self.size += len(view)
+        self._crc32 = zlib.crc32(view, self._crc32)
         return len(view)
 
 
-class _ChecksummingFileSystem(FileSystem):
-    """DCP's local file system, remembering the length and checksum of every file written."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, SavedFile] = {}
-        self.error: OSError | None = None
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        file = _ChecksummedFile(path)
-        try:
-            with file:
-                yield file
-        finally:
-            self.error = file.error
-        self.files[Path(path).name] = file.saved
-
-
-class _PieceSavePlanner(SavePlanner):
-    """Every non-empty piece of the tensors that this rank is the writer of."""
-
-    def __init__(self, tensors: Sequence[GlobalTensor]) -> None:
-        self._pieces: dict[MetadataIndex, tuple[GlobalTensor, Tensor]] = {
-            MetadataIndex(tensor.name, piece.offset): (tensor, piece.tensor)
-            for tensor in tensors
-            if tensor.write
-            for piece in tensor.pieces
-            if piece.tensor.numel()
-        }
-
-    def piece(self, index: MetadataIndex) -> Tensor:
-        return self._pieces[index][1]
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([_write_item(index, *entry) for index, entry in self._pieces.items()])
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        # A transposed or strided view would be stored with its strides; the storage layer clones what is a part of a
-        # larger storage, so that a file never holds more than the piece.
-        return self.piece(write_item.index).detach().contiguous()
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """The tensors were given at construction."""
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError("ranks plan for themselves")
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-
-def _write_item(index: MetadataIndex, tensor: GlobalTensor, data: Tensor) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(index.offset or ()), data.shape)
-    properties = TensorProperties(dtype=data.dtype)
-    return WriteItem(
-        index,
-        WriteItemType.SHARD,
-        tensor_data=TensorWriteData(chunk, properties, torch.Size(tensor.global_shape)),
-    )
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The tensor without what else lies in its storage, all of which torch.save would write; a copy if it has gaps."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return torch.from_numpy(flat.numpy()).view(tensor.dtype).reshape(tensor.shape)

@@ -35,6 +35,20 @@ def test_the_newest_whole_one_is_taken_and_the_damage_said(kit, tmp_path):
     assert [message.split(" is damaged")[0] for message in told] == ["iter_0000003", "iter_0000002"]
 
 
+def test_nothing_is_left_of_a_checkpoint_whose_damage_was_found_late(kit, tmp_path):
+    tensors = {iteration: {str(name): torch.randn(9) for name in range(5)} for iteration in (1, 2)}
+    for iteration, state in tensors.items():
+        kit.save(tmp_path, iteration, state)
+    file = read_manifest(tmp_path / "iter_0000002").files["__0_0.distcp"]
+    damage(tmp_path / "iter_0000002" / "__0_0.distcp", file.parts[-1].start)
+    loaded = kit.zeros_like(tensors[1])
+    with pytest.raises(CorruptCheckpointError):
+        load_latest(find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world)
+    assert loaded["0"].equal(tensors[2]["0"])
+    load_latest(find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world, fallback=True)
+    assert all(loaded[name].equal(tensor) for name, tensor in tensors[1].items())
+
+
 def test_it_must_be_asked_for(kit, tmp_path):
     for iteration in (1, 2):
         kit.save(tmp_path, iteration)
@@ -48,7 +62,8 @@ def test_if_all_are_damaged_the_last_one_is_named(kit, tmp_path):
         kit.save(tmp_path, iteration)
         damage(tmp_path / f"iter_000000{iteration}" / ".metadata", 5)
     with pytest.raises(CorruptCheckpointError, match="iter_0000001"):
-        load_latest(find_checkpoint(str(tmp_path)), [], kit.world, fallback=True, notify=lambda _: None)
+        held = kit.whole(kit.tensors())
+        load_latest(find_checkpoint(str(tmp_path)), held, kit.world, fallback=True, notify=lambda _: None)
 
 
 def test_a_wrong_model_is_not_a_reason_to_fall_back(kit, tmp_path):

@@ -1,0 +1,69 @@
+"""Cuts tensors along one grid, whatever layout writes them, so that another layout finds the parts it needs whole.
+
+A saved piece is read and checked as a whole. If it were a whole matrix, each of eight tensor-parallel ranks would read
+all of a matrix that they split by columns. So the lines of the grid lie where such splits fall: at halves, quarters and
+eighths of each dim. They are drawn in the global tensor, not in a rank's piece, for the number of tiles must not grow
+with the number of ranks; and every saved piece lies in one tile, which makes a tile the unit of work on one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
+from math import prod
+
+MIN_TILE = 4 << 20
+"""Bytes under which nothing is cut further: a record costs about 1.5 KB on disk and 0.1 ms."""
+MAX_TILE = 32 << 20
+"""Bytes of a tile at most: what a load holds in memory beside its own tensors."""
+_EVEN_PARTS = 8
+
+
+def grid(shape: Sequence[int], itemsize: int) -> list[int]:
+    """The number of parts that each dim of a tensor is cut into, a power of two or the dim's whole size.
+
+    Args:
+        shape: of the global tensor.
+        itemsize: bytes of an element.
+    """
+    counts = [1] * len(shape)
+    size = prod(shape) * itemsize
+    while size // prod(counts) >= 2 * MIN_TILE:
+        # The dim that is cut least, so that a split by rows and one by columns are served alike.
+        able = [dim for dim, count in enumerate(counts) if count < _EVEN_PARTS and 2 * count <= shape[dim]]
+        if not able:
+            break
+        counts[min(able, key=lambda dim: counts[dim])] *= 2
+    for dim, extent in enumerate(shape):
+        # Long runs of bytes stay long: the first dim is cut on, and the next one only when that has no more rows.
+        while counts[dim] < extent and _largest(shape, counts) * itemsize > MAX_TILE:
+            counts[dim] = min(2 * counts[dim], extent)
+    return counts
+
+
+def tiles(
+    global_shape: Sequence[int], itemsize: int, offset: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The parts into which the grid cuts a rectangle of a tensor, as (offset in the tensor, shape), in row-major order.
+
+    An empty rectangle has none.
+    """
+    counts = grid(global_shape, itemsize)
+    ranges = [_cut(*dim) for dim in zip(global_shape, counts, offset, shape, strict=True)]
+    for part in product(*ranges):
+        yield tuple(start for start, _ in part), tuple(length for _, length in part)
+
+
+def _largest(shape: Sequence[int], counts: Sequence[int]) -> int:
+    return prod(-(-extent // count) for extent, count in zip(shape, counts, strict=True))
+
+
+def _cut(extent: int, count: int, offset: int, length: int) -> list[tuple[int, int]]:
+    """(start, length) of the parts of [offset, offset + length) in a dim of `extent` that is cut into `count`."""
+    if not length:
+        return []
+    # Part i is [i * extent // count, (i + 1) * extent // count): tensor parallelism's own bounds where it divides.
+    first, last = ((count * (index + 1) - 1) // extent for index in (offset, offset + length - 1))
+    inner = [number * extent // count for number in range(first + 1, last + 1)]
+    bounds = [offset, *inner, offset + length]
+    return [(start, stop - start) for start, stop in pairwise(bounds)]
