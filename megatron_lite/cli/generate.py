@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.cli.model_arguments import add_model_arguments, load_model, note
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import ConfigError, DataError
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from megatron_lite.generation.sampling import Sampling
 
 SUMMARY = "continue prompts with a model from a checkpoint"
-ROWS_AT_ONCE = 32
 MAX_NEW_TOKENS = 128
+ROWS_AT_ONCE = 32
 """Prompts and samples that share a batch; a longer list is worked off in parts."""
 
 
@@ -28,27 +28,12 @@ def run(argv: list[str]) -> int:
     if options.num_samples < 1:
         parser.error("--num-samples must be at least 1")
 
-    from megatron_lite.config.runtime import RuntimeConfig
-    from megatron_lite.generation.restore import restore_model
     from megatron_lite.generation.sampling import Sampling
 
     sampling = Sampling(
         temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
     )
-    tokenizer = {
-        "type": options.tokenizer_type,
-        "vocab_file": options.vocab_file,
-        "merge_file": options.merge_file,
-        "model": options.tokenizer_model,
-    }
-    model = restore_model(
-        options.load,
-        options.load_iteration,
-        RuntimeConfig(device=options.device, seed=options.seed),
-        tokenizer={name: value for name, value in tokenizer.items() if value},
-        notify=_note,
-    )
-    _note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.device}")
+    model = load_model(options, options.seed)
     if prompts := _given(options):
         _continue(model, prompts, options, sampling)
     else:
@@ -58,7 +43,7 @@ def run(argv: list[str]) -> int:
 
 def _talk(model: TrainedModel, options: argparse.Namespace, sampling: Sampling) -> None:
     """Asks for prompts until there is none; one that the model cannot continue does not end the session."""
-    _note("type a prompt and press return; an empty one or Ctrl-D ends")
+    note("type a prompt and press return; an empty one or Ctrl-D ends")
     while prompt := _ask():
         _answer(model, prompt, options, sampling)
 
@@ -67,7 +52,7 @@ def _answer(model: TrainedModel, prompt: str, options: argparse.Namespace, sampl
     try:
         _continue(model, [prompt], options, sampling)
     except ConfigError as error:
-        _note(str(error))
+        note(str(error))
 
 
 def _ask() -> str:
@@ -83,19 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a model from a checkpoint. Its shape and tokenizer are read from there. "
         "Without a prompt, text piped in is one prompt, and on a terminal you are asked.",
     )
-    source = parser.add_argument_group("model")
-    source.add_argument("--load", required=True, metavar="DIR", help="a run's --save folder, or one checkpoint in it")
-    source.add_argument("--load-iteration", type=int, default=0, metavar="N", help="which checkpoint (default: latest)")
-    source.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    kinds = get_args(get_type_hints(TokenizerConfig)["type"])
-    source.add_argument(
-        "--tokenizer-type", default="", choices=kinds, help="where the tokenizer's files have moved: its kind,"
-    )
-    source.add_argument("--vocab-file", default="", help="vocab.json,")
-    source.add_argument("--merge-file", default="", help="merges.txt,")
-    source.add_argument("--tokenizer-model", default="", help="or tokenizer.json, its folder, or the .model file")
+    add_model_arguments(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
     prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt on each line")
@@ -184,7 +157,3 @@ def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespa
         return
     for (number, sample), text in zip(rows, texts, strict=True):
         print(f"--- prompt {number + 1}, sample {sample + 1} ---\n{prompts[number]}{text}")
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from types import ModuleType
 
 from megatron_lite import __version__
@@ -17,6 +19,7 @@ COMMANDS = (
     "explain",
     "rehearse",
     "generate",
+    "evaluate",
     "preprocess",
     "train-tokenizer",
     "merge",
@@ -88,6 +91,8 @@ def _origin() -> str:
 
 def _overview() -> str:
     lines = ["usage: megatron-lite <command> …", "", "commands:"]
-    lines += [f"  {name:<16} {_load(name).SUMMARY}" for name in COMMANDS]
+    width = min(shutil.get_terminal_size().columns, 120)
+    for name in COMMANDS:
+        lines += textwrap.wrap(_load(name).SUMMARY, width, initial_indent=f"  {name:<16} ", subsequent_indent=" " * 19)
     lines += ["", "megatron-lite <command> --help says more. pretrain_gpt.py is `megatron-lite train`."]
     return "\n".join(lines)

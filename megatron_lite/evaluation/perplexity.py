@@ -6,12 +6,15 @@ Letters: n tokens of the text, s tokens of a window, b windows at once, V vocabu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.errors import ConfigError, TrainingError
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -66,45 +69,81 @@ def windows(length: int, size: int, stride: int) -> Iterator[Window]:
 
 @torch.inference_mode()
 def text_loss(
-    stage: GPTStage, tokens: Sequence[int], seq_length: int, *, stride: int = 0, batch_size: int = 8
+    stage: GPTStage,
+    tokens: Sequence[int] | NDArray[np.generic],
+    seq_length: int,
+    *,
+    stride: int = 0,
+    batch_size: int = 8,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> TextLoss:
     """The loss of a text that is longer than the model's context.
 
     Args:
         stage: the whole model on one pipeline stage; every tp rank calls this alike.
-        tokens: the text's ids.
+        tokens: the text's ids [n].
         seq_length: s.
         stride: how far apart windows start; 0: s, so that they do not overlap.
         batch_size: b.
+        on_tokens: told after every batch how many tokens it predicted.
 
     Raises:
-        ConfigError: the text has less than two tokens, or the stride is not between 1 and s.
+        ConfigError: the text has less than two tokens, or ids that the model lacks; the model has less than s
+            positions; or the stride is not between 1 and s.
+        TrainingError: the loss is not finite.
     """
     stride = stride or seq_length
-    if len(tokens) < 2 or not 1 <= stride <= seq_length:
-        raise ConfigError(
-            "A loss needs a text of at least two tokens, and windows that leave no gap",
-            found=f"{len(tokens)} tokens, stride {stride}, sequence length {seq_length}",
-            fix="Give more text, or a stride from 1 to the sequence length",
-        )
+    ids = np.asarray(tokens).astype(np.int64)
+    _check(ids, seq_length, stride, stage.config)
     device, tp = stage.sharding.device, stage.sharding.tp
-    text = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+    text = torch.from_numpy(ids).to(device)
     total, count = 0.0, 0
     was_training = stage.training
     stage.eval()
     try:
-        for group in _groups(list(windows(len(tokens), seq_length, stride)), batch_size):
+        for group in _groups(list(windows(len(ids), seq_length, stride)), batch_size):
             inputs = torch.stack([text[window.start : window.end] for window in group])
             labels = torch.stack([text[window.start + 1 : window.end + 1] for window in group])
             logits = stage(None, MicroBatch(tokens=inputs, labels=labels))
             losses = vocab_parallel_cross_entropy(logits, labels.t(), stage.config.vocab_size, tp)
+            before = count
             for column, window in enumerate(group):
                 fresh = losses[window.fresh - window.start :, column]
                 total += float(fresh.double().sum())
                 count += fresh.shape[0]
+            if on_tokens is not None:
+                on_tokens(count - before)
     finally:
         stage.train(was_training)
+    if not math.isfinite(total):
+        raise TrainingError(
+            "The model's loss must be finite",
+            found=f"a loss of {total} over {count} tokens",
+            fix="Take an earlier checkpoint with --load-iteration: this one's weights are broken",
+        )
     return TextLoss(total, count)
+
+
+def _check(ids: NDArray[np.int64], seq_length: int, stride: int, model: ModelConfig) -> None:
+    if len(ids) < 2 or not 1 <= stride <= seq_length:
+        raise ConfigError(
+            "A loss needs a text of at least two tokens, and windows that leave no gap",
+            found=f"{len(ids)} tokens, stride {stride}, sequence length {seq_length}",
+            fix="Give more text, or a --stride from 1 to the sequence length",
+        )
+    if model.position_embedding == "learned" and seq_length > model.max_position_embeddings:
+        raise ConfigError(
+            "A window must fit the model's learned positions",
+            found=f"--seq-length {seq_length}, the model has {model.max_position_embeddings} positions",
+            fix="Lower --seq-length",
+        )
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= model.vocab_size:
+        raise ConfigError(
+            "A text's tokens must be in the model's vocabulary",
+            found=f"ids from {least} to {most}, the model has {model.vocab_size}",
+            fix="Use text or a dataset made with the tokenizer that the model was trained with",
+        )
 
 
 def _groups(found: list[Window], batch_size: int) -> Iterator[list[Window]]:

@@ -12,7 +12,7 @@ from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, TrainingError
 from megatron_lite.evaluation.perplexity import text_loss, windows
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.build import build_stage
@@ -104,3 +104,29 @@ def test_dropout_is_off_and_the_mode_comes_back(stage, text):
 def test_texts_and_strides_that_make_no_sense_are_refused(stage, text, length, stride):
     with pytest.raises(ConfigError, match="windows that leave no gap"):
         text_loss(stage, text[:length], 16, stride=stride)
+
+
+def test_progress_is_told_and_adds_up(stage, text):
+    told = []
+    text_loss(stage, text, 10, batch_size=2, on_tokens=told.append)
+    assert told == [20, 20, 6]
+
+
+def test_tokens_and_windows_that_the_model_lacks_are_refused(stage):
+    with pytest.raises(ConfigError, match="ids from 3 to 51, the model has 51"):
+        text_loss(stage, [3, 51], 16)
+    with pytest.raises(ConfigError, match="the model has 64 positions"):
+        text_loss(stage, [1, 2, 3], 65)
+
+
+def test_a_model_of_broken_weights_has_no_loss(stage, text):
+    weight = stage.embedding.word_embeddings.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[text[3]] = math.nan
+        with pytest.raises(TrainingError, match="loss must be finite"):
+            text_loss(stage, text, 16)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)

@@ -1,0 +1,194 @@
+"""megatron-lite evaluate: loss and perplexity of texts and datasets under a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.cli.model_arguments import add_model_arguments, load_model, note
+from megatron_lite.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron_lite.evaluation.figures import Figures
+    from megatron_lite.generation.restore import TrainedModel
+
+SUMMARY = "loss and perplexity of a text or dataset under a model from a checkpoint"
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate the model that `argv` names on its texts."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not options.text and not options.data_path:
+        parser.error("nothing to evaluate: give --text FILE or --data-path PREFIX")
+    for name in ("seq_length", "stride", "batch_size", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+
+    from megatron_lite.evaluation.figures import in_lines
+
+    files = [(path, _read(path)) for path in options.text]  # a wrong name is said before the model is loaded
+    model = load_model(options)
+    seq_length = options.seq_length or model.config.batch.seq_length
+    note(f"windows of {seq_length} tokens, {options.stride or seq_length} apart")
+    figures = [_measured(model, work, options, seq_length) for work in list(_works(files, options, model))]
+    if options.json:
+        record = {
+            "checkpoint": str(model.path),
+            "iteration": model.iteration,
+            "seq_length": seq_length,
+            "stride": options.stride or seq_length,
+            "texts": [one.record() for one in figures],
+        }
+        print(json.dumps(record, indent=2))
+    else:
+        print(in_lines(figures))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be evaluated: ids, the first of which is only context, and the text's sizes where they are known."""
+
+    name: str
+    ids: NDArray[np.generic]
+    num_bytes: int | None = None
+    num_words: int | None = None
+
+
+def _works(files: list[tuple[Path, str]], options: argparse.Namespace, model: TrainedModel) -> Iterator[_Work]:
+    for path, text in files:
+        yield _of_text(str(path), text, model, is_wikitext=options.wikitext)
+    for prefix in options.data_path:
+        yield _of_dataset(prefix, model, options.limit)
+
+
+def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool) -> _Work:
+    import numpy as np
+
+    from megatron_lite.evaluation import wikitext
+
+    written = wikitext.joined(text) if is_wikitext else text
+    words = wikitext.num_words(text) if is_wikitext else len(text.split())
+    # A document begins behind the end of another, as in training: so its first token is predicted, too.
+    ids = np.asarray([model.tokenizer.eod, *model.tokenizer.encode(written)])
+    return _Work(name, ids, len(text.encode()), words)
+
+
+def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
+    import numpy as np
+
+    from megatron_lite.data.build import check_manifest
+    from megatron_lite.data.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    check_manifest(prefix, model.tokenizer.fingerprint())
+    wanted = dataset.num_tokens if limit is None else limit + 1
+    parts: list[NDArray[np.generic]] = []
+    count = 0
+    for number in range(dataset.num_documents):
+        if count >= wanted:
+            break
+        parts.append(dataset.document(number)[: wanted - count])
+        count += len(parts[-1])
+    return _Work(prefix, np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+
+def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq_length: int) -> Figures:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megatron_lite.evaluation.figures import Figures
+    from megatron_lite.evaluation.perplexity import text_loss
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(Path(work.name).name, total=len(work.ids) - 1)
+        loss = text_loss(
+            model.stage,
+            work.ids,
+            seq_length,
+            stride=options.stride or 0,
+            batch_size=options.batch_size,
+            on_tokens=lambda count: bar.advance(task, count),
+        )
+    return Figures(work.name, loss, work.num_bytes, work.num_words)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "--text must name readable UTF-8 text files",
+            found=f"{path}: {getattr(error, 'strerror', None) or error}",
+            fix="Correct the path, or convert the file to UTF-8",
+        ) from error
+    if not text:
+        raise DataError("--text must name files with text in them", found=f"{path} is empty", fix="Give another file")
+    if path.suffix == ".jsonl":
+        raise ConfigError(
+            "--text takes plain text",
+            found=f"{path}, whose text is wrapped in JSON",
+            fix="Make a dataset of it with `megatron-lite preprocess`, and give that with --data-path",
+        )
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-lite evaluate",
+        description="Loss and perplexity of texts and datasets under a model from a checkpoint, every token predicted "
+        "once. The model's shape and tokenizer are read from there. bits/byte and word ppl (perplexity per word) "
+        "compare models of different tokenizers; loss and perplexity are per token.",
+    )
+    add_model_arguments(parser)
+    texts = parser.add_argument_group("texts")
+    texts.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="plain UTF-8 text, each file one document",
+    )
+    texts.add_argument(
+        "--data-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PREFIX",
+        help="datasets, without .bin and .idx: all their tokens",
+    )
+    texts.add_argument("--limit", type=int, metavar="N", help="only the first N tokens of each dataset (default: all)")
+    texts.add_argument(
+        "--wikitext",
+        action="store_true",
+        help="the files are WikiText: put its words together, and count them and the bytes as published",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens that the model sees at once (default: as in training)"
+    )
+    how.add_argument(
+        "--stride",
+        "--overlapping-eval",
+        type=int,
+        metavar="N",
+        help="how far apart windows start (default: seq-length, so that none overlap); less gives each token more "
+        "context, for more work",
+    )
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once (default: 4)")
+    how.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser

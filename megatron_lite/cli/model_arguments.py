@@ -1,0 +1,66 @@
+"""The flags that name a trained model, for the commands that ask one something."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+from megatron_lite.config.data import TokenizerConfig
+
+if TYPE_CHECKING:
+    from megatron_lite.generation.restore import TrainedModel
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --load, the device, and the flags that say where the tokenizer's files have moved."""
+    source = parser.add_argument_group("model")
+    source.add_argument("--load", required=True, metavar="DIR", help="a run's --save folder, or one checkpoint in it")
+    source.add_argument("--load-iteration", type=int, default=0, metavar="N", help="which checkpoint (default: latest)")
+    source.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    kinds = get_args(get_type_hints(TokenizerConfig)["type"])
+    source.add_argument(
+        "--tokenizer-type",
+        default="",
+        choices=kinds,
+        metavar="TYPE",
+        help=f"where the tokenizer's files have moved: its kind ({', '.join(kinds)}),",
+    )
+    source.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json,")
+    source.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt,")
+    source.add_argument(
+        "--tokenizer-model", default="", metavar="PATH", help="or tokenizer.json, its folder, or the .model file"
+    )
+
+
+def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
+    """The model that the flags name, announced on stderr.
+
+    Raises:
+        MegatronLiteError: as restore_model.
+    """
+    from megatron_lite.config.runtime import RuntimeConfig
+    from megatron_lite.generation.restore import restore_model
+
+    tokenizer = {
+        "type": options.tokenizer_type,
+        "vocab_file": options.vocab_file,
+        "merge_file": options.merge_file,
+        "model": options.tokenizer_model,
+    }
+    model = restore_model(
+        options.load,
+        options.load_iteration,
+        RuntimeConfig(device=options.device, seed=seed),
+        tokenizer={name: value for name, value in tokenizer.items() if value},
+        notify=note,
+    )
+    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.device}")
+    return model
+
+
+def note(text: str) -> None:
+    """Says something beside the command's result."""
+    print(text, file=sys.stderr)
