@@ -32,6 +32,10 @@ from megatron_lite.parallel.tensors import GlobalTensor, Piece
 _POLL_SECONDS = 0.02
 
 
+class _MissingShareError(CheckpointError):
+    """Rank 0 waited in vain for the share of another rank."""
+
+
 class BackgroundSaver:
     """Saves one checkpoint at a time in the background.
 
@@ -50,6 +54,7 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._report: SaveReport | None = None
+        self._partial = Path()
         self._abandoned = threading.Event()
 
     def __enter__(self) -> BackgroundSaver:
@@ -94,6 +99,7 @@ class BackgroundSaver:
         request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention)
         tensors = share_out(tensors)
         partial, stale = open_partial(request, tensors, self._world)
+        self._partial = partial
         staged = [self._stage(tensor) for tensor in tensors]
         blocked = time.monotonic() - begun
         self._thread = threading.Thread(
@@ -114,17 +120,41 @@ class BackgroundSaver:
         thread, self._thread = self._thread, None
         if thread is None:
             return None
-        thread.join()
+        others_failed = self._join(thread)
         error, self._error = self._error, None
         report, self._report = self._report, None
+        if others_failed and isinstance(error, _MissingShareError):
+            error = None  # the words of the rank that failed say more
 
         def outcome() -> None:
             if error is not None:
                 raise error
 
-        together(self._world, outcome)
+        try:
+            together(self._world, outcome)
+        except Exception:
+            # By now no rank writes there any more.
+            if self._world.rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
         told: SaveReport | None = self._world.all_gather_object(report)[0]
         return told
+
+    def _join(self, thread: threading.Thread) -> bool:
+        """Waits for all ranks' threads; returns whether another rank than 0 has failed.
+
+        Rank 0's thread waits for the others' notes, and a full disk may have no room even for one that says so:
+        therefore the others tell it here.
+        """
+        if self._world.rank != 0:
+            thread.join()
+        failed = self._world.all_gather_object(self._world.rank != 0 and self._error is not None)
+        if self._world.rank == 0:
+            if any(failed):
+                self._abandoned.set()
+            thread.join()
+            self._abandoned.clear()
+        return any(failed)
 
     def _stage(self, tensor: GlobalTensor) -> GlobalTensor:
         pieces = [
@@ -167,7 +197,7 @@ class BackgroundSaver:
             else:
                 replace_file(share_path(partial, self._world.rank), Share(error=str(error)).encode())
         except OSError:
-            # Not even the note could be written: rank 0 then runs out of patience, and says which rank is missing.
+            # Not even the note could be written: rank 0 learns of it in wait(), or runs out of patience.
             return
 
     def _await_shares(self, partial: Path) -> None:
@@ -179,14 +209,14 @@ class BackgroundSaver:
                 if path.exists():
                     share = Share.decode(path.read_bytes())
                     if share.error:
-                        raise CheckpointError(
+                        raise _MissingShareError(
                             "Every rank must write its share of a checkpoint",
                             found=f"rank {rank} could not: {share.error}",
                             fix="Earlier checkpoints are untouched",
                         )
                     missing.discard(rank)
             if missing and (self._abandoned.is_set() or time.monotonic() > deadline):
-                raise CheckpointError(
+                raise _MissingShareError(
                     "Every rank must write its share of a checkpoint",
                     found=f"ranks {sorted(missing)} left no note in {partial} for {self._patience:.0f} s",
                     fix="See whether all hosts see the same --save folder and whether those ranks still run",

@@ -36,6 +36,7 @@ class SaveReport:
         seconds: from the call until it was announced.
         blocking_seconds: how much of that training stood still.
         removed: names of what was deleted: expired checkpoints and the remains of killed saves.
+        problem: why an expired checkpoint could not be deleted; empty: they all were.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class SaveReport:
     seconds: float
     blocking_seconds: float
     removed: tuple[str, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
     """Rank 0's part once all shares lie in the folder: manifest, rename, announcement, retention.
 
     Raises:
-        CheckpointError: the shares do not add up, the disk is full, or an old checkpoint cannot be deleted.
+        CheckpointError: the shares do not add up, or the disk is full.
     """
     try:
         shares = [Share.decode(share_path(partial, rank).read_bytes()) for rank in range(world.size)]
@@ -182,9 +184,13 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
         _announce(request, partial)
     except OSError as error:
         raise explain(error, request, 0) from error
-    removed = _delete_expired(request)
+    removed, problem = list[str](), ""
+    try:
+        removed = delete_expired(request.root, request.iteration, request.retention)
+    except OSError as error:
+        problem = f"what --keep-last does not keep cannot be deleted: {error.filename or ''} {error.strerror or error}"
     seconds = time.monotonic() - begun
-    return SaveReport(request.path, manifest.size, seconds, seconds, (*stale, *removed))
+    return SaveReport(request.path, manifest.size, seconds, seconds, (*stale, *removed), problem)
 
 
 def _announce(request: SaveRequest, partial: Path) -> None:
@@ -194,17 +200,6 @@ def _announce(request: SaveRequest, partial: Path) -> None:
     except OSError:
         request.path.rename(partial)
         raise
-
-
-def _delete_expired(request: SaveRequest) -> list[str]:
-    try:
-        return delete_expired(request.root, request.iteration, request.retention)
-    except OSError as error:
-        raise CheckpointError(
-            "Checkpoints that --keep-last does not keep are deleted",
-            found=f"iteration {request.iteration} is saved, but {error.filename or request.root}: {error.strerror}",
-            fix="Correct the permissions of the folder, or leave --keep-last out",
-        ) from error
 
 
 def size_to_write(tensors: Sequence[GlobalTensor]) -> int:
@@ -237,4 +232,3 @@ def _check_room(request: SaveRequest, needed: int) -> None:
             found=f"iteration {request.iteration} takes {size_text(needed)}, {request.root} has {size_text(free)} free",
             fix=_ROOM,
         )
-

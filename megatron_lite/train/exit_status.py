@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,7 @@ class ExitStatus:
         time: UTC, as ISO 8601 has it.
         host: where the first failure showed, if status is error; else empty.
         rank: on which rank; None unless status is error.
+        failed_saves: iterations of this job whose saves failed, whatever --on-failed-save made of it.
     """
 
     status: str
@@ -39,6 +40,7 @@ class ExitStatus:
     time: str = ""
     host: str = ""
     rank: int | None = None
+    failed_saves: Sequence[int] = ()
 
 
 def read_exit_status(folder: Path) -> ExitStatus | None:
@@ -64,19 +66,24 @@ class ExitRecord:
         self._folder = Path(save) if save else None
         self._rank = rank
         self._iteration: Callable[[], int] | None = None
+        self._failed_saves: list[Sequence[int]] = []
         self._stop: Stop | None = None
 
-    def begin(self, iteration: Callable[[], int], barrier: Callable[[], None]) -> None:
-        """Training begins: the last job's file goes.
+    def begin(
+        self, iteration: Callable[[], int], barrier: Callable[[], None], failed_saves: Sequence[int] = ()
+    ) -> None:
+        """Training begins, or goes on after a rollback: the last job's file goes.
 
         Args:
             iteration: asked for the number of finished iterations at the end.
             barrier: waits for all ranks, so that rank 0 removes no file but the last job's.
+            failed_saves: a list that grows while training goes on.
         """
         if self._folder is not None and self._rank == 0:
             (self._folder / EXIT_STATUS_NAME).unlink(missing_ok=True)
         barrier()
         self._iteration = iteration
+        self._failed_saves.append(failed_saves)
 
     def end(self, stop: Stop) -> None:
         """Training ended for this reason; it is written down on leaving."""
@@ -128,5 +135,6 @@ class ExitRecord:
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             host=host,
             rank=rank,
+            failed_saves=[iteration for failed in self._failed_saves for iteration in failed],
         )
         return (json.dumps(asdict(record), indent=2) + "\n").encode()

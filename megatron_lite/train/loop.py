@@ -68,23 +68,38 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             iteration = run.progress.iteration
             if config.training.eval_interval and iteration % config.training.eval_interval == 0:
                 evaluate(run, "validation")
-            stop = _agree(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
+            stop = _agree_after(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
             if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
                 stop = None  # it ends here anyway, and with its evaluations
             if stop is not None:
                 run.reporter.stopping()
-            run.state.save_if_due(run.engine, run.progress, stopping=stop is not None)
+            last = stop is not None or is_finished(config, run.progress)
+            run.state.save_if_due(run.engine, run.progress, last=last)
         if stop is None:
-            run.state.save(run.engine, run.progress)
+            run.state.save(run.engine, run.progress, final=True)
             evaluate(run, "validation", at_end=True)
             evaluate(run, "test", at_end=True)
             stop = Stop("completed", f"training is complete after {run.progress.iteration} iterations")
-        run.state.finish()
+        run.state.finish(final=True)
         return stop
 
 
 def _agree(run: Run, stop: Stop | None) -> Stop | None:
     return agree(run.mesh.world, run.mesh.backend.device, stop)
+
+
+def _agree_after(run: Run, stop: Stop | None) -> Stop | None:
+    """The same after an iteration, where a save in the background may have failed: now is when that is dealt with.
+
+    Raises:
+        CheckpointError: it ends the run.
+    """
+    failed = Stop("error", "a save in the background failed")
+    agreed = _agree(run, failed if run.state.failed else stop)
+    if agreed != failed:
+        return agreed
+    run.state.finish()
+    return _agree(run, stop)
 
 
 def _iterate(run: Run) -> Stop | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from megatron_lite import __version__
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import iteration_of
-from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.catalog import announced, iteration_of
+from megatron_lite.checkpoint.manifest import Provenance, size_text
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
 from megatron_lite.checkpoint.resume import config_as_json
 from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, retention_of
 from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration, is_weights_iteration
@@ -25,6 +28,19 @@ from megatron_lite.train.spikes import SpikeWatch
 from megatron_lite.train.start import Start
 
 Notify = Callable[[str], None]
+
+
+@dataclass
+class _Lane:
+    """The saves that go to one folder: in the foreground, or one at a time behind training's back.
+
+    Attributes:
+        last: iteration of the newest save that is on the disk or under way.
+    """
+
+    root: Path
+    saver: BackgroundSaver | None
+    last: int | None = None
 
 
 class RunState:
@@ -41,19 +57,22 @@ class RunState:
         provenance: as given.
         watch: what has been seen of the loss; it is saved with the rest.
         longest_save: seconds of the slowest save so far, which the next may take as well; 0 if there was none here.
+        failed_saves: iterations whose saves failed.
     """
 
     def __init__(self, config: RunConfig, world: Group, provenance: Provenance, start: Start, notify: Notify) -> None:
+        self.provenance = provenance
         self.watch = SpikeWatch(config.training.spike_factor, config.training.spike_patience)
         self.longest_save = 0.0
+        self.failed_saves: list[int] = []
         self._options = config.checkpoint
         self._world = world
-        self.provenance = provenance
         self._notify = notify
-        self._saver = BackgroundSaver(world) if self._options.asynchronous else None
-        self._weights_saver = BackgroundSaver(world) if self._options.asynchronous else None
-        own = start.path is not None and start.path.parent == Path(self._options.save)
-        self._last_saved = iteration_of(start.path) if own and start.path is not None else None
+        root = Path(self._options.save)
+        own = start.path is not None and start.path.parent == root
+        begun = iteration_of(start.path) if own and start.path is not None else None
+        self._whole = _Lane(root, self._new_saver(), begun)
+        self._weights = _Lane(root / WEIGHTS_FOLDER, self._new_saver())
 
     def __enter__(self) -> RunState:
         for saver in self._savers:
@@ -64,92 +83,135 @@ class RunState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.finish()
+            self.finish(final=True)
         for saver in self._savers:
             saver.__exit__(kind, error, trace)
 
-    def save_if_due(self, engine: Engine, progress: Progress, *, stopping: bool) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed on this rank; `finish` then deals with it, on all ranks."""
+        return any(saver.failed for saver in self._savers)
+
+    def save_if_due(self, engine: Engine, progress: Progress, *, last: bool) -> None:
         """After an iteration: saves what the flags ask for; a collective call.
 
         Args:
             engine: whose state it is.
             progress: what it has reached.
-            stopping: whether the run stops early now.
+            last: whether it is the last iteration of the job.
 
         Raises:
             CheckpointError: as save.
         """
         options = self._options
+        if is_save_iteration(options, progress.iteration) or (last and options.save_on_exit):
+            self.save(engine, progress, final=last)
         if options.save and is_weights_iteration(options, progress.iteration):
-            self._save_weights(engine, progress)
-        if is_save_iteration(options, progress.iteration) or (stopping and options.save_on_exit):
-            self.save(engine, progress)
+            self._save_weights(engine, progress, final=last)
 
-    def save(self, engine: Engine, progress: Progress) -> None:
+    def save(self, engine: Engine, progress: Progress, *, final: bool) -> None:
         """Saves, unless there is no --save or this iteration is on the disk already; a collective call.
+
+        Args:
+            engine: whose state it is.
+            progress: what it has reached.
+            final: whether the job ends with it, so that its failure is an error whatever --on-failed-save says.
 
         Raises:
             CheckpointError: this save, or the one before it in the background, failed.
         """
-        if not self._options.save or self._last_saved == progress.iteration:
+        lane = self._whole
+        if not self._options.save or lane.last == progress.iteration:
             return
-        self._last_saved = progress.iteration
         tensors = engine.state_tensors()
         if not self._options.save_optimizer:
             tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
-        root = Path(self._options.save)
-        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {root}")
-        self._write(root, engine, progress, tensors, self._saver, retention_of(self._options, self.watch.around()))
+        self._settle(lane, final=False)
+        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {lane.root}")
+        retention = retention_of(self._options, self.watch.around())
+        self._write(lane, engine, progress, tensors, retention, final=final)
 
-    def finish(self) -> None:
+    def finish(self, *, final: bool = False) -> None:
         """Waits for the saves under way, if there are any; a collective call.
 
         Raises:
-            CheckpointError: one failed.
+            CheckpointError: one failed, and training does not go on without it.
         """
-        for saver in self._savers:
-            self._announce(saver.wait())
+        for lane in (self._whole, self._weights):
+            self._settle(lane, final=final)
 
     @property
     def _savers(self) -> Sequence[BackgroundSaver]:
-        return [saver for saver in (self._saver, self._weights_saver) if saver is not None]
+        return [lane.saver for lane in (self._whole, self._weights) if lane.saver is not None]
 
-    def _save_weights(self, engine: Engine, progress: Progress) -> None:
+    def _new_saver(self) -> BackgroundSaver | None:
+        return BackgroundSaver(self._world) if self._options.asynchronous else None
+
+    def _save_weights(self, engine: Engine, progress: Progress, *, final: bool) -> None:
         """The weights as the model computes with them, without what only training needs."""
         tensors = [tensor for tensor in engine.state_tensors() if not tensor.name.startswith(OPTIMIZER_PREFIX)]
-        root = Path(self._options.save) / WEIGHTS_FOLDER
-        self._notify(f"saving the weights at iteration {progress.iteration:7d} to {root}")
-        self._write(root, engine, progress, tensors, self._weights_saver, KEEP_ALL)
+        self._settle(self._weights, final=False)
+        self._notify(f"saving the weights at iteration {progress.iteration:7d} to {self._weights.root}")
+        self._write(self._weights, engine, progress, tensors, KEEP_ALL, final=final)
 
     def _write(
         self,
-        root: Path,
+        lane: _Lane,
         engine: Engine,
         progress: Progress,
         tensors: Sequence[GlobalTensor],
-        saver: BackgroundSaver | None,
         retention: Retention,
+        *,
+        final: bool,
     ) -> None:
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.watch.state()}
-        state = (root, progress.iteration, tensors, scalars, self.provenance)
-        if saver is None:
-            self._announce(save_checkpoint(*state, self._world, retention=retention))
-            return
-        self._announce(saver.wait())
-        blocked = saver.save(*state, retention=retention)
-        self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
+        state = (lane.root, progress.iteration, tensors, scalars, self.provenance)
+        lane.last = progress.iteration
+        with self._failing(lane, final=final):
+            if lane.saver is None:
+                self._announce(save_checkpoint(*state, self._world, retention=retention))
+            else:
+                blocked = lane.saver.save(*state, retention=retention)
+                self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
+
+    def _settle(self, lane: _Lane, *, final: bool) -> None:
+        """Waits for the lane's save under way, if there is one."""
+        if lane.saver is not None:
+            with self._failing(lane, final=final):
+                self._announce(lane.saver.wait())
+
+    @contextmanager
+    def _failing(self, lane: _Lane, *, final: bool) -> Iterator[None]:
+        """What the failure of the lane's last save means, which all ranks meet together: an error, or a warning."""
+        try:
+            yield
+        except CheckpointError as error:
+            iteration, lane.last = lane.last, None
+            newest = announced(self._whole.root)
+            if iteration is not None:
+                self.failed_saves.append(iteration)
+            left = f"the newest complete checkpoint is that of iteration {newest}" if newest else "there is none yet"
+            if final or self._options.on_failed_save == "stop":
+                hint = "" if final else ". --on-failed-save continue trains on to the next save instead"
+                raise CheckpointError(error.rule, found=f"{error.found} ({left})", fix=f"{error.fix}{hint}") from error
+            self._notify(
+                f"WARNING: the save of iteration {iteration} to {lane.root} FAILED, and training goes on without it "
+                f"(--on-failed-save continue); {left}. {error.rule}: {error.found}. {error.fix}"
+            )
 
     def _announce(self, report: SaveReport | None) -> None:
         if report is None:
             return
         self.longest_save = max(self.longest_save, report.seconds)
-        iteration, size = iteration_of(report.path), report.size / 2**20
         self._notify(
-            f"  successfully saved checkpoint at iteration {iteration:7d} to {report.path.parent} "
-            f"({size:.1f} MiB in {report.seconds:.2f} s)"
+            f"  successfully saved checkpoint at iteration {iteration_of(report.path):7d} to {report.path.parent} "
+            f"({size_text(report.size)} in {report.seconds:.2f} s, training stood still for "
+            f"{report.blocking_seconds:.2f} s)"
         )
         if report.removed:
             self._notify(f"  removed {', '.join(report.removed)}")
+        if report.problem:
+            self._notify(f"WARNING: {report.problem}")
 
 
 def provenance_of(config: RunConfig, fingerprints: dict[str, str]) -> Provenance:

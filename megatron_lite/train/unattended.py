@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +21,20 @@ from megatron_lite.train.spike_report import GoingBack
 from megatron_lite.train.stopping import Stop, way_on
 
 
-def train_job(config: RunConfig, record: ExitRecord, *, started: float) -> Stop:
+def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend: Backend | None = None) -> Stop:
     """Assembles the run and trains it; after a rollback, does so again on the same machine.
 
     Args:
         config: as the command line gives it.
         record: told when training begins.
         started: time.monotonic() when the job began.
+        backend: the machine to run on, which stays open; None: one of its own.
 
     Raises:
         MegatronLiteError: as `assembled` and `train`.
     """
-    with machine(config) as backend:
+    with ExitStack() as stack:
+        backend = backend or stack.enter_context(machine(config))
         while True:
             stop, back, world = _train_once(config, backend, record, started)
             if back is None:
@@ -45,7 +48,7 @@ def _train_once(
     config: RunConfig, backend: Backend, record: ExitRecord, started: float
 ) -> tuple[Stop, GoingBack | None, Group]:
     with assembled(config, backend) as run:
-        record.begin(lambda: run.progress.iteration, run.mesh.world.barrier)
+        record.begin(lambda: run.progress.iteration, run.mesh.world.barrier, run.state.failed_saves)
         stop = train(run, started=started)
         run.reporter.message(stop.message)
         if run.going_back is None and (line := _way_on(run, stop)) is not None:

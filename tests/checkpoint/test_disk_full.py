@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import re
 import resource
 import shutil
 import signal
@@ -29,7 +30,7 @@ def test_refused_before_a_byte_is_written_if_it_cannot_fit(kit, tmp_path, monkey
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**21, 2**21))
     monkeypatch.setattr("megatron_lite.checkpoint.save.write_pieces", None)
-    with pytest.raises(CheckpointError, match=r"iteration 2 takes 0\.004 GiB, .* has 0\.002 GiB free\. Earlier"):
+    with pytest.raises(CheckpointError, match=r"iteration 2 takes 4 MiB, .* has 2 MiB free\. Earlier"):
         kit.save(tmp_path, 2, {"w": torch.zeros(2**20)})
     assert names(tmp_path) == BEFORE
 
@@ -48,13 +49,13 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
             return super().write(data)
 
     monkeypatch.setattr(writing, "FileIO", FullDisk)
-    with pytest.raises(CheckpointError, match=r"iteration 2 in .*No space left on device; .* GiB are free there"):
+    with pytest.raises(CheckpointError, match=r"iteration 2 in .*No space left on device; .* [KMGT]iB are free there"):
         kit.save(tmp_path, 2, {f"w{number}": torch.zeros(10_000) for number in range(10)})
     assert names(tmp_path) == BEFORE
     verify_checkpoint(find_checkpoint(str(tmp_path)))
 
 
-@pytest.mark.parametrize("step", ["write_dcp_metadata", "write_synced", "make_visible", "sync_folder"])
+@pytest.mark.parametrize("step", ["write_dcp_metadata", "write_synced", "make_visible", "sync_folder", "announce"])
 def test_the_disk_fills_at_a_later_step(kit, tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -92,3 +93,16 @@ def test_a_folder_that_may_not_be_written(kit, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Not a directory"):
         kit.save(tmp_path / "file" / "save", 1)
+
+
+def test_what_cannot_be_deleted_is_no_failed_save(kit, tmp_path, monkeypatch):
+    kit.save(tmp_path, 1)
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    report = kit.save(tmp_path, 2, keep_last=1)
+    assert re.search(r"iter_0000001\.deleted-\w+ Permission denied", report.problem)
+    assert find_checkpoint(str(tmp_path)).name == "iter_0000002"

@@ -39,7 +39,7 @@ def go_on(backend, cell, root, iterations):
     began = progress.iteration
     losses, norms, progress = iterate(config, mesh, engine, progress, iterations)
     with RunState(config, mesh.world, provenance, start, told.append) as state:
-        state.save(engine, progress)
+        state.save(engine, progress, final=True)
     return began, losses, norms
 
 

@@ -1,0 +1,163 @@
+"""A disk that fills while a run saves: it stops or trains on as it was told, and what was complete stays so."""
+
+from __future__ import annotations
+
+import io
+import resource
+import signal
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from trainer import checkpoints, command, records, status
+
+from megatron_lite.checkpoint import background, writing
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.errors import CheckpointError
+from megatron_lite.metrics.reporter import Reporter
+from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.train.unattended import train_job
+
+MODES = [(), ("--async-save",)]
+JOB = ("--train-iters", 8, "--save-interval", 2, "--keep-last", 2, "--lr-decay-style", "constant")
+LIMIT = 50_000
+"""Bytes that a file may have: more than the logs take, and less than a checkpoint."""
+
+
+def full_disk(*, for_good, after=2):
+    """In a job: once iteration `after` is saved, the kernel refuses to write long files, for good or for one save."""
+    message = Reporter.message
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def listen(self, text):
+        if f"successfully saved checkpoint at iteration {after:7d}" in text:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+        if "FAILED" in text and not for_good:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        message(self, text)
+
+    Reporter.message = listen
+
+
+def left_behind(save):
+    """What lies in the folder besides the checkpoints and the files that every run has."""
+    known = {"exit_status.json", "metrics.jsonl", "latest_checkpointed_iteration.txt", *checkpoints(save)}
+    return {path.name for path in save.iterdir()} - known
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_stops_and_its_checkpoints_stay(mode, corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, *mode, "--save", save, "--load", save)
+    result = start(words, partial(full_disk, for_good=True)).wait()
+    assert result.code == 1
+    assert "File too large" in result.err
+    assert "the newest complete checkpoint is that of iteration 2" in result.err
+    assert "--on-failed-save continue" in result.err
+    assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set())
+    ended = status(save)
+    assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, [4])
+    # In the background, it is noticed after the iteration in which it fails, not at the next save.
+    assert ended["iteration"] < 8
+    assert command(*words).code == 0
+    assert status(save)["failed_saves"] == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_trains_on_and_saves_the_next_time(mode, corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, *mode, "--save", save, "--on-failed-save", "continue")
+    result = start(words, partial(full_disk, for_good=False)).wait()
+    assert result.code == 0, result.err
+    (told,) = [record["text"] for record in records(save) if "FAILED" in str(record.get("text"))]
+    assert told in result.out
+    assert told.startswith("WARNING: the save of iteration 4 ")
+    assert "File too large" in told and "the newest complete checkpoint is that of iteration 2" in told
+    assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())
+    ended = status(save)
+    assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("completed", 8, [4])
+    assert command("checkpoint", "verify", save).code == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("stop", "failed"), [((), [4, 6, 8]), (("--exit-interval", 5), [4, 5])])
+def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, *mode, *stop, "--save", save, "--keep-last", 1, "--on-failed-save", "continue")
+    result = start(words, partial(full_disk, for_good=True)).wait()
+    assert result.code == 1
+    assert "the newest complete checkpoint is that of iteration 2" in result.err
+    assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set()), "retention keeps what is whole"
+    ended = status(save)
+    assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, failed)
+
+
+def test_weights_alone_fail_alike(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--weights-only-every", 3, "--on-failed-save", "continue")
+    result = start(words, partial(full_disk, for_good=False)).wait()
+    assert result.code == 0, result.err
+    assert status(save)["failed_saves"] == [3]
+    assert checkpoints(save / "weights") == ["iter_0000006"]
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk without room."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def full_on_rank_1(backend, words, *, for_good):
+    """On one rank: a run in which rank 1's disk is full after the first save, even for a note that says so."""
+    config = parse_run(words, world_size=backend.world_size).config
+    began = time.monotonic()
+    with ExitStack() as stack:
+        if backend.rank == 1:
+            refuse = SecondFileFull(for_good)
+            stack.enter_context(mock.patch.object(writing, "FileIO", refuse.open))
+            stack.enter_context(mock.patch.object(background, "replace_file", refuse.note))
+        try:
+            with ExitRecord(config.checkpoint.save, backend.rank) as record:
+                record.end(train_job(config, record, started=began, backend=backend))
+        except CheckpointError as error:
+            return str(error)
+    return time.monotonic() - began
+
+
+class SecondFileFull:
+    """Opens files as FileIO does, but those of the second save, or of all from then on, are full."""
+
+    def __init__(self, for_good):
+        self.for_good, self.opened = for_good, 0
+
+    def open(self, path, mode):
+        self.opened += 1
+        full = self.opened >= 2 if self.for_good else self.opened == 2
+        return (FullDisk if full else io.FileIO)(path, mode)
+
+    def note(self, path, data):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ranks_agree_on_what_one_could_not_write(mode, corpus, on_ranks, tmp_path):
+    save = tmp_path / "run"
+    words = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
+    seconds = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
+    assert all(isinstance(value, float) for value in seconds), seconds
+    assert max(seconds) < 30, "nobody waits for a note that cannot be written"
+    assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())
+    assert status(save)["failed_saves"] == [4]
+    (told,) = [record["text"] for record in records(save) if "FAILED" in str(record.get("text"))]
+    assert "rank 1: " in told and "No space left on device" in told
+
+    stopped = tmp_path / "stopped"
+    words[words.index(str(save))] = str(stopped)
+    errors = on_ranks(2, partial(full_on_rank_1, for_good=True), words)
+    assert all("rank 1: " in error and "No space left on device" in error for error in errors), errors
+    assert (checkpoints(stopped), left_behind(stopped)) == (["iter_0000002"], set())
+    assert Path(stopped / "latest_checkpointed_iteration.txt").read_text() == "2\n"
