@@ -31,6 +31,8 @@ from megatron_lite.parallel.tensors import GlobalTensor
 
 DCP_METADATA_NAME = ".metadata"
 _BUFFER = 1 << 20
+_HEADERS = 1 << 12
+"""More than what a record is longer than its elements."""
 
 
 def write_pieces(folder: Path, tensors: Sequence[GlobalTensor], rank: int) -> Share:
@@ -77,7 +79,7 @@ class PieceWriter:
     Args:
         folder: of the checkpoint, as long as it is partial.
         rank: whose files they are; no two writers of a folder have the same.
-        file_size: bytes at which the next file is begun; None: there is one file.
+        file_size: bytes that no file exceeds, unless a single record does; None: there is one file.
     """
 
     def __init__(self, folder: Path, rank: int, file_size: int | None = None) -> None:
@@ -110,7 +112,7 @@ class PieceWriter:
         Raises:
             OSError: no room, no permission.
         """
-        file = self._open()
+        file = self._open(tensor.nbytes)
         file.save(_own_storage(tensor.detach().cpu()))
         piece = SavedPiece(tuple(offset), tuple(tensor.shape), file.path.name, len(file.parts) - 1)
         known = self._tensors.get(name)
@@ -121,8 +123,9 @@ class PieceWriter:
         """What was written, once the context is left; `held` as in Share."""
         return Share(self._tensors, self._files, held)
 
-    def _open(self) -> _ChecksummedFile:
-        if self._file is not None and self._file_size is not None and self._file.size >= self._file_size:
+    def _open(self, length: int) -> _ChecksummedFile:
+        limit = self._file_size
+        if self._file is not None and limit is not None and self._file.size + length + _HEADERS > limit:
             self._finish(self._file)
         if self._file is None:
             # DCP's own names: rank, and number of the rank's file.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from math import prod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from megatron_lite.checkpoint.manifest import Manifest
+    from megatron_lite.checkpoint.save import SaveReport
 
 SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
@@ -167,19 +170,67 @@ def _diff_values(first: Path, second: Path, console: Console) -> bool:
 
 
 def _average(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.offline import average
+    from megatron_lite.checkpoint.rewriting import average
 
-    report = average([_one(path) for path in options.folders], options.output, console.print)
-    console.print(f"wrote the average of {len(options.folders)} checkpoints to {report.path}: {_bytes(report.size)}")
+    with _progress("averaging") as progress:
+        paths = [_one(path) for path in options.folders]
+        report = average(paths, options.output, file_size=_file_size(options), progress=progress)
+    _summarize(report, f"the average of {', '.join(path.name for path in paths)}", console)
     return 0
 
 
 def _reshard(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.offline import reshard
+    from megatron_lite.checkpoint.rewriting import reshard
 
-    report = reshard(_one(options.folder), options.output, weights_only=options.weights_only, notify=console.print)
-    console.print(f"wrote {report.path}: {_bytes(report.size)}")
+    path, dtype, file_size = _one(options.folder), options.dtype, _file_size(options)
+    with _progress("rewriting") as progress:
+        report = reshard(
+            path,
+            options.output,
+            weights_only=options.weights_only,
+            dtype=dtype,
+            file_size=file_size,
+            progress=progress,
+        )
+    what = f"its weights in {dtype}" if dtype else "its weights" if options.weights_only else "all of it"
+    _summarize(report, f"{path}, {what}", console)
     return 0
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, and a function that takes bytes done and bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _summarize(report: SaveReport, what: str, console: Console) -> None:
+    from megatron_lite.checkpoint.manifest import read_manifest
+
+    rate = report.size / max(report.seconds, 1e-9)
+    files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
+    console.print(f"wrote {report.path}: {what}")
+    console.print(f"{_bytes(report.size)} in {len(files)} files, {report.seconds:.1f} s, {_bytes(rate)}/s")
+    console.print(f"--load {report.path.parent} takes it, in any layout")
+
+
+def _file_size(options: argparse.Namespace) -> int:
+    size = int(options.max_file_gb * 1e9) if math.isfinite(options.max_file_gb) else 0
+    if size <= 0:
+        raise CheckpointError(
+            "A file must have room for something",
+            found=f"--max-file-gb {options.max_file_gb:g}",
+            fix="Give a size in GB above 0",
+        )
+    return size
 
 
 def _one(given: Path) -> Path:
@@ -213,7 +264,7 @@ def _table(title: object, *columns: str) -> Table:
 def _num_parameters(manifest: Manifest) -> int:
     from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
 
-    return sum(prod(t.shape) for name, t in manifest.tensors.items() if not name.startswith(OPTIMIZER_PREFIX))
+    return sum(math.prod(t.shape) for name, t in manifest.tensors.items() if not name.startswith(OPTIMIZER_PREFIX))
 
 
 def _when(manifest: Manifest) -> str:
@@ -253,10 +304,34 @@ def _parser() -> argparse.ArgumentParser:
 
     averaging = action("average", "write a checkpoint with the mean of the weights of several")
     averaging.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
-    averaging.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
 
-    resharding = action("reshard", "write a checkpoint of many files again in one; any layout reads either")
+    resharding = action("reshard", "write a checkpoint anew: in fewer files, without optimizer state, in another dtype")
+    resharding.epilog = (
+        "A run in another layout needs none of this: every layout reads every checkpoint, and each rank only its part. "
+        "This is to keep or move what thousands of ranks wrote. It takes little memory whatever the size; the new "
+        "checkpoint appears under its name once it is whole."
+    )
     resharding.add_argument("folder", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
-    resharding.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to save it")
-    resharding.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+    resharding.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="leave the optimizer's state out; fp32 main parameters, which are weights, stay",
+    )
+    resharding.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="",
+        help="keep nothing but the weights, in this dtype, made from the fp32 main parameters where there are some",
+    )
+    for writing in (averaging, resharding):
+        writing.add_argument(
+            "--output", type=Path, required=True, metavar="FOLDER", help="the --save folder to write iter_… into"
+        )
+        writing.add_argument(
+            "--max-file-gb",
+            type=float,
+            default=5.0,
+            metavar="GB",
+            help="size that no file exceeds, unless a single record of up to 0.034 GB does (default: 5)",
+        )
     return parser
