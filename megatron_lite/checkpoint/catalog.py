@@ -100,22 +100,24 @@ def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] 
         CheckpointError: a checkpoint was announced but is not there, or not whole.
     """
     text = announced(root)
-    complete = list_checkpoints(root)
     if text is None:
+        complete = list_checkpoints(root)
         if complete:
             notify(f"{root / LATEST_NAME} is missing: taking the newest complete checkpoint, {complete[-1].name}")
         return complete[-1] if complete else None
     if not text.isdecimal():
         raise CheckpointError(
             f"{LATEST_NAME} must say an iteration of this program's",
-            found=f"{root} announces {text!r}, and holds {_names(complete)}",
+            found=f"{root} announces {text!r}, and holds {_names(list_checkpoints(root))}",
             fix="Correct --load or the text file; a checkpoint of Megatron or DeepSpeed is imported first",
         )
     wanted = locate(root, int(text))
-    earlier = [entry for entry in complete if (iteration_of(entry) or 0) < int(text)]
-    if fallback and earlier and wanted not in complete:
-        notify(f"{incompleteness(wanted)}: taking {earlier[-1].name} instead of the announced {wanted.name}")
-        return earlier[-1]
+    # The others are looked at only if they are needed: each has a manifest of megabytes and a file for every rank.
+    if fallback and (problem := incompleteness(wanted)) is not None:
+        earlier = [entry for entry in list_checkpoints(root) if (iteration_of(entry) or 0) < int(text)]
+        if earlier:
+            notify(f"{problem}: taking {earlier[-1].name} instead of the announced {wanted.name}")
+            return earlier[-1]
     return _require_complete(wanted)
 
 

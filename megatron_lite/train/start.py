@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.agreement import together
-from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
+from megatron_lite.checkpoint.catalog import find_checkpoint, is_complete, iteration_of, locate
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
@@ -98,17 +98,23 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
 def already_complete(config: RunConfig) -> str | None:
     """What to tell the user if a run was completed before, its last evaluations included; None: there is work left.
 
+    Every rank asks, for there is nobody to ask yet: a machine need not be set up for a run that is over. It costs a
+    rank one small file, and only where that says `completed` the newest checkpoint's manifest.
+
     Raises:
         CheckpointError: --load is damaged, or holds another model.
     """
     options = config.checkpoint
     if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
         return None
+    given = Path(options.load)
+    ended = read_exit_status(given if iteration_of(given) is None else given.parent)
+    if ended is None or ended.status != "completed":
+        return None
     path = find_checkpoint(
         options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=lambda _: None
     )
-    ended = read_exit_status(path.parent) if path is not None else None
-    if path is None or ended is None or ended.status != "completed":
+    if path is None:
         return None
     manifest = read_manifest(path)
     progress = Progress.from_dict(manifest.scalars["progress"])
@@ -225,7 +231,8 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     begins = 0
     if start is not None and not config.checkpoint.finetune and not config.checkpoint.reset_progress:
         begins = iteration_of(start) or 0
-    later = [path for path in list_checkpoints(root) if (iteration_of(path) or 0) > begins]
+    names = {number for path in root.iterdir() if (number := iteration_of(path)) is not None and number > begins}
+    later = [path for number in sorted(names) if is_complete(path := locate(root, number))]
     if not later:
         return
     go_on = "Leave --load-iteration out" if start is not None and start.parent == root else f"Add --load {root}"

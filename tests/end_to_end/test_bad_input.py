@@ -269,8 +269,8 @@ def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
     assert preprocess(corpus.text, tmp_path / "data", other).code == 0
     words = ("--train-iters", 5, "--load", finished, "--tokenizer-model", other, "--override-opt_param-scheduler")
     words = corpus.job(*words, data=tmp_path / "data_text_document")
-    assert_explained(command(*words), "tokenizer: ", "--accept-changed tokenizer", kind="CheckpointError")
-    assert command(*words, "--accept-changed", "tokenizer").code == 0
+    assert_explained(command(*words), "tokenizer: ", "--accept-changed data tokenizer", kind="CheckpointError")
+    assert command(*words, "--accept-changed", "data", "tokenizer").code == 0
 
 
 def test_checkpoints_that_are_not_there(corpus, finished, tmp_path):

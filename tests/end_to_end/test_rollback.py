@@ -6,13 +6,18 @@ import dataclasses
 import json
 import math
 import shutil
+import time
+from unittest import mock
 
 import pytest
-from trainer import checkpoints, command, iterations, measured, records
+from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.config.arguments import parse_run
 from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.exit_status import ExitRecord
 from megatron_lite.train.native import NativeEngine
+from megatron_lite.train.unattended import train_job
 
 JOB = ("--train-iters", 20, "--save-interval", 4, "--eval-interval", 10, "--seed", 5)
 SPIKES = ("--spike-factor", 2, "--spike-patience", 2)
@@ -102,6 +107,56 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
     assert command("rollback", by_hand, "--to", 8, "--skip-samples", "40-51").code == 0
     assert command(*stopped).code == 0
     assert measured(save) == measured(by_hand)
+
+
+def spoiled_job(backend, words):
+    """On one rank: a job whose loss is high where any replica trains on a bad sample; the places it trained on."""
+    config = parse_run(words, world_size=backend.world_size).config
+    reader, step, places = BatchSource.reader, NativeEngine.train_step, []
+
+    def note(self, plan):
+        places.append(self.places(plan.first_sample, plan.global_batch))
+        return reader(self, plan)
+
+    def spoil(self, plan, read):
+        outcome = step(self, plan, read)
+        return dataclasses.replace(outcome, loss=outcome.loss * 5) if set(places[-1]) & set(BAD) else outcome
+
+    with (
+        mock.patch.object(BatchSource, "reader", note),
+        mock.patch.object(NativeEngine, "train_step", spoil),
+        ExitRecord(config.checkpoint.save, backend.rank) as record,
+    ):
+        record.end(train_job(config, record, started=time.monotonic(), backend=backend))
+    return [place for batch in places for place in batch]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("--async-save", "--use-distributed-optimizer"),
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        ("--pipeline-model-parallel-size", 2),
+    ],
+    ids=["dp2", "tp2", "pp2"],
+)
+def test_several_ranks_go_back_together(layout, corpus, on_ranks, tmp_path):
+    def job(save, *more):
+        return [str(word) for word in corpus.job(*JOB, *layout, "--save", save, "--load", save, *more)[1:]]
+
+    save, by_hand = tmp_path / "run", tmp_path / "hand"
+    trained = on_ranks(2, spoiled_job, job(save, *SPIKES, "--auto-rollback", 1))
+    assert trained == [[*range(52), *range(32, 40), *range(52, 92)]] * 2
+    assert iterations(save) == list(range(1, 21))
+    assert checkpoints(save) == [f"iter_{number:07d}" for number in (4, 8, 12, 16, 20)]
+    assert checkpoints(save / "rolled-back-1") == ["iter_0000012"]
+    assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((40, 52),)
+    assert (status(save)["status"], status(save)["iteration"], status(save)["saved_iteration"]) == ("completed", 20, 20)
+
+    on_ranks(2, spoiled_job, job(by_hand, "--exit-interval", 8))
+    assert command("rollback", by_hand, "--to", 8, "--skip-samples", "40-51").code == 0
+    assert on_ranks(2, spoiled_job, job(by_hand)) == [[*range(32, 40), *range(52, 92)]] * 2
+    assert_same_run(save, by_hand)
 
 
 def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch, tmp_path):
