@@ -94,5 +94,5 @@ def _overview() -> str:
     width = min(shutil.get_terminal_size().columns, 120)
     for name in COMMANDS:
         lines += textwrap.wrap(_load(name).SUMMARY, width, initial_indent=f"  {name:<16} ", subsequent_indent=" " * 19)
-    lines += ["", "megatron-lite <command> --help says more. pretrain_gpt.py is `megatron-lite train`."]
+    lines += ["", "megatron-lite <command> --help says more. pretrain_gpt.py: megatron-lite train."]
     return "\n".join(lines)

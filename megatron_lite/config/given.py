@@ -69,6 +69,7 @@ class Given:
         warnings: what is allowed but probably not meant.
         missing: what a run needs and a mere explanation does not (files that do not exist).
         unreadable: whether a value could not be read at all, so that rules would judge a value never meant.
+        unknown: whether a flag could not be read at all, so that what seems to be missing may be what it means.
     """
 
     def __init__(self) -> None:
@@ -79,6 +80,7 @@ class Given:
         self.errors: list[ConfigError] = []
         self.missing: list[ConfigError] = []
         self.unreadable = False
+        self.unknown = False
 
     def give(self, field: str, value: Any, origin: str) -> None:
         """Set a field; a later call wins."""

@@ -61,7 +61,7 @@ def _complete(given: Given) -> bool:
         for field in fields(cls)
         if field.default is MISSING and field.default_factory is MISSING and not given.has(f"{section}.{field.name}")
     ]
-    if missing and not given.unreadable:
+    if missing and not given.unreadable and not given.unknown:
         given.refuse(
             "A run needs the shape of its model and batch",
             found=f"no {', '.join(missing)}",

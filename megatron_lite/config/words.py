@@ -116,6 +116,7 @@ def _find(spelled: str, words: tuple[str, ...], given: Given) -> Flag | None:
             found=f"{spelled} could be {', '.join(sorted(matches))}",
             fix="Write the flag in full",
         )
+        given.unknown = True
         return None
     nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.75)
     given.refuse(
@@ -123,6 +124,7 @@ def _find(spelled: str, words: tuple[str, ...], given: Given) -> Flag | None:
         found=spelled,
         fix=f"Did you mean {rows[nearest[0]].name}?" if nearest else "See --help and docs/arguments.md",
     )
+    given.unknown = True
     return None
 
 

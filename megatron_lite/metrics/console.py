@@ -55,8 +55,12 @@ def format_timers(timers: Mapping[str, float]) -> str:
 
 
 def format_memory(memory: Mapping[str, int], iteration: int, rank: int) -> str:
-    """The memory line, in MB of 2^20 bytes."""
-    fields = [f"{name.replace('_', ' ')}: {count / 2**20:.1f}" for name, count in memory.items()]
+    """The memory line, in MB of 2^20 bytes. Where nothing is reserved beyond what is in use, that is left out."""
+    same = memory.get("reserved") == memory.get("allocated") and memory.get("max_reserved") == memory.get(
+        "max_allocated"
+    )
+    shown = {name: count for name, count in memory.items() if not (same and name.endswith("reserved"))}
+    fields = [f"{name.replace('_', ' ')}: {count / 2**20:.1f}" for name, count in shown.items()]
     return f"[Rank {rank}] (after {iteration} iterations) memory (MB) | " + " | ".join(fields)
 
 

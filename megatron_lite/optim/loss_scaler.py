@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.errors import TrainingError
 
+PATIENCE = 20
+"""Overflows in a row at the smallest scale with which MegatronScaler gives up: one batch may be odd, not twenty."""
+
 
 class LossScaler(ABC):
     """A loss scale and the rule by which it follows overflows.
@@ -58,14 +61,15 @@ class ConstantScaler(LossScaler):
         """Nothing to take over."""
 
 
-class MegatronScaler(LossScaler):
-    """Megatron's DynamicGradScaler: halve after `hysteresis` overflows, double after `window` good steps in a row.
+class DynamicScaler(LossScaler):
+    """A scale that follows overflows.
 
-    Overflows use up the hysteresis, and only a doubling refills it: so once it is used up, every further overflow
-    halves the scale at once.
+    Args:
+        initial: the first scale.
+        minimum: it never falls below this.
+        window: good iterations after which it doubles.
+        hysteresis: overflows that it takes to halve it.
     """
-
-    kind = "megatron"
 
     def __init__(self, initial: float, minimum: float, window: int, hysteresis: int) -> None:
         self.scale = initial
@@ -73,10 +77,37 @@ class MegatronScaler(LossScaler):
         self._window = window
         self._full_hysteresis = hysteresis
         self._hysteresis = hysteresis
-        self._growth = 0
+
+    def _diverged(self, overflows: str) -> TrainingError:
+        return TrainingError(
+            "The loss scale cannot go below its minimum",
+            found=f"{overflows} in fp16 at a loss scale of {self.scale:g}, which is --min-loss-scale",
+            fix="The run has diverged: go on from an earlier checkpoint (--load-iteration) with a lower --lr, or use "
+            "--bf16",
+        )
+
+
+class MegatronScaler(DynamicScaler):
+    """Megatron's DynamicGradScaler: halve after `hysteresis` overflows, double after `window` good steps in a row.
+
+    Overflows use up the hysteresis, and only a doubling refills it: so once it is used up, every further overflow
+    halves the scale at once. Megatron goes on for ever when the smallest scale overflows, without ever stepping again;
+    here PATIENCE overflows in a row end the run.
+    """
+
+    kind = "megatron"
+    _growth = 0
+    _overflows_at_minimum = 0
 
     def update(self, overflow: bool) -> None:
-        """Counts one iteration."""
+        """Counts one iteration.
+
+        Raises:
+            TrainingError: PATIENCE overflows in a row at the smallest scale: nothing is trained any more.
+        """
+        self._overflows_at_minimum = self._overflows_at_minimum + 1 if overflow and self.scale <= self._minimum else 0
+        if self._overflows_at_minimum == PATIENCE:
+            raise self._diverged(f"the gradients of {PATIENCE} iterations in a row overflow")
         if overflow:
             self._growth = 0
             self._hysteresis -= 1
@@ -100,22 +131,15 @@ class MegatronScaler(LossScaler):
         self._hysteresis = int(state["hysteresis_tracker"])
 
 
-class DeepSpeedScaler(LossScaler):
+class DeepSpeedScaler(DynamicScaler):
     """DeepSpeed's DynamicLossScaler: doubles every `window` iterations counted from the last overflow.
 
     Two overflows that lie far apart use up the hysteresis as two in a row do; a doubling refills it, as in Megatron.
     """
 
     kind = "deepspeed"
-
-    def __init__(self, initial: float, minimum: float, window: int, hysteresis: int) -> None:
-        self.scale = initial
-        self._minimum = minimum
-        self._window = window
-        self._full_hysteresis = hysteresis
-        self._hysteresis = hysteresis
-        self._iteration = 0
-        self._last_overflow = -1
+    _iteration = 0
+    _last_overflow = -1
 
     def update(self, overflow: bool) -> None:
         """Counts one iteration.
@@ -137,11 +161,7 @@ class DeepSpeedScaler(LossScaler):
 
     def _halve(self) -> None:
         if self.scale == self._minimum:
-            raise TrainingError(
-                "The loss scale cannot go below its minimum",
-                found=f"gradients overflow in fp16 at a loss scale of {self.scale:g}, which is --min-loss-scale",
-                fix="The run has diverged: restart from an earlier checkpoint with a lower --lr, or use --bf16",
-            )
+            raise self._diverged("gradients overflow")
         self.scale = max(self.scale / 2, self._minimum)
 
     def state(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_commands import SMALL
+from job_commands import SMALL, without
 
 import megatron_lite.config
 from megatron_lite.config import files, given, vocabulary, words
@@ -318,3 +318,11 @@ def test_no_config_error_is_without_a_test(monkeypatch):
 def test_the_sweep_sees_the_rules():
     assert len({path for path, _, _ in sites()}) > 10
     assert len(sites()) > 80
+
+
+@pytest.mark.parametrize("misspelled", ["--hiden-size", "--num-layer"])
+def test_what_a_misspelled_flag_means_is_not_called_missing_too(misspelled):
+    argv = [*without(SMALL, "--hidden-size", "--num-layers"), misspelled, "64"]
+    with pytest.raises(ConfigError) as caught:
+        parse_run(argv)
+    assert misspelled in str(caught.value) and "shape of its model" not in str(caught.value)

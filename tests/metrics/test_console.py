@@ -149,6 +149,14 @@ def test_timers_are_milliseconds_per_iteration():
     assert format_memory({"reserved": 0}, 5, rank=3).startswith("[Rank 3] (after 5 iterations)")
 
 
+def test_memory_that_is_all_in_use_is_said_once():
+    gpu = {"allocated": 1 << 20, "max_allocated": 2 << 20, "reserved": 3 << 20, "max_reserved": 4 << 20}
+    fields = "allocated: 1.0 | max allocated: 2.0"
+    assert format_memory(gpu, 5, rank=0).endswith(f"(MB) | {fields} | reserved: 3.0 | max reserved: 4.0")
+    cpu = {**gpu, "reserved": 1 << 20, "max_reserved": 2 << 20}
+    assert format_memory(cpu, 5, rank=0).endswith(f"(MB) | {fields}")
+
+
 def test_validation_stands_between_dashes():
     text = format_validation(ValidationReport(iteration=200, consumed_train_samples=1, losses={"lm loss": 1.0}))
     dashes, line, again = text.split("\n")

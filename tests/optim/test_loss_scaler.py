@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.errors import TrainingError
-from megatron_lite.optim.loss_scaler import build_loss_scaler
+from megatron_lite.optim.loss_scaler import PATIENCE, build_loss_scaler
 
 CONSTANTS = st.tuples(st.integers(1, 20), st.sampled_from([0.25, 1.0]), st.integers(1, 5), st.integers(1, 4))
 HISTORY = st.lists(st.booleans(), max_size=60)
@@ -26,9 +27,16 @@ def scaler(rule, power, minimum, window, hysteresis):
 
 
 def megatron(power, minimum, window, hysteresis, history):
-    """Scales after each iteration, worked out from the history each time: no counter is carried along."""
-    scale, since_doubling = 2.0**power, []
+    """Scales after each iteration, worked out from the history each time: no counter is carried along.
+
+    None where it is given up, which Megatron never does.
+    """
+    scale, since_doubling, used = 2.0**power, [], []
     for overflow in history:
+        used.append(scale if overflow else math.inf)
+        if len(used) >= PATIENCE and max(used[-PATIENCE:]) <= minimum:
+            yield None
+            return
         since_doubling.append(overflow)
         good = next((i for i, bad in enumerate(reversed(since_doubling)) if bad), len(since_doubling))
         if overflow and sum(since_doubling) >= hysteresis:
@@ -58,16 +66,16 @@ def deepspeed(power, minimum, window, hysteresis, history):
 
 @given(CONSTANTS, HISTORY)
 def test_megatrons_rule(constants, history):
-    ours = scaler("megatron", *constants)
-    for overflow, expected in zip(history, megatron(*constants, history), strict=True):
-        ours.update(overflow)
-        assert ours.scale == expected
+    follows(scaler("megatron", *constants), history, megatron(*constants, history))
 
 
 @given(CONSTANTS, HISTORY)
 def test_deepspeeds_rule(constants, history):
-    ours = scaler("deepspeed", *constants)
-    for overflow, expected in zip(history, deepspeed(*constants, history), strict=False):
+    follows(scaler("deepspeed", *constants), history, deepspeed(*constants, history))
+
+
+def follows(ours, history, scales):
+    for overflow, expected in zip(history, scales, strict=False):
         if expected is None:
             with pytest.raises(TrainingError, match="min-loss-scale"):
                 ours.update(overflow)
@@ -88,6 +96,15 @@ def test_a_saved_scaler_goes_on_where_it_was(rule, before, after):
         resumed.update(overflow)
         assert resumed.scale == straight.scale
     assert resumed.state() == straight.state()
+
+
+def test_megatrons_scaler_does_not_skip_for_ever():
+    ours = scaler("megatron", 1, 1.0, 1000, 2)
+    history = [True] * (2 + PATIENCE - 1) + [False] + [True] * (PATIENCE - 1)
+    for overflow in history:  # two that lead to the minimum; then a good one begins the count anew
+        ours.update(overflow)
+    with pytest.raises(TrainingError, match=rf"{PATIENCE} iterations in a row .* --min-loss-scale.*--bf16"):
+        ours.update(True)
 
 
 def test_hysteresis_is_refilled_by_growth_only():
