@@ -1,10 +1,21 @@
 """Which source of a blend sample i comes from, and which of that source's samples it is: Megatron's greedy rule.
 
 At step i the source with the largest error w_d * max(i, 1) - count_d is taken, the first of equals, all in double
-precision. Steps depend on those before them only through the counts, so the counts at the borders of chunks are all
-that is kept. To reach a far sample (a run that resumes), all chunks before it are walked side by side from guessed
-counts, and again from the ends of their neighbours wherever a guess was wrong, until every chunk begins where the one
-before it ended: the rule's own counts, by induction. Nothing is built beforehand and nothing is cached on disk.
+precision. The counts before a far sample (a run that resumes) are found without walking there, and exactly:
+
+- No count is ever far above its share: what is taken has an error of at least 0, so count_d <= w_d * i + 1.
+- Order is kept. Let counts B be nowhere below counts A. If A takes d and A_d = B_d, then d's is the largest error of B
+  too, and the first of equals, so B takes it as well: after the step B is nowhere below A. Rounding is no exception:
+  a difference never rounds to more when more is subtracted.
+- So a walk from those upper bounds, a few takings too many in all, stays above the rule's own. These go one by one: of
+  which source one is (the hole) is not known, but every step moves the hole of each source that would be taken without
+  it to the one that is taken with it. Soon all possible holes are one, and the next has its turn. When no taking is too
+  many, the counts are the rule's own.
+
+A few hundred steps do for weights down to a hundredth of a percent. Where a far smaller source stays in doubt, all
+chunks from the beginning on are walked side by side from guessed counts, and again from the ends of their neighbours
+wherever a guess was wrong, until every chunk begins where the one before it ended: the rule's own counts, by induction.
+Nothing is built beforehand and nothing is cached on disk.
 """
 
 from __future__ import annotations
@@ -15,17 +26,23 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 1 << 13
-"""Samples between remembered counts."""
+Counts = NDArray[np.float64]
+"""How often each source was taken, [sources]: whole numbers, and so exact as doubles."""
 
-KEPT = 64
+CHUNK = 1 << 12
+"""Samples whose sources are worked out together."""
+
+KEPT = 128
 """Chunks whose choices are kept in memory; the least recently used goes first."""
+
+REACHES = (1 << 8, 1 << 11, 1 << 14, 1 << 17)
+"""Steps before a far sample at which a walk from upper bounds begins: the next where one was too short."""
+
+ROUNDING = 2.0**-50
+"""Times the number of steps: more than rounding makes of an error."""
 
 WARM_UP = 1 << 10
 """Steps walked before a chunk from a guess: walks from different counts soon fall in with each other."""
-
-SIDE_BY_SIDE = 48
-"""Chunks from which on walking them side by side beats one after the other."""
 
 
 def normalize(weights: Sequence[float]) -> list[float]:
@@ -42,8 +59,8 @@ class BlendIndex:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self.weights = [float(weight) for weight in weights]
-        self._counts: NDArray[np.int64] = np.zeros((1, len(weights)), dtype=np.int64)
+        self.weights: NDArray[np.float64] = np.array(weights, dtype=np.float64)
+        self._starts: dict[int, Counts] = {0: np.zeros_like(self.weights)}
         self._chunks: OrderedDict[int, tuple[NDArray[np.int16], NDArray[np.int64]]] = OrderedDict()
 
     def lookup(self, sample: int) -> tuple[int, int]:
@@ -54,11 +71,16 @@ class BlendIndex:
     def chunk(self, index: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
         """Sources and their sample numbers of samples [index * CHUNK, (index + 1) * CHUNK): int16 and int64 [CHUNK]."""
         if index not in self._chunks:
-            self._reach(index)
-            sources, ends = walk(self.weights, self._counts[index].tolist(), index * CHUNK, CHUNK)
-            if self._counts.shape[0] == index + 1:
-                self._counts = np.concatenate([self._counts, [ends]])
-            self._chunks[index] = (sources, self._number(sources, self._counts[index]))
+            if index not in self._starts:
+                self._reach(index)
+            counts = self._starts[index].copy()
+            sources, numbers = np.empty(CHUNK, dtype=np.int16), np.empty(CHUNK, dtype=np.int64)
+            for place in range(CHUNK):
+                source = take(self.weights, counts, index * CHUNK + place)
+                sources[place], numbers[place] = source, counts[source]
+                counts[source] += 1
+            self._starts[index + 1] = counts
+            self._chunks[index] = (sources, numbers)
             if len(self._chunks) > KEPT:
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(index)
@@ -66,44 +88,47 @@ class BlendIndex:
 
     def _reach(self, index: int) -> None:
         """Make the counts at the beginning of chunk `index` known."""
-        known = self._counts.shape[0] - 1
-        if index - known >= SIDE_BY_SIDE:
-            found = walk_side_by_side(self.weights, self._counts[-1], known, index - known)
-            self._counts = np.concatenate([self._counts, found])
-        while self._counts.shape[0] <= index:
-            last = self._counts.shape[0] - 1
-            _, ends = walk(self.weights, self._counts[last].tolist(), last * CHUNK, CHUNK)
-            self._counts = np.concatenate([self._counts, [ends]])
-
-    def _number(self, sources: NDArray[np.int16], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many samples of the same source came before each sample, [CHUNK]."""
-        numbers = np.empty(sources.shape[0], dtype=np.int64)
-        for source, before in enumerate(counts):
-            mine = np.flatnonzero(sources == source)
-            numbers[mine] = before + np.arange(mine.shape[0])
-        return numbers
+        for reach in REACHES:
+            if reach < index * CHUNK and (counts := settle(self.weights, index * CHUNK, reach)) is not None:
+                self._starts[index] = counts
+                return
+        known = max(start for start in self._starts if start < index)
+        found = walk_side_by_side(self.weights, self._starts[known], known, index - known)
+        self._starts.update(zip(range(known + 1, index + 1), found, strict=True))
 
 
-def walk(weights: list[float], counts: list[int], start: int, steps: int) -> tuple[NDArray[np.int16], list[int]]:
-    """The rule itself, step by step from `start`: the sources taken, int16 [steps], and the counts after them."""
-    counts = list(counts)
-    taken = []
-    others = range(1, len(weights))
-    for step in range(start, start + steps):
-        passed = float(step) if step else 1.0
-        source, largest = 0, weights[0] * passed - counts[0]
-        for other in others:
-            error = weights[other] * passed - counts[other]
-            if error > largest:
-                source, largest = other, error
+def take(weights: NDArray[np.float64], counts: Counts, step: int) -> int:
+    """The rule itself: the source that step `step` takes after `counts`."""
+    return int(np.argmax(weights * max(step, 1) - counts))
+
+
+def settle(weights: NDArray[np.float64], sample: int, reach: int) -> Counts | None:
+    """Counts before `sample`, from a walk of `reach` steps; None if it leaves more than one possibility."""
+    start = sample - reach
+    slack = start * (abs(float(weights.sum()) - 1.0) + ROUNDING)
+    counts = np.floor(weights * start + 1.0 + slack)
+    too_many = int(counts.sum()) - start
+    holes = np.ones(weights.shape[0], dtype=np.bool_)
+    for step in range(start, sample):
+        source = take(weights, counts, step)
+        if too_many:
+            shares = weights * step
+            largest = shares[source] - counts[source]
+            without = shares - (counts - 1.0)
+            moves = without > largest
+            moves[:source] |= without[:source] == largest
+            moved = bool((moves & holes).any())
+            holes &= ~moves
+            holes[source] |= moved
         counts[source] += 1
-        taken.append(source)
-    return np.array(taken, dtype=np.int16), counts
+        if too_many and np.count_nonzero(holes) == 1:
+            counts[holes] -= 1
+            too_many -= 1
+            holes[:] = True
+    return None if too_many else counts
 
 
-def walk_side_by_side(
-    weights: list[float], counts: NDArray[np.int64], first: int, num_chunks: int
-) -> NDArray[np.int64]:
+def walk_side_by_side(weights: NDArray[np.float64], counts: Counts, first: int, num_chunks: int) -> Counts:
     """Counts at the end of num_chunks chunks from `first` on, [num_chunks, sources], given those before `first`."""
     starts = (first + np.arange(num_chunks, dtype=np.int64)) * CHUNK
     begins = _warmed_up(weights, starts)
@@ -115,13 +140,13 @@ def walk_side_by_side(
         differs = (begins[:, 1:] != ends[:, :-1]).any(axis=0)
         wrong = 1 + np.flatnonzero(differs)
         begins[:, wrong] = ends[:, wrong - 1]
-    return ends.T.astype(np.int64)
+    return np.ascontiguousarray(ends.T)
 
 
-def _warmed_up(weights: list[float], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _warmed_up(weights: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Guessed counts before each start, [sources, starts]: rounded shares, walked on from WARM_UP steps earlier."""
     before = np.maximum(starts - WARM_UP, 0)
-    ideal = np.array(weights)[:, None] * before
+    ideal = weights[:, None] * before
     counts = np.floor(ideal)
     missing = before - counts.sum(axis=0)
     rank = np.argsort(np.argsort(counts - ideal, axis=0, kind="stable"), axis=0)
@@ -129,7 +154,7 @@ def _warmed_up(weights: list[float], starts: NDArray[np.int64]) -> NDArray[np.fl
 
 
 def _advance(
-    weights: list[float], counts: NDArray[np.float64], starts: NDArray[np.int64], steps: int
+    weights: NDArray[np.float64], counts: NDArray[np.float64], starts: NDArray[np.int64], steps: int
 ) -> NDArray[np.float64]:
     """Apply the rule `steps` times to every column of counts [sources, starts] (whole, so exact as doubles)."""
     counts = np.ascontiguousarray(counts, dtype=np.float64)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.data import blending
-from megatron_lite.data.blending import BlendIndex, normalize
+from megatron_lite.data.blending import CHUNK, BlendIndex, normalize, settle
 
 
 def plain_loop(weights, size):
@@ -31,14 +31,47 @@ def test_lookup_equals_the_plain_loop(weights, size):
     assert [index.lookup(sample) for sample in range(size)] == plain_loop(normalized, size)
 
 
+WEIGHTS = st.one_of(
+    st.lists(st.floats(0.001, 10), min_size=1, max_size=6),
+    st.lists(st.sampled_from([0.0, 1e-5, 0.1, 0.2, 1 / 3, 0.5, 1.0, 2.0]), min_size=1, max_size=6).filter(sum),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=WEIGHTS, sample=st.integers(40, 900), reach=st.integers(1, 39))
+def test_what_settles_is_the_rules_own_count(weights, sample, reach):
+    """However short the walk from upper bounds: it says nothing, or what the plain loop says."""
+    normalized = np.array(normalize(weights))
+    found = settle(normalized, sample, reach)
+    if found is not None:
+        taken = [source for source, _ in plain_loop(normalized.tolist(), sample)]
+        assert found.tolist() == np.bincount(taken, minlength=len(weights)).tolist()
+
+
+@pytest.mark.parametrize("sources", [2, 5, 40])
+def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
+    """No walk from the beginning, and the same counts as one that begins much further back."""
+    monkeypatch.setattr(blending, "walk_side_by_side", None)
+    normalized = np.array(normalize(np.random.RandomState(sources).uniform(0.01, 1, sources)))
+    index = BlendIndex(normalized)
+    place = 10**8 // CHUNK
+    _, numbers = index.chunk(place)
+    far = settle(normalized, place * CHUNK, 1 << 13)
+    assert far is not None
+    assert far.sum() == place * CHUNK
+    assert index._starts[place].tolist() == far.tolist()
+    assert numbers.min() >= far.min()
+
+
 @pytest.mark.parametrize(
-    "weights", [[0.3, 0.7], [1, 1, 1], [0.1, 0.2, 0.7], [5, 3, 1, 0.01], [0.5, 0.5], [1.0], [1e-6, 1.0]]
+    "weights", [[0.3, 0.7], [1, 1, 1], [0.1, 0.2, 0.7], [5, 3, 1, 0.01], [0.5, 0.5], [1.0], [1e-6, 1.0], [0, 1, 2]]
 )
 @pytest.mark.parametrize("warm_up", [0, 8])
-def test_chunks_walked_side_by_side_equal_the_plain_loop(monkeypatch, weights, warm_up):
+@pytest.mark.parametrize("reaches", [(), (16,), (8, 256)])
+def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up, reaches):
     monkeypatch.setattr(blending, "CHUNK", 64)
     monkeypatch.setattr(blending, "WARM_UP", warm_up)
-    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 4)
+    monkeypatch.setattr(blending, "REACHES", reaches)
     normalized = normalize(weights)
     expected = plain_loop(normalized, 6400)
     index = BlendIndex(normalized)
@@ -53,7 +86,7 @@ def test_chunks_walked_side_by_side_equal_the_plain_loop(monkeypatch, weights, w
 def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
     """Guesses are right so often that the repair needs wrong ones made up for it."""
     monkeypatch.setattr(blending, "CHUNK", 16)
-    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 2)
+    monkeypatch.setattr(blending, "REACHES", ())
     guess, walks = blending._warmed_up, []
 
     def wrong(weights, starts):
