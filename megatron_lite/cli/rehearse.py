@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import asks_for_help, parse_run
+from megatron_lite.config.counts import size_name
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -28,6 +29,7 @@ batch's ramp-up, on tensors that have shapes and no values. Data, tokenizer and 
 
 Exit code 1: a rank failed, or two would have waited for each other forever."""
 STAGES_SHOWN = 12
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def run(argv: list[str]) -> int:
@@ -129,12 +131,14 @@ def _print_tables(record: dict[str, Any]) -> None:
 
     console = Console()
     layout = record["layout"]
+    world = layout["world_size"]
     console.print(
-        f"{layout['world_size']} ranks = tensor {layout['tp']} x pipeline {layout['pp']} x data {layout['dp']}; "
+        f"{world} rank{'s' * (world > 1)} = tensor {layout['tp']} x pipeline {layout['pp']} x data {layout['dp']}; "
         f"vocabulary {record['vocabulary']['size']:,} ({record['vocabulary']['from']})"
     )
     console.print(_memory_table(record["ranks"]))
-    console.print(_traffic_table(record["ranks"]))
+    if world > 1:
+        console.print(_traffic_table(record["ranks"]))
     console.print(_ramp_table(record["ranks"]))
     console.print(f"Played in {record['seconds']:.1f} s.")
     problems = [f"rank {rank['rank']}: {rank['error']}" for rank in record["ranks"] if rank["error"]]
@@ -146,46 +150,57 @@ def _table(title: str, *columns: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def _memory_table(ranks: list[dict[str, Any]]) -> Any:
     kinds = list(dict.fromkeys(kind for rank in ranks for kind in rank["buffer_bytes"]))
-    short = {"parameters": "params", "gradients": "grads", "main parameters": "mains"}
-    columns = [short.get(kind, kind) for kind in kinds]
-    table = _table("What a rank holds (GiB)", "rank", "dp.pp.tp", "parameters", *columns, "working", "sum")
+    short = {"parameters": "weights", "gradients": "grads", "main parameters": "mains"}
+    rows = []
     for rank in ranks:
         held = [rank["buffer_bytes"].get(kind, 0) for kind in kinds]
-        working = rank["working_bytes"]
-        sizes = [_gib(size) for size in (*held, working, sum(held) + working)]
-        table.add_row(str(rank["rank"]), f"{rank['dp']}.{rank['pp']}.{rank['tp']}", f"{rank['parameters']:,}", *sizes)
+        rows.append([*held, rank["working_bytes"], sum(held) + rank["working_bytes"]])
+    # One unit for the whole table, so that its numbers compare at a glance.
+    unit, name = _unit(max(row[-1] for row in rows))
+    columns = [short.get(kind, kind) for kind in kinds]
+    table = _table(f"What a rank holds ({name})", "rank", "dp.pp.tp", "params", *columns, "working", "sum")
+    for rank, row in zip(ranks, rows, strict=True):
+        at = f"{rank['dp']}.{rank['pp']}.{rank['tp']}"
+        table.add_row(str(rank["rank"]), at, size_name(rank["parameters"]), *[f"{size / unit:,.2f}" for size in row])
     return table
 
 
 def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
-    table = _table("What it sends in an iteration of the last batch", "rank", "axis", "kind", "calls", "GiB sent")
+    from megatron_lite.checkpoint.manifest import size_text
+
+    table = _table("What it sends in an iteration of the last batch", "rank", "axis", "kind", "calls", "sent")
     for rank in ranks:
         last = rank["ramp_stages"][-1] if rank["ramp_stages"] else {}
         for line in last.get("traffic", ()):
             if line["sent"]:
-                table.add_row(str(rank["rank"]), line["axis"], line["kind"], f"{line['calls']:,}", _gib(line["sent"]))
+                table.add_row(
+                    str(rank["rank"]), line["axis"], line["kind"], f"{line['calls']:,}", size_text(line["sent"])
+                )
     return table
 
 
 def _ramp_table(ranks: list[dict[str, Any]]) -> Any:
+    from megatron_lite.checkpoint.manifest import size_text
+
     first, last = ranks[0], ranks[-1]
     table = _table(
-        f"Ramp-up: ranks {first['rank']} and {last['rank']}",
+        "Ramp-up: " + (f"ranks {first['rank']} and {last['rank']}" if first is not last else f"rank {first['rank']}"),
         "iteration",
         "batch",
         "length",
         "micro-batches",
-        "GiB sent",
+        "sent",
     )
-    pairs = list(zip(first["ramp_stages"], last["ramp_stages"], strict=False))
+    shown = [first] if first is last else [first, last]
+    pairs = list(zip(*(rank["ramp_stages"] for rank in shown), strict=False))
     hidden = max(0, len(pairs) - STAGES_SHOWN)
     for number, pair in enumerate(pairs):
         if hidden and STAGES_SHOWN // 2 <= number < STAGES_SHOWN // 2 + hidden:
@@ -198,10 +213,12 @@ def _ramp_table(ranks: list[dict[str, Any]]) -> Any:
             f"{stage['global_batch']:,}",
             f"{stage['seq_length']:,}",
             " and ".join(str(one["microbatches"]) for one in pair),
-            " and ".join(_gib(sum(line["sent"] for line in one.get("traffic", ()))) for one in pair),
+            " and ".join(size_text(sum(line["sent"] for line in one.get("traffic", ()))) for one in pair),
         )
     return table
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f}"
+def _unit(count: int) -> tuple[int, str]:
+    """The unit in which a number of bytes has a digit before its point."""
+    power = max((power for power in range(len(UNITS)) if count >= 1024**power), default=0)
+    return 1024**power, UNITS[power]

@@ -162,3 +162,23 @@ def test_wrong_layouts_of_the_13b_model_are_refused(big, words, rule):
     with pytest.raises(ConfigError) as caught:
         rehearse.run([*big, "--world-size", "512", *words.split()])
     assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8"),
+        ("--rampup-batch-size", "2", "2", "60", "--use-distributed-optimizer", "--world-size", "2", "--bf16"),
+    ],
+)
+def test_tables_fit_80_columns_and_sizes_have_a_unit_that_shows_them(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert rehearse.run([*SMALL, *NULL, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines), "nothing is cut off"
+    assert any("What a rank holds (MiB)" in line for line in lines), "not GiB: all would be 0.00"
+    held = next(line for line in lines[lines.index(next(line for line in lines if "dp.pp.tp" in line)) + 2 :])
+    assert float(held.split()[-1]) >= 1
+    assert any("What it sends" in line for line in lines) == bool(words), "one rank sends nothing"
