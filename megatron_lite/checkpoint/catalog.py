@@ -64,12 +64,16 @@ def incompleteness(checkpoint: Path) -> str | None:
     return None
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest iteration first."""
+def list_iterations(root: Path) -> list[int]:
+    """Iterations that a folder has checkpoints of, whole or not, in order."""
     if not root.is_dir():
         return []
-    found = {iteration for entry in root.iterdir() if (iteration := iteration_of(entry)) is not None}
-    return [entry for iteration in sorted(found) if is_complete(entry := locate(root, iteration))]
+    return sorted({iteration for entry in root.iterdir() if (iteration := iteration_of(entry)) is not None})
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest iteration first."""
+    return [entry for iteration in list_iterations(root) if is_complete(entry := locate(root, iteration))]
 
 
 def announced(root: Path) -> str | None:

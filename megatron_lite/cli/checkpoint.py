@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_lite.checkpoint.manifest import Manifest
     from megatron_lite.checkpoint.save import SaveReport
 
+_SHOWN = 4
 SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
 
@@ -42,56 +43,81 @@ def run(argv: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.catalog import announced, list_checkpoints
-    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.checkpoint.catalog import announced, incompleteness, list_iterations, locate
+    from megatron_lite.checkpoint.manifest import read_manifest, size_text
+    from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 
     for root in options.folders:
-        table = _table(root, "", "iteration", "size", "parameters", "ranks", "saved", "version")
+        table, broken = _table(root, "", "iteration", "size", "parameters", "ranks", "saved"), []
         latest = announced(_existing(root))
-        for path in list_checkpoints(root):
+        for iteration in list_iterations(root):
+            path = locate(root, iteration)
+            if (problem := incompleteness(path)) is not None:
+                broken.append(problem)
+                continue
             manifest = read_manifest(path)
             table.add_row(
-                "→" if latest == str(manifest.iteration) else "",
-                str(manifest.iteration),
-                _bytes(manifest.size),
+                "→" if latest == str(iteration) else "",
+                f"{iteration:,}",
+                size_text(manifest.size),
                 f"{_num_parameters(manifest):,}",
-                str(manifest.writer["world_size"]),
+                f"{manifest.writer['world_size']:,}",
                 _when(manifest),
-                manifest.writer["megatron_lite"],
             )
         console.print(table)
         console.print(f"→ is what --load {root} takes" if latest else "nothing has been announced here")
+        for problem in broken:
+            console.print("not whole", style="red", end=" ")
+            console.print(problem)
+        if alone := list_iterations(root / WEIGHTS_FOLDER):
+            console.print(f"the weights alone of {len(alone)} iterations are in {root / WEIGHTS_FOLDER}")
     return 0
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.checkpoint.manifest import read_manifest, size_text
 
     for given in options.folders:
         path = _one(given)
         manifest = read_manifest(path)
         console.print(str(path), style="bold")
         table = _table("", "", "")
-        for name, value in {
-            "iteration": str(manifest.iteration),
+        rows = {
+            "iteration": f"{manifest.iteration:,}",
             "parameters": f"{_num_parameters(manifest):,}",
-            "size": f"{_bytes(manifest.size)} in {len(manifest.files)} files",
-            "written by": f"megatron_lite {manifest.writer['megatron_lite']}, torch {manifest.writer['torch']}, "
-            f"{manifest.writer['world_size']} ranks, {_when(manifest)}",
-            **{f"fingerprint of {name}": value for name, value in manifest.provenance.fingerprints.items()},
-            "state": json.dumps(dict(manifest.scalars)),
-        }.items():
-            table.add_row(name, value)
+            "size": f"{size_text(manifest.size)} in {_counted(len(manifest.files), 'file')}",
+            "written by": f"megatron_lite {manifest.writer['megatron_lite']}, torch {manifest.writer['torch']}",
+            "on": f"{_counted(manifest.writer['world_size'], 'rank')}, {_when(manifest)}",
+            **{f"{name} was": value for name, value in manifest.provenance.fingerprints.items()},
+            "samples left out": ", ".join(f"{first}-{end - 1}" for first, end in manifest.provenance.skipped_samples),
+            **{f"state: {name}": _plain(value) for name, value in manifest.scalars.items()},
+        }
+        for name, value in rows.items():
+            if value:
+                table.add_row(name, value)
         console.print(table)
         if options.config:
             console.print_json(json.dumps(dict(manifest.provenance.config)))
         if options.tensors:
-            tensors = _table("tensors", "name", "shape", "dtype", "pieces")
+            tensors = _table("tensors", "dtype", "pieces", "shape", "name")
             for name, tensor in manifest.tensors.items():
                 shape = " x ".join(map(str, tensor.shape)) or "scalar"
-                tensors.add_row(name, shape, tensor.dtype, str(len(tensor.pieces)))
-            console.print(tensors)
+                tensors.add_row(tensor.dtype, str(len(tensor.pieces)), shape, name)
+            _print_whole(tensors)
     return 0
+
+
+def _plain(value: object) -> str:
+    """A value of the state in words; of a long list, only its length."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list) and len(value) > _SHOWN:
+        return f"[{len(value)} values]"
+    return json.dumps(value)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
@@ -114,6 +140,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify_one(path: Path, console: Console) -> bool:
+    from megatron_lite.checkpoint.manifest import size_text
     from megatron_lite.checkpoint.verify import verify_checkpoint
 
     begun = time.monotonic()
@@ -125,7 +152,7 @@ def _verify_one(path: Path, console: Console) -> bool:
         return False
     rate = manifest.size / max(time.monotonic() - begun, 1e-9)
     console.print("whole  ", style="green", end=" ")
-    console.print(f"{path}: {len(manifest.files)} files, {_bytes(manifest.size)}, {_bytes(rate)}/s")
+    console.print(f"{path}: {len(manifest.files)} files, {size_text(manifest.size)}, {size_text(rate)}/s")
     return True
 
 
@@ -157,14 +184,14 @@ def _diff(options: argparse.Namespace, console: Console) -> int:
 def _diff_values(first: Path, second: Path, console: Console) -> bool:
     from megatron_lite.checkpoint.offline import compare_values
 
-    table = _table("values", "tensor", "largest |A - B|", "‖A - B‖ / ‖A‖")
+    table = _table("values", "largest |A - B|", "‖A - B‖ / ‖A‖", "tensor")
     count = 0
     for difference in compare_values(first, second):
         count += 1
         if not difference.equal:
-            table.add_row(difference.name, f"{difference.largest:.3e}", f"{difference.relative:.3e}")
+            table.add_row(f"{difference.largest:.3e}", f"{difference.relative:.3e}", difference.name)
     if table.row_count:
-        console.print(table)
+        _print_whole(table)
     console.print(f"{count - table.row_count} of {count} common tensors are equal bit for bit")
     return bool(table.row_count)
 
@@ -213,12 +240,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _summarize(report: SaveReport, what: str, console: Console) -> None:
-    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.checkpoint.manifest import read_manifest, size_text
 
     rate = report.size / max(report.seconds, 1e-9)
     files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
     console.print(f"wrote {report.path}: {what}")
-    console.print(f"{_bytes(report.size)} in {len(files)} files, {report.seconds:.1f} s, {_bytes(rate)}/s")
+    console.print(f"{size_text(report.size)} in {len(files)} files, {report.seconds:.1f} s, {size_text(rate)}/s")
     console.print(f"--load {report.path.parent} takes it, in any layout")
 
 
@@ -255,10 +282,18 @@ def _table(title: object, *columns: str) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=str(title) or None, title_justify="left", box=SIMPLE, show_header=any(columns))
+    table = Table(title=str(title) or None, title_justify="left", box=SIMPLE, show_header=any(columns), pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        numbers = column in ("iteration", "size", "parameters", "ranks", "pieces")
+        table.add_column(column, overflow="fold", justify="right" if numbers else "left")
     return table
+
+
+def _print_whole(table: Table) -> None:
+    """Prints a table of names, which are copied and searched for: none is folded, however narrow the terminal."""
+    from rich.console import Console
+
+    Console(width=1 << 12, highlight=False, markup=False).print(table)
 
 
 def _num_parameters(manifest: Manifest) -> int:
@@ -268,15 +303,7 @@ def _num_parameters(manifest: Manifest) -> int:
 
 
 def _when(manifest: Manifest) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.writer["time"]))
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.writer["time"]))
 
 
 def _parser() -> argparse.ArgumentParser:

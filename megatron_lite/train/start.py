@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.agreement import together
-from megatron_lite.checkpoint.catalog import find_checkpoint, is_complete, iteration_of, locate
+from megatron_lite.checkpoint.catalog import find_checkpoint, is_complete, iteration_of, list_iterations, locate
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
@@ -84,13 +84,14 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
     if path is None and options.load:
         if options.exit_on_missing:
             raise CheckpointError(
-                "--load must hold a checkpoint under --exit-on-missing-checkpoint",
-                found=f"{options.load} holds none",
+                "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
+                found=f"{options.load} {'holds none' if Path(options.load).is_dir() else 'does not exist'}",
                 fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
             )
         # The same command that starts a run goes on with it later, so this is usual where --load is --save.
         warning = "" if options.load == options.save else "WARNING: "
-        notify(f"{warning}--load {options.load} holds no checkpoint: starting from fresh weights")
+        problem = "holds no checkpoint" if Path(options.load).is_dir() else "does not exist"
+        notify(f"{warning}--load {options.load} {problem}: starting from fresh weights")
     _refuse_to_overwrite(config, path)
     return Start(path, read_manifest(path)) if path is not None else Start()
 
@@ -231,8 +232,7 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     begins = 0
     if start is not None and not config.checkpoint.finetune and not config.checkpoint.reset_progress:
         begins = iteration_of(start) or 0
-    names = {number for path in root.iterdir() if (number := iteration_of(path)) is not None and number > begins}
-    later = [path for number in sorted(names) if is_complete(path := locate(root, number))]
+    later = [path for number in list_iterations(root) if number > begins and is_complete(path := locate(root, number))]
     if not later:
         return
     go_on = "Leave --load-iteration out" if start is not None and start.parent == root else f"Add --load {root}"

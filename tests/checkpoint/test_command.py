@@ -17,7 +17,9 @@ from megatron_lite.errors import CheckpointError
 
 
 @pytest.fixture
-def root(kit, tmp_path):
+def root(kit, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
     for iteration in (10, 20):
         kit.save(tmp_path / "run", iteration)
     return tmp_path / "run"
@@ -38,14 +40,18 @@ def test_list(root, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^\s+10\s", out, re.MULTILINE)
     assert re.search(r"^\s*→\s+20\s.*1,008", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 80
+    (root / "iter_0000010" / "manifest.json").unlink()
+    assert call("list", root) == 0
+    assert re.search(r"not whole .*iter_0000010/manifest.json", capsys.readouterr().out)
 
 
 def test_inspect(root, capsys):
     assert call("inspect", root, "--tensors", "--config") == 0
     out = capsys.readouterr().out
     assert "iter_0000020" in out
-    assert '{"iteration": 20}' in out
-    assert re.search(r"decoder\.layers\.0\.mlp\.fc1\.weight\s+2 x 12 x 8\s+float32\s+1", out)
+    assert re.search(r"state: iteration\s+20", out)
+    assert re.search(r"float32\s+1\s+2 x 12 x 8\s+decoder\.layers\.0\.mlp\.fc1\.weight", out)
 
 
 def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys):
@@ -63,7 +69,7 @@ def test_diff(kit, root, capsys):
     assert call("diff", root / "iter_0000010", root, "--values") == 1
     out = capsys.readouterr().out
     assert re.search(r"^\s+iteration\s+10\s+20", out, re.MULTILINE)
-    assert re.search(r"decoder\.final_norm\.bias\s+\d\.\d+e", out)
+    assert re.search(r"\d\.\d+e\S+\s+\d\.\d+e\S+\s+decoder\.final_norm\.bias", out)
     assert "1 of 5 common tensors are equal" in out
     assert call("diff", root, root, "--values") == 0
     assert "5 of 5 common tensors are equal" in capsys.readouterr().out

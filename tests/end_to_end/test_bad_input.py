@@ -280,7 +280,7 @@ def test_checkpoints_that_are_not_there(corpus, finished, tmp_path):
     result = command(*corpus.job(*SAVING, "--load", finished, "--load-iteration", 7))
     assert_explained(result, "iter_0000007 is not there", "iter_0000001, iter_0000002, iter", kind="CheckpointError")
     result = command(*corpus.job("--train-iters", 1, "--load", nothing))
-    assert f"WARNING: --load {nothing} holds no checkpoint: starting from fresh weights" in result.out
+    assert f"WARNING: --load {nothing} does not exist: starting from fresh weights" in result.out
 
 
 def test_a_damaged_checkpoint_is_named_or_passed_over(corpus, finished, tmp_path):
