@@ -49,6 +49,7 @@ class Tokenizer(ABC):
 
         Raises:
             UnicodeEncodeError: the text holds half of a surrogate pair, which no UTF-8 spells.
+            DataError: this tokenizer cannot encode the text: it is too long, or holds what is no token.
         """
 
     @abstractmethod

@@ -16,6 +16,9 @@ from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_eod, vocabu
 if TYPE_CHECKING:
     import tokenizers
 
+MAX_SLOW = 1 << 24
+"""Characters of the longest text that the `tokenizers` library is given: it takes up to 130 bytes for each."""
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` and the end of a document, with tiktoken in its place where the ids are the same.
@@ -66,33 +69,18 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; added tokens that stand in it become their ids."""
-        if self._fast is not None and self._fast.takes(text) and not self._holds_added(text):
+        if self._fast is not None and not self._holds_added(text):
             return self._fast.encode(text)
-        text.encode("utf-8")
+        _refuse(text)
         return self._library.encode(text, add_special_tokens=self._template).ids
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of many texts end to end, cut into pieces where the fast encoder wants them short."""
+        """Ids of many texts end to end."""
         if self._fast is None:
             return self._encode_slowly(texts)
-        parts: list[str] = []
-        parts_of = np.zeros(len(texts), np.int64)
-        slow = False
-        for i, text in enumerate(texts):
-            before = len(parts)
-            if self._holds_added(text):
-                parts.append(text)
-                slow = True
-            elif self._fast.takes(text):
-                parts.append(text)
-            else:
-                parts.extend(fast_path.pieces(text))
-                slow = slow or not all(map(self._fast.takes, parts[before:]))
-            parts_of[i] = len(parts) - before
-        batch = self._encode_mixed(parts) if slow else self._fast.encode_flat(parts)
-        if len(parts) == len(texts):
-            return batch
-        return TokenBatch(batch.ids, np.add.reduceat(batch.lengths, np.cumsum(parts_of) - parts_of))
+        if any(map(self._holds_added, texts)):
+            return super().encode_flat(texts)
+        return self._fast.encode_flat(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens included."""
@@ -111,16 +99,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_slowly(self, texts: Sequence[str]) -> TokenBatch:
         for text in texts:
-            text.encode("utf-8")
+            _refuse(text)
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=self._template)
         encoded = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return TokenBatch(np.concatenate([np.empty(0, np.uint32), *encoded]), lengths)
 
-    def _encode_mixed(self, parts: Sequence[str]) -> TokenBatch:
-        encoded = [self.encode(part) for part in parts]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return TokenBatch(np.concatenate([np.array(one, np.uint32) for one in encoded]), lengths)
+
+def _refuse(text: str) -> None:
+    """Raises what `encode` may raise before the library, which would need 130 bytes a character, or replace a half."""
+    text.encode("utf-8")
+    if len(text) > MAX_SLOW:
+        raise DataError(
+            "A text that tiktoken does not encode fits in memory",
+            found=f"{len(text):,} characters (at most {MAX_SLOW:,} without tiktoken)",
+            fix="Leave it out, or cut it; pip install 'megatron_lite[fast]' helps with GPT-2's kind of vocabulary",
+        )
 
 
 def fast_encoder(library: tokenizers.Tokenizer) -> fast_path.FastByteBpe | None:

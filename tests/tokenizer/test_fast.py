@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.tokenizer import fast
+from megatron_lite.errors import DataError
+from megatron_lite.tokenizer import fast, huggingface, words
 from megatron_lite.tokenizer.huggingface import read_gpt2
+from megatron_lite.tokenizer.training import train_byte_level_bpe
 
 pytest.importorskip("tiktoken")
 
@@ -52,14 +55,56 @@ def test_long_blank_runs_and_the_marker_itself(both):
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("abs1 \n\u00a0\x1c'_,東、。がー\uff12\u0301"), max_size=60), st.integers(2, 9))
 def test_pieces_cut_only_where_the_pattern_cuts(both, string, limit):
-    parts = list(fast.pieces(string, limit))
+    parts = list(words.pieces(string, limit))
     assert "".join(parts) == string
     assert [i for part in parts for i in both[1].encode(part)] == both[1].encode(string)
 
 
 def test_pieces_are_short_where_they_can_be():
     for text in ("word " * 100, "a,b;" * 100, "x1" * 200, "東京、" * 100):
-        assert max(map(len, fast.pieces(text, 20))) <= 20
+        assert max(map(len, words.pieces(text, 20))) <= 20
+
+
+RUNS = ["a", "-", " ", "0", "ACGT", "=-", " \n\t", "0123456789", "ab東京é", "'!\"", "the"]
+
+
+@pytest.fixture(scope="module")
+def runs_vocabulary(tmp_path_factory):
+    """Tokens for what repeats, of many lengths: neighbours that could be cut in several ways."""
+    folder = tmp_path_factory.mktemp("runs")
+    draw = random.Random(1)
+    texts = ["".join(draw.choices(run, k=length)) for run in RUNS for length in (3, 5, 16, 40, 200) for _ in range(4)]
+    train_byte_level_bpe(texts, folder, vocab_size=900)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return read_gpt2(*files, use_fast=True), read_gpt2(*files, use_fast=False)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_word_of_any_length_is_stitched_from_stretches(runs_vocabulary, run, monkeypatch):
+    monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)  # never encoded whole
+    draw = random.Random(run)
+    for before, after in (("", ""), ("x", "y"), ("the 's", "'s end"), (" ", "  .")):
+        length = draw.randrange(50_000, 170_000)
+        same(runs_vocabulary, [before + "".join(draw.choices(run, k=length)) + after, "next"])
+        same(runs_vocabulary, [before + (run * length)[:length] + after])
+
+
+def test_a_word_that_cannot_be_stitched_is_encoded_whole_up_to_a_limit(both, monkeypatch):
+    text = "\u0e01" * 120_000  # a letter, but not of those that are beyond doubt
+    same(both, [text])
+    monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)
+    with pytest.raises(DataError, match="120,000 characters in one word"):
+        both[0].encode_flat(["short", text])
+    monkeypatch.setattr(huggingface, "MAX_SLOW", 60_000)
+    with pytest.raises(DataError, match=r"120,000 characters .*megatron_lite\[fast\]"):
+        both[1].encode(text)
+
+
+def test_stretches_that_do_not_meet_are_encoded_whole(both, monkeypatch):
+    monkeypatch.setattr(fast.FastByteBpe, "_meeting", lambda *_: None)
+    same(both, ["ab" * 60_000])
+    with pytest.raises(DataError, match="2,000,000 characters"):
+        both[0].encode(" " * 2_000_000)  # what the regex engine refuses
 
 
 def test_an_unfit_vocabulary_is_refused(bpe_folder):
