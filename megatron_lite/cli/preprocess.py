@@ -79,6 +79,13 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-newlines", action="store_true", help="keep line breaks between sentences")
     group.add_argument("--lang", default="english", help="language of --split-sentences (english)")
     group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines that hold no document")
+    group.add_argument(
+        "--max-line-mb",
+        type=int,
+        default=256,
+        metavar="N",
+        help="a longer line is a bad one: it would take memory (256)",
+    )
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +174,7 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
         keep_newlines=args.keep_newlines,
         language=args.lang,
         skip_bad_lines=args.skip_bad_lines,
+        max_line_bytes=args.max_line_mb << 20,
         min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
         min_chars=args.min_chars,

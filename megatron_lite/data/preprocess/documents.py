@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.preprocess.lines import MAX_LINE, Line
+from megatron_lite.data.preprocess.lines import Line
 from megatron_lite.data.preprocess.sources import Unit
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -25,7 +25,7 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
         BadLineError: it is not UTF-8 or JSON, not an object, or lacks a text under one of the keys.
     """
     if line.too_long:
-        raise BadLineError(f"longer than {MAX_LINE} bytes")
+        raise BadLineError("longer than --max-line-mb")
     content = line.content
     if content.startswith(b"\xef\xbb\xbf"):
         content = content[3:]

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from megatron_lite.data.preprocess.options import MAX_LINE
 from megatron_lite.data.preprocess.sources import Unit
 from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-MAX_LINE = 1 << 30
-"""Bytes of the longest line that is read into memory."""
 BUFFER = 1 << 20
+SHOWN = 200
+"""Bytes that are kept of a line that is too long."""
 
 
 class Line(NamedTuple):
@@ -29,12 +30,13 @@ class Line(NamedTuple):
     """Counted from 1 in the unit (for a packed file: in the file)."""
     content: bytes
     too_long: bool
+    """Longer than allowed: `content` is only its beginning."""
     position: int
     """Bytes of the unit's file that have been read so far, from the unit's start."""
 
 
-def read_lines(unit: Unit, json_keys: Sequence[str]) -> Iterator[Line]:
-    """The lines that begin in the unit, those of blanks only included.
+def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -> Iterator[Line]:
+    """The lines that begin in the unit, those of blanks only included; of one with more bytes than `max_line`, a part.
 
     Raises:
         DataError: the file cannot be read to its end: it is truncated, damaged, or the disk fails.
@@ -42,9 +44,9 @@ def read_lines(unit: Unit, json_keys: Sequence[str]) -> Iterator[Line]:
     readers = {"text": _read_text, "gzip": _read_gzip, "zstd": _read_zstd}
     try:
         if unit.source.kind == "parquet":
-            yield from _read_parquet(unit, json_keys)
+            yield from _read_parquet(unit, json_keys, max_line)
         else:
-            yield from readers[unit.source.kind](unit)
+            yield from readers[unit.source.kind](unit, max_line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(unit, error) from error
     except OSError as error:
@@ -61,7 +63,7 @@ def _damaged(unit: Unit, error: BaseException) -> DataError:
     )
 
 
-def _read_text(unit: Unit) -> Iterator[Line]:
+def _read_text(unit: Unit, max_line: int) -> Iterator[Line]:
     with Path(unit.source.path).open("rb", buffering=BUFFER) as file:
         if unit.start:  # a line that began before the unit is another's
             file.seek(unit.start - 1)
@@ -70,47 +72,47 @@ def _read_text(unit: Unit) -> Iterator[Line]:
         position, number = file.tell(), 0
         while position < unit.end:
             number += 1
-            content, too_long, size = _read_line(file)
+            content, too_long, size = _read_line(file, max_line)
             if not size:
                 return
             position += size
             yield Line(number, content, too_long, min(position, unit.end) - unit.start)
 
 
-def _read_line(file: IO[bytes]) -> tuple[bytes, bool, int]:
-    """The next line, whether it was longer than MAX_LINE (then it is cut there), and its bytes in the file."""
-    content = file.readline(MAX_LINE)
+def _read_line(file: IO[bytes], max_line: int) -> tuple[bytes, bool, int]:
+    """The next line, whether it was longer than `max_line` (then it is cut), and its bytes in the file."""
+    content = file.readline(max_line + 1)
     size = len(content)
-    too_long = size == MAX_LINE and not content.endswith(b"\n")
+    too_long = size > max_line and not content.endswith(b"\n")
     if too_long:
-        content = content[:200]
+        content = content[:SHOWN]
         while (rest := file.readline(BUFFER)) and not rest.endswith(b"\n"):
             size += len(rest)
         size += len(rest)
     return content, too_long, size
 
 
-def _read_packed(file: IO[bytes], raw: IO[bytes]) -> Iterator[Line]:
+def _read_packed(file: IO[bytes], raw: IO[bytes], max_line: int) -> Iterator[Line]:
     number = 0
     while True:
-        content, too_long, size = _read_line(file)
+        content, too_long, size = _read_line(file, max_line)
         if not size:
             return
         number += 1
         yield Line(number, content, too_long, raw.tell())
 
 
-def _read_gzip(unit: Unit) -> Iterator[Line]:
+def _read_gzip(unit: Unit, max_line: int) -> Iterator[Line]:
     with Path(unit.source.path).open("rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
-        yield from _read_packed(io.BufferedReader(packed, BUFFER), raw)
+        yield from _read_packed(io.BufferedReader(packed, BUFFER), raw, max_line)
 
 
-def _read_zstd(unit: Unit) -> Iterator[Line]:
+def _read_zstd(unit: Unit, max_line: int) -> Iterator[Line]:
     import zstandard
 
     with Path(unit.source.path).open("rb") as raw:
         try:
-            yield from _read_packed(io.BufferedReader(_Pieces(_zstd_pieces(raw)), BUFFER), raw)
+            yield from _read_packed(io.BufferedReader(_Pieces(_zstd_pieces(raw)), BUFFER), raw, max_line)
         except zstandard.ZstdError as error:
             raise _damaged(unit, error) from error
 
@@ -153,7 +155,7 @@ class _Pieces(io.RawIOBase):
         return count
 
 
-def _read_parquet(unit: Unit, json_keys: Sequence[str]) -> Iterator[Line]:
+def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterator[Line]:
     """Rows as the JSON lines they would be, so that there is one way to judge a document."""
     import pyarrow
     import pyarrow.parquet
@@ -172,7 +174,9 @@ def _read_parquet(unit: Unit, json_keys: Sequence[str]) -> Iterator[Line]:
                 for row in batch.to_pylist():
                     number += 1
                     done = unit.num_bytes * number // max(1, file.metadata.num_rows)
-                    yield Line(number, _as_json(row), False, done)
+                    content = _as_json(row)
+                    too_long = len(content) > max_line
+                    yield Line(number, content[:SHOWN] if too_long else content, too_long, done)
     except pyarrow.ArrowException as error:
         raise _damaged(unit, error) from error
 

@@ -100,7 +100,7 @@ class UnitWorker:
         draws = _Draws(self.options.seed, unit.number)
         draw = self.options.shuffle or self.options.sample is not None
         position = 0
-        for line in read_lines(unit, self.options.json_keys):
+        for line in read_lines(unit, self.options.json_keys, self.options.max_line_bytes):
             position = line.position
             if waiting.lines and waiting.num_bytes + len(line.content) > BATCH_BYTES:
                 yield waiting, position

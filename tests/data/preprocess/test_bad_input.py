@@ -76,13 +76,14 @@ def test_a_line_of_many_units(make, look, tmp_path, tokenizer):
     assert lengths[0] > 1_000_000 > lengths[1]
 
 
-def test_a_line_longer_than_memory_allows(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_lite.data.preprocess.lines.MAX_LINE", 100)
+def test_a_line_longer_than_memory_allows(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD, b'{"text": "' + b"a" * 3_000_000 + b'"}', GOOD]))
-    with pytest.raises(DataError, match=r"in\.jsonl:2 is longer than"):
-        make(inputs=(str(path),), unit_bytes=1 << 20)
-    prefix = make(inputs=(str(path),), unit_bytes=1 << 20, skip_bad_lines=True)
+    with pytest.raises(DataError, match=r"in\.jsonl:2 is longer than --max-line-mb"):
+        make(inputs=(str(path),), unit_bytes=1 << 20, max_line_bytes=100)
+    # What was done before the error is used whether such lines are to be skipped or to be read.
+    assert len(look.documents(make(inputs=(str(path),), unit_bytes=1 << 20))) == 3
+    prefix = make("skip", inputs=(str(path),), unit_bytes=1 << 20, skip_bad_lines=True, max_line_bytes=100)
     report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
     assert (report["lines"], report["documents"], report["bad"]) == (3, 2, 1)
 

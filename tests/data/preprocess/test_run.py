@@ -176,6 +176,7 @@ def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):
         {"json_keys": ("a", "a")},
         {"seed": -1},
         {"min_chars": -1},
+        {"max_line_bytes": 0},
     ],
 )
 def test_settings_that_make_no_sense(make, wrong):
