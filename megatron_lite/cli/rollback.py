@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SUMMARY = "take a run back to an earlier checkpoint, leaving out samples from there"
 _TEXT = (
     "Makes an earlier checkpoint the latest, so that the same command goes on from there. Later checkpoints are moved "
-    "to a folder rolled-back-…, metrics.jsonl is cut and TensorBoard's files are made anew; nothing is deleted."
+    "to a folder rolled-back-…, metrics.jsonl and TensorBoard's files are cut; nothing is deleted."
 )
 
 

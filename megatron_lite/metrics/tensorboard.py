@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.metrics.console import perplexity
+from megatron_lite.metrics.event_files import VS_SAMPLES, cut_events
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 
 MEMORY_TAGS = {
@@ -49,10 +52,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
 
 
 class TensorboardSink:
-    """Writes scalars through `writer`, which has SummaryWriter's add_scalar, add_text, flush and close.
-
-    No purge_step is passed on resume: TensorBoard would compare it with the ` vs samples` steps as well and drop them.
-    """
+    """Writes scalars through `writer`, which has SummaryWriter's add_scalar, add_text, flush and close."""
 
     def __init__(self, config: MetricsConfig, writer: Any, world_size: int = 1) -> None:
         self._config = config
@@ -60,7 +60,9 @@ class TensorboardSink:
         self._world_size = world_size
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Write every setting as text, as Megatron does with its arguments."""
+        """Cut what a killed job wrote after its last save; write every setting as text, as Megatron does."""
+        if facts.start_iteration and _goes_on_in_its_folder(config.checkpoint):
+            cut_events(Path(self._config.tensorboard_dir), facts.start_iteration)
         self._world_size = facts.world_size
         for name, value in _settings(config):
             self._writer.add_text(name, str(value), global_step=facts.start_iteration)
@@ -71,7 +73,7 @@ class TensorboardSink:
             return
         for tag, value in self._training_scalars(report):
             self._writer.add_scalar(tag, value, report.iteration)
-            self._writer.add_scalar(f"{tag} vs samples", value, report.consumed_train_samples)
+            self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
         for tag, value in self._machine_scalars(report):
             self._writer.add_scalar(tag, value, report.iteration)
 
@@ -84,7 +86,7 @@ class TensorboardSink:
                 scalars[f"{name} {report.split}{suffix} ppl"] = perplexity(loss) if math.isfinite(loss) else loss
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, report.iteration)
-                self._writer.add_scalar(f"{tag} vs samples", value, report.consumed_train_samples)
+                self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
         self._writer.flush()
 
     def message(self, text: str) -> None:
@@ -131,6 +133,13 @@ class TensorboardSink:
             for name, count in report.memory.items():
                 if name in MEMORY_TAGS:
                     yield MEMORY_TAGS[name], count
+
+
+def _goes_on_in_its_folder(options: CheckpointConfig) -> bool:
+    """Whether the run is the one that wrote here before: one that branches off leaves the other's points alone."""
+    if not options.load or not options.save:
+        return False
+    return Path(options.load).resolve() == Path(options.save).resolve()
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[str, object]]:

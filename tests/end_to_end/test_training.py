@@ -227,6 +227,27 @@ def test_tensorboard_tags(corpus, tmp_path):
     assert [point.step for point in events.Scalars("lm loss vs samples")] == [4, 8, 12, 16, 20, 24]
 
 
+def test_tensorboard_shows_work_that_was_lost_once(corpus, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps(tag):
+        events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=False)
+        events.Reload()
+        return [point.step for point in events.Scalars(tag)]
+
+    save = tmp_path / "run"
+    words = corpus.job("--train-iters", 8, "--save", save, "--save-interval", 3, "--tensorboard-dir", tmp_path / "tb")
+    assert command(*words, "--exit-interval", 5, "--no-save-on-exit").code == 0
+    assert steps("lm loss") == [1, 2, 3, 4, 5]
+    # A run that branches off leaves the first one's points alone; the run itself takes them back.
+    branch = (*words, "--load", save, "--save", tmp_path / "branch", "--exit-interval", 4)
+    assert command(*branch).code == 0
+    assert steps("lm loss") == [1, 2, 3, 4, 5, 4]
+    assert command(*words, "--load", save).code == 0
+    assert steps("lm loss") == list(range(1, 9))
+    assert steps("lm loss vs samples") == list(range(4, 33, 4))
+
+
 def test_the_run_introduces_itself(corpus, tmp_path):
     save = tmp_path / "run"
     result = command(*corpus.job(*RESUMED, "--save", save, "--exit-after-iters", 2, "--lr-warmup-iters", 2))
