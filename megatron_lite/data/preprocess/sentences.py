@@ -13,22 +13,27 @@ class SentenceSplitter:
     """Punkt for one language. `keep_newlines` makes line breaks that end a sentence part of it, as Megatron does.
 
     Raises:
-        DataError: nltk or its punkt data is not installed.
+        DataError: nltk is not installed, or has no punkt data of that language.
     """
 
     def __init__(self, language: str, keep_newlines: bool) -> None:
-        fix = "pip install nltk, then python -m nltk.downloader punkt punkt_tab (where there is a network)"
         try:
-            punkt = importlib.import_module("nltk.tokenize.punkt")
-        except ImportError as error:
+            punkt, data = (importlib.import_module(f"nltk.{name}") for name in ("tokenize.punkt", "data"))
+            tokenizer = punkt.PunktTokenizer
+        except (ImportError, AttributeError) as error:
             raise DataError(
-                "--split-sentences needs the nltk library", found="it is not installed", fix=f"Run {fix}"
+                "--split-sentences needs the nltk library, 3.9 or newer",
+                found="it is older" if isinstance(error, AttributeError) else "it is not installed",
+                fix="Install the extra: pip install 'megatron_lite[sentences]'",
             ) from error
         try:
-            self._punkt: Any = punkt.PunktTokenizer(language)
-        except LookupError as error:
+            self._punkt: Any = tokenizer(language)
+        except (LookupError, ValueError, OSError) as error:
             raise DataError(
-                "--split-sentences needs nltk's punkt data", found=f"there is none for {language}", fix=f"Run {fix}"
+                "--split-sentences needs nltk's punkt data",
+                found=f"there is no folder tokenizers/punkt_tab/{language} in any of {', '.join(data.path)}",
+                fix="Run python -m nltk.downloader punkt_tab; without a network, run it elsewhere and copy its "
+                "nltk_data folder to one of these, or name the folder in NLTK_DATA",
             ) from error
         if keep_newlines:
             self._punkt._lang_vars = _newline_keeping_variables(punkt)
