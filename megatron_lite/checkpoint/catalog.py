@@ -89,6 +89,22 @@ def announce(root: Path, iteration: int) -> None:
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())
 
 
+def unannounced(root: Path) -> int | None:
+    """The iteration of a whole checkpoint that was written after the last announcement: a job died in between.
+
+    A later checkpoint that is older than the announcement was left behind by a rollback or by hand; it does not count.
+    """
+    text = announced(root)
+    if text is None or not text.isdecimal():
+        return None
+    told = (root / LATEST_NAME).stat().st_mtime_ns
+    for iteration in reversed([number for number in list_iterations(root) if number > int(text)]):
+        path = locate(root, iteration)
+        if is_complete(path) and (path / MANIFEST_NAME).stat().st_mtime_ns > told:
+            return iteration
+    return None
+
+
 def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] = print) -> Path | None:
     """The checkpoint that a load of `root` means: the announced one, or the newest whole one if none was announced.
 

@@ -88,7 +88,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             "size": f"{size_text(manifest.size)} in {_counted(len(manifest.files), 'file')}",
             "written by": f"megatron_lite {manifest.writer['megatron_lite']}, torch {manifest.writer['torch']}",
             "on": f"{_counted(manifest.writer['world_size'], 'rank')}, {_when(manifest)}",
-            **{f"{name} was": value for name, value in manifest.provenance.fingerprints.items()},
+            **manifest.provenance.fingerprints,
             "samples left out": ", ".join(f"{first}-{end - 1}" for first, end in manifest.provenance.skipped_samples),
             **{f"state: {name}": _plain(value) for name, value in manifest.scalars.items()},
         }

@@ -98,12 +98,7 @@ def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iter
         f"            learning rate {config.lr.lr:g} to {config.lr.min_lr:g}, {config.lr.style}; warm-up "
         f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
     )
-    saves = explanation.saves
-    yield (
-        f"Saves       {saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
-        if saves.count
-        else "Saves       none"
-    )
+    yield f"Saves       {_saves(config, explanation)}"
     yield from _stage_lines(explanation.stages)
     for title, entries in (
         ("Notes", parsed.notes),
@@ -113,6 +108,16 @@ def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iter
         if entries:
             yield from ("", title, *(f"  {entry}" for entry in entries))
     yield from ("", "The same command, as it was understood:", "  " + _wrapped(to_argv(config)))
+
+
+def _saves(config: RunConfig, explanation: Explanation) -> str:
+    saves, end = explanation.saves, explanation.length.iterations
+    if not config.checkpoint.save:
+        return "none, for there is no --save"
+    scheduled = f"{saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
+    if not saves.count:
+        return f"one checkpoint, iteration {end:,} at the end"
+    return scheduled if saves.last == end else f"{scheduled}, and iteration {end:,} at the end"
 
 
 def _stage_lines(stages: tuple[BatchStage, ...]) -> Iterator[str]:

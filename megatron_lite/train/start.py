@@ -9,7 +9,16 @@ from tempfile import TemporaryFile
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.agreement import together
-from megatron_lite.checkpoint.catalog import find_checkpoint, is_complete, iteration_of, list_iterations, locate
+from megatron_lite.checkpoint.catalog import (
+    announce,
+    find_checkpoint,
+    folder_name,
+    is_complete,
+    iteration_of,
+    list_iterations,
+    locate,
+    unannounced,
+)
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
@@ -77,6 +86,9 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
 def _find_start(config: RunConfig, notify: Notify) -> Start:
     options = config.checkpoint
     path = None
+    own = bool(options.load and options.save) and Path(options.load).resolve() == Path(options.save).resolve()
+    if own and not options.load_iteration:
+        _finish_announcement(Path(options.save), notify)
     if options.load:
         path = find_checkpoint(
             options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=notify
@@ -94,6 +106,15 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
         notify(f"{warning}--load {options.load} {problem}: starting from fresh weights")
     _refuse_to_overwrite(config, path)
     return Start(path, read_manifest(path)) if path is not None else Start()
+
+
+def _finish_announcement(root: Path, notify: Notify) -> None:
+    """Announces a checkpoint that a job finished and died before it could say so, so that nothing is done twice."""
+    if (iteration := unannounced(root)) is not None:
+        notify(
+            f"{folder_name(iteration)} is complete, and the job that saved it died before it announced it: taking it"
+        )
+        announce(root, iteration)
 
 
 def already_complete(config: RunConfig) -> str | None:
@@ -235,7 +256,12 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     later = [path for number in list_iterations(root) if number > begins and is_complete(path := locate(root, number))]
     if not later:
         return
-    go_on = "Leave --load-iteration out" if start is not None and start.parent == root else f"Add --load {root}"
+    options = config.checkpoint
+    anew = "--finetune" if options.finetune else "--reset-iteration" if options.reset_progress else ""
+    if start is None or start.parent != root:
+        go_on = f"Add --load {root}" + (f" and leave {anew} out" if anew else "")
+    else:
+        go_on = f"Leave {anew or '--load-iteration'} out"
     raise CheckpointError(
         "A run does not write over checkpoints that it did not start from",
         found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 
 from megatron_lite.checkpoint import catalog
-from megatron_lite.checkpoint.catalog import announce, find_checkpoint, is_complete, list_checkpoints, remove_stale
+from megatron_lite.checkpoint.catalog import (
+    announce,
+    find_checkpoint,
+    is_complete,
+    list_checkpoints,
+    remove_stale,
+    unannounced,
+)
 from megatron_lite.errors import CheckpointError
 
 
@@ -136,3 +144,19 @@ def test_what_killed_saves_left_goes_with_the_next_save(kit, root):
 def test_the_name_grows_with_the_iteration():
     assert catalog.folder_name(100) == "iter_0000100"
     assert catalog.folder_name(123456789) == "iter_123456789"
+
+
+def test_what_was_saved_after_the_last_announcement_was_on_its_way_to_one(kit, root):
+    assert unannounced(root) is None
+    announce(root, 20)
+    assert unannounced(root) is None, "older than the announcement: a person or a rollback has put it aside"
+    text = root / "latest_checkpointed_iteration.txt"
+    before = text.stat()
+    kit.save(root, 30)
+    text.write_text("20\n")
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert unannounced(root) == 30
+    (root / "iter_0000030" / ".metadata").unlink()
+    assert unannounced(root) is None
+    text.unlink()
+    assert unannounced(root) is None

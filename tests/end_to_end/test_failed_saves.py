@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import signal
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from trainer import checkpoints, command, records, status
+from trainer import checkpoints, command, iterations, records, status
 
 from megatron_lite.checkpoint import background, writing
+from megatron_lite.checkpoint import save as saving
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.errors import CheckpointError
 from megatron_lite.metrics.reporter import Reporter
@@ -93,6 +95,30 @@ def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, 
     assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set()), "retention keeps what is whole"
     ended = status(save)
     assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, failed)
+
+
+def die_unannounced(iteration):
+    """Makes a job die -9 when this checkpoint is whole and has its name, but is not announced yet."""
+    announce = saving.announce
+
+    def die(root, number):
+        if number == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+        announce(root, number)
+
+    saving.announce = die
+
+
+def test_a_job_that_died_before_the_announcement_goes_on_from_what_it_saved(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save)
+    assert start(words, partial(die_unannounced, 4)).wait().code == -signal.SIGKILL
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    result = command(*words)
+    assert result.code == 0, result.err
+    assert "iter_0000004 is complete, and the job that saved it died before it announced it: taking it" in result.out
+    assert iterations(save) == list(range(1, 9))
+    assert checkpoints(save) == ["iter_0000006", "iter_0000008"]
 
 
 def test_weights_alone_fail_alike(corpus, start, tmp_path):
