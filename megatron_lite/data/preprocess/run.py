@@ -144,6 +144,7 @@ class _Run:
         if self.options.shuffle:
             buckets = plan_buckets(len(units), [one.shards for one in done])
             self._work(folder.path, [bucket for bucket in buckets if bucket.number not in finished])
+            folder.drop([shard for one in done for shard in one.shards])
             done = [folder.read(bucket.number) for bucket in buckets]
         for key, prefix in enumerate(self.prefixes):
             self._join(prefix, [one.shards[key] for one in done], summary)

@@ -23,6 +23,8 @@ from megatron_lite.data.preprocess.shard import Shard
 from megatron_lite.data.preprocess.sources import Source
 from megatron_lite.errors import DataError
 
+SHARD_SUFFIXES = (".bin", ".idx", ".order")
+
 
 @dataclass(frozen=True)
 class Done:
@@ -118,7 +120,7 @@ class WorkFolder:
     def _remove_unfinished(self) -> None:
         keep = {shard.name for number in self.finished() for shard in self.read(number).shards}
         for entry in self.path.iterdir():
-            is_shard = entry.suffix in (".bin", ".idx", ".order") and str(entry.with_suffix("")) not in keep
+            is_shard = entry.suffix in SHARD_SUFFIXES and str(entry.with_suffix("")) not in keep
             if is_shard or entry.suffix == ".tmp":
                 entry.unlink(missing_ok=True)
 
@@ -130,6 +132,12 @@ class WorkFolder:
         """What a finished unit left."""
         saved = json.loads((self.path / f"{number:06d}.json").read_bytes())
         return Done([Shard(**shard) for shard in saved["shards"]], Report.from_dict(saved["report"]))
+
+    def drop(self, shards: Sequence[Shard]) -> None:
+        """Free the disk of shards that others have taken the place of; that their units are done stays true."""
+        for shard in shards:
+            for suffix in SHARD_SUFFIXES:
+                Path(f"{shard.name}{suffix}").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The output is complete."""

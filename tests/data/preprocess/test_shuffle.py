@@ -31,3 +31,17 @@ def test_empty_documents_and_several_keys(make, look):
     plain = make("plain", empty_documents="keep", json_keys=("text", "title"))
     pairs = list(zip(look.documents(plain), look.documents(plain, "_title_document"), strict=True))
     assert sorted(zip(texts, titles, strict=True)) == sorted(pairs), "a document's keys stay together"
+
+
+def test_shards_in_the_old_order_are_gone_when_buckets_are_joined(make, look, tmp_path, monkeypatch):
+    whole = look.files(make("whole", shuffle=True))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_lite.data.preprocess.run._Run._join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make("cut", shuffle=True)
+    assert len(list((tmp_path / "cut.partial").glob("*.bin"))) == 1, "the only bucket"
+    assert look.files(make("cut", shuffle=True)) == whole
