@@ -1,4 +1,4 @@
-"""megatron-lite data: looks into datasets, verifies and converts them, and says which text an iteration trained on."""
+"""megatron-lite data: looks into datasets, verifies, packs and converts them, and says what an iteration trained on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
-from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
+from megatron_lite.cli.data_tokenizer import given_tokenizer
+from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
 
 if TYPE_CHECKING:
     from megatron_lite.data.indexed_dataset import IndexedDataset
     from megatron_lite.tokenizer.base import Tokenizer
 
-SUMMARY = "inspect, verify and convert datasets; show the text of an iteration"
+SUMMARY = "inspect, verify, pack and convert datasets; show the text of an iteration"
 EXIT_USAGE = 2
 
 USAGE = """\
@@ -23,12 +26,14 @@ usage: megatron-lite data inspect PREFIX [--documents N] [--picture FILE.svg] [t
        megatron-lite data verify PREFIX [PREFIX ...] [tokenizer flags]
        megatron-lite data samples --iteration N [--tokens N] THE JOB'S FLAGS
        megatron-lite data index THE JOB'S FLAGS
+       megatron-lite data pack PREFIX PACKED_PREFIX --seq-length N [tokenizer flags]
        megatron-lite data convert OLD_PREFIX NEW_PREFIX
 
   inspect   header, counts, lengths as a histogram, the first documents (as text, given a tokenizer)
   verify    every length and pointer, every id (given a tokenizer or a manifest), every checksum (given a manifest)
   samples   which documents and text iteration N trains on
   index     build and keep the sample index ahead of a job, so that it starts at once
+  pack      whole documents into sequences of exactly N tokens: training cuts no document that fits in one
   convert   a dataset of the older lazy/cached kind to the one that is read here
 """
 
@@ -43,6 +48,7 @@ def run(argv: list[str]) -> int:
         "verify": verify,
         "samples": show_samples,
         "index": build_indices,
+        "pack": pack,
         "convert": convert,
     }
     if argv[0] not in actions:
@@ -79,7 +85,7 @@ def inspect(argv: list[str]) -> int:
     if options.picture:
         options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
         print(f"  drawn to {options.picture}")
-    _show_documents(data, _tokenizer(options), options.documents, options.tokens)
+    _show_documents(data, given_tokenizer(options), options.documents, options.tokens)
     return 0
 
 
@@ -89,7 +95,7 @@ def verify(argv: list[str]) -> int:
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
-    tokenizer = _tokenizer(options)
+    tokenizer = given_tokenizer(options)
     for prefix in options.prefixes:
         began = time.monotonic()
         checked = _verify_one(prefix, tokenizer)
@@ -113,23 +119,20 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     """Check one dataset; what was checked, in words."""
     from megatron_lite.data.build import check_manifest
     from megatron_lite.data.indexed_dataset import IndexedDataset
-    from megatron_lite.data.preprocess.manifest import check_files, read_manifest
+    from megatron_lite.data.preprocess.manifest import check_files
     from megatron_lite.data.survey import check_all_tokens
 
     data = IndexedDataset(prefix)
     data.check()
     checked = [f"{len(data):,} lengths and pointers", f"{data.num_documents:,} documents"]
-    manifest = read_manifest(prefix)
-    check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")
+    manifest = check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")
     vocab_size = (
         tokenizer.vocab_size if tokenizer else int((manifest.tokenizer if manifest else {}).get("vocab_size", 0))
     )
     if vocab_size:
-        for done in check_all_tokens(data, vocab_size):
-            if sys.stderr.isatty():
-                print(f"\r{done:,} of {data.num_tokens:,} ids", end="", file=sys.stderr)
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        with TokenProgress("verify", data.num_tokens) as progress:
+            for done in check_all_tokens(data, vocab_size):
+                progress.advance(done - progress.done)
         checked.append(f"{data.num_tokens:,} ids below {vocab_size}")
     else:
         checked.append("no ids: give a tokenizer to check them")
@@ -139,15 +142,6 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     else:
         checked.append("no checksums: it has no manifest")
     return checked
-
-
-def _tokenizer(options: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer, if any of its flags is given."""
-    if not any((options.tokenizer_type, options.vocab_file, options.merge_file, options.tokenizer_model)):
-        return None
-    from megatron_lite.tokenizer.build import build_tokenizer
-
-    return build_tokenizer(tokenizer_config(options))
 
 
 def _made_with(prefix: str) -> str:

@@ -17,7 +17,8 @@ from megatron_lite.data.dataset import BlendedDataset, Dataset, GPTDataset, Mock
 from megatron_lite.data.index_cache import cached_index
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.megatron_cache import find_megatron_index
-from megatron_lite.data.preprocess.manifest import check_files, read_manifest
+from megatron_lite.data.packed_dataset import packed_length
+from megatron_lite.data.preprocess.manifest import Manifest, check_files, read_manifest
 from megatron_lite.data.sample_index import plan_index
 from megatron_lite.data.slices import SliceDataset
 from megatron_lite.data.split import range_bounds, split_bounds
@@ -103,7 +104,9 @@ class _Builder:
         """Open a file once, and check that it is this tokenizer's."""
         if prefix not in self.opened:
             data = IndexedDataset(prefix)
-            check_manifest(prefix, self.fingerprint)
+            length = packed_length(check_manifest(prefix, self.fingerprint))
+            if length:
+                warn_of_packing(prefix, length, self.config)
             check_vocabulary(data, self.vocab_size)
             self.opened[prefix] = data
         return self.opened[prefix]
@@ -210,15 +213,18 @@ def blend_counts(weights: Sequence[float], wanted: int, *, modern: bool) -> tupl
     return shares, [math.ceil(wanted * share * SURPLUS) for share in shares]
 
 
-def check_manifest(prefix: str, fingerprint: str) -> None:
+def check_manifest(prefix: str, fingerprint: str) -> Manifest | None:
     """Compare a dataset with its manifest, if preprocessing left one: its files' sizes and its tokenizer.
+
+    Returns:
+        The manifest; None if there is none.
 
     Raises:
         DataError: they differ.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
-        return
+        return None
     check_files(prefix, manifest, contents=False)
     made_with = str(manifest.tokenizer.get("fingerprint", ""))
     if fingerprint and made_with and made_with != fingerprint:
@@ -228,6 +234,20 @@ def check_manifest(prefix: str, fingerprint: str) -> None:
             f"the run's has {fingerprint}",
             fix="Give the tokenizer's files that the dataset was made with, or preprocess it again",
         )
+    return manifest
+
+
+def warn_of_packing(prefix: str, length: int, config: RunConfig) -> None:
+    """Say what a run should do with a dataset that was packed in sequences of `length` tokens, and does not."""
+    if length != config.batch.seq_length:
+        LOG.warning(
+            "%s is packed in sequences of %d tokens, --seq-length is %d: samples begin and end inside of documents",
+            prefix,
+            length,
+            config.batch.seq_length,
+        )
+    if not config.data.eod_mask_loss:
+        LOG.warning("%s is packed: without --eod-mask-loss, its padding is trained on", prefix)
 
 
 def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:

@@ -184,6 +184,19 @@ class IndexedDatasetWriter:
             self.add_sequence(tokens)
         self.end_document()
 
+    def add_documents(self, tokens: NDArray[np.generic]) -> None:
+        """Append documents of one sequence and of equal length, [documents, length > 0]."""
+        stored = self._to_stored(tokens)
+        count, length = stored.shape
+        with self._writing():
+            self._files["bin"].write(stored.data)
+        self._sizes.extend([length] * count)
+        self._documents.extend(range(self.num_sequences + 1, self.num_sequences + count + 1))
+        self.num_sequences += count
+        self.num_documents += count
+        self.num_tokens += stored.size
+        self._spill()
+
     def append(self, prefix: str | Path) -> None:
         """Append a whole dataset of the same token type by copying its bytes, inside the kernel where it can.
 
@@ -249,7 +262,7 @@ class IndexedDatasetWriter:
             self.abort()
 
     def _to_stored(self, tokens: ArrayLike) -> NDArray[np.generic]:
-        """The tokens as [tokens] of the stored type; a value that it cannot hold is an error, never wrapped."""
+        """The tokens as an array of the stored type; a value that it cannot hold is an error, never wrapped."""
         given = np.asarray(tokens)
         if given.dtype == self.dtype:
             return np.ascontiguousarray(given)
