@@ -1,13 +1,7 @@
-"""Optimizers over small modules, on one process and on forked gloo ranks."""
+"""Optimizers over small modules, on one process and on gloo ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import queue
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_lite.backend.base import Backend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
@@ -41,9 +36,9 @@ def one_thread():
 class Kit:
     """Makes the parts under test."""
 
-    def mesh(self, parallel: ParallelConfig | None = None, launch: Launch | None = None) -> Mesh:
-        parallel = parallel or ParallelConfig()
-        return build_mesh(select_backend(CPU, parallel, launch or Launch()), parallel)
+    def mesh(self) -> Mesh:
+        """That of a single process."""
+        return build_mesh(select_backend(CPU, ParallelConfig(), Launch()), ParallelConfig())
 
     def named(self, module: nn.Module) -> list[NamedParameter]:
         """The module's parameters as one rank's that holds all of them."""
@@ -75,53 +70,15 @@ def kit() -> Kit:
     return Kit()
 
 
-def _rank(rank: int, parallel: ParallelConfig, store: str, function: Callable[[Mesh], Any], results: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        world = parallel.world_size
-        launch = Launch(rank=rank, world_size=world, local_rank=rank, local_world_size=world, init_method=store)
-        mesh = Kit().mesh(parallel, launch)
-        results.put((rank, function(mesh)))
-        results.close()
-        results.join_thread()
-        mesh.world.barrier()
-        mesh.backend.shutdown()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
 @pytest.fixture
-def on_ranks(tmp_path_factory):
-    """Runs function(mesh) on forked gloo ranks and returns their results (plain Python or numpy), in order."""
+def on_meshes(on_ranks):
+    """Calls function(mesh, *args) on gloo ranks laid out like that: one result (plain Python or numpy) a rank."""
 
-    def run(parallel: ParallelConfig, function: Callable[[Mesh], Any]) -> list[Any]:
-        store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
-        context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        ranks = [
-            context.Process(target=_rank, args=(rank, parallel, store, function, results))
-            for rank in range(parallel.world_size)
-        ]
-        for process in ranks:
-            process.start()
-        try:
-            gathered = dict(_next_result(results, ranks) for _ in ranks)
-            for process in ranks:
-                process.join(timeout=30)
-            assert all(process.exitcode == 0 for process in ranks)
-            return [gathered[rank] for rank in range(len(ranks))]
-        finally:
-            for process in ranks:
-                process.kill()
+    def run(parallel: ParallelConfig, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return on_ranks(parallel.world_size, _on_mesh, parallel, function, *args)
 
     return run
 
 
-def _next_result(results: Any, ranks: list[Any]) -> tuple[int, Any]:
-    for _ in range(120):
-        with contextlib.suppress(queue.Empty):
-            return results.get(timeout=0.5)
-        assert not any(process.exitcode for process in ranks), "a rank failed: see its traceback"
-    raise AssertionError("the ranks gave no result within 60 s")
+def _on_mesh(backend: Backend, parallel: ParallelConfig, function: Callable[..., Any], *args: Any) -> Any:
+    return function(build_mesh(backend, parallel), *args)

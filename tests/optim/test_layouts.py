@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -105,11 +106,11 @@ def step(kit, mesh, shard=False, bucket_megabytes=160, single=False):
 
 
 @pytest.mark.parametrize(("shard", "megabytes"), [(False, 160), (True, 160), (True, 0)])
-def test_each_parameter_is_counted_once_over_tp_pp_and_dp(kit, on_ranks, shard, megabytes):
+def test_each_parameter_is_counted_once_over_tp_pp_and_dp(kit, on_meshes, shard, megabytes):
     alone, whole, _ = step(kit, kit.mesh(), single=True)
     values = {name: value for name, _, value in whole}
     parallel = ParallelConfig(world_size=8, tp=2, pp=2)
-    ranks = on_ranks(parallel, lambda mesh: step(kit, mesh, shard, megabytes))
+    ranks = on_meshes(parallel, partial(step, kit, shard=shard, bucket_megabytes=megabytes))
     for results, params, _ in ranks:
         for ours, expected in zip(results, alone, strict=True):
             assert ours == pytest.approx(expected, rel=1e-5)

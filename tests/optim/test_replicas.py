@@ -1,5 +1,7 @@
 """Data parallelism on gloo ranks: any number of replicas, with and without ZeRO-1, trains as one process does."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -75,11 +77,9 @@ REPORTS = {"log_num_zeros": True, "log_params_norm": True, "clip_grad": 0.3}
     ],
     ids=str,
 )
-def test_replicas_train_as_one_process_does(kit, on_ranks, replicas, buffers, units):
+def test_replicas_train_as_one_process_does(kit, on_meshes, replicas, buffers, units):
     alone = train(kit, kit.mesh(), **REPORTS)
-    ranks = on_ranks(
-        ParallelConfig(world_size=replicas), lambda mesh: train(kit, mesh, buffers, units=units, **REPORTS)
-    )
+    ranks = on_meshes(ParallelConfig(world_size=replicas), partial(train, kit, buffers=buffers, units=units, **REPORTS))
     for results, params, _, _ in ranks:
         assert results == ranks[0][0]
         for ours, expected in zip(results, alone[0], strict=True):
@@ -98,13 +98,12 @@ def test_replicas_train_as_one_process_does(kit, on_ranks, replicas, buffers, un
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_low_precision_replicas_agree(kit, on_ranks, dtype):
+def test_low_precision_replicas_agree(kit, on_meshes, dtype):
     # fp16's scale overflows at first, and is soon low enough.
     parts = {"dtype": dtype, "initial_loss_scale": 2.0**20, "hysteresis": 1, **REPORTS}
     config = ParallelConfig(world_size=2)
     plain, sharded = (
-        on_ranks(config, lambda mesh, shard=shard: train(kit, mesh, {"shard": shard}, **parts))
-        for shard in (False, True)
+        on_meshes(config, partial(train, kit, buffers={"shard": shard}, **parts)) for shard in (False, True)
     )
     assert [result[0] for result in plain[0][0]] == [result[0] for result in sharded[0][0]]
     if dtype == "fp16":
@@ -118,36 +117,37 @@ def test_low_precision_replicas_agree(kit, on_ranks, dtype):
         np.testing.assert_allclose(parts_of_it[name], value, rtol=2e-3, atol=1e-6, err_msg=name)
 
 
-def test_gathers_run_on_until_a_units_forward(kit, on_ranks):
-    def waiting(mesh):
-        module = model("fp32")
-        held, optimizer = kit.build(module, mesh, {"shard": True, "bucket_megabytes": 0})
-        held.overlap_gather([module[unit] for unit in (1, 3)])
-        started, waited = [], []
-        gather_, all_gather = mesh.dp, mesh.dp.all_gather_
+def waiting(kit, mesh):
+    module = model("fp32")
+    held, optimizer = kit.build(module, mesh, {"shard": True, "bucket_megabytes": 0})
+    held.overlap_gather([module[unit] for unit in (1, 3)])
+    started, waited = [], []
+    gather_, all_gather = mesh.dp, mesh.dp.all_gather_
 
-        class Watched:
-            def __init__(self, number, work):
-                self.number, self.work = number, work
+    class Watched:
+        def __init__(self, number, work):
+            self.number, self.work = number, work
 
-            def wait(self):
-                waited.append(self.number)
-                self.work.wait()
+        def wait(self):
+            waited.append(self.number)
+            self.work.wait()
 
-        def watch(out, x, async_op=False):
-            started.append(out.numel())
-            return Watched(len(started) - 1, all_gather(out, x, async_op=async_op))
+    def watch(out, x, async_op=False):
+        started.append(out.numel())
+        return Watched(len(started) - 1, all_gather(out, x, async_op=async_op))
 
-        gather_.all_gather_ = watch
-        held.begin(0)
-        held.reduce()
-        optimizer.step(0.1, 0.1)
-        seen = [len(waited)]
-        for layer in (module[1], module[1], module[3]):
-            layer(torch.zeros(1, layer.in_features))
-            seen.append(len(waited))
-        return len(started), waited, seen
+    gather_.all_gather_ = watch
+    held.begin(0)
+    held.reduce()
+    optimizer.step(0.1, 0.1)
+    seen = [len(waited)]
+    for layer in (module[1], module[1], module[3]):
+        layer(torch.zeros(1, layer.in_features))
+        seen.append(len(waited))
+    return len(started), waited, seen
 
+
+def test_gathers_run_on_until_a_units_forward(kit, on_meshes):
     # Seven parameters, of which the embedding's and the norm's are in no unit and waited for at once.
-    for started, waited, seen in on_ranks(ParallelConfig(world_size=2), waiting):
+    for started, waited, seen in on_meshes(ParallelConfig(world_size=2), partial(waiting, kit)):
         assert started == 7 and seen == [3, 5, 5, 7] and waited[:3] == [0, 1, 2]
