@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_lite.checkpoint.save import SaveReport
 
 _SHOWN = 4
+_PATH, _NARROWEST, _PADDING = 42, 8, 8
 SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
 
@@ -152,7 +153,7 @@ def _verify_one(path: Path, console: Console) -> bool:
         return False
     rate = manifest.size / max(time.monotonic() - begun, 1e-9)
     console.print("whole  ", style="green", end=" ")
-    console.print(f"{path}: {len(manifest.files)} files, {size_text(manifest.size)}, {size_text(rate)}/s")
+    console.print(f"{path}: {_counted(len(manifest.files), 'file')}, {size_text(manifest.size)}, {size_text(rate)}/s")
     return True
 
 
@@ -173,12 +174,22 @@ def _diff(options: argparse.Namespace, console: Console) -> int:
     table = _table("", "", "A", "B")
     for name, (a, b) in parts.items():
         for difference in compare_configs({name: a}, {name: b}):
-            table.add_row(difference.path, str(difference.saved), str(difference.current))
+            show = _plain if name == "state" else str
+            table.add_row(difference.path, show(difference.saved), show(difference.current))
+    _share_width(table, console)
     differ = bool(table.row_count)
     console.print(table if differ else "same config, fingerprints, state and tensor shapes")
     if options.values:
         differ = _diff_values(first, second, console) or differ
     return 1 if differ else 0
+
+
+def _share_width(table: Table, console: Console) -> None:
+    """Names stay whole as long as they leave half of a terminal to the values."""
+    names, *values = table.columns
+    names.min_width = min(_PATH, max((len(str(cell)) for cell in names.cells), default=0))
+    for column in values:
+        column.max_width = max(_NARROWEST, (console.width - names.min_width - _PADDING) // 2)
 
 
 def _diff_values(first: Path, second: Path, console: Console) -> bool:
@@ -245,7 +256,9 @@ def _summarize(report: SaveReport, what: str, console: Console) -> None:
     rate = report.size / max(report.seconds, 1e-9)
     files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
     console.print(f"wrote {report.path}: {what}")
-    console.print(f"{size_text(report.size)} in {len(files)} files, {report.seconds:.1f} s, {size_text(rate)}/s")
+    console.print(
+        f"{size_text(report.size)} in {_counted(len(files), 'file')}, {report.seconds:.1f} s, {size_text(rate)}/s"
+    )
     console.print(f"--load {report.path.parent} takes it, in any layout")
 
 
