@@ -34,6 +34,7 @@ def resolve(given: Given, world_size: int | None) -> RunConfig | None:
     _activation(given)
     _pipeline(given)
     _recompute(given)
+    _compile(given)
     _saves(given)
     _files(given)
     _loss(given)
@@ -185,6 +186,16 @@ def _recompute(given: Given) -> None:
                 given.notes.append(
                     f"{origin} has no effect: nothing is recomputed without --recompute-granularity full"
                 )
+
+
+def _compile(given: Given) -> None:
+    fields = ("model.attention_dropout", "model.hidden_dropout")
+    dropped = [flags_by_field()[field][0].name for field in fields if given.value(field) > 0]
+    if given.value("runtime.compile") and dropped:
+        given.warnings.append(
+            "--compile gains less with dropout, whose random numbers cut the compiled graph at each place: "
+            f"{' and '.join(f'{flag} 0' for flag in dropped)} would leave it whole"
+        )
 
 
 def _saves(given: Given) -> None:

@@ -56,8 +56,3 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Counts `tokens` more tokens as seen."""
         self.length += tokens
-
-    def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
-        assert 0 <= length <= self.length, (length, self.length)
-        self.length = length

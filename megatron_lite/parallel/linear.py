@@ -66,9 +66,9 @@ def row_parallel_linear(
         x: [s, b, i/tp].
         weight: [o, i/tp].
         bias: [o] or None, the same on every rank; added once, after the sum.
-        group: the tp group.
+        group: as in column_parallel_linear, like `later`.
         sequence_parallel: whether each rank keeps only its part of the sequence.
-        later: where backward leaves the weight's gradient; None: it computes it itself.
+        later: see there.
 
     Returns:
         [s, b, o], the same on every rank; under sequence parallelism [s/tp, b, o].

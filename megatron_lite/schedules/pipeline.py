@@ -72,11 +72,6 @@ def rank_of_stage(kind: PipelineKind, pp: int, stage: int) -> int:
     return stage % pp
 
 
-def chunk_of_stage(pp: int, stage: int) -> int:
-    """Chunk that `stage` is on its rank."""
-    return stage // pp
-
-
 def pipeline_schedule(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int = 1) -> Schedule:
     """The compute actions of every pipeline rank, in order.
 

@@ -293,3 +293,10 @@ def test_a_single_interval_is_written_as_one():
     words = to_argv(parse_run([*SMALL, "--save", "x", "--save-interval", "5"]).config)
     assert words[words.index("--save-interval") + 1] == "5"
     assert "--save-schedule" not in words
+
+
+def test_compile_with_dropout_says_what_it_costs():
+    assert not parse_run([*SMALL, "--compile", "--attention-dropout", "0", "--hidden-dropout", "0"]).warnings
+    (warning,) = parse_run([*SMALL, "--compile", "--attention-dropout", "0"]).warnings
+    assert "--hidden-dropout 0 would leave it whole" in warning and "--attention-dropout" not in warning
+    assert not parse_run(SMALL).warnings

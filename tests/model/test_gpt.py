@@ -83,9 +83,6 @@ def test_a_cache_changes_no_logit(make_stage, make_batch, position_embedding):
             steps.append(stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
             assert cache.length == last
         torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-5, atol=1e-5)
-        cache.truncate(5)
-        again = stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, 5:8]), cache)
-        torch.testing.assert_close(again, whole[5:8], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -153,7 +153,7 @@ METRICS = (
 RUNTIME = (
     Flag("--device", "runtime.device", "Which kind of device; auto takes a GPU if there is one."),
     Flag("--seed", "runtime.seed", "Seed of weights, dropout and the order of the data."),
-    Flag("--compile", "runtime.compile", "torch.compile each stage.", sets=True),
+    Flag("--compile", "runtime.compile", "torch.compile each stage; dropout cuts its graph.", sets=True),
     Flag("--deterministic-mode", "runtime.deterministic", "Only kernels that give the same bits twice.", sets=True),
     Flag("--num-threads", "runtime.num_threads", "CPU threads of a rank (0: its share of the cores)."),
     Flag("--dry-run", "runtime.dry_run", "Check and explain the command, then exit.", sets=True),
