@@ -149,7 +149,6 @@ class _ChecksummedFile(io.BufferedWriter):
         self.parts: list[SavedPart] = []
         self.size = 0
         self._crc32 = 0
-        self._error: OSError | None = None
 
     def save(self, tensor: Tensor) -> None:
         """Adds a tensor's record.
@@ -163,17 +162,13 @@ class _ChecksummedFile(io.BufferedWriter):
             with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
                 torch.save(tensor, self)
         except RuntimeError as error:
-            # torch.save reports a failed write of its stream as a RuntimeError; the stream knows the reason.
-            raise self._error or error from error
+            # Where a write fails or Ctrl-C comes, torch.save complains about its unfinished file instead.
+            raise error.__context__ or error from error
         self.parts.append(SavedPart(start, self.size - start, self._crc32))
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        try:
-            super().write(view)
-        except OSError as error:
-            self._error = error
-            raise
+        super().write(view)
         self.size += len(view)
         self._crc32 = zlib.crc32(view, self._crc32)
         return len(view)

@@ -122,6 +122,24 @@ def test_a_file_size_that_is_none_is_refused(path, tmp_path, size):
         run(["reshard", str(path), "--output", str(tmp_path / "new"), "--max-file-gb", size])
 
 
+@pytest.mark.parametrize("number", [1, 7, 23, 29, 39])
+def test_ctrl_c_in_the_middle_of_a_record_is_that(path, tmp_path, monkeypatch, number):
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            # After some records, at each kind of place in the next.
+            nonlocal number
+            number -= 1
+            if not number:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(writing, "FileIO", Interrupted)
+    monkeypatch.setattr(writing, "_BUFFER", 1)
+    with pytest.raises(KeyboardInterrupt):
+        reshard(path, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_ctrl_c_leaves_nothing(kit, tmp_path):
     path = kit.save(tmp_path / "run", 1, {str(number): torch.zeros(1 << 20) for number in range(100)}).path
     new = tmp_path / "new"
