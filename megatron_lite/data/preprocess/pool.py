@@ -7,6 +7,7 @@ everybody.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import signal
 import traceback
@@ -124,15 +125,22 @@ def _died(process: BaseProcess) -> DataError:
 
 
 def _serve(pipe: Connection, make_job: Callable[[], Job[Task, Event]]) -> None:
-    """A worker's life; a parent that is gone closes the pipe."""
+    """A worker's life; it ends when the parent is gone, which closes the pipe."""
+
+    def tell(kind: str, content: object) -> None:
+        try:
+            pipe.send((kind, content))
+        except OSError:  # nobody waits for the rest
+            raise SystemExit from None
+
     try:
         job = make_job()
         while True:
-            job(pipe.recv(), lambda event: pipe.send(("event", event)))
-            pipe.send(("done", None))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+            job(pipe.recv(), functools.partial(tell, "event"))
+            tell("done", None)
+    except EOFError:
         return
     except DataError as error:  # exceptions with keyword arguments do not survive pickling
-        pipe.send(("refused", (error.rule, error.found, error.fix)))
+        tell("refused", (error.rule, error.found, error.fix))
     except Exception:
-        pipe.send(("failed", traceback.format_exc()))
+        tell("failed", traceback.format_exc())

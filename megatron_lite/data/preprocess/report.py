@@ -121,17 +121,7 @@ class Summary:
             ("input lines", f"{total.lines:,} ({total.text_bytes / 1e6:,.1f} MB)"),
             ("bytes per token", f"{per_token:.2f}"),
         ]
-        dropped = {
-            "bad lines skipped": total.bad,
-            "blank lines": total.blank,
-            "empty documents": total.empty,
-            "not in the sample": total.not_sampled,
-            "below --min-chars": total.too_few_chars,
-            "below --min-tokens": total.too_few_tokens,
-            "above --max-tokens": total.too_many_tokens,
-            "unknown tokens": total.unknown,
-        }
-        rows += [(name, f"{count:,}") for name, count in dropped.items() if count]
+        rows += [(name, f"{count:,}") for name, count in self._dropped().items()]
         text = [f"  {name:<18} {value}" for name, value in rows]
         titles = {
             "longest": "longest document",
@@ -146,3 +136,24 @@ class Summary:
             if hidden > 0:
                 text.append(f"  {'':<18} and {hidden:,} more")
         return "\n".join(text)
+
+    def why_nothing(self) -> str:
+        """Where all the lines went, of a run that has nothing to show for them."""
+        lost = ", ".join(f"{name} {count:,}" for name, count in self._dropped().items())
+        first = "".join(f"; {place} {what}" for _, place, what in self.places["bad_lines"][:1])
+        return f"nothing is left of {self.total.lines:,} lines of input" + (f": {lost}{first}" if lost else "")
+
+    def _dropped(self) -> dict[str, int]:
+        """What is not in the output as it was in the input, if there is any."""
+        total = self.total
+        counts = {
+            "bad lines skipped": total.bad,
+            "blank lines": total.blank,
+            "empty documents": total.empty,
+            "not in the sample": total.not_sampled,
+            "below --min-chars": total.too_few_chars,
+            "below --min-tokens": total.too_few_tokens,
+            "above --max-tokens": total.too_many_tokens,
+            "unknown tokens": total.unknown,
+        }
+        return {name: count for name, count in counts.items() if count}

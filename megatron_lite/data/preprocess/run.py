@@ -138,7 +138,7 @@ class _Run:
         if not any(shard.num_bytes for one in done for shard in one.shards):
             raise DataError(
                 "A dataset has tokens in it",
-                found=f"nothing is left of {summary.total.lines} lines of input",
+                found=summary.why_nothing(),
                 fix="Check --input, --json-keys and the filters",
             )
         if self.options.shuffle:

@@ -36,6 +36,6 @@ def _texts(line: Line, json_keys: Sequence[str], path: str, skip_bad: bool) -> l
             return []
         raise DataError(
             "Every line of the input is a document",
-            found=f"{path}:{line.number} is {error}",
+            found=f"{path}:{line.number}: {error}",
             fix="Repair the line, or pass --skip-bad-lines to leave out such lines",
         ) from error

@@ -208,6 +208,6 @@ class UnitWorker:
 def _refuse(number: int, reason: str, unit: Unit) -> NoReturn:
     raise DataError(
         "Every line of the input is a document",
-        found=f"{unit.source.path}:{lines_before(unit) + number} is {reason}",
+        found=f"{unit.source.path}:{lines_before(unit) + number}: {reason}",
         fix="Repair the line, or pass --skip-bad-lines to leave out such lines and count them",
     )

@@ -36,7 +36,7 @@ def test_bad_line(make, look, tmp_path, name):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 9 + [line] + [GOOD] * 9))
     unit_bytes = max(60, path.stat().st_size // 5)
-    with pytest.raises(DataError, match=rf"in\.jsonl:10 is {message}.*--skip-bad-lines"):
+    with pytest.raises(DataError, match=rf"in\.jsonl:10: {message}.*--skip-bad-lines"):
         make(inputs=(str(path),), unit_bytes=unit_bytes)
     assert not list(tmp_path.glob("out_*"))
     prefix = make(inputs=(str(path),), unit_bytes=unit_bytes, skip_bad_lines=True)
@@ -49,7 +49,7 @@ def test_bad_line(make, look, tmp_path, name):
 def test_an_error_in_a_worker_process_arrives_whole(make, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 9 + [b"{"] + [GOOD] * 9))
-    with pytest.raises(DataError, match=r"in\.jsonl:10 is not JSON"):
+    with pytest.raises(DataError, match=r"in\.jsonl:10: not JSON"):
         make(inputs=(str(path),), unit_bytes=60, workers=2)
 
 
@@ -79,7 +79,7 @@ def test_a_line_of_many_units(make, look, tmp_path, tokenizer):
 def test_a_line_longer_than_memory_allows(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD, b'{"text": "' + b"a" * 3_000_000 + b'"}', GOOD]))
-    with pytest.raises(DataError, match=r"in\.jsonl:2 is longer than --max-line-mb"):
+    with pytest.raises(DataError, match=r"in\.jsonl:2: longer than --max-line-mb"):
         make(inputs=(str(path),), unit_bytes=1 << 20, max_line_bytes=100)
     # What was done before the error is used whether such lines are to be skipped or to be read.
     assert len(look.documents(make(inputs=(str(path),), unit_bytes=1 << 20))) == 3
@@ -108,6 +108,11 @@ def test_empty_corpus(make, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     with pytest.raises(DataError, match=r"nothing is left of 1 lines.*filters"):
         make(inputs=(str(tmp_path / "in.jsonl"),), min_tokens=1000)
+    (tmp_path / "in.jsonl").write_bytes(b"{\n\n[]")
+    with pytest.raises(
+        DataError, match=r"3 lines of input: bad lines skipped 2, blank lines 1; .*in\.jsonl:1 not JSON"
+    ):
+        make(inputs=(str(tmp_path / "in.jsonl"),), skip_bad_lines=True)
     assert not list(tmp_path.glob("out_*"))
 
 
@@ -143,7 +148,7 @@ def test_text_that_the_tokenizer_refuses_is_a_bad_line(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("1 2", "1 x", "3")))
     numbers = TokenizerConfig(type="NullTokenizer", vocab_size=10)
-    with pytest.raises(DataError, match=r"in\.jsonl:2 is 'x' is not a number"):
+    with pytest.raises(DataError, match=r"in\.jsonl:2: 'x' is not a number"):
         make(inputs=(str(path),), tokenizer=numbers)
     assert look.documents(make(inputs=(str(path),), tokenizer=numbers, skip_bad_lines=True)) == [[1, 2], [3]]
 

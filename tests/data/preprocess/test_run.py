@@ -66,12 +66,12 @@ def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make
     start = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, "preprocess", *words]
     for wanted in (1, 2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(list((tmp_path / "killed.partial").glob("*.json"))) < wanted:
             time.sleep(0.01)
         assert process.poll() is None, "it was killed, not done"
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert "Traceback" not in process.communicate()[1], "the workers end without a word"
         assert not list(tmp_path.glob("killed_*"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--data-path" in done.stdout
