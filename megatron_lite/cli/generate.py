@@ -27,6 +27,8 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.num_samples < 1:
         parser.error("--num-samples must be at least 1")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
 
     from megatron_lite.generation.sampling import Sampling
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from megatron_lite.rehearsal.play import RankReport
 
 SUMMARY = "play ranks of a big job on this machine: what each holds, sends, and would fail at"
-USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N [--rank RANK …] [--json]
+USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N
+                              [--rank RANK …] [--json]
 
-The flags are those of pretrain_gpt.py; put the job's own command line here. Chosen ranks of it (by default the first
-replica's pipeline stages and the last rank) build their part of the model and step it once for every stage of the
-batch's ramp-up, on tensors that have shapes and no values. Data, tokenizer and checkpoints are not read.
+The flags are those of pretrain_gpt.py; put the job's own command line here.
+Chosen ranks of it (by default the first replica's pipeline stages and the last
+rank) build their part of the model and step it once for every stage of the
+batch's ramp-up, on tensors that have shapes and no values. Data, tokenizer and
+checkpoints are not read.
 
   --world-size N   ranks of the job
   --rank RANK …    ranks to play instead of the default ones

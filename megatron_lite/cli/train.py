@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -18,7 +19,7 @@ def run(argv: list[str]) -> int:
     if asks_for_help(argv):
         from megatron_lite.config.help import help_text
 
-        print(help_text())
+        print(help_text(width=min(100, shutil.get_terminal_size().columns)))
         return 0
     started = time.monotonic()
     launch = read_launch()

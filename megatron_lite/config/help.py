@@ -13,10 +13,11 @@ from megatron_lite.config.flags.table import SUPPORTED
 from megatron_lite.config.values import write_value
 
 INDENT = 8
-INTRODUCTION = """\
-Megatron's command line. Names may have _ or -, may be shortened as long as they are unique, and take their value after
-a space or an =; whole numbers may be 5_000_000 or 5e6; @FILE stands for the words in FILE. The last of repeats wins.
-"""
+INTRODUCTION = (
+    "Megatron's command line. Names may have _ or -, may be shortened as long as they are unique, and take their value "
+    "after a space or an =; whole numbers may be 5_000_000 or 5e6; @FILE stands for the words in FILE. The last of "
+    "repeats wins."
+)
 REQUIRED = frozenset(
     {
         "model.num_layers",
@@ -29,19 +30,26 @@ REQUIRED = frozenset(
 
 
 def help_text(program: str = "pretrain_gpt.py", width: int = 100) -> str:
-    """The whole help page: supported flags by group, then how to find out about the others."""
-    lines = [f"usage: {program} FLAG [VALUE] …", "", INTRODUCTION]
+    """The whole help page, `width` columns wide: supported flags by group, then how to find out about the others."""
+    lines = [f"usage: {program} FLAG [VALUE] …", "", *textwrap.wrap(INTRODUCTION, width), ""]
     for group, flags in SUPPORTED.items():
         lines.append(f"{group}:")
         for flag in flags:
-            lines.append(f"  {', '.join([flag.name, *flag.aliases])}{metavar(flag, ' ')}")
+            lines += textwrap.wrap(
+                f"{', '.join([flag.name, *flag.aliases])}{metavar(flag, ' ')}",
+                width,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
             text = f"{flag.help}{default_text(flag)}"
             lines += textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
         lines.append("")
     accepted, refused = (sum(map(len, kind.values())) for kind in (ACCEPTED, REFUSED))
-    lines.append(
+    lines += textwrap.wrap(
         f"{accepted} more flags of Megatron's are accepted without effect and {refused} are refused, each with its "
-        "reason: docs/arguments.md.\n`megatron-lite explain FLAGS` says what a command means before it runs."
+        "reason: docs/arguments.md. `megatron-lite explain FLAGS` says what a command means before it runs.",
+        width,
     )
     return "\n".join(lines)
 

@@ -73,7 +73,9 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "--png must name an image file that can be written", found=f"{path}: {error}", fix="Give --png another path"
+            "--png must name an image file that can be written",
+            found=f"{path}: {getattr(error, 'strerror', None) or error}",
+            fix="Give --png another path",
         ) from error
 
 

@@ -122,6 +122,9 @@ def test_the_commands_mistakes_are_named(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.run(["--load", str(saved), "--num-samples", "0"])
     assert "--num-samples" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.run(["--load", str(saved), "--prompt", "1", "--max-new-tokens", "0"])
+    assert "--max-new-tokens must be at least 1" in capsys.readouterr().err
 
 
 def test_the_manifest_is_json_of_the_config(saved, make_config):
