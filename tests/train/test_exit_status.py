@@ -78,3 +78,14 @@ def test_a_file_of_something_else_says_nothing(tmp_path):
     for text in ("", "[]", "{}", '{"status": "completed"}', '{"other": 1}'):
         (tmp_path / EXIT_STATUS_NAME).write_text(text)
         assert read_exit_status(tmp_path) is None
+
+
+def test_saves_that_failed_are_listed_over_rollbacks_too(tmp_path):
+    before, after = [4], []
+    with ExitRecord(str(tmp_path), 0) as record:
+        record.begin(lambda: 6, lambda: None, before)
+        record.begin(lambda: 3, lambda: None)
+        record.begin(lambda: 9, lambda: None, after)
+        after.append(8)
+        record.end(Stop("completed", "done"))
+    assert read_exit_status(tmp_path).failed_saves == [4, 8]
