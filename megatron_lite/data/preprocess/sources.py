@@ -78,6 +78,12 @@ def _source(path: Path) -> Source:
         raise DataError(
             "--input names files", found=f"{path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'"
         )
+    if not path.is_file():
+        raise DataError(
+            "--input names files, which workers read from any place",
+            found=f"{path} is a pipe or a device",
+            fix="Write its content to a file (.jsonl, .gz or .zst) and name that",
+        )
     kind = KINDS.get(path.suffix.lower(), "text")
     library = LIBRARIES.get(kind)
     if library and importlib.util.find_spec(library) is None:

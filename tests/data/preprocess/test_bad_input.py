@@ -90,9 +90,11 @@ def test_a_line_longer_than_memory_allows(make, look, tmp_path):
 
 def test_inputs_that_are_not_files(make, tmp_path, corpus):
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for names, message in (
         ((), "no --input"),
         ((str(tmp_path / "folder"),), r"is a folder.*/\*\.jsonl"),
+        ((str(tmp_path / "pipe"),), "is a pipe"),
         ((str(tmp_path / "absent.jsonl"),), "does not exist"),
         ((str(tmp_path / "*.absent"),), "matches no file"),
         ((str(corpus), str(corpus)), "more than once"),
