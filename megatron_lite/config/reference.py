@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ def reference_page() -> str:
         "",
         "Made from the flag table by `make docs`; do not edit.",
         "",
-        *INTRODUCTION.splitlines(),
+        *textwrap.wrap(INTRODUCTION, 120),
         "",
         "Every flag is supported, accepted without effect, or refused. The run prints at its start which flags had no",
         "effect and which were translated; an unknown flag is an error that proposes the nearest.",
