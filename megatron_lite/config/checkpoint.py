@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -53,3 +54,8 @@ class CheckpointConfig:
     """Load the newest earlier checkpoint if the wanted one is damaged, saying so."""
     accept_changed: tuple[str, ...] = ()
     """What may differ from the run that wrote the checkpoint: tokenizer, data, code."""
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Whether --load and --save are the same folder: the command that starts such a run goes on with it."""
+        return bool(self.load and self.save) and Path(self.load).resolve() == Path(self.save).resolve()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
@@ -61,7 +60,8 @@ class TensorboardSink:
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
         """Cut what a killed job wrote after its last save; write every setting as text, as Megatron does."""
-        if facts.start_iteration and _goes_on_in_its_folder(config.checkpoint):
+        # A run that branches off another leaves that one's points alone.
+        if facts.start_iteration and config.checkpoint.in_one_folder:
             cut_events(Path(self._config.tensorboard_dir), facts.start_iteration)
         self._world_size = facts.world_size
         for name, value in _settings(config):
@@ -133,13 +133,6 @@ class TensorboardSink:
             for name, count in report.memory.items():
                 if name in MEMORY_TAGS:
                     yield MEMORY_TAGS[name], count
-
-
-def _goes_on_in_its_folder(options: CheckpointConfig) -> bool:
-    """Whether the run is the one that wrote here before: one that branches off leaves the other's points alone."""
-    if not options.load or not options.save:
-        return False
-    return Path(options.load).resolve() == Path(options.save).resolve()
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[str, object]]:

@@ -101,7 +101,7 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
                 fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
             )
         # The same command that starts a run goes on with it later, so this is usual where --load is --save.
-        warning = "" if options.load == options.save else "WARNING: "
+        warning = "" if options.in_one_folder else "WARNING: "
         problem = "holds no checkpoint" if Path(options.load).is_dir() else "does not exist"
         notify(f"{warning}--load {options.load} {problem}: starting from fresh weights")
     _refuse_to_overwrite(config, path)

@@ -151,7 +151,7 @@ def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> 
         return "  nothing is kept of this run: a later start goes on only with --save and --load"
     if saved is None:
         return f"  {options.save} holds no checkpoint: the same command starts where this one did"
-    changes = [] if _same_folder(options.load, options.save) else [f"with --load {options.save}"]
+    changes = [] if options.in_one_folder else [f"with --load {options.save}"]
     flags = {
         "--load-iteration": options.load_iteration,
         "--finetune": options.finetune,
@@ -161,7 +161,3 @@ def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> 
     changes += [stop.again] if stop.again else []
     lost = f"; what came after it, up to {iteration}, is not saved" if saved < iteration else ""
     return f"  the same command goes on from iteration {saved}{' ' * bool(changes)}{', '.join(changes)}{lost}"
-
-
-def _same_folder(one: str, other: str) -> bool:
-    return bool(one) and Path(one).resolve() == Path(other).resolve()
