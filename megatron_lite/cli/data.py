@@ -13,12 +13,14 @@ from megatron_lite.cli.data_samples import build_indices, show_samples
 from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.token_progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
+from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_lite.data.indexed_dataset import IndexedDataset
     from megatron_lite.tokenizer.base import Tokenizer
 
 SUMMARY = "inspect, verify, pack and convert datasets; show the text of an iteration"
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 USAGE = """\
@@ -78,12 +80,19 @@ def inspect(argv: list[str]) -> int:
         "sequences": f"{len(data):,} ({lengths.empty:,} empty)",
         "tokens": f"{data.num_tokens:,} as {data.dtype.name}, {data.num_bytes:,} bytes",
         "lengths": f"{lengths.shortest:,} to {lengths.longest:,}, mean {lengths.mean:,.1f}",
-        "made with": _made_with(options.prefix),
+        **_papers(options.prefix),
     }.items():
-        print(f"  {name:<10} {value}")
+        print(f"  {name:<13} {value}")
     print("\n".join(draw_lengths(lengths)))
     if options.picture:
-        options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
+        try:
+            options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
+        except OSError as error:
+            raise DataError(
+                "A picture can be written where it is asked for",
+                found=f"{options.picture}: {error.strerror}",
+                fix="Give another path after --picture",
+            ) from error
         print(f"  drawn to {options.picture}")
     _show_documents(data, given_tokenizer(options), options.documents, options.tokens)
     return 0
@@ -96,11 +105,17 @@ def verify(argv: list[str]) -> int:
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
     tokenizer = given_tokenizer(options)
+    damaged = 0
     for prefix in options.prefixes:
         began = time.monotonic()
-        checked = _verify_one(prefix, tokenizer)
-        print(f"{prefix}: whole ({', '.join(checked)}; {time.monotonic() - began:.1f} s)")
-    return 0
+        try:
+            checked = [*_verify_one(prefix, tokenizer), f"{time.monotonic() - began:.1f} s"]
+        except DataError as error:
+            damaged += 1
+            print(f"{prefix}: NOT WHOLE\n  {error}", file=sys.stderr)
+        else:
+            print(f"{prefix}: whole\n  " + "\n  ".join(checked))
+    return EXIT_FAILURE if damaged else 0
 
 
 def convert(argv: list[str]) -> int:
@@ -144,16 +159,25 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     return checked
 
 
-def _made_with(prefix: str) -> str:
+def _papers(prefix: str) -> dict[str, str]:
+    """What the manifest says, if there is one."""
+    from megatron_lite.data.packed_dataset import packed_length
     from megatron_lite.data.preprocess.manifest import read_manifest
 
     manifest = read_manifest(prefix)
     if manifest is None:
-        return "unknown: no manifest (Megatron writes none)"
-    tokenizer = manifest.tokenizer
-    return (
-        f"{tokenizer.get('type')} of {tokenizer.get('vocab_size')} entries, fingerprint {tokenizer.get('fingerprint')}"
-    )
+        return {"made with": "unknown: no manifest (Megatron writes none)"}
+    tokenizer, length = manifest.tokenizer, packed_length(manifest)
+    found = {
+        "made with": f"{tokenizer.get('type')} of {tokenizer.get('vocab_size', 0):,} entries",
+        "fingerprint": f"{str(tokenizer.get('fingerprint'))[:31]}…",
+        "documents end": f"with token {tokenizer.get('eod')}",
+    }
+    if tokenizer.get("eod") is None:
+        found["documents end"] = "without an end-of-document token (no --append-eod)"
+    if length:
+        found["packed"] = f"for --seq-length {length:,}: each sequence is one sample of training"
+    return found
 
 
 def _show_documents(data: IndexedDataset, tokenizer: Tokenizer | None, documents: int, tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.errors import ConfigError
@@ -18,30 +19,38 @@ if TYPE_CHECKING:
 
 def show_samples(argv: list[str]) -> int:
     """Print every sample of an iteration: its number, where its tokens lie, and how its text begins."""
-    parser = argparse.ArgumentParser(prog="megatron-lite data samples", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="megatron-lite data samples",
+        usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
+        description="Which documents and text an iteration trains on. Give the job's own flags, --load too: what a "
+        "rollback left out, and batches that an earlier job of the run had, are read from its checkpoints.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--iteration", type=int, required=True, metavar="N", help="as the log numbers it, from 1")
     parser.add_argument(
         "--tokens", type=int, default=32, metavar="N", help="tokens of each document to show (default 32)"
     )
     options, words = parser.parse_known_args(argv)
+
+    from megatron_lite.data.loader import Loader
+    from megatron_lite.schedules.batch_size import global_batch_size
+    from megatron_lite.schedules.length import is_skipped_iteration
+    from megatron_lite.schedules.sequence_length import sequence_length
+
     if options.iteration < 1:
         raise ConfigError(
             "Iterations are numbered from 1", found=f"--iteration {options.iteration}", fix="Give 1 or more"
         )
-
-    from megatron_lite.data.loader import Loader
-    from megatron_lite.schedules.batch_size import global_batch_size
-    from megatron_lite.schedules.length import consumed_at, is_skipped_iteration
-    from megatron_lite.schedules.sequence_length import sequence_length
-
-    config, tokenizer, datasets = _open(words)
+    config = _read(words)
     batch, dp = config.batch, config.parallel.dp
-    consumed = consumed_at(config, options.iteration - 1)
+    consumed, skipped = _position(config, options.iteration)
     count, length = global_batch_size(batch, consumed, dp), sequence_length(batch, options.iteration - 1)
+    _require_iteration(config, options.iteration, consumed, count)
+    tokenizer, datasets = _open(config)
     assert datasets.train is not None
     print(f"iteration {options.iteration}: samples {consumed:,} to {consumed + count - 1:,}, {length} tokens each")
     if is_skipped_iteration(config.training, options.iteration):
-        print("  it is skipped by --iteration-to-skip or its like: its samples are consumed, but not trained on")
+        print("  --skip-train-iteration-range: its samples are consumed, but not trained on")
     with Loader(
         datasets.train,
         micro_batch=batch.micro_batch_size,
@@ -49,29 +58,65 @@ def show_samples(argv: list[str]) -> int:
         dp=dp,
         prefetch=0,
         cyclic=config.data.sampler == "cyclic",
-        skipped=_left_out(config),
+        skipped=skipped,
     ) as loader:
         for place, sample in zip(loader.places(consumed, count), loader.samples(consumed, count), strict=True):
-            print(f"\nsample {place:,} (number {sample:,} of the dataset)")
+            print(f"\nsample {place:,}" + (f", number {sample:,} of the dataset" if sample != place else ""))
             _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
     return 0
 
 
-def _left_out(config: RunConfig) -> Ranges:
-    """What the run of --load leaves out of its data since a rollback."""
-    if not config.checkpoint.load:
-        return ()
-    from megatron_lite.checkpoint.catalog import find_checkpoint
-    from megatron_lite.checkpoint.manifest import read_manifest
+def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: int) -> None:
+    """Refuse an iteration that the run does not have; one counted in samples ends where its data does."""
+    from megatron_lite.schedules.length import last_iteration
 
-    found = find_checkpoint(config.checkpoint.load, config.checkpoint.load_iteration)
-    return read_manifest(found).provenance.skipped_samples if found is not None else ()
+    last, samples = last_iteration(config), config.training.train_samples
+    if iteration > last if not samples or config.training.train_tokens else consumed + count > samples:
+        raise ConfigError(
+            "Iterations are numbered up to the run's last",
+            found=f"--iteration {iteration}, the run has {last:,}",
+            fix="Give one of them, or the --train-iters or --train-samples that the run has",
+        )
+
+
+def _position(config: RunConfig, iteration: int) -> tuple[int, Ranges]:
+    """Samples consumed before an iteration, and what the run leaves out of its data since a rollback.
+
+    Counted from the last checkpoint before the iteration, if there is one: an earlier job may have had another batch.
+    """
+    from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
+    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.schedules.batch_size import global_batch_size
+    from megatron_lite.schedules.length import consumed_at
+
+    options = config.checkpoint
+    if not options.load or options.finetune or options.reset_progress:
+        return consumed_at(config, iteration - 1), ()
+    newest = find_checkpoint(options.load, options.load_iteration)
+    skipped = read_manifest(newest).provenance.skipped_samples if newest is not None else ()
+    earlier = [path for path in list_checkpoints(Path(options.load)) if (iteration_of(path) or 0) < iteration]
+    if not earlier:
+        return consumed_at(config, iteration - 1), skipped
+    progress = read_manifest(earlier[-1]).scalars["progress"]
+    consumed = int(progress["consumed_train_samples"])
+    for _ in range(iteration - 1 - int(progress["iteration"])):
+        if 0 < config.training.train_samples < consumed:
+            break
+        consumed += global_batch_size(config.batch, consumed, config.parallel.dp)
+    return consumed, skipped
 
 
 def build_indices(argv: list[str]) -> int:
     """Build what a job's start would build."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-lite data index",
+        usage="%(prog)s THE JOB'S FLAGS",
+        description="Build and keep the sample index, so that the job starts at once; say how many samples a set has.",
+        allow_abbrev=False,
+    )
+    _, words = parser.parse_known_args(argv)
     began = time.monotonic()
-    _, _, datasets = _open(argv)
+    _, datasets = _open(_read(words))
     sets = {"train": datasets.train, **datasets.valid, **{f"{name} (test)": s for name, s in datasets.test.items()}}
     for name, dataset in sets.items():
         if dataset is not None:
@@ -80,19 +125,23 @@ def build_indices(argv: list[str]) -> int:
     return 0
 
 
-def _open(words: list[str]) -> tuple[RunConfig, Tokenizer, Datasets]:
-    """The job that the flags describe, its tokenizer and its datasets."""
+def _read(words: list[str]) -> RunConfig:
+    """The job that the flags describe."""
     from megatron_lite.config.arguments import parse_run, raise_all
-    from megatron_lite.data.build import build_datasets
-    from megatron_lite.tokenizer.build import build_tokenizer
 
     parsed = parse_run(words)
     raise_all(parsed.missing)
-    tokenizer = build_tokenizer(parsed.config.tokenizer)
-    datasets = build_datasets(
-        parsed.config, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint()
-    )
-    return parsed.config, tokenizer, datasets
+    return parsed.config
+
+
+def _open(config: RunConfig) -> tuple[Tokenizer, Datasets]:
+    """A job's tokenizer and its datasets."""
+    from megatron_lite.data.build import build_datasets
+    from megatron_lite.tokenizer.build import build_tokenizer
+
+    tokenizer = build_tokenizer(config.tokenizer)
+    datasets = build_datasets(config, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint())
+    return tokenizer, datasets
 
 
 def _show(dataset: Dataset, sample: int, length: int, tokenizer: Tokenizer, shown: int) -> None:

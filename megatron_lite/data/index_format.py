@@ -166,6 +166,13 @@ def check_size(path: Path, header: IndexHeader) -> None:
 def missing_file(prefix: str | Path, missing: Path) -> DataError:
     """The error for a missing .bin or .idx, with the nearest prefix that exists."""
     name = str(prefix)
+    if Path(name).is_dir():
+        inside = sorted(str(found)[:-4] for found in Path(name).glob("*.idx"))
+        return DataError(
+            "A dataset is given by the common prefix of its .bin and .idx",
+            found=f"{name} is a folder",
+            fix=f"Give a dataset in it: {', '.join(inside[:5])}" if inside else "There is no .idx in it",
+        )
     if name.endswith((".bin", ".idx")):
         fix = f"Give the common prefix of both files: {name[:-4]}"
     else:

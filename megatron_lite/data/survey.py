@@ -53,19 +53,24 @@ def survey_lengths(data: IndexedDataset) -> Lengths:
     return Lengths(shortest, longest, data.num_tokens / len(data), empty, counts, tokens)
 
 
-def draw_lengths(lengths: Lengths, width: int = 50) -> list[str]:
-    """The histogram as lines of text: one bar a power of two, share of sequences and share of tokens beside it."""
+def draw_lengths(lengths: Lengths, columns: int = 80) -> list[str]:
+    """The histogram as lines of text: one bar a power of two, and beside it the sequences and the tokens in them."""
     used = np.flatnonzero(lengths.counts)
     if not used.size:
         return ["  no tokens"]
-    lines = [f"  {'tokens':>22}  {'sequences':<{width}} {'':>14} {'of all':>6} {'of tokens':>9}"]
+    buckets = range(int(used[0]), int(used[-1]) + 1)
+    ranges = [f"{2**bucket:,} to {2 ** (bucket + 1) - 1:,}" for bucket in buckets]
+    numbers = [f"{lengths.counts[bucket]:,}" for bucket in buckets]
+    left, right = max(len("tokens"), *map(len, ranges)), max(len("sequences"), *map(len, numbers))
+    width = max(8, columns - left - right - len("    of all  of tokens") - 2)
+    lines = [f"  {'tokens':>{left}}  {'':{width}} {'sequences':>{right}} {'of all':>6} {'of tokens':>9}"]
     most, all_counts, all_tokens = lengths.counts.max(), lengths.counts.sum() + lengths.empty, lengths.tokens.sum()
-    for bucket in range(int(used[0]), int(used[-1]) + 1):
+    for bucket, span, number in zip(buckets, ranges, numbers, strict=True):
         count = int(lengths.counts[bucket])
         eighths = round(count / int(most) * width * 8)
         bar = "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
         lines.append(
-            f"  {2**bucket:>9,} to {2 ** (bucket + 1) - 1:>9,}  {bar:<{width}} {count:>14,} "
+            f"  {span:>{left}}  {bar:<{width}} {number:>{right}} "
             f"{count / all_counts:>6.1%} {lengths.tokens[bucket] / all_tokens:>9.1%}"
         )
     return lines

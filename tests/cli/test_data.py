@@ -84,9 +84,88 @@ def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, m
         assert printed == loader.read(8, 4).ravel().tolist()
 
 
-def test_samples_numbers_iterations_from_one(prefix, capsys):
-    assert main(["data", "samples", "--iteration", "0", *job(prefix)]) == 1
-    assert "numbered from 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("iteration", "words", "message"),
+    [
+        ("0", (), "numbered from 1"),
+        ("51", (), "--iteration 51, the run has 50"),
+        ("8", ("--train-samples", "30"), "--iteration 8, the run has 7"),
+    ],
+)
+def test_samples_refuses_an_iteration_that_the_run_has_not(prefix, capsys, iteration, words, message):
+    flags = job(prefix, *words)
+    if words:
+        at = flags.index("--train-iters")
+        del flags[at : at + 2]
+    assert main(["data", "samples", "--iteration", iteration, *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_samples_counts_from_the_checkpoint_before_and_leaves_out_what_a_rollback_did(prefix, tmp_path, capsys):
+    runs = ["--load", str(tmp_path / "run"), "--save", str(tmp_path / "run"), "--save-interval", "10"]
+    short = [*job(prefix, *runs), "--eval-iters", "0", "--log-interval", "50", "--device", "cpu"]
+    assert main(["train", *short, "--exit-interval", "20"]) == 0
+    assert main(["rollback", str(tmp_path / "run"), "--to", "10", "--skip-samples", "44-47"]) == 0
+    larger = [word if word != "4" else "8" for word in short]
+    capsys.readouterr()
+    for flags, iteration, expected in (
+        (short, "11", ["40", "41", "42", "43"]),
+        (short, "12", ["48", "49", "50", "51"]),
+        (larger, "12", [str(52 + number) for number in range(8)]),
+    ):
+        assert main(["data", "samples", "--iteration", iteration, *flags]) == 0
+        assert re.findall(r"^sample (\d+)", capsys.readouterr().out, re.M) == expected
+
+
+def test_pack_says_what_it_did_and_training_reads_whole_sequences(prefix, tmp_path, capsys):
+    from megatron_lite.config.arguments import parse_run
+    from megatron_lite.data.build import build_datasets
+
+    marked, packed = str(tmp_path / "marked"), str(tmp_path / "packed")
+    data = IndexedDataset(prefix)
+    with IndexedDatasetWriter(marked, np.uint16) as writer:
+        for number in range(data.num_documents):
+            writer.add_document([*data.document(number).tolist(), 100])
+    assert main(["data", "pack", marked, packed, "--seq-length", "16"]) == 1
+    assert "no manifest that names it" in capsys.readouterr().err
+    words = ["data", "pack", marked, packed, "--seq-length", "16", *NULL]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    bins = IndexedDataset(packed)
+    assert f"{len(bins):,} of 16 tokens" in out
+    assert f"--data-path {packed} --seq-length 16 --eod-mask-loss" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert main(words) == 0
+    assert "Already complete" in capsys.readouterr().out
+    assert main(["data", "verify", packed, *NULL]) == 0
+    assert main(["data", "inspect", packed]) == 0
+    assert "for --seq-length 16" in capsys.readouterr().out
+    flags = job(packed, "--eod-mask-loss")
+    flags[flags.index("50")] = "200"
+    train = build_datasets(parse_run(flags).config, vocab_size=101).train
+    assert len(train) > len(bins)
+    contents = {tuple(bins.document(number).tolist()) for number in range(len(bins))}
+    assert all(tuple(train[sample][:-1].tolist()) in contents for sample in range(len(train)))
+
+
+def test_packed_data_is_read_as_it_was_meant(prefix, tmp_path, caplog):
+    packed = str(tmp_path / "packed")
+    with IndexedDatasetWriter(tmp_path / "marked", np.uint16) as writer:
+        for size in range(1, 60):
+            writer.add_document([*range(size), 100])
+    assert main(["data", "pack", str(tmp_path / "marked"), packed, "--seq-length", "32", *NULL]) == 0
+    assert main(["data", "index", *job(packed)]) == 0
+    assert "packed in sequences of 32 tokens, --seq-length is 16" in caplog.text
+    assert "without --eod-mask-loss" in caplog.text
+
+
+def test_one_damaged_dataset_does_not_hide_the_others(prefix, tmp_path, capsys):
+    assert main(["data", "verify", str(tmp_path), prefix]) == 1
+    said = capsys.readouterr()
+    assert f"{prefix}: whole" in said.out
+    assert f"is a folder. Give a dataset in it: {prefix}" in said.err
+    assert main(["data", "inspect", prefix, "--picture", str(tmp_path / "absent" / "lengths.svg")]) == 1
+    assert "--picture" in capsys.readouterr().err
 
 
 def test_index_builds_every_set(prefix, capsys):

@@ -36,7 +36,7 @@ def test_lengths_equal_a_plain_count(tmp_path, sizes):
     assert lengths.empty == sizes.count(0)
     assert (lengths.shortest, lengths.longest) == (min(sizes, default=0), max(sizes, default=0))
     lines = draw_lengths(lengths)
-    assert max(map(len, lines)) < 120
+    assert max(map(len, lines)) <= 80
     assert len(lines) == (2 + np.ptp(np.flatnonzero(expected)) if expected.any() else 1)
     ElementTree.fromstring(draw_lengths_svg(lengths, "<a & b>"))
 
