@@ -96,10 +96,6 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
         assert path is not None
         load_checkpoint(path, tensors, WORLD)
 
-    def rewrite() -> None:
-        shutil.rmtree(rewritten, ignore_errors=True)
-        reshard(root / "iter_0000001", rewritten)
-
     whole = [_whole(name, tensor) for name, tensor in target.items()]
     columns = [_columns(name, tensor) for name, tensor in target.items()]
     measured = {
@@ -108,7 +104,7 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
         "torch.load": plain_load,
         "load": lambda: load(whole),
         "load, resharded": lambda: load(columns),
-        "checkpoint reshard": rewrite,
+        "checkpoint reshard": lambda: _rewrite(root / "iter_0000001", rewritten),
     }
     times: dict[str, list[float]] = {name: [] for name in measured}
     # In turn, so that a busy disk or machine is unfair to nobody; the first round is not counted. Every save writes new
@@ -134,6 +130,11 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
     seconds["async save, from call to announcement"] = statistics.median(total[1:])
     assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
     return seconds
+
+
+def _rewrite(path: Path, output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    reshard(path, output)
 
 
 def _whole(name: str, tensor: Tensor) -> GlobalTensor:
