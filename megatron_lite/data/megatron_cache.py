@@ -48,10 +48,11 @@ def find_megatron_index(
         except (OSError, ValueError) as error:
             LOG.warning("index cache %s cannot be read (%s): building the index anew", paths[0], error)
             continue
-        stale = why_stale(plan, sizes, documents, rows, shuffle)
+        index = SampleIndex(plan, documents, shuffle, np.empty(0, dtype=np.int64), rows)
+        stale = why_stale(index, rows, sizes)
         if stale is None:
             LOG.info("using Megatron's index cache %s", paths[0])
-            return SampleIndex(plan, documents, shuffle, np.empty(0, dtype=np.int64), rows)
+            return index
         LOG.warning("index cache %s is not this run's (%s): building the index anew", paths[0], stale)
     return None
 
@@ -89,18 +90,13 @@ def _modern_files(
             yield tuple(Path(f"{stem}{part}.npy") for part in ("document_index", "sample_index", "shuffle_index"))
 
 
-def why_stale(
-    plan: IndexPlan,
-    sizes: NDArray[np.int32],
-    documents: NDArray[np.integer],
-    rows: NDArray[np.integer],
-    shuffle: NDArray[np.integer],
-) -> str | None:
-    """What shows that the arrays are not this plan's, or None if nothing does.
+def why_stale(index: SampleIndex, rows: NDArray[np.integer], sizes: NDArray[np.int32]) -> str | None:
+    """What shows that an index's arrays, `rows` among them, are not its plan's, or None if nothing does.
 
     Shapes and the range of documents are checked whole; that samples lie seq_length tokens apart, and that the shuffle
     stays in range, at SPOT_CHECKS places.
     """
+    plan, documents, shuffle = index.plan, index.documents, index.shuffle
     shapes = {
         "document entries": (documents.shape, (plan.epochs * plan.num_documents,)),
         "sample rows": (rows.shape, (plan.total_samples + 1, 2)),
@@ -113,16 +109,11 @@ def why_stale(
     low, high = min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
     if (low, high + 1) != (plan.first, plan.last):
         return f"it covers sequences {low} to {high + 1}, the split is {plan.first} to {plan.last}"
-    return _why_inconsistent(plan, sizes, documents, rows, shuffle)
+    return _why_inconsistent(index, rows, sizes)
 
 
-def _why_inconsistent(
-    plan: IndexPlan,
-    sizes: NDArray[np.int32],
-    documents: NDArray[np.integer],
-    rows: NDArray[np.integer],
-    shuffle: NDArray[np.integer],
-) -> str | None:
+def _why_inconsistent(index: SampleIndex, rows: NDArray[np.integer], sizes: NDArray[np.int32]) -> str | None:
+    plan, documents, shuffle = index.plan, index.documents, index.shuffle
     # Far enough apart that a piece holds ends of documents, whose lengths are what is checked.
     apart = min(plan.total_samples, 1 + 2 * plan.tokens_per_epoch // (plan.num_documents * plan.seq_length))
     for number in np.unique(np.linspace(0, plan.total_samples - apart, SPOT_CHECKS).astype(np.int64)).tolist():
