@@ -90,7 +90,7 @@ def test_the_table_fits_a_terminal(run, tmp_path):
 )
 def test_mistakes_are_named(run, tmp_path, words, code, said):
     (tmp_path / "empty").touch()
-    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    (tmp_path / "latin1").write_bytes(b"\xe9t\xe9")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "text").write_text("abc abc")
     result = evaluate(run, *(str(word).format(folder=tmp_path) for word in words))

@@ -114,6 +114,13 @@ def test_the_terminal_drawing_fits(train, width, height, unicode):
         assert text.isascii()
 
 
+def test_a_single_loss_has_a_tick_beside_it_at_any_height():
+    curve = LossCurve("t", ((1.0, 4.73685),), {})
+    for height in range(3, 20):
+        rows = draw_terminal(curve, 40, height, unicode=False).splitlines()[2 : 2 + height]
+        assert any(row.split("|")[0].strip() for row in rows), height
+
+
 def test_the_terminal_drawing_falls(metrics):
     rows = draw_terminal(read_curve(metrics), 60, 10, unicode=False).splitlines()[2:12]
     first_dots = [row.index(".") for row in rows if "." in row]
