@@ -35,7 +35,7 @@ class _Lane:
     """The saves that go to one folder: in the foreground, or one at a time behind training's back.
 
     Attributes:
-        last: iteration of the newest save that is on the disk or under way.
+        last: iteration of the newest save, whether it is on the disk, under way or has failed.
     """
 
     root: Path
@@ -186,16 +186,15 @@ class RunState:
         try:
             yield
         except CheckpointError as error:
-            iteration, lane.last = lane.last, None
             newest = announced(self._whole.root)
-            if iteration is not None:
-                self.failed_saves.append(iteration)
+            assert lane.last is not None, "a save that fails has begun"
+            self.failed_saves.append(lane.last)
             left = f"the newest complete checkpoint is that of iteration {newest}" if newest else "there is none yet"
             if final or self._options.on_failed_save == "stop":
                 hint = "" if final else ". --on-failed-save continue trains on to the next save instead"
                 raise CheckpointError(error.rule, found=f"{error.found} ({left})", fix=f"{error.fix}{hint}") from error
             self._notify(
-                f"WARNING: the save of iteration {iteration} to {lane.root} FAILED, and training goes on without it "
+                f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training goes on without it "
                 f"(--on-failed-save continue); {left}. {error.rule}: {error.found}. {error.fix}"
             )
 
