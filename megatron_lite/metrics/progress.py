@@ -105,8 +105,9 @@ class ProgressSink:
         """Nothing: the console sink prints messages through `write`."""
 
     def stopping(self) -> None:
-        """Nothing is held back."""
+        """Leave the last state of the bar on the screen, above the last words, and give the cursor back."""
+        self._progress.stop()
 
     def close(self) -> None:
-        """Leave the last state of the bar on the screen and give the cursor back."""
+        """Do so now where a failure left no time for stopping()."""
         self._progress.stop()

@@ -32,7 +32,7 @@ class Sink(Protocol):
         """Something to tell people."""
 
     def stopping(self) -> None:
-        """No iteration follows; its last save and last words do."""
+        """No iteration follows; the last save, evaluations and words do."""
 
     def close(self) -> None:
         """The run is over, or has failed."""

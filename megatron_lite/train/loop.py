@@ -76,6 +76,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             last = stop is not None or is_finished(config, run.progress)
             run.state.save_if_due(run.engine, run.progress, last=last)
         if stop is None:
+            run.reporter.stopping()
             run.state.save(run.engine, run.progress, final=True)
             evaluate(run, "validation", at_end=True)
             evaluate(run, "test", at_end=True)

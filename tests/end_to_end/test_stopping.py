@@ -118,6 +118,7 @@ def test_ctrl_c_at_a_real_terminal(corpus, tmp_path):
     assert "exiting program after receiving SIGINT" in shown
     assert shown.rindex("successfully saved checkpoint") < shown.rindex("exiting program")
     assert "\x1b[?25h" in shown[shown.rindex("\x1b[?25l") :], "the cursor is back"
+    assert shown.rindex("\x1b[?25h") < shown.rindex("saving checkpoint"), "the bar stays behind, above the last words"
     assert len(checkpoints(save)) == 1
 
 
