@@ -101,12 +101,12 @@ def inspect(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """Check whole datasets."""
     parser = argparse.ArgumentParser(prog="megatron-lite data verify")
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx, or the .idx")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
     tokenizer = given_tokenizer(options)
     damaged = 0
-    for prefix in options.prefixes:
+    for prefix in (given.removesuffix(".idx") for given in options.prefixes):
         began = time.monotonic()
         try:
             checked = [*_verify_one(prefix, tokenizer), f"{time.monotonic() - began:.1f} s"]
