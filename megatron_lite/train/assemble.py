@@ -46,8 +46,9 @@ from megatron_lite.train.failure import watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
+from megatron_lite.train.provenance import provenance_of
 from megatron_lite.train.start import check_provenance, find_start, load_start, settle_config
-from megatron_lite.train.state import RunState, provenance_of
+from megatron_lite.train.state import RunState
 
 
 @contextmanager

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_lite import __version__
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.catalog import announced, iteration_of
 from megatron_lite.checkpoint.manifest import Provenance, size_text
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
-from megatron_lite.checkpoint.resume import config_as_json
 from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, retention_of
 from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
@@ -211,10 +209,3 @@ class RunState:
             self._notify(f"  removed {', '.join(report.removed)}")
         if report.problem:
             self._notify(f"WARNING: {report.problem}")
-
-
-def provenance_of(config: RunConfig, fingerprints: dict[str, str]) -> Provenance:
-    """What a manifest says about a run: its whole config, and what it depends on besides."""
-    return Provenance(
-        config=config_as_json(config), fingerprints={**fingerprints, "code": f"megatron_lite {__version__}"}
-    )

@@ -10,7 +10,7 @@ from trainer import checkpoints, command, preprocess
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.train import assemble
+from megatron_lite.train import assemble, provenance
 
 
 @pytest.fixture
@@ -90,6 +90,16 @@ def test_a_run_that_begins_anew_or_only_evaluates_takes_any_data(corpus, tmp_pat
         given = corpus.job("--train-iters", 2, "--lr-decay-style", "constant", "--load", save, *words)
         assert command(*given, "--data-path", corpus.data[1]).code == 0
     assert job(corpus, save, 2, "--skip-train", data=corpus.data[1]).code == 0
+
+
+def test_edited_code_is_told(corpus, tmp_path):
+    save = tmp_path / "run"
+    assert job(corpus, save, 2).code == 0
+    with mock.patch.object(provenance, "code_fingerprint", lambda package: "edited"):
+        result = job(corpus, save, 4)
+        assert result.code == 1
+        assert "  code: " in result.err and "edited" in result.err and "--accept-changed code" in result.err
+        assert job(corpus, save, 4, "--accept-changed", "code").code == 0
 
 
 def fingerprints_on(backend, words):

@@ -1,0 +1,32 @@
+"""What a manifest says of the run that wrote it: its config, and the fingerprints of what its numbers come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import megatron_lite
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.resume import config_as_json
+from megatron_lite.config.run import RunConfig
+
+
+def provenance_of(config: RunConfig, fingerprints: Mapping[str, str]) -> Provenance:
+    """The provenance of a run.
+
+    Args:
+        config: the whole of it is kept.
+        fingerprints: of tokenizer and data; the code's is added.
+    """
+    code = f"megatron_lite {megatron_lite.__version__} {code_fingerprint(Path(megatron_lite.__file__).parent)}"
+    return Provenance(config=config_as_json(config), fingerprints={**fingerprints, "code": code})
+
+
+def code_fingerprint(package: Path) -> str:
+    """Hash of a package's sources: their names and text. The version alone says nothing of a checkout that is edited."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(text)} ".encode() + text)
+    return digest.hexdigest()
