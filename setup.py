@@ -14,6 +14,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.15"],
     "fast": ["tiktoken>=0.12"],
     "data": ["zstandard>=0.22", "pyarrow>=15"],
+    "sentences": ["nltk>=3.9"],
     "plot": ["matplotlib>=3.8"],
     "eval": ["lm-eval>=0.4.5"],
     "deepspeed": ["deepspeed>=0.15"],
@@ -25,7 +26,7 @@ TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 EXTRAS["dev"] = [
     *CHECKERS,
     *TESTS,
-    *(need for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "plot") for need in EXTRAS[extra]),
+    *(need for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "sentences", "plot") for need in EXTRAS[extra]),
 ]
 
 setup(

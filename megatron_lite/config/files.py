@@ -15,7 +15,13 @@ def missing_files(config: RunConfig) -> list[ConfigError]:
     errors = [*_missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
     checkpoint = config.checkpoint
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
-        errors.append(_missing("--load", checkpoint.load, "a folder of checkpoints"))
+        errors.append(
+            ConfigError(
+                "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
+                found=f"{checkpoint.load or 'nothing given'}: there is no such folder",
+                fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
+            )
+        )
     return errors
 
 

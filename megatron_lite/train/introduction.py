@@ -103,7 +103,8 @@ def _start(config: RunConfig, start: Start, progress: Progress) -> str:
     if start.path is None:
         return f"fresh weights, seed {config.runtime.seed}"
     if config.checkpoint.finetune or config.checkpoint.reset_progress:
-        return f"iteration 0, with the weights of {start.path}"
+        taken = "weights" if config.checkpoint.finetune else "weights and optimizer state"
+        return f"iteration 0, with the {taken} of {start.path}"
     return f"after iteration {progress.iteration:,}, from {start.path}"
 
 
