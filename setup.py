@@ -26,7 +26,11 @@ TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 EXTRAS["dev"] = [
     *CHECKERS,
     *TESTS,
-    *(need for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "sentences", "plot") for need in EXTRAS[extra]),
+    *(
+        need
+        for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "sentences", "plot")
+        for need in EXTRAS[extra]
+    ),
 ]
 
 setup(

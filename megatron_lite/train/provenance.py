@@ -24,7 +24,7 @@ def provenance_of(config: RunConfig, fingerprints: Mapping[str, str]) -> Provena
 
 
 def code_fingerprint(package: Path) -> str:
-    """Hash of a package's sources: their names and text. The version alone says nothing of a checkout that is edited."""
+    """Hash of a package's sources: their names and text. A version says nothing of an edited checkout."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(package.rglob("*.py")):
         text = path.read_bytes()

@@ -7,8 +7,8 @@ from layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_tog
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.train.assemble import build_engine
-from megatron_lite.train.start import find_start, load_start
 from megatron_lite.train.provenance import provenance_of
+from megatron_lite.train.start import find_start, load_start
 from megatron_lite.train.state import RunState
 
 BF16 = {"dtype": "bf16", "dropout": "all"}
