@@ -1,0 +1,27 @@
+"""Progress of the data commands: lines now and then, or a bar that leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_lite.cli import token_progress
+from megatron_lite.cli.token_progress import TokenProgress
+
+
+def test_lines_come_now_and_then(monkeypatch, capsys):
+    times = iter([0.0, 4.0, 11.0, 11.0, 15.0])
+    monkeypatch.setattr(token_progress.time, "monotonic", lambda: next(times))
+    with TokenProgress("pack", 3000) as progress:
+        for _ in range(3):
+            progress.advance(1000)
+    assert capsys.readouterr().err == "pack: 2,000 of 3,000 tokens\n"
+    assert progress.done == 3000
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with TokenProgress("verify", 3000) as progress:
+        progress.advance(1500)
+        assert progress._bar.tasks[0].completed == 1500
+    assert "verify" in capsys.readouterr().err
