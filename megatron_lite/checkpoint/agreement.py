@@ -13,11 +13,27 @@ from megatron_lite.errors import CheckpointError, MegatronLiteError
 T = TypeVar("T")
 
 
+class FailedRank(Exception):
+    """The cause of an error that several ranks raise: where it was first."""
+
+    def __init__(self, host: str, rank: int) -> None:
+        self.host = host
+        self.rank = rank
+        super().__init__(f"{host}, rank {rank}")
+
+
+def failed_rank(error: BaseException | None) -> FailedRank | None:
+    """Where an error was first, by its chain of causes; None: they do not say, so it is this rank's own."""
+    while error is not None and not isinstance(error, FailedRank):
+        error = error.__cause__
+    return error
+
+
 def together(world: Group, step: Callable[[], T]) -> T:
     """Runs `step` on every rank, waits for all, and returns this rank's result; a collective call.
 
     Raises:
-        CheckpointError: `step` failed on some rank; the first one's words, with its host and rank.
+        CheckpointError: `step` failed on some rank; the first one's words, with its host and rank (failed_rank).
         Exception: the rank where `step` failed with another kind of error raises that one.
     """
     try:
@@ -26,17 +42,23 @@ def together(world: Group, step: Callable[[], T]) -> T:
         failures = world.all_gather_object(_describe(error))
         if world.size == 1 or not isinstance(error, CheckpointError):
             raise
-        raise _first(failures) from error
+        first, place = _first(failures)
+        place.__cause__ = error
+        raise first from place
     failures = world.all_gather_object(None)
     if any(failures):
-        raise _first(failures)
+        first, place = _first(failures)
+        raise first from place
     return result
 
 
-def _first(failures: Sequence[tuple[type[CheckpointError], str, str, str, str] | None]) -> CheckpointError:
+def _first(
+    failures: Sequence[tuple[type[CheckpointError], str, str, str, str] | None],
+) -> tuple[CheckpointError, FailedRank]:
+    """The error of the first rank that failed, as every rank raises it, and its cause."""
     rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure)
     kind, rule, found, fix, host = failure
-    return kind(rule, found=f"on {host}, rank {rank}: {found}", fix=fix)
+    return kind(rule, found=f"on {host}, rank {rank}: {found}", fix=fix), FailedRank(host, rank)
 
 
 def _describe(error: Exception) -> tuple[type[CheckpointError], str, str, str, str]:

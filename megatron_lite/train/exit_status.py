@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from megatron_lite.checkpoint.agreement import failed_rank
 from megatron_lite.checkpoint.catalog import announced
 from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.train.stopping import Stop
@@ -28,8 +29,8 @@ class ExitStatus:
         iteration: iterations of the run that were finished; None: it failed before it knew.
         saved_iteration: the checkpoint that the next start goes on from; None: there is none.
         time: UTC, as ISO 8601 has it.
-        host: where the first failure showed, if status is error; else empty.
-        rank: on which rank; None unless status is error.
+        host: where it failed first, if status is error; else empty.
+        rank: which rank failed first; None unless status is error.
         failed_saves: iterations of this job whose saves failed, whatever --on-failed-save made of it.
     """
 
@@ -45,17 +46,15 @@ class ExitStatus:
 
 def read_exit_status(folder: Path) -> ExitStatus | None:
     """How the last job that saved in `folder` ended; None while it runs, or if it was killed before it could say."""
-    try:
-        return ExitStatus(**json.loads((folder / EXIT_STATUS_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return _decode(_content(folder / EXIT_STATUS_NAME))
 
 
 class ExitRecord:
     """Writes exit_status.json when the job that it is wrapped around ends, however it ends.
 
     A context manager: entered before anything can fail, and left after the last save. Of the ranks that fail, the first
-    to get here is the one whose words stay: the others only lost their partner.
+    to get here is the one whose words stay: the others only lost their partner. What the file says when the record is
+    entered is the last job's, and goes as soon as this job has all its ranks.
 
     Args:
         save: the folder of --save; empty: nothing is written. An error makes no folder.
@@ -68,20 +67,20 @@ class ExitRecord:
         self._iteration: Callable[[], int] | None = None
         self._failed_saves: list[Sequence[int]] = []
         self._stop: Stop | None = None
+        self._last_job: bytes | None = None
 
-    def begin(
-        self, iteration: Callable[[], int], barrier: Callable[[], None], failed_saves: Sequence[int] = ()
-    ) -> None:
-        """Training begins, or goes on after a rollback: the last job's file goes.
+    def start(self) -> None:
+        """The job has met its ranks: from here on, the file says how this one ended or is not there."""
+        if self._folder is not None and self._rank == 0:
+            self._forget_last_job(self._folder / EXIT_STATUS_NAME)
+
+    def begin(self, iteration: Callable[[], int], failed_saves: Sequence[int] = ()) -> None:
+        """Training begins, or goes on after a rollback.
 
         Args:
             iteration: asked for the number of finished iterations at the end.
-            barrier: waits for all ranks, so that rank 0 removes no file but the last job's.
             failed_saves: a list that grows while training goes on.
         """
-        if self._folder is not None and self._rank == 0:
-            (self._folder / EXIT_STATUS_NAME).unlink(missing_ok=True)
-        barrier()
         self._iteration = iteration
         self._failed_saves.append(failed_saves)
 
@@ -90,6 +89,8 @@ class ExitRecord:
         self._stop = stop
 
     def __enter__(self) -> ExitRecord:
+        if self._folder is not None:
+            self._last_job = _content(self._folder / EXIT_STATUS_NAME)
         return self
 
     def __exit__(
@@ -112,17 +113,22 @@ class ExitRecord:
         if self._folder is None or not self._folder.is_dir():
             return
         path = self._folder / EXIT_STATUS_NAME
-        before = read_exit_status(self._folder)
-        if self._iteration is None and before is not None and before.status == "completed":
-            return  # a start that was refused does not undo what was completed here
-        message = str(error) or type(error).__name__
-        data = self._encode("error", message, host=socket.gethostname(), rank=self._rank)
-        if self._iteration is None:
-            replace_file(path, data)
-            return
+        self._forget_last_job(path)
+        last = _decode(self._last_job)
+        if self._iteration is None and self._last_job is not None and last is not None and last.status == "completed":
+            data = self._last_job  # a start that was refused does not undo what was completed here
+        else:
+            first = failed_rank(error)
+            host, rank = (first.host, first.rank) if first else (socket.gethostname(), self._rank)
+            data = self._encode("error", str(error) or type(error).__name__, host=host, rank=rank)
         # Refused where another rank has been first.
         with path.open("xb") as file:
             file.write(data)
+
+    def _forget_last_job(self, path: Path) -> None:
+        """Removes the file, unless a rank of this job wrote it."""
+        if self._last_job is not None and _content(path) == self._last_job:
+            path.unlink(missing_ok=True)
 
     def _encode(self, status: str, message: str, *, host: str = "", rank: int | None = None) -> bytes:
         assert self._folder is not None
@@ -138,3 +144,17 @@ class ExitRecord:
             failed_saves=[iteration for failed in self._failed_saves for iteration in failed],
         )
         return (json.dumps(asdict(record), indent=2) + "\n").encode()
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _decode(content: bytes | None) -> ExitStatus | None:
+    try:
+        return None if content is None else ExitStatus(**json.loads(content))
+    except (ValueError, TypeError):
+        return None

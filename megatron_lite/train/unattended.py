@@ -26,7 +26,7 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
 
     Args:
         config: as the command line gives it.
-        record: told when training begins.
+        record: told when the job has its ranks, and when training begins.
         started: time.monotonic() when the job began.
         backend: the machine to run on, which stays open; None: one of its own.
 
@@ -35,12 +35,13 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
     """
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config))
+        record.start()
         while True:
             stop, back, world = _train_once(config, backend, record, started)
             if back is None:
                 return stop
             iteration = back.iteration
-            record.begin(lambda iteration=iteration: iteration, world.barrier)  # type: ignore[misc]
+            record.begin(lambda iteration=iteration: iteration)  # type: ignore[misc]
             config = _go_back(config, back, world)
 
 
@@ -48,7 +49,7 @@ def _train_once(
     config: RunConfig, backend: Backend, record: ExitRecord, started: float
 ) -> tuple[Stop, GoingBack | None, Group]:
     with assembled(config, backend) as run:
-        record.begin(lambda: run.progress.iteration, run.mesh.world.barrier, run.state.failed_saves)
+        record.begin(lambda: run.progress.iteration, run.state.failed_saves)
         stop = train(run, started=started)
         run.reporter.message(stop.message)
         if run.going_back is None and (line := _way_on(run, stop)) is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_lite.checkpoint import save as save_module
+from megatron_lite.checkpoint.agreement import failed_rank
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.save import save_checkpoint
@@ -104,8 +106,10 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing(tmp_p
             monkeypatch.setattr(save_module, "write_pieces", full)
         with pytest.raises(
             CheckpointError, match=r"rank 1: iteration 2 .*No space left on device .*__1_0.*GiB are free"
-        ):
+        ) as caught:
             save_checkpoint(tmp_path, 2, share((2, 1, 1), world.rank, True), {}, Provenance(), world)
+        place = failed_rank(caught.value)
+        assert (place.host, place.rank) == (socket.gethostname(), 1)
         world.barrier()
         assert sorted(entry.name for entry in tmp_path.iterdir()) == [
             "iter_0000001",
