@@ -161,13 +161,12 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
 
 def _papers(prefix: str) -> dict[str, str]:
     """What the manifest says, if there is one."""
-    from megatron_lite.data.packed_dataset import packed_length
     from megatron_lite.data.preprocess.manifest import read_manifest
 
     manifest = read_manifest(prefix)
     if manifest is None:
         return {"made with": "unknown: no manifest (Megatron writes none)"}
-    tokenizer, length = manifest.tokenizer, packed_length(manifest)
+    tokenizer, length = manifest.tokenizer, manifest.packed_length
     found = {
         "made with": f"{tokenizer.get('type')} of {tokenizer.get('vocab_size', 0):,} entries",
         "fingerprint": f"{str(tokenizer.get('fingerprint'))[:31]}…",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_lite.cli.token_progress import TokenProgress
 from megatron_lite.errors import ConfigError
 
 SUMMARY = "put several .bin/.idx datasets end to end"
@@ -13,6 +14,7 @@ SUMMARY = "put several .bin/.idx datasets end to end"
 def run(argv: list[str]) -> int:
     """Merge, and say what came out."""
     args = build_parser().parse_args(argv)
+    from megatron_lite.data.indexed_dataset import IndexedDataset
     from megatron_lite.data.preprocess.merge import find_prefixes, merge_datasets
 
     if args.multimodal:
@@ -24,7 +26,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             "Merging needs datasets", found="neither --datasets nor --input names any", fix="Give --datasets PREFIX …"
         )
-    documents, tokens = merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite)
+    with TokenProgress("merge", sum(IndexedDataset(prefix).num_tokens for prefix in prefixes)) as progress:
+        documents, tokens = merge_datasets(
+            prefixes, args.output_prefix, overwrite=args.overwrite, advance=progress.advance
+        )
     print(f"  {len(prefixes)} datasets, {documents:,} documents, {tokens:,} tokens")
     print(f"  --data-path {args.output_prefix}")
     return 0

@@ -17,7 +17,6 @@ from megatron_lite.data.dataset import BlendedDataset, Dataset, GPTDataset, Mock
 from megatron_lite.data.index_cache import cached_index
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.megatron_cache import find_megatron_index
-from megatron_lite.data.packed_dataset import packed_length
 from megatron_lite.data.preprocess.manifest import Manifest, check_files, read_manifest
 from megatron_lite.data.sample_index import plan_index
 from megatron_lite.data.slices import SliceDataset
@@ -104,9 +103,9 @@ class _Builder:
         """Open a file once, and check that it is this tokenizer's."""
         if prefix not in self.opened:
             data = IndexedDataset(prefix)
-            length = packed_length(check_manifest(prefix, self.fingerprint))
-            if length:
-                warn_of_packing(prefix, length, self.config)
+            manifest = check_manifest(prefix, self.fingerprint)
+            if manifest is not None and manifest.packed_length:
+                warn_of_packing(prefix, manifest.packed_length, self.config)
             check_vocabulary(data, self.vocab_size)
             self.opened[prefix] = data
         return self.opened[prefix]

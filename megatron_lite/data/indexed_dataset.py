@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_lite.data import index_checks as checks
 from megatron_lite.data.file_copy import copy_bytes
+from megatron_lite.data.file_lock import try_lock
 from megatron_lite.data.index_checks import CHUNK
 from megatron_lite.data.index_format import HEADER, bin_path, idx_path, pack_header, read_header, type_code
 from megatron_lite.data.token_file import TokenFile
@@ -134,7 +135,8 @@ class IndexedDatasetWriter:
         dtype: type of the stored tokens (index_format.smallest_token_type gives Megatron's choice).
 
     Raises:
-        DataError: the folder cannot be written to, the disk is full, or a token does not fit `dtype`.
+        DataError: the folder cannot be written to, the disk is full, another process writes to the same name, or a
+            token does not fit `dtype`.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type[np.integer]) -> None:
@@ -149,9 +151,9 @@ class IndexedDatasetWriter:
         self._paths = {part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "idx", "sizes", "documents")}
         with self._writing():
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
-            self._files: dict[str, BinaryIO] = {
-                part: self._paths[part].open("w+b", buffering=1 << 20) for part in ("bin", "sizes", "documents")
-            }
+            self._files: dict[str, BinaryIO] = {"bin": _open_alone(self._paths["bin"], self.prefix)}
+            for part in ("sizes", "documents"):
+                self._files[part] = self._paths[part].open("w+b", buffering=1 << 20)
 
     def add_sequence(self, tokens: ArrayLike) -> None:
         """Append one sequence, [tokens], to the document that is open; `end_document` closes it."""
@@ -236,19 +238,22 @@ class IndexedDatasetWriter:
                 self._write_index()
                 self._files["bin"].flush()
                 os.fsync(self._files["bin"].fileno())
+                # With its first name the .bin gives up what keeps other writers out: nothing of theirs may be touched.
+                for part in ("sizes", "documents"):
+                    self._paths.pop(part).unlink()
                 idx_path(self.prefix).unlink(missing_ok=True)
-                self._paths["bin"].replace(bin_path(self.prefix))
-                self._paths["idx"].replace(idx_path(self.prefix))
+                self._paths.pop("bin").replace(bin_path(self.prefix))
+                self._paths.pop("idx").replace(idx_path(self.prefix))
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Remove everything that was not finished."""
+        """Remove everything that was not finished; the .bin, which keeps other writers out, last."""
+        for path in reversed(self._paths.values()):
+            path.unlink(missing_ok=True)
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
-        for path in self._paths.values():
-            path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -317,3 +322,27 @@ class IndexedDatasetWriter:
                 found=f"{self.prefix}: {error.strerror or error}",
                 fix="Free or ask for space, or write to another folder",
             ) from error
+
+
+def _open_alone(path: Path, prefix: str) -> BinaryIO:
+    """Open an unfinished .bin, empty, for as long as no other process writes to it.
+
+    Raises:
+        DataError: one does.
+        OSError: the file cannot be made.
+    """
+    while True:
+        # Neither emptied, for it may be another's, nor opened to append, which copying inside the kernel refuses.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
+        alone = try_lock(file)
+        # A file that was opened before its writer gave it its final name is that dataset's now.
+        if alone and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            return file
+        file.close()
+        if not alone:
+            raise DataError(
+                "One command at a time writes a dataset",
+                found=f"another process is writing {prefix}",
+                fix="Wait for it, or give another name",
+            )

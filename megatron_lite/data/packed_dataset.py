@@ -121,11 +121,6 @@ def pack_dataset(
     return made
 
 
-def packed_length(manifest: papers.Manifest | None) -> int:
-    """The sequence length that a dataset was packed for; 0: it was not."""
-    return int(manifest.flags.get("packed", {}).get("seq_length", 0)) if manifest else 0
-
-
 def _pack_window(
     window: Window, tokens: NDArray[np.generic], seq_length: int, eod: int, rng: np.random.RandomState, made: Packed
 ) -> NDArray[np.generic]:
@@ -188,20 +183,15 @@ def _refuse(data: IndexedDataset, output: str, seq_length: int, overwrite: bool)
         raise DataError("A dataset is named by its files' common path", found=f"{output} is a folder", fix="Add a name")
     if not data.num_tokens:
         raise DataError("A dataset that is packed has tokens", found=f"{data.prefix} has none", fix="Check its input")
-    length = packed_length(papers.read_manifest(data.prefix))
-    if length:
+    manifest = papers.read_manifest(data.prefix)
+    if manifest is not None and manifest.packed_length:
         raise DataError(
             "A dataset is packed once, from whole documents",
-            found=f"{data.prefix} is packed, in sequences of {length}",
+            found=f"{data.prefix} is packed, in sequences of {manifest.packed_length}",
             fix="Pack what it was packed from, which its manifest names",
         )
-    existing = [path for path in (bin_path(output), idx_path(output)) if path.exists()]
-    if existing and not overwrite:
-        raise DataError(
-            "A finished dataset is not replaced without being told",
-            found=f"{existing[0]} exists, made by another command or from other input",
-            fix="Pass --overwrite, or give another name",
-        )
+    if not overwrite:
+        papers.refuse_to_replace(output)
     folder = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if free < data.num_bytes:

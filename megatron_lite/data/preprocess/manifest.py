@@ -40,6 +40,11 @@ class Manifest:
     report: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
+    @property
+    def packed_length(self) -> int:
+        """The sequence length that the dataset was packed for; 0: it was not."""
+        return int(self.flags.get("packed", {}).get("seq_length", 0))
+
 
 def manifest_path(prefix: str | Path) -> Path:
     """Where the manifest of the dataset `prefix` lies."""
@@ -70,6 +75,21 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             found=f"{path}: {type(error).__name__}: {error}",
             fix="Remove it to go without its checks, or preprocess again",
         ) from error
+
+
+def refuse_to_replace(prefix: str | Path) -> None:
+    """Leave alone what another command made.
+
+    Raises:
+        DataError: there is a dataset of this name, or a half of one.
+    """
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if path.exists():
+            raise DataError(
+                "A finished dataset is not replaced without being told",
+                found=f"{path} exists, made by another command or from other input",
+                fix="Pass --overwrite, or give another name",
+            )
 
 
 def check_files(prefix: str | Path, manifest: Manifest, *, contents: bool = True) -> None:

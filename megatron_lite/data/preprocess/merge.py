@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_lite.data.index_format import bin_path, idx_path
+from megatron_lite.data.index_format import idx_path
 from megatron_lite.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.preprocess import manifest as papers
 from megatron_lite.errors import DataError
+
+LOG = logging.getLogger(__name__)
 
 
 def find_prefixes(folder: Path) -> list[str]:
@@ -34,8 +37,16 @@ def find_prefixes(folder: Path) -> list[str]:
     return [str(folder / name) for name in sorted(bins)]
 
 
-def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> tuple[int, int]:
+def merge_datasets(
+    prefixes: Sequence[str], output: str, *, overwrite: bool = False, advance: Callable[[int], None] = lambda _: None
+) -> tuple[int, int]:
     """Write the documents of `prefixes` in order to `output`; returns its documents and tokens.
+
+    Args:
+        prefixes: what is merged.
+        output: where it goes.
+        overwrite: whether a dataset of this name may be replaced.
+        advance: is told the tokens of each input when they are written.
 
     Raises:
         DataError: an input is missing or damaged, they differ in token type or tokenizer, or `output` exists.
@@ -44,20 +55,16 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
         raise DataError(
             "A merge does not write to its own input", found=f"{output} is both", fix="Give another --output-prefix"
         )
-    existing = [path for path in (bin_path(output), idx_path(output)) if path.exists()]
-    if existing and not overwrite:
-        raise DataError(
-            "A finished dataset is not replaced without being told",
-            found=f"{existing[0]} exists",
-            fix="Pass --overwrite, or give another --output-prefix",
-        )
+    if not overwrite:
+        papers.refuse_to_replace(output)
     manifests = _manifests(prefixes)
     dtype = IndexedDataset(prefixes[0]).dtype
-    with contextlib.suppress(FileNotFoundError):
-        papers.manifest_path(output).unlink()
     with IndexedDatasetWriter(output, dtype) as writer:
         for prefix in prefixes:
+            before = writer.num_tokens
             writer.append(prefix)
+            advance(writer.num_tokens - before)
+        papers.manifest_path(output).unlink(missing_ok=True)
     if manifests:
         merged = papers.Manifest(
             dtype=writer.dtype.name,
@@ -67,11 +74,22 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
             bin_pieces=[piece for manifest in manifests for piece in manifest.bin_pieces],
             idx_pieces=papers.file_pieces(idx_path(output)),
             tokenizer=manifests[0].tokenizer,
-            flags={"merged_from": list(prefixes)},
+            flags={"merged_from": list(prefixes)} | _packing(prefixes, manifests),
             inputs=[source for manifest in manifests for source in manifest.inputs],
         )
         papers.write_manifest(output, merged)
     return writer.num_documents, writer.num_tokens
+
+
+def _packing(prefixes: Sequence[str], manifests: Sequence[papers.Manifest]) -> dict[str, Any]:
+    """What the manifest says of packing: the length that all inputs are packed for, if they are."""
+    lengths = [manifest.packed_length for manifest in manifests]
+    if len(set(lengths)) == 1:
+        return {"packed": {"seq_length": lengths[0]}} if lengths[0] else {}
+    odd = next(i for i, length in enumerate(lengths) if length != lengths[0])
+    what = [f"{prefixes[i]} is {f'packed for {lengths[i]} tokens' if lengths[i] else 'not packed'}" for i in (0, odd)]
+    LOG.warning("%s and %s: the merged dataset is read as one that is not packed", *what)
+    return {}
 
 
 def _manifests(prefixes: Sequence[str]) -> list[papers.Manifest]:
@@ -91,4 +109,11 @@ def _manifests(prefixes: Sequence[str]) -> list[papers.Manifest]:
                 found=f"{prefix} and {first} were made with different ones",
                 fix="Preprocess one of them again with the other's tokenizer",
             )
-    return [manifest for _, manifest in known] if len(known) == len(found) else []
+    if len(known) == len(found):
+        return [manifest for _, manifest in known]
+    if known:
+        LOG.warning(
+            "%s has no manifest, and so the merged dataset has none: training checks neither tokenizer nor files",
+            next(prefix for prefix, manifest in found if manifest is None),
+        )
+    return []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.index_format import bin_path, idx_path, smallest_token_type
+from megatron_lite.data.index_format import idx_path, smallest_token_type
 from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
 from megatron_lite.data.preprocess import manifest as papers
 from megatron_lite.data.preprocess.job import Task, build_job
@@ -49,14 +49,15 @@ def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
     with contextlib.closing(progress), _start_workers(options, min(options.workers, len(units))) as pool:
         run = _Run(options, sources, units, pool, progress)
         if run.is_complete():
+            run.tidy_up()
             return Result(run.prefixes, "")
         run.refuse_to_overwrite()
         folder = WorkFolder(options.output_prefix, run.plan)
         try:
             summary = run.make(folder)
+            folder.remove()
         finally:
             folder.release()
-    folder.remove()
     return Result(run.prefixes, summary.text())
 
 
@@ -105,7 +106,13 @@ class _Run:
             if made is None or made.plan != self.plan:
                 return False
             papers.check_files(prefix, made, contents=False)
-        return not WorkFolder.exists(self.options.output_prefix)
+        return True
+
+    def tidy_up(self) -> None:
+        """Remove what an interrupted removal left, but not the unfinished work of another command."""
+        prefix = self.options.output_prefix
+        if WorkFolder.path_of(prefix).is_dir() and WorkFolder.plan_of(prefix) in ("", self.plan):
+            WorkFolder(prefix, self.plan).remove()
 
     def refuse_to_overwrite(self) -> None:
         """Leave alone what another command made.
@@ -113,16 +120,10 @@ class _Run:
         Raises:
             DataError: there is such a file, and --overwrite is not given.
         """
-        if self.options.overwrite or WorkFolder.exists(self.options.output_prefix, self.plan):
+        if self.options.overwrite or WorkFolder.plan_of(self.options.output_prefix) == self.plan:
             return
         for prefix in self.prefixes:
-            for path in (bin_path(prefix), idx_path(prefix)):
-                if path.exists():
-                    raise DataError(
-                        "A finished dataset is not replaced without being told",
-                        found=f"{path} exists, made by another command or from other input",
-                        fix="Pass --overwrite, or give another --output-prefix",
-                    )
+            papers.refuse_to_replace(prefix)
 
     def make(self, folder: WorkFolder) -> Summary:
         """All the work; returns what was seen."""
@@ -161,10 +162,10 @@ class _Run:
 
     def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
         """Put shards end to end under the final name; the manifest comes last."""
-        papers.manifest_path(prefix).unlink(missing_ok=True)
         with IndexedDatasetWriter(prefix, smallest_token_type(self.tokenizer.vocab_size)) as writer:
             for shard in shards:
                 writer.append(shard.name)
+            papers.manifest_path(prefix).unlink(missing_ok=True)
         manifest = papers.Manifest(
             dtype=writer.dtype.name,
             documents=writer.num_documents,

@@ -6,7 +6,6 @@ attempt, so a process that outlives its killed parent can spoil nothing.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_lite.data.file_lock import try_lock
 from megatron_lite.data.preprocess.manifest import write_json
 from megatron_lite.data.preprocess.options import PreprocessOptions
 from megatron_lite.data.preprocess.report import Report
@@ -85,23 +85,21 @@ class WorkFolder:
         return Path(f"{output_prefix}.partial")
 
     @staticmethod
-    def exists(output_prefix: str, plan: str | None = None) -> bool:
-        """Whether a run (of this plan, if given) was begun and not completed."""
+    def plan_of(output_prefix: str) -> str:
+        """The plan of a run that was begun and not completed; empty if there is none."""
         path = WorkFolder.path_of(output_prefix) / "plan"
-        return path.is_file() and plan in (None, path.read_text())
+        return path.read_text() if path.is_file() else ""
 
     def _hold(self) -> TextIO:
         """Lock the folder; the lock goes with the process, however it ends."""
         lock = (self.path / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(lock):
             lock.close()
             raise DataError(
                 "One preprocessing run at a time writes to an --output-prefix",
                 found=f"another run holds {self.path}",
                 fix="Wait for it, or give another --output-prefix",
-            ) from error
+            )
         return lock
 
     def _discard_other_plans(self, plan: str) -> bool:
@@ -140,8 +138,8 @@ class WorkFolder:
                 Path(f"{shard.name}{suffix}").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The output is complete."""
-        self._lock.close()
+        """The output is complete. Without its plan, what an interrupted removal leaves of a folder counts no more."""
+        (self.path / "plan").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def release(self) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.packed_dataset import pack_dataset
 from megatron_lite.data.preprocess.manifest import check_files, manifest_path, read_manifest, write_manifest
 from megatron_lite.data.preprocess.merge import find_prefixes, merge_datasets
 from megatron_lite.errors import DataError
@@ -29,12 +31,15 @@ def test_merged_documents_and_manifest(make, look, tmp_path):
     assert look.documents(tmp_path / "m", "") == look.documents(parts[0], "")
 
 
-def test_datasets_without_manifest_merge_too(make, look, tmp_path):
+def test_datasets_without_manifest_merge_too(make, look, tmp_path, caplog):
     part = f"{make('a')}_text_document"
     manifest_path(part).unlink()
     merge_datasets([part, part], str(tmp_path / "m"))
     assert look.documents(tmp_path / "m", "") == look.documents(part, "") * 2
     assert read_manifest(tmp_path / "m") is None
+    assert not caplog.text
+    merge_datasets([f"{make('b')}_text_document", part], str(tmp_path / "n"))
+    assert "a_text_document has no manifest" in caplog.text
 
 
 def test_refusals(make, tmp_path, tokenizer, corpus):
@@ -89,3 +94,40 @@ def test_manifest_finds_damage(make):
     manifest_path(prefix).write_text("{")
     with pytest.raises(DataError, match="can be read"):
         read_manifest(prefix)
+
+
+def packed(make, tmp_path, *lengths):
+    """A dataset of the same documents packed for each length, or as it is for None."""
+    source = f"{make('a', append_eod=True)}_text_document"
+    about = read_manifest(source).tokenizer
+    names = [str(tmp_path / f"packed{number}") if length else source for number, length in enumerate(lengths)]
+    for name, length in zip(names, lengths, strict=True):
+        if length:
+            pack_dataset(IndexedDataset(source), name, length, about)
+    return names
+
+
+def test_packed_datasets_of_one_length_stay_packed(make, tmp_path, caplog):
+    merge_datasets(packed(make, tmp_path, 64, 64), str(tmp_path / "m"))
+    assert read_manifest(tmp_path / "m").packed_length == 64
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("lengths", "message"), [((64, 32), "packed for 32 tokens"), ((64, None), "is not packed")])
+def test_datasets_packed_in_different_ways_are_told(make, tmp_path, caplog, lengths, message):
+    merge_datasets(packed(make, tmp_path, *lengths), str(tmp_path / "m"))
+    assert read_manifest(tmp_path / "m").packed_length == 0
+    assert "packed0 is packed for 64 tokens" in caplog.text
+    assert message in caplog.text
+
+
+def test_two_merges_to_one_name(make, tmp_path):
+    part = f"{make('a')}_text_document"
+    with IndexedDatasetWriter(tmp_path / "m", IndexedDataset(part).dtype) as writer:
+        writer.append(part)
+        with pytest.raises(DataError, match=r"another process is writing .*/m"):
+            merge_datasets([part, part], str(tmp_path / "m"))
+    assert len(IndexedDataset(tmp_path / "m")) == len(IndexedDataset(part))
+    assert not list(tmp_path.glob("m.*.tmp"))
+    merge_datasets([part, part], str(tmp_path / "m"), overwrite=True)
+    assert len(IndexedDataset(tmp_path / "m")) == 2 * len(IndexedDataset(part))

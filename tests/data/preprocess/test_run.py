@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,32 @@ def test_complete_output_is_left_alone(make, look, corpus, tmp_path):
     other.write_bytes(corpus.read_bytes())
     with pytest.raises(DataError, match="--overwrite"):
         make(append_eod=True, inputs=(str(other),))
+
+
+@pytest.mark.parametrize("last", [".bin", ".json", "plan"])
+def test_killed_while_it_tidies_up_it_is_complete(make, look, tmp_path, monkeypatch, last):
+    """Files go one by one, in any order: a few are gone, and then the process is."""
+
+    def killed(folder, **_):
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name.endswith(last))[2:]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    before = look.files(str(tmp_path / "out"))
+    assert look.files(make()) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_complete_output_is_known_beside_unfinished_work_of_another_command(make, look, tmp_path):
+    whole = look.files(make())
+    with pytest.raises(KeyboardInterrupt):
+        make("out", Interrupt(2), append_eod=True, overwrite=True)
+    assert look.files(make()) == whole
+    assert list(tmp_path.glob("out.partial/*.json")), "the other command's work stays"
 
 
 def test_unfinished_work_of_another_command_is_not_used(make, look):
