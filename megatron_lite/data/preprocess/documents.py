@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,26 @@ from megatron_lite.data.preprocess.lines import Line
 from megatron_lite.data.preprocess.sources import Unit
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Repeating(dict[str, Any]):
+    """A JSON object with a key more than once: readers keep the last one's value, and lose the others without a word.
+
+    Attributes:
+        names: how often each key is in it.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = Counter(name for name, _ in pairs)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    return entry if len(entry) == len(pairs) else _Repeating(pairs)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class BadLineError(ValueError):
@@ -32,7 +53,7 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     if not content.strip():
         return None
     try:
-        entry = json.loads(content.decode("utf-8"))
+        entry = DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -42,7 +63,8 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
         raise BadLineError(f"not JSON that can be read: {error}") from error
     if not isinstance(entry, dict):
         raise BadLineError(f"not a JSON object but {type(entry).__name__}")
-    _refuse_duplicates(content, keys)
+    if isinstance(entry, _Repeating):
+        _refuse_duplicates(entry, keys)
     texts = [_text(entry, key) for key in keys]
     if b"\\u" in content:
         _refuse_surrogates(texts, keys)
@@ -58,13 +80,9 @@ def _text(entry: dict[str, Any], key: str) -> str:
     return text
 
 
-def _refuse_duplicates(content: bytes, keys: Sequence[str]) -> None:
-    """JSON readers keep the last of two equal keys; here one of two texts would be lost without a word."""
+def _refuse_duplicates(entry: _Repeating, keys: Sequence[str]) -> None:
     for key in keys:
-        if content.count(json.dumps(key, ensure_ascii=False).encode()) < 2:
-            continue
-        pairs: list[tuple[str, Any]] = json.loads(content, object_pairs_hook=lambda pairs: pairs)
-        if sum(name == key for name, _ in pairs) > 1:
+        if entry.names[key] > 1:
             raise BadLineError(f"key {key!r} twice")
 
 

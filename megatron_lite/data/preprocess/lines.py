@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BUFFER = 1 << 20
+TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
+"""Parquet's types of text, and of a column that is empty in every row."""
 SHOWN = 200
 """Bytes that are kept of a line that is too long."""
 
@@ -58,7 +60,7 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
 def _damaged(unit: Unit, error: BaseException) -> DataError:
     return DataError(
         "A packed input must be whole",
-        found=f"{unit.source.path} ({unit.source.num_bytes} bytes) breaks off or is damaged: {error}",
+        found=f"{unit.source.path} ({unit.source.num_bytes} bytes) breaks off or is damaged: {str(error).rstrip('.')}",
         fix="Copy or pack the file again, or leave it out of --input",
     )
 
@@ -162,24 +164,29 @@ def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterat
 
     try:
         with contextlib.closing(pyarrow.parquet.ParquetFile(unit.source.path)) as file:
-            absent = [key for key in json_keys if key not in file.schema_arrow.names]
-            if absent:
-                raise DataError(
-                    "A parquet file has a column for each of --json-keys",
-                    found=f"{unit.source.path} has {', '.join(file.schema_arrow.names)}, and no {', '.join(absent)}",
-                    fix="Name its text columns with --json-keys",
-                )
+            for key in json_keys:
+                _require_column(unit.source.path, file.schema_arrow, key)
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=list(json_keys)):
                 for row in batch.to_pylist():
                     number += 1
                     done = unit.num_bytes * number // max(1, file.metadata.num_rows)
-                    content = _as_json(row)
+                    content = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
                     too_long = len(content) > max_line
                     yield Line(number, content[:SHOWN] if too_long else content, too_long, done)
     except pyarrow.ArrowException as error:
         raise _damaged(unit, error) from error
 
 
-def _as_json(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+def _require_column(path: str, schema: Any, key: str) -> None:
+    """Refuse a file without one column of text for the key: bytes and dates have no one spelling as text."""
+    import pyarrow
+
+    kinds = [field.type for field in schema if field.name == key]
+    kinds = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in kinds]
+    if len(kinds) != 1 or str(kinds[0]) not in TEXT_COLUMNS:
+        raise DataError(
+            "A parquet file has one column of strings for each of --json-keys",
+            found=f"{path} has {', '.join(f'{field.name} ({field.type})' for field in schema)}; {key} is asked for",
+            fix="Name its text columns with --json-keys, or write them as strings",
+        )

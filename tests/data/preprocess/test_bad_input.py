@@ -24,6 +24,7 @@ BAD = {
     "number": (b'{"text": 3}', "the value of 'text' is int"),
     "list": (b'["text"]', "not a JSON object but list"),
     "twice": (b'{"text": "a", "text": "b"}', "key 'text' twice"),
+    "twice, escaped": (b'{"text": "a", "te\\u0078t": "b"}', "key 'text' twice"),
     "surrogate": (b'{"text": "a\\ud800b"}', "half a surrogate pair in 'text' at character 2"),
     "deep": (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not JSON that can be read"),
     "digits": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON that can be read"),
@@ -133,14 +134,32 @@ def test_truncated_and_damaged_packed_files(make, tmp_path, ending):
     assert not list(tmp_path.glob("out_*"))
 
 
+def test_parquet_of_every_kind_of_string(make, look, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "in.parquet"
+    made = []
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(["a", "b", "a"], kind)}), path)
+        made.append(look.documents(make(inputs=(str(path),), overwrite=True)))
+    assert made[0] == made[1] == made[2]
+
+
 def test_parquet_without_the_column_and_damaged(make, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     path = tmp_path / "in.parquet"
-    parquet.write_table(pyarrow.table({"content": ["a"]}), path)
-    with pytest.raises(DataError, match="has content, and no text"):
-        make(inputs=(str(path),))
+    for table, message in (
+        (pyarrow.table({"content": ["a"]}), r"has content \(string\); text is asked for"),
+        (pyarrow.table({"text": [b"a"]}), r"has text \(binary\)"),
+        (pyarrow.table({"text": [["a"]]}), r"has text \(list"),
+        (pyarrow.table([["a"], ["b"]], names=["text", "text"]), r"has text \(string\), text \(string\)"),
+    ):
+        parquet.write_table(table, path)
+        with pytest.raises(DataError, match=message):
+            make(inputs=(str(path),), skip_bad_lines=True)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="damaged"):
         make(inputs=(str(path),))
