@@ -31,7 +31,7 @@ class Manifest:
     """(bytes, CRC-32) of consecutive pieces of the .bin: damage is found near its place, by several readers."""
     idx_pieces: list[tuple[int, int]]
     tokenizer: dict[str, Any]
-    """`type`, `fingerprint`, `vocab_size`, and `eod` if one was appended."""
+    """`type`, `fingerprint`, `vocab_size`, `eod` if one was appended, and of sentences the `punkt` model's hash."""
     flags: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """`path` and `bytes` of each input."""

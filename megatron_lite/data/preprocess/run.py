@@ -17,6 +17,7 @@ from megatron_lite.data.preprocess.options import PreprocessOptions
 from megatron_lite.data.preprocess.pool import Pool
 from megatron_lite.data.preprocess.progress import Progress
 from megatron_lite.data.preprocess.report import Summary
+from megatron_lite.data.preprocess.sentences import SentenceSplitter
 from megatron_lite.data.preprocess.shard import Shard
 from megatron_lite.data.preprocess.shuffle import plan_buckets
 from megatron_lite.data.preprocess.sources import Source, Unit, find_sources, plan_units, unit_size
@@ -97,6 +98,8 @@ class _Run:
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod if options.append_eod else None,
         }
+        if options.split_sentences:
+            self.about["punkt"] = SentenceSplitter(options.language, options.keep_newlines).fingerprint()
         self.plan = plan_hash(options, sources, self.about, unit_size(sources, options.unit_bytes))
 
     def is_complete(self) -> bool:

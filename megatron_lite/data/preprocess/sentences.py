@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import re
 from typing import Any
 
@@ -41,6 +43,12 @@ class SentenceSplitter:
     def split(self, text: str) -> list[str]:
         """The sentences of a text; at least one, which may be empty."""
         return list(self._punkt.tokenize(text)) or [""]
+
+    def fingerprint(self) -> str:
+        """Hash of the model: its abbreviations, collocations, words that begin sentences, and how words are written."""
+        model = self._punkt._params
+        parts = (model.abbrev_types, model.collocations, model.sent_starters, model.ortho_context.items())
+        return "sha256:" + hashlib.sha256(json.dumps([sorted(part) for part in parts]).encode()).hexdigest()
 
 
 def _newline_keeping_variables(punkt: Any) -> Any:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_lite.data.indexed_dataset import IndexedDataset
+from megatron_lite.data.preprocess.progress import SilentProgress
 from megatron_lite.data.preprocess.sentences import SentenceSplitter
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
@@ -69,6 +70,27 @@ def test_a_sequence_for_each_sentence(punkt, make, tokenizer, tmp_path, keep_new
     assert made.document_index.tolist() == [0, 5, 6, 11]
     assert [made.get(i).tolist() for i in range(5)] == wanted
     assert [made.get(i).tolist() for i in range(6, 11)] == wanted
+
+
+def test_another_model_is_another_plan(punkt, make, tmp_path, look):
+    make(split_sentences=True)
+    abbreviations = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english" / "abbrev_types.txt"
+    abbreviations.write_text(abbreviations.read_text() + "\nmat")
+    with pytest.raises(DataError, match="--overwrite"):
+        make(split_sentences=True)
+    with pytest.raises(KeyboardInterrupt):
+        make("cut", Interrupted(), split_sentences=True)
+    abbreviations.write_text("dr")
+    make("cut", split_sentences=True)
+    made, whole = (look.files(str(tmp_path / name), "_text_sentence") for name in ("cut", "out"))
+    assert made == whole
+
+
+class Interrupted(SilentProgress):
+    """Ctrl-C after the first step."""
+
+    def advance(self, step):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("language", ["klingon", "../english"])
