@@ -2,12 +2,14 @@
 
 A folder given to --save holds `iter_0000100/` for each checkpoint and `latest_checkpointed_iteration.txt`, as Megatron
 lays it out. Longer names are on their way in or out: `iter_0000100.partial-…` is being written, `.deleted-…` is going,
-and `.replaced` has stepped aside for a new save of the same iteration, for which it stands until that is there.
+and `.replaced` has stepped aside for a new save of the same iteration, for which it stands until that is there. A
+`.damaged-…` one was passed over by a run that went on from an earlier one: it stays for people to look at.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,8 @@ def incompleteness(checkpoint: Path) -> str | None:
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:
         return error.found
+    if manifest.iteration != iteration_of(checkpoint):
+        return f"{checkpoint} is that of iteration {manifest.iteration} under another name"
     for name, file in manifest.files.items():
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None
@@ -87,6 +91,36 @@ def announced(root: Path) -> str | None:
 def announce(root: Path, iteration: int) -> None:
     """Makes `iteration` the one that a load of `root` takes."""
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())
+
+
+def announcement_problem(root: Path) -> str | None:
+    """Why a load of `root` would not take what its text file announces, with that file's name; None: it would."""
+    text = announced(root)
+    if text is None:
+        return f"{root / LATEST_NAME} is missing"
+    if not text.isdecimal():
+        return f"{root / LATEST_NAME} says {text!r}, which is no iteration"
+    problem = incompleteness(locate(root, int(text)))
+    return problem and f"{root / LATEST_NAME} says {text}, but {problem}"
+
+
+def step_back(root: Path, iteration: int) -> list[str]:
+    """Makes `iteration` the latest after later ones were found damaged: these get names by which nothing takes them.
+
+    Returns:
+        Their new names.
+
+    Raises:
+        OSError: one of them cannot be renamed.
+    """
+    aside = []
+    for number in list_iterations(root):
+        if number > iteration:
+            path = locate(root, number)
+            aside.append(f"{folder_name(number)}.damaged-{secrets.token_hex(4)}")
+            path.rename(root / aside[-1])
+    announce(root, iteration)
+    return aside
 
 
 def unannounced(root: Path) -> int | None:

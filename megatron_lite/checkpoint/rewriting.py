@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.group import LocalGroup
+from megatron_lite.checkpoint.catalog import iteration_of
 from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor, source_of
@@ -186,6 +187,12 @@ def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
             "A checkpoint is rewritten into another folder",
             found=f"{', '.join(str(path) for path in sources)} and --output {request.root}",
             fix="Name another folder",
+        )
+    if iteration_of(request.root) is not None:
+        raise CheckpointError(
+            "A checkpoint is written into a folder of checkpoints, not into one of them",
+            found=f"--output {request.root}",
+            fix="Name the folder that iter_… shall lie in",
         )
     if request.path.exists():
         raise CheckpointError(

@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.catalog import (
     iteration_of,
     list_iterations,
     locate,
+    step_back,
     unannounced,
 )
 from megatron_lite.checkpoint.load import load_latest
@@ -70,9 +71,10 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
         CheckpointError: it is damaged, or missing under --exit-on-missing-checkpoint; or --save cannot be written to,
             or the run would write over checkpoints of a longer one there.
     """
-    _require_writable(config.checkpoint.save)
     if world is None:
+        _require_writable(config.checkpoint.save)
         return _find_start(config, notify)
+    together(world, lambda: _require_writable(config.checkpoint.save))
     # Folders of a network may look different to other ranks for a moment, and 256 ranks listing one take their time.
     told: list[str] = []
     found = together(world, lambda: _find_start(config, told.append) if world.rank == 0 else None)
@@ -227,7 +229,22 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
     if options.reset_progress:
         progress = Progress()
     notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
-    return (start if path == start.path else Start(path, read_manifest(path))), progress
+    if path == start.path:
+        return start, progress
+    if not config.training.skip_train and options.in_one_folder and start.continued(config) is not None:
+        _step_back(path, engine.world, notify)
+    return Start(path, read_manifest(path)), progress
+
+
+def _step_back(path: Path, world: Group, notify: Notify) -> None:
+    """Damaged checkpoints that were passed over make way for the run's own, which will be older at first."""
+
+    def rename() -> list[str]:
+        return step_back(path.parent, iteration_of(path) or 0) if world.rank == 0 else []
+
+    aside: list[str] = world.all_gather_object(together(world, rename))[0]
+    if aside:
+        notify(f"what was passed over is kept as {', '.join(aside)}")
 
 
 def _require_writable(save: str) -> None:

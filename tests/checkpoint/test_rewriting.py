@@ -93,6 +93,14 @@ def test_into_a_folder_that_a_source_lies_in_is_refused(kit, path, tmp_path):
             average([path, other], folder)
 
 
+def test_into_a_checkpoint_is_refused(kit, path, tmp_path):
+    other = kit.save(tmp_path, 5).path
+    before = sorted(other.iterdir())
+    with pytest.raises(CheckpointError, match=r"not into one of them: --output .*iter_0000005"):
+        reshard(path, other)
+    assert sorted(other.iterdir()) == before
+
+
 def test_damage_is_named_and_nothing_is_left(path, tmp_path):
     file = path / "__0_0.distcp"
     content = bytearray(file.read_bytes())
