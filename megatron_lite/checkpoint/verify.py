@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lite.checkpoint.catalog import iteration_of
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, SavedFile, SavedPart, read_manifest
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
     """Reads every byte of a checkpoint and returns its manifest.
 
     Raises:
-        CorruptCheckpointError: a file is missing or differs, by name.
+        CorruptCheckpointError: a file is missing or differs, by name, or the folder has the name of another iteration.
         CheckpointError: there is no manifest.
     """
     manifest = read_manifest(checkpoint)
+    if iteration_of(checkpoint) not in (None, manifest.iteration):
+        raise _corrupt(checkpoint, f"is that of iteration {manifest.iteration} under another name")
     verify_lengths(checkpoint, manifest.files)
     for name, file in manifest.files.items():
         verify_parts(checkpoint / name, file.parts)

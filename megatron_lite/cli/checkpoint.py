@@ -44,7 +44,13 @@ def run(argv: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.catalog import announced, incompleteness, list_iterations, locate
+    from megatron_lite.checkpoint.catalog import (
+        announced,
+        announcement_problem,
+        incompleteness,
+        list_iterations,
+        locate,
+    )
     from megatron_lite.checkpoint.manifest import read_manifest, size_text
     from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 
@@ -66,7 +72,12 @@ def _list(options: argparse.Namespace, console: Console) -> int:
                 _when(manifest),
             )
         console.print(table)
-        console.print(f"→ is what --load {root} takes" if latest else "nothing has been announced here")
+        if (problem := announcement_problem(root)) is None:
+            console.print(f"→ is what --load {root} takes")
+        elif table.row_count:
+            console.print(problem, style="red")
+        else:
+            console.print("there is no checkpoint here")
         for problem in broken:
             console.print("not whole", style="red", end=" ")
             console.print(problem)
@@ -122,9 +133,9 @@ def _counted(number: int, what: str) -> str:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.catalog import iteration_of
+    from megatron_lite.checkpoint.catalog import announcement_problem, iteration_of
 
-    paths = []
+    paths, lost = [], 0
     for given in options.folders:
         single = iteration_of(given) is not None
         found = [given] if single else sorted(p for p in _existing(given).iterdir() if iteration_of(p) is not None)
@@ -135,9 +146,13 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
                 fix="Give a folder that --save wrote",
             )
         paths += found
+        if not single and (problem := announcement_problem(given)) is not None:
+            lost += 1
+            console.print("damaged", style="red", end=" ")
+            console.print(problem)
     failures = [_verify_one(path, console) for path in paths].count(False)
     console.print(f"{len(paths) - failures} of {len(paths)} checkpoints are whole")
-    return 1 if failures else 0
+    return 1 if failures or lost else 0
 
 
 def _verify_one(path: Path, console: Console) -> bool:

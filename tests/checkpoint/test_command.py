@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from megatron_lite.checkpoint.catalog import find_checkpoint
+from megatron_lite.checkpoint.catalog import find_checkpoint, list_checkpoints
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli.checkpoint import run
@@ -63,6 +63,38 @@ def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys
     assert re.search(r"damaged .*iter_0000010.*__0_0\.distcp has other bytes", out)
     assert "1 of 2" in out
     assert call("verify", root / "iter_0000020") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "latest_checkpointed_iteration.txt is missing"),
+        ("release", "latest_checkpointed_iteration.txt says 'release', which is no iteration"),
+        ("15", "latest_checkpointed_iteration.txt says 15, but .*iter_0000015 is not there"),
+    ],
+)
+def test_list_and_verify_say_that_the_announcement_leads_nowhere(root, capsys, text, says):
+    (root / "latest_checkpointed_iteration.txt").unlink()
+    if text is not None:
+        (root / "latest_checkpointed_iteration.txt").write_text(text)
+    assert call("list", root) == 0
+    out = capsys.readouterr().out
+    assert re.search(says, out)
+    assert "→" not in out
+    assert call("verify", root) == 1
+    out = capsys.readouterr().out
+    assert re.search(f"damaged .*{says}", out)
+    assert "2 of 2 checkpoints are whole" in out
+
+
+def test_a_checkpoint_under_another_name_is_not_taken_for_that_iteration(root, capsys):
+    (root / "iter_0000010").rename(root / "iter_0000015")
+    assert call("verify", root) == 1
+    assert "iter_0000015 is that of iteration 10 under another name" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(root)] == ["iter_0000020"]
+    (root / "latest_checkpointed_iteration.txt").write_text("15")
+    with pytest.raises(CheckpointError, match="iter_0000015 is that of iteration 10 under another name"):
+        find_checkpoint(str(root))
 
 
 def test_diff(kit, root, capsys):
