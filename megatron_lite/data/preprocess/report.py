@@ -36,7 +36,8 @@ class Report:
     too_few_chars: int = 0
     too_few_tokens: int = 0
     too_many_tokens: int = 0
-    characters: int = 0
+    document_bytes: int = 0
+    """Bytes of the texts in the output, over all keys."""
     text_bytes: int = 0
     """Bytes of the lines that were read (unpacked)."""
     tokens: int = 0
@@ -90,6 +91,8 @@ class Summary:
         default_factory=lambda: {kind: [] for kind in EXAMPLE_KINDS}
     )
     """For each kind of example: (score, file:line, what), the most extreme first."""
+    empty_inputs: list[str] = field(default_factory=list)
+    """Files without a line."""
 
     def add(self, report: Report, path: str, lines_before: int) -> None:
         """Add a unit of the file `path` that `lines_before` of its lines precede."""
@@ -109,12 +112,13 @@ class Summary:
         """As JSON, for the manifest."""
         counts = {name: getattr(self.total, name) for name in COUNTS}
         examples = {kind: [f"{place} {what}" for _, place, what in self.places[kind]] for kind in EXAMPLE_KINDS}
-        return {**counts, "reasons": dict(sorted(self.total.reasons.items())), **examples}
+        reasons = dict(sorted(self.total.reasons.items()))
+        return {**counts, "reasons": reasons, **examples, "empty_inputs": self.empty_inputs}
 
     def text(self) -> str:
         """For people: what went in, what came out, and what is odd."""
         total = self.total
-        per_token = total.text_bytes / total.tokens if total.tokens else 0.0
+        per_token = total.document_bytes / total.tokens if total.tokens else 0.0
         rows = [
             ("documents", f"{total.documents:,}"),
             ("tokens", f"{total.tokens:,}"),
@@ -123,6 +127,7 @@ class Summary:
         ]
         rows += [(name, f"{count:,}") for name, count in self._dropped().items()]
         text = [f"  {name:<18} {value}" for name, value in rows]
+        text += [f"  {'empty input':<18} {path}" for path in self.empty_inputs[:SHOWN]]
         titles = {
             "longest": "longest document",
             "bad_lines": "bad lines",
@@ -147,6 +152,7 @@ class Summary:
         """What is not in the output as it was in the input, if there is any."""
         total = self.total
         counts = {
+            "empty inputs": len(self.empty_inputs),
             "bad lines skipped": total.bad,
             "blank lines": total.blank,
             "empty documents": total.empty,

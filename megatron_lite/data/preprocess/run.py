@@ -138,7 +138,7 @@ class _Run:
         self.progress.start(_size(units), _size(todo), len(units) - len(todo))
         self._work(folder.path, todo)
         done = [folder.read(unit.number) for unit in units]
-        summary = _summarise(units, done)
+        summary = _summarise(self.sources, units, done)
         if not any(shard.num_bytes for one in done for shard in one.shards):
             raise DataError(
                 "A dataset has tokens in it",
@@ -189,13 +189,13 @@ def _size(units: Sequence[Unit]) -> int:
     return sum(unit.num_bytes for unit in units)
 
 
-def _summarise(units: Sequence[Unit], done: Sequence[Done]) -> Summary:
+def _summarise(sources: Sequence[Source], units: Sequence[Unit], done: Sequence[Done]) -> Summary:
     """All reports as one, with places as file:line."""
     summary = Summary()
-    path, lines = "", 0
+    lines = dict.fromkeys((source.path for source in sources), 0)
     for unit, one in zip(units, done, strict=True):
-        if unit.source.path != path:
-            path, lines = unit.source.path, 0
-        summary.add(one.report, path, lines)
-        lines += one.report.lines
+        path = unit.source.path
+        summary.add(one.report, path, lines[path])
+        lines[path] += one.report.lines
+    summary.empty_inputs = [path for path, count in lines.items() if not count]
     return summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +47,23 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """The files that paths and globs name, in the order given (a glob's files sorted by name).
 
     Raises:
-        DataError: a path does not exist or is a folder, a glob matches nothing, a file is named twice or its library
-            is not installed.
+        DataError: a path does not exist or is a folder, a glob matches nothing, a file is named twice, its library is
+            not installed, or it is packed and has no bytes.
     """
     if not inputs:
         raise DataError("Preprocessing needs input", found="no --input is given", fix="Give --input FILE …")
     paths = [path for name in inputs for path in _expand(name)]
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if twice:
-        raise DataError(
-            "Each input file is read once", found=f"{twice[0]} is named more than once", fix="Name it once in --input"
-        )
+    seen: dict[str, str] = {}
+    for path in paths:
+        place = os.path.normpath(Path(path).absolute())
+        if place in seen:
+            other = f", as {seen[place]} too" if seen[place] != path else ""
+            raise DataError(
+                "Each input file is read once",
+                found=f"{path} is named more than once{other}",
+                fix="Name it once in --input",
+            )
+        seen[place] = path
     return [_source(Path(path)) for path in paths]
 
 
@@ -99,6 +106,12 @@ def _source(path: Path) -> Source:
         raise DataError(
             "Every --input can be read", found=f"{path}: {error.strerror}", fix="Check the file's rights"
         ) from error
+    if kind != "text" and not status.st_size:
+        raise DataError(
+            "A packed input must be whole",
+            found=f"{path} has no bytes, not even those of an empty {path.suffix}",
+            fix="Copy or pack the file again, or leave it out of --input",
+        )
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
 
 

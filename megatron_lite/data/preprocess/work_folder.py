@@ -24,6 +24,8 @@ from megatron_lite.data.preprocess.sources import Source
 from megatron_lite.errors import DataError
 
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
+FORMAT = 2
+"""Of what a finished unit leaves: counted up whenever it changes, so that no run continues from what it cannot read."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Done:
 def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any], unit_bytes: int) -> str:
     """Hash of all that decides the output's bytes, and of how the work is cut into units of `unit_bytes`."""
     content = {
+        "format": FORMAT,
         "sources": [asdict(source) for source in sources],
         "flags": options.identity() | {"unit_bytes": unit_bytes},
         "tokenizer": tokenizer,

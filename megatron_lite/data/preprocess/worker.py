@@ -145,7 +145,9 @@ class UnitWorker:
         kept = self._filter(batches, report)
         lines, order = np.array(waiting.lines)[kept], np.array(waiting.order, np.uint64)[kept]
         for key, batch in enumerate(batches):
-            report.characters += sum(len(texts[key]) for texts, keep in zip(waiting.texts, kept, strict=True) if keep)
+            report.document_bytes += sum(
+                _utf8_bytes(texts[key]) for texts, keep in zip(waiting.texts, kept, strict=True) if keep
+            )
             batch = batch.keep(kept)
             note_outliers(batch, lines.tolist(), self.tokenizer.unknown, report)
             if self.eod is not None:
@@ -203,6 +205,10 @@ class UnitWorker:
             report.reject(number, reason)
         else:
             _refuse(number, reason, unit)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _refuse(number: int, reason: str, unit: Unit) -> NoReturn:

@@ -12,6 +12,8 @@ import pytest
 
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.preprocess.manifest import read_manifest
+from megatron_lite.data.preprocess.report import Summary
 from megatron_lite.errors import DataError
 
 GOOD = b'{"text": "good"}'
@@ -99,6 +101,7 @@ def test_inputs_that_are_not_files(make, tmp_path, corpus):
         ((str(tmp_path / "absent.jsonl"),), "does not exist"),
         ((str(tmp_path / "*.absent"),), "matches no file"),
         ((str(corpus), str(corpus)), "more than once"),
+        ((str(corpus), f"{corpus.parent}/../{corpus.parent.name}/{corpus.name}"), "more than once, as .* too"),
     ):
         with pytest.raises(DataError, match=message):
             make(inputs=names)
@@ -119,6 +122,18 @@ def test_empty_corpus(make, tmp_path):
     assert not list(tmp_path.glob("out_*"))
 
 
+def test_empty_inputs_among_others_are_named(make, tmp_path):
+    (tmp_path / "0.jsonl").touch()
+    (tmp_path / "1.jsonl").write_bytes(GOOD)
+    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(b""))
+    prefix = make(inputs=(str(tmp_path / "*.jsonl*"),))
+    report = read_manifest(f"{prefix}_text_document").report
+    assert [Path(path).name for path in report["empty_inputs"]] == ["0.jsonl", "2.jsonl.gz"]
+    summary = Summary(empty_inputs=report["empty_inputs"])
+    assert "empty inputs       2" in summary.text()
+    assert f"empty input        {tmp_path}/0.jsonl" in summary.text()
+
+
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_truncated_and_damaged_packed_files(make, tmp_path, ending):
     if ending == "gz":
@@ -127,9 +142,16 @@ def test_truncated_and_damaged_packed_files(make, tmp_path, ending):
         pack = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress
     whole = pack(b"\n".join(b'{"text": "%d"}' % (i * i) for i in range(5000)))
     path = tmp_path / f"in.jsonl.{ending}"
-    for content in (whole[:-1], whole[: len(whole) // 2], whole[:5], whole[:200] + b"\xaa" * 100 + whole[300:], b"xx"):
+    for content in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole[:5],
+        whole[:200] + b"\xaa" * 100 + whole[300:],
+        b"xx",
+        b"",
+    ):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="breaks off or is damaged"):
+        with pytest.raises(DataError, match="breaks off or is damaged" if content else f"has no bytes.*{ending}"):
             make(inputs=(str(path),), skip_bad_lines=True)
     assert not list(tmp_path.glob("out_*"))
 

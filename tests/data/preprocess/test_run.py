@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.data.preprocess.progress import SilentProgress
+from megatron_lite.data.preprocess.report import Report, Summary
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
@@ -116,6 +117,7 @@ def test_filters_drop_whole_documents_and_are_counted(make, look, tokenizer):
     dropped = report["too_few_chars"] + report["too_few_tokens"] + report["too_many_tokens"]
     assert (report["documents"], report["blank"]) == (len(kept), 1)
     assert dropped + len(kept) == len(look.texts)
+    assert report["document_bytes"] == sum(len(text.encode()) for text in kept)
 
 
 def test_sample_is_a_share_in_the_order_of_the_input(make, look):
@@ -182,6 +184,10 @@ def test_one_run_at_a_time(make, tmp_path):
         make()
     folder.release()
     make()
+
+
+def test_bytes_per_token_are_those_of_the_output():
+    assert "bytes per token    2.50" in Summary(Report(text_bytes=1000, document_bytes=5, tokens=2)).text()
 
 
 def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):
