@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 from megatron_lite.checkpoint.agreement import failed_rank
 from megatron_lite.checkpoint.catalog import announced
@@ -17,6 +21,7 @@ from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.train.stopping import Stop
 
 EXIT_STATUS_NAME = "exit_status.json"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,10 @@ class ExitRecord:
     to get here is the one whose words stay: the others only lost their partner. What the file says when the record is
     entered is the last job's, and goes as soon as this job has all its ranks.
 
+    Where training does not handle SIGTERM and SIGUSR1 (while it loads, say), the process still dies of them, but writes
+    that down first. One that comes while an error ends the job already, as torchrun's to the partners of a killed rank,
+    is passed over, so that the error is written down.
+
     Args:
         save: the folder of --save; empty: nothing is written. An error makes no folder.
         rank: this rank. Rank 0 writes everything but errors.
@@ -68,6 +77,8 @@ class ExitRecord:
         self._failed_saves: list[Sequence[int]] = []
         self._stop: Stop | None = None
         self._last_job: bytes | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._received: signal.Signals | None = None
 
     def start(self) -> None:
         """The job has met its ranks: from here on, the file says how this one ended or is not there."""
@@ -91,6 +102,7 @@ class ExitRecord:
     def __enter__(self) -> ExitRecord:
         if self._folder is not None:
             self._last_job = _content(self._folder / EXIT_STATUS_NAME)
+        self._handlers = {number: signal.signal(number, self._die) for number in _SIGNALS}
         return self
 
     def __exit__(
@@ -99,11 +111,21 @@ class ExitRecord:
         # What ends the job is worth more than a disk that has no room for the note of it.
         with contextlib.suppress(OSError):
             if isinstance(error, KeyboardInterrupt):
-                self._write(Stop("signal", "interrupted: stopped at once, without saving"))
+                what = "interrupted" if self._received is None else f"{self._received.name} received"
+                self._write(Stop("signal", f"{what}: stopped at once, without saving"))
             elif error is not None:
                 self._write_error(error)
             elif self._stop is not None and self._rank == 0:
                 self._write(self._stop)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._received is not None:
+            os.kill(os.getpid(), self._received)
+
+    def _die(self, number: int, frame: FrameType | None) -> None:
+        if sys.exc_info()[0] is None:
+            self._received = signal.Signals(number)
+            raise KeyboardInterrupt
 
     def _write(self, stop: Stop) -> None:
         if self._folder is not None and self._folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -110,6 +111,36 @@ def test_an_interrupt_is_a_signal(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         end(tmp_path, error=KeyboardInterrupt())
     assert read_exit_status(tmp_path).status == "signal"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_a_job_loads_is_written_down(tmp_path, number):
+    died_of = []
+    before = signal.signal(number, lambda received, _: died_of.append(received))
+    try:
+        with pytest.raises(KeyboardInterrupt), ExitRecord(str(tmp_path), 0) as record:
+            record.start()
+            os.kill(os.getpid(), number)
+            pytest.fail("the job goes on")
+    finally:
+        signal.signal(number, before)
+    assert died_of == [number]
+    ended = read_exit_status(tmp_path)
+    assert (ended.status, ended.message) == ("signal", f"{number.name} received: stopped at once, without saving")
+
+
+def test_a_signal_does_not_hide_the_error_that_ends_the_job(tmp_path):
+    """A rank of torchrun's was killed: its partner looks for why it lost it when SIGTERM comes."""
+    with pytest.raises(RuntimeError), ExitRecord(str(tmp_path), 0) as record:
+        record.start()
+        record.begin(lambda: 7)
+        try:
+            raise RuntimeError("connection closed by peer")
+        except RuntimeError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+    ended = read_exit_status(tmp_path)
+    assert (ended.status, ended.message, ended.iteration) == ("error", "connection closed by peer", 7)
 
 
 def test_nothing_is_made_for_a_note(tmp_path):
