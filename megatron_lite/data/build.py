@@ -167,7 +167,7 @@ class _Builder:
             raise DataError(
                 "Every source of a set has documents in it",
                 found=f"{name} takes sequences {first} to {last} of {part.data.prefix}",
-                fix="Change --split, or leave the source out of the blend",
+                fix="Change --split or the source's START:END, or leave the source out of the blend",
             )
         length, seed = config.batch.seq_length, config.runtime.seed
         if config.data.sampling == "slice":

@@ -18,6 +18,12 @@ class Progress(Protocol):
     def advance(self, step: Step) -> None:
         """A worker went on."""
 
+    def stage(self, what: str, pieces: int) -> None:
+        """All text is read; what is done with it now, in how many pieces."""
+
+    def piece(self) -> None:
+        """One piece of the stage is done."""
+
     def say(self, text: str) -> None:
         """A line for the user."""
 
@@ -32,6 +38,12 @@ class SilentProgress:
         """Nothing."""
 
     def advance(self, step: Step) -> None:
+        """Nothing."""
+
+    def stage(self, what: str, pieces: int) -> None:
+        """Nothing."""
+
+    def piece(self) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -61,6 +73,7 @@ class LineProgress:
         self._documents = self._text_bytes = self._input_bytes = self._left = 0
         self._began = self._told = clock()
         self._told_documents = 0
+        self._stage, self._pieces, self._pieces_done = "", 0, 0
 
     def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
         """Say how much there is."""
@@ -91,6 +104,20 @@ class LineProgress:
                 f"{self._text_bytes / seconds / 1e6:.2f} MB/s). ETA {eta}"
             )
 
+    def stage(self, what: str, pieces: int) -> None:
+        """Lines are about this stage from now on."""
+        self._stage, self._pieces, self._pieces_done = what, pieces, 0
+        self._began = self._told = self._clock()
+
+    def piece(self) -> None:
+        """Count, and print a line every few seconds."""
+        self._pieces_done += 1
+        now = self._clock()
+        if now - self._told >= self.QUIET_SECONDS:
+            self._told = now
+            left = (now - self._began) / self._pieces_done * (self._pieces - self._pieces_done)
+            self.say(f"{self._stage}: {self._pieces_done} of {self._pieces} pieces. ETA {_duration(left)}")
+
     def say(self, text: str) -> None:
         """Print a line."""
         print(text, file=self._stream, flush=True)
@@ -108,7 +135,7 @@ class BarProgress:
 
         self._console = rich.console.Console(file=stream)
         self._bar: Any = parts.Progress(
-            parts.TextColumn("preprocess"),
+            parts.TextColumn("{task.description}"),
             parts.BarColumn(),
             parts.TaskProgressColumn(),
             parts.TextColumn("{task.fields[rate]}"),
@@ -126,7 +153,7 @@ class BarProgress:
         """Show the bar."""
         if units_done:
             self.say(f"Continuing: {units_done} units are done")
-        self._task = self._bar.add_task("", total=left_bytes, rate="")
+        self._task = self._bar.add_task("preprocess", total=left_bytes, rate="")
         self._began = time.monotonic()
         self._bar.start()
 
@@ -137,6 +164,15 @@ class BarProgress:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = f"{self._text_bytes / seconds / 1e6:.1f} MB/s  {self._documents / seconds:,.0f} docs/s"
         self._bar.update(self._task, advance=step.input_bytes, rate=rate)
+
+    def stage(self, what: str, pieces: int) -> None:
+        """Begin the bar again."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(what, total=pieces, rate="")
+
+    def piece(self) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, advance=1)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

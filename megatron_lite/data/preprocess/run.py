@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class _Run:
         finished = set(folder.finished())
         todo = [unit for unit in units if unit.number not in finished]
         self.progress.start(_size(units), _size(todo), len(units) - len(todo))
-        self._work(folder.path, todo)
+        self._work(folder.path, todo, self.progress.advance)
         done = [folder.read(unit.number) for unit in units]
         summary = _summarise(self.sources, units, done)
         if not any(shard.num_bytes for one in done for shard in one.shards):
@@ -147,27 +147,31 @@ class _Run:
             )
         if self.options.shuffle:
             buckets = plan_buckets(len(units), [one.shards for one in done])
-            self._work(folder.path, [bucket for bucket in buckets if bucket.number not in finished])
+            rest = [bucket for bucket in buckets if bucket.number not in finished]
+            self.progress.stage("shuffle", len(rest))
+            self._work(folder.path, rest, lambda _: self.progress.piece())
             folder.drop([shard for one in done for shard in one.shards])
             done = [folder.read(bucket.number) for bucket in buckets]
+        self.progress.stage("join", len(done) * len(self.prefixes))
         for key, prefix in enumerate(self.prefixes):
             self._join(prefix, [one.shards[key] for one in done], summary)
         return summary
 
-    def _work(self, folder: Path, tasks: Sequence[Task]) -> None:
+    def _work(self, folder: Path, tasks: Sequence[Task], tell: Callable[[Step], None]) -> None:
         if self.pool is None:
             job = build_job(self.options, folder, self.tokenizer)
             for task in tasks:
-                job(task, self.progress.advance)
+                job(task, tell)
             return
         for step in self.pool.run(tasks):
-            self.progress.advance(step)
+            tell(step)
 
     def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
         """Put shards end to end under the final name; the manifest comes last."""
         with IndexedDatasetWriter(prefix, smallest_token_type(self.tokenizer.vocab_size)) as writer:
             for shard in shards:
                 writer.append(shard.name)
+                self.progress.piece()
             papers.manifest_path(prefix).unlink(missing_ok=True)
         manifest = papers.Manifest(
             dtype=writer.dtype.name,

@@ -61,10 +61,30 @@ def test_lines_are_megatrons():
     ]
 
 
+def test_what_follows_the_reading_is_told_too():
+    now = [0.0]
+    stream = io.StringIO()
+    lines = LineProgress(stream, clock=lambda: now[0])
+    lines.start(10, 10, 0)
+    for what in ("shuffle", "join"):
+        lines.stage(what, 4)
+        for _ in range(4):
+            now[0] += 3
+            lines.piece()
+    assert stream.getvalue().splitlines() == [
+        "shuffle: 2 of 4 pieces. ETA 0:00:06",
+        "shuffle: 4 of 4 pieces. ETA 0:00:00",
+        "join: 2 of 4 pieces. ETA 0:00:06",
+        "join: 4 of 4 pieces. ETA 0:00:00",
+    ]
+
+
 def test_bar_shows_rates():
     stream = io.StringIO()
     bar = BarProgress(stream)
     bar.start(100, 50, 1)
     bar.advance(Step(10, 1000, 25))
+    bar.stage("join", 2)
+    bar.piece()
     bar.close()
     assert "Continuing: 1 units are done" in stream.getvalue()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_lite.data.preprocess import shuffle
+from megatron_lite.data.preprocess.progress import SilentProgress
+
 
 def test_a_permutation_that_depends_on_the_seed_alone(make, look, monkeypatch):
     plain = look.documents(make("plain"))
@@ -31,6 +34,24 @@ def test_empty_documents_and_several_keys(make, look):
     plain = make("plain", empty_documents="keep", json_keys=("text", "title"))
     pairs = list(zip(look.documents(plain), look.documents(plain, "_title_document"), strict=True))
     assert sorted(zip(texts, titles, strict=True)) == sorted(pairs), "a document's keys stay together"
+
+
+def test_stages_are_told(make, monkeypatch):
+    told = []
+
+    class Told(SilentProgress):
+        def stage(self, what, pieces):
+            told.append([what, pieces, 0])
+
+        def piece(self):
+            told[-1][2] += 1
+
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 4000)
+    make(progress=Told(), shuffle=True, json_keys=("text", "title"))
+    (first, buckets, shuffled), (second, shards, joined) = told
+    assert (first, second) == ("shuffle", "join")
+    assert buckets == shuffled > 1
+    assert shards == joined == 2 * buckets
 
 
 def test_shards_in_the_old_order_are_gone_when_buckets_are_joined(make, look, tmp_path, monkeypatch):
