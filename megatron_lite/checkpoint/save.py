@@ -212,6 +212,12 @@ def explain(error: OSError, request: SaveRequest, needed: int) -> CheckpointErro
     found = f"iteration {request.iteration} in {request.root}: {error.strerror or error}"
     if error.filename:
         found += f" ({error.filename})"
+    if isinstance(error, FileNotFoundError) and ".partial-" in str(error.filename):
+        return CheckpointError(
+            "One job at a time saves in a folder",
+            found=f"{found}: another process removed what was being written",
+            fix="See whether another job runs with the same --save, or whether hosts see different folders there",
+        )
     try:
         found += f"; {size_text(shutil.disk_usage(request.root).free)} are free there"
     except OSError:

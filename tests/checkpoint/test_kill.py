@@ -13,12 +13,15 @@ import time
 import pytest
 import torch
 
+from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.catalog import announced, find_checkpoint, is_complete, iteration_of
 from megatron_lite.checkpoint.load import load_checkpoint
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.verify import verify_checkpoint
 
 # The first few are part of every run of the suite; MEGATRON_LITE_KILLS=50 is the full harness.
-KILLS = 8
+KILLS = 5
 
 
 def content(iteration):
@@ -26,12 +29,17 @@ def content(iteration):
     return {f"w{number}": torch.full((64, 1024), float(iteration)) for number in range(4)}
 
 
-def save_for_ever(kit, root, begin, pipe):
-    iteration = begin
+def save_for_ever(kit, root, begin, pipe, behind):
+    iteration, saver = begin, BackgroundSaver(kit.world)
     while True:
         iteration += 1
         # Every third save is of an iteration that exists already, as after a rollback: it must be replaced, not lost.
-        kit.save(root, iteration - (iteration % 3 == 0), content(iteration), keep_last=2)
+        number = iteration - (iteration % 3 == 0)
+        if behind:
+            saver.save(root, number, kit.whole(content(iteration)), {}, Provenance(), retention=Retention(last=2))
+            saver.wait()
+        else:
+            kit.save(root, number, content(iteration), keep_last=2)
         os.write(pipe, iteration.to_bytes(8, "little"))
 
 
@@ -50,13 +58,14 @@ def saved_value(kit, path):
     return values.pop()
 
 
-def test_killed_at_random_moments_of_saving(kit, tmp_path):
+@pytest.mark.parametrize("behind", [False, True], ids=["foreground", "background"])
+def test_killed_at_random_moments_of_saving(kit, tmp_path, behind):
     random_moment = random.Random(1234)
     context = multiprocessing.get_context("fork")
     begin = 0
     for _ in range(int(os.environ.get("MEGATRON_LITE_KILLS", KILLS))):
         reader, writer = os.pipe()
-        child = context.Process(target=save_for_ever, args=(kit, tmp_path, begin, writer))
+        child = context.Process(target=save_for_ever, args=(kit, tmp_path, begin, writer, behind))
         child.start()
         os.close(writer)
         time.sleep(random_moment.uniform(0.05, 0.4))

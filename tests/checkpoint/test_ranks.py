@@ -10,10 +10,12 @@ import torch
 
 from megatron_lite.checkpoint import save as save_module
 from megatron_lite.checkpoint.agreement import failed_rank
+from megatron_lite.checkpoint.catalog import remove_stale
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.checkpoint.writing import write_pieces
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
@@ -118,6 +120,19 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing(tmp_p
 
     on_ranks(2, save)
     verify_checkpoint(tmp_path / "iter_0000001")
+
+
+def test_a_second_job_with_the_same_folder_is_guessed(kit, tmp_path, monkeypatch):
+    kit.save(tmp_path, 1)
+
+    def meanwhile(folder, tensors, rank):
+        remove_stale(tmp_path)  # as the other job's save begins
+        return write_pieces(folder, tensors, rank)
+
+    monkeypatch.setattr(save_module, "write_pieces", meanwhile)
+    with pytest.raises(CheckpointError, match=r"One job at a time saves in a folder: iteration 2 in .*another job"):
+        kit.save(tmp_path, 2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
 
 
 def test_a_damaged_file_stops_every_rank_whoever_reads_it(tmp_path, on_ranks):
