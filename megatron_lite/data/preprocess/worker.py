@@ -88,6 +88,7 @@ class UnitWorker:
                         orders[i].write(order.tobytes())
                 advance(Step(waiting.seen, waiting.num_bytes, position - before))
                 before = position
+        advance(Step(0, 0, unit.num_bytes - before))  # a unit within one long line has no other step
         report.documents = writers[0].num_documents
         report.tokens = sum(writer.num_tokens for writer in writers)
         return [

@@ -59,6 +59,23 @@ def test_interrupted_anywhere_the_same_call_goes_on(make, look, tmp_path):
     assert not (tmp_path / "cut.partial").exists()
 
 
+def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
+    """Units within one long line, those of a packed file, and blanks at the end."""
+    steps = []
+
+    class Steps(SilentProgress):
+        def advance(self, step):
+            steps.append(step)
+
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "word " * 2000}) + "\n\n")
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(corpus.read_bytes()))
+    names = (str(path), str(corpus), str(packed))
+    make(progress=Steps(), inputs=names, unit_bytes=1000)
+    assert sum(step.input_bytes for step in steps) == sum(Path(name).stat().st_size for name in names)
+
+
 def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make):
     big = tmp_path / "big.jsonl"
     big.write_text((corpus.read_text() + "\n") * 320)  # five units
