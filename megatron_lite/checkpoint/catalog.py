@@ -9,19 +9,16 @@ and `.replaced` has stepped aside for a new save of the same iteration, for whic
 from __future__ import annotations
 
 import re
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_lite.checkpoint.durable import replace_file, sync_folder
+from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpointError, read_manifest
 from megatron_lite.errors import CheckpointError
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
-_REPLACED = ".replaced"
-_FOLDER = re.compile(rf"iter_(\d{{7,}})({re.escape(_REPLACED)})?")
-_STALE = re.compile(r"iter_\d{7,}\.(partial|deleted)-[0-9a-f]+")
+REPLACED = ".replaced"
+_FOLDER = re.compile(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?")
 
 
 def folder_name(iteration: int) -> str:
@@ -38,7 +35,7 @@ def iteration_of(checkpoint: Path) -> int | None:
 def locate(root: Path, iteration: int) -> Path:
     """Where an iteration's checkpoint lies, or would lie if there is none."""
     checkpoint = root / folder_name(iteration)
-    replaced = _replaced(checkpoint)
+    replaced = replaced_name(checkpoint)
     return replaced if replaced.exists() and not checkpoint.exists() else checkpoint
 
 
@@ -102,25 +99,6 @@ def announcement_problem(root: Path) -> str | None:
         return f"{root / LATEST_NAME} says {text!r}, which is no iteration"
     problem = incompleteness(locate(root, int(text)))
     return problem and f"{root / LATEST_NAME} says {text}, but {problem}"
-
-
-def step_back(root: Path, iteration: int) -> list[str]:
-    """Makes `iteration` the latest after later ones were found damaged: these get names by which nothing takes them.
-
-    Returns:
-        Their new names.
-
-    Raises:
-        OSError: one of them cannot be renamed.
-    """
-    aside = []
-    for number in list_iterations(root):
-        if number > iteration:
-            path = locate(root, number)
-            aside.append(f"{folder_name(number)}.damaged-{secrets.token_hex(4)}")
-            path.rename(root / aside[-1])
-    announce(root, iteration)
-    return aside
 
 
 def unannounced(root: Path) -> int | None:
@@ -218,45 +196,9 @@ def _find(path: Path, iteration: int, fallback: bool, notify: Callable[[str], No
     return latest(path, fallback=fallback, notify=notify)
 
 
-def make_visible(partial: Path, checkpoint: Path) -> None:
-    """Gives a finished save its name in one rename; an older save of the same iteration steps aside first.
-
-    Whenever the process dies, the older or the newer one is found: see locate.
-
-    Raises:
-        OSError: the file system refuses.
-    """
-    replaced = _replaced(checkpoint)
-    if checkpoint.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        checkpoint.rename(replaced)
-    partial.rename(checkpoint)
-    sync_folder(checkpoint.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_stale(root: Path) -> list[str]:
-    """Cleans up after killed saves and deletions (the saving rank only), and returns the names of what was removed."""
-    stale = [entry for entry in root.iterdir() if _STALE.fullmatch(entry.name)]
-    for replaced in root.glob(f"iter_*{_REPLACED}"):
-        checkpoint = replaced.with_name(replaced.name.removesuffix(_REPLACED))
-        if checkpoint.exists():
-            stale.append(replaced)
-        else:
-            replaced.rename(checkpoint)
-    stale += root.glob(f"{LATEST_NAME}.*.tmp")
-    for entry in stale:
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-    return sorted(entry.name for entry in stale)
-
-
-def _replaced(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + _REPLACED)
+def replaced_name(checkpoint: Path) -> Path:
+    """Where a checkpoint steps aside for a new save of its iteration."""
+    return checkpoint.with_name(checkpoint.name + REPLACED)
 
 
 def _require_complete(checkpoint: Path) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint.catalog import folder_name, iteration_of, list_checkpoints
+from megatron_lite.checkpoint.turnover import discard
 from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 from megatron_lite.schedules.saves import falls_on
 
@@ -64,8 +63,6 @@ def expired(iterations: Iterable[int], newest: int, retention: Retention) -> lis
 def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
     """Deletes what `expired` says, and returns the names of the folders that went.
 
-    A folder first gets another name, so that one that is half deleted is never taken for a checkpoint.
-
     Raises:
         OSError: a folder cannot be renamed or removed.
     """
@@ -74,9 +71,7 @@ def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
     found = [iteration_of(checkpoint) for checkpoint in list_checkpoints(root)]
     names = [folder_name(number) for number in expired([n for n in found if n is not None], newest, retention)]
     for name in names:
-        going = root / f"{name}.deleted-{secrets.token_hex(4)}"
-        (root / name).rename(going)
-        shutil.rmtree(going)
+        discard(root / name)
     return names
 
 

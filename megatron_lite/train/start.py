@@ -17,7 +17,6 @@ from megatron_lite.checkpoint.catalog import (
     iteration_of,
     list_iterations,
     locate,
-    step_back,
     unannounced,
 )
 from megatron_lite.checkpoint.load import load_latest
@@ -31,6 +30,7 @@ from megatron_lite.checkpoint.resume import (
     resume_schedule,
     schedule_config,
 )
+from megatron_lite.checkpoint.turnover import step_back
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.schedules.length import is_finished, last_iteration

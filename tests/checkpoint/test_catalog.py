@@ -13,9 +13,9 @@ from megatron_lite.checkpoint.catalog import (
     find_checkpoint,
     is_complete,
     list_checkpoints,
-    remove_stale,
     unannounced,
 )
+from megatron_lite.checkpoint.turnover import make_visible, remove_stale
 from megatron_lite.errors import CheckpointError
 
 
@@ -139,6 +139,21 @@ def test_what_killed_saves_left_goes_with_the_next_save(kit, root):
         "latest_checkpointed_iteration.txt.00ff00ff.tmp",
     )
     assert (root / "iter_0000010.partial-mine").exists()
+
+
+def test_a_save_under_way_that_another_job_removes_cannot_become_a_checkpoint_meanwhile(root, monkeypatch):
+    partial, remove, seen = root / "iter_0000009.partial-ab12", shutil.rmtree, []
+    partial.mkdir()
+
+    def watched(path, *words, **more):
+        seen.append(path.name.split("-")[0])
+        with pytest.raises(FileNotFoundError):
+            make_visible(partial, root / "iter_0000009")
+        remove(path, *words, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    assert remove_stale(root) == ["iter_0000009.partial-ab12"]
+    assert seen == ["iter_0000009.deleted"]
 
 
 def test_the_name_grows_with_the_iteration():

@@ -10,10 +10,10 @@ import torch
 
 from megatron_lite.checkpoint import save as save_module
 from megatron_lite.checkpoint.agreement import failed_rank
-from megatron_lite.checkpoint.catalog import remove_stale
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.turnover import remove_stale
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.checkpoint.writing import write_pieces
 from megatron_lite.errors import CheckpointError
