@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,13 +120,29 @@ def build_indices(argv: list[str]) -> int:
     )
     _, words = parser.parse_known_args(argv)
     began = time.monotonic()
-    _, datasets = _open(_read(words))
+    config = _read(words)
+    with _log_shown():
+        _, datasets = _open(config)
     sets = {"train": datasets.train, **datasets.valid, **{f"{name} (test)": s for name, s in datasets.test.items()}}
     for name, dataset in sets.items():
         if dataset is not None:
             print(f"{name}: {len(dataset):,} samples from {', '.join(dataset.sources)}")
     print(f"ready in {time.monotonic() - began:.1f} s")
     return 0
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """Print what the data's log says: which indices were found, which are another run's, which were built."""
+    log, handler = logging.getLogger("megatron_lite.data"), logging.StreamHandler(sys.stdout)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 def _read(words: list[str]) -> RunConfig:

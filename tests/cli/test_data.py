@@ -174,6 +174,23 @@ def test_index_builds_every_set(prefix, capsys):
     assert all(name in out for name in ("train: ", "valid: ", "test (test): "))
 
 
+def test_index_says_which_caches_it_found(prefix, capsys):
+    """One document of 16 tokens a sample, so that Megatron's arrays are plain."""
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.full((300, 16), 5))
+    rng = np.random.RandomState(1234)
+    documents, shuffle = np.arange(240, dtype=np.int32), np.arange(239, dtype=np.uint32)
+    rng.shuffle(documents)
+    rng.shuffle(shuffle)
+    rows = np.stack([np.arange(240, dtype=np.int32), np.zeros(240, np.int32)], axis=1)
+    for part, values in {"doc_idx": documents, "sample_idx": rows, "shuffle_idx": shuffle}.items():
+        np.save(f"{prefix}_train_indexmap_200ns_16sl_1234s_{part}.npy", values)
+    assert main(["data", "index", *job(prefix)]) == 0
+    assert "using Megatron's index cache" in capsys.readouterr().out
+    assert main(["data", "index", *job(prefix, "--split", "7,2,1")]) == 0
+    assert "is not this run's" in capsys.readouterr().out
+
+
 def test_a_job_without_its_data_is_an_error(tmp_path, capsys):
     assert main(["data", "index", *job(str(tmp_path / "absent"))]) == 1
     assert "absent" in capsys.readouterr().err
