@@ -206,10 +206,12 @@ def _require_complete(checkpoint: Path) -> Path:
     if problem is None:
         return checkpoint
     kind = CorruptCheckpointError if (checkpoint / MANIFEST_NAME).is_file() else CheckpointError
+    others = list_checkpoints(checkpoint.parent)
+    choose = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one"
     raise kind(
         "The checkpoint to load must be whole",
-        found=f"{problem}; {checkpoint.parent} holds {_names(list_checkpoints(checkpoint.parent))}",
-        fix="Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one",
+        found=f"{problem}; {checkpoint.parent} holds {_names(others)}",
+        fix=choose if others else "Copy it again if it was copied, or correct --load",
     )
 
 

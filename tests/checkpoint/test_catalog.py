@@ -15,6 +15,7 @@ from megatron_lite.checkpoint.catalog import (
     list_checkpoints,
     unannounced,
 )
+from megatron_lite.checkpoint.manifest import CorruptCheckpointError
 from megatron_lite.checkpoint.turnover import make_visible, remove_stale
 from megatron_lite.errors import CheckpointError
 
@@ -66,6 +67,12 @@ def test_a_lost_announcement_is_said(root):
     (root / "latest_checkpointed_iteration.txt").unlink()
     assert find_checkpoint(str(root), notify=told.append).name == "iter_12345678"
     assert "is missing: taking the newest" in told[0]
+
+
+def test_where_no_checkpoint_is_whole_none_is_offered(kit, tmp_path):
+    (kit.save(tmp_path, 10).path / "__0_0.distcp").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. Copy it again if"):
+        find_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("lost", ["__0_0.distcp", "manifest.json", None])
