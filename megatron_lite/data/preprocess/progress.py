@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from megatron_lite.data.preprocess.worker import Step
 
 
-class Progress(Protocol):
-    """Is told what happens."""
+class Progress:
+    """Is told what happens; what a kind of it does not show, it hears in silence."""
 
     def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
         """Work begins: the input's bytes, those of them that are left, and units finished by an earlier run."""
@@ -31,29 +31,11 @@ class Progress(Protocol):
         """Nothing more comes."""
 
 
-class SilentProgress:
+class SilentProgress(Progress):
     """Tells nobody."""
 
-    def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
-        """Nothing."""
 
-    def advance(self, step: Step) -> None:
-        """Nothing."""
-
-    def stage(self, what: str, pieces: int) -> None:
-        """Nothing."""
-
-    def piece(self) -> None:
-        """Nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class LineProgress:
+class LineProgress(Progress):
     """Megatron's `Processed {n} documents ({docs/s} docs/s, {MB/s} MB/s).`, with what is left.
 
     Args:
@@ -122,11 +104,8 @@ class LineProgress:
         """Print a line."""
         print(text, file=self._stream, flush=True)
 
-    def close(self) -> None:
-        """Nothing is open."""
 
-
-class BarProgress:
+class BarProgress(Progress):
     """A bar with MB/s, documents/s and the time left."""
 
     def __init__(self, stream: TextIO) -> None:
