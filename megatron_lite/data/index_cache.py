@@ -69,7 +69,8 @@ def cached_index(plan: IndexPlan, dataset: IndexedDataset, folder: Path | None) 
         built = time.monotonic()
         write_index(index, place)
         LOG.info("sample index: built in %.1f s, written in %.1f s", built - began, time.monotonic() - built)
-        return index
+        # Mapped, it is shared with the node's other processes, and the memory that it was built in is given back.
+        return read_index(plan, place) or index
 
 
 def read_index(plan: IndexPlan, place: Path) -> SampleIndex | None:

@@ -170,7 +170,8 @@ class SampleIndex:
 def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
     """Shuffle documents and samples as Megatron does, bit for bit.
 
-    Both go through one scratch array of 8 bytes for each entry of the larger index; 4 for each entry of both are kept.
+    Both go through one scratch array of 8 bytes for each entry of the larger index, in whose front the shuffle stays;
+    memory touched for the first time costs as much as a good part of a shuffle.
 
     Raises:
         DataError: a sequence has a negative length.
@@ -198,11 +199,15 @@ def order_documents(
     packed = scratch[: plan.epochs * plan.num_documents]
     _pack_epochs(packed, plan, sizes)
     _shuffle(rng, packed, plan.documents_together)
-    return _low_halves(packed), _block_starts(packed)
+    starts = _block_starts(packed)
+    return _low_halves(packed).copy(), starts
 
 
 def order_samples(rng: np.random.RandomState, plan: IndexPlan, scratch: NDArray[np.int64]) -> NDArray[np.integer]:
-    """The second half of a build: `shuffle` of the index, from the generator as `order_documents` left it."""
+    """The second half of a build: `shuffle` of the index, from the generator as `order_documents` left it.
+
+    It lies in `scratch`, which is not to be used again.
+    """
     numbers = scratch[: plan.total_samples]
     for low in range(0, plan.total_samples, CHUNK):
         numbers[low : low + CHUNK] = np.arange(low, min(plan.total_samples, low + CHUNK))
@@ -247,8 +252,8 @@ def _block_starts(packed: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _low_halves(values: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The low 32 bits of each value."""
-    halves = np.empty(values.shape[0], dtype=np.int32)
+    """The low 32 bits of each value, moved to the front of the values' own memory."""
+    halves = values.view(np.int32)[: values.shape[0]]
     for low in range(0, values.shape[0], CHUNK):
         halves[low : low + CHUNK] = values[low : low + CHUNK].astype(np.uint32).view(np.int32)
     return halves

@@ -181,6 +181,8 @@ def always_kept(monkeypatch):
 def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch):
     plan = plan_for(data)
     index = cached_index(plan, data, tmp_path / "cache")
+    assert isinstance(index.documents, np.memmap)
+    assert_same(index, build_index(plan, data.sizes), data.sizes)
     monkeypatch.setattr(index_cache, "build_index", lambda *_: pytest.fail("built twice"))
     again = cached_index(plan, data, tmp_path / "cache")
     assert isinstance(again.documents, np.memmap)
@@ -200,7 +202,8 @@ def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change):
 @pytest.mark.usefixtures("always_kept")
 def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, caplog):
     plan = plan_for(data)
-    index = cached_index(plan, data, tmp_path / "cache")
+    index = build_index(plan, data.sizes)
+    cached_index(plan, data, tmp_path / "cache")
     damaged = next((tmp_path / "cache").glob("index-*/documents.npy"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
     assert_same(cached_index(plan, data, tmp_path / "cache"), index, data.sizes)
