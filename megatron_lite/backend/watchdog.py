@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 LONGEST_SILENCE = 30.0
@@ -33,11 +33,13 @@ class Failure:
 
     Attributes:
         rank: which rank was first.
+        host: where it ran; empty if nobody knows.
         text: what happened there.
         silent: others say so, since it says nothing any more.
     """
 
     rank: int
+    host: str
     text: str
     silent: bool = False
 
@@ -74,6 +76,7 @@ class Watchdog:
         store: a connection of its own to the job's store (torch.distributed.Store).
         rank: this rank.
         world_size: ranks of the job.
+        host: this rank's.
         name: this rank in words: host, rank, coordinates.
         where: says in words what the main thread is doing, and gives a value that changes when it gets on.
         patience: how long to wait for what.
@@ -85,6 +88,7 @@ class Watchdog:
         *,
         rank: int,
         world_size: int,
+        host: str,
         name: str,
         where: Callable[[], tuple[str, Hashable]],
         patience: Patience,
@@ -92,6 +96,7 @@ class Watchdog:
         self._store = store
         self._rank = rank
         self._world_size = world_size
+        self._host = host
         self._name = name
         self._where = where
         self._patience = patience
@@ -115,7 +120,7 @@ class Watchdog:
     def fail(self, text: str) -> None:
         """Tells all ranks that this one has failed, unless one did before. It may then end as it likes, but soon."""
         self._ending = True
-        self._post(Failure(self._rank, text))
+        self._post(Failure(self._rank, self._host, text))
         self._hand_over()
 
     def first_failure(self) -> Failure | None:
@@ -161,7 +166,9 @@ class Watchdog:
                 errors += 1
                 if errors == UNREACHABLE:
                     gone = "rank 0, where the ranks meet, cannot be reached: it was killed or cut off"
-                    self._failure = Failure(0, f"{gone} ({error})", silent=True)
+                    heard, _ = self._heard.get(0, (b"left", 0.0))
+                    host = "" if heard == b"left" else json.loads(heard)["host"]
+                    self._failure = Failure(0, host, f"{gone} ({error})", silent=True)
             if self._failure is not None:
                 self._end(self._failure)
         if self._ending:
@@ -182,13 +189,13 @@ class Watchdog:
     def _beat(self) -> None:
         self._beats += 1
         # Where it is, is what is left of a rank that was killed.
-        beat = {"beat": self._beats, "name": self._name, "where": self._where()[0]}
+        beat = {"beat": self._beats, "host": self._host, "name": self._name, "where": self._where()[0]}
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
     def _post(self, failure: Failure) -> None:
         with contextlib.suppress(Exception):
             if self._store.add("failures", 1) == 1:
-                self._store.set("failed", json.dumps([failure.rank, failure.text, failure.silent]))
+                self._store.set("failed", json.dumps(astuple(failure)))
 
     def _look_for_failure(self) -> None:
         if self._store.check(["failed"]):
@@ -228,6 +235,7 @@ class Watchdog:
                 self._post(
                     Failure(
                         rank,
+                        last["host"],
                         f"{last['name']} gave no sign of life for {now - self._heard[rank][1]:.0f} s, killed or cut "
                         f"off in {last['where']}",
                         silent=True,

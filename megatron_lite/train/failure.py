@@ -5,6 +5,8 @@ Where a rank is, is read from the stack of its main thread, so nothing on the wa
 
 from __future__ import annotations
 
+import atexit
+import os
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ from typing import Any
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
+from megatron_lite.checkpoint.agreement import FailedRank
 from megatron_lite.config.layout import coordinates
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.errors import MegatronLiteError, TrainingError
@@ -53,8 +56,11 @@ _TRANSPORT = ("gloo", "nccl", "connection", "socket", "process group", "timed ou
 def rank_name(backend: Backend, parallel: ParallelConfig) -> str:
     """This rank in words: host, rank and coordinates."""
     at = coordinates(backend.rank, parallel)
-    host = backend.launch.host or socket.gethostname()
-    return f"{host} rank {backend.rank} (dp {at.dp}, pp {at.pp}, tp {at.tp})"
+    return f"{_host(backend)} rank {backend.rank} (dp {at.dp}, pp {at.pp}, tp {at.tp})"
+
+
+def _host(backend: Backend) -> str:
+    return backend.launch.host or socket.gethostname()
 
 
 def phase_of(frames: Iterable[FrameType]) -> str:
@@ -85,6 +91,7 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
             store,
             rank=backend.rank,
             world_size=backend.world_size,
+            host=_host(backend),
             name=name,
             where=_main_thread,
             patience=Patience.of(60 * parallel.distributed_timeout_minutes),
@@ -93,9 +100,13 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
         yield
     except BaseException as error:
         phase = phase_of(_frames(error.__traceback__))
+        if watchdog is not None:
+            atexit.register(_end_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
         first = _told_by_another(watchdog, error)
         if first is not None:
-            raise _ended_by(first, name, phase) from error
+            place = FailedRank(first.host, first.rank)
+            place.__cause__ = error
+            raise _ended_by(first, name, phase) from place
         if watchdog is not None or not isinstance(error, (MegatronLiteError, KeyboardInterrupt)):
             print(f"[{name}] failed in {phase}: {_words(error)}", file=sys.stderr, flush=True)
         if watchdog is not None:
@@ -103,6 +114,17 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
         raise
     if watchdog is not None:
         watchdog.leave()
+
+
+def _end_at_once(code: int) -> None:
+    """Ends the process where Python begins to go down, with all said and everything closed.
+
+    A collective that lost its partner ends in a thread of gloo's, which then drops tensors. If Python is going down by
+    then, the thread may not have its lock, and the C++ library aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _told_by_another(watchdog: Watchdog | None, error: BaseException) -> Failure | None:

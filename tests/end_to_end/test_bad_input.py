@@ -124,7 +124,7 @@ def test_a_broken_line_is_named_or_counted(corpus, tmp_path):
     text.write_text('{"text": "abc def"}\n{"text": "abc\n{"text": "gha"}\n[]\n')
     result = preprocess(text, tmp_path / "out", corpus.tokenizer)
     assert_explained(
-        result, f"{text}:2 is not JSON: Invalid control character at character 14", "--skip-bad-lines", kind="DataError"
+        result, f"{text}:2: not JSON: Invalid control character at character 14", "--skip-bad-lines", kind="DataError"
     )
     assert not list(tmp_path.glob("out_*"))
     result = preprocess(text, tmp_path / "out", corpus.tokenizer, "--skip-bad-lines")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from job_commands import SMALL
 
+from megatron_lite.train.exit_status import read_exit_status
 from megatron_lite.train.failure import PHASES
 
 TRAIN = [
@@ -140,7 +141,10 @@ def test_an_exception_on_one_rank_ends_all_and_is_named_by_all(tmp_path, variabl
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
-    with Job(tmp_path, "kill", killed, ["--pipeline-model-parallel-size", "2"]) as job:
+    save = tmp_path / "run"
+    save.mkdir()
+    words = ["--pipeline-model-parallel-size", "2", "--save", str(save), "--save-interval", "1000000"]
+    with Job(tmp_path, "kill", killed, words) as job:
         started = time.monotonic()
         codes = [1, 1]
         codes[killed] = -signal.SIGKILL
@@ -152,6 +156,8 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
         else:
             assert "rank 1 (dp 0, pp 1, tp 0) gave no sign of life for" in text
             assert "killed or cut off in iteration 3" in text
+    ended = read_exit_status(save)
+    assert (ended.status, ended.rank, ended.host) == ("error", killed, socket.gethostname())
 
 
 def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
