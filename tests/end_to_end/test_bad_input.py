@@ -241,13 +241,13 @@ def finished(corpus, tmp_path_factory):
 
 
 def test_a_save_that_holds_a_longer_run(corpus, finished):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = {path: path.is_file() and path.read_bytes() for path in finished.rglob("*")}
     result = command(*corpus.job(*SAVING, "--save", finished))
     assert_explained(result, f"--save {finished} holds iter_0000003", f"Add --load {finished}", kind="CheckpointError")
     words = ("--save", finished, "--load", finished, "--load-iteration", 1)
     result = command(*corpus.job(*SAVING, *words))
     assert_explained(result, "starts at iteration 1", "Leave --load-iteration out", kind="CheckpointError")
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert {path: path.is_file() and path.read_bytes() for path in finished.rglob("*")} == before
 
 
 def test_a_checkpoint_of_another_model(corpus, finished):
@@ -298,5 +298,8 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(corpus, finished, tmp_path
     assert f"iter_0000003 is damaged and passed over: {file} has other bytes" in result.out
     assert f"  start       after iteration 2, from {save}/iter_0000002" in result.out
     assert iterations(save) == [1, 2, 3, 4, 5]
-    for name in checkpoints(save):
+    whole = [name for name in checkpoints(save) if ".damaged-" not in name]
+    assert whole == [f"iter_{iteration:07d}" for iteration in range(1, 6)]
+    assert [name.partition("-")[0] for name in checkpoints(save) if name not in whole] == ["iter_0000003.damaged"]
+    for name in whole:
         verify_checkpoint(save / name)
