@@ -30,7 +30,7 @@ class ExitStatus:
 
     Attributes:
         status: completed, time_limit, signal, kill_switch, exit_flag or error.
-        message: the last line of the log, or the error.
+        message: why it ended, as the log has it, or the error.
         iteration: iterations of the run that were finished; None: it failed before it knew.
         saved_iteration: the checkpoint that the next start goes on from; None: there is none.
         time: UTC, as ISO 8601 has it.
