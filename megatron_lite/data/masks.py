@@ -20,6 +20,32 @@ def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
     return np.cumsum(ends, axis=-1) - ends
 
 
+def document_rows(
+    ids: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[tuple[int, int], ...]] | None:
+    """Document numbers [b, s] (of document_ids) -> the rows, places and groups of model/documents.py.
+
+    Returns:
+        None where every sample is one document: there is nothing to keep apart.
+    """
+    size, length = ids.shape
+    first = np.ones(ids.shape, dtype=bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    begins = np.flatnonzero(first)
+    if len(begins) == size:
+        return None
+    lengths = np.diff(begins, append=ids.size)
+    order = np.argsort(lengths, kind="stable")
+    begins, lengths = begins[order], lengths[order]
+    skipped = begins - (np.cumsum(lengths) - lengths)
+    tokens = np.repeat(skipped, lengths) + np.arange(ids.size)
+    rows = tokens % length * size + tokens // length
+    places = np.empty_like(rows)
+    places[rows] = np.arange(ids.size)
+    kinds, counts = np.unique(lengths, return_counts=True)
+    return rows, places, tuple(zip(counts.tolist(), kinds.tolist(), strict=True))
+
+
 def position_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
     """Tokens [b, s] (inputs) -> int64 [b, s]: positions that start at 0 again after each `eod`."""
     positions = np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int64), tokens.shape)

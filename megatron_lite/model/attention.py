@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.model.documents import Documents
 from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import Rotary
@@ -29,6 +30,8 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     """None: plain causal. See model/positions.py."""
+    documents: Documents | None = None
+    """Without a mask: the documents that attend apart from each other; None: each sample is one."""
     cache: KVCache | None = None
 
 
@@ -80,8 +83,8 @@ class SelfAttention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         if self.recompute_core and self.training:
-            return self.proj(recomputed(self._attend, q, k, v, context.mask))
-        return self.proj(self._attend(q, k, v, context.mask))
+            return self.proj(recomputed(self._attend, q, k, v, context.mask, context.documents))
+        return self.proj(self._attend(q, k, v, context.mask, context.documents))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; where q = 1 they are views of one tensor."""
@@ -94,11 +97,20 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.split((heads, 1, 1), dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The sum softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
-        dropout = self.dropout if self.training else 0.0
-        if dropout > 0:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
+        """Attention of whole samples, or of each document in them: q [s, b, n, d], k, v [t, b, g, d] -> [s, b, n d]."""
+        if self.dropout > 0 and self.training:
             self.rng.enter("attention", self.layer, self.split)
+        return self._weigh(q, k, v, mask) if documents is None else self._weigh_apart(q, k, v, documents)
+
+    # Its shapes change with every micro-batch: compiled, each would be compiled anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _weigh_apart(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        parts = zip(documents.apart(q), documents.apart(k), documents.apart(v), strict=True)
+        return documents.together([self._weigh(*part, None) for part in parts], q.shape[0])
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The sum softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         if self.queries_per_group > 1 and not _kernel_groups_heads(q, mask):
             k, v = (x.repeat_interleave(self.queries_per_group, dim=2) for x in (k, v))
         out = F.scaled_dot_product_attention(
@@ -106,7 +118,7 @@ class SelfAttention(nn.Module):
             k.permute(1, 2, 0, 3),
             v.permute(1, 2, 0, 3),
             attn_mask=mask,
-            dropout_p=dropout,
+            dropout_p=self.dropout if self.training else 0.0,
             # One query sees all the keys of a cache; several without a mask are the whole of a sample.
             is_causal=mask is None and q.shape[0] > 1,
             enable_gqa=k.shape[2] != q.shape[2],

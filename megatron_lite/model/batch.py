@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_lite.model.documents import Documents
+
 
 @dataclass(eq=False)
 class MicroBatch:
@@ -21,6 +23,8 @@ class MicroBatch:
     """[b, s] int64; None: 0, 1, 2, …"""
     document_ids: Tensor | None = None
     """[b, s] int64: tokens attend within their document only; None: to the whole sample."""
+    documents: Documents | None = None
+    """The same in a form that spares attention a mask; None: not known, or there is nothing to keep apart."""
     number: int = 0
     """The micro-batch's number in the global batch."""
     sources: tuple[int, ...] | None = None

@@ -152,11 +152,7 @@ class GPTStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(batch.tokens, start, batch.position_ids)
         assert x is not None, "a stage without the embedding is given hidden states"
-        rotary = None
-        if self.rotary is not None:
-            rotary = self.rotary.tables(length, start, batch.position_ids, x.device)
-        mask = self.mask(length, start, batch.document_ids)
-        x = self.decoder(x, AttentionContext(rotary=rotary, mask=mask, cache=cache))
+        x = self.decoder(x, self._context(batch, cache, x.device))
         if cache is not None:
             cache.advance(length)
         if not self.has_head:
@@ -230,6 +226,21 @@ class GPTStage(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Makes forward go through torch.compile (whose arguments these are); the first call compiles."""
         super().compile(*args, **kwargs)
+
+    def _context(self, batch: MicroBatch, cache: KVCache | None, device: torch.device) -> AttentionContext:
+        """What the layers share: rotary tables, and who may look at whom, as documents or, for ALiBi's bias, a mask."""
+        start, length = 0 if cache is None else cache.length, batch.tokens.shape[1]
+        assert cache is None or batch.documents is None, "a cache holds one document a row"
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary.tables(length, start, batch.position_ids, device)
+        documents = None if self.mask.slopes else batch.documents
+        return AttentionContext(
+            rotary=rotary,
+            mask=self.mask(length, start, batch.document_ids if documents is None else None),
+            documents=documents,
+            cache=cache,
+        )
 
     def _head_weight(self) -> nn.Parameter:
         if self.output_layer is not None:

@@ -109,8 +109,8 @@ class AttentionMask(nn.Module):
     """What is added to the attention scores: ALiBi's bias, and -inf where a token may not look.
 
     Plain causal attention needs no mask in memory: the kernel knows. ALiBi's, s x s for each head, is built once for
-    the longest sequence seen and shared by all layers. Documents within a sample (--reset-attention-mask) take one
-    boolean mask b x s x s a micro-batch.
+    the longest sequence seen and shared by all layers. Documents within a sample need a mask b x s x s a micro-batch
+    only beside ALiBi, or where nobody found them on the host (model/documents.py).
 
     Args:
         config: the model; its heads get slopes if its positions are ALiBi's.

@@ -96,7 +96,7 @@ DATA = (
     Flag(
         "--reset-attention-mask",
         "data.reset_attention_mask",
-        "No attention across the end of a document.",
+        "No attention across the end of a document; takes a mask in memory only with ALiBi.",
         sets=True,
     ),
     Flag("--prefetch-microbatches", "data.prefetch", "Micro-batches read ahead (0: none)."),
