@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_lite.config.batch import BatchConfig, Rampup
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -20,7 +21,9 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
+from megatron_lite.data import masks
 from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.documents import Documents
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.microbatches import microbatch_number, num_microbatches
@@ -28,6 +31,7 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 
 VOCABULARY, LENGTH, ITERATIONS, EVALUATED = 41, 16, 20, 6
+EOD = 7
 GPT2 = {"hidden_size": 32, "num_attention_heads": 8, "max_position_embeddings": LENGTH}
 LLAMA = {"position_embedding": "rotary", "activation": "swiglu", "normalization": "RMSNorm", "tied_embeddings": False}
 LLAMA |= {"num_query_groups": 4, "linear_bias": False, "qkv_bias": False, "qk_layernorm": True, "ffn_hidden_size": 48}
@@ -55,6 +59,7 @@ class Cell:
     layers: int = 4
     micro_batch: int = 1
     bucket_megabytes: int = 1
+    documents: bool = False
 
     @property
     def world(self):
@@ -70,6 +75,7 @@ class Cell:
         split = self.sequence_parallel and tp > 1
         micro_batch = self.micro_batch if self.dropout else 1
         same = {"model": self.model, "layers": self.layers, "dropout": self.dropout, "dtype": self.dtype}
+        same["documents"] = self.documents
         return Cell(tp=tp, sequence_parallel=split, micro_batch=micro_batch, **same)
 
     def config(self):
@@ -103,6 +109,7 @@ class Cell:
                 global_batch_size=10,
                 rampup=Rampup(start=2, increment=2, samples=48),
             ),
+            data=DataConfig(reset_attention_mask=self.documents),
             training=TrainingConfig(train_iters=ITERATIONS),
             lr=LrConfig(lr=2e-3, min_lr=2e-4, style="cosine", warmup_iters=3),
             optimizer=OptimizerConfig(weight_decay=0.1),
@@ -121,6 +128,7 @@ class Cell:
         parts += [f"micro{self.micro_batch}"] if self.micro_batch != 1 else []
         parts += [f"first{self.first_layers}"] if self.first_layers else []
         parts += [f"bucket{self.bucket_megabytes}"] if self.bucket_megabytes != 1 else []
+        parts += ["documents"] if self.documents else []
         parts += [f"dropout_{self.dropout}"] if self.dropout else []
         return "-".join([*parts, self.dtype] if self.dtype != "fp32" else parts)
 
@@ -152,7 +160,7 @@ CELLS = (
     Cell(pp=4, model="bloom", schedule="zb-h1"),
     Cell(pp=4, layers=8, schedule="zb-v"),
     Cell(tp=2, pp=2, model="bloom", schedule="interleaved", layers_per_chunk=1),
-    Cell(tp=2, pp=2, schedule="zb-h1", **SP),
+    Cell(tp=2, pp=2, schedule="zb-h1", **SP, documents=True),
     Cell(tp=2, pp=2, **SP, dropout="all"),
     Cell(tp=2, dp=2, model="llama", **SP, **ZERO1),
     Cell(pp=2, dp=2, schedule="1f1b", **ZERO1),
@@ -165,7 +173,7 @@ CELLS = (
     Cell(tp=2, pp=2, dp=2, model="llama", schedule="gpipe", first_layers=3),
     Cell(tp=2, pp=2, dp=2, model="bloom", schedule="interleaved", layers_per_chunk=1, **ZERO1, recompute="full"),
     Cell(tp=2, pp=2, dp=2, schedule="zb-h1", **SP, **ZERO1, dropout="all"),
-    Cell(tp=2, pp=2, dp=2, schedule="zb-v", **SP, **ZERO1, bucket_megabytes=0),
+    Cell(tp=2, pp=2, dp=2, schedule="zb-v", **SP, **ZERO1, bucket_megabytes=0, documents=True),
     Cell(tp=2, pp=2, dp=2, model="llama", schedule="interleaved", layers_per_chunk=1, **SP, **ZERO1, dtype="bf16"),
     Cell(tp=4, pp=2, model="llama", schedule="zb-v", recompute="selective", micro_batch=2),
     Cell(pp=4, dp=2, layers=8, schedule="interleaved", layers_per_chunk=1, **ZERO1, dropout="all"),
@@ -196,14 +204,24 @@ def sample(number):
     return np.where(generator.random(LENGTH + 1) < 0.1, generator.integers(0, VOCABULARY, LENGTH + 1), tokens)
 
 
-def reader(mesh, first, size):
-    """Reads this replica's micro-batches of `size` samples of the global batch that begins at sample `first`."""
+def reader(mesh, first, size, documents=False):
+    """Reads this replica's micro-batches of `size` samples of the global batch that begins at sample `first`.
+
+    With `documents`, tokens EOD end documents, which attend apart.
+    """
 
     def read(index):
         number = microbatch_number(mesh.dp.size, mesh.dp.rank, index)
         start = first + number * size
         tokens = torch.from_numpy(np.stack([sample(start + place) for place in range(size)]))
-        return MicroBatch(tokens[:, :-1], tokens[:, 1:], (tokens[:, 1:] % 5 != 0).float(), number=number)
+        mask = (tokens[:, 1:] % 5 != 0).float()
+        return MicroBatch(
+            tokens[:, :-1], tokens[:, 1:], mask, documents=found(tokens[:, :-1]) if documents else None, number=number
+        )
+
+    def found(tokens):
+        rows = masks.document_rows(masks.document_ids(tokens.numpy(), EOD))
+        return rows and Documents(torch.from_numpy(rows[0]), torch.from_numpy(rows[1]), rows[2])
 
     return read
 
@@ -213,7 +231,8 @@ def iterate(config, mesh, engine, progress, iterations):
     losses, norms = [], []
     for _ in range(iterations):
         plan = plan_iteration(config, progress, replica=mesh.dp.rank)
-        outcome = engine.train_step(plan, reader(mesh, plan.first_sample, config.batch.micro_batch_size))
+        read = reader(mesh, plan.first_sample, config.batch.micro_batch_size, config.data.reset_attention_mask)
+        outcome = engine.train_step(plan, read)
         progress = progress.advance(plan.global_batch, plan.tokens, outcome.applied)
         losses.append(outcome.loss)
         norms.append(outcome.grad_norm)
@@ -224,7 +243,8 @@ def evaluate(config, mesh, engine):
     """Mean loss of samples that no training step sees."""
     size = config.batch.micro_batch_size
     count = num_microbatches(EVALUATED, size, mesh.dp.size, mesh.dp.rank)
-    return engine.eval_step(count, reader(mesh, 10_000, size), LENGTH) / EVALUATED
+    read = reader(mesh, 10_000, size, config.data.reset_attention_mask)
+    return engine.eval_step(count, read, LENGTH) / EVALUATED
 
 
 def run_cell(backend, cell):

@@ -24,6 +24,7 @@ def layout_words(cell):
     chunks = {"zb-v": "2"}.get(cell.schedule, str(cell.chunks) if cell.layers_per_chunk else "")
     flags = ["yes" if on else "" for on in (cell.sequence_parallel, cell.zero1)]
     model = cell.model + (f", first stage {cell.first_layers} layers" if cell.first_layers else "")
+    model += ", documents apart" if cell.documents else ""
     return (*sizes, schedule, chunks, *flags, cell.recompute, model, cell.dropout, cell.dtype)
 
 

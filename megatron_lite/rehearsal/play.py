@@ -20,6 +20,7 @@ from megatron_lite.config.partition import num_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.documents import Documents
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.planner.explain import BatchStage, batch_stages
 from megatron_lite.rehearsal.shapes import ShapesOnly, fused_attention
@@ -169,10 +170,17 @@ def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
             loss_mask=empty(torch.float32, data.eod_mask_loss),
             position_ids=empty(torch.int64, data.reset_position_ids),
             document_ids=empty(torch.int64, data.reset_attention_mask),
+            documents=_whole_samples(shape) if data.reset_attention_mask else None,
             number=microbatch_number(config.parallel.dp, plan.replica, index),
         )
 
     return read
+
+
+def _whole_samples(shape: tuple[int, int]) -> Documents:
+    """One document a sample, of [b, s] tokens, yet taken apart: shorter ones need no more memory."""
+    rows, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
+    return Documents(rows, places, (shape,))
 
 
 @contextmanager
