@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -178,12 +178,6 @@ class IndexedDatasetWriter:
         stored = self._to_stored(tokens)
         if stored.shape[0]:
             self.add_sequence(stored)
-        self.end_document()
-
-    def add_sequences(self, sequences: Iterable[ArrayLike]) -> None:
-        """Append a document of several sequences (sentences)."""
-        for tokens in sequences:
-            self.add_sequence(tokens)
         self.end_document()
 
     def add_documents(self, tokens: NDArray[np.generic]) -> None:

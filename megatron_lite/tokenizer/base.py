@@ -71,11 +71,6 @@ class Tokenizer(ABC):
         ids = np.fromiter((token for one in encoded for token in one), np.uint32, int(lengths.sum()))
         return TokenBatch(ids, lengths)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """Ids of many texts, one array each."""
-        batch = self.encode_flat(texts)
-        return np.split(batch.ids.astype(np.int64), np.cumsum(batch.lengths)[:-1]) if texts else []
-
 
 def find_eod(vocabulary: dict[str, int], wanted: str, declared: str = "") -> int:
     """Id of the end-of-document token: `wanted` (--eod-token), else `declared` by the tokenizer's files, else by name.

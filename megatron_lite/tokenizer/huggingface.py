@@ -62,11 +62,6 @@ class HuggingFaceTokenizer(Tokenizer):
         """Id of the end-of-document token."""
         return find_eod(self._vocabulary, self._eod_token, self._declared_eod)
 
-    @property
-    def is_fast(self) -> bool:
-        """Whether tiktoken encodes."""
-        return self._fast is not None
-
     def encode(self, text: str) -> list[int]:
         """Ids of one text; added tokens that stand in it become their ids."""
         if self._fast is not None and not self._holds_added(text):

@@ -28,7 +28,9 @@ RELAXED = settings(
 def write(prefix, documents, dtype=np.uint16):
     with IndexedDatasetWriter(prefix, dtype) as writer:
         for sequences in documents:
-            writer.add_sequences(sequences)
+            for tokens in sequences:
+                writer.add_sequence(tokens)
+            writer.end_document()
 
 
 def reference_bytes(documents, code, dtype):

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -25,9 +26,9 @@ BAD = range(44, 52)
 """Places of the samples of iterations 12 and 13, whose losses are made high."""
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Makes the loss high wherever a bad sample is trained on; returns the places that were trained on."""
+@contextmanager
+def spoiled():
+    """Makes the loss high wherever a bad sample is trained on; gives the places trained on, a list an iteration."""
     places = []
     reader, step = BatchSource.reader, NativeEngine.train_step
 
@@ -39,9 +40,14 @@ def seen(monkeypatch):
         outcome = step(self, plan, read)
         return dataclasses.replace(outcome, loss=outcome.loss * 5) if set(places[-1]) & set(BAD) else outcome
 
-    monkeypatch.setattr(BatchSource, "reader", note)
-    monkeypatch.setattr(NativeEngine, "train_step", spoil)
-    return places
+    with mock.patch.object(BatchSource, "reader", note), mock.patch.object(NativeEngine, "train_step", spoil):
+        yield places
+
+
+@pytest.fixture
+def seen():
+    with spoiled() as places:
+        yield places
 
 
 def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, tmp_path):
@@ -112,21 +118,7 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
 def spoiled_job(backend, words):
     """On one rank: a job whose loss is high where any replica trains on a bad sample; the places it trained on."""
     config = parse_run(words, world_size=backend.world_size).config
-    reader, step, places = BatchSource.reader, NativeEngine.train_step, []
-
-    def note(self, plan):
-        places.append(self.places(plan.first_sample, plan.global_batch))
-        return reader(self, plan)
-
-    def spoil(self, plan, read):
-        outcome = step(self, plan, read)
-        return dataclasses.replace(outcome, loss=outcome.loss * 5) if set(places[-1]) & set(BAD) else outcome
-
-    with (
-        mock.patch.object(BatchSource, "reader", note),
-        mock.patch.object(NativeEngine, "train_step", spoil),
-        ExitRecord(config.checkpoint.save, backend.rank) as record,
-    ):
+    with spoiled() as places, ExitRecord(config.checkpoint.save, backend.rank) as record:
         record.end(train_job(config, record, started=time.monotonic(), backend=backend))
     return [place for batch in places for place in batch]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from megatron_lite.tokenizer.training import train_byte_level_bpe
@@ -16,3 +17,14 @@ def bpe_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     train_byte_level_bpe(TEXTS, folder, vocab_size=400)
     return folder
+
+
+@pytest.fixture
+def each():
+    """encode_flat's ids, a list for each text."""
+
+    def encode(tokenizer, texts):
+        batch = tokenizer.encode_flat(texts)
+        return [part.tolist() for part in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
+
+    return encode

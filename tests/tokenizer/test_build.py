@@ -33,7 +33,7 @@ def test_each_kind(bpe_folder):
         build_tokenizer(TokenizerConfig(**files, vocab_extra_ids=2))
 
 
-def test_sentencepiece(tmp_path):
+def test_sentencepiece(each, tmp_path):
     pytest.importorskip("sentencepiece")
     texts = [f"the cat number {i} sat on the mat {i * i} times" for i in range(200)]
     size = train_sentencepiece(texts, tmp_path / "sp.model", vocab_size=320)
@@ -43,9 +43,7 @@ def test_sentencepiece(tmp_path):
     assert tokenizer.vocab_size == size + 2
     text = "the cat  sat 東\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert [list(ids) for ids in tokenizer.encode_batch([text, "", "cat"])] == [
-        tokenizer.encode(one) for one in (text, "", "cat")
-    ]
+    assert each(tokenizer, [text, "", "cat"]) == [tokenizer.encode(one) for one in (text, "", "cat")]
     assert tokenizer.token(tokenizer.eod) == "</s>"
     assert tokenizer.decode([*tokenizer.encode("cat"), size + 1]) == "cat<extra_id_1>"
     with pytest.raises(ConfigError, match="smaller --vocab-size"):

@@ -127,4 +127,4 @@ def test_a_token_that_its_bytes_do_not_reach_falls_back(tmp_path):
     vocabulary = {token: i for i, token in enumerate([*symbols, "ab", "bc", "abc"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb c\na bc\n")
-    assert not read_gpt2(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).is_fast
+    assert not read_gpt2(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))._fast

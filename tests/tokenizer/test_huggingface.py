@@ -18,12 +18,12 @@ def gpt2(folder, **kwargs):
 
 
 @pytest.mark.parametrize("use_fast", [True, False])
-def test_round_trip(bpe_folder, use_fast):
+def test_round_trip(bpe_folder, each, use_fast):
     tokenizer = gpt2(bpe_folder, use_fast=use_fast)
-    assert tokenizer.is_fast == use_fast
+    assert (tokenizer._fast is not None) == use_fast
     for text in SAMPLES:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert [list(ids) for ids in tokenizer.encode_batch(SAMPLES)] == [tokenizer.encode(text) for text in SAMPLES]
+    assert each(tokenizer, SAMPLES) == [tokenizer.encode(text) for text in SAMPLES]
 
 
 def test_both_forms_mean_the_same(bpe_folder):
@@ -35,12 +35,12 @@ def test_both_forms_mean_the_same(bpe_folder):
     assert files.encode("the cat") == whole.encode("the cat")
 
 
-def test_an_added_token_in_a_text_is_text_to_gpt2_and_a_token_to_hugging_face(bpe_folder):
+def test_an_added_token_in_a_text_is_text_to_gpt2_and_a_token_to_hugging_face(bpe_folder, each):
     files, whole = gpt2(bpe_folder), read_hugging_face(str(bpe_folder / "tokenizer.json"))
     text = "the cat<|endoftext|>"
     assert files.eod not in files.encode(text)
     assert whole.encode(text)[-1] == whole.eod
-    assert [list(ids) for ids in whole.encode_batch([text, "cat"])] == [whole.encode(text), whole.encode("cat")]
+    assert each(whole, [text, "cat"]) == [whole.encode(text), whole.encode("cat")]
 
 
 def test_fingerprint_sees_one_changed_id(bpe_folder, tmp_path):
