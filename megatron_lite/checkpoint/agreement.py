@@ -52,6 +52,17 @@ def together(world: Group, step: Callable[[], T]) -> T:
     return result
 
 
+def from_first(world: Group, step: Callable[[], T]) -> T:
+    """Runs `step` on rank 0 alone and returns its result on every rank; a collective call.
+
+    Raises:
+        CheckpointError: `step` failed, as `together` tells it.
+    """
+    result = together(world, lambda: step() if world.rank == 0 else None)
+    told: T = world.all_gather_object(result)[0]
+    return told
+
+
 def _first(
     failures: Sequence[tuple[type[CheckpointError], str, str, str, str] | None],
 ) -> tuple[CheckpointError, FailedRank]:

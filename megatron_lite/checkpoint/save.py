@@ -14,7 +14,7 @@ import torch
 
 from megatron_lite import __version__
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.agreement import from_first, together
 from megatron_lite.checkpoint.catalog import announce, folder_name
 from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_synced
 from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest, size_text
@@ -124,9 +124,7 @@ def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: G
     """
     needed = sum(world.all_gather_object(size_to_write(tensors)))
 
-    def make() -> tuple[Path, list[str]] | None:
-        if world.rank != 0:
-            return None
+    def make() -> tuple[Path, list[str]]:
         try:
             request.root.mkdir(parents=True, exist_ok=True)
             stale = remove_stale(request.root)
@@ -137,8 +135,7 @@ def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: G
             raise explain(error, request, needed) from error
         return partial, stale
 
-    opened: tuple[Path, list[str]] = world.all_gather_object(together(world, make))[0]
-    return opened
+    return from_first(world, make)
 
 
 def write_share(partial: Path, request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
-from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.agreement import from_first
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
@@ -240,9 +240,7 @@ def _fingerprints(config: RunConfig, world: Group) -> dict[str, str]:
     """Of the data, read by one rank for all; of none where nothing is saved or loaded; a collective call."""
     if not config.checkpoint.save and not config.checkpoint.load:
         return {}
-    own = together(world, lambda: data_fingerprints(config) if world.rank == 0 else {})
-    prints: dict[str, str] = world.all_gather_object(own)[0]
-    return prints
+    return from_first(world, lambda: data_fingerprints(config))
 
 
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.agreement import from_first, together
 from megatron_lite.checkpoint.catalog import (
     announce,
     find_checkpoint,
@@ -77,9 +77,7 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
     together(world, lambda: _require_writable(config.checkpoint.save))
     # Folders of a network may look different to other ranks for a moment, and 256 ranks listing one take their time.
     told: list[str] = []
-    found = together(world, lambda: _find_start(config, told.append) if world.rank == 0 else None)
-    start: Start
-    start, told = world.all_gather_object((found, told))[0]
+    start, told = from_first(world, lambda: (_find_start(config, told.append), told))
     for text in told:
         notify(text)
     return start
@@ -88,8 +86,7 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
 def _find_start(config: RunConfig, notify: Notify) -> Start:
     options = config.checkpoint
     path = None
-    own = bool(options.load and options.save) and Path(options.load).resolve() == Path(options.save).resolve()
-    if own and not options.load_iteration:
+    if options.in_one_folder and not options.load_iteration:
         _finish_announcement(Path(options.save), notify)
     if options.load:
         path = find_checkpoint(
@@ -238,11 +235,7 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
 
 def _step_back(path: Path, world: Group, notify: Notify) -> None:
     """Damaged checkpoints that were passed over make way for the run's own, which will be older at first."""
-
-    def rename() -> list[str]:
-        return step_back(path.parent, iteration_of(path) or 0) if world.rank == 0 else []
-
-    aside: list[str] = world.all_gather_object(together(world, rename))[0]
+    aside = from_first(world, lambda: step_back(path.parent, iteration_of(path) or 0))
     if aside:
         notify(f"what was passed over is kept as {', '.join(aside)}")
 

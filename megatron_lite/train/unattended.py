@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import together
+from megatron_lite.checkpoint.agreement import from_first, together
 from megatron_lite.checkpoint.catalog import announced
-from megatron_lite.checkpoint.rollback import RollbackReport, roll_back
+from megatron_lite.checkpoint.rollback import roll_back
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.metrics.rewind import rewind
@@ -66,9 +66,7 @@ def _way_on(run: Run, stop: Stop) -> str | None:
 def _go_back(config: RunConfig, back: GoingBack, world: Group) -> RunConfig:
     """Rolls the folder of --save back, and returns the config that goes on from there; a collective call."""
     root = Path(config.checkpoint.save)
-    report: RollbackReport = world.all_gather_object(
-        together(world, lambda: roll_back(root, back.iteration, back.skip, automatic=True) if world.rank == 0 else None)
-    )[0]
+    report = from_first(world, lambda: roll_back(root, back.iteration, back.skip, automatic=True))
     path = metrics_path(config)
     # The rank that wrote the metrics cuts them: they may lie on its own host.
     cut = world.rank == world.size - 1 and path is not None
