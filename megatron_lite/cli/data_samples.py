@@ -26,7 +26,8 @@ def show_samples(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-lite data samples",
         usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
-        description="Which documents and text an iteration trains on. Give the job's own flags, --load too: what a "
+        description="Which documents and text an iteration trains on. Give the job's own flags, --load too, or its whole "
+        "command: what a "
         "rollback left out, and batches that an earlier job of the run had, are read from its checkpoints.",
         allow_abbrev=False,
     )
@@ -147,9 +148,9 @@ def _log_shown() -> Iterator[None]:
 
 def _read(words: list[str]) -> RunConfig:
     """The job that the flags describe."""
-    from megatron_lite.config.arguments import parse_run, raise_all
+    from megatron_lite.config.arguments import parse_command, raise_all
 
-    parsed = parse_run(words)
+    parsed = parse_command(words)
     raise_all(parsed.missing)
     return parsed.config
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, to_argv
+from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_command, to_argv
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
@@ -15,6 +15,13 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.planner.explain import BatchStage, Explanation, explain
 
 SUMMARY = "say what a training command means: sizes, iterations, ramp-up, saves, flags without effect"
+USAGE = """usage: megatron-lite explain [--json] FLAG [VALUE] …
+       megatron-lite explain [--json] torchrun --nproc-per-node 8 pretrain_gpt.py FLAG [VALUE] …
+       megatron-lite explain [--json] 'srun … bash -c "…" 2>&1 | tee log'
+       megatron-lite explain [--json] @FILE
+
+The flags are those of pretrain_gpt.py. Words before the training script are read for the number of ranks only; a
+command with quotes, pipes or redirections of its own goes in quotes, or in a FILE."""
 GPT2_ENTRIES = 50257
 STAGES_SHOWN = 12
 
@@ -22,10 +29,10 @@ STAGES_SHOWN = 12
 def run(argv: list[str]) -> int:
     """Explain the training command `argv`; --json prints one JSON object instead of text."""
     if asks_for_help(argv):
-        print("usage: megatron-lite explain [--json] FLAG [VALUE] …\n\nThe flags are those of pretrain_gpt.py.")
+        print(USAGE)
         return 0
     as_json = "--json" in argv
-    print(explain_text(parse_run([word for word in argv if word != "--json"]), as_json=as_json))
+    print(explain_text(parse_command([word for word in argv if word != "--json"]), as_json=as_json))
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.explain import fill_vocabulary
-from megatron_lite.config.arguments import asks_for_help, parse_run
+from megatron_lite.config.arguments import asks_for_help, parse_command
 from megatron_lite.config.counts import size_name
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
@@ -20,13 +20,14 @@ SUMMARY = "play ranks of a big job on this machine: what each holds, sends, and 
 USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N
                               [--rank RANK …] [--json]
 
-The flags are those of pretrain_gpt.py; put the job's own command line here.
+The flags are those of pretrain_gpt.py; put the job's own command line here, with
+its launcher (torchrun …, srun …) or without, in quotes if it has any of its own.
 Chosen ranks of it (by default the first replica's pipeline stages and the last
 rank) build their part of the model and step it once for every stage of the
 batch's ramp-up, on tensors that have shapes and no values. Data, tokenizer and
 checkpoints are not read.
 
-  --world-size N   ranks of the job
+  --world-size N   ranks of the job, where the launcher's words do not say them
   --rank RANK …    ranks to play instead of the default ones
   --json           one JSON object instead of tables
 
@@ -42,13 +43,13 @@ def run(argv: list[str]) -> int:
         return 0
     as_json = "--json" in argv
     words, ranks = _take_ranks([word for word in argv if word != "--json"])
-    config, vocabulary = fill_vocabulary(parse_run(words).config)
+    config, vocabulary = fill_vocabulary(parse_command(words).config)
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(
             "Ranks to play are ranks of the job",
             found=f"--rank {outside[0]}, --world-size {config.parallel.world_size}",
-            fix="Correct --rank or give the job's --world-size",
+            fix=f"Give --rank 0 to {config.parallel.world_size - 1}, or the job's --world-size",
         )
     # Only here: it imports torch.
     from megatron_lite.rehearsal.agreement import disagreements

@@ -11,6 +11,7 @@ from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.flags.table import flags_by_field
 from megatron_lite.config.given import SECTIONS, Given
+from megatron_lite.config.launcher import read_command
 from megatron_lite.config.names import name_warnings
 from megatron_lite.config.resolve import resolve
 from megatron_lite.config.rules import violations
@@ -66,6 +67,18 @@ def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRu
         (*given.warnings, *name_warnings(config)),
         tuple(given.missing),
     )
+
+
+def parse_command(argv: Sequence[str]) -> ParsedRun:
+    """Read a command line as people copy it: training flags, or the whole command that starts the job.
+
+    The number of ranks is --world-size, or else what the launcher's words say.
+
+    Raises:
+        ConfigError, ConfigErrors: as parse_run and read_command.
+    """
+    command = read_command(argv)
+    return parse_run(command.flags, world_size=command.world_size)
 
 
 def raise_all(errors: Iterable[ConfigError]) -> None:

@@ -68,6 +68,15 @@ def test_verify_finds_a_flipped_byte_by_the_manifest(tmp_path, capsys):
     assert "manifest" in capsys.readouterr().err
 
 
+def test_the_jobs_whole_command_is_read(prefix, capsys):
+    expected = []
+    for launch in ([], ["torchrun", "--nproc-per-node", "2", "pretrain_gpt.py"]):
+        assert main(["data", "samples", "--iteration", "3", *launch, *job(prefix)]) == 0
+        assert main(["data", "index", *launch, *job(prefix)]) == 0
+        expected.append(re.sub(r"[\d.]+ s$", "", capsys.readouterr().out, flags=re.M))
+    assert expected[0] == expected[1]
+
+
 @pytest.mark.parametrize("more", [[], ["--dataloader-type", "cyclic"]])
 def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, more):
     from megatron_lite.config.arguments import parse_run

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 from job_commands import BIG_RAMP, LLAMA, SMALL
@@ -59,3 +60,22 @@ def test_errors_are_the_trainers():
 def test_help(capsys):
     assert run(["--help"]) == 0
     assert "explain [--json]" in capsys.readouterr().out
+
+
+def test_a_whole_command_is_explained_as_its_flags_are(capsys):
+    run([*BIG_RAMP, "--world-size", "512"])
+    expected = capsys.readouterr().out
+    run(["python", "-m", "torch.distributed.run", "--nproc_per_node", "8", "--nnodes", "64", "pretrain_gpt.py", *BIG_RAMP])
+    assert capsys.readouterr().out == expected
+
+
+def test_a_job_script_is_explained_from_its_file(capsys, tmp_path):
+    (tmp_path / "job.sh").write_text(
+        "#!/bin/bash\n#SBATCH --nodes=2\nsource env.sh\nHOST=$(scontrol show hostnames | head -n 1)\n"
+        'srun bash -c "torchrun --nproc-per-node 4 --nnodes 2 --node-rank \\$SLURM_PROCID pretrain_gpt.py '
+        f'{shlex.join(SMALL)} --seed 7" 2>&1 | tee -a log.txt\n'
+    )
+    run(["--json", f"@{tmp_path / 'job.sh'}"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["config"]["parallel"]["world_size"] == 8
+    assert record["config"]["runtime"]["seed"] == 7

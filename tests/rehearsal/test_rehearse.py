@@ -140,6 +140,14 @@ def test_chosen_ranks_as_tables(capsys):
     assert "Ramp-up: ranks 1 and 3" in text
 
 
+def test_the_jobs_whole_command_is_rehearsed(capsys):
+    launch = ["torchrun", "--nnodes", "2", "--nproc-per-node", "2", "pretrain_gpt.py"]
+    assert rehearse.run(["--rank", "1", "--json", *launch, *SMALL, *NULL]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["layout"]["world_size"] == 4
+    assert [rank["rank"] for rank in record["ranks"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("words", "rule"),
     [

@@ -1,0 +1,247 @@
+"""Launcher commands: finds the training flags and the number of ranks in `torchrun … pretrain_gpt.py …` and its kin.
+
+A command line as people copy it, from a shell history, a job script or a log, is launchers, then the training script,
+then its flags, then shell words: `srun -l bash -c "torchrun --nproc_per_node 8 pretrain_gpt.py --bf16" 2>&1 | tee log`.
+Everything before the script is read for the number of ranks only, whatever launcher it is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_lite.config.flags.table import flags_by_spelling, spelling
+from megatron_lite.errors import ConfigError
+
+OPERATORS = frozenset({"|", "||", "|&", "&", "&&", ";"})
+REDIRECTION = re.compile(r"(\d*|&)(>>?|<)(&\d|.*)")
+UNEXPANDED = re.compile(r"\$\{[^}]*\}|\$\(.*|\$[\w@*#?]+|`.*")
+OWN_COMMANDS = frozenset({"train", "explain", "rehearse"})
+LAUNCHER_MODULES = ("torch.distributed.", "deepspeed", "accelerate", "cProfile")
+"""Beginnings of modules that `python -m` starts before the training script."""
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The part of a command line that is about training.
+
+    Attributes:
+        flags: the words after the training script, without those of the shell.
+        world_size: ranks that the launcher's words say; None: they do not say, or --world-size is among the flags.
+    """
+
+    flags: tuple[str, ...]
+    world_size: int | None
+
+
+def read_command(argv: Sequence[str]) -> TrainingCommand:
+    """Find the training flags in a command line: flags alone, or the whole command that starts a job.
+
+    Args:
+        argv: words, of which the first may hold a whole command in quotes, or be @FILE for the command in a file.
+
+    Raises:
+        ConfigError: quotes are not closed, there is no training script, or shell variables are left among its flags.
+    """
+    commands = [(words, _script(words)) for words in _simple_commands(_unwrapped(_opened(argv)))]
+    if not any(script is not None for _, script in commands):
+        raise _no_script(argv)
+    # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …` the one with the most training flags is meant.
+    words, script = max(
+        ((words, script) for words, script in commands if script is not None),
+        key=lambda command: sum(map(_is_training_flag, command[0][command[1] :])),
+    )
+    flags = words[script:]
+    if unexpanded := _unexpanded(flags):
+        raise ConfigError(
+            "A command line is read after the shell has put in the values of its variables",
+            found=", ".join(unexpanded),
+            fix="Replace them by their values; in the job script itself, put `megatron-lite explain` before the command",
+        )
+    given = any(spelling(word) == "--world-size" for word in flags)
+    return TrainingCommand(tuple(flags), None if given else _world_size(words[:script]))
+
+
+def _opened(argv: Sequence[str]) -> list[str]:
+    """The words, the first of them taken apart if it is a command in quotes or an argument file."""
+    words = [word for word in argv if word.strip(" \t\r\n\\")]
+    if words and words[0].startswith("@") and Path(words[0][1:]).is_file():
+        text = Path(words[0][1:]).read_text(encoding="utf-8", errors="replace")
+        return [*_split(text, comments=True), *words[1:]]
+    if words and re.search(r"\s", words[0]):
+        return [*_split(words[0]), *words[1:]]
+    return words
+
+
+def _split(text: str, *, comments: bool = False) -> list[str]:
+    """Split as a shell does, continued lines joined; other line ends and a closing ; become words of their own."""
+    text = re.sub(r"\\[ \t]*(\r?\n|$)", " ", text)
+    words: list[str] = []
+    try:
+        for line in _lines(text, comments=comments):
+            for word in line:
+                words += [word[:-1], ";"] if word.endswith(";") and len(word) > 1 else [word]
+            words.append(";")
+    except ValueError as error:
+        raise ConfigError(
+            "The quotes of a command line are closed", found=f"{text[:80]!r}: {error}", fix="Add the missing quote"
+        ) from error
+    return [word for word in words[:-1] if word.strip(" \t\\")]
+
+
+def _lines(text: str, *, comments: bool) -> list[list[str]]:
+    """Words of each line; a line break within quotes, or between flags, ends nothing."""
+    lines: list[list[str]] = []
+    waiting = ""
+    for number, line in enumerate(text.splitlines()):
+        waiting = f"{waiting}\n{line}" if waiting else line
+        try:
+            words = shlex.split(waiting, comments=comments)
+        except ValueError:
+            if number + 1 == len(text.splitlines()):
+                raise
+            continue
+        waiting = ""
+        if lines and words and words[0].startswith("-"):
+            lines[-1] += words
+        elif words:
+            lines.append(words)
+    return lines
+
+
+def _unwrapped(words: list[str]) -> list[str]:
+    """The words with the inner command of `bash -c "…"`, `ssh host "…"` and the like in its place."""
+    while words and not words[0].startswith("-") and not any(map(_is_script, words)):
+        for place, word in enumerate(words):
+            if re.search(r"\s", word) and re.search(r"\.py\b", word):
+                words = [*words[:place], *_split(word), *words[place + 1 :]]
+                break
+        else:
+            return words
+    return words
+
+
+def _simple_commands(words: list[str]) -> list[list[str]]:
+    """The commands between the shell's operators, without redirections."""
+    commands: list[list[str]] = [[]]
+    dropping = False
+    for word in words:
+        redirection = REDIRECTION.fullmatch(word)
+        if word in OPERATORS:
+            commands.append([])
+        elif redirection:
+            dropping = not redirection[3]
+            continue
+        elif not dropping:
+            commands[-1].append(word)
+        dropping = False
+    return [command for command in commands if command] or [[]]
+
+
+def _is_script(word: str) -> bool:
+    return word.endswith(".py") and not re.search(r"\s", word)
+
+
+def _is_training_flag(word: str) -> bool:
+    """Whether a word is a flag that only a training script has."""
+    flag = flags_by_spelling().get(spelling(word)) if word.startswith("--") else None
+    return flag is not None and flag.status != "no effect" and flag.name != "--world-size"
+
+
+def _script(words: Sequence[str]) -> int | None:
+    """Index of the first word after the training script; 0 for flags alone; None if there is no script.
+
+    Launchers may be scripts, too (`python launch.py -n 8 pretrain_gpt.py`): the training script is the last one that
+    only words of launchers precede.
+    """
+    if not words or words[0].startswith(("-", "@")):
+        return 0
+    found = None
+    for place, word in enumerate(words):
+        if found is not None and _is_training_flag(word):
+            break
+        before = words[place - 1] if place else ""
+        own = PurePosixPath(before).name == "megatron-lite" and word in OWN_COMMANDS
+        module = before == "-m" and not word.startswith(LAUNCHER_MODULES)
+        if own or module or _is_script(word):
+            found = place + 1
+    return found
+
+
+def _unexpanded(words: Sequence[str]) -> list[str]:
+    """Shell variables and substitutions among the words, each once."""
+    return list(dict.fromkeys(match.group() for word in words for match in UNEXPANDED.finditer(word)))
+
+
+def _no_script(argv: Sequence[str]) -> ConfigError:
+    text = " ".join(argv)
+    unexpanded = _unexpanded(argv)
+    fix = "Give the flags alone, or with the script before them, as in `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
+    if unexpanded:
+        fix = f"Replace {', '.join(unexpanded)} by what the shell would put there. {fix}"
+    return ConfigError(
+        "A command line is training flags, or a command with a training script before them",
+        found=f"{text[:100]}{' …' if len(text) > 100 else ''}, which starts with no flag and names no .py file",
+        fix=fix,
+    )
+
+
+def _world_size(launchers: Sequence[str]) -> int | None:
+    """Ranks that the launcher nearest to the script starts, as far as its own words say it."""
+    for place in reversed(range(len(launchers))):
+        name = PurePosixPath(launchers[place]).name
+        options = launchers[place + 1 :]
+        if name == "torchrun" or name.startswith("torch.distributed."):
+            return _product(_number(options, "--nproc-per-node", default=1), _number(options, "--nnodes", default=1))
+        if name in ("deepspeed", "deepspeed.launcher.runner"):
+            return _deepspeed_ranks(options)
+        if name == "accelerate" or name.startswith("accelerate."):
+            return _number(options, "--num-processes", "-n")
+        if name in ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "aprun", "jsrun", "ibrun"):
+            return _number(options, "-np", "--np", "-n")
+        if name == "srun":
+            nodes, each = _number(options, "--nodes", "-N"), _number(options, "--ntasks-per-node")
+            return _number(options, "--ntasks", "-n") or _product(nodes, each)
+    return None
+
+
+def _deepspeed_ranks(options: Sequence[str]) -> int | None:
+    included = _option(options, "--include", "-i")
+    if included is not None:
+        hosts = [host.partition(":")[2] for host in included.split("@")]
+        return sum(len(slots.split(",")) for slots in hosts) if all(hosts) else None
+    # With a hostfile the number of nodes is that of its lines, unless a flag limits it.
+    several = _option(options, "--hostfile", "-H") is not None
+    nodes = _number(options, "--num-nodes", default=None if several else 1)
+    return _product(_number(options, "--num-gpus"), nodes)
+
+
+def _option(words: Sequence[str], *names: str) -> str | None:
+    """The value of an option: `--name V`, `--name=V`, `-n V` or `-nV`; None if it is not there."""
+    for place, word in enumerate(words):
+        name = spelling(word) if word.startswith("--") else word
+        if name in names:
+            return word.partition("=")[2] or (words[place + 1] if place + 1 < len(words) else "")
+        for short in names:
+            if len(short) == 2 and word.startswith(short) and word[2:].isdigit():
+                return word[2:]
+    return None
+
+
+def _number(words: Sequence[str], *names: str, default: int | None = None) -> int | None:
+    value = _option(words, *names)
+    if value is None:
+        return default
+    return int(value) if value.isdigit() and int(value) else None
+
+
+def _product(*numbers: int | None) -> int | None:
+    product = 1
+    for number in numbers:
+        if number is None:
+            return None
+        product *= number
+    return product

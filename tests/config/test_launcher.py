@@ -1,0 +1,143 @@
+"""Command lines as job scripts write them: what is read is what the trainer would get, with the launcher's ranks."""
+
+import shlex
+
+import pytest
+from job_commands import FAMOUS, SMALL
+
+from megatron_lite.config.arguments import parse_command, parse_run
+from megatron_lite.config.launcher import read_command
+from megatron_lite.errors import ConfigError
+
+# (what stands before the flags, with {} for the flags where they stand inside; the ranks that it says)
+SHAPES = [
+    ("", None),
+    ("pretrain_gpt.py", None),
+    ("./pretrain_gpt.py", None),
+    ("python pretrain_gpt.py", None),
+    ("$ python3 -u Megatron-LM/pretrain_gpt.py", None),
+    ("torchrun --nproc-per-node 8 pretrain_gpt.py", 8),
+    ("torchrun --nproc_per_node=8 --nnodes=2 --rdzv-id 1 --rdzv-backend=c10d ${dir}/../pretrain_gpt.py", 16),
+    ("/opt/bin/torchrun --nnodes 2 --nproc-per-node 4 --node_rank $SLURM_PROCID /a/b/train_gpt.py", 8),
+    ("torchrun --nproc_per_node=gpu pretrain_gpt.py", None),
+    ("torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py", None),
+    ("torchrun --nproc_per_node=8 --no_python python pretrain_gpt.py", 8),
+    ("torchrun pretrain_gpt.py", 1),
+    ("python -u -m torch.distributed.launch --nproc_per_node 4 --nnodes 16 --master_port 6000 pretrain_gpt.py", 64),
+    ("python -m torch.distributed.run --nproc_per_node 4 --tee 3 --max_restarts 0 `pwd`/pretrain_gpt.py", 4),
+    ("python -m torch.distributed.run --nproc_per_node 2 -m pretrain_gpt", 2),
+    ("deepspeed --num_gpus 4 pretrain_gpt.py", 4),
+    ("deepspeed --num_nodes 2 --num_gpus 8 --hostfile hosts ../../pretrain_gpt.py", 16),
+    ("deepspeed --hostfile=hosts --num_gpus 8 pretrain_gpt2.py", None),
+    ("deepspeed --include localhost:0,1,2 pretrain_gpt.py", 3),
+    ("deepspeed --include a:0,1@b:0 pretrain_gpt.py", 3),
+    ("deepspeed --include a@b:0 pretrain_gpt.py", None),
+    ("deepspeed --bind_cores_to_rank --num_nodes 1 --num_gpus 1 pretrain_gpt.py", 1),
+    ("accelerate launch --num_processes 8 --num_machines 2 --mixed_precision bf16 pretrain_gpt.py", 8),
+    ("mpirun -np 8 -H a:4,b:4 -x PATH python pretrain_gpt.py", 8),
+    ("mpiexec -n 4 python -u pretrain_gpt.py", 4),
+    ("srun python pretrain_gpt.py", None),
+    ("srun -n 16 --label python pretrain_gpt.py", 16),
+    ("srun --ntasks=16 python pretrain_gpt.py", 16),
+    ("srun -N2 --ntasks-per-node=8 --gpus-per-task 1 python pretrain_gpt.py", 16),
+    ("srun --jobid 7 -N 2 torchrun --nnodes 2 --nproc-per-node 4 pretrain_gpt.py", 8),
+    ("srun --mpi=pmix singularity run --nv -B /a:/b:rw x.sif torchrun --nnodes 2 --nproc-per-node=8 pretrain_gpt.py", 16),
+    ("CUDA_VISIBLE_DEVICES=0,1 OMP_NUM_THREADS=4 torchrun --nproc-per-node 2 pretrain_gpt.py", 2),
+    ("env NCCL_DEBUG=INFO nohup time numactl --cpunodebind 0 python pretrain_gpt.py", None),
+    ("nsys profile -w true -t cuda,nvtx -o out torchrun --nproc_per_node 4 pretrain_gpt.py", 4),
+    ("bind.sh --cpu=ccx.sh python -u pretrain_gpt.py", None),
+    ("python launch.py --nproc_per_node 8 --log_dir logs pretrain_gpt.py", None),
+    ("megatron-lite train", None),
+]  # fmt: skip
+QUOTED = [
+    ("torchrun --nproc-per-node 8 pretrain_gpt.py {} 2>&1 | tee log.txt", 8),
+    ("$ torchrun --nproc-per-node 8 pretrain_gpt.py {} > log.txt 2> errors.txt &", 8),
+    ("nohup torchrun --nproc-per-node 8 pretrain_gpt.py {} &>> log/run.log", 8),
+    ("cd /code/Megatron-LM; python -u pretrain_gpt.py {}", None),
+    ("cd /code && torchrun --nproc-per-node 4 pretrain_gpt.py {} && python tools/plot.py --input log.txt", 4),
+    ("python tools/preprocess_data.py --input x.json && torchrun --nproc-per-node 4 pretrain_gpt.py {}", 4),
+    ("export OMP_NUM_THREADS=1\ntorchrun --nproc-per-node 4 \\\n  pretrain_gpt.py \\\n  {} \\\n", 4),
+    ("torchrun --nproc-per-node 4 pretrain_gpt.py\n  {}\n", 4),
+]
+NESTED = [
+    ("bash -c {}", None),
+    ("srun -n 2 --jobid $SLURM_JOBID bash -lc {} 2>&1 | tee -a main_log.txt", None),
+    ("ssh node1 {}", None),
+]
+
+
+def check(argv, flags, world):
+    command = read_command(argv)
+    assert list(command.flags) == flags
+    assert command.world_size == world
+
+
+@pytest.mark.parametrize("name", FAMOUS)
+@pytest.mark.parametrize(("shape", "world"), SHAPES)
+def test_words_before_the_script_are_dropped(shape, world, name):
+    flags = FAMOUS[name][0]
+    check([*shape.split(), *flags], flags, world)
+    check([f"{shape} {shlex.join(flags)}".strip()], flags, world)
+
+
+@pytest.mark.parametrize("name", FAMOUS)
+@pytest.mark.parametrize(("shape", "world"), QUOTED)
+def test_a_command_in_quotes_or_in_a_file(shape, world, name, tmp_path):
+    flags = FAMOUS[name][0]
+    text = shape.format(shlex.join(flags))
+    check([text], flags, world)
+    file = tmp_path / "command.sh"
+    file.write_text(f"#!/bin/bash\n# starts the run\n{text}\n")
+    check([f"@{file}"], flags, world)
+
+
+@pytest.mark.parametrize(("shape", "_"), NESTED)
+def test_a_command_within_a_command(shape, _):
+    flags = FAMOUS["multilingual"][0]
+    inner = f"torchrun --nproc_per_node 4 --nnodes 2 --node_rank \\$SLURM_PROCID pretrain_gpt.py {shlex.join(flags)}"
+    command = shape.format(shlex.quote(inner))
+    check([command], flags, 8)
+    check(shlex.split(command), flags, 8)
+
+
+def test_a_values_own_spaces_and_signs_are_left_alone():
+    flags = [*SMALL, "--split", "969, 30, 1", "--pp-partition-method", "type:transformer|embedding", "--save", "a;b"]
+    check(["python", "pretrain_gpt.py", *flags], flags, None)
+    check([shlex.join(["python", "pretrain_gpt.py", *flags])], flags, None)
+
+
+def test_the_world_size_of_the_flags_wins():
+    launch = ["torchrun", "--nproc-per-node", "8", "pretrain_gpt.py", *SMALL]
+    assert parse_command(launch).config.parallel.world_size == 8
+    assert parse_command([*launch, "--world_size=4"]).config.parallel.world_size == 4
+    assert parse_command(["python", "pretrain_gpt.py", *SMALL]).config == parse_run(SMALL).config
+
+
+def test_an_argument_file_may_hold_flags_only(tmp_path):
+    (tmp_path / "flags.txt").write_text("--num-layers 4  # few\n--bf16")
+    check([f"@{tmp_path / 'flags.txt'}", "--lr", "1"], ["--num-layers", "4", "--bf16", "--lr", "1"], None)
+    check(["--lr", "1", "@no-such-file"], ["--lr", "1", "@no-such-file"], None)
+
+
+ERRORS = {
+    "torchrun --nproc_per_node 8 pretrain_gpt.py $GPT_ARGS --save ${OUT}/a ${DATA_ARGS[@]}": (
+        "values of its variables: $GPT_ARGS, ${OUT}, ${DATA_ARGS[@]}. Replace them by their values"
+    ),
+    "python pretrain_gpt.py --save `pwd`/x": "values of its variables: `pwd`/x",
+    "python pretrain_gpt.py --seed $(date)": "values of its variables: $(date)",
+    "srun bash -c '$LAUNCHER --node_rank 0 $CMD'": "Replace $LAUNCHER, $CMD by what the shell would put there",
+    "deepspeed --num_gpus 8 train --num-layers 4": "names no .py file. Give the flags alone, or with the script before",
+    "train --num-layers 4": "names no .py file",
+    "python pretrain_gpt.py --save 'x": "The quotes of a command line are closed",
+}
+
+
+@pytest.mark.parametrize("command", ERRORS)
+def test_what_cannot_be_read_is_named(command):
+    with pytest.raises(ConfigError) as caught:
+        read_command([command])
+    assert ERRORS[command] in str(caught.value)
+
+
+def test_nothing_at_all_is_no_flags():
+    check([], [], None)
