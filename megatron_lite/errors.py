@@ -52,3 +52,8 @@ class CheckpointError(MegatronLiteError):
 
 class TrainingError(MegatronLiteError):
     """Training cannot go on: a loss or gradient that is not finite, a failed rank, a full disk."""
+
+
+def install_extra(name: str) -> str:
+    """How to install an extra of setup.py, as the fix of an error."""
+    return f"Install the extra {name}: pip install -e '.[{name}]' in the folder of the clone"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lite.checkpoint.durable import replace_file
+from megatron_lite.checkpoint.foreign import foreign_error
 from megatron_lite.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpointError, read_manifest
 from megatron_lite.errors import CheckpointError
 
@@ -138,10 +139,15 @@ def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] 
             notify(f"{root / LATEST_NAME} is missing: taking the newest complete checkpoint, {complete[-1].name}")
         return complete[-1] if complete else None
     if not text.isdecimal():
+        if (foreign := foreign_error(root)) is not None:
+            raise foreign
+        complete = list_checkpoints(root)
         raise CheckpointError(
-            f"{LATEST_NAME} must say an iteration of this program's",
-            found=f"{root} announces {text!r}, and holds {_names(list_checkpoints(root))}",
-            fix="Correct --load or the text file; a checkpoint of Megatron or DeepSpeed is imported first",
+            f"{LATEST_NAME} must hold the number of an iteration",
+            found=f"{root / LATEST_NAME} says {text!r}, and the folder holds {_names(complete)}",
+            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}"
+            if complete
+            else "Give --load the folder that a run was given with --save, or leave it out to start from fresh weights",
         )
     wanted = locate(root, int(text))
     # The others are looked at only if they are needed: each has a manifest of megabytes and a file for every rank.
@@ -193,7 +199,10 @@ def _find(path: Path, iteration: int, fallback: bool, notify: Callable[[str], No
         return _require_complete(path)
     if iteration:
         return _require_complete(locate(path, iteration))
-    return latest(path, fallback=fallback, notify=notify)
+    found = latest(path, fallback=fallback, notify=notify)
+    if found is None and (foreign := foreign_error(path)) is not None:
+        raise foreign
+    return found
 
 
 def replaced_name(checkpoint: Path) -> Path:
@@ -207,11 +216,20 @@ def _require_complete(checkpoint: Path) -> Path:
         return checkpoint
     kind = CorruptCheckpointError if (checkpoint / MANIFEST_NAME).is_file() else CheckpointError
     others = list_checkpoints(checkpoint.parent)
-    choose = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one"
+    # DeepSpeed leaves Megatron's text file beside its own folders.
+    where = checkpoint if others or checkpoint.is_dir() else checkpoint.parent
+    if (foreign := foreign_error(where)) is not None:
+        raise foreign
+    if others:
+        fix = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one"
+    elif not checkpoint.is_dir():
+        fix = "Give --load the folder that a run was given with --save, or leave it out to start from fresh weights"
+    else:
+        fix = "If the folder was copied here, copy it again in full; if not, leave --load out to start afresh"
     raise kind(
         "The checkpoint to load must be whole",
         found=f"{problem}; {checkpoint.parent} holds {_names(others)}",
-        fix=choose if others else "Copy it again if it was copied, or correct --load",
+        fix=fix,
     )
 
 

@@ -66,7 +66,9 @@ def average(
     """
     if len(paths) < 2:
         raise CheckpointError(
-            "An average is of at least two checkpoints", found=", ".join(map(str, paths)) or "none", fix="Name more"
+            "An average is of at least two checkpoints",
+            found=", ".join(map(str, paths)) or "none",
+            fix="Name two or more, as RUN/iter_0000100 RUN/iter_0000200",
         )
     sources = [(path, read_manifest(path)) for path in paths]
     last = sources[-1][1]
@@ -186,19 +188,19 @@ def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
         raise CheckpointError(
             "A checkpoint is rewritten into another folder",
             found=f"{', '.join(str(path) for path in sources)} and --output {request.root}",
-            fix="Name another folder",
+            fix="Give --output another folder",
         )
     if iteration_of(request.root) is not None:
         raise CheckpointError(
             "A checkpoint is written into a folder of checkpoints, not into one of them",
             found=f"--output {request.root}",
-            fix="Name the folder that iter_… shall lie in",
+            fix=f"Give --output {request.root.parent}: iter_… is made in it",
         )
     if request.path.exists():
         raise CheckpointError(
             "A rewritten checkpoint takes no other's place",
             found=f"{request.path} is there already",
-            fix="Name another folder, or remove that one first",
+            fix="Give --output another folder, or remove that one first",
         )
 
 

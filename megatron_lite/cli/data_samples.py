@@ -26,9 +26,9 @@ def show_samples(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-lite data samples",
         usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
-        description="Which documents and text an iteration trains on. Give the job's own flags, --load too, or its whole "
-        "command: what a "
-        "rollback left out, and batches that an earlier job of the run had, are read from its checkpoints.",
+        description="Which documents and text an iteration trains on. Give the job's own flags or its whole command, "
+        "--load too: what a rollback left out, and batches that an earlier job of the run had, are read from its "
+        "checkpoints.",
         allow_abbrev=False,
     )
     parser.add_argument("--iteration", type=int, required=True, metavar="N", help="as the log numbers it, from 1")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.model_arguments import add_model_arguments, load_model, note
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def _read(path: Path) -> str:
         raise DataError(
             "--text must name readable UTF-8 text files",
             found=f"{path}: {getattr(error, 'strerror', None) or error}",
-            fix="Correct the path, or convert the file to UTF-8",
+            fix=suggest_path("--text", str(path))
+            if not path.exists()
+            else f"Convert it, as with `iconv -f latin1 -t utf-8 {path} -o {path.stem}.utf8.txt`",
         ) from error
     if not text:
         raise DataError("--text must name files with text in them", found=f"{path} is empty", fix="Give another file")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_command, to_argv
-from megatron_lite.config.files import missing_files
+from megatron_lite.config.files import missing_files, missing_tokenizer
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.errors import MegatronLiteError
@@ -52,7 +51,7 @@ def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
         return with_vocabulary(config, model.vocab_size), "--tokenizer-vocab-size"
     if tokenizer.type == "NullTokenizer":
         return with_vocabulary(config, tokenizer.vocab_size + 1), "--vocab-size and an end-of-document token"
-    if any(Path(path).exists() for path in (tokenizer.vocab_file, tokenizer.model) if path):
+    if not list(missing_tokenizer(tokenizer)):
         from megatron_lite.tokenizer.build import build_tokenizer
 
         try:

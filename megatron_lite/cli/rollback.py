@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
         raise CheckpointError(
             "A rollback must be able to change the folder",
             found=f"{error.filename or root}: {error.strerror}",
-            fix="Correct the path or its permissions, make room, and give the same command again: it goes on",
+            fix="Make the folder writable, make room if the disk is full, and give the same command again: it goes on",
         ) from error
     return 0
 

@@ -69,5 +69,5 @@ def _guess(args: argparse.Namespace) -> str:
     raise ConfigError(
         "A tokenizer is needed",
         found="neither --tokenizer-type nor a tokenizer's file is given",
-        fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH",
+        fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.given import Given
-from megatron_lite.config.values import FALSE_WORDS, read_as, read_bool
+from megatron_lite.config.help import metavar, plain_type
+from megatron_lite.config.values import FALSE_WORDS, read_as, read_bool, write_value
 from megatron_lite.config.words import Occurrence, refusal
 from megatron_lite.errors import ConfigError
 
@@ -91,4 +93,14 @@ def _unreadable(occurrence: Occurrence, expected: str) -> ConfigError:
     found = occurrence.text if occurrence.words else f"{occurrence.spelled} with nothing after it"
     if expected == "no value":
         return ConfigError(f"{name} takes no value", found=found, fix="Leave the value out")
-    return ConfigError(f"{name} takes {expected}", found=found, fix=f"Correct the value of {name}")
+    return ConfigError(f"{name} takes {expected}", found=found, fix=_form(occurrence.flag, occurrence.words))
+
+
+def _form(flag: Flag, words: Sequence[str]) -> str:
+    """How to write a flag's value: the choice that was probably meant, or the form with an example."""
+    kind = plain_type(flag.type)
+    choices = [*map(str, get_args(kind)), *flag.spellings] if get_origin(kind) is Literal and not flag.read else []
+    if words and (near := difflib.get_close_matches(words[0].lower(), [choice.lower() for choice in choices], n=1)):
+        return f"Did you mean {flag.name} {near[0]}?"
+    example = flag.example or (choices[0] if choices else write_value(flag.default) if flag.default else "")
+    return f"Write {flag.name}{metavar(flag, ' ')}" + (f", as {flag.name} {example}" if example else "")

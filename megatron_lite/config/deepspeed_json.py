@@ -17,6 +17,7 @@ from megatron_lite.config.deepspeed_keys import (
     WITHOUT_EFFECT,
 )
 from megatron_lite.config.given import Given
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def _read(given: Given) -> dict[str, Any]:
             ConfigError(
                 "--deepspeed_config must name a readable file",
                 found=f"{path}: {error.strerror}",
-                fix="Correct --deepspeed_config",
+                fix=suggest_path("--deepspeed_config", path) if not Path(path).exists() else "Give a readable file",
             )
         )
         return {}
@@ -62,11 +63,12 @@ def _read(given: Given) -> dict[str, Any]:
         given.refuse(
             "--deepspeed_config must name a JSON file",
             found=f"{path}: {error}",
-            fix="Correct the file; JSON knows no _ in numbers, no comments and no comma before a closing bracket",
+            fix="Repair that line: JSON has no _ in numbers, no comments and no comma before a closing bracket",
         )
         return {}
     if not isinstance(entries, dict):
-        given.refuse("--deepspeed_config must hold a JSON object", found=path, fix="Correct the file")
+        fix = 'Write the file as {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
+        given.refuse("--deepspeed_config must hold a JSON object", found=f"{path}: {text[:40]!r}", fix=fix)
         return {}
     return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
 
@@ -94,15 +96,27 @@ def _section(entries: dict[str, Any], key: str, given: Given) -> dict[str, Any]:
     section = entries.get(key, {})
     if isinstance(section, dict):
         return {name: value for name, value in section.items() if value != "auto"}
-    given.refuse(f"{key} in the DeepSpeed JSON is an object", found=repr(section), fix="Correct the JSON")
+    fix = (
+        f'Write it as "{key}": {{"enabled": true}}'
+        if key != "zero_optimization"
+        else f'Write it as "{key}": {{"stage": 1}}'
+    )
+    given.refuse(f"{key} in the DeepSpeed JSON is an object", found=repr(section), fix=fix)
     return {}
 
 
 def _number(value: Any, key: str, given: Given, default: float = 0) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    given.refuse(f"{key} in the DeepSpeed JSON is a number", found=repr(value), fix="Correct the JSON")
+    given.refuse(f"{key} in the DeepSpeed JSON is a number", found=repr(value), fix=_number_fix(key, value))
     return default
+
+
+def _number_fix(key: str, value: Any) -> str:
+    plain = str(value).replace("_", "")
+    entry = key.rpartition(".")[2]
+    shown = plain if plain.replace(".", "", 1).isdigit() else "1"
+    return f'Write it without quotes, as "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
 
 
 def _contradiction(given: Given, field: str, flag: str, entry: str) -> None:
@@ -235,7 +249,7 @@ def _staged(schedule: dict[str, Any], given: Given) -> SequenceRamp | None:
         given.refuse(
             "fixed_discrete has one difficulty more than max_step",
             found=f"difficulty {lengths}, max_step {ends}",
-            fix="Correct schedule_config in the JSON",
+            fix='Write schedule_config as {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
         return None
     firsts = [0, *(int(end) + 1 for end in ends)]

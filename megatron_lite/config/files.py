@@ -6,36 +6,74 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig, TokenizerConfig
+from megatron_lite.config.paths import suggest_dataset, suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
+
+TOKENIZERS = (
+    "Give one: --tokenizer-type HuggingFaceTokenizer --tokenizer-model PATH (a tokenizer.json or its folder), "
+    "--vocab-file vocab.json --merge-file merges.txt (GPT-2's BPE), --tokenizer-type SentencePieceTokenizer "
+    "--tokenizer-model X.model, or --tokenizer-type NullTokenizer --vocab-size N for --mock-data"
+)
 
 
 def missing_files(config: RunConfig) -> list[ConfigError]:
     """One error for each file that a run of `config` would look for in vain, naming the flag."""
-    errors = [*_missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
+    errors = [*missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
     checkpoint = config.checkpoint
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
         errors.append(
             ConfigError(
                 "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
                 found=f"{checkpoint.load or 'nothing given'}: there is no such folder",
-                fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
+                fix="Without --exit-on-missing-checkpoint the run would start from fresh weights. "
+                + suggest_path("--load", checkpoint.load),
             )
         )
     return errors
 
 
-def _missing(flag: str, path: str, what: str) -> ConfigError:
-    return ConfigError(f"{flag} must name {what} that exists", found=path or "nothing given", fix=f"Correct {flag}")
+def _missing(flag: str, path: str, what: str, hint: str = "") -> ConfigError:
+    fix = suggest_path(flag, path) if path else f"Give {flag} the path of {what}"
+    return ConfigError(f"{flag} must name {what} that exists", found=path or "nothing given", fix=hint + fix)
 
 
-def _missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
-    if tokenizer.type == "GPT2BPETokenizer":
-        for flag, path in (("--vocab-file", tokenizer.vocab_file), ("--merge-file", tokenizer.merge_file)):
+def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
+    """One error for each file of the tokenizer that is not on this machine."""
+    files = {"--vocab-file": tokenizer.vocab_file, "--merge-file": tokenizer.merge_file}
+    if tokenizer.type == "GPT2BPETokenizer" and not any(files.values()):
+        model = tokenizer.model
+        yield ConfigError(
+            "A run needs a tokenizer",
+            found=f"--tokenizer-model {model} without --tokenizer-type" if model else "no tokenizer's files are given",
+            fix=f"Add --tokenizer-type {_type_of(model)}" if model else TOKENIZERS,
+        )
+    elif tokenizer.type == "GPT2BPETokenizer":
+        for flag, path in files.items():
             if not Path(path).is_file():
                 yield _missing(flag, path, "a file")
     elif tokenizer.type != "NullTokenizer" and not Path(tokenizer.model or "?").exists():
-        yield _missing("--tokenizer-model", tokenizer.model, "a file or folder on this machine")
+        hub = tokenizer.type == "HuggingFaceTokenizer"
+        if not hub or cached_tokenizer(tokenizer.model) is None:
+            download = "A model of the hub is downloaded first with `hf download NAME`. " if hub else ""
+            yield _missing("--tokenizer-model", tokenizer.model, "a file or folder on this machine", download)
+
+
+def cached_tokenizer(name: str) -> Path | None:
+    """The tokenizer.json of a model that `hf download` put into Hugging Face's cache; None if it is not there."""
+    if not name or name.count("/") > 1:
+        return None
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+    except ValueError:  # not a name that the hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _type_of(model: str) -> str:
+    return "SentencePieceTokenizer" if model.endswith(".model") else "HuggingFaceTokenizer"
 
 
 def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
@@ -56,12 +94,15 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "A run needs data",
             found="neither --data-path nor --train-weighted-split-paths nor --mock-data",
-            fix="Give one of them",
+            fix="Give --data-path PREFIX, the common prefix of a .bin/.idx pair that `megatron-lite preprocess` "
+            "wrote, or --mock-data for random tokens",
         )
     for flag, sources in groups.items():
         for source in sources:
             absent = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if absent:
-                yield _missing(
-                    flag, f"{source.path}: no {' and '.join(absent)}", "a dataset (the prefix of a .bin and an .idx)"
+                yield ConfigError(
+                    f"{flag} must name a dataset (the prefix of a .bin and an .idx) that exists",
+                    found=f"{source.path}: no {' and '.join(absent)}",
+                    fix=suggest_dataset(source.path),
                 )

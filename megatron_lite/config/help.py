@@ -42,7 +42,7 @@ def help_text(program: str = "pretrain_gpt.py", width: int = 100) -> str:
                 subsequent_indent="    ",
                 break_on_hyphens=False,
             )
-            text = f"{flag.help}{default_text(flag)}"
+            text = f"{description(flag)}{default_text(flag)}"
             lines += textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
         lines.append("")
     accepted, refused = (sum(map(len, kind.values())) for kind in (ACCEPTED, REFUSED))
@@ -52,6 +52,13 @@ def help_text(program: str = "pretrain_gpt.py", width: int = 100) -> str:
         width,
     )
     return "\n".join(lines)
+
+
+def description(flag: Flag) -> str:
+    """The flag's help, with the values that are translated to one of its choices."""
+    if not flag.spellings:
+        return flag.help
+    return f"{flag.help} Also read: {', '.join(flag.spellings)}."
 
 
 def metavar(flag: Flag, before: str = "") -> str:

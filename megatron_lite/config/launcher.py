@@ -59,7 +59,7 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
         raise ConfigError(
             "A command line is read after the shell has put in the values of its variables",
             found=", ".join(unexpanded),
-            fix="Replace them by their values; in the job script itself, put `megatron-lite explain` before the command",
+            fix="Replace them by their values, or put `megatron-lite explain` before the command in the job script",
         )
     given = any(spelling(word) == "--world-size" for word in flags)
     return TrainingCommand(tuple(flags), None if given else _world_size(words[:script]))

@@ -12,7 +12,7 @@ from megatron_lite.config.flags.accepted import ACCEPTED
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.flags.refused import FAMILIES, REFUSED
 from megatron_lite.config.flags.table import SUPPORTED
-from megatron_lite.config.help import INTRODUCTION, default_text, metavar
+from megatron_lite.config.help import INTRODUCTION, default_text, description, metavar
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "arguments.md"
 
@@ -45,7 +45,7 @@ def _supported_row(flag: Flag) -> str:
     names = "<br>".join(f"`{name}`" for name in (flag.name, *flag.aliases))
     value = metavar(flag)
     default = default_text(flag).strip(" []()")
-    cells = (names, f"`{value}`" if value else "", default, flag.help)
+    cells = (names, f"`{value}`" if value else "", default, description(flag))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

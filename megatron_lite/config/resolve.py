@@ -8,9 +8,11 @@ from math import frexp
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.checks.bounds import nearest_multiples
 from megatron_lite.config.deepspeed_json import merge_deepspeed
 from megatron_lite.config.flags.table import flags_by_field
 from megatron_lite.config.given import SECTIONS, Given
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.structured import read_groups_file, read_save_schedule, read_sources, read_step_schedule
 from megatron_lite.errors import ConfigError
@@ -66,7 +68,7 @@ def _complete(given: Given) -> bool:
         given.refuse(
             "A run needs the shape of its model and batch",
             found=f"no {', '.join(missing)}",
-            fix="Give " + ("it" if len(missing) == 1 else "them"),
+            fix=f"Add {' '.join(f'{flag} N' for flag in missing)}",
         )
     return not missing
 
@@ -168,7 +170,8 @@ def _pipeline(given: Given) -> None:
             given.refuse(
                 "Every virtual stage holds equally many layers",
                 found=f"{layers} layers, {stages} virtual stages ({given.origins['command.virtual_stages']})",
-                fix="Change --num-virtual-stages-per-pipeline-rank or --num-layers",
+                fix=f"Give --num-layers {nearest_multiples(layers, stages)}, or another "
+                "--num-virtual-stages-per-pipeline-rank",
             )
         else:
             given.give(
@@ -249,11 +252,13 @@ def _files(given: Given) -> None:
         except OSError as error:
             given.missing.append(
                 ConfigError(
-                    f"{flag} must name a readable file", found=f"{path}: {error.strerror}", fix=f"Correct {flag}"
+                    f"{flag} must name a readable file",
+                    found=f"{path}: {error.strerror}",
+                    fix=suggest_path(flag, path) if not Path(path).exists() else f"Give {flag} a readable file",
                 )
             )
         except ValueError as error:
-            given.refuse(f"{flag} names {error}", found=path, fix="Correct the file")
+            given.refuse(f"{flag} names {error}", found=path, fix=f"Write {path} in that form")
 
 
 def _loss(given: Given) -> None:
@@ -281,7 +286,9 @@ def _batch(given: Given) -> None:
         except ValueError as error:
             given.unreadable = True
             given.refuse(
-                f"--step-batch-size-schedule takes {error}", found=origin, fix="Correct --step-batch-size-schedule"
+                f"--step-batch-size-schedule takes {error}",
+                found=origin,
+                fix='Write it as --step-batch-size-schedule "TOKENS:BATCH …", as "0:16 2.4B:320 4.8B:624"',
             )
             return
         given.give("batch.step_schedule", schedule, origin)

@@ -18,7 +18,10 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 def read_rampup(words: Sequence[str]) -> Rampup:
     """<start batch> <increment> <ramp-up samples>."""
-    start, increment, samples = (read_int(word) for word in words)
+    try:
+        start, increment, samples = (read_int(word) for word in words)
+    except ValueError:
+        raise ValueError("three whole numbers: start batch, increment and samples of the ramp-up") from None
     return Rampup(start=start, increment=increment, samples=samples)
 
 
@@ -68,7 +71,10 @@ def read_save_schedule(text: str) -> tuple[SavePhase, ...]:
         interval, colon, until = entry.partition(":")
         if phases and not phases[-1].until:
             raise ValueError(expected)
-        phases.append(SavePhase(interval=read_int(interval), until=read_int(until) if colon else 0))
+        try:
+            phases.append(SavePhase(interval=read_int(interval), until=read_int(until) if colon else 0))
+        except ValueError:
+            raise ValueError(expected) from None
     return tuple(phases)
 
 
@@ -92,7 +98,11 @@ def read_ranges(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
 def read_iterations(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """ "2 3 4": iterations, gathered into inclusive ranges."""
     ranges: list[tuple[int, int]] = []
-    for number in sorted({read_int(word) for word in " ".join(words).replace(",", " ").split()}):
+    try:
+        numbers = sorted({read_int(word) for word in " ".join(words).replace(",", " ").split()})
+    except ValueError:
+        raise ValueError("iterations, as in 101 102 251") from None
+    for number in numbers:
         if ranges and ranges[-1][1] == number - 1:
             ranges[-1] = (ranges[-1][0], number)
         else:
@@ -131,9 +141,13 @@ def write_sequence_ramp(ramp: SequenceRamp) -> list[str]:
 def read_split(words: Sequence[str]) -> str:
     """Shares as 949,50,1, "969, 30, 1" or 949/50/1; kept as comma-separated numbers."""
     shares = [share for share in re.split(r"[\s,/]+", " ".join(words).strip()) if share]
-    if not 1 <= len(shares) <= 3 or any(read_float(share) < 0 for share in shares):
+    try:
+        numbers = [read_float(share) for share in shares]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0:
         raise ValueError("one to three shares, as in 949,50,1")
-    if not any(map(read_float, shares)):
+    if not any(numbers):
         raise ValueError("shares that do not all vanish, as in 949,50,1")
     return ",".join(shares)
 
@@ -179,8 +193,11 @@ def _read_group(text: str) -> DataGroup:
         start, inner, end = parts[1].partition(":") if len(parts) == 3 else ("", "", "")
         if not colon or not inner:
             raise ValueError(expected)
-        weight = None if parts[0] == BY_SIZE else read_float(parts[0])
-        source = DataSource(path=parts[2], weight=weight, start=read_float(start), end=read_float(end))
+        try:
+            weight = None if parts[0] == BY_SIZE else read_float(parts[0])
+            source = DataSource(path=parts[2], weight=weight, start=read_float(start), end=read_float(end))
+        except ValueError:
+            raise ValueError(expected) from None
         if not 0 <= source.start < source.end <= 1:
             raise ValueError(expected)
         sources.append(source)
@@ -191,7 +208,7 @@ def read_groups_file(text: str) -> tuple[DataGroup, ...]:
     """The one line of a --train-weighted-split-paths-path file: groups in double quotes, separated by spaces."""
     line = text.strip()
     if "\n" in line or len(line) < 2 or line[0] != '"' or line[-1] != '"':
-        raise ValueError("a file of one line of groups in double quotes")
+        raise ValueError('a file of one line of groups in double quotes, as "en: 1 0:1 data/en" "fr: 1 0:1 data/fr"')
     return read_groups(line[1:-1].split('" "'))
 
 

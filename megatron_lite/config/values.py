@@ -63,13 +63,14 @@ def read_as(annotation: Any, word: str, spellings: Mapping[str, Any]) -> Any:
     Args:
         annotation: the field's type: int, float, str, bool, a Literal, or one of these or None.
         word: what the command line says.
-        spellings: words that stand for a value, tried first (lower case).
+        spellings: words that stand for a value, tried first.
 
     Raises:
         ValueError: with what was expected as its text.
     """
-    if word.lower() in spellings:
-        return spellings[word.lower()]
+    for spelling, value in spellings.items():
+        if word.lower() == spelling.lower():
+            return value
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:

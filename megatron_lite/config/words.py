@@ -12,6 +12,7 @@ from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.flags.refused import FAMILIES
 from megatron_lite.config.flags.table import flags_by_spelling, spelling
 from megatron_lite.config.given import Given
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.errors import ConfigError
 
 MAX_NESTING = 10
@@ -64,7 +65,7 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
             given.refuse(
                 "An argument file must be readable",
                 found=f"{word}: {getattr(error, 'strerror', None) or error}",
-                fix="Correct the path after @",
+                fix=_argument_file_fix(word[1:], error),
             )
             continue
         if nesting == MAX_NESTING:
@@ -75,6 +76,14 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
             )
             return
         yield from _expand(words, given, nesting + 1)
+
+
+def _argument_file_fix(path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return suggest_path("@", path).replace("@ ", "@")
+    if isinstance(error, OSError):
+        return f"Make {path} readable, or write the flags on the command line"
+    return f"Close the quotes in {path}: it is split into words as a shell does"
 
 
 def _group(words: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]]]:

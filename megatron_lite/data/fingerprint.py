@@ -53,7 +53,7 @@ def content_fingerprint(dataset: IndexedDataset) -> str:
         raise DataError(
             "A dataset's tokens can be read",
             found=f"{path}: {error.strerror}",
-            fix="Check the file system, then start again from the latest checkpoint",
+            fix="See whether its file system still answers, then start again from the latest checkpoint",
         ) from error
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lite.config.paths import suggest_dataset
 from megatron_lite.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -103,7 +104,9 @@ def read_header(prefix: str | Path) -> IndexHeader:
             head = file.read(HEADER.size)
     except OSError as error:
         raise DataError(
-            "A dataset's index must be readable", found=f"{path}: {error}", fix="Check its rights"
+            "A dataset's index must be readable",
+            found=f"{path}: {error}",
+            fix=f"Make it readable, as with chmod u+r {path}",
         ) from error
     check_magic(path, head)
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
@@ -167,17 +170,9 @@ def missing_file(prefix: str | Path, missing: Path) -> DataError:
     """The error for a missing .bin or .idx, with the nearest prefix that exists."""
     name = str(prefix)
     if Path(name).is_dir():
-        inside = sorted(str(found)[:-4] for found in Path(name).glob("*.idx"))
         return DataError(
             "A dataset is given by the common prefix of its .bin and .idx",
             found=f"{name} is a folder",
-            fix=f"Give a dataset in it: {', '.join(inside[:5])}" if inside else "There is no .idx in it",
+            fix=suggest_dataset(name),
         )
-    if name.endswith((".bin", ".idx")):
-        fix = f"Give the common prefix of both files: {name[:-4]}"
-    else:
-        parent = Path(name).parent
-        near = sorted(str(found)[:-4] for found in parent.glob(f"{Path(name).name}*.idx")) if parent.is_dir() else []
-        near = [found for found in near if found != name]
-        fix = f"Did you mean {near[0]}?" if near else "Give the common prefix of a .bin/.idx pair, without an ending"
-    return DataError("Both files of a dataset must exist", found=f"{missing} does not", fix=fix)
+    return DataError("Both files of a dataset must exist", found=f"{missing} does not", fix=suggest_dataset(name))

@@ -176,13 +176,21 @@ def _is_complete(output: str, plan: str) -> bool:
 def _refuse(data: IndexedDataset, output: str, seq_length: int, overwrite: bool) -> None:
     """The reasons not to begin, in the order in which a user would meet them."""
     if seq_length < 1:
-        raise DataError("A sequence has at least one token", found=f"--seq-length {seq_length}", fix="Give the model's")
+        raise DataError(
+            "A sequence has at least one token", found=f"--seq-length {seq_length}", fix="Give that of the model"
+        )
     if Path(data.prefix).absolute() == Path(output).absolute():
         raise DataError("Packing does not write to its input", found=f"{output} is both", fix="Give another name")
     if Path(output).is_dir():
-        raise DataError("A dataset is named by its files' common path", found=f"{output} is a folder", fix="Add a name")
+        raise DataError(
+            "A dataset is named by its files' common path",
+            found=f"{output} is a folder",
+            fix=f"Give a name in it: {Path(output) / 'packed'}",
+        )
     if not data.num_tokens:
-        raise DataError("A dataset that is packed has tokens", found=f"{data.prefix} has none", fix="Check its input")
+        raise DataError(
+            "A dataset that is packed has tokens", found=f"{data.prefix} has none", fix="Preprocess it again from text"
+        )
     manifest = papers.read_manifest(data.prefix)
     if manifest is not None and manifest.packed_length:
         raise DataError(

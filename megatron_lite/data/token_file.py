@@ -50,7 +50,7 @@ class TokenFile:
             raise DataError(
                 "A dataset's tokens can be read",
                 found=f"{self.path} at byte {start}: {error.strerror}",
-                fix="Check the file system, then start again from the latest checkpoint",
+                fix="See whether its file system still answers, then start again from the latest checkpoint",
             ) from error
         if len(found) < num_bytes:
             raise DataError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, install_extra
 
 VS_SAMPLES = " vs samples"
 _HEAD, _FOOT = struct.Struct("<QI"), 4
@@ -73,7 +73,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
         raise ConfigError(
             "TensorBoard's files can only be cut with its package",
             found="tensorboard is not installed",
-            fix="Install the extra with pip install 'megatron-lite[tensorboard]'",
+            fix=install_extra("tensorboard"),
         ) from error
 
     start = 0

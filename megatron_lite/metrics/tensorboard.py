@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.console import perplexity
 from megatron_lite.metrics.event_files import VS_SAMPLES, cut_events
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
@@ -38,7 +38,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
         raise ConfigError(
             "--tensorboard-dir needs the package tensorboard",
             found=f"--tensorboard-dir {folder}, and importing it fails with: {error}",
-            fix="Install the extra with pip install 'megatron-lite[tensorboard]', or leave --tensorboard-dir away",
+            fix=f"{install_extra('tensorboard')}, or leave --tensorboard-dir out",
         ) from error
     try:
         return SummaryWriter(log_dir=folder, max_queue=queue_size)
@@ -46,7 +46,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
         raise ConfigError(
             "--tensorboard-dir must be a folder that can be written to",
             found=f"--tensorboard-dir {folder}: {error.strerror}",
-            fix="Correct the path or its permissions",
+            fix="Give --tensorboard-dir a folder that you may write to, or change its permissions",
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.schedules.simulate import Span, Timeline
 
 _COLOURS = {"F": "#5b8ff9", "B": "#f6bd16", "W": "#61c8a6"}
@@ -45,7 +45,7 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         raise ConfigError(
             "Drawing a schedule takes matplotlib",
             found="it is not installed",
-            fix="pip install 'megatron-lite[plot]', or leave out --png and read the text",
+            fix=f"{install_extra('plot')}, or leave --png out",
         ) from error
     num_ranks = len(timeline.ranks)
     figure = Figure(figsize=(min(60.0, 2 + timeline.makespan * 0.35), 1.6 + num_ranks * 0.45), layout="constrained")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_lite.errors import DataError
+from megatron_lite.config.files import cached_tokenizer
+from megatron_lite.errors import DataError, install_extra
 from megatron_lite.tokenizer import fast as fast_path
 from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_eod, vocabulary_fingerprint
 
@@ -108,7 +109,7 @@ def _refuse(text: str) -> None:
         raise DataError(
             "A text that tiktoken does not encode fits in memory",
             found=f"{len(text):,} characters (at most {MAX_SLOW:,} without tiktoken)",
-            fix="Leave it out, or cut it; pip install 'megatron_lite[fast]' helps with GPT-2's kind of vocabulary",
+            fix=f"Leave it out, or cut it. For a byte-level BPE such as GPT-2's: {install_extra('fast')}",
         )
 
 
@@ -234,7 +235,7 @@ def _tokenizer_json(name: str) -> Path | None:
             found=f"{path} holds neither{hint}",
             fix="Save it there with save_pretrained of a fast tokenizer, or give another --tokenizer-model",
         )
-    cached = _from_cache(name) if name.count("/") <= 1 and name else None
+    cached = cached_tokenizer(name)
     if cached is None:
         raise DataError(
             "HuggingFaceTokenizer reads a tokenizer.json, a folder that holds one, or a downloaded model's name",
@@ -242,16 +243,6 @@ def _tokenizer_json(name: str) -> Path | None:
             fix="Give --tokenizer-model PATH; a model of the hub is downloaded first with `hf download NAME`",
         )
     return cached
-
-
-def _from_cache(name: str) -> Path | None:
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
-    except ValueError:  # not a name that the hub could have
-        return None
-    return Path(found) if isinstance(found, str) else None
 
 
 def _declared_eod(folder: Path) -> str:

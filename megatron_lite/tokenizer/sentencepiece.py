@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, install_extra
 from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_eod, vocabulary_fingerprint
 
 
@@ -101,6 +101,6 @@ def import_sentencepiece() -> Any:
         raise DataError(
             "SentencePieceTokenizer needs the sentencepiece library",
             found="it is not installed",
-            fix="Install the extra: pip install 'megatron_lite[sentencepiece]'",
+            fix=install_extra("sentencepiece"),
         ) from error
     return sentencepiece

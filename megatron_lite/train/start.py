@@ -97,7 +97,7 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
             raise CheckpointError(
                 "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
                 found=f"{options.load} {'holds none' if Path(options.load).is_dir() else 'does not exist'}",
-                fix="Correct --load, or leave --exit-on-missing-checkpoint out to start from fresh weights",
+                fix="Give --load the --save folder of a run, or leave --exit-on-missing-checkpoint out to start afresh",
             )
         # The same command that starts a run goes on with it later, so this is usual where --load is --save.
         warning = "" if options.in_one_folder else "WARNING: "
@@ -252,7 +252,7 @@ def _require_writable(save: str) -> None:
         raise CheckpointError(
             "--save must be a folder that can be written to",
             found=f"--save {save}: {error.strerror}",
-            fix="Correct the path or its permissions, or give another --save",
+            fix="Give --save a folder that you may write to, or change its permissions",
         ) from error
 
 

@@ -71,7 +71,9 @@ def test_a_lost_announcement_is_said(root):
 
 def test_where_no_checkpoint_is_whole_none_is_offered(kit, tmp_path):
     (kit.save(tmp_path, 10).path / "__0_0.distcp").unlink()
-    with pytest.raises(CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. Copy it again if"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. If the folder was copied here"
+    ):
         find_checkpoint(str(tmp_path))
 
 

@@ -65,7 +65,19 @@ def test_help(capsys):
 def test_a_whole_command_is_explained_as_its_flags_are(capsys):
     run([*BIG_RAMP, "--world-size", "512"])
     expected = capsys.readouterr().out
-    run(["python", "-m", "torch.distributed.run", "--nproc_per_node", "8", "--nnodes", "64", "pretrain_gpt.py", *BIG_RAMP])
+    run(
+        [
+            "python",
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "8",
+            "--nnodes",
+            "64",
+            "pretrain_gpt.py",
+            *BIG_RAMP,
+        ]
+    )
     assert capsys.readouterr().out == expected
 
 

@@ -238,10 +238,15 @@ def missing_file_errors():
 
     Path("x.bin").touch()
     assert "A run needs data" in missing()[-1]
-    assert "--vocab-file must name a file that exists" in missing("--data-path", "x")[0]
-    assert "--merge-file" in missing("--data-path", "x")[1]
-    assert "--data-path must name a dataset" in missing("--data-path", "x")[2]
-    assert "x: no .idx" in missing("--data-path", "x")[2]
+    (tokenizer, data) = missing("--data-path", "x")
+    for usual in ("--tokenizer-type HuggingFaceTokenizer", "--vocab-file", "--merge-file", "--vocab-size N"):
+        assert usual in tokenizer
+    assert "--data-path must name a dataset" in data
+    assert "x: no .idx" in data
+    assert "--vocab-file must name a file that exists: v.json" in missing("--vocab-file", "v.json")[0]
+    assert "--merge-file" in missing("--vocab-file", "v.json")[1]
+    model = missing("--mock-data", "--tokenizer-model", "x.model")
+    assert "without --tokenizer-type. Add --tokenizer-type SentencePieceTokenizer" in model[0]
     hugging_face = missing("--mock-data", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "absent")
     assert "--tokenizer-model" in hugging_face[0]
     null = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "9")

@@ -1,15 +1,20 @@
+import re
+import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import megatron_lite
 from megatron_lite.config.arguments import asks_for_help
 from megatron_lite.config.flags.refused import FAMILIES, REFUSED
 from megatron_lite.config.flags.table import SUPPORTED, all_flags, flags_by_spelling, spelling
 from megatron_lite.config.given import field_types
-from megatron_lite.config.help import help_text
+from megatron_lite.config.help import help_text, plain_type
 from megatron_lite.config.reference import PAGE, reference_page
 from megatron_lite.config.values import read_as
 
+ROOT = Path(megatron_lite.__file__).parent.parent
 FROZEN = Path(__file__).with_name("flags.txt")
 
 
@@ -39,6 +44,25 @@ def test_a_row_is_complete(flag):
     assert flag.takes_value or not flag.read
     if flag.takes_value and not flag.read and flag.default not in (None, ""):
         assert read_as(flag.type, str(flag.default), flag.spellings) == flag.default
+
+
+@pytest.mark.parametrize("flag", [flag for flag in all_flags() if flag.read], ids=lambda flag: flag.name)
+def test_a_structured_value_has_an_example_that_can_be_read(flag):
+    assert flag.read(shlex.split(flag.example))
+
+
+def test_values_that_texts_name_are_among_the_choices_that_help_shows():
+    """In the flags' own texts, in errors and on the pages: --position-embedding-type rotary, not its alias rope."""
+    translated = {
+        flag.name: set(flag.spellings) - set(get_args(plain_type(flag.type))) for flag in all_flags() if flag.spellings
+    }
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "megatron_lite").rglob("*.py")]
+    wrong = []
+    for path in pages:
+        for name, word in re.findall(r"(?<![\w`-])`?(--[a-z-]+) ([\w-]+)", path.read_text(encoding="utf-8")):
+            if word in translated.get(name, ()):
+                wrong.append(f"{path.relative_to(ROOT)}: {name} {word}")
+    assert not wrong
 
 
 def test_a_refusal_says_what_to_do():

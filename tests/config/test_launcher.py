@@ -41,7 +41,7 @@ SHAPES = [
     ("srun --ntasks=16 python pretrain_gpt.py", 16),
     ("srun -N2 --ntasks-per-node=8 --gpus-per-task 1 python pretrain_gpt.py", 16),
     ("srun --jobid 7 -N 2 torchrun --nnodes 2 --nproc-per-node 4 pretrain_gpt.py", 8),
-    ("srun --mpi=pmix singularity run --nv -B /a:/b:rw x.sif torchrun --nnodes 2 --nproc-per-node=8 pretrain_gpt.py", 16),
+    ("srun --mpi=pmix singularity run -B /a:/b:rw x.sif torchrun --nnodes 2 --nproc-per-node=8 pretrain_gpt.py", 16),
     ("CUDA_VISIBLE_DEVICES=0,1 OMP_NUM_THREADS=4 torchrun --nproc-per-node 2 pretrain_gpt.py", 2),
     ("env NCCL_DEBUG=INFO nohup time numactl --cpunodebind 0 python pretrain_gpt.py", None),
     ("nsys profile -w true -t cuda,nvtx -o out torchrun --nproc_per_node 4 pretrain_gpt.py", 4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.checks.bounds import at_least
+from megatron_lite.config.checks.bounds import at_least, divisors, nearest_multiples
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -23,7 +23,8 @@ def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The micro-batch must divide the global batch",
             found=f"--global-batch-size {batch.global_batch_size}, --micro-batch-size {batch.micro_batch_size}",
-            fix="Change one of them",
+            fix=f"Give --micro-batch-size {divisors(batch.global_batch_size)}, or --global-batch-size "
+            f"{nearest_multiples(batch.global_batch_size, batch.micro_batch_size)}",
         )
 
 
@@ -33,7 +34,10 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
     if ramp is None:
         return
     found = f"--rampup-batch-size {ramp.start} {ramp.increment} {ramp.samples}"
-    fix = "Change --rampup-batch-size or --global-batch-size"
+    fix = (
+        "Give --rampup-batch-size START INCREMENT SAMPLES such that START + n x INCREMENT is --global-batch-size, as "
+        f"{batch.micro_batch_size} {batch.micro_batch_size} 100_000"
+    )
     if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 0:
         yield ConfigError("A ramp-up has a positive start and increment, and no negative length", found=found, fix=fix)
         return
@@ -48,7 +52,8 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The micro-batch must divide every batch of the ramp-up",
             found=f"{found}, --micro-batch-size {batch.micro_batch_size}",
-            fix="Change --rampup-batch-size or --micro-batch-size",
+            fix=f"Make start and increment multiples of {batch.micro_batch_size}, or give --micro-batch-size "
+            f"{divisors(ramp.start, ramp.increment)}",
         )
 
 
@@ -63,7 +68,8 @@ def step_schedule_is_whole(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The micro-batch must divide every batch of the schedule",
             found=f"batches {', '.join(map(str, bad))}, --micro-batch-size {batch.micro_batch_size}",
-            fix="Change --step-batch-size-schedule or --micro-batch-size",
+            fix=f"Make each batch of --step-batch-size-schedule a multiple of {batch.micro_batch_size}, or lower "
+            "--micro-batch-size",
         )
     if sizes[-1] != batch.global_batch_size:
         yield ConfigError(
@@ -88,7 +94,7 @@ def one_batch_schedule(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "--step-batch-size-schedule stands alone",
             found=f"--step-batch-size-schedule and {', '.join(others)}",
-            fix="Leave one of them out",
+            fix=f"Leave {' and '.join(others)} out, or --step-batch-size-schedule",
         )
 
 
@@ -115,20 +121,21 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "A curriculum's sequence lengths lie between 1 and --seq-length",
             found=f"{', '.join(map(str, lengths))} over {ramp.iterations} iterations, --seq-length {longest}",
-            fix="Change --seq-length-warmup or the DeepSpeed JSON's curriculum_learning",
+            fix=f"Give --seq-length-warmup START:ITERATIONS:STEP, as 64:36000:8, with START and STEP up to {longest}; "
+            "or change curriculum_learning in the DeepSpeed JSON",
         )
     elif config.parallel.sequence_parallel and any(length % tp for length in lengths):
         yield ConfigError(
             "The tensor-parallel size must divide every sequence length under --sequence-parallel",
             found=f"lengths {', '.join(map(str, lengths))}, --tensor-model-parallel-size {tp}",
-            fix="Change the curriculum's lengths and step",
+            fix=f"Make each length and the step of the curriculum a multiple of {tp}",
         )
     firsts = [first for first, _ in ramp.stages]
     if len(set(firsts)) != len(firsts) or firsts != sorted(firsts):
         yield ConfigError(
             "A curriculum's stages begin one after the other",
             found=f"first iterations {', '.join(map(str, firsts))}",
-            fix="Change --seq-length-warmup",
+            fix="Give each stage of --seq-length-warmup another first iteration, in rising order, as 0:64,1000:512",
         )
 
 

@@ -1,4 +1,4 @@
-"""What several rules ask: that a number lies within bounds."""
+"""Bounds of numbers that several rules check, and the numbers to suggest when one does not divide another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def at_least(bound: float, **numbers: float) -> Iterator[ConfigError]:
     for name, number in numbers.items():
         flag = "--" + name.replace("_", "-")
         if number < bound:
-            yield ConfigError(f"{flag} is at least {bound:g}", found=f"{flag} {number:g}", fix=f"Correct {flag}")
+            yield ConfigError(
+                f"{flag} is at least {bound:g}", found=f"{flag} {number:g}", fix=f"Give {flag} {bound:g} or more"
+            )
 
 
 def share(*, open_end: bool = False, **numbers: float) -> Iterator[ConfigError]:
@@ -21,4 +23,17 @@ def share(*, open_end: bool = False, **numbers: float) -> Iterator[ConfigError]:
         flag = "--" + name.replace("_", "-")
         if not 0 <= number <= 1 or (open_end and number == 1):
             bounds = "in [0, 1)" if open_end else "in [0, 1]"
-            yield ConfigError(f"{flag} lies {bounds}", found=f"{flag} {number:g}", fix=f"Correct {flag}")
+            fix = f"Give {flag} a share from 0 {'to below' if open_end else 'to'} 1, such as 0.1"
+            yield ConfigError(f"{flag} lies {bounds}", found=f"{flag} {number:g}", fix=fix)
+
+
+def divisors(number: int, *others: int) -> str:
+    """The common divisors, as an error suggests them: "1, 2, 4 or 8"."""
+    found = [str(size) for size in range(1, number + 1) if not any(value % size for value in (number, *others))]
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+
+
+def nearest_multiples(number: int, step: int) -> str:
+    """The multiples of `step` on both sides of `number`, as an error suggests them: "6 or 9"."""
+    below = number // step * step
+    return f"{below} or {below + step}" if below else str(step)

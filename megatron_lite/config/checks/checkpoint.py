@@ -16,7 +16,7 @@ def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "A run that saves needs an interval",
             found=f"--save {config.checkpoint.save}",
-            fix="Give --save-interval or --save-schedule",
+            fix="Give --save-interval N, or --save-schedule as 10:100 18:1000 1500",
         )
 
 
@@ -34,7 +34,7 @@ def _phases_rise(flag: str, phases: tuple[SavePhase, ...]) -> Iterator[ConfigErr
             yield ConfigError(
                 f"The ranges of {flag} have a positive interval and end one after the other",
                 found=f"{phase.interval}:{phase.until}" + (f" after {previous}" if previous else ""),
-                fix=f"Correct {flag}",
+                fix=f"Give {flag} as 10:100 18:1000 1500: every 10 to iteration 100, every 18 to 1000, then every 1500",
             )
         previous = max(previous, phase.until)
 
@@ -62,7 +62,7 @@ def loading_needs_a_folder(config: RunConfig) -> Iterator[ConfigError]:
         ("--use-checkpoint-opt_param-scheduler", checkpoint.use_checkpoint_schedule),
     ):
         if given:
-            yield ConfigError(f"{flag} needs a checkpoint", found=f"{flag} without --load", fix="Give --load")
+            yield ConfigError(f"{flag} needs a checkpoint", found=f"{flag} without --load", fix="Give --load FOLDER")
 
 
 def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError]:
@@ -84,7 +84,7 @@ def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError
         yield ConfigError(
             "Weights are saved below --save",
             found=f"--weights-only-every {checkpoint.weights_only_every} without --save",
-            fix="Give --save",
+            fix="Give --save FOLDER, with --save-interval N",
         )
 
 

@@ -19,7 +19,9 @@ def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
     }
     given = [name for name, present in kinds.items() if present]
     if len(given) > 1:
-        yield ConfigError("A run's data are given in one way", found=" and ".join(given), fix="Leave all but one out")
+        yield ConfigError(
+            "A run's data are given in one way", found=" and ".join(given), fix=f"Keep one of {', '.join(given)}"
+        )
 
 
 def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
@@ -32,7 +34,7 @@ def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(
                 "The weights of a blend are not negative, and not all 0",
                 found=", ".join(f"{source.weight} {source.path}" for source in sources),
-                fix="Correct the weights",
+                fix="Give a positive number before each path that is to be read, as 0.3 a 0.7 b",
             )
 
 
@@ -51,7 +53,8 @@ def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
     ):
         names = [group.name for group in groups]
         if len(set(names)) != len(names) or not all(names):
-            yield ConfigError(f"The groups of {flag} have names that differ", found=", ".join(names), fix="Rename one")
+            fix = f"Give each group its own name before the colon, as {flag} 'en: 1 0:1 PATH' 'fr: 1 0:1 PATH'"
+            yield ConfigError(f"The groups of {flag} have names that differ", found=", ".join(names), fix=fix)
 
 
 def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
@@ -60,7 +63,9 @@ def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
     yield from at_least(0, vocab_extra_ids=tokenizer.vocab_extra_ids, prefetch_microbatches=config.data.prefetch)
     if tokenizer.type == "NullTokenizer" and not tokenizer.vocab_size:
         yield ConfigError(
-            "A NullTokenizer needs its size", found="--tokenizer-type NullTokenizer", fix="Give --vocab-size"
+            "A NullTokenizer needs its size",
+            found="--tokenizer-type NullTokenizer without --vocab-size",
+            fix="Give --vocab-size the number of token ids of the data, without that of the end of a document",
         )
 
 

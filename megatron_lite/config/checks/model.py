@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.checks.bounds import at_least, share
+from megatron_lite.config.checks.bounds import at_least, divisors, nearest_multiples, share
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -34,7 +34,8 @@ def heads_divide_hidden_size(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The attention heads must divide the hidden size",
             found=f"--hidden-size {model.hidden_size}, --num-attention-heads {model.num_attention_heads}",
-            fix="Change one of them, or give --kv-channels",
+            fix=f"Give --hidden-size {nearest_multiples(model.hidden_size, model.num_attention_heads)}, another "
+            "number of heads, or a head's own size with --kv-channels",
         )
 
 
@@ -45,7 +46,7 @@ def groups_divide_heads(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The query groups must divide the attention heads",
             found=f"--num-query-groups {model.num_query_groups}, --num-attention-heads {model.num_attention_heads}",
-            fix="Change --num-query-groups",
+            fix=f"Give --num-query-groups {divisors(model.num_attention_heads)}",
         )
 
 
@@ -67,7 +68,7 @@ def rotated_channels_are_pairs(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "Positions are divided by a positive number",
             found=f"--rotary-seq-len-interpolation-factor {model.rotary_scaling:g}",
-            fix="Correct it, or leave it out",
+            fix="Give a factor above 0, such as 2 for sequences of twice the trained length, or leave it out",
         )
 
 
@@ -78,7 +79,7 @@ def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The sequence must not be longer than the position table",
             found=f"--seq-length {length}, --max-position-embeddings {model.max_position_embeddings}",
-            fix=f"Give --max-position-embeddings {length}, or use --position-embedding-type rope",
+            fix=f"Give --max-position-embeddings {length}, or use --position-embedding-type rotary",
         )
 
 
@@ -88,7 +89,9 @@ def probabilities(config: RunConfig) -> Iterator[ConfigError]:
     yield from share(open_end=True, hidden_dropout=model.hidden_dropout, attention_dropout=model.attention_dropout)
     if model.norm_epsilon <= 0:
         yield ConfigError(
-            "The norms' epsilon is positive", found=f"--norm-epsilon {model.norm_epsilon:g}", fix="Correct it"
+            "The norms' epsilon is positive",
+            found=f"--norm-epsilon {model.norm_epsilon:g}",
+            fix="Give a small number above 0, such as 1e-5, or leave it out",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megatron_lite.config.checks.bounds import at_least
+from megatron_lite.config.checks.bounds import at_least, divisors, nearest_multiples
 from megatron_lite.config.partition import num_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
@@ -56,7 +56,7 @@ def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(
                 f"The tensor-parallel size must divide {flag}",
                 found=f"{flag} {size}, --tensor-model-parallel-size {tp}",
-                fix=f"Change --tensor-model-parallel-size or {flag}",
+                fix=f"Give --tensor-model-parallel-size {divisors(size)}, or {flag} {nearest_multiples(size, tp)}",
             )
 
 
@@ -67,18 +67,19 @@ def sequence_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The tensor-parallel size must divide the sequence under --sequence-parallel",
             found=f"--seq-length {length}, --tensor-model-parallel-size {tp}",
-            fix="Change --seq-length or --tensor-model-parallel-size",
+            fix=f"Give --seq-length {nearest_multiples(length, tp)}, or leave --sequence-parallel out",
         )
 
 
 def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
     """Every stage has a layer at least."""
-    stages, layers = num_stages(config.model, config.parallel), config.model.num_layers
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = num_stages(config.model, parallel)
     if stages > layers:
         yield ConfigError(
             "Every pipeline stage holds a layer",
             found=f"--num-layers {layers}, {stages} stages",
-            fix="Change --pipeline-model-parallel-size or --num-layers",
+            fix=f"Give --pipeline-model-parallel-size {layers * parallel.pp // stages} or less, or more layers",
         )
 
 
@@ -91,7 +92,7 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The interleaved schedule needs the size of a chunk",
             found="--pipeline-schedule interleaved",
-            fix="Give --num-layers-per-virtual-pipeline-stage",
+            fix="Give --num-layers-per-virtual-pipeline-stage N: a rank then holds several chunks of N layers each",
         )
     if not chunk:
         return
@@ -99,7 +100,7 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "Only the interleaved schedule has chunks of a chosen size",
             found=f"--num-layers-per-virtual-pipeline-stage {chunk}, --pipeline-schedule {parallel.pipeline_schedule}",
-            fix="Leave one of them out",
+            fix="Give --pipeline-schedule interleaved, or leave --num-layers-per-virtual-pipeline-stage out",
         )
     if parallel.pp < 2:
         yield ConfigError(
@@ -111,7 +112,9 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "Every rank holds equally many chunks of equally many layers",
             found=f"--num-layers {layers}, {parallel.pp} stages, --num-layers-per-virtual-pipeline-stage {chunk}",
-            fix="Change --num-layers-per-virtual-pipeline-stage",
+            fix=f"Give --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
+            if layers % parallel.pp == 0
+            else f"Give --num-layers {nearest_multiples(layers, parallel.pp)}, or another pipeline size",
         )
 
 
@@ -129,7 +132,7 @@ def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
     yield ConfigError(
         "--pp-partition-method is balanced, uniform, parameters or type:<regular expression>",
         found=f"--pp-partition-method {method}",
-        fix="Correct it, as in type:transformer|embedding",
+        fix="Give one of these, as type:transformer|embedding (in quotes for the shell)",
     )
 
 
@@ -144,7 +147,7 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The ends of a pipeline can be sized if it has two stages at least and no virtual ones",
             found=f"{found}, --pipeline-model-parallel-size {parallel.pp}",
-            fix="Leave them out",
+            fix="Leave them out: layers are then shared out by --pp-partition-method",
         )
         return
     others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
@@ -153,7 +156,9 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The stages between the ends need a layer each, and all layers a stage",
             found=f"{found}, --num-layers {layers}, {others} other stages",
-            fix="Change the ends",
+            fix=f"Give the two flags numbers that leave {others} to {layers - 2} layers for the stages between"
+            if others
+            else f"Give the two flags numbers that add up to {layers}",
         )
 
 
@@ -164,7 +169,7 @@ def recompute_fits(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "No more layers can be recomputed than there are",
             found=f"--recompute-num-layers {recompute.num_layers}, --num-layers {layers}",
-            fix="Change --recompute-num-layers",
+            fix=f"Give --recompute-num-layers 1 to {layers}",
         )
 
 
@@ -175,7 +180,8 @@ def timeouts_are_positive(config: RunConfig) -> Iterator[ConfigError]:
         ("--rendezvous-timeout-minutes", config.parallel.rendezvous_timeout_minutes),
     ):
         if minutes <= 0:
-            yield ConfigError(f"{flag} is positive", found=f"{flag} {minutes:g}", fix=f"Correct {flag}")
+            fix = f"Give {flag} a number of minutes above 0, such as 10"
+            yield ConfigError(f"{flag} is positive", found=f"{flag} {minutes:g}", fix=fix)
 
 
 RULES = (

@@ -29,6 +29,10 @@ def one_length(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
+_UNITS = {"iterations": ("-samples", "-iters"), "samples": ("-iters", "-samples")}
+"""What of a flag's name to replace in a run that is measured so."""
+
+
 def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
     """Decay and warm-up are counted in what the run's length is counted in."""
     lr = config.lr
@@ -51,7 +55,7 @@ def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(
                 f"The learning rate of a run measured in {unit} is scheduled in {unit}",
                 found=f"--train-{'iters' if unit == 'iterations' else unit} {length} and {', '.join(flags)}",
-                fix=f"Give them in {unit}",
+                fix=f"Give {', '.join(flag.split()[0].replace(*_UNITS[unit]) for flag in flags)} instead",
             )
 
 
@@ -59,12 +63,15 @@ def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
     """0 <= warmup_init, min_lr <= lr, and lr > 0 for a run that trains."""
     lr = config.lr
     if lr.lr <= 0 and not config.training.skip_train:
-        yield ConfigError("A run that trains has a learning rate", found=f"--lr {lr.lr:g}", fix="Give --lr")
+        fix = "Give --lr a number above 0, such as 3e-4"
+        yield ConfigError("A run that trains has a learning rate", found=f"--lr {lr.lr:g}", fix=fix)
         return
     for flag, value in (("--min-lr", lr.min_lr), ("--lr-warmup-init", lr.warmup_init)):
         if not 0 <= value <= lr.lr:
             yield ConfigError(
-                f"{flag} lies between 0 and --lr", found=f"{flag} {value:g}, --lr {lr.lr:g}", fix=f"Correct {flag}"
+                f"{flag} lies between 0 and --lr",
+                found=f"{flag} {value:g}, --lr {lr.lr:g}",
+                fix=f"Give {flag} a number from 0 to {lr.lr:g}, or raise --lr",
             )
 
 
@@ -97,7 +104,7 @@ def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "Warm-up ends before the decay does",
             found=f"--lr-warmup-{unit} {warmup}, decay over {decay}",
-            fix=f"Change --lr-warmup-{unit} or --lr-decay-{unit}",
+            fix=f"Give --lr-warmup-{unit} {decay} or less, or a longer --lr-decay-{unit}",
         )
 
 
@@ -117,7 +124,7 @@ def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The decay phase of WSD lies within the schedule",
             found=f"--lr-wsd-decay-{unit} {phase} of {decay}",
-            fix=f"Give --lr-wsd-decay-{unit}",
+            fix=f"Give --lr-wsd-decay-{unit} 1 to {decay}: the length of the last phase, when the rate falls",
         )
 
 
@@ -136,7 +143,7 @@ def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "A weight decay that rises has a start and an end, 0 <= start <= end",
             found=f"--start-weight-decay {start}, --end-weight-decay {end}",
-            fix="Give both",
+            fix="Give both, as --start-weight-decay 0.01 --end-weight-decay 0.1",
         )
 
 
@@ -158,7 +165,7 @@ def loss_scale_bounds(config: RunConfig) -> Iterator[ConfigError]:
             "The loss scale starts above its positive minimum",
             found=f"--initial-loss-scale {precision.initial_loss_scale:g}, --min-loss-scale "
             f"{precision.min_loss_scale:g}",
-            fix="Correct one of them",
+            fix="Give --min-loss-scale a number above 0 (1 if not given) and --initial-loss-scale at least that",
         )
 
 
@@ -187,7 +194,7 @@ def skipped_ranges_are_apart(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(
                 "Skipped ranges start at 1, rise and do not overlap",
                 found=f"--skip-train-iteration-range {first}-{last}" + (f" after {previous}" if previous else ""),
-                fix="Correct the ranges",
+                fix="Give ranges FIRST-LAST from iteration 1 on that do not touch, as 101-200 251-300",
             )
         previous = max(previous, last)
 

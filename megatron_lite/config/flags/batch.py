@@ -35,6 +35,7 @@ BATCH = (
         read=read_rampup,
         write=write_rampup,
         metavar="START INCREMENT SAMPLES",
+        example="16 16 5_000_000",
     ),
     Flag(
         "--step-batch-size-schedule",
@@ -43,6 +44,7 @@ BATCH = (
         words="some",
         read=" ".join,
         metavar="TOKENS:BATCH …",
+        example="0:16 2.4B:320 4.8B:624",
     ),
     Flag(
         "--decrease-batch-size-if-needed",
@@ -58,6 +60,7 @@ BATCH = (
         read=read_sequence_ramp,
         write=write_sequence_ramp,
         metavar="START:ITERATIONS[:STEP]",
+        example="64:36000:8",
     ),
 )
 
@@ -86,6 +89,7 @@ TRAINING = (
         read=read_ranges,
         write=write_ranges,
         metavar="FIRST-LAST …",
+        example="101-200 251-300",
     ),
     Flag(
         "--iterations-to-skip",
@@ -94,6 +98,7 @@ TRAINING = (
         words="some",
         read=read_iterations,
         metavar="ITERATION …",
+        example="101 102 251",
         means="--skip-train-iteration-range",
     ),
 )

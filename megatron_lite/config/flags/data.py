@@ -26,6 +26,7 @@ DATA = (
         read=read_sources,
         write=write_sources,
         metavar="[WEIGHT] PATH …",
+        example="0.3 data/a_text_document 0.7 data/b_text_document",
     ),
     Flag(
         "--data-args-path",
@@ -41,6 +42,7 @@ DATA = (
         read=read_split,
         write=lambda split: [split],
         metavar="TRAIN,VALID,TEST",
+        example="949,50,1",
     ),
     *(
         Flag(
@@ -51,6 +53,7 @@ DATA = (
             read=read_groups,
             write=write_groups,
             metavar='"GROUP" …',
+            example=f"'{split}: 0.3 0:0.9 data/a_text_document, 0.7 0:0.9 data/b_text_document'",
         )
         for split in _SPLITS
     ),
@@ -71,6 +74,7 @@ DATA = (
             words="some",
             read=read_named_group(split),
             metavar="[WEIGHT] PATH …",
+            example="0.3 data/a_text_document 0.7 data/b_text_document",
         )
         for split in _SPLITS
     ),
@@ -108,9 +112,10 @@ TOKENIZER = (
         "tokenizer.type",
         "Kind of the tokenizer.",
         spellings={
-            "pretrainedfromhf": "HuggingFaceTokenizer",
-            "gptsentencepiecetokenizer": "SentencePieceTokenizer",
-            "llama2tokenizer": "SentencePieceTokenizer",
+            "PretrainedFromHF": "HuggingFaceTokenizer",
+            "HFTokenizer": "HuggingFaceTokenizer",
+            "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+            "Llama2Tokenizer": "SentencePieceTokenizer",
         },
     ),
     Flag(

@@ -37,13 +37,15 @@ class Flag:
     means: str = ""
     """What a flag is translated to, where that is worth a note."""
     spellings: Mapping[str, Any] = dataclass_field(default_factory=dict)
-    """Words that stand for a value (lower case), as rope for rotary."""
+    """Words that stand for a value, in upper or lower case, as rope for rotary."""
     words: Words = "one"
     read: Callable[[Sequence[str]], Any] | None = None
     """Reader of a structured value, from its words; raises ValueError saying what was expected."""
     write: Callable[[Any], list[str]] | None = None
     """Its inverse."""
     metavar: str = ""
+    example: str = ""
+    """A value that can be read, for messages; empty: the default, or the first of the choices."""
     harmless: tuple[str, ...] = ()
     """Values of a refused flag that ask for nothing, as 1 for --context-parallel-size."""
 

@@ -46,9 +46,9 @@ MODEL = (
     Flag(
         "--use-rotary-position-embeddings",
         "model.position_embedding",
-        "Rotary positions, as --position-embedding-type rope.",
+        "Rotary positions, as --position-embedding-type rotary.",
         sets="rotary",
-        means="--position-embedding-type rope",
+        means="--position-embedding-type rotary",
     ),
     Flag(
         "--no-position-embedding",
@@ -91,6 +91,7 @@ MODEL = (
         "A gated MLP.",
         read=_read_gated,
         metavar="{geglu,liglu,reglu,swiglu}",
+        example="swiglu",
         means="--activation",
     ),
     Flag(

@@ -32,6 +32,7 @@ CHECKPOINT = (
         read=lambda words: read_save_schedule(" ".join(words)),
         write=write_save_schedule,
         metavar="INTERVAL:LAST …",
+        example="10:100 18:1000 1500",
     ),
     Flag("--no-save-optim", "checkpoint.save_optimizer", "Save no optimizer state.", sets=False),
     Flag("--async-save", "checkpoint.asynchronous", "Write checkpoints while training goes on.", sets=True),
@@ -67,6 +68,7 @@ CHECKPOINT = (
         read=lambda words: read_save_schedule(" ".join(words)),
         write=write_save_schedule,
         metavar="INTERVAL:LAST …",
+        example="10:100 18:1000 1500",
     ),
     Flag("--load", "checkpoint.load", "Folder of checkpoints to resume from.", metavar="FOLDER"),
     Flag(
@@ -104,6 +106,7 @@ CHECKPOINT = (
         read=_read_changed,
         write=list,
         metavar="WHAT …",
+        example="data code",
     ),
     Flag(
         "--override-opt-param-scheduler",

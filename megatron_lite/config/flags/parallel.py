@@ -56,6 +56,7 @@ PARALLEL = (
         words="some",
         read=_bucket_megabytes,
         metavar="GRADIENTS",
+        example="40_000_000",
         means="--bucket-megabytes",
     ),
     Flag(

@@ -53,15 +53,18 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
         raise _damaged(unit, error) from error
     except OSError as error:
         raise DataError(
-            "Every input can be read to its end", found=f"{unit.source.path}: {error}", fix="Copy the file again"
+            "Every input can be read to its end", found=f"{unit.source.path}: {error}", fix=COPY_AGAIN
         ) from error
+
+
+COPY_AGAIN = "Copy the file again from where it is whole (or compress it again), or leave it out of --input"
 
 
 def _damaged(unit: Unit, error: BaseException) -> DataError:
     return DataError(
         "A packed input must be whole",
         found=f"{unit.source.path} ({unit.source.num_bytes} bytes) breaks off or is damaged: {str(error).rstrip('.')}",
-        fix="Copy or pack the file again, or leave it out of --input",
+        fix=COPY_AGAIN,
     )
 
 

@@ -143,7 +143,7 @@ class _Run:
             raise DataError(
                 "A dataset has tokens in it",
                 found=summary.why_nothing(),
-                fix="Check --input, --json-keys and the filters",
+                fix="Give --input files with text under the key of --json-keys, or loosen the filters",
             )
         if self.options.shuffle:
             buckets = plan_buckets(len(units), [one.shards for one in done])

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, install_extra
 
 
 class SentenceSplitter:
@@ -26,7 +26,7 @@ class SentenceSplitter:
             raise DataError(
                 "--split-sentences needs the nltk library, 3.9 or newer",
                 found="it is older" if isinstance(error, AttributeError) else "it is not installed",
-                fix="Install the extra: pip install 'megatron_lite[sentences]'",
+                fix=install_extra("sentences"),
             ) from error
         try:
             self._punkt: Any = tokenizer(language)

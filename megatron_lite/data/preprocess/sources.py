@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lite.data.preprocess.options import MAX_UNIT, MIN_UNIT, UNITS
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, install_extra
 
 Kind = Literal["text", "gzip", "zstd", "parquet"]
 KINDS: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
@@ -97,14 +97,16 @@ def _source(path: Path) -> Source:
         raise DataError(
             f"{path.suffix} files are read with the {library} library",
             found=f"{path} is one, and {library} is not installed",
-            fix="Install the extra: pip install 'megatron_lite[data]'",
+            fix=install_extra("data"),
         )
     try:
         with path.open("rb"):
             status = path.stat()
     except OSError as error:
         raise DataError(
-            "Every --input can be read", found=f"{path}: {error.strerror}", fix="Check the file's rights"
+            "Every --input can be read",
+            found=f"{path}: {error.strerror}",
+            fix=f"Make it readable, as with chmod u+r {path}",
         ) from error
     if kind != "text" and not status.st_size:
         raise DataError(
