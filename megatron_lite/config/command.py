@@ -13,10 +13,11 @@ class CommandOptions:
     """--zero-stage: 1 is the distributed optimizer, 0 is not, 2 and 3 are refused."""
     deepspeed: bool = False
     deepspeed_config: str = ""
+    accumulation_steps: int = 0
+    """--gas: micro-batches of one replica in an iteration; 0: by the global batch."""
     step_batch_size_schedule: str = ""
     """As written: its thresholds are tokens, which need the sequence length."""
     save_interval: int = 0
-    save_schedule: str = ""
     group_query_attention: bool = False
     erf_gelu: bool = False
     """--no-bias-gelu-fusion: Megatron's fused GELU is the tanh approximation, the unfused one is exact."""

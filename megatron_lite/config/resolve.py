@@ -278,6 +278,9 @@ def _loss(given: Given) -> None:
 
 def _batch(given: Given) -> None:
     """The final global batch: given, the last of --step-batch-size-schedule, or one micro-batch a replica."""
+    ranks = max(1, given.value("parallel.tp")) * max(1, given.value("parallel.pp"))
+    replicas = max(1, given.value("parallel.world_size") // ranks)
+    _accumulation(given, replicas)
     text = given.value("command.step_batch_size_schedule")
     if text:
         origin = given.origins["command.step_batch_size_schedule"]
@@ -295,6 +298,27 @@ def _batch(given: Given) -> None:
         if not given.value("batch.global_batch_size"):
             given.give("batch.global_batch_size", schedule[-1][1], origin)
     if not given.value("batch.global_batch_size"):
-        ranks = max(1, given.value("parallel.tp")) * max(1, given.value("parallel.pp"))
-        replicas = max(1, given.value("parallel.world_size") // ranks)
         given.give("batch.global_batch_size", given.value("batch.micro_batch_size") * replicas, "--micro-batch-size")
+
+
+def _accumulation(given: Given, replicas: int) -> None:
+    """--gas counts the micro-batches of a replica in an iteration."""
+    if not given.has("command.accumulation_steps"):
+        return
+    steps, micro = given.value("command.accumulation_steps"), given.value("batch.micro_batch_size")
+    origin, size = given.origins["command.accumulation_steps"], steps * micro * replicas
+    asked = given.value("batch.global_batch_size")
+    if steps < 1:
+        given.refuse("Gradients are accumulated over one step at least", found=origin, fix="Give --gas 1 or more")
+    elif asked and asked != size:
+        given.refuse(
+            "The global batch is micro-batch x accumulation steps x data-parallel size",
+            found=f"{given.origins['batch.global_batch_size']}, {micro} x {steps} x {replicas} = {size} by {origin}",
+            fix=f"Leave {origin.split()[0]} out",
+        )
+    else:
+        given.give("batch.global_batch_size", size, origin)
+        given.notes.append(
+            f"{origin} is read as --global-batch-size {size}: micro-batch {micro} x {steps} accumulation steps x "
+            f"data-parallel size {replicas}"
+        )

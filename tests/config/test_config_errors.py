@@ -50,6 +50,8 @@ FROM_FLAGS = {
     "--save-interval 5 --save-schedule 10": "--save-interval is the interval after the last range",
     "--data-args-path paths.txt --data-path x": "--data-args-path paths.txt and --data-path x",
     "--train-weighted-split-paths-path paths.txt": "names a file of one line of groups in double quotes",
+    "--gas 0": "Gradients are accumulated over one step at least",
+    "--gas 3": "--global-batch-size 8, 2 x 3 x 4 = 24 by --gas 3",
     "--calculate-per-token-loss --eod-mask-loss": "Every sample counts the same in the loss",
     "--step-batch-size-schedule 1B:8": "--step-batch-size-schedule takes a first pair that starts at 0",
     # structured values

@@ -14,6 +14,7 @@ KERNELS = (
     ),
     *no_effect(
         "fusion is decided by --compile; what is computed does not depend on it",
+        "--scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --bias-dropout-fusion",
         "--no-masked-softmax-fusion --masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion",
         "--no-rope-fusion --cross-entropy-loss-fusion --cross-entropy-fusion-impl",
         "--no-gradient-accumulation-fusion --no-persist-layer-norm --disable-mem-efficient-ln",
@@ -32,7 +33,7 @@ NUMERICS = (
         "softmax, loss and the gradients' sums are always in fp32",
         "--attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --fp16-lm-cross-entropy",
         "--disable-bf16-reduced-precision-matmul --ddp-reduce-scatter-with-fp32-accumulation",
-        "--grad-reduce-in-bf16",
+        "--grad-reduce-in-bf16 --fp32-allreduce",
     ),
     *no_effect(
         "scaling the attention scores by the layer's number cancels out, and softmax is in fp32 anyway",
@@ -123,6 +124,7 @@ FILES = (
         "one thread reads ahead; see --prefetch-microbatches",
         "--num-workers --valid-num-workers --dataloader-prefetch-factor --pin-memory",
     ),
+    *no_effect("every run continues its data where its checkpoint stopped", "--resume-dataloader"),
     *no_effect("the order of the data never depends on the layout", "--data-sharding --no-data-sharding"),
     *no_effect(
         "there is one checkpoint format, complete, strictly checked and readable by any layout",
@@ -144,6 +146,7 @@ REPORTS = (
     ),
     *no_effect(
         "no such tool is attached; metrics.jsonl holds what it would have been told",
+        "--wandb-group --wandb-team --git-hash --exp-name",
         "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --codecarbon-dir --log-energy",
         "--one-logger-project --one-logger-run-name --enable-one-logger --no-one-logger --log-straggler",
         "--disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count --otel-enabled",

@@ -28,6 +28,13 @@ BATCH = (
         "the data-parallel size need not.",
     ),
     Flag(
+        "--gas",
+        "command.accumulation_steps",
+        "Gradient accumulation steps, as Megatron 1.1 with DeepSpeed: the global batch is micro-batch x steps x "
+        "data-parallel size.",
+        aliases=("--gradient-accumulation-steps",),
+    ),
+    Flag(
         "--rampup-batch-size",
         "batch.rampup",
         "Start batch, increment and samples of a batch ramp-up.",

@@ -60,8 +60,9 @@ PRECISION = (
     Flag("--bf16", "precision.dtype", "bfloat16.", sets="bf16"),
     Flag("--fp32", "precision.dtype", "Single precision.", sets="fp32"),
     Flag("--loss-scale", "precision.loss_scale", "A constant loss scale for fp16 (0: dynamic)."),
+    Flag("--dynamic-loss-scale", "precision.loss_scale", "The default for fp16.", sets=0.0, means="--loss-scale 0"),
     Flag("--initial-loss-scale", "precision.initial_loss_scale", "Where the dynamic loss scale starts."),
-    Flag("--min-loss-scale", "precision.min_loss_scale", "The smallest dynamic loss scale."),
+    Flag("--min-loss-scale", "precision.min_loss_scale", "The smallest dynamic loss scale.", aliases=("--min-scale",)),
     Flag("--loss-scale-window", "precision.loss_scale_window", "Good iterations before it is doubled."),
     Flag("--hysteresis", "precision.hysteresis", "Overflows before it is halved."),
     Flag(

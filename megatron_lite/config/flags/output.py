@@ -53,7 +53,12 @@ CHECKPOINT = (
         "checkpoint.weights_only_every",
         "Iterations between saves of the weights alone, kept in the folder weights below --save (0: none).",
     ),
-    Flag("--keep-last", "checkpoint.keep_last", "Checkpoints kept (0: all)."),
+    Flag(
+        "--keep-last",
+        "checkpoint.keep_last",
+        "Checkpoints kept (0: all).",
+        aliases=("--keep-last-n-checkpoints",),
+    ),
     Flag(
         "--keep-every",
         "checkpoint.keep_every",

@@ -22,6 +22,15 @@ PARALLEL = (
         aliases=("--model-parallel-size",),
     ),
     Flag("--pipeline-model-parallel-size", "parallel.pp", "Pipeline stages."),
+    Flag(
+        "--pipe-parallel-size",
+        "parallel.pp",
+        "The same, as Megatron 1.1 with DeepSpeed and GPT-NeoX spell it; 0 is 1.",
+        read=lambda words: read_int(words[0]) or 1,
+        metavar="N",
+        example="4",
+        means="--pipeline-model-parallel-size",
+    ),
     Flag("--sequence-parallel", "parallel.sequence_parallel", "Split norms and dropout by sequence.", sets=True),
     Flag(
         "--use-distributed-optimizer",

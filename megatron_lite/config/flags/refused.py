@@ -22,6 +22,11 @@ _FINETUNE = "Training on prompts and targets is not built here: every token coun
 _HYBRID = "Only transformer layers are built here. Leave the flag out"
 _OTHER_MODEL = "It belongs to another model (BERT, T5, retrieval, vision). Leave the flag out"
 
+_TABLES = "Sinusoidal and relative positions are not built here. Use --position-embedding-type learned, rotary or alibi"
+_OLD_DATA = (
+    "Text is made into a dataset before training. Use tools/preprocess_data.py, then --data-path PREFIX and --split"
+)
+
 ARCHITECTURE = (
     *refused(_MOE, "--expert-model-parallel-size --expert-tensor-parallel-size", harmless=("1",)),
     *refused(_MOE, "--num-experts --expert-tensor-parallel-num-weight-shards --mlp-type --topk"),
@@ -55,6 +60,15 @@ ARCHITECTURE = (
     ),
     *refused(_ACTIVATION, "--glu-linear-offset", harmless=("0", "0.0")),
     *refused(_ACTIVATION, "--quick-geglu --onnx-safe --activation-func-clamp-value"),
+    *refused(
+        "A gated MLP's width follows --ffn-hidden-size here, not --hidden-size alone. Use --activation geglu and it",
+        "--geglu",
+    ),
+    *refused(_TABLES, "--sinusoidal-pos-emb --rpe-num-buckets --rpe-max-distance"),
+    *refused("Only LayerNorm and RMSNorm are built here. Use --normalization", "--scalenorm-epsilon"),
+    *refused("Attention is dense here. Leave the flag out", "--sparsity", harmless=("none",)),
+    *refused("No layers share their weights here. Leave the flag out", "--num-unique-layers"),
+    *refused("No layers share their weights here. Leave the flag out", "--param-sharing-style", harmless=("grouped",)),
     *refused(_HYBRID, "--hybrid-layer-pattern", "--hybrid-attention-ratio", "--hybrid-mlp-ratio", "--is-hybrid-model"),
     *refused(_MTP, "--mtp-num-layers", harmless=("0",)),
     *refused(_MTP, "--mtp-loss-scaling-factor --mtp-use-repeated-layer"),
@@ -140,6 +154,15 @@ TRAINING = (
         "--non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-global-ckpt-dir",
         "--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo",
     ),
+    *refused("The optimizers here are AdamW and SGD. Use --optimizer", "--onebitadam --sm3 --no-adamw --momentum"),
+    *refused(
+        "The learning rate ends at a rate, not at a share of --lr. Use --min-lr (--lr x the ratio)", "--lr-decay-ratio"
+    ),
+    *refused("A run's length is counted in iterations or samples. Use --train-iters or --train-samples", "--epochs"),
+    *refused(
+        "A batch is given for a replica and for all of them. Use --micro-batch-size and --global-batch-size",
+        "--train-batch-size",
+    ),
     *refused("All parameters are trained. Leave the flag out", "--bitfit", "--no-train", "--freeze-lm"),
     *refused(
         "A run is what its command line says. Pass the model's flags; `megatron-lite checkpoint inspect` shows them",
@@ -152,6 +175,20 @@ TRAINING = (
 )
 
 DATA = (
+    *refused(
+        _OLD_DATA,
+        "--train-data --valid-data --test-data --lazy-loader --loose-json --presplit-sentences --text-key",
+        "--eval-text-key --delim --use-tfrecords --input-data-sizes-file",
+    ),
+    *refused(
+        "Validation has the sequences and batches of training. Leave the flag out",
+        "--eval-batch-size --eval-seq-length --eval-max-preds-per-seq",
+    ),
+    *refused(
+        "A tokenizer is given by its kind and its files. Use --tokenizer-type with --vocab-file and --merge-file, or "
+        "with --tokenizer-model",
+        "--tokenizer-path --tokenizer-model-type --cache-dir",
+    ),
     *refused(
         "Each dataset is asked for 0.5% more samples than its share of the blend. Leave the flag out",
         "--mid-level-dataset-surplus",
