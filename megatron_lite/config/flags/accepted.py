@@ -9,19 +9,26 @@ KERNELS = (
         "kernels are chosen by PyTorch for what the device offers",
         "--attention-backend --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton",
         "--transformer-impl --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu",
-        "--fused-linear-cross-entropy --use-mcore-models --use-legacy-models --spec --enable-experimental",
+        "--use-mcore-models --use-legacy-models --spec --enable-experimental",
         "--fused-single-qkv-rope --use-te-activation-func --disable-jit-fuser",
     ),
     *no_effect(
-        "fusion is decided by --compile; what is computed does not depend on it",
+        "--compile fuses what torch.compile can within the layers; the formula is the same, its last bits may differ",
         "--scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --bias-dropout-fusion",
         "--no-masked-softmax-fusion --masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion",
-        "--no-rope-fusion --cross-entropy-loss-fusion --cross-entropy-fusion-impl",
-        "--no-gradient-accumulation-fusion --no-persist-layer-norm --disable-mem-efficient-ln",
-        "--abort-on-unmet-fused-kernel-constraints --barrier-with-L1-time --no-barrier-with-level-1-timing",
+        "--no-rope-fusion --no-persist-layer-norm --disable-mem-efficient-ln",
+        "--abort-on-unmet-fused-kernel-constraints",
     ),
     *no_effect(
-        "no CUDA graphs are captured; --compile does what can be gained",
+        "the loss is computed in one way, in fp32 from all logits, with or without --compile",
+        "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-linear-cross-entropy",
+    ),
+    *no_effect(
+        "weight gradients are added to fp32 buffers after each matrix product, in one way",
+        "--no-gradient-accumulation-fusion",
+    ),
+    *no_effect(
+        "no CUDA graphs are captured",
         "--cuda-graph-impl --cuda-graph-scope --cuda-graph-modules --cuda-graph-warmup-steps",
         "--enable-cuda-graph --external-cuda-graph --te-rng-tracker --inference-rng-tracker",
         "--decode-only-cuda-graphs --delay-offload-until-cuda-graph",
@@ -32,8 +39,12 @@ NUMERICS = (
     *no_effect(
         "softmax, loss and the gradients' sums are always in fp32",
         "--attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --fp16-lm-cross-entropy",
-        "--disable-bf16-reduced-precision-matmul --ddp-reduce-scatter-with-fp32-accumulation",
+        "--ddp-reduce-scatter-with-fp32-accumulation",
         "--grad-reduce-in-bf16 --fp32-allreduce",
+    ),
+    *no_effect(
+        "PyTorch's setting for the sums within a bf16 matrix product is kept",
+        "--disable-bf16-reduced-precision-matmul",
     ),
     *no_effect(
         "scaling the attention scores by the layer's number cancels out, and softmax is in fp32 anyway",
@@ -44,11 +55,11 @@ NUMERICS = (
         "--no-save-rng --no-load-rng",
     ),
     *no_effect(
-        "parameters that tensor-parallel ranks share are equal by construction",
+        "parameters that tensor-parallel ranks share start equal and get the same gradients",
         "--sync-tp-duplicated-parameters",
     ),
     *no_effect(
-        "every weight is initialised by its name, the same on any device and layout",
+        "each weight is drawn from the seed and its name on the run's device: equal in any layout, not on CPU and GPU",
         "--use-cpu-initialization --init-model-with-meta-device --lazy-mpu-init --no-initialization",
         "--data-parallel-random-init",
     ),
@@ -87,17 +98,26 @@ COMMUNICATION = (
         "--ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw --use-distributed-data-parallel",
     ),
     *no_effect(
-        "communication overlaps computation wherever the schedule allows, without tuning",
+        "what overlaps is fixed: gradient reduction with backward, ZeRO-1's gathers with forward, pipeline sends with "
+        "computation and, without --compile, a layer's input gradient with its weight gradient",
         "--no-scatter-gather-tensors-in-pipeline --overlap-p2p-communication --no-overlap-p2p-communication",
         "--overlap-p2p-communication-warmup-flush --no-async-tensor-model-parallel-allreduce",
         "--tp-comm-overlap --tp-comm-overlap-cfg --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs",
         "--disable-tp-comm-split-ag --disable-tp-comm-split-rs --disable-tp-comm-bulk-dgrad",
         "--disable-tp-comm-bulk-wgrad --overlap-param-gather-with-optimizer-step --no-align-param-gather",
         "--align-grad-reduce --no-align-grad-reduce --defer-embedding-wgrad-compute --wgrad-deferral-limit",
-        "--delay-wgrad-compute --batch-p2p-communication --use-nccl-ub --nccl-communicator-config-path",
-        "--high-priority-stream-groups --sharp-enabled-group --use-sharp --disable-symmetric-registration",
-        "--distributed-timeout-seconds-after-init --use-tokenizer-broadcast --flight-recorder-dump-path",
+        "--delay-wgrad-compute --batch-p2p-communication",
     ),
+    *no_effect(
+        "NCCL keeps its own settings; its environment variables are respected",
+        "--use-nccl-ub --nccl-communicator-config-path --high-priority-stream-groups --sharp-enabled-group --use-sharp",
+        "--disable-symmetric-registration",
+    ),
+    *no_effect(
+        "one time limit holds all along: --distributed-timeout-minutes", "--distributed-timeout-seconds-after-init"
+    ),
+    *no_effect("each rank reads the tokenizer's files itself", "--use-tokenizer-broadcast"),
+    *no_effect("exit_status.json and the log name the rank that failed first", "--flight-recorder-dump-path"),
     *no_effect(
         "ZeRO-1 has one bucket size, --bucket-megabytes",
         "--zero-reduce-scatter --zero-contigious-gradients --zero-contiguous-gradients",
@@ -142,10 +162,10 @@ REPORTS = (
     *no_effect(
         "always in the log, in TensorBoard and in metrics.jsonl",
         "--log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard",
-        "--log-loss-scale-to-tensorboard --log-progress --log-timers --timing-log-option",
+        "--log-loss-scale-to-tensorboard --log-progress --log-timers",
     ),
     *no_effect(
-        "no such tool is attached; metrics.jsonl holds what it would have been told",
+        "no such tool is attached; loss, times and memory are in metrics.jsonl",
         "--wandb-group --wandb-team --git-hash --exp-name",
         "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --codecarbon-dir --log-energy",
         "--one-logger-project --one-logger-run-name --enable-one-logger --no-one-logger --log-straggler",
@@ -159,13 +179,14 @@ REPORTS = (
         "--log-level --log-level-replica --logging-level --verbose",
     ),
     *no_effect(
-        "no profiler is attached; --timing-log-level measures the parts of an iteration",
+        "no profiler is attached; --timing-log-level measures the parts of an iteration, without barriers",
+        "--barrier-with-L1-time --no-barrier-with-level-1-timing --timing-log-option",
         "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler",
         "--pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --nvtx-ranges",
     ),
     *no_effect(
-        "SIGTERM, SIGINT and SIGUSR1 are handled, whichever is sent",
-        "--exit-signal --exit-signal-handler-dataloader",
+        "the data are read by a thread, which the signals do not reach",
+        "--exit-signal-handler-dataloader",
     ),
     *no_effect(
         "every checkpoint is kept, unless --keep-last deletes it",

@@ -163,6 +163,10 @@ RUNTIME = (
     Flag("--seed", "runtime.seed", "Seed of weights, dropout and the order of the data."),
     Flag("--compile", "runtime.compile", "torch.compile each stage; dropout cuts its graph.", sets=True),
     Flag("--deterministic-mode", "runtime.deterministic", "Only kernels that give the same bits twice.", sets=True),
-    Flag("--num-threads", "runtime.num_threads", "CPU threads of a rank (0: its share of the cores)."),
+    Flag(
+        "--num-threads",
+        "runtime.num_threads",
+        "Threads of a rank on a CPU (0: its share of the cores); on a GPU PyTorch's own number.",
+    ),
     Flag("--dry-run", "runtime.dry_run", "Check and explain the command, then exit.", sets=True),
 )

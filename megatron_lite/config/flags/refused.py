@@ -154,6 +154,11 @@ TRAINING = (
         "--non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-global-ckpt-dir",
         "--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo",
     ),
+    *refused(
+        "A run saves and stops on SIGTERM, SIGINT and SIGUSR1, whichever comes. Send one of them",
+        "--exit-signal",
+        harmless=("sigterm", "sigint", "sigusr1"),
+    ),
     *refused("The optimizers here are AdamW and SGD. Use --optimizer", "--onebitadam --sm3 --no-adamw --momentum"),
     *refused(
         "The learning rate ends at a rate, not at a share of --lr. Use --min-lr (--lr x the ratio)", "--lr-decay-ratio"
