@@ -51,6 +51,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
         list_iterations,
         locate,
     )
+    from megatron_lite.checkpoint.foreign import foreign_error
     from megatron_lite.checkpoint.manifest import read_manifest, size_text
     from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 
@@ -77,7 +78,8 @@ def _list(options: argparse.Namespace, console: Console) -> int:
         elif table.row_count:
             console.print(problem, style="red")
         else:
-            console.print("there is no checkpoint here")
+            foreign = foreign_error(root)
+            console.print("there is no checkpoint here" if foreign is None else foreign.found, highlight=False)
         for problem in broken:
             console.print("not whole", style="red", end=" ")
             console.print(problem)

@@ -100,7 +100,8 @@ def _form(flag: Flag, words: Sequence[str]) -> str:
     """How to write a flag's value: the choice that was probably meant, or the form with an example."""
     kind = plain_type(flag.type)
     choices = [*map(str, get_args(kind)), *flag.spellings] if get_origin(kind) is Literal and not flag.read else []
-    if words and (near := difflib.get_close_matches(words[0].lower(), [choice.lower() for choice in choices], n=1)):
-        return f"Did you mean {flag.name} {near[0]}?"
+    written = {choice.lower(): choice for choice in choices}
+    if words and (near := difflib.get_close_matches(words[0].lower(), written, n=1)):
+        return f"Did you mean {flag.name} {written[near[0]]}?"
     example = flag.example or (choices[0] if choices else write_value(flag.default) if flag.default else "")
     return f"Write {flag.name}{metavar(flag, ' ')}" + (f", as {flag.name} {example}" if example else "")

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_lite.checkpoint.catalog import announce, find_checkpoint
+from megatron_lite.cli.main import main
 from megatron_lite.errors import CheckpointError
 
 MEGATRON = {
@@ -104,3 +105,9 @@ def test_a_text_file_that_names_no_iteration_says_what_to_write(kit, tmp_path):
     (tmp_path / "empty" / "latest_checkpointed_iteration.txt").write_text("soon")
     with pytest.raises(CheckpointError, match="leave it out to start from fresh weights"):
         find_checkpoint(str(tmp_path / "empty"))
+
+
+def test_listing_says_what_a_folder_holds_instead(tmp_path, capsys):
+    lay(tmp_path, {"model.safetensors": ""})
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "is a Hugging Face model (safetensors)" in " ".join(capsys.readouterr().out.split())

@@ -81,7 +81,9 @@ def test_each_record_is_read_once(path, tmp_path, monkeypatch):
 
 def test_twice_in_a_row_is_a_clear_answer(path, tmp_path):
     reshard(path, tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"iter_0000003 is there already.*Name another folder, or remove"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000003 is there already.*Give --output another folder, or remove"
+    ):
         reshard(path, tmp_path / "new")
     verify_checkpoint(tmp_path / "new" / "iter_0000003")
 

@@ -67,6 +67,10 @@ FROM_FLAGS = {
     "--valid-weighted-split-paths nonsense": '"NAME: WEIGHT START:END PATH',
     "--max-position-embeddings 1e-1": "a whole number",
     "--position-embedding-type relative": "--position-embedding-type takes one of",
+    "--tokenizer-type NulTokenizer": "Did you mean --tokenizer-type NullTokenizer?",
+    "--save-schedule ten": "Write --save-schedule INTERVAL:LAST …, as --save-schedule 10:100 18:1000 1500",
+    "--log-interval 1.5": "Write --log-interval N, as --log-interval 100",
+    "--rampup-batch-size 2 x 3": "as --rampup-batch-size 16 16 5_000_000",
     # checks/model.py
     "--num-layers 0": "--num-layers is at least 1",
     "--init-method-std -1": "--init-method-std is at least 0",
@@ -333,3 +337,26 @@ def test_what_a_misspelled_flag_means_is_not_called_missing_too(misspelled):
     with pytest.raises(ConfigError) as caught:
         parse_run(argv)
     assert misspelled in str(caught.value) and "shape of its model" not in str(caught.value)
+
+
+SUGGESTIONS = {
+    "--micro-batch-size 3": "--micro-batch-size 1, 2, 4 or 8, or --global-batch-size 6 or 9",
+    "--global-batch-size 4096 --micro-batch-size 3": "64, 128 or another divisor of 4096",
+    "--hidden-size 66": "Give --hidden-size 64 or 68",
+    "--num-query-groups 3": "Give --num-query-groups 1, 2 or 4",
+    "--tensor-model-parallel-size 4 --num-attention-heads 2 --kv-channels 16": "parallel-size 1 or 2, or",
+    "--tensor-model-parallel-size 4 --seq-length 30 --sequence-parallel": "Give --seq-length 28 or 32, or leave",
+    "--pipeline-model-parallel-size 4 --num-layers 2": "Give --pipeline-model-parallel-size 2 or less",
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --num-layers 8": "stage 1, 2 or 4",
+    "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --num-layers 6": "--num-layers 4 or 8",
+    "--decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-size 4": "Give the ends at most 1 layers in all",
+    "--min-lr 1": "Give --min-lr a number from 0 to 0.001, or raise --lr",
+    "--lr-decay-samples 100": "Give --lr-decay-iters instead",
+    "--train-iters 0 --train-samples 800 --lr-warmup-iters 2": "Give --lr-warmup-samples instead",
+    "--lr-warmup-iters 500": "Give --lr-warmup-iters 100 or less",
+}
+
+
+@pytest.mark.parametrize("extra", SUGGESTIONS)
+def test_a_fix_computes_what_would_fit(extra):
+    assert SUGGESTIONS[extra] in error_of([*SMALL, *extra.split()])

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from megatron_lite.errors import ConfigError
 
+SHOWN = 8
+"""Divisors that an error suggests at most."""
+
 
 def at_least(bound: float, **numbers: float) -> Iterator[ConfigError]:
     """Yield an error for each flag (its name with underscores) whose number is less than `bound`."""
@@ -30,6 +33,8 @@ def share(*, open_end: bool = False, **numbers: float) -> Iterator[ConfigError]:
 def divisors(number: int, *others: int) -> str:
     """The common divisors, as an error suggests them: "1, 2, 4 or 8"."""
     found = [str(size) for size in range(1, number + 1) if not any(value % size for value in (number, *others))]
+    if len(found) > SHOWN:
+        return f"{', '.join(found[:SHOWN])} or another divisor of {number}"
     return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 

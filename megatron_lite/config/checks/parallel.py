@@ -156,7 +156,7 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "The stages between the ends need a layer each, and all layers a stage",
             found=f"{found}, --num-layers {layers}, {others} other stages",
-            fix=f"Give the two flags numbers that leave {others} to {layers - 2} layers for the stages between"
+            fix=f"Give the ends at most {layers - others} layers in all: {others} other stages need one each"
             if others
             else f"Give the two flags numbers that add up to {layers}",
         )
