@@ -12,7 +12,14 @@ class MegatronLiteError(Exception):
         rule: what must hold, as a sentence without a full stop.
         found: the values that break it, both sides of the comparison, with the names they came under.
         fix: what to do about it: the flag, file or command to change.
+
+    Attributes:
+        shared: whether all ranks of the job raise it, so that it is printed once.
+        silent: whether this rank leaves it to another one to print it.
     """
+
+    shared = False
+    silent = False
 
     def __init__(self, rule: str, *, found: str, fix: str) -> None:
         self.rule = rule
@@ -40,6 +47,23 @@ class ConfigErrors(ConfigError):
 
     def __str__(self) -> str:
         return f"{self.rule}:\n{self.found}"
+
+
+class RankDifferenceError(ConfigError):
+    """Ranks of one job differ in what all must have in common: configuration, code, files, environment, weights.
+
+    Args:
+        rule: as MegatronLiteError.
+        found: the differing values, each with its ranks and hosts.
+        fix: as MegatronLiteError.
+        rank: the first rank that differs from the others.
+        host: where it runs.
+    """
+
+    def __init__(self, rule: str, *, found: str, fix: str, rank: int, host: str) -> None:
+        super().__init__(rule, found=found, fix=fix)
+        self.rank = rank
+        self.host = host
 
 
 class DataError(MegatronLiteError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.backend.comparison import Comparison, Verdict, compare_over_store
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
+from megatron_lite.backend.numerics import MACHINES, machine_values
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import MegatronLiteError, TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Backend(ABC):
         self.local_rank = launch.local_rank
         self._store: Any = None
         self._watches = 0
+        self._comparisons = 0
+        self._warnings: list[str] = []
 
     @abstractmethod
     def seed(self, value: int) -> None:
@@ -96,6 +101,51 @@ class Backend(ABC):
         self._watches += 1
         return dist.PrefixStore(f"watch{self._watches}", store)  # type: ignore[attr-defined]
 
+    def compare(
+        self,
+        comparison: Comparison,
+        values: Mapping[str, str],
+        *,
+        details: Mapping[str, str] | None = None,
+        failure: MegatronLiteError | None = None,
+        checked: bool = True,
+    ) -> Verdict:
+        """Compare named values with the other ranks', through the store that they met in; a collective call.
+
+        Args:
+            comparison: as compare_over_store has it, as the other arguments. take_warnings has its warnings.
+            values: text by name.
+            details: by name, what is shown behind a value and not compared.
+            failure: the error that kept this rank from having values.
+            checked: whether this rank tried to have values.
+
+        Raises:
+            RankDifferenceError: values differ, or some ranks failed.
+            MegatronLiteError: `failure`, where this is the only rank, or all failed with the same text.
+        """
+        if self._store is None:
+            if failure is not None:
+                raise failure
+            return Verdict()
+        self._comparisons += 1
+        verdict = compare_over_store(
+            self._store,
+            self.launch,
+            comparison,
+            values,
+            number=self._comparisons,
+            details=details,
+            failure=failure,
+            checked=checked,
+        )
+        self._warnings += verdict.warnings
+        return verdict
+
+    def take_warnings(self) -> list[str]:
+        """Return differences between the ranks that do not end the job, once, for the rank that reports."""
+        taken, self._warnings = self._warnings, []
+        return taken
+
     def _group_backend(self) -> str | None:
         return None
 
@@ -112,9 +162,11 @@ class Backend(ABC):
                     timeout=datetime.timedelta(minutes=minutes),
                 )
             )
+            self._store = store
+            # Another kind of device means another transport, whose ranks would wait for each other in vain.
+            self.compare(MACHINES, machine_values(self.name, self.device_name()))
             timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
             store.set_timeout(timeout)
-            self._store = store
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("world", store),  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError
-from megatron_lite.errors import CheckpointError, MegatronLiteError
+from megatron_lite.errors import CheckpointError, MegatronLiteError, RankDifferenceError
 
 T = TypeVar("T")
 
@@ -25,6 +25,8 @@ class FailedRank(Exception):
 def failed_rank(error: BaseException | None) -> FailedRank | None:
     """Where an error was first, by its chain of causes; None: they do not say, so it is this rank's own."""
     while error is not None and not isinstance(error, FailedRank):
+        if isinstance(error, RankDifferenceError):
+            return FailedRank(error.host, error.rank)
         error = error.__cause__
     return error
 

@@ -64,7 +64,8 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
     try:
         code: int = command.run(argv)
     except MegatronLiteError as error:
-        print(f"{_origin()}{type(error).__name__}: {error}", file=sys.stderr)
+        if not error.silent:
+            print(f"{_origin()}{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

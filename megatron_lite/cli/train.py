@@ -30,7 +30,9 @@ def run(argv: list[str]) -> int:
 
             print(explain_text(parsed))
         return 0
-    raise_all([*parsed.missing, *missing_files(parsed.config), *_not_launched(parsed, launch)])
+    # Several ranks look for their files once they have met: a file that one node lacks is an error of all ranks.
+    missing = missing_files(parsed.config) if launch.world_size == 1 else []
+    raise_all([*parsed.missing, *missing, *_not_launched(parsed, launch)])
     if launch.rank == 0:
         for line in (*parsed.notes, *parsed.warnings):
             print(line, file=sys.stderr)

@@ -11,14 +11,12 @@ from pathlib import Path
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
-from megatron_lite.checkpoint.agreement import from_first
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.dataset import Dataset
-from megatron_lite.data.fingerprint import data_fingerprints
 from megatron_lite.data.loader import Loader
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
@@ -39,9 +37,8 @@ from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
 from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
-from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
-from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.comparison import compare_runs, open_files
 from megatron_lite.train.failure import watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
@@ -62,7 +59,6 @@ def machine(config: RunConfig) -> Iterator[Backend]:
         backend = select_backend(config.runtime, config.parallel)
         stack.callback(backend.shutdown)
         stack.enter_context(watched(backend, config.parallel))
-        check_capabilities(config, backend)
         yield backend
 
 
@@ -75,25 +71,30 @@ def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run
         backend: the machine to run on, which stays open; None: one of its own.
 
     Raises:
-        ConfigError: the machine cannot do what is asked.
-        DataError: a dataset or tokenizer is missing or damaged.
+        ConfigError: the machine cannot do what is asked, or a file is missing.
+        RankDifferenceError: the ranks do not have the same configuration, code or files.
+        DataError: a dataset or tokenizer is damaged.
         CheckpointError: so is what --load names, or it belongs to another run.
     """
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config))
+        # Before the mesh: ranks that disagree about its sizes would wait for each other in vain.
+        reads_data = compare_runs(config, backend)
         mesh = build_mesh(backend, config.parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
             build_reporter(config, sys.stdout, active=mesh.world.rank == mesh.world.size - 1)
         )
-        tokenizer = build_tokenizer(config.tokenizer)
+        tokenizer, fingerprints = open_files(config, backend, reads_data=reads_data and _needs_fingerprints(config))
+        for text in backend.take_warnings():
+            reporter.message(f"WARNING: {text}")
         config = with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size)
         start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
         data = _open_data(config, backend, mesh, tokenizer)
         stack.callback(data.close)
-        provenance = provenance_of(config, {"tokenizer": tokenizer.fingerprint(), **_fingerprints(config, mesh.world)})
+        provenance = provenance_of(config, mesh.world.all_gather_object(fingerprints)[0])
         check_provenance(start, config, provenance, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
         num_sources = len(data.train.names) if data.train is not None else 0
@@ -236,11 +237,9 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
     )
 
 
-def _fingerprints(config: RunConfig, world: Group) -> dict[str, str]:
-    """Of the data, read by one rank for all; of none where nothing is saved or loaded; a collective call."""
-    if not config.checkpoint.save and not config.checkpoint.load:
-        return {}
-    return from_first(world, lambda: data_fingerprints(config))
+def _needs_fingerprints(config: RunConfig) -> bool:
+    """Whether the data's fingerprints are compared with another node's or a checkpoint's, or saved."""
+    return bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)
 
 
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:

@@ -27,6 +27,7 @@ START_UP = "start-up"
 _Locals = Mapping[str, Any]
 
 PHASES: dict[tuple[str, str], Callable[[_Locals], str]] = {
+    ("backend.comparison", "compare_over_store"): lambda its: f"comparing {its['comparison'].topic}",
     ("train.assemble", "_open_data"): lambda its: "opening the data",
     ("train.assemble", "build_engine"): lambda its: "building the model",
     ("train.start", "load_start"): lambda its: "loading",
@@ -107,7 +108,8 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
             place = FailedRank(first.host, first.rank)
             place.__cause__ = error
             raise _ended_by(first, name, phase) from place
-        if watchdog is not None or not isinstance(error, (MegatronLiteError, KeyboardInterrupt)):
+        known = isinstance(error, (MegatronLiteError, KeyboardInterrupt))
+        if not getattr(error, "shared", False) and (watchdog is not None or not known):
             print(f"[{name}] failed in {phase}: {_words(error)}", file=sys.stderr, flush=True)
         if watchdog is not None:
             watchdog.fail(f"{name} failed in {phase}: {_words(error)}")

@@ -1,0 +1,260 @@
+"""Comparison of named values over all ranks: exchange through the rendezvous store, summary of the differences.
+
+It needs no process group, whose collectives would hang or abort where ranks disagree about the layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from megatron_lite.backend.environment import Launch
+from megatron_lite.errors import MegatronLiteError, RankDifferenceError
+
+GRACE = 10.0
+"""Seconds that rank 0 waits at most for the others to read why the job ends."""
+MAX_LINES = 20
+"""Differences shown; the number of others is given."""
+MAX_VALUES = 4
+"""Values shown of one difference."""
+MAX_RANGES = 8
+"""Ranges of ranks, and hosts, shown of one value."""
+MAX_TEXT = 160
+"""Characters shown of one value, from shortly before its first difference."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Values of one rank.
+
+    Attributes:
+        host: where the rank runs.
+        values: text by name, where the text says what it is the value of. A name that a rank leaves out is not compared
+            with this rank.
+        details: by name, what is shown behind a value and not compared, such as the path of a file.
+        failure: text of the error that kept the rank from having values; empty: none.
+        checked: whether the rank tried to have values; False where another rank of its node does so.
+    """
+
+    host: str
+    values: Mapping[str, str]
+    details: Mapping[str, str] = field(default_factory=dict)
+    failure: str = ""
+    checked: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of a comparison, the same on every rank.
+
+    Attributes:
+        errors: one line per difference that ends the job, and per failure of some ranks.
+        warnings: one line per difference that does not.
+        differing: names whose values differ.
+        common_failure: whether every rank that tried failed, all with the same error.
+        rank: the first rank that differs or failed, for errors.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    common_failure: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison is about.
+
+    Attributes:
+        topic: in one word.
+        rule: of the error that a difference is.
+        fix: of that error.
+        warn: names whose differences are warnings.
+        note: names whose differences are only listed in Verdict.differing.
+    """
+
+    topic: str
+    rule: str
+    fix: str
+    warn: frozenset[str] = frozenset()
+    note: frozenset[str] = frozenset()
+
+
+def judge(statements: Sequence[Statement], comparison: Comparison) -> Verdict:
+    """Compare the statements of all ranks, in the order of ranks."""
+    hosts = [statement.host for statement in statements]
+    failed = _by_value((rank, s.failure) for rank, s in enumerate(statements) if s.failure)
+    checked = sum(statement.checked for statement in statements)
+    common = len(failed) == 1 and len(next(iter(failed.values()))) == checked
+    verdict = Verdict(common_failure=common)
+    involved = [rank for ranks in failed.values() for rank in ranks]
+    for text, ranks in failed.items():
+        verdict.errors.append(f"{rank_words(ranks, hosts)}: {text}")
+    for name in dict.fromkeys(name for statement in statements for name in statement.values):
+        found = _by_value((rank, s.values[name]) for rank, s in enumerate(statements) if name in s.values)
+        if len(found) == 1:
+            continue
+        verdict.differing.append(name)
+        if name in comparison.note:
+            continue
+        reference = reference_value(found)
+        details = {text: statements[ranks[0]].details.get(name, "") for text, ranks in found.items()}
+        line = difference_line(found, reference, hosts, details)
+        (verdict.warnings if name in comparison.warn else verdict.errors).append(line)
+        if name not in comparison.warn:
+            involved += [ranks[0] for text, ranks in found.items() if text != reference]
+    return Verdict(**{**asdict(verdict), "rank": min(involved, default=0)})
+
+
+def reference_value(found: Mapping[str, Sequence[int]]) -> str:
+    """Return the value of more than half of the ranks; without such a majority, that of the first rank."""
+    total = sum(map(len, found.values()))
+    majority = [text for text, ranks in found.items() if 2 * len(ranks) > total]
+    return majority[0] if majority else min(found, key=lambda text: found[text][0])
+
+
+def difference_line(
+    found: Mapping[str, Sequence[int]], reference: str, hosts: Sequence[str], details: Mapping[str, str] | None = None
+) -> str:
+    """Describe one difference: `--lr 0.001 on ranks 8-15 on n2, --lr 0.0001 on the other 248 ranks`.
+
+    Args:
+        found: the ranks of each value, more than one value.
+        reference: the value that is named last.
+        hosts: of all ranks.
+        details: by value, what is shown behind it.
+    """
+    shown = dict(zip(found, _shorten(list(found)), strict=True))
+    for text, detail in (details or {}).items():
+        shown[text] += f" ({detail})" if detail else ""
+    others = sorted((text for text in found if text != reference), key=lambda text: found[text][0])
+    parts = [f"{shown[text]} on {rank_words(found[text], hosts)}" for text in others[:MAX_VALUES]]
+    if hidden := others[MAX_VALUES:]:
+        ranks = sorted(rank for text in hidden for rank in found[text])
+        parts.append(f"{len(hidden)} other values on {rank_words(ranks, hosts)}")
+    rest = found[reference]
+    last = rank_words(rest, hosts) if len(rest) == 1 else f"the other {len(rest)} ranks"
+    return ", ".join([*parts, f"{shown[reference]} on {last}"])
+
+
+def rank_words(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Name ranks and their hosts: `rank 3 on n1`, `ranks 8-15 on n2`, `all ranks`.
+
+    Args:
+        ranks: in rising order.
+        hosts: of all ranks.
+    """
+    if len(ranks) == len(hosts) > 1:
+        return "all ranks"
+    ranges: list[list[int]] = []
+    for rank in ranks:
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    words = [f"{first}-{last}" if first != last else f"{first}" for first, last in ranges[:MAX_RANGES]]
+    more = sum(last - first + 1 for first, last in ranges[MAX_RANGES:])
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    places = ", ".join(names[:MAX_RANGES])
+    places += f" and {len(names) - MAX_RANGES} more hosts" if len(names) > MAX_RANGES else ""
+    return (
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(words)}{f' and {more} more' if more else ''} on {places}"
+    )
+
+
+def compare_over_store(
+    store: Any,
+    launch: Launch,
+    comparison: Comparison,
+    values: Mapping[str, str],
+    *,
+    number: int = 0,
+    details: Mapping[str, str] | None = None,
+    failure: MegatronLiteError | None = None,
+    checked: bool = True,
+) -> Verdict:
+    """Compare named values with those of all other ranks; every rank calls it, and waits for the slowest.
+
+    Rank 0 reads a digest of each rank's values, and the values only once per different digest.
+
+    Args:
+        store: where the ranks met (torch.distributed.Store); its own timeout applies.
+        launch: this rank's place in the job.
+        comparison: what is compared, and what a difference means.
+        values: text by name, as Statement has them.
+        number: distinguishes the job's calls; the same on all ranks.
+        details: as Statement.
+        failure: the error that kept this rank from having values.
+        checked: as Statement.
+
+    Raises:
+        RankDifferenceError: values differ, or some ranks failed. All ranks raise it, and rank 0 prints it.
+        MegatronLiteError: `failure`, where every rank that tried failed with the same text.
+    """
+    topic = f"compare/{number} {comparison.topic}"
+    statement = Statement(launch.host, dict(values), dict(details or {}), str(failure or ""), checked)
+    record = json.dumps(asdict(statement), sort_keys=True)
+    digest = hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
+    store.set(f"{topic}/record/{launch.rank}", record)
+    store.set(f"{topic}/digest/{launch.rank}", digest)
+    if launch.rank == 0:
+        statements = _read_statements(store, topic, launch.world_size)
+        judged = judge(statements, comparison)
+        store.set(f"{topic}/verdict", json.dumps([asdict(judged), statements[judged.rank].host]))
+    told, host = json.loads(store.get(f"{topic}/verdict"))
+    verdict = Verdict(**told)
+    if not verdict.errors:
+        return verdict
+    _leave(store, topic, launch)
+    error = failure if verdict.common_failure else None
+    if error is None:
+        lines = verdict.errors[:MAX_LINES]
+        if more := len(verdict.errors) - len(lines):
+            lines.append(f"and {more} more differences")
+        found = "".join(f"\n  {line}" for line in lines) + "\n"
+        error = RankDifferenceError(comparison.rule, found=found, fix=comparison.fix, rank=verdict.rank, host=host)
+    error.shared, error.silent = True, launch.rank != 0
+    raise error
+
+
+def _leave(store: Any, topic: str, launch: Launch) -> None:
+    """Keep rank 0, whose process may hold the store, until all ranks have read why the job ends."""
+    deadline = time.monotonic() + GRACE
+    with contextlib.suppress(RuntimeError):
+        store.add(f"{topic}/read", 1)
+        while launch.rank == 0 and time.monotonic() < deadline and store.add(f"{topic}/read", 0) < launch.world_size:
+            time.sleep(0.02)
+
+
+def _read_statements(store: Any, topic: str, world_size: int) -> list[Statement]:
+    digests = store.multi_get([f"{topic}/digest/{rank}" for rank in range(world_size)])
+    first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+    read = {digest: Statement(**json.loads(store.get(f"{topic}/record/{rank}"))) for digest, rank in first.items()}
+    return [read[digest] for digest in digests]
+
+
+def _by_value(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for rank, text in pairs:
+        found.setdefault(text, []).append(rank)
+    return found
+
+
+def _shorten(texts: Sequence[str]) -> Iterator[str]:
+    """Cut long texts to their first word and the neighbourhood of their first difference."""
+    same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))))
+    for text in texts:
+        if len(text) <= MAX_TEXT:
+            yield text
+            continue
+        start = min(max(0, same - MAX_TEXT // 4), len(text) - MAX_TEXT // 2)
+        cut = text[start : start + MAX_TEXT]
+        head = f"{text.split(maxsplit=1)[0]} …" if start else ""
+        yield f"{head}{cut}{'…' if start + MAX_TEXT < len(text) else ''}"
