@@ -123,7 +123,7 @@ def reference_value(found: Mapping[str, Sequence[int]]) -> str:
 def difference_line(
     found: Mapping[str, Sequence[int]], reference: str, hosts: Sequence[str], details: Mapping[str, str] | None = None
 ) -> str:
-    """Describe one difference: `--lr 0.001 on ranks 8-15 on n2, --lr 0.0001 on the other 248 ranks`.
+    """Describe one difference: `--lr 0.001 on ranks 8-15 (n2), --lr 0.0001 on the other 248 ranks`.
 
     Args:
         found: the ranks of each value, more than one value.
@@ -145,7 +145,7 @@ def difference_line(
 
 
 def rank_words(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Name ranks and their hosts: `rank 3 on n1`, `ranks 8-15 on n2`, `all ranks`.
+    """Name ranks and their hosts: `rank 3 (n1)`, `ranks 8-15 (n2)`, `all ranks`.
 
     Args:
         ranks: in rising order.
@@ -164,9 +164,8 @@ def rank_words(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
     places = ", ".join(names[:MAX_RANGES])
     places += f" and {len(names) - MAX_RANGES} more hosts" if len(names) > MAX_RANGES else ""
-    return (
-        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(words)}{f' and {more} more' if more else ''} on {places}"
-    )
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {', '.join(words)}{f' and {more} more' if more else ''} ({places})"
 
 
 def compare_over_store(

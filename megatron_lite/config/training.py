@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,11 @@ class TrainingConfig:
     """Iterations in a row with too high a loss that make a spike."""
     auto_rollback: int = 0
     """How often a run may go back before a spike by itself, leaving out its samples; 0: never."""
+
+    weight_check_interval: int = 0
+    """Iterations between comparisons of the replicas' weights; 0: none."""
+    on_weight_mismatch: Literal["stop", "repair"] = "stop"
+    """When replicas of a weight differ: end the run, or overwrite them with one of them and go on."""
 
     exit_interval: int = 0
     """Exit after an iteration that this divides (absolute, as Megatron means it); 0: never."""

@@ -16,6 +16,7 @@ from megatron_lite.optim.measure import Measure
 from megatron_lite.optim.update_rule import UpdateRule
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.rectangles import rectangles
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
@@ -38,6 +39,15 @@ class StepResult:
     grad_norm: float
     num_zeros: int | None = None
     params_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """Optimizer state of a parameter's elements [start, stop): main parameter (if it is a copy) and moments."""
+
+    start: int
+    stop: int
+    tensors: tuple[Tensor, ...]
 
 
 class Optimizer:
@@ -137,6 +147,24 @@ class Optimizer:
                 tensors += [self._global(f"optimizer.{name}", state, piece) for name, state in states.items()]
         return [tensor for tensor in tensors if tensor.pieces]
 
+    def states_of(self, parameter: NamedParameter) -> list[ParameterState]:
+        """Return this rank's share of one parameter's state, as views to be written to."""
+        found = []
+        for shard, main, moments in zip(self._buffers.shards, self._mains, self._rule.moments, strict=True):
+            states = ([] if main.dtype == shard.values.dtype else [main]) + list(moments.values())
+            for piece in shard.pieces:
+                if piece.parameter is parameter:
+                    end = piece.position + piece.stop - piece.start
+                    views = tuple(state[piece.position : end] for state in states)
+                    found.append(ParameterState(piece.start, piece.stop, views))
+        return found
+
+    @torch.no_grad()
+    def refresh_parameters(self) -> None:
+        """Round the main parameters to the model's dtype once more, and gather them; a collective call under ZeRO-1."""
+        self._hand_back()
+        self._buffers.finish_gather()
+
     def state_scalars(self) -> dict[str, Any]:
         """The rest of the state, as JSON values."""
         return {"step": self._rule.applied, "loss_scaler": {"kind": self._scaler.kind, **self._scaler.state()}}
@@ -155,7 +183,11 @@ class Optimizer:
             for shard in shards:
                 shard.gradients.mul_(factor)
         self._rule.step(lr, weight_decay)
-        for main, shard in zip(self._mains, shards, strict=True):
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Give the model's parameters the values of the main parameters."""
+        for main, shard in zip(self._mains, self._buffers.shards, strict=True):
             if main.dtype != shard.values.dtype:
                 shard.values.copy_(main)
         self._buffers.gather()

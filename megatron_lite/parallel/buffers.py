@@ -82,6 +82,9 @@ class ParameterBuffers:
         shard: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os): each replica gets the reduced gradients of its
             slice of each bucket only, steps those, and gathers the others' parameters.
         overlap: reduce buckets while backward runs; False: all in reduce.
+
+    Attributes:
+        tied: as given.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class ParameterBuffers:
         self.parameters = tuple(parameters)
         self.sharded = shard and dp.size > 1
         self._dp, self._tp = dp, tp
-        self._tied = dict(tied or {})
+        self.tied = dict(tied or {})
         self.dtype = _only_dtype(self.parameters)
         parts = dp.size if self.sharded else 1
         self.buffers = [
@@ -152,7 +155,7 @@ class ParameterBuffers:
         self.finish_gather()
         self._reduction.finish()
         self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
-        for name, group in self._tied.items():
+        for name, group in self.tied.items():
             self._sum_over(group, [p for p in self.parameters if p.name == name])
 
     def gather(self) -> None:
@@ -184,9 +187,7 @@ class ParameterBuffers:
 
     def _build(self, decay: bool, bucket_elements: int, parts: int) -> FlatBuffer:
         parameters = [p for p in self.parameters if has_decay(p) is decay]
-        buckets = lay_out(
-            parameters, bucket_elements=bucket_elements, parts=parts, alone=lambda p: p.name in self._tied
-        )
+        buckets = lay_out(parameters, bucket_elements=bucket_elements, parts=parts, alone=lambda p: p.name in self.tied)
         device = parameters[0].param.device
         values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
         gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)

@@ -23,6 +23,7 @@ from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.build import DTYPES, build_stage
+from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import WORD_EMBEDDINGS, GPTStage
 from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
@@ -178,6 +179,8 @@ def build_stages(
     first, last = stages[min(stages)], stages[max(stages)]
     if first is not last and first.embedding is not None and last.has_head and config.model.tied_embeddings:
         last.share_table(first)
+    for stage in stages.values():
+        check_count(stage)
     return stages
 
 

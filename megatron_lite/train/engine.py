@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_lite.backend.group import Group
 from megatron_lite.model.batch import MicroBatch
+from megatron_lite.optim.replicas import Mismatch
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.schedules.iteration import IterationPlan
 
@@ -58,3 +59,9 @@ class Engine(Protocol):
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """The inverse of state_scalars, after the tensors have been loaded in place."""
+
+    def compare_replicas(self) -> list[Mismatch]:
+        """Find parameters whose replicas differ in any bit; the same on every rank; a collective call."""
+
+    def repair_replicas(self, mismatches: Sequence[Mismatch]) -> None:
+        """Overwrite differing replicas, and their optimizer state, with one of them; a collective call."""

@@ -33,6 +33,7 @@ PHASES: dict[tuple[str, str], Callable[[_Locals], str]] = {
     ("train.start", "load_start"): lambda its: "loading",
     ("train.loop", "_iterate"): lambda its: f"iteration {its['plan'].iteration}" if "plan" in its else "an iteration",
     ("train.loop", "evaluate"): lambda its: f"evaluation ({its.get('split', '')})",
+    ("train.replica_check", "check_weights_if_due"): lambda its: "comparing the weights of the replicas",
     ("train.state", "save"): lambda its: f"saving iteration {its['progress'].iteration}",
     ("train.stopping", "agree"): lambda its: "agreeing whether to stop",
     ("data.loader", "microbatch"): lambda its: "reading data",

@@ -21,6 +21,7 @@ from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.replica_check import check_weights_if_due
 from megatron_lite.train.spike_report import GoingBack, notice, way_out
 from megatron_lite.train.state import RunState
 from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
@@ -65,6 +66,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             if (back := _iterate(run)) is not None:
                 run.state.finish()
                 return back
+            check_weights_if_due(run)
             iteration = run.progress.iteration
             if config.training.eval_interval and iteration % config.training.eval_interval == 0:
                 evaluate(run, "validation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer
+from megatron_lite.optim.replicas import Mismatch, Replicas
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.tensors import GlobalTensor, parameter_tensor
@@ -58,6 +59,7 @@ class NativeEngine:
         self._executor = executor
         self._num_sources = num_sources if num_sources > 1 else 0
         self._timers = timers or Timers(0, mesh.backend.synchronize)
+        self._replicas = Replicas(mesh, config.parallel, buffers, optimizer)
         self._program = lru_cache(maxsize=64)(self._make_program)
 
     @property
@@ -135,6 +137,14 @@ class NativeEngine:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Takes over the result of state_scalars."""
         self._optimizer.load_scalars(scalars)
+
+    def compare_replicas(self) -> list[Mismatch]:
+        """Find parameters whose replicas differ."""
+        return self._replicas.compare()
+
+    def repair_replicas(self, mismatches: Sequence[Mismatch]) -> None:
+        """Overwrite differing replicas."""
+        self._replicas.repair(mismatches)
 
     def _make_program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
         parallel, pp = self._config.parallel, self._mesh.pp

@@ -115,6 +115,8 @@ FROM_FLAGS = {
     "--min-loss-scale 0": "The loss scale starts above its positive minimum",
     "--exit-interval -1": "--exit-interval is at least 0",
     "--log-interval 0": "--log-interval is at least 1",
+    "--check-weight-hash-across-dp-replicas-interval -1": "replicas-interval is at least 0",
+    "--on-weight-mismatch repair": "--on-weight-mismatch repair needs weights that are compared",
     "--skip-train-iteration-range 2-5 4-9": "Skipped ranges start at 1, rise and do not overlap",
     # checks/parallel.py
     "--tensor-model-parallel-size 0": "--tensor-model-parallel-size is at least 1",

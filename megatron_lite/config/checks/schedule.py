@@ -176,6 +176,7 @@ def intervals(config: RunConfig) -> Iterator[ConfigError]:
         0,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
+        check_weight_hash_across_dp_replicas_interval=training.weight_check_interval,
         exit_interval=training.exit_interval,
         exit_after_iters=training.exit_after_iters,
         exit_samples=training.exit_samples,
@@ -184,6 +185,17 @@ def intervals(config: RunConfig) -> Iterator[ConfigError]:
         seed=config.runtime.seed,
     )
     yield from at_least(1, log_interval=metrics.log_interval, tensorboard_log_interval=metrics.tensorboard_log_interval)
+
+
+def repairs_need_checks(config: RunConfig) -> Iterator[ConfigError]:
+    """Weights are repaired where they are compared."""
+    training = config.training
+    if training.on_weight_mismatch == "repair" and not training.weight_check_interval:
+        yield ConfigError(
+            "--on-weight-mismatch repair needs weights that are compared",
+            found="no --check-weight-hash-across-dp-replicas-interval",
+            fix="Give that interval, or leave --on-weight-mismatch out",
+        )
 
 
 def skipped_ranges_are_apart(config: RunConfig) -> Iterator[ConfigError]:
@@ -209,5 +221,6 @@ RULES = (
     optimizer_constants,
     loss_scale_bounds,
     intervals,
+    repairs_need_checks,
     skipped_ranges_are_apart,
 )

@@ -195,7 +195,7 @@ REPORTS = (
     *no_effect(
         "a loss or gradient that is not finite stops the run; nothing is run twice",
         "--rerun-mode --result-rejected-tracker-filename --check-for-spiky-loss --check-for-large-grads",
-        "--no-check-for-spiky-loss --no-check-for-large-grads --check-weight-hash-across-dp-replicas-interval",
+        "--no-check-for-spiky-loss --no-check-for-large-grads",
     ),
     *no_effect("every checkpoint's manifest holds the config", "--log-path"),
     *no_effect("an NVIDIA cluster's own service", "--adlr-autoresume", "--adlr-autoresume-interval"),

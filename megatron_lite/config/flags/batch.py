@@ -128,6 +128,20 @@ SPIKES = (
     ),
 )
 
+WEIGHT_CHECKS = (
+    Flag(
+        "--check-weight-hash-across-dp-replicas-interval",
+        "training.weight_check_interval",
+        "Iterations between bit-for-bit comparisons of the weights that several ranks hold: data-parallel replicas, "
+        "parameters that tensor-parallel ranks share, tied embeddings (0: none).",
+    ),
+    Flag(
+        "--on-weight-mismatch",
+        "training.on_weight_mismatch",
+        "When replicas of a weight differ: stop with an error, or repair them and their optimizer state and go on.",
+    ),
+)
+
 STOPPING = (
     Flag(
         "--exit-interval",

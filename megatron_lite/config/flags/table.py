@@ -15,6 +15,7 @@ SUPPORTED: dict[str, tuple[Flag, ...]] = {
     "Batch": batch.BATCH,
     "Length and evaluation": batch.TRAINING,
     "Loss spikes": batch.SPIKES,
+    "Weight checks": batch.WEIGHT_CHECKS,
     "Stopping": batch.STOPPING,
     "Learning rate": optimizer.LEARNING_RATE,
     "Optimizer": optimizer.OPTIMIZER,

@@ -1,0 +1,146 @@
+"""Replica comparison: bit hashes of the parameters that several ranks hold, and the repair of those that differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lite.config.layout import Coordinates, coordinates, partitions, rank_of
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.optim.optimizer import Optimizer
+from megatron_lite.parallel.bit_hash import BitHash
+from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameters import NamedParameter
+
+_AXES = ("dp", "tp", "embedding")
+_CHUNK = 1 << 24
+"""Elements that a repair sends at once."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A parameter, or one tensor-parallel part of it, whose replicas differ.
+
+    Attributes:
+        name: of the parameter.
+        tp: coordinate of the part; None: every tp rank holds the whole parameter.
+        hashes: by rank that holds it.
+    """
+
+    name: str
+    tp: int | None
+    hashes: Mapping[int, int]
+
+    @property
+    def source(self) -> int:
+        """The first rank with the hash that most ranks have; of equally frequent ones, that of the first rank."""
+        counts = Counter(self.hashes[rank] for rank in sorted(self.hashes))
+        common = counts.most_common(1)[0][0]
+        return min(rank for rank, found in self.hashes.items() if found == common)
+
+    @property
+    def differing(self) -> list[int]:
+        """The ranks that differ from the source."""
+        return sorted(rank for rank, found in self.hashes.items() if found != self.hashes[self.source])
+
+
+class Replicas:
+    """Compares and repairs what several ranks hold of the same parameters.
+
+    Those are: all parameters, over the data-parallel replicas; under tensor parallelism, parameters that are not split;
+    and a tied embedding, over the first and the last pipeline stage.
+
+    Args:
+        mesh: this rank's groups.
+        parallel: the sizes of the mesh's axes.
+        buffers: this rank's parameters.
+        optimizer: holds their state.
+    """
+
+    def __init__(self, mesh: Mesh, parallel: ParallelConfig, buffers: ParameterBuffers, optimizer: Optimizer) -> None:
+        self._mesh = mesh
+        self._parallel = parallel
+        self._buffers = buffers
+        self._optimizer = optimizer
+        self._hash: BitHash | None = None
+
+    def compare(self) -> list[Mismatch]:
+        """Find the parameters whose replicas differ in any bit; a collective call with the same result on every rank.
+
+        Ranks exchange three numbers. Only if these differ do they exchange the hash of each parameter.
+        """
+        self._buffers.finish_gather()
+        device = self._mesh.backend.device
+        self._hash = self._hash or BitHash(device)
+        parameters = self._buffers.parameters
+        hashes = torch.stack([self._hash(parameter.param) for parameter in parameters])
+        classes = [list(parameters), [p for p in parameters if p.tp_dim is None]]
+        classes.append([p for p in parameters if p.name in self._buffers.tied])
+        place = {id(parameter): number for number, parameter in enumerate(parameters)}
+        sums = torch.stack([self._hash(hashes[[place[id(p)] for p in chosen]]) for chosen in classes])
+        everyone: list[list[int]] = self._mesh.world.all_gather(sums.view(1, -1)).tolist()
+        if not any(
+            len({everyone[rank][column] for rank in row}) > 1
+            for column, axis in enumerate(_AXES)
+            for row in partitions(axis, self._parallel)
+        ):
+            return []
+        found = zip(parameters, hashes.tolist(), strict=True)
+        own = {(p.name, None if p.tp_dim is None else self._mesh.tp.rank): value for p, value in found}
+        holders: dict[tuple[str, int | None], dict[int, int]] = {}
+        for rank, told in enumerate(self._mesh.world.all_gather_object(own)):
+            for key, value in told.items():
+                holders.setdefault(key, {})[rank] = value
+        return [Mismatch(*key, ranks) for key, ranks in holders.items() if len(set(ranks.values())) > 1]
+
+    @torch.no_grad()
+    def repair(self, mismatches: Sequence[Mismatch]) -> None:
+        """Overwrite differing replicas and their optimizer state with the source's; a collective call.
+
+        Where main parameters are copies in fp32, the parameters are rounded from them in the end: under ZeRO-1 they
+        tell which of two replicas is right.
+        """
+        for mismatch in mismatches:
+            self._repair(mismatch)
+        self._optimizer.refresh_parameters()
+
+    def _repair(self, mismatch: Mismatch) -> None:
+        members = set(mismatch.hashes)
+        mine = self._parameter(mismatch)
+        own = [] if mine is None else [mine.param.data.view(-1)]
+        self._send(mismatch.source, members, own)
+        at = coordinates(mismatch.source, self._parallel)
+        states = [] if mine is None else [t for state in self._optimizer.states_of(mine) for t in state.tensors]
+        if not self._buffers.sharded:
+            self._send(mismatch.source, members, states)
+            return
+        # Under ZeRO-1 a replica has the state of its own slice, which only ranks with its dp coordinate hold as well.
+        for dp in range(self._parallel.dp):
+            same = {rank for rank in members if coordinates(rank, self._parallel).dp == dp}
+            if len(same) > 1:
+                self._send(rank_of(Coordinates(tp=at.tp, dp=dp, pp=at.pp), self._parallel), same, states)
+
+    def _parameter(self, mismatch: Mismatch) -> NamedParameter | None:
+        if self._mesh.world.rank not in mismatch.hashes:
+            return None
+        return next(parameter for parameter in self._buffers.parameters if parameter.name == mismatch.name)
+
+    def _send(self, source: int, members: set[int], tensors: Sequence[Tensor]) -> None:
+        """Copy flat tensors from `source` to the other members, through all ranks: a repair is rare."""
+        world = self._mesh.world
+        shapes: list[tuple[int, torch.dtype]] = world.all_gather_object([(t.numel(), t.dtype) for t in tensors])[source]
+        for number, (length, dtype) in enumerate(shapes):
+            own = tensors[number] if world.rank in members else None
+            for start in range(0, length, _CHUNK):
+                stop = min(length, start + _CHUNK)
+                chunk = torch.empty(stop - start, dtype=dtype, device=self._mesh.backend.device)
+                if own is not None:
+                    chunk.copy_(own[start:stop])
+                world.broadcast_(chunk, source)
+                if own is not None:
+                    own[start:stop].copy_(chunk)
