@@ -199,7 +199,7 @@ def compare_over_store(
     """
     topic = f"compare/{number} {comparison.topic}"
     statement = Statement(launch.host, dict(values), dict(details or {}), str(failure or ""), checked)
-    record = json.dumps(asdict(statement), sort_keys=True)
+    record = json.dumps(asdict(statement))
     digest = hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
     store.set(f"{topic}/record/{launch.rank}", record)
     store.set(f"{topic}/digest/{launch.rank}", digest)

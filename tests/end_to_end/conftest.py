@@ -1,5 +1,8 @@
 """The tiny corpus that all end-to-end tests read, and the way to start jobs that do not outlive their test."""
 
+import os
+import socket
+
 import pytest
 import torch
 from trainer import Job, make_corpus
@@ -29,6 +32,39 @@ def start(tmp_path):
         return jobs[-1]
 
     yield start_job
+    for job in jobs:
+        job.process.kill()
+        job.process.join()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Starts one process per list of words, as ranks of one job, and returns their results."""
+    jobs = []
+
+    def start(*words, prepare=None, **variables):
+        port = free_port()
+        for rank, own in enumerate(words):
+            folder = tmp_path / f"rank{rank}"
+            folder.mkdir(exist_ok=True)
+
+            def enter(rank=rank):
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(words), "MASTER_ADDR": "127.0.0.1"}
+                names |= {"MASTER_PORT": port, **(variables if rank else {})}
+                os.environ.update({name: str(value) for name, value in names.items()})
+                if prepare is not None:
+                    prepare(rank)
+
+            jobs.append(Job(folder, own, enter))
+        return [job.wait(120) for job in jobs[-len(words) :]]
+
+    yield start
     for job in jobs:
         job.process.kill()
         job.process.join()

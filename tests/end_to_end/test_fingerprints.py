@@ -10,7 +10,7 @@ from trainer import checkpoints, command, preprocess
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.train import assemble, provenance
+from megatron_lite.train import assemble, comparison, provenance
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_edited_code_is_told(corpus, tmp_path):
 
 
 def fingerprints_on(backend, words):
-    """On one rank: what its manifests would say. Only rank 0 may look at the data for it."""
+    """On one rank: what its manifests would say. Only the first of a node may look at the data for it."""
     config = parse_run(words, world_size=backend.world_size).config
-    look = assemble.data_fingerprints if backend.rank == 0 else None
-    with mock.patch.object(assemble, "data_fingerprints", look), assemble.assembled(config, backend) as run:
+    look = comparison.data_fingerprints if backend.rank == 0 else None
+    with mock.patch.object(comparison, "data_fingerprints", look), assemble.assembled(config, backend) as run:
         return run.state.provenance.fingerprints
 
 

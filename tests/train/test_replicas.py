@@ -60,7 +60,9 @@ def checked_run(backend, cell, iterations):
 
 def contents(engine):
     return [
-        (t.name, p.offset, p.tensor.detach().float().numpy().tobytes()) for t in engine.state_tensors() for p in t.pieces
+        (t.name, p.offset, p.tensor.detach().float().numpy().tobytes())
+        for t in engine.state_tensors()
+        for p in t.pieces
     ]
 
 

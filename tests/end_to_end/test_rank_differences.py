@@ -1,0 +1,146 @@
+"""Ranks started by hand, on one machine, that do not have the same command line or files: found at start, said once."""
+
+import shutil
+import socket
+
+import pytest
+from trainer import command, preprocess, status
+
+HOST = socket.gethostname()
+
+
+def job(corpus, *words, data=None):
+    timeouts = ("--distributed-timeout-minutes", 0.5, "--rendezvous-timeout-minutes", 1)
+    return corpus.job("--train-iters", 3, *timeouts, *words, data=data)
+
+
+def said(results):
+    """Rank 0's error, once all ranks have ended with one and the others were silent."""
+    assert [result.code for result in results] == [1] * len(results), results
+    assert results[0].err.count("RankDifferenceError") == 1
+    for result in results[1:]:
+        assert "Error" not in result.err, result.err
+    return results[0].err
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            ("--lr", 2e-3, "--seed", 7),
+            [
+                f"--lr 0.002 on rank 1 ({HOST}), --lr 0.001 on rank 0 ({HOST})",
+                f"--seed 7 on rank 1 ({HOST}), --seed 1234 on rank 0 ({HOST})",
+            ],
+        ),
+        (("--num-layers", 4), [f"--num-layers 4 on rank 1 ({HOST}), --num-layers 2 on rank 0 ({HOST})"]),
+        (
+            ("--tensor-model-parallel-size", 2, "--distributed-timeout-minutes", 0.4),
+            [
+                f"--tensor-model-parallel-size 2 on rank 1 ({HOST}), --tensor-model-parallel-size 1 on rank 0 ({HOST})",
+                f"--distributed-timeout-minutes 0.4 on rank 1 ({HOST}), --distributed-timeout-minutes 0.5 on rank 0",
+            ],
+        ),
+    ],
+)
+def test_other_flags(corpus, ranks, words, lines):
+    text = said(ranks(job(corpus), job(corpus, *words)))
+    shown = [line.strip() for line in text.splitlines() if line.startswith("  ")]
+    assert len(shown) == len(lines), "only what differs"
+    for line, expected in zip(shown, lines, strict=True):
+        assert line.startswith(expected)
+    assert "same command line" in text
+
+
+def test_what_may_differ_does(corpus, ranks, tmp_path):
+    copy = [shutil.copy(f"{corpus.data[0]}{suffix}", tmp_path / f"copy{suffix}") for suffix in (".bin", ".idx")]
+    words = ("--data-cache-path", tmp_path, "--num-threads", 2, "--metrics-file", tmp_path / "metrics.jsonl")
+    results = ranks(job(corpus), job(corpus, *words, data=copy[0].with_suffix("")))
+    assert [result.code for result in results] == [0, 0], results
+
+
+def test_another_environment(corpus, ranks):
+    text = said(ranks(job(corpus), job(corpus), NVIDIA_TF32_OVERRIDE="0"))
+    assert f"NVIDIA_TF32_OVERRIDE=0 on rank 1 ({HOST}), no NVIDIA_TF32_OVERRIDE on rank 0" in text
+
+
+def test_another_tokenizer(corpus, ranks, tmp_path):
+    other = tmp_path / "tokenizer"
+    trained = command("train-tokenizer", "--input", corpus.text, "--output", other, "--vocab-size", 299)
+    assert trained.code == 0
+    save = tmp_path / "run"
+    save.mkdir()
+    words = ("--save", save, "--save-interval", 3)
+    text = said(ranks(job(corpus, *words), job(corpus, *words, "--tokenizer-model", other)))
+    assert text.count("\n  tokenizer sha256:") == 1 and f"on rank 1 ({HOST}), tokenizer sha256:" in text
+    ended = status(save)
+    assert (ended["status"], ended["rank"], ended["host"]) == ("error", 1, HOST)
+
+
+def test_other_data_of_the_same_size(corpus, ranks, tmp_path):
+    other = tmp_path / "data"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus.data[0]}{suffix}", f"{other}{suffix}")
+    content = bytearray(other.with_suffix(".bin").read_bytes())
+    content[:4] = content[4:8]
+    other.with_suffix(".bin").write_bytes(content)
+    text = said(ranks(job(corpus), job(corpus, data=other)))
+    assert f"({other}) on rank 1 ({HOST}), data source 1 " in text and f"({corpus.data[0]}) on rank 0" in text
+
+
+def test_other_data_of_another_size(corpus, ranks, tmp_path):
+    text = said(ranks(job(corpus), job(corpus, data=corpus.data[1])))
+    assert "data source 1 " in text
+
+
+def test_files_that_one_rank_lacks(corpus, ranks, tmp_path):
+    words = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
+    text = said(ranks(job(corpus), job(corpus, *words)))
+    assert f"rank 1 ({HOST}): 2 rules are broken:" in text
+    assert f"--tokenizer-model must name a file or folder on this machine that exists: {tmp_path / 'none'}" in text
+
+
+def test_files_that_all_ranks_lack_are_said_once(corpus, ranks, tmp_path):
+    words = job(corpus, "--tokenizer-model", tmp_path / "none")
+    results = ranks(words, words)
+    assert [result.code for result in results] == [1, 1]
+    assert results[0].err.count("ConfigError: --tokenizer-model must name") == 1
+    assert results[1].err == ""
+
+
+def test_a_damaged_tokenizer_on_one_rank(corpus, ranks, tmp_path):
+    broken = shutil.copytree(corpus.tokenizer, tmp_path / "tokenizer")
+    (broken / "tokenizer.json").write_text("{")
+    text = said(ranks(job(corpus), job(corpus, "--tokenizer-model", broken)))
+    assert f"rank 1 ({HOST}): " in text and str(broken) in text
+
+
+def test_another_card_is_a_warning(corpus, ranks):
+    def prepare(rank):
+        from megatron_lite.backend.cpu import CpuBackend
+
+        CpuBackend.device_name = lambda self: f"card {rank}"
+
+    results = ranks(job(corpus), job(corpus), prepare=prepare)
+    assert [result.code for result in results] == [0, 0]
+    assert f"WARNING: device card 1 on rank 1 ({HOST}), device card 0 on rank 0 ({HOST})" in results[1].out
+
+
+def test_a_device_without_the_precision_on_one_rank(corpus, ranks):
+    def prepare(rank):
+        from megatron_lite.backend.base import Capabilities
+        from megatron_lite.backend.cpu import CpuBackend
+
+        if rank:
+            CpuBackend.capabilities = lambda self: Capabilities(dtypes=frozenset({"fp32", "fp16"}))
+
+    text = said(ranks(job(corpus, "--bf16"), job(corpus, "--bf16"), prepare=prepare))
+    assert f"rank 1 ({HOST}): The device must compute in the precision of the run: --bf16 on" in text
+
+
+def test_a_blend_of_other_sources(corpus, ranks, tmp_path):
+    made = preprocess(corpus.text, tmp_path / "x", corpus.tokenizer)
+    assert made.code == 0
+    other = ("--data-path", 0.5, corpus.data[0], 0.5, tmp_path / "x_text_document")
+    text = said(ranks(job(corpus), job(corpus, *other)))
+    assert f"--data-path 0.5 PATH 0.5 PATH on rank 1 ({HOST}), --data-path PATH on rank 0" in text
