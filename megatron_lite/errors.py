@@ -49,21 +49,24 @@ class ConfigErrors(ConfigError):
         return f"{self.rule}:\n{self.found}"
 
 
-class RankDifferenceError(ConfigError):
-    """Ranks of one job differ in what all must have in common: configuration, code, files, environment, weights.
+class FailedRank(Exception):
+    """The cause of an error that several ranks raise: the rank on which it occurred first."""
 
-    Args:
-        rule: as MegatronLiteError.
-        found: the differing values, each with its ranks and hosts.
-        fix: as MegatronLiteError.
-        rank: the first rank that differs from the others.
-        host: where it runs.
-    """
-
-    def __init__(self, rule: str, *, found: str, fix: str, rank: int, host: str) -> None:
-        super().__init__(rule, found=found, fix=fix)
-        self.rank = rank
+    def __init__(self, host: str, rank: int) -> None:
         self.host = host
+        self.rank = rank
+        super().__init__(f"{host}, rank {rank}")
+
+
+def failed_rank(error: BaseException | None) -> FailedRank | None:
+    """Return the rank on which an error occurred first, by its chain of causes; None: this rank."""
+    while error is not None and not isinstance(error, FailedRank):
+        error = error.__cause__
+    return error
+
+
+class RankDifferenceError(ConfigError):
+    """Ranks of one job differ in what all must have in common: configuration, code, files, environment."""
 
 
 class DataError(MegatronLiteError):

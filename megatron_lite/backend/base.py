@@ -163,6 +163,7 @@ class Backend(ABC):
                 )
             )
             self._store = store
+            store.set_timeout(datetime.timedelta(minutes=minutes))  # a file store has a timeout of its own
             # Another kind of device means another transport, whose ranks would wait for each other in vain.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
             timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)

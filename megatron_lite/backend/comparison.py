@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from megatron_lite.backend.environment import Launch
-from megatron_lite.errors import MegatronLiteError, RankDifferenceError
+from megatron_lite.errors import FailedRank, MegatronLiteError, RankDifferenceError, TrainingError
 
 GRACE = 10.0
 """Seconds that rank 0 waits at most for the others to read why the job ends."""
@@ -198,15 +199,21 @@ def compare_over_store(
         MegatronLiteError: `failure`, where every rank that tried failed with the same text.
     """
     topic = f"compare/{number} {comparison.topic}"
-    statement = Statement(launch.host, dict(values), dict(details or {}), str(failure or ""), checked)
+    statement = Statement(
+        launch.host or socket.gethostname(), dict(values), dict(details or {}), str(failure or ""), checked
+    )
     record = json.dumps(asdict(statement))
     digest = hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
     store.set(f"{topic}/record/{launch.rank}", record)
     store.set(f"{topic}/digest/{launch.rank}", digest)
     if launch.rank == 0:
+        _wait(
+            store, {f"{topic}/digest/{rank}": f"rank {rank}" for rank in range(launch.world_size)}, comparison, launch
+        )
         statements = _read_statements(store, topic, launch.world_size)
         judged = judge(statements, comparison)
         store.set(f"{topic}/verdict", json.dumps([asdict(judged), statements[judged.rank].host]))
+    _wait(store, {f"{topic}/verdict": "rank 0"}, comparison, launch)
     told, host = json.loads(store.get(f"{topic}/verdict"))
     verdict = Verdict(**told)
     if not verdict.errors:
@@ -218,9 +225,39 @@ def compare_over_store(
         if more := len(verdict.errors) - len(lines):
             lines.append(f"and {more} more differences")
         found = "".join(f"\n  {line}" for line in lines) + "\n"
-        error = RankDifferenceError(comparison.rule, found=found, fix=comparison.fix, rank=verdict.rank, host=host)
+        error = RankDifferenceError(comparison.rule, found=found, fix=comparison.fix)
+        error.__cause__ = FailedRank(host, verdict.rank)
     error.shared, error.silent = True, launch.rank != 0
     raise error
+
+
+def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: Launch) -> None:
+    """Return once the keys are there. Waits in Python, so that signals are obeyed at once.
+
+    Args:
+        store: its timeout applies.
+        keys: with the ranks that set them.
+        comparison: for the error.
+        launch: for the error.
+
+    Raises:
+        TrainingError: some are missing when the time is over.
+    """
+    seconds = store.timeout.total_seconds()
+    deadline = time.monotonic() + seconds
+    pause = 0.001
+    while not store.check(list(keys)):
+        if time.monotonic() > deadline:
+            missing = [rank for key, rank in keys.items() if not store.check([key])]
+            more = f" and {len(missing) - MAX_RANGES} more" if len(missing) > MAX_RANGES else ""
+            raise TrainingError(
+                "All ranks of a job must compare what they have in common",
+                found=f"rank {launch.rank} of {launch.world_size} on {launch.host} waited {seconds:g} s for the "
+                f"{comparison.topic} of {', '.join(missing[:MAX_RANGES])}{more}",
+                fix="See the output of these ranks",
+            )
+        time.sleep(pause)
+        pause = min(0.1, 1.5 * pause)
 
 
 def _leave(store: Any, topic: str, launch: Launch) -> None:

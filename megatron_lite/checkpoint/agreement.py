@@ -8,27 +8,9 @@ from typing import TypeVar
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError
-from megatron_lite.errors import CheckpointError, MegatronLiteError, RankDifferenceError
+from megatron_lite.errors import CheckpointError, FailedRank, MegatronLiteError
 
 T = TypeVar("T")
-
-
-class FailedRank(Exception):
-    """The cause of an error that several ranks raise: where it was first."""
-
-    def __init__(self, host: str, rank: int) -> None:
-        self.host = host
-        self.rank = rank
-        super().__init__(f"{host}, rank {rank}")
-
-
-def failed_rank(error: BaseException | None) -> FailedRank | None:
-    """Where an error was first, by its chain of causes; None: they do not say, so it is this rank's own."""
-    while error is not None and not isinstance(error, FailedRank):
-        if isinstance(error, RankDifferenceError):
-            return FailedRank(error.host, error.rank)
-        error = error.__cause__
-    return error
 
 
 def together(world: Group, step: Callable[[], T]) -> T:

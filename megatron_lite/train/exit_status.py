@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from megatron_lite.checkpoint.agreement import failed_rank
 from megatron_lite.checkpoint.catalog import announced
 from megatron_lite.checkpoint.durable import replace_file
+from megatron_lite.errors import failed_rank
 from megatron_lite.train.stopping import Stop
 
 EXIT_STATUS_NAME = "exit_status.json"

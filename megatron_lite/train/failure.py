@@ -17,10 +17,9 @@ from typing import Any
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
-from megatron_lite.checkpoint.agreement import FailedRank
 from megatron_lite.config.layout import coordinates
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.errors import MegatronLiteError, TrainingError
+from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError
 
 START_UP = "start-up"
 

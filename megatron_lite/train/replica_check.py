@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_lite.backend.comparison import MAX_LINES, rank_words
-from megatron_lite.checkpoint.agreement import FailedRank
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import FailedRank, TrainingError
 from megatron_lite.optim.replicas import Mismatch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_weights_if_due(run: Run) -> None:
     if not mismatches:
         run.reporter.message(f">>> Weight hashes match after {iteration} iterations...")
         return
-    hosts = run.mesh.world.all_gather_object(run.mesh.backend.launch.host)
+    hosts = run.mesh.world.all_gather_object(run.mesh.backend.launch.host or socket.gethostname())
     found = _describe(mismatches, hosts)
     if training.on_weight_mismatch == "stop":
         raise _error(run, mismatches, hosts, found)

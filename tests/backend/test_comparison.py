@@ -2,6 +2,7 @@
 
 import re
 import threading
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from megatron_lite.backend.comparison import (
 )
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.numerics import MACHINES, VARIABLES, machine_values
-from megatron_lite.errors import DataError, RankDifferenceError
+from megatron_lite.errors import DataError, RankDifferenceError, TrainingError, failed_rank
 
 PLAIN = Comparison(topic="test", rule="All must be equal", fix="Make them equal", warn=frozenset({"name"}))
 
@@ -174,7 +175,7 @@ def test_all_ranks_raise_and_rank_0_speaks():
     assert str(errors[0]) == "All must be equal:\n  --a 2 on rank 2 (n3), --a 1 on the other 2 ranks\nMake them equal"
     assert [error.silent for error in errors] == [False, True, True]
     assert all(error.shared for error in errors)
-    assert {(error.rank, error.host) for error in errors} == {(2, "n3")}
+    assert {(failed_rank(error).rank, failed_rank(error).host) for error in errors} == {(2, "n3")}
 
 
 def test_equal_values_pass_with_their_warnings():
@@ -198,6 +199,15 @@ def test_a_failure_of_all_ranks_is_their_own_error():
 def test_many_differences_are_counted():
     one, two = ({f"f{number}": f"--f{number} {rank}" for number in range(30)} for rank in range(2))
     assert f"and {30 - MAX_LINES} more differences" in str(run_ranks([one, two])[0])
+
+
+def test_a_rank_that_says_nothing_is_named():
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(TrainingError, match=r"rank 0 of 3 on n1 waited 0\.2 s for the test of rank 1, rank 2"):
+        compare_over_store(store, Launch(rank=0, world_size=3, host="n1"), PLAIN, {})
+    with pytest.raises(TrainingError, match=r"rank 1 of 3 on n1 waited .* for the test of rank 0"):
+        compare_over_store(store, Launch(rank=1, world_size=3, host="n1"), PLAIN, {}, number=1)
 
 
 def test_another_kind_of_device_and_other_variables_are_errors_other_cards_a_warning():

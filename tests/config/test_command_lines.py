@@ -220,6 +220,7 @@ SPECIAL = {
     "checkpoint.keep_phases": (SavePhase(interval=20, until=100), SavePhase(interval=50)),
     "checkpoint.accept_changed": ("data", "code"),
     "checkpoint.on_failed_save": "continue",
+    "training.on_weight_mismatch": "repair",
     "runtime.device": "cpu",
 }
 COMPANIONS = {
@@ -245,6 +246,7 @@ COMPANIONS = {
         "training": {"spike_factor": 2.0},
         "checkpoint": {"save": "x", "phases": (SavePhase(interval=5),)},
     },
+    "training.on_weight_mismatch": {"training": {"weight_check_interval": 10}},
     "checkpoint.weights_only_every": {"checkpoint": {"save": "x", "phases": (SavePhase(interval=5),)}},
     "checkpoint.keep_every": {"checkpoint": {"keep_last": 2}},
     "checkpoint.keep_phases": {"checkpoint": {"keep_last": 2}},

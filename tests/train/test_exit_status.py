@@ -7,9 +7,8 @@ import signal
 
 import pytest
 
-from megatron_lite.checkpoint.agreement import FailedRank
 from megatron_lite.checkpoint.catalog import announce
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, FailedRank
 from megatron_lite.train.exit_status import EXIT_STATUS_NAME, ExitRecord, read_exit_status
 from megatron_lite.train.stopping import Stop
 
