@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import socket
+import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,10 @@ from megatron_lite.backend.comparison import Comparison, Verdict, compare_over_s
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
 from megatron_lite.backend.numerics import MACHINES, machine_values
+from megatron_lite.backend.rendezvous import Rendezvous
+from megatron_lite.backend.rendezvous_server import RendezvousServer
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.errors import MegatronLiteError, TrainingError
+from megatron_lite.errors import MegatronLiteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,13 @@ class Backend(ABC):
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
         self._store: Any = None
+        self._server: RendezvousServer | None = None
+        self._timeout: datetime.timedelta | None = None
         self._watches = 0
         self._comparisons = 0
         self._warnings: list[str] = []
+        self._print_store: Any = None
+        self._printed: Counter[str] = Counter()
 
     @abstractmethod
     def seed(self, value: int) -> None:
@@ -81,12 +88,28 @@ class Backend(ABC):
         """Makes this axis's groups; every rank calls it, in the same order, with the same partition."""
         if self.world_size == 1:
             return LocalGroup(axis, self.rank)
-        return new_process_group(axis, partition, self.rank, self._group_backend())
+        return new_process_group(axis, partition, self.rank, self._group_backend(), self._timeout)
 
     def shutdown(self) -> None:
         """Leaves torch.distributed. Does no collective, so that a rank that failed can leave too."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self._server is not None:
+            self._server.close()
+
+    def is_first_to_print(self, text: str) -> bool:
+        """Whether no other rank has asked for this text as often as this one: it prints it for all."""
+        if self._store is None:
+            return True
+        if self._print_store is None:
+            self._print_store = self._store.clone()
+            self._print_store.set_timeout(datetime.timedelta(seconds=10))
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self._printed[key] += 1
+        try:
+            return bool(self._print_store.add(f"printed/{key}/{self._printed[key]}", 1) == 1)
+        except RuntimeError:  # the store is gone
+            return True
 
     def watch_store(self) -> Any:
         """A connection of its own to the store that the ranks met in, for a watchdog; None where there is one rank.
@@ -150,36 +173,49 @@ class Backend(ABC):
         return None
 
     def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
-        """Meets the other ranks of the job and makes the world's process group."""
+        """Meet the other ranks of the job, and create the world's process group.
+
+        Args:
+            parallel: the time-outs.
+            backend: torch.distributed's, by kind of device.
+            device_id: the device that the group is bound to; None: it is bound to none.
+
+        Raises:
+            ConfigError: the rendezvous address cannot be used.
+            TrainingError: not all ranks came, or they cannot connect to each other.
+        """
         launch = self.launch
-        minutes = parallel.rendezvous_timeout_minutes
-        try:
-            store, _, _ = next(
-                dist.rendezvous(  # type: ignore[attr-defined]
-                    launch.init_method,
-                    launch.rank,
-                    launch.world_size,
-                    timeout=datetime.timedelta(minutes=minutes),
-                )
-            )
-            self._store = store
-            store.set_timeout(datetime.timedelta(minutes=minutes))  # a file store has a timeout of its own
+        self._timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        with Rendezvous(launch, 60 * parallel.rendezvous_timeout_minutes) as meeting:
+            meeting.join()
+            host, port = meeting.share_store(self._open_store)
+            meeting.run(lambda: self._connect(host, port))
             # Another kind of device means another transport, whose ranks would wait for each other in vain.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
-            timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-            store.set_timeout(timeout)
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("world", store),  # type: ignore[attr-defined]
-                rank=launch.rank,
-                world_size=launch.world_size,
-                timeout=timeout,
-                device_id=device_id,
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise TrainingError(
-                "All ranks of a job must meet",
-                found=f"rank {launch.rank} of {launch.world_size} on {launch.host or socket.gethostname()} waited"
-                f" up to {minutes:g} min at {launch.init_method}: {error}",
-                fix="Look at the first rank that failed; raise --rendezvous-timeout-minutes if nodes start slowly",
-            ) from error
+            meeting.run(lambda: self._init_process_group(backend, device_id))
+            meeting.finish()
+        self._server = meeting.server
+
+    def _open_store(self) -> int:
+        """Open the store of the job on rank 0, and return its port."""
+        assert self._timeout is not None
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=self._timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+        return self._store.port
+
+    def _connect(self, host: str, port: int) -> None:
+        assert self._timeout is not None
+        if self._store is None:
+            self._store = dist.TCPStore(host, port, timeout=self._timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+
+    def _init_process_group(self, backend: str, device_id: torch.device | None) -> None:
+        assert self._timeout is not None
+        if device_id is not None:
+            torch.cuda.set_device(device_id)  # of this thread
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("world", self._store),  # type: ignore[attr-defined]
+            rank=self.launch.rank,
+            world_size=self.launch.world_size,
+            timeout=self._timeout,
+            device_id=device_id,
+        )

@@ -36,23 +36,27 @@ _PEAK_TFLOPS = (
     ("V100", 125.0),
     ("T4", 65.0),
 )
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 class CudaBackend(Backend):
-    """One GPU of this node, chosen by the local rank."""
+    """One GPU of this node: the only visible one, or the one with the number of the local rank."""
 
     name = "cuda"
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
         visible = torch.cuda.device_count()
-        if launch.local_rank >= visible:
+        # A launcher that gives each rank one GPU of its own (srun --gpus-per-task=1) shows it as the first.
+        own = visible == 1 and (launch.launcher == "slurm" or any(os.environ.get(name) for name in _VISIBLE))
+        index = 0 if own else launch.local_rank
+        if index >= visible:
             raise ConfigError(
                 "Every rank of a node needs a GPU of its own",
                 found=f"local rank {launch.local_rank} on {launch.host}, which shows {visible} GPUs",
                 fix="Start at most that many ranks a node (torchrun --nproc-per-node), or train with --device cpu",
             )
-        self.device = torch.device("cuda", launch.local_rank)
+        self.device = torch.device("cuda", index)
         torch.cuda.set_device(self.device)
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,104 +1,297 @@
-"""Which rank of how many this process is, as torchrun, srun or a plain `python` say it."""
+"""Launch environment: this process's rank, world size and rendezvous address, from torchrun, Slurm or MPI variables."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from megatron_lite.backend.nodelist import expand_counts, expand_nodes
 from megatron_lite.errors import ConfigError
 
-Launcher = Literal["torchrun", "slurm", "python"]
+Launcher = Literal["torchrun", "slurm", "mpirun", "python"]
+
+PORT_RANGE = range(20000, 32768)
+"""Derived ports: below the range from which Linux draws the ports of outgoing connections."""
+NUM_PORTS = 8
+"""Derived ports of a job: the next is tried where another program listens at one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Where this process stands in the job, and how the ranks find each other."""
+    """Place of this process in the job, and where its ranks meet."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     launcher: Launcher = "python"
-    init_method: str = "env://"
-    """Rendezvous address: env:// (torchrun's variables), tcp://host:port or file://path."""
+    init_method: str = ""
+    """Where rank 0 listens: tcp://host:port, tcp://host:port,port,… (tried in this order), or file://path, a file in
+    which rank 0 writes its port."""
+    job: str = ""
+    """Identity of the job: ranks of another one are turned away. Empty: whoever meets at this address is one job."""
     host: str = ""
 
 
+@dataclass(frozen=True)
+class _MpiVariables:
+    """Names that one MPI's launcher uses; the first one that is set counts."""
+
+    rank: str
+    size: str
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+    only_mpirun: bool = True
+    """srun never sets them."""
+
+
+_MPI = (
+    _MpiVariables(
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _MpiVariables(
+        "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_LOCAL_RANK",), ("MV2_COMM_WORLD_LOCAL_SIZE",)
+    ),
+    # MPICH, Intel MPI (MPI_LOCAL…) and Cray's PALS (PMI_LOCAL_…).
+    _MpiVariables(
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "LOCAL_RANK"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+        only_mpirun=False,
+    ),
+)
+_MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "MPIEXEC_JOBID")
+
+
+def host_name(environment: Mapping[str, str] | None = None) -> str:
+    """This host's name: Slurm's for the node, where there is one."""
+    variables = os.environ if environment is None else environment
+    return variables.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Reads the launcher's variables; the most explicit launcher wins (torchrun inside srun is torchrun).
+    """Read the launcher's variables.
+
+    The innermost launcher counts: torchrun before mpirun before srun. srun itself sets PMI_RANK and PMIX_RANK for MPI
+    programs, so these count only where they contradict the Slurm step, as under an mpirun inside it.
 
     Args:
         environment: variables to read; None: the process's own.
 
     Raises:
-        ConfigError: variables of one launcher are incomplete or contradict each other.
+        ConfigError: variables of a launcher are incomplete or contradict each other.
     """
     variables = os.environ if environment is None else environment
+    # Both exist inside `srun` only: a batch script has SLURM_PROCID=0 too, but is no task of a step.
+    in_step = "SLURM_PROCID" in variables and "SLURM_STEP_NUM_TASKS" in variables
+    mpi = next((names for names in _MPI if names.rank in variables and names.size in variables), None)
     if "RANK" in variables and "WORLD_SIZE" in variables:
         launch = _from_torchrun(variables)
-    elif "SLURM_PROCID" in variables and "SLURM_STEP_NUM_TASKS" in variables:
-        # Both exist inside `srun` only: a batch script has SLURM_PROCID=0 too, though it is no task of a step.
+    elif in_step and (mpi is None or not _mpirun_in_step(mpi, variables)):
         launch = _from_slurm(variables)
+    elif mpi is not None:
+        launch = _from_mpi(mpi, variables)
     else:
-        return Launch(host=socket.gethostname())
+        _refuse_incomplete(variables)
+        return Launch(host=host_name(variables))
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
             "A rank lies in [0, world size)",
             found=f"rank {launch.rank} of {launch.world_size} ({launch.launcher})",
-            fix="Unset RANK and WORLD_SIZE, or start the job with torchrun or srun",
+            fix="Unset RANK and WORLD_SIZE, or start the job with torchrun, srun or mpirun",
         )
     return launch
 
 
+def _refuse_incomplete(variables: Mapping[str, str]) -> None:
+    """Refuse what would train alone, beside the other ranks of its job and in the same folder.
+
+    Raises:
+        ConfigError: there is a rank without a world size, or the reverse.
+    """
+    half = {
+        "RANK": "RANK" in variables,
+        "WORLD_SIZE": variables.get("WORLD_SIZE", "1").strip() != "1",
+        **{name: name in variables for names in _MPI for name in (names.rank, names.size)},
+        "PMIX_RANK": "PMIX_RANK" in variables,
+    }
+    if found := [f"{name}={variables[name]}" for name, is_set in half.items() if is_set]:
+        raise ConfigError(
+            "A rank of a job needs both its rank and the world size",
+            found=", ".join(found) + " alone",
+            fix="Set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, start with torchrun, srun or mpirun, or unset it "
+            "to train with one rank",
+        )
+
+
 def _from_torchrun(variables: Mapping[str, str]) -> Launch:
     world_size = _integer(variables, "WORLD_SIZE")
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in variables]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
     if world_size > 1 and missing:
         raise ConfigError(
             "A job of several ranks needs a rendezvous address",
             found=f"WORLD_SIZE={world_size} without {' and '.join(missing)}",
-            fix="Start with torchrun, which sets them, or set them to the first node's name and a free port",
+            fix="Start with torchrun, which sets them, or set them to the host of rank 0 and a free port on it",
         )
+    address, job = variables.get("MASTER_ADDR", ""), variables.get("TORCHELASTIC_RUN_ID", "")
+    ports: tuple[int, ...] = (_port(variables),) if world_size > 1 else ()
+    if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world_size > 1:
+        # The agent listens at MASTER_PORT itself.
+        job = f"torchrun {job} {address}:{ports[0]}"
+        ports = _derived_ports(job)
     return Launch(
         rank=_integer(variables, "RANK"),
         world_size=world_size,
         local_rank=_integer(variables, "LOCAL_RANK", default=0),
         local_world_size=_integer(variables, "LOCAL_WORLD_SIZE", default=1),
         launcher="torchrun",
-        host=socket.gethostname(),
+        init_method=_tcp(address, ports),
+        job=job,
+        host=host_name(variables),
     )
 
 
 def _from_slurm(variables: Mapping[str, str]) -> Launch:
-    world_size = _integer(variables, "SLURM_STEP_NUM_TASKS")
-    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "localhost")
-    # Ranks of one node meet by themselves, whether or not its name can be resolved.
-    one_node = variables.get("SLURM_STEP_NUM_NODES") == "1"
-    address = variables.get("MASTER_ADDR") or ("127.0.0.1" if one_node else first_host(nodes))
-    # A port of the job's own, the same on every rank: two jobs that share a node do not meet.
-    port = variables.get("MASTER_PORT") or str(20000 + _integer(variables, "SLURM_JOB_ID", default=0) % 20000)
-    per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    step_size = _integer(variables, "SLURM_STEP_NUM_TASKS")
+    # A step over several components of a heterogeneous job numbers its tasks through, but counts each component's.
+    het = "SLURM_HET_SIZE" in variables and _integer(variables, "SLURM_NTASKS", default=step_size) > step_size
+    address = variables.get("MASTER_ADDR", "")
+    if het and not address:
+        raise ConfigError(
+            "A step over several components of a heterogeneous job needs MASTER_ADDR",
+            found=f"{step_size} of {variables['SLURM_NTASKS']} tasks in this component, and no MASTER_ADDR",
+            fix="Set MASTER_ADDR to the first host of the first component",
+        )
+    nodes = expand_nodes(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost")
+    node = variables.get("SLURMD_NODENAME", "")
+    if not address:
+        # Ranks of one node meet without its name, which may not resolve.
+        address = "127.0.0.1" if variables.get("SLURM_STEP_NUM_NODES") == "1" else nodes[0]
+    job_id = variables.get("SLURM_HET_JOB_ID" if het else "SLURM_JOB_ID") or variables.get("SLURM_JOB_ID", "0")
+    step_id = variables.get("SLURM_STEP_ID") or variables.get("SLURM_STEPID", "0")
+    job = f"Slurm step {job_id}.{step_id}, restart {variables.get('SLURM_RESTART_COUNT', '0')}"
+    per_node = expand_counts(variables.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    index = nodes.index(node) if node in nodes else _integer(variables, "SLURM_NODEID", default=0)
     return Launch(
         rank=_integer(variables, "SLURM_PROCID"),
-        world_size=world_size,
+        world_size=_integer(variables, "SLURM_NTASKS") if het else step_size,
         local_rank=_integer(variables, "SLURM_LOCALID", default=0),
-        local_world_size=int(re.split(r"[(,]", per_node)[0]),
+        local_world_size=per_node[index] if index < len(per_node) else max(per_node),
         launcher="slurm",
-        init_method=f"tcp://{address}:{port}",
-        host=variables.get("SLURMD_NODENAME") or socket.gethostname(),
+        init_method=_tcp(address, (_port(variables),) if variables.get("MASTER_PORT") else _derived_ports(job)),
+        job=job,
+        host=host_name(variables),
     )
 
 
-def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `gpu[07-09,12],head` gives `gpu07`."""
-    first = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^,]*)", nodelist)
-    assert first is not None, nodelist
-    prefix, ranges, suffix = first.groups()
-    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + suffix
+def _mpirun_in_step(names: _MpiVariables, variables: Mapping[str, str]) -> bool:
+    """Whether an mpirun inside this Slurm step started the process: its variables differ from the step's.
+
+    Raises:
+        ConfigError: it may as well be the step inside an mpirun.
+    """
+    mpi = _integer(variables, names.rank), _integer(variables, names.size)
+    tasks = "SLURM_NTASKS" if "SLURM_HET_SIZE" in variables and "SLURM_NTASKS" in variables else "SLURM_STEP_NUM_TASKS"
+    step = _integer(variables, "SLURM_PROCID"), _integer(variables, tasks)
+    if mpi == step or (mpi[1] == 1 and (step[1] == 1 or not names.only_mpirun)):
+        return False
+    if mpi[1] > 1 and (names.only_mpirun or step[1] != mpi[1]):
+        return True
+    raise ConfigError(
+        "The variables of Slurm and of MPI must agree on the rank",
+        found=f"rank {step[0]} of {step[1]} by SLURM_PROCID and {tasks}, rank {mpi[0]} of {mpi[1]} by "
+        f"{names.rank} and {names.size}",
+        fix="Start the job with either srun or mpirun, and unset the variables of the other",
+    )
+
+
+def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
+    rank, world_size = _integer(variables, names.rank), _integer(variables, names.size)
+    alone = {"rank": rank, "world_size": world_size, "launcher": "mpirun", "host": host_name(variables)}
+    if world_size == 1:
+        return Launch(**alone)  # type: ignore[arg-type]
+    local = []
+    for options in (names.local_rank, names.local_size):
+        name = next((name for name in options if name in variables), None)
+        if name is None:
+            raise ConfigError(
+                "A rank needs its number on its node, to choose its device",
+                found=f"{names.rank}={rank} and {names.size}={world_size} without {' or '.join(options)}",
+                fix="Start with an mpirun that sets it, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT",
+            )
+        local.append(_integer(variables, name))
+    address = variables.get("MASTER_ADDR") or ("127.0.0.1" if local[1] == world_size else "")
+    job = next((f"mpirun {variables[name]}" for name in _MPI_JOB if variables.get(name)), "")
+    if not job and local[1] == world_size and (process := _launching_process(names.rank)):
+        job = f"mpirun {process}"
+    missing = [] if address else ["MASTER_ADDR"]
+    missing += [] if variables.get("MASTER_PORT") or job else ["MASTER_PORT"]
+    if missing:
+        error = ConfigError(
+            "Ranks that mpirun starts on several nodes need a rendezvous address",
+            found=f"{local[1]} of {world_size} ranks on this node, and no {' and no '.join(missing)}",
+            fix="Give every rank MASTER_ADDR, the host of rank 0, and MASTER_PORT, a free port on it (Open MPI: mpirun "
+            "-x MASTER_ADDR=host; MPICH and Intel MPI: mpiexec -genv MASTER_ADDR host)",
+        )
+        # The ranks of a node have the same variables: one prints it.
+        error.silent = local[0] != 0
+        raise error
+    ports = (_port(variables),) if variables.get("MASTER_PORT") else _derived_ports(job)
+    return Launch(
+        **alone,  # type: ignore[arg-type]
+        local_rank=local[0],
+        local_world_size=local[1],
+        init_method=_tcp(address, ports),
+        job=job,
+    )
+
+
+def _launching_process(variable: str) -> str:
+    """Return the identity of the nearest ancestor process without `variable`: the launcher on this node.
+
+    MPICH's gives its jobs no number. Empty where there is no /proc.
+    """
+    try:
+        pid = os.getppid()
+        while pid > 1 and f"\0{variable}=".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            pid = _stat(pid)[1]
+        return f"process {pid} of {socket.gethostname()} since {_stat(pid)[19]}" if pid > 1 else ""
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> list[int]:
+    """Return the numbers of /proc/PID/stat from the state on: [0, parent, …, start time (19), …]."""
+    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return [0, *map(int, numbers[1:])]
+
+
+def _derived_ports(job: str) -> tuple[int, ...]:
+    """Return the ports of a job, the same on every rank and in general not those of another job."""
+    digest = hashlib.blake2b(job.encode(), digest_size=4 * NUM_PORTS).digest()
+    numbers = (int.from_bytes(digest[start : start + 4], "big") for start in range(0, len(digest), 4))
+    return tuple(dict.fromkeys(PORT_RANGE[number % len(PORT_RANGE)] for number in numbers))
+
+
+def _tcp(address: str, ports: tuple[int, ...]) -> str:
+    return f"tcp://{address}:{','.join(map(str, ports))}" if ports else ""
+
+
+def _port(variables: Mapping[str, str]) -> int:
+    port = _integer(variables, "MASTER_PORT")
+    if not 0 < port < 65536:
+        raise ConfigError("MASTER_PORT is a port", found=f"MASTER_PORT={port}", fix="Choose one from 1024 to 65535")
+    return port
 
 
 def _integer(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -109,5 +302,5 @@ def _integer(variables: Mapping[str, str], name: str, default: int | None = None
         return int(text or "")
     except ValueError:
         raise ConfigError(
-            f"{name} is a whole number", found=f"{name}={text!r}", fix="Start the job with torchrun or srun"
+            f"{name} is a whole number", found=f"{name}={text!r}", fix="Start the job with torchrun, srun or mpirun"
         ) from None

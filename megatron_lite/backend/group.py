@@ -5,13 +5,17 @@ A group of one rank needs no process group: its collectives are identities (Loca
 
 from __future__ import annotations
 
+import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_lite.backend.interruptible import run_interruptibly
 
 Partition = tuple[tuple[int, ...], ...]
 ReduceOp = Literal["sum", "max", "min"]
@@ -191,18 +195,26 @@ class ProcessGroup(Group):
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every coordinate's `value`, in order."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._process_group)
+        # Ranks wait here for the slowest at start-up, and must stay open to signals.
+        run_interruptibly(lambda: dist.all_gather_object(values, value, group=self._process_group))
         return values
 
 
-def new_process_group(axis: str, partition: Partition, rank: int, backend: str | None = None) -> Group:
-    """Makes the groups of every row (a collective call: all ranks, same order) and returns this rank's.
+def new_process_group(
+    axis: str,
+    partition: Partition,
+    rank: int,
+    backend: str | None = None,
+    timeout: datetime.timedelta | None = None,
+) -> Group:
+    """Create the groups of every row (a collective call: all ranks, same order) and return this rank's.
 
     Args:
         axis: the mesh axis.
         partition: all rows of the axis; together they hold every rank once.
         rank: this rank in the whole job.
         backend: torch.distributed's backend of the group; None: the world's.
+        timeout: of the group's collectives; None: torch's default.
     """
     if all(len(row) == 1 for row in partition):
         return LocalGroup(axis, rank, partition)
@@ -210,8 +222,15 @@ def new_process_group(axis: str, partition: Partition, rank: int, backend: str |
         return ProcessGroup(axis, partition, rank, dist.group.WORLD)
     mine: Group | None = None
     for row in partition:
-        handle = dist.new_group(list(row), backend=backend) if len(row) > 1 else None
+        handle = run_interruptibly(partial(_new_group, row, backend, timeout)) if len(row) > 1 else None
         if rank in row:
             mine = LocalGroup(axis, rank, partition) if handle is None else ProcessGroup(axis, partition, rank, handle)
     assert mine is not None, f"rank {rank} is in no row of {axis}"
     return mine
+
+
+def _new_group(row: Sequence[int], backend: str | None, timeout: datetime.timedelta | None) -> Any:
+    world = dist.group.WORLD
+    if world is not None and world.bound_device_id is not None:
+        torch.cuda.set_device(world.bound_device_id)  # of this thread
+    return dist.new_group(list(row), timeout=timeout, backend=backend)

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -36,12 +37,20 @@ class Failure:
         host: where it ran; empty if nobody knows.
         text: what happened there.
         silent: others say so, since it says nothing any more.
+        error: the error itself, without host, rank and phase; ranks that fail alike have the same.
     """
 
     rank: int
     host: str
     text: str
     silent: bool = False
+    error: str = ""
+
+    def is_printed_by(self, rank: int, local_rank: int) -> bool:
+        """Whether this rank, which did not fail first, prints that the job ends: rank 0 does, or those it leaves."""
+        if self.rank != 0:
+            return rank == 0
+        return self.silent and (rank == 1 or local_rank == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,7 @@ class Watchdog:
         rank: this rank.
         world_size: ranks of the job.
         host: this rank's.
+        local_rank: this rank's number on its host.
         name: this rank in words: host, rank, coordinates.
         where: says in words what the main thread is doing, and gives a value that changes when it gets on.
         patience: how long to wait for what.
@@ -88,6 +98,7 @@ class Watchdog:
         *,
         rank: int,
         world_size: int,
+        local_rank: int,
         host: str,
         name: str,
         where: Callable[[], tuple[str, Hashable]],
@@ -96,6 +107,7 @@ class Watchdog:
         self._store = store
         self._rank = rank
         self._world_size = world_size
+        self._local_rank = local_rank
         self._host = host
         self._name = name
         self._where = where
@@ -105,6 +117,7 @@ class Watchdog:
         self._quiet = threading.Event()
         self._ending = False
         self._failure: Failure | None = None
+        self._has_heard = False
         self._beats = 0
         self._stalls_seen = 0
         self._last_place: Hashable = None
@@ -117,11 +130,29 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def fail(self, text: str) -> None:
-        """Tells all ranks that this one has failed, unless one did before. It may then end as it likes, but soon."""
+    def fail(self, text: str, error: str) -> Failure:
+        """Tell all ranks that this one has failed, and return the first failure. `end` must follow.
+
+        Args:
+            text: what happened, with host, rank and phase.
+            error: the same without.
+        """
         self._ending = True
-        self._post(Failure(self._rank, self._host, text))
-        self._hand_over()
+        own = first = Failure(self._rank, self._host, text, error=error)
+        self._post(own)
+        with contextlib.suppress(Exception):
+            first = Failure(*json.loads(self._store.get("failed")))
+            self._hear()
+        return first
+
+    def end(self) -> None:
+        """Leave it to the main thread to end the process, once all ranks had time to read the first failure.
+
+        The watchdog's thread is done with the store first: a call into it does not survive Python's going down.
+        """
+        self._linger()
+        self._over.set()
+        self._quiet.wait(self._patience.grace)
 
     def first_failure(self) -> Failure | None:
         """The failure that was first, which the caller will say and end by; None: none was told in good time."""
@@ -131,7 +162,7 @@ class Watchdog:
             self._store.set("lost", "")
         self._told.wait(self._patience.silence + 4 * self._patience.interval)
         if self._failure is not None:
-            self._hand_over()
+            self.end()
         return self._failure
 
     def leave(self) -> None:
@@ -177,15 +208,6 @@ class Watchdog:
             time.sleep(3 * self._patience.grace)
             os._exit(1)
 
-    def _hand_over(self) -> None:
-        """Leaves it to the main thread to end the process.
-
-        The watchdog's thread is done with the store first: a call into it does not survive Python's going down.
-        """
-        self._linger()
-        self._over.set()
-        self._quiet.wait(self._patience.grace)
-
     def _beat(self) -> None:
         self._beats += 1
         # Where it is, is what is left of a rank that was killed.
@@ -200,6 +222,11 @@ class Watchdog:
     def _look_for_failure(self) -> None:
         if self._store.check(["failed"]):
             self._failure = Failure(*json.loads(self._store.get("failed")))
+            self._hear()
+
+    def _hear(self) -> None:
+        if not self._has_heard:
+            self._has_heard = True
             self._store.add("heard", 1)
 
     def _end(self, failure: Failure) -> None:
@@ -207,7 +234,8 @@ class Watchdog:
         self._told.set()
         if self._over.wait(2 * self._patience.grace if self._ending else self._patience.grace):
             return
-        self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
+        if failure.is_printed_by(self._rank, self._local_rank):
+            self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self._linger()
@@ -260,9 +288,13 @@ class Watchdog:
         self._stalls_seen = count
         self._stall_told = True
         text = self._store.get(f"stall/{count}").decode()
-        self._say(f"{text}. Python stacks of this rank, in {self._where()[0]}:")
-        with contextlib.suppress(Exception):
-            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        stacks = ""
+        with contextlib.suppress(Exception), tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            stacks = file.read().decode(errors="replace")
+        # In one write, so that those of several ranks do not mix.
+        self._say(f"{text}. Python stacks of this rank, in {self._where()[0]}:\n{stacks}".rstrip())
 
     def _say(self, text: str) -> None:
         # Not print: the main thread may hold its lock.

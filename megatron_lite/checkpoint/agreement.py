@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.manifest import CorruptCheckpointError
 from megatron_lite.errors import CheckpointError, FailedRank, MegatronLiteError
@@ -57,7 +57,7 @@ def _first(
 
 
 def _describe(error: Exception) -> tuple[type[CheckpointError], str, str, str, str]:
-    host = socket.gethostname()
+    host = host_name()
     kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
     if isinstance(error, MegatronLiteError):
         return kind, error.rule, error.found, error.fix, host

@@ -8,10 +8,11 @@ import os
 import shutil
 import sys
 import textwrap
+from contextlib import suppress
 from types import ModuleType
 
 from megatron_lite import __version__
-from megatron_lite.backend.environment import read_launch
+from megatron_lite.backend.environment import Launch, host_name, read_launch
 from megatron_lite.errors import MegatronLiteError
 
 COMMANDS = (
@@ -64,11 +65,15 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
     try:
         code: int = command.run(argv)
     except MegatronLiteError as error:
-        if not error.silent:
-            print(f"{_origin()}{type(error).__name__}: {error}", file=sys.stderr)
+        launch = _launch()
+        if getattr(command, "SEVERAL_RANKS", False) and launch is not None and launch.world_size > 1:
+            _tell_other_ranks(error, launch)
+        _print_error(error)
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        launch = _launch()
+        if launch is None or launch.rank == 0:
+            sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # `megatron-lite data inspect … | head`: the reader has what it wanted. Python would complain once more at exit.
@@ -81,12 +86,38 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(f"megatron_lite.cli.{name.replace('-', '_')}")
 
 
+def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
+    """End the ranks that wait for this one, if it failed before they met; the error is printed by one of them."""
+    if error.shared or error.silent:
+        return
+    from megatron_lite.backend.rendezvous import FAILURE_TIMEOUT, Rendezvous
+
+    with suppress(MegatronLiteError, OSError), Rendezvous(launch, FAILURE_TIMEOUT) as meeting:
+        meeting.tell_failure(error)
+        _print_error(error)
+        error.silent = True
+        meeting.wait_until_told()
+
+
+def _print_error(error: MegatronLiteError) -> None:
+    if not error.silent:
+        # In one write: the ranks of a job share a terminal.
+        sys.stderr.write(f"{_origin()}{type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+
+
+def _launch() -> Launch | None:
+    try:
+        return read_launch()
+    except MegatronLiteError:
+        return None
+
+
 def _origin() -> str:
     """Host and rank, in a job of several ranks: among 256 interleaved outputs they are what one looks for."""
-    try:
-        launch = read_launch()
-    except MegatronLiteError:
-        return f"[{os.uname().nodename}] "
+    launch = _launch()
+    if launch is None:
+        return f"[{host_name()}] "
     return f"[{launch.host} rank {launch.rank}] " if launch.world_size > 1 else ""
 
 

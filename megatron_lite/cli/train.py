@@ -12,17 +12,20 @@ from megatron_lite.config.files import missing_files
 from megatron_lite.errors import ConfigError
 
 SUMMARY = "train a GPT; takes Megatron's command line"
+SEVERAL_RANKS = True
+"""A rank that fails before it met the others tells them."""
 
 
 def run(argv: list[str]) -> int:
     """Trains, or with --dry-run only says what the command means."""
+    started = time.monotonic()
+    launch = read_launch()
     if asks_for_help(argv):
         from megatron_lite.config.help import help_text
 
-        print(help_text(width=min(100, shutil.get_terminal_size().columns)))
+        if launch.rank == 0:
+            print(help_text(width=min(100, shutil.get_terminal_size().columns)))
         return 0
-    started = time.monotonic()
-    launch = read_launch()
     parsed = parse_run(argv, world_size=None if launch.launcher == "python" else launch.world_size)
     if parsed.config.runtime.dry_run:
         if launch.rank == 0:
@@ -34,8 +37,7 @@ def run(argv: list[str]) -> int:
     missing = missing_files(parsed.config) if launch.world_size == 1 else []
     raise_all([*parsed.missing, *missing, *_not_launched(parsed, launch)])
     if launch.rank == 0:
-        for line in (*parsed.notes, *parsed.warnings):
-            print(line, file=sys.stderr)
+        sys.stderr.write("".join(f"{line}\n" for line in (*parsed.notes, *parsed.warnings)))
     return _train(parsed, launch, started)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
+from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
@@ -60,6 +61,7 @@ def machine(config: RunConfig) -> Iterator[Backend]:
         backend = select_backend(config.runtime, config.parallel)
         stack.callback(backend.shutdown)
         stack.enter_context(watched(backend, config.parallel))
+        stack.enter_context(warnings_once(backend))
         yield backend
 
 

@@ -6,7 +6,6 @@ Where a rank is, is read from the stack of its main thread, so nothing on the wa
 from __future__ import annotations
 
 import atexit
-import os
 import socket
 import sys
 import threading
@@ -16,10 +15,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.backend.interruptible import end_at_once
 from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
 from megatron_lite.config.layout import coordinates
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError
+from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError, failed_rank
 
 START_UP = "start-up"
 
@@ -92,6 +92,7 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
             store,
             rank=backend.rank,
             world_size=backend.world_size,
+            local_rank=backend.local_rank,
             host=_host(backend),
             name=name,
             where=_main_thread,
@@ -101,32 +102,29 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
         yield
     except BaseException as error:
         phase = phase_of(_frames(error.__traceback__))
-        if watchdog is not None:
-            atexit.register(_end_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        if watchdog is None:
+            if not isinstance(error, (MegatronLiteError, KeyboardInterrupt)):
+                _print_failure(name, phase, error)
+            raise
+        atexit.register(end_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
         first = _told_by_another(watchdog, error)
         if first is not None:
-            place = FailedRank(first.host, first.rank)
-            place.__cause__ = error
-            raise _ended_by(first, name, phase) from place
-        known = isinstance(error, (MegatronLiteError, KeyboardInterrupt))
-        if not getattr(error, "shared", False) and (watchdog is not None or not known):
-            print(f"[{name}] failed in {phase}: {_words(error)}", file=sys.stderr, flush=True)
-        if watchdog is not None:
-            watchdog.fail(f"{name} failed in {phase}: {_words(error)}")
+            raise _ended_by(first, name, phase, backend, error) from FailedRank(first.host, first.rank)
+        if isinstance(error, MegatronLiteError) and not error.shared and (place := failed_rank(error)) is not None:
+            error.shared, error.silent = True, place.rank != backend.rank
+        first = watchdog.fail(f"{name} failed in {phase}: {_words(error)}", _words(error))
+        alike = first.rank != backend.rank and first.error == _words(error)
+        if isinstance(error, MegatronLiteError):
+            error.shared, error.silent = True, error.silent if error.shared else alike
+        elif not alike:
+            _print_failure(name, phase, error)
+        watchdog.end()
+        if alike and not isinstance(error, (MegatronLiteError, KeyboardInterrupt)):
+            # Not this rank's stack, too: the first one's is printed.
+            raise _ended_by(first, name, phase, backend, error) from FailedRank(first.host, first.rank)
         raise
     if watchdog is not None:
         watchdog.leave()
-
-
-def _end_at_once(code: int) -> None:
-    """Ends the process where Python begins to go down, with all said and everything closed.
-
-    A collective that lost its partner ends in a thread of gloo's, which then drops tensors. If Python is going down by
-    then, the thread may not have its lock, and the C++ library aborts the process.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _told_by_another(watchdog: Watchdog | None, error: BaseException) -> Failure | None:
@@ -137,12 +135,21 @@ def _told_by_another(watchdog: Watchdog | None, error: BaseException) -> Failure
     return watchdog.first_failure() if any(word in text for word in _TRANSPORT) else None
 
 
-def _ended_by(first: Failure, name: str, phase: str) -> TrainingError:
-    return TrainingError(
+def _ended_by(first: Failure, name: str, phase: str, backend: Backend, error: BaseException) -> TrainingError:
+    """Return the error of a rank that another's failure ends."""
+    ended = TrainingError(
         "A job goes on with all its ranks or ends with the first that fails",
         found=f"{first.text}; {name} was in {phase}",
         fix="See that rank's output. With --save and --load, the same command goes on from the last checkpoint",
     )
+    ended.shared, ended.silent = True, not first.is_printed_by(backend.rank, backend.local_rank)
+    ended.__context__ = error
+    return ended
+
+
+def _print_failure(name: str, phase: str, error: BaseException) -> None:
+    sys.stderr.write(f"[{name}] failed in {phase}: {_words(error)}\n")
+    sys.stderr.flush()
 
 
 def _words(error: BaseException) -> str:

@@ -1,0 +1,76 @@
+"""Interruptible calls: C++ runs in a thread, so that the main thread still handles signals."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def run_interruptibly(call: Callable[[], T], *, seconds: float = 0.0, poll: Callable[[], None] | None = None) -> T:
+    """Return or raise what `call` does, in a thread.
+
+    Python runs signal handlers in the main thread between two bytecodes, never inside a call into C++, such as one
+    that waits for another rank. If the wait is abandoned, the process must end: it then does so without Python's
+    finalization, which a thread inside C++ does not survive.
+
+    Args:
+        call: what to run.
+        seconds: the longest wait; 0: no limit.
+        poll: called every 20 ms; may raise. None: nothing is.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="interruptible call", daemon=True)
+    deadline = time.monotonic() + seconds
+    thread.start()
+    try:
+        if poll is None:
+            # One call: the watchdog sees from the stack whether the main thread makes progress.
+            thread.join(seconds or None)
+        else:
+            while thread.is_alive() and not (seconds and time.monotonic() > deadline):
+                thread.join(0.02)
+                poll()
+        if thread.is_alive():
+            raise TimeoutError(f"no end after {seconds:g} s")
+    except BaseException as error:
+        if thread.is_alive():
+            atexit.register(end_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def end_at_once(code: int) -> None:
+    """End the process without Python's finalization; output is flushed first.
+
+    A collective that lost its partner ends in a thread of gloo's, which then drops tensors. If Python is finalizing by
+    then, the thread cannot take the GIL, and the C++ library aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the message of an error without the C++ stack that torch appends."""
+    text = str(error).partition("Exception raised from")[0].partition("\nframe #")[0].strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,80 @@
+"""Slurm node lists and task counts: `gpu[07-09,12],head` and `2(x3),1`, written out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron_lite.errors import ConfigError
+
+_PART = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+
+
+def expand_nodes(nodelist: str) -> list[str]:
+    """Return the host names of a Slurm node list, in Slurm's order: the leftmost bracket varies slowest.
+
+    Raises:
+        ConfigError: the text is not a node list.
+    """
+    return [name for group in _groups(nodelist) for name in _expand_group(group, nodelist)]
+
+
+def expand_counts(counts: str) -> list[int]:
+    """Return one number per node for `2(x3),1`: [2, 2, 2, 1].
+
+    Raises:
+        ConfigError: the text is no such list.
+    """
+    numbers: list[int] = []
+    for part in counts.split(","):
+        match = _COUNT.fullmatch(part.strip())
+        if match is None:
+            raise ConfigError(
+                "SLURM_STEP_TASKS_PER_NODE is a list of counts such as 2(x3),1",
+                found=f"SLURM_STEP_TASKS_PER_NODE={counts!r}",
+                fix="Start the job with srun, which sets it",
+            )
+        numbers += [int(match[1])] * int(match[2] or 1)
+    return numbers
+
+
+def _groups(nodelist: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    groups, depth = [""], 0
+    for letter in nodelist:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            groups.append("")
+        else:
+            groups[-1] += letter
+    return groups
+
+
+def _expand_group(group: str, nodelist: str) -> list[str]:
+    parts = list(_PART.finditer(group))
+    if not group or "".join(part[0] for part in parts) != group:
+        raise _malformed(nodelist)
+    names = [""]
+    for part in parts:
+        choices = [part[2]] if part[1] is None else list(_numbers(part[1], nodelist))
+        names = [name + choice for name in names for choice in choices]
+    return names
+
+
+def _numbers(ranges: str, nodelist: str) -> Iterator[str]:
+    for text in ranges.split(","):
+        match = _RANGE.fullmatch(text)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise _malformed(nodelist)
+        for number in range(int(match[1]), int(match[2] or match[1]) + 1):
+            yield str(number).zfill(len(match[1]))
+
+
+def _malformed(nodelist: str) -> ConfigError:
+    return ConfigError(
+        "A Slurm node list is host names with ranges in brackets, such as gpu[07-09,12],head",
+        found=f"{nodelist!r}",
+        fix="Set MASTER_ADDR to the host of rank 0, or start the job with srun, which sets SLURM_STEP_NODELIST",
+    )

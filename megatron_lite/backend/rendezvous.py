@@ -1,0 +1,371 @@
+"""Rendezvous client: meets the other ranks of a job at rank 0's server, and reports missing ranks.
+
+All waiting is done in Python, and calls into C++ in a thread, so that signals are obeyed at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_lite.backend.environment import Launch, host_name
+from megatron_lite.backend.interruptible import first_line, run_interruptibly
+from megatron_lite.backend.rendezvous_address import Address, bind, look_up, read_port, write_port
+from megatron_lite.backend.rendezvous_server import Failure, Line, Member, RendezvousServer
+from megatron_lite.errors import ConfigError, FailedRank, MegatronLiteError, TrainingError
+
+FIRST_NOTICE = 10.0
+"""Seconds after which a waiting rank prints whom it waits for; the intervals double from there."""
+CONNECT_TIMEOUT = 5.0
+"""Seconds to wait for a connection, and for an answer to `hello`."""
+FAILURE_TIMEOUT = 10.0
+"""Seconds for which a rank that cannot start waits for the other ranks, to tell them."""
+MAX_RANGES = 10
+
+
+class RankFailedError(TrainingError):
+    """Another rank, or the meeting as a whole, failed."""
+
+    def __init__(self, failure: Failure, rule: str, found: str) -> None:
+        super().__init__(rule, found=found, fix=failure.fix)
+        self.failure = failure
+
+
+class Rendezvous:
+    """A context in which the ranks of a job meet: an error inside ends all ranks that wait.
+
+    Call join, share_store, run and finish, in this order.
+
+    Args:
+        launch: this rank's place in the job, and where rank 0 listens.
+        seconds: how long to wait for all ranks.
+    """
+
+    def __init__(self, launch: Launch, seconds: float) -> None:
+        self.server: RendezvousServer | None = None
+        self._launch = launch
+        self._seconds = seconds
+        self._host = launch.host or host_name()
+        self._member = Member(
+            job=launch.job, rank=launch.rank, world_size=launch.world_size, host=self._host, pid=os.getpid()
+        )
+        scheme, _, self._place = launch.init_method.partition("://")
+        self._file = Path(self._place) if scheme == "file" else None
+        self._reason = "no answer"
+        self._line: Line | None = None
+        self._messages: list[dict[str, Any]] = []
+        self._began = time.monotonic()
+        self._deadline = self._began + seconds
+        self._notice = FIRST_NOTICE
+
+    def __enter__(self) -> Rendezvous:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._line is not None and not isinstance(error, RankFailedError):
+            with suppress(OSError):
+                self._line.send(failed=asdict(self._describe(error)))
+                self._line.socket.settimeout(1.0)
+                self._line.read()  # The server has passed it on when it comes back.
+        if isinstance(error, MegatronLiteError):
+            error.shared = True
+        if self._line is not None:
+            self._line.close()
+        if error is not None and self.server is not None:
+            self.server.close()
+
+    def join(self) -> None:
+        """Meet all other ranks.
+
+        Raises:
+            ConfigError: the address is unknown or not rank 0's, or its port is in use.
+            TrainingError: a rank is missing when the time is over, or one failed.
+        """
+        self._find(self._listen() if self._launch.rank == 0 else self._resolve())
+        if self._launch.rank == 0:
+            self._expect("complete")
+
+    def share_store(self, open_store: Callable[[], int]) -> Address:
+        """Return address and port of rank 0's store, on every rank.
+
+        Args:
+            open_store: opens it and returns its port; called on rank 0 once all ranks have joined.
+        """
+        assert self._line is not None
+        if self._launch.rank == 0:
+            self._line.send(store=open_store())
+        port = self._expect("store")["store"]
+        return self._line.socket.getpeername()[0], port
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Run a function that connects this rank to the others, in a thread.
+
+        Raises:
+            TrainingError: the function failed or took too long, or another rank failed meanwhile.
+        """
+        try:
+            run_interruptibly(call, seconds=self._seconds, poll=self._poll_failure)
+            return
+        except (RuntimeError, ValueError, OSError) as error:
+            cause = error
+        # It may have lost a rank, which the server knows by now.
+        self._wait_readable(1.0)
+        self._poll_failure()
+        raise TrainingError(
+            "Every rank must be able to connect to every other one",
+            found=f"rank {self._launch.rank} of {self._launch.world_size} on {self._host}: {first_line(cause)}",
+            fix="Open the ports above 1024 between the nodes. Where a host name resolves to 127.0.1.1, set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes",
+        ) from cause
+
+    def finish(self) -> None:
+        """Return once all ranks are ready to begin."""
+        assert self._line is not None
+        self._line.send(ready=True)
+        self._deadline = time.monotonic() + self._seconds
+        self._expect("begin")
+
+    def tell_failure(self, error: Exception) -> None:
+        """Tell the waiting ranks that this one cannot start; the error becomes silent if another rank prints the same.
+
+        Raises:
+            MegatronLiteError: they cannot be reached.
+        """
+        mine = first = self._describe(error)
+        addresses = self._listen() if self._launch.rank == 0 else self._resolve()
+        try:
+            self._find(addresses)
+            assert self._line is not None
+            self._line.send(failed=asdict(mine))
+            self._expect("failed")
+        except RankFailedError as failed:
+            first = failed.failure
+        if isinstance(error, MegatronLiteError):
+            error.silent = first.printed and first.rank != mine.rank and first.text == mine.text
+
+    def wait_until_told(self) -> None:
+        """On rank 0, return once all ranks have been told the failure, or when the time is over."""
+        if self.server is not None:
+            self.server.wait_until_told(self._deadline - time.monotonic())
+
+    def _describe(self, error: BaseException) -> Failure:
+        if isinstance(error, MegatronLiteError):
+            rule, found, fix = error.rule, error.found, error.fix
+        else:
+            rule = "All ranks must be there when a job begins"
+            found = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            fix = "See that rank's output"
+        return Failure(rank=self._launch.rank, host=self._host, rule=rule, found=found, fix=fix)
+
+    def _resolve(self) -> list[Address]:
+        """Return the addresses at which rank 0 may listen, by port; empty for file://."""
+        if self._file is not None:
+            return []
+        host, _, ports = self._place.rpartition(":")
+        try:
+            found = run_interruptibly(lambda: look_up(host.strip("[]")))
+        except OSError as failure:
+            error = ConfigError(
+                "MASTER_ADDR must be a host name or address that every node can resolve",
+                found=f"{host!r} cannot be resolved on {self._host} ({failure.strerror})",
+                fix="Set MASTER_ADDR to the address of the host of rank 0",
+            )
+            # Every rank finds out by itself: one per node prints it.
+            error.silent = self._launch.local_rank != 0
+            raise error from failure
+        return [(address, int(port)) for port in ports.split(",") for address in found]
+
+    def _listen(self) -> list[Address]:
+        """Start the server of rank 0 at the first free port; return where it must be found."""
+        if self._file is not None:
+            self.server = RendezvousServer(bind(0), self._member)
+            write_port(self._file, self.server.port)
+            return [("127.0.0.1", self.server.port)]
+        addresses = self._resolve()
+        host, _, ports = self._place.rpartition(":")
+        for port in dict.fromkeys(port for _, port in addresses):
+            here = [address for address in addresses if address[1] == port]
+            with suppress(OSError):
+                self.server = RendezvousServer(bind(port), self._member)
+                self._place = f"{host}:{port}"
+                return here
+            # It may be another process that takes itself for rank 0 of this job.
+            self._ask_all(here)
+        raise ConfigError(
+            "Rank 0 must be able to listen at the rendezvous port",
+            found=f"port {ports} is in use on {self._host} ({self._reason})",
+            fix="Set MASTER_PORT to a free port, the same for all ranks, or end the program that uses it",
+        )
+
+    def _find(self, addresses: Sequence[Address]) -> None:
+        """Connect to the server of rank 0."""
+        pause = 0.005
+        while not self._ask_all(addresses or read_port(self._file)):
+            if self.server is not None:
+                raise ConfigError(
+                    "MASTER_ADDR must name the host of rank 0",
+                    found=f"rank 0 runs on {self._host}, and finds at {self._place}: {self._reason}",
+                    fix="Set MASTER_ADDR to the host of rank 0",
+                )
+            if time.monotonic() > self._deadline:
+                error = TrainingError(
+                    f"Rendezvous timed out after {self._seconds:g} s",
+                    found=f"rank {self._launch.rank} of {self._launch.world_size} on {self._host} did not find rank 0 "
+                    f"at {self._place} ({self._reason})",
+                    fix="See the output of rank 0, check MASTER_ADDR and MASTER_PORT, or raise "
+                    "--rendezvous-timeout-minutes if nodes start slowly",
+                )
+                error.silent = not self._prints_without_rank0()
+                raise error
+            if self._prints_without_rank0():
+                self._print_waiting(f"rank 0 at {self._place} ({self._reason})")
+            time.sleep(pause)
+            pause = min(0.5, pause * 1.5)
+        # Rank 0 is the first whose time is over, and says who is missing.
+        self._deadline = time.monotonic() + self._seconds + (0.0 if self.server else 30.0)
+
+    def _ask_all(self, addresses: Sequence[Address]) -> bool:
+        return any(self._ask(address) for address in addresses)
+
+    def _ask(self, address: Address) -> bool:
+        """Connect to one address, and join if the server of this job listens there.
+
+        Raises:
+            RankFailedError: it does, and the job has failed, or this rank is none of it.
+        """
+        line, answer, self._messages = None, dict[str, Any](), []
+        try:
+            line = Line(socket.create_connection(address, CONNECT_TIMEOUT))
+            line.socket.settimeout(CONNECT_TIMEOUT)
+            line.send(hello=asdict(self._member))
+            while not self._messages:
+                self._messages = line.read()
+            answer = self._messages.pop(0)
+        except TimeoutError:
+            self._reason = "no connection" if line is None else "another program listens there"
+        except OSError as error:
+            self._reason = "another program listens there" if line is not None else error.strerror or str(error)
+        if "failed" in answer:
+            raise self._failed(Failure(**answer["failed"]))
+        if "other_job" in answer:
+            self._reason = f"another job meets there: {answer['other_job'] or 'without an identity'}"
+        if line is not None and "joined" in answer:
+            if self.server is None or answer["joined"] == self.server.token:
+                if self._file is None:
+                    self._place = f"{self._place.rpartition(':')[0]}:{address[1]}"
+                self._line = line
+                return True
+            self._reason = "another rank 0 of the same job"
+        if line is not None:
+            line.close()
+        return False
+
+    def _expect(self, name: str) -> dict[str, Any]:
+        """Wait for a message that has `name`."""
+        while True:
+            while self._messages:
+                message = self._messages.pop(0)
+                if "failed" in message:
+                    raise self._failed(Failure(**message["failed"]))
+                if name in message:
+                    return message
+            if time.monotonic() > self._deadline:
+                raise self._timed_out()
+            if self.server is not None and (missing := self.server.missing()):
+                count = f"{len(missing)} of {self._launch.world_size} ranks"
+                self._print_waiting(f"{count} at {self._place} (missing: {ranges_text(missing)})")
+            left = self._deadline - time.monotonic()
+            self._wait_readable(max(0.0, min(1.0, left, self._notice_due() or 1.0)))
+
+    def _poll_failure(self) -> None:
+        self._wait_readable(0.0)
+        for message in self._messages:
+            if "failed" in message:
+                raise self._failed(Failure(**message["failed"]))
+
+    def _wait_readable(self, seconds: float) -> None:
+        """Read what comes within the time."""
+        assert self._line is not None
+        if not select.select([self._line], [], [], seconds)[0]:
+            return
+        try:
+            self._messages += self._line.read()
+            return
+        except OSError:
+            pass
+        raise self._failed(
+            Failure(
+                rank=0,
+                host="",
+                rule="All ranks must be there when a job begins",
+                found=f"rank 0 at {self._place} ended before",
+                fix="See the output of rank 0",
+                printed=False,
+            )
+        )
+
+    def _failed(self, failure: Failure) -> RankFailedError:
+        """Return the error of a failure that is passed on; rank 0 prints it, or another one if rank 0 is gone."""
+        rank, own = self._launch.rank, failure.personal or failure.rank == self._launch.rank
+        rule, found = failure.rule, failure.found
+        if failure.printed and not own:
+            rule = "A job begins with all its ranks or ends with the first that fails"
+            found = f"rank {failure.rank} on {failure.host}: {failure.rule}: {failure.found}"
+        error = RankFailedError(failure, rule, found)
+        error.shared = True
+        gone = failure.rank == 0 and not failure.printed
+        error.silent = not (own or (self._prints_without_rank0() if gone else rank == 0))
+        if not own:
+            error.__cause__ = FailedRank(failure.host, failure.rank)
+        return error
+
+    def _prints_without_rank0(self) -> bool:
+        """Whether this rank prints what all find out by themselves where rank 0 is gone."""
+        return self._launch.rank == 1 or self._launch.local_rank == 0
+
+    def _timed_out(self) -> TrainingError:
+        missing = self.server.missing() if self.server is not None else []
+        if self.server is None:
+            found = f"rank {self._launch.rank} on {self._host} hears nothing of rank 0 at {self._place}"
+        elif missing:
+            found = f"{self._launch.world_size - len(missing)} of {self._launch.world_size} ranks joined at "
+            found += f"{self._place}, missing: rank{'s' * (len(missing) > 1)} {ranges_text(missing)}"
+        else:
+            found = f"all ranks joined at {self._place}, but some cannot connect to the others"
+        return TrainingError(
+            f"Rendezvous timed out after {self._seconds:g} s",
+            found=found,
+            fix="See the output of the missing ranks, or raise --rendezvous-timeout-minutes if nodes start slowly",
+        )
+
+    def _notice_due(self) -> float:
+        return max(0.0, self._began + self._notice - time.monotonic())
+
+    def _print_waiting(self, what: str) -> None:
+        if not self._notice_due():
+            self._notice *= 2
+            sys.stderr.write(f"[{self._host} rank {self._launch.rank}] waiting for {what}\n")
+            sys.stderr.flush()
+
+
+def ranges_text(ranks: Sequence[int]) -> str:
+    """Return rising ranks as ranges: `1, 4-7`."""
+    ranges: list[list[int]] = []
+    for rank in ranks:
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    words = [f"{first}-{last}" if first < last else f"{first}" for first, last in ranges[:MAX_RANGES]]
+    return ", ".join(words + ["…"] * (len(ranges) > MAX_RANGES))
