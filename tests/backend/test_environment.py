@@ -79,7 +79,8 @@ def test_a_given_port_is_the_only_one():
 
 
 @pytest.mark.parametrize(
-    ("counts", "node", "expected"), [("2(x3),1", 0, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("1,3", 1, 3), ("4", 9, 4)]
+    ("counts", "node", "expected"),
+    [("2(x3),1", 0, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("1,3", 1, 3), ("4", 9, 4)],
 )
 def test_ranks_of_this_node(counts, node, expected):
     step = {"SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": str(node)}
