@@ -80,9 +80,12 @@ class Rendezvous:
                 self._line.read()  # The server has passed it on when it comes back.
         if isinstance(error, MegatronLiteError):
             error.shared = True
+        if self.server is not None and isinstance(error, RankFailedError):
+            # Those that are still starting would wait for rank 0 in vain.
+            self.server.wait_until_told(FAILURE_TIMEOUT)
         if self._line is not None:
             self._line.close()
-        if error is not None and self.server is not None:
+        if self.server is not None and error is not None:
             self.server.close()
 
     def join(self) -> None:

@@ -59,7 +59,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         CheckpointError: a save failed.
     """
     config = run.config
-    with SignalFlag() if config.training.exit_signals else nullcontext() as flag:
+    with SignalFlag(announce=run.mesh.world.rank == 0) if config.training.exit_signals else nullcontext() as flag:
         stopper = Stopper(config.training, flag, started=started)
         stop = _agree(run, stopper.before_iteration(run.progress))
         while stop is None and not is_finished(config, run.progress):

@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
@@ -40,9 +41,14 @@ class SignalFlag:
 
     A context manager: the old handlers come back on leaving. A second SIGINT raises KeyboardInterrupt at once, for the
     person at the terminal who means it.
+
+    Args:
+        announce: whether to print a line when a signal arrives: rank 0 does. If another rank alone receives one, the
+            line with which the job stops names it (agree).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = True) -> None:
+        self._announce = announce
         self._old: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
 
@@ -59,6 +65,8 @@ class SignalFlag:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if not self._announce:
+            return
         again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
         text = f"\n{self.received.name} received: finishing this iteration, then saving and stopping.{again}\n"
         # Not print: the signal may have come in the middle of one, whose buffer cannot be entered twice.
@@ -132,7 +140,11 @@ def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
     world.all_reduce_(wanted, "max")
     if not wanted.item():
         return None
-    return next(found for found in world.all_gather_object(stop) if found is not None)
+    stops = world.all_gather_object(None if stop is None else (host_name(), stop))
+    rank, (host, first) = next((rank, found) for rank, found in enumerate(stops) if found is not None)
+    if first.status == "signal" and rank != 0:
+        return replace(first, message=f"{first.message} (on {host}, rank {rank})")
+    return first
 
 
 def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> str | None:

@@ -8,10 +8,10 @@ import time
 import pytest
 
 from megatron_lite.backend import rendezvous
-from megatron_lite.backend.environment import Launch, read_launch
+from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.rendezvous import Rendezvous, ranges_text
 from megatron_lite.backend.rendezvous_address import look_up
-from megatron_lite.errors import ConfigError, DataError, TrainingError, failed_rank
+from megatron_lite.errors import ConfigError, DataError, failed_rank
 
 
 def free_port():
@@ -73,8 +73,9 @@ def wait_for_ranks(first, *joined):
 
 
 @pytest.fixture
-def meet():
+def meet(monkeypatch):
     """Holds meetings; closes their servers."""
+    monkeypatch.setattr(rendezvous, "FAILURE_TIMEOUT", 2.0)
     ranks = []
 
     def start(place, **options):

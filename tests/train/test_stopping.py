@@ -8,6 +8,7 @@ import signal
 import pytest
 from job_commands import SMALL
 
+from megatron_lite.backend.environment import host_name
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
@@ -85,7 +86,8 @@ def agreed(backend, stopping):
 
 def test_a_stop_of_any_rank_is_every_ranks(on_ranks):
     results = on_ranks(3, agreed, [(), (2,), (1, 2), ()])
-    assert all([stop and stop.message for stop in result] == [None, "rank 2", "rank 1", None] for result in results)
+    where = [f"rank {rank} (on {host_name()}, rank {rank})" for rank in (2, 1)]
+    assert all([stop and stop.message for stop in result] == [None, *where, None] for result in results)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -1,0 +1,288 @@
+"""Jobs of several ranks as launchers start them: who meets whom, who prints what, and signals before training."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from trainer import status
+
+from megatron_lite.backend import rendezvous
+from megatron_lite.cli.main import main
+from megatron_lite.data.build import LOG
+from megatron_lite.train import assemble
+
+_FORK = multiprocessing.get_context("fork")
+_LAUNCHERS = ("SLURM_", "MASTER_", "OMPI_", "PMI", "MPI_", "TORCHELASTIC_")
+TRAIN = shlex.split(
+    """
+    train --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+    --micro-batch-size 1 --global-batch-size 4 --train-iters 2 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer
+    --vocab-size 31 --make-vocab-size-divisible-by 8 --device cpu --num-threads 1 --log-interval 1 --eval-iters 0
+    --save-interval 100
+    """
+)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+class Process:
+    """One rank, with an output file of its own.
+
+    Args:
+        path: of the file.
+        words: the command line.
+        variables: what the launcher sets.
+        prepare: called in the process before the command.
+    """
+
+    def __init__(self, path, words, variables, prepare=None):
+        self.path = path
+        self.process = _FORK.Process(target=self._run, args=([str(word) for word in words], variables, prepare))
+        self.process.start()
+
+    def _run(self, words, variables, prepare):
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name in [name for name in os.environ if name.startswith(_LAUNCHERS)]:
+            del os.environ[name]
+        os.environ.update(variables)
+        if prepare is not None:
+            prepare()
+        sys.exit(main(words))
+
+    @property
+    def text(self):
+        return self.path.read_text() if self.path.exists() else ""
+
+    def wait_for(self, text, timeout=60.0):
+        deadline = time.monotonic() + timeout
+        while text not in self.text:
+            assert time.monotonic() < deadline and self.process.is_alive(), f"no {text!r} in:\n{self.text}"
+            time.sleep(0.01)
+
+    def code(self, timeout=60.0):
+        self.process.join(timeout)
+        assert not self.process.is_alive(), f"it hangs; it said\n{self.text}"
+        return self.process.exitcode
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Starts ranks: (words, one dict of variables per rank); they do not outlive the test."""
+    started = []
+
+    def start(words, variables, prepare=None):
+        new = []
+        for rank, mine in enumerate(variables):
+            path = tmp_path / f"output{len(started)}.txt"
+            new.append(Process(path, words, mine, None if prepare is None else lambda rank=rank: prepare(rank)))
+            started.append(new[-1])
+        return new
+
+    yield start
+    for process in started:
+        process.process.kill()
+        process.process.join()
+
+
+def by_hand(world, *ranks):
+    port = free_port()
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in ranks or range(world)]
+
+
+def step(number, world):
+    common = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": str(number),
+        "SLURM_STEP_NUM_TASKS": str(world),
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_TASKS_PER_NODE": str(world),
+        "SLURM_STEP_NODELIST": "nowhere",
+        "SLURMD_NODENAME": "nowhere",
+    }
+    return [{**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(world)]
+
+
+def mpirun(world, namespace):
+    common = {"OMPI_COMM_WORLD_SIZE": str(world), "OMPI_COMM_WORLD_LOCAL_SIZE": str(world), "PMIX_NAMESPACE": namespace}
+    return [
+        {**common, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)} for rank in range(world)
+    ]
+
+
+def notice_soon(_rank):
+    rendezvous.FIRST_NOTICE = 0.1
+
+
+def test_two_steps_of_one_slurm_job_train_side_by_side(ranks, tmp_path):
+    jobs = [ranks([*TRAIN, "--save", tmp_path / f"run{number}"], step(number, 2)) for number in range(2)]
+    for number, job in enumerate(jobs):
+        assert [process.code() for process in job] == [0, 0], job[0].text + job[1].text
+        assert "training is complete after 2 iterations" in job[1].text
+        assert status(tmp_path / f"run{number}")["status"] == "completed"
+
+
+def test_mpirun_starts_one_job(ranks, tmp_path):
+    job = ranks([*TRAIN, "--save", tmp_path / "run"], mpirun(2, f"prterun-{os.getpid()}@1"))
+    assert [process.code() for process in job] == [0, 0], job[0].text + job[1].text
+    assert "training is complete after 2 iterations" in job[1].text
+    assert "training is complete" not in job[0].text, "the last rank reports for both"
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_rank_that_waits_for_others(ranks, tmp_path, waiting, number):
+    save = tmp_path / "run"
+    save.mkdir()
+    (process,) = ranks([*TRAIN, "--save", save], by_hand(3, waiting), notice_soon)
+    process.wait_for("waiting for")
+    os.kill(process.process.pid, number)
+    began = time.monotonic()
+    assert process.code() == -number
+    assert time.monotonic() - began < 20, "it does not wait for its time-out"
+    ended = status(save)
+    assert (ended["status"], ended["message"]) == (
+        "signal",
+        f"{number.name} received: stopped at once, without saving",
+    )
+    assert "Traceback" not in process.text and "frame #" not in process.text
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_others(ranks):
+    (process,) = ranks(TRAIN, by_hand(3, 0), notice_soon)
+    process.wait_for("waiting for 2 of 3 ranks at 127.0.0.1:")
+    os.kill(process.process.pid, signal.SIGINT)
+    assert process.code() == 130
+    assert process.text.endswith("interrupted\n") and "Traceback" not in process.text
+
+
+def test_a_signal_to_one_waiting_rank_ends_the_others(ranks, tmp_path):
+    job = ranks([*TRAIN, "--save", tmp_path / "run"], by_hand(4, 0, 1, 2), notice_soon)
+    job[0].wait_for("waiting for 1 of 4 ranks at 127.0.0.1:")
+    job[0].wait_for("(missing: 3)")
+    os.kill(job[1].process.pid, signal.SIGTERM)
+    assert [process.code() for process in job] == [1, -signal.SIGTERM, 1]
+    assert (
+        f"rank 1 on {socket.gethostname()}: All ranks must be there when a job begins: stopped by a signal"
+        in job[0].text
+    )
+    assert job[2].text == ""
+
+
+def sleep_while_looking(rank):
+    """Rank 1 takes long to find its data."""
+    original = assemble.find_start
+
+    def slow(*words):
+        print("looking", flush=True)
+        if rank == 1:
+            time.sleep(600)
+        return original(*words)
+
+    assemble.find_start = slow
+
+
+def test_a_signal_ends_a_rank_that_waits_in_a_collective_at_start(ranks, tmp_path):
+    job = ranks([*TRAIN, "--save", tmp_path / "run"], by_hand(2), sleep_while_looking)
+    for process in job:
+        process.wait_for("looking")
+    time.sleep(0.5)
+    os.kill(job[0].process.pid, signal.SIGTERM)
+    assert job[0].code() == -signal.SIGTERM
+    assert job[1].code() == 1
+    assert status(tmp_path / "run")["status"] == "signal"
+
+
+def test_an_error_of_the_command_line_is_printed_once(ranks):
+    job = ranks([*TRAIN, "--hiden-size", 3], by_hand(4))
+    assert [process.code() for process in job] == [1] * 4
+    text = "".join(process.text for process in job)
+    assert text.count("--hiden-size") == 1 and text.count("Error") == 1, text
+
+
+def test_help_is_printed_once(ranks):
+    job = ranks(["train", "--help"], by_hand(2))
+    assert [process.code() for process in job] == [0, 0]
+    assert "--num-layers" in job[0].text and job[1].text == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "--load must name a folder of checkpoints"),
+        (("--save", "/proc/nowhere"), "--save must be a folder that can be written to"),
+    ],
+)
+def test_an_error_that_all_ranks_agree_on_is_printed_once(ranks, tmp_path, words, message):
+    job = ranks([*TRAIN, *(word.format(tmp=tmp_path) for word in words)], by_hand(3))
+    assert [process.code() for process in job] == [1] * 3
+    text = "".join(process.text for process in job)
+    assert text.count(message) == 1 and text.count("Error") == 1, text
+
+
+def broken_data(rank):
+    def broken(*_, **__):
+        if rank != 2:
+            LOG.warning("all but one warn of this")
+        if rank == 1:
+            LOG.warning("one warns of this")
+        time.sleep(0.3)
+        raise ValueError("the data is broken") if rank != 2 else ValueError("something else")
+
+    assemble.build_datasets = broken
+
+
+def test_warnings_and_errors_of_several_ranks_are_printed_once(ranks):
+    job = ranks(TRAIN, by_hand(3), broken_data)
+    assert [process.code() for process in job] == [1] * 3
+    text = "".join(process.text for process in job)
+    assert text.count("all but one warn of this") == 1
+    assert f"[{socket.gethostname()} rank 1] one warns of this\n" in text
+    assert text.count("failed in opening the data: ValueError: the data is broken") in (1, 2), text
+    assert text.count("ValueError: the data is broken") <= 4, "the first one's line and traceback, and rank 0's"
+
+
+def signal_at_2(rank):
+    """Rank 1, or all, receive SIGTERM in an iteration."""
+    from megatron_lite.train.native import NativeEngine
+
+    step_of = NativeEngine.train_step
+
+    def train_step(self, plan, read):
+        if plan.iteration == 2 and rank in range(int(os.environ["FIRST"]), 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(self, plan, read)
+
+    NativeEngine.train_step = train_step
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_signal_is_announced_once(ranks, alone):
+    variables = [{**mine, "FIRST": "1" if alone else "0"} for mine in by_hand(2)]
+    job = ranks([*TRAIN, "--train-iters", 9], variables, signal_at_2)
+    assert [process.code() for process in job] == [0, 0]
+    notices = ["SIGTERM received: finishing this" in process.text for process in job]
+    assert notices == [not alone, False]
+    where = f" (on {socket.gethostname()}, rank 1)" if alone else ""
+    assert f"exiting program after receiving SIGTERM{where}\n" in job[1].text
+
+
+def test_an_unknown_address_ends_all_at_once(ranks):
+    variables = [{**mine, "MASTER_ADDR": "no-such-host.invalid"} for mine in by_hand(2)]
+    job = ranks(TRAIN, variables)
+    assert [process.code() for process in job] == [1, 1]
+    assert "'no-such-host.invalid' cannot be resolved on" in job[0].text and "Set MASTER_ADDR" in job[0].text
+    assert job[1].text == "" and len(job[0].text.splitlines()) == 1
