@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 import threading
 import time
@@ -36,27 +37,35 @@ def run_interruptibly(call: Callable[[], T], *, seconds: float = 0.0, poll: Call
             results.append(call())
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=body, name="interruptible call", daemon=True)
+    # Not Thread.join: interrupted, it takes a thread that runs on for ended (bpo-45274).
+    done = threading.Event()
     deadline = time.monotonic() + seconds
-    thread.start()
+    threading.Thread(target=body, name="interruptible call", daemon=True).start()
     try:
         if poll is None:
             # One call: the watchdog sees from the stack whether the main thread makes progress.
-            thread.join(seconds or None)
+            done.wait(seconds or None)
         else:
-            while thread.is_alive() and not (seconds and time.monotonic() > deadline):
-                thread.join(0.02)
+            while not done.is_set() and not (seconds and time.monotonic() > deadline):
+                done.wait(0.02)
                 poll()
-        if thread.is_alive():
+        if not done.is_set():
             raise TimeoutError(f"no end after {seconds:g} s")
     except BaseException as error:
-        if thread.is_alive():
-            atexit.register(end_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        if not done.is_set():
+            atexit.register(_end_if_running, done, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _end_if_running(done: threading.Event, code: int) -> None:
+    if not done.is_set():
+        end_at_once(code)
 
 
 def end_at_once(code: int) -> None:
@@ -72,5 +81,5 @@ def end_at_once(code: int) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the message of an error without the C++ stack that torch appends."""
-    text = str(error).partition("Exception raised from")[0].partition("\nframe #")[0].strip()
+    text = re.split(r"Exception raised from |frame #\d", str(error))[0].strip()
     return text.splitlines()[0] if text else type(error).__name__

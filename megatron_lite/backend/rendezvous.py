@@ -27,8 +27,10 @@ FIRST_NOTICE = 10.0
 """Seconds after which a waiting rank prints whom it waits for; the intervals double from there."""
 CONNECT_TIMEOUT = 5.0
 """Seconds to wait for a connection, and for an answer to `hello`."""
-FAILURE_TIMEOUT = 10.0
-"""Seconds for which a rank that cannot start waits for the other ranks, to tell them."""
+LOOK_TIME = 10.0
+"""Seconds for which a rank that cannot start looks for rank 0, before it prints its error without asking."""
+TELL_TIME = 30.0
+"""Seconds for which a rank stays to tell a failure to ranks that are still starting: importing torch takes long."""
 MAX_RANGES = 10
 
 
@@ -82,7 +84,7 @@ class Rendezvous:
             error.shared = True
         if self.server is not None and isinstance(error, RankFailedError):
             # Those that are still starting would wait for rank 0 in vain.
-            self.server.wait_until_told(FAILURE_TIMEOUT)
+            self.server.wait_until_told(TELL_TIME)
         if self._line is not None:
             self._line.close()
         if self.server is not None and error is not None:
@@ -160,7 +162,7 @@ class Rendezvous:
     def wait_until_told(self) -> None:
         """On rank 0, return once all ranks have been told the failure, or when the time is over."""
         if self.server is not None:
-            self.server.wait_until_told(self._deadline - time.monotonic())
+            self.server.wait_until_told(TELL_TIME)
 
     def _describe(self, error: BaseException) -> Failure:
         if isinstance(error, MegatronLiteError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import selectors
 import socket
 import threading
@@ -128,6 +129,7 @@ class RendezvousServer:
         self._known: dict[int, Member] = {}
         self._ready: set[int] = set()
         self._told: set[int] = set()
+        _allow_files(4 * member.world_size + 512)  # this connection, and three to the store that follows
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -256,3 +258,12 @@ class RendezvousServer:
             # A rank that is gone is missed when its connection is read.
             with contextlib.suppress(OSError):
                 line.send(**message)
+
+
+def _allow_files(number: int) -> None:
+    """Raise the process's limit of open files as far as allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < number:
+        limit = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -67,8 +67,10 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
     except MegatronLiteError as error:
         launch = _launch()
         if getattr(command, "SEVERAL_RANKS", False) and launch is not None and launch.world_size > 1:
-            _tell_other_ranks(error, launch)
-        _print_error(error)
+            with suppress(KeyboardInterrupt):
+                _tell_other_ranks(error, launch)
+        else:
+            _print_error(error)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         launch = _launch()
@@ -87,16 +89,26 @@ def _load(name: str) -> ModuleType:
 
 
 def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
-    """End the ranks that wait for this one, if it failed before they met; the error is printed by one of them."""
+    """Print an error in one rank of a job; end the ranks that wait for this one, if it failed before they met."""
     if error.shared or error.silent:
-        return
-    from megatron_lite.backend.rendezvous import FAILURE_TIMEOUT, Rendezvous
-
-    with suppress(MegatronLiteError, OSError), Rendezvous(launch, FAILURE_TIMEOUT) as meeting:
-        meeting.tell_failure(error)
         _print_error(error)
-        error.silent = True
-        meeting.wait_until_told()
+        return
+    from megatron_lite.backend.rendezvous import LOOK_TIME, TELL_TIME, Rendezvous
+
+    told = False
+    try:
+        with suppress(MegatronLiteError, OSError), Rendezvous(launch, LOOK_TIME) as meeting:
+            meeting.tell_failure(error)
+            told = True
+            _print_error(error)
+            meeting.wait_until_told()
+    finally:
+        if not told:
+            _print_error(error)
+    if not told:
+        # Rank 0 may still be starting.
+        with suppress(MegatronLiteError, OSError), Rendezvous(launch, TELL_TIME - LOOK_TIME) as meeting:
+            meeting.tell_failure(error)
 
 
 def _print_error(error: MegatronLiteError) -> None:

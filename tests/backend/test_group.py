@@ -53,6 +53,17 @@ def test_collectives_run_along_one_axis(on_ranks):
         assert got["objects"] == [f"rank {r}" for r in row]
 
 
+def timeouts(backend):
+    groups = [backend.new_group("dp", partition) for partition in (((0, 1), (2, 3)), ((0, 1, 2, 3),))]
+    handles = [group.process_group._get_backend(torch.device("cpu")) for group in groups]
+    return [handle.options._timeout.total_seconds() for handle in handles]
+
+
+def test_every_group_has_the_jobs_timeout(on_ranks):
+    """See ranks.py: one minute."""
+    assert on_ranks(4, timeouts) == [[60.0, 60.0]] * 4
+
+
 def fail_on(backend, rank):
     if backend.rank == rank:
         raise ValueError("this rank fails")

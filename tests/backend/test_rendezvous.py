@@ -75,7 +75,7 @@ def wait_for_ranks(first, *joined):
 @pytest.fixture
 def meet(monkeypatch):
     """Holds meetings; closes their servers."""
-    monkeypatch.setattr(rendezvous, "FAILURE_TIMEOUT", 2.0)
+    monkeypatch.setattr(rendezvous, "TELL_TIME", 2.0)
     ranks = []
 
     def start(place, **options):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.parallel import ParallelConfig
@@ -61,6 +62,45 @@ def test_ranks_that_never_come_are_an_error_that_names_this_one(tmp_path):
     launch = Launch(rank=1, world_size=2, host="node7", init_method=f"file://{tmp_path}/store")
     with pytest.raises(TrainingError, match="rank 1 of 2 on node7"):
         select_backend(RuntimeConfig(device="cpu", num_threads=1), parallel, launch)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "launcher", "variable", "index"),
+    [
+        (4, 3, "torchrun", "", 3),
+        (4, 3, "slurm", "", 3),
+        (1, 3, "slurm", "", 0),
+        (1, 0, "torchrun", "", 0),
+        (1, 3, "torchrun", "6", 0),
+        (1, 3, "mpirun", "GPU-9c1f", 0),
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
+    visible, local_rank, launcher, variable, index, monkeypatch
+):
+    """Srun --gpus-per-task=1 shows every task one GPU, as device 0."""
+    chosen = gpus(monkeypatch, visible, variable)
+    launch = Launch(local_rank=local_rank, local_world_size=4, launcher=launcher)
+    backend = CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
+    assert backend.device == torch.device("cuda", index) == chosen[-1]
+
+
+@pytest.mark.parametrize(("visible", "variable"), [(2, "0,1"), (1, ""), (0, "")])
+def test_ranks_without_a_gpu_of_their_own_are_refused(visible, variable, monkeypatch):
+    gpus(monkeypatch, visible, variable)
+    launch = Launch(local_rank=2, local_world_size=4, launcher="torchrun", host="n1")
+    with pytest.raises(ConfigError, match=f"local rank 2 on n1, which shows {visible} GPUs"):
+        CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
+
+
+def gpus(monkeypatch, visible, variable):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    return chosen
 
 
 @pytest.mark.gpu

@@ -125,6 +125,7 @@ def mpirun(world, namespace):
 
 def notice_soon(_rank):
     rendezvous.FIRST_NOTICE = 0.1
+    rendezvous.TELL_TIME = 1.0
 
 
 def test_two_steps_of_one_slurm_job_train_side_by_side(ranks, tmp_path):
@@ -196,7 +197,8 @@ def sleep_while_looking(rank):
 
 
 def test_a_signal_ends_a_rank_that_waits_in_a_collective_at_start(ranks, tmp_path):
-    job = ranks([*TRAIN, "--save", tmp_path / "run"], by_hand(2), sleep_while_looking)
+    words = [*TRAIN, "--save", tmp_path / "run", "--distributed-timeout-minutes", 0.1]
+    job = ranks(words, by_hand(2), sleep_while_looking)
     for process in job:
         process.wait_for("looking")
     time.sleep(0.5)
