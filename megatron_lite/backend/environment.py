@@ -6,12 +6,13 @@ import hashlib
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_lite.backend.nodelist import expand_counts, expand_nodes
 from megatron_lite.errors import ConfigError
+from megatron_lite.runs.process import ProcessId, machine_id, start_of, this_process
 
 Launcher = Literal["torchrun", "slurm", "mpirun", "python"]
 
@@ -36,6 +37,17 @@ class Launch:
     job: str = ""
     """Identity of the job: ranks of another one are turned away. Empty: whoever meets at this address is one job."""
     host: str = ""
+    slurm_job: str = ""
+    """SLURM_JOB_ID; empty: not in a Slurm job."""
+    slurm_restarts: int = 0
+    """How often Slurm has requeued that job."""
+    start_id: str = ""
+    """Names this start of the job, alike on all its ranks; empty: nothing is known that they have in common."""
+
+    @property
+    def process(self) -> ProcessId:
+        """This process, as others recognise it."""
+        return this_process(self.host, self.slurm_job, self.slurm_restarts)
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,14 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         launch = _from_mpi(mpi, variables)
     else:
         _refuse_incomplete(variables)
-        return Launch(host=host_name(variables))
+        launch = Launch()
+    launch = replace(
+        launch,
+        host=host_name(variables),
+        slurm_job=variables.get("SLURM_JOB_ID", ""),
+        slurm_restarts=_integer(variables, "SLURM_RESTART_COUNT", default=0),
+        start_id=_start_id(variables),
+    )
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
             "A rank lies in [0, world size)",
@@ -133,6 +152,20 @@ def _refuse_incomplete(variables: Mapping[str, str]) -> None:
         )
 
 
+def _start_id(variables: Mapping[str, str]) -> str:
+    """What names one start of a job and is known to all its ranks: a Slurm step, or torchrun's process on this node.
+
+    A rendezvous address does not: the next job on the same nodes has the same one.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    job, step, requeued, restarted = (variables.get(name, "") for name in names)
+    if job and step:
+        return f"Slurm step {job}.{step}, restart {requeued or 0}.{restarted or 0}"
+    if "TORCHELASTIC_RUN_ID" in variables:
+        return f"torchrun {os.getppid()}, started {start_of(os.getppid())} on {machine_id()}, restart {restarted or 0}"
+    return ""
+
+
 def _from_torchrun(variables: Mapping[str, str]) -> Launch:
     world_size = _integer(variables, "WORLD_SIZE")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
@@ -156,7 +189,6 @@ def _from_torchrun(variables: Mapping[str, str]) -> Launch:
         launcher="torchrun",
         init_method=_tcp(address, ports),
         job=job,
-        host=host_name(variables),
     )
 
 
@@ -189,7 +221,6 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
         launcher="slurm",
         init_method=_tcp(address, (_port(variables),) if variables.get("MASTER_PORT") else _derived_ports(job)),
         job=job,
-        host=host_name(variables),
     )
 
 

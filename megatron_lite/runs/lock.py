@@ -1,0 +1,378 @@
+"""Lock on a --save folder: one job at a time writes there, also across hosts and on network file systems.
+
+The lock is the folder `job.lock` with exactly one file in it. The file's name is the owner's token and the number of
+its last heartbeat, its content says who the owner is. Every change is one rename on the file server, so the lock needs
+neither flock (which Lustre and NFS may lack) nor clocks that agree:
+
+- A free lock is taken by renaming a prepared folder to `job.lock`, which fails if that is there and not empty.
+- A heartbeat renames the file to the next number.
+- A stale lock is taken over by renaming the file from the name last seen to the new owner's. Of several jobs that try,
+  one succeeds; none does if the owner has sent a heartbeat in the meantime.
+- An owner whose file is gone has lost the lock, and stops.
+- To release it, the owner removes its own file, whose name nobody else has ever used.
+
+Stale is a lock whose owner's process has ended (seen on the same machine only), that belongs to an earlier start of the
+same Slurm job, or whose heartbeat does not change for PATIENCE intervals of the observer's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.process import ProcessId, is_running, is_stopped
+
+LOCK_NAME = "job.lock"
+HEARTBEAT_SECONDS = 15.0
+PATIENCE = 3
+"""Heartbeat intervals without a change after which the lock of another machine is stale."""
+POLL_SECONDS = 0.5
+"""Between two looks at a lock that may be stale."""
+
+_LOOKS = 4
+_RULE = "One job at a time may write to a --save folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who holds a lock.
+
+    Attributes:
+        token: random name of this holding of the lock.
+        process: the process that holds it.
+        command: what it runs, for people.
+        since: when it took the lock, UTC by its own clock, ISO 8601.
+        heartbeat_seconds: its heartbeat interval.
+    """
+
+    token: str
+    process: ProcessId
+    command: str
+    since: str
+    heartbeat_seconds: float
+
+    def encode(self) -> bytes:
+        """Return the content of the lock's file."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def decode(cls, content: bytes) -> Owner | None:
+        """Inverse of encode; None: the content is not whole, or of another version."""
+        try:
+            values = json.loads(content)
+            return cls(**{**values, "process": ProcessId(**values["process"])})
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A lock as found on the disk; `owner` is None while it changes hands, or if its content is damaged."""
+
+    name: str
+    owner: Owner | None
+
+    @property
+    def token(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def beat(self) -> int:
+        number = self.name.partition(".")[2]
+        return int(number) if number.isdecimal() else 0
+
+    def __str__(self) -> str:
+        if self.owner is None:
+            return f"a job that cannot be identified ({self.name})"
+        beat = datetime.fromtimestamp(self.beat, timezone.utc).isoformat(timespec="seconds")
+        return f"{self.owner.process} ({self.owner.command}, since {self.owner.since}, last heartbeat {beat})"
+
+
+class FolderLock:
+    """The lock on one folder, to be taken, held with heartbeats and released by this process.
+
+    Args:
+        folder: the --save folder; made when the lock is taken.
+        process: this process.
+        command: what this process runs, for people.
+        notify: told of a stale lock that is taken over, and of waiting.
+        clock: seconds, from any origin; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        process: ProcessId,
+        command: str,
+        notify: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self._path = folder / LOCK_NAME
+        self._process = process
+        self._command = command
+        self._notify = notify
+        self._clock = clock
+        self._first: tuple[_Seen, float] | None = None
+        self._told = ""
+        self._name = ""
+        self._last_beat = 0.0
+        self._lost = False
+        self._mutex = threading.Lock()
+        self._over = threading.Event()
+
+    @property
+    def token(self) -> str:
+        """Name of this holding of the lock; empty: it is not held."""
+        return self._name.partition(".")[0]
+
+    def acquire(self) -> None:
+        """Take the lock, after waiting to see whether the lock of another machine is stale.
+
+        Raises:
+            CheckpointError: another job holds it.
+            OSError: the folder cannot be written to.
+        """
+        while not self.attempt():
+            time.sleep(POLL_SECONDS)
+
+    def attempt(self) -> bool:
+        """Look at the lock once, and take it if it is free or stale.
+
+        Returns:
+            Whether it is held now; False: not decided yet, look again after POLL_SECONDS.
+
+        Raises:
+            CheckpointError, OSError: as acquire.
+        """
+        seen = _look(self._path)
+        if seen is None:
+            return self._take_free()
+        now = self._clock()
+        if self._first is None or self._first[0].token != seen.token:
+            self._first = seen, now
+            return self._is_stale(seen) and self._take_over(seen)
+        first, since = self._first
+        if seen.name != first.name or (seen.owner is not None and is_running(seen.owner.process)):
+            raise self._refusal(seen)
+        patience = PATIENCE * (seen.owner.heartbeat_seconds if seen.owner is not None else HEARTBEAT_SECONDS)
+        if now - since >= patience:
+            return self._take_over(seen)
+        if self._told != seen.token:
+            self._told = seen.token
+            self._notify(f"{self.folder} is locked by {seen}: waiting up to {patience:.0f} s for its next heartbeat")
+        return False
+
+    def try_acquire(self) -> bool:
+        """Take the lock if that needs no waiting; returns whether it is held now.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self._first = None
+        for _ in range(2):
+            with contextlib.suppress(CheckpointError):
+                if self.attempt():
+                    return True
+        return False
+
+    def verify(self, *, now: bool = False) -> None:
+        """Check that this process still holds the lock: at once where its heartbeat is overdue, else by what it knows.
+
+        Args:
+            now: ask the file server in any case.
+
+        Raises:
+            CheckpointError: the lock was taken over or removed; nothing may be written to the folder any more.
+        """
+        with self._mutex:
+            if self._name and not self._lost and (now or self._clock() - self._last_beat > 2 * HEARTBEAT_SECONDS):
+                self._beat()
+            if not self._lost:
+                return
+        seen = _look(self._path)
+        who = f"it is held by {seen}" if seen is not None else "it was removed"
+        raise CheckpointError(
+            _RULE,
+            found=f"the lock {self._path} is no longer this job's: {who}",
+            fix="This job stops without writing anything more there. It was probably paused for longer than "
+            f"{PATIENCE * HEARTBEAT_SECONDS:.0f} s, or the folder was moved or cleared. If nothing else trains there, "
+            "the same command goes on from the last checkpoint",
+        )
+
+    def release(self) -> None:
+        """Give the lock up; without effect if it is not held, or no longer."""
+        self._over.set()
+        with self._mutex:
+            name, self._name = self._name, ""
+            if not name or self._lost:
+                return
+            # A file system that fails now leaves a lock whose process has ended: it is stale.
+            with contextlib.suppress(OSError):
+                (self._path / name).unlink()
+                self._path.rmdir()
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _owner(self, token: str) -> Owner:
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return Owner(
+            token=token,
+            process=self._process,
+            command=self._command,
+            since=since,
+            heartbeat_seconds=HEARTBEAT_SECONDS,
+        )
+
+    def _is_stale(self, seen: _Seen) -> bool:
+        """Whether a lock is stale as far as one look can tell."""
+        if seen.owner is None:
+            return False
+        theirs, ours = seen.owner.process, self._process
+        if theirs.slurm_job and theirs.slurm_job == ours.slurm_job and theirs.slurm_restarts < ours.slurm_restarts:
+            return True  # Slurm has ended that start of the job before it began this one
+        return is_running(theirs) is False
+
+    def _take_free(self) -> bool:
+        token = secrets.token_hex(8)
+        name = f"{token}.{int(time.time())}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_name(f"{LOCK_NAME}.{token}")
+        try:
+            aside.mkdir()
+            _write(aside / name, self._owner(token).encode(), os.O_CREAT | os.O_EXCL)
+            with contextlib.suppress(OSError):
+                self._path.rmdir()  # some file systems do not rename to a folder that exists, even an empty one
+            aside.rename(self._path)
+        except OSError as error:
+            # NFS may answer with an error after it has done what was asked.
+            if not (self._path / name).exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    return False  # another process took it first
+                raise
+        return self._begin(name)
+
+    def _take_over(self, seen: _Seen) -> bool:
+        token = secrets.token_hex(8)
+        name = f"{token}.{max(seen.beat + 1, int(time.time()))}"
+        try:
+            (self._path / seen.name).rename(self._path / name)
+        except FileNotFoundError:
+            if not (self._path / name).exists():
+                self._first = None
+                return False  # the owner has sent a heartbeat, or another process took it first
+        # Not created if it is gone: the lock never has two files.
+        with contextlib.suppress(FileNotFoundError):
+            _write(self._path / name, self._owner(token).encode(), os.O_TRUNC)
+            self._notify(f"taking over the lock of {self.folder}, left behind by {seen}")
+        return self._begin(name)
+
+    def _begin(self, name: str) -> bool:
+        """Verify what was just taken, and start to send heartbeats."""
+        seen = _look(self._path)
+        if seen is None or seen.name != name:
+            return False
+        for left_behind in self.folder.glob(f"{LOCK_NAME}.*"):
+            shutil.rmtree(left_behind, ignore_errors=True)  # a process died between preparing and taking
+        self._name, self._lost, self._last_beat = name, False, self._clock()
+        self._over = threading.Event()
+        threading.Thread(target=self._run, args=(self._over,), name="lock-heartbeat", daemon=True).start()
+        return True
+
+    def _run(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            with self._mutex:
+                if not self._name or self._lost or over.is_set():
+                    return
+                self._beat()
+
+    def _beat(self) -> None:
+        """Send a heartbeat; finds out if the lock was lost."""
+        token, _, beat = self._name.partition(".")
+        # The time, for people; it must differ from the last and nothing more.
+        name = f"{token}.{max(int(beat) + 1, int(time.time()))}"
+        try:
+            (self._path / self._name).rename(self._path / name)
+        except FileNotFoundError:
+            if not (self._path / name).exists():
+                self._lost = True
+                return
+        except OSError:
+            return  # the file server is away or full; the next heartbeat will tell
+        self._name, self._last_beat = name, self._clock()
+
+    def _refusal(self, seen: _Seen) -> CheckpointError:
+        stopped = seen.owner is not None and is_running(seen.owner.process) and is_stopped(seen.owner.process)
+        paused = " That process is stopped (as by SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
+        return CheckpointError(
+            _RULE,
+            found=f"{self.folder} is in use by {seen}",
+            fix=f"Wait until that job has ended, end it, or give another --save folder.{paused} Nothing was written",
+        )
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """Return who holds the lock of a folder, stale or not; None: it is free, or just changing hands."""
+    try:
+        seen = _look(folder / LOCK_NAME)
+    except OSError:
+        return None
+    return seen.owner if seen is not None else None
+
+
+def _look(path: Path) -> _Seen | None:
+    """Return the lock as it is; None: it is free.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    seen = None
+    for _ in range(_LOOKS):
+        names = _files(path)
+        if names is None:
+            return None
+        # A heartbeat between listing and reading gives the file another name, and a listing may miss it altogether.
+        with contextlib.suppress(FileNotFoundError):
+            for name in names[:1]:
+                owner = Owner.decode((path / name).read_bytes())
+                seen = _Seen(name, owner if owner is not None and owner.token == name.partition(".")[0] else None)
+        if seen is not None and seen.owner is not None:
+            return seen
+        time.sleep(0.02)
+    return seen
+
+
+def _files(path: Path) -> list[str] | None:
+    """Files of a lock: one, or none while it comes or goes; None: there is no lock."""
+    try:
+        # NFS keeps what is removed while it is open under a name that starts with a dot.
+        return [name for name in (entry.name for entry in path.iterdir()) if not name.startswith(".")]
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, content: bytes, flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | flags, 0o666)
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
