@@ -90,6 +90,7 @@ class Watchdog:
         name: this rank in words: host, rank, coordinates.
         where: says in words what the main thread is doing, and gives a value that changes when it gets on.
         patience: how long to wait for what.
+        on_abort: called with host, rank and text of the first failure before this process is ended; None: nothing is.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Watchdog:
         name: str,
         where: Callable[[], tuple[str, Hashable]],
         patience: Patience,
+        on_abort: Callable[[str, int, str], None] | None = None,
     ) -> None:
         self._store = store
         self._rank = rank
@@ -112,6 +114,7 @@ class Watchdog:
         self._name = name
         self._where = where
         self._patience = patience
+        self._on_abort = on_abort
         self._over = threading.Event()
         self._told = threading.Event()
         self._quiet = threading.Event()
@@ -239,6 +242,8 @@ class Watchdog:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self._linger()
+        if self._on_abort is not None:
+            self._on_abort(failure.host, failure.rank, failure.text)
         os._exit(1)
 
     def _linger(self) -> None:

@@ -10,7 +10,7 @@ import copy
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from megatron_lite.checkpoint.durable import replace_file
 from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.pieces import Share
 from megatron_lite.checkpoint.retention import KEEP_ALL, Retention
-from megatron_lite.checkpoint.save import SaveReport, SaveRequest, finish, open_partial, share_path, write_share
+from megatron_lite.checkpoint.save import (
+    SaveReport,
+    SaveRequest,
+    finish,
+    no_check,
+    open_partial,
+    share_path,
+    write_share,
+)
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
@@ -82,6 +90,7 @@ class BackgroundSaver:
         provenance: Provenance,
         *,
         retention: Retention = KEEP_ALL,
+        check: Callable[[], None] = no_check,
     ) -> float:
         """Copies the state and starts writing it; a collective call. Arguments as of save.save_checkpoint.
 
@@ -96,7 +105,7 @@ class BackgroundSaver:
         begun = time.monotonic()
         self.wait()
         # A copy: the trainer goes on counting while this is written.
-        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention)
+        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention, check)
         tensors = share_out(tensors)
         partial, stale = open_partial(request, tensors, self._world)
         self._partial = partial

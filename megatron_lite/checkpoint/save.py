@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from megatron_lite.checkpoint.turnover import make_visible, remove_stale
 from megatron_lite.checkpoint.writing import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
+
+
+def no_check() -> None:
+    """The folder is nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class SaveRequest:
         scalars: JSON values: progress, loss scaler, step counts. Rank 0's count.
         provenance: config and fingerprints of the run.
         retention: what is kept once this one is announced.
+        check: called on the rank that completes the save before it changes the folder; raises to keep it from that.
     """
 
     root: Path
@@ -65,6 +70,7 @@ class SaveRequest:
     scalars: Mapping[str, Any]
     provenance: Provenance
     retention: Retention = KEEP_ALL
+    check: Callable[[], None] = no_check
 
     @property
     def path(self) -> Path:
@@ -81,6 +87,7 @@ def save_checkpoint(
     world: Group,
     *,
     retention: Retention = KEEP_ALL,
+    check: Callable[[], None] = no_check,
 ) -> SaveReport:
     """Writes a checkpoint and announces it; a collective call that returns once it is safe on the disk.
 
@@ -93,13 +100,14 @@ def save_checkpoint(
         provenance: config and fingerprints; rank 0's count.
         world: all ranks.
         retention: which checkpoints are kept; the others are deleted after this one is announced.
+        check: as of SaveRequest.
 
     Raises:
         CheckpointError: it could not be written, on every rank. Earlier checkpoints are untouched and nothing of this
             one is left.
     """
     begun = time.monotonic()
-    request = SaveRequest(root, iteration, scalars, provenance, retention)
+    request = SaveRequest(root, iteration, scalars, provenance, retention, check)
     tensors = share_out(tensors)
     partial, stale = open_partial(request, tensors, world)
     try:
@@ -125,6 +133,7 @@ def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: G
     needed = sum(world.all_gather_object(size_to_write(tensors)))
 
     def make() -> tuple[Path, list[str]]:
+        request.check()
         try:
             request.root.mkdir(parents=True, exist_ok=True)
             stale = remove_stale(request.root)
@@ -178,6 +187,7 @@ def finish(partial: Path, request: SaveRequest, world: Group, begun: float, stal
         for rank in range(world.size):
             share_path(partial, rank).unlink()
         sync_folder(partial)
+        request.check()
         make_visible(partial, request.path)
         _announce(request, partial)
     except OSError as error:

@@ -226,8 +226,9 @@ def _diff_values(first: Path, second: Path, console: Console) -> bool:
 
 def _average(options: argparse.Namespace, console: Console) -> int:
     from megatron_lite.checkpoint.rewriting import average
+    from megatron_lite.cli.folder_lock import holding
 
-    with _progress("averaging") as progress:
+    with holding(options.output, "checkpoint average"), _progress("averaging") as progress:
         paths = [_one(path) for path in options.folders]
         report = average(paths, options.output, file_size=_file_size(options), progress=progress)
     _summarize(report, f"the average of {', '.join(path.name for path in paths)}", console)
@@ -236,9 +237,10 @@ def _average(options: argparse.Namespace, console: Console) -> int:
 
 def _reshard(options: argparse.Namespace, console: Console) -> int:
     from megatron_lite.checkpoint.rewriting import reshard
+    from megatron_lite.cli.folder_lock import holding
 
     path, dtype, file_size = _one(options.folder), options.dtype, _file_size(options)
-    with _progress("rewriting") as progress:
+    with holding(options.output, "checkpoint reshard"), _progress("rewriting") as progress:
         report = reshard(
             path,
             options.output,

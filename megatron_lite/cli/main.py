@@ -6,10 +6,12 @@ import difflib
 import importlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
-from contextlib import suppress
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, ModuleType
 
 from megatron_lite import __version__
 from megatron_lite.backend.environment import Launch, host_name, read_launch
@@ -63,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(command: ModuleType, argv: list[str]) -> int:
     """Calls the command and prints the errors that are the user's to fix without a traceback."""
     try:
-        code: int = command.run(argv)
+        with _terminable():
+            code: int = command.run(argv)
     except MegatronLiteError as error:
         launch = _launch()
         if getattr(command, "SEVERAL_RANKS", False) and launch is not None and launch.world_size > 1:
@@ -82,6 +85,26 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that it leaves nothing half-written; then the process dies of it."""
+    received = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if received:
+            print("SIGTERM received: stopped", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _load(name: str) -> ModuleType:

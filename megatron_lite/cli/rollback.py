@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,18 +24,20 @@ def run(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
 
     from megatron_lite.checkpoint.rollback import roll_back
+    from megatron_lite.cli.folder_lock import holding
 
     root: Path = options.folder
     try:
-        report = roll_back(root, options.to, options.skip_samples)
-        print(f"the latest checkpoint of {root} is {report.checkpoint.name}")
-        if report.moved:
-            print(f"moved {', '.join(report.moved)} to {report.aside}")
-        if report.skipped:
-            ranges = ", ".join(f"{first}-{end - 1}" for first, end in report.skipped)
-            print(f"samples left out of training from here on: {ranges}")
-        for line in _rewind(options, report):
-            print(line)
+        with holding(root, "rollback") if root.is_dir() else nullcontext():
+            report = roll_back(root, options.to, options.skip_samples)
+            print(f"the latest checkpoint of {root} is {report.checkpoint.name}")
+            if report.moved:
+                print(f"moved {', '.join(report.moved)} to {report.aside}")
+            if report.skipped:
+                ranges = ", ".join(f"{first}-{end - 1}" for first, end in report.skipped)
+                print(f"samples left out of training from here on: {ranges}")
+            for line in _rewind(options, report):
+                print(line)
     except OSError as error:
         raise CheckpointError(
             "A rollback must be able to change the folder",

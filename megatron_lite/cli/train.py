@@ -6,10 +6,11 @@ import shutil
 import sys
 import time
 
-from megatron_lite.backend.environment import Launch, read_launch
-from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, raise_all
+from megatron_lite.backend.environment import Launch, host_name, read_launch
+from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, raise_all, save_folder
 from megatron_lite.config.files import missing_files
 from megatron_lite.errors import ConfigError
+from megatron_lite.train.exit_status import ExitRecord
 
 SUMMARY = "train a GPT; takes Megatron's command line"
 SEVERAL_RANKS = True
@@ -19,13 +20,24 @@ SEVERAL_RANKS = True
 def run(argv: list[str]) -> int:
     """Trains, or with --dry-run only says what the command means."""
     started = time.monotonic()
-    launch = read_launch()
+    try:
+        launch, broken = read_launch(), None
+    except ConfigError as error:
+        launch, broken = Launch(host=host_name()), error
     if asks_for_help(argv):
         from megatron_lite.config.help import help_text
 
         if launch.rank == 0:
             print(help_text(width=min(100, shutil.get_terminal_size().columns)))
         return 0
+    # From here on, whatever goes wrong is written to exit_status.json.
+    with ExitRecord(save_folder(argv), launch) as record:
+        if broken is not None:
+            raise broken
+        return _run(argv, launch, record, started)
+
+
+def _run(argv: list[str], launch: Launch, record: ExitRecord, started: float) -> int:
     parsed = parse_run(argv, world_size=None if launch.launcher == "python" else launch.world_size)
     if parsed.config.runtime.dry_run:
         if launch.rank == 0:
@@ -38,29 +50,21 @@ def run(argv: list[str]) -> int:
     raise_all([*parsed.missing, *missing, *_not_launched(parsed, launch)])
     if launch.rank == 0:
         sys.stderr.write("".join(f"{line}\n" for line in (*parsed.notes, *parsed.warnings)))
-    return _train(parsed, launch, started)
+    _train(parsed, launch, record, started)
+    return 0
 
 
-def _train(parsed: ParsedRun, launch: Launch, started: float) -> int:
-    from megatron_lite.train.assemble import assembled
-    from megatron_lite.train.exit_status import ExitRecord
-    from megatron_lite.train.loop import evaluate
+def _train(parsed: ParsedRun, launch: Launch, record: ExitRecord, started: float) -> None:
     from megatron_lite.train.start import already_complete
     from megatron_lite.train.unattended import train_job
 
-    config = parsed.config
-    if config.training.skip_train:
-        with assembled(config) as run:
-            evaluate(run, "validation", at_end=True)
-            evaluate(run, "test", at_end=True)
-        return 0
-    with ExitRecord(config.checkpoint.save, launch.rank) as record:
-        if (complete := already_complete(config)) is not None:
-            if launch.rank == 0:
-                print(complete)
-            return 0
-        record.end(train_job(config, record, started=started))
-    return 0
+    if (complete := already_complete(parsed.config)) is None:
+        train_job(parsed.config, record, started=started)
+        return
+    if launch.rank == 0:
+        print(complete.text)
+    record.begin(lambda: complete.iteration, trains=False)
+    record.end("completed", f"training was complete after {complete.iteration} iterations: nothing was done")
 
 
 def _not_launched(parsed: ParsedRun, launch: Launch) -> list[ConfigError]:

@@ -43,6 +43,13 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return any(word in ("-h", "--help") for word in argv)
 
 
+def save_folder(argv: Sequence[str]) -> str:
+    """Return the --save folder of a training command line, however wrong the rest is; empty: it is no job with one."""
+    given = Given()
+    apply(read_words(argv, given), given)
+    return "" if given.value("runtime.dry_run") else str(given.value("checkpoint.save"))
+
+
 def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRun:
     """Read a training command line.
 

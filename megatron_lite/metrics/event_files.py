@@ -16,17 +16,20 @@ from typing import Any
 from megatron_lite.errors import ConfigError, install_extra
 
 VS_SAMPLES = " vs samples"
+VALIDATION = "loss validation"
+"""Part of the tags of a validation's points."""
 _HEAD, _FOOT = struct.Struct("<QI"), 4
 """A record: its length and that number's checksum, the event, and the event's checksum."""
 
 
-def cut_events(folder: Path, iteration: int, aside: Path | None = None) -> bool:
+def cut_events(folder: Path, iteration: int, aside: Path | None = None, *, validation_due: bool = False) -> bool:
     """Leaves out of the event files in `folder` what was written after an iteration.
 
     Args:
         folder: TensorBoard's.
         iteration: the last one that stays.
         aside: where files go, whole, before they are cut; None: nowhere.
+        validation_due: whether the validation after that iteration is made again, so that its points go, too.
 
     Returns:
         Whether anything was left out.
@@ -38,7 +41,7 @@ def cut_events(folder: Path, iteration: int, aside: Path | None = None) -> bool:
     changed = False
     for path in sorted(folder.glob("events.out.tfevents.*")):
         data = path.read_bytes()
-        kept = b"".join(_surviving(data, iteration))
+        kept = b"".join(_surviving(data, iteration, validation_due))
         if kept == data:
             continue
         changed = True
@@ -51,7 +54,7 @@ def cut_events(folder: Path, iteration: int, aside: Path | None = None) -> bool:
     return changed
 
 
-def _surviving(data: bytes, iteration: int) -> Iterator[bytes]:
+def _surviving(data: bytes, iteration: int, validation_due: bool) -> Iterator[bytes]:
     left_out: dict[str, bool] = {}
     for record, event in _records(data):
         tags = [value.tag for value in event.summary.value]
@@ -59,7 +62,8 @@ def _surviving(data: bytes, iteration: int) -> Iterator[bytes]:
             # Its step is a number of samples: it shares the fate of the point by iteration, which was written before.
             late = left_out.get(tags[0].removesuffix(VS_SAMPLES), False)
         else:
-            late = event.step > iteration
+            repeated = validation_due and any(VALIDATION in tag for tag in tags)
+            late = event.step > iteration - repeated
             left_out.update(dict.fromkeys(tags, late))
         if not late:
             yield record

@@ -88,12 +88,17 @@ def _damaged(path: Path, number: int, line: bytes) -> DataError:
     )
 
 
-def prepare(path: Path, resumed_iteration: int) -> Path | None:
+def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False) -> Path | None:
     """Make `path` ready to be continued after `resumed_iteration`, so that it reads as one uninterrupted run.
 
     Lines of later iterations (the work that was lost), evaluations that ended an earlier, shorter run and a torn end
     go; the rest is kept byte for byte. The file changes in one rename or not at all. A run that starts at 0 beside the
     file of another moves that file aside, for nothing says that the two are the same run.
+
+    Args:
+        path: the file.
+        resumed_iteration: the last one whose lines stay.
+        validation_due: whether the validation after that iteration is made again, so that its lines go, too.
 
     Returns:
         Where an old file was moved, if it was.
@@ -109,7 +114,7 @@ def prepare(path: Path, resumed_iteration: int) -> Path | None:
         return None
     if resumed_iteration == 0 and _holds_another_run(path):
         return _move_aside(path)
-    kept = [line for line, record in _read_lines(path) if _survives(record, resumed_iteration)]
+    kept = [line for line, record in _read_lines(path) if _survives(record, resumed_iteration, validation_due)]
     content = b"".join(line + b"\n" for line in kept)
     if content != path.read_bytes():
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -126,8 +131,9 @@ def _holds_another_run(path: Path) -> bool:
     return any(record["kind"] in ("iteration", "validation") for record in read_records(path))
 
 
-def _survives(record: Mapping[str, Any], resumed_iteration: int) -> bool:
-    return int(record.get("iteration", 0)) <= resumed_iteration and not record.get("at_end", False)
+def _survives(record: Mapping[str, Any], resumed_iteration: int, validation_due: bool) -> bool:
+    last = resumed_iteration - (validation_due and record["kind"] == "validation")
+    return int(record.get("iteration", 0)) <= last and not record.get("at_end", False)
 
 
 def _move_aside(path: Path) -> Path:
@@ -161,7 +167,7 @@ class JsonlSink:
         """Repair and cut the file, then write down what starts, with the whole configuration."""
         self._iteration = facts.start_iteration
         with self._explained():
-            moved = prepare(self._path, facts.start_iteration)
+            moved = prepare(self._path, facts.start_iteration, validation_due=facts.validation_due)
             self._file = self._path.open("ab", buffering=0)
         if moved is not None:
             self._tell(f"the metrics of an earlier run were moved to {moved}")

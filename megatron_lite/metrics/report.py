@@ -16,6 +16,8 @@ class RunFacts:
     train_iterations: int
     start_iteration: int = 0
     """Iterations done before this start: the checkpoint's number, or 0."""
+    validation_due: bool = False
+    """Whether the validation after that iteration is still to be made: reports of an unfinished one do not count."""
     world_size: int = 1
     data_parallel: int = 1
     device: str = "cpu"

@@ -62,7 +62,8 @@ class TensorboardSink:
         """Cut what a killed job wrote after its last save; write every setting as text, as Megatron does."""
         # A run that branches off another leaves that one's points alone.
         if facts.start_iteration and config.checkpoint.in_one_folder:
-            cut_events(Path(self._config.tensorboard_dir), facts.start_iteration)
+            last, due = facts.start_iteration, facts.validation_due
+            cut_events(Path(self._config.tensorboard_dir), last, validation_due=due)
         self._world_size = facts.world_size
         for name, value in _settings(config):
             self._writer.add_text(name, str(value), global_step=facts.start_iteration)

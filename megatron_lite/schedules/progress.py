@@ -23,6 +23,8 @@ class Progress:
     applied_iterations: int = 0
     applied_samples: int = 0
     applied_tokens: int = 0
+    validation_due: int = 0
+    """1: the job stopped before it had finished the validation after this iteration; the next one begins with it."""
 
     def advance(self, samples: int, tokens: int, applied: bool) -> Progress:
         """Progress after one more iteration of `samples` samples that held `tokens` tokens in total."""

@@ -34,14 +34,16 @@ from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.weight_gradients import WeightGradients
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.messages import Messages
+from megatron_lite.runs.lock import FolderLock
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
+from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.comparison import compare_runs, open_files
-from megatron_lite.train.failure import watched
+from megatron_lite.train.failure import OnAbort, watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
@@ -51,8 +53,12 @@ from megatron_lite.train.state import RunState
 
 
 @contextmanager
-def machine(config: RunConfig) -> Iterator[Backend]:
+def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Backend]:
     """This rank's device and its connections to the other ranks, closed on leaving.
+
+    Args:
+        config: the run.
+        on_abort: called before another rank's failure ends this process from a thread; see watched.
 
     Raises:
         ConfigError: it cannot do what is asked.
@@ -60,18 +66,19 @@ def machine(config: RunConfig) -> Iterator[Backend]:
     with ExitStack() as stack:
         backend = select_backend(config.runtime, config.parallel)
         stack.callback(backend.shutdown)
-        stack.enter_context(watched(backend, config.parallel))
+        stack.enter_context(watched(backend, config.parallel, on_abort))
         stack.enter_context(warnings_once(backend))
         yield backend
 
 
 @contextmanager
-def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run]:
+def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLock | None = None) -> Iterator[Run]:
     """Builds a run and loads what it starts from; on leaving, waits for the last save and frees everything.
 
     Args:
         config: as the command line gives it: the vocabulary's size is still the tokenizer's to say.
         backend: the machine to run on, which stays open; None: one of its own.
+        lock: of the folder of --save, where this rank holds it; checked before anything is written there.
 
     Raises:
         ConfigError: the machine cannot do what is asked, or a file is missing.
@@ -106,12 +113,12 @@ def assembled(config: RunConfig, backend: Backend | None = None) -> Iterator[Run
             provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
             _leave_out(data, provenance.skipped_samples, reporter)
         start, progress = load_start(start, engine, config, reporter.message)
-        state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message))
+        state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
             state.watch.load(loaded.scalars["spikes"])
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
-        _tell(config, mesh, reporter, peak, start_iteration=progress.iteration)
+        _tell(config, mesh, reporter, peak, progress)
         yield Run(
             config=config,
             mesh=mesh,
@@ -264,12 +271,13 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, tokenizer=replace(words, vocab_file=vocab_file, merge_file=merge_file, model=model))
 
 
-def _tell(config: RunConfig, mesh: Mesh, reporter: Reporter, peak: float | None, *, start_iteration: int) -> None:
+def _tell(config: RunConfig, mesh: Mesh, reporter: Reporter, peak: float | None, progress: Progress) -> None:
     """Says what starts, and lets the sinks begin."""
     facts = RunFacts(
         parameters=parameter_count(config.model),
         train_iterations=last_iteration(config),
-        start_iteration=start_iteration,
+        start_iteration=progress.iteration,
+        validation_due=bool(progress.validation_due),
         world_size=mesh.world.size,
         data_parallel=mesh.dp.size,
         device=mesh.backend.device_name(),

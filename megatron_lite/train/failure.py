@@ -6,7 +6,6 @@ Where a rank is, is read from the stack of its main thread, so nothing on the wa
 from __future__ import annotations
 
 import atexit
-import socket
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.interruptible import end_at_once
 from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
 from megatron_lite.config.layout import coordinates
@@ -23,6 +23,7 @@ from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError, f
 
 START_UP = "start-up"
 
+OnAbort = Callable[[str, int, str], None]
 _Locals = Mapping[str, Any]
 
 PHASES: dict[tuple[str, str], Callable[[_Locals], str]] = {
@@ -61,7 +62,7 @@ def rank_name(backend: Backend, parallel: ParallelConfig) -> str:
 
 
 def _host(backend: Backend) -> str:
-    return backend.launch.host or socket.gethostname()
+    return backend.launch.host or host_name()
 
 
 def phase_of(frames: Iterable[FrameType]) -> str:
@@ -78,8 +79,13 @@ def phase_of(frames: Iterable[FrameType]) -> str:
 
 
 @contextmanager
-def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
+def watched(backend: Backend, parallel: ParallelConfig, on_abort: OnAbort | None = None) -> Iterator[None]:
     """Whatever fails inside is said with host, rank, coordinates and phase, and ends the other ranks too.
+
+    Args:
+        backend: this rank's.
+        parallel: sizes and time-outs.
+        on_abort: called with host, rank and text of the first failure before the watchdog's thread ends this process.
 
     Raises:
         TrainingError: instead of what the transport says when another rank has failed: that rank's own words.
@@ -97,6 +103,7 @@ def watched(backend: Backend, parallel: ParallelConfig) -> Iterator[None]:
             name=name,
             where=_main_thread,
             patience=Patience.of(60 * parallel.distributed_timeout_minutes),
+            on_abort=on_abort,
         )
     try:
         yield

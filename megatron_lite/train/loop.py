@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,8 @@ class Run:
     throughput: Throughput
     progress: Progress
     going_back: GoingBack | None = None
+    longest_validation: float = 0.0
+    """Seconds of the slowest validation so far, of all datasets together; 0: there was none in this job."""
 
 
 def train(run: Run, *, started: float | None = None) -> Stop:
@@ -61,7 +64,13 @@ def train(run: Run, *, started: float | None = None) -> Stop:
     config = run.config
     with SignalFlag(announce=run.mesh.world.rank == 0) if config.training.exit_signals else nullcontext() as flag:
         stopper = Stopper(config.training, flag, started=started)
+        begun = run.progress.iteration
         stop = _agree(run, stopper.before_iteration(run.progress))
+        if stop is None and run.progress.validation_due:
+            run.reporter.message(
+                f"making the validation after iteration {run.progress.iteration}, left unfinished before"
+            )
+            stop = _validate(run, stopper)
         while stop is None and not is_finished(config, run.progress):
             if (back := _iterate(run)) is not None:
                 run.state.finish()
@@ -69,8 +78,9 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             check_weights_if_due(run)
             iteration = run.progress.iteration
             if config.training.eval_interval and iteration % config.training.eval_interval == 0:
-                evaluate(run, "validation")
-            stop = _agree_after(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
+                stop = _validate(run, stopper)
+            if stop is None:
+                stop = _agree_after(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
             if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
                 stop = None  # it ends here anyway, and with its evaluations
             if stop is not None:
@@ -80,11 +90,50 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         if stop is None:
             run.reporter.stopping()
             run.state.save(run.engine, run.progress, final=True)
-            evaluate(run, "validation", at_end=True)
-            evaluate(run, "test", at_end=True)
-            stop = Stop("completed", f"training is complete after {run.progress.iteration} iterations")
+            stop = _evaluate_at_end(run, stopper) or Stop(
+                "completed", f"training is complete after {run.progress.iteration} iterations"
+            )
         run.state.finish(final=True)
+        if stop.status == "time_limit" and run.progress.iteration == begun:
+            # All the time went into an evaluation, with which the next job begins again.
+            stop = replace(stop, again="with a larger --exit-duration-in-mins or a smaller --eval-iters")
         return stop
+
+
+def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
+    """Evaluates the loaded model on the validation and test data (--skip-train), or up to an earlier stop.
+
+    Args and returns: as train.
+    """
+    with SignalFlag() if run.config.training.exit_signals else nullcontext() as flag:
+        stopper = Stopper(run.config.training, flag, started=started)
+        stop = _agree(run, stopper.before_iteration(run.progress)) or _evaluate_at_end(run, stopper)
+        return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")
+
+
+def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
+    stop = _agree(run, stopper.before_evaluation(evaluation=run.longest_validation, save=0.0))
+    return stop or evaluate(run, "validation", stopper, at_end=True) or evaluate(run, "test", stopper, at_end=True)
+
+
+def _validate(run: Run, stopper: Stopper) -> Stop | None:
+    """Evaluates on the validation data between two iterations.
+
+    Returns:
+        None: it was made; else why it was not begun or not finished. Then run.progress says that it is due, so that the
+        next job begins with it, on the same samples.
+    """
+    run.progress = replace(run.progress, validation_due=1)
+    stop = _agree(
+        run, stopper.before_evaluation(evaluation=run.longest_validation, save=run.state.longest_save)
+    ) or evaluate(run, "validation", stopper)
+    if stop is None:
+        run.progress = replace(run.progress, validation_due=0)
+    else:
+        run.reporter.message(
+            f"the validation after iteration {run.progress.iteration} is left unfinished; the next start makes it first"
+        )
+    return stop
 
 
 def _agree(run: Run, stop: Stop | None) -> Stop | None:
@@ -120,6 +169,7 @@ def _iterate(run: Run) -> Stop | None:
         if (back := way_out(run, plan, outcome.loss)) is not None:
             return back
         raise _not_finite(run, plan, outcome)
+    run.state.check_lock()  # a process that was paused must not report to a folder that is another job's by now
     run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
     if not outcome.applied:
         run.reporter.message(_overflow(run.config, plan, outcome))
@@ -166,22 +216,33 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
     )
 
 
-def evaluate(run: Run, split: str, *, at_end: bool = False) -> None:
+def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) -> Stop | None:
     """Evaluates every dataset of a split on eval_iters global batches and reports the mean losses.
 
     Validation goes on in its data where the last one stopped, as Megatron's does, so that a resumed run evaluates on
     the same samples as an uninterrupted one.
+
+    Returns:
+        None, or why it was abandoned: the reason of any rank, agreed before each step. An abandoned one leaves
+        run.progress as it was.
     """
     config = run.config
     sources = run.data.valid if split == "validation" else run.data.test
     if not sources or not config.training.eval_iters:
-        return
+        return None
     consumed = run.progress.consumed_valid_samples if split == "validation" else 0
     global_batch = final_batch_size(config.batch, config.parallel.dp)
     samples = config.training.eval_iters * global_batch
+    save = run.state.longest_save if config.checkpoint.save and not at_end else 0.0
+    begun = time.monotonic()
     for name, source in sources.items():
         started = time.perf_counter()
-        loss = _mean_loss(run, source, consumed, global_batch)
+        loss = _mean_loss(run, source, consumed, global_batch, lambda: stopper.in_evaluation(save=save))
+        if isinstance(loss, Stop):
+            if at_end:
+                run.reporter.message(f"the evaluation on the {split} data is left unfinished")
+            return loss
+        run.state.check_lock()
         run.reporter.validation(
             ValidationReport(
                 iteration=run.progress.iteration,
@@ -195,16 +256,23 @@ def evaluate(run: Run, split: str, *, at_end: bool = False) -> None:
                 samples=samples,
             )
         )
+    if split == "validation":
+        run.longest_validation = max(run.longest_validation, time.monotonic() - begun)
     if split == "validation" and not at_end:
         run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
     run.timers.take()  # its forwards are no part of the next iteration's times
+    return None
 
 
-def _mean_loss(run: Run, source: BatchSource, consumed: int, global_batch: int) -> float:
+def _mean_loss(
+    run: Run, source: BatchSource, consumed: int, global_batch: int, stop_now: Callable[[], Stop | None]
+) -> float | Stop:
     config = run.config
     count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
     total = 0.0
     for step in range(config.training.eval_iters):
+        if (stop := _agree(run, stop_now())) is not None:
+            return stop
         read = source.reader_at(consumed + step * global_batch, config.batch.seq_length)
         total += run.engine.eval_step(count, read, config.batch.seq_length)
     return total / (config.training.eval_iters * global_batch)

@@ -36,7 +36,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.schedules.length import is_finished, last_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.engine import Engine
-from megatron_lite.train.exit_status import read_exit_status
+from megatron_lite.train.exit_status import completed_iteration, not_writable
 
 Notify = Callable[[str], None]
 
@@ -116,11 +116,19 @@ def _finish_announcement(root: Path, notify: Notify) -> None:
         announce(root, iteration)
 
 
-def already_complete(config: RunConfig) -> str | None:
-    """What to tell the user if a run was completed before, its last evaluations included; None: there is work left.
+@dataclass(frozen=True)
+class Completed:
+    """A run that was completed before: at which iteration, and what to tell the user."""
+
+    iteration: int
+    text: str
+
+
+def already_complete(config: RunConfig) -> Completed | None:
+    """Return whether a run was completed before, its last evaluations included; None: there is work left.
 
     Every rank asks, for there is nobody to ask yet: a machine need not be set up for a run that is over. It costs a
-    rank one small file, and only where that says `completed` the newest checkpoint's manifest.
+    rank one small file, and only where that is there the newest checkpoint's manifest.
 
     Raises:
         CheckpointError: --load is damaged, or holds another model.
@@ -129,8 +137,8 @@ def already_complete(config: RunConfig) -> str | None:
     if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
         return None
     given = Path(options.load)
-    ended = read_exit_status(given if iteration_of(given) is None else given.parent)
-    if ended is None or ended.status != "completed":
+    completed = completed_iteration(given if iteration_of(given) is None else given.parent)
+    if completed is None:
         return None
     path = find_checkpoint(
         options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=lambda _: None
@@ -139,19 +147,20 @@ def already_complete(config: RunConfig) -> str | None:
         return None
     manifest = read_manifest(path)
     progress = Progress.from_dict(manifest.scalars["progress"])
-    if ended.iteration != progress.iteration or not is_finished(config, progress):
+    if completed != progress.iteration or not is_finished(config, progress):
         return None
     saved = manifest.provenance.config
     if not config.model.vocab_size:  # the tokenizer has not been asked yet
         config = replace(config, model=replace(config.model, vocab_size=saved["model"]["vocab_size"]))
     check_model(saved, config_as_json(config))
     length = "--train-iters" if config.training.train_iters else "--train-samples"
-    return (
+    text = (
         f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command asks for "
         f"{last_iteration(config)}. Nothing was done. To train on, give a larger {length}, and "
         "--override-opt_param-scheduler to stretch the learning rate's decay to it or "
         "--use-checkpoint-opt_param-scheduler to keep the one that has ended; to evaluate it again, add --skip-train."
     )
+    return Completed(completed, text)
 
 
 def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
@@ -249,11 +258,7 @@ def _require_writable(save: str) -> None:
         with TemporaryFile(dir=save):
             pass
     except OSError as error:
-        raise CheckpointError(
-            "--save must be a folder that can be written to",
-            found=f"--save {save}: {error.strerror}",
-            fix="Give --save a folder that you may write to, or change its permissions",
-        ) from error
+        raise not_writable(Path(save), error) from error
 
 
 def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:

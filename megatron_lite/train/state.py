@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.runs.lock import FolderLock
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration, is_weights_iteration
 from megatron_lite.train.engine import Engine
@@ -50,6 +52,7 @@ class RunState:
         provenance: what every manifest says about the run.
         start: what it started from; a save of that very state is left out.
         notify: told of each save.
+        lock: of the folder of --save, on the rank that holds it; None: it is not checked.
 
     Attributes:
         provenance: as given.
@@ -58,7 +61,15 @@ class RunState:
         failed_saves: iterations whose saves failed.
     """
 
-    def __init__(self, config: RunConfig, world: Group, provenance: Provenance, start: Start, notify: Notify) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: Group,
+        provenance: Provenance,
+        start: Start,
+        notify: Notify,
+        lock: FolderLock | None = None,
+    ) -> None:
         self.provenance = provenance
         self.watch = SpikeWatch(config.training.spike_factor, config.training.spike_patience)
         self.longest_save = 0.0
@@ -66,6 +77,7 @@ class RunState:
         self._options = config.checkpoint
         self._world = world
         self._notify = notify
+        self._lock = lock
         root = Path(self._options.save)
         own = start.path is not None and start.path.parent == root
         begun = iteration_of(start.path) if own and start.path is not None else None
@@ -89,6 +101,15 @@ class RunState:
     def failed(self) -> bool:
         """Whether a save in the background has failed on this rank; `finish` then deals with it, on all ranks."""
         return any(saver.failed for saver in self._savers)
+
+    def check_lock(self, *, now: bool = False) -> None:
+        """Check on the rank that holds the folder's lock that it still does; cheap unless `now`.
+
+        Raises:
+            CheckpointError: it was lost. Raised on one rank, it ends the others by the watchdog.
+        """
+        if self._lock is not None:
+            self._lock.verify(now=now)
 
     def save_if_due(self, engine: Engine, progress: Progress, *, last: bool) -> None:
         """After an iteration: saves what the flags ask for; a collective call.
@@ -163,13 +184,14 @@ class RunState:
         final: bool,
     ) -> None:
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.watch.state()}
+        check = partial(self.check_lock, now=True)
         state = (lane.root, progress.iteration, tensors, scalars, self.provenance)
         lane.last = progress.iteration
         with self._failing(lane, final=final):
             if lane.saver is None:
-                self._announce(save_checkpoint(*state, self._world, retention=retention))
+                self._announce(save_checkpoint(*state, self._world, retention=retention, check=check))
             else:
-                blocked = lane.saver.save(*state, retention=retention)
+                blocked = lane.saver.save(*state, retention=retention, check=check)
                 self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
 
     def _settle(self, lane: _Lane, *, final: bool) -> None:

@@ -1,4 +1,4 @@
-"""Why and when a run ends: limits given on the command line, a kill switch, signals. Looked at between iterations."""
+"""Stop conditions: limits given on the command line, a kill switch, signals; polled between steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stop:
     """A reason to end the run now.
 
     Attributes:
-        status: the word for exit_status.json: completed, exit_flag, time_limit, kill_switch or signal.
+        status: the word for exit_status.json: completed, evaluated, exit_flag, time_limit, kill_switch or signal.
         message: the line for the log, in Megatron's words where it has them.
         again: what must change first, where the next start would stop for the same reason at once; empty: nothing.
     """
@@ -37,7 +37,7 @@ class Stop:
 
 
 class SignalFlag:
-    """Remembers the first of SIGTERM, SIGINT and SIGUSR1 instead of dying of it, so that the iteration can be finished.
+    """Remembers the first of SIGTERM, SIGINT and SIGUSR1 instead of dying of it, so that the step can be finished.
 
     A context manager: the old handlers come back on leaving. A second SIGINT raises KeyboardInterrupt at once, for the
     person at the terminal who means it.
@@ -68,13 +68,13 @@ class SignalFlag:
         if not self._announce:
             return
         again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
-        text = f"\n{self.received.name} received: finishing this iteration, then saving and stopping.{again}\n"
+        text = f"\n{self.received.name} received: finishing this step, then saving and stopping.{again}\n"
         # Not print: the signal may have come in the middle of one, whose buffer cannot be entered twice.
         os.write(2, text.encode())
 
 
 class Stopper:
-    """Decides after each iteration whether the run ends, from the config, the clock, a file and a signal flag.
+    """Decides after each step whether the run ends, from the config, the clock, a file and a signal flag.
 
     Args:
         config: the limits.
@@ -99,12 +99,9 @@ class Stopper:
 
     def before_iteration(self, progress: Progress) -> Stop | None:
         """The reason not even to begin: one that the next start would meet again, or a signal that came already."""
+        if stop := self._asked_to_stop():
+            return stop
         config = self._config
-        if self._flag is not None and self._flag.received is not None:
-            return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
-        if config.kill_switch_path and Path(config.kill_switch_path).exists():
-            path = config.kill_switch_path
-            return Stop("kill_switch", f"Detected kill switch at {path}. Exiting", f"once {path} is gone")
         if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
             message = f"exiting program after {progress.consumed_train_samples} samples (--exit-samples)"
             return Stop("exit_flag", message, "with a larger --exit-samples")
@@ -121,15 +118,48 @@ class Stopper:
         config = self._config
         if stop := self.before_iteration(progress):
             return stop
-        minutes = (self._clock() - self._started) / 60.0
-        if config.exit_duration_minutes and minutes + reserve / 60.0 > config.exit_duration_minutes:
-            left = f", leaving {reserve:.0f} s for the save" if minutes <= config.exit_duration_minutes else ""
-            return Stop("time_limit", f"exiting program after {minutes:.1f} minutes{left}")
+        if stop := self._time_limit(reserve, "the save"):
+            return stop
         if config.exit_interval and progress.iteration % config.exit_interval == 0:
             return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
         if config.exit_after_iters and self._iterations_here >= config.exit_after_iters:
             return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
         return None
+
+    def before_evaluation(self, *, evaluation: float, save: float) -> Stop | None:
+        """The reason not to begin an evaluation, or None.
+
+        Args:
+            evaluation: seconds that it is expected to take; 0: not known.
+            save: seconds that the save after it will take.
+        """
+        if stop := self._asked_to_stop():
+            return stop
+        return self._time_limit(evaluation + save, "the evaluation and the save") if evaluation else None
+
+    def in_evaluation(self, *, save: float) -> Stop | None:
+        """The reason to abandon an evaluation between two of its steps, or None to go on.
+
+        Args:
+            save: seconds that the save after it will take.
+        """
+        return self._asked_to_stop() or self._time_limit(save, "the save")
+
+    def _asked_to_stop(self) -> Stop | None:
+        if self._flag is not None and self._flag.received is not None:
+            return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
+        path = self._config.kill_switch_path
+        if path and Path(path).exists():
+            return Stop("kill_switch", f"Detected kill switch at {path}. Exiting", f"once {path} is gone")
+        return None
+
+    def _time_limit(self, reserve: float, purpose: str) -> Stop | None:
+        limit = self._config.exit_duration_minutes
+        minutes = (self._clock() - self._started) / 60.0
+        if not limit or minutes + reserve / 60.0 <= limit:
+            return None
+        left = f", leaving {reserve:.0f} s for {purpose}" if minutes <= limit else ""
+        return Stop("time_limit", f"exiting program after {minutes:.1f} minutes{left}")
 
 
 def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:

@@ -46,7 +46,8 @@ def full_disk(*, for_good, after=2):
 
 def left_behind(save):
     """What lies in the folder besides the checkpoints and the files that every run has."""
-    known = {"exit_status.json", "metrics.jsonl", "latest_checkpointed_iteration.txt", *checkpoints(save)}
+    known = {"exit_status.json", "metrics.jsonl", "latest_checkpointed_iteration.txt"}
+    known |= {"completed_iteration.txt", *checkpoints(save)}
     return {path.name for path in save.iterdir()} - known
 
 
@@ -154,8 +155,8 @@ def full_on_rank_1(backend, words, *, for_good):
             stack.enter_context(mock.patch.object(writing, "FileIO", refuse.open))
             stack.enter_context(mock.patch.object(background, "replace_file", refuse.note))
         try:
-            with ExitRecord(config.checkpoint.save, backend.rank) as record:
-                record.end(train_job(config, record, started=began, backend=backend))
+            with ExitRecord(config.checkpoint.save, backend.launch) as record:
+                train_job(config, record, started=began, backend=backend)
         except CheckpointError as error:
             return str(error)
     return time.monotonic() - began

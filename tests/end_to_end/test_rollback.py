@@ -118,8 +118,8 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
 def spoiled_job(backend, words):
     """On one rank: a job whose loss is high where any replica trains on a bad sample; the places it trained on."""
     config = parse_run(words, world_size=backend.world_size).config
-    with spoiled() as places, ExitRecord(config.checkpoint.save, backend.rank) as record:
-        record.end(train_job(config, record, started=time.monotonic(), backend=backend))
+    with spoiled() as places, ExitRecord(config.checkpoint.save, backend.launch) as record:
+        train_job(config, record, started=time.monotonic(), backend=backend)
     return [place for batch in places for place in batch]
 
 

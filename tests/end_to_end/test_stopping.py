@@ -39,7 +39,7 @@ def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, sta
     words = corpus.job(*SHORT, "--save", broken, "--load", broken, "--log-interval", 100)
     result = start(words, partial(signal_after, number, 5)).wait()
     assert result.code == 0
-    assert f"{number.name} received: finishing this iteration, then saving and stopping." in result.err
+    assert f"{number.name} received: finishing this step, then saving and stopping." in result.err
     assert ("Press Ctrl-C again to stop at once" in result.err) == (number == signal.SIGINT)
     numbers, save = result.out.rindex("iteration        5/"), result.out.rindex("saving checkpoint")
     assert numbers < save, "the last line of numbers comes before the last save"
@@ -114,7 +114,7 @@ def test_ctrl_c_at_a_real_terminal(corpus, tmp_path):
         pass
     assert job.wait(60) == 0, shown
     os.close(keyboard)
-    assert "SIGINT received: finishing this iteration" in shown
+    assert "SIGINT received: finishing this step" in shown
     assert "exiting program after receiving SIGINT" in shown
     assert shown.rindex("successfully saved checkpoint") < shown.rindex("exiting program")
     assert "\x1b[?25h" in shown[shown.rindex("\x1b[?25l") :], "the cursor is back"
@@ -133,14 +133,22 @@ def test_a_finished_run_started_again_is_left_alone(corpus, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*SHORT, "--save", save, "--load", save)
     assert command(*words).code == 0
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in save.rglob("*") if path.is_file()}
+
+    def content():
+        files = [path for path in save.rglob("*") if path.is_file() and path.name != "exit_status.json"]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = content()
     for _ in range(2):
         result = command(*words)
         assert result.code == 0
         assert "This run is complete: it ended at iteration 8" in result.out
         assert "--train-iters" in result.out
-        assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in save.rglob("*") if path.is_file()} == (
-            before
+        assert content() == before
+        assert (status(save)["status"], status(save)["iteration"], status(save)["saved_iteration"]) == (
+            "completed",
+            8,
+            8,
         )
 
 

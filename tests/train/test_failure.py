@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from job_commands import SMALL
 
+from megatron_lite.runs.lock import LOCK_NAME
 from megatron_lite.train.exit_status import read_exit_status
 from megatron_lite.train.failure import PHASES
 
@@ -39,6 +40,10 @@ def wrapped(self, plan, read):
         if what == "kill":
             time.sleep(2)
             os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stuck" and plan.iteration == 3:
+        if mine:
+            raise ValueError("the optimizer is broken")
+        time.sleep(600)
     return train_step(self, plan, read)
 
 def broken(self, *args):
@@ -158,6 +163,17 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
             assert "killed or cut off in iteration 3" in text
     ended = read_exit_status(save)
     assert (ended.status, ended.rank, ended.host) == ("error", killed, socket.gethostname())
+    assert (save / LOCK_NAME).exists() == (killed == 0), "rank 0 had no time to release it"
+
+
+def test_a_rank_0_that_is_stuck_when_another_fails_leaves_no_lock(tmp_path):
+    save = tmp_path / "run"
+    with Job(tmp_path, "stuck", 1, ["--save", str(save), "--save-interval", "1000000"]) as job:
+        job.ends_with(1, 1)
+        assert "because another rank failed first" in job.text(0)
+    ended = read_exit_status(save)
+    assert (ended.status, ended.rank, ended.message) == ("error", 1, "the optimizer is broken")
+    assert not (save / LOCK_NAME).exists()
 
 
 def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
@@ -179,7 +195,28 @@ def test_a_signal_to_one_rank_stops_all_with_a_save(tmp_path):
         job.processes[0].send_signal(signal.SIGTERM)
         job.ends_with(0, 0)
         assert "exiting program after receiving SIGTERM" in job.text(1)
+        ended = read_exit_status(save)
+        assert (ended.status, ended.host) == ("signal", socket.gethostname())
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip().isdigit()
+
+
+def test_a_second_job_of_several_ranks_is_refused_on_all(tmp_path):
+    save, second = tmp_path / "run", tmp_path / "second"
+    second.mkdir()
+    words = ["--save", str(save), "--load", str(save), "--save-interval", "1000000"]
+    with Job(tmp_path, "", 0, words) as job:
+        job.wait_for(1, "iteration        3/")
+        with Job(second, "", 0, words) as refused:
+            refused.ends_with(1, 1)
+            for rank in (0, 1):
+                assert f"{save} is in use by process {job.processes[0].pid} on {socket.gethostname()}" in refused.text(
+                    rank
+                )
+            assert "rank 0: " in refused.text(1)
+        assert sorted(path.name for path in save.iterdir()) == [LOCK_NAME, "metrics.jsonl"]
+        job.processes[1].send_signal(signal.SIGTERM)
+        job.ends_with(0, 0)
+    assert not (save / LOCK_NAME).exists()
 
 
 def test_torchrun_needs_no_wrapper(tmp_path):
@@ -190,3 +227,42 @@ def test_torchrun_needs_no_wrapper(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "training is complete after 3 iterations" in done.stdout
+
+
+ALONE = """
+import signal, sys
+import torch.distributed as dist
+from megatron_lite.cli.main import main
+from megatron_lite.train import signals
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signals.PATIENCE = 0.1
+rendezvous = dist.rendezvous
+
+def say(*args, **options):
+    print("waiting", flush=True)
+    return rendezvous(*args, **options)
+
+dist.rendezvous = say
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_rendezvous_ends_the_process(number, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    words = [*TRAIN, "--save", str(save), "--save-interval", "10", "--rendezvous-timeout-minutes", "5"]
+    environment = {**os.environ, **torchrun_variables(0, 2, free_port())}
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as job:
+        try:
+            assert job.stdout.readline() == b"waiting\n", job.stderr.read()
+            job.send_signal(number)
+            assert job.wait(60) == 128 + number
+            assert f"{number.name} received: stopping at once, without saving" in job.stderr.read().decode()
+        finally:
+            job.kill()
+    assert read_exit_status(save).status == "signal"
+    assert not (save / LOCK_NAME).exists()

@@ -1,0 +1,239 @@
+"""One --save folder, several jobs: exit_status.json is the last job's, and one job at a time writes there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+
+import pytest
+from trainer import Job, checkpoints, command, iterations, status
+
+from megatron_lite.runs import lock, process
+from megatron_lite.runs.lock import LOCK_NAME, read_owner
+
+SHORT = ("--train-iters", 4, "--save-interval", 2)
+LONG = ("--train-iters", 100_000, "--save-interval", 50_000)
+
+
+def content(folder):
+    """Everything in a folder, but the name of the lock's file, which heartbeats change."""
+    return {
+        path.relative_to(folder).parts if path.parent.name != LOCK_NAME else "lock": path.is_file()
+        and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def test_an_error_in_the_command_line_replaces_the_last_jobs_verdict(corpus, tmp_path, monkeypatch):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*words).code == 0
+    for wrong, variables in (
+        (("--tran-iters", 3), {}),
+        (("--seed", "abc"), {}),
+        (("--data-path", tmp_path / "missing"), {}),
+        (("--tensor-model-parallel-size", 2), {}),
+        ((), {"RANK": "0", "WORLD_SIZE": "two"}),
+        ((), {"RANK": "0", "WORLD_SIZE": "2"}),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            result = command(*words, *wrong)
+        assert result.code == 1
+        ended = status(save)
+        assert (ended["status"], ended["saved_iteration"], ended["host"]) == ("error", 4, os.uname().nodename)
+        assert ended["message"] in result.err
+        result = command(*words)
+        assert (result.code, "This run is complete: it ended at iteration 4" in result.out) == (0, True), result.err
+        assert status(save)["status"] == "completed"
+        assert sorted(path.name for path in save.iterdir() if not path.name.startswith("iter_")) == [
+            "completed_iteration.txt",
+            "exit_status.json",
+            "latest_checkpointed_iteration.txt",
+            "metrics.jsonl",
+        ]
+
+
+def test_what_does_not_start_a_job_leaves_the_verdict_alone(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save)
+    assert command(*words).code == 0
+    before = content(save)
+    assert command(*words, "--dry-run").code == 0
+    assert command(*words, "--dry-run", "--tran-iters", 3).code == 1
+    assert command(*words, "--help").code == 0
+    assert content(save) == before
+
+
+def test_a_failure_while_importing_is_written(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save)
+    assert command(*words, "--exit-after-iters", 1).code == 0
+
+    def break_import():
+        import sys
+
+        sys.modules["megatron_lite.train.unattended"] = None
+
+    result = start(words, break_import).wait()
+    assert result.code == 1
+    assert (status(save)["status"], "unattended" in status(save)["message"]) == ("error", True)
+
+
+def running(start, words, save, prepare=None):
+    job = start(words, prepare)
+    assert job.until(lambda: (save / "metrics.jsonl").exists() and len(iterations(save)) >= 2)
+    return job
+
+
+def test_a_second_job_is_refused_and_writes_nothing(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*LONG, "--save", save, "--load", save)
+    job = running(start, words, save)
+    os.kill(job.process.pid, signal.SIGSTOP)
+    held = content(save)
+    for more in ((), ("--tran-iters", 3), ("--skip-train",), ("--data-path", tmp_path / "missing")):
+        result = command(*words, *more)
+        assert result.code == 1
+        if more in ((), ("--skip-train",)):
+            assert f"One job at a time may write to a --save folder: {save} is in use by process" in result.err
+            assert f"process {job.process.pid} on {os.uname().nodename} (train, since " in result.err
+            assert "continue it with kill -CONT" in result.err
+    for other in (
+        ("rollback", save, "--to", 2),
+        ("checkpoint", "reshard", tmp_path / "other", "--output", save),
+        ("checkpoint", "average", tmp_path / "other", tmp_path / "other", "--output", save),
+    ):
+        if other[0] == "checkpoint" and not (tmp_path / "other").exists():
+            assert command(*corpus.job(*SHORT, "--save", tmp_path / "other")).code == 0
+        result = command(*other)
+        assert result.code == 1
+        assert "is in use by process" in result.err
+    assert content(save) == held
+    os.kill(job.process.pid, signal.SIGCONT)
+    job.send(signal.SIGTERM)
+    result = job.wait()
+    assert result.code == 0, result.err
+    assert status(save)["status"] == "signal"
+    assert checkpoints(save) == [f"iter_{iterations(save)[-1]:07d}"]
+    assert not (save / LOCK_NAME).exists()
+
+
+def test_another_job_may_load_from_a_folder_in_use(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job("--train-iters", 100_000, "--save-schedule", "2:2 50000", "--save", save)
+    job = running(start, words, save)
+    assert job.until(lambda: checkpoints(save) == ["iter_0000002"])
+    result = command(*corpus.job(*SHORT, "--load", save, "--finetune", "--save", tmp_path / "other"))
+    assert result.code == 0, result.err
+    job.process.kill()
+
+
+def test_after_a_kill_the_next_job_takes_over_at_once_and_says_so(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    job = running(start, corpus.job(*LONG, "--save", save, "--load", save), save)
+    job.process.kill()
+    job.process.join()
+    assert read_owner(save).process.pid == job.process.pid
+    assert not (save / "exit_status.json").exists()
+    result = command(*corpus.job(*SHORT, "--save", save, "--load", save))
+    assert result.code == 0, result.err
+    assert f"taking over the lock of {save}, left behind by process {job.process.pid}" in result.err
+    assert iterations(save) == [1, 2, 3, 4]
+    assert not (save / LOCK_NAME).exists()
+
+
+def often():
+    """Shortens the heartbeat interval."""
+    lock.HEARTBEAT_SECONDS = 0.3
+
+
+def elsewhere():
+    """Makes this process think that it runs on another machine."""
+    often()
+    process.machine_id = lambda: "another kernel"
+
+
+@pytest.mark.parametrize("world", [(), ("--async-save",)])
+def test_a_paused_owner_whose_lock_was_taken_over_stops_without_writing(world, corpus, start, tmp_path):
+    save = tmp_path / "run"
+    job = running(start, corpus.job(*LONG, *world, "--save", save, "--load", save), save, often)
+    os.kill(job.process.pid, signal.SIGSTOP)
+    (tmp_path / "second").mkdir()
+    second = Job(tmp_path / "second", corpus.job(*SHORT, "--save", save, "--load", save), elsewhere)
+    result = second.wait()
+    assert result.code == 0, result.err
+    assert f"{save} is locked by process {job.process.pid}" in result.err
+    assert "for its next heartbeat" in result.err
+    assert "taking over the lock" in result.err
+    assert (iterations(save), status(save)["status"]) == ([1, 2, 3, 4], "completed")
+    before = content(save)
+    os.kill(job.process.pid, signal.SIGCONT)
+    result = job.wait()
+    assert result.code == 1
+    assert "is no longer this job's: it was removed" in result.err
+    assert content(save) == before
+
+
+def test_evaluating_alone_is_a_job_of_the_folder(corpus, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*words).code == 0
+    assert command(*words, "--skip-train").code == 0
+    ended = status(save)
+    assert (ended["status"], ended["message"], ended["iteration"]) == (
+        "evaluated",
+        "evaluation is complete at iteration 4",
+        4,
+    )
+    assert "This run is complete" in command(*words).out
+
+
+def test_the_lock_is_released_by_a_command_that_fails(corpus, tmp_path):
+    save = tmp_path / "run"
+    assert command(*corpus.job(*SHORT, "--save", save)).code == 0
+    assert command("rollback", save, "--to", 3).code == 1
+    assert command("rollback", tmp_path / "missing", "--to", 3).code == 1
+    assert command("checkpoint", "average", save, "--output", tmp_path / "out").code == 1
+    assert not (tmp_path / "missing").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (save / LOCK_NAME).exists()
+
+
+def test_a_command_tells_of_sigterm_and_tidies_up(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    assert command(*corpus.job(*SHORT, "--save", save)).code == 0
+    result = start(("checkpoint", "reshard", save, "--output", tmp_path / "out"), terminate_in_reshard).wait()
+    assert result.code == -signal.SIGTERM
+    assert "SIGTERM received: stopped" in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def terminate_in_reshard():
+    from megatron_lite.checkpoint import rewriting
+
+    rewriting.read_rectangle = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_at(number, function):
+    """Makes the job send itself a signal when it gets to a function of train.assemble."""
+    from megatron_lite.train import assemble
+
+    setattr(assemble, function, lambda *_, **__: os.kill(os.getpid(), number))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("function", ["find_start", "build_datasets", "load_start"])
+def test_a_signal_while_a_job_loads_is_its_verdict(number, function, corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*words, "--exit-after-iters", 1).code == 0
+    result = start(words, partial(interrupted_at, number, function)).wait()
+    assert result.code == (-signal.SIGTERM if number == signal.SIGTERM else 130)
+    assert (status(save)["status"], status(save)["iteration"], status(save)["saved_iteration"]) == ("signal", None, 1)
+    assert not (save / LOCK_NAME).exists()
+    assert command(*words).code == 0
+    assert iterations(save) == [1, 2, 3, 4]

@@ -1,0 +1,252 @@
+"""A run that is told to stop while it evaluates: it abandons the evaluation, saves, and makes it when it goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from unittest import mock
+
+import pytest
+from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.metrics.reporter import Reporter
+from megatron_lite.train import stopping
+from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.train.native import NativeEngine
+from megatron_lite.train.unattended import train_job
+
+JOB = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4, "--eval-iters", 3)
+"""Validations of three steps after iterations 4 and 8 and at the end, and a test of three steps: 12 in all."""
+STEPS = 12
+
+
+def at_step(wanted, action):
+    """Makes the job do something in the given evaluation step, counted from 1 over all evaluations."""
+    step, count = NativeEngine.eval_step, 0
+
+    def act(self, *args):
+        nonlocal count
+        count += 1
+        if count == wanted:
+            action()
+        return step(self, *args)
+
+    NativeEngine.eval_step = act
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The --save of an uninterrupted run of JOB."""
+    save = tmp_path_factory.mktemp("whole") / "run"
+    assert command(*corpus.job(*JOB, "--save", save)).code == 0
+    return save
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 11])
+def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step, corpus, start, tmp_path, whole):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
+    result = start(words, partial(at_step, step, terminate)).wait()
+    assert result.code == 0, result.err
+    made = len([record for record in measured(save) if record["kind"] == "validation"])
+    assert made == step // 3, "one that is being made when the signal comes is finished only if that was its last step"
+    assert result.out.splitlines()[-2] == "exiting program after receiving SIGTERM"
+    stopped_at = 4 if step <= 3 else 8
+    assert (status(save)["status"], status(save)["saved_iteration"]) == ("signal", stopped_at)
+    if step % 3:
+        assert "left unfinished" in result.out
+    result = command(*words)
+    assert result.code == 0, result.err
+    assert status(save)["status"] == "completed"
+    assert_same_run(whole, save)
+    if step < 9:  # TensorBoard does not tell an evaluation at the end from one after an iteration
+        assert points(tmp_path / "board", "lm loss validation") == [4, 8, 8]
+    progress = read_manifest(save / "iter_0000008").scalars["progress"]
+    expected = read_manifest(whole / "iter_0000008").scalars["progress"]
+    if stopped_at == 4:
+        assert progress == expected
+    else:
+        assert progress | {"validation_due": 0} == expected | {
+            "consumed_valid_samples": progress["consumed_valid_samples"]
+        }
+
+
+def points(board, tag):
+    """Steps of a tag in TensorBoard's files."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(board))
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+def test_a_validation_that_is_made_late_is_kept_once_whatever_happens_after_it(corpus, start, tmp_path, whole):
+    """Killed after it, before the next save: it is made a third time."""
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
+    assert start(words, partial(at_step, 2, terminate)).wait().code == 0
+    result = start(words, partial(kill_after_iteration, 5)).wait()
+    assert result.code == -signal.SIGKILL
+    assert "making the validation after iteration 4, left unfinished before" in result.out
+    assert checkpoints(save)[-1] == "iter_0000004"
+    assert command(*words).code == 0
+    assert_same_run(whole, save)
+    assert points(tmp_path / "board", "lm loss validation") == [4, 8, 8]
+
+
+def kill_after_iteration(number):
+    report = Reporter.iteration
+
+    def kill(self, values):
+        report(self, values)
+        if values.iteration == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reporter.iteration = kill
+
+
+def test_of_several_validation_sets_all_are_made_again(corpus, start, tmp_path):
+    groups = [f"{name}: 1 0.8:0.9 {path}" for name, path in zip("ab", corpus.data, strict=True)]
+    train = f"all: 1 0:0.8 {corpus.data[0]}"
+    words = corpus.job(*JOB)
+    place = words.index("--data-path")
+    words = (*words[:place], *words[place + 2 :])
+    place = words.index("--split")
+    words = (*words[:place], *words[place + 2 :])
+    words = (*words, "--train-weighted-split-paths", train, "--valid-weighted-split-paths", *groups)
+    save, other = tmp_path / "run", tmp_path / "whole"
+    result = start((*words, "--save", save, "--load", save), partial(at_step, 5, terminate)).wait()
+    assert result.code == 0, result.err
+    assert [record["name"] for record in measured(save) if record["kind"] == "validation"] == ["a"]
+    assert command(*words, "--save", save, "--load", save).code == 0
+    assert command(*words, "--save", other).code == 0
+    assert_same_run(other, save)
+
+
+def test_a_kill_switch_in_a_validation(corpus, start, tmp_path, whole):
+    save, switch = tmp_path / "run", tmp_path / "stop"
+    words = corpus.job(*JOB, "--save", save, "--load", save, "--kill-switch-path", switch)
+    result = start(words, partial(at_step, 2, switch.touch)).wait()
+    assert result.code == 0, result.err
+    assert (status(save)["status"], status(save)["iteration"]) == ("kill_switch", 4)
+    switch.unlink()
+    assert command(*words).code == 0
+    assert_same_run(whole, save)
+
+
+class Clock:
+    """Counts a second for each evaluation step."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        step, init = NativeEngine.eval_step, stopping.Stopper.__init__
+
+        def tick(engine, *args):
+            self.now += 1.0
+            return step(engine, *args)
+
+        def started(stopper, config, flag=None, **_):
+            self.now = 0.0
+            init(stopper, config, flag, started=0.0, clock=lambda: self.now)
+
+        monkeypatch.setattr(NativeEngine, "eval_step", tick)
+        monkeypatch.setattr(stopping.Stopper, "__init__", started)
+
+
+def test_a_time_limit_ends_a_validation(corpus, tmp_path, whole, monkeypatch):
+    Clock(monkeypatch)
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save)
+    result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
+    assert result.code == 0, result.err
+    assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 4)
+    assert "the same command goes on from iteration 4" in result.out.splitlines()[-1]
+    assert "--eval-iters" not in result.out.splitlines()[-1]
+    # The next job can do no more, and says what must change.
+    result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
+    assert (status(save)["status"], iterations(save)) == ("time_limit", [1, 2, 3, 4])
+    assert "with a larger --exit-duration-in-mins or a smaller --eval-iters" in result.out.splitlines()[-1]
+    assert command(*words).code == 0
+    assert_same_run(whole, save)
+
+
+def test_an_evaluation_is_not_begun_if_it_would_not_end_in_time(corpus, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("megatron_lite.train.loop.time.monotonic", lambda: clock.now)
+    clock = Clock(monkeypatch)
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save)
+    result = command(*words, "--exit-duration-in-mins", 5 / 60)
+    assert result.code == 0, result.err
+    assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 8)
+    assert "exiting program after 0.1 minutes, leaving 3 s for the evaluation and the save" in result.out
+    assert [record["iteration"] for record in measured(save) if record["kind"] == "validation"] == [4]
+    monkeypatch.undo()
+    assert command(*words).code == 0
+    assert_same_run(whole, save)
+
+
+def on_one_of(backend, words, rank, steps):
+    """On one rank of a job: SIGTERM in an evaluation step, to this rank alone if it is `rank`."""
+    config = parse_run(words, world_size=backend.world_size).config
+    step, count = NativeEngine.eval_step, 0
+
+    def act(self, *args):
+        nonlocal count
+        count += 1
+        if count == steps and backend.rank == rank:
+            terminate()
+        return step(self, *args)
+
+    with (
+        mock.patch.object(NativeEngine, "eval_step", act),
+        ExitRecord(config.checkpoint.save, backend.launch) as record,
+    ):
+        train_job(config, record, started=time.monotonic(), backend=backend)
+    return count
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [(), ("--pipeline-model-parallel-size", 2), ("--tensor-model-parallel-size", 2)],
+    ids=["dp2", "pp2", "tp2"],
+)
+def test_a_signal_to_one_rank_ends_the_evaluation_on_all(layout, corpus, on_ranks, tmp_path):
+    def job(save):
+        return [str(word) for word in corpus.job(*JOB, *layout, "--save", save, "--load", save)[1:]]
+
+    save, other = tmp_path / "run", tmp_path / "whole"
+    assert on_ranks(2, on_one_of, job(save), 1, 2) == [2, 2]
+    assert (status(save)["status"], status(save)["iteration"]) == ("signal", 4)
+    assert on_ranks(2, on_one_of, job(save), 1, 0) == [STEPS, STEPS]
+    assert on_ranks(2, on_one_of, job(other), 1, 0) == [STEPS, STEPS]
+    assert_same_run(other, save)
+
+
+@pytest.mark.parametrize(("step", "made"), [(1, []), (4, ["validation"])])
+def test_evaluating_alone_stops_as_well(step, made, corpus, start, tmp_path, whole):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--load", whole, "--save", save, "--skip-train")
+    result = start(words, partial(at_step, step, terminate)).wait()
+    assert result.code == 0, result.err
+    assert "left unfinished" in result.out
+    assert result.out.splitlines()[-1] == "exiting program after receiving SIGTERM"
+    assert [record["split"] for record in measured(save)] == made
+    assert (status(save)["status"], status(save)["iteration"]) == ("signal", 8)
+    assert command(*words).code == 0
+    assert status(save)["status"] == "evaluated"
+
+
+def test_what_is_said(corpus, start, tmp_path):
+    save = tmp_path / "run"
+    words = corpus.job(*JOB, "--save", save, "--load", save)
+    assert start(words, partial(at_step, 2, terminate)).wait().code == 0
+    texts = [record["text"] for record in records(save) if record["kind"] == "message"]
+    assert "the validation after iteration 4 is left unfinished; the next start makes it first" in texts
+    assert read_manifest(save / "iter_0000004").scalars["progress"]["validation_due"] == 1
