@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding import assert_same_sums
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +47,7 @@ def assert_equal_to_the_mask(stage, batch):
     for ours, masked in zip(
         results(stage, batch), results(stage, dataclasses.replace(batch, documents=None)), strict=True
     ):
-        torch.testing.assert_close(ours, masked, rtol=1e-4, atol=1e-5)
+        assert_same_sums(ours, masked)
 
 
 @st.composite
@@ -95,7 +96,7 @@ def test_micro_batches_of_one_add_up(make_stage, make_batch):
         one = dataclasses.replace(batch, tokens=batch.tokens[only], labels=batch.labels[only])
         parts.append(results(stage, with_documents(one, (row,)) if len(row) > 1 else one))
     for place, whole in ((0, loss), *enumerate(gradients, start=2)):
-        torch.testing.assert_close(sum(part[place] for part in parts), whole, rtol=1e-4, atol=1e-5)
+        assert_same_sums(sum(part[place] for part in parts), whole)
 
 
 def split_over(backend, parallel, changes, lengths):
@@ -130,15 +131,15 @@ def test_heads_split_over_ranks_see_the_same_documents(on_ranks, mesh, sequence_
     loss, squares = split_over(mesh.backend, ParallelConfig(), changes, LENGTHS)
     parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=sequence_parallel)
     found = on_ranks(2, split_over, parallel, changes, LENGTHS)
-    assert [result[0] for result in found] == pytest.approx([loss] * 2, rel=1e-6)
-    assert sum(result[1] for result in found) == pytest.approx(squares, rel=1e-5)
+    assert [result[0] for result in found] == pytest.approx([loss] * 2, rel=1e-5)
+    assert sum(result[1] for result in found) == pytest.approx(squares, rel=1e-4)
 
 
 def test_a_border_that_is_off_by_one_is_seen(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(3, 16)
     right = with_documents(batch, LENGTHS)
     wrong = with_documents(batch, ((6, 1, 1, 8), *LENGTHS[1:]))
-    with pytest.raises(AssertionError, match="not close"):
+    with pytest.raises(AssertionError, match="deviates"):
         assert_equal_to_the_mask(stage, dataclasses.replace(right, documents=wrong.documents))
 
 
@@ -212,6 +213,6 @@ def test_compiled_once_for_all_micro_batches(make_stage, make_batch):
     stage.compile(backend=backend)
     made = []
     for batch, logits in zip(batches, expected, strict=True):
-        torch.testing.assert_close(stage(None, batch), logits)
+        assert_same_sums(stage(None, batch), logits)
         made.append(len(graphs))
     assert 0 < made[1] == made[-1], made

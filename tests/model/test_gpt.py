@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from rounding import assert_same_sums, deviation
 from torch.nn import functional as F
 
 from megatron_lite.config.model import Activation
@@ -25,8 +26,8 @@ def test_loss_is_the_sum_of_each_samples_masked_mean(make_stage, make_batch):
     logits = stage(None, batch)
     tokens = F.cross_entropy(logits[..., :101].permute(1, 2, 0), batch.labels, reduction="none")
     expected = [(tokens[n] * mask[n]).sum() / mask[n].sum() for n in (0, 1)]
-    torch.testing.assert_close(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
-    torch.testing.assert_close(stage.loss(logits, batch), sum(expected))
+    assert_same_sums(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
+    assert_same_sums(stage.loss(logits, batch), sum(expected))
 
 
 def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
@@ -38,7 +39,7 @@ def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
         one = dataclasses.replace(batch, tokens=batch.tokens[n : n + 1], labels=batch.labels[n : n + 1])
         stage.loss(stage(None, one), one).backward()
     for name, gradient in gradients(stage).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5)
+        assert_same_sums(gradient, whole[name], name)
 
 
 def test_padded_vocabulary_never_counts(make_stage, make_batch):
@@ -52,8 +53,8 @@ def test_padded_vocabulary_never_counts(make_stage, make_batch):
         assert not table.data[101:].any() and not table.grad[101:].any()
         results.append((loss.item(), table.grad[:101].clone()))
     for loss, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-6)
-        torch.testing.assert_close(gradient, results[0][1])
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert_same_sums(gradient, results[0][1])
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
@@ -67,8 +68,8 @@ def test_documents_of_a_sample_do_not_see_each_other(make_stage, make_batch, pos
     together = stage(None, packed)
     for part in (slice(0, cut), slice(cut, 16)):
         alone = stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, part]))
-        torch.testing.assert_close(together[part], alone, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(stage(None, batch)[cut:], together[cut:], atol=1e-3)
+        assert_same_sums(together[part], alone)
+    assert deviation(stage(None, batch)[cut:], together[cut:]) > 1e-2
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
@@ -82,7 +83,7 @@ def test_a_cache_changes_no_logit(make_stage, make_batch, position_embedding):
         for first, last in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):  # a prompt, single tokens, several at once
             steps.append(stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
             assert cache.length == last
-        torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-5, atol=1e-5)
+        assert_same_sums(torch.cat(steps), whole)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -100,7 +101,7 @@ def test_stages_in_a_row_equal_the_whole(make_stage, make_batch, tied):
     hidden.backward(received.grad)
     expected = whole.loss(whole(None, batch), batch)
     expected.backward()
-    assert loss.item() == expected.item()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     names = [p.name for stage in (first, last) for p in stage.named_parameters_global() if p.owned]
     assert sorted(names) == sorted(p.name for p in whole.named_parameters_global())
     theirs = gradients(whole)
@@ -110,7 +111,7 @@ def test_stages_in_a_row_equal_the_whole(make_stage, make_batch, tied):
         assert copy.name == "embedding.word_embeddings.weight"
         ours[copy.name] = ours[copy.name] + copy.param.grad
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert_same_sums(gradient, theirs[name], name)
 
 
 def test_first_values_depend_on_seed_and_name_only(make_stage):
@@ -141,17 +142,17 @@ def test_zero_centered_norm_and_norm_first_residual_compute_what_they_say(make_s
     batch = make_batch()
     plain, centered = make_stage(), make_stage(zero_centered_norm=True)
     assert centered.decoder.final_norm.weight.eq(0).all()
-    torch.testing.assert_close(plain(None, batch), centered(None, batch))
+    assert_same_sums(plain(None, batch), centered(None, batch))
     layer = make_stage(residual_post_layernorm=True).decoder.layers["0"]
     x = torch.randn(16, 2, 64)
     a = layer.input_norm(x)
     y = a + layer.self_attention(a, AttentionContext())
     m = layer.pre_mlp_norm(y)
-    torch.testing.assert_close(layer(x, AttentionContext()), m + layer.mlp(m))
+    assert_same_sums(layer(x, AttentionContext()), m + layer.mlp(m))
 
 
 def test_every_activation_is_the_one_its_name_says(make_stage):
-    x = torch.linspace(-3, 3, 50)
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64)  # in fp32, gelu and gelu_tanh are close
     assert set(ACTIVATIONS) == set(get_args(Activation))
     torch.testing.assert_close(ACTIVATIONS["squared_relu"](x), torch.clamp(x, min=0) ** 2)
     torch.testing.assert_close(
@@ -161,7 +162,7 @@ def test_every_activation_is_the_one_its_name_says(make_stage):
     mlp = make_stage(activation="swiglu").decoder.layers["0"].mlp
     h = torch.randn(4, 1, 64)
     gate, up = F.linear(h, mlp.fc1.weight, mlp.fc1.bias).chunk(2, -1)
-    torch.testing.assert_close(mlp(h), F.linear(gate * gate.sigmoid() * up, mlp.fc2.weight, mlp.fc2.bias))
+    assert_same_sums(mlp(h), F.linear(gate * gate.sigmoid() * up, mlp.fc2.weight, mlp.fc2.bias))
 
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
@@ -204,4 +205,4 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
             stage.loss(stage(None, step), step).backward()
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert_same_sums(gradient, theirs[name], name)
