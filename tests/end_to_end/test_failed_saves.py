@@ -148,7 +148,6 @@ class FullDisk(io.FileIO):
 def full_on_rank_1(backend, words, *, for_good):
     """On one rank: a run in which rank 1's disk is full after the first save, even for a note that says so."""
     config = parse_run(words, world_size=backend.world_size).config
-    began = time.monotonic()
     with ExitStack() as stack:
         if backend.rank == 1:
             refuse = SecondFileFull(for_good)
@@ -156,10 +155,10 @@ def full_on_rank_1(backend, words, *, for_good):
             stack.enter_context(mock.patch.object(background, "replace_file", refuse.note))
         try:
             with ExitRecord(config.checkpoint.save, backend.launch) as record:
-                train_job(config, record, started=began, backend=backend)
+                train_job(config, record, started=time.monotonic(), backend=backend)
         except CheckpointError as error:
             return str(error)
-    return time.monotonic() - began
+    return None
 
 
 class SecondFileFull:
@@ -181,9 +180,9 @@ class SecondFileFull:
 def test_all_ranks_agree_on_what_one_could_not_write(mode, corpus, on_ranks, tmp_path):
     save = tmp_path / "run"
     words = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
-    seconds = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
-    assert all(isinstance(value, float) for value in seconds), seconds
-    assert max(seconds) < 30, "nobody waits for a note that cannot be written"
+    # Rank 0 would wait half an hour for a note that rank 1 cannot write; on_ranks would end it after two minutes.
+    errors = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
+    assert errors == [None, None]
     assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())
     assert status(save)["failed_saves"] == [4]
     (told,) = [record["text"] for record in records(save) if "FAILED" in str(record.get("text"))]

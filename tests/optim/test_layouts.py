@@ -4,7 +4,6 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from rounding import assert_same_sums
