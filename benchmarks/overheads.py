@@ -17,7 +17,9 @@ from megatron_lite.config.arguments import parse_run
 from megatron_lite.metrics.timers import Timers
 
 SIZES = {"num-layers": 4, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 32, "micro-batch-size": 2}
-WORDS = [word for name, value in (SIZES | {"train-iters": 100}).items() for word in (f"--{name}", str(value))]
+WORDS = [
+    word for name, value in (SIZES | {"train-iters": 100, "lr": 1e-3}).items() for word in (f"--{name}", str(value))
+]
 REPEATS = 5
 
 

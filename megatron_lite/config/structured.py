@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from megatron_lite.config.batch import Rampup, SequenceRamp
@@ -31,12 +32,18 @@ def write_rampup(rampup: Rampup) -> list[str]:
 
 
 def read_amount(word: str) -> int:
-    """A number that may end in K, M, B or T, as 2.4B."""
-    scale = SUFFIXES.get(word[-1:].lower(), 1)
-    number = read_float(word[:-1] if scale > 1 else word) * scale
-    if abs(number - round(number)) > 1e-6 * max(1.0, number):
+    """Read a whole number that may end in K, M, B or T, as 2.4B.
+
+    Raises:
+        ValueError: not a number, or not a whole one.
+    """
+    scale = SUFFIXES.get(word[-1:].lower())
+    digits = word if scale is None else word[:-1]
+    read_float(digits)  # refuses what Decimal alone would take, with a message
+    number = Decimal(digits) * (scale or 1)
+    if number != int(number):
         raise ValueError("a whole number after its suffix (2.4B)")
-    return round(number)
+    return int(number)
 
 
 def read_step_schedule(text: str, seq_length: int) -> tuple[tuple[int, int], ...]:
@@ -154,7 +161,7 @@ def read_split(words: Sequence[str]) -> str:
 
 def read_sources(words: Sequence[str]) -> tuple[DataSource, ...]:
     """P, several paths, or weights and paths in turn, by Megatron's rule of telling them apart."""
-    if len(words) % 2 == 0 and words:
+    if len(words) % 2 == 0:
         try:
             weights = [read_float(word) for word in words[::2]]
         except ValueError:
@@ -207,7 +214,7 @@ def _read_group(text: str) -> DataGroup:
 def read_groups_file(text: str) -> tuple[DataGroup, ...]:
     """The one line of a --train-weighted-split-paths-path file: groups in double quotes, separated by spaces."""
     line = text.strip()
-    if "\n" in line or len(line) < 2 or line[0] != '"' or line[-1] != '"':
+    if "\n" in line or not (line.startswith('"') and line.endswith('"')):
         raise ValueError('a file of one line of groups in double quotes, as "en: 1 0:1 data/en" "fr: 1 0:1 data/fr"')
     return read_groups(line[1:-1].split('" "'))
 

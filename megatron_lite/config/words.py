@@ -138,6 +138,6 @@ def _find(spelled: str, words: tuple[str, ...], given: Given) -> Flag | None:
 
 
 def refusal(because: str, text: str) -> ConfigError:
-    """The error for a refused flag, from its row's text: why, then what to do."""
+    """Return the error for a refused flag. Its row's text says why, and in the last sentence what to do."""
     rule, _, fix = because.rpartition(". ")
-    return ConfigError(rule or because, found=text, fix=fix or "Leave the flag out")
+    return ConfigError(rule, found=text, fix=fix)

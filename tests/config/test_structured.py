@@ -12,6 +12,7 @@ from megatron_lite.config.structured import (
     read_groups,
     read_groups_file,
     read_iterations,
+    read_named_group,
     read_rampup,
     read_ranges,
     read_save_schedule,
@@ -54,14 +55,41 @@ def test_the_save_schedule_of_three_phases():
     )
 
 
+@pytest.mark.parametrize("text", ["10 20", "10:100 20 30:400", "10:100 20 30", "x:100"])
+def test_broken_save_schedules(text):
+    with pytest.raises(ValueError, match=r"<interval>:<last iteration>|whole number"):
+        read_save_schedule(text)
+
+
 def test_a_step_schedule_counts_tokens():
     schedule = read_step_schedule("2.4B:320, 0:16 4.8B:624", 2048)
     assert schedule == ((0, 16), (2_400_000_000 // 2048, 320), (4_800_000_000 // 2048, 624))
+    assert read_step_schedule("0:16 5:32", 1) == ((0, 16), (5, 32))
+    # A sequence length of 0 is refused elsewhere; until then the schedule must be readable.
+    assert read_step_schedule("0:16 5:32", 0) == ((0, 16), (5, 32))
 
 
-@pytest.mark.parametrize(("word", "number"), [("2.4B", 2_400_000_000), ("3K", 3000), ("1.5t", 15 * 10**11), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("0:16 320", "pairs"), ("2K:16", "starts at 0"), ("0:16 1:32", "differ"), ("0:16 x:32", "number")],
+)
+def test_broken_step_schedules(text, match):
+    with pytest.raises(ValueError, match=match):
+        read_step_schedule(text, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "number"),
+    [("2.4B", 2_400_000_000), ("3K", 3000), ("1.5t", 15 * 10**11), ("7", 7), ("1_000m", 10**9), ("1e3", 1000)],
+)
 def test_amounts(word, number):
     assert read_amount(word) == number
+
+
+@pytest.mark.parametrize("word", ["1.5", "2.4000000001B", "B", "", "nanK", "infB", "1/2K"])
+def test_amounts_that_are_not_whole_numbers(word):
+    with pytest.raises(ValueError, match="number"):
+        read_amount(word)
 
 
 def test_ranges():
@@ -84,6 +112,21 @@ def test_sequence_ramps_come_back():
     assert read_sequence_ramp(["64:100"]).step == 8
 
 
+def test_sequence_stages_begin_at_the_first_iteration_or_are_several():
+    assert read_sequence_ramp(["0:64"]).stages == ((0, 64),)
+    assert read_sequence_ramp(["1:64"]).stages == ((1, 64),)
+    assert read_sequence_ramp(["2:64"]) == SequenceRamp(start=2, iterations=64)
+    assert read_sequence_ramp(["5:64,1000:512"]).stages == ((5, 64), (1000, 512))
+    assert read_sequence_ramp(["1:100:8"]) == SequenceRamp(start=1, iterations=100, step=8)
+    assert read_sequence_ramp(["2:1"]) == SequenceRamp(start=2, iterations=1)
+
+
+@pytest.mark.parametrize("text", ["64", "64:100:8:9", "0:64:8,100:128:8", "0:64,100", "64:x", "0:64,100:128:8"])
+def test_broken_sequence_ramps(text):
+    with pytest.raises(ValueError, match="start:iterations"):
+        read_sequence_ramp([text])
+
+
 @pytest.mark.parametrize(
     ("words", "split"),
     [
@@ -99,9 +142,17 @@ def test_splits(words, split):
     assert read_split(words) == split
 
 
+@pytest.mark.parametrize("word", ["", "1,2,3,4", "1,-1", "0,0", "1,x"])
+def test_broken_splits(word):
+    with pytest.raises(ValueError, match=r"949,50,1|number"):
+        read_split([word])
+
+
 def test_sources_are_weighted_if_every_other_word_is_a_number():
     assert read_sources(["0.3", "a", "7", "b"]) == (DataSource(path="a", weight=0.3), DataSource(path="b", weight=7.0))
     assert read_sources(["a", "0.3"]) == (DataSource(path="a"), DataSource(path="0.3"))
+    assert read_sources(["1"]) == (DataSource(path="1"),)
+    assert read_sources([]) == ()
     assert read_sources(["1", "a", "b"]) == tuple(DataSource(path=path) for path in ("1", "a", "b"))
 
 
@@ -145,8 +196,30 @@ def test_a_group_as_scripts_write_it():
 
 
 @pytest.mark.parametrize(
-    "text", ["TRAIN 1 0:1 x", "TRAIN: 1 0:1", "TRAIN: 1 0.6:0.2 x", "TRAIN: 1 0:2 x", "T: 1 01 x", "T: w 0:1 x"]
+    "text",
+    [
+        "TRAIN 1 0:1 x",
+        "T: 1 0.5:0.5 x",
+        "T: 1 -0.1:0.5 x",
+        "TRAIN: 1 0:1",
+        "TRAIN: 1 0.6:0.2 x",
+        "TRAIN: 1 0:2 x",
+        "T: 1 01 x",
+        "T: w 0:1 x",
+    ],
 )
 def test_broken_groups(text):
     with pytest.raises(ValueError, match=r"START:END|number"):
         read_groups([text])
+
+
+@pytest.mark.parametrize("text", ["", '"', '""', 'T: 1 0:1 x"', '"T: 1 0:1 x', '"T: 1 0:1 x"\n"U: 1 0:1 x"'])
+def test_broken_groups_files(text):
+    with pytest.raises(ValueError, match=r"one line of groups|START:END"):
+        read_groups_file(text)
+
+
+def test_a_named_group_is_a_blend_of_one_split():
+    assert read_named_group("valid")(["2", "a", "1", "b"]) == (
+        DataGroup(name="valid", sources=(DataSource(path="a", weight=2.0), DataSource(path="b", weight=1.0))),
+    )

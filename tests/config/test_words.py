@@ -4,10 +4,10 @@ from hypothesis import strategies as st
 from job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.config.flags.refused import FAMILIES
+from megatron_lite.config.flags.refused import FAMILIES, REFUSED
 from megatron_lite.config.flags.table import flags_by_spelling
 from megatron_lite.config.given import Given
-from megatron_lite.config.words import read_words
+from megatron_lite.config.words import MAX_NESTING, read_words, refusal
 
 
 def read(*argv):
@@ -75,6 +75,79 @@ def test_argument_files(tmp_path):
     occurrences, given = read(f"@{outer}", "--lr", "1e-3")
     assert occurrences == [("--seed", ("7",)), ("--split", ("969, 30, 1",)), ("--fp16", ()), ("--lr", ("1e-3",))]
     assert not given.errors
+
+
+def nested(folder, depth):
+    """The first of `depth` argument files, each of which names the next; the last holds --fp16."""
+    for number in range(depth):
+        following = f"@{folder / str(number + 1)}" if number + 1 < depth else "--fp16"
+        (folder / str(number)).write_text(f"{following} --seed {number}")
+    return f"@{folder / '0'}"
+
+
+def test_argument_files_lie_at_most_ten_deep(tmp_path):
+    occurrences, given = read(nested(tmp_path, MAX_NESTING))
+    assert not given.errors
+    assert [name for name, _ in occurrences] == ["--fp16", *["--seed"] * MAX_NESTING]
+    first = nested(tmp_path, MAX_NESTING + 1)
+    occurrences, given = read(first, "--bf16")
+    assert [error.rule for error in given.errors] == ["Argument files must not name each other in a circle"]
+    assert f"{MAX_NESTING} files deep" in given.errors[0].found
+    assert occurrences[-1] == ("--bf16", ()), "what follows is read all the same"
+
+
+def test_an_argument_file_that_cannot_be_read_is_named_and_the_rest_is_read(tmp_path):
+    (tmp_path / "quotes").write_text("--split '969")
+    for name, reason in (("missing", "No such file"), ("quotes", "No closing quotation")):
+        occurrences, given = read(f"@{tmp_path / name}", "--fp16")
+        assert occurrences == [("--fp16", ())]
+        (error,) = given.errors
+        assert error.found.startswith(f"@{tmp_path / name}: {reason}")
+
+
+def test_a_lone_at_sign_and_two_dashes_are_values():
+    assert read("--save", "@", "--", "x")[0] == [("--save", ("@", "--", "x"))]
+    assert read("--save=")[0] == [("--save", ("",))]
+
+
+def test_words_before_the_first_flag_belong_to_none():
+    occurrences, given = read("5", "--seed", "6")
+    assert occurrences == [("--seed", ("6",))]
+    assert [(error.rule, error.found) for error in given.errors] == [
+        ("A command line starts with a flag", "the word '5'")
+    ]
+
+
+def test_an_occurrence_is_shown_as_it_was_written():
+    assert read_words(["--Train_iters", "5"], Given())[0].text == "--Train_iters 5"
+
+
+def test_a_name_or_another_case_of_it_gets_no_note_and_an_alias_one():
+    assert read("--Log_Interval", "5")[1].notes == []
+    assert read("--vocab", "x")[1].notes == ["--vocab is read as --vocab-file"]
+
+
+def test_an_ambiguous_or_unknown_flag_is_an_error_that_excuses_others(tmp_path):
+    for word, match in (("--no-save", "--no-save-optim"), ("--xyzzy", "See --help and docs/arguments.md")):
+        occurrences, given = read(word, "1")
+        assert occurrences == [] and given.unknown
+        assert match in str(given.errors[0]) and len(given.errors) == 1
+
+
+def test_a_family_is_refused_by_its_beginning():
+    occurrences, given = read("--moe-brand-new", "3")
+    assert occurrences == [] and not given.unknown
+    (error,) = given.errors
+    assert error.found == "--moe-brand-new 3" and "Mixture of experts" in error.rule
+
+
+@pytest.mark.parametrize(
+    "because", sorted({*FAMILIES.values(), *(row.help for rows in REFUSED.values() for row in rows)})
+)
+def test_every_refusal_has_a_reason_and_something_to_do(because):
+    error = refusal(because, "--flag 1")
+    assert error.rule and error.fix and error.found == "--flag 1"
+    assert f"{error.rule}. {error.fix}" == because
 
 
 def test_negative_numbers_are_values():

@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import nn
+from tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.messages import Messages
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import pipeline_schedule
-
-
-@dataclass
-class Batch:
-    tokens: torch.Tensor
-    number: int
-    sources: tuple[int, ...] | None = None
-
-
-class Scale(nn.Module):
-    """Multiplies by a weight: the loss of a chain of them is the product of weights times the mean token."""
-
-    hidden_dtype = torch.float32
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(float(weight)))
-
-    def forward(self, x, batch):
-        x = batch.tokens.t().unsqueeze(-1).float() if x is None else x
-        return x * self.weight
-
-    def sample_losses(self, logits, batch):
-        return logits.squeeze(-1).mean(0)
-
-    def hidden_shape(self, length, batch_size):
-        return length, batch_size, 1
-
-
-class Streams:
-    """Where the executor says it is."""
-
-    def __init__(self):
-        self.places = []
-
-    def at(self, iteration, microbatch):
-        self.places.append((iteration, microbatch))
 
 
 def executor(stages, trace=None):
@@ -63,10 +24,6 @@ def executor(stages, trace=None):
         trace=trace,
     )
     return made, streams
-
-
-def batches(count):
-    return [Batch(torch.full((2, 4), number + 1), number=10 + number, sources=(0, 1)) for number in range(count)]
 
 
 def program(count, chunks=1, *, backward=True):
