@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a failure that was explained, 2 unusable arguments, 130 interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Without UTF-8, an ellipsis is printed as \u2026, as on stderr, instead of ending the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

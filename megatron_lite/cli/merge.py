@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from megatron_lite.cli.token_progress import TokenProgress
@@ -31,7 +32,7 @@ def run(argv: list[str]) -> int:
             prefixes, args.output_prefix, overwrite=args.overwrite, advance=progress.advance
         )
     print(f"  {len(prefixes)} datasets, {documents:,} documents, {tokens:,} tokens")
-    print(f"  --data-path {args.output_prefix}")
+    print(f"  --data-path {shlex.quote(args.output_prefix)}")
     return 0
 
 

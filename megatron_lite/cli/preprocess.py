@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def run(argv: list[str]) -> int:
     else:
         print(result.summary)
     for prefix in result.prefixes:
-        print(f"  --data-path {prefix}")
+        print(f"  --data-path {shlex.quote(prefix)}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> int:
                 special_tokens=args.special_tokens or (),
                 threads=args.workers,
             )
-            use = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {path}"
+            use = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(path)]
         else:
             size = train_byte_level_bpe(
                 texts,
@@ -42,13 +43,13 @@ def run(argv: list[str]) -> int:
                 min_frequency=args.min_frequency,
                 progress=sys.stderr.isatty(),
             )
-            use = f"--vocab-file {folder / 'vocab.json'} --merge-file {folder / 'merges.txt'}"
+            use = ["--vocab-file", str(folder / "vocab.json"), "--merge-file", str(folder / "merges.txt")]
     except OSError as error:
         raise DataError(
             "The tokenizer's folder can be written to", found=f"{folder}: {error}", fix="Give another --output"
         ) from error
     print(f"  {size:,} tokens" + (f" ({args.vocab_size:,} were asked for)" if size != args.vocab_size else ""))
-    print(f"  {use}")
+    print(f"  {shlex.join(use)}")
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,13 @@ def test_tools_run_from_a_checkout(tool, tmp_path):
     assert "usage:" in done.stdout
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf_8_ends_no_program(encoding):
+    command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert b"--input FILE \\u2026" in done.stdout
+
+
 def test_refusals(corpus, tmp_path, capsys):
     words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
     for more, message in (
@@ -108,7 +117,7 @@ def test_training_sentencepiece_and_bad_input(corpus, tmp_path, capsys):
     pytest.importorskip("sentencepiece")
     words = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "280", "--tokenizer-type"]
     assert train_tokenizer.run([*words, "SentencePieceTokenizer"]) == 0
-    use = capsys.readouterr().out.split()
+    use = shlex.split(capsys.readouterr().out)
     words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
     assert preprocess.run(words + use[use.index("--tokenizer-type") :]) == 0
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')

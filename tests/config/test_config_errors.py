@@ -289,7 +289,7 @@ def sites():
     for path in FOLDER.rglob("*.py"):
         if path.name in ELSEWHERE:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "id", getattr(node.func, "attr", ""))
                 if name in ("ConfigError", "refuse", "refusal"):

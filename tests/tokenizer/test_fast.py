@@ -108,8 +108,8 @@ def test_stretches_that_do_not_meet_are_encoded_whole(both, monkeypatch):
 
 
 def test_an_unfit_vocabulary_is_refused(bpe_folder):
-    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
-    lines = (bpe_folder / "merges.txt").read_text().splitlines()[1:]
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (bpe_folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines]
     assert fast.build(vocabulary, merges, lambda token: True) is not None
     assert fast.build(vocabulary, merges, lambda token: False) is None

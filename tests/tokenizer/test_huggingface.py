@@ -44,7 +44,7 @@ def test_an_added_token_in_a_text_is_text_to_gpt2_and_a_token_to_hugging_face(bp
 
 
 def test_fingerprint_sees_one_changed_id(bpe_folder, tmp_path):
-    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text(encoding="utf-8"))
     a, b = list(vocabulary)[-3:-1]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
@@ -73,7 +73,7 @@ def test_template_and_truncation(bpe_folder, tmp_path):
 
 
 def test_eod_names(bpe_folder, tmp_path):
-    spec = json.loads((bpe_folder / "tokenizer.json").read_text())
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"][0]["content"] = "<stop>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(DataError, match=r"<\|endoftext\|>, </s>, <\|end_of_text\|>.*--eod-token"):

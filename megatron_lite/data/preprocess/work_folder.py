@@ -91,7 +91,7 @@ class WorkFolder:
     def plan_of(output_prefix: str) -> str:
         """The plan of a run that was begun and not completed; empty if there is none."""
         path = WorkFolder.path_of(output_prefix) / "plan"
-        return path.read_text() if path.is_file() else ""
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def _hold(self) -> TextIO:
         """Lock the folder; the lock goes with the process, however it ends."""
@@ -108,13 +108,13 @@ class WorkFolder:
     def _discard_other_plans(self, plan: str) -> bool:
         """Empty the folder unless it is of this plan; says whether finished work was thrown away."""
         path = self.path / "plan"
-        if path.is_file() and path.read_text() == plan:
+        if path.is_file() and path.read_text(encoding="utf-8") == plan:
             return False
         old = [entry for entry in self.path.iterdir() if entry.name != "lock"]
         for entry in old:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         partial = path.with_suffix(".tmp")
-        partial.write_text(plan)
+        partial.write_text(plan, encoding="utf-8")
         partial.replace(path)
         return any(entry.suffix == ".json" for entry in old)
 

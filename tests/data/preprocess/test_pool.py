@@ -79,7 +79,8 @@ def test_what_follows_the_reading_is_told_too():
     ]
 
 
-def test_bar_shows_rates():
+def test_bar_shows_rates(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     stream = io.StringIO()
     bar = BarProgress(stream)
     bar.start(100, 50, 1)

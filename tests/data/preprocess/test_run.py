@@ -78,7 +78,7 @@ def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
 
 def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make):
     big = tmp_path / "big.jsonl"
-    big.write_text((corpus.read_text() + "\n") * 320)  # five units
+    big.write_bytes((corpus.read_bytes() + b"\n") * 320)  # five units
     whole = look.files(make("whole", inputs=(str(big),), unit_bytes=None))
     words = ["--input", str(big), "--vocab", tokenizer.vocab_file, "--merge", tokenizer.merge_file]
     words += ["--output-prefix", str(tmp_path / "killed"), "--workers", "2", "--no-fast-tokenizer"]
