@@ -15,7 +15,7 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.data.dataset import MockDataset
 from megatron_lite.data.loader import Loader
-from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.batches import BatchSource, RunData
 
 EOD = 7
 SAMPLES = (
@@ -36,11 +36,21 @@ class Written(MockDataset):
         return np.array(SAMPLES[sample])
 
 
-def read(consumed, size, reset_attention_mask=True):
+def source(dataset=None, size=1, dp=1, replica=0, **flags):
     backend = select_backend(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
-    loader = Loader(Written(), micro_batch=size, global_batch=lambda consumed: size, prefetch=0)
-    data = dataclasses.replace(DataConfig(), reset_attention_mask=reset_attention_mask)
-    return BatchSource(loader, backend, data, EOD).reader_at(consumed, 6)(0)
+    loader = Loader(
+        dataset or Written(),
+        micro_batch=size,
+        global_batch=lambda consumed: size * dp,
+        dp=dp,
+        replica=replica,
+        prefetch=0,
+    )
+    return BatchSource(loader, backend, dataclasses.replace(DataConfig(), **flags), EOD)
+
+
+def read(consumed, size, reset_attention_mask=True):
+    return source(size=size, reset_attention_mask=reset_attention_mask).reader_at(consumed, 6)(0)
 
 
 def test_documents_are_grouped_by_their_length():
@@ -60,3 +70,98 @@ def test_documents_are_grouped_by_their_length():
 def test_nothing_where_there_is_nothing_to_keep_apart(consumed, reset):
     batch = read(consumed, 1, reset)
     assert batch.documents is None and batch.document_ids is None
+
+
+class Blend(Written):
+    """Two sources, in turn."""
+
+    sources = ("one", "other")
+
+    def source(self, sample):
+        return sample % 2
+
+
+def test_labels_are_the_tokens_that_follow():
+    batch = source(size=2).reader_at(0, 6)(0)
+    assert batch.tokens.tolist() == [list(sample[:-1]) for sample in SAMPLES[:2]]
+    assert batch.labels.tolist() == [list(sample[1:]) for sample in SAMPLES[:2]]
+    assert batch.loss_mask is None and batch.position_ids is None
+    assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()
+
+
+def test_a_curriculum_cuts_samples_short():
+    batch = source(size=2).reader_at(0, 3)(0)
+    assert batch.tokens.tolist() == [list(sample[:3]) for sample in SAMPLES[:2]]
+    assert batch.labels.tolist() == [list(sample[1:4]) for sample in SAMPLES[:2]]
+
+
+def test_each_flag_makes_its_own_tensor():
+    masked = source(eod_mask_loss=True).reader_at(2, 6)(0)
+    assert masked.loss_mask.tolist() == [[1, 1, 0, 1, 1, 0]] and masked.position_ids is None
+    placed = source(reset_position_ids=True).reader_at(2, 6)(0)
+    assert placed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]] and placed.loss_mask is None
+    apart = source(reset_attention_mask=True).reader_at(2, 6)(0)
+    assert apart.document_ids.tolist() == [[0, 0, 0, 1, 1, 1]] and apart.loss_mask is None
+
+
+@pytest.mark.parametrize(("replica", "numbers", "sources"), [(0, [0, 2], (0, 0)), (1, [1, 3], (1, 1))])
+def test_replicas_take_turns_and_name_the_source_of_each_sample(replica, numbers, sources):
+    read = source(Blend(), dp=2, replica=replica).reader_at(0, 6)
+    batches = [read(index) for index in (0, 1)]
+    assert [batch.number for batch in batches] == numbers
+    assert [batch.tokens.tolist() for batch in batches] == [[list(SAMPLES[number][:-1])] for number in numbers]
+    assert tuple(batch.sources[0] for batch in batches) == sources
+
+
+def test_one_source_is_not_named():
+    assert source(size=2).reader_at(0, 6)(0).sources is None
+    assert source(Blend(), size=3).reader_at(1, 6)(0).sources == (1, 0, 1)
+    assert source(Blend()).by_source({1: 2.5, 0: 1.5}) == {"other": 2.5, "one": 1.5}
+
+
+class Long(Written):
+    """As many samples as are asked for."""
+
+    def __len__(self):
+        return 100
+
+
+@dataclasses.dataclass
+class Plan:
+    first_sample: int
+    global_batch: int
+    seq_length: int = 6
+
+
+def test_a_plan_is_read_from_its_first_sample_and_described_by_its_numbers():
+    assert source().reader(Plan(2, 1))(0).tokens.tolist() == [list(SAMPLES[2][:-1])]
+    long = source(Long())
+    assert long.describe(Plan(3, 8)) == "3, 4, 5, 6, 7, 8, 9, 10"
+    assert long.describe(Plan(3, 9)) == "3, 4, 5, 6, 7, 8, 9, 10, …"
+    assert long.num_samples == 100
+
+
+def test_places_that_are_left_out_are_passed_over():
+    long = source(Long())
+    assert long.places(2, 3) == long.numbers(2, 3) == [2, 3, 4]
+    long.leave_out(((3, 5),))
+    assert long.places(2, 3) == long.numbers(2, 3) == [2, 5, 6]
+
+
+def test_closing_the_data_of_a_run_closes_every_loader_once():
+    closed = []
+
+    class Closing:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            closed.append(self.name)
+
+    RunData(Closing("train"), {"v": Closing("valid")}, {"t": Closing("test")}).close()
+    assert closed == ["train", "valid", "test"]
+    RunData().close()
+    loader = source()
+    loader._loader.close = lambda: closed.append("loader")
+    loader.close()
+    assert closed[3:] == ["loader"]

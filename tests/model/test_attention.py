@@ -1,0 +1,113 @@
+"""Calls of torch's attention kernel: head groups, causality, dropout, and what recomputation runs again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rounding import assert_same_sums
+from torch.nn import functional as F
+
+from megatron_lite.config.optimizer import RecomputeConfig
+from megatron_lite.model import attention
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes [b, heads, tokens, d] of queries and keys, and the options, of every call of the kernel."""
+    found, plain = [], F.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        assert k.shape == v.shape
+        found.append(SimpleNamespace(q=tuple(q.shape), k=tuple(k.shape), **options))
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    return found
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("kernel", [False, True], ids=["", "kernel-groups-heads"])
+def test_heads_are_grouped_by_the_kernel_or_before_it(make_stage, make_batch, calls, monkeypatch, groups, kernel):
+    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda q, mask: kernel)
+    stage = make_stage(num_layers=1, num_query_groups=groups, init_std=0.3)
+    logits = stage(None, make_batch())
+    (call,) = calls
+    assert call.q == (2, 4, 16, 16)
+    assert call.k[1] == (groups if kernel else 4)
+    assert call.enable_gqa is (kernel and groups < 4)
+    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda q, mask: False)
+    assert_same_sums(logits, stage(None, make_batch()))
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "mask", "dtype", "grouped"),
+    [
+        (True, None, torch.bfloat16, True),
+        (True, None, torch.float16, True),
+        (True, None, torch.float32, False),
+        (True, torch.zeros(1), torch.bfloat16, False),
+        (False, None, torch.bfloat16, False),
+    ],
+)
+def test_fused_kernels_group_heads_on_gpus_in_half_precision_without_a_mask(is_cuda, mask, dtype, grouped):
+    assert attention._kernel_groups_heads(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), mask) is grouped
+
+
+@pytest.mark.parametrize(("position_embedding", "masked"), [("learned", False), ("alibi", True)])
+def test_attention_is_causal_and_needs_no_mask_but_alibis(make_stage, make_batch, calls, position_embedding, masked):
+    stage = make_stage(num_layers=1, position_embedding=position_embedding)
+    stage(None, make_batch())
+    (call,) = calls
+    assert (call.attn_mask is not None) is masked and call.is_causal is not masked
+
+
+def test_one_token_with_a_cache_sees_all_of_it(make_stage, make_batch, calls):
+    stage = make_stage(num_layers=1).eval()
+    cache = stage.new_cache(2, 16)
+    with torch.no_grad():
+        for length in (3, 1):
+            stage(None, make_batch(2, length), cache)
+    prompt, token = calls
+    assert (prompt.q[2], prompt.k[2], prompt.is_causal) == (3, 3, True)
+    assert (token.q[2], token.k[2], token.is_causal) == (1, 4, False)
+
+
+def test_dropout_is_the_kernels_and_only_in_training(make_stage, make_batch, calls):
+    stage = make_stage(num_layers=1, attention_dropout=0.25)
+    stage(None, make_batch())
+    stage.eval()(None, make_batch())
+    assert [call.dropout_p for call in calls] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "layers_again", "attention_again"),
+    [
+        (RecomputeConfig(), 0, 0),
+        (RecomputeConfig(granularity="selective"), 0, 3),
+        (RecomputeConfig(granularity="full", method="uniform", num_layers=1), 3, 3),
+        (RecomputeConfig(granularity="full", method="uniform", num_layers=2), 3, 3),
+        (RecomputeConfig(granularity="full", method="block", num_layers=2), 2, 2),
+    ],
+    ids=str,
+)
+def test_backward_runs_again_what_was_not_kept(make_stage, make_batch, calls, recompute, layers_again, attention_again):
+    stage, batch = make_stage(num_layers=3, recompute=recompute), make_batch()
+    projections = []
+    for layer in stage.decoder.layers.values():
+        layer.self_attention.qkv.register_forward_hook(lambda *_: projections.append(1))
+    loss = stage.loss(stage(None, batch), batch)
+    assert (len(calls), len(projections)) == (3, 3)
+    loss.backward()
+    assert (len(calls), len(projections)) == (3 + attention_again, 3 + layers_again)
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_nothing_is_recomputed_without_gradients_or_in_evaluation(make_stage, make_batch, calls, granularity):
+    stage, batch = make_stage(num_layers=2, recompute=RecomputeConfig(granularity=granularity)), make_batch()
+    with torch.no_grad():
+        stage(None, batch)
+    stage.eval()
+    loss = stage.loss(stage(None, batch), batch)
+    assert len(calls) == 4
+    loss.backward()
+    assert len(calls) == 4
