@@ -10,7 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.record import from_record
 from megatron_lite.errors import CheckpointError
+from megatron_lite.schedules.data_order import DataSegment
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -79,11 +81,13 @@ class Provenance:
         fingerprints: what the run depends on beyond its config, each a short hash or version: `tokenizer`, `code`, and
             of the data an entry for each source, `data source 1`, and one for their order. See check_fingerprints.
         skipped_samples: ranges [first, end) of samples that the run was told to leave out.
+        data_history: what the run read so far and in which order; empty in checkpoints of earlier versions.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     skipped_samples: tuple[tuple[int, int], ...] = ()
+    data_history: tuple[DataSegment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
             config=provenance["config"],
             fingerprints=provenance["fingerprints"],
             skipped_samples=tuple((first, end) for first, end in provenance["skipped_samples"]),
+            data_history=tuple(from_record(DataSegment, segment) for segment in provenance.get("data_history", ())),
         ),
         writer=content["writer"],
     )

@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from megatron_lite.checkpoint.manifest import Manifest, Provenance
 from megatron_lite.config.optimizer import LrConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
+from megatron_lite.schedules.data_order import DataSegment, extend_history, history_of_config
+from megatron_lite.schedules.progress import Progress
 
 _ABSENT = "nothing"
 _OVERRIDE, _USE = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
@@ -80,8 +83,32 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         )
 
 
+def read_history(provenance: Provenance, config: RunConfig) -> tuple[DataSegment, ...]:
+    """Return what the run that wrote a checkpoint had read; `config` stands in for what an old one does not hold."""
+    if provenance.data_history:
+        return provenance.data_history
+    prints = {name: value for name, value in provenance.fingerprints.items() if _kind(name) == "data"}
+    return tuple(replace(segment, fingerprints=prints) for segment in history_of_config(provenance.config, config))
+
+
+def continue_history(
+    manifest: Manifest | None, config: RunConfig, fingerprints: Mapping[str, str] | None = None
+) -> tuple[DataSegment, ...]:
+    """Return what a run reads, by segment; the last segment is what it reads from now on.
+
+    Args:
+        manifest: the checkpoint that the run goes on from; None: it begins.
+        config: the run's.
+        fingerprints: of the data.
+    """
+    if manifest is None:
+        return extend_history((), config, fingerprints=fingerprints)
+    progress = Progress.from_dict(manifest.scalars["progress"])
+    return extend_history(read_history(manifest.provenance, config), config, progress, fingerprints)
+
+
 def check_fingerprints(
-    saved: Mapping[str, str], current: Mapping[str, str], accepted: Collection[str] = ()
+    saved: Mapping[str, str], current: Mapping[str, str], accepted: Collection[str] = (), *, data_effect: str = ""
 ) -> list[Difference]:
     """Refuses to go on with another tokenizer, other data or other code than the run began with.
 
@@ -90,6 +117,7 @@ def check_fingerprints(
             ` of ` in a value is the name of what has the fingerprint, and may change.
         current: this run's. A kind that only one of the two has is not compared.
         accepted: the kinds that may differ (--accept-changed).
+        data_effect: what other data mean for the samples that are still to be read, for the error.
 
     Returns:
         The differences that were accepted, to be printed.
@@ -97,21 +125,32 @@ def check_fingerprints(
     Raises:
         CheckpointError: others differ, all of them named with both values.
     """
-    kinds = {_kind(name) for name in saved} & {_kind(name) for name in current}
-    changed = [
-        Difference(name, saved.get(name, _ABSENT), current.get(name, _ABSENT))
-        for name in sorted(saved.keys() | current.keys(), key=_by_number)
-        if _kind(name) in kinds and _identity(saved.get(name)) != _identity(current.get(name))
-    ]
+    changed = fingerprint_differences(saved, current)
     refused = [difference for difference in changed if _kind(difference.path) not in accepted]
     if refused:
+        effect = f"  {data_effect}\n" if data_effect and changes_data(refused) else ""
         raise CheckpointError(
             "A resumed run goes on with the tokenizer, data and code that it began with",
-            found="\n" + describe(refused) + "\n",
+            found="\n" + describe(refused) + "\n" + effect,
             fix="Give the ones it began with, or accept the change with --accept-changed "
             + " ".join(sorted({_kind(difference.path) for difference in changed})),
         )
     return changed
+
+
+def fingerprint_differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[Difference]:
+    """Return what differs between two sets of fingerprints; a kind that only one of the two has is not compared."""
+    kinds = {_kind(name) for name in saved} & {_kind(name) for name in current}
+    return [
+        Difference(name, saved.get(name, _ABSENT), current.get(name, _ABSENT))
+        for name in sorted(saved.keys() | current.keys(), key=_by_number)
+        if _kind(name) in kinds and _identity(saved.get(name)) != _identity(current.get(name))
+    ]
+
+
+def changes_data(differences: Sequence[Difference]) -> bool:
+    """Whether fingerprints of data or of their order are among the differences."""
+    return any(_kind(difference.path) == "data" for difference in differences)
 
 
 def _kind(name: str) -> str:

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_lite.errors import ConfigError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_lite.config.run import RunConfig
     from megatron_lite.data.build import Datasets
     from megatron_lite.data.dataset import Dataset
-    from megatron_lite.schedules.skipping import Ranges
+    from megatron_lite.schedules.data_order import DataSegment
     from megatron_lite.tokenizer.base import Tokenizer
 
 
@@ -27,8 +27,8 @@ def show_samples(argv: list[str]) -> int:
         prog="megatron-lite data samples",
         usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
         description="Which documents and text an iteration trains on. Give the job's own flags or its whole command, "
-        "--load too: what a rollback left out, and batches that an earlier job of the run had, are read from its "
-        "checkpoints.",
+        "--load too: iterations before the latest checkpoint are shown as they were read, whatever the flags have "
+        "become since.",
         allow_abbrev=False,
     )
     parser.add_argument("--iteration", type=int, required=True, metavar="N", help="as the log numbers it, from 1")
@@ -37,6 +37,7 @@ def show_samples(argv: list[str]) -> int:
     )
     options, words = parser.parse_known_args(argv)
 
+    from megatron_lite.cli.data_position import find_position
     from megatron_lite.data.loader import Loader
     from megatron_lite.schedules.batch_size import global_batch_size
     from megatron_lite.schedules.length import is_skipped_iteration
@@ -46,14 +47,19 @@ def show_samples(argv: list[str]) -> int:
         raise ConfigError(
             "Iterations are numbered from 1", found=f"--iteration {options.iteration}", fix="Give 1 or more"
         )
-    config = _read(words)
+    given = _read(words)
+    given = replace(given, training=replace(given.training, skip_train=False))
+    position = find_position(given, options.iteration)
+    config, consumed = position.config, position.consumed
     batch, dp = config.batch, config.parallel.dp
-    consumed, skipped = _position(config, options.iteration)
     count, length = global_batch_size(batch, consumed, dp), sequence_length(batch, options.iteration - 1)
-    _require_iteration(config, options.iteration, consumed, count)
-    tokenizer, datasets = _open(config)
+    if not position.past:
+        _require_iteration(config, options.iteration, consumed, count)
+    tokenizer, datasets = _open(config, position.order)
     assert datasets.train is not None
     print(f"iteration {options.iteration}: samples {consumed:,} to {consumed + count - 1:,}, {length} tokens each")
+    for line in position.notes:
+        print(f"  {line}")
     if is_skipped_iteration(config.training, options.iteration):
         print("  --skip-train-iteration-range: its samples are consumed, but not trained on")
     with Loader(
@@ -62,8 +68,8 @@ def show_samples(argv: list[str]) -> int:
         global_batch=lambda _: count,
         dp=dp,
         prefetch=0,
-        cyclic=config.data.sampler == "cyclic",
-        skipped=skipped,
+        cyclic_layout=position.order.cyclic_layout,
+        skipped=position.skipped,
     ) as loader:
         for place, sample in zip(loader.places(consumed, count), loader.samples(consumed, count), strict=True):
             print(f"\nsample {place:,}" + (f", number {sample:,} of the dataset" if sample != place else ""))
@@ -84,33 +90,6 @@ def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: 
         )
 
 
-def _position(config: RunConfig, iteration: int) -> tuple[int, Ranges]:
-    """Samples consumed before an iteration, and what the run leaves out of its data since a rollback.
-
-    Counted from the last checkpoint before the iteration, if there is one: an earlier job may have had another batch.
-    """
-    from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
-    from megatron_lite.checkpoint.manifest import read_manifest
-    from megatron_lite.schedules.batch_size import global_batch_size
-    from megatron_lite.schedules.length import consumed_at
-
-    options = config.checkpoint
-    if not options.load or options.finetune or options.reset_progress:
-        return consumed_at(config, iteration - 1), ()
-    newest = find_checkpoint(options.load, options.load_iteration)
-    skipped = read_manifest(newest).provenance.skipped_samples if newest is not None else ()
-    earlier = [path for path in list_checkpoints(Path(options.load)) if (iteration_of(path) or 0) < iteration]
-    if not earlier:
-        return consumed_at(config, iteration - 1), skipped
-    progress = read_manifest(earlier[-1]).scalars["progress"]
-    consumed = int(progress["consumed_train_samples"])
-    for _ in range(iteration - 1 - int(progress["iteration"])):
-        if 0 < config.training.train_samples < consumed:
-            break
-        consumed += global_batch_size(config.batch, consumed, config.parallel.dp)
-    return consumed, skipped
-
-
 def build_indices(argv: list[str]) -> int:
     """Build what a job's start would build."""
     parser = argparse.ArgumentParser(
@@ -122,8 +101,10 @@ def build_indices(argv: list[str]) -> int:
     _, words = parser.parse_known_args(argv)
     began = time.monotonic()
     config = _read(words)
+    from megatron_lite.cli.data_position import saved_history
+
     with _log_shown():
-        _, datasets = _open(config)
+        _, datasets = _open(config, saved_history(config)[-1])
     sets = {"train": datasets.train, **datasets.valid, **{f"{name} (test)": s for name, s in datasets.test.items()}}
     for name, dataset in sets.items():
         if dataset is not None:
@@ -155,13 +136,15 @@ def _read(words: list[str]) -> RunConfig:
     return parsed.config
 
 
-def _open(config: RunConfig) -> tuple[Tokenizer, Datasets]:
-    """A job's tokenizer and its datasets."""
+def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
+    """Open a job's tokenizer and its datasets."""
     from megatron_lite.data.build import build_datasets
     from megatron_lite.tokenizer.build import build_tokenizer
 
     tokenizer = build_tokenizer(config.tokenizer)
-    datasets = build_datasets(config, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint())
+    datasets = build_datasets(
+        config, order, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint()
+    )
     return tokenizer, datasets
 
 

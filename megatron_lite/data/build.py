@@ -1,28 +1,30 @@
-"""From the configuration to the datasets of training, validation and test, with Megatron's counts and splits."""
+"""Datasets of training, validation and test, planned and built from the config, with Megatron's counts and splits."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.config.data import DataConfig, DataGroup, DataSource
+from megatron_lite.config.data import DataConfig, DataGroup
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.blending import normalize
-from megatron_lite.data.dataset import BlendedDataset, Dataset, GPTDataset, MockDataset, check_tokens
+from megatron_lite.data.dataset import BlendedDataset, ConcatDataset, Dataset, GPTDataset, MockDataset, check_tokens
 from megatron_lite.data.index_cache import cached_index
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.megatron_cache import find_megatron_index
 from megatron_lite.data.preprocess.manifest import Manifest, check_files, read_manifest
 from megatron_lite.data.sample_index import plan_index
+from megatron_lite.data.set_plan import SetPlan, SourcePlan
 from megatron_lite.data.slices import SliceDataset
 from megatron_lite.data.split import range_bounds, split_bounds
 from megatron_lite.errors import DataError
-from megatron_lite.schedules.length import test_samples, train_samples, valid_samples
+from megatron_lite.schedules.data_order import DataSegment, extend_history
+from megatron_lite.schedules.length import test_samples
 
 LOG = logging.getLogger(__name__)
 
@@ -31,6 +33,16 @@ SURPLUS = 1.005
 
 SPLITS = ("train", "valid", "test")
 
+Requests = Sequence[int]
+"""Samples that a run asked for when it began and each time that it was made longer, rising."""
+
+SHORTEN = {
+    "train": "Give a smaller --train-iters or --train-samples",
+    "valid": "Give a smaller --eval-iters or a larger --eval-interval",
+    "test": "Give a smaller --eval-iters",
+}
+"""What makes the index of a split smaller."""
+
 PROBES = 64
 PROBED = 1 << 14
 """Places of a file, and tokens at each, whose ids are checked when it is opened; every sample is checked when read."""
@@ -38,56 +50,49 @@ PROBED = 1 << 14
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads. A set that has no documents, or of which no samples are wanted, is not there."""
+    """What a run reads. A set that has no documents, or of which no samples are wanted, is not there.
+
+    Attributes:
+        train: the training data; None for a run that only evaluates.
+        valid: validation sets by name.
+        test: test sets by name.
+        plans: what each dataset was built from, by split and name.
+    """
 
     train: Dataset | None
     valid: dict[str, Dataset]
     test: dict[str, Dataset]
+    plans: dict[str, dict[str, SetPlan]]
 
 
-def build_datasets(config: RunConfig, *, vocab_size: int = 0, tokenizer_fingerprint: str = "") -> Datasets:
+def build_datasets(
+    config: RunConfig, order: DataSegment | None = None, *, vocab_size: int = 0, tokenizer_fingerprint: str = ""
+) -> Datasets:
     """Open the run's datasets and build or find their indices.
 
     Args:
         config: the run.
+        order: what the run's datasets were asked for so far; None: it begins.
         vocab_size: entries of the tokenizer, above which no id may be; 0: the model's, or no check without one.
         tokenizer_fingerprint: what a dataset's manifest must name; "": not compared.
 
     Raises:
-        DataError: a dataset is missing, damaged, too small, or made with another tokenizer.
+        DataError: a dataset is missing, damaged, too small, or made with another tokenizer; or an index does not fit.
         ConfigError: --split cannot be read.
     """
     builder = _Builder(config, vocab_size or config.model.vocab_size, tokenizer_fingerprint)
-    wanted = dict(zip(SPLITS, (train_samples(config), valid_samples(config), test_samples(config)), strict=True))
-    data = config.data
-    groups = dict(zip(SPLITS, (data.train_groups, data.valid_groups, data.test_groups), strict=True))
-    found: dict[str, dict[str, Dataset]] = {}
-    for number, name in enumerate(SPLITS):
-        found[name] = {}
-        if wanted[name] <= 0:
-            continue
-        if data.mock:
-            found[name][name] = builder.mock(number, wanted[name])
-        elif data.sources:
-            found[name].update(builder.from_split(number, wanted[name]))
-        for group in groups[name]:
-            found[name].update(builder.from_group(group, name, wanted[name]))
-    if wanted["train"] and not found["train"]:
-        raise DataError(
-            "Training needs documents",
-            found=f"--split {data.split!r} gives none to training" if data.sources else "no dataset is given",
-            fix="Give --data-path (or --mock-data) and a --split whose first share is not 0",
-        )
-    return Datasets(next(iter(found["train"].values()), None), found["valid"], found["test"])
+    plans = builder.plan(order or extend_history((), config)[-1])
+    built = {split: {name: builder.build(plan) for name, plan in sets.items()} for split, sets in plans.items()}
+    return Datasets(next(iter(built["train"].values()), None), built["valid"], built["test"], plans)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One source of a set: an opened file, its range of sequences, and its weight in the blend."""
+def plan_datasets(config: RunConfig, order: DataSegment | None = None) -> dict[str, dict[str, SetPlan]]:
+    """Open the run's datasets and return what would be built for them, by split and name.
 
-    source: DataSource
-    data: IndexedDataset
-    bounds: tuple[int, int]
+    Raises:
+        DataError: a dataset is missing, damaged or too small.
+    """
+    return _Builder(config, 0, "").plan(order or extend_history((), config)[-1])
 
 
 class _Builder:
@@ -98,6 +103,32 @@ class _Builder:
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
         self.opened: dict[str, IndexedDataset] = {}
+
+    def plan(self, order: DataSegment) -> dict[str, dict[str, SetPlan]]:
+        """Plan all sets, before the first index is built: what is wrong with one shows before time is spent."""
+        config, data = self.config, self.config.data
+        requests = {
+            "train": () if config.training.skip_train else order.train_requests,
+            "valid": order.valid_requests if config.training.eval_iters else (),
+            "test": (test_samples(config),) if config.training.eval_iters else (),
+        }
+        groups = dict(zip(SPLITS, (data.train_groups, data.valid_groups, data.test_groups), strict=True))
+        found: dict[str, dict[str, SetPlan]] = {}
+        for number, split in enumerate(SPLITS):
+            asked, sets = requests[split], list[SetPlan]()
+            if asked and data.mock:
+                sets.append(SetPlan(split, split, asked[-1]))
+            elif asked and data.sources:
+                sets += self.from_split(number, asked)
+            sets += [self.from_group(group, split, asked) for group in groups[split] if asked]
+            found[split] = {plan.name: plan for plan in sets}
+        if requests["train"] and not found["train"]:
+            raise DataError(
+                "Training needs documents",
+                found=f"--split {data.split!r} gives none to training" if data.sources else "no dataset is given",
+                fix="Give --data-path (or --mock-data) and a --split whose first share is not 0",
+            )
+        return found
 
     def open(self, prefix: str) -> IndexedDataset:
         """Open a file once, and check that it is this tokenizer's."""
@@ -110,80 +141,118 @@ class _Builder:
             self.opened[prefix] = data
         return self.opened[prefix]
 
-    def mock(self, number: int, wanted: int) -> Dataset:
-        """The made-up set of a split."""
-        seed = self.config.runtime.seed * len(SPLITS) + number
-        return MockDataset(wanted, self.config.batch.seq_length, max(1, self.vocab_size), seed)
-
-    def from_split(self, number: int, wanted: int) -> dict[str, Dataset]:
-        """Set `number` of the files that --split cuts; empty if it gives them no documents."""
+    def from_split(self, number: int, requests: Requests) -> list[SetPlan]:
+        """Plan set `number` of the files that --split cuts; none if it gives them no documents."""
         data, name = self.config.data, SPLITS[number]
         parts = []
         for source in data.sources:
             opened = self.open(source.path)
             bounds = split_bounds(data.split, len(opened), data.index_order)
-            parts.append(_Part(source, opened, (bounds[number], bounds[number + 1])))
+            parts.append(SourcePlan(source, opened, (bounds[number], bounds[number + 1])))
         if all(low >= high for low, high in (part.bounds for part in parts)):
             if number:
                 LOG.warning("--split %s gives no documents to %s: there will be none", data.split, name)
-            return {}
+            return []
         blended = len(parts) > 1 or parts[0].source.weight is not None
-        return {name: self.blend(parts, name, name, wanted) if blended else self.single(parts[0], name, name, wanted)}
+        plan = SetPlan(name, name, requests[-1], tuple(parts), (), name, name)
+        return [self.cover(plan, requests, blended=blended)]
 
-    def from_group(self, group: DataGroup, split: str, wanted: int) -> dict[str, Dataset]:
-        """A named set of ranges of files."""
+    def from_group(self, group: DataGroup, split: str, requests: Requests) -> SetPlan:
+        """Plan a named set of ranges of files."""
         parts = []
         for source in group.sources:
             opened = self.open(source.path)
-            parts.append(_Part(source, opened, range_bounds(source.start, source.end, len(opened))))
+            parts.append(SourcePlan(source, opened, range_bounds(source.start, source.end, len(opened))))
         # Megatron-LM's caches are named after the split, Megatron-DeepSpeed's after the group.
         name = split if self.config.data.index_order == "modern" else group.name
-        if len(parts) == 1:
-            return {group.name: self.single(parts[0], name, "", wanted)}
-        return {group.name: self.blend(parts, name, "", wanted)}
+        plan = SetPlan(split, group.name, requests[-1], tuple(parts), (), name, "")
+        return self.cover(plan, requests, blended=len(parts) > 1)
 
-    def blend(self, parts: Sequence[_Part], name: str, split: str, wanted: int) -> Dataset:
-        """Several files by weight, or each for one epoch where no weights are given."""
-        given = [part.source.weight for part in parts]
+    def cover(self, plan: SetPlan, requests: Requests, *, blended: bool) -> SetPlan:
+        """Add the indices for the requests: of one file, of several by weight, or of each one epoch without weights."""
+        if not blended:
+            return replace(plan, sources=(self.index(plan.sources[0], plan.name, requests),))
+        given = [part.source.weight for part in plan.sources]
         if any(weight is None for weight in given):
-            datasets = [self.single(part, name, split, None) for part in parts]
-            sizes = [len(dataset) for dataset in datasets]
-            if wanted > sum(sizes):
+            sources = tuple(self.index(part, plan.name, None) for part in plan.sources)
+            sizes = [part.size for part in sources]
+            if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
                     "Datasets without weights are read once",
-                    found=f"they hold {sum(sizes)} samples, {name} needs {wanted}",
+                    found=f"they hold {sum(sizes)} samples, {plan.name} needs {plan.size}",
                     fix="Give each path of --data-path a weight before it, or train for less",
                 )
-            return BlendedDataset(datasets, normalize(sizes), wanted)
+            # Validation and test begin anew at the end.
+            size = min(plan.size, sum(sizes))
+            return replace(plan, size=size, sources=sources, shares=tuple(normalize(sizes)))
         weights = [weight for weight in given if weight is not None]
-        shares, counts = blend_counts(weights, wanted, modern=self.config.data.index_order == "modern")
-        datasets = [self.single(part, name, split, count) for part, count in zip(parts, counts, strict=True)]
-        return BlendedDataset(datasets, normalize(shares), wanted)
+        modern = self.config.data.index_order == "modern"
+        shares, _ = blend_counts(weights, 1, modern=modern)
+        counts = zip(*(blend_counts(weights, request, modern=modern)[1] for request in requests), strict=True)
+        sources = tuple(self.index(part, plan.name, asked) for part, asked in zip(plan.sources, counts, strict=True))
+        return replace(plan, sources=sources, shares=tuple(normalize(shares)))
 
-    def single(self, part: _Part, name: str, split: str, wanted: int | None) -> Dataset:
-        """One file's range of sequences, for `wanted` samples or one epoch."""
-        config, (first, last) = self.config, part.bounds
+    def index(self, part: SourcePlan, name: str, requests: Requests | None) -> SourcePlan:
+        """Plan the indices of one source.
+
+        Args:
+            part: the source.
+            name: of the set, for the error.
+            requests: samples asked of the source, rising; None: one epoch.
+        """
+        config, (first, last), prefix = self.config, part.bounds, part.data.prefix
         if first >= last:
             raise DataError(
                 "Every source of a set has documents in it",
-                found=f"{name} takes sequences {first} to {last} of {part.data.prefix}",
+                found=f"{name} takes sequences {first} to {last} of {prefix}",
                 fix="Change --split or the source's START:END, or leave the source out of the blend",
             )
-        length, seed = config.batch.seq_length, config.runtime.seed
+        part = replace(part, asked=requests[-1] if requests else None)
         if config.data.sampling == "slice":
-            return SliceDataset(part.data, part.bounds, wanted, length, seed, self.vocab_size)
-        plan = plan_index(
+            return replace(part, epoch_samples=float(np.count_nonzero(part.data.sizes[first:last])))
+        seed = config.runtime.seed
+        first_index = plan_index(
             part.data.sizes,
             part.bounds,
-            num_samples=wanted,
-            seq_length=length,
+            num_samples=requests[0] if requests else None,
+            seq_length=config.batch.seq_length,
             seed=seed,
             order=config.data.index_order,
-            prefix=part.data.prefix,
+            prefix=prefix,
         )
-        folder = cache_folder(config.data)
-        index = find_megatron_index(part.data.prefix, name, split, folder, plan, part.data.sizes)
-        return GPTDataset(part.data, index or cached_index(plan, part.data, folder), self.vocab_size)
+        indices, covered = [first_index], first_index.total_samples
+        for request in requests[1:] if requests else ():
+            if request > covered:
+                # Of another seed, so that it is not the first one's order again.
+                more = replace(first_index, num_samples=request - covered, seed=(seed + len(indices)) % 2**32)
+                indices.append(more)
+                covered += more.total_samples
+        return replace(
+            part, indices=tuple(indices), epoch_samples=first_index.tokens_per_epoch / config.batch.seq_length
+        )
+
+    def build(self, plan: SetPlan) -> Dataset:
+        """Build or find what a plan names."""
+        config = self.config
+        if not plan.sources:
+            seed = config.runtime.seed * len(SPLITS) + SPLITS.index(plan.split)
+            return MockDataset(plan.size, config.batch.seq_length, max(1, self.vocab_size), seed)
+        datasets = [self.single(plan, part) for part in plan.sources]
+        return BlendedDataset(datasets, plan.shares, plan.size) if plan.shares else datasets[0]
+
+    def single(self, plan: SetPlan, part: SourcePlan) -> Dataset:
+        """Build or find the indices of one source."""
+        config, data = self.config, part.data
+        if not part.indices:
+            length, seed = config.batch.seq_length, config.runtime.seed
+            return SliceDataset(data, part.bounds, part.asked, length, seed, self.vocab_size)
+        folder, datasets = cache_folder(config.data), list[Dataset]()
+        for wanted in part.indices:
+            index = find_megatron_index(
+                data.prefix, plan.cache_name, plan.cache_split, folder, wanted, data.sizes
+            ) or cached_index(wanted, data, folder, SHORTEN[plan.split])
+            datasets.append(GPTDataset(data, index, self.vocab_size))
+        return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
 
 
 def cache_folder(data: DataConfig) -> Path | None:

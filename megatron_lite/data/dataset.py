@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -121,6 +123,47 @@ class GPTDataset(SpanDataset):
         return self.index.spans(sample, self.data.sizes)
 
 
+class ConcatDataset:
+    """Datasets of the same source end to end: the samples that a run began with, then those that a longer run added.
+
+    Args:
+        datasets: at least one.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = tuple(datasets)
+        self._ends = list(accumulate(map(len, self.datasets)))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, which all parts share."""
+        return self.datasets[0].sources
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        """Tokens of a sample, [L + 1]."""
+        dataset, number = self._lookup(sample)
+        return dataset[number]
+
+    def source(self, sample: int) -> int:
+        """Number of the source that a sample is from."""
+        dataset, number = self._lookup(sample)
+        return dataset.source(number)
+
+    def spans(self, sample: int) -> list[tuple[str, Span]]:
+        """Where a sample's tokens lie."""
+        dataset, number = self._lookup(sample)
+        return dataset.spans(number)
+
+    def _lookup(self, sample: int) -> tuple[Dataset, int]:
+        if not 0 <= sample < len(self):
+            raise out_of_samples(sample, len(self), self.sources)
+        part = bisect_right(self._ends, sample)
+        return self.datasets[part], sample - (self._ends[part - 1] if part else 0)
+
+
 class BlendedDataset:
     """Several datasets in proportion to weights, in Megatron's greedy order.
 
@@ -211,9 +254,13 @@ class MockDataset:
 
 
 def out_of_samples(sample: int, size: int, sources: Sequence[str]) -> DataError:
-    """The error for a run that asks for more samples than it announced."""
+    """Return the error for a sample number that is not in a dataset.
+
+    Every set covers what a run still reads when it starts, so this is about a number that a person gave, or a fault.
+    """
     return DataError(
         "A run reads no further than its datasets were built for",
         found=f"sample {sample} of {size} in {', '.join(sources)}",
-        fix="Raise --train-samples or --train-iters to the length that is really trained",
+        fix="Start the run again with --load: its datasets then cover all of its samples. If it says the same, report "
+        "it with the command",
     )

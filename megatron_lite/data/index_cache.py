@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.data.fingerprint import lengths_fingerprint
+from megatron_lite.data.index_space import check_disk, check_memory
 from megatron_lite.data.indexed_dataset import IndexedDataset
 from megatron_lite.data.sample_index import IndexPlan, SampleIndex, build_index
 
@@ -34,23 +35,26 @@ FORMAT = 1
 """Counted up whenever the files' meaning changes; it is part of their folder's name."""
 
 
-def cached_index(plan: IndexPlan, dataset: IndexedDataset, folder: Path | None) -> SampleIndex:
-    """The index of a plan: from disk if it is there, else built, and written if that is worth it.
+def cached_index(
+    plan: IndexPlan, dataset: IndexedDataset, folder: Path | None, shorten: str = "Ask for fewer samples"
+) -> SampleIndex:
+    """Return the index of a plan: from disk if it is there, else built, and written if that is worth it.
 
     Of several processes on a node that need the same one, one builds it while the others wait for its lock. A folder
-    that cannot be written to, or a full disk, costs a warning and a build at every start.
+    that cannot be written to costs a warning and a build at every start.
 
     Args:
         plan: what the index is made from.
         dataset: whose lengths it needs.
         folder: --data-cache-path; None: `cache/` beside the dataset.
+        shorten: the flags that make the index smaller, for the error.
 
     Raises:
-        DataError: the dataset is damaged.
+        DataError: the dataset is damaged, or the index does not fit in memory or on the disk.
     """
-    if plan.epochs * plan.num_documents + plan.total_samples < WORTH_KEEPING:
+    if not is_kept(plan):
         return build_index(plan, dataset.sizes)
-    place = (folder if folder is not None else Path(dataset.prefix).parent / "cache") / f"index-{_key(plan, dataset)}"
+    place = index_folder(dataset, folder) / f"index-{_key(plan, dataset)}"
     found = read_index(plan, place)
     if found is not None:
         return found
@@ -60,10 +64,14 @@ def cached_index(plan: IndexPlan, dataset: IndexedDataset, folder: Path | None) 
             stack.enter_context(_locked(place.with_name(f"{place.name}.lock")))
         except OSError as error:
             LOG.warning("the sample index cannot be kept in %s (%s): it is built at every start", place.parent, error)
+            check_memory(plan, dataset.prefix, shorten)
             return build_index(plan, dataset.sizes)
         found = read_index(plan, place)
         if found is not None:
             return found
+        # Under the lock: memory that another process of the node builds in is free again by now.
+        check_memory(plan, dataset.prefix, shorten)
+        check_disk(plan, dataset.prefix, place.parent, shorten)
         began = time.monotonic()
         index = build_index(plan, dataset.sizes)
         built = time.monotonic()
@@ -71,6 +79,16 @@ def cached_index(plan: IndexPlan, dataset: IndexedDataset, folder: Path | None) 
         LOG.info("sample index: built in %.1f s, written in %.1f s", built - began, time.monotonic() - built)
         # Mapped, it is shared with the node's other processes, and the memory that it was built in is given back.
         return read_index(plan, place) or index
+
+
+def is_kept(plan: IndexPlan) -> bool:
+    """Whether an index is worth files of its own."""
+    return plan.epochs * plan.num_documents + plan.total_samples >= WORTH_KEEPING
+
+
+def index_folder(dataset: IndexedDataset, folder: Path | None) -> Path:
+    """The folder of a dataset's indices: --data-cache-path, or `cache/` beside it."""
+    return folder if folder is not None else Path(dataset.prefix).parent / "cache"
 
 
 def read_index(plan: IndexPlan, place: Path) -> SampleIndex | None:

@@ -35,7 +35,9 @@ class Loader:
         dp: data-parallel replicas.
         replica: which of them this process belongs to.
         prefetch: micro-batches read ahead; 0: everything is read when it is asked for.
-        cyclic: Megatron's cyclic sampler; False: the dataset's own order.
+        cyclic_layout: (micro-batch size, replicas) that Megatron's cyclic sampler shuffles for; None: the dataset's own
+            order. It is the layout that the run began with, which need not be this one.
+        repeats: whether the dataset begins anew at its end, as validation's may; False: its end is an error.
         skipped: places in that order that are left out, as schedules/skipping.py has them.
     """
 
@@ -48,7 +50,8 @@ class Loader:
         dp: int = 1,
         replica: int = 0,
         prefetch: int = 2,
-        cyclic: bool = False,
+        cyclic_layout: tuple[int, int] | None = None,
+        repeats: bool = False,
         skipped: Ranges = (),
     ) -> None:
         self.dataset = dataset
@@ -58,7 +61,8 @@ class Loader:
         self.replica = replica
         self.prefetch = prefetch
         self.skipped = skipped
-        self._order = CyclicOrder(len(dataset), micro_batch, dp) if cyclic else None
+        self.repeats = repeats
+        self._order = CyclicOrder(len(dataset), *cyclic_layout) if cyclic_layout is not None else None
         self._ahead: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
         # Datasets remember what they worked out last, so only one thread at a time reads them.
         self._lock = threading.Lock()
@@ -67,6 +71,8 @@ class Loader:
     def places(self, start: int, count: int) -> list[int]:
         """Places in the data's order of the samples that are consumed after `start` others, [count]."""
         total = len(self.dataset) if self._order is None else None
+        if self.repeats and total is not None:
+            return [consumed % total for consumed in range(start, start + count)]
         return [place_of(consumed, self.skipped, total) for consumed in range(start, start + count)]
 
     def samples(self, start: int, count: int) -> list[int]:

@@ -25,6 +25,9 @@ BLOCK = 64
 CHUNK = 1 << 20
 """Entries worked on at a time, so that temporary arrays stay small (a multiple of BLOCK)."""
 
+WIDE = 2**32 - 2
+"""Samples from which the shuffle index has 8 bytes an entry instead of 4."""
+
 
 @dataclass(frozen=True)
 class IndexPlan:
@@ -80,6 +83,20 @@ class IndexPlan:
         needed = self.num_samples - self.samples_before_last
         samples_per_epoch = (self.tokens_per_epoch - 1) // self.seq_length
         return needed < int(SEPARATE_BELOW[self.order] * samples_per_epoch)
+
+    @property
+    def build_bytes(self) -> int:
+        """Memory that building the index takes at its peak, apart from a few CHUNKs."""
+        documents = self.epochs * self.num_documents
+        return 8 * max(documents, self.total_samples) + 4 * documents + 24 * (documents // BLOCK + 1)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the index's files."""
+        documents = self.epochs * self.num_documents
+        return (
+            4 * documents + (4 if self.total_samples < WIDE else 8) * self.total_samples + 8 * (documents // BLOCK + 2)
+        )
 
     @property
     def documents_together(self) -> int:
@@ -212,7 +229,7 @@ def order_samples(rng: np.random.RandomState, plan: IndexPlan, scratch: NDArray[
     for low in range(0, plan.total_samples, CHUNK):
         numbers[low : low + CHUNK] = np.arange(low, min(plan.total_samples, low + CHUNK))
     _shuffle(rng, numbers, plan.samples_together)
-    return numbers if plan.total_samples >= 2**32 - 2 else _low_halves(numbers).view(np.uint32)
+    return numbers if plan.total_samples >= WIDE else _low_halves(numbers).view(np.uint32)
 
 
 def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32]) -> None:

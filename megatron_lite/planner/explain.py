@@ -190,5 +190,5 @@ def _length(config: RunConfig) -> Length:
 def _saves(config: RunConfig) -> Saves:
     if not config.checkpoint.save:
         return Saves(0, None, None)
-    iterations = list(save_iterations(config.checkpoint, last_iteration(config)))
-    return Saves(len(iterations), *((iterations[0], iterations[-1]) if iterations else (None, None)))
+    phases = save_iterations(config.checkpoint, last_iteration(config))
+    return Saves(sum(map(len, phases)), *((phases[0][0], phases[-1][-1]) if phases else (None, None)))

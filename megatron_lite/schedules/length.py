@@ -16,6 +16,9 @@ from megatron_lite.schedules.batch_size import final_batch_size, global_batch_si
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.sequence_length import sequence_stages
 
+START = Progress()
+"""Progress of a run that has not begun."""
+
 
 @dataclass(frozen=True)
 class RampStage:
@@ -38,26 +41,44 @@ class _Run:
     count: int | None
 
 
-def train_iterations(config: RunConfig) -> int:
-    """Iterations of the run: --train-iters, or as many whole global batches as fit into --train-samples."""
+def train_iterations(config: RunConfig, progress: Progress = START) -> int:
+    """Iterations of the run: --train-iters, or as many whole global batches as fit into --train-samples.
+
+    Args:
+        config: the run.
+        progress: where it is resumed; a run whose batch was changed before has other iterations than its flags say.
+    """
     if config.training.train_iters:
         return config.training.train_iters
-    return iteration_at(config, config.training.train_samples)
+    return iteration_at(config, config.training.train_samples, progress)
 
 
-def train_samples(config: RunConfig) -> int:
-    """Samples the training data is asked for. Independent of the layout, so that the order of the data is, too."""
+def train_samples(config: RunConfig, progress: Progress = START) -> int:
+    """Samples that the training data must hold: those consumed at `progress` and all that remain from there.
+
+    Independent of the layout, so that the order of the data is, too.
+    """
+    consumed = progress.consumed_train_samples
     if config.training.train_samples:
-        return config.training.train_samples
+        return max(consumed, config.training.train_samples)
+    if progress.iteration >= config.training.train_iters:
+        return consumed
     as_scheduled = replace(config.batch, decrease_if_needed=False)
-    return _consumed_at(as_scheduled, config.training.train_iters, config.parallel.dp)
+    return _consumed_at(as_scheduled, config.training.train_iters, config.parallel.dp, progress)
 
 
-def valid_samples(config: RunConfig) -> int:
-    """Samples the validation data is asked for: one validation every eval_interval, and one after the run."""
+def valid_samples(config: RunConfig, progress: Progress = START) -> int:
+    """Samples that the validation data must hold: those consumed at `progress` and those of all later validations.
+
+    There is one validation every eval_interval, and one after the run.
+    """
     training = config.training
-    validations = (train_iterations(config) // training.eval_interval if training.eval_interval else 0) + 1
-    return validations * training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
+    if not training.eval_iters:
+        return 0
+    every, end = training.eval_interval, max(progress.iteration, train_iterations(config, progress))
+    validations = (end // every - progress.iteration // every if every else 0) + 1
+    samples = validations * training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
+    return progress.consumed_valid_samples + samples
 
 
 def test_samples(config: RunConfig) -> int:
@@ -65,15 +86,15 @@ def test_samples(config: RunConfig) -> int:
     return config.training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
 
 
-def consumed_at(config: RunConfig, iteration: int) -> int:
-    """Samples consumed when `iteration` iterations are finished."""
-    return _consumed_at(config.batch, iteration, config.parallel.dp)
+def consumed_at(config: RunConfig, iteration: int, progress: Progress = START) -> int:
+    """Samples consumed when `iteration` iterations are finished, `iteration` being no earlier than `progress`."""
+    return _consumed_at(config.batch, iteration, config.parallel.dp, progress)
 
 
-def iteration_at(config: RunConfig, consumed: int) -> int:
+def iteration_at(config: RunConfig, consumed: int, progress: Progress = START) -> int:
     """Finished iterations that `consumed` samples suffice for: the largest n with consumed_at(n) <= consumed."""
-    finished = 0
-    for run in _runs(config.batch, config.parallel.dp):
+    finished = progress.iteration
+    for run in _runs(config.batch, config.parallel.dp, progress):
         if run.consumed > consumed:
             break
         finished = run.iteration + (consumed - run.consumed) // run.batch
@@ -146,16 +167,16 @@ def ramp_stages(config: RunConfig) -> list[RampStage]:
     return stages
 
 
-def _consumed_at(batch: BatchConfig, iteration: int, dp: int) -> int:
-    for run in _runs(batch, dp):
+def _consumed_at(batch: BatchConfig, iteration: int, dp: int, progress: Progress) -> int:
+    for run in _runs(batch, dp, progress):
         if run.count is None or iteration <= run.iteration + run.count:
             return run.consumed + (iteration - run.iteration) * run.batch
     raise AssertionError("the last run of equal batches has no end")
 
 
-def _runs(batch: BatchConfig, dp: int) -> Iterator[_Run]:
-    """Yield runs of iterations with the same batch; the last has no end."""
-    iteration, consumed = 0, 0
+def _runs(batch: BatchConfig, dp: int, progress: Progress = START) -> Iterator[_Run]:
+    """Yield runs of iterations with the same batch, from `progress` on; the last has no end."""
+    iteration, consumed = progress.iteration, progress.consumed_train_samples
     while True:
         size, border = global_batch_size(batch, consumed, dp), next_change(batch, consumed, dp)
         if border is None:

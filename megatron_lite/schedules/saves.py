@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 
@@ -30,11 +30,15 @@ def is_weights_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
     return iteration > 0 and every > 0 and iteration % every == 0
 
 
-def save_iterations(checkpoint: CheckpointConfig, last_iteration: int) -> Iterator[int]:
-    """Yield every iteration up to `last_iteration` after which a checkpoint is due, ascending."""
-    done = 0
+def save_iterations(checkpoint: CheckpointConfig, last_iteration: int) -> list[range]:
+    """Iterations up to `last_iteration` after which a checkpoint is due, ascending: one range for each phase with any.
+
+    Ranges, because a run of a billion iterations may save after each.
+    """
+    done, found = 0, list[range]()
     for phase in checkpoint.phases:
         until = min(phase.until or last_iteration, last_iteration)
         if phase.interval > 0:
-            yield from range((done // phase.interval + 1) * phase.interval, until + 1, phase.interval)
+            found.append(range((done // phase.interval + 1) * phase.interval, until + 1, phase.interval))
         done = max(done, until)
+    return [iterations for iterations in found if iterations]

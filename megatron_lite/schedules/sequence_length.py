@@ -56,7 +56,10 @@ def _changes(batch: BatchConfig) -> Iterator[int]:
         yield from (first - 1 for first, _ in ramp.stages)
         return
     slope = (batch.seq_length - ramp.start) / max(1, ramp.iterations)
-    if slope > 0:
+    if slope > ramp.step:
+        # The length changes in nearly every iteration, and there are fewer of these than lengths.
+        yield from range(1, ramp.iterations - 1)
+    elif slope > 0:
         for length in range(ramp.start // ramp.step * ramp.step + ramp.step, batch.seq_length, ramp.step):
             # One to either side: the border is decided by floats.
             guess = math.ceil((length - ramp.start) / slope) - 1

@@ -12,13 +12,16 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
+from megatron_lite.checkpoint.manifest import Provenance
+from megatron_lite.checkpoint.resume import continue_history, read_history
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
-from megatron_lite.data.build import build_datasets
+from megatron_lite.data.build import SPLITS, build_datasets
 from megatron_lite.data.dataset import Dataset
 from megatron_lite.data.loader import Loader
+from megatron_lite.data.set_plan import SetPlan
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -43,12 +46,13 @@ from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.comparison import compare_runs, open_files
+from megatron_lite.train.data_changes import effect_of_other_data, kept_order
 from megatron_lite.train.failure import OnAbort, watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import provenance_of
-from megatron_lite.train.start import check_provenance, find_start, load_start, settle_config
+from megatron_lite.train.start import Start, check_provenance, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 
 
@@ -102,17 +106,26 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
-        data = _open_data(config, backend, mesh, tokenizer)
+        data = _open_data(config, backend, mesh, tokenizer, start)
         stack.callback(data.close)
-        provenance = provenance_of(config, mesh.world.all_gather_object(fingerprints)[0])
-        check_provenance(start, config, provenance, reporter.message)
+        fingerprints = mesh.world.all_gather_object(fingerprints)[0]
+        prints = {name: value for name, value in fingerprints.items() if name != "tokenizer"}
+        history = continue_history(start.continued(config), config, prints)
+        provenance = provenance_of(config, fingerprints, history)
+        _compare_data(start, config, provenance, data, reporter)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
         num_sources = len(data.train.names) if data.train is not None else 0
         engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
         if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
             provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
             _leave_out(data, provenance.skipped_samples, reporter)
+        found_path = start.path
         start, progress = load_start(start, engine, config, reporter.message)
+        if start.path != found_path:  # an earlier checkpoint, from which the run may need other samples
+            data = _open_data(config, backend, mesh, tokenizer, start)
+            stack.callback(data.close)
+            history = continue_history(start.continued(config), config, prints)
+            provenance = replace(provenance, data_history=history)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
             state.watch.load(loaded.scalars["spikes"])
@@ -221,14 +234,18 @@ def _build_buffers(config: RunConfig, mesh: Mesh, stages: list[GPTStage]) -> Par
     )
 
 
-def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer) -> RunData:
-    datasets = build_datasets(config, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint())
+def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer, start: Start) -> RunData:
+    order = continue_history(start.continued(config), config)[-1]
+    datasets = build_datasets(
+        config, order, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint()
+    )
     data, dp = config.data, config.parallel.dp
     needs_eod = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
     eod = tokenizer.eod if needs_eod else -1
     final = final_batch_size(config.batch, dp)
 
-    def source(dataset: Dataset, *, training: bool) -> BatchSource:
+    def source(dataset: Dataset, plan: SetPlan) -> BatchSource:
+        training = plan.split == "train"
         loader = Loader(
             dataset,
             micro_batch=config.batch.micro_batch_size,
@@ -238,20 +255,33 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
             dp=dp,
             replica=mesh.dp.rank,
             prefetch=data.prefetch,
-            cyclic=data.sampler == "cyclic" and training,
+            cyclic_layout=order.cyclic_layout if training else None,
+            repeats=not training,
         )
-        return BatchSource(loader, backend, data, eod)
+        return BatchSource(loader, backend, data, eod, plan)
 
+    train, valid, test = (datasets.plans[split] for split in SPLITS)
     return RunData(
-        train=source(datasets.train, training=True) if datasets.train is not None else None,
-        valid={name: source(dataset, training=False) for name, dataset in datasets.valid.items()},
-        test={name: source(dataset, training=False) for name, dataset in datasets.test.items()},
+        train=source(datasets.train, *train.values()) if datasets.train is not None else None,
+        valid={name: source(dataset, valid[name]) for name, dataset in datasets.valid.items()},
+        test={name: source(dataset, test[name]) for name, dataset in datasets.test.items()},
     )
 
 
 def _needs_fingerprints(config: RunConfig) -> bool:
     """Whether the data's fingerprints are compared with another node's or a checkpoint's, or saved."""
     return bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)
+
+
+def _compare_data(start: Start, config: RunConfig, provenance: Provenance, data: RunData, reporter: Reporter) -> None:
+    """Refuses what may not change between a checkpoint and the run that goes on from it, and says what is kept."""
+    found, effect = start.continued(config), ""
+    if found is not None and data.train is not None and data.train.plan is not None:
+        before, now = read_history(found.provenance, config), provenance.data_history
+        effect = effect_of_other_data(data.train.plan, found.scalars["progress"]["consumed_train_samples"])
+        for line in kept_order(before[-1], now[-1], config) if before else ():
+            reporter.message(line)
+    check_provenance(start, config, provenance, reporter.message, data_effect=effect)
 
 
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:

@@ -12,6 +12,7 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data import masks
 from megatron_lite.data.loader import Loader
+from megatron_lite.data.set_plan import SetPlan
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.documents import Documents
 from megatron_lite.schedules.iteration import IterationPlan
@@ -28,15 +29,18 @@ class BatchSource:
         backend: where micro-batches go.
         data: which masks and positions are made at document ends.
         eod: the end-of-document token; read only if `data` asks for one of those.
+        plan: what the dataset was built from; None: unknown.
     """
 
-    def __init__(self, loader: Loader, backend: Backend, data: DataConfig, eod: int) -> None:
+    def __init__(
+        self, loader: Loader, backend: Backend, data: DataConfig, eod: int, plan: SetPlan | None = None
+    ) -> None:
         self._loader = loader
         self._backend = backend
         self._data = data
         self._eod = eod
         self.names = tuple(loader.dataset.sources)
-        self.num_samples = len(loader.dataset)
+        self.plan = plan
 
     def reader(self, plan: IterationPlan) -> BatchReader:
         """Reads the micro-batches of a training iteration."""

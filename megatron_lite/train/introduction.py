@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.counts import parameter_count, size_name
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.set_plan import describe_set
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
@@ -94,9 +95,8 @@ def _evaluated(split: str, sources: Mapping[str, BatchSource]) -> Iterator[tuple
 
 
 def _sources(source: BatchSource) -> str:
-    shown = ", ".join(source.names[:SOURCES_SHOWN])
-    more = len(source.names) - SOURCES_SHOWN
-    return f"{source.num_samples:,} samples of {shown}" + (f" and {more} more" if more > 0 else "")
+    assert source.plan is not None, "data that were opened for a run have a plan"
+    return describe_set(source.plan, source.names, SOURCES_SHOWN)
 
 
 def _start(config: RunConfig, start: Start, progress: Progress) -> str:

@@ -10,17 +10,21 @@ import megatron_lite
 from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.resume import config_as_json
 from megatron_lite.config.run import RunConfig
+from megatron_lite.schedules.data_order import DataSegment
 
 
-def provenance_of(config: RunConfig, fingerprints: Mapping[str, str]) -> Provenance:
+def provenance_of(
+    config: RunConfig, fingerprints: Mapping[str, str], history: tuple[DataSegment, ...] = ()
+) -> Provenance:
     """The provenance of a run.
 
     Args:
         config: the whole of it is kept.
         fingerprints: of tokenizer and data; the code's is added.
+        history: what the run reads, by segment.
     """
     code = f"megatron_lite {megatron_lite.__version__} {code_fingerprint(Path(megatron_lite.__file__).parent)}"
-    return Provenance(config=config_as_json(config), fingerprints={**fingerprints, "code": code})
+    return Provenance(config_as_json(config), {**fingerprints, "code": code}, data_history=history)
 
 
 def code_fingerprint(package: Path) -> str:

@@ -23,6 +23,7 @@ from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.checkpoint.resume import (
+    changes_data,
     check_fingerprints,
     check_model,
     config_as_json,
@@ -188,8 +189,17 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     return settled
 
 
-def check_provenance(start: Start, config: RunConfig, provenance: Provenance, notify: Notify) -> None:
+def check_provenance(
+    start: Start, config: RunConfig, provenance: Provenance, notify: Notify, *, data_effect: str = ""
+) -> None:
     """Compares tokenizer, data and code with those of the checkpoint, as far as the run goes on with them.
+
+    Args:
+        start: what the run goes on from.
+        config: the run's.
+        provenance: the run's.
+        notify: told of differences that are accepted.
+        data_effect: what other data mean for the samples that are still to be read.
 
     Raises:
         CheckpointError: some are others, and --accept-changed does not name them.
@@ -201,10 +211,14 @@ def check_provenance(start: Start, config: RunConfig, provenance: Provenance, no
         # It begins anew in its data, or only evaluates: any data will do.
         current = {name: value for name, value in current.items() if not name.startswith("data ")}
     accepted = check_fingerprints(
-        start.manifest.provenance.fingerprints, current, accepted=config.checkpoint.accept_changed
+        start.manifest.provenance.fingerprints,
+        current,
+        accepted=config.checkpoint.accept_changed,
+        data_effect=data_effect,
     )
     if accepted:
-        notify(f"WARNING: going on with what --accept-changed accepts:\n{describe(accepted)}")
+        effect = f"\n  {data_effect}" if data_effect and changes_data(accepted) else ""
+        notify(f"WARNING: going on with what --accept-changed accepts:\n{describe(accepted)}{effect}")
 
 
 def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) -> tuple[Start, Progress]:

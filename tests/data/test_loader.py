@@ -106,7 +106,7 @@ def test_a_replica_that_never_has_a_micro_batch_does_not_hang():
 
 
 def test_cyclic_reads_epoch_after_epoch():
-    with Loader(Counting(size=6), micro_batch=2, global_batch=lambda consumed: 2, cyclic=True) as loader:
+    with Loader(Counting(size=6), micro_batch=2, global_batch=lambda consumed: 2, cyclic_layout=(2, 1)) as loader:
         for epoch in range(3):
             seen = [loader.microbatch(epoch * 6 + step, 0)[:, 0].tolist() for step in (0, 2, 4)]
             assert sorted(sum(seen, [])) == list(range(6))  # noqa: RUF017

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from itertools import chain
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 from megatron_lite.schedules.saves import is_save_iteration, save_iterations
+
+
+def _iterations(checkpoint, last_iteration):
+    return list(chain.from_iterable(save_iterations(checkpoint, last_iteration)))
 
 
 def config(*phases):
@@ -13,14 +19,18 @@ def config(*phases):
 
 def test_phases_follow_each_other():
     # --save-schedule "10:100 18:1000 1500"
-    saves = list(save_iterations(config((10, 100), (18, 1000), (1500, 0)), 4000))
+    saves = _iterations(config((10, 100), (18, 1000), (1500, 0)), 4000)
     assert saves[:12] == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 108, 126]
     assert saves[-4:] == [972, 990, 1500, 3000]
 
 
+def test_a_save_after_each_of_a_billion_iterations_takes_no_memory():
+    assert save_iterations(config((1, 0)), 10**12) == [range(1, 10**12 + 1)]
+
+
 def test_no_phase_saves_nothing_and_a_bounded_one_stops():
-    assert list(save_iterations(config(), 100)) == []
-    assert list(save_iterations(config((10, 25)), 100)) == [10, 20]
+    assert _iterations(config(), 100) == []
+    assert _iterations(config((10, 25)), 100) == [10, 20]
     assert not is_save_iteration(config((10, 25)), 30)
     assert not is_save_iteration(config((10, 0)), 0)
 
@@ -34,4 +44,4 @@ def test_the_list_is_what_asking_each_iteration_gives(bounded, last_interval, la
     phases = sorted(bounded, key=lambda phase: phase[1])
     checkpoint = config(*phases, *([] if last_interval is None else [(last_interval, 0)]))
     asked = [iteration for iteration in range(last_iteration + 1) if is_save_iteration(checkpoint, iteration)]
-    assert list(save_iterations(checkpoint, last_iteration)) == asked
+    assert _iterations(checkpoint, last_iteration) == asked

@@ -1,0 +1,109 @@
+"""Position of an iteration in a run's data: what it read, as the run's checkpoints say, or will read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.resume import continue_history, describe, fingerprint_differences, read_history
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.fingerprint import data_fingerprints
+from megatron_lite.errors import DataError
+from megatron_lite.schedules.data_order import DataSegment
+from megatron_lite.schedules.length import consumed_at
+from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.skipping import Ranges
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an iteration reads.
+
+    Attributes:
+        config: the job's that ran it, or will run it.
+        order: what its datasets were asked for.
+        consumed: samples consumed before it.
+        skipped: places in the data that the run leaves out since a rollback.
+        past: whether it is one of the iterations that the latest checkpoint has behind it.
+        notes: what a reader should know, in sentences.
+    """
+
+    config: RunConfig
+    order: DataSegment
+    consumed: int
+    skipped: Ranges
+    past: bool
+    notes: tuple[str, ...] = ()
+
+
+def saved_history(config: RunConfig) -> tuple[DataSegment, ...]:
+    """Return the history of the run that this command would go on with; the last segment is what it would read."""
+    path = _latest(config)
+    return continue_history(read_manifest(path) if path is not None else None, config)
+
+
+def find_position(config: RunConfig, iteration: int) -> Position:
+    """Find what iteration number `iteration` (from 1) reads.
+
+    Args:
+        config: the job's flags. Iterations up to the latest checkpoint of --load were run by earlier jobs, whose data,
+            batch and order the checkpoints hold.
+        iteration: of the run.
+
+    Raises:
+        DataError: it was read from data that are not there any more.
+    """
+    path = _latest(config)
+    if path is None:
+        return Position(config, continue_history(None, config)[-1], consumed_at(config, iteration - 1), (), past=False)
+    latest = read_manifest(path)
+    skipped = latest.provenance.skipped_samples
+    if latest.iteration < iteration:
+        consumed = consumed_at(config, iteration - 1, Progress.from_dict(latest.scalars["progress"]))
+        return Position(config, continue_history(latest, config)[-1], consumed, skipped, past=False)
+    saved = [other for other in list_checkpoints(path.parent) if (iteration_of(other) or 0) < latest.iteration]
+    later = [other for other in saved if (iteration_of(other) or 0) >= iteration]
+    history = read_history((read_manifest(later[0]) if later else latest).provenance, config)
+    segment = next((one for one in reversed(history) if one.iteration < iteration), None)
+    if segment is None:
+        raise DataError(
+            "What an iteration read can be shown if the checkpoints hold it",
+            found=f"iteration {iteration}, and nothing in {config.checkpoint.load} says what was read before "
+            f"{latest.iteration}",
+            fix="Leave --load out, and give the flags that the run had then",
+        )
+    starts = [Progress(iteration=segment.iteration, consumed_train_samples=segment.consumed)]
+    if earlier := saved[: len(saved) - len(later)]:
+        starts.append(Progress.from_dict(read_manifest(earlier[-1]).scalars["progress"]))
+    start = max(starts, key=lambda progress: progress.iteration)
+    then, notes = _job_of(segment, config)
+    return Position(then, segment, consumed_at(then, iteration - 1, start), skipped, past=True, notes=notes)
+
+
+def _latest(config: RunConfig) -> Path | None:
+    """The checkpoint that the job goes on from; None: it begins at the beginning of its data."""
+    options = config.checkpoint
+    if not options.load or options.finetune or options.reset_progress:
+        return None
+    return find_checkpoint(options.load, options.load_iteration)
+
+
+def _job_of(segment: DataSegment, config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
+    """The config of the job that read a segment, and how its data differ from those that the flags give.
+
+    Raises:
+        DataError: the files of its data hold something else by now.
+    """
+    then = segment.apply_to(config)
+    changed = fingerprint_differences(segment.fingerprints, data_fingerprints(config))
+    if not changed:
+        return replace(then, data=config.data), ()  # the files may have been moved since
+    if replaced := fingerprint_differences(segment.fingerprints, data_fingerprints(then)):
+        raise DataError(
+            "The text of an iteration can be shown while its dataset holds it",
+            found=f"the run read other data then:\n{describe(replaced)}\n",
+            fix="Give the flags and files that the run had then",
+        )
+    return then, (f"read from other data, or in another order, than these flags give:\n{describe(changed)}",)
