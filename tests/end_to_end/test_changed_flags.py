@@ -1,0 +1,250 @@
+"""Runs resumed with other lengths, batches, layouts or evaluations: every sample is read in its turn, none is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+from trainer import command, iterations, measured
+
+from megatron_lite.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.data.build import plan_datasets
+from megatron_lite.train.assemble import assembled
+from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.loop import train
+
+# A small epoch, of which each job saves its last iteration.
+BASE = ("--lr-decay-style", "constant", "--save-interval", 500, "--split", "20,60,20")
+
+
+@contextmanager
+def watched():
+    """Collects where the samples of each iteration lie, by iteration."""
+    read, original = {}, BatchSource.reader
+
+    def note(self, plan):
+        numbers = self.numbers(plan.first_sample, plan.global_batch)
+        read[plan.iteration] = [tuple(self._loader.dataset.spans(number)) for number in numbers]
+        return original(self, plan)
+
+    with mock.patch.object(BatchSource, "reader", note):
+        yield read
+
+
+def go_on(corpus, save, *words, data=None):
+    """Runs a job that saves in `save` and goes on from there; it must succeed. Returns what it said."""
+    words = (*BASE, "--save", save, "--load", save, *words)
+    result = command(*corpus.job(*words, data=data))
+    assert result.code == 0, result.err
+    return result.out
+
+
+def shown(corpus, save, iteration, *words, data=None):
+    """Samples of an iteration as `data samples` shows them: (sequence, first token) of each span."""
+    words = corpus.job(*BASE, "--save", save, "--load", save, *words, data=data)[1:]
+    result = command("data", "samples", "--iteration", iteration, *words)
+    assert result.code == 0, result.err
+    return re.findall(r"sequence ([\d,]+), tokens ([\d,]+) to", result.out)
+
+
+def places(samples):
+    return [(f"{sequence:,}", f"{start:,}") for sample in samples for _, (sequence, start, _) in sample]
+
+
+def tokens(samples):
+    """Every token of samples, by its place in the dataset."""
+    spans = [span for sample in samples for _, span in sample]
+    return [(number, token) for number, start, count in spans for token in range(start, start + count)]
+
+
+def epoch_of(corpus, *words, data=None):
+    """Samples of one epoch of the training data."""
+    config = parse_run([str(word) for word in corpus.job("--train-iters", 1, *BASE, *words, data=data)[1:]]).config
+    return int(plan_datasets(config)["train"]["train"].sources[0].epoch_samples)
+
+
+def test_other_evaluations_take_the_position_that_the_run_has(corpus, tmp_path):
+    save = tmp_path / "run"
+    go_on(corpus, save, "--train-iters", 15, "--eval-interval", 1, "--eval-iters", 30, "--exit-interval", 10)
+    go_on(corpus, save, "--train-iters", 15, "--eval-interval", 4, "--eval-iters", 30)
+    assert iterations(save) == list(range(1, 16))
+    validated = [record["iteration"] for record in measured(save) if record["kind"] == "validation"]
+    assert validated == [*range(1, 11), 12, 15, 15]
+    ended = [record["losses"] for record in measured(save) if record.get("at_end")]
+    for words in (("--train-iters", 15), ()):
+        job = corpus.job(*words, *BASE[-2:], "--eval-iters", 30, "--load", save, "--skip-train")
+        again = command(*job)
+        assert again.code == 0, again.err
+        assert all(f"{loss:.6E}" in again.out for losses in ended for loss in losses.values())
+
+
+@pytest.mark.parametrize("words", [("--data-index", "legacy"), ("--data-index", "modern")])
+def test_a_longer_run_reads_its_epoch_to_the_end_before_it_repeats_any(words, corpus, tmp_path):
+    save, epoch = tmp_path / "run", epoch_of(corpus)
+    short, long = epoch // 8, epoch // 2
+    with watched() as read:
+        assert "more samples follow" not in go_on(corpus, save, "--train-iters", short, *words)
+        before = {iteration: list(samples) for iteration, samples in read.items()}
+        assert "training data: " in go_on(corpus, save, "--train-iters", long, *words)
+    assert sorted(read) == list(range(1, long + 1))
+    first = [sample for iteration in range(1, long + 1) for sample in read[iteration]][: epoch - 1]
+    assert len(set(first)) == len(first), "no sample is read twice in its epoch"
+    rest = [sample for iteration in range(1, long + 1) for sample in read[iteration]][epoch:]
+    assert rest[:8] != first[:8], "the next epoch has another order"
+    # Iterations of both jobs are shown as they were read, under the flags of either and under later ones.
+    for flags in (("--train-iters", short), ("--train-iters", long), ("--train-iters", 3 * long)):
+        for iteration in (2, short, short + 1, long):
+            assert shown(corpus, save, iteration, *flags, *words) == places(read[iteration])
+    assert before.items() <= read.items()
+
+
+def test_a_longer_run_of_a_blend_repeats_none_of_its_sources(corpus, tmp_path):
+    blend = ("--data-path", 0.3, corpus.data[0], 0.7, corpus.data[1])
+    save, epoch = tmp_path / "run", epoch_of(corpus)
+    with watched() as read:
+        go_on(corpus, save, "--train-iters", epoch // 16, *blend)
+        go_on(corpus, save, "--train-iters", epoch // 4, *blend)
+    samples = [sample for batch in read.values() for sample in batch]
+    assert len(set(samples)) == len(samples) == epoch // 4 * 4
+
+
+def test_an_unchanged_run_that_stops_on_the_way_reads_what_a_whole_one_reads(corpus, tmp_path):
+    words = ("--train-iters", 60, "--eval-interval", 7)
+    with watched() as whole:
+        go_on(corpus, tmp_path / "whole", *words)
+    with watched() as parts:
+        for end in (10, 40, 1000):
+            go_on(corpus, tmp_path / "parts", *words, "--exit-interval", end)
+    assert parts == whole
+    history = read_manifest(tmp_path / "parts" / "iter_0000060").provenance.data_history
+    assert [segment.train_requests for segment in history] == [(240,)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--global-batch-size", 8),
+        ("--global-batch-size", 16, "--rampup-batch-size", 4, 4, 200),
+        ("--global-batch-size", 6, "--micro-batch-size", 3),
+    ],
+)
+def test_a_larger_batch_from_now_on_finds_its_samples(change, corpus, tmp_path):
+    save, epoch = tmp_path / "run", epoch_of(corpus)
+    end = epoch // 4
+    with watched() as read:
+        go_on(corpus, save, "--train-iters", end, "--exit-interval", end // 2)
+        go_on(corpus, save, "--train-iters", end, *change)
+        samples = [sample for iteration in range(1, end + 1) for sample in read[iteration]][: epoch - 1]
+        assert len(set(samples)) == len(samples)
+        for iteration in (3, end // 2 + 2, end):
+            assert shown(corpus, save, iteration, "--train-iters", end, "--micro-batch-size", 1) == places(
+                read[iteration]
+            )
+
+
+def test_checkpoints_that_were_deleted_on_the_way_are_not_needed_to_show_what_was_read(corpus, tmp_path):
+    save = tmp_path / "run"
+    with watched() as read:
+        go_on(corpus, save, "--train-iters", 10)
+        go_on(corpus, save, "--train-iters", 20, "--global-batch-size", 8, "--keep-last", 1)
+    for iteration in (4, 11, 17):
+        assert shown(corpus, save, iteration, "--train-iters", 20, "--global-batch-size", 2) == places(read[iteration])
+
+
+def test_a_checkpoint_without_a_history_goes_on_in_the_order_of_the_job_that_saved_it(corpus, tmp_path):
+    """Checkpoints of earlier versions: their config says what their datasets were asked for."""
+    save, epoch = tmp_path / "run", epoch_of(corpus)
+    words = ("--train-iters", epoch // 8)
+    with watched() as read:
+        go_on(corpus, save, *words)
+        path = save / f"iter_{epoch // 8:07d}"
+        manifest = read_manifest(path)
+        provenance = dataclasses.replace(manifest.provenance, data_history=())
+        (path / MANIFEST_NAME).write_bytes(encode_manifest(dataclasses.replace(manifest, provenance=provenance)))
+        assert shown(corpus, save, 3, *words) == places(read[3])
+        go_on(corpus, save, "--train-iters", epoch // 4)
+    samples = [sample for batch in read.values() for sample in batch][: epoch - 1]
+    assert len(set(samples)) == len(samples)
+
+
+def test_another_order_is_told_with_what_it_repeats(corpus, tmp_path):
+    save, epoch = tmp_path / "run", epoch_of(corpus)
+    half = epoch // 8
+    with watched() as read:
+        go_on(corpus, save, "--train-iters", half)
+        words = corpus.job(*BASE, "--save", save, "--load", save, "--seed", 9)
+        refused = command(*words, "--train-iters", 2 * half)
+        assert refused.code == 1
+        share = int(re.search(r"about (\d+)% of what is read next has been read before", refused.err)[1])
+        assert share == pytest.approx(100 * 4 * half / epoch, abs=1)
+        told = go_on(corpus, save, "--train-iters", 2 * half, "--seed", 9, "--accept-changed", "data")
+        assert f"about {share}% of what is read next" in told
+        before, after = (
+            [token for iteration in range(first, first + half) for token in tokens(read[iteration])]
+            for first in (1, half + 1)
+        )
+        seen = set(before)
+        assert sum(token in seen for token in after) / len(after) == pytest.approx(share / 100, abs=0.15)
+        # What was read before the change is shown as it was read.
+        for iteration in (2, half + 2):
+            assert shown(corpus, save, iteration, "--train-iters", 2 * half, "--seed", 9) == places(read[iteration])
+
+
+def samples_on(backend, words):
+    """On one rank: trains, and returns the numbers of the samples of each iteration."""
+    read, original = [], BatchSource.reader
+
+    def note(self, plan):
+        read.append(self.numbers(plan.first_sample, plan.global_batch))
+        return original(self, plan)
+
+    config = parse_run(words, world_size=backend.world_size).config
+    with mock.patch.object(BatchSource, "reader", note), assembled(config, backend) as run:
+        train(run)
+    return [number for numbers in read for number in numbers]
+
+
+def test_the_cyclic_order_is_kept_on_another_number_of_replicas(corpus, on_ranks, tmp_path):
+    def job(*more):
+        words = corpus.job(*BASE, "--save", tmp_path, "--load", tmp_path, *more)
+        return [str(word) for word in (*words[1:], "--dataloader-type", "cyclic", "--eval-iters", 0)]
+
+    epoch = epoch_of(corpus)
+    first = on_ranks(1, samples_on, job("--train-iters", epoch // 8))[0]
+    second = on_ranks(2, samples_on, job("--train-iters", epoch // 4 - 1))
+    assert second[0] == second[1]
+    assert len(set(first + second[0])) == len(first) + len(second[0])
+
+
+def test_a_run_that_falls_back_behind_its_change_finds_its_samples(corpus, tmp_path):
+    save = tmp_path / "run"
+    go_on(corpus, save, "--train-iters", 20, "--exit-interval", 10)
+    go_on(corpus, save, "--train-iters", 20, "--global-batch-size", 8, "--exit-interval", 15)
+    for file in (save / "iter_0000015").glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with watched() as read:
+        go_on(corpus, save, "--train-iters", 100, "--global-batch-size", 8, "--fallback-on-corrupt")
+    assert sorted(read) == list(range(11, 101))
+    history = read_manifest(save / "iter_0000100").provenance.data_history
+    assert [(segment.iteration, segment.train_requests) for segment in history] == [
+        (0, (80,)),
+        (10, (80, 40 + 90 * 8)),
+    ]
+
+
+def test_validation_sets_without_weights_begin_anew_at_their_end(corpus, tmp_path):
+    one, two = corpus.data
+    sets = ("--train-data-path", one, "--valid-data-path", one, two)
+    words = [
+        word
+        for word in corpus.job(*BASE[:2], "--train-iters", 2, "--eval-iters", 1000)
+        if word not in (one, "--data-path", "--split", "80,10,10")
+    ]
+    result = command(*words, *sets)
+    assert result.code == 0, result.err
