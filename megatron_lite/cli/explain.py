@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
+from megatron_lite.cli.explain_data import data_lines, data_record
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_command, to_argv
 from megatron_lite.config.files import missing_files, missing_tokenizer
 from megatron_lite.config.run import RunConfig
@@ -70,7 +71,7 @@ def _record(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> dic
     return {
         "config": asdict(parsed.config),
         "argv": to_argv(parsed.config),
-        "derived": {**asdict(explanation), "vocabulary_from": vocabulary},
+        "derived": {**asdict(explanation), "vocabulary_from": vocabulary, "data": data_record(parsed.config)},
         "notes": list(parsed.notes),
         "warnings": list(parsed.warnings),
         "missing": _missing(parsed),
@@ -104,6 +105,7 @@ def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iter
         f"            learning rate {config.lr.lr:g} to {config.lr.min_lr:g}, {config.lr.style}; warm-up "
         f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
     )
+    yield from data_lines(config)
     yield f"Saves       {_saves(config, explanation)}"
     yield from _stage_lines(explanation.stages)
     for title, entries in (

@@ -79,6 +79,11 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
         else:
             _print_error(error)
         return EXIT_FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{_origin()}{_out_of_memory(error)}", file=sys.stderr)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         launch = _launch()
         if launch is None or launch.rank == 0:
@@ -109,6 +114,21 @@ def _terminable() -> Iterator[None]:
         if received:
             print("SIGTERM received: stopped", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's or numpy's, or a device's or the host's as PyTorch reports it."""
+    words = ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _out_of_memory(error: Exception) -> str:
+    detail = f": {str(error).splitlines()[0]}" if str(error) else ""
+    return (
+        f"MemoryError: The process ran out of memory{detail}. Ask for less at a time: fewer samples, a smaller model, "
+        "--seq-length or --micro-batch-size, or fewer processes on this machine; `megatron-lite explain` with the same "
+        "flags tells sizes"
+    )
 
 
 def _load(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ class TrainingConfig:
     skip_train: bool = False
     """Evaluate only."""
     eval_interval: int = 1000
-    """Iterations between validations; 0: none."""
+    """Iterations between validations; 0: only one, at the end."""
     eval_iters: int = 100
     """Global batches of one validation; 0: none."""
     skip_iteration_ranges: tuple[tuple[int, int], ...] = ()

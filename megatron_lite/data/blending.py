@@ -35,6 +35,12 @@ CHUNK = 1 << 12
 KEPT = 128
 """Chunks whose choices are kept in memory; the least recently used goes first."""
 
+STARTS = 1 << 12
+"""Chunks whose counts at the beginning are kept in memory, the first one and those that were added last."""
+
+SIDE_BY_SIDE = 1 << 14
+"""Chunks that are walked side by side."""
+
 REACHES = (1 << 8, 1 << 11, 1 << 14, 1 << 17)
 """Steps before a far sample at which a walk from upper bounds begins: the next where one was too short."""
 
@@ -80,6 +86,8 @@ class BlendIndex:
                 sources[place], numbers[place] = source, counts[source]
                 counts[source] += 1
             self._starts[index + 1] = counts
+            while len(self._starts) > STARTS:
+                del self._starts[next(start for start in self._starts if start)]
             self._chunks[index] = (sources, numbers)
             if len(self._chunks) > KEPT:
                 self._chunks.popitem(last=False)
@@ -93,8 +101,11 @@ class BlendIndex:
                 self._starts[index] = counts
                 return
         known = max(start for start in self._starts if start < index)
-        found = walk_side_by_side(self.weights, self._starts[known], known, index - known)
-        self._starts.update(zip(range(known + 1, index + 1), found, strict=True))
+        while known < index:
+            # Not all at once: a blend of a billion samples has a quarter of a million chunks.
+            step = min(SIDE_BY_SIDE, index - known)
+            self._starts[known + step] = walk_side_by_side(self.weights, self._starts[known], known, step)[-1].copy()
+            known += step
 
 
 def take(weights: NDArray[np.float64], counts: Counts, step: int) -> int:

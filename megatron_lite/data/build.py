@@ -37,7 +37,7 @@ Requests = Sequence[int]
 """Samples that a run asked for when it began and each time that it was made longer, rising."""
 
 SHORTEN = {
-    "train": "Give a smaller --train-iters or --train-samples",
+    "train": "Give a smaller --train-iters or --train-samples (a run can be made longer later)",
     "valid": "Give a smaller --eval-iters or a larger --eval-interval",
     "test": "Give a smaller --eval-iters",
 }

@@ -12,8 +12,8 @@ from megatron_lite.errors import DataError
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
-MARGIN = 64 << 20
-"""Bytes of memory that are left to everything else (temporary arrays of the build among it)."""
+USABLE = 0.9
+"""Share of the available memory that an index may take; the rest is for everything else."""
 
 
 def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
@@ -28,13 +28,12 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
         DataError: building it takes more memory than is available.
     """
     free = available_memory()
-    if free is None or plan.build_bytes + MARGIN <= free:
+    if free is None or plan.build_bytes <= USABLE * free:
         return
     raise DataError(
         "The sample index must fit in memory while it is built",
         found=f"{describe_index(plan)} of {prefix}, needs {bytes_text(plan.build_bytes)}; {bytes_text(free)} available",
-        fix=f"{_enough(plan, free - MARGIN, shorten)}, or use a machine with more memory. A run that ends by "
-        "--exit-duration-in-mins needs no more samples than it can read in that time, and can be extended later",
+        fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
 
@@ -75,13 +74,13 @@ def bytes_text(size: float) -> str:
     return f"{size:,.4g} TB"
 
 
-def _enough(plan: IndexPlan, free: int, shorten: str) -> str:
-    """What to ask for instead, rounded down to two digits."""
-    if plan.num_samples is None or free <= 0:
-        return shorten
-    fitting = int(plan.num_samples * free / plan.build_bytes)
-    rounded = fitting // 10 ** max(0, len(str(fitting)) - 2) * 10 ** max(0, len(str(fitting)) - 2)
-    return f"{shorten} (about {rounded:,} samples fit)"
+def _fitting(plan: IndexPlan, free: int) -> str:
+    """How many samples fit, rounded down to two digits."""
+    if plan.num_samples is None:
+        return ""
+    fitting = int(plan.num_samples * USABLE * free / plan.build_bytes)
+    unit = 10 ** max(0, len(str(fitting)) - 2)
+    return f". About {fitting // unit * unit:,} samples fit"
 
 
 def _uncapitalized(text: str) -> str:

@@ -25,6 +25,9 @@ BLOCK = 64
 CHUNK = 1 << 20
 """Entries worked on at a time, so that temporary arrays stay small (a multiple of BLOCK)."""
 
+SAMPLE_BYTES = 8
+"""Bytes of memory for each sample while an index is built."""
+
 WIDE = 2**32 - 2
 """Samples from which the shuffle index has 8 bytes an entry instead of 4."""
 
@@ -88,7 +91,7 @@ class IndexPlan:
     def build_bytes(self) -> int:
         """Memory that building the index takes at its peak, apart from a few CHUNKs."""
         documents = self.epochs * self.num_documents
-        return 8 * max(documents, self.total_samples) + 4 * documents + 24 * (documents // BLOCK + 1)
+        return SAMPLE_BYTES * max(documents, self.total_samples) + 4 * documents + 24 * (documents // BLOCK + 1)
 
     @property
     def file_bytes(self) -> int:

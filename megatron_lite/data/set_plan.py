@@ -60,6 +60,11 @@ class SetPlan:
     cache_split: str = ""
 
     @property
+    def indices(self) -> tuple[IndexPlan, ...]:
+        """Indices of all sources."""
+        return tuple(index for source in self.sources for index in source.indices)
+
+    @property
     def epochs(self) -> tuple[float, ...]:
         """How often each source is read by `size` samples; 0 for made-up data."""
         shares = self.shares or (1.0,)

@@ -1,11 +1,13 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 from job_commands import BIG_RAMP, LLAMA, SMALL
 
 from megatron_lite.cli.explain import run
 from megatron_lite.config.arguments import parse_run
+from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
 from megatron_lite.errors import ConfigError
 
 
@@ -50,6 +52,41 @@ def test_a_null_tokenizer_has_its_size_on_the_command_line(capsys):
 def test_given_rows_stand_in_for_a_tokenizer_that_is_not_here(capsys):
     run(["--json", *SMALL, "--pad-vocab-size-to", "1024", "--tokenizer-type", "PretrainedFromHF"])
     assert json.loads(capsys.readouterr().out)["derived"]["model"]["vocab_size"] == 1024
+
+
+def write_data(prefix):
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(50):
+            writer.add_document(np.arange(100))
+    return str(prefix)
+
+
+DATA = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "99", "--split", "8,1,1", "--eval-iters", "5")
+
+
+def test_the_data_and_the_space_of_its_indices(tmp_path, capsys):
+    path = write_data(tmp_path / "corpus")
+    run([*SMALL, *DATA, "--data-path", path, "--train-iters", "1000000000", "--eval-interval", "0"])
+    text = capsys.readouterr().out
+    # 8 samples of 32 tokens an iteration, 40 documents of 100 tokens.
+    assert "train: 8,000,000,000 samples of corpus (64,000,000.0 epochs)" in text
+    assert f"takes 75.2 GB of memory while it is built, and 74.6 GB on disk in {tmp_path / 'cache'}" in text
+    assert "validation: 40 samples of corpus (2.6 epochs)" in text
+    assert "evaluated at the end only, on 5 batches" in text
+    run(["--json", *SMALL, *DATA, "--data-path", path])
+    train, valid, _ = json.loads(capsys.readouterr().out)["derived"]["data"]
+    assert (train["split"], train["samples"], train["epochs"]) == ("train", 800, {path: 6.4})
+    assert (train["index_disk_bytes"], valid["samples"]) == (0, 40)
+
+
+def test_data_that_are_not_here_are_asked_for_all_the_same(capsys):
+    run([*SMALL, *DATA, "--data-path", "absent", "--train-iters", "1000000000"])
+    text = capsys.readouterr().out
+    assert "train: 8,000,000,000 samples\n" in text
+    assert "the largest sample index takes at least 64 GB of memory" in text
+    assert "evaluated every 1,000 iterations and at the end, on 5 batches" in text
+    run([*SMALL, *DATA, "--data-path", "absent", "--eval-iters", "0"])
+    assert "no evaluation (--eval-iters 0)" in capsys.readouterr().out
 
 
 def test_errors_are_the_trainers():

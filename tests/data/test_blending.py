@@ -72,6 +72,8 @@ def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up,
     monkeypatch.setattr(blending, "CHUNK", 64)
     monkeypatch.setattr(blending, "WARM_UP", warm_up)
     monkeypatch.setattr(blending, "REACHES", reaches)
+    monkeypatch.setattr(blending, "STARTS", 8)
+    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 7)
     normalized = normalize(weights)
     expected = plain_loop(normalized, 6400)
     index = BlendIndex(normalized)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lite.data import cyclic
 from megatron_lite.data.cyclic import CyclicOrder, torch_permutation
 from megatron_lite.errors import DataError
 
@@ -16,6 +17,13 @@ from megatron_lite.errors import DataError
 def test_permutation_is_torchs(size, seed):
     expected = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     assert torch_permutation(size, seed).tolist() == expected.tolist()
+
+
+def test_a_permutation_of_several_chunks_is_torchs(monkeypatch):
+    monkeypatch.setattr(cyclic, "CHUNK", 7)
+    for size in (0, 1, 2, 7, 8, 9, 50):
+        expected = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+        assert torch_permutation(size, 3).tolist() == expected.tolist()
 
 
 def megatrons_sampler(size, consumed, micro_batch, replica, dp):

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from megatron_lite.data.cyclic import CyclicOrder
 from megatron_lite.data.dataset import MockDataset
 from megatron_lite.data.loader import Loader
 from megatron_lite.errors import DataError
@@ -103,6 +104,34 @@ def test_the_curriculum_cuts_samples_short():
 def test_a_replica_that_never_has_a_micro_batch_does_not_hang():
     with Loader(Counting(), micro_batch=1, global_batch=lambda consumed: 1, dp=2, replica=1) as loader:
         assert loader.microbatch(0, 0)[0, 0] == 1
+
+
+def test_validation_begins_anew_at_the_end_of_its_data():
+    with Loader(Counting(size=10), micro_batch=4, global_batch=lambda consumed: 4, repeats=True) as loader:
+        assert loader.microbatch(1608, 0)[:, 0].tolist() == [8, 9, 0, 1]
+        assert loader.samples(8, 4) == [8, 9, 0, 1]
+
+
+@pytest.mark.parametrize("dp", [1, 3])
+def test_the_cyclic_order_of_another_layout_can_be_read(dp):
+    """It belongs to the run; the replicas that there are now share it out."""
+    read = {}
+    for replica in range(dp):
+        with Loader(
+            Counting(size=26),
+            micro_batch=2,
+            global_batch=lambda consumed: 6,
+            dp=dp,
+            replica=replica,
+            cyclic_layout=(3, 2),
+        ) as loader:
+            for consumed in range(0, 24, 6):
+                for index in range(num_microbatches(6, 2, dp, replica)):
+                    read[loader.start(consumed, index)] = loader.microbatch(consumed, index)[:, 0].tolist()
+    samples = [sample for start in sorted(read) for sample in read[start]]
+    order = CyclicOrder(26, 3, 2)
+    assert samples == [order[place] for place in range(24)]
+    assert len(set(samples)) == 24
 
 
 def test_cyclic_reads_epoch_after_epoch():

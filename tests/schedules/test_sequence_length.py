@@ -37,6 +37,13 @@ def test_stages_are_named_by_iteration_number():
     assert list(sequence_stages(run)) == [(0, 128), (99, 512), (199, 2048)]
 
 
+def test_a_steep_curriculum_is_walked_by_iterations():
+    """A billion lengths in a few iterations."""
+    stages = list(sequence_stages(batch(seq_length=10**9, start=64, iterations=50, step=1)))
+    assert [start for start, _ in stages] == list(range(50))
+    assert stages[-1] == (49, 10**9)
+
+
 def test_a_length_is_never_zero():
     assert sequence_length(batch(start=2, iterations=10_000, step=16), 0) == 16
 

@@ -8,6 +8,9 @@ from megatron_lite.config.checks.bounds import at_least
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
+MOST_PREFETCHED = 1000
+"""Micro-batches that may be read ahead."""
+
 
 def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
     """Data come as one blend that is split, as a blend for each split, or from nowhere."""
@@ -57,10 +60,22 @@ def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(f"The groups of {flag} have names that differ", found=", ".join(names), fix=fix)
 
 
+def prefetch_is_bounded(config: RunConfig) -> Iterator[ConfigError]:
+    """All micro-batches that are read ahead are in memory at once."""
+    prefetch = config.data.prefetch
+    yield from at_least(0, prefetch_microbatches=prefetch)
+    if prefetch > MOST_PREFETCHED:
+        yield ConfigError(
+            f"--prefetch-microbatches is at most {MOST_PREFETCHED:,}, since all are in memory at once",
+            found=f"--prefetch-microbatches {prefetch:,}",
+            fix="Give a few; 2 is enough unless the file system pauses for seconds",
+        )
+
+
 def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
     """A NullTokenizer is nothing but its size."""
     tokenizer = config.tokenizer
-    yield from at_least(0, vocab_extra_ids=tokenizer.vocab_extra_ids, prefetch_microbatches=config.data.prefetch)
+    yield from at_least(0, vocab_extra_ids=tokenizer.vocab_extra_ids)
     if tokenizer.type == "NullTokenizer" and not tokenizer.vocab_size:
         yield ConfigError(
             "A NullTokenizer needs its size",
@@ -69,4 +84,4 @@ def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
-RULES = (one_kind_of_data, weights_are_positive, groups_have_names, tokenizer_has_a_size)
+RULES = (one_kind_of_data, weights_are_positive, groups_have_names, prefetch_is_bounded, tokenizer_has_a_size)

@@ -85,9 +85,9 @@ TRAINING = (
     Flag(
         "--eval-interval",
         "training.eval_interval",
-        "Iterations between validations (0: none).",
+        "Iterations between validations (0: only one, at the end).",
     ),
-    Flag("--eval-iters", "training.eval_iters", "Global batches of one validation (0: none)."),
+    Flag("--eval-iters", "training.eval_iters", "Global batches of one validation (0: no validation)."),
     Flag(
         "--skip-train-iteration-range",
         "training.skip_iteration_ranges",

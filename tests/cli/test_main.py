@@ -1,0 +1,39 @@
+"""The command line as a whole: errors that any command may meet."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lite.cli.main import run_command
+
+
+def numpys(_):
+    np.empty(1 << 50, dtype=np.uint8)
+
+
+def torchs(_):
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def pythons(_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("run", [numpys, torchs, pythons])
+def test_memory_that_runs_out_is_an_error_with_a_way_out(run, capsys):
+    assert run_command(SimpleNamespace(run=run), []) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("MemoryError: The process ran out of memory")
+    assert "Ask for less at a time" in text
+
+
+def test_another_error_of_the_runtime_keeps_its_traceback():
+    def run(_):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        run_command(SimpleNamespace(run=run), [])
