@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_lite"
 CODE_FOLDERS = ("megatron_lite", "tools", "examples", "benchmarks", "tests")
 MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES = 100
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
 # One line of the README's tree: "  config/        what a run is: …"
 TREE_LINE = re.compile(r"^  (\w+)/ {2,}\S", re.MULTILINE)
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def sizes() -> Iterator[str]:
-    """Files over 400 lines, functions over 60, files named utils."""
+    """Files over 400 lines, functions over 100, files named utils."""
     for folder in CODE_FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT)
