@@ -201,10 +201,10 @@ def _refuse(data: IndexedDataset, output: str, seq_length: int, overwrite: bool)
     if not overwrite:
         papers.refuse_to_replace(output)
     folder = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < data.num_bytes:
+    free, needed = shutil.disk_usage(folder).free, max(data.num_bytes, seq_length * data.dtype.itemsize)
+    if free < needed:
         raise DataError(
-            "A packed dataset is at least as large as what is packed",
-            found=f"{data.num_bytes:,} bytes of tokens, {free:,} bytes are free in {folder}",
+            "A packed dataset is at least as large as what is packed, and as one sequence",
+            found=f"{needed:,} bytes of tokens, {free:,} bytes are free in {folder}",
             fix="Free or ask for space, or write to another folder",
         )

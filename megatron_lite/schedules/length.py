@@ -70,13 +70,13 @@ def train_samples(config: RunConfig, progress: Progress = START) -> int:
 def valid_samples(config: RunConfig, progress: Progress = START) -> int:
     """Samples that the validation data must hold: those consumed at `progress` and those of all later validations.
 
-    There is one validation every eval_interval, and one after the run.
+    There is one validation every eval_interval, one after the run, and first the one that the last job did not finish.
     """
     training = config.training
     if not training.eval_iters:
         return 0
     every, end = training.eval_interval, max(progress.iteration, train_iterations(config, progress))
-    validations = (end // every - progress.iteration // every if every else 0) + 1
+    validations = (end // every - progress.iteration // every if every else 0) + progress.validation_due + 1
     samples = validations * training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
     return progress.consumed_valid_samples + samples
 

@@ -124,6 +124,8 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         if start.path != found_path:  # an earlier checkpoint, from which the run may need other samples
             data = _open_data(config, backend, mesh, tokenizer, start)
             stack.callback(data.close)
+            if data.train is not None:
+                data.train.leave_out(provenance.skipped_samples)
             history = continue_history(start.continued(config), config, prints)
             provenance = replace(provenance, data_history=history)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.counts import parameter_count, size_name
@@ -26,7 +26,7 @@ def introduction(config: RunConfig, backend: Backend, data: RunData, start: Star
         ("machine", _machine(config, backend)),
         ("batch", _batch(config)),
         ("length", _length(config)),
-        *_data(data),
+        *_data(config, data),
         ("start", _start(config, start, progress)),
         ("saves", _saves(config)),
     ]
@@ -82,16 +82,20 @@ def _length(config: RunConfig) -> str:
     return f"{text}learning rate {lr.lr:g}{end}{warmup}"
 
 
-def _data(data: RunData) -> Iterator[tuple[str, str]]:
+def _data(config: RunConfig, data: RunData) -> Iterator[tuple[str, str]]:
     if data.train is not None:
         yield "train", _sources(data.train)
-    for split, sources in (("validation", data.valid), ("test", data.test)):
-        yield from _evaluated(split, sources)
-
-
-def _evaluated(split: str, sources: Mapping[str, BatchSource]) -> Iterator[tuple[str, str]]:
-    for name, source in sources.items():
-        yield split, (f"{name}: " if len(sources) > 1 else "") + _sources(source)
+    training = config.training
+    often = (
+        f"every {training.eval_interval:,} iterations and at the end" if training.eval_interval else "only at the end"
+    )
+    for split, sources, when in (("validation", data.valid, often), ("test", data.test, "at the end")):
+        for name, source in sources.items():
+            yield (
+                split,
+                f"{f'{name}: ' if len(sources) > 1 else ''}{_sources(source)}"
+                + ("" if training.skip_train else f", {when}"),
+            )
 
 
 def _sources(source: BatchSource) -> str:

@@ -140,6 +140,7 @@ FROM_FLAGS = {
     "--distributed-timeout-minutes 0": "--distributed-timeout-minutes is positive",
     # checks/data.py
     "--mock-data --data-path x": "A run's data are given in one way",
+    "--global-batch-size 1000000000": "A replica runs at most 1,000,000 micro-batches in an iteration",
     "--prefetch-microbatches 1000000000": "--prefetch-microbatches is at most 1,000",
     "--data-path -1 x 2 y": "The weights of a blend are not negative",
     "--train-weighted-split-paths a:1_0:1_x b:1_0:1_x": "The training data are one group",

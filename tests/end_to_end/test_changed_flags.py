@@ -71,6 +71,14 @@ def repeats(samples):
     return len(tokens(samples)) - len(set(tokens(samples)))
 
 
+def damage(checkpoint):
+    """Flips a bit in each file of tensors."""
+    for file in checkpoint.glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
 def epoch_of(corpus, *words, data=None):
     """Samples of one epoch of the training data."""
     config = parse_run([str(word) for word in corpus.job("--train-iters", 1, *BASE, *words, data=data)[1:]]).config
@@ -237,10 +245,7 @@ def test_a_run_that_falls_back_behind_its_change_finds_its_samples(corpus, tmp_p
     save = tmp_path / "run"
     go_on(corpus, save, "--train-iters", 20, "--exit-interval", 10)
     go_on(corpus, save, "--train-iters", 20, "--global-batch-size", 8, "--exit-interval", 15)
-    for file in (save / "iter_0000015").glob("*.distcp"):
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+    damage(save / "iter_0000015")
     with watched() as read:
         go_on(corpus, save, "--train-iters", 100, "--global-batch-size", 8, "--fallback-on-corrupt")
     assert sorted(read) == list(range(11, 101))
@@ -249,6 +254,24 @@ def test_a_run_that_falls_back_behind_its_change_finds_its_samples(corpus, tmp_p
         (0, (80,)),
         (10, (80, 40 + 90 * 8)),
     ]
+
+
+def test_a_run_that_falls_back_leaves_out_what_a_rollback_left_out(corpus, tmp_path):
+    save = tmp_path / "run"
+    go_on(corpus, save, "--train-iters", 12, "--save-interval", 4)
+    assert command("rollback", save, "--to", 4, "--skip-samples", "24-27").code == 0
+    go_on(corpus, save, "--train-iters", 12, "--save-interval", 4, "--exit-interval", 8)
+    damage(save / "iter_0000008")
+    places = []
+    read = BatchSource.reader
+
+    def note(self, plan):
+        places.extend(self.places(plan.first_sample, plan.global_batch))
+        return read(self, plan)
+
+    with mock.patch.object(BatchSource, "reader", note):
+        go_on(corpus, save, "--train-iters", 12, "--fallback-on-corrupt")
+    assert places == [*range(16, 24), *range(28, 52)]
 
 
 def test_validation_sets_without_weights_begin_anew_at_their_end(corpus, tmp_path):

@@ -94,6 +94,13 @@ def test_a_longer_run_adds_a_segment_and_a_shorter_one_does_not_forget(run_confi
     assert shorter == longer
 
 
+def test_a_validation_that_was_not_finished_is_among_those_that_are_left(run_config):
+    config = run_config(**RUN)
+    at_20 = Progress(iteration=20, consumed_train_samples=80, consumed_valid_samples=3 * 8, validation_due=1)
+    assert valid_samples(config, at_20) == valid_samples(config)
+    assert extend_history(extend_history((), config), config, at_20) == extend_history((), config)
+
+
 def test_no_validation_asks_for_none_and_a_later_one_does(run_config):
     history = extend_history((), run_config(**{**RUN, "eval_iters": 0}))
     assert history[-1].valid_requests == ()

@@ -8,6 +8,9 @@ from megatron_lite.config.checks.bounds import at_least, divisors, nearest_multi
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
+MOST_MICRO_BATCHES = 1_000_000
+"""Micro-batches of an iteration that a replica may run: each takes entries in lists of the schedule."""
+
 
 def sizes_are_positive(config: RunConfig) -> Iterator[ConfigError]:
     """Yield sizes without which nothing else can be judged."""
@@ -25,6 +28,20 @@ def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
             found=f"--global-batch-size {batch.global_batch_size}, --micro-batch-size {batch.micro_batch_size}",
             fix=f"Give --micro-batch-size {divisors(batch.global_batch_size)}, or --global-batch-size "
             f"{nearest_multiples(batch.global_batch_size, batch.micro_batch_size)}",
+        )
+
+
+def microbatches_can_be_listed(config: RunConfig) -> Iterator[ConfigError]:
+    """The pipeline schedule of an iteration is a list of its micro-batches."""
+    batch, replicas = config.batch, config.parallel.dp
+    sizes = [size for _, size in batch.step_schedule] or [batch.global_batch_size]
+    count = max(sizes) // batch.micro_batch_size // replicas
+    if count > MOST_MICRO_BATCHES:
+        yield ConfigError(
+            f"A replica runs at most {MOST_MICRO_BATCHES:,} micro-batches in an iteration",
+            found=f"{count:,}: --global-batch-size {max(sizes):,}, --micro-batch-size {batch.micro_batch_size:,}, "
+            f"{replicas:,} replicas",
+            fix="Give a smaller --global-batch-size or a larger --micro-batch-size",
         )
 
 
@@ -141,6 +158,7 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
 
 RULES = (
     microbatch_divides_batch,
+    microbatches_can_be_listed,
     rampup_reaches_the_batch,
     step_schedule_is_whole,
     one_batch_schedule,
