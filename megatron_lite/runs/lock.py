@@ -197,11 +197,13 @@ class FolderLock:
         Raises:
             CheckpointError: the lock was taken over or removed; nothing may be written to the folder any more.
         """
-        with self._mutex:
-            if self._name and not self._lost and (now or self._clock() - self._last_beat > 2 * HEARTBEAT_SECONDS):
-                self._beat()
-            if not self._lost:
-                return
+        overdue = self._clock() - self._last_beat > 2 * HEARTBEAT_SECONDS
+        if (now or overdue) and not self._lost:
+            with self._mutex:
+                if self._name:
+                    self._beat()
+        if not self._lost:
+            return
         seen = _look(self._path)
         who = f"it is held by {seen}" if seen is not None else "it was removed"
         raise CheckpointError(

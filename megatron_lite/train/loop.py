@@ -66,7 +66,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         stopper = Stopper(config.training, flag, started=started)
         begun = run.progress.iteration
         stop = _agree(run, stopper.before_iteration(run.progress))
-        if stop is None and run.progress.validation_due:
+        if stop is None and run.progress.validation_due and _is_evaluated(run, "validation"):
             run.reporter.message(
                 f"making the validation after iteration {run.progress.iteration}, left unfinished before"
             )
@@ -77,7 +77,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
                 return back
             check_weights_if_due(run)
             iteration = run.progress.iteration
-            if config.training.eval_interval and iteration % config.training.eval_interval == 0:
+            interval = config.training.eval_interval
+            if interval and iteration % interval == 0 and _is_evaluated(run, "validation"):
                 stop = _validate(run, stopper)
             if stop is None:
                 stop = _agree_after(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
@@ -111,7 +112,14 @@ def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
         return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")
 
 
+def _is_evaluated(run: Run, split: str) -> bool:
+    sources = run.data.valid if split == "validation" else run.data.test
+    return bool(sources and run.config.training.eval_iters)
+
+
 def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
+    if not _is_evaluated(run, "validation"):
+        return evaluate(run, "test", stopper, at_end=True)
     stop = _agree(run, stopper.before_evaluation(evaluation=run.longest_validation, save=0.0))
     return stop or evaluate(run, "validation", stopper, at_end=True) or evaluate(run, "test", stopper, at_end=True)
 
@@ -227,9 +235,9 @@ def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) ->
         run.progress as it was.
     """
     config = run.config
-    sources = run.data.valid if split == "validation" else run.data.test
-    if not sources or not config.training.eval_iters:
+    if not _is_evaluated(run, split):
         return None
+    sources = run.data.valid if split == "validation" else run.data.test
     consumed = run.progress.consumed_valid_samples if split == "validation" else 0
     global_batch = final_batch_size(config.batch, config.parallel.dp)
     samples = config.training.eval_iters * global_batch

@@ -1,5 +1,6 @@
 """Rank, world size, rendezvous address and job identity from the variables of torchrun, Slurm and MPI launchers."""
 
+import socket
 import subprocess
 import sys
 
@@ -185,3 +186,40 @@ def test_one_rank_of_mpi_needs_no_address():
 def test_contradictions_are_config_errors(variables, message):
     with pytest.raises(ConfigError, match=message):
         read_launch(variables)
+
+
+ELASTIC = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
+IN_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**IN_STEP, "SLURM_STEP_ID": "1"},
+        {**IN_STEP, "SLURM_RESTART_COUNT": "1"},
+        {**IN_STEP, **ELASTIC, "TORCHELASTIC_RESTART_COUNT": "1"},
+        {},
+        ELASTIC,
+    ],
+)
+def test_starts_of_a_job_are_told_apart_and_ranks_of_one_are_not(other):
+    names = {read_launch({**IN_STEP, "SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2"}).start_id for rank in "01"}
+    assert len(names) == 1
+    assert read_launch(other).start_id not in names
+    assert read_launch(other).start_id == read_launch(other).start_id
+
+
+def test_torchruns_ranks_on_a_node_are_one_start():
+    assert read_launch(ELASTIC).start_id == read_launch({**ELASTIC}).start_id != ""
+    assert read_launch({**ELASTIC, "TORCHELASTIC_RESTART_COUNT": "2"}).start_id != read_launch(ELASTIC).start_id
+
+
+@pytest.mark.parametrize("launcher", [{}, ELASTIC, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_host_has_one_name_whatever_starts_the_job(launcher):
+    assert read_launch({**launcher, "SLURMD_NODENAME": "gpu07"}).host == "gpu07"
+    assert read_launch(launcher).host == socket.gethostname()
+
+
+def test_the_slurm_job_is_known_in_any_launcher():
+    process = read_launch({**ELASTIC, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}).process
+    assert (process.slurm_job, process.slurm_restarts) == ("7", 3)

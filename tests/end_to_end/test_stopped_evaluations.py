@@ -250,3 +250,28 @@ def test_what_is_said(corpus, start, tmp_path):
     texts = [record["text"] for record in records(save) if record["kind"] == "message"]
     assert "the validation after iteration 4 is left unfinished; the next start makes it first" in texts
     assert read_manifest(save / "iter_0000004").scalars["progress"]["validation_due"] == 1
+
+
+def terminate_in_the_last_save():
+    from megatron_lite.train import state
+
+    save = state.save_checkpoint
+
+    def act(root, iteration, *rest, **options):
+        if iteration == 8:
+            terminate()
+        return save(root, iteration, *rest, **options)
+
+    state.save_checkpoint = act
+
+
+@pytest.mark.parametrize(("more", "expected"), [((), "signal"), (("--split", "1,0,0"), "completed")])
+def test_a_run_without_evaluations_left_is_complete_whatever_comes_in_its_last_save(
+    more, expected, corpus, start, tmp_path
+):
+    words = corpus.job(
+        "--train-iters", 8, "--save-interval", 8, "--eval-interval", 100, *more, "--save", tmp_path / "run"
+    )
+    result = start(words, terminate_in_the_last_save).wait()
+    assert result.code == 0, result.err
+    assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["iteration"]) == (expected, 8)

@@ -26,3 +26,23 @@ def test_the_save_is_over_by_the_limit():
 def test_without_a_save_before_the_limit_itself_counts():
     assert stop_at(599.0, 0.0) is None
     assert stop_at(601.0, 0.0).message == "exiting program after 10.0 minutes"
+
+
+def evaluating(seconds, *, save=0.0, evaluation=None):
+    stopper = Stopper(LIMIT, started=0.0, clock=lambda: seconds)
+    if evaluation is None:
+        return stopper.in_evaluation(save=save)
+    return stopper.before_evaluation(evaluation=evaluation, save=save)
+
+
+def test_an_evaluation_leaves_time_for_the_save():
+    assert evaluating(500.0, save=90.0) is None
+    assert evaluating(520.0, save=90.0).message == "exiting program after 8.7 minutes, leaving 90 s for the save"
+    assert evaluating(601.0).status == "time_limit"
+
+
+def test_an_evaluation_is_begun_if_it_will_end_in_time_or_nobody_knows():
+    assert evaluating(300.0, evaluation=200.0, save=90.0) is None
+    stop = evaluating(320.0, evaluation=200.0, save=90.0)
+    assert stop.message == "exiting program after 5.3 minutes, leaving 290 s for the evaluation and the save"
+    assert evaluating(599.0, evaluation=0.0, save=90.0) is None
