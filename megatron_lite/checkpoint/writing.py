@@ -163,7 +163,9 @@ class _ChecksummedFile(io.BufferedWriter):
                 torch.save(tensor, self)
         except RuntimeError as error:
             # Where a write fails or Ctrl-C comes, torch.save complains about its unfinished file instead.
-            raise error.__context__ or error from error
+            if error.__context__ is None:
+                raise
+            raise error.__context__ from None
         self.parts.append(SavedPart(start, self.size - start, self._crc32))
 
     def write(self, data: Any) -> int:
