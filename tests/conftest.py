@@ -1,6 +1,16 @@
-"""Fixtures of all tests."""
+"""Fixtures and settings of all tests."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every machine, however slow or busy it is. Function-scoped fixtures serve all examples of a test.
+settings.register_profile(
+    "any machine",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ class Ranks:
     def alive(self):
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
-    def run(self, function, *args, timeout=120.0):
+    def run(self, function, *args, timeout=240.0):
         """Calls function(backend, *args) on every rank; returns their results in the order of ranks."""
         job = pickle.dumps((function, args))
         for pipe in self.pipes:
@@ -96,7 +96,7 @@ class RankPools:
         self._make_folder = make_folder
         self._worlds = {}
 
-    def __call__(self, world_size, function, *args, timeout=120.0):
+    def __call__(self, world_size, function, *args, timeout=240.0):
         """Runs function(backend, *args) on `world_size` ranks; returns their results in order."""
         world = self._worlds.get(world_size)
         if world is None or not world.alive:
@@ -118,7 +118,7 @@ def _serve(rank, world_size, store, pipe, inherited):
         rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, init_method=f"file://{store}"
     )
     runtime = RuntimeConfig(device="cpu", num_threads=1)
-    parallel = ParallelConfig(world_size=world_size, distributed_timeout_minutes=1, rendezvous_timeout_minutes=1)
+    parallel = ParallelConfig(world_size=world_size, distributed_timeout_minutes=4, rendezvous_timeout_minutes=4)
     backend = None
     with contextlib.suppress(EOFError):
         while True:

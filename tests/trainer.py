@@ -57,7 +57,7 @@ class Job:
     def send(self, number):
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout=60.0):
+    def wait(self, timeout=240.0):
         """Its Result, once it has ended; the code of a killed one is minus the signal."""
         self.process.join(timeout)
         if self.process.is_alive():
@@ -69,7 +69,7 @@ class Job:
     def text(self):
         return "\n".join(path.read_text() for path in self.paths if path.exists())
 
-    def until(self, condition, timeout=60.0):
+    def until(self, condition, timeout=240.0):
         """Waits until condition() holds or the job has ended; returns whether it still runs."""
         deadline = time.monotonic() + timeout
         while not condition():

@@ -85,7 +85,7 @@ def on_ranks(tmp_path_factory):
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(60)
+            rank.join(240)
         assert [rank.exitcode for rank in ranks] == [0] * size
 
     return run

@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.data import packed_dataset, packing
@@ -69,7 +69,6 @@ CORPUS = st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=CORPUS, seq_length=st.integers(1, 40), window=st.integers(1, 400), chunk=st.integers(1, 50))
 def test_every_token_is_there_once_and_short_documents_are_whole(
     folder, monkeypatch, documents, seq_length, window, chunk

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.data import survey
@@ -23,7 +23,7 @@ def write(prefix, sizes, value=7):
     return IndexedDataset(prefix)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 3000), max_size=40))
 def test_lengths_equal_a_plain_count(tmp_path, sizes):
     lengths = survey_lengths(write(tmp_path / "a", sizes))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_same_sums
 from torch.nn import functional as F
@@ -20,10 +20,6 @@ from megatron_lite.model.documents import Documents
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
-
-KEPT = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def with_documents(batch, lengths):
@@ -61,7 +57,7 @@ def samples(draw):
     return rows if any(len(row) > 1 for row in rows) else [[1] * length, *rows[1:]]
 
 
-@KEPT
+@settings(max_examples=25)
 @given(lengths=samples())
 def test_equal_the_mask_wherever_documents_end(make_stage, make_batch, lengths):
     stage = make_stage(init_std=0.3)
