@@ -66,9 +66,9 @@ class Failure:
     personal: bool = False
 
     @property
-    def text(self) -> tuple[str, str, str]:
-        """What is printed, wherever it failed."""
-        return self.rule, self.found, self.fix
+    def text(self) -> tuple[str, str]:
+        """What ranks that fail alike have in common; `fix` may list what is on a rank's disk."""
+        return self.rule, self.found
 
 
 class Line:

@@ -119,8 +119,8 @@ def watched(backend: Backend, parallel: ParallelConfig, on_abort: OnAbort | None
             raise _ended_by(first, name, phase, backend, error) from FailedRank(first.host, first.rank)
         if isinstance(error, MegatronLiteError) and not error.shared and (place := failed_rank(error)) is not None:
             error.shared, error.silent = True, place.rank != backend.rank
-        first = watchdog.fail(f"{name} failed in {phase}: {_words(error)}", _words(error))
-        alike = first.rank != backend.rank and first.error == _words(error)
+        first = watchdog.fail(f"{name} failed in {phase}: {_words(error)}", _common_words(error))
+        alike = first.rank != backend.rank and first.error == _common_words(error)
         if isinstance(error, MegatronLiteError):
             error.shared, error.silent = True, error.silent if error.shared else alike
         elif not alike:
@@ -161,6 +161,11 @@ def _print_failure(name: str, phase: str, error: BaseException) -> None:
 
 def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _common_words(error: BaseException) -> str:
+    """Return what ranks that fail alike have in common: `fix` may list what is on a rank's disk."""
+    return f"{error.rule}: {error.found}" if isinstance(error, MegatronLiteError) else _words(error)
 
 
 def _action(its: _Locals) -> str:

@@ -82,11 +82,13 @@ class Process:
 def ranks(tmp_path):
     """Starts ranks: (words, one dict of variables per rank); they do not outlive the test."""
     started = []
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
 
     def start(words, variables, prepare=None):
         new = []
         for rank, mine in enumerate(variables):
-            path = tmp_path / f"output{len(started)}.txt"
+            path = outputs / f"{len(started)}.txt"
             new.append(Process(path, words, mine, None if prepare is None else lambda rank=rank: prepare(rank)))
             started.append(new[-1])
         return new
