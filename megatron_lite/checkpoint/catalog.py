@@ -79,11 +79,19 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def announced(root: Path) -> str | None:
-    """The text of latest_checkpointed_iteration.txt, stripped; None if there is no such file."""
+    """The text of latest_checkpointed_iteration.txt, stripped; None if there is no such file.
+
+    It may be empty or hold anything: a full disk or a power failure leaves such files.
+    """
     try:
-        return (root / LATEST_NAME).read_text(encoding="utf-8").strip()
+        return (root / LATEST_NAME).read_bytes().decode("utf-8-sig", "replace").strip(" \t\r\n\x00")
     except FileNotFoundError:
         return None
+
+
+def _iteration(text: str) -> int | None:
+    """The iteration that the announcement's text is, or None."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def announce(root: Path, iteration: int) -> None:
@@ -96,9 +104,9 @@ def announcement_problem(root: Path) -> str | None:
     text = announced(root)
     if text is None:
         return f"{root / LATEST_NAME} is missing"
-    if not text.isdecimal():
-        return f"{root / LATEST_NAME} says {text!r}, which is no iteration"
-    problem = incompleteness(locate(root, int(text)))
+    if (iteration := _iteration(text)) is None:
+        return f"{root / LATEST_NAME} says {text[:40]!r}, which is no iteration"
+    problem = incompleteness(locate(root, iteration))
     return problem and f"{root / LATEST_NAME} says {text}, but {problem}"
 
 
@@ -108,10 +116,10 @@ def unannounced(root: Path) -> int | None:
     A later checkpoint that is older than the announcement was left behind by a rollback or by hand; it does not count.
     """
     text = announced(root)
-    if text is None or not text.isdecimal():
+    if text is None or (last := _iteration(text)) is None:
         return None
     told = (root / LATEST_NAME).stat().st_mtime_ns
-    for iteration in reversed([number for number in list_iterations(root) if number > int(text)]):
+    for iteration in reversed([number for number in list_iterations(root) if number > last]):
         path = locate(root, iteration)
         if is_complete(path) and (path / MANIFEST_NAME).stat().st_mtime_ns > told:
             return iteration
@@ -123,7 +131,8 @@ def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] 
 
     Args:
         root: the folder given to --load.
-        fallback: whether an earlier one may be taken when the announced one is missing or damaged.
+        fallback: whether an earlier one may be taken when the announced one is missing or damaged, or the newest when
+            the announcement is damaged.
         notify: told when another one than the announced is taken.
 
     Returns:
@@ -138,21 +147,28 @@ def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] 
         if complete:
             notify(f"{root / LATEST_NAME} is missing: taking the newest complete checkpoint, {complete[-1].name}")
         return complete[-1] if complete else None
-    if not text.isdecimal():
+    if (iteration := _iteration(text)) is None:
         if (foreign := foreign_error(root)) is not None:
             raise foreign
         complete = list_checkpoints(root)
+        if fallback and complete and text != "release":  # Megatron's word for a checkpoint without an iteration
+            notify(
+                f"{root / LATEST_NAME} says {text[:40]!r}, which is no iteration: taking the newest complete "
+                f"checkpoint, {complete[-1].name}"
+            )
+            return complete[-1]
         raise CheckpointError(
             f"{LATEST_NAME} must hold the number of an iteration",
-            found=f"{root / LATEST_NAME} says {text!r}, and the folder holds {_names(complete)}",
-            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}"
+            found=f"{root / LATEST_NAME} says {text[:40]!r}, and the folder holds {_names(complete)}",
+            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}; "
+            "training takes the newest one under --fallback-on-corrupt"
             if complete
             else "Give --load the folder that a run was given with --save, or leave it out to start from fresh weights",
         )
-    wanted = locate(root, int(text))
+    wanted = locate(root, iteration)
     # The others are looked at only if they are needed: each has a manifest of megabytes and a file for every rank.
     if fallback and (problem := incompleteness(wanted)) is not None:
-        earlier = [entry for entry in list_checkpoints(root) if (iteration_of(entry) or 0) < int(text)]
+        earlier = [entry for entry in list_checkpoints(root) if (iteration_of(entry) or 0) < iteration]
         if earlier:
             notify(f"{problem}: taking {earlier[-1].name} instead of the announced {wanted.name}")
             return earlier[-1]

@@ -51,6 +51,7 @@ def _candidates(load: Path) -> Iterator[Path]:
     for name, form in ANNOUNCED.items():
         if (load / name).is_file():
             text = (load / name).read_text(encoding="utf-8", errors="replace").strip()
-            yield load / (form.format(text) if text.isdecimal() else text or ".")
+            if len(text) < 100 and "\x00" not in text:
+                yield load / (form.format(text) if text.isdecimal() else text or ".")
     for pattern in ("iter_*", "release", "global_step*", "checkpoint-*"):
         yield from sorted(path for path in load.glob(pattern) if path.is_dir())

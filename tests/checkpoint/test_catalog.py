@@ -10,6 +10,7 @@ import pytest
 from megatron_lite.checkpoint import catalog
 from megatron_lite.checkpoint.catalog import (
     announce,
+    announcement_problem,
     find_checkpoint,
     is_complete,
     list_checkpoints,
@@ -91,7 +92,26 @@ def test_an_announced_checkpoint_that_is_lost_is_an_error_unless_told_to_fall_ba
     assert "taking iter_0000010 instead of the announced iter_0000020" in told[0]
 
 
-@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 is not there"), ("release", "'release'"), ("", "''")])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\x00\x00\x00", b"\xff\xfe1\x000\x00", b"1x", b"9" * 5000, "\u0661\u0660".encode()]
+)
+def test_an_announcement_that_is_damaged_is_an_error_unless_told_to_fall_back(root, content):
+    (root / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="--fallback-on-corrupt"):
+        find_checkpoint(str(root))
+    assert unannounced(root) is None
+    assert "which is no iteration" in announcement_problem(root)
+    told = []
+    assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_12345678"
+    assert "which is no iteration: taking the newest complete checkpoint, iter_12345678" in told[0]
+
+
+def test_an_announcement_with_a_byte_order_mark_is_read(root):
+    (root / "latest_checkpointed_iteration.txt").write_bytes(b"\xef\xbb\xbf10\r\n")
+    assert find_checkpoint(str(root)).name == "iter_0000010"
+
+
+@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 is not there"), ("release", "'release'")])
 def test_an_announcement_that_leads_nowhere_is_an_error_not_a_fresh_start(root, text, says):
     (root / "latest_checkpointed_iteration.txt").write_text(text)
     for fallback in (False, True):
