@@ -149,7 +149,7 @@ class _Builder:
             opened = self.open(source.path)
             bounds = split_bounds(data.split, len(opened), data.index_order)
             parts.append(SourcePlan(source, opened, (bounds[number], bounds[number + 1])))
-        if all(low >= high for low, high in (part.bounds for part in parts)):
+        if all(part.bounds[0] >= part.bounds[1] for part in parts if part.source.weight != 0):
             if number:
                 LOG.warning("--split %s gives no documents to %s: there will be none", data.split, name)
             return []
@@ -169,12 +169,16 @@ class _Builder:
         return self.cover(plan, requests, blended=len(parts) > 1)
 
     def cover(self, plan: SetPlan, requests: Requests, *, blended: bool) -> SetPlan:
-        """Add the indices for the requests: of one file, of several by weight, or of each one epoch without weights."""
+        """Add the indices for the requests: of one file, of several by weight, or of each one epoch without weights.
+
+        A blend leaves out sources of weight 0, and those without documents in this set, whose share the others take.
+        """
         if not blended:
             return replace(plan, sources=(self.index(plan.sources[0], plan.name, requests),))
-        given = [part.source.weight for part in plan.sources]
+        parts = _with_documents(plan.sources, plan.name)
+        given = [part.source.weight for part in parts]
         if any(weight is None for weight in given):
-            sources = tuple(self.index(part, plan.name, None) for part in plan.sources)
+            sources = tuple(self.index(part, plan.name, None) for part in parts if part.source.weight != 0)
             sizes = [part.size for part in sources]
             if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
@@ -189,8 +193,10 @@ class _Builder:
         modern = self.config.data.index_order == "modern"
         shares, _ = blend_counts(weights, 1, modern=modern)
         counts = zip(*(blend_counts(weights, request, modern=modern)[1] for request in requests), strict=True)
-        sources = tuple(self.index(part, plan.name, asked) for part, asked in zip(plan.sources, counts, strict=True))
-        return replace(plan, sources=sources, shares=tuple(normalize(shares)))
+        asked = [(part, count) for part, count in zip(parts, counts, strict=True) if part.source.weight]
+        sources = tuple(self.index(part, plan.name, count) for part, count in asked)
+        # Normalized with the zeros in place: numpy sums eight or more numbers in an order that depends on their places.
+        return replace(plan, sources=sources, shares=tuple(share for share in normalize(shares) if share > 0))
 
     def index(self, part: SourcePlan, name: str, requests: Requests | None) -> SourcePlan:
         """Plan the indices of one source.
@@ -253,6 +259,20 @@ class _Builder:
             ) or cached_index(wanted, data, folder, SHORTEN[plan.split])
             datasets.append(GPTDataset(data, index, self.vocab_size))
         return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def _with_documents(parts: Sequence[SourcePlan], name: str) -> Sequence[SourcePlan]:
+    """The sources that have documents in a set, with a note on the others; all of them if none has."""
+    found = [part for part in parts if part.bounds[0] < part.bounds[1]]
+    for part in parts if found else ():
+        if part not in found and part.source.weight != 0:
+            LOG.warning(
+                "%s has no documents for %s (%d sequences in all): left out, the other sources take over its share",
+                part.data.prefix,
+                name,
+                len(part.data),
+            )
+    return found or parts
 
 
 def cache_folder(data: DataConfig) -> Path | None:

@@ -124,13 +124,41 @@ def test_groups_take_ranges_and_keep_their_names(tmp_path):
     assert sets.test == {}
 
 
-def test_a_source_without_documents_in_a_blend_is_refused(tmp_path):
-    sources = (
-        DataSource(path=write(tmp_path / "a"), weight=1.0),
-        DataSource(path=write(tmp_path / "b", documents=2), weight=1.0),
-    )
-    with pytest.raises(DataError, match="valid takes sequences"):
-        build_datasets(config(DataConfig(sources=sources)))
+@pytest.mark.parametrize("order", ["legacy", "modern"])
+def test_a_source_without_documents_for_a_split_is_left_out_of_it(tmp_path, caplog, order):
+    paths = [write(tmp_path / "a"), write(tmp_path / "b", documents=2), write(tmp_path / "c", seed=1)]
+    sources = tuple(DataSource(path=path, weight=weight) for path, weight in zip(paths, (1.0, 2.0, 3.0), strict=True))
+    sets = build_datasets(config(DataConfig(sources=sources, index_order=order)))
+    assert sets.train.sources == ("a", "b", "c")
+    assert sets.valid["valid"].sources == ("a", "c")
+    assert sum(sets.valid["valid"].source(sample) for sample in range(24)) == 18, "weights 1 and 3 of 4"
+    assert f"{paths[1]} has no documents for valid (2 sequences in all): left out" in caplog.text
+    assert "for train" not in caplog.text
+
+
+def test_a_set_for_which_no_source_has_documents(tmp_path, caplog):
+    empty, full = write(tmp_path / "a", documents=2), write(tmp_path / "b")
+    sources = (DataSource(path=empty, weight=1.0), DataSource(path=full, weight=0.0))
+    sets = build_datasets(config(DataConfig(sources=sources)))
+    assert sets.train.sources == ("a",)
+    assert (sets.valid, sets.test) == ({}, {})
+    assert "gives no documents to valid" in caplog.text
+    late = DataGroup(name="late", sources=(DataSource(path=empty, weight=1.0, start=0.9, end=1.0),) * 2)
+    with pytest.raises(DataError, match="late takes sequences 2 to 2"):
+        build_datasets(config(DataConfig(sources=sources, valid_groups=(late,))))
+
+
+@pytest.mark.parametrize("order", ["legacy", "modern"])
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0, 1.0), (0.3, 0.0, 0.1, 0.7, 0.2, 0.9, 0.0, 0.4, 1.1, 0.6)])
+def test_a_source_of_weight_zero_is_left_out(tmp_path, order, weights):
+    """Also where Megatron's rule would take it, whose error of 0 is the largest once the others are served."""
+    paths = [write(tmp_path / f"s{number}", seed=number) for number in range(len(weights))]
+    given = [DataSource(path=path, weight=weight) for path, weight in zip(paths, weights, strict=True)]
+    train = build_datasets(config(DataConfig(sources=tuple(given), index_order=order))).train
+    kept = [source for source in given if source.weight]
+    alone = build_datasets(config(DataConfig(sources=tuple(kept), index_order=order))).train
+    assert train.sources == alone.sources
+    assert [train.spans(sample) for sample in range(100)] == [alone.spans(sample) for sample in range(100)]
 
 
 @pytest.mark.parametrize("first", [200, 99])
