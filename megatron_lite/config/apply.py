@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.given import Given
 from megatron_lite.config.help import metavar, plain_type
-from megatron_lite.config.values import FALSE_WORDS, read_as, read_bool, write_value
+from megatron_lite.config.values import FALSE_WORDS, number_text, read_as, read_bool, shortened, write_value
 from megatron_lite.config.words import Occurrence, refusal
 from megatron_lite.errors import ConfigError
 
@@ -85,12 +85,23 @@ def _assignments(flag: Flag, words: tuple[str, ...]) -> list[tuple[str, Any]]:
     if len(words) < fewest or (most is not None and len(words) > most):
         raise ValueError({"one": "one value", "three": "three values"}.get(flag.words, "at least one value"))
     value = flag.read(words) if flag.read else read_as(flag.type, words[0], flag.spellings)
+    if (flag.least is not None and value < flag.least) or (flag.most is not None and value > flag.most):
+        raise ValueError(_bounds(flag))
     return [(flag.field, value), *flag.also]
+
+
+def _bounds(flag: Flag) -> str:
+    """What numbers a flag takes, for a message."""
+    least, most = (None if bound is None else number_text(bound) for bound in (flag.least, flag.most))
+    if least is None:
+        return f"a number of at most {most}"
+    return f"a number of at least {least}" if most is None else f"a number from {least} to {most}"
 
 
 def _unreadable(occurrence: Occurrence, expected: str) -> ConfigError:
     name = occurrence.flag.name
-    found = occurrence.text if occurrence.words else f"{occurrence.spelled} with nothing after it"
+    words = [shortened(word) for word in occurrence.words]
+    found = " ".join([occurrence.spelled, *words]) if words else f"{occurrence.spelled} with nothing after it"
     if expected == "no value":
         return ConfigError(f"{name} takes no value", found=found, fix="Leave the value out")
     return ConfigError(f"{name} takes {expected}", found=found, fix=_form(occurrence.flag, occurrence.words))

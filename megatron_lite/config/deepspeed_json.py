@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.batch import SequenceRamp
@@ -17,8 +16,10 @@ from megatron_lite.config.deepspeed_keys import (
     WITHOUT_EFFECT,
 )
 from megatron_lite.config.given import Given
-from megatron_lite.config.paths import suggest_path
-from megatron_lite.errors import ConfigError
+from megatron_lite.config.values import MAX_NUMBER, number_text, shortened
+
+MAX_SCALE_POWER = 126
+"""Largest exponent of two that is a loss scale in fp32."""
 
 
 def merge_deepspeed(given: Given) -> None:
@@ -46,20 +47,12 @@ def _read(given: Given) -> dict[str, Any]:
     path = given.value("command.deepspeed_config")
     if not path:
         return {}
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        given.missing.append(
-            ConfigError(
-                "--deepspeed_config must name a readable file",
-                found=f"{path}: {error.strerror}",
-                fix=suggest_path("--deepspeed_config", path) if not Path(path).exists() else "Give a readable file",
-            )
-        )
+    text = given.read_file(path, "--deepspeed_config")
+    if text is None:
         return {}
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         given.refuse(
             "--deepspeed_config must name a JSON file",
             found=f"{path}: {error}",
@@ -105,15 +98,28 @@ def _section(entries: dict[str, Any], key: str, given: Given) -> dict[str, Any]:
     return {}
 
 
-def _number(value: Any, key: str, given: Given, default: float = 0) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def _number(value: Any, key: str, given: Given) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
-    given.refuse(f"{key} in the DeepSpeed JSON is a number", found=repr(value), fix=_number_fix(key, value))
-    return default
+    given.refuse(
+        f"{key} in the DeepSpeed JSON is a number of at most {number_text(MAX_NUMBER)}",
+        found=shortened(repr(value)),
+        fix=_number_fix(key, value),
+    )
+    return 0
+
+
+def _whole(value: Any, key: str, given: Given) -> int:
+    number = _number(value, key, given)
+    if number != int(number):
+        given.refuse(
+            f"{key} in the DeepSpeed JSON is a whole number", found=repr(value), fix=_number_fix(key, round(number))
+        )
+    return int(number)
 
 
 def _number_fix(key: str, value: Any) -> str:
-    plain = str(value).replace("_", "")
+    plain = shortened(str(value).replace("_", ""))
     entry = key.rpartition(".")[2]
     shown = plain if plain.replace(".", "", 1).isdigit() else "1"
     return f'Write it without quotes, as "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
@@ -153,10 +159,18 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
     if not fp16:
         return
     power = _number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power", given)
+    if abs(power) > MAX_SCALE_POWER:
+        given.refuse(
+            f"fp16.initial_scale_power in the DeepSpeed JSON is at most {MAX_SCALE_POWER}",
+            found=f"{power:g}",
+            fix="Correct the JSON",
+        )
+        return
     _take(given, "precision.initial_loss_scale", 2.0**power, f"fp16.initial_scale_power {power}")
     for name, (field, default) in FP16_FIELDS.items():
-        value = _number(fp16.get(name, default), f"fp16.{name}", given, default)
         kind = type(given.value(field))
+        read = _whole if kind is int else _number
+        value = read(fp16.get(name, default), f"fp16.{name}", given)
         _take(given, field, kind(value), f"fp16.{name} {value}")
     _check_names("fp16", {name: value for name, value in fp16.items() if value is not False}, FP16_KEYS, given)
 
@@ -203,13 +217,13 @@ def _zero(entries: dict[str, Any], given: Given) -> None:
             "--bucket-megabytes and always overlap"
         )
     if "stage" in zero:
-        stage = int(_number(zero["stage"], "zero_optimization.stage", given))
+        stage = _whole(zero["stage"], "zero_optimization.stage", given)
         _take(given, "command.zero_stage", stage, f"zero_optimization.stage {stage}")
 
 
 def _micro_batch(entries: dict[str, Any], given: Given) -> None:
     if "train_micro_batch_size_per_gpu" in entries:
-        size = int(_number(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu", given))
+        size = _whole(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu", given)
         _take(given, "batch.micro_batch_size", size, f"train_micro_batch_size_per_gpu {size}")
 
 
@@ -225,7 +239,7 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
             fix="Use curriculum_type seqlen with schedule_type fixed_linear or fixed_discrete",
         )
         return
-    longest = int(_number(curriculum.get("max_difficulty", given.value("batch.seq_length")), "max_difficulty", given))
+    longest = _whole(curriculum.get("max_difficulty", given.value("batch.seq_length")), "max_difficulty", given)
     if given.has("batch.seq_length") and longest != given.values["batch.seq_length"]:
         _contradiction(given, "batch.seq_length", "--seq-length", f"curriculum_learning.max_difficulty {longest}")
     ramp = _linear(curriculum, schedule, given) if kind == "fixed_linear" else _staged(schedule, given)
@@ -236,9 +250,9 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
 def _linear(curriculum: dict[str, Any], schedule: dict[str, Any], given: Given) -> SequenceRamp:
     step = schedule.get("difficulty_step", SequenceRamp().step)
     return SequenceRamp(
-        start=int(_number(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty", given)),
-        iterations=int(_number(schedule.get("total_curriculum_step"), "total_curriculum_step", given)),
-        step=int(_number(step, "difficulty_step", given)),
+        start=_whole(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty", given),
+        iterations=_whole(schedule.get("total_curriculum_step"), "total_curriculum_step", given),
+        step=_whole(step, "difficulty_step", given),
     )
 
 
@@ -252,5 +266,6 @@ def _staged(schedule: dict[str, Any], given: Given) -> SequenceRamp | None:
             fix='Write schedule_config as {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
         return None
-    firsts = [0, *(int(end) + 1 for end in ends)]
-    return SequenceRamp(stages=tuple(zip(firsts, map(int, lengths), strict=True)))
+    firsts = [0, *(_whole(end, "max_step", given) + 1 for end in ends)]
+    sizes = [_whole(length, "difficulty", given) for length in lengths]
+    return SequenceRamp(stages=tuple(zip(firsts, sizes, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from megatron_lite.config.batch import BatchConfig
@@ -14,7 +15,9 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.text_file import TextFileError, read_failure, read_text
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
 
@@ -94,6 +97,19 @@ class Given:
     def has(self, field: str) -> bool:
         """Whether the command line or a file named this field."""
         return field in self.values
+
+    def read_file(self, path: str, flag: str) -> str | None:
+        """Return the content of the text file that a flag names; None, with an error noted, if it cannot be read."""
+        try:
+            return read_text(path)
+        except OSError as error:
+            fix = f"Give {flag} a readable file" if Path(path).exists() else suggest_path(flag, path)
+            self.missing.append(
+                ConfigError(f"{flag} must name a readable file", found=read_failure(path, error), fix=fix)
+            )
+        except TextFileError as error:
+            self.refuse(f"{flag} must name a UTF-8 text file", found=read_failure(path, error), fix="Convert the file")
+        return None
 
     def refuse(self, rule: str, *, found: str, fix: str) -> None:
         """Note an error and go on."""

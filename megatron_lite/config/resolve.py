@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from math import frexp
-from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.checks.bounds import nearest_multiples
 from megatron_lite.config.deepspeed_json import merge_deepspeed
 from megatron_lite.config.flags.table import flags_by_field
 from megatron_lite.config.given import SECTIONS, Given
-from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.structured import read_groups_file, read_save_schedule, read_sources, read_step_schedule
-from megatron_lite.errors import ConfigError
 
 
 def resolve(given: Given, world_size: int | None) -> RunConfig | None:
@@ -247,16 +244,11 @@ def _files(given: Given) -> None:
             continue
         origin = given.origins[option]
         flag = flags_by_field()[option][0].name
+        text = given.read_file(path, flag)
+        if text is None:
+            continue
         try:
-            given.give(field, read(Path(path).read_text(encoding="utf-8")), origin)
-        except OSError as error:
-            given.missing.append(
-                ConfigError(
-                    f"{flag} must name a readable file",
-                    found=f"{path}: {error.strerror}",
-                    fix=suggest_path(flag, path) if not Path(path).exists() else f"Give {flag} a readable file",
-                )
-            )
+            given.give(field, read(text), origin)
         except ValueError as error:
             given.refuse(f"{flag} names {error}", found=path, fix=f"Write {path} in that form")
 

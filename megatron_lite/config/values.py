@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -9,39 +10,62 @@ from typing import Any, Literal, Union, get_args, get_origin
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 
+MAX_NUMBER = 10**15
+"""Largest count that any flag takes: products of two still have a meaning, and no run comes near."""
+
+MAX_REAL = 1e38
+"""Largest real number that any flag takes: fp32 holds it."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed: numpy's RandomState, whose numbers Megatron's sample order consists of, takes 32 bits."""
+
 
 def read_int(word: str) -> int:
-    """Whole numbers as 1000, 5_000_000, 1e4 or 10e6.
+    """Whole numbers as 1000, 5_000_000, 1e4 or 10e6, between -MAX_NUMBER and MAX_NUMBER.
 
     Raises:
-        ValueError: not a whole number.
+        ValueError: not a whole number, or one beyond these bounds.
     """
     try:
-        return int(word)
+        number = int(word)
     except ValueError:
-        pass
-    try:
-        number = float(word)
-    except ValueError:
-        raise ValueError("a whole number (1000, 5_000_000, 10e6)") from None
-    if number != number or number in (float("inf"), float("-inf")) or number != int(number):
-        raise ValueError("a whole number (1000, 5_000_000, 10e6)")
-    return int(number)
+        try:
+            exact = float(word)
+        except ValueError:
+            exact = math.nan
+        if math.isnan(exact) or (math.isfinite(exact) and exact != int(exact)):
+            raise ValueError("a whole number (1000, 5_000_000, 10e6)") from None
+        number = int(max(-2.0 * MAX_NUMBER, min(exact, 2.0 * MAX_NUMBER)))
+    if abs(number) > MAX_NUMBER:
+        raise ValueError(f"a whole number of at most {number_text(MAX_NUMBER)}")
+    return number
 
 
 def read_float(word: str) -> float:
-    """Decimal numbers in Python's spellings; not-a-number and infinities are refused.
+    """Decimal numbers in Python's spellings, between -MAX_REAL and MAX_REAL.
 
     Raises:
-        ValueError: not a finite number.
+        ValueError: not a number, not a finite one, or one beyond these bounds.
     """
     try:
         number = float(word)
     except ValueError:
         raise ValueError("a number (0.1, 6.0e-5, .01)") from None
-    if number != number or number in (float("inf"), float("-inf")):
+    if not math.isfinite(number):
         raise ValueError("a finite number")
+    if abs(number) > MAX_REAL:
+        raise ValueError(f"a number of at most {number_text(MAX_REAL)}")
     return number
+
+
+def number_text(number: float) -> str:
+    """A bound as messages show it: 65,535 or 1e+15."""
+    return f"{number:,}" if isinstance(number, int) and abs(number) < 10**10 else f"{number:g}"
+
+
+def shortened(word: str) -> str:
+    """A word as messages show it: a number of thousands of digits must not fill the screen."""
+    return word if len(word) <= 40 else f"{word[:37]}..."
 
 
 def read_bool(word: str) -> bool:
@@ -88,3 +112,12 @@ def write_value(value: Any) -> str:
     if isinstance(value, float):
         return str(int(value)) if value == int(value) and abs(value) < 1e16 else repr(value)
     return str(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a string of the operating system (an argument, a file's name) was valid UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.flags.refused import FAMILIES
 from megatron_lite.config.flags.table import flags_by_spelling, spelling
 from megatron_lite.config.given import Given
 from megatron_lite.config.paths import suggest_path
+from megatron_lite.config.text_file import TextFileError, read_failure, read_text
+from megatron_lite.config.values import is_utf8
 from megatron_lite.errors import ConfigError
 
 MAX_NESTING = 10
@@ -43,7 +45,15 @@ def read_words(argv: Sequence[str], given: Given) -> list[Occurrence]:
     """Split a command line into flags, in order.
 
     Unknown and ambiguous flags are noted as errors in `given`, expanded prefixes as notes.
+
+    Raises:
+        ConfigError: a word is not UTF-8.
     """
+    for word in argv:
+        if not is_utf8(word):
+            raise ConfigError(
+                "Arguments are UTF-8 text", found=repr(os.fsencode(word)), fix="Convert it, or rename the file"
+            )
     occurrences = []
     for spelled, words in _group(_expand(argv, given), given):
         flag = _find(spelled, words, given)
@@ -58,15 +68,19 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
         if not word.startswith("@") or len(word) == 1:
             yield word
             continue
+        failure, path = "", word[1:]
         try:
-            text = Path(word[1:]).read_text(encoding="utf-8")
-            words = shlex.split(text, comments=True)
-        except (OSError, ValueError) as error:
-            given.refuse(
-                "An argument file must be readable",
-                found=f"{word}: {getattr(error, 'strerror', None) or error}",
-                fix=_argument_file_fix(word[1:], error),
-            )
+            words = shlex.split(read_text(path), comments=True)
+        except (OSError, TextFileError) as error:
+            failure = read_failure(word, error)
+            fix = f"Make {path} readable text, or write the flags on the command line"
+            if isinstance(error, FileNotFoundError):
+                fix = suggest_path("@", path).replace("@ ", "@")
+        except ValueError as error:  # of shlex
+            failure = f"{word}: {error}"
+            fix = f"Close the quotes in {path}: it is split into words as a shell does"
+        if failure:
+            given.refuse("An argument file must be readable", found=failure, fix=fix)
             continue
         if nesting == MAX_NESTING:
             given.refuse(
@@ -76,14 +90,6 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
             )
             return
         yield from _expand(words, given, nesting + 1)
-
-
-def _argument_file_fix(path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return suggest_path("@", path).replace("@ ", "@")
-    if isinstance(error, OSError):
-        return f"Make {path} readable, or write the flags on the command line"
-    return f"Close the quotes in {path}: it is split into words as a shell does"
 
 
 def _group(words: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.schedules.simulate import Span, Timeline
 
+MAX_COLUMNS = 2000
 _COLOURS = {"F": "#5b8ff9", "B": "#f6bd16", "W": "#61c8a6"}
 _NAMES = {"F": "forward", "B": "backward", "W": "weight gradient"}
 
@@ -14,11 +15,13 @@ _NAMES = {"F": "forward", "B": "backward", "W": "weight gradient"}
 def text_grid(timeline: Timeline) -> str:
     """One row a rank, one column for each shortest action's time; dots are idle and `=` carries on the action before.
 
-    An action's stage is named only where ranks hold more than one.
+    There are at most MAX_COLUMNS columns, and one more for each action that is shorter. An action's stage is named only
+    where ranks hold more than one.
     """
     labels = [[_label(span, timeline) for span in spans] for spans in timeline.ranks]
     width = max((len(label) for row in labels for label in row), default=1)
     unit = min((span.end - span.start for spans in timeline.ranks for span in spans), default=1.0)
+    unit = max(unit, timeline.makespan / MAX_COLUMNS)
     rows: list[list[str]] = []
     for spans, row in zip(timeline.ranks, labels, strict=True):
         cells: list[str] = []

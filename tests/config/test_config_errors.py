@@ -23,6 +23,16 @@ FROM_FLAGS = {
     "--train-itres 5": "Every flag must be known: --train-itres. Did you mean --train-iters?",
     "--no-save": "A shortened flag must have one meaning",
     "@nowhere.txt": "An argument file must be readable",
+    "@latin.txt": "An argument file must be readable: @latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the line",
+    "--data-args-path latin.txt": "--data-args-path must name a UTF-8 text file: latin.txt is not UTF-8",
+    "--save x\udce9": r"Arguments are UTF-8 text: b'x\xe9'",
+    "--seed 4294967296": "--seed takes a number from 0 to 4,294,967,295: --seed 4294967296",
+    "--seed -1": "--seed takes a number from 0 to 4,294,967,295",
+    "--num-layers 1000000000": "--num-layers takes a number of at most 100,000",
+    "--train-samples 1e16": "--train-samples takes a whole number of at most 1e+15",
+    "--lr 1e39": "--lr takes a number of at most 1e+38",
+    "--tensorboard-queue-size 0": "--tensorboard-queue-size takes a number from 1 to",
+    "--ddp-bucket-size 0": "--ddp-bucket-size takes a number of elements, 1 or more",
     "@circle.txt": "Argument files must not name each other in a circle",
     "--moe-brand-new 3": "Mixture of experts is not built here",
     "--num-experts 8": "Mixture of experts is not built here",
@@ -167,7 +177,12 @@ FROM_JSON = {
     '{"gradient_cliping": 1.0}': "must be known: gradient_cliping. Did you mean gradient_clipping?",
     '{"fp16": {"enabled": true, "hystereses": 2}}': "must be known: fp16.hystereses. Did you mean fp16.hysteresis?",
     '{"fp16": true}': "fp16 in the DeepSpeed JSON is an object",
-    '{"gradient_clipping": "1"}': "gradient_clipping in the DeepSpeed JSON is a number",
+    '{"gradient_clipping": "1"}': "gradient_clipping in the DeepSpeed JSON is a number of at most 1e+15",
+    '{"gradient_clipping": NaN}': "gradient_clipping in the DeepSpeed JSON is a number",
+    '{"gradient_clipping": 1e999}': "gradient_clipping in the DeepSpeed JSON is a number",
+    '{"fp16": {"enabled": true, "hysteresis": 1.5}}': "fp16.hysteresis in the DeepSpeed JSON is a whole number",
+    '{"fp16": {"enabled": true, "initial_scale_power": 999}}': "initial_scale_power in the DeepSpeed JSON is at most",
+    "[" * 5000: "--deepspeed_config must name a JSON file",
     '{"fp16": {"enabled": true}, "bf16": {"enabled": true}}': "A run has one precision",
     '{"bf16": {"enabled": true}}': "must not contradict each other: --fp16 and bf16.enabled true",
     '{"fp16": {"enabled": false}}': "must not contradict each other: --fp16 and fp16.enabled false",
@@ -187,6 +202,7 @@ FROM_JSON = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("circle.txt").write_text("@circle.txt")
+    Path("latin.txt").write_bytes("--save\ncafé".encode("latin-1"))
     Path("paths.txt").write_text("a b\nc d\n")
     Path("ds.json").write_text("{}")
 

@@ -107,5 +107,5 @@ def test_files_that_hold_flags_and_jsons():
     with pytest.raises(Exception, match="Close the quotes in flags"):
         Path("flags.txt").write_text("--save 'x")
         parse_run([*SMALL, "@flags.txt"])
-    with pytest.raises(Exception, match="Make empty readable"):
+    with pytest.raises(Exception, match="Make empty readable text"):
         parse_run([*SMALL, "@empty"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.config.values import read_as, read_bool, read_float, read_int, write_value
+from megatron_lite.config.values import MAX_NUMBER, MAX_REAL, read_as, read_bool, read_float, read_int, write_value
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_choices_and_spellings():
 
 
 @settings(max_examples=200)
-@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False)))
+@given(st.one_of(st.integers(-MAX_NUMBER, MAX_NUMBER), st.floats(-MAX_REAL, MAX_REAL, allow_nan=False)))
 def test_numbers_are_written_as_they_are_read(number):
     word = write_value(number)
     if isinstance(number, int):

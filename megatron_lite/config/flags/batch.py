@@ -14,12 +14,13 @@ from megatron_lite.config.structured import (
 )
 
 BATCH = (
-    Flag("--seq-length", "batch.seq_length", "Tokens of a sample.", aliases=("--encoder-seq-length",)),
+    Flag("--seq-length", "batch.seq_length", "Tokens of a sample.", aliases=("--encoder-seq-length",), most=10**9),
     Flag(
         "--micro-batch-size",
         "batch.micro_batch_size",
         "Samples that a replica computes at once.",
         aliases=("--batch-size",),
+        most=10**6,
     ),
     Flag(
         "--global-batch-size",

@@ -129,8 +129,15 @@ TOKENIZER = (
     Flag(
         "--merge-file", "tokenizer.merge_file", "merges.txt of a GPT-2 BPE.", aliases=("--merges-file",), metavar="FILE"
     ),
-    Flag("--vocab-size", "tokenizer.vocab_size", "Entries of a NullTokenizer before its end-of-document token."),
-    Flag("--vocab-extra-ids", "tokenizer.vocab_extra_ids", "Additional entries at the end of the vocabulary."),
+    Flag(
+        "--vocab-size",
+        "tokenizer.vocab_size",
+        "Entries of a NullTokenizer before its end-of-document token.",
+        most=2**31 - 2,
+    ),
+    Flag(
+        "--vocab-extra-ids", "tokenizer.vocab_extra_ids", "Additional entries at the end of the vocabulary.", most=10**6
+    ),
     Flag("--eod-token", "tokenizer.eod_token", "Name of the token that ends a document, where its files do not say."),
     Flag("--no-fast-tokenizer", "tokenizer.fast", "Encode with the tokenizer's own library only.", sets=False),
 )

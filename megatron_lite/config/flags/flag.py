@@ -46,6 +46,10 @@ class Flag:
     metavar: str = ""
     example: str = ""
     """A value that can be read, for messages; empty: the default, or the first of the choices."""
+    least: float | None = None
+    most: float | None = None
+    """Bounds of a number, checked when it is read; None: those of every number (values.MAX_NUMBER, MAX_REAL). What a
+    run needs beyond that, and how values must fit each other, is a rule in config/checks/."""
     harmless: tuple[str, ...] = ()
     """Values of a refused flag that ask for nothing, as 1 for --context-parallel-size."""
 

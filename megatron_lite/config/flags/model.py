@@ -16,13 +16,14 @@ def _read_gated(words: Sequence[str]) -> str:
 
 
 MODEL = (
-    Flag("--num-layers", "model.num_layers", "Transformer layers.", aliases=("--encoder-num-layers",)),
-    Flag("--hidden-size", "model.hidden_size", "Channels of a token between layers."),
-    Flag("--num-attention-heads", "model.num_attention_heads", "Attention heads of a layer."),
+    Flag("--num-layers", "model.num_layers", "Transformer layers.", aliases=("--encoder-num-layers",), most=100_000),
+    Flag("--hidden-size", "model.hidden_size", "Channels of a token between layers.", most=10**7),
+    Flag("--num-attention-heads", "model.num_attention_heads", "Attention heads of a layer.", most=10**6),
     Flag(
         "--num-query-groups",
         "model.num_query_groups",
         "Key/value heads of grouped-query attention; they are shared by equally many query heads.",
+        most=10**6,
     ),
     Flag(
         "--group-query-attention",
@@ -36,13 +37,25 @@ MODEL = (
         "The same with --group-query-attention, as Megatron-DeepSpeed spells it.",
         also=(("command.group_query_attention", True),),
         means="--group-query-attention --num-query-groups",
+        most=10**6,
     ),
-    Flag("--kv-channels", "model.head_dim", "Channels of one attention head (hidden size / heads if not given)."),
-    Flag("--ffn-hidden-size", "model.ffn_hidden_size", "Width of the MLP (4 x hidden size; 8/3 if it is gated)."),
+    Flag(
+        "--kv-channels",
+        "model.head_dim",
+        "Channels of one attention head (hidden size / heads if not given).",
+        most=10**6,
+    ),
+    Flag(
+        "--ffn-hidden-size",
+        "model.ffn_hidden_size",
+        "Width of the MLP (4 x hidden size; 8/3 if it is gated).",
+        most=10**8,
+    ),
     Flag(
         "--max-position-embeddings",
         "model.max_position_embeddings",
         "Rows of the learned position table (the sequence length if not given).",
+        most=10**9,
     ),
     Flag(
         "--position-embedding-type",
@@ -161,16 +174,19 @@ VOCABULARY = (
         "--make-vocab-size-divisible-by",
         "model.make_vocab_size_divisible_by",
         "Round the vocabulary up to a multiple of this x tensor-parallel size.",
+        most=10**6,
     ),
     Flag(
         "--pad-vocab-size-to",
         "model.padded_vocab_size",
         "Rows of the embedding, instead of that rounding (0: round).",
         aliases=("--padded-vocab-size",),
+        most=2**31 - 1,
     ),
     Flag(
         "--tokenizer-vocab-size",
         "model.vocab_size",
         "Entries of the tokenizer, where they must be known before it is read (0: read it).",
+        most=2**31 - 1,
     ),
 )

@@ -14,7 +14,7 @@ OPTIMIZER = (
     Flag("--adam-beta1", "optimizer.adam_beta1", "Decay of the first moment."),
     Flag("--adam-beta2", "optimizer.adam_beta2", "Decay of the second moment."),
     Flag("--adam-eps", "optimizer.adam_eps", "Added to the denominator."),
-    Flag("--sgd-momentum", "optimizer.sgd_momentum", "Momentum of SGD."),
+    Flag("--sgd-momentum", "optimizer.sgd_momentum", "Momentum of SGD.", most=1),
     Flag("--clip-grad", "optimizer.clip_grad", "Largest global gradient norm (0: no clipping)."),
     Flag("--weight-decay", "optimizer.weight_decay", "Decay of the weights that are matrices."),
     Flag("--start-weight-decay", "optimizer.start_weight_decay", "Weight decay at the start of the run."),

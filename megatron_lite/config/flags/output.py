@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.structured import read_save_schedule, write_save_schedule
+from megatron_lite.config.values import MAX_SEED
 
 CHANGEABLE = ("tokenizer", "data", "code")
 
@@ -133,7 +134,13 @@ METRICS = (
     Flag("--log-interval", "metrics.log_interval", "Iterations between log lines."),
     Flag("--tensorboard-dir", "metrics.tensorboard_dir", "Folder of the TensorBoard files.", metavar="FOLDER"),
     Flag("--tensorboard-log-interval", "metrics.tensorboard_log_interval", "Iterations between TensorBoard points."),
-    Flag("--tensorboard-queue-size", "metrics.tensorboard_queue_size", "Points held before they are written."),
+    Flag(
+        "--tensorboard-queue-size",
+        "metrics.tensorboard_queue_size",
+        "Points held before they are written.",
+        least=1,
+        most=10**9,
+    ),
     Flag("--log-timers-to-tensorboard", "metrics.log_timers", "Timers in TensorBoard.", sets=True),
     Flag(
         "--log-validation-ppl-to-tensorboard",
@@ -153,20 +160,21 @@ METRICS = (
     Flag("--no-log-loss-scale-to-tensorboard", "metrics.log_loss_scale", "No loss scale in TensorBoard.", sets=False),
     Flag("--log-params-norm", "metrics.log_params_norm", "Norm of the parameters in the log.", sets=True),
     Flag("--log-num-zeros-in-grad", "metrics.log_num_zeros", "Zeros of the gradient in the log.", sets=True),
-    Flag("--timing-log-level", "metrics.timing_log_level", "How finely time is measured: 0, 1 or 2."),
+    Flag("--timing-log-level", "metrics.timing_log_level", "How finely time is measured: 0, 1 or 2.", least=0),
     Flag("--metrics-file", "metrics.metrics_file", "Path of metrics.jsonl (in --save if not given).", metavar="FILE"),
     Flag("--no-progress-bar", "metrics.progress_bar", "Plain lines on a terminal, too.", sets=False),
 )
 
 RUNTIME = (
     Flag("--device", "runtime.device", "Which kind of device; auto takes a GPU if there is one."),
-    Flag("--seed", "runtime.seed", "Seed of weights, dropout and the order of the data."),
+    Flag("--seed", "runtime.seed", "Seed of weights, dropout and the order of the data.", least=0, most=MAX_SEED),
     Flag("--compile", "runtime.compile", "torch.compile each stage; dropout cuts its graph.", sets=True),
     Flag("--deterministic-mode", "runtime.deterministic", "Only kernels that give the same bits twice.", sets=True),
     Flag(
         "--num-threads",
         "runtime.num_threads",
         "Threads of a rank on a CPU (0: its share of the cores); on a GPU PyTorch's own number.",
+        most=4096,
     ),
     Flag("--dry-run", "runtime.dry_run", "Check and explain the command, then exit.", sets=True),
 )

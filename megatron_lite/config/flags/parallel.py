@@ -10,11 +10,19 @@ from megatron_lite.config.values import read_int
 
 def _bucket_megabytes(words: Sequence[str]) -> int:
     """--ddp-bucket-size counts fp32 elements."""
-    return max(1, -(-4 * read_int(words[0]) // 2**20))
+    elements = read_int(words[0])
+    if elements < 1:
+        raise ValueError("a number of elements, 1 or more")
+    return -(-4 * elements // 2**20)
 
 
 PARALLEL = (
-    Flag("--world-size", "parallel.world_size", "Ranks of the job, where no launcher says it (explain, --dry-run)."),
+    Flag(
+        "--world-size",
+        "parallel.world_size",
+        "Ranks of the job, where no launcher says it (explain, --dry-run).",
+        most=10**7,
+    ),
     Flag(
         "--tensor-model-parallel-size",
         "parallel.tp",
@@ -72,11 +80,13 @@ PARALLEL = (
         "--distributed-timeout-minutes",
         "parallel.distributed_timeout_minutes",
         "Longest wait of a collective.",
+        most=10**7,
     ),
     Flag(
         "--rendezvous-timeout-minutes",
         "parallel.rendezvous_timeout_minutes",
         "Longest wait for all ranks at the start.",
+        most=10**7,
     ),
 )
 
@@ -91,6 +101,8 @@ PIPELINE = (
         "--num-virtual-stages-per-pipeline-rank",
         "command.virtual_stages",
         "The same as a number of chunks a rank.",
+        least=1,
+        most=10_000,
     ),
     Flag(
         "--pp-partition-method",

@@ -1,0 +1,119 @@
+"""Reader of small text files that users name: UTF-8, with or without a byte order mark, plain or compressed.
+
+Prompts, texts to evaluate, argument files, blends, JSON configs and tokenizer files are read here. Preprocessing
+streams its inputs (data/preprocess/lines.py) with the same recognition of formats.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+from pathlib import Path
+from typing import IO
+
+from megatron_lite.config.text_format import (
+    BOM,
+    HEAD,
+    Packing,
+    damage_errors,
+    foreign_format,
+    missing_library,
+    packing_of,
+    unpacked,
+)
+from megatron_lite.errors import DataError
+
+
+class TextFileError(ValueError):
+    """A file is there but is not readable text. The message continues a sentence that begins with its name."""
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file. Line ends stay as they are; a byte order mark is dropped.
+
+    Raises:
+        OSError: the file is missing or cannot be opened, or is a directory.
+        TextFileError: it is a pipe (other than the shell's <(command)) or a device, not UTF-8, holds NUL bytes, or is
+            compressed and damaged.
+    """
+    with _open(path) as file:
+        content = file.read()
+    packing = packing_of(content)
+    if packing is not None:
+        content = _unpack(content, packing)
+    return decode_text(content)
+
+
+def decode_text(content: bytes) -> str:
+    """Return UTF-8 text from a file's or a pipe's content, as `read_text`.
+
+    Raises:
+        TextFileError: as `read_text`.
+    """
+    if foreign := foreign_format(content[:HEAD]):
+        raise TextFileError(f"is {foreign}, not plain UTF-8 text")
+    content = content.removeprefix(BOM)
+    place = content.find(b"\x00")
+    if place >= 0:
+        raise TextFileError(f"is not text: NUL byte in {_place(content, place)}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte, where = content[error.start], _place(content, error.start)
+        raise TextFileError(f"is not UTF-8: byte 0x{byte:02x} in {where}") from None
+
+
+def require_text(path: str | Path, flag: str) -> str:
+    """Return the content of the text file that a flag names, as `read_text`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return read_text(path)
+    except (OSError, TextFileError) as error:
+        raise DataError(
+            f"{flag} must name a readable UTF-8 text file",
+            found=read_failure(path, error),
+            fix=f"Correct {flag}, or convert the file",
+        ) from error
+
+
+def read_failure(path: str | Path, error: OSError | TextFileError) -> str:
+    """Return why `read_text` failed, beginning with the file's name."""
+    return f"{path} {error}" if isinstance(error, TextFileError) else f"{path}: {error.strerror or error}"
+
+
+def text_lines(text: str) -> list[str]:
+    r"""Split at \n and \r\n only (str.splitlines also splits at form feeds, U+2028 and others)."""
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _open(path: str | Path) -> IO[bytes]:
+    """Open a file; refuse what would block (a pipe without a writer) or never end (a device)."""
+    shell = str(path).startswith(("/dev/fd/", "/proc/self/fd/")) or str(path) == "/dev/stdin"
+    try:
+        mode = Path(path).stat().st_mode
+    except ValueError as error:  # a NUL byte or half a surrogate pair in the name
+        raise TextFileError(f"has an impossible name: {error}") from None
+    if not shell and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise TextFileError("is not a regular file but a pipe, socket or device")
+    return Path(path).open("rb")
+
+
+def _unpack(content: bytes, packing: Packing) -> bytes:
+    if library := missing_library(packing):
+        raise TextFileError(f"is compressed with {packing}, and {library} is not installed: unpack the file")
+    try:
+        return unpacked(io.BytesIO(content), packing).read()
+    except damage_errors(packing) as error:
+        raise TextFileError(f"is compressed with {packing} and truncated or damaged ({error})") from None
+
+
+def _place(content: bytes, offset: int) -> str:
+    line = content.count(b"\n", 0, offset) + 1
+    column = offset - content.rfind(b"\n", 0, offset)
+    return f"line {line}, byte {column} of the line, {offset + 1} of the file"
