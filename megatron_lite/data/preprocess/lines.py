@@ -1,24 +1,18 @@
-"""Reading a unit: its lines from plain, gzip or zstandard files, or its rows from parquet."""
+"""Line reader of preprocessing: lines of plain and compressed files (gzip, bz2, xz, zstd), rows of Parquet files."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from megatron_lite.config.text_format import BUFFER, damage_errors, unpacked
 from megatron_lite.data.preprocess.options import MAX_LINE
 from megatron_lite.data.preprocess.sources import Unit
 from megatron_lite.errors import DataError
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-BUFFER = 1 << 20
 TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
 """Parquet's types of text, and of a column that is empty in every row."""
 SHOWN = 200
@@ -43,14 +37,13 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
     Raises:
         DataError: the file cannot be read to its end: it is truncated, damaged, or the disk fails.
     """
-    readers = {"text": _read_text, "gzip": _read_gzip, "zstd": _read_zstd}
     try:
         if unit.source.kind == "parquet":
             yield from _read_parquet(unit, json_keys, max_line)
+        elif unit.source.kind == "text":
+            yield from _read_text(unit, max_line)
         else:
-            yield from readers[unit.source.kind](unit, max_line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(unit, error) from error
+            yield from _read_packed(unit, max_line)
     except OSError as error:
         raise DataError(
             "Every input can be read to its end", found=f"{unit.source.path}: {error}", fix=COPY_AGAIN
@@ -97,67 +90,21 @@ def _read_line(file: IO[bytes], max_line: int) -> tuple[bytes, bool, int]:
     return content, too_long, size
 
 
-def _read_packed(file: IO[bytes], raw: IO[bytes], max_line: int) -> Iterator[Line]:
-    number = 0
-    while True:
-        content, too_long, size = _read_line(file, max_line)
-        if not size:
-            return
-        number += 1
-        yield Line(number, content, too_long, raw.tell())
-
-
-def _read_gzip(unit: Unit, max_line: int) -> Iterator[Line]:
-    with Path(unit.source.path).open("rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
-        yield from _read_packed(io.BufferedReader(packed, BUFFER), raw, max_line)
-
-
-def _read_zstd(unit: Unit, max_line: int) -> Iterator[Line]:
-    import zstandard
-
-    with Path(unit.source.path).open("rb") as raw:
-        try:
-            yield from _read_packed(io.BufferedReader(_Pieces(_zstd_pieces(raw)), BUFFER), raw, max_line)
-        except zstandard.ZstdError as error:
-            raise _damaged(unit, error) from error
-
-
-def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
-    """Unpacked pieces. The library's own reader takes a file that was cut short for one that ends."""
-    import zstandard
-
-    frame, fed = zstandard.ZstdDecompressor().decompressobj(), False
-    while piece := raw.read(1 << 14):
-        while piece:
-            yield frame.decompress(piece)
-            piece, fed = frame.unused_data if frame.eof else b"", not frame.eof
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-    if fed:
-        raise EOFError("the last frame has no end")
-
-
-class _Pieces(io.RawIOBase):
-    """A file whose content comes in pieces."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return 0
-            self._left = memoryview(piece)
-        target = memoryview(buffer).cast("B")
-        count = min(len(target), len(self._left))
-        target[:count] = self._left[:count]
-        self._left = self._left[count:]
-        return count
+def _read_packed(unit: Unit, max_line: int) -> Iterator[Line]:
+    number, packing = 0, unit.source.kind
+    assert packing != "text" and packing != "parquet"
+    try:
+        with Path(unit.source.path).open("rb") as raw, unpacked(raw, packing) as file:
+            while True:
+                content, too_long, size = _read_line(file, max_line)
+                if not size:
+                    return
+                number += 1
+                yield Line(number, content, too_long, raw.tell())
+    except damage_errors(packing) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk, not of the content
+        raise _damaged(unit, error) from error
 
 
 def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterator[Line]:

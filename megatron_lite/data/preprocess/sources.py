@@ -10,12 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lite.config.text_format import HEAD, PARQUET, Packing, foreign_format, missing_library, packing_of
+from megatron_lite.config.values import is_utf8
 from megatron_lite.data.preprocess.options import MAX_UNIT, MIN_UNIT, UNITS
 from megatron_lite.errors import DataError, install_extra
 
-Kind = Literal["text", "gzip", "zstd", "parquet"]
-KINDS: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
-LIBRARIES = {"zstd": "zstandard", "parquet": "pyarrow"}
+Kind = Literal["text", "parquet"] | Packing
+KINDS: dict[str, Kind] = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lzma": "xz",
+    ".zst": "zstd",
+    ".parquet": "parquet",
+}
+"""Formats by a file's ending, for files whose first bytes announce none."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,12 @@ def _expand(name: str) -> list[str]:
 
 
 def _source(path: Path) -> Source:
+    if not is_utf8(str(path)):
+        raise DataError(
+            "Names of --input files are UTF-8",
+            found=f"{os.fsencode(path)!r} (matched by a glob)",
+            fix="Rename the file",
+        )
     if path.is_dir():
         raise DataError(
             "--input names files", found=f"{path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'"
@@ -89,18 +104,11 @@ def _source(path: Path) -> Source:
         raise DataError(
             "--input names files, which workers read from any place",
             found=f"{path} is a pipe or a device",
-            fix="Write its content to a file (.jsonl, .gz or .zst) and name that",
-        )
-    kind = KINDS.get(path.suffix.lower(), "text")
-    library = LIBRARIES.get(kind)
-    if library and importlib.util.find_spec(library) is None:
-        raise DataError(
-            f"{path.suffix} files are read with the {library} library",
-            found=f"{path} is one, and {library} is not installed",
-            fix=install_extra("data"),
+            fix="Write its content to a file and name that",
         )
     try:
-        with path.open("rb"):
+        with path.open("rb") as file:
+            head = file.read(HEAD)
             status = path.stat()
     except OSError as error:
         raise DataError(
@@ -108,6 +116,16 @@ def _source(path: Path) -> Source:
             found=f"{path}: {error.strerror}",
             fix=f"Make it readable, as with chmod u+r {path}",
         ) from error
+    kind = _kind(path, head)
+    library = _missing_library(kind)
+    if library:
+        raise DataError(
+            f"{kind} files are read with the {library} library",
+            found=f"{path} is one, and {library} is not installed",
+            fix="Unpack the file, or use a Python that was built with this library"
+            if library.startswith("_")
+            else install_extra("data"),
+        )
     if kind != "text" and not status.st_size:
         raise DataError(
             "A packed input must be whole",
@@ -115,6 +133,32 @@ def _source(path: Path) -> Source:
             fix="Copy or pack the file again, or leave it out of --input",
         )
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
+
+
+def _kind(path: Path, head: bytes) -> Kind:
+    """The format of a file: what its first bytes announce, else what its ending says.
+
+    Raises:
+        DataError: it is neither text nor in a format that is read here.
+    """
+    if head.startswith(PARQUET):
+        return "parquet"
+    if (packing := packing_of(head)) is not None:
+        return packing
+    kind = KINDS.get(path.suffix.lower(), "text")
+    if kind == "text" and (foreign := foreign_format(head)):
+        raise DataError(
+            "--input names UTF-8 JSON lines, plain or compressed (gzip, bz2, xz, zstd), or Parquet files",
+            found=f"{path} is {foreign}",
+            fix="Convert it: iconv -t UTF-8 for text, unpack an archive",
+        )
+    return kind
+
+
+def _missing_library(kind: Kind) -> str:
+    if kind == "parquet":
+        return "" if importlib.util.find_spec("pyarrow") else "pyarrow"
+    return "" if kind == "text" else missing_library(kind)
 
 
 def unit_size(sources: Sequence[Source], unit_bytes: int | None = None) -> int:
