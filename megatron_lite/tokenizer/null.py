@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.base import Tokenizer
 
+MAX_DIGITS = 4000
+"""Digits of a number with leading zeros; int() refuses more than 4,300."""
+
 
 class NullTokenizer(Tokenizer):
     """Ids 0 … size−1 written in decimal and separated by blanks; the end of a document is id `size`."""
@@ -37,14 +40,17 @@ class NullTokenizer(Tokenizer):
             DataError: a word is not a number of the vocabulary.
         """
         words = text.split()
-        if all(word.isascii() and word.isdigit() and int(word) < self.vocab_size for word in words):
+        bad = next((word for word in words if not self._is_token(word)), None)
+        if bad is None:
             return [int(word) for word in words]
-        bad = next(word for word in words if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size))
         raise DataError(
             "NullTokenizer reads numbers separated by blanks",
             found=f"{bad[:40]!r} is not a number below {self.vocab_size}",
             fix="Give text of numbers, a larger --vocab-size, or another --tokenizer-type",
         )
+
+    def _is_token(self, word: str) -> bool:
+        return word.isascii() and word.isdigit() and len(word) <= MAX_DIGITS and int(word) < self.vocab_size
 
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers, separated by blanks."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.errors import DataError, install_extra
-from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_eod, vocabulary_fingerprint
+from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_bos, find_eod, rules_hash, vocabulary_fingerprint
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -55,16 +55,23 @@ class SentencePieceTokenizer(Tokenizer):
             return int(self._library.eos_id())
         return find_eod({token: i for i, token in enumerate(self._tokens)}, self._eod_token)
 
+    @property
+    def bos(self) -> int:
+        """Id of the model's beginning-of-sentence piece."""
+        if self._library.bos_id() >= 0:
+            return int(self._library.bos_id())
+        return find_bos({token: i for i, token in enumerate(self._tokens)})
+
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Ids of the content of one text."""
         text.encode("utf-8")
-        return list(self._library.encode(text))
+        return list(self._library.encode(text, add_bos=False, add_eos=False))
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
         """Ids of many texts end to end."""
         for text in texts:
             text.encode("utf-8")
-        encoded = self._library.encode(list(texts), num_threads=1)
+        encoded = self._library.encode(list(texts), num_threads=1, add_bos=False, add_eos=False)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         ids = [np.array(one, np.uint32) for one in encoded]
         return TokenBatch(np.concatenate([np.empty(0, np.uint32), *ids]), lengths)
@@ -87,6 +94,10 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """Hash of the pieces."""
         return vocabulary_fingerprint(enumerate(self._tokens))
+
+    def rules(self) -> str:
+        """Hash of the model file, its normalization included."""
+        return rules_hash(self._library.serialized_model_proto())
 
 
 def import_sentencepiece() -> Any:

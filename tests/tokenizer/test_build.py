@@ -20,6 +20,8 @@ def test_null():
     assert tokenizer.decode([3, 1]) == "3 1"
     with pytest.raises(DataError, match="'101' is not a number"):
         tokenizer.encode("3 101")
+    with pytest.raises(DataError, match="is not a number below 101"):
+        tokenizer.encode("3 " + "0" * 5000)
     with pytest.raises(ConfigError, match="--vocab-size"):
         build_tokenizer(TokenizerConfig(type="NullTokenizer"))
 

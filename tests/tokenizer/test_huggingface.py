@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import tokenizers
 
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
@@ -58,20 +57,6 @@ def test_extra_ids_follow_the_vocabulary(bpe_folder):
     assert extra.token(plain.vocab_size) == "<extra_id_0>"
 
 
-def test_template_and_truncation(bpe_folder, tmp_path):
-    library = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
-    library.add_special_tokens(["<s>"])
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))]
-    )
-    library.enable_truncation(3)
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = read_hugging_face(str(tmp_path))
-    ids = tokenizer.encode("the cat sat on the mat")
-    assert ids[0] == library.token_to_id("<s>")
-    assert tokenizer.decode(ids[1:]) == "the cat sat on the mat"
-
-
 def test_eod_names(bpe_folder, tmp_path):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"][0]["content"] = "<stop>"
@@ -99,8 +84,23 @@ def test_bad_files(bpe_folder, tmp_path):
     with pytest.raises(DataError, match="not a file"):
         read_gpt2(str(tmp_path / "absent.json"), merges)
     (tmp_path / "vocab.json").write_text("{")
-    with pytest.raises(DataError, match="do not load"):
+    with pytest.raises(DataError, match=r"vocab.json does not load: Expecting property name"):
         read_gpt2(str(tmp_path / "vocab.json"), merges)
+    for content, message in (
+        ("[]", "not a JSON object"),
+        ('{"a": 1.5}', "the id of 'a' is 1.5"),
+        ('{"a": 99999999999}', "the id of 'a'"),
+        ("\xff", "not UTF-8"),
+    ):
+        (tmp_path / "vocab.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(DataError, match=message):
+            read_gpt2(str(tmp_path / "vocab.json"), merges)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\na b c\n")
+    with pytest.raises(DataError, match=r"merges.txt:3 does not load: 'a b c' is not two tokens"):
+        read_gpt2(str(bpe_folder / "vocab.json"), str(tmp_path / "merges.txt"))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nqqq zzz\n")
+    with pytest.raises(DataError, match="do not load"):
+        read_gpt2(str(bpe_folder / "vocab.json"), str(tmp_path / "merges.txt"))
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(DataError, match="lacks 255 of 256"):

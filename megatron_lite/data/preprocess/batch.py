@@ -1,4 +1,4 @@
-"""One batch of documents between the tokenizer and the shard: ends of documents added, empty ones dropped."""
+"""Batch of tokenized documents: BOS and EOD tokens added, documents filtered."""
 
 from __future__ import annotations
 
@@ -48,6 +48,15 @@ class Batch:
             return self
         sequences = np.repeat(documents, self.sequences)
         return Batch(self.ids[np.repeat(sequences, self.lengths)], self.lengths[sequences], self.sequences[documents])
+
+    def with_bos(self, bos: int) -> Batch:
+        """`bos` before the first sequence of every document that has one."""
+        filled = self.sequences > 0
+        first = (np.cumsum(self.sequences) - self.sequences)[filled]
+        starts = np.cumsum(self.lengths) - self.lengths
+        lengths = self.lengths.copy()
+        lengths[first] += 1
+        return Batch(np.insert(self.ids, starts[first], np.uint32(bos)), lengths, self.sequences)
 
     def with_eod(self, eod: int) -> Batch:
         """`eod` appended to the last sequence of every document that has one."""

@@ -31,7 +31,9 @@ class Manifest:
     """(bytes, CRC-32) of consecutive pieces of the .bin: damage is found near its place, by several readers."""
     idx_pieces: list[tuple[int, int]]
     tokenizer: dict[str, Any]
-    """`type`, `fingerprint`, `vocab_size`, `eod` if one was appended, and of sentences the `punkt` model's hash."""
+    """`type`, `fingerprint` and `vocab_size`; `rules`, the hash of how text was segmented; `bos` and `eod`, the ids
+    that begin and end each document, or None; of sentences the `punkt` model's hash. Older manifests lack `rules` and
+    `bos`: their documents hold what the template of a HuggingFaceTokenizer added."""
     flags: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """`path` and `bytes` of each input."""
@@ -87,7 +89,7 @@ def refuse_to_replace(prefix: str | Path) -> None:
         if path.exists():
             raise DataError(
                 "A finished dataset is not replaced without being told",
-                found=f"{path} exists, made by another command or from other input",
+                found=f"{path} exists, made by another command or version, or from other input",
                 fix="Pass --overwrite, or give another name",
             )
 

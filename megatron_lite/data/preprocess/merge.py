@@ -73,12 +73,35 @@ def merge_datasets(
             tokens=writer.num_tokens,
             bin_pieces=[piece for manifest in manifests for piece in manifest.bin_pieces],
             idx_pieces=papers.file_pieces(idx_path(output)),
-            tokenizer=manifests[0].tokenizer,
+            tokenizer=_common_tokenizer(prefixes, manifests),
             flags={"merged_from": list(prefixes)} | _packing(prefixes, manifests),
             inputs=[source for manifest in manifests for source in manifest.inputs],
         )
         papers.write_manifest(output, merged)
     return writer.num_documents, writer.num_tokens
+
+
+def _common_tokenizer(prefixes: Sequence[str], manifests: Sequence[papers.Manifest]) -> dict[str, Any]:
+    """What the merged manifest says of the tokenizer: the entries on which all inputs agree."""
+    first = manifests[0].tokenizer
+    common = dict(first)
+    for prefix, manifest in zip(prefixes[1:], manifests[1:], strict=True):
+        other = manifest.tokenizer
+        differ = [key for key in {**first, **other} if _entry(first, key) != _entry(other, key)]
+        for key in differ:
+            common.pop(key, None)
+        if {"bos", "eod"} & set(differ):
+            what = ", ".join(
+                f"{key} {_entry(first, key)} and {_entry(other, key)}" for key in differ if key in ("bos", "eod")
+            )
+            LOG.warning("%s and %s begin or end documents with different tokens (%s)", prefixes[0], prefix, what)
+    return common
+
+
+def _entry(tokenizer: dict[str, Any], key: str) -> object:
+    """What a manifest says of its tokenizer; an older one does not say whether a template added `bos`."""
+    templates = tokenizer.get("type") == "HuggingFaceTokenizer"
+    return tokenizer.get(key, "unknown" if key != "bos" or templates else None)
 
 
 def _packing(prefixes: Sequence[str], manifests: Sequence[papers.Manifest]) -> dict[str, Any]:

@@ -21,12 +21,13 @@ class PreprocessOptions:
     """Input, output, and what happens in between. Sizes are in bytes, tokens or characters as their names say."""
 
     inputs: tuple[str, ...]
-    """Paths and globs of .jsonl, .json, .gz, .zst and .parquet files, read in this order."""
+    """Paths and globs of JSON lines (plain, gzip, bz2, xz, zstd) and Parquet files, read in this order."""
     output_prefix: str
     """Files are `{output_prefix}_{key}_{document|sentence}.bin`, `.idx` and `.manifest.json`."""
     tokenizer: TokenizerConfig
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    prepend_bos: bool = False
     empty_documents: Literal["skip", "keep"] = "skip"
     """A document without tokens: skip (Megatron-DeepSpeed), or keep as a document of no sequence (Megatron-LM)."""
     split_sentences: bool = False
@@ -84,6 +85,7 @@ class PreprocessOptions:
         return {
             "json_keys": list(self.json_keys),
             "append_eod": self.append_eod,
+            "prepend_bos": self.prepend_bos,
             "empty_documents": self.empty_documents,
             "split_sentences": self.split_sentences,
             "keep_newlines": self.keep_newlines,

@@ -95,7 +95,9 @@ class _Run:
         self.about: dict[str, Any] = {
             "type": options.tokenizer.type,
             "fingerprint": tokenizer.fingerprint(),
+            "rules": tokenizer.rules(),
             "vocab_size": tokenizer.vocab_size,
+            "bos": tokenizer.bos if options.prepend_bos else None,
             "eod": tokenizer.eod if options.append_eod else None,
         }
         if options.split_sentences:

@@ -67,6 +67,7 @@ class UnitWorker:
         self.tokenizer = tokenizer
         self.dtype = smallest_token_type(tokenizer.vocab_size)
         self.eod = tokenizer.eod if options.append_eod else None
+        self.bos = tokenizer.bos if options.prepend_bos else None
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
     def run(self, unit: Unit, prefix: Path, advance: Callable[[Step], None]) -> tuple[list[Shard], Report]:
@@ -151,6 +152,8 @@ class UnitWorker:
             )
             batch = batch.keep(kept)
             note_outliers(batch, lines.tolist(), self.tokenizer.unknown, report)
+            if self.bos is not None:
+                batch = batch.with_bos(self.bos)
             if self.eod is not None:
                 batch = batch.with_eod(self.eod)
             filled = batch.sequences > 0
