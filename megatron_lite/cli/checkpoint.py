@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.parser import Parser, real
 from megatron_lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -282,14 +283,7 @@ def _summarize(report: SaveReport, what: str, console: Console) -> None:
 
 
 def _file_size(options: argparse.Namespace) -> int:
-    size = int(options.max_file_gb * 1e9) if math.isfinite(options.max_file_gb) else 0
-    if size <= 0:
-        raise CheckpointError(
-            "A file must have room for something",
-            found=f"--max-file-gb {options.max_file_gb:g}",
-            fix="Give a size in GB above 0",
-        )
-    return size
+    return int(options.max_file_gb * 1e9)
 
 
 def _one(given: Path) -> Path:
@@ -338,11 +332,11 @@ def _when(manifest: Manifest) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.writer["time"]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-lite checkpoint", description=SUMMARY.capitalize() + ".")
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-lite checkpoint", description=SUMMARY.capitalize() + ".")
     actions = parser.add_subparsers(dest="action", required=True, metavar="<action>")
 
-    def action(name: str, text: str) -> argparse.ArgumentParser:
+    def action(name: str, text: str) -> Parser:
         return actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
     listing = action("list", "show the complete checkpoints of --save folders")
@@ -388,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         writing.add_argument(
             "--max-file-gb",
-            type=float,
+            type=real(1e-9, 1e9),
             default=5.0,
             metavar="GB",
             help="size that no file exceeds, unless a single record of up to 0.034 GB does (default: 5)",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
+from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.errors import ConfigError
 
 SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and as an SVG file"
@@ -14,12 +14,12 @@ SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and a
 
 def run(argv: list[str]) -> int:
     """Draw the curve that `argv` asks for."""
-    parser = argparse.ArgumentParser(prog="megatron-lite curve", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
+    parser = Parser(prog="megatron-lite curve", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
     parser.add_argument("metrics", type=Path, help="a run's metrics.jsonl, or the folder that holds it")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file as well")
     parser.add_argument("--title", default="", help="title of the picture (default: the model's size)")
     parser.add_argument(
-        "--width", type=int, default=0, help="columns of the terminal drawing (default: the terminal's)"
+        "--width", type=whole(0, 10_000), default=0, help="columns of the terminal drawing (default: the terminal's)"
     )
     parser.add_argument("--no-terminal", action="store_true", help="draw nothing in the terminal")
     options = parser.parse_args(argv)
@@ -29,6 +29,12 @@ def run(argv: list[str]) -> int:
     from megatron_lite.metrics.curve_terminal import draw_terminal
 
     path = options.metrics / "metrics.jsonl" if options.metrics.is_dir() else options.metrics
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            "A loss curve is read from a file",
+            found=f"{path} is a pipe or a device",
+            fix="Give the run's metrics.jsonl",
+        )
     curve = read_curve(path, options.title)
     if not options.no_terminal:
         width = options.width or min(120, shutil.get_terminal_size().columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
 from megatron_lite.cli.data_tokenizer import given_tokenizer
+from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.cli.token_progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
 from megatron_lite.errors import DataError
@@ -61,10 +61,10 @@ def run(argv: list[str]) -> int:
 
 def inspect(argv: list[str]) -> int:
     """Print what a dataset is."""
-    parser = argparse.ArgumentParser(prog="megatron-lite data inspect")
+    parser = Parser(prog="megatron-lite data inspect")
     parser.add_argument("prefix", help="common path of the .bin and the .idx")
-    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default 3)")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of each to show (default 64)")
+    parser.add_argument("--documents", type=whole(), default=3, metavar="N", help="documents to show (default 3)")
+    parser.add_argument("--tokens", type=whole(), default=64, metavar="N", help="tokens of each to show (default 64)")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the histogram of lengths")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
@@ -82,7 +82,7 @@ def inspect(argv: list[str]) -> int:
         "lengths": f"{lengths.shortest:,} to {lengths.longest:,}, mean {lengths.mean:,.1f}",
         **_papers(options.prefix),
     }.items():
-        print(f"  {name:<13} {value}")
+        print(f"  {name:<15} {value}")
     print("\n".join(draw_lengths(lengths)))
     if options.picture:
         try:
@@ -100,7 +100,7 @@ def inspect(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """Check whole datasets."""
-    parser = argparse.ArgumentParser(prog="megatron-lite data verify")
+    parser = Parser(prog="megatron-lite data verify")
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx, or the .idx")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
@@ -120,7 +120,7 @@ def verify(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     """Convert a dataset of the older kind."""
-    parser = argparse.ArgumentParser(prog="megatron-lite data convert")
+    parser = Parser(prog="megatron-lite data convert")
     parser.add_argument("old_prefix", help="common path of the older .bin and .idx")
     parser.add_argument("new_prefix", help="common path of the files to write")
     options = parser.parse_args(argv)
@@ -172,6 +172,8 @@ def _papers(prefix: str) -> dict[str, str]:
         "fingerprint": f"{str(tokenizer.get('fingerprint'))[:31]}…",
         "documents end": f"with token {tokenizer.get('eod')}",
     }
+    if tokenizer.get("bos") is not None:
+        found["documents begin"] = f"with token {tokenizer['bos']}"
     if tokenizer.get("eod") is None:
         found["documents end"] = "without an end-of-document token (no --append-eod)"
     if length:

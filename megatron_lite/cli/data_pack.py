@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.data_tokenizer import given_tokenizer
+from megatron_lite.cli.parser import Parser, seed, whole
 from megatron_lite.cli.token_progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
 from megatron_lite.errors import DataError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def pack(argv: list[str]) -> int:
     """Pack a dataset, and say what it gained and cost."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-lite data pack",
         description="Put whole documents together into sequences of exactly --seq-length tokens, so that training cuts "
         "only documents that are longer. Ends of sequences are filled up with the end-of-document token: train with "
@@ -25,8 +26,10 @@ def pack(argv: list[str]) -> int:
     )
     parser.add_argument("prefix", help="common path of the .bin and the .idx")
     parser.add_argument("packed_prefix", help="common path of the files to write")
-    parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="the run's --seq-length")
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of neighbouring sequences (1234)")
+    parser.add_argument(
+        "--seq-length", type=whole(1, 1_000_000_000), required=True, metavar="N", help="the run's --seq-length"
+    )
+    parser.add_argument("--seed", type=seed, default=1234, help="of the order of neighbouring sequences (1234)")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that another command made")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)

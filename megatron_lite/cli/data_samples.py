@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def show_samples(argv: list[str]) -> int:
     """Print every sample of an iteration: its number, where its tokens lie, and how its text begins."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-lite data samples",
         usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
         description="Which documents and text an iteration trains on. Give the job's own flags or its whole command, "
@@ -31,9 +31,9 @@ def show_samples(argv: list[str]) -> int:
         "become since.",
         allow_abbrev=False,
     )
-    parser.add_argument("--iteration", type=int, required=True, metavar="N", help="as the log numbers it, from 1")
+    parser.add_argument("--iteration", type=whole(1), required=True, metavar="N", help="as the log numbers it, from 1")
     parser.add_argument(
-        "--tokens", type=int, default=32, metavar="N", help="tokens of each document to show (default 32)"
+        "--tokens", type=whole(), default=32, metavar="N", help="tokens of each document to show (default 32)"
     )
     options, words = parser.parse_known_args(argv)
 
@@ -43,10 +43,6 @@ def show_samples(argv: list[str]) -> int:
     from megatron_lite.schedules.length import is_skipped_iteration
     from megatron_lite.schedules.sequence_length import sequence_length
 
-    if options.iteration < 1:
-        raise ConfigError(
-            "Iterations are numbered from 1", found=f"--iteration {options.iteration}", fix="Give 1 or more"
-        )
     given = _read(words)
     given = replace(given, training=replace(given.training, skip_train=False))
     position = find_position(given, options.iteration)
@@ -92,7 +88,7 @@ def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: 
 
 def build_indices(argv: list[str]) -> int:
     """Build what a job's start would build."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-lite data index",
         usage="%(prog)s THE JOB'S FLAGS",
         description="Build and keep the sample index, so that the job starts at once; say how many samples a set has.",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.model_arguments import add_model_arguments, load_model, note
-from megatron_lite.config.paths import suggest_path
+from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.config.text_file import require_text
 from megatron_lite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from megatron_lite.evaluation.figures import Figures
     from megatron_lite.generation.restore import TrainedModel
+    from megatron_lite.tokenizer.base import Tokenizer
 
 SUMMARY = "loss and perplexity of a text or dataset under a model from a checkpoint"
 
@@ -29,13 +31,10 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.text and not options.data_path:
         parser.error("nothing to evaluate: give --text FILE or --data-path PREFIX")
-    for name in ("seq_length", "stride", "batch_size", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
     from megatron_lite.evaluation.figures import in_lines
 
-    files = [(path, _read(path)) for path in options.text]  # a wrong name is said before the model is loaded
+    files = [(path, _read(path)) for path in options.text]  # a wrong name is reported before the model is loaded
     model = load_model(options)
     seq_length = options.seq_length or model.config.batch.seq_length
     note(f"windows of {seq_length} tokens, {options.stride or seq_length} apart")
@@ -64,23 +63,33 @@ class _Work:
     num_words: int | None = None
 
 
-def _works(files: list[tuple[Path, str]], options: argparse.Namespace, model: TrainedModel) -> Iterator[_Work]:
+def _works(files: list[tuple[str, str]], options: argparse.Namespace, model: TrainedModel) -> Iterator[_Work]:
     for path, text in files:
-        yield _of_text(str(path), text, model, is_wikitext=options.wikitext)
+        yield _of_text(path, text, model, is_wikitext=options.wikitext, prepend_bos=options.prepend_bos)
     for prefix in options.data_path:
         yield _of_dataset(prefix, model, options.limit)
 
 
-def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool) -> _Work:
+def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool, prepend_bos: bool) -> _Work:
     import numpy as np
 
     from megatron_lite.evaluation import wikitext
 
     written = wikitext.joined(text) if is_wikitext else text
     words = wikitext.num_words(text) if is_wikitext else len(text.split())
-    # A document begins behind the end of another, as in training: so its first token is predicted, too.
-    ids = np.asarray([model.tokenizer.eod, *model.tokenizer.encode(written)])
+    ids = np.asarray([*_context(model.tokenizer, prepend_bos=prepend_bos), *model.tokenizer.encode(written)])
     return _Work(name, ids, len(text.encode()), words)
+
+
+def _context(tokenizer: Tokenizer, *, prepend_bos: bool) -> list[int]:
+    """The token before a text, as in training: a document begins behind the end of another."""
+    if prepend_bos:
+        return [tokenizer.bos]
+    try:
+        return [tokenizer.eod]
+    except DataError:
+        note("the tokenizer has no end-of-document token: the first token of a text is not predicted")
+        return []
 
 
 def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
@@ -126,20 +135,11 @@ def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq
     return Figures(work.name, loss, work.num_bytes, work.num_words)
 
 
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "--text must name readable UTF-8 text files",
-            found=f"{path}: {getattr(error, 'strerror', None) or error}",
-            fix=suggest_path("--text", str(path))
-            if not path.exists()
-            else f"Convert it, as with `iconv -f latin1 -t utf-8 {path} -o {path.stem}.utf8.txt`",
-        ) from error
+def _read(path: str) -> str:
+    text = require_text(path, "--text")
     if not text:
         raise DataError("--text must name files with text in them", found=f"{path} is empty", fix="Give another file")
-    if path.suffix == ".jsonl":
+    if Path(path).suffix == ".jsonl":
         raise ConfigError(
             "--text takes plain text",
             found=f"{path}, whose text is wrapped in JSON",
@@ -148,8 +148,8 @@ def _read(path: Path) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="megatron-lite evaluate",
         description="Loss and perplexity of texts and datasets under a model from a checkpoint, every token predicted "
         "once. The model's shape and tokenizer are read from there. bits/byte and word ppl (perplexity per word) "
@@ -159,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     texts = parser.add_argument_group("texts")
     texts.add_argument(
         "--text",
-        type=Path,
         nargs="+",
         action="extend",
         default=[],
@@ -174,7 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="datasets, without .bin and .idx: all their tokens",
     )
-    texts.add_argument("--limit", type=int, metavar="N", help="only the first N tokens of each dataset (default: all)")
+    texts.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="begin each --text with the beginning-of-text token, as the training data (preprocess --prepend-bos)",
+    )
+    texts.add_argument(
+        "--limit", type=whole(1), metavar="N", help="only the first N tokens of each dataset (default: all)"
+    )
     texts.add_argument(
         "--wikitext",
         action="store_true",
@@ -182,16 +188,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--seq-length", type=int, metavar="N", help="tokens that the model sees at once (default: as in training)"
+        "--seq-length", type=whole(1), metavar="N", help="tokens that the model sees at once (default: as in training)"
     )
     how.add_argument(
         "--stride",
         "--overlapping-eval",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="how far apart windows start (default: seq-length, so that none overlap); less gives each token more "
         "context, for more work",
     )
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once (default: 4)")
+    how.add_argument(
+        "--batch-size", type=whole(1, 1_000_000), default=4, metavar="N", help="windows at once (default: 4)"
+    )
     how.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser

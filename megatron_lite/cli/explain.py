@@ -122,9 +122,9 @@ def _saves(config: RunConfig, explanation: Explanation) -> str:
     saves, end = explanation.saves, explanation.length.iterations
     if not config.checkpoint.save:
         return "none, for there is no --save"
-    scheduled = f"{saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
     if not saves.count:
         return f"one checkpoint, iteration {end:,} at the end"
+    scheduled = f"{saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
     return scheduled if saves.last == end else f"{scheduled}, and iteration {end:,} at the end"
 
 

@@ -1,19 +1,22 @@
-"""megatron-lite generate: continues prompts with a trained model."""
+"""megatron-lite generate: text generation from a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.model_arguments import add_model_arguments, load_model, note
+from megatron_lite.cli.parser import Parser, real, seed, whole
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.text_file import TextFileError, decode_text, require_text, text_lines
+from megatron_lite.config.values import is_utf8
 from megatron_lite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_lite.generation.restore import TrainedModel
     from megatron_lite.generation.sampling import Sampling
+    from megatron_lite.tokenizer.base import Tokenizer
 
 SUMMARY = "continue prompts with a model from a checkpoint"
 MAX_NEW_TOKENS = 128
@@ -23,12 +26,8 @@ ROWS_AT_ONCE = 32
 
 def run(argv: list[str]) -> int:
     """Continue the prompts that `argv` gives, or those typed one by one."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.num_samples < 1:
-        parser.error("--num-samples must be at least 1")
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be at least 1")
+    options = _parser().parse_args(argv)
+    prompts = _given(options)  # an unreadable file is reported before the model is loaded
 
     from megatron_lite.generation.sampling import Sampling
 
@@ -36,7 +35,7 @@ def run(argv: list[str]) -> int:
         temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
     )
     model = load_model(options, options.seed)
-    if prompts := _given(options):
+    if prompts:
         _continue(model, prompts, options, sampling)
     else:
         _talk(model, options, sampling)
@@ -58,14 +57,21 @@ def _answer(model: TrainedModel, prompt: str, options: argparse.Namespace, sampl
 
 
 def _ask() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return ""
+        except UnicodeDecodeError as error:
+            note(f"not UTF-8: {error}")
+            continue
+        if is_utf8(prompt):
+            return prompt
+        note("not UTF-8 text")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="megatron-lite generate",
         description="Continue prompts with a model from a checkpoint. Its shape and tokenizer are read from there. "
         "Without a prompt, text piped in is one prompt, and on a terminal you are asked.",
@@ -73,20 +79,34 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
-    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt on each line")
-    prompts.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
+    prompts.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt on each line")
+    prompts.add_argument(
+        "--num-samples", type=whole(1, 1_000_000), default=1, metavar="N", help="continuations of each prompt"
+    )
+    prompts.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="begin each prompt with the beginning-of-text token, as the training data (preprocess --prepend-bos)",
+    )
     choice = parser.add_argument_group("choice of tokens")
     choice.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: 128, or what the model has positions for"
+        "--max-new-tokens",
+        type=whole(1, 1_000_000_000),
+        metavar="N",
+        help="default: 128, or what the model has positions for",
     )
-    choice.add_argument("--temperature", type=float, default=1.0, help="0: greedy; default: %(default)s")
-    choice.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0: all (default)")
+    choice.add_argument("--temperature", type=real(0.0, 1e6), default=1.0, help="0: greedy; default: %(default)s")
+    choice.add_argument("--top-k", type=whole(), default=0, metavar="K", help="only the K likeliest; 0: all (default)")
     choice.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that reach P together"
+        "--top-p",
+        type=real(0.0, 1.0, above=True),
+        default=1.0,
+        metavar="P",
+        help="only the likeliest that reach P together",
     )
     choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
     choice.add_argument(
-        "--seed", type=int, default=1234, help="the same seed gives the same text; default: %(default)s"
+        "--seed", type=seed, default=1234, help="the same seed gives the same text; default: %(default)s"
     )
     return parser
 
@@ -95,17 +115,29 @@ def _given(options: argparse.Namespace) -> list[str]:
     """The prompts of the command line, or what is piped in; none: somebody is there to be asked."""
     given = list(options.prompt or [])
     if options.prompt_file is not None:
-        try:
-            given += options.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                "--prompt-file must be a readable UTF-8 text file",
-                found=f"{options.prompt_file}: {error}",
-                fix="Give a file with one prompt on each line",
-            ) from error
+        given += text_lines(require_text(options.prompt_file, "--prompt-file"))
     elif not given and not sys.stdin.isatty():
-        given.append(sys.stdin.read().removesuffix("\n"))
+        given.append(_piped().removesuffix("\n"))
     return given
+
+
+def _piped() -> str:
+    """The text on standard input."""
+    try:
+        if (raw := getattr(sys.stdin, "buffer", None)) is not None:
+            return decode_text(raw.read())
+        return sys.stdin.read()
+    except TextFileError as error:
+        raise DataError("A prompt is UTF-8 text", found=f"standard input {error}", fix="Convert it") from error
+
+
+def _end_of_document(tokenizer: Tokenizer) -> int | None:
+    """Id of the token that ends a text; None for a tokenizer that has none, whose texts end by length alone."""
+    try:
+        return tokenizer.eod
+    except DataError:
+        note("the tokenizer has no end-of-document token: texts end at --max-new-tokens")
+        return None
 
 
 def _what_fits(prompt: int, model: ModelConfig) -> int:
@@ -118,8 +150,11 @@ def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespa
     from megatron_lite.generation.generate import check_prompts, generate
     from megatron_lite.generation.stream import TextStream
 
-    eod = model.tokenizer.eod
-    ids = [model.tokenizer.encode(prompt) or [eod] for prompt in prompts]
+    eod = _end_of_document(model.tokenizer)
+    bos = [model.tokenizer.bos] if options.prepend_bos else []
+    # A text that begins from nothing begins after the end of another document, as in training.
+    empty = bos or ([] if eod is None else [eod])
+    ids = [[*bos, *encoded] if (encoded := model.tokenizer.encode(prompt)) else empty for prompt in prompts]
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = _what_fits(max(map(len, ids)), model.config.model)

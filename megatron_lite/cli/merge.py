@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 
+from megatron_lite.cli.parser import Parser
 from megatron_lite.cli.token_progress import TokenProgress
 from megatron_lite.errors import ConfigError
 
@@ -36,9 +36,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of both Megatrons' merge tools."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="merge_datasets.py",
         description="Put datasets of one token type end to end. Memory does not grow with their size, and where the "
         "file system can share blocks nothing is copied.",

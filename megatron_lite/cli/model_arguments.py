@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
+from megatron_lite.cli.parser import whole
 from megatron_lite.config.data import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --load, the device, and the flags that say where the tokenizer's files have moved."""
     source = parser.add_argument_group("model")
     source.add_argument("--load", required=True, metavar="DIR", help="a run's --save folder, or one checkpoint in it")
-    source.add_argument("--load-iteration", type=int, default=0, metavar="N", help="which checkpoint (default: latest)")
+    source.add_argument(
+        "--load-iteration", type=whole(), default=0, metavar="N", help="which checkpoint (default: latest)"
+    )
     source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )

@@ -8,6 +8,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.parser import Parser, real, seed, whole
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
 from megatron_lite.errors import ConfigError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_lite.data.preprocess.options import PreprocessOptions
     from megatron_lite.data.preprocess.progress import Progress
 
-SUMMARY = "turn text (jsonl, .gz, .zst, .parquet) into a .bin/.idx dataset"
+SUMMARY = "turn text (jsonl, compressed or not, .parquet) into a .bin/.idx dataset"
 INTERRUPTED = 130
 
 
@@ -50,9 +51,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser; it takes abbreviations as Megatron's does."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="preprocess_data.py",
         usage="%(prog)s --input FILE … --output-prefix PATH (--vocab-file PATH --merge-file PATH | "
         "--tokenizer-model PATH) [--append-eod] [--workers N] …",
@@ -71,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input")
     group.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="files or globs: .jsonl, .gz, .zst, .parquet"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
     )
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to tokenise, a dataset each (text)"
@@ -82,7 +87,7 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines that hold no document")
     group.add_argument(
         "--max-line-mb",
-        type=int,
+        type=whole(1, 1 << 20),
         default=256,
         metavar="N",
         help="a longer line is a bad one: it would take memory (256)",
@@ -94,6 +99,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-prefix", required=True, metavar="PATH", help="files are PATH_KEY_document.bin, .idx")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group.add_argument(
+        "--prepend-bos", action="store_true", help="begin every document with the beginning-of-text token (LLaMA)"
+    )
+    group.add_argument(
         "--empty-documents",
         choices=("skip", "keep"),
         default="skip",
@@ -104,39 +112,49 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which documents, in which order")
-    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="drop shorter documents")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="drop longer documents")
-    group.add_argument("--min-chars", type=int, default=0, metavar="N", help="drop documents of fewer characters")
+    group.add_argument("--min-tokens", type=whole(), default=0, metavar="N", help="drop shorter documents")
+    group.add_argument("--max-tokens", type=whole(1), metavar="N", help="drop longer documents")
+    group.add_argument("--min-chars", type=whole(), default=0, metavar="N", help="drop documents of fewer characters")
     group.add_argument(
-        "--sample-documents", type=float, metavar="SHARE", help="keep this share of the documents, drawn at random"
+        "--sample-documents",
+        type=real(0.0, 1.0, above=True),
+        metavar="SHARE",
+        help="keep this share of the documents, drawn at random",
     )
     group.add_argument("--shuffle", action="store_true", help="put documents in a random order")
-    group.add_argument("--seed", type=int, default=1234, help="of --shuffle and --sample-documents (1234)")
+    group.add_argument("--seed", type=seed, default=1234, help="of --shuffle and --sample-documents (1234)")
 
 
 def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the output is the same for any")
     group.add_argument(
-        "--log-interval", type=int, metavar="N", help="documents between progress lines (default: every few seconds)"
+        "--workers", type=whole(1, 65_536), default=1, metavar="N", help="processes; the output is the same for any"
+    )
+    group.add_argument(
+        "--log-interval",
+        type=whole(1),
+        metavar="N",
+        help="documents between progress lines (default: every few seconds)",
     )
     group.add_argument(
         "--find-optimal-num-workers", action="store_true", help="only measure the --workers-to-check on some documents"
     )
-    group.add_argument("--workers-to-check", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
-    group.add_argument("--max-documents", type=int, default=100_000, metavar="N", help="for that measurement")
+    group.add_argument(
+        "--workers-to-check", nargs="+", type=whole(1, 65_536), default=[1, 2, 4, 8, 16, 32, 64], metavar="N"
+    )
+    group.add_argument("--max-documents", type=whole(1), default=100_000, metavar="N", help="for that measurement")
 
 
 def _add_compatibility_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("accepted for old command lines")
     group.add_argument("--dataset-impl", default="mmap", metavar="mmap", help="mmap is the only kind written")
-    group.add_argument("--partitions", type=int, default=1, metavar="N", help="no effect: workers share any input")
+    group.add_argument("--partitions", type=whole(1), default=1, metavar="N", help="no effect: workers share any input")
     group.add_argument("--keep-sequential-samples", action="store_true", help="no effect: order is always the input's")
-    group.add_argument("--make-vocab-size-divisible-by", type=int, metavar="N", help="no effect on the data")
+    group.add_argument("--make-vocab-size-divisible-by", type=whole(1), metavar="N", help="no effect on the data")
     group.add_argument(
-        "--pad-vocab-size-to", "--padded-vocab-size", type=int, metavar="N", help="no effect on the data"
+        "--pad-vocab-size-to", "--padded-vocab-size", type=whole(), metavar="N", help="no effect on the data"
     )
-    group.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="no effect on the data")
+    group.add_argument("--tensor-model-parallel-size", type=whole(1), metavar="N", help="no effect on the data")
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -145,10 +163,6 @@ def _refuse(args: argparse.Namespace) -> None:
             "Datasets are written memory-mapped",
             found=f"--dataset-impl is {args.dataset_impl}",
             fix="Leave --dataset-impl out; every Megatron since 2021 reads mmap",
-        )
-    if args.log_interval is not None and args.log_interval < 1:
-        raise ConfigError(
-            "--log-interval is at least 1", found=f"--log-interval is {args.log_interval}", fix="Give a larger one"
         )
 
 
@@ -170,6 +184,7 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
         tokenizer=tokenizer_config(args),
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
         empty_documents=args.empty_documents,
         split_sentences=args.split_sentences,
         keep_newlines=args.keep_newlines,

@@ -33,6 +33,8 @@ checkpoints are not read.
 
 Exit code 1: a rank failed, or two would have waited for each other forever."""
 STAGES_SHOWN = 12
+MAX_DIGITS = 18
+"""Digits of a rank that are read: more is outside of any job all the same."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -76,8 +78,8 @@ def _take_ranks(argv: Sequence[str]) -> tuple[list[str], list[int]]:
             word = word.partition("=")[2]
             if not word:
                 continue
-        if taking and word.isdigit():
-            ranks.append(int(word))
+        if taking and word.isascii() and word.isdigit():
+            ranks.append(int(word[:MAX_DIGITS]))
         else:
             taking = False
             words.append(word)

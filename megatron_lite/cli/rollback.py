@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.config.values import read_int, shortened
 from megatron_lite.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -60,22 +62,24 @@ def _range(text: str) -> tuple[int, int]:
     """ "a-b" (both left out, as the log prints them) -> [a, b + 1)."""
     first, dash, last = text.partition("-")
     try:
-        begin, end = int(first), int(last if dash else first) + 1
+        begin, end = read_int(first), read_int(last if dash else first) + 1
     except ValueError:
         begin, end = 0, 0
     if begin >= end:
         raise ConfigError(
             "--skip-samples is a range of samples",
-            found=text,
+            found=shortened(text),
             fix="Give the first and the last to leave out, as the message about the spike prints them: 1024-2047",
         )
     return begin, end
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-lite rollback", description=_TEXT)
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-lite rollback", description=_TEXT)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="the run's --save (default: here)")
-    parser.add_argument("--to", type=int, required=True, metavar="N", help="iteration of the checkpoint to go back to")
+    parser.add_argument(
+        "--to", type=whole(1), required=True, metavar="N", help="iteration of the checkpoint to go back to"
+    )
     parser.add_argument("--skip-samples", type=_range, metavar="A-B", help="samples to leave out, both ends included")
     parser.add_argument("--metrics-file", type=Path, metavar="FILE", help="default: where the run writes it")
     parser.add_argument("--tensorboard-dir", metavar="FOLDER", help="default: where the run writes it")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import get_args
+
+from megatron_lite.cli.parser import Parser, real, whole
 
 SUMMARY = "show a pipeline schedule: who computes what when, the bubble, the activations held"
 
 
+MAX_UNITS = 1_000_000
+"""Largest number of forwards that is simulated: about a minute."""
+
+
 def run(argv: list[str]) -> int:
     """Show the schedule that `argv` asks for."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     options.chunks = options.chunks or (2 if options.kind == "interleaved" else 1)
+    if options.pp * options.microbatches * options.chunks > MAX_UNITS:
+        parser.error(f"--pp times --microbatches times --chunks is at most {MAX_UNITS:,}")
 
     from megatron_lite.schedules.lowering import lower
     from megatron_lite.schedules.pipeline import num_chunks, pipeline_schedule
@@ -41,15 +49,17 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     from megatron_lite.config.parallel import PipelineKind
 
-    parser = argparse.ArgumentParser(prog="megatron-lite schedule", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
+    parser = Parser(prog="megatron-lite schedule", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
     parser.add_argument("--kind", choices=get_args(PipelineKind), default="1f1b", help="the schedule (default: 1f1b)")
-    parser.add_argument("--pp", type=int, default=4, help="pipeline ranks (default: 4)")
-    parser.add_argument("--microbatches", type=int, default=8, help="micro-batches of one iteration (default: 8)")
+    parser.add_argument("--pp", type=whole(1, 4096), default=4, help="pipeline ranks (default: 4)")
     parser.add_argument(
-        "--chunks", type=int, default=0, help="model chunks a rank (default: 2 for interleaved, else 1)"
+        "--microbatches", type=whole(1, 65_536), default=8, help="micro-batches of one iteration (default: 8)"
+    )
+    parser.add_argument(
+        "--chunks", type=whole(0, 1024), default=0, help="model chunks a rank (default: 2 for interleaved, else 1)"
     )
     parser.add_argument(
         "--png", type=Path, nargs="?", const="schedule.png", metavar="FILE", help="draw it, too (schedule.png)"
@@ -59,19 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         "--blocking", action="store_true", help="sends wait for their receives (default: they overlap computation)"
     )
     times = parser.add_argument_group("times", "in any unit; without a split, a backward takes backward + weight")
-    times.add_argument("--forward", type=_positive, default=1.0, help="of a stage's forward (default: 1)")
-    times.add_argument("--backward", type=_positive, default=1.0, help="of the gradient of its input (default: 1)")
-    times.add_argument("--weight", type=_positive, default=1.0, help="of the gradient of its weights (default: 1)")
-    times.add_argument("--comm", type=_not_negative, default=0.0, help="of a message between ranks (default: 0)")
+    times.add_argument("--forward", type=real(1e-6, 1e6), default=1.0, help="of a stage's forward (default: 1)")
+    times.add_argument(
+        "--backward", type=real(1e-6, 1e6), default=1.0, help="of the gradient of its input (default: 1)"
+    )
+    times.add_argument(
+        "--weight", type=real(1e-6, 1e6), default=1.0, help="of the gradient of its weights (default: 1)"
+    )
+    times.add_argument("--comm", type=real(0.0, 1e6), default=0.0, help="of a message between ranks (default: 0)")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    return 0.0 if float(text) == 0 else _positive(text)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_lite.cli.parser import whole
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.errors import ConfigError
+
+MAX_IDS = 2**31 - 2
+"""Largest vocabulary whose ids, the end of a document included, a dataset can hold."""
 
 TYPES = {
     "GPT2BPETokenizer": "GPT2BPETokenizer",
@@ -36,8 +40,12 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="tokenizer.json, a folder with it, a downloaded model's name, or a sentencepiece .model",
     )
-    group.add_argument("--vocab-size", type=int, default=0, metavar="N", help="numbers that NullTokenizer knows")
-    group.add_argument("--vocab-extra-ids", type=int, default=0, metavar="N", help="<extra_id_N> tokens to append")
+    group.add_argument(
+        "--vocab-size", type=whole(0, MAX_IDS), default=0, metavar="N", help="numbers that NullTokenizer knows"
+    )
+    group.add_argument(
+        "--vocab-extra-ids", type=whole(0, 1_000_000), default=0, metavar="N", help="<extra_id_N> tokens to append"
+    )
     group.add_argument("--eod-token", default="", metavar="NAME", help="token that ends a document, if not the usual")
     group.add_argument("--no-fast-tokenizer", action="store_true", help="never encode with tiktoken (same ids, slower)")
 

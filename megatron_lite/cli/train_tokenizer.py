@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 
+from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.cli.tokenizer_arguments import MAX_IDS
 from megatron_lite.errors import ConfigError, DataError
 
 SUMMARY = "learn a byte-level BPE or sentencepiece tokenizer from text"
@@ -53,19 +54,25 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags, named as those of preprocessing."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_tokenizer.py",
         description="Learn a tokenizer from text files. A byte-level BPE is written as tokenizer.json and as "
         "GPT-2's vocab.json and merges.txt, the end-of-document token last.",
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="files or globs: .jsonl, .gz, .zst, .parquet"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
     )
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer's files go")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+    parser.add_argument(
+        "--vocab-size", type=whole(1, MAX_IDS), required=True, metavar="N", help="tokens, special ones included"
+    )
     parser.add_argument(
         "--tokenizer-type",
         choices=("GPT2BPETokenizer", "SentencePieceTokenizer"),
@@ -75,9 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--special-tokens", nargs="+", metavar="TOKEN", help="the first ends documents (BPE: <|endoftext|>)"
     )
-    parser.add_argument("--min-frequency", type=int, default=2, metavar="N", help="least count of a merged pair (2)")
+    parser.add_argument(
+        "--min-frequency", type=whole(0, 1 << 31), default=2, metavar="N", help="least count of a merged pair (2)"
+    )
     parser.add_argument("--sentencepiece-model", choices=("unigram", "bpe"), default="unigram", help="default unigram")
-    parser.add_argument("--max-mb", type=int, default=1000, metavar="N", help="read this much text at most (1000)")
+    parser.add_argument(
+        "--max-mb", type=whole(1, 1_000_000_000), default=1000, metavar="N", help="read this much text at most (1000)"
+    )
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads of sentencepiece")
+    parser.add_argument("--workers", type=whole(1, 1024), default=1, metavar="N", help="threads of sentencepiece")
     return parser

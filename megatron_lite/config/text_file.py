@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.text_format import (
     BOM,
     HEAD,
@@ -72,10 +73,11 @@ def require_text(path: str | Path, flag: str) -> str:
     try:
         return read_text(path)
     except (OSError, TextFileError) as error:
+        fix = f"Make it readable UTF-8 text, as with iconv -f latin1 -t utf-8 {path}, or give another {flag}"
+        if isinstance(error, FileNotFoundError):
+            fix = suggest_path(flag, str(path))
         raise DataError(
-            f"{flag} must name a readable UTF-8 text file",
-            found=read_failure(path, error),
-            fix=f"Correct {flag}, or convert the file",
+            f"{flag} must name a readable UTF-8 text file", found=read_failure(path, error), fix=fix
         ) from error
 
 

@@ -96,7 +96,6 @@ def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, m
 @pytest.mark.parametrize(
     ("iteration", "words", "message"),
     [
-        ("0", (), "numbered from 1"),
         ("51", (), "--iteration 51, the run has 50"),
         ("8", ("--train-samples", "30"), "--iteration 8, the run has 7"),
     ],

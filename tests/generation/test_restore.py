@@ -3,12 +3,14 @@ import io
 import json
 
 import pytest
+import tokenizers
 import torch
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.cli import generate as command
+from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
@@ -16,6 +18,8 @@ from megatron_lite.generation.generate import generate
 from megatron_lite.generation.restore import restore_model
 from megatron_lite.generation.sampling import Sampling
 from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.tokenizer.build import build_tokenizer
+from megatron_lite.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizer.null import NullTokenizer
 
 CPU = RuntimeConfig(device="cpu", seed=99)
@@ -115,8 +119,9 @@ def test_the_command_reads_a_pipe_and_a_terminal(saved, capsys, monkeypatch):
 
 
 def test_the_commands_mistakes_are_named(saved, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="--temperature"):
+    with pytest.raises(SystemExit):
         command.run(["--load", str(saved), "--prompt", "1", "--temperature", "-1"])
+    assert "--temperature: '-1' is not a number from 0 to 1e+06" in capsys.readouterr().err
     with pytest.raises(DataError, match="--prompt-file"):
         command.run(["--load", str(saved), "--device", "cpu", "--prompt-file", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
@@ -124,9 +129,74 @@ def test_the_commands_mistakes_are_named(saved, tmp_path, capsys):
     assert "--num-samples" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.run(["--load", str(saved), "--prompt", "1", "--max-new-tokens", "0"])
-    assert "--max-new-tokens must be at least 1" in capsys.readouterr().err
+    assert "--max-new-tokens: '0' is not a whole number from 1 to" in capsys.readouterr().err
 
 
 def test_the_manifest_is_json_of_the_config(saved, make_config):
     manifest = json.loads((saved / "iter_0000007" / "manifest.json").read_bytes())
     assert manifest["provenance"]["config"]["model"]["hidden_size"] == make_config().model.hidden_size
+
+
+@pytest.fixture(scope="module")
+def with_template(tmp_path_factory, save, stage):
+    """A model whose tokenizer's template adds both ends."""
+    folder = tmp_path_factory.mktemp("template")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "h": 2, "i": 3, "?": 4}, "?"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    library.add_special_tokens(["<s>", "</s>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    library.save(str(folder / "tokenizer.json"))
+    config = TokenizerConfig(type="HuggingFaceTokenizer", model=str(folder))
+    return save(folder / "saved", stage, fingerprint=build_tokenizer(config).fingerprint(), tokenizer=config)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "flags", "fed"),
+    [("hi", [], [2, 3]), ("hi", ["--prepend-bos"], [0, 2, 3]), ("", [], [1]), ("", ["--prepend-bos"], [0])],
+)
+def test_a_prompt_is_its_content(with_template, capsys, monkeypatch, prompt, flags, fed):
+    told = []
+    monkeypatch.setattr(
+        "megatron_lite.generation.generate.generate", lambda _, prompts, **__: told.extend(prompts) or [[]]
+    )
+    run(with_template, capsys, "--prompt", prompt, *flags)
+    assert told == [fed]
+
+
+def test_a_tokenizer_without_an_end_of_document(with_template, capsys, monkeypatch):
+    def none(_):
+        raise DataError("none", found="none", fix="none")
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "eod", property(none))
+    _, err = run(with_template, capsys, "--prompt", "hi", "--greedy")
+    assert "no end-of-document token" in err
+    with pytest.raises(ConfigError, match="at least one token"):
+        run(with_template, capsys, "--prompt", "")
+
+
+def test_a_prompt_file_of_windows(saved, capsys, tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeff4 5 6\r\n1\u20282\r\n".encode())
+    out, _ = run(saved, capsys, "--prompt-file", str(tmp_path / "prompts"), "--greedy")
+    assert out.startswith("--- prompt 1, sample 1 ---\n4 5 6")
+    assert "--- prompt 2, sample 1 ---\n1\u20282" in out
+
+
+def test_text_that_is_not_utf_8(saved, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_bytes(b"1 2\n3 \xff\n")
+    with pytest.raises(DataError, match="not UTF-8: byte 0xff in line 2, byte 3"):
+        run(saved, capsys, "--prompt-file", str(tmp_path / "prompts"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf1 2 3\n")))
+    assert run(saved, capsys, "--greedy")[0].startswith("1 2 3")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(DataError, match="standard input is not UTF-8"):
+        run(saved, capsys)
+
+    class Keyboard(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Keyboard(io.BytesIO(b"1 \xff\n1 2 3\n"), errors="surrogateescape"))
+    typed, err = run(saved, capsys, "--greedy")
+    assert "not UTF-8" in err and typed.lstrip("> ").startswith("1 2 3")
