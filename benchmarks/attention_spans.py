@@ -20,8 +20,7 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.data.masks import document_ids, document_rows
 from megatron_lite.model.attention import AttentionContext
-from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams

@@ -22,8 +22,7 @@ from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.data import masks
-from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.microbatches import microbatch_number, num_microbatches

@@ -41,7 +41,7 @@ class Streams:
     def __init__(self):
         self.places = []
 
-    def at(self, iteration, microbatch):
+    def set_microbatch(self, iteration, microbatch):
         self.places.append((iteration, microbatch))
 
 

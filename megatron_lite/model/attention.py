@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents
 from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import Rotary
-from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recomputed
-from megatron_lite.parallel.sharding import Sharding
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +99,14 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
         """Attention of whole samples, or of each document in them: q [s, b, n, d], k, v [t, b, g, d] -> [s, b, n d]."""
         if self.dropout > 0 and self.training:
-            self.rng.enter("attention", self.layer, self.split)
+            self.rng.reseed("attention", self.layer, self.split)
         return self._weigh(q, k, v, mask) if documents is None else self._weigh_apart(q, k, v, documents)
 
     # Its shapes change with every micro-batch: compiled, each would be compiled anew.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _weigh_apart(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        parts = zip(documents.apart(q), documents.apart(k), documents.apart(v), strict=True)
-        return documents.together([self._weigh(*part, None) for part in parts], q.shape[0])
+        parts = zip(documents.split(q), documents.split(k), documents.split(v), strict=True)
+        return documents.merge([self._weigh(*part, None) for part in parts], q.shape[0])
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The sum softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""

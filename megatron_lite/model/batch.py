@@ -1,17 +1,49 @@
-"""What one forward and backward of the model reads: b samples of s tokens."""
+"""Micro-batch: tokens, labels and masks of b samples, and the documents within them for document-masked attention.
+
+Letters: s sequence, b micro-batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from megatron_lite.model.documents import Documents
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents within a micro-batch, grouped by length (varlen attention by padding-free grouping).
+
+    Documents of equal length, of whichever sample, are one call of attention. There are fewer calls than √(2 b s),
+    the number of different lengths that can add up to b s; padding, of one-token documents, is one call. The tensors
+    are computed on the host (data/masks.py), so that the device is not waited for.
+    """
+
+    order: Tensor
+    """[b s] int64: the tokens document by document, in the order of `groups`. Token i of sample j is i b + j."""
+    inverse: Tensor
+    """[b s] int64: the inverse permutation, each token's place in `order`."""
+    groups: tuple[tuple[int, int], ...]
+    """For each document length: (number of documents, length)."""
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """`x` [s, b, ...] -> for each group [length, number of documents, ...]."""
+        ordered = _permute(x.flatten(0, 1), self.order, self.inverse)
+        parts = ordered.split([count * length for count, length in self.groups])
+        return [part.unflatten(0, group).transpose(0, 1) for part, group in zip(parts, self.groups, strict=True)]
+
+    def merge(self, parts: Sequence[Tensor], length: int) -> Tensor:
+        """Undo split: parts [length, number of documents, ...] -> [s, b, ...], where s = `length`."""
+        ordered = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in parts])
+        return _permute(ordered, self.inverse, self.order).unflatten(0, (length, -1))
 
 
 @dataclass(eq=False)
 class MicroBatch:
-    """b samples of s tokens, and where in the run they come."""
+    """Input of one forward and backward pass: b samples of s tokens."""
 
     tokens: Tensor
     """[b, s] int64."""
@@ -20,12 +52,31 @@ class MicroBatch:
     loss_mask: Tensor | None = None
     """[b, s] float32: weight of each token's loss; None: all 1."""
     position_ids: Tensor | None = None
-    """[b, s] int64; None: 0, 1, 2, …"""
+    """[b, s] int64; None: 0, 1, 2, ..."""
     document_ids: Tensor | None = None
-    """[b, s] int64: tokens attend within their document only; None: to the whole sample."""
+    """[b, s] int64: tokens attend within their document only; None: within the sample."""
     documents: Documents | None = None
-    """The same in a form that spares attention a mask; None: not known, or there is nothing to keep apart."""
+    """The same documents grouped by length, for attention without a mask; None: not computed, or one per sample."""
     number: int = 0
-    """The micro-batch's number in the global batch."""
+    """Number of the micro-batch in the global batch."""
     sources: tuple[int, ...] | None = None
-    """Number of the data source of each sample; None where there is only one."""
+    """Number of the data source of each sample; None: there is only one."""
+
+
+class _Permute(torch.autograd.Function):
+    """Permutation of rows. Its gradient is the inverse permutation; that of index_select would add up rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    out: Tensor = _Permute.apply(x, order, inverse)
+    return out

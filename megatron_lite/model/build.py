@@ -6,9 +6,9 @@ import torch
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.weight_gradients import WeightGradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,7 +18,7 @@ def build_stage(
     mesh: Mesh,
     rng: RngStreams,
     layers: range | None = None,
-    weight_gradients: WeightGradients | None = None,
+    deferred: DeferredWeightGradients | None = None,
 ) -> GPTStage:
     """This rank's stage, initialised.
 
@@ -28,7 +28,7 @@ def build_stage(
         rng: dropout's streams.
         layers: the stage's layers, by their numbers in the whole model; None: all of them. The first stage is the
             one that has layer 0, the last the one that has the last layer.
-        weight_gradients: where backward may leave the gradients of matrices for later.
+        deferred: stores the operands of weight gradients; None: backward computes them.
     """
     model = config.model
     layers = range(model.num_layers) if layers is None else layers
@@ -43,5 +43,5 @@ def build_stage(
         dtype=DTYPES[config.precision.dtype],
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.recompute,
-        weight_gradients=weight_gradients,
+        deferred=deferred,
     )

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import LearnedPositions
-from megatron_lite.parallel.layers import VocabParallelEmbedding
+from megatron_lite.parallel.layers import Sharding, VocabParallelEmbedding
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.sharding import Sharding
 
 EMBEDDING_LAYER = -1
 """The embedding's layer number among dropout's streams."""
@@ -66,6 +65,6 @@ class Embedding(nn.Module):
         if self.fp32_residual:
             x = x.to(torch.float32)
         if self.dropout > 0 and self.training:
-            self.rng.enter("embedding", EMBEDDING_LAYER, self.split)
+            self.rng.reseed("embedding", EMBEDDING_LAYER, self.split)
             x = F.dropout(x, self.dropout)
         return x

@@ -15,19 +15,18 @@ from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
-from megatron_lite.model.init import initialise
+from megatron_lite.model.init import initialize
 from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, Rotary
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_lite.parallel.layers import vocabulary_parameter
-from megatron_lite.parallel.linear import column_parallel_linear
+from megatron_lite.parallel.gemm import DeferredWeightGradients
+from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.parameters import NamedParameter, vocabulary_parameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recompute_units, run_units
-from megatron_lite.parallel.sharding import Sharding
-from megatron_lite.parallel.weight_gradients import WeightGradients
+from megatron_lite.parallel.tensor_parallel import column_parallel_linear
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 """Global name of the table that a tied head shares with the embedding."""
@@ -87,7 +86,7 @@ class GPTStage(nn.Module):
         dtype: of the parameters.
         sequence_parallel: whether tp ranks split the sequence between the parallel layers.
         recompute: which activations are recomputed.
-        weight_gradients: where backward may leave the gradients of matrices for later.
+        deferred: stores the operands of weight gradients; None: backward computes them.
     """
 
     def __init__(
@@ -103,10 +102,10 @@ class GPTStage(nn.Module):
         dtype: torch.dtype,
         sequence_parallel: bool = False,
         recompute: RecomputeConfig | None = None,
-        weight_gradients: WeightGradients | None = None,
+        deferred: DeferredWeightGradients | None = None,
     ) -> None:
         super().__init__()
-        sharding = Sharding(mesh.tp, sequence_parallel, dtype, mesh.backend.device, weight_gradients)
+        sharding = Sharding(mesh.tp, sequence_parallel, dtype, mesh.backend.device, deferred)
         self.config = config
         self.sharding = sharding
         self.layer_numbers = layers
@@ -117,7 +116,7 @@ class GPTStage(nn.Module):
         self.has_head = has_head
         self.shares_head = has_head and has_embedding and config.tied_embeddings
         self.output_layer = OutputLayer(config, sharding) if has_head and not self.shares_head else None
-        initialise(self.named_parameters_global(), config, seed)
+        initialize(self.named_parameters_global(), config, seed)
 
     @property
     def units(self) -> list[nn.Module]:
@@ -159,7 +158,7 @@ class GPTStage(nn.Module):
             return x
         sharding = self.sharding
         return column_parallel_linear(
-            x, self._head_weight(), None, sharding.tp, sharding.split_sequence, sharding.weight_gradients
+            x, self._head_weight(), None, sharding.tp, sharding.split_sequence, sharding.deferred
         )
 
     def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:

@@ -19,7 +19,7 @@ _OUTPUT_PROJECTIONS = ("self_attention.proj.weight", "mlp.fc2.weight")
 
 
 @torch.no_grad()
-def initialise(parameters: Iterable[NamedParameter], config: ModelConfig, seed: int) -> None:
+def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: int) -> None:
     """Fills the parameters: matrices from N(0, init_std), biases 0, norms 1 (zero-centered: 0), padding rows 0.
 
     Output projections get init_std / sqrt(2 * num_layers) under scaled_init (Radford et al. 2019, GPT-2).

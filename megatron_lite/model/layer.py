@@ -12,8 +12,8 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.attention import AttentionContext, SelfAttention
 from megatron_lite.model.mlp import MLP
 from megatron_lite.model.norms import Norm
+from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.sharding import Sharding
 
 
 class TransformerLayer(nn.Module):
@@ -50,7 +50,7 @@ class TransformerLayer(nn.Module):
 
     def _add(self, residual: Tensor, branch: Tensor, site: str) -> Tensor:
         if self.dropout > 0 and self.training:
-            self.rng.enter(site, self.layer, self.split)
+            self.rng.reseed(site, self.layer, self.split)
             branch = F.dropout(branch, self.dropout)
         return residual + branch
 

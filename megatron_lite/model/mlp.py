@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.config.model import Activation, ModelConfig
-from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.parallel.sharding import Sharding
+from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.config.model import Normalization
-from megatron_lite.parallel.layers import whole_parameter
-from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.sharding import Sharding
+from megatron_lite.parallel.layers import Sharding
+from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter
 
 
 class Norm(nn.Module):
@@ -65,4 +64,4 @@ class Norm(nn.Module):
         """The norm's parameters under its global name."""
         for suffix, param in (("weight", self.weight), ("bias", self.bias)):
             if param is not None:
-                yield whole_parameter(f"{name}.{suffix}", param, sequence_parallel=self.partial)
+                yield replicated_parameter(f"{name}.{suffix}", param, sequence_parallel=self.partial)

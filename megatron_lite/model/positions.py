@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.parallel.collectives import local_slice
-from megatron_lite.parallel.layers import whole_parameter
-from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.sharding import Sharding
+from megatron_lite.parallel.layers import Sharding
+from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter
+from megatron_lite.parallel.tensor_parallel import local_slice
 
 
 class LearnedPositions(nn.Module):
@@ -48,7 +47,7 @@ class LearnedPositions(nn.Module):
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """The table under its global name."""
-        yield whole_parameter(f"{name}.weight", self.weight, sequence_parallel=self.sequence_parallel)
+        yield replicated_parameter(f"{name}.weight", self.weight, sequence_parallel=self.sequence_parallel)
 
 
 class Rotary(nn.Module):

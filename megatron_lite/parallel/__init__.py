@@ -1,1 +1,1 @@
-"""How tensors split: mesh, collectives as autograd pairs, parallel layers, dropout streams, recomputation, buffers."""
+"""Parallelism: device mesh, tensor-parallel layers, gradient buffers, recomputation and dropout random streams."""

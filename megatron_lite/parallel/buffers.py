@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
-from megatron_lite.parallel.flat_layout import Bucket, Slot, lay_out
-from megatron_lite.parallel.gather import ParameterGather
+from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.reduction import GradientReduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +185,7 @@ class ParameterBuffers:
 
     def _build(self, decay: bool, bucket_elements: int, parts: int) -> FlatBuffer:
         parameters = [p for p in self.parameters if has_decay(p) is decay]
-        buckets = lay_out(parameters, bucket_elements=bucket_elements, parts=parts, alone=lambda p: p.name in self.tied)
+        buckets = lay_out(parameters, bucket_elements=bucket_elements, parts=parts, alone=self.tied)
         device = parameters[0].param.device
         values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
         gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""A parameter as the whole model knows it: its global name and shape, and which part of it lies here."""
+"""Named parameters: global name and shape of a parameter, and the rectangle of it that this rank holds."""
 
 from __future__ import annotations
 
@@ -6,39 +6,73 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megatron_lite.backend.group import Group
+
 
 @dataclass(frozen=True, eq=False)
 class NamedParameter:
-    """One parameter of a stage.
+    """Parameter of a stage with its place in the global tensor.
 
-    The local tensor, viewed as `local_shape`, sits at `offset` of the global one. Both shapes are logical: padded
-    vocabulary rows are not in them. A gated MLP's first weight is (2, ffn, h) globally, so that a tensor-parallel
-    part of it is one rectangle.
+    The local tensor, viewed as `local_shape`, lies at `offset` of the global tensor. Both shapes are without padded
+    vocabulary rows. The first weight of a gated MLP is (2, ffn, h) globally, so that its tensor-parallel shard is one
+    rectangle.
     """
 
     name: str
-    """Global and free of layout: layers are numbered over the whole model."""
+    """Global name, the same in every layout: layers are numbered over the whole model."""
     param: nn.Parameter
     global_shape: tuple[int, ...]
     tp_dim: int | None
-    """The dim of global_shape that tensor parallelism splits; None: every tp rank holds the whole."""
+    """Dim of global_shape that is split over tp; None: replicated over tp."""
     local_shape: tuple[int, ...]
     offset: tuple[int, ...]
     owned: bool = True
-    """False for the second copy of a tied weight: it is counted in norms, and saved, elsewhere."""
+    """False for the second copy of a tied weight: norms count, and checkpoints hold, the first."""
     sequence_parallel: bool = False
-    """Whole on each tp rank, but each sees a part of the sequence (or of the heads): gradients add up over tp."""
+    """Replicated over tp, but each rank computes the gradient of its part of the sequence (or of the heads), so that
+    gradients are summed over tp."""
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
-        """The logical part of this parameter, or of a tensor shaped like it (gradient, moment): a view, no copy.
+        """Return the parameter, or a tensor shaped like it (gradient, moment), without padding: a view.
 
         Args:
-            tensor: same number of elements as the parameter; None: the parameter's data.
+            tensor: as many elements as the parameter; None: the parameter's data.
 
         Returns:
-            A view shaped `local_shape`; padded vocabulary rows are cut off.
+            A view shaped `local_shape`.
         """
-        whole = (self.param.data if tensor is None else tensor).view(self.param.shape)
-        if len(self.local_shape) == whole.dim() and self.local_shape[0] < whole.shape[0]:
-            whole = whole[: self.local_shape[0]]
-        return whole.view(self.local_shape)
+        padded = (self.param.data if tensor is None else tensor).view(self.param.shape)
+        if len(self.local_shape) == padded.dim() and self.local_shape[0] < padded.shape[0]:
+            padded = padded[: self.local_shape[0]]
+        return padded.view(self.local_shape)
+
+
+def vocabulary_parameter(
+    name: str, param: nn.Parameter, vocab_size: int, group: Group, owned: bool = True
+) -> NamedParameter:
+    """Return the named parameter of a [V/tp, h] table: this rank's rows of (vocab_size, h), none if all are padding."""
+    rows, hidden = param.shape
+    first = min(rows * group.rank, vocab_size)
+    return NamedParameter(
+        name=name,
+        param=param,
+        global_shape=(vocab_size, hidden),
+        tp_dim=0,
+        local_shape=(min(rows * (group.rank + 1), vocab_size) - first, hidden),
+        offset=(first, 0),
+        owned=owned,
+    )
+
+
+def replicated_parameter(name: str, param: nn.Parameter, *, sequence_parallel: bool) -> NamedParameter:
+    """Return the named parameter of a tensor that every tp rank holds."""
+    shape = tuple(param.shape)
+    return NamedParameter(
+        name=name,
+        param=param,
+        global_shape=shape,
+        tp_dim=None,
+        local_shape=shape,
+        offset=(0,) * len(shape),
+        sequence_parallel=sequence_parallel,
+    )

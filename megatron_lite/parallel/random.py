@@ -1,6 +1,6 @@
-"""Dropout without state: every mask is a function of the seed and of where in the run it is drawn.
+"""Dropout random streams: stateless seeds from (run seed, site, layer, iteration, micro-batch).
 
-So no generator needs saving, recomputation draws the same mask again, and how the ranks are laid out changes none.
+No generator state has to be saved, recomputation draws the same mask again, and masks do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from megatron_lite.backend.base import Backend
 
 
 class RngStreams:
-    """Seeds the device's generator at each dropout site from (seed, site, layer, iteration, micro-batch).
+    """Seeds the device's generator at each dropout site.
 
     Args:
         seed: the run's seed.
-        backend: whose generator is seeded.
-        tp_rank: coordinate on the tp axis; it enters the seed only where activations are split along it.
+        backend: seeds the generator of its device.
+        tp_rank: tensor-parallel coordinate; part of the seed only where activations are split over tp.
     """
 
     def __init__(self, seed: int, backend: Backend, tp_rank: int = 0) -> None:
@@ -27,24 +27,24 @@ class RngStreams:
         self._tp_rank = tp_rank
         self._position = (0, 0)
 
-    def at(self, iteration: int, microbatch: int) -> None:
-        """Says which micro-batch comes next; called before each forward and, for recomputation, each backward.
+    def set_microbatch(self, iteration: int, microbatch: int) -> None:
+        """Set the micro-batch that the following forward, or backward with recomputation, belongs to.
 
         Args:
-            iteration: the iteration under way.
-            microbatch: the micro-batch's number in the global batch, the same whichever replica runs it.
+            iteration: number of the iteration.
+            microbatch: number of the micro-batch in the global batch, the same whichever replica runs it.
         """
         self._position = (iteration, microbatch)
 
-    # It changes a generator that no graph can hold, with numbers that no graph may freeze.
+    # Seeding is a side effect, which a graph of torch.compile cannot hold; traced, the seed would become a constant.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def enter(self, site: str, layer: int, split: bool) -> None:
-        """Seeds the generator for the dropout that follows. Not to be called where nothing is dropped.
+    def reseed(self, site: str, layer: int, split: bool) -> None:
+        """Seed the generator for the dropout that follows; called only where dropout is on.
 
         Args:
-            site: which dropout of the layer.
-            layer: the layer's number in the whole model (-1: the embedding).
-            split: whether tp ranks hold different parts of the activation, so that their masks must differ.
+            site: name of the dropout within the layer.
+            layer: number of the layer in the whole model (-1: the embedding).
+            split: whether the activation is split over tp, so that masks must differ between tp ranks.
         """
         rank = self._tp_rank if split else -1
         key = f"{self._seed}/{site}/{layer}/{self._position[0]}/{self._position[1]}/{rank}"

@@ -1,4 +1,4 @@
-"""Activation recomputation: which layers forget their activations, and run again in backward."""
+"""Activation recomputation (checkpointing): which layers discard their activations and run again in backward."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron_lite.config.optimizer import RecomputeConfig
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Runs `function`, keeps its arguments only, and runs it again when backward comes.
+    """Run `function`, keep only its arguments, and run it again in backward.
 
-    No generator's state is kept: dropout reseeds at each site (parallel/random.py), so the second run draws the same.
+    The generator's state is not saved: dropout reseeds at each site (parallel/random.py) and draws the same masks.
     """
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def recompute_units(num_layers: int, recompute: RecomputeConfig) -> list[tuple[range, bool]]:
-    """Splits a stage's layers into runs of layers, and says of each whether it is recomputed as one unit.
+    """Split a stage's layers into units, each with a flag: recomputed as one, or not.
 
     Args:
         num_layers: layers of this stage.
         recompute: full/uniform: units of `num_layers` layers, all recomputed; full/block: the first `num_layers`
-            layers are recomputed one by one, the others not; otherwise nothing is.
+            layers are recomputed one by one, the others are not; otherwise no unit is recomputed.
     """
     if recompute.granularity != "full":
         return [(range(num_layers), False)]
@@ -40,13 +40,13 @@ def recompute_units(num_layers: int, recompute: RecomputeConfig) -> list[tuple[r
 def run_units(
     x: Tensor, layers: Sequence[Callable[..., Tensor]], units: Sequence[tuple[range, bool]], *context: Any
 ) -> Tensor:
-    """Sends x [s, b, h] through the layers, recomputing the units that say so.
+    """Run `x` [s, b, h] through the layers, recomputing the units that are marked -> [s, b, h].
 
     Args:
         x: hidden states.
         layers: called as layer(x, *context).
         units: from recompute_units.
-        context: what every layer needs besides.
+        context: further arguments of every layer.
     """
 
     def run(x: Tensor, numbers: range) -> Tensor:

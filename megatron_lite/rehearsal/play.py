@@ -19,8 +19,7 @@ from megatron_lite.config.layout import Coordinates, coordinates
 from megatron_lite.config.partition import num_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
-from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.planner.explain import BatchStage, batch_stages
 from megatron_lite.rehearsal.shapes import ShapesOnly, fused_attention

@@ -31,12 +31,11 @@ from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import WORD_EMBEDDINGS, GPTStage
 from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.weight_gradients import WeightGradients
-from megatron_lite.pipeline.executor import Executor
-from megatron_lite.pipeline.messages import Messages
+from megatron_lite.pipeline.executor import Executor, Messages
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
@@ -166,8 +165,8 @@ def build_engine(
     """
     parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
-    weight_gradients = WeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
-    stages = build_stages(config, mesh, rng, weight_gradients)
+    deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
+    stages = build_stages(config, mesh, rng, deferred)
     buffers = _build_buffers(config, mesh, list(stages.values()))
     if config.runtime.compile:
         for stage in stages.values():
@@ -180,7 +179,7 @@ def build_engine(
         rng=rng,
         messages=Messages(mesh.pp, mesh.backend.device),
         accumulate=buffers.accumulate,
-        weight_gradients=weight_gradients,
+        deferred=deferred,
         trace=trace,
         timed=(lambda name: timers(name, 2)) if timers is not None else None,
     )
@@ -189,7 +188,7 @@ def build_engine(
 
 
 def build_stages(
-    config: RunConfig, mesh: Mesh, rng: RngStreams, weight_gradients: WeightGradients | None = None
+    config: RunConfig, mesh: Mesh, rng: RngStreams, deferred: DeferredWeightGradients | None = None
 ) -> dict[int, GPTStage]:
     """This rank's model chunks by global stage number, in the order of the model.
 
@@ -199,7 +198,7 @@ def build_stages(
     layers = stage_layers(config.model, parallel, config.batch.seq_length)
     chunks = len(layers) // parallel.pp
     numbers = [stage_of_chunk(parallel.pipeline_schedule, parallel.pp, mesh.pp.rank, chunk) for chunk in range(chunks)]
-    stages = {number: build_stage(config, mesh, rng, layers[number], weight_gradients) for number in sorted(numbers)}
+    stages = {number: build_stage(config, mesh, rng, layers[number], deferred) for number in sorted(numbers)}
     first, last = stages[min(stages)], stages[max(stages)]
     if first is not last and first.embedding is not None and last.has_head and config.model.tied_embeddings:
         last.share_table(first)

@@ -13,8 +13,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.data import masks
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.set_plan import SetPlan
-from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import microbatch_number
 from megatron_lite.schedules.skipping import Ranges

@@ -15,8 +15,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.data.masks import document_rows
-from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
@@ -145,13 +144,13 @@ def test_dropout_is_drawn_the_same_again(make_stage, make_batch, granularity):
     batch = with_documents(make_batch(3, 16), LENGTHS)
     stage = make_stage(init_std=0.3, attention_dropout=0.3, recompute=RecomputeConfig(granularity=granularity))
     kept = make_stage(init_std=0.3, attention_dropout=0.3)
-    stage.decoder.layers["0"].self_attention.rng.at(0, 0)
+    stage.decoder.layers["0"].self_attention.rng.set_microbatch(0, 0)
     first = results(stage, batch)
     torch.randn(5)
-    kept.decoder.layers["0"].self_attention.rng.at(0, 0)
+    kept.decoder.layers["0"].self_attention.rng.set_microbatch(0, 0)
     for ours, again in zip(first, results(kept, batch), strict=True):
         assert torch.equal(ours, again)
-    kept.decoder.layers["0"].self_attention.rng.at(0, 1)
+    kept.decoder.layers["0"].self_attention.rng.set_microbatch(0, 1)
     assert not torch.equal(first[0], results(kept, batch)[0])
 
 

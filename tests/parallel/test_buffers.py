@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from megatron_lite.backend.group import LocalGroup
+from megatron_lite.parallel.buckets import ALIGNMENT, lay_out
 from megatron_lite.parallel.buffers import ParameterBuffers
-from megatron_lite.parallel.flat_layout import ALIGNMENT, lay_out
 from megatron_lite.parallel.parameters import NamedParameter
 
 LOCAL = LocalGroup("dp")
@@ -154,7 +154,7 @@ def test_more_backward_passes_than_announced_are_noticed():
 
 def test_layout_splits_evenly_and_leaves_a_tied_weight_alone():
     parameters = named(nn.ParameterDict({f"p{i}": nn.Parameter(torch.empty(i + 1, 50)) for i in range(9)}))
-    buckets = lay_out(parameters, bucket_elements=600, parts=4, alone=lambda p: p.name == "p5")
+    buckets = lay_out(parameters, bucket_elements=600, parts=4, alone={"p5"})
     slots = [slot for bucket in buckets for slot in bucket.slots]
     assert [slot.parameter.name for slot in slots] == [f"p{i}" for i in reversed(range(9))]
     assert [len(bucket.slots) for bucket in buckets if bucket.slots[0].parameter.name == "p5"] == [1]

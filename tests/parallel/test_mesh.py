@@ -36,8 +36,8 @@ def test_dropout_streams_replay_and_differ():
 
     def draw(tp_rank=0, split=False, site="mlp", layer=3, position=(7, 2)):
         streams = RngStreams(1234, backend, tp_rank)
-        streams.at(*position)
-        streams.enter(site, layer, split)
+        streams.set_microbatch(*position)
+        streams.reseed(site, layer, split)
         return torch.rand(4).tolist()
 
     assert draw() == draw() == draw(tp_rank=1)

@@ -35,7 +35,7 @@ def make_stage(backend, parallel, model, recompute=None):
     mesh = build_mesh(backend, parallel)
     config = ModelConfig(**model)
     rng = RngStreams(5, backend, mesh.tp.rank)
-    rng.at(3, 1)
+    rng.set_microbatch(3, 1)
     stage = GPTStage(
         config,
         layers=range(config.num_layers),
@@ -141,7 +141,7 @@ def steps(backend, parallel, model, compiled):
         stage.compile(backend="aot_eager", fullgraph=not model["hidden_dropout"])
     losses = []
     for iteration in range(3):
-        stage.embedding.rng.at(iteration, 0)
+        stage.embedding.rng.set_microbatch(iteration, 0)
         loss = stage.loss(stage(None, make_batch()), make_batch())
         loss.backward()
         losses.append(loss.item())

@@ -7,8 +7,7 @@ import torch
 from tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.pipeline.executor import Executor
-from megatron_lite.pipeline.messages import Messages
+from megatron_lite.pipeline.executor import Executor, Messages
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import pipeline_schedule
 

@@ -12,11 +12,10 @@ import torch
 from tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.parallel.linear import column_parallel_linear
-from megatron_lite.parallel.weight_gradients import WeightGradients
+from megatron_lite.parallel.gemm import DeferredWeightGradients
+from megatron_lite.parallel.tensor_parallel import column_parallel_linear
 from megatron_lite.pipeline import executor as executor_module
-from megatron_lite.pipeline.executor import Executor
-from megatron_lite.pipeline.messages import Messages
+from megatron_lite.pipeline.executor import Executor, Messages
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, num_stages, pipeline_schedule, rank_of_stage
 
@@ -34,17 +33,17 @@ LAYOUTS = [
 
 
 class Linear(Scale):
-    """Scale, whose weight's gradient can be left for later."""
+    """Scale, whose weight gradient can be deferred."""
 
-    def __init__(self, weight, later):
+    def __init__(self, weight, deferred):
         super().__init__(weight)
         self.weight = torch.nn.Parameter(self.weight.detach().reshape(1, 1))
-        self.later = later
+        self.deferred = deferred
         self.embedding = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, x, batch):
         x = batch.tokens.t().unsqueeze(-1) * self.embedding if x is None else x
-        return column_parallel_linear(x, self.weight, None, LOCAL, False, self.later)
+        return column_parallel_linear(x, self.weight, None, LOCAL, False, self.deferred)
 
 
 class Mailbox:
@@ -71,10 +70,10 @@ class Rank:
     """One pipeline rank: its stages, program and results."""
 
     def __init__(self, rank, kind, pp, chunks, program, boxes):
-        self.later = WeightGradients() if kind in SPLIT_BACKWARD else None
+        self.deferred = DeferredWeightGradients() if kind in SPLIT_BACKWARD else None
         stages = num_stages(kind, pp, chunks)
         self.stages = {
-            stage: Linear(stage + 2, self.later) for stage in range(stages) if rank_of_stage(kind, pp, stage) == rank
+            stage: Linear(stage + 2, self.deferred) for stage in range(stages) if rank_of_stage(kind, pp, stage) == rank
         }
         for stage in self.stages.values():
             stage.weight.grad = torch.zeros_like(stage.weight)
@@ -86,7 +85,7 @@ class Rank:
             rng=self.streams,
             messages=self.messages,
             accumulate=lambda weight, gradient: weight.grad.add_(gradient),
-            weight_gradients=self.later,
+            deferred=self.deferred,
             trace=self.trace,
             timed=self.measure,
         )

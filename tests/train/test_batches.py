@@ -56,14 +56,14 @@ def read(consumed, size, reset_attention_mask=True):
 def test_documents_are_grouped_by_their_length():
     batch = read(0, 3)
     assert batch.documents.groups == ((1, 1), (1, 2), (3, 3), (1, 6))
-    parts = batch.documents.apart(batch.tokens.t())
+    parts = batch.documents.split(batch.tokens.t())
     assert [part.tolist() for part in parts] == [
         [[EOD]],
         [[3], [EOD]],
         [[1, 1, 3], [2, 2, 4], [EOD, EOD, EOD]],
         [[1], [2], [3], [4], [5], [6]],
     ]
-    assert torch.equal(batch.documents.together(parts, 6), batch.tokens.t())
+    assert torch.equal(batch.documents.merge(parts, 6), batch.tokens.t())
 
 
 @pytest.mark.parametrize(("consumed", "reset"), [(1, True), (3, True), (0, False)])

@@ -4,9 +4,9 @@ from rounding import assert_same_sums
 from torch import nn
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.parallel.linear import column_parallel_linear, row_parallel_linear
+from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.recompute import recomputed
-from megatron_lite.parallel.weight_gradients import WeightGradients
+from megatron_lite.parallel.tensor_parallel import column_parallel_linear, row_parallel_linear
 
 LOCAL = LocalGroup("tp")
 
@@ -16,15 +16,15 @@ def make():
     return (nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(4, 6)))
 
 
-def two_layers(x, first, bias, second, later):
+def two_layers(x, first, bias, second, deferred):
     return row_parallel_linear(
-        column_parallel_linear(x, first, bias, LOCAL, False, later).tanh(), second, None, LOCAL, False, later
+        column_parallel_linear(x, first, bias, LOCAL, False, deferred).tanh(), second, None, LOCAL, False, deferred
     )
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_split_backward_adds_up_to_the_whole_one(again):
-    expected, params, later = make(), make(), WeightGradients()
+    expected, params, deferred = make(), make(), DeferredWeightGradients()
     inputs = torch.randn(2, 3, 5, 4)
     done = []
 
@@ -35,33 +35,33 @@ def test_a_split_backward_adds_up_to_the_whole_one(again):
     for number, x in enumerate(inputs):
         plain, split = x.clone().requires_grad_(), x.clone().requires_grad_()
         two_layers(plain, *expected, None).square().sum().backward()
-        arguments = (two_layers, split, *params, later)
+        arguments = (two_layers, split, *params, deferred)
         output = recomputed(*arguments) if again else two_layers(*arguments[1:])
-        with later.deferred((0, number)):
+        with deferred.collect((0, number)):
             output.square().sum().backward()
         assert_same_sums(split.grad, plain.grad)
     # Biases are done with the input gradient; matrices wait.
     assert_same_sums(params[1].grad, expected[1].grad)
     assert params[0].grad is None and params[2].grad is None
-    later.compute((0, 1), accumulate)
-    later.compute((0, 0), accumulate)
+    deferred.compute((0, 1), accumulate)
+    deferred.compute((0, 0), accumulate)
     assert [id(weight) for weight in done] == [id(params[2]), id(params[0])] * 2
     for ours, whole in zip(params, expected, strict=True):
         assert_same_sums(ours.grad, whole.grad)
 
 
-def test_autograd_hears_nothing_of_a_gradient_that_is_put_off():
-    params, later, heard = make(), WeightGradients(), []
+def test_autograd_hears_nothing_of_a_gradient_that_is_deferred():
+    params, deferred, heard = make(), DeferredWeightGradients(), []
     for param in params:
         param.register_post_accumulate_grad_hook(heard.append)
-    with later.deferred((0, 0)):
-        two_layers(torch.randn(3, 5, 4, requires_grad=True), *params, later).sum().backward()
+    with deferred.collect((0, 0)):
+        two_layers(torch.randn(3, 5, 4, requires_grad=True), *params, deferred).sum().backward()
     assert [id(param) for param in heard] == [id(params[1])]
 
 
 def test_a_split_stage_does_not_run_backward_outside_of_a_schedule():
     with pytest.raises(AssertionError, match="deferred"):
-        two_layers(torch.randn(3, 5, 4, requires_grad=True), *make(), WeightGradients()).sum().backward()
+        two_layers(torch.randn(3, 5, 4, requires_grad=True), *make(), DeferredWeightGradients()).sum().backward()
 
 
 def test_one_process_without_a_split_schedule_runs_nothing_but_torchs_linear():

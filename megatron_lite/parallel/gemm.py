@@ -1,0 +1,95 @@
+"""Matrix products (GEMM) of linear layers: forward, input gradient, weight gradient, deferred weight gradients.
+
+Every large product of the model goes through this module: another implementation (fp8, a weight gradient fused with its
+accumulation) replaces the three functions below.
+
+Letters: i input channels, o output channels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_lite.backend.group import Group
+
+Accumulate = Callable[[nn.Parameter, Tensor], None]
+"""Adds a gradient to its parameter's buffer (ParameterBuffers.accumulate)."""
+Key = tuple[int, int]
+"""(stage, micro-batch)."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + b: `x` [..., i], `weight` [o, i], `bias` [o] -> [..., o].
+
+    Called outside of an autograd function, torch computes the gradients with products of its own.
+    """
+    return F.linear(x, weight, bias)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return gradient W: `gradient` [..., o], `weight` [o, i] -> [..., i]."""
+    return torch.matmul(gradient, weight)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return gradientᵀ x: `gradient` [..., o], `x` [..., i] -> [o, i], summed over the leading dims."""
+    return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+class _Product(NamedTuple):
+    """Operands of a deferred weight gradient."""
+
+    weight: nn.Parameter
+    gradient: Tensor
+    x: Tensor
+    gather: Group | None
+
+
+class DeferredWeightGradients:
+    """Operands of weight gradients that backward deferred, by (stage, micro-batch).
+
+    Zero-bubble schedules (Qi et al. 2023, arXiv:2401.10241) split the backward of a linear layer: the input gradient is
+    computed at once, the weight gradient later, where the pipeline would idle. Only matrix products are deferred;
+    gradients of norms, biases and embeddings cost little and are computed at once.
+    """
+
+    def __init__(self) -> None:
+        self._products: dict[Key, deque[_Product]] = {}
+        self._open: deque[_Product] | None = None
+
+    @contextmanager
+    def collect(self, key: Key) -> Iterator[None]:
+        """Store the weight gradients of a backward pass that runs inside of this context under `key`."""
+        self._open = self._products.setdefault(key, deque())
+        try:
+            yield
+        finally:
+            self._open = None
+
+    def defer(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, gather: Group | None = None) -> None:
+        """Store the operands of one weight gradient.
+
+        Args:
+            weight: [o, i].
+            gradient: [..., o], of the layer's output.
+            x: [..., i], the layer's input.
+            gather: group that splits the sequence: `x` is all-gathered over it when the product is computed; None: `x`
+                has the whole sequence.
+        """
+        assert self._open is not None, "backward of a stage with deferred weight gradients must run inside collect()"
+        self._open.append(_Product(weight, gradient, x, gather))
+
+    @torch.no_grad()
+    def compute(self, key: Key, accumulate: Accumulate) -> None:
+        """Compute the weight gradients stored under `key`, in the order of backward, and accumulate each."""
+        products = self._products.pop(key)
+        while products:
+            weight, gradient, x, gather = products.popleft()
+            accumulate(weight, weight_gradient(gradient, x if gather is None else gather.all_gather(x)))
