@@ -53,7 +53,7 @@ format: $(STAMP)-dev
 
 docs: $(STAMP)-dev
 	$(BIN)/python -m megatron_lite.config.reference
-	$(BIN)/python tests/parallelism_page.py
+	$(BIN)/python tests/support/parallelism_page.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -18,7 +18,7 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.data.masks import document_ids, document_rows
+from megatron_lite.data.serving.masks import document_ids, document_rows
 from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import GPTStage

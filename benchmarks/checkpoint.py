@@ -31,14 +31,14 @@ from torch import Tensor
 
 from megatron_lite.backend.group import Group, LocalGroup, new_process_group
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Provenance, read_manifest
-from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.rewriting import reshard
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import Provenance, read_manifest
+from megatron_lite.runs.retention import Retention
 
 WORLD = LocalGroup("world")
 COLUMNS = 2048

@@ -20,13 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data.blending import BlendIndex, normalize
-from megatron_lite.data.dataset import GPTDataset
-from megatron_lite.data.index_cache import read_index, write_index
-from megatron_lite.data.index_format import bin_path, idx_path, pack_header
-from megatron_lite.data.indexed_dataset import IndexedDataset
-from megatron_lite.data.loader import Loader
-from megatron_lite.data.sample_index import (
+from megatron_lite.data.format.index_format import bin_path, idx_path, pack_header
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.order.blending import BlendIndex, normalize
+from megatron_lite.data.order.index_cache import read_index, write_index
+from megatron_lite.data.order.sample_index import (
     IndexPlan,
     SampleIndex,
     build_index,
@@ -34,6 +32,8 @@ from megatron_lite.data.sample_index import (
     order_samples,
     plan_index,
 )
+from megatron_lite.data.serving.dataset import GPTDataset
+from megatron_lite.data.serving.loader import Loader
 
 CHUNK = 1 << 20
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_lite.data.packed_dataset import pack_dataset
+from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.preparation.packed_dataset import pack_dataset
 
 EOD = 50256
 TOKENIZER = {"type": "NullTokenizer", "fingerprint": "", "vocab_size": EOD + 1, "eod": EOD}

@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_lite.config.data import TokenizerConfig
-from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
-from megatron_lite.data.preprocess.options import PreprocessOptions
-from megatron_lite.data.preprocess.progress import SilentProgress
-from megatron_lite.data.preprocess.run import preprocess
+from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.preparation.options import PreprocessOptions
+from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.run import preprocess
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.huggingface import read_gpt2

@@ -16,7 +16,7 @@ settings.load_profile("any machine")
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
     """Calls a function on several gloo ranks, with a world size and arguments: one result a rank. See ranks.py."""
-    from ranks import RankPools
+    from support.ranks import RankPools
 
     pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
     yield pools

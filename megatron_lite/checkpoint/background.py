@@ -18,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.backend.agreement import together
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import together
-from megatron_lite.checkpoint.durable import replace_file
-from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.pieces import Share
-from megatron_lite.checkpoint.retention import KEEP_ALL, Retention
 from megatron_lite.checkpoint.save import (
     SaveReport,
     SaveRequest,
@@ -36,6 +33,9 @@ from megatron_lite.checkpoint.save import (
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.atomic import replace_file
+from megatron_lite.runs.manifest import Provenance
+from megatron_lite.runs.retention import KEEP_ALL, Retention
 
 _POLL_SECONDS = 0.02
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_lite.checkpoint.manifest import SavedFile, SavedTensor
+from megatron_lite.runs.manifest import SavedFile, SavedTensor
 
 
 def dcp_metadata(tensors: Mapping[str, SavedTensor], files: Mapping[str, SavedFile]) -> Metadata:

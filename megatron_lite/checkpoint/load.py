@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_lite.backend.agreement import together
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import together
-from megatron_lite.checkpoint.catalog import iteration_of, list_checkpoints
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, read_manifest
 from megatron_lite.checkpoint.names import is_superseded, source_of
 from megatron_lite.checkpoint.reading import Read, ReadPlan
 from megatron_lite.checkpoint.verify import verify_lengths, verify_parts
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.runs.catalog import iteration_of, list_checkpoints
+from megatron_lite.runs.manifest import CorruptCheckpointError, Manifest, read_manifest
 
 _SHOWN = 5
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from megatron_lite.checkpoint.manifest import SavedTensor
+from megatron_lite.runs.manifest import SavedTensor
 
 OPTIMIZER_PREFIX = "optimizer."
 MAIN_PREFIX = "optimizer.main_param."

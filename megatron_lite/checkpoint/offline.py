@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.reading import Read, ReadPlan
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from megatron_lite.checkpoint.manifest import (
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.manifest import (
     SavedFile,
     SavedPiece,
     SavedTensor,
@@ -17,7 +18,6 @@ from megatron_lite.checkpoint.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
-from megatron_lite.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.manifest import Manifest, SavedPart, SavedPiece
 from megatron_lite.checkpoint.verify import open_file, read_part
 from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import Manifest, SavedPart, SavedPiece
 
 
 @dataclass(frozen=True)

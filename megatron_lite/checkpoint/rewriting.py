@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.checkpoint.catalog import iteration_of
-from megatron_lite.checkpoint.durable import replace_file
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor, source_of
 from megatron_lite.checkpoint.offline import read_rectangle
 from megatron_lite.checkpoint.save import SaveReport, SaveRequest, explain, finish, open_partial, share_path
@@ -26,6 +23,9 @@ from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.checkpoint.writing import PieceWriter
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.atomic import replace_file
+from megatron_lite.runs.catalog import iteration_of
+from megatron_lite.runs.manifest import Manifest, read_manifest
 
 FILE_SIZE = 5 * 10**9
 """Bytes of a file of the new checkpoint, unless another limit is given."""

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from megatron_lite import __version__
+from megatron_lite.backend.agreement import from_first, together
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import from_first, together
-from megatron_lite.checkpoint.catalog import announce, folder_name
-from megatron_lite.checkpoint.durable import replace_file, sync_folder, write_synced
-from megatron_lite.checkpoint.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest, size_text
 from megatron_lite.checkpoint.pieces import Share, merge_shares
-from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, delete_expired
 from megatron_lite.checkpoint.sharing import share_out
-from megatron_lite.checkpoint.turnover import make_visible, remove_stale
 from megatron_lite.checkpoint.writing import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.runs.atomic import replace_file, sync_folder, write_synced
+from megatron_lite.runs.catalog import announce, folder_name
+from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest, size_text
+from megatron_lite.runs.retention import KEEP_ALL, Retention, delete_expired
+from megatron_lite.runs.turnover import make_visible, remove_stale
 
 
 def no_check() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.checkpoint.catalog import iteration_of
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Manifest, SavedFile, SavedPart, read_manifest
+from megatron_lite.runs.catalog import iteration_of
+from megatron_lite.runs.manifest import CorruptCheckpointError, Manifest, SavedFile, SavedPart, read_manifest
 
 if TYPE_CHECKING:
     from io import FileIO

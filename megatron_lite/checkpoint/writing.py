@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.serialization import config
 
 from megatron_lite.checkpoint.dcp_metadata import dcp_metadata, dtype_name
-from megatron_lite.checkpoint.durable import write_synced
-from megatron_lite.checkpoint.manifest import SavedFile, SavedPart, SavedPiece, SavedTensor
 from megatron_lite.checkpoint.pieces import Share
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.runs.atomic import write_synced
+from megatron_lite.runs.manifest import SavedFile, SavedPart, SavedPiece, SavedTensor
 
 DCP_METADATA_NAME = ".metadata"
 _BUFFER = 1 << 20

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_lite.checkpoint.manifest import Manifest
     from megatron_lite.checkpoint.save import SaveReport
+    from megatron_lite.runs.manifest import Manifest
 
 _SHOWN = 4
 _PATH, _NARROWEST, _PADDING = 42, 8, 8
@@ -45,16 +45,16 @@ def run(argv: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.catalog import (
+    from megatron_lite.runs.catalog import (
         announced,
         announcement_problem,
         incompleteness,
         list_iterations,
         locate,
     )
-    from megatron_lite.checkpoint.foreign import foreign_error
-    from megatron_lite.checkpoint.manifest import read_manifest, size_text
-    from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
+    from megatron_lite.runs.foreign import foreign_error
+    from megatron_lite.runs.manifest import read_manifest, size_text
+    from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
     for root in options.folders:
         table, broken = _table(root, "", "iteration", "size", "parameters", "ranks", "saved"), []
@@ -90,7 +90,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.manifest import read_manifest, size_text
+    from megatron_lite.runs.manifest import read_manifest, size_text
 
     for given in options.folders:
         path = _one(given)
@@ -136,7 +136,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.catalog import announcement_problem, iteration_of
+    from megatron_lite.runs.catalog import announcement_problem, iteration_of
 
     paths, lost = [], 0
     for given in options.folders:
@@ -159,8 +159,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify_one(path: Path, console: Console) -> bool:
-    from megatron_lite.checkpoint.manifest import size_text
     from megatron_lite.checkpoint.verify import verify_checkpoint
+    from megatron_lite.runs.manifest import size_text
 
     begun = time.monotonic()
     try:
@@ -176,8 +176,8 @@ def _verify_one(path: Path, console: Console) -> bool:
 
 
 def _diff(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.checkpoint.manifest import read_manifest
-    from megatron_lite.checkpoint.resume import compare_configs
+    from megatron_lite.runs.comparison import compare_configs
+    from megatron_lite.runs.manifest import read_manifest
 
     first, second = _one(options.first), _one(options.second)
     one, other = read_manifest(first), read_manifest(second)
@@ -271,7 +271,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _summarize(report: SaveReport, what: str, console: Console) -> None:
-    from megatron_lite.checkpoint.manifest import read_manifest, size_text
+    from megatron_lite.runs.manifest import read_manifest, size_text
 
     rate = report.size / max(report.seconds, 1e-9)
     files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
@@ -288,7 +288,7 @@ def _file_size(options: argparse.Namespace) -> int:
 
 def _one(given: Path) -> Path:
     """The checkpoint that a folder means: itself, or the latest of a --save folder."""
-    from megatron_lite.checkpoint.catalog import find_checkpoint
+    from megatron_lite.runs.catalog import find_checkpoint
 
     found = find_checkpoint(str(_existing(given)))
     if found is None:

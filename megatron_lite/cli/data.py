@@ -16,7 +16,7 @@ from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
 from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_lite.data.indexed_dataset import IndexedDataset
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
     from megatron_lite.tokenizer.base import Tokenizer
 
 SUMMARY = "inspect, verify, pack and convert datasets; show the text of an iteration"
@@ -69,8 +69,8 @@ def inspect(argv: list[str]) -> int:
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
 
-    from megatron_lite.data.indexed_dataset import IndexedDataset
-    from megatron_lite.data.survey import draw_lengths, draw_lengths_svg, survey_lengths
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.preparation.survey import draw_lengths, draw_lengths_svg, survey_lengths
 
     data = IndexedDataset(options.prefix)
     lengths = survey_lengths(data)
@@ -124,7 +124,7 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("old_prefix", help="common path of the older .bin and .idx")
     parser.add_argument("new_prefix", help="common path of the files to write")
     options = parser.parse_args(argv)
-    from megatron_lite.data.older_index import convert_older
+    from megatron_lite.data.format.older_index import convert_older
 
     print(f"{options.new_prefix}: {convert_older(options.old_prefix, options.new_prefix):,} documents")
     return 0
@@ -132,10 +132,10 @@ def convert(argv: list[str]) -> int:
 
 def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     """Check one dataset; what was checked, in words."""
-    from megatron_lite.data.build import check_manifest
-    from megatron_lite.data.indexed_dataset import IndexedDataset
-    from megatron_lite.data.preprocess.manifest import check_files
-    from megatron_lite.data.survey import check_all_tokens
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.format.manifest import check_files
+    from megatron_lite.data.preparation.survey import check_all_tokens
+    from megatron_lite.data.serving.build import check_manifest
 
     data = IndexedDataset(prefix)
     data.check()
@@ -161,7 +161,7 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
 
 def _papers(prefix: str) -> dict[str, str]:
     """What the manifest says, if there is one."""
-    from megatron_lite.data.preprocess.manifest import read_manifest
+    from megatron_lite.data.format.manifest import read_manifest
 
     manifest = read_manifest(prefix)
     if manifest is None:

@@ -13,7 +13,7 @@ from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, token
 from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_lite.data.packed_dataset import Packed
+    from megatron_lite.data.preparation.packed_dataset import Packed
 
 
 def pack(argv: list[str]) -> int:
@@ -34,8 +34,8 @@ def pack(argv: list[str]) -> int:
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
 
-    from megatron_lite.data.indexed_dataset import IndexedDataset
-    from megatron_lite.data.packed_dataset import pack_dataset
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.preparation.packed_dataset import pack_dataset
 
     began = time.monotonic()
     data = IndexedDataset(options.prefix)
@@ -60,7 +60,7 @@ def pack(argv: list[str]) -> int:
 
 def _about_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer for the manifest: the given one, which must be the dataset's, else what its manifest says."""
-    from megatron_lite.data.build import check_manifest
+    from megatron_lite.data.serving.build import check_manifest
 
     prefix, tokenizer = options.prefix, given_tokenizer(options)
     manifest = check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")

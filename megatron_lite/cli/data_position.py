@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_lite.checkpoint.catalog import find_checkpoint, iteration_of, list_checkpoints
-from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.checkpoint.resume import continue_history, describe, fingerprint_differences, read_history
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.fingerprint import data_fingerprints
+from megatron_lite.data.format.fingerprint import data_fingerprints
 from megatron_lite.errors import DataError
+from megatron_lite.runs.catalog import find_checkpoint, iteration_of, list_checkpoints
+from megatron_lite.runs.comparison import continue_history, describe, fingerprint_differences, read_history
+from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.schedules.data_order import DataSegment
 from megatron_lite.schedules.length import consumed_at
 from megatron_lite.schedules.progress import Progress

@@ -15,8 +15,8 @@ from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_lite.config.run import RunConfig
-    from megatron_lite.data.build import Datasets
-    from megatron_lite.data.dataset import Dataset
+    from megatron_lite.data.serving.build import Datasets
+    from megatron_lite.data.serving.dataset import Dataset
     from megatron_lite.schedules.data_order import DataSegment
     from megatron_lite.tokenizer.base import Tokenizer
 
@@ -38,7 +38,7 @@ def show_samples(argv: list[str]) -> int:
     options, words = parser.parse_known_args(argv)
 
     from megatron_lite.cli.data_position import find_position
-    from megatron_lite.data.loader import Loader
+    from megatron_lite.data.serving.loader import Loader
     from megatron_lite.schedules.batch_size import global_batch_size
     from megatron_lite.schedules.length import is_skipped_iteration
     from megatron_lite.schedules.sequence_length import sequence_length
@@ -134,7 +134,7 @@ def _read(words: list[str]) -> RunConfig:
 
 def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
     """Open a job's tokenizer and its datasets."""
-    from megatron_lite.data.build import build_datasets
+    from megatron_lite.data.serving.build import build_datasets
     from megatron_lite.tokenizer.build import build_tokenizer
 
     tokenizer = build_tokenizer(config.tokenizer)

@@ -95,8 +95,8 @@ def _context(tokenizer: Tokenizer, *, prepend_bos: bool) -> list[int]:
 def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
     import numpy as np
 
-    from megatron_lite.data.build import check_manifest
-    from megatron_lite.data.indexed_dataset import IndexedDataset
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.serving.build import check_manifest
 
     dataset = IndexedDataset(prefix)
     check_manifest(prefix, model.tokenizer.fingerprint())

@@ -7,12 +7,12 @@ from typing import Any
 
 from megatron_lite.cli.data_position import saved_history
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.build import cache_folder, plan_datasets
-from megatron_lite.data.dataset import short_names
-from megatron_lite.data.index_cache import index_folder, is_kept
-from megatron_lite.data.index_space import bytes_text
-from megatron_lite.data.sample_index import SAMPLE_BYTES
-from megatron_lite.data.set_plan import SetPlan, describe_set
+from megatron_lite.data.order.index_cache import index_folder, is_kept
+from megatron_lite.data.order.index_space import bytes_text
+from megatron_lite.data.order.sample_index import SAMPLE_BYTES
+from megatron_lite.data.order.set_plan import SetPlan, describe_set
+from megatron_lite.data.serving.build import cache_folder, plan_datasets
+from megatron_lite.data.serving.dataset import short_names
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.schedules.data_order import DataSegment, extend_history
 from megatron_lite.schedules.length import test_samples

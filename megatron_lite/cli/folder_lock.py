@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lite.backend.environment import read_launch
-from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
 
 @contextmanager

@@ -15,8 +15,8 @@ SUMMARY = "put several .bin/.idx datasets end to end"
 def run(argv: list[str]) -> int:
     """Merge, and say what came out."""
     args = build_parser().parse_args(argv)
-    from megatron_lite.data.indexed_dataset import IndexedDataset
-    from megatron_lite.data.preprocess.merge import find_prefixes, merge_datasets
+    from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.preparation.merge import find_prefixes, merge_datasets
 
     if args.multimodal:
         raise ConfigError(

@@ -13,8 +13,8 @@ from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, token
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_lite.data.preprocess.options import PreprocessOptions
-    from megatron_lite.data.preprocess.progress import Progress
+    from megatron_lite.data.preparation.options import PreprocessOptions
+    from megatron_lite.data.preparation.progress import Progress
 
 SUMMARY = "turn text (jsonl, compressed or not, .parquet) into a .bin/.idx dataset"
 INTERRUPTED = 130
@@ -26,11 +26,11 @@ def run(argv: list[str]) -> int:
     _refuse(args)
     # Workers are processes: a tokenizer library that starts threads in each would only make them wait for each other.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from megatron_lite.data.preprocess.run import preprocess
+    from megatron_lite.data.preparation.run import preprocess
 
     options = _options(args)
     if args.find_optimal_num_workers:
-        from megatron_lite.data.preprocess.trial import compare_worker_counts
+        from megatron_lite.data.preparation.trial import compare_worker_counts
 
         compare_worker_counts(options, args.workers_to_check, args.max_documents, print)
         return 0
@@ -176,7 +176,7 @@ def _notes(args: argparse.Namespace) -> list[str]:
 
 
 def _options(args: argparse.Namespace) -> PreprocessOptions:
-    from megatron_lite.data.preprocess.options import PreprocessOptions
+    from megatron_lite.data.preparation.options import PreprocessOptions
 
     return PreprocessOptions(
         inputs=tuple(args.input),
@@ -203,7 +203,7 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
 
 
 def _progress(args: argparse.Namespace) -> Progress:
-    from megatron_lite.data.preprocess.progress import BarProgress, LineProgress
+    from megatron_lite.data.preparation.progress import BarProgress, LineProgress
 
     if sys.stderr.isatty() and args.log_interval is None:
         return BarProgress(sys.stderr)

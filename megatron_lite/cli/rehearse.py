@@ -180,7 +180,7 @@ def _memory_table(ranks: list[dict[str, Any]]) -> Any:
 
 
 def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
-    from megatron_lite.checkpoint.manifest import size_text
+    from megatron_lite.runs.manifest import size_text
 
     table = _table("What it sends in an iteration of the last batch", "rank", "axis", "kind", "calls", "sent")
     for rank in ranks:
@@ -194,7 +194,7 @@ def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
 
 
 def _ramp_table(ranks: list[dict[str, Any]]) -> Any:
-    from megatron_lite.checkpoint.manifest import size_text
+    from megatron_lite.runs.manifest import size_text
 
     first, last = ranks[0], ranks[-1]
     table = _table(

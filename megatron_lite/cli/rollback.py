@@ -12,7 +12,7 @@ from megatron_lite.config.values import read_int, shortened
 from megatron_lite.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from megatron_lite.checkpoint.rollback import RollbackReport
+    from megatron_lite.runs.rollback import RollbackReport
 
 SUMMARY = "take a run back to an earlier checkpoint, leaving out samples from there"
 _TEXT = (
@@ -25,8 +25,8 @@ def run(argv: list[str]) -> int:
     """Rolls back and says what was done."""
     options = _parser().parse_args(argv)
 
-    from megatron_lite.checkpoint.rollback import roll_back
     from megatron_lite.cli.folder_lock import holding
+    from megatron_lite.runs.rollback import roll_back
 
     root: Path = options.folder
     try:
@@ -50,8 +50,8 @@ def run(argv: list[str]) -> int:
 
 
 def _rewind(options: argparse.Namespace, report: RollbackReport) -> list[str]:
-    from megatron_lite.checkpoint.manifest import read_manifest
     from megatron_lite.metrics.rewind import rewind
+    from megatron_lite.runs.manifest import read_manifest
 
     settings = read_manifest(report.checkpoint).provenance.config.get("metrics", {})
     metrics = options.metrics_file or settings.get("metrics_file") or options.folder / "metrics.jsonl"

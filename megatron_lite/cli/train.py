@@ -10,7 +10,7 @@ from megatron_lite.backend.environment import Launch, host_name, read_launch
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_run, raise_all, save_folder
 from megatron_lite.config.files import missing_files
 from megatron_lite.errors import ConfigError
-from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.lifecycle.exit_status import ExitRecord
 
 SUMMARY = "train a GPT; takes Megatron's command line"
 SEVERAL_RANKS = True
@@ -55,8 +55,8 @@ def _run(argv: list[str], launch: Launch, record: ExitRecord, started: float) ->
 
 
 def _train(parsed: ParsedRun, launch: Launch, record: ExitRecord, started: float) -> None:
+    from megatron_lite.train.job import train_job
     from megatron_lite.train.start import already_complete
-    from megatron_lite.train.unattended import train_job
 
     if (complete := already_complete(parsed.config)) is None:
         train_job(parsed.config, record, started=started)

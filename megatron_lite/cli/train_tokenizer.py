@@ -16,7 +16,7 @@ SUMMARY = "learn a byte-level BPE or sentencepiece tokenizer from text"
 def run(argv: list[str]) -> int:
     """Train, write the files, and say how to use them."""
     args = build_parser().parse_args(argv)
-    from megatron_lite.data.preprocess.texts import iterate_texts
+    from megatron_lite.data.preparation.texts import iterate_texts
     from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece
 
     folder = Path(args.output)

@@ -26,7 +26,7 @@ MAY_DIFFER = {
 }
 """Fields that ranks may have different values of, each with the reason. Every other field must be equal on all ranks.
 
-Of datasets, the paths may differ as well: their contents are compared by one rank per node (data/fingerprint.py).
+Of datasets, the paths may differ as well: one rank per node compares their contents (data/format/fingerprint.py).
 """
 
 _SOURCES = frozenset({"data.sources", "data.train_groups", "data.valid_groups", "data.test_groups"})

@@ -1,7 +1,7 @@
 """Reader of small text files that users name: UTF-8, with or without a byte order mark, plain or compressed.
 
 Prompts, texts to evaluate, argument files, blends, JSON configs and tokenizer files are read here. Preprocessing
-streams its inputs (data/preprocess/lines.py) with the same recognition of formats.
+streams its inputs (data/preparation/lines.py) with the same recognition of formats.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""From .bin/.idx files to the tokens of one micro-batch: formats, sample order, blending, reading, preprocessing.
+"""Datasets: Megatron's .bin/.idx format, sample order and blending, loading for training, offline preparation.
 
-Everything is numpy on memory-mapped files, and which tokens come next is a pure function of the configuration and the
-samples consumed so far, in the order that Megatron gives them.
+Everything is numpy on memory-mapped files. The tokens of a micro-batch are a pure function of the configuration and the
+number of samples consumed, in Megatron's order.
 """

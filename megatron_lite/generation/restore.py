@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.backend.select import select_backend
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import TokenizerConfig
@@ -27,6 +25,8 @@ from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import Manifest, read_manifest
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 

@@ -1,1 +1,1 @@
-"""The files of a run's --save folder; without torch."""
+"""Files of a run (no torch): checkpoint manifests and catalog, retention, rollback, exit status, metrics.jsonl."""

@@ -1,1 +1,1 @@
-"""Where the parts meet: assembles a run from its config, steps it, evaluates, saves and stops it."""
+"""Training: assembles a run from its configuration, and runs the training loop, evaluations and saves."""

@@ -12,16 +12,15 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
-from megatron_lite.checkpoint.manifest import Provenance
-from megatron_lite.checkpoint.resume import continue_history, read_history
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
-from megatron_lite.data.build import SPLITS, build_datasets
-from megatron_lite.data.dataset import Dataset
-from megatron_lite.data.loader import Loader
-from megatron_lite.data.set_plan import SetPlan
+from megatron_lite.data.order.set_plan import SetPlan
+from megatron_lite.data.serving.build import SPLITS, build_datasets
+from megatron_lite.data.serving.dataset import Dataset
+from megatron_lite.data.serving.loader import Loader
+from megatron_lite.lifecycle.failure import OnAbort, watched
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -36,7 +35,9 @@ from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.pipeline.executor import Executor, Messages
+from megatron_lite.runs.comparison import continue_history, read_history
 from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
@@ -46,7 +47,6 @@ from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import BatchSource, RunData
 from megatron_lite.train.comparison import compare_runs, open_files
 from megatron_lite.train.data_changes import effect_of_other_data, kept_order
-from megatron_lite.train.failure import OnAbort, watched
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine

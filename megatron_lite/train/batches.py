@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data import masks
-from megatron_lite.data.loader import Loader
-from megatron_lite.data.set_plan import SetPlan
+from megatron_lite.data.order.set_plan import SetPlan
+from megatron_lite.data.serving import masks
+from megatron_lite.data.serving.loader import Loader
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import microbatch_number

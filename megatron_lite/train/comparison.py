@@ -11,7 +11,7 @@ from megatron_lite.config.arguments import raise_all
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.shared_fields import data_paths, shared_values
-from megatron_lite.data.fingerprint import data_fingerprints
+from megatron_lite.data.format.fingerprint import data_fingerprints
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.set_plan import SetPlan
+from megatron_lite.data.order.set_plan import SetPlan
 from megatron_lite.schedules.data_order import DataSegment
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.counts import parameter_count, size_name
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.set_plan import describe_set
+from megatron_lite.data.order.set_plan import describe_set
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps

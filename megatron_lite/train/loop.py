@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
+from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree
 from megatron_lite.metrics.report import IterationReport, ValidationReport
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -25,7 +26,6 @@ from megatron_lite.train.engine import Engine, StepOutcome
 from megatron_lite.train.replica_check import check_weights_if_due
 from megatron_lite.train.spike_report import GoingBack, notice, way_out
 from megatron_lite.train.state import RunState
-from megatron_lite.train.stopping import SignalFlag, Stop, Stopper, agree
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import megatron_lite
-from megatron_lite.checkpoint.manifest import Provenance
-from megatron_lite.checkpoint.resume import config_as_json
 from megatron_lite.config.run import RunConfig
+from megatron_lite.runs.comparison import config_as_json
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.data_order import DataSegment
 
 

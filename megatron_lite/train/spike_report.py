@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.checkpoint.catalog import folder_name, iteration_of, list_checkpoints
-from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.checkpoint.rollback import automatic_rollbacks
+from megatron_lite.lifecycle.spikes import Spike
+from megatron_lite.lifecycle.stopping import Stop
+from megatron_lite.runs.catalog import folder_name, iteration_of, list_checkpoints
+from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.runs.rollback import automatic_rollbacks
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.skipping import place_of
-from megatron_lite.train.spikes import Spike
-from megatron_lite.train.stopping import Stop
 
 if TYPE_CHECKING:
     from megatron_lite.train.loop import Run

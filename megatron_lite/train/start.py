@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from megatron_lite.backend.agreement import from_first, together
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.agreement import from_first, together
-from megatron_lite.checkpoint.catalog import (
+from megatron_lite.checkpoint.load import load_latest
+from megatron_lite.checkpoint.names import is_model_tensor
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.lifecycle.exit_status import completed_iteration, not_writable
+from megatron_lite.runs.catalog import (
     announce,
     find_checkpoint,
     folder_name,
@@ -19,10 +24,7 @@ from megatron_lite.checkpoint.catalog import (
     locate,
     unannounced,
 )
-from megatron_lite.checkpoint.load import load_latest
-from megatron_lite.checkpoint.manifest import Manifest, Provenance, read_manifest
-from megatron_lite.checkpoint.names import is_model_tensor
-from megatron_lite.checkpoint.resume import (
+from megatron_lite.runs.comparison import (
     changes_data,
     check_fingerprints,
     check_model,
@@ -31,13 +33,11 @@ from megatron_lite.checkpoint.resume import (
     resume_schedule,
     schedule_config,
 )
-from megatron_lite.checkpoint.turnover import step_back
-from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.manifest import Manifest, Provenance, read_manifest
+from megatron_lite.runs.turnover import step_back
 from megatron_lite.schedules.length import is_finished, last_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.engine import Engine
-from megatron_lite.train.exit_status import completed_iteration, not_writable
 
 Notify = Callable[[str], None]
 

@@ -11,20 +11,20 @@ from types import TracebackType
 
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import announced, iteration_of
-from megatron_lite.checkpoint.manifest import Provenance, size_text
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
-from megatron_lite.checkpoint.retention import KEEP_ALL, Retention, retention_of
-from megatron_lite.checkpoint.rollback import WEIGHTS_FOLDER
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
+from megatron_lite.lifecycle.spikes import SpikeWatch
 from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.runs.catalog import announced, iteration_of
 from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.manifest import Provenance, size_text
+from megatron_lite.runs.retention import KEEP_ALL, Retention, retention_of
+from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration, is_weights_iteration
 from megatron_lite.train.engine import Engine
-from megatron_lite.train.spikes import SpikeWatch
 from megatron_lite.train.start import Start
 
 Notify = Callable[[str], None]

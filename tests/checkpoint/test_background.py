@@ -12,13 +12,13 @@ import torch
 
 from megatron_lite.checkpoint import background as background_module
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Provenance
-from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import Provenance
+from megatron_lite.runs.retention import Retention
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from megatron_lite.checkpoint.catalog import find_checkpoint, list_checkpoints
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli.checkpoint import run
 from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.catalog import find_checkpoint, list_checkpoints
+from megatron_lite.runs.manifest import read_manifest
 
 
 @pytest.fixture

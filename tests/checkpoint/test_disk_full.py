@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import writing
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.catalog import find_checkpoint
 
 BEFORE = ["iter_0000001", "latest_checkpointed_iteration.txt"]
 

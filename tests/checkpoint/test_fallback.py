@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_latest
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, read_manifest
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import CorruptCheckpointError, read_manifest
 
 
 def damage(path, position, mask=1):
@@ -101,7 +101,7 @@ def test_any_flipped_or_missing_byte_of_any_file_is_found_and_the_file_named(che
 
 
 def test_a_manifest_of_another_program_or_of_the_future_is_not_called_damaged(kit, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_lite.checkpoint.manifest.FORMAT_VERSION", 99)
+    monkeypatch.setattr("megatron_lite.runs.manifest.FORMAT_VERSION", 99)
     path = kit.save(tmp_path, 1).path
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="version 99") as caught:

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.catalog import announced, find_checkpoint, is_complete, iteration_of
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Provenance
-from megatron_lite.checkpoint.retention import Retention
 from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.runs.catalog import announced, find_checkpoint, is_complete, iteration_of
+from megatron_lite.runs.manifest import Provenance
+from megatron_lite.runs.retention import Retention
 
 # The first few are part of every run of the suite; MEGATRON_LITE_KILLS=50 is the full harness.
 KILLS = 5

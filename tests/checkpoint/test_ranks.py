@@ -10,13 +10,13 @@ import torch
 
 from megatron_lite.checkpoint import save as save_module
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.turnover import remove_stale
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.checkpoint.writing import write_pieces
 from megatron_lite.errors import CheckpointError, failed_rank
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
+from megatron_lite.runs.turnover import remove_stale
 
 COLUMN = torch.arange(2 * 12 * 8.0).reshape(2, 12, 8)
 ROW = torch.arange(8 * 24.0).reshape(8, 24) + 1000

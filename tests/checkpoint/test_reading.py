@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from megatron_lite.checkpoint import load as load_module
 from megatron_lite.checkpoint import tiles
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.checkpoint.reading import Read, ReadPlan
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
 
 SHAPES = {"fc1": (256, 64), "fc2": (64, 256), "gated": (2, 128, 64)}
 SPLIT = {"fc1": 0, "fc2": 1, "gated": 1}

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import reading, tiles, writing
-from megatron_lite.checkpoint.catalog import find_checkpoint
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, read_manifest
 from megatron_lite.checkpoint.offline import compare_values, read_whole
 from megatron_lite.checkpoint.rewriting import average, reshard
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.cli.checkpoint import run
 from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import CorruptCheckpointError, read_manifest
 
 MIXED = {"w": torch.randn(300, 200).bfloat16(), "b": torch.randn(7), "ids": torch.arange(5)}
 MAIN = {"optimizer.main_param.w": torch.randn(300, 200), "optimizer.exp_avg.w": torch.randn(300, 200)}

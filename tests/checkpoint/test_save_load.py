@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import CorruptCheckpointError, Provenance, read_manifest
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(kit, tmp_path):

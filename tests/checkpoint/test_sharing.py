@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.runs.manifest import Provenance
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=3), max_size=6)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_lite.cli.main import main
-from megatron_lite.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_lite.data.preprocess.manifest import manifest_path
+from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.manifest import manifest_path
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
@@ -80,8 +80,8 @@ def test_the_jobs_whole_command_is_read(prefix, capsys):
 @pytest.mark.parametrize("more", [[], ["--dataloader-type", "cyclic"]])
 def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, more):
     from megatron_lite.config.arguments import parse_run
-    from megatron_lite.data.build import build_datasets
-    from megatron_lite.data.loader import Loader
+    from megatron_lite.data.serving.build import build_datasets
+    from megatron_lite.data.serving.loader import Loader
 
     assert main(["data", "samples", "--iteration", "3", "--tokens", "1000", *job(prefix, *more)]) == 0
     out = capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_samples_counts_from_the_checkpoint_before_and_leaves_out_what_a_rollbac
 
 def test_pack_says_what_it_did_and_training_reads_whole_sequences(prefix, tmp_path, capsys):
     from megatron_lite.config.arguments import parse_run
-    from megatron_lite.data.build import build_datasets
+    from megatron_lite.data.serving.build import build_datasets
 
     marked, packed = str(tmp_path / "marked"), str(tmp_path / "packed")
     data = IndexedDataset(prefix)

@@ -3,11 +3,11 @@ import shlex
 
 import numpy as np
 import pytest
-from job_commands import BIG_RAMP, LLAMA, SMALL
+from support.job_commands import BIG_RAMP, LLAMA, SMALL
 
 from megatron_lite.cli.explain import run
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.data.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
 from megatron_lite.errors import ConfigError
 
 

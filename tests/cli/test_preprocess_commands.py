@@ -13,7 +13,7 @@ import pytest
 
 from megatron_lite.cli import merge, preprocess, train_tokenizer
 from megatron_lite.cli.main import main
-from megatron_lite.data.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -98,7 +98,7 @@ def test_interrupted(corpus, tokenizer, tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_lite.data.preprocess.worker.UnitWorker.run", stop)
+    monkeypatch.setattr("megatron_lite.data.preparation.worker.UnitWorker.run", stop)
     words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
     assert preprocess.run([*map(str, words)]) == 130
     assert capsys.readouterr().err.strip().count("\n") == 0

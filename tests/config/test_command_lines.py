@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from job_commands import BIG_RAMP, CURRICULUM, FAMOUS, LLAMA, MULTILINGUAL, SMALL
+from support.job_commands import BIG_RAMP, CURRICULUM, FAMOUS, LLAMA, MULTILINGUAL, SMALL
 
 from megatron_lite.config.arguments import parse_run, to_argv
 from megatron_lite.config.batch import Rampup, SequenceRamp

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_commands import SMALL, without
+from support.job_commands import SMALL, without
 
 import megatron_lite.config
 from megatron_lite.config import files, given, vocabulary, words

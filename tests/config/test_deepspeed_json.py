@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from job_commands import SMALL
+from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.batch import SequenceRamp

@@ -26,8 +26,8 @@ SHOWN_ONLY = (
     "cli/explain.py",
     "planner/explain.py",
     "train/introduction.py",
-    "data/fingerprint.py",
-    "checkpoint/resume.py",
+    "data/format/fingerprint.py",
+    "runs/comparison.py",
 )
 """These show, hash or compare a field: that has no effect on what is trained."""
 

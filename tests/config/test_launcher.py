@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from job_commands import FAMOUS, SMALL
+from support.job_commands import FAMOUS, SMALL
 
 from megatron_lite.config.arguments import parse_command, parse_run
 from megatron_lite.config.launcher import read_command

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from job_commands import BIG_RAMP
+from support.job_commands import BIG_RAMP
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.names import claimed_sizes, name_warnings

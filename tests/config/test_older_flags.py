@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from job_commands import SMALL, without
+from support.job_commands import SMALL, without
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.flags.table import flags_by_spelling, spelling

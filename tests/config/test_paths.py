@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from job_commands import SMALL
+from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.files import missing_files

@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 import pytest
-from job_commands import FAMOUS, SMALL
+from support.job_commands import FAMOUS, SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.given import SECTIONS

@@ -1,4 +1,4 @@
-from job_commands import SMALL
+from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.vocabulary import with_vocabulary

@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given as cases
 from hypothesis import strategies as st
-from job_commands import SMALL
+from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.flags.refused import FAMILIES, REFUSED

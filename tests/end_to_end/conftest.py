@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from trainer import Job, make_corpus
+from support.trainer import Job, make_corpus
 
 
 @pytest.fixture(scope="session")

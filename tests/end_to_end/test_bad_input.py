@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainer import checkpoints, command, iterations, preprocess, status
+from support.trainer import checkpoints, command, iterations, preprocess, status
 
 from megatron_lite.checkpoint.verify import verify_checkpoint
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 import pytest
-from trainer import command, iterations, measured
+from support.trainer import command, iterations, measured
 
-from megatron_lite.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.data.build import plan_datasets
+from megatron_lite.data.serving.build import plan_datasets
+from megatron_lite.runs.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from megatron_lite.train.assemble import assembled
 from megatron_lite.train.batches import BatchSource
 from megatron_lite.train.loop import train

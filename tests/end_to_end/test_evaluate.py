@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from trainer import command
+from support.trainer import command
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from trainer import checkpoints, command, iterations, records, status
+from support.trainer import checkpoints, command, iterations, records, status
 
 from megatron_lite.checkpoint import background, writing
 from megatron_lite.checkpoint import save as saving
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.errors import CheckpointError
+from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.metrics.reporter import Reporter
-from megatron_lite.train.exit_status import ExitRecord
-from megatron_lite.train.unattended import train_job
+from megatron_lite.train.job import train_job
 
 MODES = [(), ("--async-save",)]
 JOB = ("--train-iters", 8, "--save-interval", 2, "--keep-last", 2, "--lr-decay-style", "constant")

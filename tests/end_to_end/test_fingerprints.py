@@ -6,10 +6,10 @@ import shutil
 from unittest import mock
 
 import pytest
-from trainer import checkpoints, command, preprocess
+from support.trainer import checkpoints, command, preprocess
 
-from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.arguments import parse_run
+from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.train import assemble, comparison, provenance
 
 

@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from trainer import status
+from support.trainer import status
 
 from megatron_lite.backend import rendezvous
 from megatron_lite.cli.main import main
-from megatron_lite.data.build import LOG
+from megatron_lite.data.serving.build import LOG
 from megatron_lite.train import assemble
 
 _FORK = multiprocessing.get_context("fork")

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
-from trainer import checkpoints, command, measured, records, status
+from support.trainer import checkpoints, command, measured, records, status
 
-from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.offline import read_whole
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.runs.manifest import read_manifest
 
 # The third step throws the parameters so far that the fourth loss cannot be finite.
 DIVERGING = ("--lr", 1e37, "--lr-decay-style", "constant", "--lr-warmup-iters", 2, "--clip-grad", 0)

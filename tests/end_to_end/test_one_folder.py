@@ -7,7 +7,7 @@ import signal
 from functools import partial
 
 import pytest
-from trainer import Job, checkpoints, command, iterations, status
+from support.trainer import Job, checkpoints, command, iterations, status
 
 from megatron_lite.runs import lock, process
 from megatron_lite.runs.lock import LOCK_NAME, read_owner
@@ -75,7 +75,7 @@ def test_a_failure_while_importing_is_written(corpus, start, tmp_path):
     def break_import():
         import sys
 
-        sys.modules["megatron_lite.train.unattended"] = None
+        sys.modules["megatron_lite.train.job"] = None
 
     result = start(words, break_import).wait()
     assert result.code == 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from trainer import checkpoints, command
+from support.trainer import checkpoints, command
 
-from megatron_lite.checkpoint.catalog import announced
+from megatron_lite.runs.catalog import announced
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import shutil
 import socket
 
 import pytest
-from trainer import command, preprocess, status
+from support.trainer import command, preprocess, status
 
 HOST = socket.gethostname()
 

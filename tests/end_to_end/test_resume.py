@@ -9,7 +9,7 @@ import time
 from functools import partial
 
 import pytest
-from trainer import assert_same_run, checkpoints, command, iterations, measured
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured
 
 from megatron_lite.metrics.reporter import Reporter
 

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from unittest import mock
 
 import pytest
-from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
 
-from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.arguments import parse_run
+from megatron_lite.lifecycle.exit_status import ExitRecord
+from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.train.batches import BatchSource
-from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.train.job import train_job
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.unattended import train_job
 
 JOB = ("--train-iters", 20, "--save-interval", 4, "--eval-interval", 10, "--seed", 5)
 SPIKES = ("--spike-factor", 2, "--spike-patience", 2)

@@ -9,15 +9,15 @@ from functools import partial
 from unittest import mock
 
 import pytest
-from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
 
-from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.arguments import parse_run
+from megatron_lite.lifecycle import stopping
+from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.metrics.reporter import Reporter
-from megatron_lite.train import stopping
-from megatron_lite.train.exit_status import ExitRecord
+from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.train.job import train_job
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.unattended import train_job
 
 JOB = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4, "--eval-iters", 3)
 """Validations of three steps after iterations 4 and 8 and at the end, and a test of three steps: 12 in all."""

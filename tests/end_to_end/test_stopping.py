@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
 
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.metrics.reporter import Reporter

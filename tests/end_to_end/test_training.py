@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from trainer import assert_same_run, checkpoints, command, iterations, measured, records
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records
 
 from megatron_lite.metrics.curve import read_curve
 from megatron_lite.model.gpt import GPTStage

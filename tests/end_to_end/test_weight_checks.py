@@ -4,7 +4,7 @@ import socket
 
 import pytest
 import torch
-from trainer import assert_same_run, checkpoints, records, status
+from support.trainer import assert_same_run, checkpoints, records, status
 
 CHECK = "--check-weight-hash-across-dp-replicas-interval"
 NAME = "decoder.layers.0.mlp.fc1.weight"

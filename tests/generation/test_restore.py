@@ -7,7 +7,6 @@ import tokenizers
 import torch
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.cli import generate as command
 from megatron_lite.config.data import TokenizerConfig
@@ -18,6 +17,7 @@ from megatron_lite.generation.generate import generate
 from megatron_lite.generation.restore import restore_model
 from megatron_lite.generation.sampling import Sampling
 from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizer.null import NullTokenizer

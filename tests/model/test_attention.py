@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch.nn import functional as F
 
 from megatron_lite.config.optimizer import RecomputeConfig

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.data.masks import document_rows
+from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from rounding import assert_same_sums, deviation
+from support.rounding import assert_same_sums, deviation
 from torch.nn import functional as F
 
 from megatron_lite.config.model import Activation

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch import nn
 
 from megatron_lite.config.parallel import ParallelConfig

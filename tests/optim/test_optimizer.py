@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch import nn
 
 from megatron_lite.optim.optimizer import build_optimizer, clip_coefficient

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch.nn import functional as F
 
 from megatron_lite.backend.group import LocalGroup

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 from torch import nn
 
 from megatron_lite.backend.group import LocalGroup

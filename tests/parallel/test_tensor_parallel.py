@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rounding import assert_same_sums
+from support.rounding import assert_same_sums
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pipeline import Scale, Streams, batches
+from support.tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.pipeline.executor import Executor, Messages

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_pipeline import Scale, Streams, batches
+from support.tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.parallel.gemm import DeferredWeightGradients

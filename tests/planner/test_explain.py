@@ -1,6 +1,6 @@
 import itertools
 
-from job_commands import BIG_RAMP, CURRICULUM, MULTILINGUAL, SMALL
+from support.job_commands import BIG_RAMP, CURRICULUM, MULTILINGUAL, SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.vocabulary import with_vocabulary

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from job_commands import BIG_RAMP, SMALL
+from support.job_commands import BIG_RAMP, SMALL
 
 from megatron_lite.cli import rehearse
 from megatron_lite.cli.explain import fill_vocabulary

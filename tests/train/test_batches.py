@@ -13,8 +13,8 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.data.dataset import MockDataset
-from megatron_lite.data.loader import Loader
+from megatron_lite.data.serving.dataset import MockDataset
+from megatron_lite.data.serving.loader import Loader
 from megatron_lite.train.batches import BatchSource, RunData
 
 EOD = 7

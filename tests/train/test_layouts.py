@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from layout_matrix import CELLS, LIMITS, deviation, put_together, run_cell, within
-from parallelism_page import BEGIN, END, HEAD, PAGE, layout_words, table
+from support.layout_matrix import CELLS, LIMITS, deviation, put_together, run_cell, within
+from support.parallelism_page import BEGIN, END, HEAD, PAGE, layout_words, table
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
+from support.layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.train.assemble import build_engine

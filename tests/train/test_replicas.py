@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layout_matrix import Cell, iterate, mesh_of
+from support.layout_matrix import Cell, iterate, mesh_of
 
 from megatron_lite.model.gpt import WORD_EMBEDDINGS
 from megatron_lite.schedules.progress import Progress

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from layout_matrix import SP, ZERO1, Cell, iterate, mesh_of
+from support.layout_matrix import SP, ZERO1, Cell, iterate, mesh_of
 
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.manifest import Provenance
 from megatron_lite.checkpoint.offline import compare_values
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_matrix import SP, ZERO1, Cell, mesh_of
+from support.layout_matrix import SP, ZERO1, Cell, mesh_of
 
-from megatron_lite.checkpoint.manifest import Provenance, read_manifest
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.config.counts import parameter_count
+from megatron_lite.runs.manifest import Provenance, read_manifest
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.lifecycle.stopping import Stopper
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.stopping import Stopper
 
 LIMIT = TrainingConfig(exit_duration_minutes=10)
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from layout_matrix import LENGTH, SP, VOCABULARY, ZERO1, Cell, mesh_of, reader
+from support.layout_matrix import LENGTH, SP, VOCABULARY, ZERO1, Cell, mesh_of, reader
 
 from megatron_lite.backend.accounting import Traffic, counted
 from megatron_lite.config.layout import AXES, coordinates

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from job_commands import SMALL
+from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.batch import Rampup, SequenceRamp

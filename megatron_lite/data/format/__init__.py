@@ -1,0 +1,1 @@
+"""Dataset file format: Megatron's .bin/.idx files, their checks, manifests and fingerprints."""

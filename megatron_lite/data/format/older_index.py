@@ -1,0 +1,57 @@
+"""Datasets of the kind before the memory-mapped one ("lazy" and "cached", magic TNTIDX), read once to be converted.
+
+Layout, little-endian: magic of 8 bytes, u64 version, u64 type code, u64 bytes of a token, u64 N arrays, u64 S sizes,
+u64 D entries of the document index; then int64 dim_offsets[N + 1], data_offsets[N + 1] in tokens, sizes[S],
+document_index[D].
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lite.data.format.index_format import LEGACY_MAGIC, REBUILD, TOKEN_TYPES, bin_path, idx_path, missing_file
+from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.errors import DataError
+
+HEADER = struct.Struct("<8sQQQQQQ")
+
+
+def convert_older(prefix: str | Path, output: str | Path) -> int:
+    """Write the older dataset `prefix` as a memory-mapped one, `output`; returns the number of documents.
+
+    Raises:
+        DataError: it is not of the older kind, or damaged, or `output` cannot be written.
+    """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise missing_file(prefix, path)
+    content = idx_path(prefix).read_bytes()
+    if not content.startswith(LEGACY_MAGIC) or len(content) < HEADER.size:
+        raise _not_older(prefix, "its index does not begin with TNTIDX and a header")
+    _, version, code, itemsize, num_arrays, num_sizes, num_documents = HEADER.unpack_from(content)
+    words = 2 * (num_arrays + 1) + num_sizes + num_documents
+    if version != 1 or code not in TOKEN_TYPES or itemsize != TOKEN_TYPES[code].itemsize:
+        raise _not_older(prefix, f"version {version}, type code {code}, {itemsize} bytes a token")
+    if len(content) != HEADER.size + 8 * words or num_sizes != num_arrays or num_documents < 1:
+        raise _not_older(prefix, f"its index has {len(content)} bytes for {words} entries")
+    arrays = np.frombuffer(content, dtype="<i8", offset=HEADER.size)
+    offsets = arrays[num_arrays + 1 : 2 * (num_arrays + 1)]
+    documents = arrays[2 * (num_arrays + 1) + num_sizes :]
+    tokens = bin_path(prefix).stat().st_size // itemsize
+    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+        raise _not_older(prefix, f"its arrays end at token {offsets[-1]} of {tokens}")
+    if documents[0] != 0 or documents[-1] != num_arrays or (np.diff(documents) < 0).any():
+        raise _not_older(prefix, f"its documents end at array {documents[-1]} of {num_arrays}")
+    with IndexedDatasetWriter(output, TOKEN_TYPES[code]) as writer, bin_path(prefix).open("rb") as file:
+        for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
+            for length in np.diff(offsets[first : last + 1]).tolist():
+                writer.add_sequence(np.frombuffer(file.read(length * itemsize), dtype=TOKEN_TYPES[code]))
+            writer.end_document()
+        return writer.num_documents
+
+
+def _not_older(prefix: str | Path, what: str) -> DataError:
+    return DataError("Only a whole dataset of the older kind is converted", found=f"{prefix}: {what}", fix=REBUILD)

@@ -1,0 +1,1 @@
+"""Sample order: train/validation/test split, sample indices and their caches, blending, cyclic sampling."""

@@ -1,0 +1,1 @@
+"""Offline dataset preparation: tokenizing text into .bin/.idx files, merging, packing, statistics."""

@@ -1,0 +1,167 @@
+"""How far preprocessing is: a bar on a terminal, Megatron's lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from megatron_lite.data.preparation.worker import Step
+
+
+class Progress:
+    """Is told what happens; what a kind of it does not show, it hears in silence."""
+
+    def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
+        """Work begins: the input's bytes, those of them that are left, and units finished by an earlier run."""
+
+    def advance(self, step: Step) -> None:
+        """A worker went on."""
+
+    def stage(self, what: str, pieces: int) -> None:
+        """All text is read; what is done with it now, in how many pieces."""
+
+    def piece(self) -> None:
+        """One piece of the stage is done."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class SilentProgress(Progress):
+    """Tells nobody."""
+
+
+class LineProgress(Progress):
+    """Megatron's `Processed {n} documents ({docs/s} docs/s, {MB/s} MB/s).`, with what is left.
+
+    Args:
+        stream: where lines go.
+        interval: a line whenever so many more documents are done; None: a line every few seconds.
+        clock: seconds.
+    """
+
+    QUIET_SECONDS = 5.0
+
+    def __init__(
+        self, stream: TextIO, interval: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._clock = clock
+        self._documents = self._text_bytes = self._input_bytes = self._left = 0
+        self._began = self._told = clock()
+        self._told_documents = 0
+        self._stage, self._pieces, self._pieces_done = "", 0, 0
+
+    def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
+        """Say how much there is."""
+        self._left = left_bytes
+        self._began = self._told = self._clock()
+        if units_done:
+            self.say(
+                f"Continuing: {units_done} units are done, {left_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB left"
+            )
+
+    def advance(self, step: Step) -> None:
+        """Count, and print a line if one is due."""
+        self._documents += step.documents
+        self._text_bytes += step.text_bytes
+        self._input_bytes += step.input_bytes
+        now = self._clock()
+        if self._interval is None:
+            due = now - self._told >= self.QUIET_SECONDS
+        else:
+            due = self._documents // self._interval > self._told_documents // self._interval
+        if due and step.documents:
+            self._told, self._told_documents = now, self._documents
+            seconds = max(now - self._began, 1e-9)
+            rate = self._input_bytes / seconds
+            eta = _duration((self._left - self._input_bytes) / rate) if rate else "unknown"
+            self.say(
+                f"Processed {self._documents} documents ({self._documents / seconds:.1f} docs/s, "
+                f"{self._text_bytes / seconds / 1e6:.2f} MB/s). ETA {eta}"
+            )
+
+    def stage(self, what: str, pieces: int) -> None:
+        """Lines are about this stage from now on."""
+        self._stage, self._pieces, self._pieces_done = what, pieces, 0
+        self._began = self._told = self._clock()
+
+    def piece(self) -> None:
+        """Count, and print a line every few seconds."""
+        self._pieces_done += 1
+        now = self._clock()
+        if now - self._told >= self.QUIET_SECONDS:
+            self._told = now
+            left = (now - self._began) / self._pieces_done * (self._pieces - self._pieces_done)
+            self.say(f"{self._stage}: {self._pieces_done} of {self._pieces} pieces. ETA {_duration(left)}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=self._stream, flush=True)
+
+
+class BarProgress(Progress):
+    """A bar with MB/s, documents/s and the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        import rich.console
+        import rich.progress as parts
+
+        self._console = rich.console.Console(file=stream)
+        self._bar: Any = parts.Progress(
+            parts.TextColumn("{task.description}"),
+            parts.BarColumn(),
+            parts.TaskProgressColumn(),
+            parts.TextColumn("{task.fields[rate]}"),
+            parts.TimeElapsedColumn(),
+            parts.TextColumn("left"),
+            parts.TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._documents = self._text_bytes = 0
+        self._began = time.monotonic()
+
+    def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
+        """Show the bar."""
+        if units_done:
+            self.say(f"Continuing: {units_done} units are done")
+        self._task = self._bar.add_task("preprocess", total=left_bytes, rate="")
+        self._began = time.monotonic()
+        self._bar.start()
+
+    def advance(self, step: Step) -> None:
+        """Move the bar."""
+        self._documents += step.documents
+        self._text_bytes += step.text_bytes
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = f"{self._text_bytes / seconds / 1e6:.1f} MB/s  {self._documents / seconds:,.0f} docs/s"
+        self._bar.update(self._task, advance=step.input_bytes, rate=rate)
+
+    def stage(self, what: str, pieces: int) -> None:
+        """Begin the bar again."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(what, total=pieces, rate="")
+
+    def piece(self) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, advance=1)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    whole = int(max(0.0, seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

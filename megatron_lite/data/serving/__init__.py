@@ -1,0 +1,1 @@
+"""Reading samples for training: datasets, loss and attention masks, micro-batch loading."""

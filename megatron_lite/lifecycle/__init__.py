@@ -1,0 +1,1 @@
+"""Life of a job: stop conditions, failure reporting, loss-spike detection, automatic rollback."""

@@ -1,0 +1,85 @@
+"""Which checkpoints are kept, and the deletion of the others once a newer one is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
+from megatron_lite.runs.catalog import folder_name, iteration_of, list_checkpoints
+from megatron_lite.runs.turnover import discard
+from megatron_lite.schedules.saves import falls_on
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What outlives a newer save.
+
+    Attributes:
+        last: how many of the newest are kept; 0: all.
+        every: older ones whose iteration this divides are kept as well; 0: none.
+        phases: so are those that fall on this schedule.
+        spikes: and those around each loss spike, the last before and the first after it; a spike is the first and the
+            last iteration with too high a loss, or None as long as it goes on.
+    """
+
+    last: int = 0
+    every: int = 0
+    phases: tuple[SavePhase, ...] = ()
+    spikes: tuple[tuple[int, int | None], ...] = ()
+
+
+KEEP_ALL = Retention()
+
+
+def retention_of(checkpoint: CheckpointConfig, spikes: tuple[tuple[int, int | None], ...] = ()) -> Retention:
+    """What a run's flags ask for."""
+    return Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_phases, spikes)
+
+
+def expired(iterations: Iterable[int], newest: int, retention: Retention) -> list[int]:
+    """The iterations whose checkpoints go, oldest first.
+
+    Args:
+        iterations: those of all complete checkpoints.
+        newest: the one that was just saved. Later ones belong to a history that was rolled back: they are left alone,
+            and do not count as newer.
+        retention: what is kept.
+    """
+    past = sorted(iteration for iteration in iterations if iteration <= newest)
+    if retention.last <= 0:
+        return []
+    kept = _around(past, retention.spikes)
+    return [
+        iteration
+        for iteration in past[: -retention.last]
+        if iteration not in kept
+        and not (retention.every and iteration % retention.every == 0)
+        and not falls_on(retention.phases, iteration)
+    ]
+
+
+def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
+    """Deletes what `expired` says, and returns the names of the folders that went.
+
+    Raises:
+        OSError: a folder cannot be renamed or removed.
+    """
+    if retention.last <= 0:
+        return []
+    found = [iteration_of(checkpoint) for checkpoint in list_checkpoints(root)]
+    names = [folder_name(number) for number in expired([n for n in found if n is not None], newest, retention)]
+    for name in names:
+        discard(root / name)
+    return names
+
+
+def _around(past: list[int], spikes: Iterable[tuple[int, int | None]]) -> set[int]:
+    """The newest checkpoint before each spike and the oldest after it."""
+    kept: set[int] = set()
+    for first, last in spikes:
+        kept.update([iteration for iteration in past if iteration < first][-1:])
+        if last is not None:
+            kept.update([iteration for iteration in past if iteration >= last][:1])
+    return kept

@@ -1,0 +1,153 @@
+"""Going back to an earlier checkpoint: it becomes the latest, later ones step aside, samples are left out from there.
+
+Each step leaves a folder that a run refuses or goes on from rightly, and asking for the same once more finishes what a
+kill has interrupted: while later checkpoints lie beside the announced one, no run writes over them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.atomic import replace_file, sync_folder
+from megatron_lite.runs.catalog import (
+    LATEST_NAME,
+    announce,
+    announced,
+    incompleteness,
+    iteration_of,
+    list_checkpoints,
+    locate,
+)
+from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
+from megatron_lite.schedules.skipping import merged, place_of
+
+WEIGHTS_FOLDER = "weights"
+"""Below --save: the checkpoints of --weights-only-every."""
+ROLLBACKS_NAME = "rollbacks.jsonl"
+
+
+@dataclass(frozen=True)
+class RollbackReport:
+    """What was done.
+
+    Attributes:
+        checkpoint: the one that the next start takes.
+        aside: the folder that later checkpoints were moved to; it is there even if there were none.
+        moved: their names.
+        skipped: all ranges [first, end) of places in the data that the run leaves out from now on.
+    """
+
+    checkpoint: Path
+    aside: Path
+    moved: tuple[str, ...]
+    skipped: tuple[tuple[int, int], ...]
+
+
+def roll_back(
+    root: Path, iteration: int, skip: tuple[int, int] | None = None, *, automatic: bool = False
+) -> RollbackReport:
+    """Makes an earlier checkpoint of a --save folder the latest. No run may be saving there.
+
+    Args:
+        root: the folder of --save.
+        iteration: the checkpoint to go back to.
+        skip: places [first, end) in the data to leave out from now on; they must not have been reached there.
+        automatic: whether the run itself decided it, which is counted (automatic_rollbacks).
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is not whole, or it has trained on samples to be left out.
+        OSError: the folder cannot be changed.
+    """
+    checkpoint = locate(root, iteration)
+    if problem := incompleteness(checkpoint):
+        found = ", ".join(path.name for path in list_checkpoints(root)) or "none"
+        raise CheckpointError(
+            "A run goes back to a whole checkpoint",
+            found=f"{problem}; whole ones in {root} are: {found}",
+            fix="Give --to the iteration of one of these",
+        )
+    manifest = read_manifest(checkpoint)
+    skipped = merged([*manifest.provenance.skipped_samples, *_checked(checkpoint, manifest, skip)])
+    aside = _free(root)
+    aside.mkdir()
+    _record(root, iteration, skip, automatic, aside)
+    if skipped != manifest.provenance.skipped_samples:
+        provenance = replace(manifest.provenance, skipped_samples=skipped)
+        replace_file(checkpoint / MANIFEST_NAME, encode_manifest(replace(manifest, provenance=provenance)))
+    announce(root, iteration)
+    moved = _move_later(root, iteration, aside)
+    weights = root / WEIGHTS_FOLDER
+    if weights.is_dir():
+        _announce_newest(weights, iteration)
+        _move_later(weights, iteration, aside / WEIGHTS_FOLDER)
+    return RollbackReport(checkpoint, aside, tuple(moved), skipped)
+
+
+def automatic_rollbacks(root: Path) -> int:
+    """How often runs that save in `root` have gone back by themselves."""
+    try:
+        lines = (root / ROLLBACKS_NAME).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(bool(json.loads(line)["automatic"]) for line in lines)
+
+
+def _checked(checkpoint: Path, manifest: Manifest, skip: tuple[int, int] | None) -> list[tuple[int, int]]:
+    if skip is None:
+        return []
+    first, end = skip
+    consumed = manifest.scalars.get("progress", {}).get("consumed_train_samples", 0)
+    reached = place_of(consumed, manifest.provenance.skipped_samples)
+    # What was recorded before, by a rollback that a kill has interrupted, may be asked for again.
+    known = any(a <= first and end <= b for a, b in manifest.provenance.skipped_samples)
+    if not 0 <= first < end or (first < reached and not known):
+        raise CheckpointError(
+            "Samples to leave out must lie ahead of the checkpoint",
+            found=f"{first}-{end - 1}, and {checkpoint.name} has reached sample {reached}",
+            fix="Go back further, or leave out later samples",
+        )
+    return [skip]
+
+
+def _record(root: Path, iteration: int, skip: tuple[int, int] | None, automatic: bool, aside: Path) -> None:
+    path = root / ROLLBACKS_NAME
+    entry = {
+        "time": round(time.time(), 3),
+        "from": announced(root),
+        "to": iteration,
+        "skipped_samples": skip,
+        "automatic": automatic,
+        "moved_to": aside.name,
+    }
+    before = path.read_bytes() if path.exists() else b""
+    replace_file(path, before + json.dumps(entry).encode() + b"\n")
+
+
+def _announce_newest(weights: Path, iteration: int) -> None:
+    """Announces the newest checkpoint up to `iteration`, or none."""
+    left = [number for path in list_checkpoints(weights) if (number := iteration_of(path) or 0) <= iteration]
+    if left:
+        announce(weights, left[-1])
+    else:
+        (weights / LATEST_NAME).unlink(missing_ok=True)
+
+
+def _move_later(root: Path, iteration: int, aside: Path) -> list[str]:
+    later = sorted(entry for entry in root.iterdir() if (iteration_of(entry) or 0) > iteration)
+    if later:
+        aside.mkdir(exist_ok=True)
+    for entry in later:
+        entry.rename(aside / entry.name)
+    sync_folder(root)
+    return [entry.name for entry in later]
+
+
+def _free(root: Path) -> Path:
+    number = 1
+    while (aside := root / f"rolled-back-{number}").exists():
+        number += 1
+    return aside

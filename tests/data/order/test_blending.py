@@ -1,0 +1,122 @@
+"""The blend's order against a plain loop over the greedy rule: near, far, and in whatever order it is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.data.order import blending
+from megatron_lite.data.order.blending import CHUNK, BlendIndex, normalize, settle
+
+
+def plain_loop(weights, size):
+    """The rule as the originals' C++ states it."""
+    counts = [0] * len(weights)
+    order = []
+    for step in range(size):
+        errors = [weight * max(float(step), 1.0) - count for weight, count in zip(weights, counts, strict=True)]
+        source = errors.index(max(errors))
+        order.append((source, counts[source]))
+        counts[source] += 1
+    return order
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=6), size=st.integers(1, 700))
+def test_lookup_equals_the_plain_loop(weights, size):
+    normalized = normalize(weights)
+    index = BlendIndex(normalized)
+    assert [index.lookup(sample) for sample in range(size)] == plain_loop(normalized, size)
+
+
+WEIGHTS = st.one_of(
+    st.lists(st.floats(0.001, 10), min_size=1, max_size=6),
+    st.lists(st.sampled_from([0.0, 1e-5, 0.1, 0.2, 1 / 3, 0.5, 1.0, 2.0]), min_size=1, max_size=6).filter(sum),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=WEIGHTS, sample=st.integers(40, 900), reach=st.integers(1, 39))
+def test_what_settles_is_the_rules_own_count(weights, sample, reach):
+    """However short the walk from upper bounds: it says nothing, or what the plain loop says."""
+    normalized = np.array(normalize(weights))
+    found = settle(normalized, sample, reach)
+    if found is not None:
+        taken = [source for source, _ in plain_loop(normalized.tolist(), sample)]
+        assert found.tolist() == np.bincount(taken, minlength=len(weights)).tolist()
+
+
+@pytest.mark.parametrize("sources", [2, 5, 40])
+def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
+    """No walk from the beginning, and the same counts as one that begins much further back."""
+    monkeypatch.setattr(blending, "walk_side_by_side", None)
+    normalized = np.array(normalize(np.random.RandomState(sources).uniform(0.01, 1, sources)))
+    index = BlendIndex(normalized)
+    place = 10**8 // CHUNK
+    _, numbers = index.chunk(place)
+    far = settle(normalized, place * CHUNK, 1 << 13)
+    assert far is not None
+    assert far.sum() == place * CHUNK
+    assert index._starts[place].tolist() == far.tolist()
+    assert numbers.min() >= far.min()
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.3, 0.7], [1, 1, 1], [0.1, 0.2, 0.7], [5, 3, 1, 0.01], [0.5, 0.5], [1.0], [1e-6, 1.0], [0, 1, 2]]
+)
+@pytest.mark.parametrize("warm_up", [0, 8])
+@pytest.mark.parametrize("reaches", [(), (16,), (8, 256)])
+def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up, reaches):
+    monkeypatch.setattr(blending, "CHUNK", 64)
+    monkeypatch.setattr(blending, "WARM_UP", warm_up)
+    monkeypatch.setattr(blending, "REACHES", reaches)
+    monkeypatch.setattr(blending, "STARTS", 8)
+    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 7)
+    normalized = normalize(weights)
+    expected = plain_loop(normalized, 6400)
+    index = BlendIndex(normalized)
+    for sample in (6399, 0, 3200, 6336, 63, 64):
+        assert index.lookup(sample) == expected[sample]
+    for chunk in range(100):
+        sources, numbers = index.chunk(chunk)
+        assert list(zip(sources, numbers, strict=True)) == expected[chunk * 64 : (chunk + 1) * 64]
+
+
+@pytest.mark.parametrize("weights", [[0.3, 0.7], [5, 3, 1, 0.01]])
+def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
+    """Guesses are right so often that the repair needs wrong ones made up for it."""
+    monkeypatch.setattr(blending, "CHUNK", 16)
+    monkeypatch.setattr(blending, "REACHES", ())
+    guess, walks = blending._warmed_up, []
+
+    def wrong(weights, starts):
+        counts = guess(weights, starts)
+        counts[0] += 9
+        counts[1] -= 9
+        return counts
+
+    def counted(weights, counts, starts, steps):
+        walks.append(starts.shape[0])
+        return advance(weights, counts, starts, steps)
+
+    advance = blending._advance
+    monkeypatch.setattr(blending, "_warmed_up", wrong)
+    monkeypatch.setattr(blending, "_advance", counted)
+    normalized = normalize(weights)
+    expected = plain_loop(normalized, 640)
+    index = BlendIndex(normalized)
+    index.lookup(639)
+    assert len(walks) > 2
+    assert [index.lookup(sample) for sample in range(640)] == expected
+
+
+def test_forgotten_chunks_come_back_the_same(monkeypatch):
+    monkeypatch.setattr(blending, "CHUNK", 16)
+    monkeypatch.setattr(blending, "KEPT", 2)
+    weights = normalize([2, 3, 4])
+    expected = plain_loop(weights, 320)
+    index = BlendIndex(weights)
+    for sample in np.random.RandomState(0).randint(0, 320, 100):
+        assert index.lookup(int(sample)) == expected[sample]

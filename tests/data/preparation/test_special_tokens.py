@@ -1,0 +1,152 @@
+"""Beginning and end of documents, and plans: what a tokenizer's template adds, what flags add, what is continued."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import normalizers, processors
+
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.data.format.manifest import read_manifest, write_manifest
+from megatron_lite.data.preparation import job, run
+from megatron_lite.data.preparation.batch import Batch
+from megatron_lite.data.preparation.merge import merge_datasets
+from megatron_lite.data.preparation.options import PreprocessOptions
+from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.run import preprocess
+from megatron_lite.errors import DataError
+from megatron_lite.tokenizer.build import build_tokenizer
+
+
+@pytest.fixture
+def template(tokenizer, tmp_path):
+    """A tokenizer.json whose template adds both ends."""
+    library = tokenizers.Tokenizer.from_file(str(Path(tokenizer.vocab_file).with_name("tokenizer.json")))
+    library.add_special_tokens(["<s>", "</s>"])
+    ends = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return TokenizerConfig(type="HuggingFaceTokenizer", model=str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("bos", "eod"), [(False, False), (False, True), (True, False), (True, True)])
+def test_each_end_is_there_once_if_it_is_asked_for(make, look, template, bos, eod, workers):
+    words = build_tokenizer(template)
+    prefix = make(tokenizer=template, append_eod=eod, prepend_bos=bos, workers=workers)
+    start, end = [words.bos] if bos else [], [words.eod] if eod else []
+    assert look.documents(prefix) == [[*start, *words.encode(text), *end] for text in look.texts if text]
+    manifest = read_manifest(f"{prefix}_text_document")
+    assert manifest.tokenizer["bos"] == (words.bos if bos else None)
+    assert manifest.tokenizer["eod"] == (words.eod if eod else None)
+    assert manifest.report["empty"] == look.texts.count("")
+
+
+def test_both_ends_of_documents_of_several_sentences(template):
+    words = build_tokenizer(template)
+    batch = Batch.of(words.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_bos(7).with_eod(8)
+    assert batch.ids.tolist() == [7, *words.encode("a"), *words.encode("b"), 8, 7, *words.encode("c"), 8]
+    assert batch.lengths.tolist() == [2, 2, 3]
+    assert batch.sequences.tolist() == [2, 0, 1]
+
+
+def test_a_tokenizer_without_that_token_is_refused_before_work(make, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="--prepend-bos needs"):
+        make(prepend_bos=True)
+    assert not list(tmp_path.glob("out*"))
+
+
+def interrupted(options, monkeypatch):
+    """Half of the work, then a stop; returns the units that are done."""
+    done = []
+
+    def stop(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(args[1])
+        mark(*args)
+
+    mark = job.mark_done
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "mark_done", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(options, SilentProgress())
+    return done
+
+
+class Said(SilentProgress):
+    def __init__(self):
+        self.lines, self.left = [], 0
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def start(self, total, todo, finished):
+        self.left = finished
+
+
+def test_half_done_work_is_continued_only_with_the_same_rules(corpus, template, tmp_path, monkeypatch):
+    """The vocabulary, and so the fingerprint, stays the same."""
+    options = PreprocessOptions(
+        inputs=(str(corpus),), output_prefix=str(tmp_path / "out"), tokenizer=template, unit_bytes=3000
+    )
+    assert interrupted(options, monkeypatch)
+    said = Said()
+    path = tmp_path / "tokenizer.json"
+    library = tokenizers.Tokenizer.from_file(str(path))
+    before = build_tokenizer(template).fingerprint()
+    library.normalizer = normalizers.Lowercase()
+    library.save(str(path))
+    assert build_tokenizer(template).fingerprint() == before
+    preprocess(options, said)
+    assert "thrown away" in "".join(said.lines) and said.left == 0
+
+
+def test_half_done_work_of_an_older_version_is_not_continued(corpus, template, tmp_path, monkeypatch):
+    """Its documents hold what the template added."""
+    options = PreprocessOptions(
+        inputs=(str(corpus),), output_prefix=str(tmp_path / "out"), tokenizer=template, unit_bytes=3000
+    )
+    plan = run.plan_hash
+
+    def older(options, sources, about, unit_bytes):
+        about = {key: value for key, value in about.items() if key not in ("rules", "bos")}
+        return plan(options, sources, about, unit_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "plan_hash", older)
+        assert interrupted(options, monkeypatch)
+    said = Said()
+    preprocess(options, said)
+    assert "thrown away" in "".join(said.lines) and said.left == 0
+    # Nor is a finished dataset taken for the one that is asked for.
+    prefix = f"{tmp_path / 'out'}_text_document"
+    write_manifest(prefix, replace(read_manifest(prefix), plan="older"))
+    with pytest.raises(DataError, match="another command or version"):
+        preprocess(options, SilentProgress())
+
+
+def test_merging_documents_that_begin_and_end_differently(make, template, tmp_path, caplog):
+    parts = {
+        name: f"{make(name, tokenizer=template, append_eod=eod, prepend_bos=bos)}_text_document"
+        for name, eod, bos in (("a", True, False), ("b", False, False), ("c", True, True), ("d", True, False))
+    }
+    merge_datasets([parts["a"], parts["d"]], str(tmp_path / "same"))
+    assert not caplog.text
+    assert read_manifest(tmp_path / "same").tokenizer == read_manifest(parts["a"]).tokenizer
+    merge_datasets([parts["a"], parts["b"]], str(tmp_path / "m"))
+    assert "begin or end documents with different tokens (eod" in caplog.text
+    assert "eod" not in read_manifest(tmp_path / "m").tokenizer
+    caplog.clear()
+    old = read_manifest(parts["d"])
+    older = {key: value for key, value in old.tokenizer.items() if key not in ("bos", "rules")}
+    write_manifest(parts["d"], replace(old, tokenizer=older))
+    merge_datasets([parts["a"], parts["d"]], str(tmp_path / "n"))
+    assert "(bos None and unknown)" in caplog.text
+    assert json.loads((tmp_path / "n.manifest.json").read_text())["tokenizer"]["eod"] == old.tokenizer["eod"]

@@ -1,0 +1,143 @@
+"""The loader as a function of consumed samples: same tokens in any order, by any replicas, ahead or on demand."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from megatron_lite.data.order.cyclic import CyclicOrder
+from megatron_lite.data.serving.dataset import MockDataset
+from megatron_lite.data.serving.loader import Loader
+from megatron_lite.errors import DataError
+from megatron_lite.schedules.microbatches import num_microbatches
+
+LENGTH = 4
+
+
+class Counting(MockDataset):
+    """Says who read what; sample 13 is damaged."""
+
+    def __init__(self, size=1000, bad=None):
+        super().__init__(size, LENGTH, 50, 3)
+        self.read = []
+        self.bad = bad
+
+    def __getitem__(self, sample):
+        self.read.append((threading.current_thread() is threading.main_thread(), sample))
+        if sample == self.bad:
+            raise DataError("damaged", found="sample", fix="none")
+        return np.full(LENGTH + 1, sample, dtype=np.int64)
+
+
+def ramp(consumed):
+    return 2 if consumed < 8 else 6
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@pytest.mark.parametrize("dp", [1, 2, 3, 4])
+def test_replicas_together_read_every_sample_once_and_in_order(prefetch, dp):
+    dataset = Counting()
+    seen = {}
+    for replica in range(dp):
+        with Loader(dataset, micro_batch=2, global_batch=ramp, dp=dp, replica=replica, prefetch=prefetch) as loader:
+            consumed = 0
+            for _ in range(8):
+                for index in range(num_microbatches(ramp(consumed), 2, dp, replica)):
+                    tokens = loader.microbatch(consumed, index)
+                    assert tokens.shape == (2, LENGTH + 1)
+                    seen.setdefault(consumed, []).extend(tokens[:, 0].tolist())
+                consumed += ramp(consumed)
+    starts = sorted(seen)
+    assert starts == [0, 2, 4, 6, 8, 14, 20, 26]
+    assert all(sorted(seen[start]) == list(range(start, start + ramp(start))) for start in starts)
+
+
+def test_the_thread_reads_ahead_and_only_once():
+    dataset = Counting()
+    with Loader(dataset, micro_batch=1, global_batch=lambda consumed: 1, prefetch=3) as loader:
+        for consumed in range(50):
+            assert loader.microbatch(consumed, 0)[0, 0] == consumed
+    samples = [sample for _, sample in dataset.read]
+    assert samples == sorted(set(samples))
+    assert not any(in_main for in_main, _ in dataset.read)
+
+
+def test_asking_elsewhere_gives_what_lies_there():
+    with Loader(Counting(), micro_batch=2, global_batch=ramp, prefetch=2) as loader:
+        for consumed in (0, 500, 8, 8, 2, 502):
+            assert loader.microbatch(consumed, 0)[:, 0].tolist() == [consumed, consumed + 1]
+
+
+def test_an_error_in_the_thread_reaches_the_caller_and_reading_goes_on():
+    with Loader(Counting(bad=13), micro_batch=1, global_batch=lambda consumed: 1, prefetch=4) as loader:
+        for consumed in range(13):
+            loader.microbatch(consumed, 0)
+        with pytest.raises(DataError, match="damaged"):
+            loader.microbatch(13, 0)
+        assert loader.microbatch(14, 0)[0, 0] == 14
+
+
+def test_the_end_of_the_dataset_is_an_error_only_when_it_is_asked_for():
+    with Loader(Counting(size=4, bad=4), micro_batch=1, global_batch=lambda consumed: 1, prefetch=3) as loader:
+        for consumed in range(4):
+            loader.microbatch(consumed, 0)
+
+
+def test_closing_ends_the_thread_and_leaves_reading_on_demand():
+    before = threading.active_count()
+    loader = Loader(Counting(), micro_batch=1, global_batch=lambda consumed: 1, prefetch=2)
+    loader.microbatch(0, 0)
+    assert threading.active_count() == before + 1
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    assert loader.microbatch(1, 0)[0, 0] == 1
+
+
+def test_the_curriculum_cuts_samples_short():
+    with Loader(Counting(), micro_batch=2, global_batch=ramp) as loader:
+        assert loader.microbatch(0, 0, length=2).shape == (2, 3)
+
+
+def test_a_replica_that_never_has_a_micro_batch_does_not_hang():
+    with Loader(Counting(), micro_batch=1, global_batch=lambda consumed: 1, dp=2, replica=1) as loader:
+        assert loader.microbatch(0, 0)[0, 0] == 1
+
+
+def test_validation_begins_anew_at_the_end_of_its_data():
+    with Loader(Counting(size=10), micro_batch=4, global_batch=lambda consumed: 4, repeats=True) as loader:
+        assert loader.microbatch(1608, 0)[:, 0].tolist() == [8, 9, 0, 1]
+        assert loader.samples(8, 4) == [8, 9, 0, 1]
+
+
+@pytest.mark.parametrize("dp", [1, 3])
+def test_the_cyclic_order_of_another_layout_can_be_read(dp):
+    """It belongs to the run; the replicas that there are now share it out."""
+    read = {}
+    for replica in range(dp):
+        with Loader(
+            Counting(size=26),
+            micro_batch=2,
+            global_batch=lambda consumed: 6,
+            dp=dp,
+            replica=replica,
+            cyclic_layout=(3, 2),
+        ) as loader:
+            for consumed in range(0, 24, 6):
+                for index in range(num_microbatches(6, 2, dp, replica)):
+                    read[loader.start(consumed, index)] = loader.microbatch(consumed, index)[:, 0].tolist()
+    samples = [sample for start in sorted(read) for sample in read[start]]
+    order = CyclicOrder(26, 3, 2)
+    assert samples == [order[place] for place in range(24)]
+    assert len(set(samples)) == 24
+
+
+def test_cyclic_reads_epoch_after_epoch():
+    with Loader(Counting(size=6), micro_batch=2, global_batch=lambda consumed: 2, cyclic_layout=(2, 1)) as loader:
+        for epoch in range(3):
+            seen = [loader.microbatch(epoch * 6 + step, 0)[:, 0].tolist() for step in (0, 2, 4)]
+            assert sorted(sum(seen, [])) == list(range(6))  # noqa: RUF017
+        assert loader.samples(0, 6) == loader.read(0, 6)[:, 0].tolist()
+        assert loader.sources(0, 3).tolist() == [0, 0, 0]

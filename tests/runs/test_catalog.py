@@ -1,0 +1,206 @@
+"""What a load finds in a folder, whatever state a save, a kill or a person left it in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs import catalog
+from megatron_lite.runs.catalog import (
+    announce,
+    announcement_problem,
+    find_checkpoint,
+    is_complete,
+    list_checkpoints,
+    unannounced,
+)
+from megatron_lite.runs.manifest import CorruptCheckpointError
+from megatron_lite.runs.turnover import make_visible, remove_stale
+
+
+@pytest.fixture
+def root(kit, tmp_path):
+    for iteration in (10, 20, 12345678):
+        kit.save(tmp_path, iteration)
+    return tmp_path
+
+
+def test_list_is_by_iteration_and_whole_ones_only(root):
+    (root / "iter_0000015").mkdir()
+    (root / "iter_0000010" / "__0_0.distcp").unlink()
+    (root / "iter_0000030.partial-00ff00ff").mkdir()
+    (root / "notes").mkdir()
+    assert [path.name for path in list_checkpoints(root)] == ["iter_0000020", "iter_12345678"]
+    assert list_checkpoints(root / "missing") == []
+
+
+def test_the_announced_one_is_taken_even_if_a_person_moved_it_back(root):
+    assert find_checkpoint(str(root)).name == "iter_12345678"
+    announce(root, 10)
+    assert find_checkpoint(str(root)).name == "iter_0000010"
+    (root / "latest_checkpointed_iteration.txt").write_text(" 20 \n")
+    assert find_checkpoint(str(root)).name == "iter_0000020"
+
+
+def test_by_folder_and_by_iteration(root):
+    assert find_checkpoint(str(root / "iter_0000010")).name == "iter_0000010"
+    assert find_checkpoint(str(root), 20).name == "iter_0000020"
+    with pytest.raises(CheckpointError, match=r"iter_0000021 is not there.*holds iter_0000010, iter_0000020"):
+        find_checkpoint(str(root), 21)
+    with pytest.raises(CheckpointError, match="must agree"):
+        find_checkpoint(str(root / "iter_0000010"), 20)
+    (root / "iter_0000010" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000010.manifest\.json: No such file"):
+        find_checkpoint(str(root / "iter_0000010"))
+
+
+def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
+    assert find_checkpoint(str(tmp_path / "missing")) is None
+    (tmp_path / "iter_0000001.partial-0a0b0c0d").mkdir()
+    assert find_checkpoint(str(tmp_path)) is None
+
+
+def test_a_lost_announcement_is_said(root):
+    told = []
+    (root / "latest_checkpointed_iteration.txt").unlink()
+    assert find_checkpoint(str(root), notify=told.append).name == "iter_12345678"
+    assert "is missing: taking the newest" in told[0]
+
+
+def test_where_no_checkpoint_is_whole_none_is_offered(kit, tmp_path):
+    (kit.save(tmp_path, 10).path / "__0_0.distcp").unlink()
+    with pytest.raises(
+        CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. If the folder was copied here"
+    ):
+        find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("lost", ["__0_0.distcp", "manifest.json", None])
+def test_an_announced_checkpoint_that_is_lost_is_an_error_unless_told_to_fall_back(root, lost):
+    announce(root, 20)
+    if lost:
+        (root / "iter_0000020" / lost).unlink()
+    else:
+        shutil.rmtree(root / "iter_0000020")
+    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'is not there'}.*holds iter_0000010, iter_123"):
+        find_checkpoint(str(root))
+    told = []
+    assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_0000010"
+    assert "taking iter_0000010 instead of the announced iter_0000020" in told[0]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\x00\x00\x00", b"\xff\xfe1\x000\x00", b"1x", b"9" * 5000, "\u0661\u0660".encode()]
+)
+def test_an_announcement_that_is_damaged_is_an_error_unless_told_to_fall_back(root, content):
+    (root / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="--fallback-on-corrupt"):
+        find_checkpoint(str(root))
+    assert unannounced(root) is None
+    assert "which is no iteration" in announcement_problem(root)
+    told = []
+    assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_12345678"
+    assert "which is no iteration: taking the newest complete checkpoint, iter_12345678" in told[0]
+
+
+def test_an_announcement_with_a_byte_order_mark_is_read(root):
+    (root / "latest_checkpointed_iteration.txt").write_bytes(b"\xef\xbb\xbf10\r\n")
+    assert find_checkpoint(str(root)).name == "iter_0000010"
+
+
+@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 is not there"), ("release", "'release'")])
+def test_an_announcement_that_leads_nowhere_is_an_error_not_a_fresh_start(root, text, says):
+    (root / "latest_checkpointed_iteration.txt").write_text(text)
+    for fallback in (False, True):
+        with pytest.raises(CheckpointError, match=says):
+            find_checkpoint(str(root), fallback=fallback)
+
+
+def test_saving_an_iteration_again_replaces_it(kit, root):
+    (root / "iter_0000020" / "old").touch()
+    kit.save(root, 20)
+    assert not (root / "iter_0000020" / "old").exists()
+    assert find_checkpoint(str(root)).name == "iter_0000020"
+    assert not list(root.glob("*.replaced"))
+
+
+def test_killed_between_the_two_renames_of_a_replacement(kit, root, monkeypatch):
+    (root / "iter_0000020").rename(root / "iter_0000020.replaced")
+    announce(root, 20)
+    # Looking does not move anything: the saving process may be alive.
+    assert find_checkpoint(str(root)) == root / "iter_0000020.replaced"
+    assert find_checkpoint(str(root), 20) == root / "iter_0000020.replaced"
+    assert [path.name for path in list_checkpoints(root)][1] == "iter_0000020.replaced"
+    assert remove_stale(root) == []
+    assert find_checkpoint(str(root)) == root / "iter_0000020"
+    # … and just after the second: the new one stays, the old one goes at the next save.
+    shutil.copytree(root / "iter_0000010", root / "iter_0000010.replaced")
+    assert len(list_checkpoints(root)) == 3
+    assert remove_stale(root) == ["iter_0000010.replaced"]
+    assert is_complete(root / "iter_0000010")
+
+
+def test_a_save_that_cannot_be_renamed_leaves_the_older_one(kit, root, monkeypatch):
+    def refuse(partial, checkpoint):
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.replaced"))
+        raise OSError(5, "Input/output error")
+
+    before = (root / "iter_0000020" / "manifest.json").read_bytes()
+    announce(root, 20)
+    monkeypatch.setattr("megatron_lite.checkpoint.save.make_visible", refuse)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        kit.save(root, 20)
+    assert (find_checkpoint(str(root)) / "manifest.json").read_bytes() == before
+
+
+def test_what_killed_saves_left_goes_with_the_next_save(kit, root):
+    for name in ("iter_0000030.partial-00ff00ff", "iter_0000010.deleted-0a0b0c0d", "iter_0000010.partial-mine"):
+        (root / name).mkdir()
+        (root / name / "__0_0.distcp").touch()
+    (root / "latest_checkpointed_iteration.txt.00ff00ff.tmp").touch()
+    report = kit.save(root, 40)
+    assert report.removed == (
+        "iter_0000010.deleted-0a0b0c0d",
+        "iter_0000030.partial-00ff00ff",
+        "latest_checkpointed_iteration.txt.00ff00ff.tmp",
+    )
+    assert (root / "iter_0000010.partial-mine").exists()
+
+
+def test_a_save_under_way_that_another_job_removes_cannot_become_a_checkpoint_meanwhile(root, monkeypatch):
+    partial, remove, seen = root / "iter_0000009.partial-ab12", shutil.rmtree, []
+    partial.mkdir()
+
+    def watched(path, *words, **more):
+        seen.append(path.name.split("-")[0])
+        with pytest.raises(FileNotFoundError):
+            make_visible(partial, root / "iter_0000009")
+        remove(path, *words, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    assert remove_stale(root) == ["iter_0000009.partial-ab12"]
+    assert seen == ["iter_0000009.deleted"]
+
+
+def test_the_name_grows_with_the_iteration():
+    assert catalog.folder_name(100) == "iter_0000100"
+    assert catalog.folder_name(123456789) == "iter_123456789"
+
+
+def test_what_was_saved_after_the_last_announcement_was_on_its_way_to_one(kit, root):
+    assert unannounced(root) is None
+    announce(root, 20)
+    assert unannounced(root) is None, "older than the announcement: a person or a rollback has put it aside"
+    text = root / "latest_checkpointed_iteration.txt"
+    before = text.stat()
+    kit.save(root, 30)
+    text.write_text("20\n")
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert unannounced(root) == 30
+    (root / "iter_0000030" / ".metadata").unlink()
+    assert unannounced(root) is None
+    text.unlink()
+    assert unannounced(root) is None
