@@ -33,7 +33,7 @@ def holding(folder: Path, command: str) -> Iterator[None]:
         raise CheckpointError(
             "The folder to write to must be a folder that can be written to",
             found=f"{error.filename or root}: {error.strerror}",
-            fix="Correct the path or its permissions, make room, and give the same command again",
+            fix="Make room, change its permissions, or give a folder that you may write to",
         ) from error
     try:
         yield

@@ -163,7 +163,7 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
         given.refuse(
             f"fp16.initial_scale_power in the DeepSpeed JSON is at most {MAX_SCALE_POWER}",
             found=f"{power:g}",
-            fix="Correct the JSON",
+            fix=f"Give it a power up to {MAX_SCALE_POWER}, or leave it out for {DEFAULT_SCALE_POWER}",
         )
         return
     _take(given, "precision.initial_loss_scale", 2.0**power, f"fp16.initial_scale_power {power}")

@@ -94,7 +94,7 @@ def _source(path: Path) -> Source:
         raise DataError(
             "Names of --input files are UTF-8",
             found=f"{os.fsencode(path)!r} (matched by a glob)",
-            fix="Rename the file",
+            fix="Rename the file to a name in UTF-8, as with `convmv -t utf8`",
         )
     if path.is_dir():
         raise DataError(
