@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 # pip's stamp depends on what was asked for, so that changing TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast check format docs clean help
+.PHONY: demo test test-fast test-portable check format docs clean help
 
 help:
 	@echo "make demo     train a small GPT on this machine's own Python sources (about 5 minutes on 2 cores)"
 	@echo "make test     the whole test suite"
+	@echo "make test-portable   the numeric tests with the rounding of every processor that this one can imitate"
 	@echo "make check    format, lint, types, import contracts, spelling, sizes, README"
 	@echo "make format   rewrite the files as 'make check' wants them"
 	@echo "make docs     regenerate the pages that are made from code"
@@ -38,6 +39,10 @@ test: $(STAMP)-dev
 # What a change usually needs, in about a minute: everything but the tests that start ranks or train for long.
 test-fast: $(STAMP)-dev
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/end_to_end
+
+# The numeric tests under each instruction set that this processor has, in a few minutes: no bound may depend on it.
+test-portable: $(STAMP)-dev
+	$(BIN)/python tests/support/portable.py
 
 check: $(STAMP)-dev
 	$(BIN)/ruff format --check .
