@@ -1,4 +1,4 @@
-"""`python -m megatron_lite` is the console command, also from a checkout that is not installed."""
+"""Entry point of `python -m megatron_lite`: the console command, also from a checkout that is not installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The errors a user is meant to read: each says the rule, what was found, and what to change."""
+"""User-facing exceptions: each message states the rule, the values found and a fix."""
 
 from __future__ import annotations
 

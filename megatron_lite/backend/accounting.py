@@ -1,4 +1,4 @@
-"""Counts what a rank sends: a group around a group, which writes down every collective before it is done.
+"""Communication accounting: a process-group wrapper that records the bytes of every collective.
 
 Bytes sent are those of the algorithms that reach the lower bound (ring; Patarasu & Yuan 2009, "Bandwidth optimal
 all-reduce algorithms for clusters of workstations"), so that counts can be compared with closed formulas. A transport

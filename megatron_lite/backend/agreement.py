@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: what fails on one rank is raised on every rank, and nobody waits for ever."""
+"""Collective error handling: runs a step on all ranks or on rank 0, and raises its error on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every machine must be able to do for a run, and what it says about itself."""
+"""Backend base class: device, process groups, random seed and memory statistics of one rank; capabilities."""
 
 from __future__ import annotations
 

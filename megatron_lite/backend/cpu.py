@@ -1,4 +1,4 @@
-"""The CPU: one device a rank, gloo between ranks. A laptop runs every layout with it."""
+"""CPU backend: one device per rank, gloo between ranks."""
 
 from __future__ import annotations
 

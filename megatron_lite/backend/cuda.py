@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: one device a rank, NCCL between ranks (and gloo for what lies in host memory)."""
+"""CUDA backend: one GPU per rank, NCCL between ranks, gloo for tensors in host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine that is not there: any rank of any world, with tensors that have shapes and no values, and no others.
+"""Fake backend: meta tensors and stub process groups; one process acts as any rank of any world size.
 
 It plays one rank of a job at a time. Its groups do no communication, but refuse what a real transport would refuse.
 """

@@ -1,4 +1,4 @@
-"""A group of ranks along one axis of the mesh, and the collectives it can do.
+"""Process groups and collectives: the ranks along one axis of the mesh.
 
 A group of one rank needs no process group: its collectives are identities (LocalGroup).
 """

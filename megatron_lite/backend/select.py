@@ -1,4 +1,4 @@
-"""Chooses the machine: --device, or a GPU where there is one."""
+"""Backend selection from --device, launcher environment and available GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thread on every rank that tells the others how this one is, so that no rank waits for one that will not come.
+"""Heartbeat thread: detects dead or stalled ranks, reports the first failure and aborts the job.
 
 The ranks meet in the store through which the job came together, and in no collective, since a failed rank joins none.
 Every rank leaves a sign of life there; rank 0 reads them all, and rank 1 reads rank 0's. The first failure is written

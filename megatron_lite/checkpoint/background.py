@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy to host buffers that are kept, then write from a thread.
+"""Asynchronous checkpoint saving: copy to reused host buffers, then write from a thread.
 
 Only the foreground uses collectives. The threads meet through the folder itself: each rank leaves a note of its share
 there, and rank 0's thread finishes the save when all are in. So a save never mixes with training's communication.

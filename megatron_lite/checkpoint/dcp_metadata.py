@@ -1,4 +1,4 @@
-"""The manifest's tensors as torch.distributed.checkpoint's (DCP's) metadata, by which any torch reads the folder."""
+"""DCP metadata: describes the manifest's tensors to torch.distributed.checkpoint, so that any torch reads the folder."""
 
 from __future__ import annotations
 

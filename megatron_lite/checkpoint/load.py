@@ -1,4 +1,4 @@
-"""A load: names and shapes first, then the pieces that this rank holds, whatever layout wrote them, and all checksums.
+"""Distributed checkpoint loading: checks names and shapes, reads shards saved by any layout, verifies checksums.
 
 A rank reads what it needs and checks it as it goes. What no rank needs (the optimizer's state in a load of weights) is
 shared out among the ranks and read for its checksums alone, so a load fails on any damage that `verify` would find.

@@ -1,4 +1,4 @@
-"""What the names of saved tensors mean, and which saved tensor fills which tensor of a run in another precision.
+"""Tensor names in checkpoints, and the choice of the saved tensor for a run in another precision.
 
 Weights have their parameter's global name and are saved in the parameter's dtype. Optimizer state is named
 `optimizer.<kind>.<parameter>`. A run in bf16 or fp16 also saves its fp32 main parameters as `optimizer.main_param.…`;

@@ -1,4 +1,4 @@
-"""Reads and compares checkpoints without the cluster that wrote them, in one process and a tile at a time."""
+"""Single-process reading and comparison of checkpoints, tile by tile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts the ranks' shares of a save together, and proves that every element of every tensor was written exactly once."""
+"""Merge of all ranks' write records, with the check that every tensor element was written exactly once."""
 
 from __future__ import annotations
 

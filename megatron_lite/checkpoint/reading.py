@@ -1,4 +1,4 @@
-"""Reads a rank's pieces from the rectangles that any other layout wrote: only the records that hold a part of them.
+"""Read planner: reads the saved rectangles that overlap a rank's shards.
 
 A record is read and checked as a whole, into one buffer that all records share, and its elements go from there to all
 pieces that want some. Tiles (tiles.py) keep records small, and layouts' bounds from cutting through them. No collective

@@ -1,4 +1,4 @@
-"""Writes checkpoints anew in one process on any machine: an average of several, or one in fewer files or another dtype.
+"""Offline checkpoint rewriting in one process: averaging, resharding into fewer files, dtype conversion.
 
 Everything goes tile by tile from the old files to the new ones, so memory does not depend on the checkpoint's size. All
 checkpoints are cut along one grid (tiles.py), so that each record is read once.

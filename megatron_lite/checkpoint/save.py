@@ -1,4 +1,4 @@
-"""A save: every rank writes its share aside, rank 0 completes the folder, and one rename makes it visible."""
+"""Distributed checkpoint saving: every rank writes its shards to a temporary folder, rank 0 renames it."""
 
 from __future__ import annotations
 

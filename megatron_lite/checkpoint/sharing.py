@@ -1,4 +1,4 @@
-"""Splits what several ranks hold alike among them, so that each element is written once and each rank writes as much.
+"""Save deduplication: assigns replicated tensors to ranks, each element written once, load balanced.
 
 Data-parallel replicas hold the same weights and, without ZeRO, the same optimizer state. Laid end to end, these are one
 range of bytes, of which each replica writes its part: as under ZeRO-1, a part cuts few tensors, each into rectangles.

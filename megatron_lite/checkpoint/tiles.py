@@ -1,4 +1,4 @@
-"""Cuts tensors along one grid, whatever layout writes them, so that another layout finds the parts it needs whole.
+"""Tiling grid of saved tensors: independent of the layout, so that other layouts read few extra bytes.
 
 A saved piece is read and checked as a whole. If it were a whole matrix, each of eight tensor-parallel ranks would read
 all of a matrix that they split by columns. So the lines of the grid lie where such splits fall: at halves, quarters and

@@ -1,4 +1,4 @@
-"""Compares the bytes of a checkpoint with what its manifest says, and names the file that differs."""
+"""Checksum verification of a checkpoint's files against its manifest."""
 
 from __future__ import annotations
 

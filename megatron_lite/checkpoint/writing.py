@@ -1,4 +1,4 @@
-"""Writes pieces of tensors in torch.distributed.checkpoint's (DCP's) file format, checksums as the bytes go by.
+"""Shard writer: tensor rectangles in torch.distributed.checkpoint's (DCP's) file format, with checksums.
 
 That format is a row of torch.save's records, one for each rectangle of a tensor, and `.metadata`, which says where each
 lies; any torch reads such a folder without this package. Pieces are cut into tiles (tiles.py), and each record is a

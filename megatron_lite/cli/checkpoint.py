@@ -1,4 +1,4 @@
-"""megatron-lite checkpoint: lists, inspects, verifies, compares, averages and reshards checkpoints on any machine."""
+"""CLI command `checkpoint`: list, inspect, verify, compare, average and reshard checkpoints."""
 
 from __future__ import annotations
 

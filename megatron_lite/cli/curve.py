@@ -1,4 +1,4 @@
-"""megatron-lite curve: draws the loss curve of a run, in the terminal and as a picture."""
+"""CLI command `curve`: loss curve of a run in the terminal or as SVG and PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite data: looks into datasets, verifies, packs and converts them, and says what an iteration trained on."""
+"""CLI command `data`: inspect, verify, pack and convert datasets, show the samples of an iteration."""
 
 from __future__ import annotations
 

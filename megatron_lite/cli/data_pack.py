@@ -1,4 +1,4 @@
-"""megatron-lite data pack: whole documents into sequences of exactly --seq-length tokens."""
+"""CLI command `data pack`: packs whole documents into sequences of exactly --seq-length tokens."""
 
 from __future__ import annotations
 

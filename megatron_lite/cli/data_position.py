@@ -1,4 +1,4 @@
-"""Position of an iteration in a run's data: what it read, as the run's checkpoints say, or will read."""
+"""Data position of an iteration: the consumed samples and data order, from the run's checkpoints or its flags."""
 
 from __future__ import annotations
 

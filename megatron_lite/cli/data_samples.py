@@ -1,4 +1,4 @@
-"""megatron-lite data samples and index: a job's own flags, answered about its data instead of training."""
+"""CLI commands `data samples` and `data index`: show a job's training samples, build its sample indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the data commands, which do with less where none is given."""
+"""Optional tokenizer of the `data` commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite evaluate: loss and perplexity of texts and datasets under a trained model."""
+"""CLI command `evaluate`: loss and perplexity of texts and datasets under a trained model."""
 
 from __future__ import annotations
 

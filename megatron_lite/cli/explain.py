@@ -1,4 +1,4 @@
-"""megatron-lite explain: what a training command means, before it runs; for people, or with --json for machines."""
+"""CLI command `explain`: parameters, schedule, batch sizes and data of a training command line, as text or JSON."""
 
 from __future__ import annotations
 

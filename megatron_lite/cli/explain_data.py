@@ -1,4 +1,4 @@
-"""Data section of explain: samples and epochs of each set, when it is evaluated, and the size of its indices."""
+"""Data section of `explain`: samples and epochs per dataset split, evaluation times, sample-index size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lock on the folder that a command writes to, so that it does not meddle with a running job."""
+"""Lock for commands that write to a --save folder, against a running job."""
 
 from __future__ import annotations
 

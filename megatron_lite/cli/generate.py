@@ -1,4 +1,4 @@
-"""megatron-lite generate: text generation from a checkpoint."""
+"""CLI command `generate`: text generation from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite <command>: finds the command, runs it, and turns errors into one readable paragraph."""
+"""Command dispatcher of `megatron-lite`: finds and runs a command, prints user errors as one paragraph."""
 
 from __future__ import annotations
 

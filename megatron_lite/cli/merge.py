@@ -1,4 +1,4 @@
-"""megatron-lite merge, tools/merge_datasets.py, tools/merge_preprocessed_data.py: several datasets end to end."""
+"""CLI command `merge` (tools/merge_datasets.py, tools/merge_preprocessed_data.py): concatenates datasets."""
 
 from __future__ import annotations
 

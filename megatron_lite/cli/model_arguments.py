@@ -1,4 +1,4 @@
-"""The flags that name a trained model, for the commands that ask one something."""
+"""Command-line arguments that select a trained model, shared by `generate` and `evaluate`."""
 
 from __future__ import annotations
 

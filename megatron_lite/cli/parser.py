@@ -1,4 +1,4 @@
-"""Argument parser of the commands: argparse with UTF-8 checked words and a bound for every number."""
+"""Argument parser of the commands: argparse with UTF-8 checked arguments and bounded numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite preprocess, tools/preprocess_data.py: text files to .bin/.idx, with both Megatrons' flags."""
+"""CLI command `preprocess` (tools/preprocess_data.py): tokenizes text files into .bin/.idx datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite rehearse: plays ranks of a job on this machine, before the cluster has to."""
+"""CLI command `rehearse`: simulates ranks of a job on this machine; memory, traffic and errors per rank."""
 
 from __future__ import annotations
 

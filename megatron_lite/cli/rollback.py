@@ -1,4 +1,4 @@
-"""megatron-lite rollback: takes a run back to an earlier checkpoint, its metrics with it, in one step."""
+"""CLI command `rollback`: resets a run to an earlier checkpoint, with its metrics."""
 
 from __future__ import annotations
 

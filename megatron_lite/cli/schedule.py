@@ -1,4 +1,4 @@
-"""megatron-lite schedule: prints a pipeline schedule as the simulator runs it, and draws it."""
+"""CLI command `schedule`: prints and draws a simulated pipeline schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many of a dataset's tokens are done: a bar on a terminal, a line every few seconds elsewhere."""
+"""Token progress of dataset scans: a bar on a terminal, periodic lines elsewhere."""
 
 from __future__ import annotations
 

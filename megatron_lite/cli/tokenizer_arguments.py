@@ -1,4 +1,4 @@
-"""The flags that choose a tokenizer, for the commands that need nothing else of a run's configuration."""
+"""Command-line arguments that select a tokenizer, shared by the data commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite train (pretrain_gpt.py): Megatron's command line in, a trained model out."""
+"""CLI command `train` (pretrain_gpt.py): trains a GPT from Megatron's command line."""
 
 from __future__ import annotations
 

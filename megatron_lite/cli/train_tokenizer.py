@@ -1,4 +1,4 @@
-"""megatron-lite train-tokenizer, tools/train_tokenizer.py: learn a vocabulary from text files."""
+"""CLI command `train-tokenizer` (tools/train_tokenizer.py): trains a BPE or sentencepiece tokenizer."""
 
 from __future__ import annotations
 

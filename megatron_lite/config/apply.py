@@ -1,4 +1,4 @@
-"""From flags and their words to field values: types, constants, repeats, contradictions, and what has no effect."""
+"""Assigns parsed flags to config fields: value types, constants, repeats, contradictions, flags without effect."""
 
 from __future__ import annotations
 

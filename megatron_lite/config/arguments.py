@@ -1,4 +1,4 @@
-"""argv to RunConfig and back: Megatron's command line, with everything that is wrong reported at once."""
+"""Conversion between a command line and RunConfig; reports all errors of a command line at once."""
 
 from __future__ import annotations
 

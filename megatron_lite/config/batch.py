@@ -1,4 +1,4 @@
-"""What one iteration consumes: sequence length, micro-batches, the global batch and its ramp-up."""
+"""Batch config: sequence length, micro-batch and global batch size, batch ramp-up, sequence-length curriculum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where and when a run saves, what it keeps, and what it starts from."""
+"""Checkpoint config: save folder and schedule, retention, --load options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command line may say that is not itself a field of RunConfig; config/resolve.py turns it into fields."""
+"""Command-line options that are not config fields themselves; config/resolve.py derives fields from them."""
 
 from __future__ import annotations
 

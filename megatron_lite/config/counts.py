@@ -1,4 +1,4 @@
-"""Counts that follow from the model's shape: parameters, their number as a name says it, FLOPs of a token."""
+"""Parameter and FLOP counts of a model, from its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reads: datasets, their blend and split, and the tokenizer."""
+"""Data config: dataset paths, blend, split and sample order; tokenizer config."""
 
 from __future__ import annotations
 

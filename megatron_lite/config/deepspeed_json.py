@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, read without DeepSpeed: what it says about precision, clipping, ZeRO and the curriculum."""
+"""DeepSpeed JSON reader: merges precision, clipping, ZeRO stage and curriculum into the config, without DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entries of a DeepSpeed JSON: which are merged, which have no effect here and why, which are refused."""
+"""Table of DeepSpeed JSON keys: merged, without effect (with the reason), or refused."""
 
 from __future__ import annotations
 

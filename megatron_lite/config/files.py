@@ -1,4 +1,4 @@
-"""What a run needs and an explanation does not: the files that its flags name, and data to train on."""
+"""Existence checks for the files and datasets named by flags, skipped by `explain`."""
 
 from __future__ import annotations
 

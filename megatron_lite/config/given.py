@@ -1,4 +1,4 @@
-"""What a command line has said so far: field values with the flag each came from, notes, warnings and errors."""
+"""Parsed option values with their origin, and the notes, warnings and errors collected while parsing."""
 
 from __future__ import annotations
 

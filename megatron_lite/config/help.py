@@ -1,4 +1,4 @@
-"""--help, made from the flag table."""
+"""--help text, generated from the flag table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launcher commands: finds the training flags and the number of ranks in `torchrun … pretrain_gpt.py …` and its kin.
+"""Launcher command lines: extracts training flags and world size from `torchrun … pretrain_gpt.py …` and the like.
 
 A command line as people copy it, from a shell history, a job script or a log, is launchers, then the training script,
 then its flags, then shell words: `srun -l bash -c "torchrun --nproc_per_node 8 pretrain_gpt.py --bf16" 2>&1 | tee log`.

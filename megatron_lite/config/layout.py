@@ -1,4 +1,4 @@
-"""Rank ↔ coordinates on the mesh, and every axis's rows of ranks: arange(world) reshaped, tp fastest, pp slowest."""
+"""Mapping between ranks and mesh coordinates, and the rank groups of every mesh axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports, where and how often."""
+"""Logging config: log interval, TensorBoard directory, metrics options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the GPT: everything that decides its parameters and what it computes."""
+"""Model config: layers, dimensions, position embedding, normalization, activation, dropout, initialization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The size that a job's name claims: a "104B" that has 58 billion parameters gets a warning."""
+"""Model-size check of job names: warns if a name such as "104B" contradicts the parameter count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer, its learning-rate and weight-decay schedules, and the precision it works in."""
+"""Optimizer, learning-rate, precision and recomputation configs."""
 
 from __future__ import annotations
 

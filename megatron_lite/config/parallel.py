@@ -1,4 +1,4 @@
-"""How the model is cut over ranks, and how ranks find and wait for each other."""
+"""Parallelism config: TP, PP and DP sizes, pipeline schedule, gradient buckets, timeouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage holds: by work, evenly, or by DeepSpeed's count of matching layers."""
+"""Pipeline partition: assigns layers to stages by work, evenly, or by DeepSpeed's type:regex method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Missing files: suggests the existing path, or the dataset, that was probably meant."""
+"""Path suggestions for missing files and datasets."""
 
 from __future__ import annotations
 

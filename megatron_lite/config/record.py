@@ -1,4 +1,4 @@
-"""A config as plain JSON values and back: what checkpoints and metrics.jsonl keep of a run."""
+"""Config serialization to plain JSON values and back, for checkpoints and metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/arguments.md, made from the flag table: `python -m megatron_lite.config.reference` writes it."""
+"""Generator of docs/arguments.md from the flag table: `python -m megatron_lite.config.reference`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what was given to the sections of a RunConfig: options that depend on others, on files or on the caller."""
+"""Resolves parsed options into RunConfig sections: derived defaults, DeepSpeed JSON, referenced files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All rules between fields: one function each in config/checks/, run together so that every violation is reported."""
+"""Validation of a RunConfig: runs all rules of config/checks/ and collects their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RunConfig: the whole of a run, as one frozen value that is handed on in pieces."""
+"""RunConfig: the complete frozen configuration of a run, one section per subject."""
 
 from __future__ import annotations
 

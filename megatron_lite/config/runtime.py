@@ -1,4 +1,4 @@
-"""The machine side of a run: device, seed, compilation."""
+"""Runtime config: device, seed, threads, determinism, compilation."""
 
 from __future__ import annotations
 

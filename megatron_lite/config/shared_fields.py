@@ -1,4 +1,4 @@
-"""Config fields that all ranks of a job must share, as command-line words, and the fields that may differ."""
+"""Config fields compared between ranks at start, and the table of fields that may differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values with an inner structure, from their words and back: ramps, schedules, ranges, splits and blends."""
+"""Parsers and writers of structured flag values: ramps, schedules, ranges, splits and blends."""
 
 from __future__ import annotations
 

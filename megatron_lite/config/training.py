@@ -1,4 +1,4 @@
-"""How long a run trains, when it evaluates and when it stops early."""
+"""Training config: run length, evaluation, skipped iterations, exit conditions, loss spikes."""
 
 from __future__ import annotations
 

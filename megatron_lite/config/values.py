@@ -1,4 +1,4 @@
-"""Words of a command line to plain values: the spellings of numbers that job scripts use."""
+"""Parsers of plain flag values: integers, floats and booleans in the spellings of job scripts."""
 
 from __future__ import annotations
 

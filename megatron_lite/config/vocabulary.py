@@ -1,4 +1,4 @@
-"""The vocabulary's size as the model sees it: padded, so that every tensor-parallel rank holds equally many rows."""
+"""Vocabulary padding to a multiple of the tensor-parallel size."""
 
 from __future__ import annotations
 

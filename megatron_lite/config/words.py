@@ -1,4 +1,4 @@
-"""From argv to flags of the table and their words: argument files, spellings, prefixes, `=`."""
+"""Command-line tokenizer: argument files, spellings, prefixes and `=`, matched to the flag table."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How good a trained model is: the mean loss and perplexity of a text or a dataset."""
+"""Language-model evaluation: loss, perplexity and bits per byte of texts and datasets."""

@@ -1,4 +1,4 @@
-"""What the loss of a text means, in the units that people compare."""
+"""Evaluation metrics from a summed loss: perplexity, bits per byte, word perplexity."""
 
 from __future__ import annotations
 

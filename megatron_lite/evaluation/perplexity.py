@@ -1,4 +1,4 @@
-"""Mean loss and perplexity of a text, every token predicted once.
+"""Text loss over sliding windows: every token is predicted once.
 
 Letters: n tokens of the text, s tokens of a window, b windows at once, V vocabulary, tp the group's size.
 """

@@ -1,4 +1,4 @@
-"""WikiText as text: its files hold words cut apart by spaces (" @-@ ", " 's"), which no model was trained on.
+"""WikiText detokenizer and word count.
 
 Published perplexities put the words together again before they are tokenised, and count those of the file as it is.
 """

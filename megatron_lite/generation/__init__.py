@@ -1,1 +1,1 @@
-"""Text from a trained model: how the next token is chosen, and the loop that feeds it back through the KV cache."""
+"""Text generation: sampling and the decoding loop with a KV cache."""

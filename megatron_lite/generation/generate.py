@@ -1,4 +1,4 @@
-"""The loop that feeds chosen tokens back to the model, for prompts of any lengths at once.
+"""Decoding loop: batched generation for prompts of different lengths.
 
 Letters: b prompts, t tokens fed at once, V vocabulary (V' with its padding), tp the group's size.
 """

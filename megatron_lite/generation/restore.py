@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint alone: the manifest says its shape, its precision and its tokenizer."""
+"""Model loading for generation and evaluation: config, weights and tokenizer from a checkpoint."""
 
 from __future__ import annotations
 

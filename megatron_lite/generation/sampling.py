@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or drawn after temperature, top-k and top-p. Pure functions of the logits.
+"""Token sampling: greedy, temperature, top-k and top-p, as pure functions of the logits.
 
 Letters: b batch, V vocabulary (V' with its padding).
 """

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: a character is told once all its bytes are there."""
+"""Streaming detokenizer: emits a character once all its bytes are generated."""
 
 from __future__ import annotations
 

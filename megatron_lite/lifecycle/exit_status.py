@@ -1,4 +1,4 @@
-"""exit_status.json in --save: how the last job of a run ended, for the scripts that decide whether to queue another.
+"""exit_status.json: records how a job ended, for scripts that decide on resubmission.
 
 Imports no torch: a job that fails to import it must be able to say so.
 """

@@ -1,4 +1,4 @@
-"""What is said and done when a rank fails: where it was, and that the others end too.
+"""Failure reporting: names the failed rank, host and phase, and ends the other ranks.
 
 Where a rank is, is read from the stack of its main thread, so nothing on the way of a training step keeps note of it.
 """

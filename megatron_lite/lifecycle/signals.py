@@ -1,4 +1,4 @@
-"""Signals that arrive while the main thread waits in native code, where Python runs no handler."""
+"""Signal handling while the main thread is blocked in native code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss spikes: noticed by comparing each loss with those before it, as a function of the losses alone."""
+"""Loss-spike detection: compares each loss with the median of recent losses."""
 
 from __future__ import annotations
 

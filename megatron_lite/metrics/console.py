@@ -1,4 +1,4 @@
-"""Megatron's log lines, field for field in the current generation's formats, with tokens/s, MFU and ETA appended.
+"""Console sink: Megatron's log lines with tokens/s, MFU and ETA appended.
 
 Scripts that read Megatron's logs match ` name: value |`; our own fields follow the same pattern after Megatron's.
 """

@@ -1,4 +1,4 @@
-"""The loss curve of a metrics.jsonl: its series, their smoothing and their axes, for the drawings beside this file."""
+"""Loss-curve data from metrics.jsonl: series, smoothing and axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss curve as an SVG file, which every browser shows and which needs no plotting library."""
+"""Loss curve as an SVG file, without a plotting library."""
 
 from __future__ import annotations
 

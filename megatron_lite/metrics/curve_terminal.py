@@ -1,4 +1,4 @@
-"""The loss curve in the terminal: braille dots where the encoding has them, letters where it has not."""
+"""Loss curve in the terminal, with braille dots or ASCII letters."""
 
 from __future__ import annotations
 

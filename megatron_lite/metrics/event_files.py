@@ -1,4 +1,4 @@
-"""TensorBoard's event files, cut after an iteration: TFRecords, each an Event that is kept as it is or left out.
+"""Truncation of TensorBoard event files (TFRecords) after an iteration.
 
 TensorBoard's own way, a purge_step at the head of the next file, would compare the iteration with the steps of the
 `vs samples` tags as well, and drop those of iterations that stay.

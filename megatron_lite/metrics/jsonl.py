@@ -1,4 +1,4 @@
-"""metrics.jsonl, the source of truth of what a run measured: written line by line, repaired and cut on resume.
+"""metrics.jsonl sink: full-precision record of a run, repaired and truncated on resume.
 
 Each line is a JSON object whose `kind` is "start", "iteration", "validation" or "message". Floats are written with all
 their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they are the

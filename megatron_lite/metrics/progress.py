@@ -1,4 +1,4 @@
-"""A live progress bar at the foot of the terminal; log lines are printed above it."""
+"""Progress-bar sink at the bottom of the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain values that the training loop reports: one dataclass per kind of event, without tensors."""
+"""Report dataclasses passed from the training loop to the metric sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reporter: the one thing that the training loop talks to. It passes every event to each of its sinks."""
+"""Reporter: distributes the training loop's reports to all metric sinks."""
 
 from __future__ import annotations
 

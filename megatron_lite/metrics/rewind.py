@@ -1,4 +1,4 @@
-"""Takes a run's reports back to an earlier iteration: cuts metrics.jsonl and TensorBoard's files."""
+"""Truncates metrics.jsonl and TensorBoard files to an earlier iteration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard with Megatron-LM's flat tags, so that its dashboards and comparison scripts work.
+"""TensorBoard sink with Megatron-LM's tags.
 
 Each scalar is written against the iteration, and once more as `<tag> vs samples` against the consumed samples.
 """

@@ -1,4 +1,4 @@
-"""Rates of an iteration: tokens per second, model FLOP/s, the MFU that follows from them, and the time left."""
+"""Throughput of an iteration: tokens per second, model FLOP/s, MFU and remaining time."""
 
 from __future__ import annotations
 

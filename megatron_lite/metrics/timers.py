@@ -1,4 +1,4 @@
-"""Named timers of an iteration's parts, which cost next to nothing while they are off."""
+"""Named timers for the parts of an iteration."""
 
 from __future__ import annotations
 

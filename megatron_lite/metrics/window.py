@@ -1,4 +1,4 @@
-"""Averages over the iterations since the last log line, by Megatron's rules."""
+"""Averages over a logging interval, by Megatron's rules."""
 
 from __future__ import annotations
 

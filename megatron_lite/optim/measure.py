@@ -1,4 +1,4 @@
-"""Norms and counts over all parameters of a model, each element counted once whatever the layout."""
+"""Gradient and parameter norms over all ranks, each element counted once in any layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step on a rank's shards: measure, agree on overflow, unscale and clip, step, hand parameters back."""
+"""Mixed-precision optimizer: norm, overflow check, clipping and update of a rank's parameter shards."""
 
 from __future__ import annotations
 

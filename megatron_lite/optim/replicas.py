@@ -1,4 +1,4 @@
-"""Replica comparison: bit hashes of the parameters that several ranks hold, and the repair of those that differ."""
+"""Replica consistency check: bit hashes of replicated parameters, and repair of mismatches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update rules: torch's AdamW and SGD over flat main parameters, with their state made before the first step."""
+"""Update rules: torch's AdamW and SGD over flat main parameters."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run means and costs before anything runs: derived from its config by the functions that the trainer calls."""
+"""Planner: parameter counts, schedules and costs of a run, computed from its config alone."""

@@ -1,4 +1,4 @@
-"""What a run's config amounts to: parameters, iterations, tokens, every stage of its ramp-up, saves."""
+"""Run summary from the config: parameters, layout, iterations, tokens, ramp-up stages and saves."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Plays ranks of a job on one machine: the real assembly, schedule, layers and optimizer, on tensors without values."""
+"""Rehearsal: simulates ranks of a job on one machine with the real assembly on meta tensors."""

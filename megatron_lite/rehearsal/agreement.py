@@ -1,4 +1,4 @@
-"""Whether played ranks would have waited for each other forever: what one calls, its partners must call too."""
+"""Deadlock check of a rehearsal: compares the collective calls of the simulated ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plays one rank: builds its engine as a run would, and steps it through every stage of the batch's ramp-up."""
+"""Simulation of one rank: builds its engine and runs an iteration of every ramp-up stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks of a job tell the most about all of them."""
+"""Selects representative ranks for a rehearsal (first and last stage, uneven shards)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations on tensors without values: answered from memory where one like it was seen, and their storage counted.
+"""Meta-tensor dispatch mode: caches output shapes and counts the memory of tensors.
 
 Torch computes the shapes of many operations in Python, which takes milliseconds. A rehearsal asks for the same ones
 thousands of times.

@@ -1,4 +1,4 @@
-"""Writes that survive a power cut: bytes reach the disk before their name does, and names change in one step."""
+"""Atomic, durable file writes: temporary file, fsync, rename."""
 
 from __future__ import annotations
 

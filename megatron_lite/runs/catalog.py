@@ -1,4 +1,4 @@
-"""Which checkpoints a folder holds, which of them are whole, and which one a load means.
+"""Checkpoint catalog: lists the checkpoints of a folder and finds the one to load.
 
 A folder given to --save holds `iter_0000100/` for each checkpoint and `latest_checkpointed_iteration.txt`, as Megatron
 lays it out. Longer names are on their way in or out: `iter_0000100.partial-…` is being written, `.deleted-…` is going,

@@ -1,4 +1,4 @@
-"""What may change between a save and the run that goes on from it: found, printed, accepted by flag or refused."""
+"""Comparison of a checkpoint's config, schedule and fingerprints with those of the resuming run."""
 
 from __future__ import annotations
 

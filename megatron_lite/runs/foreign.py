@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: recognises Megatron-LM's, DeepSpeed's and Hugging Face's by their files."""
+"""Detection of foreign checkpoints: Megatron-LM, DeepSpeed and Hugging Face folders."""
 
 from __future__ import annotations
 

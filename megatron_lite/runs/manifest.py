@@ -1,4 +1,4 @@
-"""manifest.json: everything a checkpoint holds, readable without torch, and guarded by a checksum of its own."""
+"""Checkpoint manifest (manifest.json): tensors, files, checksums, config and progress of a checkpoint."""
 
 from __future__ import annotations
 

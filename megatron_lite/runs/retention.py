@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and the deletion of the others once a newer one is safe."""
+"""Checkpoint retention: selects and deletes expired checkpoints after a save."""
 
 from __future__ import annotations
 

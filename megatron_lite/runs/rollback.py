@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint: it becomes the latest, later ones step aside, samples are left out from there.
+"""Rollback of a run to an earlier checkpoint: later ones are moved aside, samples can be excluded.
 
 Each step leaves a folder that a run refuses or goes on from rightly, and asking for the same once more finishes what a
 kill has interrupted: while later checkpoints lie beside the announced one, no run writes over them.

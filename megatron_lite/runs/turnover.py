@@ -1,4 +1,4 @@
-"""How the checkpoints of a folder come, go and step aside, so that a process may die before or after any change."""
+"""Crash-safe creation, replacement and removal of checkpoint folders."""
 
 from __future__ import annotations
 

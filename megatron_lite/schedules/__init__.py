@@ -1,4 +1,4 @@
-"""When things happen: batch sizes, learning rates, saves and pipeline actions as pure functions of config and progress.
+"""Schedules as pure functions of config and progress: batch size, learning rate, saves, pipeline actions.
 
 Trainer, planner and `explain` call the same functions, so none of them can disagree; nothing here imports torch.
 """

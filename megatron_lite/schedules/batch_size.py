@@ -1,4 +1,4 @@
-"""The global batch as a function of consumed samples: constant, ramped up, or by a table of steps."""
+"""Global batch size as a function of consumed samples: constant, ramp-up or step table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data order across resumes: the numbers that fix it, kept in every checkpoint, and the history of what a run read.
+"""Data order across resumes: the sizes that determine it, stored in every checkpoint.
 
 Megatron shuffles a dataset for the number of samples that a run asks for, and its cyclic sampler for the layout. If a
 resumed run asked for another number, or had another layout, it would read the same text in another order and repeat

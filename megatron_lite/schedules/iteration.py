@@ -1,4 +1,4 @@
-"""The plan of one iteration: everything that config and progress decide about it, before any tensor exists."""
+"""Iteration plan: batch, sequence length, learning rate and samples of one iteration."""
 
 from __future__ import annotations
 

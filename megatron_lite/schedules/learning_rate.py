@@ -1,4 +1,4 @@
-"""Learning rate and weight decay by applied progress, with Megatron's formulas.
+"""Learning-rate and weight-decay schedules, with Megatron's formulas.
 
 Steps are samples when the run is measured in samples. Otherwise they are iterations, each counted as one final global
 batch: without a ramp-up that is Megatron's own unit, so the numbers agree to the last bit; with one, decay and warm-up

@@ -1,4 +1,4 @@
-"""How long a run is, and the correspondence of iterations, samples and tokens along it.
+"""Run length: conversion between iterations, consumed samples and tokens.
 
 Everything is a closed form per stage of constant batch, so iteration 300,000 costs no more than iteration 3.
 """

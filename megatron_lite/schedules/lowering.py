@@ -1,4 +1,4 @@
-"""From computation to communication: inserts the sends and receives of a pipeline schedule, for all ranks together.
+"""Lowering of a pipeline schedule: inserts sends and receives for all ranks.
 
 Times are taken from a run on paper in which messages are instant and nobody waits to send. Each message is one event at
 the moment its data is ready, every computation one at its start, and all events of all ranks are put into one total

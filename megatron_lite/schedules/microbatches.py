@@ -1,4 +1,4 @@
-"""Who computes which micro-batch: a global batch dealt out over data-parallel replicas, evenly or not.
+"""Assignment of micro-batches to data-parallel replicas, evenly or not.
 
 A global batch is K = global_batch / micro_batch micro-batches. Number k = index * dp + replica is the `index`-th of its
 replica, so replicas hold uneven numbers when dp does not divide K, and none when K <= replica. Where dp does divide K

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: for each pipeline rank, the list of compute actions in the order it runs them.
+"""Pipeline schedules (GPipe, 1F1B, interleaved, zero-bubble): the ordered actions of each rank.
 
 Names: p ranks, v model chunks a rank, m micro-batches. Stages number the whole model's pieces from the first (0) to the
 last (p * v - 1). `lowering.py` adds the sends and receives, `simulate.py` gives times, bubble and memory.

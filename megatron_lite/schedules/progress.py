@@ -1,4 +1,4 @@
-"""How far a run has come: the only thing besides its config that decides what it does next."""
+"""Progress of a run: iteration, consumed samples and tokens."""
 
 from __future__ import annotations
 

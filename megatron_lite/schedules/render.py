@@ -1,4 +1,4 @@
-"""A simulated pipeline as text for a terminal, and as a picture."""
+"""Rendering of a simulated pipeline as text or as a picture."""
 
 from __future__ import annotations
 

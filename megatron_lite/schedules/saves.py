@@ -1,4 +1,4 @@
-"""At which iterations a checkpoint is written."""
+"""Save schedule: the iterations at which checkpoints are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curriculum by sequence length (Li et al. 2021, arXiv:2108.06084): tokens of a sample by iteration.
+"""Sequence-length curriculum (Li et al. 2021, arXiv:2108.06084): sequence length by iteration.
 
 A shorter sequence is the beginning of the sample: it changes how many tokens an iteration holds, never its samples.
 """

@@ -1,4 +1,4 @@
-"""When each action of a pipeline runs: the times, the bubble, the memory, or the deadlock.
+"""Pipeline simulator: start times, bubble, peak activations and deadlocks of a schedule.
 
 Two machines can be asked. A *blocking* one stalls both ranks in a send until its receive is reached and the data has
 passed (rendezvous, the strictest transport there is). An *overlapping* one, as NCCL's, moves data beside the

@@ -1,4 +1,4 @@
-"""Samples that a run leaves out of its data, as a pure function of the samples consumed and the ranges left out.
+"""Excluded samples: maps consumed samples to dataset positions, passing over excluded ranges.
 
 A sample's *place* is its number in the order of the data. Without ranges to leave out it is the number of samples
 consumed before it; each range that lies before it moves it on by the range's length. A range is recorded when a run

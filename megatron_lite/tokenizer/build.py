@@ -1,4 +1,4 @@
-"""From a TokenizerConfig to the tokenizer it names."""
+"""Tokenizer factory: builds the tokenizer that a TokenizerConfig describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE through tiktoken, where that provably gives the ids of Hugging Face's `tokenizers`.
+"""tiktoken fast path for GPT-2's byte-level BPE, with ids identical to Hugging Face's tokenizers.
 
 Both cut text with the same regular expression and then merge within each word. `tokenizers` merges the pairs that
 merges.txt lists, by their order; tiktoken merges whatever pair spells a token, by that token's id. They agree if

@@ -1,4 +1,4 @@
-"""Numbers as they are: text such as "17 4 9" is its ids, for tests and measurements without a vocabulary."""
+"""Null tokenizer: text of decimal numbers, whose values are the ids; for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers that Google's sentencepiece runs (extra `sentencepiece`)."""
+"""SentencePiece tokenizer (extra `sentencepiece`)."""
 
 from __future__ import annotations
 

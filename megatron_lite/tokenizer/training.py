@@ -1,4 +1,4 @@
-"""Make a tokenizer from text: a byte-level BPE as GPT-2's, or a sentencepiece model."""
+"""Tokenizer training: byte-level BPE or sentencepiece models from text files."""
 
 from __future__ import annotations
 

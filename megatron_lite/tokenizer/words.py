@@ -1,4 +1,4 @@
-"""Where GPT-2's pattern cuts text into words, told without running it: long texts are taken apart at such places."""
+"""Safe split points of long texts for GPT-2's pre-tokenization pattern."""
 
 from __future__ import annotations
 

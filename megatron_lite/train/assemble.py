@@ -1,4 +1,4 @@
-"""Who builds what: the one place where model, data, optimizer, pipeline, checkpoint and metrics meet."""
+"""Run assembly: builds and connects model, data, optimizer, pipeline, checkpoints and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a dataset's numpy tokens to micro-batches on the device."""
+"""Micro-batch source: converts the loader's numpy tokens to device tensors."""
 
 from __future__ import annotations
 

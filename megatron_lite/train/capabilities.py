@@ -1,4 +1,4 @@
-"""Whether this machine and this engine can do what the configuration asks for, asked before anything is allocated."""
+"""Capability check: refuses a configuration that the device or engine cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start-up comparison over all ranks: configuration, code, files, device support, tokenizer and data."""
+"""Start-up comparison of all ranks: configuration, code, files, device support, tokenizer and data."""
 
 from __future__ import annotations
 

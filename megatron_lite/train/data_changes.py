@@ -1,4 +1,4 @@
-"""Messages about the data of a resumed run: what a longer run adds to it, and what other data mean for what is left."""
+"""Messages on changed data of a resumed run: added samples and repeated samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam between the loop and whatever does the arithmetic: our own engine, or DeepSpeed's behind the same calls."""
+"""Engine protocol: train step, evaluation step and state; implemented natively or by DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few lines that a run prints before its first iteration: what is trained, on what, how long and from where."""
+"""Start-up summary: the lines printed before the first iteration."""
 
 from __future__ import annotations
 

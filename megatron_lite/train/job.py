@@ -1,4 +1,4 @@
-"""Runs a job from its lock to its end: trains, going back before a loss spike where --auto-rollback allows it."""
+"""Training job: assembles and trains a run, with automatic rollback after loss spikes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: iterate, report, evaluate, save, stop. Everything it decides, it decides from config and progress."""
+"""Training loop: iterations, reports, evaluations, saves and stop conditions."""
 
 from __future__ import annotations
 

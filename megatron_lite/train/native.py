@@ -1,4 +1,4 @@
-"""Our own engine: executor, gradient buffers and optimizer put together for one rank."""
+"""Native engine: forward, backward, gradient reduction and optimizer step of one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a manifest says of the run that wrote it: its config, and the fingerprints of what its numbers come from."""
+"""Provenance of a checkpoint: config and fingerprints of tokenizer, data and code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight check: compares the replicas of all weights every N iterations, and stops or repairs where they differ."""
+"""Periodic weight check: compares replicated parameters every N iterations; stops or repairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss spike makes of a run: words for its people, and under --auto-rollback a way back."""
+"""Loss-spike response: warning, kept checkpoints and automatic rollback target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint that --load means, whether it belongs to the run, and what is left to do."""
+"""Start point of a run: finds, checks and loads the checkpoint named by --load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's state on its way to the disk: its saves, in the foreground or behind its back, and what they say of it."""
+"""Checkpoint saving of a run: scheduled saves, synchronous or asynchronous, with retention."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The rules between a run's fields, one function each, by subject; config/rules.py runs them all."""
+"""Validation rules between config fields, one function per rule, run by config/rules.py."""

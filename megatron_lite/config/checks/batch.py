@@ -1,4 +1,4 @@
-"""Rules of the batch and its schedules."""
+"""Validation rules for batch sizes, ramp-up and curriculum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds of numbers that several rules check, and the numbers to suggest when one does not divide another."""
+"""Bound checks shared by validation rules, and suggestions of sizes that divide evenly."""
 
 from __future__ import annotations
 

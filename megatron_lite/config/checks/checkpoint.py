@@ -1,4 +1,4 @@
-"""Rules of saving and loading."""
+"""Validation rules for saving and loading."""
 
 from __future__ import annotations
 

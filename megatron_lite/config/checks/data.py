@@ -1,4 +1,4 @@
-"""Rules of datasets and the tokenizer."""
+"""Validation rules for datasets and tokenizer."""
 
 from __future__ import annotations
 

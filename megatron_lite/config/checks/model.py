@@ -1,4 +1,4 @@
-"""Rules of the model's shape."""
+"""Validation rules for the model's dimensions."""
 
 from __future__ import annotations
 

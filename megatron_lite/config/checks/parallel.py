@@ -1,4 +1,4 @@
-"""Rules of the mesh, the pipeline and recomputation."""
+"""Validation rules for parallel sizes, pipeline partition, recomputation and timeouts."""
 
 from __future__ import annotations
 

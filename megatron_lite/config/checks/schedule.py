@@ -1,4 +1,4 @@
-"""Rules of the run's length, its learning rate, optimizer and precision."""
+"""Validation rules for run length, learning rate, optimizer and precision."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The flag table: one row per Megatron spelling, by group. The parser, --help and docs/arguments.md come from it."""
+"""Flag table: one entry per Megatron flag; the parser, --help and docs/arguments.md are generated from it."""

@@ -1,4 +1,4 @@
-"""Flags that are accepted and change nothing, each with the reason why that is right."""
+"""Megatron flags that are accepted without effect, each with the reason."""
 
 from __future__ import annotations
 

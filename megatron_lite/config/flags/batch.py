@@ -1,4 +1,4 @@
-"""Flags of the batch, the length of the run, and what happens on the way: evaluation, exits."""
+"""Flag entries: batch size, run length, evaluation, loss spikes and exit conditions."""
 
 from __future__ import annotations
 

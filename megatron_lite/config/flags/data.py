@@ -1,4 +1,4 @@
-"""Flags of datasets, their blend and split, and the tokenizer."""
+"""Flag entries: datasets, blend, split and tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flag: one row of the table, and the three kinds a row can be: supported, without effect, refused."""
+"""Flag dataclass: one entry of the flag table, either supported, without effect or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of the model: its shape, positions, normalisation, activation and initialisation."""
+"""Flag entries: model dimensions, position embeddings, normalization, activation and initialization."""
 
 from __future__ import annotations
 

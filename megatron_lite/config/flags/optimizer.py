@@ -1,4 +1,4 @@
-"""Flags of the optimizer, the learning rate, precision and recomputation."""
+"""Flag entries: optimizer, learning rate, precision and recomputation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of checkpoints, reports and the machine."""
+"""Flag entries: checkpoints, logging and runtime."""
 
 from __future__ import annotations
 

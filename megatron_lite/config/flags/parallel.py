@@ -1,4 +1,4 @@
-"""Flags of the mesh, the pipeline, data parallelism and DeepSpeed's names for them."""
+"""Flag entries: tensor, pipeline and data parallelism, DeepSpeed's equivalents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags that are refused, each with the reason and what to use instead; and families of them, by prefix."""
+"""Megatron flags that are refused, each with the reason and an alternative; refused families by prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole table, by group and by spelling."""
+"""Flag table: all Flag entries, indexed by group, option string and config field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying the bytes of one open file into another inside the kernel: a reflink where the file system can."""
+"""In-kernel file copy, with reflinks where the file system supports them."""
 
 from __future__ import annotations
 

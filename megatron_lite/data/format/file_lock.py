@@ -1,4 +1,4 @@
-"""A lock on an open file, so that two commands do not write to one name; it goes with the process, however it ends."""
+"""Advisory file lock that prevents two commands from writing the same dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a dataset: a hash of its content, cheap at a terabyte, the same wherever its files lie.
+"""Dataset fingerprints: a content hash from samples of the .bin and .idx files, independent of their path.
 
 The manifest of preprocessing has no part in it: it may be left behind when a dataset is moved, and it says what the
 files were, not what they are.

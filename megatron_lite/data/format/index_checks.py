@@ -1,4 +1,4 @@
-"""Whether an .idx fits its .bin: checks over the mapped arrays, in pieces so that memory stays small."""
+"""Consistency checks of an .idx file against its .bin, chunk by chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The .idx file of Megatron's memory-mapped datasets: its layout, and the checks that need no .bin.
+"""The .idx file format of Megatron's memory-mapped datasets: header layout and header checks.
 
 Layout, little-endian: magic, u64 version, u8 token type, u64 N sequences, u64 D entries of the document index, then
 int32 lengths[N] in tokens, int64 pointers[N] in bytes into the .bin, int64 document_index[D] in sequences (it starts

@@ -1,4 +1,4 @@
-"""Reading and writing Megatron's memory-mapped datasets: tokens in a .bin, where sequences lie in an .idx."""
+"""Reader and writer of Megatron's memory-mapped .bin/.idx datasets."""
 
 from __future__ import annotations
 

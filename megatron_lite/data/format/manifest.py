@@ -1,4 +1,4 @@
-"""`{prefix}.manifest.json`: what made a dataset, and how its files must look; it is written last."""
+"""Dataset manifest ({prefix}.manifest.json): how a dataset was made, with sizes and checksums of its files."""
 
 from __future__ import annotations
 

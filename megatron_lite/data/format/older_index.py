@@ -1,4 +1,4 @@
-"""Datasets of the kind before the memory-mapped one ("lazy" and "cached", magic TNTIDX), read once to be converted.
+"""Converter of Megatron's older "lazy" and "cached" datasets (magic TNTIDX).
 
 Layout, little-endian: magic of 8 bytes, u64 version, u64 type code, u64 bytes of a token, u64 N arrays, u64 S sizes,
 u64 D entries of the document index; then int64 dim_offsets[N + 1], data_offsets[N + 1] in tokens, sizes[S],

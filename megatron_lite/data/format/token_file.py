@@ -1,4 +1,4 @@
-"""The .bin of a dataset, read in the ranges that are asked for.
+"""Range reader of a .bin token file.
 
 It is read, not mapped: a page fault on a mapping reads far around its page, which at random places is a hundred times
 the bytes wanted, and a file that is cut while it is mapped kills the process instead of raising an error.

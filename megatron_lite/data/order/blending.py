@@ -1,4 +1,4 @@
-"""Which source of a blend sample i comes from, and which of that source's samples it is: Megatron's greedy rule.
+"""Blend index: Megatron's greedy rule that assigns each sample of a blend to a source.
 
 At step i the source with the largest error w_d * max(i, 1) - count_d is taken, the first of equals, all in double
 precision. The counts before a far sample (a run that resumes) are found without walking there, and exactly:

@@ -1,4 +1,4 @@
-"""--dataloader-type cyclic: Megatron's other sampler, which shuffles the dataset's samples anew in every epoch.
+"""Cyclic sampler (--dataloader-type cyclic): Megatron's sampler that reshuffles the samples every epoch.
 
 An epoch is cut into one bucket per data-parallel replica, and each replica walks its bucket in an order of its own.
 Unlike everything else here the order therefore depends on the layout, as it does in Megatron. A run keeps the order of

@@ -1,4 +1,4 @@
-"""Sample indices kept on disk: built once per node, in one rename, and mapped by every later start.
+"""Sample-index cache on disk: built once per node, memory-mapped afterwards.
 
 Only what takes time to build is kept; a small index is built anew by each process in a moment, and leaves no files.
 """

@@ -1,4 +1,4 @@
-"""Space for sample indices: the memory and disk that one takes, what is free here, and the refusal where it is less."""
+"""Memory and disk requirements of sample indices, checked before building."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Index caches that Megatron-DeepSpeed (legacy) and Megatron-LM (modern) left behind: found, checked, and used.
+"""Reader of index caches written by Megatron-DeepSpeed (legacy) and Megatron-LM (modern).
 
 Neither's file names say everything that the content depends on: a legacy cache is silently wrong after --split changed,
 either is after the dataset was made again. So lengths, range and spot checks must agree before a cache is believed.

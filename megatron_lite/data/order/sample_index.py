@@ -1,4 +1,4 @@
-"""Which tokens sample i of a dataset is: Megatron's document, sample and shuffle indices, in both generations' order.
+"""Sample index: Megatron's document, sample and shuffle indices, in the legacy and the modern order.
 
 Sequences ("documents" here, as in Megatron's names) are shuffled epoch by epoch and laid end to end, and sample number
 j is tokens [j*L, j*L + L] of that stream. Sample i of the dataset is number shuffle[i]. Where token j*L lies follows

@@ -1,4 +1,4 @@
-"""Dataset plans: the files, ranges of documents and sample indices of each set, before anything is built."""
+"""Dataset plans: files, document ranges and sample indices of each split, before anything is built."""
 
 from __future__ import annotations
 

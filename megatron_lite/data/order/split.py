@@ -1,4 +1,4 @@
-"""Which sequences of a dataset are for training, validation and test: Megatron's two ways of rounding --split."""
+"""Train/validation/test split of a dataset, with Megatron's two rounding rules."""
 
 from __future__ import annotations
 

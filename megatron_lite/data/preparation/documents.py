@@ -1,4 +1,4 @@
-"""From a line to the texts that are wanted of it, or to the reason why it has none."""
+"""JSON line parser of preprocessing: extracts the texts of a document, or the reason for rejecting it."""
 
 from __future__ import annotations
 

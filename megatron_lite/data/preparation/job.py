@@ -1,4 +1,4 @@
-"""What a worker process does with one task: make its shards and say that it is done."""
+"""Preprocessing task of a worker process: writes the shards of one unit."""
 
 from __future__ import annotations
 

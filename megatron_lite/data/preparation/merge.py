@@ -1,4 +1,4 @@
-"""Several finished datasets end to end as one, with a manifest if all of them have one."""
+"""Dataset merging: concatenates finished datasets and their manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one preprocessing run is asked to do."""
+"""Options of a preprocessing run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents that a person should look at: the longest, those full of unknown tokens, those that repeat themselves."""
+"""Outlier report of preprocessing: longest, most repetitive and most unknown-token documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset packed into sequences: packing.py's bins written as documents of exactly --seq-length tokens.
+"""Packed dataset writer: documents packed into sequences of exactly --seq-length tokens.
 
 Megatron's sample j is tokens [j*L, j*L + L] of the shuffled documents end to end. Where all documents have L tokens, a
 sample's input is therefore one bin, in any order and any number of epochs, and nothing else has to know about packing.

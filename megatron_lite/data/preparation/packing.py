@@ -1,4 +1,4 @@
-"""Whole documents into bins of exactly one sequence: best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve
+"""Best-fit-decreasing packing of documents into sequences (Ding et al. 2024, "Fewer Truncations Improve
 Language Modeling", https://arxiv.org/abs/2404.10830).
 
 Every document is cut into pieces: full ones of the sequence's length, and what is left of it. A document that is no

@@ -1,4 +1,4 @@
-"""Worker processes, each fed through a pipe of its own.
+"""Worker process pool with one pipe per worker.
 
 They are spawned, not forked: a fork would copy the locks of the parent's threads (the progress bar's, a tokenizer
 library's). A pipe each, and no shared queue, because a process that is killed while it holds a queue's lock stops

@@ -1,4 +1,4 @@
-"""How far preprocessing is: a bar on a terminal, Megatron's lines elsewhere."""
+"""Preprocessing progress: a bar on a terminal, Megatron's log lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What preprocessing saw: counts that add up over units, and the few documents a person should look at."""
+"""Preprocessing statistics: document, token and rejection counts, summed over units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing from end to end: plan, let workers make shards, join them, give the result its name."""
+"""Preprocessing run: plans units, starts workers, joins their shards into the final dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cutting a document into sentences with nltk's punkt, for --split-sentences."""
+"""Sentence splitting with nltk's punkt, for --split-sentences."""
 
 from __future__ import annotations
 

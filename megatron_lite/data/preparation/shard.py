@@ -1,4 +1,4 @@
-"""A unit's part of the output: a dataset of its own, written many documents at a time, with its bytes' checksum."""
+"""Shard writer of preprocessing: one unit's dataset, with a checksum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents in a random order, with memory for one bucket at a time.
+"""External document shuffle: random order with one bucket in memory at a time.
 
 Every document draws a 64-bit number; the output is sorted by it. A unit sorts its own shard; then each bucket, a
 range of numbers that holds about BUCKET_BYTES of tokens, takes its run of documents from every shard and sorts those.

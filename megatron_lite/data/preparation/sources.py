@@ -1,4 +1,4 @@
-"""Which files are read, and how they are cut into units of work that do not depend on the number of workers."""
+"""Input files of preprocessing, split into units of work by byte ranges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a dataset as a whole: lengths of its documents, range of its ids. One pass, in pieces."""
+"""Dataset statistics: document lengths and token id range, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The texts of input files one after another, for what reads them once: training a tokenizer, evaluation."""
+"""Text iterator over input files, for tokenizer training and evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast each number of workers is, on the beginning of the input (--find-optimal-num-workers)."""
+"""Worker-count benchmark (--find-optimal-num-workers) on the beginning of the input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`{output prefix}.partial/`: finished shards of a run that is not complete, so that it can go on where it stopped.
+"""Resumable work folder of preprocessing ({output prefix}.partial/): finished shards of an incomplete run.
 
 A unit is done when its `{number}.json` is there; that file names the shards, and a shard's name belongs to one
 attempt, so a process that outlives its killed parent can spoil nothing.

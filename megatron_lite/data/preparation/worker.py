@@ -1,4 +1,4 @@
-"""One unit of work: its lines become a shard for each key, and a report."""
+"""Unit of work for one worker: lines of a byte range to one shard per key and a report."""
 
 from __future__ import annotations
 

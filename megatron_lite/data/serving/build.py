@@ -1,4 +1,4 @@
-"""Datasets of training, validation and test, planned and built from the config, with Megatron's counts and splits."""
+"""Dataset construction from the config: training, validation and test sets with Megatron's sizes and splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Datasets of samples: item i is int64 [L + 1], of which the first L tokens are the input and the last L the labels."""
+"""Sample datasets: item i is int64 [L + 1], the input tokens and the labels shifted by one."""
 
 from __future__ import annotations
 

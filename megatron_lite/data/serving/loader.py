@@ -1,4 +1,4 @@
-"""Micro-batches of one data-parallel replica, as a function of the samples consumed so far, read ahead by a thread.
+"""Micro-batch loader of one data-parallel replica, with a prefetch thread.
 
 There is no position to save or restore: asking for (consumed, index) gives the same tokens in any order and any
 process. The thread only guesses that the next micro-batch of the same schedule is wanted next.

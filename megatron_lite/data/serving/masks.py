@@ -1,4 +1,4 @@
-"""What --eod-mask-loss, --reset-position-ids and --reset-attention-mask make of a batch of tokens.
+"""Loss masks, position ids and document ids (--eod-mask-loss, --reset-position-ids, --reset-attention-mask).
 
 b: samples, s: sequence length. An end-of-document token belongs to the document that it ends; a new one begins after.
 """

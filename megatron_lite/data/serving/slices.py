@@ -1,4 +1,4 @@
-"""--document-sampling slice: each epoch visits every document once, at one random place of it.
+"""Slice sampling (--document-sampling slice): one random window of each document per epoch.
 
 A long document gives seq_length + 1 tokens from a random offset; after a shorter one follow the beginnings of those
 that come next in the epoch's order, so that no sample is padded. The order and the offsets are functions of
