@@ -1,4 +1,4 @@
-"""DCP metadata: describes the manifest's tensors to torch.distributed.checkpoint, so that any torch reads the folder."""
+"""DCP metadata of the manifest's tensors, by which torch.distributed.checkpoint alone can read the folder."""
 
 from __future__ import annotations
 
