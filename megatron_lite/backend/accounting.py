@@ -31,7 +31,7 @@ class Transfer:
         elements: of the whole tensor: what is reduced or broadcast, sent or received; the gathered tensor; the tensor
             before it is scattered. Of an object, its pickled bytes.
         dtype: of the elements; None where they are bytes.
-        group_size: ranks that take part.
+        ranks: of the group.
         peer: for send and receive, the other's coordinate.
     """
 
@@ -39,7 +39,7 @@ class Transfer:
     kind: Kind
     elements: int
     dtype: torch.dtype | None
-    group_size: int
+    ranks: tuple[int, ...]
     peer: int | None = None
 
     @property
@@ -54,7 +54,7 @@ class Transfer:
         Over d ranks: all-reduce 2 (d - 1) / d of the tensor, all-gather and reduce-scatter (d - 1) / d of it, an object
         d - 1 times; a broadcast passes through every rank once, as in a chain.
         """
-        size, ranks = self.size, self.group_size
+        size, ranks = self.size, len(self.ranks)
         if self.kind == "all_reduce":
             return 2 * size * (ranks - 1) // ranks
         if self.kind in ("all_gather", "reduce_scatter"):
@@ -158,13 +158,13 @@ class CountedGroup(Group):
 
     def barrier(self) -> None:
         """Counts the call."""
-        self._traffic.transfers.append(Transfer(self.axis, "barrier", 0, None, self.size))
+        self._traffic.transfers.append(Transfer(self.axis, "barrier", 0, None, self.ranks))
         self._inner.barrier()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Counts the pickled value."""
-        self._traffic.transfers.append(Transfer(self.axis, "object", len(pickle.dumps(value)), None, self.size))
+        self._traffic.transfers.append(Transfer(self.axis, "object", len(pickle.dumps(value)), None, self.ranks))
         return self._inner.all_gather_object(value)
 
     def _note(self, kind: Kind, tensor: Tensor, peer: int | None = None) -> None:
-        self._traffic.transfers.append(Transfer(self.axis, kind, tensor.numel(), tensor.dtype, self.size, peer))
+        self._traffic.transfers.append(Transfer(self.axis, kind, tensor.numel(), tensor.dtype, self.ranks, peer))

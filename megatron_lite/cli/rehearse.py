@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
 
     started = time.perf_counter()
     reports = list(play(config, dict.fromkeys(ranks, True) or telling_ranks(config)))
-    differences = disagreements(config.parallel, reports)
+    differences = disagreements(reports)
     record = _record(config, vocabulary, reports, differences, time.perf_counter() - started)
     if as_json:
         print(json.dumps(record, indent=2))
@@ -120,9 +120,7 @@ def _rank_record(report: RankReport) -> dict[str, Any]:
         stages.append(stage)
     return {
         "rank": report.rank,
-        "tp": report.at.tp,
-        "dp": report.at.dp,
-        "pp": report.at.pp,
+        **report.at,
         "parameters": report.parameters,
         "buffer_bytes": report.buffers,
         "working_bytes": max((stage.get("working_bytes", 0) for stage in stages), default=0),

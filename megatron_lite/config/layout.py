@@ -1,60 +1,68 @@
-"""Mapping between ranks and mesh coordinates, and the rank groups of every mesh axis."""
+"""Device mesh layout: mapping between ranks and coordinates, and the rows of ranks along one or several axes.
+
+Ranks are numbered over the axes in order, the first fastest: rank = tp + tp_size * (dp + dp_size * pp).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 
 from megatron_lite.config.parallel import ParallelConfig
 
-AXES = ("tp", "pp", "dp", "mp", "embedding", "world")
+AXES = ("tp", "dp", "pp")
+"""Axes of the mesh; tp varies fastest, so that its ranks are neighbours on one node."""
+
+Coordinates = Mapping[str, int]
+"""Coordinate of a rank on each axis."""
+Partition = tuple[tuple[int, ...], ...]
+"""Rows of ranks that together contain each rank once."""
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """Where a rank stands on the axes of the mesh."""
-
-    tp: int
-    dp: int
-    pp: int
+def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """Return the size of each axis, in the order of AXES."""
+    sizes = {"tp": parallel.tp, "dp": parallel.dp, "pp": parallel.pp}
+    return {axis: sizes[axis] for axis in AXES}
 
 
 def coordinates(rank: int, parallel: ParallelConfig) -> Coordinates:
-    """Coordinates of `rank`: rank = (pp * dp_size + dp) * tp_size + tp."""
-    block, tp = divmod(rank, parallel.tp)
-    pp, dp = divmod(block, parallel.dp)
-    return Coordinates(tp=tp, dp=dp, pp=pp)
+    """Return the coordinates of a rank, in the order of AXES."""
+    at = {}
+    for axis, size in axis_sizes(parallel).items():
+        rank, at[axis] = divmod(rank, size)
+    return at
 
 
 def rank_of(at: Coordinates, parallel: ParallelConfig) -> int:
-    """The rank that stands at these coordinates."""
-    return (at.pp * parallel.dp + at.dp) * parallel.tp + at.tp
+    """Return the rank at the given coordinates."""
+    rank, stride = 0, 1
+    for axis, size in axis_sizes(parallel).items():
+        rank += stride * at[axis]
+        stride *= size
+    return rank
 
 
-def partitions(axis: str, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
-    """All rows of an axis; each row's ranks in the order of their coordinates along it.
+def partitions(axes: str | Sequence[str], parallel: ParallelConfig) -> Partition:
+    """Return all rows of ranks along one or several axes: ranks of a row differ in these coordinates only.
 
     Args:
-        axis: tp, pp, dp; mp (one replica's tp × pp ranks, tp fastest); embedding (first and last of each pp row; the
-            ranks between them are alone); world (one row of all).
-        parallel: the mesh's sizes.
+        axes: an axis, or several; AXES: one row of all ranks.
+        parallel: the sizes of the mesh.
+
+    Returns:
+        Rows in the order of their first rank; the ranks of a row in rising order.
     """
-    tp_size, dp_size, pp_size = parallel.tp, parallel.dp, parallel.pp
+    along = {axes} if isinstance(axes, str) else set(axes)
+    sizes = axis_sizes(parallel)
+    assert along <= set(sizes), (axes, tuple(sizes))
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(math.prod(sizes.values())):
+        at = coordinates(rank, parallel)
+        rows.setdefault(tuple(at[axis] for axis in AXES if axis not in along), []).append(rank)
+    return tuple(map(tuple, rows.values()))
 
-    def rank(tp: int, dp: int, pp: int) -> int:
-        return rank_of(Coordinates(tp=tp, dp=dp, pp=pp), parallel)
 
-    tps, dps, pps = range(tp_size), range(dp_size), range(pp_size)
-    if axis == "tp":
-        return tuple(tuple(rank(tp, dp, pp) for tp in tps) for pp in pps for dp in dps)
-    if axis == "dp":
-        return tuple(tuple(rank(tp, dp, pp) for dp in dps) for pp in pps for tp in tps)
-    if axis == "pp":
-        return tuple(tuple(rank(tp, dp, pp) for pp in pps) for dp in dps for tp in tps)
-    if axis == "embedding":
-        rows = partitions("pp", parallel)
-        ends = tuple((row[0], row[-1]) for row in rows) if pp_size > 1 else rows
-        return ends + tuple((middle,) for row in rows for middle in row[1:-1])
-    if axis == "mp":
-        return tuple(tuple(rank(tp, dp, pp) for pp in pps for tp in tps) for dp in dps)
-    assert axis == "world", axis
-    return (tuple(range(tp_size * dp_size * pp_size)),)
+def subset_partition(partition: Partition, places: Sequence[int]) -> Partition:
+    """Return the ranks at some places of each row as one row each, and every other rank as a row of its own."""
+    chosen = tuple(tuple(row[place] for place in places) for row in partition)
+    return chosen + tuple((rank,) for row in partition for place, rank in enumerate(row) if place not in places)

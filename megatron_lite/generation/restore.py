@@ -20,7 +20,6 @@ from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.model.build import build_stage
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
@@ -83,7 +82,9 @@ def restore_model(
     if backend.name == "cpu":
         config = dataclasses.replace(config, precision=PrecisionConfig(dtype="fp32"))
     mesh = build_mesh(backend, config.parallel)
-    stage = build_stage(config, mesh, RngStreams(config.runtime.seed, backend, mesh.tp.rank))
+    stage = GPTStage(
+        config, range(config.model.num_layers), mesh, RngStreams(config.runtime.seed, backend, mesh.tp.rank)
+    )
     tensors = [parameter_tensor(entry, write=False) for entry in stage.named_parameters_global()]
     load_checkpoint(path, tensors, mesh.world, include=is_model_tensor)
     return TrainedModel(stage, words, config, path, manifest.iteration)

@@ -58,7 +58,7 @@ _TRANSPORT = ("gloo", "nccl", "connection", "socket", "process group", "timed ou
 def rank_name(backend: Backend, parallel: ParallelConfig) -> str:
     """This rank in words: host, rank and coordinates."""
     at = coordinates(backend.rank, parallel)
-    return f"{_host(backend)} rank {backend.rank} (dp {at.dp}, pp {at.pp}, tp {at.tp})"
+    return f"{_host(backend)} rank {backend.rank} (dp {at['dp']}, pp {at['pp']}, tp {at['tp']})"
 
 
 def _host(backend: Backend) -> str:

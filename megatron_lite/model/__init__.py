@@ -1,1 +1,1 @@
-"""The GPT, written once: it knows of parallelism only through the layers of parallel/."""
+"""GPT model: embedding, transformer layers and head; parallel only through the layers of parallel/."""

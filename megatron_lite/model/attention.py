@@ -1,7 +1,7 @@
-"""Causal self-attention with any number of key/value heads, through torch's scaled_dot_product_attention.
+"""Causal self-attention: multi-head or grouped-query, through torch's scaled_dot_product_attention.
 
 Letters: s sequence, b micro-batch, h hidden, n query heads and g key/value heads of this rank, q = n/g, d channels of a
-head, t tokens in all (s, plus what a cache holds), tp the group's size.
+head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import Documents
 from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.norms import Norm
-from megatron_lite.model.positions import Rotary
+from megatron_lite.model.positions import RotaryTable
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recomputed
@@ -24,28 +24,29 @@ from megatron_lite.parallel.recompute import recomputed
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What all layers of a stage share in one forward."""
+    """Inputs of attention that all layers of a stage share in one forward pass."""
 
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: RotaryTable | None = None
+    """None: the model has no rotary position embedding."""
     mask: Tensor | None = None
-    """None: plain causal. See model/positions.py."""
+    """ALiBi's bias, or the mask of queries after a cache (positions.AttentionMask); None: causal."""
     documents: Documents | None = None
-    """Without a mask: the documents that attend apart from each other; None: each sample is one."""
+    """Documents that attention is restricted to; None: each sample is one document."""
     cache: KVCache | None = None
 
 
 class SelfAttention(nn.Module):
-    """Projects to queries, keys and values, attends, and projects back.
+    """Causal self-attention with its qkv and output projections.
 
-    The qkv projection's output channels lie as Megatron's: for each of the g groups its q query heads, then its key,
-    then its value. Cut over tp, a rank then has whole groups.
+    Output channels of the qkv projection are in Megatron's order: for each of the g groups its q query heads, then its
+    key, then its value. Split over tp, each rank has complete groups.
 
     Args:
         config: the model.
-        layer: the layer's number in the whole model.
-        sharding: how this stage's tensors split.
-        rng: dropout's streams.
-        recompute_core: run the attention itself again in backward instead of keeping what it needs.
+        layer: number of the layer in the whole model.
+        sharding: of the stage.
+        rng: dropout streams.
+        recompute_core: recompute the attention, without the projections, in backward.
     """
 
     def __init__(
@@ -60,7 +61,6 @@ class SelfAttention(nn.Module):
         self.recompute_core = recompute_core
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
-        self.rotary = Rotary(config) if config.position_embedding == "rotary" else None
         width = config.num_attention_heads * config.head_dim
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
@@ -72,13 +72,12 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(config, sharding), _head_norm(config, sharding))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         q, k, v = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            assert context.rotary is not None
-            q, k = self.rotary(q, context.rotary), self.rotary(k, context.rotary)
+        if context.rotary is not None:
+            q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         if self.recompute_core and self.training:
@@ -86,7 +85,7 @@ class SelfAttention(nn.Module):
         return self.proj(self._attend(q, k, v, context.mask, context.documents))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; where q = 1 they are views of one tensor."""
+        """`x` [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; if q = 1 they are views of one tensor."""
         heads = self.queries_per_group
         qkv = self.qkv(x)
         length, batch = qkv.shape[:2]  # x may be a part of the sequence
@@ -97,19 +96,26 @@ class SelfAttention(nn.Module):
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
-        """Attention of whole samples, or of each document in them: q [s, b, n, d], k, v [t, b, g, d] -> [s, b, n d]."""
+        """Attention within each sample or document: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         if self.dropout > 0 and self.training:
             self.rng.reseed("attention", self.layer, self.split)
-        return self._weigh(q, k, v, mask) if documents is None else self._weigh_apart(q, k, v, documents)
+        if documents is None:
+            return self._attention(q, k, v, mask)
+        return self._document_attention(q, k, v, mask, documents)
 
-    # Its shapes change with every micro-batch: compiled, each would be compiled anew.
+    # Its shapes change with every micro-batch, and torch.compile would compile each of them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _weigh_apart(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        parts = zip(documents.split(q), documents.split(k), documents.split(v), strict=True)
-        return documents.merge([self._weigh(*part, None) for part in parts], q.shape[0])
+    def _document_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents) -> Tensor:
+        parts = []
+        for q_part, k_part, v_part in zip(documents.split(q), documents.split(k), documents.split(v), strict=True):
+            # ALiBi's bias depends on the distance of query and key only: that of a document is that of its length.
+            length = q_part.shape[0]
+            part_mask = None if mask is None else mask[..., :length, :length]
+            parts.append(self._attention(q_part, k_part, v_part, part_mask))
+        return documents.merge(parts, q.shape[0])
 
-    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The sum softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         if self.queries_per_group > 1 and not _kernel_groups_heads(q, mask):
             k, v = (x.repeat_interleave(self.queries_per_group, dim=2) for x in (k, v))
         out = F.scaled_dot_product_attention(
@@ -118,7 +124,7 @@ class SelfAttention(nn.Module):
             v.permute(1, 2, 0, 3),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            # One query sees all the keys of a cache; several without a mask are the whole of a sample.
+            # A single query attends to all keys of a cache; several queries without a mask are a complete sample.
             is_causal=mask is None and q.shape[0] > 1,
             enable_gqa=k.shape[2] != q.shape[2],
         )
@@ -126,19 +132,13 @@ class SelfAttention(nn.Module):
 
 
 def _head_norm(config: ModelConfig, sharding: Sharding) -> Norm | None:
-    """A norm over each query's (or key's) channels; tp ranks share its weight and see different heads."""
+    """Return the norm over a query's or key's channels, if the model has one; its weight is replicated over tp."""
     if not config.qk_layernorm:
         return None
-    return Norm(
-        config.head_dim,
-        sharding,
-        kind=config.normalization,
-        epsilon=config.norm_epsilon,
-        zero_centered=config.zero_centered_norm,
-        partial=sharding.tp.size > 1,
-    )
+    # Each tp rank normalizes other heads: the gradients are summed over tp.
+    return Norm(config.head_dim, config, sharding, partial=sharding.tp.size > 1)
 
 
 def _kernel_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused kernel takes fewer key/value than query heads; otherwise enable_gqa would avoid them all."""
+    """Return whether a fused kernel takes fewer key/value than query heads; otherwise enable_gqa rules out all."""
     return q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16)

@@ -53,10 +53,8 @@ class MicroBatch:
     """[b, s] float32: weight of each token's loss; None: all 1."""
     position_ids: Tensor | None = None
     """[b, s] int64; None: 0, 1, 2, ..."""
-    document_ids: Tensor | None = None
-    """[b, s] int64: tokens attend within their document only; None: within the sample."""
     documents: Documents | None = None
-    """The same documents grouped by length, for attention without a mask; None: not computed, or one per sample."""
+    """Documents that attention is restricted to; None: each sample is one document."""
     number: int = 0
     """Number of the micro-batch in the global batch."""
     sources: tuple[int, ...] | None = None

@@ -1,6 +1,6 @@
-"""From tokens to hidden states: word vectors, BLOOM's norm over them, learned positions, dropout.
+"""Embedding of the first stage: token embedding, optional norm (BLOOM), learned positions, dropout.
 
-Letters: s sequence, b micro-batch, h hidden, tp the group's size.
+Letters: s sequence, b micro-batch, h hidden, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from megatron_lite.parallel.layers import Sharding, VocabParallelEmbedding
 from megatron_lite.parallel.random import RngStreams
 
 EMBEDDING_LAYER = -1
-"""The embedding's layer number among dropout's streams."""
+"""Layer number of the embedding in dropout streams."""
 
 
 class Embedding(nn.Module):
-    """The first stage's way in.
+    """Token embedding with learned positions, norm and dropout, as far as the model has them.
 
     Args:
         config: the model.
-        sharding: how this stage's tensors split.
-        rng: dropout's streams.
+        sharding: of the stage.
+        rng: dropout streams.
     """
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rng: RngStreams) -> None:
@@ -43,20 +43,13 @@ class Embedding(nn.Module):
             else None
         )
         self.norm = (
-            Norm(
-                config.hidden_size,
-                sharding,
-                kind="LayerNorm",
-                epsilon=config.norm_epsilon,
-                zero_centered=config.zero_centered_norm,
-                partial=sharding.split_sequence,
-            )
+            Norm(config.hidden_size, config, sharding, partial=sharding.split_sequence, kind="LayerNorm")
             if config.embed_layernorm
             else None
         )
 
     def forward(self, tokens: Tensor, start: int, position_ids: Tensor | None) -> Tensor:
-        """Tokens [b, s], the first of them at position `start`, -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
+        """`tokens` [b, s], the first at position `start` -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
         x: Tensor = self.word_embeddings(tokens.t().contiguous())
         if self.norm is not None:
             x = self.norm(x)

@@ -1,6 +1,6 @@
-"""A pipeline stage of the GPT: the embedding, some layers, the head, or all of them.
+"""GPT pipeline stage: consecutive transformer layers, with the embedding on the first and the head on the last stage.
 
-Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp the group's size.
+Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -12,49 +12,42 @@ from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
+from megatron_lite.model.head import WORD_EMBEDDINGS, Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
-from megatron_lite.model.positions import AttentionMask, Rotary
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.parameters import NamedParameter, vocabulary_parameter
+from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recompute_units, run_units
-from megatron_lite.parallel.tensor_parallel import column_parallel_linear
+from megatron_lite.parallel.shared import merge_parameters
 
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-"""Global name of the table that a tied head shares with the embedding."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decoder(nn.Module):
-    """A stage's layers, under their numbers in the whole model, and after the last layer the final norm."""
+    """Layers of a stage, keyed by their numbers in the whole model, and the final norm after the last layer."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layers: range,
-        sharding: Sharding,
-        rng: RngStreams,
-        recompute: RecomputeConfig,
-        *,
-        final_norm: bool,
+        self, config: ModelConfig, layers: range, sharding: Sharding, rng: RngStreams, recompute: RecomputeConfig
     ) -> None:
         super().__init__()
         selective = recompute.granularity == "selective"
         self.layers = nn.ModuleDict(
             {str(layer): TransformerLayer(config, layer, sharding, rng, selective) for layer in layers}
         )
-        self.final_norm = hidden_norm(config, sharding) if final_norm else None
+        self.final_norm = hidden_norm(config, sharding) if layers.stop == config.num_layers else None
         self.units = recompute_units(len(layers), recompute)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         layers = list(self.layers.values())
         if self.training and torch.is_grad_enabled():
             x = run_units(x, layers, self.units, context)
@@ -64,185 +57,116 @@ class Decoder(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
 
-class OutputLayer(nn.Module):
-    """The head's own table [V/tp, h]: an untied head, or the last stage's copy of the tied one."""
-
-    def __init__(self, config: ModelConfig, sharding: Sharding) -> None:
-        super().__init__()
-        self.weight = sharding.empty(config.padded_vocab_size // sharding.tp.size, config.hidden_size)
-
-
 class GPTStage(nn.Module):
-    """Consecutive layers of the GPT, with the embedding before them and the head behind where they belong here.
+    """Consecutive layers of the GPT, initialized; all layers are the whole model.
 
     Args:
-        config: the model.
-        layers: this stage's layers, by their numbers in the whole model.
-        has_embedding: whether the stage starts from tokens.
-        has_head: whether the stage ends in logits.
-        mesh: this rank's groups and device.
-        rng: dropout's streams.
-        seed: the run's seed, for the first values.
-        dtype: of the parameters.
-        sequence_parallel: whether tp ranks split the sequence between the parallel layers.
-        recompute: which activations are recomputed.
+        config: the run's model, seed, precision, recomputation and sequence parallelism.
+        layers: numbers of this stage's layers in the whole model. The stage with layer 0 has the embedding, the one
+            with the last layer the head.
+        mesh: of this rank.
+        rng: dropout streams.
         deferred: stores the operands of weight gradients; None: backward computes them.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        *,
+        config: RunConfig,
         layers: range,
-        has_embedding: bool,
-        has_head: bool,
         mesh: Mesh,
         rng: RngStreams,
-        seed: int,
-        dtype: torch.dtype,
-        sequence_parallel: bool = False,
-        recompute: RecomputeConfig | None = None,
         deferred: DeferredWeightGradients | None = None,
     ) -> None:
         super().__init__()
-        sharding = Sharding(mesh.tp, sequence_parallel, dtype, mesh.backend.device, deferred)
-        self.config = config
+        model, dtype = config.model, DTYPES[config.precision.dtype]
+        sharding = Sharding(mesh.tp, config.parallel.sequence_parallel, dtype, mesh.backend.device, deferred)
+        self.config = model
         self.sharding = sharding
         self.layer_numbers = layers
-        self.embedding = Embedding(config, sharding, rng) if has_embedding else None
-        self.mask = AttentionMask(config, sharding)
-        self.rotary = Rotary(config) if config.position_embedding == "rotary" else None
-        self.decoder = Decoder(config, layers, sharding, rng, recompute or RecomputeConfig(), final_norm=has_head)
-        self.has_head = has_head
-        self.shares_head = has_head and has_embedding and config.tied_embeddings
-        self.output_layer = OutputLayer(config, sharding) if has_head and not self.shares_head else None
-        initialize(self.named_parameters_global(), config, seed)
+        self.embedding = Embedding(model, sharding, rng) if layers.start == 0 else None
+        self.mask = AttentionMask(model, sharding)
+        self.rotary = RotaryEmbedding(model) if model.position_embedding == "rotary" else None
+        self.decoder = Decoder(model, layers, sharding, rng, config.recompute)
+        self.output_layer: Head | None = None
+        if layers.stop == model.num_layers:
+            embedding = self.embedding if model.tied_embeddings else None
+            self.output_layer = Head(model, sharding, None if embedding is None else embedding.word_embeddings.weight)
+        initialize(self.named_parameters_global(), model, config.runtime.seed)
 
     @property
     def units(self) -> list[nn.Module]:
-        """Modules, in the order of forward, that read their parameters in their own forward and nowhere before it."""
+        """Return the modules that read their parameters in their own forward only, in the order of forward."""
         parts = [self.embedding, *self.decoder.layers.values(), self.decoder.final_norm]
         return [part for part in parts if part is not None]
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """Type of the hidden states that stages hand on."""
+        """Return the dtype of hidden states between stages."""
         return torch.float32 if self.config.fp32_residual else self.sharding.dtype
 
     def hidden_shape(self, length: int, batch_size: int) -> tuple[int, int, int]:
-        """Shape of the hidden states that stages hand on: [s, b, h], sequence parallel [s/tp, b, h]."""
+        """Return the shape of hidden states between stages: [s, b, h], sequence parallel [s/tp, b, h]."""
         split = self.sharding.tp.size if self.sharding.split_sequence else 1
         return length // split, batch_size, self.config.hidden_size
 
     def forward(self, x: Tensor | None, batch: MicroBatch, cache: KVCache | None = None) -> Tensor:
-        """The stage's part of the forward pass.
+        """Run the stage's part of the forward pass.
 
         Args:
-            x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]) of the stage before; None on the first,
+            x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]) of the stage before; None on the first stage,
                 which reads batch.tokens.
             batch: the micro-batch.
-            cache: keys and values of the tokens before these; they are appended to it.
+            cache: keys and values of the tokens before these; those of these tokens are appended.
 
         Returns:
-            Hidden states shaped as x; behind the head, logits [s, b, V/tp].
+            Hidden states shaped like x; from the last stage logits [s, b, V/tp].
         """
         start = 0 if cache is None else cache.length
         length = batch.tokens.shape[1]
         if self.embedding is not None:
             x = self.embedding(batch.tokens, start, batch.position_ids)
-        assert x is not None, "a stage without the embedding is given hidden states"
+        assert x is not None, "a stage without the embedding needs hidden states"
         x = self.decoder(x, self._context(batch, cache, x.device))
         if cache is not None:
             cache.advance(length)
-        if not self.has_head:
-            return x
-        sharding = self.sharding
-        return column_parallel_linear(
-            x, self._head_weight(), None, sharding.tp, sharding.split_sequence, sharding.deferred
-        )
+        return x if self.output_layer is None else self.output_layer(x)
 
     def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Each sample's mean token loss, masked tokens left out.
-
-        Summed and divided by the global batch by whoever steps, it is the same for any micro-batch size and layout. A
-        sample whose tokens are all masked counts 0. The logits are consumed (see vocab_parallel_cross_entropy).
-
-        Args:
-            logits: [s, b, V/tp].
-            batch: the labels [b, s], and their mask.
-
-        Returns:
-            [b], fp32, the same on every tp rank.
-        """
-        labels = batch.labels.t()
-        losses = vocab_parallel_cross_entropy(logits, labels, self.config.vocab_size, self.sharding.tp)
-        if batch.loss_mask is None:
-            return losses.mean(0)
-        mask = batch.loss_mask.t()
-        return (losses * mask).sum(0) / mask.sum(0).clamp(min=1.0)
-
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Sum of sample_losses: a scalar."""
-        return self.sample_losses(logits, batch).sum()
+        """Return the mean token loss of each sample, [b] fp32, from logits [s, b, V/tp] (see Head)."""
+        assert self.output_layer is not None, "only the last stage computes the loss"
+        return self.output_layer.sample_losses(logits, batch)
 
     def named_parameters_global(self) -> list[NamedParameter]:
-        """The stage's parameters under their global names, in the order of the model. A shared head is listed once."""
-        found: list[NamedParameter] = []
-        for name, module in self.named_modules():
-            if isinstance(module, OutputLayer):
-                tied = self.config.tied_embeddings
-                found.append(
-                    vocabulary_parameter(
-                        WORD_EMBEDDINGS if tied else f"{name}.weight",
-                        module.weight,
-                        self.config.vocab_size,
-                        self.sharding.tp,
-                        owned=not tied,
-                    )
-                )
-            elif hasattr(module, "named"):
-                found.extend(module.named(name))
-        return found
-
-    def share_table(self, first: GPTStage) -> None:
-        """Makes this stage's copy of the tied table the very parameter of the stage that embeds, on the same rank."""
-        assert self.output_layer is not None and first.embedding is not None and self.config.tied_embeddings
-        self.output_layer.weight = first.embedding.word_embeddings.weight
-
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for this stage's layers; not under sequence parallelism, where one token cannot be split."""
-        assert not self.sharding.split_sequence, "generate with a stage built without sequence parallelism"
-        return KVCache(
-            self.layer_numbers,
-            max_length=max_length,
-            batch_size=batch_size,
-            heads=self.config.num_query_groups // self.sharding.tp.size,
-            head_dim=self.config.head_dim,
-            dtype=self.sharding.dtype,
-            device=self.sharding.device,
+        """Return the stage's parameters with their global names, each tensor once, in the order of the model."""
+        return merge_parameters(
+            parameter
+            for name, module in self.named_modules()
+            if hasattr(module, "named")
+            for parameter in module.named(name)
         )
 
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """Return an empty cache for this stage's layers; the stage must be without sequence parallelism.
+
+        Decoding runs single tokens, which cannot be split along the sequence.
+        """
+        assert not self.sharding.split_sequence, "generation needs a stage without sequence parallelism"
+        heads = self.config.num_query_groups // self.sharding.tp.size
+        shape = (max_length, batch_size, heads, self.config.head_dim)
+        return KVCache(self.layer_numbers, shape, self.sharding.dtype, self.sharding.device)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Makes forward go through torch.compile (whose arguments these are); the first call compiles."""
+        """Run forward through torch.compile (called with these arguments); the first call of forward compiles."""
         super().compile(*args, **kwargs)
 
     def _context(self, batch: MicroBatch, cache: KVCache | None, device: torch.device) -> AttentionContext:
-        """What the layers share: rotary tables, and who may look at whom, as documents or, for ALiBi's bias, a mask."""
+        """Return the inputs of attention that all layers share."""
         start, length = 0 if cache is None else cache.length, batch.tokens.shape[1]
-        assert cache is None or batch.documents is None, "a cache holds one document a row"
-        rotary = None
-        if self.rotary is not None:
-            rotary = self.rotary.tables(length, start, batch.position_ids, device)
-        documents = None if self.mask.slopes else batch.documents
-        return AttentionContext(
-            rotary=rotary,
-            mask=self.mask(length, start, batch.document_ids if documents is None else None),
-            documents=documents,
-            cache=cache,
-        )
+        assert cache is None or batch.documents is None, "a cache holds one document per row"
+        rotary = None if self.rotary is None else self.rotary(length, start, batch.position_ids, device)
+        return AttentionContext(rotary, self.mask(length, start), batch.documents, cache)
 
-    def _head_weight(self) -> nn.Parameter:
-        if self.output_layer is not None:
-            return self.output_layer.weight
-        assert self.embedding is not None
-        return self.embedding.word_embeddings.weight
+
+def shared_stages(config: ModelConfig, num_stages: int) -> dict[str, tuple[int, ...]]:
+    """Return the stages that hold each shared parameter, by global name, the owner first: the tied table's two ends."""
+    return {WORD_EMBEDDINGS: (0, num_stages - 1)} if config.tied_embeddings and num_stages > 1 else {}

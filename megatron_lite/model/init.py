@@ -1,6 +1,6 @@
-"""First values: each parameter from a generator of its own, seeded by (seed, global name).
+"""Parameter initialization: each parameter from a generator of its own, seeded by (seed, global name).
 
-So the same seed gives the same model at any layout: a rank draws the whole tensor and keeps its part.
+A rank draws the whole global tensor and keeps its part, so that initial weights do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.parallel.parameters import NamedParameter
@@ -20,10 +19,10 @@ _OUTPUT_PROJECTIONS = ("self_attention.proj.weight", "mlp.fc2.weight")
 
 @torch.no_grad()
 def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: int) -> None:
-    """Fills the parameters: matrices from N(0, init_std), biases 0, norms 1 (zero-centered: 0), padding rows 0.
+    """Initialize parameters: matrices from N(0, init_std), biases 0, norms 1 (zero-centered: 0), padding rows 0.
 
-    Output projections get init_std / sqrt(2 * num_layers) under scaled_init (Radford et al. 2019, GPT-2).
-    The draws are the device's: a CPU and a GPU start from different models. On the meta device nothing is drawn.
+    Under scaled_init, output projections get init_std / sqrt(2 * num_layers) (Radford et al. 2019, GPT-2).
+    The generator is the device's: a CPU and a GPU start from different weights. On the meta device nothing is drawn.
     """
     for parameter in parameters:
         param = parameter.param
@@ -37,18 +36,10 @@ def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: 
             std = config.init_std
             if config.scaled_init and parameter.name.endswith(_OUTPUT_PROJECTIONS):
                 std /= math.sqrt(2 * config.num_layers)
-            param.zero_()  # the padding
-            parameter.local().copy_(_local_part(_draw(parameter, seed, std, param.device), parameter))
-
-
-def _draw(parameter: NamedParameter, seed: int, std: float, device: torch.device) -> Tensor:
-    """The whole global tensor, fp32."""
-    key = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(parameter.global_shape, device=device).normal_(0.0, std, generator=generator)
-
-
-def _local_part(whole: Tensor, parameter: NamedParameter) -> Tensor:
-    for dim, (start, length) in enumerate(zip(parameter.offset, parameter.local_shape, strict=True)):
-        whole = whole.narrow(dim, start, length)
-    return whole
+            key = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=8).digest()
+            generator = torch.Generator(param.device).manual_seed(int.from_bytes(key, "little") >> 1)
+            drawn = torch.empty(parameter.global_shape, device=param.device).normal_(0.0, std, generator=generator)
+            for dim, (start, length) in enumerate(zip(parameter.offset, parameter.local_shape, strict=True)):
+                drawn = drawn.narrow(dim, start, length)
+            param.zero_()  # padding rows
+            parameter.local().copy_(drawn)

@@ -1,6 +1,6 @@
-"""One transformer layer: attention and MLP, each behind a norm and beside a residual.
+"""Transformer layer: pre-norm attention and MLP with residual connections.
 
-Letters: s sequence, b micro-batch, h hidden, tp the group's size.
+Letters: s sequence, b micro-batch, h hidden, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_lite.parallel.random import RngStreams
 
 
 class TransformerLayer(nn.Module):
-    """A pre-norm layer (GPT-2's).
+    """Pre-norm transformer layer (GPT-2).
 
     Args:
         config: the model.
-        layer: the layer's number in the whole model.
-        sharding: how this stage's tensors split.
-        rng: dropout's streams.
-        recompute_core: run the attention itself again in backward.
+        layer: number of the layer in the whole model.
+        sharding: of the stage.
+        rng: dropout streams.
+        recompute_core: recompute the attention in backward.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, sharding)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         normed = self.input_norm(x)
         x = self._add(normed if self.residual_after_norm else x, self.self_attention(normed, context), "proj")
         normed = self.pre_mlp_norm(x)
         return self._add(normed if self.residual_after_norm else x, self.mlp(normed), "mlp")
 
     def _add(self, residual: Tensor, branch: Tensor, site: str) -> Tensor:
+        """Return the residual plus the branch after dropout."""
         if self.dropout > 0 and self.training:
             self.rng.reseed(site, self.layer, self.split)
             branch = F.dropout(branch, self.dropout)
@@ -56,12 +57,5 @@ class TransformerLayer(nn.Module):
 
 
 def hidden_norm(config: ModelConfig, sharding: Sharding) -> Norm:
-    """A norm over the hidden size, of the kind that the model uses."""
-    return Norm(
-        config.hidden_size,
-        sharding,
-        kind=config.normalization,
-        epsilon=config.norm_epsilon,
-        zero_centered=config.zero_centered_norm,
-        partial=sharding.split_sequence,
-    )
+    """Return a norm over the hidden size."""
+    return Norm(config.hidden_size, config, sharding, partial=sharding.split_sequence)

@@ -1,6 +1,6 @@
-"""The feed-forward half of a layer: two linear maps with an activation between, gated or not.
+"""MLP (feed-forward block): two linear layers with an activation between them, gated or not.
 
-Letters: s sequence, b micro-batch, h hidden, f the width in between, tp the group's size.
+Letters: s sequence, b micro-batch, h hidden, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinea
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as GPT-2 and Megatron's fused kernel compute it."""
+    """Return GELU in its tanh approximation, as in GPT-2 and Megatron's fused kernel."""
     return F.gelu(x, approximate="tanh")
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)² (So et al. 2021, Primer, arXiv:2109.08668)."""
+    """Return relu(x)² (So et al. 2021, Primer, arXiv:2109.08668)."""
     return F.relu(x).square()
 
 
 def identity(x: Tensor) -> Tensor:
-    """The gate of LiGLU."""
+    """Return `x`: the gate of LiGLU is linear."""
     return x
 
 
-# The gated ones are Shazeer's (2020, arXiv:2002.05202): activation(gate) * up.
+# Gated: activation(gate) * up (Shazeer 2020, arXiv:2002.05202).
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": F.gelu,
@@ -44,7 +44,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x))); gated, fc1's first half is the gate and its second is what passes it."""
+    """MLP fc2(activation(fc1(x))); if gated fc2(activation(gate) * up), where fc1 computes gate, then up."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(width, hidden, sharding, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [s, b, h] -> [s, b, h] (sequence parallel: [s/tp, b, h], both)."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         y = self.fc1(x)
         if self.gated:
             gate, up = torch.chunk(y, 2, dim=-1)

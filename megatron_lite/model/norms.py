@@ -1,6 +1,6 @@
-"""LayerNorm and RMSNorm, computed in fp32 whatever the parameters' type.
+"""LayerNorm and RMSNorm, computed in fp32 for every parameter dtype.
 
-Letters: s sequence, b micro-batch, n channels that are normalised together.
+Letters: n normalized channels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_lite.config.model import Normalization
+from megatron_lite.config.model import ModelConfig, Normalization
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter
 
@@ -18,35 +18,35 @@ from megatron_lite.parallel.parameters import NamedParameter, replicated_paramet
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last dim: weight [n], bias [n].
 
+    A zero-centered norm stores weight - 1: weight decay pulls the weight to 1, and bf16 keeps more digits.
+
     Args:
         size: n.
-        sharding: type (also the output's) and device.
-        kind: LayerNorm has a bias, RMSNorm has none.
-        epsilon: added to the variance.
-        zero_centered: the weight is stored as w - 1, so that weight decay pulls it to 1 and bf16 keeps its digits.
-        partial: whether each tp rank sees a part of the tokens or heads, so that gradients add up over tp.
+        config: the model's epsilon, and whether norms are zero-centered.
+        sharding: dtype (of parameters and output) and device.
+        partial: whether each tp rank normalizes a part of the tokens or heads, so that gradients are summed over tp.
+        kind: LayerNorm or RMSNorm (which has no bias); None: the model's.
     """
 
     def __init__(
         self,
         size: int,
+        config: ModelConfig,
         sharding: Sharding,
         *,
-        kind: Normalization,
-        epsilon: float,
-        zero_centered: bool,
         partial: bool,
+        kind: Normalization | None = None,
     ) -> None:
         super().__init__()
-        self.kind = kind
-        self.epsilon = epsilon
-        self.zero_centered = zero_centered
+        self.kind = kind or config.normalization
+        self.epsilon = config.norm_epsilon
+        self.zero_centered = config.zero_centered_norm
         self.partial = partial
         self.weight = sharding.empty(size)
-        self.bias = sharding.empty(size) if kind == "LayerNorm" else None
+        self.bias = sharding.empty(size) if self.kind == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., n] -> [..., n] in the parameters' type (x may be fp32: a residual stream kept in fp32)."""
+        """`x` [..., n] -> [..., n] in the parameters' dtype (x may be fp32: a residual stream kept in fp32)."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         shape = self.weight.shape
@@ -61,7 +61,7 @@ class Norm(nn.Module):
         return y if native else y.to(self.weight.dtype)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
-        """The norm's parameters under its global name."""
+        """Yield the parameters under the module's global name."""
         for suffix, param in (("weight", self.weight), ("bias", self.bias)):
             if param is not None:
                 yield replicated_parameter(f"{name}.{suffix}", param, sequence_parallel=self.partial)

@@ -231,7 +231,7 @@ def build_optimizer(config: RunConfig, buffers: ParameterBuffers, mesh: Mesh) ->
         mains,
         rule,
         build_loss_scaler(config.precision),
-        Measure(buffers.shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.mp),
+        Measure(buffers.shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.group("tp", "pp")),
         clip_grad=config.optimizer.clip_grad,
         skip_nonfinite=config.precision.dtype == "fp16" or config.optimizer.check_for_nan,
         count_zeros=config.metrics.log_num_zeros,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.config.layout import Coordinates, coordinates, partitions, rank_of
+from megatron_lite.config.layout import coordinates, rank_of
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.bit_hash import BitHash
@@ -17,7 +17,6 @@ from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 
-_AXES = ("dp", "tp", "embedding")
 _CHUNK = 1 << 24
 """Elements that a repair sends at once."""
 
@@ -75,19 +74,25 @@ class Replicas:
         Ranks exchange three numbers. Only if these differ do they exchange the hash of each parameter.
         """
         self._buffers.finish_gather()
-        device = self._mesh.backend.device
+        mesh = self._mesh
+        device = mesh.backend.device
         self._hash = self._hash or BitHash(device)
         parameters = self._buffers.parameters
         hashes = torch.stack([self._hash(parameter.param) for parameter in parameters])
-        classes = [list(parameters), [p for p in parameters if p.tp_dim is None]]
-        classes.append([p for p in parameters if p.name in self._buffers.tied])
+        # Parameters that should be equal along each row of a partition of the ranks.
+        classes = [
+            (mesh.dp.partition, list(parameters)),
+            (mesh.tp.partition, [p for p in parameters if p.tp_dim is None]),
+        ]
+        for name, shared in self._buffers.shared.items():
+            classes.append((shared.group.partition, [p for p in parameters if p.name == name]))
         place = {id(parameter): number for number, parameter in enumerate(parameters)}
-        sums = torch.stack([self._hash(hashes[[place[id(p)] for p in chosen]]) for chosen in classes])
-        everyone: list[list[int]] = self._mesh.world.all_gather(sums.view(1, -1)).tolist()
+        sums = torch.stack([self._hash(hashes[[place[id(p)] for p in chosen]]) for _, chosen in classes])
+        everyone: list[list[int]] = mesh.world.all_gather(sums.view(1, -1)).tolist()
         if not any(
             len({everyone[rank][column] for rank in row}) > 1
-            for column, axis in enumerate(_AXES)
-            for row in partitions(axis, self._parallel)
+            for column, (partition, _) in enumerate(classes)
+            for row in partition
         ):
             return []
         found = zip(parameters, hashes.tolist(), strict=True)
@@ -121,9 +126,9 @@ class Replicas:
             return
         # Under ZeRO-1 a replica has the state of its own slice, which only ranks with its dp coordinate hold as well.
         for dp in range(self._parallel.dp):
-            same = {rank for rank in members if coordinates(rank, self._parallel).dp == dp}
+            same = {rank for rank in members if coordinates(rank, self._parallel)["dp"] == dp}
             if len(same) > 1:
-                self._send(rank_of(Coordinates(tp=at.tp, dp=dp, pp=at.pp), self._parallel), same, states)
+                self._send(rank_of({**at, "dp": dp}, self._parallel), same, states)
 
     def _parameter(self, mismatch: Mismatch) -> NamedParameter | None:
         if self._mesh.world.rank not in mismatch.hashes:

@@ -1,4 +1,4 @@
-"""Bit hash of tensors: an exact 64-bit sum on their device, the same for the same bits wherever it is computed."""
+"""Bit hash of tensors: exact 64-bit checksum computed on their device, equal on all devices for equal bits."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 21
-"""Elements hashed at once, which bounds the memory: an int64 copy of as many."""
+"""Elements hashed at once: bounds the memory for their int64 copy."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STEP = 0x2545F4914F6CDD1D
-"""An odd number below 2^63: each chunk's hash is multiplied by another power of it."""
+"""Odd number below 2^63; the hash of each chunk is multiplied by a power of it."""
 
 
 class BitHash:
-    """Hashes tensors of one device.
+    """Hash function for tensors of one device.
 
-    The bits of an element, read as an integer, are multiplied by an odd number that depends on the element's place, and
-    added up modulo 2^64. Integer sums are exact in any order, so the hash does not depend on how a device reduces. As
-    the multipliers are odd, one changed element always changes the hash; several cancel with a probability of 2^-64.
-    NaNs count by their bits.
+    The bits of each element, read as an integer, are multiplied by an odd number that depends on the element's index,
+    and summed modulo 2^64. Integer sums are exact in any order, so that the hash does not depend on how a device
+    reduces. A single changed element always changes the hash, as the multipliers are odd; several changes cancel with a
+    probability of 2^-64. NaNs are hashed by their bits.
 
     Args:
         device: of the tensors.
@@ -40,7 +40,7 @@ class BitHash:
 
 
 def _odd_numbers(count: int) -> Tensor:
-    """[count] pseudo-random odd int64: the mixer of SplitMix64 (Steele et al. 2014), the same on any machine."""
+    """Return [count] pseudo-random odd int64: the mixer of SplitMix64 (Steele et al. 2014), equal on all machines."""
     numbers = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,6 @@ class GradientReduction:
         buckets: with the flat fp32 gradients that they are ranges of, in the order in which backward completes them.
         dp: the data-parallel group.
         scatter: reduce-scatter, in place: each replica gets the sums of its slice only (ZeRO-1).
-        passes: gradients that arrive per micro-batch, by parameter name, where it is not one.
         overlap: start buckets before finish().
     """
 
@@ -100,7 +99,6 @@ class GradientReduction:
         *,
         dp: Group,
         scatter: bool,
-        passes: Mapping[str, int],
         overlap: bool,
     ) -> None:
         self.overlap = overlap
@@ -111,9 +109,7 @@ class GradientReduction:
             for number, (bucket, _) in enumerate(self._buckets)
             for slot in bucket.slots
         }
-        self._per_backward = [
-            sum(passes.get(slot.parameter.name, 1) for slot in bucket.slots) for bucket, _ in self._buckets
-        ]
+        self._per_backward = [sum(slot.parameter.passes for slot in bucket.slots) for bucket, _ in self._buckets]
         self._missing: list[int] | None = None
         self._works: list[Work | None] = []
 

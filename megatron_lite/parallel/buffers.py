@@ -1,7 +1,7 @@
-"""Flat buffers for a rank's parameters and their fp32 gradients, and the gradients' reduction over the replicas.
+"""Flat buffers of a rank's parameters and fp32 gradients, and the gradients' reduction over the replicas.
 
-Backward accumulates into the buffers, collectives work on ranges of them, and the optimizer steps them as a few long
-tensors. On one fp32 process `param.grad` simply is a view of the buffer: no hook, no copy, no collective.
+Backward accumulates into the buffers, collectives work on ranges of them, and the optimizer updates them as a few long
+tensors. On one fp32 process `param.grad` is a view of the buffer: no hook, no copy, no collective.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.shared import SharedParameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class FlatBuffer:
 
     Attributes:
         decay: whether weight decay applies to them.
-        buckets: cover the buffer; every parameter lies in one.
+        buckets: ranges that cover the buffer; every parameter lies in one.
         values: [n] the parameters, in their own dtype.
         gradients: [n] their gradients in fp32.
     """
@@ -36,7 +37,7 @@ class FlatBuffer:
 
 @dataclass(frozen=True)
 class ShardPiece:
-    """A parameter's elements [start, stop), counted in the flattened parameter, at `position` of a shard."""
+    """Elements [start, stop) of a flattened parameter, at `position` of a shard."""
 
     parameter: NamedParameter
     start: int
@@ -46,13 +47,13 @@ class ShardPiece:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What the optimizer of this rank steps as one tensor.
+    """Range of a buffer that this rank's optimizer updates as one tensor.
 
     Attributes:
         decay: whether weight decay applies.
         values: [n] view of the parameters.
-        gradients: [n] view of their fp32 gradients, right after ParameterBuffers.reduce.
-        pieces: which parameters' elements these are; between them lies padding, which is and stays zero.
+        gradients: [n] view of their fp32 gradients, complete after ParameterBuffers.reduce.
+        pieces: elements of parameters in it; between them is padding, which stays zero.
     """
 
     decay: bool
@@ -62,27 +63,22 @@ class Shard:
 
 
 class ParameterBuffers:
-    """Moves a rank's parameters into flat buffers and keeps their gradients there.
+    """Flat buffers that hold a rank's parameters and accumulate their gradients.
 
     One iteration is: zero_grad; begin; the backward passes; reduce; the optimizer's step on `shards`; gather.
 
-    Replicas may run different numbers of backward passes, or none: every replica joins every reduction, in one fixed
-    order. A bucket is reduced as soon as it and all before it have all their gradients, and at the latest by reduce.
+    Replicas may run different numbers of backward passes, or none: every replica takes part in every reduction, in one
+    fixed order. A bucket is reduced as soon as it and all before it have all their gradients, at the latest by reduce.
 
     Args:
         parameters: of this rank, in the order of the forward pass; all of one dtype.
-        dp: the replicas that gradients are summed over.
-        tp: gradients of `sequence_parallel` parameters are summed over it too.
-        tied: by name of a tied parameter, the group of the ranks that hold its copies (first and last stage).
-        passes: by name of a parameter that more than one backward pass per micro-batch reaches (one that two stages on
-            this rank share), how many; 1 for all others.
+        dp: replicas that gradients are summed over.
+        tp: group over which gradients of `sequence_parallel` parameters are summed as well.
+        shared: parameters that several stages hold; their gradients are summed over the stages' ranks.
         bucket_megabytes: size of a bucket's fp32 gradients.
         shard: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os): each replica gets the reduced gradients of its
-            slice of each bucket only, steps those, and gathers the others' parameters.
+            slice of each bucket only, updates those parameters, and gathers the others.
         overlap: reduce buckets while backward runs; False: all in reduce.
-
-    Attributes:
-        tied: as given.
     """
 
     def __init__(
@@ -91,20 +87,18 @@ class ParameterBuffers:
         *,
         dp: Group,
         tp: Group,
-        tied: Mapping[str, Group] | None = None,
-        passes: Mapping[str, int] | None = None,
+        shared: Mapping[str, SharedParameter] | None = None,
         bucket_megabytes: int = 160,
         shard: bool = False,
         overlap: bool = True,
     ) -> None:
         self.parameters = tuple(parameters)
+        self.shared = shared or {}
         self.sharded = shard and dp.size > 1
         self._dp, self._tp = dp, tp
-        self.tied = dict(tied or {})
         self.dtype = _only_dtype(self.parameters)
-        parts = dp.size if self.sharded else 1
         self.buffers = [
-            self._build(decay, bucket_megabytes * 2**20 // 4, parts)
+            self._build(decay, bucket_megabytes * 2**20 // 4)
             for decay in (True, False)
             if any(has_decay(p) is decay for p in self.parameters)
         ]
@@ -120,7 +114,6 @@ class ParameterBuffers:
             [(bucket, buffer.gradients) for bucket, buffer in buckets],
             dp=dp,
             scatter=self.sharded,
-            passes=passes or {},
             overlap=overlap and dp.size > 1,
         )
         values = [(bucket, buffer.values) for bucket, buffer in buckets]
@@ -128,64 +121,69 @@ class ParameterBuffers:
         self._attach()
 
     def zero_grad(self) -> None:
-        """Sets all gradients to zero."""
+        """Set all gradients to zero."""
         for buffer in self.buffers:
             buffer.gradients.zero_()
 
     def begin(self, backwards: int) -> None:
-        """Announces how many micro-batches this rank will run backward for (0 is fine), so that reductions overlap.
+        """Announce the number of micro-batches that this rank runs backward for (0 is valid).
 
-        Without it, all reductions wait for reduce.
+        Without this call reductions do not overlap with backward: all of them start in reduce.
         """
         self._reduction.begin(backwards)
 
     def accumulate(self, param: nn.Parameter, gradient: Tensor) -> None:
-        """Adds a gradient that was computed without autograd's own accumulation, as one backward pass's share."""
+        """Add a gradient that did not pass through autograd's accumulation; it counts as one arrival."""
         self.gradient(param).add_(gradient)
         self._reduction.arrived(param)
 
     def reduce(self) -> None:
-        """Returns once every shard's gradients are the sums over all replicas, sequence parts and tied copies."""
+        """Complete every shard's gradients: sums over replicas, sequence parts and copies of shared parameters."""
         if self.dtype == torch.float32:
             for parameter in self.parameters:
-                # Someone who sets .grad to None (nn.Module.zero_grad does) would make training a silent no-op.
+                # If .grad was set to None (nn.Module.zero_grad does), training would silently change nothing.
                 assert parameter.param.grad is self.gradient(parameter.param), f"{parameter.name} lost its gradient"
         self.finish_gather()
         self._reduction.finish()
         self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
-        for name, group in self.tied.items():
-            self._sum_over(group, [p for p in self.parameters if p.name == name])
+        for name, entry in self.shared.items():
+            self._sum_over(entry.group, [p for p in self.parameters if p.name == name])
 
     def gather(self) -> None:
-        """Under ZeRO-1, gives every replica the parameters that the others have stepped; else nothing is to do.
+        """Start gathering the parameters that other replicas updated (ZeRO-1); without ZeRO-1 do nothing.
 
-        Parameters of units (overlap_gather) may still be under way after it.
+        Parameters of overlap_gather's units may be incomplete after it.
         """
         if self._gather is not None:
             self._gather.start()
 
     def finish_gather(self) -> None:
-        """Returns once all parameters are up to date: before they are read other than by a unit's forward."""
+        """Wait until all parameters are up to date; needed before they are read outside of a unit's forward."""
         if self._gather is not None:
             self._gather.finish()
 
     def overlap_gather(self, units: Iterable[nn.Module]) -> None:
-        """Lets gathers run into the next forward: each unit's forward first waits for the unit's own parameters.
+        """Overlap gathers with the next forward: each unit's forward first waits for the unit's own parameters.
 
         Args:
-            units: modules whose parameters are read in their own forward only, such as layers. Compiled modules
-                cannot be units: a wait is not an operation that a graph can hold.
+            units: modules whose parameters are read in their own forward only, such as layers. They cannot be compiled
+                modules: a graph cannot hold a wait.
         """
         if self._gather is not None:
             self._gather.overlap_with(units)
 
     def gradient(self, param: nn.Parameter) -> Tensor:
-        """A parameter's fp32 gradient, shaped like it: the view of the buffer that backward accumulates into."""
+        """Return a parameter's fp32 gradient, shaped like it: the view of the buffer that backward accumulates into."""
         return self._gradients[id(param)]
 
-    def _build(self, decay: bool, bucket_elements: int, parts: int) -> FlatBuffer:
+    def _build(self, decay: bool, bucket_elements: int) -> FlatBuffer:
         parameters = [p for p in self.parameters if has_decay(p) is decay]
-        buckets = lay_out(parameters, bucket_elements=bucket_elements, parts=parts, alone=self.tied)
+        buckets = lay_out(
+            parameters,
+            bucket_elements=bucket_elements,
+            parts=self._dp.size if self.sharded else 1,
+            alone=[name for name, entry in self.shared.items() if len(entry.ranks) > 1],
+        )
         device = parameters[0].param.device
         values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
         gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
@@ -197,7 +195,7 @@ class ParameterBuffers:
         return FlatBuffer(decay, tuple(buckets), values, gradients)
 
     def _buckets_by_completion(self) -> list[tuple[Bucket, FlatBuffer]]:
-        """All buckets, in the order in which backward completes them: it reaches last what forward uses first."""
+        """Return all buckets in the order in which backward completes them: first what forward uses last."""
         place = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         buckets = [(bucket, buffer) for buffer in self.buffers for bucket in buffer.buckets]
         return sorted(buckets, key=lambda entry: -min(place[id(slot.parameter)] for slot in entry[0].slots))
@@ -210,13 +208,19 @@ class ParameterBuffers:
             if self.sharded:
                 ranges = [bucket.slice_of(self._dp.rank, self._dp.size) for bucket in buffer.buckets]
             for own in ranges:
-                pieces = tuple(_overlaps(slots, own))
+                pieces = []
+                for slot in slots:
+                    start, stop = max(slot.start, own.start), min(slot.stop, own.stop)
+                    if start < stop:
+                        pieces.append(
+                            ShardPiece(slot.parameter, start - slot.start, stop - slot.start, start - own.start)
+                        )
                 values, gradients = (flat[own.start : own.stop] for flat in (buffer.values, buffer.gradients))
-                shards.append(Shard(buffer.decay, values, gradients, pieces))
+                shards.append(Shard(buffer.decay, values, gradients, tuple(pieces)))
         return shards
 
     def _attach(self) -> None:
-        """Lets backward accumulate into the buffers, and the reduction hear of it where it must."""
+        """Make backward accumulate into the buffers, and register the hooks that need to see each gradient."""
         for parameter in self.parameters:
             param = parameter.param
             if self.dtype == torch.float32:
@@ -232,7 +236,7 @@ class ParameterBuffers:
         self.accumulate(param, gradient)
 
     def _sum_over(self, group: Group, parameters: Sequence[NamedParameter]) -> None:
-        """Sums over `group` what this rank's shards hold of the parameters; every rank of it holds the same ranges."""
+        """Sum this rank's shards of the parameters over `group`; all of its ranks hold the same ranges."""
         if group.size == 1 or not parameters:
             return
         wanted = {id(parameter) for parameter in parameters}
@@ -252,7 +256,7 @@ class ParameterBuffers:
 
 
 def has_decay(parameter: NamedParameter) -> bool:
-    """Megatron's rule: weight decay for matrices (embeddings too), none for biases and norms."""
+    """Return whether weight decay applies (Megatron's rule): to matrices, embeddings too; not to biases and norms."""
     return parameter.param.dim() > 1
 
 
@@ -264,12 +268,3 @@ def _only_dtype(parameters: Sequence[NamedParameter]) -> torch.dtype:
 
 def _view(flat: Tensor, slot: Slot) -> Tensor:
     return flat[slot.start : slot.stop].view(slot.parameter.param.shape)
-
-
-def _overlaps(slots: Sequence[Slot], own: range) -> list[ShardPiece]:
-    pieces = []
-    for slot in slots:
-        start, stop = max(slot.start, own.start), min(slot.stop, own.stop)
-        if start < stop:
-            pieces.append(ShardPiece(slot.parameter, start - slot.start, stop - slot.start, start - own.start))
-    return pieces

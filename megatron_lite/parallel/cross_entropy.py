@@ -1,6 +1,6 @@
-"""The loss of the next token over a vocabulary that is split over tp and padded at its end.
+"""Vocabulary-parallel cross-entropy: next-token loss over logits that are split over tp and padded.
 
-Letters: s sequence, b micro-batch, V padded vocabulary, tp the group's size.
+Letters: s sequence, b micro-batch, V padded vocabulary, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from megatron_lite.backend.group import Group
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, group: Group) -> Tensor:
-    """-log softmax(logits)[label] over the logical columns, in fp32.
+    """Return -log softmax(logits)[label] over the columns without padding, in fp32.
 
-    Backward turns the saved log-probabilities into the gradient in place: one [s, b, V/tp] tensor is all that it needs.
-    `logits` is consumed: its padded columns are overwritten with -inf.
+    Backward turns the saved probabilities into the gradient in place, so that one fp32 tensor [s, b, V/tp] suffices; a
+    second backward is an error. Padded columns of `logits` are overwritten with -inf.
 
     Args:
-        logits: [s, b, V/tp]; the rank's columns of the padded vocabulary.
+        logits: [s, b, V/tp]; this rank's columns of the padded vocabulary.
         labels: [s, b] int64, below vocab_size.
-        vocab_size: columns that count.
-        group: the tp group.
+        vocab_size: number of columns without padding.
+        group: the tensor-parallel group.
 
     Returns:
         [s, b] fp32, the same on every rank.
     """
     first = logits.shape[-1] * group.rank
     if first + logits.shape[-1] > vocab_size:
-        # exp(-inf) = 0: padding then needs no thought below, at the price of writing a few columns.
+        # exp(-inf) = 0: the functions below need no case for padding.
         logits.detach()[..., max(0, vocab_size - first) :].fill_(float("-inf"))
     if group.size == 1:
         return _CrossEntropy.apply(logits, labels)

@@ -1,51 +1,83 @@
-"""The mesh as a value: this rank's group along every axis. Passed on, never global."""
+"""Device mesh: this rank's process group along each named axis (tp, dp, pp), passed as a value, never global."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
-from megatron_lite.config.layout import partitions
+from megatron_lite.config.layout import AXES, partitions, subset_partition
 from megatron_lite.config.parallel import ParallelConfig
 
+_NAMES = {frozenset(("tp", "pp")): "mp", frozenset(AXES): "world"}
+"""Names of groups over several axes, for messages and counts of traffic."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Mesh:
-    """One group per axis; each group's `rank` is this rank's coordinate and its `size` the axis's."""
+    """Groups of this rank. A group's `rank` is this rank's coordinate on the axis, its `size` the axis's."""
 
     backend: Backend
-    tp: Group
-    pp: Group
-    dp: Group
-    mp: Group
-    """The tp x pp ranks that together hold one replica of the model."""
-    embedding: Group
-    """The first and the last rank of the pipeline, who hold copies of a tied embedding unless one has both ends."""
-    world: Group
+    parallel: ParallelConfig
+    axes: Mapping[str, Group]
+    """By axis, in the order of config.layout.AXES."""
+    _groups: dict[tuple[str | int, ...], Group] = field(default_factory=dict)
+
+    @property
+    def tp(self) -> Group:
+        """Return the tensor-parallel group."""
+        return self.axes["tp"]
+
+    @property
+    def dp(self) -> Group:
+        """Return the data-parallel group."""
+        return self.axes["dp"]
+
+    @property
+    def pp(self) -> Group:
+        """Return the pipeline-parallel group."""
+        return self.axes["pp"]
+
+    @property
+    def world(self) -> Group:
+        """Return the group of all ranks."""
+        return self.group(*AXES)
+
+    def group(self, *axes: str) -> Group:
+        """Return this rank's group over several axes, created at the first call.
+
+        Creating a group is a collective call: all ranks must ask for the same groups in the same order.
+        """
+        if axes not in self._groups:
+            name = _NAMES.get(frozenset(axes), "-".join(axes))
+            self._groups[axes] = self.backend.new_group(name, partitions(axes, self.parallel))
+        return self._groups[axes]
+
+    def subgroup(self, axis: str, places: Collection[int], name: str) -> Group:
+        """Return this rank's group of the given coordinates of an axis, or of this rank alone if it has none of them.
+
+        The first call is collective, as in group.
+        """
+        key: tuple[str | int, ...] = (axis, *sorted(places), name)
+        if key not in self._groups:
+            partition = subset_partition(partitions(axis, self.parallel), sorted(places))
+            self._groups[key] = self.backend.new_group(name, partition)
+        return self._groups[key]
 
     def __str__(self) -> str:
-        return f"rank {self.world.rank} (dp {self.dp.rank}, pp {self.pp.rank}, tp {self.tp.rank})"
+        return f"rank {self.backend.rank} (dp {self.dp.rank}, pp {self.pp.rank}, tp {self.tp.rank})"
 
 
 def build_mesh(backend: Backend, parallel: ParallelConfig) -> Mesh:
-    """Makes the groups of all axes; a collective call where there are several ranks.
+    """Create the groups of all axes and of the world; a collective call.
 
     Args:
-        backend: this rank's machine.
-        parallel: the sizes of the axes; their product is the backend's world.
+        backend: of this rank.
+        parallel: sizes of the axes; their product is the backend's world size.
     """
     assert parallel.tp * parallel.pp * parallel.dp == backend.world_size, (parallel, backend.world_size)
-
-    def group(axis: str) -> Group:
-        return backend.new_group(axis, partitions(axis, parallel))
-
-    return Mesh(
-        backend,
-        tp=group("tp"),
-        pp=group("pp"),
-        dp=group("dp"),
-        mp=group("mp"),
-        embedding=group("embedding"),
-        world=group("world"),
-    )
+    axes = {axis: backend.new_group(axis, partitions(axis, parallel)) for axis in AXES}
+    mesh = Mesh(backend, parallel, axes)
+    mesh.group(*AXES)
+    return mesh

@@ -27,10 +27,14 @@ class NamedParameter:
     local_shape: tuple[int, ...]
     offset: tuple[int, ...]
     owned: bool = True
-    """False for the second copy of a tied weight: norms count, and checkpoints hold, the first."""
+    """Whether norms count, and checkpoints save, this rank's copy of a parameter that several stages hold
+    (parallel/shared.py); True for all other parameters."""
     sequence_parallel: bool = False
     """Replicated over tp, but each rank computes the gradient of its part of the sequence (or of the heads), so that
     gradients are summed over tp."""
+    passes: int = 1
+    """Gradients that arrive per micro-batch: one for each backward pass that reaches the parameter, and one for each
+    deferred product."""
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """Return the parameter, or a tensor shaped like it (gradient, moment), without padding: a view.
@@ -48,7 +52,7 @@ class NamedParameter:
 
 
 def vocabulary_parameter(
-    name: str, param: nn.Parameter, vocab_size: int, group: Group, owned: bool = True
+    name: str, param: nn.Parameter, vocab_size: int, group: Group, passes: int = 1
 ) -> NamedParameter:
     """Return the named parameter of a [V/tp, h] table: this rank's rows of (vocab_size, h), none if all are padding."""
     rows, hidden = param.shape
@@ -60,7 +64,7 @@ def vocabulary_parameter(
         tp_dim=0,
         local_shape=(min(rows * (group.rank + 1), vocab_size) - first, hidden),
         offset=(first, 0),
-        owned=owned,
+        passes=passes,
     )
 
 

@@ -6,26 +6,22 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from megatron_lite.backend.accounting import Transfer
-from megatron_lite.config.layout import AXES, partitions
-from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.rehearsal.play import Played, RankReport
 
 
-def disagreements(parallel: ParallelConfig, reports: Sequence[RankReport]) -> list[str]:
+def disagreements(reports: Sequence[RankReport]) -> list[str]:
     """In words, the first difference of every two ranks along each axis that they share.
 
     Ranks whose playing ended in an error are left out.
     """
     whole = [report for report in reports if not report.error]
-    rows = {axis: {rank: row for row in partitions(axis, parallel) for rank in row} for axis in AXES}
     found = []
     for one, other in combinations(whole, 2):
-        for axis in AXES:
-            row = rows[axis][one.rank]
-            if other.rank not in row:
-                continue
-            places = row.index(one.rank), row.index(other.rank)
-            found += list(_first_difference(axis, places, one, other))
+        transfers = [t for report in (one, other) for played in report.played if played for t in played.transfers]
+        for axis, ranks in dict.fromkeys((transfer.axis, transfer.ranks) for transfer in transfers):
+            if one.rank in ranks and other.rank in ranks:
+                places = ranks.index(one.rank), ranks.index(other.rank)
+                found += list(_first_difference(axis, places, one, other))
     return found
 
 

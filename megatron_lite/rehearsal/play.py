@@ -168,7 +168,6 @@ def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
             labels=labels,
             loss_mask=empty(torch.float32, data.eod_mask_loss),
             position_ids=empty(torch.int64, data.reset_position_ids),
-            document_ids=empty(torch.int64, data.reset_attention_mask),
             documents=_whole_samples(shape) if data.reset_attention_mask else None,
             number=microbatch_number(config.parallel.dp, plan.replica, index),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.layout import Coordinates, rank_of
+from megatron_lite.config.layout import AXES, rank_of
 from megatron_lite.config.run import RunConfig
 
 
@@ -14,5 +14,5 @@ def telling_ranks(config: RunConfig) -> dict[int, bool]:
     """
     parallel = config.parallel
     last = parallel.world_size - 1
-    stages = [rank_of(Coordinates(tp=0, dp=0, pp=stage), parallel) for stage in range(parallel.pp)]
+    stages = [rank_of({**dict.fromkeys(AXES, 0), "pp": stage}, parallel) for stage in range(parallel.pp)]
     return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, last])}

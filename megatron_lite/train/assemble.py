@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.backend.group import Group
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.counts import parameter_count
-from megatron_lite.config.partition import num_stages, stage_layers
+from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.order.set_plan import SetPlan
@@ -25,22 +24,21 @@ from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
-from megatron_lite.model.build import DTYPES, build_stage
 from megatron_lite.model.count_check import check_count
-from megatron_lite.model.gpt import WORD_EMBEDDINGS, GPTStage
+from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
 from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.shared import rank_parameters, shared_parameters
 from megatron_lite.pipeline.executor import Executor, Messages
 from megatron_lite.runs.comparison import continue_history, read_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
-from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, stage_of_chunk
+from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
@@ -166,8 +164,25 @@ def build_engine(
     parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
-    stages = build_stages(config, mesh, rng, deferred)
-    buffers = _build_buffers(config, mesh, list(stages.values()))
+    layers = stage_layers(config.model, parallel, config.batch.seq_length)
+    ranks = [rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) for stage in range(len(layers))]
+    stages = {
+        stage: GPTStage(config, layers[stage], mesh, rng, deferred)
+        for stage, rank in enumerate(ranks)
+        if rank == mesh.pp.rank
+    }
+    for stage in stages.values():
+        check_count(stage)
+    shared = shared_parameters(shared_stages(config.model, len(layers)), ranks, mesh)
+    buffers = ParameterBuffers(
+        rank_parameters(stages, shared, mesh.pp.rank),
+        dp=mesh.dp,
+        tp=mesh.tp,
+        shared=shared,
+        bucket_megabytes=parallel.bucket_megabytes,
+        shard=parallel.distributed_optimizer,
+        overlap=parallel.overlap_grad_reduce,
+    )
     if config.runtime.compile:
         for stage in stages.values():
             stage.compile()
@@ -175,7 +190,7 @@ def build_engine(
         buffers.overlap_gather(unit for stage in stages.values() for unit in stage.units)
     executor = Executor(
         stages,
-        num_stages=num_stages(config.model, parallel),
+        num_stages=len(layers),
         rng=rng,
         messages=Messages(mesh.pp, mesh.backend.device),
         accumulate=buffers.accumulate,
@@ -185,54 +200,6 @@ def build_engine(
     )
     optimizer = build_optimizer(config, buffers, mesh)
     return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources, timers)
-
-
-def build_stages(
-    config: RunConfig, mesh: Mesh, rng: RngStreams, deferred: DeferredWeightGradients | None = None
-) -> dict[int, GPTStage]:
-    """This rank's model chunks by global stage number, in the order of the model.
-
-    Where the first and the last stage meet on one rank (zb-v), a tied head is the embedding's own parameter.
-    """
-    parallel = config.parallel
-    layers = stage_layers(config.model, parallel, config.batch.seq_length)
-    chunks = len(layers) // parallel.pp
-    numbers = [stage_of_chunk(parallel.pipeline_schedule, parallel.pp, mesh.pp.rank, chunk) for chunk in range(chunks)]
-    stages = {number: build_stage(config, mesh, rng, layers[number], deferred) for number in sorted(numbers)}
-    first, last = stages[min(stages)], stages[max(stages)]
-    if first is not last and first.embedding is not None and last.has_head and config.model.tied_embeddings:
-        last.share_table(first)
-    for stage in stages.values():
-        check_count(stage)
-    return stages
-
-
-def _build_buffers(config: RunConfig, mesh: Mesh, stages: list[GPTStage]) -> ParameterBuffers:
-    parallel = config.parallel
-    parameters: dict[int, NamedParameter] = {}
-    for stage in stages:
-        for parameter in stage.named_parameters_global():
-            # One that two stages share is listed with the first, which owns it.
-            parameters.setdefault(id(parameter.param), parameter)
-    tied, passes = dict[str, Group](), dict[str, int]()
-    if config.model.tied_embeddings:
-        embeds = any(stage.embedding is not None for stage in stages)
-        heads = any(stage.has_head for stage in stages)
-        if embeds != heads:
-            tied[WORD_EMBEDDINGS] = mesh.embedding
-        elif embeds and (len(stages) > 1 or parallel.pipeline_schedule in SPLIT_BACKWARD):
-            # Its gradient comes in two parts: from the backwards of two stages, or from a backward and a W action.
-            passes[WORD_EMBEDDINGS] = 2
-    return ParameterBuffers(
-        list(parameters.values()),
-        dp=mesh.dp,
-        tp=mesh.tp,
-        tied=tied,
-        passes=passes,
-        bucket_megabytes=parallel.bucket_megabytes,
-        shard=parallel.distributed_optimizer,
-        overlap=parallel.overlap_grad_reduce,
-    )
 
 
 def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer, start: Start) -> RunData:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.data import DataConfig
@@ -91,28 +90,23 @@ class BatchSource:
         sources = None
         if len(self.names) > 1:
             sources = tuple(loader.sources(loader.start(consumed, index), loader.micro_batch).tolist())
-        document_ids, documents = self._documents(tokens)
         return MicroBatch(
             tokens=to_device(tokens),
             labels=to_device(np.ascontiguousarray(samples[:, 1:])),
             loss_mask=to_device(masks.loss_mask(tokens, self._eod)) if data.eod_mask_loss else None,
             position_ids=to_device(masks.position_ids(tokens, self._eod)) if data.reset_position_ids else None,
-            document_ids=document_ids,
-            documents=documents,
+            documents=self._documents(tokens),
             number=microbatch_number(loader.dp, loader.replica, index),
             sources=sources,
         )
 
-    def _documents(self, tokens: np.ndarray) -> tuple[Tensor | None, Documents | None]:
-        """Tokens [b, s] -> what keeps attention within documents; nothing where a sample holds but one."""
-        if not self._data.reset_attention_mask:
-            return None, None
-        ids = masks.document_ids(tokens, self._eod)
-        found = masks.document_rows(ids)
+    def _documents(self, tokens: np.ndarray) -> Documents | None:
+        """Return the documents within `tokens` [b, s] if attention is restricted to them; None: one per sample."""
+        found = masks.document_rows(masks.document_ids(tokens, self._eod)) if self._data.reset_attention_mask else None
         if found is None:
-            return None, None
-        to_device, (rows, places, groups) = self._backend.to_device, found
-        return to_device(ids), Documents(to_device(rows), to_device(places), groups)
+            return None
+        order, inverse, groups = found
+        return Documents(self._backend.to_device(order), self._backend.to_device(inverse), groups)
 
 
 @dataclass

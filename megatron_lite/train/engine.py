@@ -16,6 +16,22 @@ BatchReader = Callable[[int], MicroBatch]
 
 
 @dataclass(frozen=True)
+class LossSum:
+    """Loss of some samples over all replicas: the sum of each sample's mean token loss, and the number of samples.
+
+    Replicas may contribute different numbers of samples, or none.
+    """
+
+    sum: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        """Return the mean loss of a sample."""
+        return self.sum / max(self.count, 1)
+
+
+@dataclass(frozen=True)
 class StepOutcome:
     """What one training iteration gave, equal on every rank.
 
@@ -48,8 +64,8 @@ class Engine(Protocol):
     def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
         """Runs one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
 
-    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> float:
-        """Forwards only, on this replica's micro-batches; returns the sum of sample losses over all replicas."""
+    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
+        """Run forwards only, on this replica's micro-batches; return the loss over all replicas."""
 
     def state_tensors(self) -> list[GlobalTensor]:
         """All that training changes and a checkpoint must hold: this rank's pieces of named global tensors."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_lite.backend.agreement import from_first, together
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
-from megatron_lite.config.layout import partitions
+from megatron_lite.config.layout import AXES, partitions
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.lifecycle.exit_status import ExitRecord
@@ -40,7 +40,7 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
     """
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config, record.abort))
-        world = backend.new_group("world", partitions("world", config.parallel))
+        world = backend.new_group("world", partitions(AXES, config.parallel))
         _take_folder(record, world)
         while (back := _run_once(config, backend, record, started)) is not None:
             iteration = back.iteration

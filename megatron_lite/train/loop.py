@@ -22,7 +22,7 @@ from megatron_lite.schedules.length import is_finished, last_iteration, skipped_
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import BatchSource, RunData
-from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.engine import Engine, LossSum, StepOutcome
 from megatron_lite.train.replica_check import check_weights_if_due
 from megatron_lite.train.spike_report import GoingBack, notice, way_out
 from megatron_lite.train.state import RunState
@@ -277,13 +277,14 @@ def _mean_loss(
 ) -> float | Stop:
     config = run.config
     count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
-    total = 0.0
+    total, samples = 0.0, 0
     for step in range(config.training.eval_iters):
         if (stop := _agree(run, stop_now())) is not None:
             return stop
         read = source.reader_at(consumed + step * global_batch, config.batch.seq_length)
-        total += run.engine.eval_step(count, read, config.batch.seq_length)
-    return total / (config.training.eval_iters * global_batch)
+        loss = run.engine.eval_step(count, read, config.batch.seq_length)
+        total, samples = total + loss.sum, samples + loss.count
+    return LossSum(total, samples).mean
 
 
 def _overflow(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> str:

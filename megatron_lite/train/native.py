@@ -23,7 +23,7 @@ from megatron_lite.pipeline.executor import Executor, StepLosses
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import Action, pipeline_schedule
-from megatron_lite.train.engine import BatchReader, StepOutcome
+from megatron_lite.train.engine import BatchReader, LossSum, StepOutcome
 
 
 class NativeEngine:
@@ -89,8 +89,8 @@ class NativeEngine:
             )
         with self._timers("all-grads-sync"):
             self._buffers.reduce()
-        total, by_source = self._sum(losses)
-        mean = total / plan.global_batch
+        loss, by_source = self._reduce(losses)
+        mean = loss.mean
         if not math.isfinite(mean) and self._config.stops_at_nan:
             return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
         with self._timers("optimizer"):
@@ -107,14 +107,14 @@ class NativeEngine:
         )
 
     @torch.no_grad()
-    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> float:
+    def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
         """Forwards only, without dropout."""
         for stage in self._stages.values():
             stage.eval()
         losses = self._executor.run(
             self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
         )
-        return self._sum(losses)[0]
+        return self._reduce(losses)[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Parameters under their own names, and the optimizer's state."""
@@ -154,23 +154,23 @@ class NativeEngine:
             schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
         return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
 
-    def _sum(self, losses: StepLosses) -> tuple[float, dict[int, float]]:
-        """Sum of all samples' losses, and the mean of each source's, over all replicas and known to every rank."""
-        device, count = self._mesh.backend.device, self._num_sources
-        sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
-        for samples, sources in zip(losses.samples, losses.sources, strict=True):
-            sums[0] += samples.sum()
-            if count and sources is not None:
-                numbers = torch.tensor(sources, device=device)
-                sums.index_add_(0, 1 + numbers, samples.double())
-                sums.index_add_(0, 1 + count + numbers, torch.ones_like(samples, dtype=torch.float64))
-        # The tp ranks of the last stage all have the same losses: the first speaks for them.
-        if self._mesh.tp.rank != 0:
-            sums.zero_()
+    def _reduce(self, losses: StepLosses) -> tuple[LossSum, dict[int, float]]:
+        """Return the loss over all replicas, and the mean loss of each data source; a collective call."""
+        device = self._mesh.backend.device
+        # Sums in row 0, counts in row 1; of all samples in column 0, of data source n in column 1 + n.
+        sums = torch.zeros(2, 1 + self._num_sources, dtype=torch.float64, device=device)
+        # All tp ranks of the last stage have the same losses: the first contributes them.
+        for samples, sources in zip(losses.samples, losses.sources, strict=True) if self._mesh.tp.rank == 0 else ():
+            sums[0, 0] += samples.sum()
+            sums[1, 0] += samples.numel()
+            if self._num_sources and sources is not None:
+                pairs = torch.stack((samples.double(), torch.ones_like(samples, dtype=torch.float64)))
+                sums.index_add_(1, 1 + torch.tensor(sources, device=device), pairs)
         self._mesh.world.all_reduce_(sums)
-        total, *rest = _to_host(sums)
-        means = {number: rest[number] / rest[count + number] for number in range(count) if rest[count + number]}
-        return total, means
+        values = _to_host(sums.flatten())
+        totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
+        means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
+        return LossSum(totals[0], int(counts[0])), means
 
 
 def _to_host(sums: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError, TrainingError
 from megatron_lite.evaluation.perplexity import text_loss, windows
 from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.build import build_stage
+from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
@@ -39,7 +39,9 @@ def stage():
         runtime=RuntimeConfig(device="cpu"),
     )
     backend = select_backend(config.runtime, config.parallel, read_launch({}))
-    return build_stage(config, build_mesh(backend, config.parallel), RngStreams(1, backend))
+    return GPTStage(
+        config, range(config.model.num_layers), build_mesh(backend, config.parallel), RngStreams(1, backend)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.model.build import build_stage
+from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
@@ -47,7 +47,9 @@ def make_stage(make_config, launch):
     def make(**model):
         config = make_config(**model)
         backend = select_backend(config.runtime, ParallelConfig(), launch)
-        stage = build_stage(config, build_mesh(backend, config.parallel), RngStreams(1, backend))
+        stage = GPTStage(
+            config, range(config.model.num_layers), build_mesh(backend, config.parallel), RngStreams(1, backend)
+        )
         if config.model.position_embedding != "learned":
             return stage
         with torch.no_grad():  # positions that matter

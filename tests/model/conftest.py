@@ -1,4 +1,4 @@
-"""One device's mesh and stages for the model's tests."""
+"""Fixtures: mesh, model stages and micro-batches on one device."""
 
 import dataclasses
 
@@ -7,8 +7,11 @@ import torch
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
@@ -37,19 +40,15 @@ def make_config():
 
 @pytest.fixture
 def make_stage(mesh, make_config):
-    def make(layers=None, has_embedding=True, has_head=True, dtype=torch.float32, recompute=None, **changes):
-        config = make_config(**changes)
-        return GPTStage(
-            config,
-            layers=range(config.num_layers) if layers is None else layers,
-            has_embedding=has_embedding,
-            has_head=has_head,
-            mesh=mesh,
-            rng=RngStreams(7, mesh.backend),
-            seed=1234,
-            dtype=dtype,
-            recompute=recompute,
+    def make(layers=None, dtype="fp32", recompute=None, **changes):
+        model = make_config(**changes)
+        config = RunConfig(
+            model=model,
+            batch=BatchConfig(seq_length=48, micro_batch_size=1),
+            precision=PrecisionConfig(dtype=dtype),
+            recompute=recompute or RecomputeConfig(),
         )
+        return GPTStage(config, layers or range(model.num_layers), mesh, RngStreams(7, mesh.backend))
 
     return make
 

@@ -1,4 +1,4 @@
-"""Calls of torch's attention kernel: head groups, causality, dropout, and what recomputation runs again."""
+"""Tests of attention: grouped heads, causality, dropout and recomputation, by the calls of torch's kernel."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from megatron_lite.model import attention
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Shapes [b, heads, tokens, d] of queries and keys, and the options, of every call of the kernel."""
+    """Record every call of the kernel: shapes [b, heads, tokens, d] of queries and keys, and options."""
     found, plain = [], F.scaled_dot_product_attention
 
     def counted(q, k, v, **options):
@@ -27,7 +27,9 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("kernel", [False, True], ids=["", "kernel-groups-heads"])
-def test_heads_are_grouped_by_the_kernel_or_before_it(make_stage, make_batch, calls, monkeypatch, groups, kernel):
+def test_grouped_query_attention_in_the_kernel_or_with_repeated_heads(
+    make_stage, make_batch, calls, monkeypatch, groups, kernel
+):
     monkeypatch.setattr(attention, "_kernel_groups_heads", lambda q, mask: kernel)
     stage = make_stage(num_layers=1, num_query_groups=groups, init_std=0.3)
     logits = stage(None, make_batch())
@@ -49,19 +51,19 @@ def test_heads_are_grouped_by_the_kernel_or_before_it(make_stage, make_batch, ca
         (False, None, torch.bfloat16, False),
     ],
 )
-def test_fused_kernels_group_heads_on_gpus_in_half_precision_without_a_mask(is_cuda, mask, dtype, grouped):
+def test_fused_gqa_needs_cuda_half_precision_and_no_mask(is_cuda, mask, dtype, grouped):
     assert attention._kernel_groups_heads(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), mask) is grouped
 
 
 @pytest.mark.parametrize(("position_embedding", "masked"), [("learned", False), ("alibi", True)])
-def test_attention_is_causal_and_needs_no_mask_but_alibis(make_stage, make_batch, calls, position_embedding, masked):
+def test_attention_is_causal_and_only_alibi_has_a_mask(make_stage, make_batch, calls, position_embedding, masked):
     stage = make_stage(num_layers=1, position_embedding=position_embedding)
     stage(None, make_batch())
     (call,) = calls
     assert (call.attn_mask is not None) is masked and call.is_causal is not masked
 
 
-def test_one_token_with_a_cache_sees_all_of_it(make_stage, make_batch, calls):
+def test_a_single_token_attends_to_the_whole_cache(make_stage, make_batch, calls):
     stage = make_stage(num_layers=1).eval()
     cache = stage.new_cache(2, 16)
     with torch.no_grad():
@@ -72,7 +74,7 @@ def test_one_token_with_a_cache_sees_all_of_it(make_stage, make_batch, calls):
     assert (token.q[2], token.k[2], token.is_causal) == (1, 4, False)
 
 
-def test_dropout_is_the_kernels_and_only_in_training(make_stage, make_batch, calls):
+def test_attention_dropout_is_passed_to_the_kernel_in_training_only(make_stage, make_batch, calls):
     stage = make_stage(num_layers=1, attention_dropout=0.25)
     stage(None, make_batch())
     stage.eval()(None, make_batch())
@@ -90,24 +92,26 @@ def test_dropout_is_the_kernels_and_only_in_training(make_stage, make_batch, cal
     ],
     ids=str,
 )
-def test_backward_runs_again_what_was_not_kept(make_stage, make_batch, calls, recompute, layers_again, attention_again):
+def test_backward_recomputes_the_selected_layers(
+    make_stage, make_batch, calls, recompute, layers_again, attention_again
+):
     stage, batch = make_stage(num_layers=3, recompute=recompute), make_batch()
     projections = []
     for layer in stage.decoder.layers.values():
         layer.self_attention.qkv.register_forward_hook(lambda *_: projections.append(1))
-    loss = stage.loss(stage(None, batch), batch)
+    loss = stage.sample_losses(stage(None, batch), batch).sum()
     assert (len(calls), len(projections)) == (3, 3)
     loss.backward()
     assert (len(calls), len(projections)) == (3 + attention_again, 3 + layers_again)
 
 
 @pytest.mark.parametrize("granularity", ["selective", "full"])
-def test_nothing_is_recomputed_without_gradients_or_in_evaluation(make_stage, make_batch, calls, granularity):
+def test_no_recomputation_under_no_grad_or_in_eval_mode(make_stage, make_batch, calls, granularity):
     stage, batch = make_stage(num_layers=2, recompute=RecomputeConfig(granularity=granularity)), make_batch()
     with torch.no_grad():
         stage(None, batch)
     stage.eval()
-    loss = stage.loss(stage(None, batch), batch)
+    loss = stage.sample_losses(stage(None, batch), batch).sum()
     assert len(calls) == 4
     loss.backward()
     assert len(calls) == 4

@@ -1,4 +1,4 @@
-"""The check of built parameters against config/counts.py: a new layer that one of the two does not know is found."""
+"""Tests of the parameter count check: uncounted and unnamed parameters of a stage are reported."""
 
 import shlex
 
@@ -41,11 +41,11 @@ def build(*words):
         "--position-embedding-type alibi --embed-layernorm --group-query-attention --num-query-groups 2",
     ],
 )
-def test_the_models_that_there_are_pass(words):
+def test_supported_models_pass(words):
     build(*words.split())
 
 
-def test_a_new_layer_that_is_not_counted_is_named(monkeypatch):
+def test_an_uncounted_layer_is_reported(monkeypatch):
     init = MLP.__init__
 
     def bigger(self, config, sharding):
@@ -62,13 +62,13 @@ def test_a_new_layer_that_is_not_counted_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["embedding", "head"])
-def test_embedding_and_head_are_compared_too(part, monkeypatch):
+def test_embedding_and_head_are_checked(part, monkeypatch):
     monkeypatch.setattr(count_check, f"{part}_parameters", lambda model, rows: 7)
     with pytest.raises(AssertionError, match=f"the {part} was built with .*{part}_parameters"):
         build()
 
 
-def test_parameters_without_a_global_name_are_found(monkeypatch):
+def test_parameters_without_a_global_name_are_reported(monkeypatch):
     init = MLP.__init__
 
     def bigger(self, config, sharding):

@@ -1,6 +1,8 @@
-"""Documents that attend apart from each other: equal to a mask, in less memory, in few calls, compiled."""
+"""Tests of document-masked attention by document length: equal to a mask, in less memory, in few calls, compiled."""
 
 import dataclasses
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from support.rounding import assert_same_sums
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import GPTStage
@@ -22,32 +26,51 @@ from megatron_lite.parallel.random import RngStreams
 
 
 def with_documents(batch, lengths):
-    """The batch, each sample cut into documents of these lengths."""
-    ids = np.stack([np.repeat(np.arange(len(row)), row) for row in lengths])
-    rows, places, groups = document_rows(ids)
-    documents = Documents(torch.from_numpy(rows), torch.from_numpy(places), groups)
-    return dataclasses.replace(batch, document_ids=torch.from_numpy(ids), documents=documents)
+    """Return the batch with each sample divided into documents of these lengths."""
+    order, inverse, groups = document_rows(document_ids(lengths).numpy())
+    return dataclasses.replace(batch, documents=Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups))
+
+
+def document_ids(lengths):
+    """Return the number of each token's document, [b, s]."""
+    return torch.from_numpy(np.stack([np.repeat(np.arange(len(row)), row) for row in lengths]))
+
+
+@contextmanager
+def with_a_mask(stage, lengths):
+    """Reference: attention over whole samples with a mask [b, 1 or n, s, s] instead of calls per document."""
+    ids, plain = document_ids(lengths), stage._context
+    same = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
+
+    def context(batch, cache, device):
+        found = plain(batch, cache, device)
+        mask = same.tril() if found.mask is None else found.mask.masked_fill(~same, float("-inf"))
+        return dataclasses.replace(found, mask=mask, documents=None)
+
+    with mock.patch.object(stage, "_context", context):
+        yield
 
 
 def results(stage, batch):
-    """The loss, the logits and every gradient."""
+    """Return the loss, the logits and every gradient."""
     stage.zero_grad()
     logits = stage(None, batch)
-    loss = stage.loss(logits.clone(), batch)
+    loss = stage.sample_losses(logits.clone(), batch).sum()
     loss.backward()
     return [loss.detach(), logits.detach(), *(p.param.grad.clone() for p in stage.named_parameters_global())]
 
 
-def assert_equal_to_the_mask(stage, batch):
-    for ours, masked in zip(
-        results(stage, batch), results(stage, dataclasses.replace(batch, documents=None)), strict=True
-    ):
+def assert_equal_to_the_mask(stage, batch, lengths):
+    found = results(stage, batch)
+    with with_a_mask(stage, lengths):
+        expected = results(stage, batch)
+    for ours, masked in zip(found, expected, strict=True):
         assert_same_sums(ours, masked)
 
 
 @st.composite
 def samples(draw):
-    """Lengths of the documents of 1 to 3 samples; the last of a sample may be cut up into one-token documents."""
+    """Draw document lengths of 1 to 3 samples; the last may be divided into one-token documents (padding)."""
     length, rows = draw(st.integers(2, 16)), []
     for _ in range(draw(st.integers(1, 3))):
         cuts = sorted(draw(st.sets(st.integers(1, length - 1))))
@@ -58,9 +81,9 @@ def samples(draw):
 
 @settings(max_examples=25)
 @given(lengths=samples())
-def test_equal_the_mask_wherever_documents_end(make_stage, make_batch, lengths):
+def test_any_document_lengths_equal_the_mask(make_stage, make_batch, lengths):
     stage = make_stage(init_std=0.3)
-    assert_equal_to_the_mask(stage, with_documents(make_batch(len(lengths), sum(lengths[0])), lengths))
+    assert_equal_to_the_mask(stage, with_documents(make_batch(len(lengths), sum(lengths[0])), lengths), lengths)
 
 
 LENGTHS = ((5, 1, 1, 9), (3, 4, 9), (16,))
@@ -78,11 +101,12 @@ LENGTHS = ((5, 1, 1, 9), (3, 4, 9), (16,))
     ],
     ids=str,
 )
-def test_equal_the_mask_in_every_model(make_stage, make_batch, changes):
-    assert_equal_to_the_mask(make_stage(init_std=0.3, **changes), with_documents(make_batch(3, 16), LENGTHS))
+def test_every_model_variant_equals_the_mask(make_stage, make_batch, changes):
+    stage = make_stage(init_std=0.3, **changes)
+    assert_equal_to_the_mask(stage, with_documents(make_batch(3, 16), LENGTHS), LENGTHS)
 
 
-def test_micro_batches_of_one_add_up(make_stage, make_batch):
+def test_micro_batches_of_one_sample_add_up(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(3, 16)
     loss, _, *gradients = results(stage, with_documents(batch, LENGTHS))
     parts = []
@@ -95,33 +119,27 @@ def test_micro_batches_of_one_add_up(make_stage, make_batch):
 
 
 def split_over(backend, parallel, changes, lengths):
-    """Loss and the norm of the queries', keys' and values' gradients of this rank's part of a model."""
+    """Return the loss, and the squared norm of this rank's gradients of the qkv projections."""
     mesh = build_mesh(backend, parallel)
     rng = RngStreams(7, backend, mesh.tp.rank)
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 16}
     sizes |= {"vocab_size": 101, "padded_vocab_size": 128, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    config = ModelConfig(**(sizes | changes))
-    stage = GPTStage(
-        config,
-        layers=range(2),
-        has_embedding=True,
-        has_head=True,
-        mesh=mesh,
-        rng=rng,
-        seed=1234,
-        dtype=torch.float32,
-        sequence_parallel=parallel.sequence_parallel,
+    config = RunConfig(
+        model=ModelConfig(**(sizes | changes)),
+        batch=BatchConfig(seq_length=16, micro_batch_size=3),
+        parallel=parallel,
     )
+    stage = GPTStage(config, range(2), mesh, rng)
     tokens = torch.randint(0, 101, (3, 17), generator=torch.Generator().manual_seed(5))
     batch = with_documents(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), lengths)
-    loss = stage.loss(stage(None, batch), batch)
+    loss = stage.sample_losses(stage(None, batch), batch).sum()
     loss.backward()
     squares = sum(p.param.grad.square().sum() for p in stage.named_parameters_global() if "qkv.weight" in p.name)
     return loss.item(), squares.item()
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence-parallel"])
-def test_heads_split_over_ranks_see_the_same_documents(on_ranks, mesh, sequence_parallel):
+def test_tensor_parallel_heads_use_the_same_documents(on_ranks, mesh, sequence_parallel):
     changes = {"position_embedding": "rotary", "num_query_groups": 2, "init_std": 0.2}
     loss, squares = split_over(mesh.backend, ParallelConfig(), changes, LENGTHS)
     parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=sequence_parallel)
@@ -130,17 +148,16 @@ def test_heads_split_over_ranks_see_the_same_documents(on_ranks, mesh, sequence_
     assert sum(result[1] for result in found) == pytest.approx(squares, rel=1e-4)
 
 
-def test_a_border_that_is_off_by_one_is_seen(make_stage, make_batch):
+def test_a_document_end_off_by_one_changes_the_result(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(3, 16)
-    right = with_documents(batch, LENGTHS)
     wrong = with_documents(batch, ((6, 1, 1, 8), *LENGTHS[1:]))
     with pytest.raises(AssertionError, match="deviates"):
-        assert_equal_to_the_mask(stage, dataclasses.replace(right, documents=wrong.documents))
+        assert_equal_to_the_mask(stage, wrong, LENGTHS)
 
 
 @pytest.mark.parametrize("granularity", ["none", "selective"])
-def test_dropout_is_drawn_the_same_again(make_stage, make_batch, granularity):
-    """Seeded by place, not by how many calls went before; a second run draws the same, another micro-batch not."""
+def test_dropout_repeats_per_micro_batch(make_stage, make_batch, granularity):
+    """Dropout is seeded by layer and micro-batch, independent of earlier draws."""
     batch = with_documents(make_batch(3, 16), LENGTHS)
     stage = make_stage(init_std=0.3, attention_dropout=0.3, recompute=RecomputeConfig(granularity=granularity))
     kept = make_stage(init_std=0.3, attention_dropout=0.3)
@@ -155,7 +172,7 @@ def test_dropout_is_drawn_the_same_again(make_stage, make_batch, granularity):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor had that an operation made."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -167,20 +184,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_square_of_the_sequence_lies_in_memory(make_stage, make_batch):
+def test_no_tensor_grows_with_the_square_of_the_sequence(make_stage, make_batch):
     size, length = 2, 1024
     stage = make_stage(num_layers=1, hidden_size=32, num_attention_heads=2, max_position_embeddings=length)
-    batch = with_documents(make_batch(size, length), ((300, 600, 124), (1000, *[1] * 24)))
-    largest = {}
-    for name, given_batch in (("apart", batch), ("mask", dataclasses.replace(batch, documents=None))):
-        with Largest() as mode:
-            stage.loss(stage(None, given_batch), given_batch).backward()
+    lengths = ((300, 600, 124), (1000, *[1] * 24))
+    batch, largest = with_documents(make_batch(size, length), lengths), {}
+    for name, way in (("documents", nullcontext()), ("mask", with_a_mask(stage, lengths))):
+        with way, Largest() as mode:
+            stage.sample_losses(stage(None, batch), batch).sum().backward()
         largest[name] = mode.elements
-    assert largest["apart"] == size * length * stage.config.padded_vocab_size  # the logits
+    assert largest["documents"] == size * length * stage.config.padded_vocab_size  # the logits
     assert largest["mask"] >= size * length * length
 
 
-def test_calls_are_as_few_as_the_lengths(make_stage, make_batch, monkeypatch):
+def test_one_kernel_call_per_document_length(make_stage, make_batch, monkeypatch):
     shapes, plain = [], F.scaled_dot_product_attention
 
     def counted(query, *args, **options):
@@ -194,7 +211,7 @@ def test_calls_are_as_few_as_the_lengths(make_stage, make_batch, monkeypatch):
 
 
 def test_compiled_once_for_all_micro_batches(make_stage, make_batch):
-    """Only the kernel's calls, whose shapes change each time, are left out of the graphs."""
+    """Only calls of the attention kernel, whose shapes change, are outside of the graphs."""
     stage, graphs = make_stage(), []
 
     def backend(graph, inputs):

@@ -1,8 +1,9 @@
-"""What the model promises on one device: the loss, padding, documents, caches, stages, first values, types."""
+"""Tests of the GPT on one device: loss, padding, documents, KV cache, stages, initialization, dtypes."""
 
 import dataclasses
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from support.rounding import assert_same_sums, deviation
@@ -10,7 +11,10 @@ from torch.nn import functional as F
 
 from megatron_lite.config.model import Activation
 from megatron_lite.config.optimizer import RecomputeConfig
+from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.attention import AttentionContext
+from megatron_lite.model.batch import Documents
+from megatron_lite.model.gpt import DTYPES, shared_stages
 from megatron_lite.model.mlp import ACTIVATIONS
 
 
@@ -18,7 +22,7 @@ def gradients(stage):
     return {p.name: p.param.grad.clone() for p in stage.named_parameters_global()}
 
 
-def test_loss_is_the_sum_of_each_samples_masked_mean(make_stage, make_batch):
+def test_sample_losses_are_masked_means(make_stage, make_batch):
     stage = make_stage(init_std=0.3)
     mask = (torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < 0.6).float()
     mask[2] = 0
@@ -27,27 +31,27 @@ def test_loss_is_the_sum_of_each_samples_masked_mean(make_stage, make_batch):
     tokens = F.cross_entropy(logits[..., :101].permute(1, 2, 0), batch.labels, reduction="none")
     expected = [(tokens[n] * mask[n]).sum() / mask[n].sum() for n in (0, 1)]
     assert_same_sums(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
-    assert_same_sums(stage.loss(logits, batch), sum(expected))
+    assert_same_sums(stage.sample_losses(logits, batch).sum(), sum(expected))
 
 
 def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(4)
-    stage.loss(stage(None, batch), batch).backward()
+    stage.sample_losses(stage(None, batch), batch).sum().backward()
     whole = gradients(stage)
     stage.zero_grad()
     for n in range(4):
         one = dataclasses.replace(batch, tokens=batch.tokens[n : n + 1], labels=batch.labels[n : n + 1])
-        stage.loss(stage(None, one), one).backward()
+        stage.sample_losses(stage(None, one), one).sum().backward()
     for name, gradient in gradients(stage).items():
         assert_same_sums(gradient, whole[name], name)
 
 
-def test_padded_vocabulary_never_counts(make_stage, make_batch):
-    """Logits of padding are 0; a softmax that saw them would take probability from the tokens that exist."""
+def test_padded_vocabulary_does_not_change_the_loss(make_stage, make_batch):
+    """Logits of padding are 0: in the softmax they would take probability from the tokens of the vocabulary."""
     batch, results = make_batch(), []
     for padded in (101, 104, 256):
         stage = make_stage(padded_vocab_size=padded)
-        loss = stage.loss(stage(None, batch), batch)
+        loss = stage.sample_losses(stage(None, batch), batch).sum()
         loss.backward()
         table = stage.embedding.word_embeddings.weight
         assert not table.data[101:].any() and not table.grad[101:].any()
@@ -58,13 +62,14 @@ def test_padded_vocabulary_never_counts(make_stage, make_batch):
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
-def test_documents_of_a_sample_do_not_see_each_other(make_stage, make_batch, position_embedding):
+def test_attention_stays_within_documents(make_stage, make_batch, position_embedding):
     stage = make_stage(position_embedding=position_embedding, init_std=0.3).eval()
     batch = make_batch(1, 16)
     cut = 7
-    ids = (torch.arange(16) >= cut).long()
+    order, inverse, groups = document_rows((np.arange(16) >= cut).astype(np.int64)[None])
+    documents = Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups)
     positions = torch.cat((torch.arange(cut), torch.arange(16 - cut)))
-    packed = dataclasses.replace(batch, document_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0))
+    packed = dataclasses.replace(batch, documents=documents, position_ids=positions.unsqueeze(0))
     together = stage(None, packed)
     for part in (slice(0, cut), slice(cut, 16)):
         alone = stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, part]))
@@ -73,7 +78,7 @@ def test_documents_of_a_sample_do_not_see_each_other(make_stage, make_batch, pos
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
-def test_a_cache_changes_no_logit(make_stage, make_batch, position_embedding):
+def test_kv_cache_does_not_change_logits(make_stage, make_batch, position_embedding):
     stage = make_stage(position_embedding=position_embedding, num_query_groups=2, init_std=0.3).eval()
     batch = make_batch(2, 12)
     with torch.no_grad():
@@ -87,36 +92,37 @@ def test_a_cache_changes_no_logit(make_stage, make_batch, position_embedding):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_stages_in_a_row_equal_the_whole(make_stage, make_batch, tied):
+def test_two_stages_equal_one(make_stage, make_batch, tied):
     config = {"num_layers": 3, "tied_embeddings": tied, "init_std": 0.3}
     whole = make_stage(**config)
-    first = make_stage(range(2), has_head=False, **config)
-    last = make_stage(range(2, 3), has_embedding=False, **config)
+    first = make_stage(range(2), **config)
+    last = make_stage(range(2, 3), **config)
     batch = make_batch()
     hidden = first(None, batch)
     assert tuple(hidden.shape) == first.hidden_shape(16, 2) and hidden.dtype == first.hidden_dtype
     received = hidden.detach().requires_grad_()
-    loss = last.loss(last(received, batch), batch)
+    loss = last.sample_losses(last(received, batch), batch).sum()
     loss.backward()
     hidden.backward(received.grad)
-    expected = whole.loss(whole(None, batch), batch)
+    expected = whole.sample_losses(whole(None, batch), batch).sum()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    names = [p.name for stage in (first, last) for p in stage.named_parameters_global() if p.owned]
-    assert sorted(names) == sorted(p.name for p in whole.named_parameters_global())
+    shared = shared_stages(whole.config, 2)
+    assert shared == ({"embedding.word_embeddings.weight": (0, 1)} if tied else {})
+    names = [p.name for stage in (first, last) for p in stage.named_parameters_global()]
+    assert sorted(names) == sorted([*(p.name for p in whole.named_parameters_global()), *shared])
     theirs = gradients(whole)
-    ours = gradients(first) | {p.name: p.param.grad for p in last.named_parameters_global() if p.owned or not tied}
-    if tied:
-        copy = next(p for p in last.named_parameters_global() if not p.owned)
-        assert copy.name == "embedding.word_embeddings.weight"
-        ours[copy.name] = ours[copy.name] + copy.param.grad
+    ours, of_last = gradients(first), gradients(last)
+    for name in shared:
+        of_last[name] += ours[name]
+    ours |= of_last
     for name, gradient in ours.items():
         assert_same_sums(gradient, theirs[name], name)
 
 
-def test_first_values_depend_on_seed_and_name_only(make_stage):
+def test_initialization_depends_on_seed_and_name_only(make_stage):
     whole = {p.name: p.local() for p in make_stage(num_layers=4).named_parameters_global()}
-    part = make_stage(range(2, 4), has_embedding=False, num_layers=4)
+    part = make_stage(range(2, 4), num_layers=4)
     for p in part.named_parameters_global():
         assert torch.equal(p.local(), whole[p.name]), p.name
     matrix = "decoder.layers.{}.self_attention.{}.weight"
@@ -126,7 +132,7 @@ def test_first_values_depend_on_seed_and_name_only(make_stage):
     assert whole["decoder.final_norm.weight"].eq(1).all() and whole["decoder.final_norm.bias"].eq(0).all()
 
 
-def test_a_tied_table_is_listed_once_and_every_parameter_has_a_name(make_stage):
+def test_every_parameter_is_listed_once_with_a_global_name(make_stage):
     for changes in ({}, {"tied_embeddings": False}, {"activation": "swiglu", "qk_layernorm": True}):
         stage = make_stage(**changes)
         params = stage.named_parameters_global()
@@ -138,7 +144,7 @@ def test_a_tied_table_is_listed_once_and_every_parameter_has_a_name(make_stage):
     assert fc1.global_shape == (2, stage.config.ffn_hidden_size, 64) and fc1.tp_dim == 1
 
 
-def test_zero_centered_norm_and_norm_first_residual_compute_what_they_say(make_stage, make_batch):
+def test_zero_centered_norm_and_residual_after_norm(make_stage, make_batch):
     batch = make_batch()
     plain, centered = make_stage(), make_stage(zero_centered_norm=True)
     assert centered.decoder.final_norm.weight.eq(0).all()
@@ -151,7 +157,7 @@ def test_zero_centered_norm_and_norm_first_residual_compute_what_they_say(make_s
     assert_same_sums(layer(x, AttentionContext()), m + layer.mlp(m))
 
 
-def test_every_activation_is_the_one_its_name_says(make_stage):
+def test_activations(make_stage):
     x = torch.linspace(-3, 3, 50, dtype=torch.float64)  # in fp32, gelu and gelu_tanh are close
     assert set(ACTIVATIONS) == set(get_args(Activation))
     torch.testing.assert_close(ACTIVATIONS["squared_relu"](x), torch.clamp(x, min=0) ** 2)
@@ -167,22 +173,22 @@ def test_every_activation_is_the_one_its_name_says(make_stage):
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_trains_near_fp32(make_stage, make_batch, dtype, position_embedding, fp32_residual):
     changes = {"position_embedding": position_embedding, "fp32_residual": fp32_residual, "normalization": "RMSNorm"}
     batch, losses = make_batch(), []
-    for type_ in (torch.float32, dtype):
+    for type_ in ("fp32", dtype):
         stage = make_stage(dtype=type_, init_std=0.1, zero_centered_norm=fp32_residual, **changes)
         logits = stage(None, batch)
-        loss = stage.loss(logits, batch)
+        loss = stage.sample_losses(logits, batch).sum()
         loss.backward()
-        assert logits.dtype == type_ and loss.dtype == torch.float32
-        assert all(p.grad.dtype == type_ and p.grad.isfinite().all() for p in stage.parameters())
+        assert logits.dtype == DTYPES[type_] and loss.dtype == torch.float32
+        assert all(p.grad.dtype == DTYPES[type_] and p.grad.isfinite().all() for p in stage.parameters())
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
-def test_dropout_draws_only_when_training_and_only_where_it_is_on(mesh, make_stage, make_batch, monkeypatch):
+def test_dropout_reseeds_only_in_training_and_where_it_is_on(mesh, make_stage, make_batch, monkeypatch):
     batch, seeds = make_batch(), []
     stage = make_stage(hidden_dropout=0.2, attention_dropout=0.2)
     monkeypatch.setattr(type(mesh.backend), "seed", lambda backend, value: seeds.append(value))
@@ -202,7 +208,7 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
     for stage in (eager, compiled):
         for number in range(2):
             step = dataclasses.replace(batch, number=number)
-            stage.loss(stage(None, step), step).backward()
+            stage.sample_losses(stage(None, step), step).sum().backward()
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
         assert_same_sums(gradient, theirs[name], name)

@@ -1,4 +1,4 @@
-"""The same weights in Hugging Face's models and in ours: equal logits, loss and gradients."""
+"""Tests against Hugging Face models with the same weights: equal logits, loss and gradients."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def rows_by_head(q, k, v, groups, head_dim):
-    """Rows of q, k and v as our qkv has them: per group its query heads, its key, its value."""
+    """Return q, k and v in the row order of qkv: for each group its query heads, its key, its value."""
     parts = (x.reshape(groups, -1, head_dim, *x.shape[1:]) for x in (q, k, v))
     return torch.cat(tuple(parts), dim=1).flatten(0, 2)
 
@@ -65,7 +65,7 @@ def from_bloom(w, config):
 
 
 def big_science_layers(w, config, layers, attention, final_norm):
-    """BLOOM and GPT-NeoX come from Megatron: their qkv rows lie as ours."""
+    """Yield layers of BLOOM and GPT-NeoX, whose qkv rows have Megatron's order, as ours."""
     for kind in ("weight", "bias"):
         yield f"decoder.final_norm.{kind}", w[f"{final_norm}.{kind}"]
         for n in range(config.num_layers):
@@ -130,7 +130,7 @@ def neox():
 
 
 def scattered(model):
-    """Weights far enough from their first values that no term vanishes."""
+    """Move weights away from their initialization, so that no term vanishes."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for param in model.parameters():
@@ -154,7 +154,7 @@ def test_logits_loss_and_gradients_equal_hugging_faces(build, make_stage, make_b
     F.cross_entropy(expected.flatten(0, 1), batch.labels.flatten(), reduction="mean").backward()
     logits = stage(None, batch)
     assert_same_sums(logits[..., :101].transpose(0, 1), expected)
-    loss = stage.loss(logits, batch) / len(batch.tokens)
+    loss = stage.sample_losses(logits, batch).sum() / len(batch.tokens)
     loss.backward()
     assert_same_sums(loss, F.cross_entropy(expected.flatten(0, 1), batch.labels.flatten()))
 

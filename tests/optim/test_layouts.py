@@ -14,6 +14,7 @@ from megatron_lite.optim.measure import Measure
 from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.shared import SharedParameter
 
 VOCABULARY, PADDED, HIDDEN = 13, 16, 24  # two replicas hold a part of each matrix under ZeRO-1
 
@@ -92,9 +93,9 @@ def contributions(spec, mesh, copy, single):
 def step(kit, mesh, shard=False, bucket_megabytes=160, single=False):
     held = list(held_by(mesh))
     parameters = [parameter for _, parameter, _ in held]
-    tied = {"embedding": mesh.pp} if mesh.pp.size > 1 else {}
+    shared = {"embedding": SharedParameter((0, 1), (0, 1), mesh.pp)} if mesh.pp.size > 1 else {}
     sizes = {"shard": shard, "bucket_megabytes": bucket_megabytes}
-    buffers = ParameterBuffers(parameters, dp=mesh.dp, tp=mesh.tp, tied=tied, **sizes)
+    buffers = ParameterBuffers(parameters, dp=mesh.dp, tp=mesh.tp, shared=shared, **sizes)
     optimizer = build_optimizer(kit.config(**REPORTS), buffers, mesh)
     results = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Bit hashes: exact, sensitive to every bit and place, the same however a tensor is cut into chunks."""
+"""Tests of the bit hash: exact, sensitive to every bit and index, over chunk borders."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def by_hand(tensor, chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_is_the_sum_modulo_2_to_the_64(dtype, monkeypatch):
+def test_hash_is_the_weighted_sum_modulo_2_to_the_64(dtype, monkeypatch):
     monkeypatch.setattr(bit_hash, "CHUNK", 7)
     tensor = (torch.arange(60, dtype=torch.float32).view(3, 20) * 1e-3 - 0.02).to(dtype)
     assert BitHash(tensor.device)(tensor).item() == by_hand(tensor, 7)
 
 
 @given(st.integers(1, 200), st.data())
-def test_any_flipped_bit_and_any_exchange_change_it(length, data):
+def test_a_flipped_bit_or_swapped_elements_change_the_hash(length, data):
     tensor = torch.randn(length, generator=torch.Generator().manual_seed(length))
     before = HASH(tensor).item()
     assert HASH(tensor.clone()).item() == before

@@ -1,3 +1,5 @@
+"""Tests of flat buffers: layout, accumulation in fp32, order and overlap of gradient reductions."""
+
 from itertools import pairwise
 
 import pytest
@@ -30,7 +32,7 @@ def mlp(dtype=torch.float32, layers=3):
 
 
 class RecordingGroup(LocalGroup):
-    """Two replicas of which the other one's gradients are all zero; writes down what is started."""
+    """Group of two replicas, the other with zero gradients; records the size of each all-reduce."""
 
     def __init__(self):
         super().__init__("dp")
@@ -74,7 +76,7 @@ def test_fp32_backward_writes_straight_into_the_buffer():
             torch.testing.assert_close(view, expected.grad, rtol=0, atol=0)
 
 
-def test_a_gradient_that_left_its_buffer_is_noticed():
+def test_a_gradient_outside_of_its_buffer_is_an_error():
     module = mlp()
     buffers = ParameterBuffers(named(module), dp=LOCAL, tp=LOCAL)
     module.zero_grad()
@@ -83,10 +85,10 @@ def test_a_gradient_that_left_its_buffer_is_noticed():
         buffers.reduce()
 
 
-def test_low_precision_gradients_are_added_in_fp32():
+def test_bf16_gradients_are_accumulated_in_fp32():
     module = mlp(torch.bfloat16, layers=1)
     buffers = ParameterBuffers(named(module), dp=LOCAL, tp=LOCAL)
-    # In bf16, 256 + 1 = 256: added up there, the small ones would be lost.
+    # In bf16, 256 + 1 = 256: accumulated in bf16, the small gradients would be lost.
     for size in (256.0, 1.0, 1.0, 1.0):
         module(torch.full((1, 8), size, dtype=torch.bfloat16)).sum().backward()
     buffers.reduce()
@@ -123,7 +125,7 @@ def test_buckets_are_reduced_during_the_last_backward_in_one_fixed_order():
         for x in torch.randn(backwards, 4, 8):
             module(x.requires_grad_()).sum().backward()
         buffers.reduce()
-        # Before the first layer's gradients: none but the last time, then those of the three layers after it.
+        # When backward reaches the first layer: in the last backward, the reductions of the three layers after it.
         assert seen == {0: [], 1: [6], 3: [0, 0, 6]}[backwards]
         expected = expected or group.started
         assert group.started == expected and len(expected) == 8
@@ -143,7 +145,7 @@ def test_without_begin_all_reductions_wait_for_reduce():
         buffers.begin(1)
 
 
-def test_more_backward_passes_than_announced_are_noticed():
+def test_more_backward_passes_than_announced_are_an_error():
     module = mlp()
     buffers = ParameterBuffers(named(module), dp=RecordingGroup(), tp=LOCAL)
     buffers.begin(1)
@@ -152,7 +154,7 @@ def test_more_backward_passes_than_announced_are_noticed():
         module(torch.randn(4, 8)).sum().backward()
 
 
-def test_layout_splits_evenly_and_leaves_a_tied_weight_alone():
+def test_buckets_split_evenly_and_a_shared_parameter_has_its_own():
     parameters = named(nn.ParameterDict({f"p{i}": nn.Parameter(torch.empty(i + 1, 50)) for i in range(9)}))
     buckets = lay_out(parameters, bucket_elements=600, parts=4, alone={"p5"})
     slots = [slot for bucket in buckets for slot in bucket.slots]

@@ -1,4 +1,4 @@
-"""The loss against F.cross_entropy, whole and split, at the edges of its range."""
+"""Tests of vocabulary-parallel cross-entropy against F.cross_entropy, also for extreme logits."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def inputs(dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(6, 3, PADDED, generator=generator) * scale).to(dtype)
     labels = torch.randint(0, VOCAB, (6, 3), generator=generator)
-    weights = torch.randn(6, 3, generator=generator)  # of both signs and not all alike
+    weights = torch.randn(6, 3, generator=generator)  # of both signs
     return logits, labels, weights
 
 
@@ -34,7 +34,7 @@ def ours(backend, tp, *args):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("args", [(), (torch.bfloat16,), (torch.float32, 100.0), (torch.float16, 50.0)], ids=str)
-def test_equals_torchs_over_the_logical_columns(on_ranks, tp, args):
+def test_equals_torch_over_the_unpadded_columns(on_ranks, tp, args):
     logits, labels, weights = inputs(*args)
     logits = logits.float().requires_grad_()
     expected = F.cross_entropy(logits[..., :VOCAB].flatten(0, 1), labels.flatten(), reduction="none").view(6, 3)
@@ -49,7 +49,7 @@ def test_equals_torchs_over_the_logical_columns(on_ranks, tp, args):
     assert_same_sums(gradient, logits.grad, dtype="fp32" if gradient.dtype == torch.float32 else "bf16")
 
 
-def test_a_second_backward_is_refused_not_wrong():
+def test_a_second_backward_is_an_error():
     logits, labels, _ = inputs()
     losses = vocab_parallel_cross_entropy(logits.requires_grad_() * 1, labels, VOCAB, LocalGroup("tp")).sum()
     losses.backward(retain_graph=True)

@@ -1,3 +1,5 @@
+"""Tests of matrix products: deferred weight gradients, and a plain torch linear on one process."""
+
 import pytest
 import torch
 from support.rounding import assert_same_sums
@@ -23,7 +25,7 @@ def two_layers(x, first, bias, second, deferred):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_split_backward_adds_up_to_the_whole_one(again):
+def test_deferred_weight_gradients_equal_backward(again):
     expected, params, deferred = make(), make(), DeferredWeightGradients()
     inputs = torch.randn(2, 3, 5, 4)
     done = []
@@ -40,7 +42,7 @@ def test_a_split_backward_adds_up_to_the_whole_one(again):
         with deferred.collect((0, number)):
             output.square().sum().backward()
         assert_same_sums(split.grad, plain.grad)
-    # Biases are done with the input gradient; matrices wait.
+    # Bias gradients are computed in backward; those of matrices are deferred.
     assert_same_sums(params[1].grad, expected[1].grad)
     assert params[0].grad is None and params[2].grad is None
     deferred.compute((0, 1), accumulate)
@@ -50,7 +52,7 @@ def test_a_split_backward_adds_up_to_the_whole_one(again):
         assert_same_sums(ours.grad, whole.grad)
 
 
-def test_autograd_hears_nothing_of_a_gradient_that_is_deferred():
+def test_deferred_gradients_call_no_autograd_hook():
     params, deferred, heard = make(), DeferredWeightGradients(), []
     for param in params:
         param.register_post_accumulate_grad_hook(heard.append)
@@ -59,12 +61,12 @@ def test_autograd_hears_nothing_of_a_gradient_that_is_deferred():
     assert [id(param) for param in heard] == [id(params[1])]
 
 
-def test_a_split_stage_does_not_run_backward_outside_of_a_schedule():
+def test_deferring_outside_of_collect_is_an_error():
     with pytest.raises(AssertionError, match="deferred"):
         two_layers(torch.randn(3, 5, 4, requires_grad=True), *make(), DeferredWeightGradients()).sum().backward()
 
 
-def test_one_process_without_a_split_schedule_runs_nothing_but_torchs_linear():
+def test_one_process_without_deferral_runs_torch_linear():
     x, (first, bias, second) = torch.randn(3, 5, 4), make()
     output = two_layers(x, first, bias, second, None)
     assert "MmBackward" in output.grad_fn.name() or "UnsafeViewBackward" in output.grad_fn.name()

@@ -1,3 +1,5 @@
+"""Tests of the choice of recomputed layers."""
+
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.parallel.recompute import recompute_units
 
@@ -6,7 +8,7 @@ def units(layers, **config):
     return [(list(numbers), again) for numbers, again in recompute_units(layers, RecomputeConfig(**config))]
 
 
-def test_which_layers_run_again():
+def test_recompute_units():
     assert units(3) == units(3, granularity="selective") == [([0, 1, 2], False)]
     assert units(5, granularity="full", num_layers=2) == [([0, 1], True), ([2, 3], True), ([4], True)]
     assert units(2, granularity="full", num_layers=9) == [([0, 1], True)]

@@ -1,4 +1,4 @@
-"""The whole model split over tp, with and without sequence parallelism, equals the model on one device."""
+"""Tests of tensor and sequence parallelism: the model split over tp equals the model on one device."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ from support.rounding import assert_same_sums
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
@@ -16,7 +18,7 @@ from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
 GPT2 = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 16}
-# With tp = 4 the last rank's 16 rows of the vocabulary are all padding, and the third's partly.
+# With tp = 4, the last rank's 16 rows of the vocabulary are all padding, those of the third in part.
 GPT2 |= {"vocab_size": 41, "padded_vocab_size": 64, "hidden_dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.2}
 LLAMA = GPT2 | {"num_attention_heads": 8, "num_query_groups": 4, "position_embedding": "rotary", "activation": "swiglu"}
 LLAMA |= {"normalization": "RMSNorm", "linear_bias": False, "qkv_bias": False, "tied_embeddings": False}
@@ -33,22 +35,16 @@ def make_batch(masked=False):
 
 def make_stage(backend, parallel, model, recompute=None):
     mesh = build_mesh(backend, parallel)
-    config = ModelConfig(**model)
+    config = RunConfig(
+        model=ModelConfig(**model),
+        batch=BatchConfig(seq_length=16, micro_batch_size=3),
+        parallel=parallel,
+        recompute=recompute or RecomputeConfig(),
+    )
     rng = RngStreams(5, backend, mesh.tp.rank)
     rng.set_microbatch(3, 1)
-    stage = GPTStage(
-        config,
-        layers=range(config.num_layers),
-        has_embedding=True,
-        has_head=True,
-        mesh=mesh,
-        rng=rng,
-        seed=1234,
-        dtype=torch.float32,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=recompute,
-    )
-    # Biases and norms leave their first values, so that an error in them shows. Whole parameters move alike everywhere.
+    stage = GPTStage(config, range(config.model.num_layers), mesh, rng)
+    # Biases and norms move away from 0 and 1, so that an error in them shows; replicated ones by equal amounts.
     with torch.no_grad():
         for p in stage.named_parameters_global():
             if len(p.global_shape) == 1 or p.name.endswith("bias"):
@@ -61,12 +57,12 @@ def make_stage(backend, parallel, model, recompute=None):
 
 
 def run(backend, parallel, model, recompute=None, masked=True):
-    """Loss, logits and gradients of one step: a rank's gradients as (name, global shape, offset, tensor)."""
+    """Return loss, logits and gradients of one step; gradients as (name, global shape, offset, tensor)."""
     stage = make_stage(backend, parallel, model, recompute)
     batch = make_batch(masked)
     logits = stage(None, batch)
     first = logits.detach().clone()
-    loss = stage.loss(logits, batch)
+    loss = stage.sample_losses(logits, batch).sum()
     loss.backward()
     gradients = []
     for p in stage.named_parameters_global():
@@ -79,7 +75,7 @@ def run(backend, parallel, model, recompute=None, masked=True):
 
 
 def assemble(results):
-    """Whole gradients from all ranks' parts; a part that several ranks hold must be the same on each."""
+    """Assemble global gradients from all ranks' shards; replicated shards must be equal."""
     whole = {}
     for _, _, gradients in results:
         for name, shape, offset, part in gradients:
@@ -123,7 +119,7 @@ def test_any_tp_equals_one_device(on_ranks, model, tp, sequence_parallel):
     ids=["uniform-1", "uniform-2", "block-1", "selective"],
 )
 @pytest.mark.parametrize("tp", [1, 2])
-def test_recomputation_changes_no_bit_with_dropout_on(on_ranks, recompute, tp):
+def test_recomputation_with_dropout_is_bit_exact(on_ranks, recompute, tp):
     model = GPT2 | {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     parallel = ParallelConfig(world_size=tp, tp=tp, sequence_parallel=tp > 1)
     if tp == 1:
@@ -142,13 +138,13 @@ def steps(backend, parallel, model, compiled):
     losses = []
     for iteration in range(3):
         stage.embedding.rng.set_microbatch(iteration, 0)
-        loss = stage.loss(stage(None, make_batch()), make_batch())
+        loss = stage.sample_losses(stage(None, make_batch()), make_batch()).sum()
         loss.backward()
         losses.append(loss.item())
     return losses, [p.param.grad for p in stage.named_parameters_global()]
 
 
-def test_compiled_ranks_compute_the_same_in_one_graph(on_ranks):
+def test_compiled_ranks_equal_eager_in_one_graph(on_ranks):
     parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=True)
     eager, compiled = (on_ranks(2, steps, parallel, LLAMA, choice)[1] for choice in (False, True))
     assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
@@ -169,7 +165,7 @@ def hidden_after_dropout(backend, parallel):
     return x == 0
 
 
-def test_dropout_is_the_same_where_ranks_hold_the_same_and_differs_where_they_hold_parts(on_ranks):
+def test_dropout_differs_between_ranks_only_where_activations_are_split(on_ranks):
     one = hidden_after_dropout(alone(), ParallelConfig())
     same = on_ranks(2, hidden_after_dropout, ParallelConfig(world_size=2, tp=2))
     assert torch.equal(same[0], one) and torch.equal(same[1], one)

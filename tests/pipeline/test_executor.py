@@ -1,4 +1,4 @@
-"""The executor on stages so small that every number can be worked out: order, gradients, hand-over, evaluation."""
+"""Tests of the pipeline executor on one rank with scalar stages: order, gradients, evaluation."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_losses_gradients_and_order(chunks):
     for stage in stages.values():
         assert float(stage.weight.grad) == pytest.approx(0.5 * 2 * 6 * float(product / stage.weight))
     assert trace == list(program(3, chunks))
-    assert streams.places == [(7, 10 + action.microbatch) for action in trace]
+    assert streams.positions == [(7, 10 + action.microbatch) for action in trace]
 
 
-def test_evaluation_keeps_nothing_and_no_graph():
+def test_evaluation_keeps_no_graph():
     stages = {0: Scale(2), 1: Scale(3)}
     made, _ = executor(stages)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_replica_without_micro_batches_runs_nothing():
     assert losses.samples == []
 
 
-def test_micro_batches_are_read_once_each_and_when_first_needed():
+def test_each_micro_batch_is_read_once_before_its_first_action():
     read = []
 
     def reader(index):

@@ -1,4 +1,4 @@
-"""The executor on several pipeline ranks, as threads with mailboxes: every schedule, messages, and what is kept."""
+"""Tests of the pipeline executor on several ranks, run as threads: every schedule, messages, freed tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Linear(Scale):
 
 
 class Mailbox:
-    """Messages between threads, checked against what the receiver expects."""
+    """P2P messages between threads, checked against the shape and dtype that the receiver expects."""
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes, self.finished = rank, boxes, 0
@@ -104,7 +104,7 @@ class Rank:
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What each run keeps between its actions."""
+    """Record the tensors that each run stores between its actions."""
     made = []
     original = executor_module._Tensors
 
@@ -145,7 +145,7 @@ def run(kind, pp, chunks, train=True):
 
 
 def assert_losses(ranks):
-    """Only the rank of the last stage has losses: the product of all weights times the mean token."""
+    """Assert that the rank of the last stage, alone, has losses: the product of all weights times the mean token."""
     weights = [int(stage.weight) for rank in ranks for stage in rank.stages.values()]
     product = torch.tensor(weights).prod().item()
     with_losses = [rank for rank in ranks if rank.losses.samples]
@@ -158,21 +158,21 @@ def assert_losses(ranks):
 
 
 @pytest.mark.parametrize(("kind", "pp", "chunks"), LAYOUTS)
-def test_every_schedule_gives_the_losses_and_gradients_of_the_whole_chain(kind, pp, chunks, kept):
+def test_every_schedule_computes_the_losses_and_gradients_of_the_chain(kind, pp, chunks, kept):
     ranks = run(kind, pp, chunks)
     product = assert_losses(ranks)
     for rank in ranks:
         for stage in rank.stages.values():  # all numbers are small and whole: exact in fp32
             assert stage.weight.grad.item() == 0.5 * 2 * (1 + 2 + 3) * product / stage.weight.item()
         assert rank.trace == rank.program and rank.messages.finished == 1
-        assert rank.streams.places == [(7, 10 + action.microbatch) for action in rank.trace]
+        assert rank.streams.positions == [(7, 10 + action.microbatch) for action in rank.trace]
     assert len(kept) == pp
     for tensors in kept:
         assert not (tensors.inputs or tensors.outputs or tensors.gradients or tensors.batches)
 
 
 @pytest.mark.parametrize(("kind", "pp", "chunks"), LAYOUTS)
-def test_evaluation_sends_forwards_only_and_keeps_nothing(kind, pp, chunks, kept):
+def test_evaluation_runs_forwards_only_and_frees_all_tensors(kind, pp, chunks, kept):
     ranks = run(kind, pp, chunks, train=False)
     assert_losses(ranks)
     for tensors in kept:
@@ -182,7 +182,7 @@ def test_evaluation_sends_forwards_only_and_keeps_nothing(kind, pp, chunks, kept
         assert {action.kind for action in rank.trace} <= {"F", "SEND_F", "RECV_F"}
 
 
-def test_parts_are_timed_under_megatrons_names():
+def test_actions_are_timed_under_megatrons_names():
     for rank in run("zb-h1", 2, 1):
         assert rank.timed == {
             "batch-generator": COUNT,
@@ -194,7 +194,7 @@ def test_parts_are_timed_under_megatrons_names():
 
 
 class Wire(LocalGroup):
-    """A group that writes down what is started and waited for."""
+    """Group that records sends, receives and waits."""
 
     def __init__(self):
         super().__init__("pp")
@@ -213,7 +213,7 @@ class Wire(LocalGroup):
 
 
 class Waited:
-    """Work that writes down that it was waited for."""
+    """Work that records that it was waited for."""
 
     def __init__(self, log):
         self.log = log
@@ -222,7 +222,7 @@ class Waited:
         self.log.append("wait")
 
 
-def test_one_send_is_under_way_and_a_receive_is_waited_for():
+def test_sends_are_asynchronous_and_receives_block():
     wire = Wire()
     messages = Messages(wire, torch.device("cpu"))
     messages.send(torch.zeros(3, 2).t(), 1)

@@ -81,8 +81,8 @@ def test_every_rank_of_a_small_job_agrees_with_every_other():
     config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
     reports = list(play(config, dict.fromkeys(range(8), True)))
     assert [report.error for report in reports] == [""] * 8
-    assert disagreements(config.parallel, reports) == []
-    total = sum(report.parameters for report in reports if report.at.dp == 0)
+    assert disagreements(reports) == []
+    total = sum(report.parameters for report in reports if report.at["dp"] == 0)
     # Over one replica: what tp ranks hold twice (norms, row-parallel biases, positions) and the tied head's copy.
     assert total > parameter_count(config.model)
     alone = next(play(small(), {0: True}))
@@ -107,7 +107,7 @@ def test_every_kind_of_layout_can_be_played(words):
     reports = list(play(config, telling_ranks(config)))
     assert [report.error for report in reports] == [""] * len(reports)
     assert all(report.played for report in reports)
-    assert disagreements(config.parallel, reports) == []
+    assert disagreements(reports) == []
 
 
 def test_a_rank_that_calls_something_else_is_found():
@@ -117,9 +117,7 @@ def test_a_rank_that_calls_something_else_is_found():
     sends = [number for number, transfer in enumerate(first.transfers) if transfer.kind == "send"]
     shorter = tuple(t for number, t in enumerate(first.transfers) if number != sends[-1])
     reports[0].played[0] = replace(first, transfers=shorter)
-    assert any(
-        "ranks 0 and 2 differ in message number 2 along pp" in text for text in disagreements(config.parallel, reports)
-    )
+    assert any("ranks 0 and 2 differ in message number 2 along pp" in text for text in disagreements(reports))
 
 
 def test_what_a_rank_would_die_of_is_reported(capsys, monkeypatch):

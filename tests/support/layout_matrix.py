@@ -243,7 +243,7 @@ def evaluate(config, mesh, engine):
     size = config.batch.micro_batch_size
     count = num_microbatches(EVALUATED, size, mesh.dp.size, mesh.dp.rank)
     read = reader(mesh, 10_000, size, config.data.reset_attention_mask)
-    return engine.eval_step(count, read, LENGTH) / EVALUATED
+    return engine.eval_step(count, read, LENGTH).mean
 
 
 def run_cell(backend, cell):

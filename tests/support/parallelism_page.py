@@ -11,7 +11,7 @@ from pathlib import Path
 from support.layout_matrix import CELLS, LIMITS, deviation, put_together, run_cell, within
 from support.ranks import RankPools
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "parallelism.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- matrix: made by tests/support/parallelism_page.py -->\n", "<!-- end of matrix -->\n"
 HEAD = ("world", "tp", "pp", "dp", "schedule", "chunks", "seq. par.", "ZeRO-1", "recompute", "model", "dropout", "type")
 NUMBERS = ("same as", "loss", "grad norm", "parameters")

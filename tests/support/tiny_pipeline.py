@@ -1,4 +1,4 @@
-"""Pipeline stages so small that every number can be worked out."""
+"""Test doubles of the pipeline executor: scalar stages, micro-batches and random streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Batch:
 
 
 class Scale(nn.Module):
-    """Multiplies by a weight: the loss of a chain of them is the product of weights times the mean token."""
+    """Stage that multiplies by a scalar weight: the loss of a chain is the product of weights times the mean token."""
 
     hidden_dtype = torch.float32
 
@@ -36,13 +36,13 @@ class Scale(nn.Module):
 
 
 class Streams:
-    """Where the executor says it is."""
+    """Random streams that record the (iteration, micro-batch) of each action."""
 
     def __init__(self):
-        self.places = []
+        self.positions = []
 
     def set_microbatch(self, iteration, microbatch):
-        self.places.append((iteration, microbatch))
+        self.positions.append((iteration, microbatch))
 
 
 def batches(count):

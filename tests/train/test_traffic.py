@@ -1,13 +1,14 @@
 """What one iteration sends on each axis, against closed formulas; and the executor's order, against the schedule."""
 
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 
 import pytest
 from support.layout_matrix import LENGTH, SP, VOCABULARY, ZERO1, Cell, mesh_of, reader
 
 from megatron_lite.backend.accounting import Traffic, counted
-from megatron_lite.config.layout import AXES, coordinates
+from megatron_lite.config.layout import coordinates
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.lowering import lower
@@ -40,8 +41,10 @@ def wide(cell):
 def count(backend, cell):
     """On one rank: calls and payload of one iteration by (axis, kind), bytes sent on dp, and the executor's trace."""
     config, traffic, trace = wide(cell), Traffic(), []
+    new_group = backend.new_group
+    backend = copy(backend)
+    backend.new_group = lambda axis, partition: counted(new_group(axis, partition), traffic)
     mesh = mesh_of(backend, cell.tp, cell.pp)
-    mesh = replace(mesh, **{axis: counted(getattr(mesh, axis), traffic) for axis in AXES})
     engine = build_engine(config, mesh, trace=trace)
     traffic.clear()
     plan = plan_iteration(config, Progress(), replica=mesh.dp.rank)
@@ -59,7 +62,7 @@ class Expected:
         self.cell, self.microbatches = cell, microbatches
         self.at = coordinates(rank, cell.config().parallel)
         self.stages = num_stages(cell.schedule, cell.pp, cell.chunks)
-        self.own = [stage for stage in range(self.stages) if self.rank_of(stage) == self.at.pp]
+        self.own = [stage for stage in range(self.stages) if self.rank_of(stage) == self.at["pp"]]
         self.traffic = Counter()
         self.calls = Counter()
 
@@ -79,7 +82,7 @@ class Expected:
         if self.cell.dp > 1:
             self.data_axis()
         if self.cell.world > 1:
-            self.add("world", "all_reduce", 1, FP64)  # the losses' sum
+            self.add("world", "all_reduce", 1, 2 * FP64)  # the losses' sum and count
         if self.cell.zero1 and self.cell.dp > 1:
             self.add("world", "all_reduce", 1, FP64)  # the gradient norm
         elif self.cell.tp * self.cell.pp > 1:
@@ -122,8 +125,8 @@ class Expected:
     def pipeline_axis(self):
         cell, m = self.cell, self.microbatches
         split = cell.tp if cell.sequence_parallel else 1
-        after = sum(stage + 1 < self.stages and self.rank_of(stage + 1) != self.at.pp for stage in self.own)
-        before = sum(stage > 0 and self.rank_of(stage - 1) != self.at.pp for stage in self.own)
+        after = sum(stage + 1 < self.stages and self.rank_of(stage + 1) != self.at["pp"] for stage in self.own)
+        before = sum(stage > 0 and self.rank_of(stage - 1) != self.at["pp"] for stage in self.own)
         self.add("pp", "send", m * (after + before), ACTIVATION // split)
         self.add("pp", "receive", m * (after + before), ACTIVATION // split)
         if (0 in self.own) != (self.stages - 1 in self.own):
@@ -160,14 +163,14 @@ def test_traffic_and_order(cell, on_ranks):
         if cell.sequence_parallel:
             # Under ZeRO-1 a replica sums what it holds of them, so only all replicas together have a closed formula.
             number, size = traffic["tp", "all_reduce"]
-            partial[expected.at.pp, expected.at.tp] += size - sizes["tp", "all_reduce"][1]
+            partial[expected.at["pp"], expected.at["tp"]] += size - sizes["tp", "all_reduce"][1]
             assert number == sizes["tp", "all_reduce"][0]
             sizes["tp", "all_reduce"] = number, size
         assert traffic == sizes, rank
         assert sent_on_dp == 2 * expected.parameters() * FP32 * (cell.dp - 1) // cell.dp
-        if expected.at.dp == cell.dp - 1:
+        if expected.at["dp"] == cell.dp - 1:
             replicas = 1 if cell.zero1 else cell.dp
-            assert partial[expected.at.pp, expected.at.tp] == replicas * expected.partial_parameters() * FP32
+            assert partial[expected.at["pp"], expected.at["tp"]] == replicas * expected.partial_parameters() * FP32
         schedule = pipeline_schedule(cell.schedule, cell.pp, microbatches, cell.chunks)
-        program = lower(schedule, cell.schedule, cell.chunks)[expected.at.pp]
+        program = lower(schedule, cell.schedule, cell.chunks)[expected.at["pp"]]
         assert trace == [str(action) for action in program]
