@@ -1,11 +1,11 @@
-"""Our training step against the same GPT-2 in plain PyTorch eager: same shapes, same data, one process.
+"""Benchmark of the training step against the same GPT-2 in plain eager PyTorch: same shapes and data, one process.
 
     python benchmarks/step_vs_plain.py
     python benchmarks/step_vs_plain.py --device cuda --dtype bf16 --layers 12 --hidden 768 --heads 12 --seq 1024
 
-Steps alternate (ours, plain, ours, …), so that a machine whose clock wanders is fair to both; medians are compared.
-The plain side is what one would write by hand: nn.Linear, scaled_dot_product_attention, F.cross_entropy,
-clip_grad_norm_, fused AdamW. Ours is what a run does, from the plan of an iteration to its reported loss.
+Steps alternate (ours, plain, ours, ...), so that changes of the clock rate affect both; medians are compared. The
+plain model uses nn.Linear, scaled_dot_product_attention, F.cross_entropy, clip_grad_norm_ and fused AdamW. Our step is
+that of a run, from the plan of an iteration to its reported loss.
 Exit code 1 if ours is slower than --limit times plain.
 """
 
@@ -40,7 +40,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class PlainBlock(nn.Module):
-    """GPT-2's layer as nanoGPT writes it: [b, s, h], one qkv projection, flash attention where there is one."""
+    """GPT-2 layer in the style of nanoGPT: one qkv projection, scaled_dot_product_attention."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PlainGPT2(nn.Module):
                 nn.init.normal_(param, 0.0, 0.02)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Tokens and labels [b, s] -> the mean loss."""
+        """`tokens` and `labels` [b, s] -> mean loss, a scalar."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
@@ -84,7 +84,7 @@ class PlainGPT2(nn.Module):
 
 
 def plain_step(args: argparse.Namespace, device: torch.device) -> Step:
-    """Forward, backward and AdamW of the plain model on tokens [b, s + 1]."""
+    """Return a function that runs forward, backward and AdamW of the plain model on tokens [b, s + 1]."""
     model = PlainGPT2(args.vocab, args.seq, args.layers, args.hidden, args.heads).to(device, DTYPES[args.dtype])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
@@ -100,7 +100,7 @@ def plain_step(args: argparse.Namespace, device: torch.device) -> Step:
 
 
 def our_step(args: argparse.Namespace) -> Step:
-    """The whole training step that a run does: plan, executor, gradient buffers, clipping, optimizer, loss."""
+    """Return a function that runs the training step of a run: executor, gradient buffers, clipping, optimizer, loss."""
     config = RunConfig(
         model=ModelConfig(
             num_layers=args.layers,
@@ -130,7 +130,7 @@ def our_step(args: argparse.Namespace) -> Step:
 
 
 def measure(steps: dict[str, Step], args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Median seconds of each step, the steps taking turns."""
+    """Return the median seconds of each step, alternating between the steps."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, args.vocab, (args.batch, args.seq + 1), generator=generator).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -148,7 +148,7 @@ def measure(steps: dict[str, Step], args: argparse.Namespace, device: torch.devi
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
@@ -162,7 +162,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measures and prints the ratio."""
+    """Measure and print the ratio; return 1 if it is above --limit."""
     args = arguments()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

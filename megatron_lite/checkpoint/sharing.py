@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from megatron_lite.parallel.rectangles import rectangles
-from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.parallel.tensors import GlobalTensor, Piece, rectangles
 
 
 def share_out(tensors: Sequence[GlobalTensor]) -> list[GlobalTensor]:

@@ -17,8 +17,7 @@ from megatron_lite.optim.update_rule import UpdateRule
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.rectangles import rectangles
-from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.parallel.tensors import GlobalTensor, Piece, rectangles
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
+"""Tests of rectangles of flattened ranges."""
+
 import math
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.parallel.rectangles import rectangles
+from megatron_lite.parallel.tensors import rectangles
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
