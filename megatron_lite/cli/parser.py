@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from megatron_lite.config.values import (
     read_float,
     read_int,
     shortened,
+    shown_bytes,
 )
 
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         for word in words:
             if not is_utf8(word):
-                self.error(f"arguments are UTF-8 text, {os.fsencode(word)!r} is not: convert it or rename the file")
+                self.error(f"arguments are UTF-8 text, {shown_bytes(word)} is not: convert it or rename the file")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

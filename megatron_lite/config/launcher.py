@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_lite.config.flags.table import flags_by_spelling, spelling
+from megatron_lite.config.words import read_argument_file, require_utf8
 from megatron_lite.errors import ConfigError
 
 OPERATORS = frozenset({"|", "||", "|&", "&", "&&", ";"})
@@ -67,9 +68,10 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
 
 def _opened(argv: Sequence[str]) -> list[str]:
     """The words, the first of them taken apart if it is a command in quotes or an argument file."""
+    require_utf8(argv)
     words = [word for word in argv if word.strip(" \t\r\n\\")]
     if words and words[0].startswith("@") and Path(words[0][1:]).is_file():
-        text = Path(words[0][1:]).read_text(encoding="utf-8", errors="replace")
+        text = read_argument_file(words[0])
         return [*_split(text, comments=True), *words[1:]]
     if words and re.search(r"\s", words[0]):
         return [*_split(words[0]), *words[1:]]

@@ -121,3 +121,11 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown_bytes(text: str) -> str:
+    """A string that is not UTF-8 as the bytes that the operating system gave, for messages."""
+    try:
+        return repr(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # not from the operating system
+        return ascii(text)

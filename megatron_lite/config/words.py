@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megatron_lite.config.flags.table import flags_by_spelling, spelling
 from megatron_lite.config.given import Given
 from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.text_file import TextFileError, read_failure, read_text
-from megatron_lite.config.values import is_utf8
+from megatron_lite.config.values import is_utf8, shown_bytes
 from megatron_lite.errors import ConfigError
 
 MAX_NESTING = 10
@@ -49,11 +48,7 @@ def read_words(argv: Sequence[str], given: Given) -> list[Occurrence]:
     Raises:
         ConfigError: a word is not UTF-8.
     """
-    for word in argv:
-        if not is_utf8(word):
-            raise ConfigError(
-                "Arguments are UTF-8 text", found=repr(os.fsencode(word)), fix="Convert it, or rename the file"
-            )
+    require_utf8(argv)
     occurrences = []
     for spelled, words in _group(_expand(argv, given), given):
         flag = _find(spelled, words, given)
@@ -62,25 +57,50 @@ def read_words(argv: Sequence[str], given: Given) -> list[Occurrence]:
     return occurrences
 
 
+def require_utf8(words: Iterable[str]) -> None:
+    """Refuse words that no output could show and no tokenizer encode.
+
+    Raises:
+        ConfigError: one is not UTF-8.
+    """
+    for word in words:
+        if not is_utf8(word):
+            raise ConfigError("Arguments are UTF-8 text", found=shown_bytes(word), fix="Convert it, or rename the file")
+
+
+def read_argument_file(word: str) -> str:
+    """Return the content of an argument file @FILE.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = word[1:]
+    try:
+        return read_text(path)
+    except (OSError, TextFileError) as error:
+        fix = f"Make {path} readable text, or write the flags on the command line"
+        if isinstance(error, FileNotFoundError):
+            fix = suggest_path("@", path).replace("@ ", "@")
+        raise ConfigError("An argument file must be readable", found=read_failure(word, error), fix=fix) from error
+
+
 def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str]:
     """Yield the words, those of argument files (@file) in their place. A file may have quotes and # comments."""
     for word in argv:
         if not word.startswith("@") or len(word) == 1:
             yield word
             continue
-        failure, path = "", word[1:]
         try:
-            words = shlex.split(read_text(path), comments=True)
-        except (OSError, TextFileError) as error:
-            failure = read_failure(word, error)
-            fix = f"Make {path} readable text, or write the flags on the command line"
-            if isinstance(error, FileNotFoundError):
-                fix = suggest_path("@", path).replace("@ ", "@")
+            words = shlex.split(read_argument_file(word), comments=True)
+        except ConfigError as error:
+            given.errors.append(error)
+            continue
         except ValueError as error:  # of shlex
-            failure = f"{word}: {error}"
-            fix = f"Close the quotes in {path}: it is split into words as a shell does"
-        if failure:
-            given.refuse("An argument file must be readable", found=failure, fix=fix)
+            given.refuse(
+                "An argument file must be readable",
+                found=f"{word}: {error}",
+                fix=f"Close the quotes in {word[1:]}: it is split into words as a shell does",
+            )
             continue
         if nesting == MAX_NESTING:
             given.refuse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import pytest
 
@@ -104,11 +105,7 @@ def with_option(name, option, value):
 def test_numbers(name, capsys, monkeypatch):
     parser = parser_of(name, monkeypatch)
     for action in actions_of(parser, name.split(" ")[1:]):
-        if (
-            action.type in (None, str)
-            or not action.option_strings
-            or action.metavar in ("FILE", "FOLDER", "FILE.svg", "A-B")
-        ):
+        if getattr(action.type, "__module__", "") != "megatron_lite.cli.parser":
             continue
         for value in NUMBERS:
             option = action.option_strings[0]
@@ -163,12 +160,19 @@ def test_numbers_of_a_training_run(flag, capsys):
 def test_training_flags_that_are_not_utf_8(command, capsys):
     for flag in ("--save", "--data-path", "--tokenizer-model", "--eod-token", "--lr-decay-style", "--split"):
         assert r"x\xe9" in refused([*command.split(), *RUN, flag, NOT_UTF8], capsys)
+    Path("flags").write_bytes(b"--save x\xe9")
+    assert "is not UTF-8: byte 0xe9 in line 1, byte 9" in refused([*command.split(), "@flags"], capsys)
     assert r"x\xe9" in refused([*command.split(), NOT_UTF8], capsys)
 
 
 @pytest.mark.parametrize("rank", ["²", "-1", "9" * 5000, "1.5", NOT_UTF8])
 def test_ranks_of_a_rehearsal(rank, capsys):
     refused(["rehearse", *RUN, "--rank", rank], capsys)
+
+
+@pytest.mark.parametrize("value", ["-5", "5-", "9-1", "9" * 5000, "1-nan", "1e300-2e300", NOT_UTF8])
+def test_samples_of_a_rollback(value, capsys):
+    refused(["rollback", "--to", "1", f"--skip-samples={value}"], capsys)
 
 
 def test_a_command_that_is_not_utf_8(capsys):

@@ -23,9 +23,11 @@ FROM_FLAGS = {
     "--train-itres 5": "Every flag must be known: --train-itres. Did you mean --train-iters?",
     "--no-save": "A shortened flag must have one meaning",
     "@nowhere.txt": "An argument file must be readable",
+    "@quote.txt": "Close the quotes in quote.txt",
     "@latin.txt": "An argument file must be readable: @latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the line",
     "--data-args-path latin.txt": "--data-args-path must name a UTF-8 text file: latin.txt is not UTF-8",
     "--save x\udce9": r"Arguments are UTF-8 text: b'x\xe9'",
+    "--load x\ud800": r"Arguments are UTF-8 text: 'x\ud800'",
     "--seed 4294967296": "--seed takes a number from 0 to 4,294,967,295: --seed 4294967296",
     "--seed -1": "--seed takes a number from 0 to 4,294,967,295",
     "--num-layers 1000000000": "--num-layers takes a number of at most 100,000",
@@ -202,6 +204,7 @@ FROM_JSON = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("circle.txt").write_text("@circle.txt")
+    Path("quote.txt").write_text("--save 'x")
     Path("latin.txt").write_bytes("--save\ncafé".encode("latin-1"))
     Path("paths.txt").write_text("a b\nc d\n")
     Path("ds.json").write_text("{}")

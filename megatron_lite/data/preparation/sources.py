@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lite.config.text_format import HEAD, PARQUET, Packing, foreign_format, missing_library, packing_of
-from megatron_lite.config.values import is_utf8
+from megatron_lite.config.values import is_utf8, shown_bytes
 from megatron_lite.data.preparation.options import MAX_UNIT, MIN_UNIT, UNITS
 from megatron_lite.errors import DataError, install_extra
 
@@ -93,7 +93,7 @@ def _source(path: Path) -> Source:
     if not is_utf8(str(path)):
         raise DataError(
             "Names of --input files are UTF-8",
-            found=f"{os.fsencode(path)!r} (matched by a glob)",
+            found=f"{shown_bytes(str(path))} (matched by a glob)",
             fix="Rename the file to a name in UTF-8, as with `convmv -t utf8`",
         )
     if path.is_dir():
