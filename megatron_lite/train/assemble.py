@@ -245,11 +245,11 @@ def _compare_data(start: Start, config: RunConfig, provenance: Provenance, data:
     """Refuses what may not change between a checkpoint and the run that goes on from it, and says what is kept."""
     found, effect = start.continued(config), ""
     if found is not None and data.train is not None and data.train.plan is not None:
-        before, now = read_history(found.provenance, config), provenance.data_history
         effect = effect_of_other_data(data.train.plan, found.scalars["progress"]["consumed_train_samples"])
-        for line in kept_order(before[-1], now[-1], config) if before else ():
-            reporter.message(line)
     check_provenance(start, config, provenance, reporter.message, data_effect=effect)
+    if effect and found is not None and (before := read_history(found.provenance, config)):
+        for line in kept_order(before[-1], provenance.data_history[-1], config):
+            reporter.message(line)
 
 
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:

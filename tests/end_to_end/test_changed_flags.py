@@ -105,9 +105,9 @@ def test_a_longer_run_reads_its_epoch_to_the_end_before_it_repeats_any(words, co
     save, epoch = tmp_path / "run", epoch_of(corpus)
     short, long = epoch // 8, epoch // 2
     with watched() as read:
-        assert "more samples follow" not in go_on(corpus, save, "--train-iters", short, *words)
+        assert "keep their order" not in go_on(corpus, save, "--train-iters", short, *words)
         before = {iteration: list(samples) for iteration, samples in read.items()}
-        assert "training data: " in go_on(corpus, save, "--train-iters", long, *words)
+        assert "keep their order" in go_on(corpus, save, "--train-iters", long, *words)
     assert sorted(read) == list(range(1, long + 1))
     first = [sample for iteration in range(1, long + 1) for sample in read[iteration]][: epoch - 1]
     assert repeats(first) == 0
@@ -200,10 +200,12 @@ def test_another_order_is_told_with_what_it_repeats(corpus, tmp_path):
         words = corpus.job(*BASE, "--save", save, "--load", save, "--seed", 9)
         refused = command(*words, "--train-iters", 2 * half)
         assert refused.code == 1
+        assert "keep their order" not in refused.out
         share = int(re.search(r"about (\d+)% of what is read next has been read before", refused.err)[1])
         assert share == pytest.approx(100 * 4 * half / epoch, abs=1)
         told = go_on(corpus, save, "--train-iters", 2 * half, "--seed", 9, "--accept-changed", "data")
         assert f"about {share}% of what is read next" in told
+        assert "keep their order" not in told
         before, after = (
             [token for iteration in range(first, first + half) for token in tokens(read[iteration])]
             for first in (1, half + 1)
