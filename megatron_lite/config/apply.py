@@ -53,7 +53,9 @@ def _apply_one(occurrence: Occurrence, givers: dict[str, Occurrence], given: Giv
     for field, value in assignments:
         earlier = givers.get(field)
         if earlier is not None and given.values[field] != value:
-            if earlier.flag is not flag:
+            if earlier.preset:
+                given.notes.append(f"{earlier.text} of --preset {earlier.preset} is overridden by {occurrence.text}")
+            elif earlier.flag is not flag:
                 given.refuse(
                     "Two flags must not contradict each other",
                     found=f"{earlier.text} and {occurrence.text}",

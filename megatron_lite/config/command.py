@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class CommandOptions:
     """Options whose meaning depends on other options, on a file, or on who calls."""
 
+    preset: str = ""
+    """--preset: flags of a published model's shape; see presets.py."""
     zero_stage: int | None = None
     """--zero-stage: 1 is the distributed optimizer, 0 is not, 2 and 3 are refused."""
     deepspeed: bool = False

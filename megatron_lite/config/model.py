@@ -55,6 +55,8 @@ class ModelConfig:
     qk_layernorm: bool = False
     residual_post_layernorm: bool = False
     """The residual branches off after the norm (BERT's and --apply-residual-connection-post-layernorm's way)."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX)."""
     fp32_residual: bool = False
 
     hidden_dropout: float = 0.1

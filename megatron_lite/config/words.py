@@ -12,6 +12,7 @@ from megatron_lite.config.flags.refused import FAMILIES
 from megatron_lite.config.flags.table import flags_by_spelling, spelling
 from megatron_lite.config.given import Given
 from megatron_lite.config.paths import suggest_path
+from megatron_lite.config.presets import PRESETS, preset_words
 from megatron_lite.config.text_file import TextFileError, read_failure, read_text
 from megatron_lite.config.values import is_utf8, shown_bytes
 from megatron_lite.errors import ConfigError
@@ -28,11 +29,13 @@ class Occurrence:
         flag: its row of the table.
         spelled: as written, for messages.
         words: what follows it.
+        preset: the preset that stands for it; empty: it was written.
     """
 
     flag: Flag
     spelled: str
     words: tuple[str, ...]
+    preset: str = ""
 
     @property
     def text(self) -> str:
@@ -49,11 +52,15 @@ def read_words(argv: Sequence[str], given: Given) -> list[Occurrence]:
         ConfigError: a word is not UTF-8.
     """
     require_utf8(argv)
-    occurrences = []
+    occurrences: list[Occurrence] = []
     for spelled, words in _group(_expand(argv, given), given):
         flag = _find(spelled, words, given)
-        if flag is not None:
-            occurrences.append(Occurrence(flag, spelled, words))
+        if flag is None:
+            continue
+        occurrences.append(Occurrence(flag, spelled, words))
+        if flag.field == "command.preset" and len(words) == 1:
+            # First, so that what is written wins, wherever it stands.
+            occurrences[:0] = _of_preset(spelled, words[0].lower(), given)
     return occurrences
 
 
@@ -82,6 +89,23 @@ def read_argument_file(word: str) -> str:
         if isinstance(error, FileNotFoundError):
             fix = suggest_path("@", path).replace("@ ", "@")
         raise ConfigError("An argument file must be readable", found=read_failure(word, error), fix=fix) from error
+
+
+def _of_preset(spelled: str, name: str, given: Given) -> list[Occurrence]:
+    """Return the flags that a preset stands for."""
+    expanded = preset_words(name)
+    if expanded is None:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1)
+        given.refuse(
+            "--preset takes the name of a preset",
+            found=f"{spelled} {name}",
+            fix=(f"Did you mean {nearest[0]}? " if nearest else "") + f"There are {', '.join(PRESETS)}",
+        )
+        given.unknown = True
+        return []
+    given.notes.append(f"--preset {name} stands for {' '.join(expanded)}")
+    rows = flags_by_spelling()
+    return [Occurrence(rows[spelling(flag)], flag, values, name) for flag, values in _group(expanded, given)]
 
 
 def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str]:

@@ -17,7 +17,7 @@ from megatron_lite.parallel.random import RngStreams
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm transformer layer (GPT-2).
+    """Pre-norm transformer layer (GPT-2); with a parallel residual, attention and MLP read the same input (GPT-J).
 
     Args:
         config: the model.
@@ -36,6 +36,7 @@ class TransformerLayer(nn.Module):
         self.dropout = config.hidden_dropout
         self.split = sharding.split_sequence
         self.residual_after_norm = config.residual_post_layernorm
+        self.parallel = config.parallel_residual
         self.input_norm = hidden_norm(config, sharding)
         self.self_attention = SelfAttention(config, layer, sharding, rng, recompute_core)
         self.pre_mlp_norm = hidden_norm(config, sharding)
@@ -44,6 +45,9 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         normed = self.input_norm(x)
+        if self.parallel:
+            beside = self._add(x, self.mlp(self.pre_mlp_norm(x)), "mlp")
+            return self._add(beside, self.self_attention(normed, context), "proj")
         x = self._add(normed if self.residual_after_norm else x, self.self_attention(normed, context), "proj")
         normed = self.pre_mlp_norm(x)
         return self._add(normed if self.residual_after_norm else x, self.mlp(normed), "mlp")

@@ -93,6 +93,8 @@ FROM_FLAGS = {
     "--position-embedding-type rope --rotary-seq-len-interpolation-factor 0": "Positions are divided by a positive",
     "--max-position-embeddings 16": "The sequence must not be longer than the position table",
     "--hidden-dropout 1": "--hidden-dropout lies in [0, 1)",
+    "--parallel-residual --apply-residual-connection-post-layernorm": "A layer's residual is either parallel or",
+    "--preset gpt5": "--preset takes the name of a preset",
     "--norm-epsilon 0": "The norms' epsilon is positive",
     # checks/batch.py
     "--seq-length 0": "--seq-length is at least 1",

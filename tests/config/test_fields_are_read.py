@@ -188,8 +188,8 @@ def test_a_field_is_read(field):
 
 
 def test_an_option_of_the_command_line_is_resolved():
-    """CommandOptions become fields of RunConfig in config/resolve.py and config/deepspeed_json.py."""
-    text = "".join((PACKAGE / "config" / name).read_text() for name in ("resolve.py", "deepspeed_json.py"))
+    """CommandOptions become fields of RunConfig in config/resolve.py, deepspeed_json.py and, a preset, words.py."""
+    text = "".join((PACKAGE / "config" / name).read_text() for name in ("resolve.py", "deepspeed_json.py", "words.py"))
     for field in fields(CommandOptions):
         assert f'"command.{field.name}"' in text or field.name.endswith("_groups_path"), field.name
 

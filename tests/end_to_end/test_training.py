@@ -25,6 +25,7 @@ MODELS = {
     "no bias": ("--disable-bias-linear",),
     "embedding norm": ("--embed-layernorm",),
     "query and key norm": ("--qk-layernorm",),
+    "parallel residual": ("--parallel-residual", "--hidden-dropout", 0.1),
     "post-norm": ("--apply-residual-connection-post-layernorm",),
     "llama": ("--use-rotary-position-embeddings", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
               "--untie-embeddings-and-output-weights", "--num-attention-heads", 4, "--num-query-groups", 2,

@@ -83,6 +83,16 @@ def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
+def one_kind_of_residual(config: RunConfig) -> Iterator[ConfigError]:
+    """Yield an error where the residual is asked for in two ways."""
+    if config.model.parallel_residual and config.model.residual_post_layernorm:
+        yield ConfigError(
+            "A layer's residual is either parallel or branches off after the norm",
+            found="--parallel-residual and --apply-residual-connection-post-layernorm",
+            fix="Leave one of them out",
+        )
+
+
 def probabilities(config: RunConfig) -> Iterator[ConfigError]:
     """Dropouts are probabilities below 1."""
     model = config.model
@@ -100,5 +110,6 @@ RULES = (
     groups_divide_heads,
     rotated_channels_are_pairs,
     sequence_fits_positions,
+    one_kind_of_residual,
     probabilities,
 )

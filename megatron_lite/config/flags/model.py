@@ -16,6 +16,13 @@ def _read_gated(words: Sequence[str]) -> str:
 
 
 MODEL = (
+    Flag(
+        "--preset",
+        "command.preset",
+        "Shape of a published model: stands for the flags that `megatron-lite explain --preset NAME` prints; others "
+        "given beside it win.",
+        metavar="NAME",
+    ),
     Flag("--num-layers", "model.num_layers", "Transformer layers.", aliases=("--encoder-num-layers",), most=100_000),
     Flag("--hidden-size", "model.hidden_size", "Channels of a token between layers.", most=10**7),
     Flag("--num-attention-heads", "model.num_attention_heads", "Attention heads of a layer.", most=10**6),
@@ -115,6 +122,13 @@ MODEL = (
         "model.residual_post_layernorm",
         "The residual branches off after the norm, as in BERT.",
         sets=True,
+    ),
+    Flag(
+        "--parallel-residual",
+        "model.parallel_residual",
+        "Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX).",
+        sets=True,
+        aliases=("--gpt-j-residual", "--use-parallel-residual"),
     ),
     Flag("--fp32-residual-connection", "model.fp32_residual", "Keep the residual stream in fp32.", sets=True),
     Flag("--activation", "model.activation", "The MLP's activation."),
