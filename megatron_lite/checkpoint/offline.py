@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,52 @@ from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape of a tensor, and its dtype as torch spells it without the prefix."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    """A set of named tensors that can be read rectangle by rectangle, whatever files hold them."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name."""
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a rectangle of a tensor, on the CPU, in the dtype that `tensors` states.
+
+        Raises:
+            CheckpointError: the file that holds it is missing or damaged.
+        """
+
+
+class CheckpointSource:
+    """Tensors of a megatron_lite checkpoint as a TensorSource.
+
+    Args:
+        path: the checkpoint's folder.
+        manifest: its manifest; None: read it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+        self.path = path
+        self.manifest = read_manifest(path) if manifest is None else manifest
+        self._tensors = {name: TensorInfo(saved.shape, saved.dtype) for name, saved in self.manifest.tensors.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every saved tensor, the optimizer's included."""
+        return self._tensors
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a rectangle of a saved tensor."""
+        return read_rectangle(self.path, self.manifest, name, offset, shape, None)
 
 
 @dataclass(frozen=True)
@@ -61,17 +108,20 @@ def read_whole(path: Path, manifest: Manifest, name: str) -> Tensor:
 
 
 def compare_values(first: Path, second: Path) -> Iterator[TensorDifference]:
-    """The differences of the tensors that two checkpoints have in common by name and shape, by name."""
-    manifests = read_manifest(first), read_manifest(second)
-    for name in sorted(manifests[0].tensors.keys() & manifests[1].tensors.keys()):
-        saved, other = (manifest.tensors[name] for manifest in manifests)
-        if saved.shape != other.shape:
+    """Return the differences of the tensors that two checkpoints have in common by name and shape, by name."""
+    return compare_sources(CheckpointSource(first), CheckpointSource(second))
+
+
+def compare_sources(first: TensorSource, second: TensorSource) -> Iterator[TensorDifference]:
+    """Yield the differences of the tensors that two sources have in common by name and shape, by name."""
+    for name in sorted(first.tensors.keys() & second.tensors.keys()):
+        info, other = first.tensors[name], second.tensors[name]
+        if info.shape != other.shape:
             continue
-        equal, largest, squares = saved.dtype == other.dtype, torch.zeros(()), torch.zeros(2, dtype=torch.float64)
-        itemsize = getattr(torch, saved.dtype).itemsize
-        for offset, shape in tiles(saved.shape, itemsize, (0,) * len(saved.shape), saved.shape):
-            one = read_rectangle(first, manifests[0], name, offset, shape, None)
-            two = read_rectangle(second, manifests[1], name, offset, shape, None)
+        equal, largest, squares = info.dtype == other.dtype, torch.zeros(()), torch.zeros(2, dtype=torch.float64)
+        itemsize = getattr(torch, info.dtype).itemsize
+        for offset, shape in tiles(info.shape, itemsize, (0,) * len(info.shape), info.shape):
+            one, two = first.read(name, offset, shape), second.read(name, offset, shape)
             equal = equal and _bits(one).equal(_bits(two))
             change = one.double() - two.double()
             # torch's maximum, which keeps a NaN; Python's does not.
@@ -82,4 +132,4 @@ def compare_values(first: Path, second: Path) -> Iterator[TensorDifference]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

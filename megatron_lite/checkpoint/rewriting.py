@@ -32,8 +32,8 @@ FILE_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A tensor of the new checkpoint, and how to get a rectangle (offset, shape) of it from the old ones."""
+class StreamedTensor:
+    """A tensor of a new checkpoint, and a function that reads a rectangle (offset, shape) of it."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ def average(
                 fix="Average checkpoints of one model, saved in one precision",
             )
 
-    def target(name: str) -> _Target:
+    def target(name: str) -> StreamedTensor:
         main, saved = MAIN_PREFIX + name, weights[name]
         source, dtype = main if main in weights else name, getattr(torch, saved.dtype)
 
@@ -94,7 +94,7 @@ def average(
                 total += read_rectangle(path, manifest, source, offset, shape, torch.float64)
             return (total / len(sources)).to(dtype)
 
-        return _Target(name, saved.shape, dtype, mean)
+        return StreamedTensor(name, saved.shape, dtype, mean)
 
     return _rewrite(paths, output, last, [target(name) for name in weights], file_size, progress)
 
@@ -130,11 +130,11 @@ def reshard(
     manifest = read_manifest(path)
     saved = manifest.tensors
 
-    def target(name: str) -> _Target:
+    def target(name: str) -> StreamedTensor:
         source = source_of(name, bool(dtype), saved) or name
         old = getattr(torch, saved[source].dtype)
         new = getattr(torch, dtype) if dtype and old.is_floating_point else old
-        return _Target(
+        return StreamedTensor(
             name,
             saved[name].shape,
             new,
@@ -153,13 +153,33 @@ def _rewrite(
     sources: Sequence[Path],
     output: Path,
     manifest: Manifest,
-    targets: Sequence[_Target],
+    targets: Sequence[StreamedTensor],
     file_size: int,
     progress: Callable[[int, int], None],
 ) -> SaveReport:
-    begun = time.monotonic()
     request = SaveRequest(output, manifest.iteration, manifest.scalars, manifest.provenance)
     _check_output(sources, request)
+    return write_streamed(request, targets, file_size, progress)
+
+
+def write_streamed(
+    request: SaveRequest,
+    targets: Sequence[StreamedTensor],
+    file_size: int = FILE_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SaveReport:
+    """Write a checkpoint in one process, a tile at a time; it appears under its name once it is complete.
+
+    Args:
+        request: where to, and what it holds besides tensors.
+        targets: the tensors.
+        file_size: bytes that a file has at most.
+        progress: told the bytes written so far, and those of all tensors.
+
+    Raises:
+        CheckpointError: there is no room, or a tensor cannot be read. Nothing of the checkpoint is left.
+    """
+    begun = time.monotonic()
     world = LocalGroup("world")
     # Of these only shapes and dtypes count: for the room that is needed.
     planned = [_planned(target) for target in targets]
@@ -204,6 +224,6 @@ def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
         )
 
 
-def _planned(target: _Target) -> GlobalTensor:
+def _planned(target: StreamedTensor) -> GlobalTensor:
     tensor = torch.empty(target.shape, dtype=target.dtype, device="meta")
     return GlobalTensor(target.name, target.shape, target.dtype, [Piece((0,) * len(target.shape), tensor)])

@@ -11,15 +11,13 @@ from typing import Any
 from megatron_lite.backend.select import select_backend
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.names import is_model_tensor
+from megatron_lite.checkpoint.stored_model import require_tokenizer, stored_model
 from megatron_lite.config.batch import BatchConfig
-from megatron_lite.config.data import TokenizerConfig
-from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointError
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
@@ -77,7 +75,7 @@ def restore_model(
     manifest = read_manifest(path)
     config = _config(manifest, path, runtime, tokenizer or {})
     words = build_tokenizer(config.tokenizer)
-    _check_tokenizer(words, manifest, path)
+    require_tokenizer(words, manifest, path)
     backend = select_backend(config.runtime, config.parallel)
     if backend.name == "cpu":
         config = dataclasses.replace(config, precision=PrecisionConfig(dtype="fp32"))
@@ -91,32 +89,13 @@ def restore_model(
 
 
 def _config(manifest: Manifest, path: Path, runtime: RuntimeConfig, tokenizer: Mapping[str, Any]) -> RunConfig:
-    """What of the run's config describes the model; its batch, layout and schedules say nothing here."""
-    stored: Mapping[str, Any] = manifest.provenance.config
-    missing = [part for part in ("model", "tokenizer", "precision") if part not in stored]
-    if missing:
-        raise CheckpointError(
-            "A checkpoint's manifest must hold the run's config",
-            found=f"{path} lacks {', '.join(missing)}",
-            fix="Load a checkpoint that training wrote",
-        )
-    model = from_record(ModelConfig, stored["model"])
-    words = dataclasses.replace(from_record(TokenizerConfig, stored["tokenizer"]), **tokenizer)
+    """Return the part of the run's config that describes the model, with the batch and layout of one device."""
+    stored = stored_model(manifest, path)
     return RunConfig(
-        model=model,
-        tokenizer=words,
-        precision=from_record(PrecisionConfig, stored["precision"]),
-        batch=BatchConfig(seq_length=stored.get("batch", {}).get("seq_length", 1), micro_batch_size=1),
+        model=stored.model,
+        tokenizer=dataclasses.replace(stored.tokenizer, **tokenizer),
+        precision=stored.precision,
+        batch=BatchConfig(seq_length=stored.seq_length, micro_batch_size=1),
         parallel=ParallelConfig(),
         runtime=runtime,
     )
-
-
-def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, path: Path) -> None:
-    wanted = manifest.provenance.fingerprints.get("tokenizer")
-    if wanted and wanted != tokenizer.fingerprint():
-        raise ConfigError(
-            "A model must be asked with the tokenizer it was trained with",
-            found=f"{path} was trained with {wanted}, this tokenizer is {tokenizer.fingerprint()}",
-            fix="Name the run's own files with --vocab-file and --merge-file, or --tokenizer-model",
-        )

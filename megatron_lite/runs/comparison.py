@@ -30,6 +30,8 @@ _MAY_CHANGE = frozenset(
         "fp32_residual",
     }
 )
+# Rows of the learned position table, where there is one.
+_TABLE = frozenset({"max_position_embeddings"})
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     if "model" not in saved:
         return
     found = compare_configs({"model": saved["model"]}, {"model": current["model"]})
+    may_change = _MAY_CHANGE | (_TABLE if saved["model"].get("position_embedding") != "learned" else set())
     # A field that one of the two programs does not know says nothing about the run.
-    broken = [d for d in found if d.path.split(".")[1] not in _MAY_CHANGE and _ABSENT not in (d.saved, d.current)]
+    broken = [d for d in found if d.path.split(".")[1] not in may_change and _ABSENT not in (d.saved, d.current)]
     if broken:
         raise CheckpointError(
             "The model must be the one that was saved",

@@ -3,55 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.manifest import MANIFEST_NAME
 
-KINDS = {
-    "mp_rank_*/*optim*.pt": "a Megatron-LM checkpoint (torch format, a folder mp_rank_XX for each rank)",
-    "metadata.json": "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)",
-    "common.pt": "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)",
-    "*mp_rank_*_model_states.pt": "a DeepSpeed checkpoint (global_stepN, a file for each rank)",
-    "layer_*-model_*states.pt": "a DeepSpeed pipeline checkpoint (global_stepN, a file for each layer)",
-    "zero/*/fp32.pt": "a DeepSpeed universal checkpoint",
-    "*.safetensors": "a Hugging Face model (safetensors)",
-    "pytorch_model*.bin": "a Hugging Face model (pytorch_model.bin)",
+
+class Kind(Enum):
+    """Format of a checkpoint; the values are the words of `megatron-lite import --from`."""
+
+    MEGATRON_LITE = "megatron_lite"
+    HUGGING_FACE = "hf"
+    MEGATRON = "megatron"
+    MEGATRON_DIST = "megatron-dist"
+    DEEPSPEED = "deepspeed"
+    DEEPSPEED_UNIVERSAL = "deepspeed-universal"
+
+
+IMPORTED = frozenset({Kind.HUGGING_FACE})
+"""Kinds that `megatron-lite import` reads."""
+
+PATTERNS = {
+    MANIFEST_NAME: (Kind.MEGATRON_LITE, "a checkpoint of megatron_lite"),
+    "mp_rank_*/*optim*.pt": (
+        Kind.MEGATRON,
+        "a Megatron-LM checkpoint (torch format, a folder mp_rank_XX for each rank)",
+    ),
+    "layer_*-model_*states.pt": (
+        Kind.DEEPSPEED,
+        "a DeepSpeed pipeline checkpoint (global_stepN, a file for each layer)",
+    ),
+    "*mp_rank_*_model_states.pt": (Kind.DEEPSPEED, "a DeepSpeed checkpoint (global_stepN, a file for each rank)"),
+    "zero/*/fp32.pt": (Kind.DEEPSPEED_UNIVERSAL, "a DeepSpeed universal checkpoint"),
+    "metadata.json": (Kind.MEGATRON_DIST, "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)"),
+    "common.pt": (Kind.MEGATRON_DIST, "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)"),
+    "*.safetensors": (Kind.HUGGING_FACE, "a Hugging Face model (safetensors)"),
+    "pytorch_model*.bin": (Kind.HUGGING_FACE, "a Hugging Face model (pytorch_model.bin)"),
+    "*.index.json": (Kind.HUGGING_FACE, "a Hugging Face model (an index of its weights)"),
 }
 """What a checkpoint's folder holds, as a glob, and what it is then; the first that matches counts."""
 ANNOUNCED = {"latest_checkpointed_iteration.txt": "iter_{:0>7}", "latest": "{}", "latest_universal": "{}"}
 """Text files beside checkpoints that name the latest one."""
 
 
+@dataclass(frozen=True)
+class Recognised:
+    """A checkpoint that was found in a folder.
+
+    Attributes:
+        kind: its format.
+        folder: the folder that holds its files: the one given, or one inside it (iter_0000100, global_step100).
+        file: the file by which it was recognised.
+        title: what it is, for messages.
+    """
+
+    kind: Kind
+    folder: Path
+    file: Path
+    title: str
+
+
+def recognise(folder: Path) -> Recognised | None:
+    """Return the checkpoint that a folder is, or the latest of those that it holds; None: none is recognised.
+
+    Of a --save folder of megatron_lite it is the checkpoint that is found first; catalog.find_checkpoint chooses.
+    """
+    for candidate in _candidates(folder):
+        for pattern, (kind, title) in PATTERNS.items():
+            if (file := next(candidate.glob(pattern), None)) is not None:
+                return Recognised(kind, candidate, file, title)
+    return None
+
+
 def foreign_error(load: Path) -> CheckpointError | None:
-    """The error for a folder that holds a checkpoint of another program; None if none is recognised.
+    """Return the error for a folder that holds a checkpoint of another program; None if none is recognised.
 
     Args:
         load: the folder of one checkpoint, or the one that holds several.
     """
-    for folder in _candidates(load):
-        if (folder / MANIFEST_NAME).is_file():
-            return None
-        for pattern, kind in KINDS.items():
-            if (file := next(folder.glob(pattern), None)) is not None:
-                return CheckpointError(
-                    "--load takes checkpoints that megatron_lite wrote",
-                    found=f"{folder} is {kind}: it holds {file.relative_to(folder)}",
-                    fix="Importing other programs' weights is not built yet. Give the --save folder of a run of "
-                    "megatron_lite, or leave --load out to start from fresh weights",
-                )
-    return None
+    found = recognise(load)
+    if found is None or found.kind is Kind.MEGATRON_LITE:
+        return None
+    fix = f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW and --finetune"
+    if found.kind not in IMPORTED:
+        fix = (
+            "Importing checkpoints of this kind is not built yet. Give the --save folder of a run of megatron_lite, or "
+            "leave --load out to start from fresh weights"
+        )
+    return CheckpointError(
+        "--load takes checkpoints that megatron_lite wrote",
+        found=f"{found.folder} is {found.title}: it holds {found.file.relative_to(found.folder)}",
+        fix=fix,
+    )
 
 
 def _candidates(load: Path) -> Iterator[Path]:
-    """The folder itself, the one that it announces as the latest, and what it holds by the usual names."""
+    """Yield the folder itself, the one that it announces as the latest, and what it holds by the usual names."""
     if not load.is_dir():
         return
     yield load
     for name, form in ANNOUNCED.items():
         if (load / name).is_file():
             text = (load / name).read_text(encoding="utf-8", errors="replace").strip()
+            # A name with a slash would lead elsewhere.
             if len(text) < 100 and "\x00" not in text:
-                yield load / (form.format(text) if text.isdecimal() else text or ".")
+                yield load / (form.format(text) if text.isdecimal() else Path(text or ".").name)
     for pattern in ("iter_*", "release", "global_step*", "checkpoint-*"):
-        yield from sorted(path for path in load.glob(pattern) if path.is_dir())
+        found = [path for path in load.glob(pattern) if path.is_dir()]
+        yield from sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)

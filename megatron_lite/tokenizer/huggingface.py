@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,19 @@ class HuggingFaceTokenizer(Tokenizer):
         """The tokenizer as tokenizer.json describes it; takes a second for a quarter of a million tokens."""
         spec: dict[str, Any] = json.loads(self._library.to_str())
         return spec
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as a tokenizer.json in which the end-of-document token is a special token.
+
+        Raises:
+            OSError: no room, no permission.
+        """
+        import tokenizers as hf
+
+        library = hf.Tokenizer.from_str(self._library.to_str())
+        with contextlib.suppress(DataError):  # a vocabulary without one
+            library.add_special_tokens([self.token(self.eod)])
+        path.write_text(library.to_str(pretty=True), encoding="utf-8")
 
     def _holds_added(self, text: str) -> bool:
         return any(token in text for token in self._added)
