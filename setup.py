@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lite" / "__init__.py").read_text())
 
 EXTRAS = {
+    "hf": ["transformers>=4.45"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "tensorboard": ["tensorboard>=2.15"],
     "fast": ["tiktoken>=0.12"],
@@ -18,14 +19,13 @@ EXTRAS = {
 }
 # Checkers are pinned, so that `make check` says the same thing on every machine.
 CHECKERS = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16", "codespell==2.4.3", "pre-commit>=3.7"]
-# transformers is the reference that the model is compared with.
-TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.45"]
+TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 EXTRAS["dev"] = [
     *CHECKERS,
     *TESTS,
     *(
         need
-        for extra in ("sentencepiece", "tensorboard", "fast", "data", "sentences", "plot")
+        for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "sentences", "plot")
         for need in EXTRAS[extra]
     ),
 ]
@@ -40,7 +40,14 @@ setup(
     packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
     package_data={"megatron_lite": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.9", "numpy>=1.26", "tokenizers>=0.20", "huggingface_hub>=0.25", "rich>=13"],
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=1.26",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.25",
+        "safetensors>=0.4",
+        "rich>=13",
+    ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-lite = megatron_lite.cli.main:main"]},
     classifiers=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import keyword
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ COMMANDS = (
     "merge",
     "data",
     "checkpoint",
+    "import",
+    "export",
     "rollback",
     "schedule",
     "curve",
@@ -132,7 +135,9 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"megatron_lite.cli.{name.replace('-', '_')}")
+    # Python's own words cannot be module names: import is in import_.py.
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")
+    return importlib.import_module(f"megatron_lite.cli.{module}")
 
 
 def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:

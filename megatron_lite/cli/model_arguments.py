@@ -23,19 +23,35 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    add_tokenizer_arguments(source)
+
+
+def add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say where the tokenizer's files have moved."""
     kinds = get_args(get_type_hints(TokenizerConfig)["type"])
-    source.add_argument(
+    group.add_argument(
         "--tokenizer-type",
         default="",
         choices=kinds,
         metavar="TYPE",
         help=f"where the tokenizer's files have moved: its kind ({', '.join(kinds)}),",
     )
-    source.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json,")
-    source.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt,")
-    source.add_argument(
+    group.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json,")
+    group.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt,")
+    group.add_argument(
         "--tokenizer-model", default="", metavar="PATH", help="or tokenizer.json, its folder, or the .model file"
     )
+
+
+def tokenizer_fields(options: argparse.Namespace) -> dict[str, str]:
+    """Return the fields of TokenizerConfig that the flags give."""
+    given = {
+        "type": options.tokenizer_type,
+        "vocab_file": options.vocab_file,
+        "merge_file": options.merge_file,
+        "model": options.tokenizer_model,
+    }
+    return {name: value for name, value in given.items() if value}
 
 
 def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
@@ -47,17 +63,11 @@ def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
     from megatron_lite.config.runtime import RuntimeConfig
     from megatron_lite.generation.restore import restore_model
 
-    tokenizer = {
-        "type": options.tokenizer_type,
-        "vocab_file": options.vocab_file,
-        "merge_file": options.merge_file,
-        "model": options.tokenizer_model,
-    }
     model = restore_model(
         options.load,
         options.load_iteration,
         RuntimeConfig(device=options.device, seed=seed),
-        tokenizer={name: value for name, value in tokenizer.items() if value},
+        tokenizer=tokenizer_fields(options),
         notify=note,
     )
     note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.device}")

@@ -1,0 +1,109 @@
+"""megatron-lite import: turns a foreign checkpoint into one that --load takes, in any layout."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_lite.cli.parser import Parser, real, whole
+
+SUMMARY = "import a model of Hugging Face's format as a checkpoint that --load takes"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(argv: list[str]) -> int:
+    """Import the folder that `argv` names."""
+    options = _parser().parse_args(argv)
+
+    import torch
+
+    from megatron_lite.cli.progress import stage_progress
+    from megatron_lite.config.arguments import to_argv
+    from megatron_lite.interop.importing import ImportOptions, import_checkpoint
+    from megatron_lite.runs.foreign import Kind
+    from megatron_lite.runs.manifest import size_text
+
+    chosen = ImportOptions(
+        kind=Kind(options.source_kind) if options.source_kind else None,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        seq_length=options.seq_length or 0,
+        ignored_keys=tuple(options.ignore_config_keys),
+        verify=options.verify,
+        tolerance=options.tolerance,
+    )
+    with stage_progress() as advance:
+        report = import_checkpoint(options.folder, options.output, chosen, advance)
+    for text in report.notes:
+        print(f"note: {text}")
+    print(f"imported {options.folder} into {report.path}, {size_text(report.size)}")
+    print(str(report.verification) if report.verification else "the logits were not compared with transformers'")
+    # The tokenizer says the vocabulary's size, and the layout how far it is padded.
+    model = replace(report.config.model, vocab_size=0, padded_vocab_size=0)
+    words = to_argv(replace(report.config, model=model))
+    print(f"to train on: pretrain_gpt.py --load {report.path} --finetune \\\n  {_lines(words)}")
+    print(f"to try it:   megatron-lite generate --load {report.path}")
+    return 0
+
+
+def _lines(words: list[str]) -> str:
+    """Return a command line with one flag a line."""
+    text = ""
+    for word in words:
+        text += (" \\\n  " if word.startswith("--") and text else " " if text else "") + word
+    return text
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="megatron-lite import",
+        description="Import a model as a checkpoint that --load takes, in any layout. Hugging Face folders of GPT-2, "
+        "BLOOM, Llama, Mistral, Qwen2, Qwen3 and GPT-NeoX are read, .safetensors or .bin; no code in them is executed. "
+        "The logits are compared with those of transformers before the checkpoint gets its name.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="CKPT", help="the new folder, which --load will take"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source_kind",
+        default="",
+        choices=("hf", "megatron", "megatron-dist", "deepspeed", "deepspeed-universal"),
+        help="what the folder is (default: recognised by its files)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="", help="store the weights in this dtype (default: as they are)"
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=whole(1),
+        metavar="N",
+        help="the longest sequence that you will use (default: the model's positions, at most 4096)",
+    )
+    parser.add_argument(
+        "--ignore-config-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="unknown keys of config.json that do not change what the model computes",
+    )
+    add_verification(parser)
+    return parser
+
+
+def add_verification(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the comparison with transformers."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the logits with transformers (which need not be installed then)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=real(above=True),
+        default=2e-5,
+        metavar="T",
+        help="accepted difference of the logits, as a share of the largest logit (default: %(default)g)",
+    )

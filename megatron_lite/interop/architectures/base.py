@@ -1,0 +1,151 @@
+"""Architecture interface: config.json in both directions, the tensor table, and the properties that it can express."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_lite.config.model import Activation, ModelConfig
+from megatron_lite.interop.architectures.keys import ConfigKeys
+from megatron_lite.interop.mapping import Entry
+from megatron_lite.interop.transforms import PlusOne, Rows, Same, SplitQKV, Transform
+from megatron_lite.model.gpt import WORD_EMBEDDINGS
+
+HEAD = "output_layer.weight"
+"""Our name of an untied head."""
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+"""Names of plain activations in config.json. gelu_tanh and gelu differ by 2e-4 in the logits of a small model."""
+
+GATED: Mapping[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_python": "geglu",
+    "relu": "reglu",
+    "linear": "liglu",
+}
+"""The same for the activation of a gated MLP's gate."""
+
+
+class Architecture(ABC):
+    """One Hugging Face class.
+
+    Attributes:
+        name: the class, as `architectures` of config.json spells it.
+        model_type: config.json's.
+        prefix: what files that were saved from the model without its head lack in front of every name.
+        head: their name of an untied head.
+        ignored: tensors in public files that are no parameters.
+        exports: whether models are written as this class.
+    """
+
+    name: str
+    model_type: str
+    prefix: str
+    head: str = "lm_head.weight"
+    ignored: Sequence[re.Pattern[str]] = ()
+    exports: bool = True
+
+    @abstractmethod
+    def problems(self, model: ModelConfig) -> Iterator[str]:
+        """Yield what of a model the class cannot express, each with the flag that asks for it."""
+
+    @abstractmethod
+    def read_config(self, keys: ConfigKeys) -> ModelConfig:
+        """Return the model that a config.json describes; keys it does not take are the caller's to account for."""
+
+    @abstractmethod
+    def write_config(self, model: ModelConfig, positions: int) -> dict[str, Any]:
+        """Return the class's own keys of config.json.
+
+        Args:
+            model: the model.
+            positions: the longest sequence.
+        """
+
+    @abstractmethod
+    def table(self, model: ModelConfig) -> Iterator[Entry]:
+        """Yield the entries of all parameters but an untied head."""
+
+    def entries(self, model: ModelConfig, rows: int = 0) -> list[Entry]:
+        """Return the entries of all parameters.
+
+        Args:
+            model: the model.
+            rows: rows of their vocabulary tables, if these are padded.
+        """
+        found = list(self.table(model))
+        if not model.tied_embeddings:
+            found.append(Entry(HEAD, (self.head,)))
+        if rows > model.vocab_size:
+            tables = (WORD_EMBEDDINGS, HEAD)
+            found = [replace(entry, transform=Rows(rows)) if entry.ours in tables else entry for entry in found]
+        return found
+
+
+def norm(model: ModelConfig) -> Transform:
+    """Return the transform of a norm's weight."""
+    return PlusOne() if model.zero_centered_norm else Same()
+
+
+def norms(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    """Yield a norm's weight, and its bias if it has one."""
+    yield Entry(f"{ours}.weight", (f"{theirs}.weight",), norm(model))
+    if model.normalization == "LayerNorm":
+        yield Entry(f"{ours}.bias", (f"{theirs}.bias",))
+
+
+def qkv(model: ModelConfig) -> SplitQKV:
+    """Return the transform between our query/key/value rows and three tensors."""
+    groups = model.num_query_groups
+    return SplitQKV(groups, model.num_attention_heads // groups, model.head_dim)
+
+
+def linear(ours: str, theirs: str, *, bias: bool, transform: Transform | None = None) -> Iterator[Entry]:
+    """Yield a linear layer's weight and bias."""
+    yield Entry(f"{ours}.weight", (f"{theirs}.weight",), transform or Same())
+    if bias:
+        yield Entry(f"{ours}.bias", (f"{theirs}.bias",))
+
+
+def activation_name(model: ModelConfig, names: Mapping[str, Activation]) -> str:
+    """Return config.json's name of the model's activation: the first in the table."""
+    return next(name for name, ours in names.items() if ours == model.activation)
+
+
+def read_activation(keys: ConfigKeys, key: str, names: Mapping[str, Activation], default: str) -> Activation:
+    """Return the model's activation."""
+    value = keys.take(key, default=default)
+    if value not in names:
+        raise keys.unsupported(key, value, f"the MLP can have {', '.join(names)}")
+    return names[value]
+
+
+def read_dropout(keys: ConfigKeys, *names: str, default: float) -> float:
+    """Return a dropout: the largest of several that are one flag here. A trained model's function has none."""
+    return max(float(keys.take(name, default=default)) for name in names)
+
+
+def read_tied(keys: ConfigKeys, default: bool) -> bool:
+    """Return whether the head shares the embedding's table."""
+    return bool(keys.take("tie_word_embeddings", default=default))
+
+
+def requires(model: ModelConfig, wanted: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
+    """Yield the flags of those fields of a model that do not have the one value that a class can express."""
+    for field, (value, flag) in wanted.items():
+        if getattr(model, field) != value:
+            yield flag

@@ -1,0 +1,73 @@
+"""Architecture registry: chooses the class of a config.json, and the class that a model can be exported as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.interop.architectures.base import Architecture
+from megatron_lite.interop.architectures.bloom import Bloom
+from megatron_lite.interop.architectures.gpt2 import GPT2
+from megatron_lite.interop.architectures.gpt_neox import GPTNeoX
+from megatron_lite.interop.architectures.keys import ConfigKeys
+from megatron_lite.interop.architectures.llama import Llama, Mistral, Qwen2, Qwen3
+
+ARCHITECTURES: Sequence[Architecture] = (GPT2(), Bloom(), Llama(), Qwen2(), Qwen3(), GPTNeoX(), Mistral())
+EXPORTED = tuple(one.name for one in ARCHITECTURES if one.exports)
+
+
+def architecture_of_config(keys: ConfigKeys) -> Architecture:
+    """Return the architecture that a config.json names.
+
+    Raises:
+        CheckpointError: it is not supported, or model_type and architectures contradict each other.
+    """
+    model_type, classes = keys.take("model_type", default=None), keys.take("architectures", default=[])
+    found = [one for one in ARCHITECTURES if one.model_type == model_type]
+    if not found:
+        raise CheckpointError(
+            "The model must be of a supported architecture",
+            found=f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            fix=f"Supported are {', '.join(f'{one.model_type} ({one.name})' for one in ARCHITECTURES)}",
+        )
+    expected = {found[0].name, found[0].name.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
+    if classes and not expected & set(classes):
+        raise CheckpointError(
+            "A config.json's model_type and architectures must agree",
+            found=f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            fix=f'Import a causal language model; if it is one, set architectures to ["{found[0].name}"] in the file',
+        )
+    return found[0]
+
+
+def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
+    """Return the class that a model is exported as.
+
+    Args:
+        model: the model.
+        wanted: the class to use (--architecture); empty: the first that can express the model.
+
+    Raises:
+        ConfigError: no class, or not the wanted one, can express it; the properties at fault are named.
+    """
+    candidates = [one for one in ARCHITECTURES if one.exports and wanted in ("", one.name)]
+    if not candidates:
+        raise ConfigError(
+            "--architecture must be a class that models are exported as",
+            found=f"--architecture {wanted}",
+            fix=f"Choose one of {', '.join(EXPORTED)}, or leave it out",
+        )
+    problems = {one.name: list(one.problems(model)) for one in candidates}
+    for one in candidates:
+        if not problems[one.name]:
+            return one
+    nearest = min(problems.values(), key=len)
+    listed = "\n".join(f"  {name} cannot have {', '.join(found)}" for name, found in problems.items())
+    raise ConfigError(
+        "The model must be expressible as a class of transformers",
+        found=f"\n{listed}\n",
+        fix=f"A model without {', '.join(nearest)} could be exported"
+        if not wanted
+        else "Leave --architecture out to have the class chosen",
+    )

@@ -1,0 +1,248 @@
+"""Export of a checkpoint as a Hugging Face model: config, tokenizer, safetensors, model card; logits are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.names import source_of
+from megatron_lite.checkpoint.offline import TensorInfo, read_rectangle
+from megatron_lite.checkpoint.stored_model import StoredModel, require_tokenizer, stored_model
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.record import from_record
+from megatron_lite.errors import CheckpointError, MegatronLiteError
+from megatron_lite.interop.architectures.base import Architecture
+from megatron_lite.interop.architectures.registry import architecture_for
+from megatron_lite.interop.huggingface import describe_config
+from megatron_lite.interop.mapping import ExportedTensors, ImportedTensors
+from megatron_lite.interop.output_folder import check_output, new_folder
+from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
+from megatron_lite.interop.safetensors_writer import size_of, write_safetensors
+from megatron_lite.interop.tokenizer_files import special_ids, write_tokenizer
+from megatron_lite.interop.verify import TOLERANCE, Verification, require_transformers, sample_tokens, verify_logits
+from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.runs.catalog import find_checkpoint
+from megatron_lite.runs.manifest import Manifest, read_manifest
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
+from megatron_lite.tokenizer.null import NullTokenizer
+
+SHARD_SIZE = 5 * 10**9
+_SPARE = 64 << 20
+"""Bytes beside the weights: tokenizer, config, model card."""
+
+Advance = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the command line says of an export.
+
+    Attributes:
+        architecture: the class; empty: the first that can express the model.
+        dtype: of the weights; None: as they were saved.
+        max_shard_size: bytes of a weights file at most.
+        tokenizer: fields of TokenizerConfig that replace the manifest's; None: the tokenizer is left out.
+        verify: whether the logits are compared with transformers'.
+        tolerance: see verify.TOLERANCE.
+    """
+
+    architecture: str = ""
+    dtype: torch.dtype | None = None
+    max_shard_size: int = SHARD_SIZE
+    tokenizer: Mapping[str, Any] | None = field(default_factory=dict)
+    verify: bool = True
+    tolerance: float = TOLERANCE
+
+
+class Weights:
+    """Weights of a checkpoint as a TensorSource: for fp32, the main parameters where these were saved."""
+
+    def __init__(self, path: Path, manifest: Manifest, names: Sequence[str], dtype: torch.dtype | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        found = {name: source_of(name, dtype == torch.float32, manifest.tensors) for name in names}
+        self._sources = {name: source for name, source in found.items() if source is not None}
+        self._tensors = {
+            name: TensorInfo(manifest.tensors[source].shape, manifest.tensors[source].dtype)
+            for name, source in self._sources.items()
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every weight by the parameter's name."""
+        return self._tensors
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a rectangle of a weight."""
+        return read_rectangle(self.path, self.manifest, self._sources[name], offset, shape, None)
+
+
+@dataclass(frozen=True, eq=False)
+class ExportPlan:
+    """An export whose every precondition holds."""
+
+    path: Path
+    """The checkpoint's folder."""
+    manifest: Manifest
+    stored: StoredModel
+    architecture: Architecture
+    weights: Weights
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    options: ExportOptions
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence that config.json states."""
+        model = self.stored.model
+        if model.position_embedding == "learned":
+            return model.max_position_embeddings
+        return max(model.max_position_embeddings, self.stored.seq_length)
+
+    @property
+    def data(self) -> DataConfig:
+        """The run's data; empty: the manifest has none."""
+        try:
+            return from_record(DataConfig, self.manifest.provenance.config.get("data", {}))
+        except MegatronLiteError:  # another version's: only the choice of a sample text depends on it
+            return DataConfig()
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote."""
+
+    path: Path
+    files: tuple[str, ...]
+    size: int
+    verification: Verification | None
+
+
+def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan:
+    """Check everything that an export needs, before any work.
+
+    Args:
+        load: a run's --save folder, or one checkpoint in it.
+        iteration: which one; 0: the latest.
+        options: see ExportOptions.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it lacks a weight or has one of another shape.
+        ConfigError: no class can express the model, its tokenizer is another one, or transformers is not installed.
+        DataError: the tokenizer's files are missing.
+    """
+    path = find_checkpoint(load, iteration)
+    if path is None:
+        raise CheckpointError(
+            "There must be a checkpoint to export",
+            found=f"{load} holds none" if Path(load).is_dir() else f"{load} does not exist",
+            fix="Give the folder that a run was given with --save, or one of its iter_… folders",
+        )
+    if options.verify:
+        require_transformers("export")
+    manifest = read_manifest(path)
+    stored = stored_model(manifest, path)
+    architecture = architecture_for(stored.model, options.architecture)
+    tokenizer = _tokenizer(stored, manifest, path, options)
+    shapes = parameter_shapes(stored.model)
+    weights = Weights(path, manifest, tuple(shapes), options.dtype)
+    for name, shape in shapes.items():
+        saved = weights.tensors.get(name)
+        if saved is None or saved.shape != shape:
+            raise CheckpointError(
+                "A checkpoint must hold every weight of its model",
+                found=f"{path} has {'no' if saved is None else f'{saved.shape} for'} {name}, the model has {shape}",
+                fix="Export another iteration; `megatron-lite checkpoint inspect --tensors` shows what this one holds",
+            )
+    dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
+    return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)
+
+
+def export_checkpoint(
+    plan: ExportPlan,
+    output: Path,
+    *,
+    card: Callable[[Path, Verification | None], None] = lambda folder, verification: None,
+    advance: Advance = lambda what, done, total: None,
+) -> ExportReport:
+    """Write the Hugging Face folder of a checkpoint.
+
+    Args:
+        plan: from plan_export.
+        output: the folder to make; it must not exist, or be empty.
+        card: writes further files (the model card) into the folder.
+        advance: told what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        CheckpointError: a weight is not finite, transformers computes other logits, the output exists, or there is no
+            room. Nothing is left of the output.
+    """
+    check_output(output)
+    model = plan.stored.model
+    exported = ExportedTensors(plan.weights, plan.architecture.entries(model), plan.dtype, plan.path)
+    size = size_of(exported.tensors)
+    with new_folder(output, size + _SPARE) as partial:
+        ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        has_tokenizer = False
+        if plan.tokenizer is not None:
+            settings = replace(plan.stored.tokenizer, **(plan.options.tokenizer or {}))
+            has_tokenizer = write_tokenizer(settings, plan.tokenizer, partial, plan.positions)
+            ids = special_ids(plan.tokenizer, partial)
+        _write_configs(plan, partial, ids)
+        write_safetensors(
+            partial, exported, plan.options.max_shard_size, lambda done, total: advance("exporting", done, total)
+        )
+        verification = _verify(plan, partial, has_tokenizer, advance) if plan.options.verify else None
+        card(partial, verification)
+        files = tuple(sorted(entry.relative_to(partial).as_posix() for entry in partial.rglob("*") if entry.is_file()))
+        size = sum((partial / name).stat().st_size for name in files)
+    return ExportReport(output, files, size, verification)
+
+
+def _tokenizer(stored: StoredModel, manifest: Manifest, path: Path, options: ExportOptions) -> Tokenizer | None:
+    if options.tokenizer is None:
+        return None
+    tokenizer = build_tokenizer(replace(stored.tokenizer, **options.tokenizer))
+    if tokenizer.vocab_size > stored.model.vocab_size:
+        raise CheckpointError(
+            "The vocabulary must hold every token of the tokenizer",
+            found=f"the tokenizer has {tokenizer.vocab_size} tokens, {path} has {stored.model.vocab_size} rows",
+            fix="Give the run's own tokenizer, or leave it out with --no-tokenizer",
+        )
+    require_tokenizer(tokenizer, manifest, path)
+    return tokenizer
+
+
+def _write_configs(plan: ExportPlan, folder: Path, ids: Mapping[str, int | None]) -> None:
+    dtype = str(plan.dtype).removeprefix("torch.")
+    # transformers 4 reads torch_dtype, transformers 5 dtype.
+    config = describe_config(
+        plan.stored.model, plan.architecture, plan.positions, dtype=dtype, torch_dtype=dtype, **ids
+    )
+    generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _verify(plan: ExportPlan, folder: Path, has_tokenizer: bool, advance: Advance) -> Verification:
+    """Compare transformers' logits with ours, computed from the checkpoint with the weights rounded as exported."""
+    model: ModelConfig = plan.stored.model
+    length = min(plan.positions, max(plan.stored.seq_length, 2))
+    tokens, text = sample_tokens(plan.tokenizer, plan.data, length, model.vocab_size)
+    entries = plan.architecture.entries(model)
+    rounded = ImportedTensors(
+        ExportedTensors(plan.weights, entries, plan.dtype, plan.path), entries, parameter_shapes(model), plan.path
+    )
+    expected = streamed_logits(
+        model, rounded, tokens, lambda done, total: advance("verifying, layer by layer", done, total)
+    )
+    tokenizer = plan.tokenizer if has_tokenizer and not isinstance(plan.tokenizer, NullTokenizer) else None
+    return verify_logits(folder, tokens, text, expected, tokenizer=tokenizer, tolerance=plan.options.tolerance)

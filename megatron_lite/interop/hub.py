@@ -1,0 +1,202 @@
+"""Hugging Face hub: access check, upload with retries, and one revision per checkpoint, through huggingface_hub."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_lite.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+ATTEMPTS = 5
+FIRST_WAIT = 1.0
+MAIN = "main"
+PUBLIC = "https://huggingface.co"
+_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages whose exceptions mean a connection that failed or was cut."""
+
+
+class Hub:
+    """One model repository, and what is done with it.
+
+    Args:
+        name: USER/NAME.
+        private: whether it is made private, if it does not exist.
+        notify: told of every retry.
+        sleep: waits; injected by tests.
+
+    Raises:
+        ConfigError: the name is malformed, or there is no token.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        notify: Callable[[str], None] = lambda text: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.errors import HFValidationError
+
+        tools: Any = importlib.import_module("huggingface_hub.utils")
+        try:
+            tools.validate_repo_id(name)
+            if name.count("/") != 1:
+                raise HFValidationError("it is not USER/NAME")
+        except HFValidationError as error:
+            raise ConfigError(
+                "--push-to takes USER/NAME or ORGANIZATION/NAME",
+                found=f"--push-to {name}: {error}",
+                fix="Use letters, digits, - _ and ., at most 96 characters",
+            ) from error
+        if not get_token():
+            raise ConfigError(
+                "Pushing to the hub needs a token",
+                found="neither HF_TOKEN is set nor a token stored on this machine",
+                fix="Create one with write access in the hub's settings, then set HF_TOKEN or run `hf auth login`",
+            )
+        tools.disable_progress_bars()
+        constants: Any = importlib.import_module("huggingface_hub.constants")
+        if constants.ENDPOINT != PUBLIC:
+            # Xet is the public hub's own storage; mirrors and servers of companies (HF_ENDPOINT) take plain HTTP.
+            constants.HF_HUB_DISABLE_XET = True
+        self.name = name
+        self._private = private
+        self._notify = notify
+        self._sleep = sleep
+        self._api: Any = HfApi()
+
+    def check_access(self) -> None:
+        """Ask the hub whose token it is, before any work is done.
+
+        Raises:
+            ConfigError: the token is not valid or cannot write, or the name belongs to somebody else.
+            CheckpointError: the hub cannot be reached.
+        """
+        try:
+            who = self._retried("asking who the token belongs to", self._api.whoami)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, Exception) and _status(error.__cause__) in (401, 403):
+                raise ConfigError(
+                    "The hub must accept the token",
+                    found=f"{self._api.endpoint} refuses it",
+                    fix="Create a new token with write access, and set HF_TOKEN",
+                ) from error
+            raise
+        owner = self.name.partition("/")[0]
+        writable = {who["name"]} | {one["name"] for one in who.get("orgs", []) if one.get("roleInOrg") != "read"}
+        role = who.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read" or owner not in writable:
+            problem = "may only read" if role == "read" else f"belongs to {who['name']}, who cannot write to {owner}"
+            raise ConfigError(
+                "--push-to must name a repository that the token can write to",
+                found=f"--push-to {self.name}: the token {problem}",
+                fix=f"Push to {who['name']}/{self.name.partition('/')[2]}, or set HF_TOKEN to another token",
+            )
+
+    def revisions(self) -> set[str]:
+        """Return the branches that hold a push of their own.
+
+        A branch is made from main, and its commit follows: one that still is at main's commit was interrupted.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            refs = self._retried("listing revisions", lambda: self._api.list_repo_refs(self.name))
+        except CheckpointError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                return set()
+            raise
+        main = {ref.target_commit for ref in refs.branches if ref.name == MAIN}
+        return {ref.name for ref in refs.branches if ref.name == MAIN or ref.target_commit not in main}
+
+    def push(self, folder: Path, revision: str, message: str) -> str:
+        """Upload a folder as one commit; files that the hub has already are not sent again.
+
+        Args:
+            folder: what to upload.
+            revision: the branch, made if it does not exist.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: the hub refuses it, or cannot be reached after several attempts. The branch is unchanged.
+        """
+        from huggingface_hub import CommitOperationAdd
+
+        self._retried(
+            f"creating {self.name}", lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True)
+        )
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+        def operations() -> list[Any]:
+            return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+
+        # The large files go first, so that a branch is made only when its commit can follow at once.
+        self._retried(
+            "uploading the large files", lambda: self._api.preupload_lfs_files(self.name, additions=operations())
+        )
+        if revision != MAIN:
+            self._retried(
+                f"creating revision {revision}",
+                lambda: self._api.create_branch(self.name, branch=revision, exist_ok=True),
+            )
+        done = self._retried(
+            f"committing to {revision}",
+            lambda: self._api.create_commit(
+                self.name, operations=operations(), commit_message=message, revision=revision
+            ),
+        )
+        return str(done.commit_url)
+
+    def _retried(self, what: str, act: Callable[[], T]) -> T:
+        """Return what `act` returns, after up to ATTEMPTS attempts with growing waits between them."""
+        wait = FIRST_WAIT
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return act()
+            except Exception as error:
+                if attempt == ATTEMPTS or not _is_transient(error):
+                    raise _failed(what, self._api.endpoint, error, attempt) from error
+                self._notify(f"{what} failed ({_text(error)}): trying again in {wait:g} s")
+            self._sleep(wait)
+            wait *= 2
+        raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_transient(error: BaseException | None) -> bool:
+    """Return whether a later attempt may succeed: the server's fault, or the connection's."""
+    if error is None:
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    if type(error).__module__.partition(".")[0] in _TRANSPORTS:
+        return True
+    # huggingface_hub wraps what happens to one file of several.
+    return isinstance(error, RuntimeError) and _is_transient(error.__cause__)
+
+
+def _failed(what: str, endpoint: str, error: Exception, attempts: int) -> CheckpointError:
+    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    return CheckpointError(
+        "The hub must accept the upload",
+        found=f"{what} at {endpoint} failed{tried}: {_text(error)}",
+        fix="Give the same command again: what has arrived is not sent twice",
+    )
+
+
+def _text(error: BaseException) -> str:
+    text = str(error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
+    return " ".join(text.split()) or type(error).__name__

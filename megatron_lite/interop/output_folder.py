@@ -1,0 +1,101 @@
+"""New output folder that appears complete or not at all: written under a temporary name and renamed at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.atomic import sync_folder
+from megatron_lite.runs.manifest import size_text
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        CheckpointError: it is a file, or a folder that holds something.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise CheckpointError(
+            "--output must be a new folder",
+            found=f"{output} exists already",
+            fix="Give another --output, or remove it first",
+        )
+
+
+@contextmanager
+def new_folder(output: Path, needed: int) -> Iterator[Path]:
+    """Yield a temporary folder beside `output` that gets its name if the block ends without an error.
+
+    Args:
+        output: the folder to make; it must not exist, or be empty.
+        needed: bytes that will be written.
+
+    Raises:
+        CheckpointError: `output` exists, there is no room, or it cannot be written. Nothing is left then.
+    """
+    check_output(output)
+    output = output.absolute()
+    partial = output.with_name(f"{output.name}.partial-{os.uname().nodename}-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(output)
+        _check_room(output, needed)
+        partial.mkdir()
+        yield partial
+        sync_folder(partial)
+        partial.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise _unwritable(output, error, needed) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(output: Path) -> None:
+    """Remove what killed processes of this machine left of the same output."""
+    pattern = re.compile(re.escape(f"{output.name}.partial-{os.uname().nodename}-") + r"(\d+)")
+    for entry in output.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _check_room(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise CheckpointError(
+            "The output needs room for all of its bytes",
+            found=f"{output} takes {size_text(needed)}, {output.parent} has {size_text(free)} free",
+            fix="Make room, or give another --output",
+        )
+
+
+def _unwritable(output: Path, error: OSError, needed: int) -> CheckpointError:
+    where = f" ({error.filename})" if error.filename else ""
+    try:
+        free = f"; {size_text(shutil.disk_usage(output.parent).free)} are free there, {size_text(needed)} are needed"
+    except OSError:
+        free = ""
+    return CheckpointError(
+        "The output must be written completely",
+        found=f"{output}: {error.strerror or error}{where}{free}",
+        fix="Nothing is left of it. Make room, change the permissions of the folder above it, or give another --output",
+    )

@@ -1,0 +1,76 @@
+"""Model parameters without a run: names and shapes of a model's tensors, and its logits computed layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_lite.backend.fake import FakeBackend
+from megatron_lite.checkpoint.offline import TensorSource
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.interop.transforms import Shape
+from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.random import RngStreams
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Return the global shape of every parameter, by name, in the model's order; the vocabulary is not padded."""
+    stage = _empty_stage(_padded(model), range(model.num_layers))
+    return {entry.name: entry.global_shape for entry in stage.named_parameters_global()}
+
+
+@torch.no_grad()
+def streamed_logits(
+    model: ModelConfig,
+    source: TensorSource,
+    tokens: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Return the logits of a model in fp32, holding one layer at a time.
+
+    Args:
+        model: the model.
+        source: its weights under our names; they are converted to fp32.
+        tokens: [b, s] int64.
+        progress: told the layers that are done, and those there are.
+
+    Returns:
+        [b, s, vocabulary].
+    """
+    model = _padded(model)
+    batch = MicroBatch(tokens=tokens, labels=tokens)
+    x = None
+    for layer in range(model.num_layers):
+        stage = _empty_stage(model, range(layer, layer + 1)).to_empty(device="cpu").eval()
+        for entry in stage.named_parameters_global():
+            entry.param.zero_()  # the padding rows
+            entry.local().copy_(source.read(entry.name, entry.offset, entry.local_shape))
+        x = stage(x, batch)
+        progress(layer + 1, model.num_layers)
+    assert x is not None
+    return x[..., : model.vocab_size].transpose(0, 1).contiguous()
+
+
+def _padded(model: ModelConfig) -> ModelConfig:
+    return model if model.padded_vocab_size else replace(model, padded_vocab_size=model.vocab_size)
+
+
+def _empty_stage(model: ModelConfig, layers: range) -> GPTStage:
+    """Return a stage on the meta device, in fp32."""
+    backend = FakeBackend(0, 1)
+    return GPTStage(
+        model,
+        layers=layers,
+        has_embedding=layers.start == 0,
+        has_head=layers.stop == model.num_layers,
+        mesh=build_mesh(backend, ParallelConfig()),
+        rng=RngStreams(0, backend),
+        seed=0,
+        dtype=torch.float32,
+    )

@@ -1,0 +1,187 @@
+"""Verification of a conversion: megatron_lite's logits against those of transformers on the same text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError, install_extra
+from megatron_lite.tokenizer.base import Tokenizer
+
+TOLERANCE = 2e-5
+"""Largest difference of logits, as a share of the largest logit (at least 1): above fp32 rounding in deep models, below
+the difference between the two GELUs (2e-4 in a tiny model)."""
+LENGTH = 256
+TEXT = """The library had been closed for most of the winter, and when it opened again in March 2019 the first visitors
+found that little had changed. The reading room still smelled of paper and floor polish; the clock over the door was
+still eleven minutes slow. "You could set your watch wrong by it," said Mrs. Aldous, who has worked there since 1987.
+
+def mean(values):
+    return sum(values) / len(values)
+
+Average attendance fell by 3.4% between 2010 and 2016, then rose. Nobody is quite sure why: the collection is smaller
+than it was, the opening hours are shorter, and the heating fails whenever the temperature drops below -5 degrees. What
+is certain is that people come. They come to read the newspapers, to use the printers, to study for examinations, or
+simply to sit by the large windows that look out over the river and watch the barges go past on their way to the sea.
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far two programs' logits are apart: largest |a - b|, the largest logit, and on how many tokens of what."""
+
+    largest: float
+    scale: float
+    tokens: int
+    text: str
+
+    def __str__(self) -> str:
+        return (
+            f"logits equal to transformers' within {self.largest:.2e} (largest logit {self.scale:.3g}, "
+            f"{self.tokens} tokens of {self.text})"
+        )
+
+
+def require_transformers(command: str) -> None:
+    """Raise an error if transformers is not installed.
+
+    Raises:
+        ConfigError: it is not; the message names the extra.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            f"{command} compares the logits with those of transformers",
+            found="transformers is not installed",
+            fix=f"{install_extra('hf')}, or add --no-verify to go without the comparison",
+        )
+
+
+def sample_tokens(tokenizer: Tokenizer | None, data: DataConfig, length: int, vocab_size: int) -> tuple[Tensor, str]:
+    """Return tokens [1, s] to compare logits on, and what they are: the run's data, or a built-in text.
+
+    Args:
+        tokenizer: the model's; None: it has none.
+        data: the run's data, of which the first source that is there is taken.
+        length: the longest sequence of the model.
+        vocab_size: of the model.
+    """
+    length = min(length, LENGTH)
+    groups = (*data.train_groups, *data.valid_groups)
+    for source in (*data.sources, *(source for group in groups for source in group.sources)):
+        if all(Path(source.path + suffix).is_file() for suffix in (".bin", ".idx")):
+            ids = _first_tokens(source.path, length)
+            if ids is not None and len(ids) > 1 and int(ids.max()) < vocab_size:
+                return torch.from_numpy(ids.astype(np.int64))[None], source.path
+    if tokenizer is not None:
+        try:
+            ids = np.resize(np.array(tokenizer.encode(TEXT), dtype=np.int64), length)
+            return torch.from_numpy(ids)[None], "a built-in text"
+        except MegatronLiteError:  # a tokenizer of numbers, or one without a token for some character
+            pass
+    numbers = torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return numbers, "random tokens"
+
+
+def _first_tokens(prefix: str, length: int) -> Any:
+    try:
+        dataset = IndexedDataset(prefix)
+        parts, found = [], 0
+        for number in range(dataset.num_documents):
+            parts.append(np.asarray(dataset.document(number))[: length - found])
+            found += len(parts[-1])
+            if found == length:
+                break
+        return np.concatenate(parts) if parts else None
+    except MegatronLiteError:  # moved or replaced since the run: the built-in text does as well
+        return None
+
+
+def run_apart(folder: Path, request: Path) -> None:
+    """Run transformers_logits in a process of its own; its memory is returned when it ends.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder.
+    """
+    words = [sys.executable, "-m", "megatron_lite.interop.transformers_logits", str(folder), str(request)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+        raise CheckpointError(
+            "transformers must be able to load the model",
+            found=f"{folder}: {last[0]}",
+            fix="Run `python -m megatron_lite.interop.transformers_logits` on the folder for the whole traceback, or "
+            "add --no-verify",
+        )
+
+
+def verify_logits(
+    folder: Path,
+    tokens: Tensor,
+    text: str,
+    expected: Tensor,
+    *,
+    tokenizer: Tokenizer | None = None,
+    tolerance: float = TOLERANCE,
+    run: Callable[[Path, Path], None] | None = None,
+) -> Verification:
+    """Compare the logits of a Hugging Face folder with ours.
+
+    Args:
+        folder: the model's.
+        tokens: [b, s].
+        text: what they are.
+        expected: our logits [b, s, vocabulary]; the folder's model may have padding rows beyond them.
+        tokenizer: compared with the folder's too; None: the folder has none.
+        tolerance: largest difference, as a share of the largest logit (at least 1).
+        run: compares; None: in a process of its own.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder, or the logits or the tokenizer differ.
+    """
+    with TemporaryDirectory() as request:
+        np.save(Path(request) / "tokens.npy", tokens.numpy())
+        np.save(Path(request) / "expected.npy", expected.numpy())
+        words = None if tokenizer is None else _tokenized(tokenizer)
+        (Path(request) / "text.json").write_text(json.dumps(words), encoding="utf-8")
+        (run or run_apart)(folder, Path(request))
+        result = json.loads((Path(request) / "result.json").read_text(encoding="utf-8"))
+    if result["problem"]:
+        raise CheckpointError(
+            "transformers must find every weight of the model, and no other",
+            found=f"{folder}: {result['problem']}",
+            fix="Please report it with the model's config",
+        )
+    if not result["largest"] <= tolerance * max(1.0, result["scale"]):  # NaN is not
+        raise CheckpointError(
+            "The logits must be those of transformers",
+            found=f"the largest difference is {result['largest']:.3g}, the largest logit {result['scale']:.3g}, on "
+            f"{tokens.numel()} tokens of {text}; tolerance {tolerance:g} x the largest logit",
+            fix="The conversion was discarded. Please report it; --tolerance accepts a larger difference",
+        )
+    if result["tokenizer"]:
+        raise CheckpointError(
+            "The folder's tokenizer must give the same tokens in transformers",
+            found=f"a built-in text becomes {result['tokenizer']}",
+            fix="Add --no-tokenizer, and add the tokenizer's files by hand",
+        )
+    return Verification(result["largest"], result["scale"], tokens.numel(), text)
+
+
+def _tokenized(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    try:
+        return {"text": TEXT, "ids": [int(token) for token in tokenizer.encode(TEXT)]}
+    except MegatronLiteError:
+        return None

@@ -1,0 +1,97 @@
+"""Random models of every architecture that is exported, and checkpoints of them written by any layout."""
+
+import dataclasses
+
+import torch
+
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import PrecisionConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.model.build import build_stage
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.runs.comparison import config_as_json
+from megatron_lite.runs.manifest import Provenance
+from megatron_lite.schedules.progress import Progress
+
+VOCAB = 96
+_LLAMA = {
+    "position_embedding": "rotary",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "linear_bias": False,
+    "qkv_bias": False,
+    "tied_embeddings": False,
+    "ffn_hidden_size": 48,
+}
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gpt2 erf untied": (
+        "GPT2LMHeadModel",
+        {"activation": "gelu", "tied_embeddings": False, "ffn_hidden_size": 40, "norm_epsilon": 1e-3},
+    ),
+    "gpt2 zero-centered": ("GPT2LMHeadModel", {"zero_centered_norm": True}),
+    "bloom": ("BloomForCausalLM", {"position_embedding": "alibi", "embed_layernorm": True}),
+    "llama": ("LlamaForCausalLM", {**_LLAMA, "num_query_groups": 2, "rotary_base": 5000.0, "rotary_scaling": 2.0}),
+    "llama biases": (
+        "LlamaForCausalLM",
+        {**_LLAMA, "linear_bias": True, "qkv_bias": True, "head_dim": 16, "activation": "geglu"},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "qkv_bias": True, "num_query_groups": 2, "tied_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "qk_layernorm": True, "num_query_groups": 2, "head_dim": 16}),
+    "gpt-neox": (
+        "GPTNeoXForCausalLM",
+        {"position_embedding": "rotary", "rotary_percent": 0.25, "activation": "gelu", "tied_embeddings": False},
+    ),
+    "gpt-neox parallel": (
+        "GPTNeoXForCausalLM",
+        {"position_embedding": "rotary", "rotary_percent": 0.5, "parallel_residual": True},
+    ),
+}
+"""The class that each model is exported as, and its fields."""
+
+
+def run_config(dtype="fp32", **fields):
+    shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
+    shape |= {"vocab_size": VOCAB, "padded_vocab_size": 128, "init_std": 0.08}
+    return RunConfig(
+        model=ModelConfig(**(shape | fields)),
+        batch=BatchConfig(seq_length=64, micro_batch_size=1),
+        tokenizer=TokenizerConfig(type="NullTokenizer", vocab_size=VOCAB - 1),
+        precision=PrecisionConfig(dtype=dtype),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+
+
+def save(backend, config, root, iteration=7):
+    """Saves a random model, of which each rank builds its own part, as training does."""
+    mesh = build_mesh(backend, config.parallel)
+    layers = config.model.num_layers // config.parallel.pp
+    stage = build_stage(
+        config,
+        mesh,
+        RngStreams(1, backend, mesh.tp.rank),
+        range(mesh.pp.rank * layers, (mesh.pp.rank + 1) * layers),
+    )
+    tensors = []
+    with torch.no_grad():
+        for entry in stage.named_parameters_global():
+            if len(entry.global_shape) == 1 or "position" in entry.name:  # norms, biases and positions that matter
+                draw = torch.Generator().manual_seed(sum(entry.name.encode()))
+                whole = torch.randn(entry.global_shape, generator=draw) * 0.1
+                for dim, (start, length) in enumerate(zip(entry.offset, entry.local_shape, strict=True)):
+                    whole = whole.narrow(dim, start, length)
+                entry.local().add_(whole)
+            first = mesh.tp.rank == 0 or entry.tp_dim is not None
+            tensors.append(parameter_tensor(entry, write=first and entry.owned))
+    scalars = {"progress": dataclasses.replace(Progress(), iteration=iteration).to_dict()}
+    save_checkpoint(root, iteration, tensors, scalars, Provenance(config_as_json(config)), mesh.world)
+
+
+def save_on_rank(backend, config, root, iteration):
+    save(backend, config, root, iteration)
