@@ -27,7 +27,7 @@ from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
 from megatron_lite.interop.safetensors_writer import size_of, write_safetensors
 from megatron_lite.interop.tokenizer_files import special_ids, write_tokenizer
 from megatron_lite.interop.verify import TOLERANCE, Verification, require_transformers, sample_tokens, verify_logits
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.manifest import Manifest, read_manifest
 from megatron_lite.tokenizer.base import Tokenizer

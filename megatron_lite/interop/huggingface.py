@@ -21,7 +21,7 @@ from megatron_lite.interop.mapping import ImportedTensors
 from megatron_lite.interop.parameters import parameter_shapes
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.interop.tokenizer_files import find_tokenizer
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 

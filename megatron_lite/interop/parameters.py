@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_lite.backend.fake import FakeBackend
 from megatron_lite.checkpoint.offline import TensorSource
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.interop.transforms import Shape
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
@@ -47,7 +48,7 @@ def streamed_logits(
     batch = MicroBatch(tokens=tokens, labels=tokens)
     x = None
     for layer in range(model.num_layers):
-        stage = _empty_stage(model, range(layer, layer + 1)).to_empty(device="cpu").eval()
+        stage = _on_cpu(_empty_stage(model, range(layer, layer + 1)))
         for entry in stage.named_parameters_global():
             entry.param.zero_()  # the padding rows
             entry.local().copy_(source.read(entry.name, entry.offset, entry.local_shape))
@@ -64,13 +65,13 @@ def _padded(model: ModelConfig) -> ModelConfig:
 def _empty_stage(model: ModelConfig, layers: range) -> GPTStage:
     """Return a stage on the meta device, in fp32."""
     backend = FakeBackend(0, 1)
-    return GPTStage(
-        model,
-        layers=layers,
-        has_embedding=layers.start == 0,
-        has_head=layers.stop == model.num_layers,
-        mesh=build_mesh(backend, ParallelConfig()),
-        rng=RngStreams(0, backend),
-        seed=0,
-        dtype=torch.float32,
-    )
+    config = RunConfig(model=model, batch=BatchConfig(seq_length=1, micro_batch_size=1))
+    return GPTStage(config, layers, build_mesh(backend, config.parallel), RngStreams(0, backend))
+
+
+def _on_cpu(stage: GPTStage) -> GPTStage:
+    """Return the stage with uninitialized parameters on the CPU; what was tied on the meta device is tied again."""
+    stage = stage.to_empty(device="cpu").eval()
+    if stage.output_layer is not None and stage.embedding is not None and stage.config.tied_embeddings:
+        stage.output_layer.weight = stage.embedding.word_embeddings.weight
+    return stage

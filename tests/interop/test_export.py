@@ -360,8 +360,9 @@ def test_transformers_is_an_extra(make_checkpoint, monkeypatch):
     plan_export(str(load), 0, NO_CHECK)
 
 
-def test_streamed_logits_are_the_models(make_checkpoint):
-    load = make_checkpoint(**MODELS["qwen3"][1])
+@pytest.mark.parametrize("layers", [1, 4])
+def test_streamed_logits_are_the_models(layers, make_checkpoint):
+    load = make_checkpoint(**{**MODELS["qwen3"][1], "num_layers": layers, "tied_embeddings": layers == 1})
     restored = restore_model(str(load), 0, RuntimeConfig(device="cpu"))
     tokens = torch.randint(0, VOCAB, (2, 40))
     from megatron_lite.model.batch import MicroBatch

@@ -11,7 +11,8 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.model.build import build_stage
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.tensors import parameter_tensor
@@ -72,12 +73,8 @@ def save(backend, config, root, iteration=7):
     """Saves a random model, of which each rank builds its own part, as training does."""
     mesh = build_mesh(backend, config.parallel)
     layers = config.model.num_layers // config.parallel.pp
-    stage = build_stage(
-        config,
-        mesh,
-        RngStreams(1, backend, mesh.tp.rank),
-        range(mesh.pp.rank * layers, (mesh.pp.rank + 1) * layers),
-    )
+    numbers = range(mesh.pp.rank * layers, (mesh.pp.rank + 1) * layers)
+    stage = GPTStage(config, numbers, mesh, RngStreams(1, backend, mesh.tp.rank))
     tensors = []
     with torch.no_grad():
         for entry in stage.named_parameters_global():
@@ -88,7 +85,8 @@ def save(backend, config, root, iteration=7):
                     whole = whole.narrow(dim, start, length)
                 entry.local().add_(whole)
             first = mesh.tp.rank == 0 or entry.tp_dim is not None
-            tensors.append(parameter_tensor(entry, write=first and entry.owned))
+            copy = entry.name == WORD_EMBEDDINGS and stage.embedding is None  # of a tied table, on the last stage
+            tensors.append(parameter_tensor(entry, write=first and not copy))
     scalars = {"progress": dataclasses.replace(Progress(), iteration=iteration).to_dict()}
     save_checkpoint(root, iteration, tensors, scalars, Provenance(config_as_json(config)), mesh.world)
 

@@ -12,7 +12,7 @@ from megatron_lite.config.model import Activation, ModelConfig
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import PlusOne, Rows, Same, SplitQKV, Transform
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 
 HEAD = "output_layer.weight"
 """Our name of an untied head."""

@@ -17,7 +17,7 @@ from megatron_lite.interop.architectures.base import (
 )
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 class Bloom(Architecture):

@@ -22,7 +22,7 @@ from megatron_lite.interop.architectures.base import (
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import JoinedQKV, Transposed
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 class GPT2(Architecture):

@@ -24,7 +24,7 @@ from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.architectures.rope import read_rope, write_rope
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import GateUp
-from megatron_lite.model.gpt import WORD_EMBEDDINGS
+from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 @dataclass(frozen=True)
