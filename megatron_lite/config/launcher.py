@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -45,9 +45,10 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
         argv: words, of which the first may hold a whole command in quotes, or be @FILE for the command in a file.
 
     Raises:
-        ConfigError: quotes are not closed, there is no training script, or shell variables are left among its flags.
+        ConfigError: quotes are not closed, there is no training script, shell variables are left among its flags, or
+            the launcher's number of ranks is no number and there is no --world-size.
     """
-    commands = [(words, _script(words)) for words in _simple_commands(_unwrapped(_opened(argv)))]
+    commands = [(words, _script(words)) for words in _commands(_opened(argv))]
     if not any(script is not None for _, script in commands):
         raise _no_script(argv)
     # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …` the one with the most training flags is meant.
@@ -114,16 +115,21 @@ def _lines(text: str, *, comments: bool) -> list[list[str]]:
     return lines
 
 
-def _unwrapped(words: list[str]) -> list[str]:
-    """The words with the inner command of `bash -c "…"`, `ssh host "…"` and the like in its place."""
-    while words and not words[0].startswith("-") and not any(map(_is_script, words)):
-        for place, word in enumerate(words):
-            if re.search(r"\s", word) and re.search(r"\.py\b", word):
-                words = [*words[:place], *_split(word), *words[place + 1 :]]
-                break
-        else:
-            return words
-    return words
+def _commands(words: list[str]) -> Iterator[list[str]]:
+    """Yield the commands between the shell's operators.
+
+    Those inside `bash -c "…"`, `ssh host "…"` and the like begin with the words before it, which may be a launcher.
+    """
+    for command in _simple_commands(words):
+        inner = None
+        if command and not command[0].startswith("-") and not any(map(_is_script, command)):
+            quoted = (place for place, word in enumerate(command) if re.search(r"\s", word) and ".py" in word)
+            inner = next(quoted, None)
+        if inner is None:
+            yield command
+            continue
+        for nested in _commands(_split(command[inner])):
+            yield [*command[:inner], *nested, *command[inner + 1 :]]
 
 
 def _simple_commands(words: list[str]) -> list[list[str]]:
@@ -237,7 +243,13 @@ def _number(words: Sequence[str], *names: str, default: int | None = None) -> in
     value = _option(words, *names)
     if value is None:
         return default
-    return int(value) if value.isdigit() and int(value) else None
+    if not value.isdigit() or not int(value):
+        raise ConfigError(
+            "The launcher's words must say how many ranks it starts",
+            found=f"{names[0]} {value}".rstrip(),
+            fix="Replace the value by a number, or add --world-size N",
+        )
+    return int(value)
 
 
 def _product(*numbers: int | None) -> int | None:

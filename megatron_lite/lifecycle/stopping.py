@@ -45,10 +45,12 @@ class SignalFlag:
     Args:
         announce: whether to print a line when a signal arrives: rank 0 does. If another rank alone receives one, the
             line with which the job stops names it (agree).
+        saves: whether the job saves when it stops.
     """
 
-    def __init__(self, *, announce: bool = True) -> None:
+    def __init__(self, *, announce: bool = True, saves: bool = True) -> None:
         self._announce = announce
+        self._saves = saves
         self._old: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
 
@@ -67,8 +69,9 @@ class SignalFlag:
         self.received = signal.Signals(number)
         if not self._announce:
             return
+        then = "saving and stopping" if self._saves else "stopping"
         again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
-        text = f"\n{self.received.name} received: finishing this step, then saving and stopping.{again}\n"
+        text = f"\n{self.received.name} received: finishing this step, then {then}.{again}\n"
         # Not print: the signal may have come in the middle of one, whose buffer cannot be entered twice.
         os.write(2, text.encode())
 

@@ -114,6 +114,8 @@ def _start(config: RunConfig, start: Start, progress: Progress) -> str:
 
 def _saves(config: RunConfig) -> str:
     options, metrics = config.checkpoint, metrics_path(config)
+    if config.training.skip_train:
+        return "none under --skip-train"
     if not options.save:
         text = "none, for there is no --save"
     else:

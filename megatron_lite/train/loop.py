@@ -106,7 +106,11 @@ def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
 
     Args and returns: as train.
     """
-    with SignalFlag() if run.config.training.exit_signals else nullcontext() as flag:
+    with (
+        SignalFlag(announce=run.mesh.world.rank == 0, saves=False)
+        if run.config.training.exit_signals
+        else nullcontext() as flag
+    ):
         stopper = Stopper(run.config.training, flag, started=started)
         stop = _agree(run, stopper.before_iteration(run.progress)) or _evaluate_at_end(run, stopper)
         return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")

@@ -19,8 +19,6 @@ SHAPES = [
     ("torchrun --nproc-per-node 8 pretrain_gpt.py", 8),
     ("torchrun --nproc_per_node=8 --nnodes=2 --rdzv-id 1 --rdzv-backend=c10d ${dir}/../pretrain_gpt.py", 16),
     ("/opt/bin/torchrun --nnodes 2 --nproc-per-node 4 --node_rank $SLURM_PROCID /a/b/train_gpt.py", 8),
-    ("torchrun --nproc_per_node=gpu pretrain_gpt.py", None),
-    ("torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py", None),
     ("torchrun --nproc_per_node=8 --no_python python pretrain_gpt.py", 8),
     ("torchrun pretrain_gpt.py", 1),
     ("python -u -m torch.distributed.launch --nproc_per_node 4 --nnodes 16 --master_port 6000 pretrain_gpt.py", 64),
@@ -113,6 +111,12 @@ def test_the_world_size_of_the_flags_wins():
     assert parse_command(["python", "pretrain_gpt.py", *SMALL]).config == parse_run(SMALL).config
 
 
+@pytest.mark.parametrize("inner", ["cd /tmp && exec python", "cd /tmp; python", "export A=1\npython", "python"])
+def test_a_launcher_before_several_commands_counts(inner):
+    check(["srun", "--ntasks=4", "bash", "-lc", shlex.quote(f"{inner} pretrain_gpt.py --bf16")[1:-1]], ["--bf16"], 4)
+    check([f"srun -n 4 bash -c '{inner} pretrain_gpt.py --bf16' 2>&1 | tee log"], ["--bf16"], 4)
+
+
 def test_an_argument_file_may_hold_flags_only(tmp_path):
     (tmp_path / "flags.txt").write_text("--num-layers 4  # few\n--bf16")
     check([f"@{tmp_path / 'flags.txt'}", "--lr", "1"], ["--num-layers", "4", "--bf16", "--lr", "1"], None)
@@ -128,6 +132,9 @@ ERRORS = {
     "srun bash -c '$LAUNCHER --node_rank 0 $CMD'": "Replace $LAUNCHER, $CMD by what the shell would put there",
     "deepspeed --num_gpus 8 train --num-layers 4": "names no .py file. Give the flags alone, or with the script before",
     "train --num-layers 4": "names no .py file",
+    "torchrun --nproc_per_node $GPUS pretrain_gpt.py --bf16": "--nproc-per-node $GPUS. Replace the value by a number",
+    "torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py --bf16": "--nnodes 1:4. Replace the value by a number",
+    "torchrun --nproc-per-node gpu pretrain_gpt.py --bf16": "--nproc-per-node gpu. Replace the value by a number",
     "python pretrain_gpt.py --save 'x": "The quotes of a command line are closed",
 }
 
