@@ -132,7 +132,7 @@ def _payload(record: memoryview) -> int:
 
     torch.load would copy them twice, and unpickle, of which a load should have no need.
     """
-    with ZipFile(_View(record)) as archive:
+    with ZipFile(BytesView(record)) as archive:
         (member,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
     # A member begins with its local header: 30 bytes, of which the last four are the lengths of name and padding.
     header = member.header_offset
@@ -140,7 +140,7 @@ def _payload(record: memoryview) -> int:
     return header + 30 + name + padding
 
 
-class _View(io.RawIOBase):
+class BytesView(io.RawIOBase):
     """Bytes in memory as a file, without a copy."""
 
     def __init__(self, data: memoryview) -> None:
@@ -148,19 +148,24 @@ class _View(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset and return it."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
         return self._at
 
     def tell(self) -> int:
+        """Return the offset."""
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill a buffer, and return how many bytes there were."""
         data = self._data[self._at : self._at + len(buffer)]
         buffer[: len(data)] = data
         self._at += len(data)

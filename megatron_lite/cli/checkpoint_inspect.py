@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from megatron_lite.checkpoint.offline import TensorDifference
+    from megatron_lite.interop.inspection import Comparable
     from megatron_lite.runs.foreign import Recognised
     from megatron_lite.runs.manifest import Manifest
 
@@ -118,9 +119,16 @@ def diff(options: argparse.Namespace, console: Console) -> int:
 def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
     """Compare the models and weights of two checkpoints, of which one at least is foreign, under our names."""
     from megatron_lite.checkpoint.offline import compare_sources
-    from megatron_lite.interop.inspection import comparable
+    from megatron_lite.interop.inspection import comparable, says_vocabulary
 
-    one, other = (comparable(folder, _foreign(folder)) for folder in (options.first, options.second))
+    kinds = [_foreign(folder) for folder in (options.first, options.second)]
+    # A file of Megatron-LM may not say how large the vocabulary is without its padding: the other one does.
+    order = sorted((0, 1), key=lambda number: not says_vocabulary(kinds[number]))
+    found: dict[int, Comparable] = {}
+    for number in order:
+        size = found[order[0]].model["vocab_size"] if found else 0
+        found[number] = comparable((options.first, options.second)[number], kinds[number], size)
+    one, other = found[0], found[1]
     console.print(f"A {one.path}\nB {other.path}")
     parts = {
         "model": (one.model, other.model),

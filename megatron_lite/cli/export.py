@@ -1,4 +1,4 @@
-"""megatron-lite export: writes a checkpoint as a Hugging Face model, and pushes it to the hub."""
+"""megatron-lite export: writes a checkpoint as a Hugging Face model or as Megatron files, and pushes to the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from megatron_lite.cli import export_megatron
 from megatron_lite.cli.import_ import DTYPES, add_verification
 from megatron_lite.cli.model_arguments import add_tokenizer_arguments, note, tokenizer_fields
 from megatron_lite.cli.parser import Parser, whole
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_lite.interop.export import ExportPlan, ExportReport
     from megatron_lite.interop.hub import Hub
 
-SUMMARY = "export a checkpoint as a Hugging Face model, and push it to the hub"
+SUMMARY = "export a checkpoint as a Hugging Face model (and push it), or as Megatron-LM or DeepSpeed files"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -26,6 +27,9 @@ def run(argv: list[str]) -> int:
     """Export the checkpoint that `argv` names."""
     parser = _parser()
     options = parser.parse_args(argv)
+    export_megatron.check(options, parser)
+    if options.to != "hf":
+        return export_megatron.run(options)
     _check(options, parser)
     hub = _hub(options)
     if options.revisions_from_run:
@@ -185,10 +189,17 @@ def _parser() -> Parser:
     parser = Parser(
         prog="megatron-lite export",
         description="Write a checkpoint, of any layout, as a Hugging Face model: config.json, safetensors, tokenizer "
-        "and model card. transformers loads the result, and its logits are compared, before it gets its name.",
+        "and model card. transformers loads the result, and its logits are compared, before it gets its name. "
+        "With --to megatron or deepspeed, write it as files that Megatron-LM or Megatron-DeepSpeed load, for any "
+        "tensor and pipeline size.",
     )
     parser.add_argument("load", metavar="LOAD", help="a run's --save folder, or one checkpoint in it")
-    parser.add_argument("--to", choices=("hf",), default="hf", help="format (default: hf, Hugging Face)")
+    parser.add_argument(
+        "--to",
+        choices=("hf", "megatron", "deepspeed"),
+        default="hf",
+        help="format: Hugging Face, Megatron-LM classic, DeepSpeed layer files (default: hf)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the new folder")
     parser.add_argument(
         "--load-iteration", type=whole(), default=0, metavar="N", help="which checkpoint (default: latest)"
@@ -205,6 +216,7 @@ def _parser() -> Parser:
         "--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer's files out"
     )
     add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
+    export_megatron.add_layout_arguments(parser.add_argument_group("Megatron-LM and DeepSpeed"))
     card = parser.add_argument_group("model card")
     card.add_argument("--no-card", dest="card", action="store_false", help="write no README.md")
     card.add_argument(

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from megatron_lite.cli.parser import Parser, real, whole
 
-SUMMARY = "import a model of Hugging Face's format as a checkpoint that --load takes"
+SUMMARY = "import a checkpoint of Hugging Face, Megatron-LM or DeepSpeed as one that --load takes"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(argv: list[str]) -> int:
     """Import the folder that `argv` names."""
-    options = _parser().parse_args(argv)
+    options, flags = _parser().parse_known_args(argv)
 
     import torch
 
     from megatron_lite.cli.progress import stage_progress
     from megatron_lite.config.arguments import to_argv
     from megatron_lite.interop.importing import ImportOptions, import_checkpoint
+    from megatron_lite.interop.megatron.opening import MegatronOptions
     from megatron_lite.runs.foreign import Kind
     from megatron_lite.runs.manifest import size_text
 
@@ -31,6 +32,12 @@ def run(argv: list[str]) -> int:
         ignored_keys=tuple(options.ignore_config_keys),
         verify=options.verify,
         tolerance=options.tolerance,
+        megatron=MegatronOptions(
+            weights_only=options.weights_only,
+            replicated=options.replicated,
+            checkpoint_version=options.checkpoint_version,
+            flags=tuple(flags),
+        ),
     )
     with stage_progress() as advance:
         report = import_checkpoint(options.folder, options.output, chosen, advance)
@@ -41,7 +48,10 @@ def run(argv: list[str]) -> int:
     # The tokenizer says the vocabulary's size, and the layout how far it is padded.
     model = replace(report.config.model, vocab_size=0, padded_vocab_size=0)
     words = to_argv(replace(report.config, model=model))
-    print(f"to train on: pretrain_gpt.py --load {report.path} --finetune \\\n  {_lines(words)}")
+    if report.goes_on:
+        print("the optimizer's state was imported: give the run its own flags, and it goes on where it was saved")
+    anew = "" if report.goes_on else " --finetune"
+    print(f"to train on: pretrain_gpt.py --load {report.path}{anew} \\\n  {_lines(words)}")
     print(f"to try it:   megatron-lite generate --load {report.path}")
     return 0
 
@@ -59,7 +69,11 @@ def _parser() -> Parser:
         prog="megatron-lite import",
         description="Import a model as a checkpoint that --load takes, in any layout. Hugging Face folders of GPT-2, "
         "BLOOM, Llama, Mistral, Qwen2, Qwen3 and GPT-NeoX are read, .safetensors or .bin; no code in them is executed. "
-        "The logits are compared with those of transformers before the checkpoint gets its name.",
+        "The logits are compared with those of transformers before the checkpoint gets its name. Checkpoints of "
+        "Megatron-LM (classic and torch_dist) and DeepSpeed (layer files, ZeRO-1, universal) are read as well.",
+        epilog="What files of Megatron-LM or DeepSpeed do not say of the model, its own flags do: "
+        "--num-attention-heads 16 --vocab-size 50257 … (entries of the tokenizer), or the tokenizer's files.",
+        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder")
     parser.add_argument(
@@ -89,7 +103,27 @@ def _parser() -> Parser:
         help="unknown keys of config.json that do not change what the model computes",
     )
     add_verification(parser)
+    _add_megatron(parser.add_argument_group("Megatron-LM and DeepSpeed"))
     return parser
+
+
+def _add_megatron(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--weights-only", action="store_true", help="leave the optimizer's state out: a run on it starts anew"
+    )
+    group.add_argument(
+        "--replicated",
+        choices=("average", "first"),
+        default="",
+        help="where tensor-parallel ranks hold different copies of a tensor: take their mean, or rank 0's "
+        "(default: an error that lists them)",
+    )
+    group.add_argument(
+        "--checkpoint-version",
+        type=float,
+        metavar="V",
+        help="order of the QKV rows of a file that does not say it: 0, 1, 2 or 3 (default: 0, as Megatron-LM reads it)",
+    )
 
 
 def add_verification(parser: argparse.ArgumentParser) -> None:

@@ -154,6 +154,22 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
     tokenizer = _tokenizer(stored, manifest, path, options)
     shapes = parameter_shapes(stored.model)
     weights = Weights(path, manifest, tuple(shapes), options.dtype)
+    require_weights(weights, shapes, path)
+    dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
+    return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)
+
+
+def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse a checkpoint that does not hold its whole model.
+
+    Args:
+        weights: its weights.
+        shapes: the model's parameters.
+        path: its folder, for the message.
+
+    Raises:
+        CheckpointError: a weight is missing, or of another shape.
+    """
     for name, shape in shapes.items():
         saved = weights.tensors.get(name)
         if saved is None or saved.shape != shape:
@@ -162,8 +178,6 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
                 found=f"{path} has {'no' if saved is None else f'{saved.shape} for'} {name}, the model has {shape}",
                 fix="Export another iteration; `megatron-lite checkpoint inspect --tensors` shows what this one holds",
             )
-    dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
-    return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)
 
 
 def export_checkpoint(

@@ -17,9 +17,10 @@ from megatron_lite.config.data import DataConfig, TokenizerConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.interop.foreign import ForeignModel
 from megatron_lite.interop.huggingface import open_model
+from megatron_lite.interop.megatron.opening import MegatronOptions, open_megatron
 from megatron_lite.interop.output_folder import check_output, new_folder
 from megatron_lite.interop.parameters import streamed_logits
 from megatron_lite.interop.safetensors_writer import size_of
@@ -48,6 +49,7 @@ class ImportOptions:
         ignored_keys: unknown keys of config.json that may be ignored.
         verify: whether logits are compared with transformers (Hugging Face folders only).
         tolerance: see verify.TOLERANCE.
+        megatron: for checkpoints of Megatron-LM and DeepSpeed.
     """
 
     kind: Kind | None = None
@@ -56,6 +58,7 @@ class ImportOptions:
     ignored_keys: Sequence[str] = field(default_factory=tuple)
     verify: bool = True
     tolerance: float = TOLERANCE
+    megatron: MegatronOptions = field(default_factory=MegatronOptions)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class ImportReport:
     size: int
     verification: Verification | None
     notes: tuple[str, ...]
+    goes_on: bool = False
+    """Whether the optimizer's state was imported, so that a run can go on."""
 
 
 Advance = Callable[[str, int, int], None]
@@ -109,16 +114,35 @@ def open_foreign(source: Recognised, options: ImportOptions) -> ForeignModel:
 
     Raises:
         CheckpointError: it is damaged, or has settings that are not supported.
+        ConfigError: options are given that are for another kind.
     """
+    _check_options(source, options)
     if source.kind is Kind.HUGGING_FACE:
         return open_model(
             source.folder, seq_length=options.seq_length, ignored_keys=options.ignored_keys, dtype=options.dtype
         )
-    raise CheckpointError(
-        "The source must be of a kind that can be imported",
-        found=f"{source.folder} is {source.title}",
-        fix="Convert it to a Hugging Face folder with its own tools, and import that",
-    )
+    return open_megatron(source, replace(options.megatron, dtype=options.dtype, seq_length=options.seq_length))
+
+
+def _check_options(source: Recognised, options: ImportOptions) -> None:
+    """Refuse options that a kind has no use for."""
+    if source.kind is not Kind.HUGGING_FACE:
+        unused: dict[str, Any] = {"--ignore-config-keys": options.ignored_keys}
+    else:
+        megatron = options.megatron
+        unused = {
+            " ".join(megatron.flags): megatron.flags,
+            "--weights-only": megatron.weights_only,
+            "--replicated": megatron.replicated,
+            "--checkpoint-version": megatron.checkpoint_version is not None,
+        }
+    given = [name for name, value in unused.items() if value]
+    if given:
+        raise ConfigError(
+            "An option must have a meaning for the kind of checkpoint",
+            found=f"{', '.join(given)}, and {source.folder} is {source.title}",
+            fix="Leave it out",
+        )
 
 
 def import_checkpoint(
@@ -149,7 +173,7 @@ def import_checkpoint(
     if tokenizer is not None:
         fingerprints["tokenizer"] = tokenizer.fingerprint()
     with new_folder(output, size_of(foreign.tensors.tensors)) as partial:
-        if foreign.tokenizer is not None:
+        if foreign.tokenizer is not None and foreign.tokenizer.model:
             given = Path(foreign.tokenizer.model)
             copy_tokenizer(given if given.is_dir() else given.parent, partial / TOKENIZER_FOLDER)
         scalars = {"progress": replace(Progress(), iteration=foreign.iteration).to_dict(), **foreign.scalars}
@@ -161,7 +185,7 @@ def import_checkpoint(
         verification = None
         if verify:
             verification = _verify(source.folder, report.path, foreign, tokenizer, options, advance)
-    return ImportReport(output, config, report.size, verification, foreign.notes)
+    return ImportReport(output, config, report.size, verification, foreign.notes, bool(foreign.scalars))
 
 
 def run_config(foreign: ForeignModel, output: Path) -> RunConfig:
@@ -169,7 +193,9 @@ def run_config(foreign: ForeignModel, output: Path) -> RunConfig:
     model = foreign.model
     padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1)
     tokenizer = TokenizerConfig(type="NullTokenizer", vocab_size=model.vocab_size - 1)
-    if foreign.tokenizer is not None:
+    if foreign.tokenizer is not None and not foreign.tokenizer.model:
+        tokenizer = foreign.tokenizer
+    elif foreign.tokenizer is not None:
         files = output.absolute() / TOKENIZER_FOLDER
         given = Path(foreign.tokenizer.model)
         tokenizer = replace(foreign.tokenizer, model=str(files if given.is_dir() else files / given.name))

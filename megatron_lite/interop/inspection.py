@@ -15,6 +15,10 @@ from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.export import Weights
 from megatron_lite.interop.importing import ImportOptions, open_foreign
+from megatron_lite.interop.megatron.assemble import facts_of
+from megatron_lite.interop.megatron.opening import MegatronOptions, read_found
+from megatron_lite.interop.megatron.shards import RawTensors
+from megatron_lite.interop.megatron.state_dicts import plain_value
 from megatron_lite.interop.safetensors_writer import size_of
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.runs.catalog import find_checkpoint
@@ -59,9 +63,7 @@ def summarize(found: Recognised) -> Summary:
         CheckpointError: its files are missing or damaged.
     """
     if found.kind is not Kind.HUGGING_FACE:
-        foreign = open_foreign(found, ImportOptions())
-        rows = {"kind": found.title, "iteration": f"{foreign.iteration:,}", **_tensor_rows(foreign.raw)}
-        return Summary(rows, foreign.raw, asdict(foreign.model))
+        return _summarize_megatron(found)
     tensors, config = open_hugging_face(found.folder), read_json(found.folder / "config.json")
     try:
         open_foreign(found, ImportOptions())
@@ -77,14 +79,38 @@ def summarize(found: Recognised) -> Summary:
     return Summary(rows, tensors, config)
 
 
-def comparable(path: Path, found: Recognised | None) -> Comparable:
+def _summarize_megatron(found: Recognised) -> Summary:
+    """Read a checkpoint of Megatron-LM or DeepSpeed; what its files do not say is shown as what an import asks for."""
+    content = read_found(found, MegatronOptions(weights_only=True))
+    raw = RawTensors(content.raw)
+    try:
+        open_foreign(found, ImportOptions(megatron=MegatronOptions(weights_only=True)))
+        importable = "yes"
+    except CheckpointError as error:
+        importable = f"no: {error.found}. {error.fix}"
+    rows = {"kind": found.title, **facts_of(content), **_tensor_rows(raw), "can be imported": importable}
+    return Summary(rows, raw, {name: plain_value(value) for name, value in (content.arguments or {}).items()})
+
+
+def says_vocabulary(found: Recognised | None) -> bool:
+    """Whether checkpoints of this kind say the size of the vocabulary without its padding; None: it is one of ours."""
+    return found is None or found.kind is Kind.HUGGING_FACE
+
+
+def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Comparable:
     """Return a checkpoint of any kind under our names; None: it is one of ours.
+
+    Args:
+        path: the folder that was given.
+        found: the checkpoint in it.
+        vocab_size: size of the vocabulary, for a Megatron-LM or DeepSpeed checkpoint that does not say it; 0: the
+            other one does not say it either, and padding is compared as well.
 
     Raises:
         CheckpointError: it cannot be imported, or holds no model.
     """
     if found is not None:
-        foreign = open_foreign(found, ImportOptions())
+        foreign = open_foreign(found, ImportOptions(megatron=_without_padding(found, vocab_size)))
         return Comparable(found.folder, _fields(asdict(foreign.model)), foreign.tensors)
     checkpoint = find_checkpoint(str(path))
     if checkpoint is None:
@@ -93,6 +119,14 @@ def comparable(path: Path, found: Recognised | None) -> Comparable:
     names = [name for name in manifest.tensors if not name.startswith(OPTIMIZER_PREFIX)]
     model = asdict(stored_model(manifest, checkpoint).model)
     return Comparable(checkpoint, _fields(model), Weights(checkpoint, manifest, names, None))
+
+
+def _without_padding(found: Recognised, vocab_size: int) -> MegatronOptions:
+    if found.kind is Kind.HUGGING_FACE:
+        return MegatronOptions()
+    says = read_found(found, MegatronOptions(weights_only=True)).vocab_size
+    flags = ("--vocab-size", str(vocab_size)) if vocab_size and says is None else ()
+    return MegatronOptions(weights_only=True, padded=True, flags=flags)
 
 
 def _fields(model: Mapping[str, Any]) -> dict[str, Any]:

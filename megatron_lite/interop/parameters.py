@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,23 @@ from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
 
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Global shape of a parameter, and the dim that tensor parallelism splits; None: every rank holds the whole."""
+
+    shape: Shape
+    tp_dim: int | None
+
+
+def parameter_layouts(model: ModelConfig) -> dict[str, ParameterLayout]:
+    """Return the layout of every parameter, by name, in the model's order; the vocabulary is not padded."""
+    stage = _empty_stage(_padded(model), range(model.num_layers))
+    return {entry.name: ParameterLayout(entry.global_shape, entry.tp_dim) for entry in stage.named_parameters_global()}
+
+
 def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Return the global shape of every parameter, by name, in the model's order; the vocabulary is not padded."""
-    stage = _empty_stage(_padded(model), range(model.num_layers))
-    return {entry.name: entry.global_shape for entry in stage.named_parameters_global()}
+    return {name: layout.shape for name, layout in parameter_layouts(model).items()}
 
 
 @torch.no_grad()

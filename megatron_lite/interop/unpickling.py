@@ -15,13 +15,15 @@ import struct
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.reading import BytesView
 from megatron_lite.errors import CheckpointError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -180,10 +182,17 @@ _STUBBED_PACKAGES = ("megatron", "deepspeed", "transformer_engine", "transformer
 class _Unpickler(pickle.Unpickler):
     """pickle.Unpickler that resolves names by the tables above, and storages by a function."""
 
-    def __init__(self, file: BinaryIO, path: Path, storage: Callable[[tuple[Any, ...]], _Storage]) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        path: Path,
+        storage: Callable[[tuple[Any, ...]], _Storage],
+        stubbed: Collection[str] = (),
+    ) -> None:
         super().__init__(file, encoding="utf-8")
         self._path = path
         self._storage = storage
+        self._stubbed = _STUBBED | set(stubbed)
         self._stubs: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -199,7 +208,7 @@ class _Unpickler(pickle.Unpickler):
             return _BUILDERS[full]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if full in _STUBBED or module.partition(".")[0] in _STUBBED_PACKAGES:
+        if full in self._stubbed or module.partition(".")[0] in _STUBBED_PACKAGES:
             return self._stubs.setdefault(full, type("Stub", (Stub,), {"name": full}))
         raise CheckpointError(
             "A pickle may name tensors and plain values only",
@@ -223,12 +232,56 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged, or names something that is neither tensor nor plain value.
     """
-    try:
-        if not path.stat().st_size:
-            raise pickle.UnpicklingError("the file is empty")
-        # Mapped privately: nothing that is done to a tensor reaches the file.
-        data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    with _explained(path):
+        data = map_file(path)
         return _read_zip(path, data) if zipfile.is_zipfile(path) else _read_legacy(path, data)
+
+
+def read_torch_record(path: Path, data: Tensor) -> Any:
+    """Return the object that torch.save wrote into a part of a file.
+
+    Args:
+        path: the file, for messages.
+        data: the part's bytes, a view of map_file's result; tensors are memory-mapped from them.
+
+    Raises:
+        CheckpointError: as read_torch_file.
+    """
+    with _explained(path):
+        return _read_zip(path, data)
+
+
+def read_pickle(path: Path, stubbed: Collection[str]) -> Any:
+    """Return the object of a plain pickle without tensors.
+
+    Args:
+        path: the file.
+        stubbed: exact names of further harmless classes, whose objects become stubs.
+
+    Raises:
+        CheckpointError: as read_torch_file.
+    """
+    with _explained(path), path.open("rb") as file:
+        return _Unpickler(file, path, _no_storage, stubbed).load()
+
+
+def map_file(path: Path) -> Tensor:
+    """Return a file's bytes, memory-mapped privately: nothing that is done to them reaches the file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if not size:
+        raise OSError("the file is empty")
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that names it."""
+    try:
+        yield
     except CheckpointError:
         raise
     except OSError as error:
@@ -238,7 +291,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _read_zip(path: Path, data: Tensor) -> Any:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(BytesView(data.numpy().data)) as archive:
         members = {info.filename: info for info in archive.infolist()}
         (pickled,) = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
         root = pickled.removesuffix("data.pkl")
@@ -262,6 +315,10 @@ def _read_zip(path: Path, data: Tensor) -> Any:
             return _Unpickler(io.BytesIO(file.read()), path, storage).load()
 
 
+def _no_storage(pid: tuple[Any, ...]) -> _Storage:
+    raise pickle.UnpicklingError(f"a storage where none belongs: {pid!r}")
+
+
 def _read_legacy(path: Path, data: Tensor) -> Any:
     """Return the object of a file from before torch 1.6: pickles, then each storage as its length and its bytes.
 
@@ -274,20 +331,17 @@ def _read_legacy(path: Path, data: Tensor) -> Any:
         found[str(pid[2])] = dtype
         return _Storage(None, dtype)
 
-    def no_storage(pid: tuple[Any, ...]) -> _Storage:
-        raise pickle.UnpicklingError(f"a storage where none belongs: {pid!r}")
-
     with path.open("rb") as file:
-        if _Unpickler(file, path, no_storage).load() != _MAGIC:
+        if _Unpickler(file, path, _no_storage).load() != _MAGIC:
             raise pickle.UnpicklingError("it is not a file of torch.save")
-        if _Unpickler(file, path, no_storage).load() != _PROTOCOL:
+        if _Unpickler(file, path, _no_storage).load() != _PROTOCOL:
             raise pickle.UnpicklingError("it has an unknown version of torch.save's legacy format")
-        system = _Unpickler(file, path, no_storage).load()
+        system = _Unpickler(file, path, _no_storage).load()
         if not system.get("little_endian", True):
             raise pickle.UnpicklingError("its bytes are in big-endian order")
         begin = file.tell()
         _Unpickler(file, path, note).load()
-        keys = _Unpickler(file, path, no_storage).load()
+        keys = _Unpickler(file, path, _no_storage).load()
         position, storages = file.tell(), {}
         for key in map(str, keys):
             (count,) = struct.unpack("<q", bytes(data[position : position + 8].tolist()))

@@ -22,21 +22,19 @@ class Kind(Enum):
     DEEPSPEED_UNIVERSAL = "deepspeed-universal"
 
 
-IMPORTED = frozenset({Kind.HUGGING_FACE})
-"""Kinds that `megatron-lite import` reads."""
-
 PATTERNS = {
     MANIFEST_NAME: (Kind.MEGATRON_LITE, "a checkpoint of megatron_lite"),
     "mp_rank_*/*optim*.pt": (
         Kind.MEGATRON,
         "a Megatron-LM checkpoint (torch format, a folder mp_rank_XX for each rank)",
     ),
+    # First of DeepSpeed's, for it has files of each rank as well.
+    "zero/*/fp32.pt": (Kind.DEEPSPEED_UNIVERSAL, "a DeepSpeed universal checkpoint"),
     "layer_*-model_*states.pt": (
         Kind.DEEPSPEED,
         "a DeepSpeed pipeline checkpoint (global_stepN, a file for each layer)",
     ),
     "*mp_rank_*_model_states.pt": (Kind.DEEPSPEED, "a DeepSpeed checkpoint (global_stepN, a file for each rank)"),
-    "zero/*/fp32.pt": (Kind.DEEPSPEED_UNIVERSAL, "a DeepSpeed universal checkpoint"),
     "metadata.json": (Kind.MEGATRON_DIST, "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)"),
     "common.pt": (Kind.MEGATRON_DIST, "a Megatron-LM distributed checkpoint (torch_dist, .distcp files)"),
     "*.safetensors": (Kind.HUGGING_FACE, "a Hugging Face model (safetensors)"),
@@ -87,10 +85,10 @@ def foreign_error(load: Path) -> CheckpointError | None:
     if found is None or found.kind is Kind.MEGATRON_LITE:
         return None
     fix = f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW and --finetune"
-    if found.kind not in IMPORTED:
+    if found.kind is not Kind.HUGGING_FACE:
         fix = (
-            "Importing checkpoints of this kind is not built yet. Give the --save folder of a run of megatron_lite, or "
-            "leave --load out to start from fresh weights"
+            f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW (and --finetune "
+            "if its optimizer's state does not come along)"
         )
     return CheckpointError(
         "--load takes checkpoints that megatron_lite wrote",

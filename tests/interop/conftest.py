@@ -9,12 +9,19 @@ import logging
 import pytest
 import torch
 from support.interop_models import VOCAB, run_config, save, save_on_rank
+from support.megatron_files import read_state
 from support.trainer import make_corpus
 
 from megatron_lite.backend.environment import read_launch
 from megatron_lite.backend.select import select_backend
+from megatron_lite.checkpoint.offline import CheckpointSource
+from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.errors import CheckpointError
 from megatron_lite.interop import transformers_logits, verify
+from megatron_lite.interop.importing import ImportOptions, import_checkpoint
+from megatron_lite.interop.megatron.opening import MegatronOptions
+from megatron_lite.interop.parameters import streamed_logits
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -103,3 +110,56 @@ def gpt2():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def original(make_checkpoint):
+    """A random model: its tensors, its config, and the logits of some tokens."""
+
+    def make(**fields):
+        path = make_checkpoint("original", **fields) / "iter_0000007"
+        source = CheckpointSource(path)
+        model = stored_model(source.manifest, path).model
+        tokens = torch.arange(40).view(2, 20) % VOCAB
+        return read_state(path), model, streamed_logits(model, source, tokens), tokens
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def imported():
+    """Imports a checkpoint of Megatron-LM or DeepSpeed; returns the report and the tensors."""
+
+    def run(source, output, *flags, dtype=None, **options):
+        chosen = ImportOptions(megatron=MegatronOptions(flags=flags, **options), verify=False, dtype=dtype)
+        report = import_checkpoint(source, output, chosen)
+        (path,) = output.glob("iter_*")
+        return report, CheckpointSource(path)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def same():
+    """Asserts that the weights are those of a state, bit for bit."""
+
+    def check(source, state):
+        found = {name: tensor for name, tensor in source.tensors.items() if not name.startswith("optimizer.")}
+        assert found.keys() == {name for name in state if not name.startswith("optimizer.")}
+        for name in found:
+            tensor = state[name]
+            assert source.read(name, (0,) * tensor.dim(), tensor.shape).equal(tensor), name
+
+    return check
+
+
+@pytest.fixture
+def refused(imported, tmp_path):
+    """Asserts that an import is refused with a text, and leaves nothing."""
+
+    def check(source, text, *flags, error=CheckpointError, **options):
+        with pytest.raises(error, match=text):
+            imported(source, tmp_path / "out" / "ck", *flags, **options)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+    return check
