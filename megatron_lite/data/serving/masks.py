@@ -23,7 +23,7 @@ def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
 def document_rows(
     ids: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[tuple[int, int], ...]] | None:
-    """Document numbers [b, s] (of document_ids) -> the rows, places and groups of model/documents.py.
+    """Document numbers [b, s] (of document_ids) -> the rows, places and groups of model/batch.py.
 
     Returns:
         None where every sample is one document: there is nothing to keep apart.
