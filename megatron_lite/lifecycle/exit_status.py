@@ -77,12 +77,11 @@ def completed_iteration(folder: Path) -> int | None:
 class ExitRecord:
     """Writes exit_status.json when the job it is wrapped around ends, however it ends, and releases the folder's lock.
 
-    A context manager, entered as soon as --save is known and left after the last save. From then on the file is this
-    job's: rank 0 removes the last job's, and of the ranks that fail the first to get here is the one whose words stay,
-    since the others only lost their partner.
+    A context manager, entered as soon as --save is known and left after the last save. On entry rank 0 removes the
+    file of the previous job. If several ranks fail, the first to write is kept: the others have only lost their peer.
 
-    Nothing is written to a folder whose lock another job holds. A job holds the lock from `attempt` on; a rank that
-    fails before takes it just to write.
+    Nothing is written to a folder whose lock another job holds. Rank 0 holds the lock for the job from `attempt` on; a
+    rank that fails earlier takes it only for as long as it writes.
 
     Where training does not handle SIGTERM and SIGUSR1 (while it loads, say), the process still dies of them, but writes
     that down first, even while the main thread waits in native code, as in a rendezvous. One that comes while an error
