@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_lite.cli.parser import whole
 from megatron_lite.errors import ConfigError
 
 NAMINGS = ("legacy", "local", "transformer-engine")
@@ -11,8 +12,12 @@ NAMINGS = ("legacy", "local", "transformer-engine")
 
 def add_layout_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of both formats."""
-    group.add_argument("--target-tensor-parallel", type=int, metavar="N", help="tensor-parallel size (default: 1)")
-    group.add_argument("--target-pipeline-parallel", type=int, metavar="M", help="pipeline size (default: 1)")
+    group.add_argument(
+        "--target-tensor-parallel", type=whole(1, 1_000_000), metavar="N", help="tensor-parallel size (default: 1)"
+    )
+    group.add_argument(
+        "--target-pipeline-parallel", type=whole(1, 1_000_000), metavar="M", help="pipeline size (default: 1)"
+    )
     group.add_argument(
         "--naming",
         choices=NAMINGS,

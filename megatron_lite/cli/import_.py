@@ -120,7 +120,7 @@ def _add_megatron(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--checkpoint-version",
-        type=float,
+        type=real(0, 3),
         metavar="V",
         help="order of the QKV rows of a file that does not say it: 0, 1, 2 or 3 (default: 0, as Megatron-LM reads it)",
     )
@@ -136,7 +136,7 @@ def add_verification(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=real(above=True),
+        type=real(0, 1, above=True),
         default=2e-5,
         metavar="T",
         help="accepted difference of the logits, as a share of the largest logit (default: %(default)g)",

@@ -60,8 +60,8 @@ def timeouts(backend):
 
 
 def test_every_group_has_the_jobs_timeout(on_ranks):
-    """See ranks.py: one minute."""
-    assert on_ranks(4, timeouts) == [[60.0, 60.0]] * 4
+    """See ranks.py: four minutes."""
+    assert on_ranks(4, timeouts) == [[240.0, 240.0]] * 4
 
 
 def fail_on(backend, rank):

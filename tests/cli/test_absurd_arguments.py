@@ -32,6 +32,8 @@ COMMAND_LINES = {
     "checkpoint reshard": ["x", "--output", "y"],
     "checkpoint list": ["x"],
     "checkpoint diff": ["x", "y"],
+    "import": ["x", "--output", "y"],
+    "export": ["x", "--output", "y"],
     "rollback": ["--to", "1"],
     "schedule": [],
     "curve": ["x"],

@@ -79,7 +79,7 @@ def test_a_failure_while_importing_is_written(corpus, start, tmp_path):
 
     result = start(words, break_import).wait()
     assert result.code == 1
-    assert (status(save)["status"], "unattended" in status(save)["message"]) == ("error", True)
+    assert (status(save)["status"], "train.job" in status(save)["message"]) == ("error", True)
 
 
 def running(start, words, save, prepare=None):
