@@ -15,7 +15,8 @@ from support.job_commands import SMALL
 
 from megatron_lite.lifecycle.exit_status import read_exit_status
 from megatron_lite.lifecycle.failure import PHASES
-from megatron_lite.runs.lock import LOCK_NAME
+from megatron_lite.runs.lock import LOCK_NAME, FolderLock
+from megatron_lite.runs.process import this_process
 
 TRAIN = [
     *SMALL,
@@ -199,19 +200,14 @@ def test_a_signal_to_one_rank_stops_all_with_a_save(tmp_path):
 
 
 def test_a_second_job_of_several_ranks_is_refused_on_all(tmp_path):
-    save, second = tmp_path / "run", tmp_path / "second"
-    second.mkdir()
+    save = tmp_path / "run"
     words = ["--save", str(save), "--load", str(save), "--save-interval", "1000000"]
-    with Job(tmp_path, "", 0, words) as job:
-        job.wait_for(1, "iteration        3/")
-        with Job(second, "", 0, words) as refused:
+    with FolderLock(save, process=this_process("gpu07"), command="train"):
+        with Job(tmp_path, "", 0, words) as refused:
             refused.ends_with(1, 1)
             printed = refused.text(0) + refused.text(1)
-            assert printed.count(f"{save} is in use by process {job.processes[0].pid} on {socket.gethostname()}") == 1
-        assert sorted(path.name for path in save.iterdir()) == [LOCK_NAME, "metrics.jsonl"]
-        job.processes[1].send_signal(signal.SIGTERM)
-        job.ends_with(0, 0)
-    assert not (save / LOCK_NAME).exists()
+            assert printed.count(f"{save} is in use by process {os.getpid()} on gpu07") == 1
+        assert [path.name for path in save.iterdir()] == [LOCK_NAME]
 
 
 def test_torchrun_needs_no_wrapper(tmp_path):
