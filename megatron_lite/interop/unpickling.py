@@ -348,11 +348,22 @@ def _read_legacy(path: Path, data: Tensor) -> Any:
             size = count * found[key].itemsize
             if count < 0 or position + 8 + size > len(data):
                 raise pickle.UnpicklingError(f"storage {key} ends beyond the file")
-            part = data[position + 8 : position + 8 + size]
-            storages[key] = _Storage(_aligned(part, found[key]), found[key])
+            storages[key] = _Storage(_legacy_bytes(file, data, position + 8, size, found[key]), found[key])
             position += 8 + size
         file.seek(begin)
         return _Unpickler(file, path, lambda pid: _view(storages[str(pid[2])], pid)).load()
+
+
+def _legacy_bytes(file: BinaryIO, data: Tensor, start: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Return a storage's bytes: mapped if they are aligned (by chance), else read: a copy would be in memory twice."""
+    part = data[start : start + size]
+    if _is_aligned(part, dtype):
+        return part
+    own = torch.empty(size, dtype=torch.uint8)
+    file.seek(start)
+    if file.readinto(own.numpy().data) != size:  # type: ignore[attr-defined]
+        raise pickle.UnpicklingError("it ends within a storage")
+    return own
 
 
 def _view(storage: _Storage, pid: tuple[Any, ...]) -> _Storage:
@@ -372,10 +383,12 @@ def _dtype(found: Any) -> torch.dtype:
 
 
 def _aligned(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bytes at an address that their type can be read from; a legacy file's have to be copied for that."""
-    return (
-        part if part.data_ptr() % dtype.itemsize == 0 and part.storage_offset() % dtype.itemsize == 0 else part.clone()
-    )
+    """Return the bytes at an address that their type can be read from; torch.save has aligned them in a zip file."""
+    return part if _is_aligned(part, dtype) else part.clone()
+
+
+def _is_aligned(part: Tensor, dtype: torch.dtype) -> bool:
+    return part.data_ptr() % dtype.itemsize == 0 and part.storage_offset() % dtype.itemsize == 0
 
 
 def _unreadable(path: Path, problem: str) -> CheckpointError:

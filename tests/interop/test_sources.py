@@ -57,6 +57,14 @@ def test_tensors_and_plain_values(tmp_path, as_zip):
     assert vars(found["args"]) == {"lr": 1e-3, "dtype": torch.float32, "shape": (5, 7)}
 
 
+@pytest.mark.parametrize("padding", range(8))
+def test_legacy_files_of_any_alignment(tmp_path, padding):
+    """The bytes of a storage lie behind pickles, whose lengths decide how they are aligned."""
+    content = {"name" + "x" * padding: torch.randn(9, dtype=torch.float64), "half": torch.randn(3).half()}
+    found = read_torch_file(write(tmp_path / "file.pt", content, as_zip=False))
+    assert all(found[name].equal(tensor) for name, tensor in content.items())
+
+
 def test_a_change_does_not_reach_the_file(tmp_path):
     path = write(tmp_path / "file.pt", {"a": torch.ones(4)})
     read_torch_file(path)["a"].zero_()
