@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 
 from megatron_lite.cli.parser import whole
-from megatron_lite.errors import ConfigError
 
 NAMINGS = ("legacy", "local", "transformer-engine")
 
 
 def add_layout_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of both formats."""
-    group.add_argument(
-        "--target-tensor-parallel", type=whole(1, 1_000_000), metavar="N", help="tensor-parallel size (default: 1)"
-    )
-    group.add_argument(
-        "--target-pipeline-parallel", type=whole(1, 1_000_000), metavar="M", help="pipeline size (default: 1)"
-    )
+    group.add_argument("--target-tensor-parallel", type=whole(1), metavar="N", help="tensor-parallel size (default: 1)")
+    group.add_argument("--target-pipeline-parallel", type=whole(1), metavar="M", help="pipeline size (default: 1)")
     group.add_argument(
         "--naming",
         choices=NAMINGS,
@@ -41,14 +36,6 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--naming goes with --to megatron")
     if options.to != "hf" and not options.output:
         parser.error("say where to: --output DIR")
-    for name in layout[:2]:
-        size = getattr(options, name)
-        if size is not None and size < 1:
-            raise ConfigError(
-                "A parallel size is at least 1",
-                found=f"--{name.replace('_', '-')} {size}",
-                fix="Give a positive number",
-            )
 
 
 def run(options: argparse.Namespace) -> int:

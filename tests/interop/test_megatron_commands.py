@@ -78,7 +78,7 @@ def test_a_run_is_told_what_to_type(original, tmp_path):
         (("--to", "megatron", "--push-to", "a/b", "--output", "x"), "--push-to goes with --to hf"),
         (("--to", "deepspeed", "--naming", "local", "--output", "x"), "--naming goes with --to megatron"),
         (("--to", "megatron"), "--output DIR"),
-        (("--to", "megatron", "--output", "x", "--target-tensor-parallel", "0"), "at least 1"),
+        (("--to", "megatron", "--output", "x", "--target-tensor-parallel", "0"), "not a whole number from 1"),
     ],
 )
 def test_flags_that_do_not_go_together(words, text, make_checkpoint):

@@ -51,7 +51,7 @@ FOLDERS = {
         "global_step500",
     ),
     "universal": (
-        {"global_step5_universal/zero/word/fp32.pt"},
+        {"global_step5_universal/zero/word/fp32.pt", "global_step5_universal/mp_rank_00_model_states.pt"},
         {"latest_universal": "global_step5_universal"},
         Kind.DEEPSPEED_UNIVERSAL,
         "global_step5_universal",

@@ -87,7 +87,7 @@ class Evidence:
             raise CheckpointError(
                 "The checkpoint and the command line must describe one model",
                 found=f"{field} is {before[0]!r} by {before[1]}, and {value!r} by {origin}",
-                fix="Correct the flag, or leave it out; if the file contradicts itself, it is damaged",
+                fix="Leave out the flag that is wrong; a file that contradicts itself was put together from two",
             )
 
     def add_argument(self, field: str, *names: str) -> None:
@@ -247,7 +247,7 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
         raise CheckpointError(
             "Attention heads must divide the hidden size",
             found=f"{model.num_attention_heads} heads, hidden size {model.hidden_size}",
-            fix="Correct --num-attention-heads",
+            fix=f"Give a --num-attention-heads that divides {model.hidden_size}, or --kv-channels",
         )
     if model.embed_layernorm and model.norm_epsilon != DEEPSPEED_EMBEDDING_EPSILON:
         raise _unsupported(

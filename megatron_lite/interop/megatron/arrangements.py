@@ -111,7 +111,7 @@ def arrangement_of(ours: str, model: ModelConfig, version: float, *, gate_first:
             raise CheckpointError(
                 "Grouped queries came with checkpoint version 3.0",
                 found=f"version {version:g} and {model.num_query_groups} query groups",
-                fix="Correct --num-query-groups or --checkpoint-version",
+                fix="Leave --num-query-groups and --checkpoint-version out, unless the file was converted by hand",
             )
         return ThirdsLast(model.head_dim) if version == 1 else HeadsLast(model.head_dim)
     if ".mlp.fc1." in ours and model.gated:

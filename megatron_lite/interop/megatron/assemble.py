@@ -185,7 +185,7 @@ def _note_vocabulary(found: Found, parts: Parts, evidence: Evidence, stated: Sta
         raise CheckpointError(
             "The vocabulary must hold every token of the tokenizer",
             found=f"{size} tokens, {found.folder} has {rows} rows",
-            fix="Correct --vocab-size, or use the tokenizer that the model was trained with",
+            fix=f"Give --vocab-size {rows} or less, or the tokenizer that the model was trained with",
         )
 
 

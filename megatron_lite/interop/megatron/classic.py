@@ -224,7 +224,7 @@ def _layers(chunk: Sequence[tuple[str, Tensor]], rank: Rank) -> int:
         raise CheckpointError(
             "Layers of a stage must be numbered from 0",
             found=f"{rank.path} has layers {', '.join(map(str, sorted(numbers)))}",
-            fix="Copy the file again",
+            fix="Copy the folder again, or convert it to Megatron-LM's classic format",
         )
     return len(numbers)
 
