@@ -1,4 +1,4 @@
-"""Peak memory of conversions, measured in a process that does nothing else: `conversion_memory.py FOLDER`, prints JSON."""
+"""Peak memory of conversions, in a process that does nothing else: takes a folder to work in, prints JSON."""
 
 import json
 import shutil
