@@ -42,6 +42,8 @@ def class_name(annotation):
     match annotation:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name
+        case ast.Subscript(value=ast.Name(id="Literal")):
+            return None
         case ast.Constant(value=str(text)):
             return class_name(ast.parse(text, mode="eval").body)
         case ast.BinOp(left=left, right=right):

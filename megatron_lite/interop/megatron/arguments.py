@@ -232,7 +232,7 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
         CheckpointError: something is not said anywhere, or is not supported together.
     """
     evidence.require("num_attention_heads", "--num-attention-heads N")
-    evidence.require("position_embedding", "--position-embedding-type rope, alibi or none")
+    evidence.require("position_embedding", "--position-embedding-type rotary, alibi or none")
     evidence.require("activation", "--activation gelu_tanh (Megatron's default), --activation gelu or --swiglu")
     evidence.require("vocab_size", "--vocab-size N (the tokenizer's entries), or the tokenizer's files")
     if not evidence.knows("norm_epsilon"):
