@@ -35,6 +35,8 @@ COMMAND_LINES = {
     "import": ["x", "--output", "y"],
     "export": ["x", "--output", "y"],
     "rollback": ["--to", "1"],
+    "import": ["x", "--output", "y"],
+    "export": ["x", "--output", "y"],
     "schedule": [],
     "curve": ["x"],
 }
