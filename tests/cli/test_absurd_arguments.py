@@ -35,8 +35,6 @@ COMMAND_LINES = {
     "import": ["x", "--output", "y"],
     "export": ["x", "--output", "y"],
     "rollback": ["--to", "1"],
-    "import": ["x", "--output", "y"],
-    "export": ["x", "--output", "y"],
     "schedule": [],
     "curve": ["x"],
 }
