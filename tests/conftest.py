@@ -1,5 +1,7 @@
 """Fixtures and settings of all tests."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -11,6 +13,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("any machine")
+
+# Variables of launchers (an interactive Slurm job, mpirun, torchrun) and terminals, which change what is run or shown.
+LAUNCHERS = ("SLURM", "OMPI_", "PMI_", "PMIX_", "PALS_", "MV2_", "MPI_", "MPIEXEC_", "TORCHELASTIC_")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+TERMINAL = ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_environment():
+    """One process without a launcher, and a terminal of 80 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(LAUNCHERS) or name in RANKS + TERMINAL:
+                patch.delenv(name)
+        patch.setenv("COLUMNS", "80")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def _print_tables(record: dict[str, Any]) -> None:
     console.print(f"Played in {record['seconds']:.1f} s.")
     problems = [f"rank {rank['rank']}: {rank['error']}" for rank in record["ranks"] if rank["error"]]
     for problem in [*problems, *record["disagreements"]]:
-        console.print(f"WOULD FAIL: {problem}", style="bold red", markup=False)
+        console.print(f"WOULD FAIL: {problem}", style="bold red", markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Any:

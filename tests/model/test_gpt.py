@@ -212,3 +212,14 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
         assert_same_sums(gradient, theirs[name], name)
+
+
+def test_units_are_the_modules_of_forward_in_order(make_stage):
+    def units(*args, **changes):
+        stage = make_stage(*args, **changes)
+        return [next(name for name, module in stage.named_modules() if module is unit) for unit in stage.units]
+
+    layers = ["decoder.layers.0", "decoder.layers.1"]
+    assert units() == ["embedding", *layers, "decoder.final_norm"]
+    assert units(range(1)) == ["embedding", "decoder.layers.0"]
+    assert units(range(1, 2)) == ["decoder.layers.1", "decoder.final_norm"]

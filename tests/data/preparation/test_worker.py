@@ -220,3 +220,35 @@ def test_places_of_a_shuffle_lie_beside_the_shard(work):
     keyed = [{"text": "a", "title": "x"}, {"text": "b", "title": ""}]
     text, title = orders(*keyed, json_keys=("text", "title"))
     assert text == plain[:2] and title == plain[:1]
+
+
+def test_draws_are_these_on_every_machine():
+    """Shuffled and sampled datasets can be made again: the numbers of a seed and unit never change."""
+    draws = worker_module._Draws(1234, 2)
+    found = [draws.next(), draws.next()]
+    assert found == [(0.838364010947949, 9569277611926616451), (0.511052751597662, 9831360783065826574)]
+
+
+def test_a_document_is_left_out_if_its_draw_reaches_the_share(work, monkeypatch):
+    monkeypatch.setattr(worker_module._Draws, "next", lambda self: (0.5, 0))
+    assert work("a", sample=0.5)[1] == [[]]
+    assert work("a", sample=0.51)[1] == [[[97]]]
+
+
+def test_outliers_are_noted_by_their_line(work):
+    _, _, report = work("a", "abc", "ab")
+    assert [(example.line, example.score) for example in report.longest] == [(2, 3.0)]
+
+
+def test_sentences_become_sequences(work, monkeypatch, tmp_path):
+    class Splitter:
+        def __init__(self, language, keep_newlines):
+            assert (language, keep_newlines) == ("english", False)
+
+        def split(self, text):
+            return text.split()
+
+    monkeypatch.setattr(worker_module, "SentenceSplitter", Splitter)
+    _, (documents,), report = work("a bc", "", "d", split_sentences=True, append_eod=True)
+    assert documents == [[97, 98, 99, EOD], [100, EOD]] and report.empty == 1
+    assert len(IndexedDataset(tmp_path / "shard.0")) == 3
