@@ -65,9 +65,9 @@ def show_samples(argv: list[str]) -> int:
         dp=dp,
         prefetch=0,
         cyclic_layout=position.order.cyclic_layout,
-        skipped=position.skipped,
     ) as loader:
-        for place, sample in zip(loader.places(consumed, count), loader.samples(consumed, count), strict=True):
+        loader.skipped = position.skipped
+        for place, sample in zip(loader.positions(consumed, count), loader.samples(consumed, count), strict=True):
             print(f"\nsample {place:,}" + (f", number {sample:,} of the dataset" if sample != place else ""))
             _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
     return 0

@@ -15,8 +15,7 @@ from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
-from megatron_lite.data.order.set_plan import SetPlan
-from megatron_lite.data.serving.build import SPLITS, build_datasets
+from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.lifecycle.failure import OnAbort, watched
@@ -42,7 +41,7 @@ from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_sta
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
-from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.batches import RunData
 from megatron_lite.train.comparison import compare_runs, open_files
 from megatron_lite.train.data_changes import effect_of_other_data, kept_order
 from megatron_lite.train.introduction import introduction
@@ -122,7 +121,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             data = _open_data(config, backend, mesh, tokenizer, start)
             stack.callback(data.close)
             if data.train is not None:
-                data.train.leave_out(provenance.skipped_samples)
+                data.train.skipped = provenance.skipped_samples
             history = continue_history(start.continued(config), config, prints)
             provenance = replace(provenance, data_history=history)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
@@ -212,9 +211,8 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
     eod = tokenizer.eod if needs_eod else -1
     final = final_batch_size(config.batch, dp)
 
-    def source(dataset: Dataset, plan: SetPlan) -> BatchSource:
-        training = plan.split == "train"
-        loader = Loader(
+    def loader(dataset: Dataset, *, training: bool = False) -> Loader:
+        return Loader(
             dataset,
             micro_batch=config.batch.micro_batch_size,
             global_batch=(lambda consumed: global_batch_size(config.batch, consumed, dp))
@@ -226,13 +224,15 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
             cyclic_layout=order.cyclic_layout if training else None,
             repeats=not training,
         )
-        return BatchSource(loader, backend, data, eod, plan)
 
-    train, valid, test = (datasets.plans[split] for split in SPLITS)
     return RunData(
-        train=source(datasets.train, *train.values()) if datasets.train is not None else None,
-        valid={name: source(dataset, valid[name]) for name, dataset in datasets.valid.items()},
-        test={name: source(dataset, test[name]) for name, dataset in datasets.test.items()},
+        backend,
+        data,
+        eod,
+        train=loader(datasets.train, training=True) if datasets.train is not None else None,
+        valid={name: loader(dataset) for name, dataset in datasets.valid.items()},
+        test={name: loader(dataset) for name, dataset in datasets.test.items()},
+        plans=datasets.plans,
     )
 
 
@@ -244,8 +244,8 @@ def _needs_fingerprints(config: RunConfig) -> bool:
 def _compare_data(start: Start, config: RunConfig, provenance: Provenance, data: RunData, reporter: Reporter) -> None:
     """Refuses what may not change between a checkpoint and the run that goes on from it, and says what is kept."""
     found, effect = start.continued(config), ""
-    if found is not None and data.train is not None and data.train.plan is not None:
-        effect = effect_of_other_data(data.train.plan, found.scalars["progress"]["consumed_train_samples"])
+    if found is not None and data.train_plan is not None:
+        effect = effect_of_other_data(data.train_plan, found.scalars["progress"]["consumed_train_samples"])
     check_provenance(start, config, provenance, reporter.message, data_effect=effect)
     if effect and found is not None and (before := read_history(found.provenance, config)):
         for line in kept_order(before[-1], provenance.data_history[-1], config):
@@ -255,7 +255,7 @@ def _compare_data(start: Start, config: RunConfig, provenance: Provenance, data:
 def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:
     """Leaves samples out of training that a rollback has told to."""
     if data.train is not None:
-        data.train.leave_out(skipped)
+        data.train.skipped = skipped
     ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
     reporter.message(f"samples left out of training since a rollback: {ranges}")
 

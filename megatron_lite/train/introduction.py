@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.counts import parameter_count, size_name
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.order.set_plan import describe_set
+from megatron_lite.data.order.set_plan import SetPlan, describe_set
+from megatron_lite.data.serving.loader import Loader
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import consumed_at, last_iteration, tokens_at
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.batches import RunData
 from megatron_lite.train.start import Start
 
 SOURCES_SHOWN = 4
@@ -83,24 +84,26 @@ def _length(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig, data: RunData) -> Iterator[tuple[str, str]]:
-    if data.train is not None:
-        yield "train", _sources(data.train)
+    if data.train is not None and data.train_plan is not None:
+        yield "train", _sources(data.train, data.train_plan)
     training = config.training
     often = (
         f"every {training.eval_interval:,} iterations and at the end" if training.eval_interval else "only at the end"
     )
-    for split, sources, when in (("validation", data.valid, often), ("test", data.test, "at the end")):
-        for name, source in sources.items():
+    for split, key, loaders, when in (
+        ("validation", "valid", data.valid, often),
+        ("test", "test", data.test, "at the end"),
+    ):
+        for name, loader in loaders.items():
             yield (
                 split,
-                f"{f'{name}: ' if len(sources) > 1 else ''}{_sources(source)}"
+                f"{f'{name}: ' if len(loaders) > 1 else ''}{_sources(loader, data.plans[key][name])}"
                 + ("" if training.skip_train else f", {when}"),
             )
 
 
-def _sources(source: BatchSource) -> str:
-    assert source.plan is not None, "data that were opened for a run have a plan"
-    return describe_set(source.plan, source.names, SOURCES_SHOWN)
+def _sources(loader: Loader, plan: SetPlan) -> str:
+    return describe_set(plan, loader.names, SOURCES_SHOWN)
 
 
 def _start(config: RunConfig, start: Start, progress: Progress) -> str:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.serving.loader import Loader
 from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree
 from megatron_lite.metrics.report import IterationReport, ValidationReport
@@ -21,7 +22,7 @@ from megatron_lite.schedules.learning_rate import learning_rate
 from megatron_lite.schedules.length import is_finished, last_iteration, skipped_samples, tokens_at
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.batches import RunData
 from megatron_lite.train.engine import Engine, LossSum, StepOutcome
 from megatron_lite.train.replica_check import check_weights_if_due
 from megatron_lite.train.spike_report import GoingBack, notice, way_out
@@ -117,8 +118,8 @@ def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
 
 
 def _is_evaluated(run: Run, split: str) -> bool:
-    sources = run.data.valid if split == "validation" else run.data.test
-    return bool(sources and run.config.training.eval_iters)
+    loaders = run.data.valid if split == "validation" else run.data.test
+    return bool(loaders and run.config.training.eval_iters)
 
 
 def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
@@ -174,9 +175,8 @@ def _iterate(run: Run) -> Stop | None:
         run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=False)
         run.reporter.message(f"Skipped iteration {plan.iteration} due to --skip-train-iteration-range flag.")
         return None
-    assert run.data.train is not None, "a run that trains has training data"
     with run.timers("train-step"):
-        outcome = run.engine.train_step(plan, run.data.train.reader(plan))
+        outcome = run.engine.train_step(plan, run.data.train_reader(plan))
     if not outcome.finite and run.config.stops_at_nan:
         if (back := way_out(run, plan, outcome.loss)) is not None:
             return back
@@ -200,7 +200,7 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         remaining_tokens=max(0, tokens_at(config, last) - progress.consumed_train_tokens),
     )
     losses = {"lm loss": outcome.loss}
-    losses |= {f"lm loss {name}": loss for name, loss in train_data.by_source(outcome.source_losses).items()}
+    losses |= {f"lm loss {train_data.names[source]}": loss for source, loss in outcome.source_losses.items()}
     return IterationReport(
         iteration=progress.iteration,
         train_iterations=last,
@@ -241,15 +241,15 @@ def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) ->
     config = run.config
     if not _is_evaluated(run, split):
         return None
-    sources = run.data.valid if split == "validation" else run.data.test
+    loaders = run.data.valid if split == "validation" else run.data.test
     consumed = run.progress.consumed_valid_samples if split == "validation" else 0
     global_batch = final_batch_size(config.batch, config.parallel.dp)
     samples = config.training.eval_iters * global_batch
     save = run.state.longest_save if config.checkpoint.save and not at_end else 0.0
     begun = time.monotonic()
-    for name, source in sources.items():
+    for name, loader in loaders.items():
         started = time.perf_counter()
-        loss = _mean_loss(run, source, consumed, global_batch, lambda: stopper.in_evaluation(save=save))
+        loss = _mean_loss(run, loader, consumed, global_batch, lambda: stopper.in_evaluation(save=save))
         if isinstance(loss, Stop):
             if at_end:
                 run.reporter.message(f"the evaluation on the {split} data is left unfinished")
@@ -262,7 +262,7 @@ def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) ->
                 consumed_train_tokens=run.progress.consumed_train_tokens,
                 losses={"lm loss": loss},
                 split="validation" if split == "validation" else "test",
-                name=name if len(sources) > 1 else "",
+                name=name if len(loaders) > 1 else "",
                 at_end=at_end,
                 seconds=time.perf_counter() - started,
                 samples=samples,
@@ -277,7 +277,7 @@ def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) ->
 
 
 def _mean_loss(
-    run: Run, source: BatchSource, consumed: int, global_batch: int, stop_now: Callable[[], Stop | None]
+    run: Run, loader: Loader, consumed: int, global_batch: int, stop_now: Callable[[], Stop | None]
 ) -> float | Stop:
     config = run.config
     count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
@@ -285,7 +285,7 @@ def _mean_loss(
     for step in range(config.training.eval_iters):
         if (stop := _agree(run, stop_now())) is not None:
             return stop
-        read = source.reader_at(consumed + step * global_batch, config.batch.seq_length)
+        read = run.data.reader(loader, consumed + step * global_batch, config.batch.seq_length)
         loss = run.engine.eval_step(count, read, config.batch.seq_length)
         total, samples = total + loss.sum, samples + loss.count
     return LossSum(total, samples).mean
@@ -311,11 +311,12 @@ def _overflow(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> s
 def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
     train_data = run.data.train
     assert train_data is not None
-    places = train_data.places(plan.first_sample, plan.global_batch)
+    places = train_data.positions(plan.first_sample, plan.global_batch)
+    numbers = train_data.list_samples(plan.first_sample, plan.global_batch)
     return TrainingError(
         "Loss and gradients must be finite",
         found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
-        f"{places[0]} to {places[-1]} (numbers {train_data.describe(plan)} of the training data)",
+        f"{places[0]} to {places[-1]} (numbers {numbers} of the training data)",
         fix=f"No parameter was changed by it and no checkpoint holds it. `megatron-lite data samples --iteration "
         f"{plan.iteration}` with this command's flags shows these samples. Go on from the last checkpoint (--load) "
         f"with a lower --lr or longer warm-up, or leave them out with --skip-train-iteration-range "

@@ -98,16 +98,15 @@ def _way_back(run: Run, spike: Spike, before: _Before) -> GoingBack:
 def _places(run: Run, spike: Spike) -> list[int]:
     assert run.data.train is not None
     first, end = spike.consumed
-    return run.data.train.places(first, end - first)
+    return run.data.train.positions(first, end - first)
 
 
 def _describe(run: Run, spike: Spike) -> str:
     assert run.data.train is not None
     first, end = spike.consumed
-    places, numbers = _places(run, spike), run.data.train.numbers(first, end - first)
-    shown = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
+    places, numbers = _places(run, spike), run.data.train.list_samples(first, end - first, _SHOWN)
     return (
         f"WARNING: loss spike: in iterations {spike.first} to {spike.last} the loss is up to {spike.loss:.6E}, and "
         f"{spike.usual:.6E} is usual. From the iteration before it on, the run trained on samples {places[0]} to "
-        f"{places[-1]} (numbers {shown} of the training data)"
+        f"{places[-1]} (numbers {numbers} of the training data)"
     )

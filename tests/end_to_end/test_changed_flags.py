@@ -14,7 +14,7 @@ from megatron_lite.config.arguments import parse_run
 from megatron_lite.data.serving.build import plan_datasets
 from megatron_lite.runs.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from megatron_lite.train.assemble import assembled
-from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.batches import RunData
 from megatron_lite.train.loop import train
 
 # A small epoch, of which each job saves its last iteration.
@@ -24,14 +24,14 @@ BASE = ("--lr-decay-style", "constant", "--save-interval", 500, "--split", "20,6
 @contextmanager
 def watched():
     """Collects where the samples of each iteration lie, by iteration."""
-    read, original = {}, BatchSource.reader
+    read, original = {}, RunData.train_reader
 
     def note(self, plan):
-        numbers = self.numbers(plan.first_sample, plan.global_batch)
-        read[plan.iteration] = [tuple(self._loader.dataset.spans(number)) for number in numbers]
+        numbers = self.train.samples(plan.first_sample, plan.global_batch)
+        read[plan.iteration] = [tuple(self.train.dataset.spans(number)) for number in numbers]
         return original(self, plan)
 
-    with mock.patch.object(BatchSource, "reader", note):
+    with mock.patch.object(RunData, "train_reader", note):
         yield read
 
 
@@ -219,14 +219,14 @@ def test_another_order_is_told_with_what_it_repeats(corpus, tmp_path):
 
 def samples_on(backend, words):
     """On one rank: trains, and returns the numbers of the samples of each iteration."""
-    read, original = [], BatchSource.reader
+    read, original = [], RunData.train_reader
 
     def note(self, plan):
-        read.append(self.numbers(plan.first_sample, plan.global_batch))
+        read.append(self.train.samples(plan.first_sample, plan.global_batch))
         return original(self, plan)
 
     config = parse_run(words, world_size=backend.world_size).config
-    with mock.patch.object(BatchSource, "reader", note), assembled(config, backend) as run:
+    with mock.patch.object(RunData, "train_reader", note), assembled(config, backend) as run:
         train(run)
     return [number for numbers in read for number in numbers]
 
@@ -265,13 +265,13 @@ def test_a_run_that_falls_back_leaves_out_what_a_rollback_left_out(corpus, tmp_p
     go_on(corpus, save, "--train-iters", 12, "--save-interval", 4, "--exit-interval", 8)
     damage(save / "iter_0000008")
     places = []
-    read = BatchSource.reader
+    read = RunData.train_reader
 
     def note(self, plan):
-        places.extend(self.places(plan.first_sample, plan.global_batch))
+        places.extend(self.train.positions(plan.first_sample, plan.global_batch))
         return read(self, plan)
 
-    with mock.patch.object(BatchSource, "reader", note):
+    with mock.patch.object(RunData, "train_reader", note):
         go_on(corpus, save, "--train-iters", 12, "--fallback-on-corrupt")
     assert places == [*range(16, 24), *range(28, 52)]
 

@@ -16,7 +16,7 @@ from support.trainer import assert_same_run, checkpoints, command, iterations, m
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.manifest import read_manifest
-from megatron_lite.train.batches import BatchSource
+from megatron_lite.train.batches import RunData
 from megatron_lite.train.job import train_job
 from megatron_lite.train.native import NativeEngine
 
@@ -30,17 +30,17 @@ BAD = range(44, 52)
 def spoiled():
     """Makes the loss high wherever a bad sample is trained on; gives the places trained on, a list an iteration."""
     places = []
-    reader, step = BatchSource.reader, NativeEngine.train_step
+    reader, step = RunData.train_reader, NativeEngine.train_step
 
     def note(self, plan):
-        places.append(self.places(plan.first_sample, plan.global_batch))
+        places.append(self.train.positions(plan.first_sample, plan.global_batch))
         return reader(self, plan)
 
     def spoil(self, plan, read):
         outcome = step(self, plan, read)
         return dataclasses.replace(outcome, loss=outcome.loss * 5) if set(places[-1]) & set(BAD) else outcome
 
-    with mock.patch.object(BatchSource, "reader", note), mock.patch.object(NativeEngine, "train_step", spoil):
+    with mock.patch.object(RunData, "train_reader", note), mock.patch.object(NativeEngine, "train_step", spoil):
         yield places
 
 

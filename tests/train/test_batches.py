@@ -1,4 +1,4 @@
-"""What a batch source makes of tokens: where documents end, found before anything is on a device."""
+"""Micro-batches of a run: tokens, labels, masks and document groups, by replica and curriculum length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.data.serving.dataset import MockDataset
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.train.batches import BatchSource, RunData
+from megatron_lite.train.batches import RunData
 
 EOD = 7
 SAMPLES = (
@@ -36,7 +36,7 @@ class Written(MockDataset):
         return np.array(SAMPLES[sample])
 
 
-def source(dataset=None, size=1, dp=1, replica=0, **flags):
+def run_data(dataset=None, size=1, dp=1, replica=0, **flags):
     backend = select_backend(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
     loader = Loader(
         dataset or Written(),
@@ -46,11 +46,16 @@ def source(dataset=None, size=1, dp=1, replica=0, **flags):
         replica=replica,
         prefetch=0,
     )
-    return BatchSource(loader, backend, dataclasses.replace(DataConfig(), **flags), EOD)
+    return RunData(backend, dataclasses.replace(DataConfig(), **flags), EOD, loader)
+
+
+def reader(consumed=0, seq_length=6, **settings):
+    data = run_data(**settings)
+    return data.reader(data.train, consumed, seq_length)
 
 
 def read(consumed, size, reset_attention_mask=True):
-    return source(size=size, reset_attention_mask=reset_attention_mask).reader_at(consumed, 6)(0)
+    return reader(consumed, size=size, reset_attention_mask=reset_attention_mask)(0)
 
 
 def test_documents_are_grouped_by_their_length():
@@ -82,7 +87,7 @@ class Blend(Written):
 
 
 def test_labels_are_the_tokens_that_follow():
-    batch = source(size=2).reader_at(0, 6)(0)
+    batch = reader(size=2)(0)
     assert batch.tokens.tolist() == [list(sample[:-1]) for sample in SAMPLES[:2]]
     assert batch.labels.tolist() == [list(sample[1:]) for sample in SAMPLES[:2]]
     assert batch.loss_mask is None and batch.position_ids is None
@@ -90,23 +95,23 @@ def test_labels_are_the_tokens_that_follow():
 
 
 def test_a_curriculum_cuts_samples_short():
-    batch = source(size=2).reader_at(0, 3)(0)
+    batch = reader(0, 3, size=2)(0)
     assert batch.tokens.tolist() == [list(sample[:3]) for sample in SAMPLES[:2]]
     assert batch.labels.tolist() == [list(sample[1:4]) for sample in SAMPLES[:2]]
 
 
 def test_each_flag_makes_its_own_tensor():
-    masked = source(eod_mask_loss=True).reader_at(2, 6)(0)
+    masked = reader(2, eod_mask_loss=True)(0)
     assert masked.loss_mask.tolist() == [[1, 1, 0, 1, 1, 0]] and masked.position_ids is None
-    placed = source(reset_position_ids=True).reader_at(2, 6)(0)
+    placed = reader(2, reset_position_ids=True)(0)
     assert placed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]] and placed.loss_mask is None
-    apart = source(reset_attention_mask=True).reader_at(2, 6)(0)
+    apart = reader(2, reset_attention_mask=True)(0)
     assert apart.documents.groups == ((2, 3),) and apart.loss_mask is None
 
 
 @pytest.mark.parametrize(("replica", "numbers", "sources"), [(0, [0, 2], (0, 0)), (1, [1, 3], (1, 1))])
 def test_replicas_take_turns_and_name_the_source_of_each_sample(replica, numbers, sources):
-    read = source(Blend(), dp=2, replica=replica).reader_at(0, 6)
+    read = reader(dataset=Blend(), dp=2, replica=replica)
     batches = [read(index) for index in (0, 1)]
     assert [batch.number for batch in batches] == numbers
     assert [batch.tokens.tolist() for batch in batches] == [[list(SAMPLES[number][:-1])] for number in numbers]
@@ -114,9 +119,9 @@ def test_replicas_take_turns_and_name_the_source_of_each_sample(replica, numbers
 
 
 def test_one_source_is_not_named():
-    assert source(size=2).reader_at(0, 6)(0).sources is None
-    assert source(Blend(), size=3).reader_at(1, 6)(0).sources == (1, 0, 1)
-    assert source(Blend()).by_source({1: 2.5, 0: 1.5}) == {"other": 2.5, "one": 1.5}
+    assert reader(size=2)(0).sources is None
+    assert reader(1, dataset=Blend(), size=3)(0).sources == (1, 0, 1)
+    assert run_data(Blend()).train.names == ("one", "other")
 
 
 class Long(Written):
@@ -133,18 +138,18 @@ class Plan:
     seq_length: int = 6
 
 
-def test_a_plan_is_read_from_its_first_sample_and_described_by_its_numbers():
-    assert source().reader(Plan(2, 1))(0).tokens.tolist() == [list(SAMPLES[2][:-1])]
-    long = source(Long())
-    assert long.describe(Plan(3, 8)) == "3, 4, 5, 6, 7, 8, 9, 10"
-    assert long.describe(Plan(3, 9)) == "3, 4, 5, 6, 7, 8, 9, 10, …"
+def test_a_training_iteration_is_read_from_its_first_sample():
+    assert run_data().train_reader(Plan(2, 1))(0).tokens.tolist() == [list(SAMPLES[2][:-1])]
+    long = run_data(Long()).train
+    assert long.list_samples(3, 8) == "3, 4, 5, 6, 7, 8, 9, 10"
+    assert long.list_samples(3, 9) == "3, 4, 5, 6, 7, 8, 9, 10, …"
 
 
-def test_places_that_are_left_out_are_passed_over():
-    long = source(Long())
-    assert long.places(2, 3) == long.numbers(2, 3) == [2, 3, 4]
-    long.leave_out(((3, 5),))
-    assert long.places(2, 3) == long.numbers(2, 3) == [2, 5, 6]
+def test_skipped_positions_are_passed_over():
+    loader = run_data(Long()).train
+    assert loader.positions(2, 3) == loader.samples(2, 3) == [2, 3, 4]
+    loader.skipped = ((3, 5),)
+    assert loader.positions(2, 3) == loader.samples(2, 3) == [2, 5, 6]
 
 
 def test_closing_the_data_of_a_run_closes_every_loader_once():
@@ -157,10 +162,6 @@ def test_closing_the_data_of_a_run_closes_every_loader_once():
         def close(self):
             closed.append(self.name)
 
-    RunData(Closing("train"), {"v": Closing("valid")}, {"t": Closing("test")}).close()
+    RunData(None, DataConfig(), EOD, Closing("train"), {"v": Closing("valid")}, {"t": Closing("test")}).close()
     assert closed == ["train", "valid", "test"]
-    RunData().close()
-    loader = source()
-    loader._loader.close = lambda: closed.append("loader")
-    loader.close()
-    assert closed[3:] == ["loader"]
+    RunData(None, DataConfig(), EOD).close()

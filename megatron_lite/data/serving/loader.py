@@ -38,7 +38,10 @@ class Loader:
         cyclic_layout: (micro-batch size, replicas) that Megatron's cyclic sampler shuffles for; None: the dataset's own
             order. It is the layout that the run began with, which need not be this one.
         repeats: whether the dataset begins anew at its end, as validation's may; False: its end is an error.
-        skipped: places in that order that are left out, as schedules/skipping.py has them.
+
+    Attributes:
+        names: names of the dataset's sources.
+        skipped: ranges of positions in the data order that are left out (schedules/skipping.py); none at first.
     """
 
     def __init__(
@@ -52,15 +55,15 @@ class Loader:
         prefetch: int = 2,
         cyclic_layout: tuple[int, int] | None = None,
         repeats: bool = False,
-        skipped: Ranges = (),
     ) -> None:
         self.dataset = dataset
+        self.names = tuple(dataset.sources)
         self.micro_batch = micro_batch
         self.global_batch = global_batch
         self.dp = dp
         self.replica = replica
         self.prefetch = prefetch
-        self.skipped = skipped
+        self.skipped: Ranges = ()
         self.repeats = repeats
         self._order = CyclicOrder(len(dataset), *cyclic_layout) if cyclic_layout is not None else None
         self._ahead: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
@@ -68,8 +71,8 @@ class Loader:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
 
-    def places(self, start: int, count: int) -> list[int]:
-        """Places in the data's order of the samples that are consumed after `start` others, [count]."""
+    def positions(self, start: int, count: int) -> list[int]:
+        """Return the positions in the data order of the samples consumed after `start` others, [count]."""
         total = len(self.dataset) if self._order is None else None
         if self.repeats and total is not None:
             return [consumed % total for consumed in range(start, start + count)]
@@ -79,6 +82,11 @@ class Loader:
         """Numbers in the dataset of the samples that are consumed after `start` others, [count]."""
         with self._lock:
             return self._samples(start, count)
+
+    def list_samples(self, start: int, count: int, shown: int = 8) -> str:
+        """Return the numbers of these samples as text for a message, the first `shown` of them."""
+        samples = self.samples(start, count)
+        return ", ".join(map(str, samples[:shown])) + (", …" if count > shown else "")
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens of the samples consumed after `start` others, [count, L + 1].
@@ -139,8 +147,8 @@ class Loader:
         self.close()
 
     def _samples(self, start: int, count: int) -> list[int]:
-        places = self.places(start, count)
-        return places if self._order is None else [self._order[place] for place in places]
+        positions = self.positions(start, count)
+        return positions if self._order is None else [self._order[position] for position in positions]
 
     def _read(self, wanted: tuple[int, int]) -> NDArray[np.int64]:
         return self.read(self.start(*wanted), self.micro_batch)
