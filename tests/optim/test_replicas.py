@@ -118,7 +118,7 @@ def test_low_precision_replicas_agree(kit, on_meshes, dtype):
     whole, parts_of_it = assemble(plain), assemble(sharded)
     assert whole.keys() == parts_of_it.keys() and any("main" in name for name in whole)
     for name, value in whole.items():
-        assert_same_sums(parts_of_it[name], value, name, dtype="bf16")
+        assert_same_sums(parts_of_it[name], value, name, limit=2e-3)
 
 
 def waiting(kit, mesh):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.layout_matrix import ITERATIONS, LIMITS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
+from support.layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.train.assemble import build_engine
@@ -55,6 +55,5 @@ def test_losses_go_on_at_another_layout(chain, on_ranks, tmp_path):
         assert began == len(losses)
         losses += more_losses
         norms += more_norms
-    limit = LIMITS[chain[0].dtype]
-    assert losses == pytest.approx(whole.losses, rel=limit.loss)
-    assert norms == pytest.approx(whole.norms, rel=limit.norm)
+    assert losses == pytest.approx(whole.losses, rel=1e-5 if chain[0].dtype == "fp32" else 1e-3)
+    assert norms == pytest.approx(whole.norms, rel=1e-4 if chain[0].dtype == "fp32" else 1e-2)
