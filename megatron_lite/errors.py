@@ -1,4 +1,4 @@
-"""User-facing exceptions: each message states the rule, the values found and a fix."""
+"""User-facing exceptions: each message states the problem with its values, the rule and a fix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class MegatronLiteError(Exception):
     """Base of every error that is the user's to fix; the command line prints it without a traceback.
 
     Args:
-        rule: what must hold, as a sentence without a full stop.
-        found: the values that break it, both sides of the comparison, with the names they came under.
+        problem: what happened, with the values, flags and files concerned; a sentence without a full stop.
         fix: what to do about it: the flag, file or command to change.
+        rule: what must hold, where the problem does not imply it; a sentence without a full stop.
 
     Attributes:
         shared: whether all ranks of the job raise it, so that it is printed once.
@@ -21,13 +21,19 @@ class MegatronLiteError(Exception):
     shared = False
     silent = False
 
-    def __init__(self, rule: str, *, found: str, fix: str) -> None:
+    def __init__(self, problem: str, *, fix: str, rule: str = "", found: str = "") -> None:
+        if found:
+            problem = f"{problem}:{found}" if found.startswith("\n") else f"{problem}: {found}"
+        self.problem = problem
         self.rule = rule
-        self.found = found
         self.fix = fix
-        # What was found may be a list with lines of its own.
-        before, after = "" if found.startswith("\n") else " ", "" if found.endswith("\n") else ". "
-        super().__init__(f"{rule}:{before}{found}{after}{fix}")
+        # A problem may end with a list that has lines of its own.
+        super().__init__(f"{self.description}{'' if self.description.endswith(chr(10)) else '. '}{fix}")
+
+    @property
+    def description(self) -> str:
+        """The message without the fix."""
+        return f"{self.problem}. {self.rule}" if self.rule else self.problem
 
 
 class ConfigError(MegatronLiteError):
@@ -40,13 +46,13 @@ class ConfigErrors(ConfigError):
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         self.errors = tuple(errors)
         super().__init__(
-            f"{len(self.errors)} rules are broken",
-            found="\n".join(f"  {number}. {error}" for number, error in enumerate(self.errors, 1)),
+            f"{len(self.errors)} rules are broken:\n"
+            + "\n".join(f"  {number}. {error}" for number, error in enumerate(self.errors, 1)),
             fix="Change the flags named above",
         )
 
     def __str__(self) -> str:
-        return f"{self.rule}:\n{self.found}"
+        return self.problem
 
 
 class FailedRank(Exception):

@@ -52,14 +52,13 @@ def _first(
 ) -> tuple[CheckpointError, FailedRank]:
     """The error of the first rank that failed, as every rank raises it, and its cause."""
     rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure)
-    kind, rule, found, fix, host = failure
-    return kind(rule, found=f"on {host}, rank {rank}: {found}", fix=fix), FailedRank(host, rank)
+    kind, problem, rule, fix, host = failure
+    return kind(f"On {host}, rank {rank}: {problem}", rule=rule, fix=fix), FailedRank(host, rank)
 
 
 def _describe(error: Exception) -> tuple[type[CheckpointError], str, str, str, str]:
     host = host_name()
     kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
     if isinstance(error, MegatronLiteError):
-        return kind, error.rule, error.found, error.fix, host
-    found = f"{type(error).__name__}: {error}"
-    return kind, "Every rank must be able to take part in a checkpoint", found, "See that rank's own error above", host
+        return kind, error.problem, error.rule, error.fix, host
+    return kind, f"{type(error).__name__}: {error}", "", "See that rank's own error above", host

@@ -37,8 +37,8 @@ MAX_RANGES = 10
 class RankFailedError(TrainingError):
     """Another rank, or the meeting as a whole, failed."""
 
-    def __init__(self, failure: Failure, rule: str, found: str) -> None:
-        super().__init__(rule, found=found, fix=failure.fix)
+    def __init__(self, failure: Failure, problem: str) -> None:
+        super().__init__(problem, rule=failure.rule, fix=failure.fix)
         self.failure = failure
 
 
@@ -166,12 +166,12 @@ class Rendezvous:
 
     def _describe(self, error: BaseException) -> Failure:
         if isinstance(error, MegatronLiteError):
-            rule, found, fix = error.rule, error.found, error.fix
+            problem, rule, fix = error.problem, error.rule, error.fix
         else:
-            rule = "All ranks must be there when a job begins"
-            found = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            rule = ""
+            problem = "Stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
             fix = "See that rank's output"
-        return Failure(rank=self._launch.rank, host=self._host, rule=rule, found=found, fix=fix)
+        return Failure(rank=self._launch.rank, host=self._host, problem=problem, rule=rule, fix=fix)
 
     def _resolve(self) -> list[Address]:
         """Return the addresses at which rank 0 may listen, by port; empty for file://."""
@@ -313,8 +313,8 @@ class Rendezvous:
             Failure(
                 rank=0,
                 host="",
-                rule="All ranks must be there when a job begins",
-                found=f"rank 0 at {self._place} ended before",
+                problem=f"Rank 0 at {self._place} ended before all ranks had joined",
+                rule="",
                 fix="See the output of rank 0",
                 printed=False,
             )
@@ -323,11 +323,10 @@ class Rendezvous:
     def _failed(self, failure: Failure) -> RankFailedError:
         """Return the error of a failure that is passed on; rank 0 prints it, or another one if rank 0 is gone."""
         rank, own = self._launch.rank, failure.personal or failure.rank == self._launch.rank
-        rule, found = failure.rule, failure.found
+        problem = failure.problem
         if failure.printed and not own:
-            rule = "A job begins with all its ranks or ends with the first that fails"
-            found = f"rank {failure.rank} on {failure.host}: {failure.rule}: {failure.found}"
-        error = RankFailedError(failure, rule, found)
+            problem = f"Rank {failure.rank} on {failure.host} failed: {problem}"
+        error = RankFailedError(failure, problem)
         error.shared = True
         gone = failure.rank == 0 and not failure.printed
         error.silent = not (own or (self._prints_without_rank0() if gone else rank == 0))

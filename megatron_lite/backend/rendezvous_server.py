@@ -50,17 +50,15 @@ class Failure:
     Attributes:
         rank: where it failed.
         host: of that rank.
-        rule: as MegatronLiteError has it, as the next two.
-        found: see rule.
-        fix: see rule.
+        problem, rule, fix: the parts of the message, as in MegatronLiteError.
         printed: whether that rank prints it: not if its process is gone.
         personal: whether the rank that is told has to print it: it is no rank of this job.
     """
 
     rank: int
     host: str
+    problem: str
     rule: str
-    found: str
     fix: str
     printed: bool = True
     personal: bool = False
@@ -68,7 +66,7 @@ class Failure:
     @property
     def text(self) -> tuple[str, str]:
         """What ranks that fail alike have in common; `fix` may list what is on a rank's disk."""
-        return self.rule, self.found
+        return self.problem, self.rule
 
 
 class Line:
@@ -188,8 +186,8 @@ class RendezvousServer:
             Failure(
                 rank=member.rank,
                 host=member.host,
-                rule="All ranks must be there when a job begins",
-                found=f"rank {member.rank} on {member} ended before",
+                problem=f"Rank {member.rank} on {member} ended before all ranks had joined",
+                rule="",
                 fix="See that rank's output",
                 printed=False,
             )
@@ -233,17 +231,17 @@ class RendezvousServer:
         known = self._owner if member.rank == 0 else self._known.get(member.rank)
         if member.world_size != self._owner.world_size:
             rule = "All ranks of a job must be started with the same world size"
-            found = f"rank {member.rank} on {member} with {member.world_size} ranks, rank 0 on {self._owner} with "
-            found += str(self._owner.world_size)
+            problem = f"Rank {member.rank} on {member} was started with a world size of {member.world_size}, rank 0 on "
+            problem += f"{self._owner} with {self._owner.world_size}"
             fix = "Start all with the same number of ranks, or give each of two jobs another MASTER_PORT"
         elif known is not None and (known.host, known.pid) != (member.host, member.pid):
             rule = "Every rank of a job is one process"
-            found = f"rank {member.rank} is on {known} and on {member}"
+            problem = f"Rank {member.rank} was started twice: on {known} and on {member}"
             fix = "Start each rank once, end what is left of an earlier start, or give each of two jobs another "
             fix += "MASTER_PORT"
         else:
             return None
-        return Failure(rank=0, host=self._owner.host, rule=rule, found=found, fix=fix)
+        return Failure(rank=0, host=self._owner.host, problem=problem, rule=rule, fix=fix)
 
     def _fail(self, failure: Failure) -> None:
         """Tell all ranks; the first failure counts."""

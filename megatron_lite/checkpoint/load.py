@@ -124,7 +124,7 @@ def _load_first(
     except CorruptCheckpointError as error:
         if not others:
             raise
-        notify(f"{candidate.name} is damaged and passed over: {error.found}")
+        notify(f"{candidate.name} is damaged and passed over: {error.problem}")
     return _load_first(others, tensors, world, include, notify)
 
 

@@ -75,7 +75,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
             console.print(problem, style="red")
         else:
             foreign = foreign_error(root)
-            console.print("there is no checkpoint here" if foreign is None else foreign.found, highlight=False)
+            console.print("there is no checkpoint here" if foreign is None else foreign.problem, highlight=False)
         for problem in broken:
             console.print("not whole", style="red", end=" ")
             console.print(problem)
@@ -116,7 +116,7 @@ def _verify_one(path: Path, console: Console) -> bool:
         manifest = verify_checkpoint(path)
     except CheckpointError as error:
         console.print("damaged", style="red", end=" ")
-        console.print(f"{path}: {error.found}")
+        console.print(f"{path}: {error.problem}")
         return False
     rate = manifest.size / max(time.monotonic() - begun, 1e-9)
     console.print("whole  ", style="green", end=" ")

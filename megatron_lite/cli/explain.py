@@ -58,7 +58,7 @@ def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
         try:
             return with_vocabulary(config, build_tokenizer(tokenizer).vocab_size), "the tokenizer"
         except MegatronLiteError as error:
-            source = f"the tokenizer cannot be read ({error.rule})"
+            source = f"the tokenizer cannot be read ({error.description})"
     else:
         source = "the tokenizer's files are not here"
     if model.padded_vocab_size:

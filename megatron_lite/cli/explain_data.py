@@ -72,7 +72,7 @@ def _without_files(config: RunConfig, order: DataSegment, problem: MegatronLiteE
     least = max((requests[-1] for requests in asked.values() if requests), default=0) * SAMPLE_BYTES
     yield (
         f"the largest sample index takes at least {bytes_text(least)} of memory; epochs and documents are not counted, "
-        f"since the data cannot be opened here ({problem.rule}: {problem.found})"
+        f"since the data cannot be opened here ({problem.description})"
     )
 
 

@@ -111,6 +111,6 @@ class Given:
             self.refuse(f"{flag} must name a UTF-8 text file", found=read_failure(path, error), fix="Convert the file")
         return None
 
-    def refuse(self, rule: str, *, found: str, fix: str) -> None:
+    def refuse(self, problem: str, *, fix: str, rule: str = "", found: str = "") -> None:
         """Note an error and go on."""
-        self.errors.append(ConfigError(rule, found=found, fix=fix))
+        self.errors.append(ConfigError(problem, rule=rule, found=found, fix=fix))

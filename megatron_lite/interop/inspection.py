@@ -69,7 +69,7 @@ def summarize(found: Recognised) -> Summary:
         open_foreign(found, ImportOptions())
         importable = "yes"
     except CheckpointError as error:
-        importable = f"no: {error.found}"
+        importable = f"no: {error.problem}"
     rows = {
         "kind": found.title,
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
@@ -87,7 +87,7 @@ def _summarize_megatron(found: Recognised) -> Summary:
         open_foreign(found, ImportOptions(megatron=MegatronOptions(weights_only=True)))
         importable = "yes"
     except CheckpointError as error:
-        importable = f"no: {error.found}. {error.fix}"
+        importable = f"no: {error.problem}. {error.fix}"
     rows = {"kind": found.title, **facts_of(content), **_tensor_rows(raw), "can be imported": importable}
     return Summary(rows, raw, {name: plain_value(value) for name, value in (content.arguments or {}).items()})
 

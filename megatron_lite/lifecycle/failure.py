@@ -165,7 +165,7 @@ def _words(error: BaseException) -> str:
 
 def _common_words(error: BaseException) -> str:
     """Return what ranks that fail alike have in common: `fix` may list what is on a rank's disk."""
-    return f"{error.rule}: {error.found}" if isinstance(error, MegatronLiteError) else _words(error)
+    return error.description if isinstance(error, MegatronLiteError) else _words(error)
 
 
 def _action(its: _Locals) -> str:

@@ -55,7 +55,7 @@ def incompleteness(checkpoint: Path) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:
-        return error.found
+        return error.problem
     if manifest.iteration != iteration_of(checkpoint):
         return f"{checkpoint} is that of iteration {manifest.iteration} under another name"
     for name, file in manifest.files.items():

@@ -212,10 +212,10 @@ class RunState:
             left = f"the newest complete checkpoint is that of iteration {newest}" if newest else "there is none yet"
             if final or self._options.on_failed_save == "stop":
                 hint = "" if final else ". --on-failed-save continue trains on to the next save instead"
-                raise CheckpointError(error.rule, found=f"{error.found} ({left})", fix=f"{error.fix}{hint}") from error
+                raise CheckpointError(f"{error.problem} ({left})", rule=error.rule, fix=f"{error.fix}{hint}") from error
             self._notify(
                 f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training goes on without it "
-                f"(--on-failed-save continue); {left}. {error.rule}: {error.found}. {error.fix}"
+                f"(--on-failed-save continue); {left}. {error}"
             )
 
     def _announce(self, report: SaveReport | None) -> None:

@@ -181,7 +181,7 @@ def test_two_processes_of_one_rank_are_named_with_their_hosts(meet, second):
     again = meet(launch(second, 3, ports=(port,), host="n2"))
     for rank in (ranks[0], first, again):
         text = str(rank.end().error)
-        assert f"Every rank of a job is one process: rank {second} is on n{second} (process " in text
+        assert f"Rank {second} was started twice: on n{second} (process " in text
         assert "and on n2 (process " in text
     assert not again.error.silent and not ranks[0].error.silent and first.error.silent
 
@@ -191,7 +191,7 @@ def test_a_process_that_comes_too_late_ends_alone(meet):
     ranks = [meet(launch(rank, ports=(port,))) for rank in (0, 1)]
     assert [rank.end().error for rank in ranks] == [None, None]
     again = meet(launch(1, ports=(port,), host="n2")).end().error
-    assert "rank 1 is on node1 (process " in str(again) and not again.silent
+    assert "Rank 1 was started twice: on node1 (process " in str(again) and not again.silent
     assert not ranks[0].server.failure
 
 
@@ -200,8 +200,8 @@ def test_another_world_size_is_named_with_both_hosts(meet):
     ranks = [meet(launch(0, 4, ports=(port,))), meet(launch(1, 8, ports=(port,)))]
     for rank in ranks:
         text = str(rank.end().error)
-        assert "All ranks of a job must be started with the same world size: rank 1 on node1 (process " in text
-        assert " with 8 ranks, rank 0 on node0 (process " in text and " with 4" in text
+        assert "Rank 1 on node1 (process " in text
+        assert " with a world size of 8, rank 0 on node0 (process " in text and " with 4" in text
         assert not rank.error.silent
 
 
@@ -216,7 +216,7 @@ def test_a_rank_that_dies_is_missed_at_once(meet):
     dying._find([("127.0.0.1", port)])
     dying._line.close()
     errors = [rank.end().error for rank in ranks]
-    assert all("rank 2 on node2 (process " in str(error) and " ended before" in str(error) for error in errors)
+    assert all("Rank 2 on node2 (process " in str(error) and " ended before" in str(error) for error in errors)
     assert [error.silent for error in errors] == [False, True]
 
 
@@ -233,7 +233,7 @@ def test_an_error_while_connecting_ends_all(meet):
     text = str(ranks[1].end().error)
     assert "rank 1 of 2 on node1: no route. " in text and "GLOO_SOCKET_IFNAME" in text and "frame" not in text
     began = time.monotonic()
-    assert "rank 1 on node1: Every rank must be able to connect" in str(ranks[0].end().error)
+    assert "Rank 1 on node1 failed: Every rank must be able to connect" in str(ranks[0].end().error)
     assert time.monotonic() - began < 4, "it does not wait for its own connections"
 
 
@@ -253,7 +253,7 @@ def test_an_error_of_one_rank_before_they_meet_ends_the_waiting_ranks(meet):
     assert not own.silent
     for rank in waiting:
         error = rank.end().error
-        assert "rank 2 on node2: a file is missing: tokenizer.json. copy it" in str(error)
+        assert "Rank 2 on node2 failed: a file is missing: tokenizer.json. copy it" in str(error)
         assert error.silent == (rank.place.rank != 0)
         assert (failed_rank(error).host, failed_rank(error).rank) == ("node2", 2)
 

@@ -94,7 +94,7 @@ def test_fingerprints_must_match_unless_accepted():
     assert caught.value.fix.endswith("--accept-changed data tokenizer")
     with pytest.raises(CheckpointError, match="--accept-changed data tokenizer") as caught:
         check_fingerprints(saved, current, ["data"])
-    assert "data: " not in caught.value.found
+    assert "data: " not in caught.value.problem
     assert [d.path for d in check_fingerprints(saved, current, ["data", "tokenizer"])] == ["data", "tokenizer"]
     assert check_fingerprints(saved, saved) == []
 
@@ -112,7 +112,7 @@ def test_the_source_that_changed_is_named_and_a_new_path_is_no_change():
         with pytest.raises(CheckpointError, match=told) as caught:
             check_fingerprints(saved, {**moved, **change})
         assert caught.value.fix.endswith("--accept-changed data")
-        assert len(caught.value.found.strip().splitlines()) == 1
+        assert len(caught.value.problem.strip().splitlines()) == 2
         assert len(check_fingerprints(saved, {**moved, **change}, ["data"])) == 1
     with pytest.raises(CheckpointError, match=r"(?s)source 2: .* source 10: "):
         check_fingerprints(saved, {"data order": "seed 1", "data source 1": saved["data source 1"]})

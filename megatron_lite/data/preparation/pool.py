@@ -80,7 +80,7 @@ class Pool(Generic[Task, Event]):
                 except (EOFError, OSError) as error:
                     raise _died(worker.process) from error
                 if kind == "refused":
-                    raise DataError(content[0], found=content[1], fix=content[2])
+                    raise DataError(content[0], rule=content[1], fix=content[2])
                 if kind == "failed":
                     raise RuntimeError(f"in a worker process:\n{content}")
                 if kind == "event":
@@ -141,6 +141,6 @@ def _serve(pipe: Connection, make_job: Callable[[], Job[Task, Event]]) -> None:
     except EOFError:
         return
     except DataError as error:  # exceptions with keyword arguments do not survive pickling
-        tell("refused", (error.rule, error.found, error.fix))
+        tell("refused", (error.problem, error.rule, error.fix))
     except Exception:
         tell("failed", traceback.format_exc())

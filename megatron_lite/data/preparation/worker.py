@@ -178,7 +178,7 @@ class UnitWorker:
             for text in texts:
                 self.tokenizer.encode(text)
         except DataError as error:
-            return error.found
+            return error.problem
         return ""
 
     @property

@@ -29,7 +29,7 @@ class Bytes(Tokenizer):
 
     def encode(self, text):
         if "!" in text:
-            raise DataError("A text has no exclamation mark", found="an exclamation mark", fix="Leave it out")
+            raise DataError("an exclamation mark", fix="Leave it out")
         return list(text.encode())
 
     def encode_flat(self, texts):
