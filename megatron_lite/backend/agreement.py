@@ -13,7 +13,7 @@ from megatron_lite.runs.manifest import CorruptCheckpointError
 T = TypeVar("T")
 
 
-def together(world: Group, step: Callable[[], T]) -> T:
+def run_on_all_ranks(world: Group, step: Callable[[], T]) -> T:
     """Runs `step` on every rank, waits for all, and returns this rank's result; a collective call.
 
     Raises:
@@ -36,13 +36,13 @@ def together(world: Group, step: Callable[[], T]) -> T:
     return result
 
 
-def from_first(world: Group, step: Callable[[], T]) -> T:
+def broadcast_from_rank0(world: Group, step: Callable[[], T]) -> T:
     """Runs `step` on rank 0 alone and returns its result on every rank; a collective call.
 
     Raises:
-        CheckpointError: `step` failed, as `together` tells it.
+        CheckpointError: `step` failed, as `run_on_all_ranks` tells it.
     """
-    result = together(world, lambda: step() if world.rank == 0 else None)
+    result = run_on_all_ranks(world, lambda: step() if world.rank == 0 else None)
     told: T = world.all_gather_object(result)[0]
     return told
 

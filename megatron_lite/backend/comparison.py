@@ -97,7 +97,7 @@ def judge(statements: Sequence[Statement], comparison: Comparison) -> Verdict:
     verdict = Verdict(common_failure=common)
     involved = [rank for ranks in failed.values() for rank in ranks]
     for text, ranks in failed.items():
-        verdict.errors.append(f"{rank_words(ranks, hosts)}: {text}")
+        verdict.errors.append(f"{describe_ranks(ranks, hosts)}: {text}")
     for name in dict.fromkeys(name for statement in statements for name in statement.values):
         found = _by_value((rank, s.values[name]) for rank, s in enumerate(statements) if name in s.values)
         if len(found) == 1:
@@ -136,16 +136,16 @@ def difference_line(
     for text, detail in (details or {}).items():
         shown[text] += f" ({detail})" if detail else ""
     others = sorted((text for text in found if text != reference), key=lambda text: found[text][0])
-    parts = [f"{shown[text]} on {rank_words(found[text], hosts)}" for text in others[:MAX_VALUES]]
+    parts = [f"{shown[text]} on {describe_ranks(found[text], hosts)}" for text in others[:MAX_VALUES]]
     if hidden := others[MAX_VALUES:]:
         ranks = sorted(rank for text in hidden for rank in found[text])
-        parts.append(f"{len(hidden)} other values on {rank_words(ranks, hosts)}")
+        parts.append(f"{len(hidden)} other values on {describe_ranks(ranks, hosts)}")
     rest = found[reference]
-    last = rank_words(rest, hosts) if len(rest) == 1 else f"the other {len(rest)} ranks"
+    last = describe_ranks(rest, hosts) if len(rest) == 1 else f"the other {len(rest)} ranks"
     return ", ".join([*parts, f"{shown[reference]} on {last}"])
 
 
-def rank_words(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """Name ranks and their hosts: `rank 3 (n1)`, `ranks 8-15 (n2)`, `all ranks`.
 
     Args:
@@ -154,19 +154,24 @@ def rank_words(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """
     if len(ranks) == len(hosts) > 1:
         return "all ranks"
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    places = ", ".join(names[:MAX_RANGES])
+    places += f" and {len(names) - MAX_RANGES} more hosts" if len(names) > MAX_RANGES else ""
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {rank_ranges(ranks)} ({places})"
+
+
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Return rising ranks as ranges: `1, 4-7`; after MAX_RANGES of them, the number of the other ranks."""
     ranges: list[list[int]] = []
     for rank in ranks:
         if ranges and ranges[-1][1] == rank - 1:
             ranges[-1][1] = rank
         else:
             ranges.append([rank, rank])
-    words = [f"{first}-{last}" if first != last else f"{first}" for first, last in ranges[:MAX_RANGES]]
+    shown = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ranges[:MAX_RANGES])
     more = sum(last - first + 1 for first, last in ranges[MAX_RANGES:])
-    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    places = ", ".join(names[:MAX_RANGES])
-    places += f" and {len(names) - MAX_RANGES} more hosts" if len(names) > MAX_RANGES else ""
-    noun = "rank" if len(ranks) == 1 else "ranks"
-    return f"{noun} {', '.join(words)}{f' and {more} more' if more else ''} ({places})"
+    return f"{shown} and {more} more" if more else shown
 
 
 def compare_over_store(

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_lite.backend.comparison import rank_ranges
 from megatron_lite.backend.environment import Launch, host_name
 from megatron_lite.backend.interruptible import first_line, run_interruptibly
 from megatron_lite.backend.rendezvous_address import Address, bind, look_up, read_port, write_port
@@ -27,11 +28,10 @@ FIRST_NOTICE = 10.0
 """Seconds after which a waiting rank prints whom it waits for; the intervals double from there."""
 CONNECT_TIMEOUT = 5.0
 """Seconds to wait for a connection, and for an answer to `hello`."""
-LOOK_TIME = 10.0
+SEARCH_SECONDS = 10.0
 """Seconds for which a rank that cannot start looks for rank 0, before it prints its error without asking."""
-TELL_TIME = 30.0
+REPORT_SECONDS = 30.0
 """Seconds for which a rank stays to tell a failure to ranks that are still starting: importing torch takes long."""
-MAX_RANGES = 10
 
 
 class RankFailedError(TrainingError):
@@ -84,7 +84,7 @@ class Rendezvous:
             error.shared = True
         if self.server is not None and isinstance(error, RankFailedError):
             # Those that are still starting would wait for rank 0 in vain.
-            self.server.wait_until_told(TELL_TIME)
+            self.server.wait_until_reported(REPORT_SECONDS)
         if self._line is not None:
             self._line.close()
         if self.server is not None and error is not None:
@@ -141,7 +141,7 @@ class Rendezvous:
         self._deadline = time.monotonic() + self._seconds
         self._expect("begin")
 
-    def tell_failure(self, error: Exception) -> None:
+    def report_failure(self, error: Exception) -> None:
         """Tell the waiting ranks that this one cannot start; the error becomes silent if another rank prints the same.
 
         Raises:
@@ -159,10 +159,10 @@ class Rendezvous:
         if isinstance(error, MegatronLiteError):
             error.silent = first.printed and first.rank != mine.rank and first.text == mine.text
 
-    def wait_until_told(self) -> None:
+    def wait_until_reported(self) -> None:
         """On rank 0, return once all ranks have been told the failure, or when the time is over."""
         if self.server is not None:
-            self.server.wait_until_told(TELL_TIME)
+            self.server.wait_until_reported(REPORT_SECONDS)
 
     def _describe(self, error: BaseException) -> Failure:
         if isinstance(error, MegatronLiteError):
@@ -289,7 +289,7 @@ class Rendezvous:
                 raise self._timed_out()
             if self.server is not None and (missing := self.server.missing()):
                 count = f"{len(missing)} of {self._launch.world_size} ranks"
-                self._print_waiting(f"{count} at {self._place} (missing: {ranges_text(missing)})")
+                self._print_waiting(f"{count} at {self._place} (missing: {rank_ranges(missing)})")
             left = self._deadline - time.monotonic()
             self._wait_readable(max(0.0, min(1.0, left, self._notice_due() or 1.0)))
 
@@ -344,7 +344,7 @@ class Rendezvous:
             found = f"rank {self._launch.rank} on {self._host} hears nothing of rank 0 at {self._place}"
         elif missing:
             found = f"{self._launch.world_size - len(missing)} of {self._launch.world_size} ranks joined at "
-            found += f"{self._place}, missing: rank{'s' * (len(missing) > 1)} {ranges_text(missing)}"
+            found += f"{self._place}, missing: rank{'s' * (len(missing) > 1)} {rank_ranges(missing)}"
         else:
             found = f"all ranks joined at {self._place}, but some cannot connect to the others"
         return TrainingError(
@@ -361,15 +361,3 @@ class Rendezvous:
             self._notice *= 2
             sys.stderr.write(f"[{self._host} rank {self._launch.rank}] waiting for {what}\n")
             sys.stderr.flush()
-
-
-def ranges_text(ranks: Sequence[int]) -> str:
-    """Return rising ranks as ranges: `1, 4-7`."""
-    ranges: list[list[int]] = []
-    for rank in ranks:
-        if ranges and ranges[-1][1] == rank - 1:
-            ranges[-1][1] = rank
-        else:
-            ranges.append([rank, rank])
-    words = [f"{first}-{last}" if first < last else f"{first}" for first, last in ranges[:MAX_RANGES]]
-    return ", ".join(words + ["…"] * (len(ranges) > MAX_RANGES))

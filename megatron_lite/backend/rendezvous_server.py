@@ -139,7 +139,7 @@ class RendezvousServer:
         """Return the ranks that have not joined yet."""
         return sorted(set(range(self._owner.world_size)) - set(self._known))
 
-    def wait_until_told(self, seconds: float) -> None:
+    def wait_until_reported(self, seconds: float) -> None:
         """Return once every other rank has been told the failure, or when the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and len(self._told - {0}) < self._owner.world_size - 1:

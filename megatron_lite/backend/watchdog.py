@@ -19,6 +19,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from megatron_lite.backend.environment import Launch, host_name
+
 LONGEST_SILENCE = 30.0
 """Seconds after which a rank without a sign of life counts as dead. Python code that never lets another thread run can
 be silent too, but hardly as long."""
@@ -54,7 +56,7 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class WatchdogTimeouts:
     """How long a watchdog waits, in seconds.
 
     Attributes:
@@ -70,7 +72,7 @@ class Patience:
     grace: float
 
     @classmethod
-    def of(cls, timeout: float) -> Patience:
+    def from_collective_timeout(cls, timeout: float) -> WatchdogTimeouts:
         """In proportion to the time-out of collectives: stacks are shown at half of it."""
         silence = min(LONGEST_SILENCE, timeout / 4)
         return cls(
@@ -83,37 +85,31 @@ class Watchdog:
 
     Args:
         store: a connection of its own to the job's store (torch.distributed.Store).
-        rank: this rank.
-        world_size: ranks of the job.
-        host: this rank's.
-        local_rank: this rank's number on its host.
-        name: this rank in words: host, rank, coordinates.
-        where: says in words what the main thread is doing, and gives a value that changes when it gets on.
-        patience: how long to wait for what.
+        launch: this rank's place in the job.
+        name: host, rank and coordinates of this rank, for messages.
+        where: returns the main thread's current phase, and a value that changes when the thread makes progress.
+        timeouts: how long to wait for what.
         on_abort: called with host, rank and text of the first failure before this process is ended; None: nothing is.
     """
 
     def __init__(
         self,
         store: Any,
+        launch: Launch,
         *,
-        rank: int,
-        world_size: int,
-        local_rank: int,
-        host: str,
         name: str,
         where: Callable[[], tuple[str, Hashable]],
-        patience: Patience,
+        timeouts: WatchdogTimeouts,
         on_abort: Callable[[str, int, str], None] | None = None,
     ) -> None:
         self._store = store
-        self._rank = rank
-        self._world_size = world_size
-        self._local_rank = local_rank
-        self._host = host
+        self._rank = launch.rank
+        self._world_size = launch.world_size
+        self._local_rank = launch.local_rank
+        self._host = launch.host or host_name()
         self._name = name
         self._where = where
-        self._patience = patience
+        self._timeouts = timeouts
         self._on_abort = on_abort
         self._over = threading.Event()
         self._told = threading.Event()
@@ -127,7 +123,7 @@ class Watchdog:
         self._last_progress = time.monotonic()
         self._stall_told = False
         # Whom this rank listens for, and when it last heard what.
-        self._watched = list(range(1, world_size)) if rank == 0 else [0] if rank == 1 else []
+        self._watched = list(range(1, launch.world_size)) if launch.rank == 0 else [0] if launch.rank == 1 else []
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._beat()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -155,7 +151,7 @@ class Watchdog:
         """
         self._linger()
         self._over.set()
-        self._quiet.wait(self._patience.grace)
+        self._quiet.wait(self._timeouts.grace)
 
     def first_failure(self) -> Failure | None:
         """The failure that was first, which the caller will say and end by; None: none was told in good time."""
@@ -163,7 +159,7 @@ class Watchdog:
         self._ending = True
         with contextlib.suppress(Exception):
             self._store.set("lost", "")
-        self._told.wait(self._patience.silence + 4 * self._patience.interval)
+        self._told.wait(self._timeouts.silence + 4 * self._timeouts.interval)
         if self._failure is not None:
             self.end()
         return self._failure
@@ -171,12 +167,12 @@ class Watchdog:
     def leave(self) -> None:
         """Ends watching: this rank is done and well."""
         self._over.set()
-        self._thread.join(self._patience.grace)
+        self._thread.join(self._timeouts.grace)
         with contextlib.suppress(Exception):
             self._store.set(f"beat/{self._rank}", "left")
             self._store.add("left", 1)
             # Its process may hold the store: it stays until the others need it no more.
-            deadline = time.monotonic() + self._patience.silence
+            deadline = time.monotonic() + self._timeouts.silence
             while self._rank == 0 and time.monotonic() < deadline and not self._store.check(["failed"]):
                 if self._store.add("left", 0) == self._world_size:
                     break
@@ -184,9 +180,9 @@ class Watchdog:
 
     def _run(self) -> None:
         errors, before = 0, time.monotonic()
-        while not self._over.wait(self._patience.interval):
+        while not self._over.wait(self._timeouts.interval):
             now = time.monotonic()
-            if now - before > self._patience.silence / 2:
+            if now - before > self._timeouts.silence / 2:
                 self._heard.clear()  # this process was held itself, and heard nobody for that
             before = now
             try:
@@ -208,7 +204,7 @@ class Watchdog:
         if self._ending:
             self._quiet.set()
             # The main thread is on its way out, and may yet hang: in a library's own farewell, for one.
-            time.sleep(3 * self._patience.grace)
+            time.sleep(3 * self._timeouts.grace)
             os._exit(1)
 
     def _beat(self) -> None:
@@ -235,7 +231,7 @@ class Watchdog:
     def _end(self, failure: Failure) -> None:
         """Gives the main thread, which may hang in a collective, a moment to end by itself, then ends the process."""
         self._told.set()
-        if self._over.wait(2 * self._patience.grace if self._ending else self._patience.grace):
+        if self._over.wait(2 * self._timeouts.grace if self._ending else self._timeouts.grace):
             return
         if failure.is_printed_by(self._rank, self._local_rank):
             self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
@@ -248,7 +244,7 @@ class Watchdog:
 
     def _linger(self) -> None:
         """Keeps the store, which rank 0's process may hold, until every rank has read why the job ends."""
-        deadline = time.monotonic() + self._patience.grace
+        deadline = time.monotonic() + self._timeouts.grace
         hearers = self._world_size - (self._failure is not None and self._failure.silent)
         with contextlib.suppress(Exception):
             while self._rank == 0 and time.monotonic() < deadline and self._store.add("heard", 0) < hearers:
@@ -259,7 +255,7 @@ class Watchdog:
         if not keys or not self._store.check(keys):
             return
         now = time.monotonic()
-        longest = self._patience.silence / (3 if self._store.check(["lost"]) else 1)
+        longest = self._timeouts.silence / (3 if self._store.check(["lost"]) else 1)
         for rank, beat in zip(self._watched, self._store.multi_get(keys), strict=True):
             if rank not in self._heard or self._heard[rank][0] != beat:
                 self._heard[rank] = beat, now
@@ -280,7 +276,7 @@ class Watchdog:
         now = time.monotonic()
         if place != self._last_place:
             self._last_place, self._last_progress, self._stall_told = place, now, False
-        elif not self._stall_told and now - self._last_progress > self._patience.stall:
+        elif not self._stall_told and now - self._last_progress > self._timeouts.stall:
             self._stall_told = True
             text = f"{self._name} has been at the same place for {now - self._last_progress:.0f} s, in {words}"
             self._store.set(f"stall/{self._store.add('stalls', 1)}", text)

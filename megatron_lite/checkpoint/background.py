@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.backend.agreement import together
+from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.pieces import Share
 from megatron_lite.checkpoint.save import (
@@ -140,7 +140,7 @@ class BackgroundSaver:
                 raise error
 
         try:
-            together(self._world, outcome)
+            run_on_all_ranks(self._world, outcome)
         except Exception:
             # By now no rank writes there any more.
             if self._world.rank == 0:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_lite.backend.agreement import together
+from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.names import is_superseded, source_of
 from megatron_lite.checkpoint.reading import Read, ReadPlan
@@ -61,7 +61,7 @@ def load_checkpoint(
         reads = [Read(tensor, _check_fits(tensor, manifest, path)) for tensor in wanted]
         return manifest, ReadPlan(manifest, reads)
 
-    manifest, plan = together(world, check)
+    manifest, plan = run_on_all_ranks(world, check)
     names = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
     if strict:
         _check_nothing_left(manifest, names, include, path)
@@ -74,7 +74,7 @@ def load_checkpoint(
         with torch.no_grad():
             plan.read(path)
 
-    together(world, read)
+    run_on_all_ranks(world, read)
     return dict(manifest.scalars)
 
 

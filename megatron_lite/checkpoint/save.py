@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_lite import __version__
-from megatron_lite.backend.agreement import from_first, together
+from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.pieces import Share, merge_shares
 from megatron_lite.checkpoint.sharing import share_out
@@ -111,8 +111,10 @@ def save_checkpoint(
     tensors = share_out(tensors)
     partial, stale = open_partial(request, tensors, world)
     try:
-        together(world, lambda: write_share(partial, request, tensors, world))
-        report = together(world, lambda: finish(partial, request, world, begun, stale) if world.rank == 0 else None)
+        run_on_all_ranks(world, lambda: write_share(partial, request, tensors, world))
+        report = run_on_all_ranks(
+            world, lambda: finish(partial, request, world, begun, stale) if world.rank == 0 else None
+        )
     finally:
         # After a rename there is nothing here any more; after a failure this is what is left of it.
         if world.rank == 0:
@@ -144,7 +146,7 @@ def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: G
             raise explain(error, request, needed) from error
         return partial, stale
 
-    return from_first(world, make)
+    return broadcast_from_rank0(world, make)
 
 
 def write_share(partial: Path, request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> None:

@@ -145,22 +145,22 @@ def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
     if error.shared or error.silent:
         _print_error(error)
         return
-    from megatron_lite.backend.rendezvous import LOOK_TIME, TELL_TIME, Rendezvous
+    from megatron_lite.backend.rendezvous import REPORT_SECONDS, SEARCH_SECONDS, Rendezvous
 
     told = False
     try:
-        with suppress(MegatronLiteError, OSError), Rendezvous(launch, LOOK_TIME) as meeting:
-            meeting.tell_failure(error)
+        with suppress(MegatronLiteError, OSError), Rendezvous(launch, SEARCH_SECONDS) as meeting:
+            meeting.report_failure(error)
             told = True
             _print_error(error)
-            meeting.wait_until_told()
+            meeting.wait_until_reported()
     finally:
         if not told:
             _print_error(error)
     if not told:
         # Rank 0 may still be starting.
-        with suppress(MegatronLiteError, OSError), Rendezvous(launch, TELL_TIME - LOOK_TIME) as meeting:
-            meeting.tell_failure(error)
+        with suppress(MegatronLiteError, OSError), Rendezvous(launch, REPORT_SECONDS - SEARCH_SECONDS) as meeting:
+            meeting.report_failure(error)
 
 
 def _print_error(error: MegatronLiteError) -> None:

@@ -14,7 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_lite.rehearsal.play import RankReport
+    from megatron_lite.rehearsal.dry_run import RankReport
 
 SUMMARY = "play ranks of a big job on this machine: what each holds, sends, and would fail at"
 USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N
@@ -54,13 +54,12 @@ def run(argv: list[str]) -> int:
             fix=f"Give --rank 0 to {config.parallel.world_size - 1}, or the job's --world-size",
         )
     # Only here: it imports torch.
-    from megatron_lite.rehearsal.agreement import disagreements
-    from megatron_lite.rehearsal.play import play
-    from megatron_lite.rehearsal.ranks import telling_ranks
+    from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks
+    from megatron_lite.rehearsal.mismatches import call_mismatches
 
     started = time.perf_counter()
-    reports = list(play(config, dict.fromkeys(ranks, True) or telling_ranks(config)))
-    differences = disagreements(reports)
+    reports = list(rehearse_ranks(config, dict.fromkeys(ranks, True) or representative_ranks(config)))
+    differences = call_mismatches(reports)
     record = _record(config, vocabulary, reports, differences, time.perf_counter() - started)
     if as_json:
         print(json.dumps(record, indent=2))
@@ -144,7 +143,7 @@ def _print_tables(record: dict[str, Any]) -> None:
     if world > 1:
         console.print(_traffic_table(record["ranks"]))
     console.print(_ramp_table(record["ranks"]))
-    console.print(f"Played in {record['seconds']:.1f} s.")
+    console.print(f"Rehearsed in {record['seconds']:.1f} s.")
     problems = [f"rank {rank['rank']}: {rank['error']}" for rank in record["ranks"] if rank["error"]]
     for problem in [*problems, *record["disagreements"]]:
         console.print(f"WOULD FAIL: {problem}", style="bold red", markup=False, soft_wrap=True)

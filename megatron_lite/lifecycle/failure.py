@@ -16,7 +16,7 @@ from typing import Any
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.interruptible import end_at_once
-from megatron_lite.backend.watchdog import Failure, Patience, Watchdog
+from megatron_lite.backend.watchdog import Failure, Watchdog, WatchdogTimeouts
 from megatron_lite.config.layout import coordinates
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError, failed_rank
@@ -58,11 +58,7 @@ _TRANSPORT = ("gloo", "nccl", "connection", "socket", "process group", "timed ou
 def rank_name(backend: Backend, parallel: ParallelConfig) -> str:
     """This rank in words: host, rank and coordinates."""
     at = coordinates(backend.rank, parallel)
-    return f"{_host(backend)} rank {backend.rank} (dp {at['dp']}, pp {at['pp']}, tp {at['tp']})"
-
-
-def _host(backend: Backend) -> str:
-    return backend.launch.host or host_name()
+    return f"{backend.launch.host or host_name()} rank {backend.rank} (dp {at['dp']}, pp {at['pp']}, tp {at['tp']})"
 
 
 def phase_of(frames: Iterable[FrameType]) -> str:
@@ -96,13 +92,10 @@ def watched(backend: Backend, parallel: ParallelConfig, on_abort: OnAbort | None
     if store is not None:
         watchdog = Watchdog(
             store,
-            rank=backend.rank,
-            world_size=backend.world_size,
-            local_rank=backend.local_rank,
-            host=_host(backend),
+            backend.launch,
             name=name,
             where=_main_thread,
-            patience=Patience.of(60 * parallel.distributed_timeout_minutes),
+            timeouts=WatchdogTimeouts.from_collective_timeout(60 * parallel.distributed_timeout_minutes),
             on_abort=on_abort,
         )
     try:

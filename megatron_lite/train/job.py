@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_lite.backend.agreement import from_first, together
+from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.config.layout import AXES, partitions
@@ -58,7 +58,7 @@ def _take_folder(record: ExitRecord, world: Group) -> None:
     try:
         # In turns: waiting for another machine's heartbeat may take longer than a collective may.
         while token is None:
-            token = from_first(world, lambda: record.attempt(_TURN))
+            token = broadcast_from_rank0(world, lambda: record.attempt(_TURN))
     except MegatronLiteError:
         record.start(None)
         raise
@@ -93,11 +93,11 @@ def _go_back(config: RunConfig, back: GoingBack, world: Group, record: ExitRecor
             record.lock.verify(now=True)
         return roll_back(root, back.iteration, back.skip, automatic=True)
 
-    report = from_first(world, roll_back_own)
+    report = broadcast_from_rank0(world, roll_back_own)
     path = metrics_path(config)
     # The rank that wrote the metrics cuts them: they may lie on its own host.
     cut = world.rank == world.size - 1 and path is not None
-    together(world, lambda: rewind(path, back.iteration, report.aside) if cut and path is not None else None)
+    run_on_all_ranks(world, lambda: rewind(path, back.iteration, report.aside) if cut and path is not None else None)
     checkpoint = replace(
         config.checkpoint, load=config.checkpoint.save, load_iteration=0, finetune=False, reset_progress=False
     )

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_lite.backend.comparison import MAX_LINES, rank_words
+from megatron_lite.backend.comparison import MAX_LINES, describe_ranks
 from megatron_lite.errors import FailedRank, TrainingError
 from megatron_lite.optim.replicas import Mismatch
 
@@ -46,8 +46,8 @@ def _describe(mismatches: Sequence[Mismatch], hosts: Sequence[str]) -> str:
     lines = []
     for mismatch in mismatches[:MAX_LINES]:
         equal = sorted(set(mismatch.hashes) - set(mismatch.differing))
-        differing = rank_words(mismatch.differing, hosts)
-        lines.append(f"{mismatch.name} on {differing}, unlike {rank_words(equal, hosts)}")
+        differing = describe_ranks(mismatch.differing, hosts)
+        lines.append(f"{mismatch.name} on {differing}, unlike {describe_ranks(equal, hosts)}")
     if more := len(mismatches) - len(lines):
         lines.append(f"and {more} more")
     count = "1 parameter differs" if len(mismatches) == 1 else f"{len(mismatches)} parameters differ"

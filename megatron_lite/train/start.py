@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megatron_lite.backend.agreement import from_first, together
+from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.names import is_model_tensor
@@ -75,10 +75,10 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
     if world is None:
         _require_writable(config.checkpoint.save)
         return _find_start(config, notify)
-    together(world, lambda: _require_writable(config.checkpoint.save))
+    run_on_all_ranks(world, lambda: _require_writable(config.checkpoint.save))
     # Folders of a network may look different to other ranks for a moment, and 256 ranks listing one take their time.
     told: list[str] = []
-    start, told = from_first(world, lambda: (_find_start(config, told.append), told))
+    start, told = broadcast_from_rank0(world, lambda: (_find_start(config, told.append), told))
     for text in told:
         notify(text)
     return start
@@ -258,7 +258,7 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
 
 def _step_back(path: Path, world: Group, notify: Notify) -> None:
     """Damaged checkpoints that were passed over make way for the run's own, which will be older at first."""
-    aside = from_first(world, lambda: step_back(path.parent, iteration_of(path) or 0))
+    aside = broadcast_from_rank0(world, lambda: step_back(path.parent, iteration_of(path) or 0))
     if aside:
         notify(f"what was passed over is kept as {', '.join(aside)}")
 

@@ -16,9 +16,10 @@ from megatron_lite.backend.comparison import (
     Comparison,
     Statement,
     compare_over_store,
+    describe_ranks,
     difference_line,
     judge,
-    rank_words,
+    rank_ranges,
     reference_value,
 )
 from megatron_lite.backend.environment import Launch
@@ -141,10 +142,18 @@ def span(word):
 
 @given(st.sets(st.integers(0, 99), min_size=1))
 def test_ranks_are_named_by_ranges(ranks):
-    text = rank_words(sorted(ranks), ["host"] * 101)
+    text = describe_ranks(sorted(ranks), ["host"] * 101)
     assert text.startswith("rank " if len(ranks) == 1 else "ranks ")
     assert text.endswith(" (host)")
     assert text.count(",") < MAX_RANGES
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([1], "1"), ([1, 2, 3, 5], "1-3, 5"), (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14 and 12 more")],
+)
+def test_rank_ranges_are_limited(ranks, text):
+    assert rank_ranges(list(ranks)) == text
 
 
 def run_ranks(values, comparison=PLAIN, failures=None, hosts=("n1", "n2", "n3", "n4")):

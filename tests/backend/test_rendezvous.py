@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.backend import rendezvous
 from megatron_lite.backend.environment import Launch
-from megatron_lite.backend.rendezvous import Rendezvous, ranges_text
+from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_address import look_up
 from megatron_lite.errors import ConfigError, DataError, failed_rank
 
@@ -46,8 +46,8 @@ class Rank:
         with contextlib.suppress(Exception), self.meeting as meeting:
             try:
                 if self.failure is not None:
-                    meeting.tell_failure(self.failure)
-                    meeting.wait_until_told()
+                    meeting.report_failure(self.failure)
+                    meeting.wait_until_reported()
                     return
                 meeting.join()
                 self.store = meeting.share_store(lambda: self.number)[1]
@@ -75,7 +75,7 @@ def wait_for_ranks(first, *joined):
 @pytest.fixture
 def meet(monkeypatch):
     """Holds meetings; closes their servers."""
-    monkeypatch.setattr(rendezvous, "TELL_TIME", 2.0)
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 2.0)
     ranks = []
 
     def start(place, **options):
@@ -285,13 +285,6 @@ def test_addresses_of_version_6_are_looked_up_without_brackets():
     assert look_up("::1") == ["::1"] and look_up("127.0.0.1") == ["127.0.0.1"]
     meeting = Rendezvous(Launch(rank=1, world_size=2, init_method="tcp://[::1]:5,6"), 1)
     assert meeting._resolve() == [("::1", 5), ("::1", 6)]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "text"), [([1], "1"), ([1, 2, 3, 5], "1-3, 5"), (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, …")]
-)
-def test_ranks_are_listed_as_ranges(ranks, text):
-    assert ranges_text(list(ranks)) == text
 
 
 def test_a_file_serves_ranks_of_one_machine_and_a_stale_one_does_no_harm(meet, tmp_path):

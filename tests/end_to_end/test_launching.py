@@ -127,7 +127,7 @@ def mpirun(world, namespace):
 
 def notice_soon(_rank):
     rendezvous.FIRST_NOTICE = 0.1
-    rendezvous.TELL_TIME = 1.0
+    rendezvous.REPORT_SECONDS = 1.0
 
 
 def test_two_steps_of_one_slurm_job_train_side_by_side(ranks, tmp_path):

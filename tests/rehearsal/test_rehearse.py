@@ -14,9 +14,8 @@ from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.errors import ConfigError
-from megatron_lite.rehearsal.agreement import disagreements
-from megatron_lite.rehearsal.play import play
-from megatron_lite.rehearsal.ranks import telling_ranks
+from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks
+from megatron_lite.rehearsal.mismatches import call_mismatches
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-vocab-size-divisible-by", "8"]
 
@@ -79,13 +78,13 @@ def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
 
 def test_every_rank_of_a_small_job_agrees_with_every_other():
     config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
-    reports = list(play(config, dict.fromkeys(range(8), True)))
+    reports = list(rehearse_ranks(config, dict.fromkeys(range(8), True)))
     assert [report.error for report in reports] == [""] * 8
-    assert disagreements(reports) == []
+    assert call_mismatches(reports) == []
     total = sum(report.parameters for report in reports if report.at["dp"] == 0)
     # Over one replica: what tp ranks hold twice (norms, row-parallel biases, positions) and the tied head's copy.
     assert total > parameter_count(config.model)
-    alone = next(play(small(), {0: True}))
+    alone = next(rehearse_ranks(small(), {0: True}))
     assert alone.parameters == parameter_count(config.model)
 
 
@@ -104,24 +103,24 @@ def test_every_rank_of_a_small_job_agrees_with_every_other():
 )
 def test_every_kind_of_layout_can_be_played(words):
     config = small(*words.split())
-    reports = list(play(config, telling_ranks(config)))
+    reports = list(rehearse_ranks(config, representative_ranks(config)))
     assert [report.error for report in reports] == [""] * len(reports)
     assert all(report.played for report in reports)
-    assert disagreements(reports) == []
+    assert call_mismatches(reports) == []
 
 
 def test_a_rank_that_calls_something_else_is_found():
     config = small("--pipeline-model-parallel-size", "2", "--world-size", "4")
-    reports = list(play(config, telling_ranks(config)))
+    reports = list(rehearse_ranks(config, representative_ranks(config)))
     first = reports[0].played[0]
     sends = [number for number, transfer in enumerate(first.transfers) if transfer.kind == "send"]
     shorter = tuple(t for number, t in enumerate(first.transfers) if number != sends[-1])
     reports[0].played[0] = replace(first, transfers=shorter)
-    assert any("ranks 0 and 2 differ in message number 2 along pp" in text for text in disagreements(reports))
+    assert any("ranks 0 and 2 differ in message number 2 along pp" in text for text in call_mismatches(reports))
 
 
 def test_what_a_rank_would_die_of_is_reported(capsys, monkeypatch):
-    import megatron_lite.rehearsal.play as playing
+    import megatron_lite.rehearsal.dry_run as playing
 
     def broken(config, mesh):
         raise ValueError("no such layer")

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from megatron_lite.backend.accounting import Transfer
-from megatron_lite.rehearsal.play import Played, RankReport
+from megatron_lite.rehearsal.dry_run import IterationRecord, RankReport
 
 
-def disagreements(reports: Sequence[RankReport]) -> list[str]:
+def call_mismatches(reports: Sequence[RankReport]) -> list[str]:
     """In words, the first difference of every two ranks along each axis that they share.
 
     Ranks whose playing ended in an error are left out.
@@ -42,7 +42,7 @@ def _first_difference(axis: str, places: tuple[int, int], one: RankReport, other
 
 
 def _to_compare(
-    axis: str, places: tuple[int, int], mine: Played, theirs: Played
+    axis: str, places: tuple[int, int], mine: IterationRecord, theirs: IterationRecord
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     here, there = places
     yield (
@@ -54,7 +54,7 @@ def _to_compare(
     yield "message", _messages(mine, axis, "receive", there), _messages(theirs, axis, "send", here)
 
 
-def _messages(played: Played, axis: str, kind: str, peer: int) -> list[str]:
+def _messages(played: IterationRecord, axis: str, kind: str, peer: int) -> list[str]:
     return [
         f"{t.elements:,} x {t.dtype}" for t in played.transfers if t.axis == axis and t.kind == kind and t.peer == peer
     ]

@@ -15,7 +15,7 @@ import torch
 
 from megatron_lite.backend.accounting import Transfer
 from megatron_lite.backend.fake import FakeBackend
-from megatron_lite.config.layout import Coordinates, coordinates
+from megatron_lite.config.layout import AXES, Coordinates, coordinates, rank_of
 from megatron_lite.config.partition import num_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
@@ -34,7 +34,7 @@ from megatron_lite.train.native import NativeEngine
 
 
 @dataclass(frozen=True)
-class Played:
+class IterationRecord:
     """One iteration of one rank.
 
     Attributes:
@@ -67,12 +67,12 @@ class RankReport:
     parameters: int = 0
     buffers: dict[str, int] = field(default_factory=dict)
     plans: list[IterationPlan] = field(default_factory=list)
-    played: list[Played | None] = field(default_factory=list)
+    played: list[IterationRecord | None] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
 
 
-def play(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[RankReport]:
+def rehearse_ranks(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[RankReport]:
     """Plays ranks of a job, one after the other.
 
     Args:
@@ -105,7 +105,7 @@ def _play_rank(
         plans = [plan_iteration(config, progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
         report.plans = plans
         enough = plans[-1].microbatches if all_stages else 2 * num_stages(config.model, config.parallel)
-        seen: dict[tuple[int, int], Played] = {}
+        seen: dict[tuple[int, int], IterationRecord] = {}
         for plan in plans:
             key = plan.microbatches, plan.seq_length
             if key not in seen and (plan.microbatches <= enough or plan is plans[-1]):
@@ -120,12 +120,12 @@ def _play_rank(
 
 def _play_iteration(
     config: RunConfig, engine: NativeEngine, backend: FakeBackend, plan: IterationPlan, shapes: ShapesOnly
-) -> Played:
+) -> IterationRecord:
     backend.traffic.clear()
     shapes.reset_peak()
     before = shapes.live
     engine.train_step(plan, _reader(config, plan))
-    return Played(tuple(backend.traffic.transfers), shapes.peak - before)
+    return IterationRecord(tuple(backend.traffic.transfers), shapes.peak - before)
 
 
 def progress_before(config: RunConfig, stage: BatchStage) -> Progress:
@@ -191,3 +191,15 @@ def _explained(report: RankReport, phase: str) -> Iterator[None]:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         report.error = f"{phase}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+
+
+def representative_ranks(config: RunConfig) -> dict[int, bool]:
+    """The first replica's stages and the last rank, in order, and of each whether it is to play the whole ramp-up.
+
+    Every pipeline stage is among them. The first replica has the most micro-batches of all, and the last rank's has the
+    fewest: it is the one without any in a ramp-up stage that is too small for the replicas. These two play all.
+    """
+    parallel = config.parallel
+    last = parallel.world_size - 1
+    stages = [rank_of({**dict.fromkeys(AXES, 0), "pp": stage}, parallel) for stage in range(parallel.pp)]
+    return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, last])}
