@@ -28,6 +28,7 @@ from megatron_lite.checkpoint.save import (
     no_check,
     open_partial,
     share_path,
+    size_to_write,
     write_share,
 )
 from megatron_lite.checkpoint.sharing import share_out
@@ -107,7 +108,7 @@ class BackgroundSaver:
         # A copy: the trainer goes on counting while this is written.
         request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention, check)
         tensors = share_out(tensors)
-        partial, stale = open_partial(request, tensors, self._world)
+        partial, stale = open_partial(request, size_to_write(tensors), self._world)
         self._partial = partial
         staged = [self._stage(tensor) for tensor in tensors]
         blocked = time.monotonic() - begun

@@ -27,12 +27,14 @@ def dcp_metadata(tensors: Mapping[str, SavedTensor], files: Mapping[str, SavedFi
     state: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
     for name, tensor in tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.shape)) for p in tensor.pieces]
+        chunks = [
+            ChunkStorageMetadata(torch.Size(p.rectangle.offset), torch.Size(p.rectangle.shape)) for p in tensor.pieces
+        ]
         properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
         state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
         for piece in tensor.pieces:
             part = files[piece.file].parts[piece.part]
-            storage[MetadataIndex(name, piece.offset)] = _StorageInfo(piece.file, part.start, part.length)
+            storage[MetadataIndex(name, piece.rectangle.offset)] = _StorageInfo(piece.file, part.start, part.length)
     # planner_data says how torch's own converters nest the names in a dict: not at all.
     return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from megatron_lite.checkpoint.reading import Read, ReadPlan
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.manifest import Manifest, read_manifest
 
 
@@ -25,6 +26,17 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def full(self) -> Rectangle:
+        """Rectangle that covers the tensor."""
+        return Rectangle.full(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return itemsize
+
 
 class TensorSource(Protocol):
     """A set of named tensors that can be read rectangle by rectangle, whatever files hold them."""
@@ -33,7 +45,7 @@ class TensorSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by its name."""
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a tensor, on the CPU, in the dtype that `tensors` states.
 
         Raises:
@@ -59,9 +71,9 @@ class CheckpointSource:
         """Every saved tensor, the optimizer's included."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a saved tensor."""
-        return read_rectangle(self.path, self.manifest, name, offset, shape, None)
+        return read_rectangle(self.path, self.manifest, name, rectangle, None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class TensorDifference:
 
 
 def read_rectangle(
-    path: Path, manifest: Manifest, name: str, offset: Sequence[int], shape: Sequence[int], dtype: torch.dtype | None
+    path: Path, manifest: Manifest, name: str, rectangle: Rectangle, dtype: torch.dtype | None
 ) -> Tensor:
     """A rectangle of a tensor of a checkpoint, on the CPU, in its saved dtype unless another is given.
 
@@ -84,8 +96,8 @@ def read_rectangle(
         CorruptCheckpointError: what holds it is damaged.
     """
     saved = manifest.tensors[name]
-    tensor = torch.empty(tuple(shape), dtype=dtype or getattr(torch, saved.dtype))
-    target = GlobalTensor(name, saved.shape, tensor.dtype, [Piece(tuple(offset), tensor)])
+    tensor = torch.empty(rectangle.shape, dtype=dtype or getattr(torch, saved.dtype))
+    target = GlobalTensor(name, saved.shape, tensor.dtype, [Piece(rectangle.offset, tensor)])
     ReadPlan(manifest, [Read(target, name)]).read(path)
     return tensor
 
@@ -104,7 +116,7 @@ def read_whole(path: Path, manifest: Manifest, name: str) -> Tensor:
             found=f"{path} has no {name}",
             fix="`megatron-lite checkpoint inspect --tensors` shows its names",
         )
-    return read_rectangle(path, manifest, name, (0,) * len(saved.shape), saved.shape, None)
+    return read_rectangle(path, manifest, name, Rectangle.full(saved.shape), None)
 
 
 def compare_values(first: Path, second: Path) -> Iterator[TensorDifference]:
@@ -119,9 +131,8 @@ def compare_sources(first: TensorSource, second: TensorSource) -> Iterator[Tenso
         if info.shape != other.shape:
             continue
         equal, largest, squares = info.dtype == other.dtype, torch.zeros(()), torch.zeros(2, dtype=torch.float64)
-        itemsize = getattr(torch, info.dtype).itemsize
-        for offset, shape in tiles(info.shape, itemsize, (0,) * len(info.shape), info.shape):
-            one, two = first.read(name, offset, shape), second.read(name, offset, shape)
+        for tile in tiles(info.shape, info.itemsize):
+            one, two = first.read(name, tile), second.read(name, tile)
             equal = equal and _bits(one).equal(_bits(two))
             change = one.double() - two.double()
             # torch's maximum, which keeps a NaN; Python's does not.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.manifest import (
     SavedFile,
     SavedPiece,
@@ -82,39 +82,32 @@ def merge_shares(shares: Sequence[Share]) -> dict[str, SavedTensor]:
 
 
 def _check_whole(name: str, tensor: SavedTensor) -> None:
-    inside = all(
-        start >= 0 and start + length <= size
-        for piece in tensor.pieces
-        for start, length, size in zip(piece.offset, piece.shape, tensor.shape, strict=True)
-    )
-    if not inside:
+    full = Rectangle.full(tensor.shape)
+    if any(piece.rectangle.numel and piece.rectangle.intersection(full) != piece.rectangle for piece in tensor.pieces):
         raise _not_whole(name, f"a piece lies outside of its shape {tensor.shape}")
     # No overlap and the right total together mean that every element is there once.
     twice = _first_overlap(tensor.pieces)
     if twice:
-        raise _not_whole(name, f"the pieces at {twice[0].offset} ({twice[0].file}) and {twice[1].offset} overlap")
-    written, wanted = sum(prod(piece.shape) for piece in tensor.pieces), prod(tensor.shape)
-    if written != wanted:
-        raise _not_whole(name, f"{written} of {wanted} elements were written")
+        one, other = twice
+        raise _not_whole(
+            name, f"the pieces at {one.rectangle.offset} ({one.file}) and {other.rectangle.offset} overlap"
+        )
+    written = sum(piece.rectangle.numel for piece in tensor.pieces)
+    if written != full.numel:
+        raise _not_whole(name, f"{written} of {full.numel} elements were written")
 
 
 def _first_overlap(pieces: Sequence[SavedPiece]) -> tuple[SavedPiece, SavedPiece] | None:
-    ordered = sorted(pieces, key=lambda piece: piece.offset)
+    ordered = sorted(pieces, key=lambda piece: piece.rectangle.offset)
     for number, piece in enumerate(ordered):
-        end = piece.offset[0] + piece.shape[0] if piece.offset else 1
+        mine = piece.rectangle
+        end = mine.offset[0] + mine.shape[0] if mine.offset else 1
         for other in ordered[number + 1 :]:
-            if other.offset and other.offset[0] >= end:
+            if other.rectangle.offset and other.rectangle.offset[0] >= end:
                 break
-            if _overlap(piece, other):
+            if mine.intersection(other.rectangle) is not None:
                 return piece, other
     return None
-
-
-def _overlap(one: SavedPiece, other: SavedPiece) -> bool:
-    return all(
-        a < b + b_length and b < a + a_length
-        for a, a_length, b, b_length in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-    )
 
 
 def _not_whole(name: str, found: str) -> CheckpointError:

@@ -8,9 +8,8 @@ runs here: load.py brings the ranks together.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.verify import open_file, read_part
-from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
-from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.parallel.tensors import GlobalTensor, Piece, narrow
 from megatron_lite.runs.manifest import Manifest, SavedPart, SavedPiece
 
 
@@ -55,11 +53,13 @@ class ReadPlan:
             saved = manifest.tensors[read.source]
             dtype = getattr(torch, saved.dtype)
             for piece in read.target.pieces:
-                found = 0
-                for other, count in _overlapping(piece, saved.pieces):
-                    found += count
-                    key = (other.file, other.part)
-                    records.setdefault(key, _Record(other, dtype, [])).wanted.append(piece)
+                wanted, found = piece.rectangle, 0
+                for other in saved.pieces:
+                    common = wanted.intersection(other.rectangle)
+                    if common is not None:
+                        found += common.numel
+                        key = (other.file, other.part)
+                        records.setdefault(key, _Record(other, dtype, [])).wanted.append(piece)
                 if found != piece.tensor.numel():
                     raise CheckpointError(
                         "A checkpoint must hold every element of a tensor",
@@ -99,32 +99,15 @@ class ReadPlan:
         return self._manifest.files[record.saved.file].parts[record.saved.part]
 
 
-def _overlapping(piece: Piece, saved: Sequence[SavedPiece]) -> Iterator[tuple[SavedPiece, int]]:
-    """The saved pieces that hold elements of a piece, and how many."""
-    if not piece.tensor.numel():
-        return
-    for other in saved:
-        _, shape = _intersection(piece, other)
-        if all(length > 0 for length in shape):
-            yield other, prod(shape)
-
-
-def _intersection(piece: Piece, saved: SavedPiece) -> tuple[list[int], list[int]]:
-    """Where two rectangles of one tensor meet: its offset in the tensor and its shape, which may be negative."""
-    start = [max(a, b) for a, b in zip(piece.offset, saved.offset, strict=True)]
-    ends = zip(piece.offset, piece.tensor.shape, saved.offset, saved.shape, strict=True)
-    stop = [min(a + a_length, b + b_length) for a, a_length, b, b_length in ends]
-    return start, [last - first for first, last in zip(start, stop, strict=True)]
-
-
 def _hand_out(record: _Record, buffer: Tensor, view: memoryview) -> None:
-    saved = record.saved
-    start, length = _payload(view), prod(saved.shape) * record.dtype.itemsize
-    tensor = buffer[start : start + length].view(record.dtype).view(saved.shape)
+    saved = record.saved.rectangle
+    start = _payload(view)
+    tensor = buffer[start : start + saved.numel * record.dtype.itemsize].view(record.dtype).view(saved.shape)
     for piece in record.wanted:
-        at, shape = _intersection(piece, saved)
-        target = narrow(piece.tensor.detach(), [a - b for a, b in zip(at, piece.offset, strict=True)], shape)
-        target.copy_(narrow(tensor, [a - b for a, b in zip(at, saved.offset, strict=True)], shape))
+        common = saved.intersection(piece.rectangle)
+        assert common is not None
+        target = narrow(piece.tensor.detach(), common.relative_to(piece.offset))
+        target.copy_(narrow(tensor, common.relative_to(saved.offset)))
 
 
 def _payload(record: memoryview) -> int:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,28 +16,62 @@ from torch import Tensor
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor, source_of
-from megatron_lite.checkpoint.offline import read_rectangle
+from megatron_lite.checkpoint.offline import CheckpointSource, TensorInfo, TensorSource
 from megatron_lite.checkpoint.save import SaveReport, SaveRequest, explain, finish, open_partial, share_path
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.checkpoint.writing import PieceWriter
 from megatron_lite.errors import CheckpointError
-from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import iteration_of
-from megatron_lite.runs.manifest import Manifest, read_manifest
+from megatron_lite.runs.manifest import Manifest
 
 FILE_SIZE = 5 * 10**9
 """Bytes of a file of the new checkpoint, unless another limit is given."""
 
 
-@dataclass(frozen=True)
-class StreamedTensor:
-    """A tensor of a new checkpoint, and a function that reads a rectangle (offset, shape) of it."""
+class _Mean:
+    """Mean of the weights of several checkpoints as a TensorSource: of the main parameters where they were saved.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[Sequence[int], Sequence[int]], Tensor]
+    Args:
+        sources: the checkpoints, which hold the same tensors.
+        names: of the weights.
+    """
+
+    def __init__(self, sources: Sequence[CheckpointSource], names: Iterable[str]) -> None:
+        self._sources = sources
+        self.tensors: Mapping[str, TensorInfo] = {name: sources[-1].tensors[name] for name in names}
+
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
+        """Return the mean of a rectangle, added up in fp64."""
+        main = MAIN_PREFIX + name
+        total = torch.zeros(rectangle.shape, dtype=torch.float64)
+        for source in self._sources:
+            total += source.read(main if main in source.tensors else name, rectangle)
+        return (total / len(self._sources)).to(getattr(torch, self.tensors[name].dtype))
+
+
+class _Selection:
+    """Some tensors of a checkpoint as a TensorSource.
+
+    Args:
+        source: the checkpoint.
+        names: of the tensors.
+        dtype: to which floating-point tensors are converted, from the main parameter where it was saved; empty: as is.
+    """
+
+    def __init__(self, source: CheckpointSource, names: Iterable[str], dtype: str) -> None:
+        self._source = source
+        saved = source.manifest.tensors
+        self._source_of = {name: (dtype and source_of(name, True, saved)) or name for name in names}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(saved[old].shape, _converted(saved[old].dtype, dtype))
+            for name, old in self._source_of.items()
+        }
+
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
+        """Return a rectangle of a tensor, converted."""
+        return self._source.read(self._source_of[name], rectangle).to(getattr(torch, self.tensors[name].dtype))
 
 
 def average(
@@ -70,12 +103,12 @@ def average(
             found=", ".join(map(str, paths)) or "none",
             fix="Name two or more, as RUN/iter_0000100 RUN/iter_0000200",
         )
-    sources = [(path, read_manifest(path)) for path in paths]
-    last = sources[-1][1]
-    weights = {name: tensor for name, tensor in last.tensors.items() if is_model_tensor(name)}
-    for path, manifest in sources:
-        shapes = {name: tensor.shape for name, tensor in manifest.tensors.items() if is_model_tensor(name)}
-        wanted = {name: tensor.shape for name, tensor in weights.items()}
+    sources = [CheckpointSource(path) for path in paths]
+    last = sources[-1].manifest
+    weights = [name for name in last.tensors if is_model_tensor(name)]
+    wanted = {name: last.tensors[name].shape for name in weights}
+    for path, source in zip(paths, sources, strict=True):
+        shapes = {name: info.shape for name, info in source.tensors.items() if is_model_tensor(name)}
         if shapes != wanted:
             names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
             raise CheckpointError(
@@ -84,19 +117,7 @@ def average(
                 fix="Average checkpoints of one model, saved in one precision",
             )
 
-    def target(name: str) -> StreamedTensor:
-        main, saved = MAIN_PREFIX + name, weights[name]
-        source, dtype = main if main in weights else name, getattr(torch, saved.dtype)
-
-        def mean(offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-            total = torch.zeros(tuple(shape), dtype=torch.float64)
-            for path, manifest in sources:
-                total += read_rectangle(path, manifest, source, offset, shape, torch.float64)
-            return (total / len(sources)).to(dtype)
-
-        return StreamedTensor(name, saved.shape, dtype, mean)
-
-    return _rewrite(paths, output, last, [target(name) for name in weights], file_size, progress)
+    return _rewrite(paths, output, last, _Mean(sources, weights), file_size, progress)
 
 
 def reshard(
@@ -127,73 +148,58 @@ def reshard(
             Nothing of the new one is left.
         CorruptCheckpointError: it is damaged where it is read.
     """
-    manifest = read_manifest(path)
-    saved = manifest.tensors
-
-    def target(name: str) -> StreamedTensor:
-        source = source_of(name, bool(dtype), saved) or name
-        old = getattr(torch, saved[source].dtype)
-        new = getattr(torch, dtype) if dtype and old.is_floating_point else old
-        return StreamedTensor(
-            name,
-            saved[name].shape,
-            new,
-            lambda offset, shape: read_rectangle(path, manifest, source, offset, shape, new),
-        )
-
-    def is_kept(name: str) -> bool:
-        if dtype:
-            return not name.startswith(OPTIMIZER_PREFIX)
-        return is_model_tensor(name) or not weights_only
-
-    return _rewrite([path], output, manifest, [target(name) for name in saved if is_kept(name)], file_size, progress)
+    source = CheckpointSource(path)
+    names = [
+        name
+        for name in source.tensors
+        if (not name.startswith(OPTIMIZER_PREFIX) if dtype else is_model_tensor(name) or not weights_only)
+    ]
+    return _rewrite([path], output, source.manifest, _Selection(source, names, dtype), file_size, progress)
 
 
 def _rewrite(
     sources: Sequence[Path],
     output: Path,
     manifest: Manifest,
-    targets: Sequence[StreamedTensor],
+    tensors: TensorSource,
     file_size: int,
     progress: Callable[[int, int], None],
 ) -> SaveReport:
     request = SaveRequest(output, manifest.iteration, manifest.scalars, manifest.provenance)
     _check_output(sources, request)
-    return write_streamed(request, targets, file_size, progress)
+    return write_source(request, tensors, file_size, progress)
 
 
-def write_streamed(
+def write_source(
     request: SaveRequest,
-    targets: Sequence[StreamedTensor],
+    source: TensorSource,
     file_size: int = FILE_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SaveReport:
-    """Write a checkpoint in one process, a tile at a time; it appears under its name once it is complete.
+    """Write the tensors of a source as a checkpoint in one process, a tile at a time.
 
     Args:
-        request: where to, and what it holds besides tensors.
-        targets: the tensors.
+        request: destination, and the content besides tensors.
+        source: the tensors.
         file_size: bytes that a file has at most.
-        progress: told the bytes written so far, and those of all tensors.
+        progress: called with the bytes written so far, and those of all tensors.
 
     Raises:
         CheckpointError: there is no room, or a tensor cannot be read. Nothing of the checkpoint is left.
     """
     begun = time.monotonic()
     world = LocalGroup("world")
-    # Of these only shapes and dtypes count: for the room that is needed.
-    planned = [_planned(target) for target in targets]
-    total, done = sum(piece.tensor.nbytes for tensor in planned for piece in tensor.pieces), 0
-    partial, stale = open_partial(request, planned, world)
+    total, done = sum(info.full.numel * info.itemsize for info in source.tensors.values()), 0
+    partial, stale = open_partial(request, total, world)
     try:
         with PieceWriter(partial, world.rank, file_size) as writer:
-            for target in targets:
-                for offset, shape in tiles(target.shape, target.dtype.itemsize, (0,) * len(target.shape), target.shape):
-                    tensor = target.read(offset, shape)
-                    writer.write(target.name, target.shape, offset, tensor)
+            for name, info in source.tensors.items():
+                for tile in tiles(info.shape, info.itemsize):
+                    tensor = source.read(name, tile)
+                    writer.write(name, info.shape, tile, tensor)
                     done += tensor.nbytes
                     progress(done, total)
-        share = writer.share(tuple(target.name for target in targets))
+        share = writer.share(tuple(source.tensors))
         replace_file(share_path(partial, world.rank), share.encode())
         return finish(partial, request, world, begun, stale)
     except OSError as error:
@@ -201,6 +207,10 @@ def write_streamed(
     finally:
         # After the rename there is nothing here any more; after a failure or Ctrl-C this is what is left of it.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _converted(saved: str, wanted: str) -> str:
+    return wanted if wanted and getattr(torch, saved).is_floating_point else saved
 
 
 def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
@@ -222,8 +232,3 @@ def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
             found=f"{request.path} is there already",
             fix="Give --output another folder, or remove that one first",
         )
-
-
-def _planned(target: StreamedTensor) -> GlobalTensor:
-    tensor = torch.empty(target.shape, dtype=target.dtype, device="meta")
-    return GlobalTensor(target.name, target.shape, target.dtype, [Piece((0,) * len(target.shape), tensor)])

@@ -109,7 +109,7 @@ def save_checkpoint(
     begun = time.monotonic()
     request = SaveRequest(root, iteration, scalars, provenance, retention, check)
     tensors = share_out(tensors)
-    partial, stale = open_partial(request, tensors, world)
+    partial, stale = open_partial(request, size_to_write(tensors), world)
     try:
         run_on_all_ranks(world, lambda: write_share(partial, request, tensors, world))
         report = run_on_all_ranks(
@@ -123,7 +123,7 @@ def save_checkpoint(
     return told
 
 
-def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> tuple[Path, list[str]]:
+def open_partial(request: SaveRequest, size: int, world: Group) -> tuple[Path, list[str]]:
     """Makes the folder that a save is written in, after removing what killed saves left; a collective call.
 
     Returns:
@@ -132,7 +132,7 @@ def open_partial(request: SaveRequest, tensors: Sequence[GlobalTensor], world: G
     Raises:
         CheckpointError: there is no room, or no permission.
     """
-    needed = sum(world.all_gather_object(size_to_write(tensors)))
+    needed = sum(world.all_gather_object(size))
 
     def make() -> tuple[Path, list[str]]:
         request.check()

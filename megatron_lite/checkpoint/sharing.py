@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from megatron_lite.parallel.tensors import GlobalTensor, Piece, rectangles
+from megatron_lite.parallel.tensors import GlobalTensor, Piece, narrow
+from megatron_lite.rectangle import rectangles_of_range
 
 
 def share_out(tensors: Sequence[GlobalTensor]) -> list[GlobalTensor]:
@@ -66,8 +67,5 @@ def _within(piece: Piece, start: int, stop: int) -> Iterator[Piece]:
         return
     first, last = (min(size, max(0, -(-bound // row) * row)) for bound in (start, stop))
     item = piece.tensor.element_size()
-    for block in rectangles(shape, first // item, last // item):
-        tensor = piece.tensor
-        for dim, (offset, length) in enumerate(zip(block.offset, block.shape, strict=True)):
-            tensor = tensor.narrow(dim, offset, length)
-        yield Piece(tuple(a + b for a, b in zip(piece.offset, block.offset, strict=True)), tensor)
+    for block in rectangles_of_range(shape, first // item, last // item):
+        yield Piece(block.shifted(piece.offset).offset, narrow(piece.tensor, block))

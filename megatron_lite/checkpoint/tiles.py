@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from math import prod
 
+from megatron_lite.rectangle import Rectangle
+
 MIN_TILE = 4 << 20
 """Bytes under which nothing is cut further: a record costs about 1.5 KB on disk and 0.1 ms."""
 MAX_TILE = 32 << 20
@@ -41,17 +43,18 @@ def grid(shape: Sequence[int], itemsize: int) -> list[int]:
     return counts
 
 
-def tiles(
-    global_shape: Sequence[int], itemsize: int, offset: Sequence[int], shape: Sequence[int]
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The parts into which the grid cuts a rectangle of a tensor, as (offset in the tensor, shape), in row-major order.
+def tiles(global_shape: Sequence[int], itemsize: int, rectangle: Rectangle | None = None) -> Iterator[Rectangle]:
+    """Yield the parts into which the grid cuts a rectangle of a tensor, in row-major order; none if it is empty.
 
-    An empty rectangle has none.
+    Args:
+        global_shape: of the tensor.
+        itemsize: bytes of an element.
+        rectangle: of the tensor; None: all of it.
     """
+    cut = Rectangle.full(global_shape) if rectangle is None else rectangle
     counts = grid(global_shape, itemsize)
-    ranges = [_cut(*dim) for dim in zip(global_shape, counts, offset, shape, strict=True)]
-    for part in product(*ranges):
-        yield tuple(start for start, _ in part), tuple(length for _, length in part)
+    for part in product(*(_cut(*dim) for dim in zip(global_shape, counts, cut.offset, cut.shape, strict=True))):
+        yield Rectangle(tuple(start for start, _ in part), tuple(length for _, length in part))
 
 
 def _largest(shape: Sequence[int], counts: Sequence[int]) -> int:

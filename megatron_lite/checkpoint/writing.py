@@ -25,7 +25,8 @@ from torch.utils.serialization import config
 from megatron_lite.checkpoint.dcp_metadata import dcp_metadata, dtype_name
 from megatron_lite.checkpoint.pieces import Share
 from megatron_lite.checkpoint.tiles import tiles
-from megatron_lite.parallel.tensors import GlobalTensor
+from megatron_lite.parallel.tensors import GlobalTensor, narrow
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.atomic import write_synced
 from megatron_lite.runs.manifest import SavedFile, SavedPart, SavedPiece, SavedTensor
 
@@ -47,9 +48,8 @@ def write_pieces(folder: Path, tensors: Sequence[GlobalTensor], rank: int) -> Sh
                 continue
             for piece in tensor.pieces:
                 data = piece.tensor.detach()
-                for offset, shape in tiles(tensor.global_shape, data.element_size(), piece.offset, data.shape):
-                    inside = [a - b for a, b in zip(offset, piece.offset, strict=True)]
-                    writer.write(tensor.name, tensor.global_shape, offset, narrow(data, inside, shape))
+                for tile in tiles(tensor.global_shape, data.element_size(), piece.rectangle):
+                    writer.write(tensor.name, tensor.global_shape, tile, narrow(data, tile.relative_to(piece.offset)))
     return writer.share(tuple(tensor.name for tensor in tensors))
 
 
@@ -62,13 +62,6 @@ def write_dcp_metadata(folder: Path, tensors: Mapping[str, SavedTensor], files: 
     data = pickle.dumps(dcp_metadata(tensors, files))
     write_synced(folder / DCP_METADATA_NAME, data)
     return SavedFile((SavedPart(0, len(data), zlib.crc32(data)),))
-
-
-def narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """The rectangle of a tensor, as a view."""
-    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
 
 
 class PieceWriter:
@@ -100,21 +93,21 @@ class PieceWriter:
             else:
                 self._file.close()
 
-    def write(self, name: str, global_shape: Sequence[int], offset: Sequence[int], tensor: Tensor) -> None:
+    def write(self, name: str, global_shape: Sequence[int], rectangle: Rectangle, tensor: Tensor) -> None:
         """Adds a record.
 
         Args:
             name: of the global tensor.
             global_shape: its shape.
-            offset: where the rectangle begins in it.
-            tensor: the rectangle, on any device.
+            rectangle: the part of it that is written.
+            tensor: the rectangle's values, on any device.
 
         Raises:
             OSError: no room, no permission.
         """
         file = self._open(tensor.nbytes)
         file.save(_own_storage(tensor.detach().cpu()))
-        piece = SavedPiece(tuple(offset), tuple(tensor.shape), file.path.name, len(file.parts) - 1)
+        piece = SavedPiece(rectangle, file.path.name, len(file.parts) - 1)
         known = self._tensors.get(name)
         pieces = (*known.pieces, piece) if known else (piece,)
         self._tensors[name] = SavedTensor(tuple(global_shape), dtype_name(tensor.dtype), pieces)

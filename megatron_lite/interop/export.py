@@ -28,6 +28,7 @@ from megatron_lite.interop.safetensors_writer import size_of, write_safetensors
 from megatron_lite.interop.tokenizer_files import special_ids, write_tokenizer
 from megatron_lite.interop.verify import TOLERANCE, Verification, require_transformers, sample_tokens, verify_logits
 from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.manifest import Manifest, read_manifest
 from megatron_lite.tokenizer.base import Tokenizer
@@ -80,9 +81,9 @@ class Weights:
         """Every weight by the parameter's name."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a weight."""
-        return read_rectangle(self.path, self.manifest, self._sources[name], offset, shape, None)
+        return read_rectangle(self.path, self.manifest, self._sources[name], rectangle, None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_lite.interop.parameters import parameter_shapes
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.interop.tokenizer_files import find_tokenizer
 from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 
@@ -99,8 +100,8 @@ class _Renamed:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return self._source.read(self._names[name], offset, shape)
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
+        return self._source.read(self._names[name], rectangle)
 
 
 def _with_prefix(source: TensorSource, architecture: Architecture) -> TensorSource:

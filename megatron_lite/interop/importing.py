@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.offline import CheckpointSource, TensorSource
-from megatron_lite.checkpoint.rewriting import StreamedTensor, write_streamed
+from megatron_lite.checkpoint.offline import CheckpointSource
+from megatron_lite.checkpoint.rewriting import write_source
 from megatron_lite.checkpoint.save import SaveRequest
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import DataConfig, TokenizerConfig
@@ -177,9 +177,9 @@ def import_checkpoint(
             given = Path(foreign.tokenizer.model)
             copy_tokenizer(given if given.is_dir() else given.parent, partial / TOKENIZER_FOLDER)
         scalars = {"progress": replace(Progress(), iteration=foreign.iteration).to_dict(), **foreign.scalars}
-        report = write_streamed(
+        report = write_source(
             SaveRequest(partial, foreign.iteration, scalars, Provenance(_described(config), fingerprints)),
-            [_streamed(foreign.tensors, name) for name in foreign.tensors.tensors],
+            foreign.tensors,
             progress=lambda done, total: advance("importing", done, total),
         )
         verification = None
@@ -213,13 +213,6 @@ def _described(config: RunConfig) -> dict[str, Any]:
     return {name: stored[name] for name in ("model", "tokenizer", "precision")} | {
         "batch": {"seq_length": config.batch.seq_length}
     }
-
-
-def _streamed(source: TensorSource, name: str) -> StreamedTensor:
-    info = source.tensors[name]
-    return StreamedTensor(
-        name, info.shape, getattr(torch, info.dtype), lambda offset, shape: source.read(name, offset, shape)
-    )
 
 
 def _verify(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
-from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.transforms import Rows, Same, Shape, Transform
+from megatron_lite.parallel.tensors import narrow
+from megatron_lite.rectangle import Rectangle
 
 _SHOWN = 5
 
@@ -81,7 +82,7 @@ class ImportedTensors:
         """Every tensor under our name."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle, converted.
 
         Raises:
@@ -90,12 +91,12 @@ class ImportedTensors:
         entry, dtype = self._entries[name], getattr(torch, self._tensors[name].dtype)
         if entry.is_aligned:
             (theirs,) = entry.theirs
-            return _finite(self._source.read(theirs, offset, shape), theirs, self._where).to(dtype)
+            return _finite(self._source.read(theirs, rectangle), theirs, self._where).to(dtype)
         if self._joined is None or self._joined[0] != name:
             self._joined = None  # before the next is read: one at a time
             parts = [_finite(_whole(self._source, theirs), theirs, self._where) for theirs in entry.theirs]
             self._joined = (name, entry.transform.join(parts).to(dtype))
-        return narrow(self._joined[1], offset, shape)
+        return narrow(self._joined[1], rectangle)
 
     def _check_names(self, ignored: Sequence[re.Pattern[str]]) -> None:
         needed = {theirs: entry.ours for entry in self._entries.values() for theirs in entry.theirs}
@@ -144,7 +145,7 @@ class ExportedTensors:
         """Every tensor under their name, in the table's order."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle, converted.
 
         Raises:
@@ -152,17 +153,16 @@ class ExportedTensors:
         """
         entry, number = self._entries[name]
         if isinstance(entry.transform, Same):
-            return _finite(self._source.read(entry.ours, offset, shape), entry.ours, self._where).to(self._dtype)
+            return _finite(self._source.read(entry.ours, rectangle), entry.ours, self._where).to(self._dtype)
         if self._split is None or self._split[0] != entry.ours:
             self._split = None
             ours = _finite(_whole(self._source, entry.ours), entry.ours, self._where)
             self._split = (entry.ours, tuple(part.to(self._dtype) for part in entry.transform.split(ours)))
-        return narrow(self._split[1][number], offset, shape)
+        return narrow(self._split[1][number], rectangle)
 
 
 def _whole(source: TensorSource, name: str) -> Tensor:
-    shape = source.tensors[name].shape
-    return source.read(name, (0,) * len(shape), shape)
+    return source.read(name, source.tensors[name].full)
 
 
 def _finite(tensor: Tensor, name: str, where: Path) -> Tensor:

@@ -64,7 +64,7 @@ def streamed_logits(
         stage = _on_cpu(_empty_stage(model, range(layer, layer + 1)))
         for entry in stage.named_parameters_global():
             entry.param.zero_()  # the padding rows
-            entry.local().copy_(source.read(entry.name, entry.offset, entry.local_shape))
+            entry.local().copy_(source.read(entry.name, entry.rectangle))
         x = stage(x, batch)
         progress(layer + 1, model.num_layers)
     assert x is not None

@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
 from megatron_lite.checkpoint.tiles import grid
+from megatron_lite.rectangle import Rectangle
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _ALIGNMENT = 8
@@ -71,8 +71,7 @@ def size_of(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _size(info: TensorInfo) -> int:
-    itemsize: int = getattr(torch, info.dtype).itemsize
-    return prod(info.shape) * itemsize
+    return info.full.numel * info.itemsize
 
 
 def _shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
@@ -100,24 +99,23 @@ def _write_file(path: Path, source: TensorSource, names: Sequence[str], advance:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            for offset, shape in _row_blocks(source.tensors[name]):
-                data = _bytes(source.read(name, offset, shape))
+            for block in _row_blocks(source.tensors[name]):
+                data = _bytes(source.read(name, block))
                 file.write(data)
                 advance(len(data))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _row_blocks(info: TensorInfo) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield (offset, shape) of blocks of whole rows, cut where a checkpoint's tiles are, so each is read once."""
+def _row_blocks(info: TensorInfo) -> Iterator[Rectangle]:
+    """Yield blocks of complete rows, cut where a checkpoint's tiles are, so that each tile is read once."""
     shape = info.shape
     if not shape:
-        yield (), ()
+        yield info.full
         return
-    extent, count = shape[0], grid(shape, getattr(torch, info.dtype).itemsize)[0]
-    rest, zeros = shape[1:], (0,) * (len(shape) - 1)
+    extent, count = shape[0], grid(shape, info.itemsize)[0]
     for first, last in pairwise(number * extent // count for number in range(count + 1)):
-        yield (first, *zeros), (last - first, *rest)
+        yield Rectangle((first, *info.full.offset[1:]), (last - first, *shape[1:]))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
-from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.unpickling import read_torch_file
+from megatron_lite.parallel.tensors import narrow
+from megatron_lite.rectangle import Rectangle
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -125,9 +126,9 @@ class FolderSource:
         """Every tensor of the files."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a tensor, a view of the memory-mapped file."""
-        return narrow(self._file_of[name].get(name), offset, shape)
+        return narrow(self._file_of[name].get(name), rectangle)
 
 
 def open_hugging_face(folder: Path) -> TensorSource:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.tensors import narrow
 
 _OUTPUT_PROJECTIONS = ("self_attention.proj.weight", "mlp.fc2.weight")
 
@@ -39,7 +40,5 @@ def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: 
             key = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=8).digest()
             generator = torch.Generator(param.device).manual_seed(int.from_bytes(key, "little") >> 1)
             drawn = torch.empty(parameter.global_shape, device=param.device).normal_(0.0, std, generator=generator)
-            for dim, (start, length) in enumerate(zip(parameter.offset, parameter.local_shape, strict=True)):
-                drawn = drawn.narrow(dim, start, length)
             param.zero_()  # padding rows
-            parameter.local().copy_(drawn)
+            parameter.local().copy_(narrow(drawn, parameter.rectangle))

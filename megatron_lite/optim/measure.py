@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -95,4 +94,4 @@ def _squares(flat: Tensor) -> Tensor:
 
 def _logical(piece: ShardPiece) -> int:
     """Elements of a piece that are not padded vocabulary rows, which come last in the flattened parameter."""
-    return max(0, min(piece.stop, math.prod(piece.parameter.local_shape)) - piece.start)
+    return max(0, min(piece.stop, piece.parameter.rectangle.numel) - piece.start)

@@ -17,7 +17,8 @@ from megatron_lite.optim.update_rule import UpdateRule
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.tensors import GlobalTensor, Piece, rectangles
+from megatron_lite.parallel.tensors import GlobalTensor, Piece
+from megatron_lite.rectangle import rectangles_of_range
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,12 @@ class Optimizer:
 
     def _global(self, prefix: str, state: Tensor, piece: ShardPiece) -> GlobalTensor:
         parameter = piece.parameter
-        logical = math.prod(parameter.local_shape)
+        local, begin = parameter.rectangle, piece.position
         pieces = []
-        for block in rectangles(parameter.local_shape, min(piece.start, logical), min(piece.stop, logical)):
-            begin = piece.position + block.start - piece.start
-            view = state[begin : begin + math.prod(block.shape)].view(block.shape)
-            offset = tuple(base + inner for base, inner in zip(parameter.offset, block.offset, strict=True))
-            pieces.append(Piece(offset, view))
+        for block in rectangles_of_range(local.shape, min(piece.start, local.numel), min(piece.stop, local.numel)):
+            view = state[begin : begin + block.numel].view(block.shape)
+            pieces.append(Piece(block.shifted(local.offset).offset, view))
+            begin += block.numel
         name, counts = f"{prefix}.{parameter.name}", self._measure.counts(parameter)
         replica = self._replica if counts else (0, 1)
         write = counts and replica[0] == 0

@@ -23,6 +23,7 @@ from megatron_lite.parallel.tensor_parallel import (
     reduce_scatter_sequence,
     row_parallel_linear,
 )
+from megatron_lite.rectangle import Rectangle
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ class ColumnParallelLinear(nn.Module):
                     param=param,
                     global_shape=(*lead, rows * group.size, *rest),
                     tp_dim=len(lead),
-                    local_shape=(*lead, rows, *rest),
-                    offset=(*(0 for _ in lead), rows * group.rank, *(0 for _ in rest)),
+                    rectangle=Rectangle(
+                        (*(0 for _ in lead), rows * group.rank, *(0 for _ in rest)), (*lead, rows, *rest)
+                    ),
                 )
 
 
@@ -123,8 +125,7 @@ class RowParallelLinear(nn.Module):
             param=self.weight,
             global_shape=(rows, columns * group.size),
             tp_dim=1,
-            local_shape=(rows, columns),
-            offset=(0, columns * group.rank),
+            rectangle=Rectangle((0, columns * group.rank), (rows, columns)),
         )
         if self.bias is not None:
             yield replicated_parameter(f"{name}.bias", self.bias, sequence_parallel=self.sharding.split_sequence)

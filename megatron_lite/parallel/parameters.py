@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
+from megatron_lite.rectangle import Rectangle
 
 
 @dataclass(frozen=True, eq=False)
 class NamedParameter:
     """Parameter of a stage with its place in the global tensor.
 
-    The local tensor, viewed as `local_shape`, lies at `offset` of the global tensor. Both shapes are without padded
-    vocabulary rows. The first weight of a gated MLP is (2, ffn, h) globally, so that its tensor-parallel shard is one
-    rectangle.
+    The local tensor, viewed with the shape of `rectangle`, is that rectangle of the global tensor. Both shapes are
+    without padded vocabulary rows. The first weight of a gated MLP is (2, ffn, h) globally, so that its tensor-parallel
+    shard is one rectangle.
     """
 
     name: str
@@ -24,8 +25,8 @@ class NamedParameter:
     global_shape: tuple[int, ...]
     tp_dim: int | None
     """Dim of global_shape that is split over tp; None: replicated over tp."""
-    local_shape: tuple[int, ...]
-    offset: tuple[int, ...]
+    rectangle: Rectangle
+    """This rank's part of the global tensor."""
     owned: bool = True
     """Whether norms count, and checkpoints save, this rank's copy of a parameter that several stages hold
     (parallel/shared.py); True for all other parameters."""
@@ -43,12 +44,13 @@ class NamedParameter:
             tensor: as many elements as the parameter; None: the parameter's data.
 
         Returns:
-            A view shaped `local_shape`.
+            A view with the shape of `rectangle`.
         """
+        shape = self.rectangle.shape
         padded = (self.param.data if tensor is None else tensor).view(self.param.shape)
-        if len(self.local_shape) == padded.dim() and self.local_shape[0] < padded.shape[0]:
-            padded = padded[: self.local_shape[0]]
-        return padded.view(self.local_shape)
+        if len(shape) == padded.dim() and shape[0] < padded.shape[0]:
+            padded = padded[: shape[0]]
+        return padded.view(shape)
 
 
 def vocabulary_parameter(
@@ -62,8 +64,7 @@ def vocabulary_parameter(
         param=param,
         global_shape=(vocab_size, hidden),
         tp_dim=0,
-        local_shape=(min(rows * (group.rank + 1), vocab_size) - first, hidden),
-        offset=(first, 0),
+        rectangle=Rectangle((first, 0), (min(rows * (group.rank + 1), vocab_size) - first, hidden)),
         passes=passes,
     )
 
@@ -76,7 +77,6 @@ def replicated_parameter(name: str, param: nn.Parameter, *, sequence_parallel: b
         param=param,
         global_shape=shape,
         tp_dim=None,
-        local_shape=shape,
-        offset=(0,) * len(shape),
+        rectangle=Rectangle.full(shape),
         sequence_parallel=sequence_parallel,
     )

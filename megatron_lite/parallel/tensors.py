@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor
 
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.rectangle import Rectangle
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rectangle of a global tensor: `tensor` has its first element at `offset`."""
+    """Rectangle of a global tensor with its values: `tensor` has its first element at `offset`."""
 
     offset: tuple[int, ...]
     tensor: Tensor
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """Place in the global tensor."""
+        return Rectangle(self.offset, tuple(self.tensor.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,50 +56,14 @@ def parameter_tensor(
         replica: see GlobalTensor.
     """
     local = parameter.local(tensor)
-    piece = Piece(parameter.offset, local)
+    piece = Piece(parameter.rectangle.offset, local)
     return GlobalTensor(
         name or parameter.name, parameter.global_shape, local.dtype, [piece] if local.numel() else [], write, replica
     )
 
 
-@dataclass(frozen=True)
-class Rectangle:
-    """Rectangle of a tensor whose elements are consecutive in the flattened tensor.
-
-    Attributes:
-        offset: index of the first element.
-        shape: extent in each dim.
-        start: position of the first element in the flattened tensor.
-    """
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    start: int
-
-
-def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
-    """Yield rectangles that cover the elements [start, stop) of a flattened row-major tensor, in order.
-
-    A matrix needs at most three: the end of a row, complete rows, the beginning of a row. Each further dim adds two.
-    """
-    assert 0 <= start <= stop <= prod(shape), (shape, start, stop)
-    if start == stop:
-        return
-    if len(shape) <= 1:
-        yield Rectangle((start,) if shape else (), (stop - start,) if shape else (), start)
-        return
-    row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the complete rows
-    if first > last:
-        yield from _within_row(shape, row, start // row, start, stop)
-        return
-    yield from _within_row(shape, row, start // row, start, first * row)
-    if first < last:
-        yield Rectangle((first, *[0] * (len(shape) - 1)), (last - first, *shape[1:]), first * row)
-    yield from _within_row(shape, row, last, last * row, stop)
-
-
-def _within_row(shape: Sequence[int], row: int, index: int, start: int, stop: int) -> Iterator[Rectangle]:
-    base = index * row
-    for inner in rectangles(shape[1:], start - base, stop - base) if start < stop else ():
-        yield Rectangle((index, *inner.offset), (1, *inner.shape), base + inner.start)
+def narrow(tensor: Tensor, rectangle: Rectangle) -> Tensor:
+    """Return a rectangle of a tensor as a view."""
+    for dim, (start, length) in enumerate(zip(rectangle.offset, rectangle.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor

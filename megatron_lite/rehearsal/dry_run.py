@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +99,7 @@ def _play_rank(
         check_capabilities(config, backend)
         mesh = build_mesh(backend, config.parallel)
         engine = build_engine(config, mesh)
-        report.parameters = sum(math.prod(p.local_shape) for p in engine.buffers.parameters)
+        report.parameters = sum(p.rectangle.numel for p in engine.buffers.parameters)
         report.buffers = buffer_bytes(engine)
         plans = [plan_iteration(config, progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
         report.plans = plans

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_lite.config.record import from_record
 from megatron_lite.errors import CheckpointError
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.schedules.data_order import DataSegment
 
 FORMAT_VERSION = 2
@@ -26,17 +27,15 @@ class CorruptCheckpointError(CheckpointError):
 
 @dataclass(frozen=True)
 class SavedPiece:
-    """One rectangle of a tensor and the bytes of the file that hold it.
+    """Rectangle of a saved tensor, and the bytes of the file that hold it.
 
     Attributes:
-        offset: where the rectangle begins in the global tensor, one index per dim.
-        shape: its size, one length per dim.
+        rectangle: of the global tensor.
         file: name inside the checkpoint's folder.
         part: which of the file's parts holds it, counted from 0.
     """
 
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    rectangle: Rectangle
     file: str
     part: int
 
@@ -204,7 +203,7 @@ def size_text(size: float) -> str:
 
 def tensor_to_json(tensor: SavedTensor) -> list[Any]:
     """Shape, dtype and pieces as plain lists."""
-    pieces = [[piece.offset, piece.shape, piece.file, piece.part] for piece in tensor.pieces]
+    pieces = [[piece.rectangle.offset, piece.rectangle.shape, piece.file, piece.part] for piece in tensor.pieces]
     return [tensor.shape, tensor.dtype, pieces]
 
 
@@ -214,7 +213,9 @@ def tensor_from_json(content: list[Any]) -> SavedTensor:
     return SavedTensor(
         shape=tuple(shape),
         dtype=dtype,
-        pieces=tuple(SavedPiece(tuple(offset), tuple(extent), file, part) for offset, extent, file, part in pieces),
+        pieces=tuple(
+            SavedPiece(Rectangle(tuple(offset), tuple(extent)), file, part) for offset, extent, file, part in pieces
+        ),
     )
 
 

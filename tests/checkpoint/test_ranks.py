@@ -82,7 +82,7 @@ def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
     manifest = verify_checkpoint(tmp_path / "iter_0000001")
     elements = 2 * (COLUMN.numel() + ROW.numel() * 2 + NORM.numel())
     pieces = [piece for tensor in manifest.tensors.values() for piece in tensor.pieces]
-    assert sum(torch.Size(piece.shape).numel() for piece in pieces) == elements
+    assert sum(piece.rectangle.numel for piece in pieces) == elements
     assert len({file for file in manifest.files if file.endswith(".distcp")}) == size(writer)
 
     def load(world):

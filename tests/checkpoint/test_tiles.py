@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.checkpoint import tiles as module
 from megatron_lite.checkpoint.tiles import MAX_TILE, MIN_TILE, grid, tiles
+from megatron_lite.rectangle import Rectangle
 
 SHAPES = st.one_of(st.tuples(st.integers(0, 100)), st.lists(st.integers(0, 12), max_size=4).map(tuple))
 LARGE = st.lists(st.integers(1, 1 << 22), max_size=4).map(tuple).filter(lambda shape: prod(shape) < 1 << 34)
@@ -26,32 +27,32 @@ def small_tiles():
 
 
 @st.composite
-def rectangles(draw):
+def parts(draw):
     shape = draw(SHAPES)
     offset = tuple(draw(st.integers(0, size)) for size in shape)
     extent = tuple(draw(st.integers(0, size - start)) for size, start in zip(shape, offset, strict=True))
-    return shape, offset, extent
+    return shape, Rectangle(offset, extent)
 
 
-def inside(offset, shape):
-    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+def place(rectangle):
+    return tuple(slice(a, a + length) for a, length in zip(rectangle.offset, rectangle.shape, strict=True))
 
 
 @settings(max_examples=300, deadline=None)
-@given(rectangles(), st.sampled_from([1, 2, 4, 8]))
+@given(parts(), st.sampled_from([1, 2, 4, 8]))
 def test_tiles_make_up_a_rectangle_and_each_lies_in_one_tile_of_the_tensor(case, itemsize):
-    shape, offset, extent = case
+    shape, rectangle = case
     count = np.zeros(shape, int)
     number = np.zeros(shape, int)
-    for index, tile in enumerate(tiles(shape, itemsize, (0,) * len(shape), shape), 1):
-        number[inside(*tile)] = index
-    for tile in tiles(shape, itemsize, offset, extent):
-        assert prod(tile[1]) > 0
-        assert prod(tile[1]) * itemsize <= 128
-        count[inside(*tile)] += 1
-        assert len(np.unique(number[inside(*tile)])) == 1
+    for index, tile in enumerate(tiles(shape, itemsize), 1):
+        number[place(tile)] = index
+    for tile in tiles(shape, itemsize, rectangle):
+        assert tile.numel > 0
+        assert tile.numel * itemsize <= 128
+        count[place(tile)] += 1
+        assert len(np.unique(number[place(tile)])) == 1
     wanted = np.zeros(shape, int)
-    wanted[inside(offset, extent)] = 1
+    wanted[place(rectangle)] = 1
     assert np.array_equal(count, wanted)
 
 
@@ -74,11 +75,11 @@ def test_tiles_are_neither_large_nor_many(shape, itemsize):
 def test_tensor_parallel_bounds_cut_no_tile_of_a_large_matrix(tp, rows, columns, dim):
     shape = (8 * rows, 8 * columns)
     extent = tuple(size // tp if d == dim else size for d, size in enumerate(shape))
-    whole = set(tiles(shape, 32, (0, 0), shape))
+    whole = set(tiles(shape, 32))
     parts = []
     for rank in range(tp):
         offset = tuple(rank * extent[d] if d == dim else 0 for d in range(2))
-        parts += tiles(shape, 32, offset, extent)
+        parts += tiles(shape, 32, Rectangle(offset, extent))
     assert len(parts) == len(whole)
     assert set(parts) == whole
 

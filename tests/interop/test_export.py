@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.interop_models import MODELS, VOCAB, run_config
 
-from megatron_lite.checkpoint.offline import CheckpointSource, compare_values
+from megatron_lite.checkpoint.offline import CheckpointSource, TensorInfo, compare_values
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.generation.generate import generate
@@ -135,23 +135,23 @@ def test_main_parameters_are_the_weights_in_fp32(make_checkpoint, tmp_path):
     path = load / "iter_0000007"
     manifest = read_manifest(path)
     # As a bf16 run leaves it: the fp32 values beside their roundings.
-    from megatron_lite.checkpoint.rewriting import StreamedTensor, write_streamed
+    from megatron_lite.checkpoint.rewriting import write_source
     from megatron_lite.checkpoint.save import SaveRequest
 
     source = CheckpointSource(path)
 
-    def main(name):
-        def read(offset, shape):
-            return source.read(name, offset, shape).float() + 2**-12
+    class WithMain:
+        tensors = source.tensors | {
+            f"optimizer.main_param.{name}": TensorInfo(info.shape, "float32") for name, info in source.tensors.items()
+        }
 
-        return StreamedTensor(f"optimizer.main_param.{name}", manifest.tensors[name].shape, torch.float32, read)
+        def read(self, name, rectangle):
+            if name in source.tensors:
+                return source.read(name, rectangle)
+            return source.read(name.removeprefix("optimizer.main_param."), rectangle).float() + 2**-12
 
-    plain = [
-        StreamedTensor(name, saved.shape, torch.bfloat16, lambda o, s, name=name: source.read(name, o, s))
-        for name, saved in manifest.tensors.items()
-    ]
     request = SaveRequest(tmp_path / "run", 9, manifest.scalars, manifest.provenance)
-    write_streamed(request, [*plain, *(main(name) for name in manifest.tensors)])
+    write_source(request, WithMain())
     export(tmp_path / "run", tmp_path / "wide", dtype=torch.float32)
     export(tmp_path / "run", tmp_path / "narrow")
     norm = "transformer.ln_f.weight"
@@ -277,24 +277,21 @@ def test_output_exists(make_checkpoint, tmp_path):
 
 def test_not_finite(make_checkpoint, tmp_path):
     load = make_checkpoint()
-    from megatron_lite.checkpoint.rewriting import StreamedTensor, write_streamed
+    from megatron_lite.checkpoint.rewriting import write_source
     from megatron_lite.checkpoint.save import SaveRequest
 
     source = CheckpointSource(load / "iter_0000007")
     bad = "decoder.layers.1.mlp.fc2.weight"
 
-    def streamed(name):
-        def read(offset, shape):
-            tensor = source.read(name, offset, shape)
+    class WithNaN:
+        tensors = source.tensors
+
+        def read(self, name, rectangle):
+            tensor = source.read(name, rectangle)
             return tensor.fill_(float("nan")) if name == bad else tensor
 
-        return StreamedTensor(name, source.tensors[name].shape, torch.float32, read)
-
     manifest = source.manifest
-    write_streamed(
-        SaveRequest(tmp_path / "bad", 7, manifest.scalars, manifest.provenance),
-        [streamed(name) for name in source.tensors],
-    )
+    write_source(SaveRequest(tmp_path / "bad", 7, manifest.scalars, manifest.provenance), WithNaN())
     with pytest.raises(CheckpointError, match=f"{bad} in .* holds 4096 NaN or infinite values"):
         export(tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()

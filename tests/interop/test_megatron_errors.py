@@ -15,6 +15,7 @@ from support.megatron_files import arguments, write_classic
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_lite.interop.parameters import streamed_logits
+from megatron_lite.rectangle import Rectangle
 
 SIZE = ("--vocab-size", str(VOCAB))
 FLAGS = (*SIZE, "--num-attention-heads", "4", "--activation", "gelu_tanh", "--position-embedding-type", "absolute")
@@ -247,7 +248,7 @@ def test_replicated_tensors_that_have_drifted(original, imported, refused, tmp_p
     refused(tmp_path / "m", f"1 replicated weights differ .*{name} by 0.5.*--replicated average", *SIZE)
     for how, shift in (("average", 0.25), ("first", 0.0)):
         report, source = imported(tmp_path / "m", tmp_path / how, *SIZE, replicated=how)
-        found = source.read("decoder.layers.2.input_norm.weight", (0,), (32,))
+        found = source.read("decoder.layers.2.input_norm.weight", Rectangle.full((32,)))
         assert found.allclose(state["decoder.layers.2.input_norm.weight"] + shift)
         assert "differ between tensor-parallel ranks" in report.notes[-1]
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.interop.unpickling import Stub, read_torch_file
+from megatron_lite.rectangle import Rectangle
 
 BOTH_FORMATS = pytest.mark.parametrize("as_zip", [True, False])
 
@@ -183,7 +184,7 @@ def sharded(tmp_path):
 def test_sharded_files_are_read_by_rectangles(sharded):
     source = open_hugging_face(sharded())
     assert {name: info.shape for name, info in source.tensors.items()} == {"a": (3, 4), "b": (3, 4)}
-    assert source.read("b", (1, 2), (2, 1)).equal(torch.full((2, 1), 98.0))
+    assert source.read("b", Rectangle((1, 2), (2, 1))).equal(torch.full((2, 1), 98.0))
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_every_parameter_is_listed_once_with_a_global_name(make_stage):
         assert {id(p.param) for p in params} == {id(p) for p in stage.parameters()}
         assert len({p.name for p in params}) == len(params)
         for p in params:
-            assert p.local().data_ptr() == p.param.data_ptr() and tuple(p.local().shape) == p.local_shape
+            assert p.local().data_ptr() == p.param.data_ptr() and tuple(p.local().shape) == p.rectangle.shape
     fc1 = next(p for p in params if p.name == "decoder.layers.0.mlp.fc1.weight")
     assert fc1.global_shape == (2, stage.config.ffn_hidden_size, 64) and fc1.tp_dim == 1
 

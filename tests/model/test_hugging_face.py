@@ -160,4 +160,4 @@ def test_logits_loss_and_gradients_equal_hugging_faces(build, make_stage, make_b
 
     gradients = dict(translate({name: p.grad for name, p in theirs.named_parameters()}, stage.config))
     for p in params:
-        assert_same_sums(p.local(p.param.grad), gradients[p.name].reshape(p.local_shape), p.name)
+        assert_same_sums(p.local(p.param.grad), gradients[p.name].reshape(p.rectangle.shape), p.name)

@@ -16,6 +16,7 @@ from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.tensors import narrow
 
 GPT2 = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 16}
 # With tp = 4, the last rank's 16 rows of the vocabulary are all padding, those of the third in part.
@@ -50,9 +51,7 @@ def make_stage(backend, parallel, model, recompute=None):
             if len(p.global_shape) == 1 or p.name.endswith("bias"):
                 generator = torch.Generator().manual_seed(len(p.name))
                 whole = torch.randn(p.global_shape, generator=generator) * 0.1
-                for dim, (start, length) in enumerate(zip(p.offset, p.local_shape, strict=True)):
-                    whole = whole.narrow(dim, start, length)
-                p.local().add_(whole)
+                p.local().add_(narrow(whole, p.rectangle))
     return stage
 
 
@@ -68,9 +67,10 @@ def run(backend, parallel, model, recompute=None, masked=True):
     for p in stage.named_parameters_global():
         if p.sequence_parallel:  # as the optimizer does
             stage.sharding.tp.all_reduce_(p.param.grad)
-        gradients.append((p.name, p.global_shape, p.offset, p.local(p.param.grad).clone()))
-        if p.local_shape[0] < p.param.shape[0] and len(p.local_shape) == p.param.dim():
-            assert not p.param.data[p.local_shape[0] :].any() and not p.param.grad[p.local_shape[0] :].any()
+        gradients.append((p.name, p.global_shape, p.rectangle.offset, p.local(p.param.grad).clone()))
+        shape = p.rectangle.shape
+        if shape[0] < p.param.shape[0] and len(shape) == p.param.dim():
+            assert not p.param.data[shape[0] :].any() and not p.param.grad[shape[0] :].any()
     return loss.item(), first, gradients
 
 

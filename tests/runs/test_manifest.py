@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.manifest import (
     CorruptCheckpointError,
     Manifest,
@@ -28,7 +29,11 @@ PATH = Path("iter_0000003/manifest.json")
 MANIFEST = Manifest(
     iteration=3,
     tensors={
-        "w": SavedTensor((4, 2), "bfloat16", (SavedPiece((0, 0), (3, 2), "b", 0), SavedPiece((3, 0), (1, 2), "a", 1))),
+        "w": SavedTensor(
+            (4, 2),
+            "bfloat16",
+            (SavedPiece(Rectangle((0, 0), (3, 2)), "b", 0), SavedPiece(Rectangle((3, 0), (1, 2)), "a", 1)),
+        ),
         "empty": SavedTensor((0,), "float32", ()),
     },
     files={"b": SavedFile((SavedPart(0, 12, 0xABC),)), "a": SavedFile((SavedPart(0, 5, 1), SavedPart(5, 7, 2)))},

@@ -15,7 +15,7 @@ from megatron_lite.model.gpt import GPTStage
 from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.parallel.tensors import narrow, parameter_tensor
 from megatron_lite.runs.comparison import config_as_json
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
@@ -81,9 +81,7 @@ def save(backend, config, root, iteration=7):
             if len(entry.global_shape) == 1 or "position" in entry.name:  # norms, biases and positions that matter
                 draw = torch.Generator().manual_seed(sum(entry.name.encode()))
                 whole = torch.randn(entry.global_shape, generator=draw) * 0.1
-                for dim, (start, length) in enumerate(zip(entry.offset, entry.local_shape, strict=True)):
-                    whole = whole.narrow(dim, start, length)
-                entry.local().add_(whole)
+                entry.local().add_(narrow(whole, entry.rectangle))
             first = mesh.tp.rank == 0 or entry.tp_dim is not None
             copy = entry.name == WORD_EMBEDDINGS and stage.embedding is None  # of a tied table, on the last stage
             tensors.append(parameter_tensor(entry, write=first and not copy))

@@ -35,9 +35,7 @@ FUSED = {"input_layernorm": "self_attention.linear_qkv.layer_norm_", "pre_mlp_la
 def read_state(path):
     """All tensors of a checkpoint of ours."""
     source = CheckpointSource(path)
-    return {
-        name: source.read(name, (0,) * len(info.shape), info.shape).clone() for name, info in source.tensors.items()
-    }
+    return {name: source.read(name, info.full).clone() for name, info in source.tensors.items()}
 
 
 def padded_rows(model, tp, divisible_by=16):

@@ -34,6 +34,7 @@ from megatron_lite.interop.megatron.shards import (
 from megatron_lite.interop.parameters import ParameterLayout, parameter_layouts
 from megatron_lite.interop.transforms import Rows, Same
 from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.tokenizer.build import build_tokenizer
 
 _HEAD = "output_layer.weight"
@@ -285,14 +286,14 @@ class _CheckedMain:
         """Every main parameter."""
         return self._mains.tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle.
 
         Raises:
             CheckpointError: it is not close to the weight.
         """
-        main = self._mains.read(name, offset, shape)
-        weight = self._weights.read(name.removeprefix(MAIN_PREFIX), offset, shape)
+        main = self._mains.read(name, rectangle)
+        weight = self._weights.read(name.removeprefix(MAIN_PREFIX), rectangle)
         if not torch.allclose(main, weight.to(main.dtype), rtol=_CLOSE, atol=_CLOSE**2):
             raise CheckpointError(
                 "The optimizer's main parameters must be those of the model's weights",

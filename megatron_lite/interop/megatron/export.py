@@ -45,6 +45,7 @@ from megatron_lite.interop.megatron.written_arguments import (
 from megatron_lite.interop.output_folder import check_output, new_folder
 from megatron_lite.interop.parameters import ParameterLayout, parameter_layouts
 from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.foreign import recognise
 from megatron_lite.runs.manifest import read_manifest
@@ -302,7 +303,7 @@ def _part(plan: MegatronExport, ours: str, rank: int) -> Tensor:
         end = min((rank + 1) * length, shape[layout.tp_dim])
         missing = length - (end - begin)
         offset[layout.tp_dim], shape[layout.tp_dim] = begin, end - begin
-    tensor = source.read(ours, offset, shape)
+    tensor = source.read(ours, Rectangle(tuple(offset), tuple(shape)))
     if missing:
         tensor = torch.cat((tensor, tensor.new_zeros(missing, *shape[1:])))
     arrangement = arrangement_of(ours, model, CURRENT_VERSION, gate_first=gate_first(model, plan.scheme))
@@ -337,8 +338,8 @@ def _read_back(plan: MegatronExport, folder: Path, advance: Advance) -> None:
     for number, (name, info) in enumerate(expected.tensors.items(), 1):
         advance("reading back", number, len(entries))
         same = written.tensors.tensors[name] == info and all(
-            expected.read(name, *place).equal(written.tensors.read(name, *place))
-            for place in tiles(info.shape, plan.dtype.itemsize, (0,) * len(info.shape), info.shape)
+            expected.read(name, tile).equal(written.tensors.read(name, tile))
+            for tile in tiles(info.shape, info.itemsize)
         )
         if not same:
             raise CheckpointError(

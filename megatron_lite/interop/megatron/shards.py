@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
-from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.megatron.arrangements import Arrangement
 from megatron_lite.interop.transforms import Shape
+from megatron_lite.parallel.tensors import narrow
+from megatron_lite.rectangle import Rectangle
 
 _SHOWN = 3
 
@@ -101,20 +102,21 @@ class JoinedTensors:
         """Every global tensor."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle: a view of the file where it lies in one part."""
         joined = self._joined[name]
         if joined.dim is None:
-            return narrow(self._replicated(name), offset, shape)
+            return narrow(self._replicated(name), rectangle)
         dim, length = joined.dim, joined.part_shape[joined.dim]
         found: list[Tensor] = []
+        offset, shape = rectangle.offset, rectangle.shape
         begin, end = offset[dim], offset[dim] + shape[dim]
         for number in range(len(joined.parts)):
             first, last = max(begin, number * length), min(end, (number + 1) * length)
             if first < last or (begin == end and not found):
                 inside = (*offset[:dim], first - number * length, *offset[dim + 1 :])
                 size = (*shape[:dim], max(0, last - first), *shape[dim + 1 :])
-                found.append(narrow(self._part(name, number), inside, size))
+                found.append(narrow(self._part(name, number), Rectangle(inside, size)))
         return found[0] if len(found) == 1 else torch.cat(found, dim)
 
     def _replicated(self, name: str) -> Tensor:
@@ -153,9 +155,9 @@ class Combined:
         """Every tensor of all sources."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle."""
-        return self._of[name].read(name, offset, shape)
+        return self._of[name].read(name, rectangle)
 
 
 class Renamed:
@@ -171,9 +173,9 @@ class Renamed:
         """Every tensor by its new name."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle."""
-        return self._source.read(name.removeprefix(self._prefix), offset, shape)
+        return self._source.read(name.removeprefix(self._prefix), rectangle)
 
 
 class RawTensors:
@@ -190,9 +192,9 @@ class RawTensors:
         """Every tensor of every file."""
         return self._tensors
 
-    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle."""
-        return narrow(self._parts[name].load(), offset, shape)
+        return narrow(self._parts[name].load(), rectangle)
 
 
 def differing_copies(tensors: Mapping[str, Joined]) -> dict[str, float]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.writing import narrow
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.megatron.arrangements import CURRENT_VERSION
 from megatron_lite.interop.megatron.found import Found
@@ -31,6 +30,8 @@ from megatron_lite.interop.megatron.state_dicts import (
 )
 from megatron_lite.interop.sources import read_json
 from megatron_lite.interop.unpickling import Stub, map_file, read_pickle, read_torch_file, read_torch_record
+from megatron_lite.parallel.tensors import narrow
+from megatron_lite.rectangle import Rectangle
 
 _DCP = "torch.distributed.checkpoint"
 _CLASSES = frozenset(
@@ -55,8 +56,7 @@ _STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
 class _Chunk:
     """A rectangle of a tensor, and the bytes of the file that hold it."""
 
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    rectangle: Rectangle
     file: str
     start: int
     length: int
@@ -140,7 +140,7 @@ def _read_metadata(folder: Path) -> dict[str, _Stored]:
             fix="Copy the folder again",
         ) from error
     for name, tensor in found.items():
-        covered = sum(prod(chunk.shape) for chunk in tensor.chunks)
+        covered = sum(chunk.rectangle.numel for chunk in tensor.chunks)
         if covered != prod(tensor.shape):
             raise CheckpointError(
                 "The chunks of a tensor must cover it",
@@ -162,7 +162,7 @@ def _stored(name: str, entry: Stub, places: Mapping[tuple[str, tuple[int, ...]],
                 found=f".metadata names {place['relative_path']}",
                 fix="Do not use this folder: a checkpoint has no reason to read files elsewhere",
             )
-        chunks.append(_Chunk(offset, shape, place["relative_path"], place["offset"], place["length"]))
+        chunks.append(_Chunk(Rectangle(offset, shape), place["relative_path"], place["offset"], place["length"]))
     return _Stored(tuple(entry.state["size"]), dtype, tuple(chunks))
 
 
@@ -209,10 +209,10 @@ class _Files:
                 ) from error
         data = self._mapped[chunk.file]
         tensor = read_torch_record(path, data[chunk.start : chunk.start + chunk.length])
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.rectangle.shape:
             raise CheckpointError(
                 "A record must hold the tensor that .metadata describes",
-                found=f"{path} at {chunk.start} holds no tensor of shape {chunk.shape}",
+                found=f"{path} at {chunk.start} holds no tensor of shape {chunk.rectangle.shape}",
                 fix="Copy the folder again",
             )
         return tensor
@@ -227,13 +227,14 @@ def _part(files: _Files, stored: _Stored, layer: int | None) -> Part:
         out = None
         for chunk in chunks:
             record = files.record(chunk)
-            offset, size = chunk.offset, chunk.shape
+            place = chunk.rectangle
             if layer is not None:
-                record, offset, size = record[layer - offset[0]], offset[1:], size[1:]
+                record = record[layer - place.offset[0]]
+                place = Rectangle(place.offset[1:], place.shape[1:])
             if len(chunks) == 1:
                 return record
             out = torch.empty(shape, dtype=stored.dtype) if out is None else out
-            narrow(out, offset, size).copy_(record)
+            narrow(out, place).copy_(record)
         assert out is not None
         return out
 
@@ -241,4 +242,5 @@ def _part(files: _Files, stored: _Stored, layer: int | None) -> Part:
 
 
 def _holds(chunk: _Chunk, layer: int) -> bool:
-    return chunk.offset[0] <= layer < chunk.offset[0] + chunk.shape[0]
+    place = chunk.rectangle
+    return place.offset[0] <= layer < place.offset[0] + place.shape[0]
