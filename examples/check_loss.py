@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_lite.metrics.jsonl import read_records
+from megatron_lite.runs.metrics_file import read_records
 
 
 def main() -> int:

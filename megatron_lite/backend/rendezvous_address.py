@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_lite.runs.atomic import replace_file
+
 Address = tuple[str, int]
 
 TEMPORARY = 5.0
@@ -45,9 +47,7 @@ def look_up(host: str) -> list[str]:
 
 def write_port(path: Path, port: int) -> None:
     """Write the port of rank 0 to a file, in one step."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(str(port))
-    new.replace(path)
+    replace_file(path, str(port).encode())
 
 
 def read_port(path: Path | None) -> list[Address]:

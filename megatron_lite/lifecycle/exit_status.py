@@ -6,14 +6,12 @@ Imports no torch: a job that fails to import it must be able to say so.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,54 +22,12 @@ from megatron_lite.errors import CheckpointError, failed_rank
 from megatron_lite.lifecycle.signals import SignalWatch
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import announced
+from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, ExitStatus, completed_iteration, read_bytes
 from megatron_lite.runs.lock import FolderLock, read_owner
 
-EXIT_STATUS_NAME = "exit_status.json"
-COMPLETED_NAME = "completed_iteration.txt"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ATTEMPTS, _PAUSE = 5, 0.2
 """How often, and how many seconds apart, a rank that fails early tries to get the lock, which others hold briefly."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitStatus:
-    """How a job ended.
-
-    Attributes:
-        status: completed, evaluated, time_limit, signal, kill_switch, exit_flag or error.
-        message: why it ended, as the log has it, or the error.
-        iteration: iterations of the run that were finished; None: the job ended before it had loaded them.
-        saved_iteration: the checkpoint that the next start goes on from; None: there is none.
-        time: UTC, ISO 8601.
-        host: where the job failed first if status is error, else the host of the rank that wrote this.
-        rank: which rank failed first; None unless status is error.
-        failed_saves: iterations of this job whose saves failed, whatever --on-failed-save made of it.
-        job: names the start of the job that ended; empty outside of Slurm and torchrun.
-    """
-
-    status: str
-    message: str
-    iteration: int | None = None
-    saved_iteration: int | None = None
-    time: str = ""
-    host: str = ""
-    rank: int | None = None
-    failed_saves: Sequence[int] = ()
-    job: str = ""
-
-
-def read_exit_status(folder: Path) -> ExitStatus | None:
-    """Return how the last job in `folder` ended; None while one runs, or if it was killed before it could say."""
-    return _decode(_content(folder / EXIT_STATUS_NAME))
-
-
-def completed_iteration(folder: Path) -> int | None:
-    """Return the iteration at which the run in `folder` was completed, last evaluations included; None: it was not.
-
-    It outlives exit_status.json, which a later start that fails replaces, until a job trains there again.
-    """
-    text = (_content(folder / COMPLETED_NAME) or b"").decode(errors="replace").strip()
-    return int(text) if text.isdecimal() else None
 
 
 class ExitRecord:
@@ -171,7 +127,7 @@ class ExitRecord:
                 self._handlers[number] = signal.signal(number, self._die)
         self._watch.__enter__()
         if self._folder is not None:
-            self._last_job = _content(self._folder / EXIT_STATUS_NAME)
+            self._last_job = read_bytes(self._folder / EXIT_STATUS_NAME)
             if self._last_job is not None and self._launch.rank == 0:
                 with contextlib.suppress(OSError, CheckpointError), self._allowed() as allowed:
                     if allowed:
@@ -273,7 +229,7 @@ class ExitRecord:
         """Remove the file, unless a rank of this job wrote it. The lock is held."""
         assert self._folder is not None
         path = self._folder / EXIT_STATUS_NAME
-        content = _content(path)
+        content = read_bytes(path)
         if content is not None and not self._is_of_this_job(content):
             path.unlink(missing_ok=True)
 
@@ -283,7 +239,7 @@ class ExitRecord:
         if self._launch.world_size == 1:
             return False
         if self._launch.start_id:
-            status = _decode(content)
+            status = ExitStatus.decode(content)
             return status is not None and status.job == self._launch.start_id
         # Nothing tells jobs apart: what came after this rank began is this job's, unless another one ran meanwhile.
         return content != self._last_job and not self._waited
@@ -307,7 +263,7 @@ class ExitRecord:
             failed_saves=[iteration for failed in self._failed_saves for iteration in failed],
             job=self._launch.start_id,
         )
-        return (json.dumps(asdict(record), indent=2) + "\n").encode()
+        return record.encode()
 
 
 def not_writable(save: Path, error: OSError) -> CheckpointError:
@@ -321,17 +277,3 @@ def not_writable(save: Path, error: OSError) -> CheckpointError:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
-
-
-def _decode(content: bytes | None) -> ExitStatus | None:
-    try:
-        return None if content is None else ExitStatus(**json.loads(content))
-    except (ValueError, TypeError):
-        return None

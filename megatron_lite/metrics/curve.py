@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_lite.errors import DataError
-from megatron_lite.metrics.jsonl import read_records
+from megatron_lite.runs.metrics_file import read_records
 
 Points = Sequence[tuple[float, float]]
 

@@ -6,7 +6,6 @@ TensorBoard's own way, a purge_step at the head of the next file, would compare 
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.errors import ConfigError, install_extra
+from megatron_lite.runs.atomic import replace_file
 
 VS_SAMPLES = " vs samples"
 VALIDATION = "loss validation"
@@ -48,9 +48,7 @@ def cut_events(folder: Path, iteration: int, aside: Path | None = None, *, valid
         if aside is not None:
             aside.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, aside / path.name)
-        fresh = path.with_name(f".cut.{os.getpid()}")
-        fresh.write_bytes(kept)
-        fresh.replace(path)
+        replace_file(path, kept)
     return changed
 
 

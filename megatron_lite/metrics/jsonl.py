@@ -1,18 +1,9 @@
-"""metrics.jsonl sink: full-precision record of a run, repaired and truncated on resume.
-
-Each line is a JSON object whose `kind` is "start", "iteration", "validation" or "message". Floats are written with all
-their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they are the
-strings "NaN", "Infinity" and "-Infinity", which tell more than null would.
-"""
+"""metrics.jsonl sink: full-precision record of a run; format in runs/metrics_file.py."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -20,128 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import DataError, TrainingError
+from megatron_lite.errors import TrainingError
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
-
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def encode(record: Mapping[str, Any]) -> bytes:
-    """One line, newline included."""
-    return json.dumps(_encodable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-
-
-def decode(line: bytes) -> dict[str, Any]:
-    """The record of one line.
-
-    Raises:
-        ValueError: the line is not a JSON object with a `kind`.
-    """
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise ValueError("not an object with a kind")
-    return {name: _decoded(value) for name, value in record.items()}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records in the file's order; a torn end (from a kill or a power cut) is left out.
-
-    Raises:
-        DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file at all.
-    """
-    return [record for _, record in _read_lines(path)]
-
-
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Whole lines without their newline, each with its record."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(
-            "A metrics file must be readable",
-            found=f"{path}: {error.strerror}",
-            fix="Give the path of a run's metrics.jsonl: it lies in the folder of --save, or where --metrics-file says",
-        ) from error
-    kept: list[tuple[bytes, dict[str, Any]]] = []
-    broken: tuple[int, bytes] | None = None
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = decode(line)
-        except ValueError:
-            broken = broken or (number, line)
-            continue
-        if broken is not None:
-            raise _damaged(path, *broken)
-        kept.append((line, record))
-    if broken is not None and not kept:
-        raise _damaged(path, *broken)
-    return kept
-
-
-def _damaged(path: Path, number: int, line: bytes) -> DataError:
-    return DataError(
-        "Every line of a metrics file must be a JSON object with a kind",
-        found=f"{path}:{number} starts with {line[:40]!r}",
-        fix="Restore the line or delete it, or give the path of a run's metrics.jsonl",
-    )
-
-
-def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False) -> Path | None:
-    """Make `path` ready to be continued after `resumed_iteration`, so that it reads as one uninterrupted run.
-
-    Lines of later iterations (the work that was lost), evaluations that ended an earlier, shorter run and a torn end
-    go; the rest is kept byte for byte. The file changes in one rename or not at all. A run that starts at 0 beside the
-    file of another moves that file aside, for nothing says that the two are the same run.
-
-    Args:
-        path: the file.
-        resumed_iteration: the last one whose lines stay.
-        validation_due: whether the validation after that iteration is made again, so that its lines go, too.
-
-    Returns:
-        Where an old file was moved, if it was.
-
-    Raises:
-        DataError: what is there is no metrics file: it is left alone.
-        OSError: it is a folder, or cannot be written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    if resumed_iteration == 0 and _holds_another_run(path):
-        return _move_aside(path)
-    kept = [line for line, record in _read_lines(path) if _survives(record, resumed_iteration, validation_due)]
-    content = b"".join(line + b"\n" for line in kept)
-    if content != path.read_bytes():
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    return None
-
-
-def _holds_another_run(path: Path) -> bool:
-    """Whether anything was measured: starts that failed at once do not count."""
-    return any(record["kind"] in ("iteration", "validation") for record in read_records(path))
-
-
-def _survives(record: Mapping[str, Any], resumed_iteration: int, validation_due: bool) -> bool:
-    last = resumed_iteration - (validation_due and record["kind"] == "validation")
-    return int(record.get("iteration", 0)) <= last and not record.get("at_end", False)
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.stem}.previous-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(target)
-    return target
+from megatron_lite.runs.metrics_file import encode, prepare
 
 
 class JsonlSink:
@@ -226,21 +98,3 @@ def _record(report: IterationReport | ValidationReport) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None and value is not False and value != ""
     }
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(name): _encodable(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encodable(entry) for entry in value]
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, str):
-        return NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {name: _decoded(entry) for name, entry in value.items()}
-    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.metrics.event_files import cut_events
-from megatron_lite.metrics.jsonl import prepare, read_records
+from megatron_lite.runs.metrics_file import prepare, read_records
 
 
 def rewind(metrics: Path, iteration: int, aside: Path, tensorboard: str | None = None) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.runs.atomic import replace_file
 from megatron_lite.tokenizer.sentencepiece import import_sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
@@ -86,31 +88,28 @@ def train_sentencepiece(
     library = import_sentencepiece()
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (line for text in _counted(texts) for line in text.splitlines() if line.strip())
-    partial = path.with_suffix(".model.partial")
+    model = io.BytesIO()
     try:
-        with partial.open("wb") as file:
-            library.SentencePieceTrainer.train(
-                sentence_iterator=lines,
-                model_writer=file,
-                model_type=kind,
-                vocab_size=vocab_size,
-                character_coverage=character_coverage,
-                byte_fallback=True,
-                user_defined_symbols=list(special_tokens),
-                num_threads=threads,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                minloglevel=2,
-            )
-        partial.replace(path)
+        library.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            user_defined_symbols=list(special_tokens),
+            num_threads=threads,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        replace_file(path, model.getvalue())
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             "sentencepiece must be able to learn a vocabulary of this size from this text",
             found=f"--vocab-size is {vocab_size}; it says: {str(error)[-300:]}",
             fix="Give a smaller --vocab-size or more text",
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return int(library.SentencePieceProcessor(model_file=str(path)).get_piece_size())
 
 

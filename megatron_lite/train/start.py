@@ -13,7 +13,7 @@ from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
-from megatron_lite.lifecycle.exit_status import completed_iteration, not_writable
+from megatron_lite.lifecycle.exit_status import not_writable
 from megatron_lite.runs.catalog import (
     announce,
     find_checkpoint,
@@ -33,6 +33,7 @@ from megatron_lite.runs.comparison import (
     resume_schedule,
     schedule_config,
 )
+from megatron_lite.runs.exit_status import completed_iteration
 from megatron_lite.runs.manifest import Manifest, Provenance, read_manifest
 from megatron_lite.runs.turnover import step_back
 from megatron_lite.schedules.length import is_finished, last_iteration

@@ -12,14 +12,9 @@ import pytest
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import CheckpointError, FailedRank
-from megatron_lite.lifecycle.exit_status import (
-    COMPLETED_NAME,
-    EXIT_STATUS_NAME,
-    ExitRecord,
-    completed_iteration,
-    read_exit_status,
-)
+from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.catalog import announce
+from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, completed_iteration, read_exit_status
 from megatron_lite.runs.lock import LOCK_NAME, FolderLock
 
 HOST = "gpu-0"

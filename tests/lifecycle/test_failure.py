@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.job_commands import SMALL
 
-from megatron_lite.lifecycle.exit_status import read_exit_status
 from megatron_lite.lifecycle.failure import PHASES
+from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock import LOCK_NAME, FolderLock
 from megatron_lite.runs.process import this_process
 

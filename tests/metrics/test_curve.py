@@ -11,7 +11,7 @@ from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.metrics.curve import LossCurve, final_loss, format_parameters, make_axis, read_curve, smooth, thin
 from megatron_lite.metrics.curve_svg import draw_svg
 from megatron_lite.metrics.curve_terminal import draw_terminal
-from megatron_lite.metrics.jsonl import encode
+from megatron_lite.runs.metrics_file import encode
 
 finite = st.floats(-1e6, 1e6)
 series = st.lists(finite, min_size=1, max_size=60).map(lambda ys: tuple((float(x), y) for x, y in enumerate(ys, 1)))

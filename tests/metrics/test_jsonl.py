@@ -10,8 +10,9 @@ from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import DataError, TrainingError
-from megatron_lite.metrics.jsonl import JsonlSink, decode, encode, prepare, read_records
+from megatron_lite.metrics.jsonl import JsonlSink
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.runs.metrics_file import decode, encode, prepare, read_records
 
 CONFIG = RunConfig(
     model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1),

@@ -1,4 +1,4 @@
-"""Advisory file lock that prevents two commands from writing the same dataset."""
+"""Advisory file lock between processes: one writer of a dataset or of a cached index at a time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import fcntl
 from typing import IO, Any
 
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-"""What a file system without locks answers (Lustre, unless it is mounted with -o flock)."""
+"""Errors of file systems without locks (Lustre, unless it is mounted with -o flock)."""
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Lock `file` without waiting; False if another process holds it. Without locks on that file system, all do.
+def acquire(file: IO[Any], *, wait: bool) -> bool:
+    """Lock `file` until it is closed or the process ends; on a file system without locks, every process gets it.
+
+    Args:
+        file: any open file.
+        wait: until another process has released the lock.
+
+    Returns:
+        False: another process holds it (without `wait` only).
 
     Raises:
         OSError: the lock fails for another reason.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_lite.data.format import index_checks as checks
 from megatron_lite.data.format.file_copy import copy_bytes
-from megatron_lite.data.format.file_lock import try_lock
+from megatron_lite.data.format.file_lock import acquire
 from megatron_lite.data.format.index_checks import CHUNK
 from megatron_lite.data.format.index_format import HEADER, bin_path, idx_path, pack_header, read_header, type_code
 from megatron_lite.data.format.token_file import TokenFile
@@ -328,7 +328,7 @@ def _open_alone(path: Path, prefix: str) -> BinaryIO:
     while True:
         # Neither emptied, for it may be another's, nor opened to append, which copying inside the kernel refuses.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
-        alone = try_lock(file)
+        alone = acquire(file, wait=False)
         # A file that was opened before its writer gave it its final name is that dataset's now.
         if alone and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)

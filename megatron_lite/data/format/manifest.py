@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from megatron_lite.data.format.index_format import bin_path, idx_path
 from megatron_lite.errors import DataError
+from megatron_lite.runs.atomic import replace_file
 
 FORMAT = 1
 PIECE = 1 << 22
@@ -147,12 +147,4 @@ def file_pieces(path: Path) -> list[tuple[int, int]]:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON so that a reader sees the old file, or none, or all of the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=True)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, json.dumps(content, indent=1).encode())

@@ -6,7 +6,6 @@ Only what takes time to build is kept; a small index is built anew by each proce
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -14,13 +13,13 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.data.format.file_lock import acquire
 from megatron_lite.data.format.fingerprint import lengths_fingerprint
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.index_space import check_disk, check_memory
@@ -61,7 +60,7 @@ def cached_index(
     with contextlib.ExitStack() as stack:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(place.with_name(f"{place.name}.lock")))
+            acquire(stack.enter_context(place.with_name(f"{place.name}.lock").open("a")), wait=True)
         except OSError as error:
             LOG.warning("the sample index cannot be kept in %s (%s): it is built at every start", place.parent, error)
             check_memory(plan, dataset.prefix, shorten)
@@ -140,11 +139,3 @@ def _key(plan: IndexPlan, dataset: IndexedDataset) -> str:
     """Hash of the plan and of the dataset's content, as far as the index depends on it: its lengths."""
     content = json.dumps([FORMAT, asdict(plan), lengths_fingerprint(dataset)])
     return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system drops it when the process ends, however it ends."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

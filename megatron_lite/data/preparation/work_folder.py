@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_lite.data.format.file_lock import try_lock
+from megatron_lite.data.format.file_lock import acquire
 from megatron_lite.data.format.manifest import write_json
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.report import Report
 from megatron_lite.data.preparation.shard import Shard
 from megatron_lite.data.preparation.sources import Source
 from megatron_lite.errors import DataError
+from megatron_lite.runs.atomic import replace_file
 
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
 FORMAT = 2
@@ -96,7 +97,7 @@ class WorkFolder:
     def _hold(self) -> TextIO:
         """Lock the folder; the lock goes with the process, however it ends."""
         lock = (self.path / "lock").open("w")
-        if not try_lock(lock):
+        if not acquire(lock, wait=False):
             lock.close()
             raise DataError(
                 "One preprocessing run at a time writes to an --output-prefix",
@@ -113,9 +114,7 @@ class WorkFolder:
         old = [entry for entry in self.path.iterdir() if entry.name != "lock"]
         for entry in old:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        partial = path.with_suffix(".tmp")
-        partial.write_text(plan, encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, plan.encode())
         return any(entry.suffix == ".json" for entry in old)
 
     def _remove_unfinished(self) -> None:
