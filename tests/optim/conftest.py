@@ -24,6 +24,7 @@ from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.rectangle import Rectangle
 
 CPU = RuntimeConfig(device="cpu", num_threads=1)
 
@@ -43,7 +44,7 @@ class Kit:
     def named(self, module: nn.Module) -> list[NamedParameter]:
         """The module's parameters as one rank's that holds all of them."""
         return [
-            NamedParameter(name, param, tuple(param.shape), None, tuple(param.shape), (0,) * param.dim())
+            NamedParameter(name, param, tuple(param.shape), None, Rectangle.full(param.shape))
             for name, param in module.named_parameters()
         ]
 

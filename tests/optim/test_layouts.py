@@ -15,6 +15,7 @@ from megatron_lite.optim.optimizer import build_optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedParameter
+from megatron_lite.rectangle import Rectangle
 
 VOCABULARY, PADDED, HIDDEN = 13, 16, 24  # two replicas hold a part of each matrix under ZeRO-1
 
@@ -74,7 +75,13 @@ def held_by(mesh):
             yield (
                 spec,
                 NamedParameter(
-                    spec.name, param, shape, spec.tp_dim, tuple(local), tuple(offset), not copy, spec.sequence_parallel
+                    spec.name,
+                    param,
+                    shape,
+                    spec.tp_dim,
+                    Rectangle(tuple(offset), tuple(local)),
+                    not copy,
+                    spec.sequence_parallel,
                 ),
                 copy,
             )
@@ -133,6 +140,6 @@ def test_each_parameter_is_counted_once_over_tp_pp_and_dp(kit, on_meshes, shard,
 def test_long_tensors_are_measured_to_many_digits():
     flat = torch.full((30_000_001,), 1e-3)
     param = nn.Parameter(flat)
-    piece = ShardPiece(NamedParameter("w", param, flat.shape, None, flat.shape, (0,)), 0, flat.numel(), 0)
+    piece = ShardPiece(NamedParameter("w", param, flat.shape, None, Rectangle.full(flat.shape)), 0, flat.numel(), 0)
     measure = Measure([Shard(True, flat, flat, (piece,))], 0, group=None)
     assert measure.squares([flat]).item() == pytest.approx(flat.numel() * float(flat[0]) ** 2, rel=1e-5)

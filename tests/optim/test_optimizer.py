@@ -9,6 +9,7 @@ from torch import nn
 from megatron_lite.optim.optimizer import build_optimizer, clip_coefficient
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.rectangle import Rectangle
 
 
 def model(dtype=torch.float32):
@@ -190,7 +191,7 @@ def test_a_scaler_of_another_kind_is_left_alone(kit):
 def padded(kit, **parts):
     """Rows 2..3 of a rank whose vocabulary of 13 is padded to 16: local rows 12..15, of which one is real."""
     weight = nn.Parameter(torch.cat([torch.full((1, 6), 0.5), torch.zeros(3, 6)]))
-    parameter = NamedParameter("embedding.word_embeddings.weight", weight, (13, 6), 0, (1, 6), (12, 0))
+    parameter = NamedParameter("embedding.word_embeddings.weight", weight, (13, 6), 0, Rectangle((12, 0), (1, 6)))
     mesh = kit.mesh()
     buffers = ParameterBuffers([parameter], dp=mesh.dp, tp=mesh.tp)
     return weight, buffers, build_optimizer(kit.config(**parts), buffers, mesh)

@@ -10,6 +10,7 @@ from megatron_lite.backend.group import LocalGroup
 from megatron_lite.parallel.buckets import ALIGNMENT, lay_out
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.rectangle import Rectangle
 
 LOCAL = LocalGroup("dp")
 
@@ -21,7 +22,7 @@ def one_thread():
 
 def named(module, **flags):
     return [
-        NamedParameter(name, param, tuple(param.shape), None, tuple(param.shape), (0,) * param.dim(), **flags)
+        NamedParameter(name, param, tuple(param.shape), None, Rectangle.full(param.shape), **flags)
         for name, param in module.named_parameters()
     ]
 
