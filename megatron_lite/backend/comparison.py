@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import FailedRank, MegatronLiteError, RankDifferenceError, TrainingError
+from megatron_lite.formatting import format_ranges
 
 GRACE = 10.0
 """Seconds that rank 0 waits at most for the others to read why the job ends."""
@@ -24,8 +25,8 @@ MAX_LINES = 20
 """Differences shown; the number of others is given."""
 MAX_VALUES = 4
 """Values shown of one difference."""
-MAX_RANGES = 8
-"""Ranges of ranks, and hosts, shown of one value."""
+MAX_HOSTS = 8
+"""Hosts shown of one value."""
 MAX_TEXT = 160
 """Characters shown of one value, from shortly before its first difference."""
 
@@ -155,23 +156,10 @@ def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     if len(ranks) == len(hosts) > 1:
         return "all ranks"
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    places = ", ".join(names[:MAX_RANGES])
-    places += f" and {len(names) - MAX_RANGES} more hosts" if len(names) > MAX_RANGES else ""
+    places = ", ".join(names[:MAX_HOSTS])
+    places += f" and {len(names) - MAX_HOSTS} more hosts" if len(names) > MAX_HOSTS else ""
     noun = "rank" if len(ranks) == 1 else "ranks"
-    return f"{noun} {rank_ranges(ranks)} ({places})"
-
-
-def rank_ranges(ranks: Sequence[int]) -> str:
-    """Return rising ranks as ranges: `1, 4-7`; after MAX_RANGES of them, the number of the other ranks."""
-    ranges: list[list[int]] = []
-    for rank in ranks:
-        if ranges and ranges[-1][1] == rank - 1:
-            ranges[-1][1] = rank
-        else:
-            ranges.append([rank, rank])
-    shown = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ranges[:MAX_RANGES])
-    more = sum(last - first + 1 for first, last in ranges[MAX_RANGES:])
-    return f"{shown} and {more} more" if more else shown
+    return f"{noun} {format_ranges(ranks)} ({places})"
 
 
 def compare_over_store(
@@ -254,11 +242,11 @@ def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: L
     while not store.check(list(keys)):
         if time.monotonic() > deadline:
             missing = [rank for key, rank in keys.items() if not store.check([key])]
-            more = f" and {len(missing) - MAX_RANGES} more" if len(missing) > MAX_RANGES else ""
+            more = f" and {len(missing) - MAX_HOSTS} more" if len(missing) > MAX_HOSTS else ""
             raise TrainingError(
                 "All ranks of a job must compare what they have in common",
                 found=f"rank {launch.rank} of {launch.world_size} on {launch.host} waited {seconds:g} s for the "
-                f"{comparison.topic} of {', '.join(missing[:MAX_RANGES])}{more}",
+                f"{comparison.topic} of {', '.join(missing[:MAX_HOSTS])}{more}",
                 fix="See the output of these ranks",
             )
         time.sleep(pause)

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_lite.backend.comparison import rank_ranges
 from megatron_lite.backend.environment import Launch, host_name
 from megatron_lite.backend.interruptible import first_line, run_interruptibly
 from megatron_lite.backend.rendezvous_address import Address, bind, look_up, read_port, write_port
 from megatron_lite.backend.rendezvous_server import Failure, Line, Member, RendezvousServer
 from megatron_lite.errors import ConfigError, FailedRank, MegatronLiteError, TrainingError
+from megatron_lite.formatting import format_ranges
 
 FIRST_NOTICE = 10.0
 """Seconds after which a waiting rank prints whom it waits for; the intervals double from there."""
@@ -289,7 +289,7 @@ class Rendezvous:
                 raise self._timed_out()
             if self.server is not None and (missing := self.server.missing()):
                 count = f"{len(missing)} of {self._launch.world_size} ranks"
-                self._print_waiting(f"{count} at {self._place} (missing: {rank_ranges(missing)})")
+                self._print_waiting(f"{count} at {self._place} (missing: {format_ranges(missing)})")
             left = self._deadline - time.monotonic()
             self._wait_readable(max(0.0, min(1.0, left, self._notice_due() or 1.0)))
 
@@ -344,7 +344,7 @@ class Rendezvous:
             found = f"rank {self._launch.rank} on {self._host} hears nothing of rank 0 at {self._place}"
         elif missing:
             found = f"{self._launch.world_size - len(missing)} of {self._launch.world_size} ranks joined at "
-            found += f"{self._place}, missing: rank{'s' * (len(missing) > 1)} {rank_ranges(missing)}"
+            found += f"{self._place}, missing: rank{'s' * (len(missing) > 1)} {format_ranges(missing)}"
         else:
             found = f"all ranks joined at {self._place}, but some cannot connect to the others"
         return TrainingError(

@@ -19,10 +19,11 @@ from megatron_lite.checkpoint.pieces import Share, merge_shares
 from megatron_lite.checkpoint.sharing import share_out
 from megatron_lite.checkpoint.writing import DCP_METADATA_NAME, write_dcp_metadata, write_pieces
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_size
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.atomic import replace_file, sync_folder, write_synced
 from megatron_lite.runs.catalog import announce, folder_name
-from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest, size_text
+from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, Provenance, encode_manifest
 from megatron_lite.runs.retention import KEEP_ALL, Retention, delete_expired
 from megatron_lite.runs.turnover import make_visible, remove_stale
 
@@ -229,11 +230,11 @@ def explain(error: OSError, request: SaveRequest, needed: int) -> CheckpointErro
             fix="See whether another job runs with the same --save, or whether hosts see different folders there",
         )
     try:
-        found += f"; {size_text(shutil.disk_usage(request.root).free)} are free there"
+        found += f"; {format_size(shutil.disk_usage(request.root).free)} are free there"
     except OSError:
         found += "; the folder itself cannot be read"
     if needed:
-        found += f", this rank writes {size_text(needed)}"
+        found += f", this rank writes {format_size(needed)}"
     return CheckpointError("A checkpoint must be written whole", found=found, fix=_ROOM)
 
 
@@ -245,6 +246,7 @@ def _check_room(request: SaveRequest, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             "A save needs room for all of its bytes",
-            found=f"iteration {request.iteration} takes {size_text(needed)}, {request.root} has {size_text(free)} free",
+            found=f"iteration {request.iteration} takes {format_size(needed)}, {request.root} has {format_size(free)} "
+            "free",
             fix=_ROOM,
         )

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.checkpoint_inspect import diff, inspect, when
-from megatron_lite.cli.checkpoint_tables import counted, existing, num_parameters, one_checkpoint, table
+from megatron_lite.cli.checkpoint_tables import existing, num_parameters, one_checkpoint, table
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.cli.progress import byte_progress
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_count, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
         locate,
     )
     from megatron_lite.runs.foreign import foreign_error
-    from megatron_lite.runs.manifest import read_manifest, size_text
+    from megatron_lite.runs.manifest import read_manifest
     from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
     for root in options.folders:
@@ -63,7 +64,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
             listed.add_row(
                 "→" if latest == str(iteration) else "",
                 f"{iteration:,}",
-                size_text(manifest.size),
+                format_size(manifest.size),
                 f"{num_parameters(manifest):,}",
                 f"{manifest.writer['world_size']:,}",
                 when(manifest),
@@ -109,7 +110,6 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 def _verify_one(path: Path, console: Console) -> bool:
     from megatron_lite.checkpoint.verify import verify_checkpoint
-    from megatron_lite.runs.manifest import size_text
 
     begun = time.monotonic()
     try:
@@ -120,7 +120,9 @@ def _verify_one(path: Path, console: Console) -> bool:
         return False
     rate = manifest.size / max(time.monotonic() - begun, 1e-9)
     console.print("whole  ", style="green", end=" ")
-    console.print(f"{path}: {counted(len(manifest.files), 'file')}, {size_text(manifest.size)}, {size_text(rate)}/s")
+    console.print(
+        f"{path}: {format_count(len(manifest.files), 'file')}, {format_size(manifest.size)}, {format_size(rate)}/s"
+    )
     return True
 
 
@@ -155,13 +157,14 @@ def _reshard(options: argparse.Namespace, console: Console) -> int:
 
 
 def _summarize(report: SaveReport, what: str, console: Console) -> None:
-    from megatron_lite.runs.manifest import read_manifest, size_text
+    from megatron_lite.runs.manifest import read_manifest
 
     rate = report.size / max(report.seconds, 1e-9)
     files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
     console.print(f"wrote {report.path}: {what}")
     console.print(
-        f"{size_text(report.size)} in {counted(len(files), 'file')}, {report.seconds:.1f} s, {size_text(rate)}/s"
+        f"{format_size(report.size)} in {format_count(len(files), 'file')}, {report.seconds:.1f} s, "
+        f"{format_size(rate)}/s"
     )
     console.print(f"--load {report.path.parent} takes it, in any layout")
 

@@ -8,16 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.cli.checkpoint_tables import (
-    counted,
-    existing,
-    num_parameters,
-    one_checkpoint,
-    plain,
-    print_whole,
-    shape_text,
-    table,
-)
+from megatron_lite.cli.checkpoint_tables import existing, num_parameters, one_checkpoint, plain, print_whole, table
+from megatron_lite.formatting import format_count, format_shape, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -45,7 +37,7 @@ def inspect(options: argparse.Namespace, console: Console) -> int:
 
 
 def _inspect_own(path: Path, options: argparse.Namespace, console: Console) -> None:
-    from megatron_lite.runs.manifest import read_manifest, size_text
+    from megatron_lite.runs.manifest import read_manifest
 
     manifest = read_manifest(path)
     console.print(str(path), style="bold")
@@ -53,9 +45,9 @@ def _inspect_own(path: Path, options: argparse.Namespace, console: Console) -> N
     rows = {
         "iteration": f"{manifest.iteration:,}",
         "parameters": f"{num_parameters(manifest):,}",
-        "size": f"{size_text(manifest.size)} in {counted(len(manifest.files), 'file')}",
+        "size": f"{format_size(manifest.size)} in {format_count(len(manifest.files), 'file')}",
         "written by": f"megatron_lite {manifest.writer['megatron_lite']}, torch {manifest.writer['torch']}",
-        "on": f"{counted(manifest.writer['world_size'], 'rank')}, {when(manifest)}",
+        "on": f"{format_count(manifest.writer['world_size'], 'rank')}, {when(manifest)}",
         **manifest.provenance.fingerprints,
         "samples left out": ", ".join(f"{first}-{end - 1}" for first, end in manifest.provenance.skipped_samples),
         **{f"state: {name}": plain(value) for name, value in manifest.scalars.items()},
@@ -69,7 +61,7 @@ def _inspect_own(path: Path, options: argparse.Namespace, console: Console) -> N
     if options.tensors:
         tensors = table("tensors", "dtype", "pieces", "shape", "name")
         for name, tensor in manifest.tensors.items():
-            tensors.add_row(tensor.dtype, str(len(tensor.pieces)), shape_text(tensor.shape), name)
+            tensors.add_row(tensor.dtype, str(len(tensor.pieces)), format_shape(tensor.shape), name)
         print_whole(tensors)
 
 
@@ -87,7 +79,7 @@ def _inspect_foreign(found: Recognised, options: argparse.Namespace, console: Co
     if options.tensors:
         tensors = table("tensors", "dtype", "shape", "name")
         for name, info in summary.tensors.tensors.items():
-            tensors.add_row(info.dtype, shape_text(info.shape), name)
+            tensors.add_row(info.dtype, format_shape(info.shape), name)
         print_whole(tensors)
 
 

@@ -45,16 +45,6 @@ def plain(value: object) -> str:
     return json.dumps(value)
 
 
-def counted(number: int, what: str) -> str:
-    """Return a number and its noun."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """Return a shape as 2 x 3."""
-    return " x ".join(map(str, shape)) or "scalar"
-
-
 def num_parameters(manifest: Manifest) -> int:
     """Return the elements of all weights."""
     from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX

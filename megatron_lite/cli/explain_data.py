@@ -8,12 +8,12 @@ from typing import Any
 from megatron_lite.cli.data_position import saved_history
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.index_cache import index_folder, is_kept
-from megatron_lite.data.order.index_space import bytes_text
 from megatron_lite.data.order.sample_index import SAMPLE_BYTES
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.build import cache_folder, plan_datasets
 from megatron_lite.data.serving.dataset import short_names
 from megatron_lite.errors import MegatronLiteError
+from megatron_lite.formatting import format_size
 from megatron_lite.schedules.data_order import DataSegment, extend_history
 from megatron_lite.schedules.length import test_samples
 
@@ -71,8 +71,8 @@ def _without_files(config: RunConfig, order: DataSegment, problem: MegatronLiteE
             yield f"{WORDS[split]}: {requests[-1]:,} samples"
     least = max((requests[-1] for requests in asked.values() if requests), default=0) * SAMPLE_BYTES
     yield (
-        f"the largest sample index takes at least {bytes_text(least)} of memory; epochs and documents are not counted, "
-        f"since the data cannot be opened here ({problem.description})"
+        f"the largest sample index takes at least {format_size(least)} of memory; epochs and documents are not "
+        f"counted, since the data cannot be opened here ({problem.description})"
     )
 
 
@@ -84,8 +84,8 @@ def _index_lines(config: RunConfig, plan: SetPlan) -> Iterator[str]:
     folders = sorted({str(index_folder(source.data, cache_folder(config.data))) for source in plan.sources})
     memory, disk = max(index.build_bytes for index in kept), sum(index.file_bytes for index in kept)
     yield (
-        f"  its sample index takes {bytes_text(memory)} of memory while it is built, and {bytes_text(disk)} on disk in "
-        f"{', '.join(folders[:SOURCES_SHOWN])}"
+        f"  its sample index takes {format_size(memory)} of memory while it is built, and {format_size(disk)} on disk "
+        f"in {', '.join(folders[:SOURCES_SHOWN])}"
     )
 
 

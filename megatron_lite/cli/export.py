@@ -14,6 +14,7 @@ from megatron_lite.cli.import_ import DTYPES, add_verification
 from megatron_lite.cli.model_arguments import add_tokenizer_arguments, note, tokenizer_fields
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_size
 
 if TYPE_CHECKING:
     from megatron_lite.interop.export import ExportPlan, ExportReport
@@ -90,13 +91,12 @@ def _plan(options: argparse.Namespace, iteration: int) -> ExportPlan:
 def _export(plan: ExportPlan, options: argparse.Namespace, output: Path) -> ExportReport:
     from megatron_lite.cli.progress import stage_progress
     from megatron_lite.interop.export import export_checkpoint
-    from megatron_lite.runs.manifest import size_text
 
     with stage_progress() as advance:
         report = export_checkpoint(plan, output, card=_card_writer(plan, options, output), advance=advance)
     where = f"as {report.path}" if options.output else "for the hub"
     print(
-        f"exported {plan.path} {where}: {plan.architecture.name}, {len(report.files)} files, {size_text(report.size)}"
+        f"exported {plan.path} {where}: {plan.architecture.name}, {len(report.files)} files, {format_size(report.size)}"
     )
     print(str(report.verification) if report.verification else "the logits were not compared with transformers'")
     return report
@@ -126,12 +126,11 @@ def _card_writer(plan: ExportPlan, options: argparse.Namespace, output: Path) ->
 
 
 def _push(report: ExportReport, plan: ExportPlan, options: argparse.Namespace, hub: Hub | None, revision: str) -> None:
-    from megatron_lite.runs.manifest import size_text
 
     if hub is None:
         print(f"would push to {options.push_to}, revision {revision}:")
         for name in report.files:
-            print(f"  {size_text((report.path / name).stat().st_size):>10}  {name}")
+            print(f"  {format_size((report.path / name).stat().st_size):>10}  {name}")
         return
     address = hub.push(report.path, revision, f"Iteration {plan.manifest.iteration}")
     print(f"pushed to {options.push_to}, revision {revision}: {address}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_lite.cli.parser import whole
+from megatron_lite.formatting import format_size
 
 NAMINGS = ("legacy", "local", "transformer-engine")
 
@@ -44,7 +45,6 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_lite.cli.progress import stage_progress
     from megatron_lite.interop.megatron.export import MegatronExportOptions, export_megatron, plan_megatron_export
-    from megatron_lite.runs.manifest import size_text
 
     chosen = MegatronExportOptions(
         to=options.to,
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         files, size = export_megatron(plan, options.output, advance)
     print(
         f"exported {plan.path} as {options.output}: {plan.scheme.title}, tensor-parallel size {chosen.tp}, "
-        f"pipeline size {chosen.pp}, {len(files)} files, {size_text(size)}"
+        f"pipeline size {chosen.pp}, {len(files)} files, {format_size(size)}"
     )
     print("read again, every weight is the same bit for bit; the optimizer's state is not exported")
     if options.to == "megatron":

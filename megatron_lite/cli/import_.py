@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.cli.parser import Parser, real, whole
+from megatron_lite.formatting import format_size
 
 SUMMARY = "import a checkpoint of Hugging Face, Megatron-LM or DeepSpeed as one that --load takes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,7 +24,6 @@ def run(argv: list[str]) -> int:
     from megatron_lite.interop.importing import ImportOptions, import_checkpoint
     from megatron_lite.interop.megatron.opening import MegatronOptions
     from megatron_lite.runs.foreign import Kind
-    from megatron_lite.runs.manifest import size_text
 
     chosen = ImportOptions(
         kind=Kind(options.source_kind) if options.source_kind else None,
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
         report = import_checkpoint(options.folder, options.output, chosen, advance)
     for text in report.notes:
         print(f"note: {text}")
-    print(f"imported {options.folder} into {report.path}, {size_text(report.size)}")
+    print(f"imported {options.folder} into {report.path}, {format_size(report.size)}")
     print(str(report.verification) if report.verification else "the logits were not compared with transformers'")
     # The tokenizer says the vocabulary's size, and the layout how far it is padded.
     model = replace(report.config.model, vocab_size=0, padded_vocab_size=0)

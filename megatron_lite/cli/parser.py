@@ -12,12 +12,12 @@ from megatron_lite.config.values import (
     MAX_REAL,
     MAX_SEED,
     is_utf8,
-    number_text,
     read_float,
     read_int,
     shortened,
     shown_bytes,
 )
+from megatron_lite.formatting import format_number
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def whole(least: int = 0, most: int = MAX_NUMBER) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if not least <= number <= most:
-            bounds = f"from {number_text(least)} to {number_text(most)}"
+            bounds = f"from {format_number(least)} to {format_number(most)}"
             raise argparse.ArgumentTypeError(f"{shortened(word)!r} is not a whole number {bounds}")
         return number
 
@@ -56,7 +56,7 @@ def real(least: float = 0.0, most: float = MAX_REAL, *, above: bool = False) -> 
     """Return a reader of numbers from `least` (or above it) to `most`, for add_argument's `type`."""
 
     def read(word: str) -> float:
-        bounds = f"{'above' if above else 'from'} {number_text(least)} to {number_text(most)}"
+        bounds = f"{'above' if above else 'from'} {format_number(least)} to {format_number(most)}"
         try:
             number = read_float(word)
         except ValueError:

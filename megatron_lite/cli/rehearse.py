@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import asks_for_help, parse_command
-from megatron_lite.config.counts import size_name
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_parameters, format_size, size_unit
 
 if TYPE_CHECKING:
     from megatron_lite.rehearsal.dry_run import RankReport
@@ -35,7 +35,6 @@ Exit code 1: a rank failed, or two would have waited for each other forever."""
 STAGES_SHOWN = 12
 MAX_DIGITS = 18
 """Digits of a rank that are read: more is outside of any job all the same."""
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def run(argv: list[str]) -> int:
@@ -167,17 +166,18 @@ def _memory_table(ranks: list[dict[str, Any]]) -> Any:
         held = [rank["buffer_bytes"].get(kind, 0) for kind in kinds]
         rows.append([*held, rank["working_bytes"], sum(held) + rank["working_bytes"]])
     # One unit for the whole table, so that its numbers compare at a glance.
-    unit, name = _unit(max(row[-1] for row in rows))
+    unit, name = size_unit(max(row[-1] for row in rows))
     columns = [short.get(kind, kind) for kind in kinds]
     table = _table(f"What a rank holds ({name})", "rank", "dp.pp.tp", "params", *columns, "working", "sum")
     for rank, row in zip(ranks, rows, strict=True):
         at = f"{rank['dp']}.{rank['pp']}.{rank['tp']}"
-        table.add_row(str(rank["rank"]), at, size_name(rank["parameters"]), *[f"{size / unit:,.2f}" for size in row])
+        table.add_row(
+            str(rank["rank"]), at, format_parameters(rank["parameters"]), *[f"{size / unit:,.2f}" for size in row]
+        )
     return table
 
 
 def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
-    from megatron_lite.runs.manifest import size_text
 
     table = _table("What it sends in an iteration of the last batch", "rank", "axis", "kind", "calls", "sent")
     for rank in ranks:
@@ -185,13 +185,12 @@ def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
         for line in last.get("traffic", ()):
             if line["sent"]:
                 table.add_row(
-                    str(rank["rank"]), line["axis"], line["kind"], f"{line['calls']:,}", size_text(line["sent"])
+                    str(rank["rank"]), line["axis"], line["kind"], f"{line['calls']:,}", format_size(line["sent"])
                 )
     return table
 
 
 def _ramp_table(ranks: list[dict[str, Any]]) -> Any:
-    from megatron_lite.runs.manifest import size_text
 
     first, last = ranks[0], ranks[-1]
     table = _table(
@@ -216,12 +215,6 @@ def _ramp_table(ranks: list[dict[str, Any]]) -> Any:
             f"{stage['global_batch']:,}",
             f"{stage['seq_length']:,}",
             " and ".join(str(one["microbatches"]) for one in pair),
-            " and ".join(size_text(sum(line["sent"] for line in one.get("traffic", ()))) for one in pair),
+            " and ".join(format_size(sum(line["sent"] for line in one.get("traffic", ()))) for one in pair),
         )
     return table
-
-
-def _unit(count: int) -> tuple[int, str]:
-    """The unit in which a number of bytes has a digit before its point."""
-    power = max((power for power in range(len(UNITS)) if count >= 1024**power), default=0)
-    return 1024**power, UNITS[power]

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_lite.config.flags.flag import Flag
 from megatron_lite.config.given import Given
 from megatron_lite.config.help import metavar, plain_type
-from megatron_lite.config.values import FALSE_WORDS, number_text, read_as, read_bool, shortened, write_value
+from megatron_lite.config.values import FALSE_WORDS, read_as, read_bool, shortened, write_value
 from megatron_lite.config.words import Occurrence, refusal
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_number
 
 COUNTS = {"one": (1, 1), "three": (3, 3), "some": (1, None), "any": (0, None)}
 """Fewest and most words that may follow."""
@@ -94,7 +95,7 @@ def _assignments(flag: Flag, words: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 def _bounds(flag: Flag) -> str:
     """What numbers a flag takes, for a message."""
-    least, most = (None if bound is None else number_text(bound) for bound in (flag.least, flag.most))
+    least, most = (None if bound is None else format_number(bound) for bound in (flag.least, flag.most))
     if least is None:
         return f"a number of at most {most}"
     return f"a number of at least {least}" if most is None else f"a number from {least} to {most}"

@@ -49,19 +49,6 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
     return embedding_parameters(model, rows) + model.num_layers * layer_parameters(model) + head_parameters(model, rows)
 
 
-def size_name(parameters: int) -> str:
-    """A number of parameters as names say it: 125M, 1.3B, 13B, 176B.
-
-    >>> size_name(12_853_575_680), size_name(1_315_000_000), size_name(124_439_808)
-    ('13B', '1.3B', '124M')
-    """
-    for scale, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if parameters >= scale * 0.9995:
-            number = parameters / scale
-            return f"{number:.1f}{suffix}" if number < 9.95 else f"{number:.0f}{suffix}"
-    return str(parameters)
-
-
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:
     """FLOPs of one layer's forward for one token of a sequence: matrix products only, two a multiply-add.
 

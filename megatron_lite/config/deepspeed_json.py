@@ -16,7 +16,8 @@ from megatron_lite.config.deepspeed_keys import (
     WITHOUT_EFFECT,
 )
 from megatron_lite.config.given import Given
-from megatron_lite.config.values import MAX_NUMBER, number_text, shortened
+from megatron_lite.config.values import MAX_NUMBER, shortened
+from megatron_lite.formatting import format_number
 
 MAX_SCALE_POWER = 126
 """Largest exponent of two that is a loss scale in fp32."""
@@ -102,7 +103,7 @@ def _number(value: Any, key: str, given: Given) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
     given.refuse(
-        f"{key} in the DeepSpeed JSON is a number of at most {number_text(MAX_NUMBER)}",
+        f"{key} in the DeepSpeed JSON is a number of at most {format_number(MAX_NUMBER)}",
         found=shortened(repr(value)),
         fix=_number_fix(key, value),
     )

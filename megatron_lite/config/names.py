@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from megatron_lite.config.counts import parameter_count, size_name
+from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.run import RunConfig
+from megatron_lite.formatting import format_parameters
 
 SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+)(?:\.(\d+))?([BM])(\d*)(?![A-Za-z0-9])")
 """104B, 1.3B, 1B3 (1.3 billion), 350M; capital letters only, as names of models have them."""
@@ -44,6 +45,7 @@ def name_warnings(config: RunConfig) -> list[str]:
             if all(max(count / claimed, claimed / max(1, count)) > TOLERANCE for count in (total, body)):
                 warnings.setdefault(
                     written,
-                    f"the name in {flag} says {written}, but this model has {size_name(total)} ({total:,}) parameters",
+                    f"the name in {flag} says {written}, but this model has {format_parameters(total)} ({total:,}) "
+                    "parameters",
                 )
     return list(warnings.values())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from megatron_lite.formatting import format_number
+
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 
@@ -37,7 +39,7 @@ def read_int(word: str) -> int:
             raise ValueError("a whole number (1000, 5_000_000, 10e6)") from None
         number = int(max(-2.0 * MAX_NUMBER, min(exact, 2.0 * MAX_NUMBER)))
     if abs(number) > MAX_NUMBER:
-        raise ValueError(f"a whole number of at most {number_text(MAX_NUMBER)}")
+        raise ValueError(f"a whole number of at most {format_number(MAX_NUMBER)}")
     return number
 
 
@@ -54,13 +56,8 @@ def read_float(word: str) -> float:
     if not math.isfinite(number):
         raise ValueError("a finite number")
     if abs(number) > MAX_REAL:
-        raise ValueError(f"a number of at most {number_text(MAX_REAL)}")
+        raise ValueError(f"a number of at most {format_number(MAX_REAL)}")
     return number
-
-
-def number_text(number: float) -> str:
-    """A bound as messages show it: 65,535 or 1e+15."""
-    return f"{number:,}" if isinstance(number, int) and abs(number) < 10**10 else f"{number:g}"
 
 
 def shortened(word: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lite.evaluation.perplexity import TextLoss
+from megatron_lite.formatting import format_perplexity
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,9 @@ def in_lines(figures: list[Figures]) -> str:
         loss = one.loss
         bits = "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}"
         words = "-" if one.num_words is None else f"{one.num_words:,}"
-        word_perplexity = "-" if one.word_perplexity is None else _short(one.word_perplexity)
+        word_perplexity = "-" if one.word_perplexity is None else format_perplexity(one.word_perplexity)
         lines.append(one.name)
         lines.append(
-            f"{loss.tokens:14,}{loss.mean:10.4f}{_short(loss.perplexity):>13}{bits:>11}{words:>13}{word_perplexity:>12}"
+            f"{loss.tokens:14,}{loss.mean:10.4f}{format_perplexity(loss.perplexity):>13}{bits:>11}{words:>13}{word_perplexity:>12}"
         )
     return "\n".join(lines)
-
-
-def _short(perplexity: float) -> str:
-    return f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.2e}"

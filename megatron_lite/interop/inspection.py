@@ -13,6 +13,7 @@ from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
 from megatron_lite.checkpoint.offline import TensorSource
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_size
 from megatron_lite.interop.export import Weights
 from megatron_lite.interop.importing import ImportOptions, open_foreign
 from megatron_lite.interop.megatron.assemble import facts_of
@@ -23,7 +24,7 @@ from megatron_lite.interop.safetensors_writer import size_of
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.foreign import Kind, Recognised
-from megatron_lite.runs.manifest import read_manifest, size_text
+from megatron_lite.runs.manifest import read_manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,5 +141,5 @@ def _tensor_rows(source: TensorSource) -> dict[str, str]:
     return {
         "tensors": f"{len(source.tensors):,}, {' and '.join(sorted(dtypes))}",
         "parameters": f"{sum(prod(info.shape) for info in infos):,}",
-        "size": size_text(size_of(source.tensors)),
+        "size": format_size(size_of(source.tensors)),
     }

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.arguments import to_argv
-from megatron_lite.config.counts import parameter_count, size_name
+from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.data import DataConfig, DataSource
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.errors import DataError, MegatronLiteError
+from megatron_lite.formatting import format_parameters
 from megatron_lite.interop.verify import Verification
 from megatron_lite.metrics.curve import read_curve
 from megatron_lite.metrics.curve_svg import draw_svg
@@ -94,8 +95,8 @@ def _body(facts: CardFacts, verification: Verification | None, *, has_curve: boo
     yield f"# {facts.name}"
     yield ""
     yield (
-        f"A language model with {parameters:,} parameters ({size_name(parameters)}), trained with megatron_lite and "
-        f"exported as `{facts.architecture}`. License: to be filled in."
+        f"A language model with {parameters:,} parameters ({format_parameters(parameters)}), trained with "
+        f"megatron_lite and exported as `{facts.architecture}`. License: to be filled in."
     )
     yield from ("", "## Model", "")
     yield from _table(_model_rows(facts))

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_size
 from megatron_lite.runs.atomic import sync_folder
-from megatron_lite.runs.manifest import size_text
 
 
 def check_output(output: Path) -> None:
@@ -83,7 +83,7 @@ def _check_room(output: Path, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             "The output needs room for all of its bytes",
-            found=f"{output} takes {size_text(needed)}, {output.parent} has {size_text(free)} free",
+            found=f"{output} takes {format_size(needed)}, {output.parent} has {format_size(free)} free",
             fix="Make room, or give another --output",
         )
 
@@ -91,7 +91,9 @@ def _check_room(output: Path, needed: int) -> None:
 def _unwritable(output: Path, error: OSError, needed: int) -> CheckpointError:
     where = f" ({error.filename})" if error.filename else ""
     try:
-        free = f"; {size_text(shutil.disk_usage(output.parent).free)} are free there, {size_text(needed)} are needed"
+        free = (
+            f"; {format_size(shutil.disk_usage(output.parent).free)} are free there, {format_size(needed)} are needed"
+        )
     except OSError:
         free = ""
     return CheckpointError(

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.formatting import format_duration
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.window import Window, WindowAverages
 
@@ -78,16 +79,6 @@ def format_validation(report: ValidationReport) -> str:
         line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
     dashes = "-" * (len(line) + 1)
     return f"{dashes}\n{line}\n{dashes}"
-
-
-def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, with days before them once there are any: `2d 03:04:05`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    total = max(0, round(seconds))
-    days, rest = divmod(total, 86400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock
 
 
 class ConsoleSink:

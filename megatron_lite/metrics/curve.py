@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_parameters
 from megatron_lite.runs.metrics_file import read_records
 
 Points = Sequence[tuple[float, float]]
@@ -57,14 +58,6 @@ def read_curve(path: Path, title: str = "") -> LossCurve:
         )
     title = title or ("Loss" if not parameters else f"Loss of a GPT with {format_parameters(parameters)} parameters")
     return LossCurve(title, tuple(train), {name: tuple(points) for name, points in validation.items()})
-
-
-def format_parameters(count: int) -> str:
-    """Three digits and K, M, B or T."""
-    for divisor, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= divisor:
-            return f"{count / divisor:.3g}{suffix}"
-    return str(count)
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:

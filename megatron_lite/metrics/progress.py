@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.metrics.console import format_duration
+from megatron_lite.formatting import format_duration, format_short
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 
 
@@ -27,7 +27,7 @@ def format_status(report: IterationReport, validation_loss: float | None, width:
     if validation_loss is not None:
         parts["valid"] = f"valid {validation_loss:.4f}"
     parts["lr"] = f"lr {report.learning_rate:.2e}"
-    parts["speed"] = f"{format_count(report.tokens_per_second)} tokens/s"
+    parts["speed"] = f"{format_short(report.tokens_per_second)} tokens/s"
     if report.mfu is not None:
         parts["mfu"] = f"MFU {report.mfu * 100.0:.1f}%"
     if report.eta_seconds is not None:
@@ -37,15 +37,6 @@ def format_status(report: IterationReport, validation_loss: float | None, width:
             break
         parts.pop(name, None)
     return " · ".join(parts.values())
-
-
-def format_count(value: float) -> str:
-    """A number in three or four digits with k, M, G or T behind it."""
-    for suffix in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            return f"{value:.0f}{suffix}" if not suffix or abs(value) >= 99.95 else f"{value:.1f}{suffix}"
-        value /= 1000.0
-    return f"{value:.1f}T"
 
 
 _BAR = 8

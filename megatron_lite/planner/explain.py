@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.counts import flops_per_token, parameter_count, size_name
+from megatron_lite.config.counts import flops_per_token, parameter_count
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
+from megatron_lite.formatting import format_parameters
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import (
     consumed_at,
@@ -147,7 +148,7 @@ def _model(config: RunConfig) -> ModelSize:
     exact = parameter_count(model)
     return ModelSize(
         exact=exact,
-        name=size_name(exact),
+        name=format_parameters(exact),
         without_embedding=parameter_count(model, 0),
         vocab_size=model.vocab_size,
         padded_vocab_size=model.padded_vocab_size,

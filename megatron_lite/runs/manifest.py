@@ -192,15 +192,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return decode_manifest(data, path)
 
 
-def size_text(size: float) -> str:
-    """A number of bytes for people: three or four digits and the unit that fits, as `1.94 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
 def tensor_to_json(tensor: SavedTensor) -> list[Any]:
     """Shape, dtype and pieces as plain lists."""
     pieces = [[piece.rectangle.offset, piece.rectangle.shape, piece.file, piece.part] for piece in tensor.pieces]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.config.counts import parameter_count, size_name
+from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
+from megatron_lite.formatting import format_parameters
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
@@ -41,8 +42,8 @@ def _model(config: RunConfig) -> str:
     if model.padded_vocab_size != model.vocab_size:
         vocabulary += f" (padded to {model.padded_vocab_size:,})"
     return (
-        f"{count:,} parameters ({size_name(count)}): {model.num_layers} layers, hidden size {model.hidden_size:,}, "
-        f"{model.num_attention_heads} heads, vocabulary {vocabulary}"
+        f"{count:,} parameters ({format_parameters(count)}): {model.num_layers} layers, hidden size "
+        f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocabulary}"
     )
 
 

@@ -15,11 +15,12 @@ from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
 from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_size
 from megatron_lite.lifecycle.spikes import SpikeWatch
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.catalog import announced, iteration_of
 from megatron_lite.runs.lock import FolderLock
-from megatron_lite.runs.manifest import Provenance, size_text
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import KEEP_ALL, Retention, retention_of
 from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 from megatron_lite.schedules.progress import Progress
@@ -224,7 +225,7 @@ class RunState:
         self.longest_save = max(self.longest_save, report.seconds)
         self._notify(
             f"  successfully saved checkpoint at iteration {iteration_of(report.path):7d} to {report.path.parent} "
-            f"({size_text(report.size)} in {report.seconds:.2f} s, training stood still for "
+            f"({format_size(report.size)} in {report.seconds:.2f} s, training stood still for "
             f"{report.blocking_seconds:.2f} s)"
         )
         if report.removed:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from megatron_lite.backend.comparison import (
     MAX_LINES,
-    MAX_RANGES,
     MAX_TEXT,
     Comparison,
     Statement,
@@ -19,12 +18,12 @@ from megatron_lite.backend.comparison import (
     describe_ranks,
     difference_line,
     judge,
-    rank_ranges,
     reference_value,
 )
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.numerics import MACHINES, VARIABLES, machine_values
 from megatron_lite.errors import DataError, RankDifferenceError, TrainingError, failed_rank
+from megatron_lite.formatting import MAX_RANGES
 
 PLAIN = Comparison(topic="test", rule="All must be equal", fix="Make them equal", warn=frozenset({"name"}))
 
@@ -146,14 +145,6 @@ def test_ranks_are_named_by_ranges(ranks):
     assert text.startswith("rank " if len(ranks) == 1 else "ranks ")
     assert text.endswith(" (host)")
     assert text.count(",") < MAX_RANGES
-
-
-@pytest.mark.parametrize(
-    ("ranks", "text"),
-    [([1], "1"), ([1, 2, 3, 5], "1-3, 5"), (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14 and 12 more")],
-)
-def test_rank_ranges_are_limited(ranks, text):
-    assert rank_ranges(list(ranks)) == text
 
 
 def run_ranks(values, comparison=PLAIN, failures=None, hosts=("n1", "n2", "n3", "n4")):

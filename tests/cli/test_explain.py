@@ -70,7 +70,7 @@ def test_the_data_and_the_space_of_its_indices(tmp_path, capsys):
     text = capsys.readouterr().out
     # 8 samples of 32 tokens an iteration, 40 documents of 100 tokens.
     assert "train: 8,000,000,000 samples of corpus (64,000,000.0 epochs)" in text
-    assert f"takes 75.2 GB of memory while it is built, and 74.6 GB on disk in {tmp_path / 'cache'}" in text
+    assert f"takes 70.0 GiB of memory while it is built, and 69.5 GiB on disk in {tmp_path / 'cache'}" in text
     assert "validation: 40 samples of corpus (2.6 epochs)" in text
     assert "evaluated at the end only, on 5 batches" in text
     run(["--json", *SMALL, *DATA, "--data-path", path])
@@ -83,7 +83,7 @@ def test_data_that_are_not_here_are_asked_for_all_the_same(capsys):
     run([*SMALL, *DATA, "--data-path", "absent", "--train-iters", "1000000000"])
     text = capsys.readouterr().out
     assert "train: 8,000,000,000 samples\n" in text
-    assert "the largest sample index takes at least 64 GB of memory" in text
+    assert "the largest sample index takes at least 59.6 GiB of memory" in text
     assert "evaluated every 1,000 iterations and at the end, on 5 batches" in text
     run([*SMALL, *DATA, "--data-path", "absent", "--eval-iters", "0"])
     assert "no evaluation (--eval-iters 0)" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 import pytest
 
-from megatron_lite.config.counts import flops_per_token, parameter_count, size_name
+from megatron_lite.config.counts import flops_per_token, parameter_count
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
+from megatron_lite.formatting import format_parameters
 
 GPT2 = ModelConfig(
     num_layers=12, hidden_size=768, num_attention_heads=12, max_position_embeddings=1024, vocab_size=50257
@@ -63,7 +64,7 @@ LLAMA = {
 )
 def test_published_models_have_their_published_sizes(model, exact, name):
     assert parameter_count(model) == exact
-    assert size_name(exact) == name
+    assert format_parameters(exact) == name
 
 
 def test_qk_layernorm_and_no_positions():
@@ -72,23 +73,6 @@ def test_qk_layernorm_and_no_positions():
         num_layers=2, hidden_size=8, num_attention_heads=2, position_embedding="none", vocab_size=10, qk_layernorm=True
     )
     assert parameter_count(normed) - parameter_count(plain) == 2 * 2 * 2 * 4
-
-
-@pytest.mark.parametrize(
-    ("parameters", "name"),
-    [
-        (999, "999"),
-        (9_999, "10K"),
-        (38_500_000, "38M"),
-        (999_600_000, "1.0B"),
-        (1_315_000_000, "1.3B"),
-        (9_949_000_000, "9.9B"),
-        (12_853_386_240, "13B"),
-        (10**12, "1.0T"),
-    ],
-)
-def test_size_names(parameters, name):
-    assert size_name(parameters) == name
 
 
 def test_flops_equal_the_paper():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from megatron_lite.metrics.console import (
     ConsoleSink,
-    format_duration,
     format_iteration,
     format_memory,
     format_timers,
@@ -171,10 +170,3 @@ def test_named_sets_and_the_end_of_the_run_say_so():
     line = format_validation(end).split("\n")[1]
     assert line.startswith("validation-wiki loss at iteration 9 on test set | ")
     assert "PPL: 4.851652E+08" in line
-
-
-def test_durations():
-    assert format_duration(0.4) == "00:00:00"
-    assert format_duration(3661) == "01:01:01"
-    assert format_duration(2 * 86400 + 5) == "2d 00:00:05"
-    assert format_duration(float("inf")) == "unknown"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.cli import curve as command
 from megatron_lite.errors import ConfigError, DataError
-from megatron_lite.metrics.curve import LossCurve, final_loss, format_parameters, make_axis, read_curve, smooth, thin
+from megatron_lite.metrics.curve import LossCurve, final_loss, make_axis, read_curve, smooth, thin
 from megatron_lite.metrics.curve_svg import draw_svg
 from megatron_lite.metrics.curve_terminal import draw_terminal
 from megatron_lite.runs.metrics_file import encode
@@ -134,7 +134,3 @@ def test_the_command_draws_both(metrics, tmp_path, capsys):
     assert "<svg" in (tmp_path / "new" / "loss.svg").read_text()
     with pytest.raises(ConfigError, match="--svg"):
         command.run([str(metrics), "--no-terminal", "--svg", str(metrics / "below" / "loss.svg")])
-
-
-def test_parameter_counts_in_three_digits():
-    assert [format_parameters(count) for count in (12, 4_800_000, 13_000_000_000)] == ["12", "4.8M", "13B"]

@@ -9,7 +9,7 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.metrics.progress import ProgressSink, format_count, is_terminal
+from megatron_lite.metrics.progress import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.reporter import Reporter, build_reporter, metrics_path
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
@@ -174,12 +174,6 @@ def test_closing_a_bar_that_never_started_is_fine(monkeypatch):
     sink = ProgressSink(Terminal())
     sink.iteration(report(1))
     sink.close()
-
-
-def test_counts_have_three_digits():
-    assert [format_count(value) for value in (0, 999, 1000, 12345, 999_600, 2.5e9)] == [
-        *("0", "999", "1.0k", "12.3k", "1.0M", "2.5G")
-    ]
 
 
 def test_metrics_lie_beside_the_checkpoints(tmp_path):

@@ -22,7 +22,6 @@ from megatron_lite.runs.manifest import (
     decode_manifest,
     encode_manifest,
     read_manifest,
-    size_text,
 )
 
 PATH = Path("iter_0000003/manifest.json")
@@ -114,20 +113,3 @@ def test_it_is_read_from_its_folder(tmp_path):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_bytes(encode_manifest(MANIFEST))
     assert read_manifest(tmp_path) == MANIFEST
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "0.977 KiB"),
-        (1024, "1 KiB"),
-        (1.94 * 2**20, "1.94 MiB"),
-        (999 * 2**30, "999 GiB"),
-        (1000 * 2**30, "0.9766 TiB"),
-        (2500 * 2**40, "2500 TiB"),
-    ],
-)
-def test_sizes_for_people(size, text):
-    assert size_text(size) == text

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_lite.data.order.sample_index import IndexPlan
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_size
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -32,7 +33,8 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
         return
     raise DataError(
         "The sample index must fit in memory while it is built",
-        found=f"{describe_index(plan)} of {prefix}, needs {bytes_text(plan.build_bytes)}; {bytes_text(free)} available",
+        found=f"{describe_index(plan)} of {prefix}, needs {format_size(plan.build_bytes)}; {format_size(free)} "
+        "available",
         fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
@@ -47,7 +49,7 @@ def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None
     if needed > free:
         raise DataError(
             "The files of the sample index must fit on the disk",
-            found=f"{describe_index(plan)} of {prefix}, needs {bytes_text(needed)}; {bytes_text(free)} free in "
+            found=f"{describe_index(plan)} of {prefix}, needs {format_size(needed)}; {format_size(free)} free in "
             f"{folder}",
             fix=f"Give --data-cache-path a folder with room, free some, or {_uncapitalized(shorten)}",
         )
@@ -63,15 +65,6 @@ def describe_index(plan: IndexPlan) -> str:
 def available_memory() -> int | None:
     """Bytes that this process can allocate: the machine's, its control group's or ulimit's; None: unknown here."""
     return min(_limits(), default=None)
-
-
-def bytes_text(size: float) -> str:
-    """A number of bytes for people, as `29.8 GB` (powers of 1000, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.4g} TB"
 
 
 def _fitting(plan: IndexPlan, free: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from megatron_lite.data.preparation.worker import Step
+from megatron_lite.formatting import format_duration
 
 
 class Progress:
@@ -80,7 +81,7 @@ class LineProgress(Progress):
             self._told, self._told_documents = now, self._documents
             seconds = max(now - self._began, 1e-9)
             rate = self._input_bytes / seconds
-            eta = _duration((self._left - self._input_bytes) / rate) if rate else "unknown"
+            eta = format_duration((self._left - self._input_bytes) / rate) if rate else "unknown"
             self.say(
                 f"Processed {self._documents} documents ({self._documents / seconds:.1f} docs/s, "
                 f"{self._text_bytes / seconds / 1e6:.2f} MB/s). ETA {eta}"
@@ -98,7 +99,7 @@ class LineProgress(Progress):
         if now - self._told >= self.QUIET_SECONDS:
             self._told = now
             left = (now - self._began) / self._pieces_done * (self._pieces - self._pieces_done)
-            self.say(f"{self._stage}: {self._pieces_done} of {self._pieces} pieces. ETA {_duration(left)}")
+            self.say(f"{self._stage}: {self._pieces_done} of {self._pieces} pieces. ETA {format_duration(left)}")
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -160,8 +161,3 @@ class BarProgress(Progress):
     def close(self) -> None:
         """Remove the bar."""
         self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    whole = int(max(0.0, seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

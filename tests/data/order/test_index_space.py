@@ -12,9 +12,10 @@ import pytest
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.order import index_cache, index_space
 from megatron_lite.data.order.index_cache import cached_index, write_index
-from megatron_lite.data.order.index_space import available_memory, bytes_text, check_disk, check_memory
+from megatron_lite.data.order.index_space import available_memory, check_disk, check_memory
 from megatron_lite.data.order.sample_index import IndexPlan, build_index, plan_index
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_size
 
 HUGE = IndexPlan(0, 45, 12_000, 4_000_000_000, 32, 1234, "legacy")
 
@@ -54,7 +55,7 @@ def test_an_index_that_does_not_fit_in_memory_is_refused_with_both_numbers(monke
         check_memory(HUGE, "corpus", "Give a smaller --train-iters")
     text = str(caught.value)
     assert "4,000,000,000 samples, 10,666,667 epochs of 45 documents of corpus" in text
-    assert f"needs {bytes_text(HUGE.build_bytes)}; 10 GB available" in text
+    assert f"needs {format_size(HUGE.build_bytes)}; 9.31 GiB available" in text
     assert "Give a smaller --train-iters" in text
     assert "About 1,000,000,000 samples fit" in text
     monkeypatch.setattr(index_space, "available_memory", lambda: 10 * HUGE.build_bytes)
@@ -66,7 +67,9 @@ def test_an_index_that_does_not_fit_in_memory_is_refused_with_both_numbers(monke
 def test_an_index_that_does_not_fit_on_the_disk_is_refused_with_both_numbers(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))
-    with pytest.raises(DataError, match=r"needs 18.*GB; 1 GB free in .*Give --data-cache-path a folder with room"):
+    with pytest.raises(
+        DataError, match=r"needs 1[67].*GiB; 954 MiB free in .*Give --data-cache-path a folder with room"
+    ):
         check_disk(HUGE, "corpus", tmp_path, "Give a smaller --train-iters")
 
 
@@ -118,8 +121,3 @@ def test_a_system_without_these_files_has_no_known_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(index_space, "PROC", tmp_path / "absent")
     monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
     assert available_memory() is None
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (29.8e9, "29.8 GB"), (4.5e15, "4,500 TB")])
-def test_bytes_are_written_for_people(size, text):
-    assert bytes_text(size) == text

@@ -56,8 +56,8 @@ def test_lines_are_megatrons():
         lines.advance(Step(70, 1_000_000, 500_000))
     assert stream.getvalue().splitlines() == [
         "Continuing: 3 units are done, 2.0 of 4.0 MB left",
-        "Processed 140 documents (70.0 docs/s, 1.00 MB/s). ETA 0:00:02",
-        "Processed 210 documents (70.0 docs/s, 1.00 MB/s). ETA 0:00:01",
+        "Processed 140 documents (70.0 docs/s, 1.00 MB/s). ETA 00:00:02",
+        "Processed 210 documents (70.0 docs/s, 1.00 MB/s). ETA 00:00:01",
     ]
 
 
@@ -72,10 +72,10 @@ def test_what_follows_the_reading_is_told_too():
             now[0] += 3
             lines.piece()
     assert stream.getvalue().splitlines() == [
-        "shuffle: 2 of 4 pieces. ETA 0:00:06",
-        "shuffle: 4 of 4 pieces. ETA 0:00:00",
-        "join: 2 of 4 pieces. ETA 0:00:06",
-        "join: 4 of 4 pieces. ETA 0:00:00",
+        "shuffle: 2 of 4 pieces. ETA 00:00:06",
+        "shuffle: 4 of 4 pieces. ETA 00:00:00",
+        "join: 2 of 4 pieces. ETA 00:00:06",
+        "join: 4 of 4 pieces. ETA 00:00:00",
     ]
 
 
