@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_lite.backend.comparison import Comparison, Verdict, compare_over_store
 from megatron_lite.backend.environment import Launch
@@ -34,6 +35,23 @@ class Capabilities:
     compile: bool = True
     max_world: int | None = None
     """Largest number of ranks; None: no limit."""
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+) -> Tensor:
+    """Call torch's attention kernel, with k and v as they are; shapes as in Backend.attention."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        enable_gqa=k.shape[2] != q.shape[2],
+    )
+    return out.permute(2, 0, 1, 3)
 
 
 class Backend(ABC):
@@ -82,7 +100,24 @@ class Backend(ABC):
 
     @abstractmethod
     def to_device(self, array: np.ndarray) -> Tensor:
-        """A tensor on the device with the array's values; on CUDA the copy may still be under way."""
+        """Return a tensor on the device with the array's values; on CUDA the copy may still be under way."""
+
+    def to_host(self, values: Tensor) -> list[float]:
+        """Return the values of a tensor [n] on the device; waits for the device."""
+        numbers: list[float] = values.tolist()
+        return numbers
+
+    def generator(self, seed: int) -> torch.Generator | None:
+        """Return a new random generator of the device; None: the device draws no values."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+    ) -> Tensor:
+        """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] (g divides n) -> [s, b, n, d]."""
+        if q.shape[2] != k.shape[2]:
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, mask, dropout=dropout, causal=causal)
 
     def new_group(self, axis: str, partition: Partition) -> Group:
         """Makes this axis's groups; every rank calls it, in the same order, with the same partition."""

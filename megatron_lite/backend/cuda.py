@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_lite.backend.base import Backend, Capabilities
+from megatron_lite.backend.base import Backend, Capabilities, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -100,6 +100,17 @@ class CudaBackend(Backend):
         """Copies through pinned memory, so that the host does not wait."""
         host = torch.from_numpy(array if array.flags.writeable else array.copy())
         return host.pin_memory().to(self.device, non_blocking=True)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+    ) -> Tensor:
+        """Leave k and v as they are for the fused kernels, which group heads in half precision without a mask.
+
+        Otherwise enable_gqa would rule out every fused kernel.
+        """
+        if mask is None and q.dtype in (torch.float16, torch.bfloat16):
+            return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)
+        return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
 
     def _group_backend(self) -> str | None:
         return "nccl"

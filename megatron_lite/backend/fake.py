@@ -56,12 +56,20 @@ class FakeBackend(Backend):
         return "no device (rehearsal)"
 
     def capabilities(self) -> Capabilities:
-        """All but compilation, which needs a device to compile for."""
-        return Capabilities(compile=False)
+        """No compilation and no fused kernels: both need a device."""
+        return Capabilities(compile=False, fused_adam=False)
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """The array's shape and type."""
+        """Return a meta tensor of the array's shape and dtype."""
         return torch.from_numpy(array).to(self.device)
+
+    def to_host(self, values: Tensor) -> list[float]:
+        """Return zeros: meta tensors have no values."""
+        return [0.0] * values.numel()
+
+    def generator(self, seed: int) -> torch.Generator | None:
+        """Return None: meta tensors draw no values."""
+        return None
 
     def new_group(self, axis: str, partition: Partition) -> Group:
         """This rank's group of the axis; its calls are written down in `traffic`."""

@@ -70,7 +70,7 @@ def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
         tokenizer=tokenizer_fields(options),
         notify=note,
     )
-    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.device}")
+    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.backend.device}")
     return model
 
 

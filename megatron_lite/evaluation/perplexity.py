@@ -95,7 +95,7 @@ def text_loss(
     stride = stride or seq_length
     ids = np.asarray(tokens).astype(np.int64)
     _check(ids, seq_length, stride, stage.config)
-    device, tp = stage.sharding.device, stage.sharding.tp
+    device, tp = stage.sharding.backend.device, stage.sharding.tp
     text = torch.from_numpy(ids).to(device)
     total, count = 0.0, 0
     was_training = stage.training

@@ -157,7 +157,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: 
 @torch.inference_mode()
 def _next_logits(stage: GPTStage, fed: list[list[int]], cache: KVCache) -> Tensor:
     """Feeds tokens [b, t]; the logits of what follows, [b, V'] over all tp ranks."""
-    tokens = torch.tensor(fed, dtype=torch.int64, device=stage.sharding.device)
+    tokens = torch.tensor(fed, dtype=torch.int64, device=stage.sharding.backend.device)
     last = stage(None, MicroBatch(tokens=tokens, labels=tokens), cache)[-1]
     tp = stage.sharding.tp
     return last if tp.size == 1 else tp.all_gather(last.t().contiguous()).t()

@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head or grouped-query, through torch's scaled_dot_product_attention.
+"""Causal self-attention: multi-head or grouped-query, computed by the backend's kernel.
 
 Letters: s sequence, b micro-batch, h hidden, n query heads and g key/value heads of this rank, q = n/g, d channels of a
 head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel group.
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import Documents
@@ -56,6 +55,7 @@ class SelfAttention(nn.Module):
         assert config.num_query_groups % sharding.tp.size == 0, (config.num_query_groups, sharding.tp)
         self.layer = layer
         self.rng = rng
+        self.backend = sharding.backend
         self.split = sharding.tp.size > 1
         self.dropout = config.attention_dropout
         self.recompute_core = recompute_core
@@ -116,19 +116,10 @@ class SelfAttention(nn.Module):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
-        if self.queries_per_group > 1 and not _kernel_groups_heads(q, mask):
-            k, v = (x.repeat_interleave(self.queries_per_group, dim=2) for x in (k, v))
-        out = F.scaled_dot_product_attention(
-            q.permute(1, 2, 0, 3),
-            k.permute(1, 2, 0, 3),
-            v.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            # A single query attends to all keys of a cache; several queries without a mask are a complete sample.
-            is_causal=mask is None and q.shape[0] > 1,
-            enable_gqa=k.shape[2] != q.shape[2],
-        )
-        return out.permute(2, 0, 1, 3).flatten(2, 3)
+        dropout = self.dropout if self.training else 0.0
+        # A single query attends to all keys of a cache; several queries without a mask are a complete sample.
+        causal = mask is None and q.shape[0] > 1
+        return self.backend.attention(q, k, v, mask, dropout=dropout, causal=causal).flatten(2, 3)
 
 
 def _head_norm(config: ModelConfig, sharding: Sharding) -> Norm | None:
@@ -137,8 +128,3 @@ def _head_norm(config: ModelConfig, sharding: Sharding) -> Norm | None:
         return None
     # Each tp rank normalizes other heads: the gradients are summed over tp.
     return Norm(config.head_dim, config, sharding, partial=sharding.tp.size > 1)
-
-
-def _kernel_groups_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Return whether a fused kernel takes fewer key/value than query heads; otherwise enable_gqa rules out all."""
-    return q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16)

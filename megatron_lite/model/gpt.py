@@ -79,7 +79,7 @@ class GPTStage(nn.Module):
     ) -> None:
         super().__init__()
         model, dtype = config.model, DTYPES[config.precision.dtype]
-        sharding = Sharding(mesh.tp, config.parallel.sequence_parallel, dtype, mesh.backend.device, deferred)
+        sharding = Sharding(mesh.tp, config.parallel.sequence_parallel, dtype, mesh.backend, deferred)
         self.config = model
         self.sharding = sharding
         self.layer_numbers = layers
@@ -91,7 +91,7 @@ class GPTStage(nn.Module):
         if layers.stop == model.num_layers:
             embedding = self.embedding if model.tied_embeddings else None
             self.output_layer = Head(model, sharding, None if embedding is None else embedding.word_embeddings.weight)
-        initialize(self.named_parameters_global(), model, config.runtime.seed)
+        initialize(self.named_parameters_global(), model, config.runtime.seed, mesh.backend)
 
     @property
     def units(self) -> list[nn.Module]:
@@ -153,7 +153,7 @@ class GPTStage(nn.Module):
         assert not self.sharding.split_sequence, "generation needs a stage without sequence parallelism"
         heads = self.config.num_query_groups // self.sharding.tp.size
         shape = (max_length, batch_size, heads, self.config.head_dim)
-        return KVCache(self.layer_numbers, shape, self.sharding.dtype, self.sharding.device)
+        return KVCache(self.layer_numbers, shape, self.sharding.dtype, self.sharding.backend.device)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Run forward through torch.compile (called with these arguments); the first call of forward compiles."""

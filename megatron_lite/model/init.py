@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from megatron_lite.backend.base import Backend
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.tensors import narrow
@@ -19,16 +20,14 @@ _OUTPUT_PROJECTIONS = ("self_attention.proj.weight", "mlp.fc2.weight")
 
 
 @torch.no_grad()
-def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: int) -> None:
+def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: int, backend: Backend) -> None:
     """Initialize parameters: matrices from N(0, init_std), biases 0, norms 1 (zero-centered: 0), padding rows 0.
 
     Under scaled_init, output projections get init_std / sqrt(2 * num_layers) (Radford et al. 2019, GPT-2).
-    The generator is the device's: a CPU and a GPU start from different weights. On the meta device nothing is drawn.
+    The generator is the device's: a CPU and a GPU start from different weights.
     """
     for parameter in parameters:
         param = parameter.param
-        if param.is_meta:
-            continue
         if parameter.name.endswith(".bias"):
             param.zero_()
         elif len(parameter.global_shape) == 1:
@@ -38,7 +37,7 @@ def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: 
             if config.scaled_init and parameter.name.endswith(_OUTPUT_PROJECTIONS):
                 std /= math.sqrt(2 * config.num_layers)
             key = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(param.device).manual_seed(int.from_bytes(key, "little") >> 1)
+            generator = backend.generator(int.from_bytes(key, "little") >> 1)
             drawn = torch.empty(parameter.global_shape, device=param.device).normal_(0.0, std, generator=generator)
             param.zero_()  # padding rows
             parameter.local().copy_(narrow(drawn, parameter.rectangle))

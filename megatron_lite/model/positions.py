@@ -135,7 +135,9 @@ class AttentionMask(nn.Module):
             heads = config.num_attention_heads // group.size
             self.slopes = alibi_slopes(config.num_attention_heads)[heads * group.rank : heads * (group.rank + 1)]
         self.register_buffer(
-            "bias", torch.empty(len(self.slopes), 0, 0, dtype=sharding.dtype, device=sharding.device), persistent=False
+            "bias",
+            torch.empty(len(self.slopes), 0, 0, dtype=sharding.dtype, device=sharding.backend.device),
+            persistent=False,
         )
 
     def forward(self, length: int, start: int) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Mixed-precision optimizer: norm, overflow check, clipping and update of a rank's parameter shards."""
+"""Mixed-precision optimizer: gradient norm, overflow check, clipping and update of a rank's parameter shards."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.optim.loss_scaler import LossScaler, build_loss_scaler
-from megatron_lite.optim.measure import Measure
+from megatron_lite.optim.element_sums import ElementSums
+from megatron_lite.optim.loss_scaler import build_loss_scaler
 from megatron_lite.optim.update_rule import UpdateRule
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
@@ -23,15 +23,15 @@ from megatron_lite.rectangle import rectangles_of_range
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, equal on every rank.
+    """Result of one optimizer step, equal on every rank.
 
     Attributes:
-        applied: whether parameters changed.
-        finite: whether all gradients were. In fp16 a step that is not finite is an overflow, which the loss scale
-            answers; in bf16 and fp32 it is an error, and the caller's to raise.
+        applied: whether parameters were updated.
+        finite: whether all gradients were finite. If not, the step is an overflow in fp16, to which the loss scale
+            adapts; in bf16 and fp32 it is an error that the caller raises.
         grad_norm: 2-norm of all gradients, unscaled and before clipping.
-        num_zeros: gradient elements that are zero; None unless asked for.
-        params_norm: 2-norm of all parameters after the step; None unless asked for.
+        num_zeros: number of gradient elements equal to zero; None: not requested.
+        params_norm: 2-norm of all parameters after the step; None: not requested.
     """
 
     applied: bool
@@ -51,93 +51,80 @@ class ParameterState:
 
 
 class Optimizer:
-    """Steps the parameters of this rank that are its to step, and keeps their state.
+    """Mixed-precision optimizer of this rank's shards: fp32 main parameters, update rule and loss scale.
 
     Args:
-        buffers: parameters and gradients. Their shards are what is stepped here.
-        mains: for each shard its fp32 main parameters: the shard's own values if those are fp32, or a copy.
-        rule: the update rule over `mains`.
-        scaler: the loss scale.
-        measure: sums over the model's elements.
-        clip_grad: largest gradient norm; 0: no clipping.
-        skip_nonfinite: leave the parameters alone if a gradient is not finite.
-        count_zeros: report num_zeros.
-        measure_params: report params_norm.
-        replica: (i, n): this rank is the i-th of n that hold the same state.
+        config: optimizer, precision, and the statistics to report.
+        buffers: parameters and gradients; their shards are updated.
+        mesh: this rank's groups.
     """
 
-    def __init__(
-        self,
-        buffers: ParameterBuffers,
-        mains: Sequence[Tensor],
-        rule: UpdateRule,
-        scaler: LossScaler,
-        measure: Measure,
-        *,
-        clip_grad: float,
-        skip_nonfinite: bool = True,
-        count_zeros: bool = False,
-        measure_params: bool = False,
-        replica: tuple[int, int] = (0, 1),
-    ) -> None:
+    def __init__(self, config: RunConfig, buffers: ParameterBuffers, mesh: Mesh) -> None:
+        shards = buffers.shards
+        self._config = config
         self._buffers = buffers
-        self._mains = tuple(mains)
-        self._rule = rule
-        self._scaler = scaler
-        self._measure = measure
-        self._clip_grad = clip_grad
-        self._skip_nonfinite = skip_nonfinite
-        self._count_zeros = count_zeros
-        self._measure_params = measure_params
-        self._replica = replica
+        self._backend = mesh.backend
+        self._mains = [_main_parameters(shard) for shard in shards]
+        for main, shard in zip(self._mains, shards, strict=True):
+            main.grad = shard.gradients
+        fused = mesh.backend.capabilities().fused_adam
+        self._rule = UpdateRule(config.optimizer, self._mains, [shard.decay for shard in shards], fused=fused)
+        self._scaler = build_loss_scaler(config.precision)
+        self._sums = ElementSums(shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.group("tp", "pp"))
+        # Index and number of the replicas that hold the same state.
+        self._replica = (0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size)
 
     @property
     def loss_scale(self) -> float:
-        """What the loss of the next iteration is to be multiplied by."""
+        """Return the factor on the loss of the next iteration."""
         return self._scaler.scale
 
     def zero_grad(self) -> None:
-        """Sets all gradients to zero."""
+        """Set all gradients to zero."""
         self._buffers.zero_grad()
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float) -> StepResult:
-        """Steps with the reduced gradients (after ParameterBuffers.reduce), which it leaves unscaled and clipped.
+        """Update the parameters with the reduced gradients; a collective call, after ParameterBuffers.reduce.
+
+        The gradients are unscaled and clipped in place.
 
         Args:
-            lr: learning rate of this step.
-            weight_decay: of this step, for parameters that are decayed.
+            lr: learning rate.
+            weight_decay: of the parameters that have weight decay.
         """
+        metrics, optimizer = self._config.metrics, self._config.optimizer
         gradients = [shard.gradients for shard in self._buffers.shards]
-        sums = [self._measure.squares(gradients)]
-        if self._count_zeros:
-            sums.append(self._measure.zeros(gradients))
-        squares, *zeros = self._measure.over_ranks(sums)
+        sums = [self._sums.squares(gradients)]
+        if metrics.log_num_zeros:
+            sums.append(self._sums.zeros(gradients))
+        # Waits for the device: whether to step is decided on the host.
+        squares, *zeros = self._backend.to_host(self._sums.over_ranks(sums))
         scale = self._scaler.scale
         norm = math.sqrt(squares) / scale
         finite = math.isfinite(norm)
         self._scaler.update(overflow=not finite)
-        applied = finite or not self._skip_nonfinite
+        applied = finite or not (self._config.precision.dtype == "fp16" or optimizer.check_for_nan)
         if applied:
-            self._apply(lr, weight_decay, factor=clip_coefficient(norm, self._clip_grad) / scale)
+            factor = clip_coefficient(norm, optimizer.clip_grad) / scale
+            if factor != 1.0:
+                for gradient in gradients:
+                    gradient.mul_(factor)
+            self._rule.step(lr, weight_decay)
+            self._copy_mains_to_parameters()
         return StepResult(
             applied=applied,
             finite=finite,
             grad_norm=norm,
             num_zeros=int(zeros[0]) if zeros else None,
-            params_norm=self.params_norm() if self._measure_params else None,
+            params_norm=self._params_norm() if metrics.log_params_norm else None,
         )
 
-    @torch.no_grad()
-    def params_norm(self) -> float:
-        """2-norm of all main parameters of the model. A collective call."""
-        return math.sqrt(self._measure.over_ranks([self._measure.squares(self._mains)])[0])
-
     def state_tensors(self) -> list[GlobalTensor]:
-        """This rank's share of the state as views, to be saved from or loaded into.
+        """Return this rank's share of the state as views, to be saved from or loaded into.
 
-        Named optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> (or optimizer.momentum.<parameter>), and
-        optimizer.main_param.<parameter> unless the model's own parameters are the main ones.
+        Names: optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> (or optimizer.momentum.<parameter>), and
+        optimizer.main_param.<parameter> unless the parameters themselves are fp32.
         """
         self._buffers.finish_gather()
         tensors: list[GlobalTensor] = []
@@ -161,32 +148,28 @@ class Optimizer:
 
     @torch.no_grad()
     def refresh_parameters(self) -> None:
-        """Round the main parameters to the model's dtype once more, and gather them; a collective call under ZeRO-1."""
-        self._hand_back()
+        """Round the main parameters to the parameters' dtype again, and gather them; a collective call under ZeRO-1."""
+        self._copy_mains_to_parameters()
         self._buffers.finish_gather()
 
     def state_scalars(self) -> dict[str, Any]:
-        """The rest of the state, as JSON values."""
+        """Return the number of steps and the loss scaler's counters, as JSON values."""
         return {"step": self._rule.applied, "loss_scaler": {"kind": self._scaler.kind, **self._scaler.state()}}
 
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Takes over the result of state_scalars. A loss scaler of another kind is ignored."""
+        """Restore the result of state_scalars; the state of a loss scaler of another kind is ignored."""
         self._rule.applied = int(scalars["step"])
         scaler = scalars["loss_scaler"]
         if scaler["kind"] == self._scaler.kind:
             self._scaler.load(scaler)
 
-    def _apply(self, lr: float, weight_decay: float, factor: float) -> None:
-        shards = self._buffers.shards
-        if factor != 1.0:
-            for shard in shards:
-                shard.gradients.mul_(factor)
-        self._rule.step(lr, weight_decay)
-        self._hand_back()
+    def _params_norm(self) -> float:
+        """Return the 2-norm of all main parameters of the model; a collective call."""
+        return math.sqrt(self._backend.to_host(self._sums.over_ranks([self._sums.squares(self._mains)]))[0])
 
-    def _hand_back(self) -> None:
-        """Give the model's parameters the values of the main parameters."""
+    def _copy_mains_to_parameters(self) -> None:
+        """Round the main parameters to the parameters' dtype, and start to gather them."""
         for main, shard in zip(self._mains, self._buffers.shards, strict=True):
             if main.dtype != shard.values.dtype:
                 shard.values.copy_(main)
@@ -200,45 +183,21 @@ class Optimizer:
             view = state[begin : begin + block.numel].view(block.shape)
             pieces.append(Piece(block.shifted(local.offset).offset, view))
             begin += block.numel
-        name, counts = f"{prefix}.{parameter.name}", self._measure.counts(parameter)
+        name, counts = f"{prefix}.{parameter.name}", self._sums.is_counted(parameter)
         replica = self._replica if counts else (0, 1)
         write = counts and replica[0] == 0
         return GlobalTensor(name, parameter.global_shape, state.dtype, pieces, write, replica)
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """Factor on gradients of that norm (Megatron's and torch's rule); 1 if it is within max_norm, or max_norm is 0."""
+    """Return the factor that clips gradients of a norm (Megatron's and torch's rule); max_norm 0: no clipping."""
     if max_norm <= 0:
         return 1.0
     coefficient = max_norm / (norm + 1e-6)
     return coefficient if coefficient < 1 else 1.0
 
 
-def build_optimizer(config: RunConfig, buffers: ParameterBuffers, mesh: Mesh) -> Optimizer:
-    """Makes the optimizer of this rank for the parameters in `buffers`."""
-    mains = [_main(shard) for shard in buffers.shards]
-    for main, shard in zip(mains, buffers.shards, strict=True):
-        main.grad = shard.gradients
-    rule = UpdateRule(
-        config.optimizer,
-        mains,
-        [shard.decay for shard in buffers.shards],
-        fused=mesh.backend.capabilities().fused_adam and not mains[0].is_meta,
-    )
-    return Optimizer(
-        buffers,
-        mains,
-        rule,
-        build_loss_scaler(config.precision),
-        Measure(buffers.shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.group("tp", "pp")),
-        clip_grad=config.optimizer.clip_grad,
-        skip_nonfinite=config.precision.dtype == "fp16" or config.optimizer.check_for_nan,
-        count_zeros=config.metrics.log_num_zeros,
-        measure_params=config.metrics.log_params_norm,
-        replica=(0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size),
-    )
-
-
-def _main(shard: Shard) -> Tensor:
+def _main_parameters(shard: Shard) -> Tensor:
+    """Return a shard's fp32 main parameters: its own values if they are fp32, or a copy."""
     values = shard.values.detach()
     return values if values.dtype == torch.float32 else values.float()

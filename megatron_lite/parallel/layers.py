@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter, vocabulary_parameter
@@ -28,12 +29,12 @@ from megatron_lite.rectangle import Rectangle
 
 @dataclass(frozen=True)
 class Sharding:
-    """Sharding of a stage's layers: tensor-parallel group, sequence parallelism, dtype and device of parameters."""
+    """Sharding of a stage's layers: tensor-parallel group, sequence parallelism, dtype and backend."""
 
     tp: Group
     sequence_parallel: bool
     dtype: torch.dtype
-    device: torch.device
+    backend: Backend
     deferred: DeferredWeightGradients | None = None
     """Stores the operands of weight gradients; None: backward computes them."""
 
@@ -44,7 +45,7 @@ class Sharding:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter of this shape."""
-        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.backend.device))
 
 
 class ColumnParallelLinear(nn.Module):

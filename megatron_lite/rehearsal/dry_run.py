@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_lite.backend.accounting import Transfer
 from megatron_lite.backend.fake import FakeBackend
@@ -21,7 +23,7 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.planner.explain import BatchStage, batch_stages
-from megatron_lite.rehearsal.shapes import ShapesOnly, fused_attention
+from megatron_lite.rehearsal.shapes import ShapesOnly
 from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
 from megatron_lite.schedules.length import tokens_at
 from megatron_lite.schedules.microbatches import microbatch_number
@@ -30,6 +32,24 @@ from megatron_lite.train.assemble import build_engine
 from megatron_lite.train.capabilities import check_capabilities
 from megatron_lite.train.engine import BatchReader
 from megatron_lite.train.native import NativeEngine
+
+
+class RehearsalBackend(FakeBackend):
+    """Fake backend with the memory of a GPU's fused attention kernel, which keeps no matrix of scores for backward.
+
+    On the meta device torch would choose the kernel that keeps it.
+    """
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+    ) -> Tensor:
+        """Return the result's shape through the flash attention operator; with a mask, GPUs do not use it either."""
+        if mask is not None:
+            return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) if k.shape[2] < q.shape[2] else x for x in (k, v))
+        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), dropout, causal)[0]
+        return out.permute(2, 0, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def rehearse_ranks(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[Ran
     config = replace(config, runtime=replace(config.runtime, compile=False))
     stages = batch_stages(config)
     shapes = ShapesOnly()
-    with fused_attention(), shapes:
+    with shapes:
         for rank, all_stages in ranks.items():
             yield _play_rank(config, rank, stages, shapes, all_stages)
             gc.collect()  # an engine is full of circles, and the next rank's memory is counted
@@ -95,7 +115,7 @@ def _play_rank(
     report = RankReport(rank, coordinates(rank, config.parallel))
     started = time.perf_counter()
     with _explained(report, "start-up"):
-        backend = FakeBackend(rank, config.parallel.world_size)
+        backend = RehearsalBackend(rank, config.parallel.world_size)
         check_capabilities(config, backend)
         mesh = build_mesh(backend, config.parallel)
         engine = build_engine(config, mesh)

@@ -7,13 +7,10 @@ thousands of times.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _Seen = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
@@ -73,44 +70,6 @@ class ShapesOnly(TorchDispatchMode):
         self.live += size
         if self.live > self.peak:
             self.peak = self.live
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Meanwhile, attention without a mask is the fused kernel that GPUs have, which keeps no matrix of scores.
-
-    Torch chooses a kernel by the device, and the meta device would get the plain one. The choice is made inside
-    torch, below what a mode of it could reach in backward, so the function itself is exchanged.
-    """
-    plain = F.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if attn_mask is not None or not query.is_meta:
-            return plain(query, key, value, attn_mask=attn_mask, **options)
-        return _flash(query, key, value, **options)
-
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if query.shape[1] != key.shape[1]:
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    kernel: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention
-    out: Tensor = kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    return out
 
 
 def _makes_new_tensors(function: Any) -> bool:

@@ -25,7 +25,7 @@ from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
-from megatron_lite.optim.optimizer import build_optimizer
+from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
@@ -197,7 +197,7 @@ def build_engine(
         trace=trace,
         timed=(lambda name: timers(name, 2)) if timers is not None else None,
     )
-    optimizer = build_optimizer(config, buffers, mesh)
+    optimizer = Optimizer(config, buffers, mesh)
     return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources, timers)
 
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
@@ -167,13 +166,7 @@ class NativeEngine:
                 pairs = torch.stack((samples.double(), torch.ones_like(samples, dtype=torch.float64)))
                 sums.index_add_(1, 1 + torch.tensor(sources, device=device), pairs)
         self._mesh.world.all_reduce_(sums)
-        values = _to_host(sums.flatten())
+        values = self._mesh.backend.to_host(sums.flatten())
         totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
         means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
         return LossSum(totals[0], int(counts[0])), means
-
-
-def _to_host(sums: Tensor) -> list[float]:
-    # A rehearsal's tensors have shapes and no values.
-    values: list[float] = [0.0] * sums.numel() if sums.is_meta else sums.tolist()
-    return values

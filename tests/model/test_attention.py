@@ -7,8 +7,10 @@ import torch
 from support.rounding import assert_same_sums
 from torch.nn import functional as F
 
+from megatron_lite.backend.base import scaled_dot_product_attention
+from megatron_lite.backend.cpu import CpuBackend
+from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.config.optimizer import RecomputeConfig
-from megatron_lite.model import attention
 
 
 @pytest.fixture
@@ -30,29 +32,34 @@ def calls(monkeypatch):
 def test_grouped_query_attention_in_the_kernel_or_with_repeated_heads(
     make_stage, make_batch, calls, monkeypatch, groups, kernel
 ):
-    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda q, mask: kernel)
     stage = make_stage(num_layers=1, num_query_groups=groups, init_std=0.3)
-    logits = stage(None, make_batch())
+    with monkeypatch.context() as patched:
+        if kernel:
+            patched.setattr(stage.sharding.backend, "attention", scaled_dot_product_attention)
+        logits = stage(None, make_batch())
     (call,) = calls
     assert call.q == (2, 4, 16, 16)
     assert call.k[1] == (groups if kernel else 4)
     assert call.enable_gqa is (kernel and groups < 4)
-    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda q, mask: False)
     assert_same_sums(logits, stage(None, make_batch()))
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "mask", "dtype", "grouped"),
+    ("backend", "mask", "dtype", "grouped"),
     [
-        (True, None, torch.bfloat16, True),
-        (True, None, torch.float16, True),
-        (True, None, torch.float32, False),
-        (True, torch.zeros(1), torch.bfloat16, False),
-        (False, None, torch.bfloat16, False),
+        (CudaBackend, None, torch.bfloat16, True),
+        (CudaBackend, None, torch.float16, True),
+        (CudaBackend, None, torch.float32, False),
+        (CudaBackend, torch.zeros(3, 3), torch.bfloat16, False),
+        (CpuBackend, None, torch.bfloat16, False),
     ],
 )
-def test_fused_gqa_needs_cuda_half_precision_and_no_mask(is_cuda, mask, dtype, grouped):
-    assert attention._kernel_groups_heads(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), mask) is grouped
+def test_fused_gqa_needs_cuda_half_precision_and_no_mask(calls, backend, mask, dtype, grouped):
+    q, k = torch.zeros(3, 1, 4, 8, dtype=dtype), torch.zeros(3, 1, 2, 8, dtype=dtype)
+    mask = None if mask is None else mask.to(dtype)
+    out = backend.__new__(backend).attention(q, k, k, mask, dropout=0.0, causal=mask is None)
+    assert out.shape == q.shape
+    assert calls[0].enable_gqa is grouped and calls[0].k[1] == (2 if grouped else 4)
 
 
 @pytest.mark.parametrize(("position_embedding", "masked"), [("learned", False), ("alibi", True)])

@@ -20,7 +20,7 @@ from megatron_lite.config.optimizer import OptimizerConfig, PrecisionConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.optim.optimizer import build_optimizer
+from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parameters import NamedParameter
@@ -63,7 +63,7 @@ class Kit:
         """Buffers and optimizer over a module."""
         mesh = mesh or self.mesh()
         held = ParameterBuffers(self.named(module), dp=mesh.dp, tp=mesh.tp, **(buffers or {}))
-        return held, build_optimizer(self.config(**parts), held, mesh)
+        return held, Optimizer(self.config(**parts), held, mesh)
 
 
 @pytest.fixture(scope="session")

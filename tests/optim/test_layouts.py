@@ -10,8 +10,8 @@ from support.rounding import assert_same_sums
 from torch import nn
 
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.optim.measure import Measure
-from megatron_lite.optim.optimizer import build_optimizer
+from megatron_lite.optim.element_sums import ElementSums
+from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedParameter
@@ -103,7 +103,7 @@ def step(kit, mesh, shard=False, bucket_megabytes=160, single=False):
     shared = {"embedding": SharedParameter((0, 1), (0, 1), mesh.pp)} if mesh.pp.size > 1 else {}
     sizes = {"shard": shard, "bucket_megabytes": bucket_megabytes}
     buffers = ParameterBuffers(parameters, dp=mesh.dp, tp=mesh.tp, shared=shared, **sizes)
-    optimizer = build_optimizer(kit.config(**REPORTS), buffers, mesh)
+    optimizer = Optimizer(kit.config(**REPORTS), buffers, mesh)
     results = []
     for _ in range(2):
         buffers.zero_grad()
@@ -141,5 +141,5 @@ def test_long_tensors_are_measured_to_many_digits():
     flat = torch.full((30_000_001,), 1e-3)
     param = nn.Parameter(flat)
     piece = ShardPiece(NamedParameter("w", param, flat.shape, None, Rectangle.full(flat.shape)), 0, flat.numel(), 0)
-    measure = Measure([Shard(True, flat, flat, (piece,))], 0, group=None)
-    assert measure.squares([flat]).item() == pytest.approx(flat.numel() * float(flat[0]) ** 2, rel=1e-5)
+    sums = ElementSums([Shard(True, flat, flat, (piece,))], 0, group=None)
+    assert sums.squares([flat]).item() == pytest.approx(flat.numel() * float(flat[0]) ** 2, rel=1e-5)

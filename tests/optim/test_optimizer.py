@@ -6,7 +6,7 @@ import torch
 from support.rounding import assert_same_sums
 from torch import nn
 
-from megatron_lite.optim.optimizer import build_optimizer, clip_coefficient
+from megatron_lite.optim.optimizer import Optimizer, clip_coefficient
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.rectangle import Rectangle
@@ -194,7 +194,7 @@ def padded(kit, **parts):
     parameter = NamedParameter("embedding.word_embeddings.weight", weight, (13, 6), 0, Rectangle((12, 0), (1, 6)))
     mesh = kit.mesh()
     buffers = ParameterBuffers([parameter], dp=mesh.dp, tp=mesh.tp)
-    return weight, buffers, build_optimizer(kit.config(**parts), buffers, mesh)
+    return weight, buffers, Optimizer(kit.config(**parts), buffers, mesh)
 
 
 def test_padded_rows_stay_zero_and_are_not_saved(kit):
