@@ -50,6 +50,7 @@ def test_each_import_is_declared_and_each_declared_package_is_imported():
     assert imported() == needs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", sorted(declared()))
 def test_an_extra_is_of_use(extra):
     assert declared()[extra] & imported()

@@ -172,6 +172,7 @@ def test_without_rank_0_one_rank_of_each_node_waits_aloud(meet, monkeypatch, cap
     assert "rank 4] waiting" in err and "rank 3] waiting" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [1, 0])
 def test_two_processes_of_one_rank_are_named_with_their_hosts(meet, second):
     port = free_port()

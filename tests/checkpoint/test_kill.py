@@ -20,6 +20,8 @@ from megatron_lite.runs.catalog import announced, find_checkpoint, is_complete, 
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import Retention
 
+pytestmark = pytest.mark.slow
+
 # The first few are part of every run of the suite; MEGATRON_LITE_KILLS=50 is the full harness.
 KILLS = 5
 

@@ -73,6 +73,7 @@ def size(layout):
     return layout[0] * layout[1] * layout[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", LAYOUTS)
 def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
     def save(world):

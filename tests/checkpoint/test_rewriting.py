@@ -151,6 +151,7 @@ def test_ctrl_c_in_the_middle_of_a_record_is_that(path, tmp_path, monkeypatch, n
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(kit, tmp_path):
     path = kit.save(tmp_path / "run", 1, {str(number): torch.zeros(1 << 20) for number in range(100)}).path
     new = tmp_path / "new"
@@ -185,6 +186,7 @@ print(peak() - begun)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(kit, tmp_path):
     small = kit.save(tmp_path / "small", 1, {"w": torch.zeros(1024, 1 << 14)}).path
     large = kit.save(tmp_path / "large", 1, {"w": torch.zeros(1024, 1 << 16)}).path

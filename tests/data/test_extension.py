@@ -66,6 +66,7 @@ def spans(dataset, count):
     return [dataset.spans(number) or dataset[number].tolist() for number in range(count)]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(["single", "modern", "blend", "slices", "groups", "mock"]),

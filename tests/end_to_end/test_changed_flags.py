@@ -17,6 +17,8 @@ from megatron_lite.train.assemble import assembled
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 # A small epoch, of which each job saves its last iteration.
 BASE = ("--lr-decay-style", "constant", "--save-interval", 500, "--split", "20,60,20")
 

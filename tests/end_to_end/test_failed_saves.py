@@ -23,6 +23,8 @@ from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.train.job import train_job
 
+pytestmark = pytest.mark.slow
+
 MODES = [(), ("--async-save",)]
 JOB = ("--train-iters", 8, "--save-interval", 2, "--keep-last", 2, "--lr-decay-style", "constant")
 LIMIT = 50_000

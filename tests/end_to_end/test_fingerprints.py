@@ -12,6 +12,8 @@ from megatron_lite.config.arguments import parse_run
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.train import assemble, comparison, provenance
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def moved(corpus, tmp_path):

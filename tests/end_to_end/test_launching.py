@@ -16,6 +16,8 @@ from megatron_lite.cli.main import main
 from megatron_lite.data.serving.build import LOG
 from megatron_lite.train import assemble
 
+pytestmark = pytest.mark.slow
+
 _FORK = multiprocessing.get_context("fork")
 _LAUNCHERS = ("SLURM_", "MASTER_", "OMPI_", "PMI", "MPI_", "TORCHELASTIC_")
 TRAIN = shlex.split(

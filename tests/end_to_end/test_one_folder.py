@@ -12,6 +12,8 @@ from support.trainer import Job, checkpoints, command, iterations, status
 from megatron_lite.runs import lock, process
 from megatron_lite.runs.lock import LOCK_NAME, read_owner
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--train-iters", 4, "--save-interval", 2)
 LONG = ("--train-iters", 100_000, "--save-interval", 50_000)
 

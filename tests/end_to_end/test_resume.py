@@ -13,6 +13,8 @@ from support.trainer import assert_same_run, checkpoints, command, iterations, m
 
 from megatron_lite.metrics.reporter import Reporter
 
+pytestmark = pytest.mark.slow
+
 # An odd save interval, so that some saves fall on an evaluation and some do not.
 LONG = ("--train-iters", 12, "--save-interval", 3, "--eval-interval", 4)
 DROPOUT = ("--hidden-dropout", 0.1, "--attention-dropout", 0.1)

@@ -20,6 +20,8 @@ from megatron_lite.train.batches import RunData
 from megatron_lite.train.job import train_job
 from megatron_lite.train.native import NativeEngine
 
+pytestmark = pytest.mark.slow
+
 JOB = ("--train-iters", 20, "--save-interval", 4, "--eval-interval", 10, "--seed", 5)
 SPIKES = ("--spike-factor", 2, "--spike-patience", 2)
 BAD = range(44, 52)

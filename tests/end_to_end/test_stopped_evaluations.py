@@ -19,6 +19,8 @@ from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.train.job import train_job
 from megatron_lite.train.native import NativeEngine
 
+pytestmark = pytest.mark.slow
+
 JOB = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4, "--eval-iters", 3)
 """Validations of three steps after iterations 4 and 8 and at the end, and a test of three steps: 12 in all."""
 STEPS = 12

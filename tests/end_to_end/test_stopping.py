@@ -17,6 +17,8 @@ from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.train import state
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4)
 
 

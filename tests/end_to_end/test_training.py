@@ -13,6 +13,8 @@ from support.trainer import assert_same_run, checkpoints, command, iterations, m
 from megatron_lite.metrics.curve import read_curve
 from megatron_lite.model.gpt import GPTStage
 
+pytestmark = pytest.mark.slow
+
 RESUMED = ("--train-iters", 4, "--save-interval", 2)
 MODELS = {
     "gpt-2": (),

@@ -23,6 +23,7 @@ def apart(monkeypatch):
 RUN_APART = verify.run_apart
 
 
+@pytest.mark.slow
 def test_a_trained_model_to_hugging_face_and_back(corpus, tmp_path, apart, transformers, in_process, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     trained = command(*corpus.job("--save", run, "--train-iters", 4, "--save-interval", 2, "--eval-interval", 2))
@@ -148,6 +149,7 @@ def test_wrong_words(tmp_path, make_folder, gpt2):
         assert "--no-verify" in shown.out
 
 
+@pytest.mark.slow
 def test_transformers_cannot_load_it(tmp_path, make_folder, gpt2, apart):
     """What the process says reaches the user in one line."""
     (tmp_path / "request").mkdir()

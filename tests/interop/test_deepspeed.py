@@ -18,6 +18,7 @@ def glu(model):
     return {"glu_activation": model.activation} if model.gated else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_files(name, tp, pp, original, imported, same, tmp_path):

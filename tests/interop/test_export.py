@@ -37,6 +37,7 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_export_import_export(name, tp, pp, make_checkpoint, tmp_path, transformers):
@@ -74,6 +75,7 @@ def generated_alike(load, folder, transformers):
     assert list(ours)[-50:] == theirs[0, 3:].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["gpt2 zero-centered", "llama"])
 def test_half_precision_is_compared_to_fp32_rounding(name, dtype, make_checkpoint, tmp_path):

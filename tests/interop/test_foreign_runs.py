@@ -75,6 +75,7 @@ CLASSIC = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIC)
 def test_classic(name, saved, imported, same, tmp_path):
     precision, layout, options = CLASSIC[name]
@@ -136,6 +137,7 @@ ZERO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO)
 def test_zero(name, saved, imported, same, scaler, tmp_path, monkeypatch):
     precision, layout = ZERO[name]

@@ -37,6 +37,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_version_and_layout(name, original, imported, same, tmp_path):
     state, model, logits, tokens = original()

@@ -37,6 +37,7 @@ EXPORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_every_bit_comes_back(name, make_checkpoint, imported, same, tmp_path):
     model, options = EXPORTS[name]

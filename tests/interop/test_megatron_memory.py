@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import support.conversion_memory
+
+pytestmark = pytest.mark.slow
 
 
 def test_peak_memory(tmp_path):

@@ -247,6 +247,7 @@ def content(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("typo"), KeyboardInterrupt()])
 @pytest.mark.parametrize("tries", [True, False])
 def test_nothing_is_written_to_another_jobs_folder(other_job, tmp_path, error, tries):

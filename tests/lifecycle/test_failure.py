@@ -18,6 +18,8 @@ from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock import LOCK_NAME, FolderLock
 from megatron_lite.runs.process import this_process
 
+pytestmark = pytest.mark.slow
+
 TRAIN = [
     *SMALL,
     *shlex.split("--train-iters 100000 --num-layers 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 127"),

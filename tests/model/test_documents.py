@@ -210,6 +210,7 @@ def test_one_kernel_call_per_document_length(make_stage, make_batch, monkeypatch
     assert shapes == [(30, 1), (3, 10), (2, 30)]
 
 
+@pytest.mark.slow
 def test_compiled_once_for_all_micro_batches(make_stage, make_batch):
     """Only calls of the attention kernel, whose shapes change, are outside of the graphs."""
     stage, graphs = make_stage(), []

@@ -200,6 +200,7 @@ def test_dropout_reseeds_only_in_training_and_where_it_is_on(mesh, make_stage, m
     assert not seeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [None, RecomputeConfig(granularity="full")])
 def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
     batch = make_batch()

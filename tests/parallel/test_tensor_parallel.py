@@ -144,6 +144,7 @@ def steps(backend, parallel, model, compiled):
     return losses, [p.param.grad for p in stage.named_parameters_global()]
 
 
+@pytest.mark.slow
 def test_compiled_ranks_equal_eager_in_one_graph(on_ranks):
     parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=True)
     eager, compiled = (on_ranks(2, steps, parallel, LLAMA, choice)[1] for choice in (False, True))
@@ -152,6 +153,7 @@ def test_compiled_ranks_equal_eager_in_one_graph(on_ranks):
         assert_same_sums(two, one)
 
 
+@pytest.mark.slow
 def test_a_compiled_stage_draws_new_dropout_each_iteration():
     model = GPT2 | {"num_layers": 1, "hidden_dropout": 0.2, "attention_dropout": 0.2}
     eager, compiled = (steps(alone(), ParallelConfig(), model, choice)[0] for choice in (False, True))

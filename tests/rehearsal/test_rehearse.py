@@ -42,6 +42,7 @@ def small(*words):
     return fill_vocabulary(parse_run([*SMALL, *NULL, *words]).config)[0]
 
 
+@pytest.mark.slow
 def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
     program = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", program, "rehearse", *big, "--world-size", "512", "--json"]
@@ -76,6 +77,7 @@ def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
     assert (tp["calls"], tp["sent"]) == (16 * 6 * layers, 16 * 6 * layers * 2048 * 5120 * 2)
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_small_job_agrees_with_every_other():
     config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
     reports = list(rehearse_ranks(config, dict.fromkeys(range(8), True)))
@@ -88,6 +90,7 @@ def test_every_rank_of_a_small_job_agrees_with_every_other():
     assert alone.parameters == parameter_count(config.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -169,6 +172,7 @@ def test_wrong_layouts_of_the_13b_model_are_refused(big, words, rule):
     assert rule in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

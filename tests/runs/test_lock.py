@@ -231,6 +231,7 @@ def race(folder, ready, results):
         ready.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["free", "stale", "empty"])
 def test_of_many_that_race_for_a_lock_exactly_one_wins(state, tmp_path):
     folder = tmp_path / "run"

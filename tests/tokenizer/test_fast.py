@@ -40,6 +40,7 @@ def test_same_ids(both, texts):
     same(both, texts)
 
 
+@pytest.mark.slow
 def test_every_character_is_of_the_same_class_to_both_libraries(both):
     """A letter joins a letter, a number a number, and so on: three neighbours tell the classes apart."""
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
@@ -79,6 +80,7 @@ def runs_vocabulary(tmp_path_factory):
     return read_gpt2(*files, use_fast=True), read_gpt2(*files, use_fast=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_a_word_of_any_length_is_stitched_from_stretches(runs_vocabulary, run, monkeypatch):
     monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)  # never encoded whole

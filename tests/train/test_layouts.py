@@ -12,6 +12,8 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 
+pytestmark = pytest.mark.slow
+
 ROWS = {}
 SCHEDULES = {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"}
 

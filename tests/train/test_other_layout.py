@@ -11,6 +11,8 @@ from megatron_lite.train.provenance import provenance_of
 from megatron_lite.train.start import find_start, load_start
 from megatron_lite.train.state import RunState
 
+pytestmark = pytest.mark.slow
+
 BF16 = {"dtype": "bf16", "dropout": "all"}
 CHAINS = {
     "gpt2": (

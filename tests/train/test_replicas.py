@@ -66,6 +66,7 @@ def contents(engine):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", LAYOUTS, ids=str)
 def test_a_clean_run_has_equal_replicas(cell, on_ranks):
     for found, _ in on_ranks(cell.world, checked_run, cell, 3):
@@ -94,12 +95,14 @@ def corrupted_run(backend, cell, corrupt, name, repair):
     return [(m.name, m.tp, sorted(m.hashes), m.differing) for m in found], left, contents(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "corrupt", "name", "tp", "holders"), REPLICATED, ids=str)
 def test_a_flipped_bit_is_found_and_named(cell, corrupt, name, tp, holders, on_ranks):
     for found, _, _ in on_ranks(cell.world, corrupted_run, cell, corrupt, name, False):
         assert found == [(name, tp, holders, [corrupt])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "corrupt", "name", "tp", "holders"), REPLICATED, ids=str)
 def test_a_repaired_run_goes_on_as_if_nothing_had_happened(cell, corrupt, name, tp, holders, on_ranks):
     clean = on_ranks(cell.world, checked_run, cell, 5)

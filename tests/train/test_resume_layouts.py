@@ -15,6 +15,8 @@ from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 
+pytestmark = pytest.mark.slow
+
 BEFORE, AFTER = 3, 2
 LAYOUTS = (
     Cell(),

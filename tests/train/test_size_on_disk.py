@@ -15,6 +15,8 @@ from megatron_lite.runs.manifest import Provenance, read_manifest
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 
+pytestmark = pytest.mark.slow
+
 # Weight and two moments of 4 bytes; in bf16 a weight of 2 bytes, its main parameter of 4, and the moments.
 BYTES = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}
 LAYOUTS = (

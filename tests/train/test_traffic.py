@@ -16,6 +16,8 @@ from megatron_lite.schedules.pipeline import num_stages, pipeline_schedule, rank
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, FP32, FP64 = 256, 4, 8  # so wide that no parameter needs padding in its buffer, halved by tp and by ZeRO-1
 ACTIVATION = LENGTH * HIDDEN * FP32
 CELLS = (

@@ -64,6 +64,7 @@ def test_written_bytes_are_the_format_and_read_back(tmp_path, documents, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
+@pytest.mark.slow
 @RELAXED
 @given(parts=st.lists(DOCUMENTS, max_size=4))
 def test_appending_shards_equals_writing_all_at_once(tmp_path, parts):
@@ -77,6 +78,7 @@ def test_appending_shards_equals_writing_all_at_once(tmp_path, parts):
         assert (tmp_path / f"merged.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

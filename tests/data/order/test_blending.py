@@ -63,6 +63,7 @@ def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
     assert numbers.min() >= far.min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", [[0.3, 0.7], [1, 1, 1], [0.1, 0.2, 0.7], [5, 3, 1, 0.01], [0.5, 0.5], [1.0], [1e-6, 1.0], [0, 1, 2]]
 )

@@ -75,6 +75,7 @@ def cases(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(case=cases())
 def test_equals_megatrons_own_procedure(case):

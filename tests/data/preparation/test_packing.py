@@ -69,6 +69,7 @@ CORPUS = st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size
 )
 
 
+@pytest.mark.slow
 @given(documents=CORPUS, seq_length=st.integers(1, 40), window=st.integers(1, 400), chunk=st.integers(1, 50))
 def test_every_token_is_there_once_and_short_documents_are_whole(
     folder, monkeypatch, documents, seq_length, window, chunk

@@ -76,6 +76,7 @@ def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
     assert sum(step.input_bytes for step in steps) == sum(Path(name).stat().st_size for name in names)
 
 
+@pytest.mark.slow
 def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make):
     big = tmp_path / "big.jsonl"
     big.write_bytes((corpus.read_bytes() + b"\n") * 320)  # five units

@@ -35,6 +35,7 @@ def template(tokenizer, tmp_path):
     return TokenizerConfig(type="HuggingFaceTokenizer", model=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("bos", "eod"), [(False, False), (False, True), (True, False), (True, True)])
 def test_each_end_is_there_once_if_it_is_asked_for(make, look, template, bos, eod, workers):
