@@ -133,9 +133,8 @@ def convert(argv: list[str]) -> int:
 def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     """Check one dataset; what was checked, in words."""
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
-    from megatron_lite.data.format.manifest import check_files
+    from megatron_lite.data.format.manifest import check_files, check_manifest
     from megatron_lite.data.preparation.survey import check_all_tokens
-    from megatron_lite.data.serving.build import check_manifest
 
     data = IndexedDataset(prefix)
     data.check()

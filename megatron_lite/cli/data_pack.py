@@ -60,7 +60,7 @@ def pack(argv: list[str]) -> int:
 
 def _about_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer for the manifest: the given one, which must be the dataset's, else what its manifest says."""
-    from megatron_lite.data.serving.build import check_manifest
+    from megatron_lite.data.format.manifest import check_manifest
 
     prefix, tokenizer = options.prefix, given_tokenizer(options)
     manifest = check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")

@@ -96,7 +96,7 @@ def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
     import numpy as np
 
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
-    from megatron_lite.data.serving.build import check_manifest
+    from megatron_lite.data.format.manifest import check_manifest
 
     dataset = IndexedDataset(prefix)
     check_manifest(prefix, model.tokenizer.fingerprint())

@@ -130,6 +130,8 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
         _tell(config, mesh, reporter, peak, progress)
+        for text in data.warnings:  # metrics.jsonl records messages from here on
+            reporter.message(f"WARNING: {text}")
         yield Run(
             config=config,
             mesh=mesh,
@@ -233,6 +235,7 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
         valid={name: loader(dataset) for name, dataset in datasets.valid.items()},
         test={name: loader(dataset) for name, dataset in datasets.test.items()},
         plans=datasets.plans,
+        warnings=datasets.notices.warnings,
     )
 
 
