@@ -11,7 +11,7 @@ from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
 from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, whole
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
 from megatron_lite.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, seed, whole
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
 from megatron_lite.errors import DataError
 
