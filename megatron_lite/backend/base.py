@@ -20,6 +20,7 @@ from megatron_lite.backend.comparison import Comparison, Verdict, compare_over_s
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
 from megatron_lite.backend.numerics import MACHINES, machine_values
+from megatron_lite.backend.phases import Phases
 from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_server import RendezvousServer
 from megatron_lite.config.parallel import ParallelConfig
@@ -65,6 +66,7 @@ class Backend(ABC):
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
+        self.phases = Phases()
         self._store: Any = None
         self._server: RendezvousServer | None = None
         self._timeout: datetime.timedelta | None = None
@@ -186,16 +188,17 @@ class Backend(ABC):
                 raise failure
             return Verdict()
         self._comparisons += 1
-        verdict = compare_over_store(
-            self._store,
-            self.launch,
-            comparison,
-            values,
-            number=self._comparisons,
-            details=details,
-            failure=failure,
-            checked=checked,
-        )
+        with self.phases.enter(f"comparing {comparison.topic}"):
+            verdict = compare_over_store(
+                self._store,
+                self.launch,
+                comparison,
+                values,
+                number=self._comparisons,
+                details=details,
+                failure=failure,
+                checked=checked,
+            )
         self._warnings += verdict.warnings
         return verdict
 
