@@ -40,20 +40,20 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 
 
 class CudaBackend(Backend):
-    """Backend of one GPU: the only visible one, or the one with the number of the local rank."""
+    """One GPU of this node: the only visible one, or the one with the number of the local rank."""
 
     name = "cuda"
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
         visible = torch.cuda.device_count()
-        # With one GPU per rank from the launcher (srun --gpus-per-task=1), each rank's GPU is number 0.
+        # A launcher that gives each rank one GPU of its own (srun --gpus-per-task=1) shows it as the first.
         own = visible == 1 and (launch.launcher == "slurm" or any(os.environ.get(name) for name in _VISIBLE))
         index = 0 if own else launch.local_rank
         if index >= visible:
             raise ConfigError(
-                f"No GPU for local rank {launch.local_rank} on {launch.host}, which has {visible} visible GPUs",
-                rule="Every rank of a node needs a GPU of its own",
+                "Every rank of a node needs a GPU of its own",
+                found=f"local rank {launch.local_rank} on {launch.host}, which shows {visible} GPUs",
                 fix="Start at most that many ranks a node (torchrun --nproc-per-node), or train with --device cpu",
             )
         self.device = torch.device("cuda", index)
@@ -64,15 +64,15 @@ class CudaBackend(Backend):
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
 
     def seed(self, value: int) -> None:
-        """Seed this device's default generator, without synchronization."""
+        """Seeds this device's default generator, without a synchronisation."""
         torch.cuda.default_generators[self.device.index].manual_seed(value)
 
     def synchronize(self) -> None:
-        """Wait for all streams of the device."""
+        """Waits for all streams of the device."""
         torch.cuda.synchronize(self.device)
 
     def memory_stats(self) -> dict[str, int]:
-        """Return the caching allocator's counters, in bytes."""
+        """The caching allocator's counters, in bytes."""
         return {
             "allocated": torch.cuda.memory_allocated(self.device),
             "max_allocated": torch.cuda.max_memory_allocated(self.device),
@@ -81,32 +81,32 @@ class CudaBackend(Backend):
         }
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Return the data sheet's dense 16-bit FLOP/s; None for other dtypes (fp32 may or may not use tensor cores)."""
+        """The data sheet's dense 16-bit number; None for other types (fp32 may or may not run on tensor cores)."""
         if dtype not in (torch.float16, torch.bfloat16):
             return None
         name = self.device_name()
         return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if known in name), None)
 
     def device_name(self) -> str:
-        """Return the driver's name of the device."""
+        """As the driver calls it."""
         return torch.cuda.get_device_name(self.device)
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities; bf16 needs Ampere or newer."""
+        """bf16 needs Ampere or newer."""
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())))
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """Copy through pinned memory, so that the host does not wait."""
+        """Copies through pinned memory, so that the host does not wait."""
         host = torch.from_numpy(array if array.flags.writeable else array.copy())
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
     ) -> Tensor:
-        """Pass grouped heads to the fused kernels, which take them in half precision without a mask.
+        """Leave k and v as they are for the fused kernels, which group heads in half precision without a mask.
 
-        In other cases enable_gqa would rule out every fused kernel, and the heads are repeated.
+        Otherwise enable_gqa would rule out every fused kernel.
         """
         if mask is None and q.dtype in (torch.float16, torch.bfloat16):
             return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)

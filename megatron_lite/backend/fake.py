@@ -1,6 +1,6 @@
 """Fake backend: meta tensors and stub process groups; one process acts as any rank of any world size.
 
-One backend simulates one rank. Its groups do not communicate, but refuse what a real transport would refuse.
+It plays one rank of a job at a time. Its groups do no communication, but refuse what a real transport would refuse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_lite.backend.accounting import Transfer, counted
+from megatron_lite.backend.accounting import Traffic, counted
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
@@ -20,14 +20,14 @@ from megatron_lite.errors import TrainingError
 
 
 class FakeBackend(Backend):
-    """Backend that simulates one rank of any world size on the meta device.
+    """Rank `rank` of `world_size`, on the meta device.
 
     Args:
-        rank: the simulated rank.
+        rank: the rank to play.
         world_size: ranks of the job.
 
     Attributes:
-        traffic: record of every collective and P2P message of the rank.
+        traffic: every collective and message that the rank called for.
     """
 
     name = "fake"
@@ -35,28 +35,28 @@ class FakeBackend(Backend):
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(Launch(rank=rank, world_size=world_size))
         self.device = torch.device("meta")
-        self.traffic: list[Transfer] = []
+        self.traffic = Traffic()
 
     def seed(self, value: int) -> None:
-        """Do nothing: meta tensors draw no values."""
+        """Nothing is drawn."""
 
     def synchronize(self) -> None:
-        """Do nothing: no operation runs."""
+        """Nothing is under way."""
 
     def memory_stats(self) -> dict[str, int]:
-        """Return zeros: meta tensors take no memory."""
+        """Tensors without values take none."""
         return {"allocated": 0, "max_allocated": 0, "reserved": 0, "max_reserved": 0}
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Return None: no arithmetic is done."""
+        """No arithmetic is done."""
         return None
 
     def device_name(self) -> str:
-        """Return a description of the missing device."""
+        """As it is."""
         return "no device (rehearsal)"
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities: without compilation and fused kernels, which need a device."""
+        """No compilation and no fused kernels: both need a device."""
         return Capabilities(compile=False, fused_adam=False)
 
     def to_device(self, array: np.ndarray) -> Tensor:
@@ -72,47 +72,45 @@ class FakeBackend(Backend):
         return None
 
     def new_group(self, axis: str, partition: Partition) -> Group:
-        """Return this rank's stub group, whose calls are recorded in `traffic`."""
+        """This rank's group of the axis; its calls are written down in `traffic`."""
         row = next(row for row in partition if self.rank in row)
         if len(row) == 1:
             return LocalGroup(axis, self.rank, partition)
-        return counted(StubGroup(axis, partition, self.rank), self.traffic)
+        return counted(SilentGroup(axis, partition, self.rank), self.traffic)
 
 
 class _Done:
-    """Work that has finished."""
-
     def wait(self) -> None:
         return None
 
 
-class StubGroup(Group):
-    """Group of one simulated rank: collectives check their arguments and leave tensors unchanged."""
+class SilentGroup(Group):
+    """A group whose other ranks are not there: tensors stay as they are, and what could not be sent is an error."""
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Check `x`."""
+        """Checks `x`."""
         self._check("all-reduces", x)
         return _Done() if async_op else None
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Check that `out` has room for every coordinate's `x`."""
+        """Checks that `out` has room for every coordinate's `x`."""
         self._check("all-gathers", out, x)
         self._check_parts("all-gathers", out, x)
         return _Done() if async_op else None
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Check that `x` splits into parts shaped as `out`."""
+        """Checks that `x` splits into parts shaped as `out`."""
         self._check("reduce-scatters", out, x)
         self._check_parts("reduce-scatters", x, out)
         return _Done() if async_op else None
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Check `x` and the source."""
+        """Checks `x` and the source."""
         self._check("broadcasts", x)
         self._check_peer(src_coordinate)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Check every message and its peer."""
+        """Checks every message and its peer."""
         for tensor, peer in (*sends, *receives):
             self._check("sends or receives", tensor)
             self._check_peer(peer)
@@ -121,10 +119,10 @@ class StubGroup(Group):
         return [_Done() for _ in (*sends, *receives)]
 
     def barrier(self) -> None:
-        """Return at once."""
+        """Returns at once."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return this rank's value in the place of every rank's."""
+        """This rank's value, in everyone's place."""
         return [value] * self.size
 
     def _check(self, verb: str, *tensors: Tensor) -> None:
@@ -142,8 +140,9 @@ class StubGroup(Group):
         if not 0 <= peer < self.size:
             raise self._error(f"names a peer at coordinate {peer} of {self.size}")
 
-    def _error(self, call: str) -> TrainingError:
+    def _error(self, what: str) -> TrainingError:
         return TrainingError(
-            f"Invalid collective: coordinate {self.rank} of a {self.axis} group {call}",
-            fix="This is a bug of megatron_lite: please report it with the command",
+            "A collective must be one that the transport can do",
+            found=f"coordinate {self.rank} of a {self.axis} group {what}",
+            fix="This is a mistake in the code of the layout, not in the command: please report it with the command",
         )

@@ -27,24 +27,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Work(Protocol):
-    """Asynchronous collective; its tensors may be read or written only after wait()."""
+    """A collective under way; its tensors may be touched only after wait()."""
 
     def wait(self) -> Any:
-        """Return once the result may be used (CUDA: once the current stream waits for it)."""
+        """Returns once the result may be used (CUDA: once the current stream is made to wait for it)."""
 
 
 class Group(ABC):
-    """Process group of one rank along a mesh axis.
+    """This rank's row of a partition of all ranks, and its coordinate in it.
 
     Args:
-        axis: name of the axis (tp, pp, dp, mp, world), for messages and communication accounting.
-        partition: the ranks of every group along the axis (a TPU collective needs all of them).
-        rank: this rank in the job.
-
-    Attributes:
-        ranks: ranks of this group.
-        rank: this rank's coordinate in the group.
-        size: number of ranks.
+        axis: the mesh axis it runs along (tp, pp, dp, mp, world): for messages and for counting bytes.
+        partition: every row of the axis, not only this rank's (a TPU collective must name them all).
+        rank: this rank in the whole job.
     """
 
     def __init__(self, axis: str, partition: Partition, rank: int) -> None:
@@ -59,39 +54,39 @@ class Group(ABC):
 
     @property
     def process_group(self) -> Any:
-        """Return torch.distributed's process group; None: the group has one rank."""
+        """What torch.distributed.checkpoint wants; None where the group is only this rank."""
         return None
 
     @abstractmethod
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Reduce `x` in place over the group; with `async_op` return the Work to wait for."""
+        """Reduces `x` in place over the group; `async_op` returns the Work to wait for."""
 
     @abstractmethod
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Write every coordinate's `x` into `out`, concatenated along dim 0. `out` may contain `x`."""
+        """Writes every coordinate's `x` into `out`, one after the other along dim 0. `out` may contain `x`."""
 
     @abstractmethod
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Sum `x` over the group and write this coordinate's part of dim 0 into `out`."""
+        """Sums `x` over the group and writes this coordinate's part (of dim 0) into `out`."""
 
     @abstractmethod
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Overwrite `x` with the tensor of `src_coordinate`."""
+        """Overwrites `x` with the one of `src_coordinate`."""
 
     @abstractmethod
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Start sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock."""
+        """Starts sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Return once every rank of the group has called it."""
+        """Returns once every rank of the group has come here."""
 
     @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return every coordinate's picklable `value`, in order. Slow: for start-up and checkpoints."""
+        """Every coordinate's picklable `value`, in order. Slow: for start-up and checkpoints."""
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Return every coordinate's `x`, concatenated along dim 0."""
+        """Every coordinate's `x`, concatenated along dim 0."""
         if self.size == 1:
             return x
         out = torch.empty((x.shape[0] * self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -99,7 +94,7 @@ class Group(ABC):
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Return this coordinate's part of dim 0 of the sum of `x` over the group."""
+        """The sum of `x` over the group, of which each coordinate gets its part of dim 0."""
         if self.size == 1:
             return x
         assert x.shape[0] % self.size == 0, f"{tuple(x.shape)} does not split over {self!r}"
@@ -108,59 +103,59 @@ class Group(ABC):
         return out
 
     def send(self, x: Tensor, coordinate: int) -> Work:
-        """Start to send `x` (contiguous) to a coordinate of the group."""
+        """Starts sending `x` (contiguous) to a peer of the group."""
         return self.exchange([(x, coordinate)], [])[0]
 
     def recv_(self, x: Tensor, coordinate: int) -> Work:
-        """Start to receive `x` (contiguous) from a coordinate of the group."""
+        """Starts receiving into `x` (contiguous) from a peer of the group."""
         return self.exchange([], [(x, coordinate)])[0]
 
 
 class _Done:
-    """Work that has finished."""
+    """The Work of a collective that had nothing to do."""
 
     def wait(self) -> None:
         return None
 
 
 class LocalGroup(Group):
-    """Group of one rank: every collective is the identity."""
+    """A group of this rank alone: every collective is the identity."""
 
     def __init__(self, axis: str, rank: int = 0, partition: Partition | None = None) -> None:
         super().__init__(axis, partition or ((rank,),), rank)
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Leave `x` as it is."""
+        """Leaves `x` as it is."""
         return _Done() if async_op else None
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Copy `x` into `out`, unless they share memory."""
+        """Copies `x`, unless it already lies in `out`."""
         if out.data_ptr() != x.data_ptr():
             out.copy_(x)
         return _Done() if async_op else None
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Copy `x` into `out`, unless they share memory."""
+        """Copies `x`, unless it already lies in `out`."""
         return self.all_gather_(out, x, async_op)
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Leave `x` as it is."""
+        """Leaves `x` as it is."""
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Return no work: there are no peers."""
+        """Nobody is there to talk to."""
         assert not sends and not receives, "a group of one rank has no peers"
         return []
 
     def barrier(self) -> None:
-        """Return at once."""
+        """Returns at once."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return this rank's value alone."""
+        """Only this rank's."""
         return [value]
 
 
 class ProcessGroup(Group):
-    """Group over torch.distributed (gloo or NCCL)."""
+    """A group over torch.distributed (gloo, NCCL, or the fake one that rehearsals use)."""
 
     def __init__(self, axis: str, partition: Partition, rank: int, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, partition, rank)
@@ -168,39 +163,39 @@ class ProcessGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """Return torch.distributed's process group."""
+        """torch.distributed's own handle."""
         return self._process_group
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Reduce `x` in place over the group."""
+        """Reduces `x` in place over the group."""
         return dist.all_reduce(x, op=_REDUCE_OPS[op], group=self._process_group, async_op=async_op)
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Write every coordinate's `x` into `out`."""
+        """Writes every coordinate's `x` into `out`."""
         return _all_gather(out, x, group=self._process_group, async_op=async_op)
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Sum `x` and write this coordinate's part into `out`."""
+        """Sums `x` and writes this coordinate's part into `out`."""
         return _reduce_scatter(out, x, group=self._process_group, async_op=async_op)
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Overwrite `x` with the tensor of `src_coordinate`."""
+        """Overwrites `x` with the one of `src_coordinate`."""
         dist.broadcast(x, src=self.ranks[src_coordinate], group=self._process_group)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Start sends and receives as one batch."""
+        """Starts sends and receives as one batch."""
         batch = [dist.P2POp(dist.isend, x, self.ranks[peer], self._process_group) for x, peer in sends]
         batch += [dist.P2POp(dist.irecv, x, self.ranks[peer], self._process_group) for x, peer in receives]
         return dist.batch_isend_irecv(batch) if batch else []
 
     def barrier(self) -> None:
-        """Return once every rank of the group has called it."""
+        """Returns once every rank of the group has come here."""
         dist.barrier(group=self._process_group)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return every coordinate's `value`, in order."""
+        """Every coordinate's `value`, in order."""
         values: list[Any] = [None] * self.size
-        # At start-up ranks wait here for the slowest rank, and must still handle signals.
+        # Ranks wait here for the slowest at start-up, and must stay open to signals.
         run_interruptibly(lambda: dist.all_gather_object(values, value, group=self._process_group))
         return values
 
@@ -212,12 +207,12 @@ def new_process_group(
     backend: str | None = None,
     timeout: datetime.timedelta | None = None,
 ) -> Group:
-    """Create all groups along an axis (a collective call: all ranks, same order) and return this rank's group.
+    """Create the groups of every row (a collective call: all ranks, same order) and return this rank's.
 
     Args:
         axis: the mesh axis.
-        partition: ranks of all groups along the axis; each rank is in one group.
-        rank: this rank in the job.
+        partition: all rows of the axis; together they hold every rank once.
+        rank: this rank in the whole job.
         backend: torch.distributed's backend of the group; None: the world's.
         timeout: of the group's collectives; None: torch's default.
     """
@@ -237,5 +232,5 @@ def new_process_group(
 def _new_group(row: Sequence[int], backend: str | None, timeout: datetime.timedelta | None) -> Any:
     world = dist.group.WORLD
     if world is not None and world.bound_device_id is not None:
-        torch.cuda.set_device(world.bound_device_id)  # the current device is per thread
+        torch.cuda.set_device(world.bound_device_id)  # of this thread
     return dist.new_group(list(row), timeout=timeout, backend=backend)

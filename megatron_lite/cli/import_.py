@@ -100,7 +100,8 @@ def _parser() -> Parser:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="unknown keys of config.json that do not change what the model computes",
+        help="unknown settings (of config.json, Megatron's args, a DeepSpeed config) that do not change what the model "
+        "computes",
     )
     add_verification(parser)
     _add_megatron(parser.add_argument_group("Megatron-LM and DeepSpeed"))

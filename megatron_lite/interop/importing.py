@@ -46,7 +46,7 @@ class ImportOptions:
         kind: the source's kind (--from); None: recognised.
         dtype: what weights are converted to; None: as they are.
         seq_length: the longest sequence; 0: the model's positions, 4,096 at most.
-        ignored_keys: unknown keys of config.json that may be ignored.
+        ignored_keys: unknown keys of config.json, Megatron args and DeepSpeed config keys that may be ignored.
         verify: whether logits are compared with transformers (Hugging Face folders only).
         tolerance: see verify.TOLERANCE.
         megatron: for checkpoints of Megatron-LM and DeepSpeed.
@@ -121,21 +121,23 @@ def open_foreign(source: Recognised, options: ImportOptions) -> ForeignModel:
         return open_model(
             source.folder, seq_length=options.seq_length, ignored_keys=options.ignored_keys, dtype=options.dtype
         )
-    return open_megatron(source, replace(options.megatron, dtype=options.dtype, seq_length=options.seq_length))
+    megatron = replace(
+        options.megatron, dtype=options.dtype, seq_length=options.seq_length, ignored_keys=options.ignored_keys
+    )
+    return open_megatron(source, megatron)
 
 
 def _check_options(source: Recognised, options: ImportOptions) -> None:
     """Refuse options that a kind has no use for."""
     if source.kind is not Kind.HUGGING_FACE:
-        unused: dict[str, Any] = {"--ignore-config-keys": options.ignored_keys}
-    else:
-        megatron = options.megatron
-        unused = {
-            " ".join(megatron.flags): megatron.flags,
-            "--weights-only": megatron.weights_only,
-            "--replicated": megatron.replicated,
-            "--checkpoint-version": megatron.checkpoint_version is not None,
-        }
+        return
+    megatron = options.megatron
+    unused: dict[str, Any] = {
+        " ".join(megatron.flags): megatron.flags,
+        "--weights-only": megatron.weights_only,
+        "--replicated": megatron.replicated,
+        "--checkpoint-version": megatron.checkpoint_version is not None,
+    }
     given = [name for name, value in unused.items() if value]
     if given:
         raise ConfigError(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.reading import BytesView
 from megatron_lite.errors import CheckpointError
+from megatron_lite.interop.pickle_names import STUBBED
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First pickle of a legacy file (torch.serialization.MAGIC_NUMBER)."""
@@ -106,9 +107,10 @@ class Values:
 
 
 class _Storage:
-    """A storage that a file names: its bytes, where they are known, and their type."""
+    """A storage that a file names: its key, its type, and its bytes; None: they are not read."""
 
-    def __init__(self, data: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, key: str, data: Tensor | None, dtype: torch.dtype) -> None:
+        self.key = key
         self.data = data
         self.dtype = dtype
 
@@ -116,8 +118,10 @@ class _Storage:
 def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return a view of a storage's bytes; arguments as torch._utils._rebuild_tensor_v2 takes them."""
     size, stride = tuple(map(int, size)), tuple(map(int, stride))
-    if storage.data is None:  # the first pass over a legacy file looks for storages only
-        return torch.empty(size, dtype=storage.dtype, device="meta")
+    if storage.data is None:
+        tensor = torch.empty_strided(size, stride, dtype=storage.dtype, device="meta")
+        tensor._storage_key = storage.key  # type: ignore[attr-defined]
+        return tensor
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if 0 not in size else -1
     elements = storage.data.numel() // storage.dtype.itemsize
     if offset < 0 or last >= elements or min((*size, *stride), default=0) < 0:
@@ -149,34 +153,9 @@ _BUILDERS: Mapping[str, Any] = {
     "types.SimpleNamespace": Values,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
-    "builtins.complex": complex,
-    "builtins.slice": slice,
-    "builtins.bytearray": bytearray,
     **{f"torch.{name}": getattr(torch, name) for name in _DTYPES if hasattr(torch, name)},
 }
 """Exact names, and what stands for each."""
-
-_STUBBED = frozenset(
-    {
-        "_io.BytesIO",
-        "io.BytesIO",
-        "signal.Signals",
-        "pathlib.PosixPath",
-        "pathlib._local.PosixPath",
-        "datetime.timedelta",
-        "collections.defaultdict",
-        "collections.deque",
-        "torch.device",
-        "torch._C.Generator",
-        "numpy.ndarray",
-        "numpy.dtype",
-        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    }
-)
-"""Exact names whose objects become stubs: values that no weight depends on (random states, signals, paths)."""
-
-_STUBBED_PACKAGES = ("megatron", "deepspeed", "transformer_engine", "transformers", "apex")
-"""Packages whose classes become stubs. None is imported: what they are called with is kept, and nothing is called."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -192,7 +171,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="utf-8")
         self._path = path
         self._storage = storage
-        self._stubbed = _STUBBED | set(stubbed)
+        self._stubbed = STUBBED | set(stubbed)
         self._stubs: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -208,13 +187,13 @@ class _Unpickler(pickle.Unpickler):
             return _BUILDERS[full]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if full in self._stubbed or module.partition(".")[0] in _STUBBED_PACKAGES:
+        if full in self._stubbed:
             return self._stubs.setdefault(full, type("Stub", (Stub,), {"name": full}))
         raise CheckpointError(
-            "A pickle may name tensors and plain values only",
-            found=f"{self._path} names {full}, which was not executed",
+            f"{self._path} names {full}, which was not executed",
+            rule="A pickle may name tensors and plain values only",
             fix="Do not load the file with other programs unless you trust its source; if the name is harmless, save "
-            "the weights again as safetensors",
+            "the file again without that object, or the weights as safetensors",
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -224,17 +203,22 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, without: Collection[str] = ()) -> Any:
     """Return the object that torch.save wrote, with tensors that are memory-mapped from the file.
 
     Unknown harmless classes are Stub objects, Namespaces are Values; see the module's docstring.
+
+    Args:
+        path: the file.
+        without: keys of the dict in the file whose tensors are not needed. Storages of legacy files that are not
+            aligned cannot be mapped; those of these keys are left out, and their tensors are on the meta device.
 
     Raises:
         CheckpointError: the file is missing, damaged, or names something that is neither tensor nor plain value.
     """
     with _explained(path):
         data = map_file(path)
-        return _read_zip(path, data) if zipfile.is_zipfile(path) else _read_legacy(path, data)
+        return _read_zip(path, data) if zipfile.is_zipfile(path) else _read_legacy(path, data, without)
 
 
 def read_torch_record(path: Path, data: Tensor) -> Any:
@@ -309,7 +293,7 @@ def _read_zip(path: Path, data: Tensor) -> Any:
             start = info.header_offset + 30 + name + extra
             if start + info.file_size > len(data):
                 raise pickle.UnpicklingError(f"storage {key} ends beyond the file")
-            return _Storage(_aligned(data[start : start + info.file_size], dtype), dtype)
+            return _Storage(key, _aligned(data[start : start + info.file_size], dtype), dtype)
 
         with archive.open(pickled) as file:
             return _Unpickler(io.BytesIO(file.read()), path, storage).load()
@@ -319,7 +303,7 @@ def _no_storage(pid: tuple[Any, ...]) -> _Storage:
     raise pickle.UnpicklingError(f"a storage where none belongs: {pid!r}")
 
 
-def _read_legacy(path: Path, data: Tensor) -> Any:
+def _read_legacy(path: Path, data: Tensor, without: Collection[str]) -> Any:
     """Return the object of a file from before torch 1.6: pickles, then each storage as its length and its bytes.
 
     The pickles come first and do not say where the storages lie, so they are read twice.
@@ -327,9 +311,9 @@ def _read_legacy(path: Path, data: Tensor) -> Any:
     found: dict[str, torch.dtype] = {}
 
     def note(pid: tuple[Any, ...]) -> _Storage:
-        dtype = _dtype(pid[1])
-        found[str(pid[2])] = dtype
-        return _Storage(None, dtype)
+        key, dtype = str(pid[2]), _dtype(pid[1])
+        found[key] = dtype
+        return _Storage(key, None, dtype)
 
     with path.open("rb") as file:
         if _Unpickler(file, path, _no_storage).load() != _MAGIC:
@@ -340,7 +324,11 @@ def _read_legacy(path: Path, data: Tensor) -> Any:
         if not system.get("little_endian", True):
             raise pickle.UnpicklingError("its bytes are in big-endian order")
         begin = file.tell()
-        _Unpickler(file, path, note).load()
+        content = _Unpickler(file, path, note).load()
+        if without and isinstance(content, Mapping):
+            needed = set(_storage_keys([value for name, value in content.items() if name not in without]))
+        else:
+            needed = set(found)
         keys = _Unpickler(file, path, _no_storage).load()
         position, storages = file.tell(), {}
         for key in map(str, keys):
@@ -348,10 +336,24 @@ def _read_legacy(path: Path, data: Tensor) -> Any:
             size = count * found[key].itemsize
             if count < 0 or position + 8 + size > len(data):
                 raise pickle.UnpicklingError(f"storage {key} ends beyond the file")
-            storages[key] = _Storage(_legacy_bytes(file, data, position + 8, size, found[key]), found[key])
+            own = _legacy_bytes(file, data, position + 8, size, found[key]) if key in needed else None
+            storages[key] = _Storage(key, own, found[key])
             position += 8 + size
         file.seek(begin)
         return _Unpickler(file, path, lambda pid: _view(storages[str(pid[2])], pid)).load()
+
+
+def _storage_keys(content: Any) -> Iterator[str]:
+    """Yield the keys of the storages of all meta tensors within nested containers."""
+    if isinstance(content, Tensor):
+        yield content._storage_key  # type: ignore[attr-defined]
+    elif isinstance(content, Mapping):
+        yield from _storage_keys(list(content.values()))
+    elif isinstance(content, (list, tuple, set, frozenset)):
+        for value in content:
+            yield from _storage_keys(value)
+    elif isinstance(content, (Values, Stub)):
+        yield from _storage_keys(list(vars(content).values()))
 
 
 def _legacy_bytes(file: BinaryIO, data: Tensor, start: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -368,12 +370,11 @@ def _legacy_bytes(file: BinaryIO, data: Tensor, start: int, size: int, dtype: to
 
 def _view(storage: _Storage, pid: tuple[Any, ...]) -> _Storage:
     """Return the part of a storage that a legacy persistent id asks for: (key, offset, length) as its sixth entry."""
-    if len(pid) < 6 or pid[5] is None:
+    if len(pid) < 6 or pid[5] is None or storage.data is None:
         return storage
     _, offset, length = pid[5]
-    assert storage.data is not None
     size = storage.dtype.itemsize
-    return _Storage(storage.data[offset * size : (offset + length) * size], storage.dtype)
+    return _Storage(storage.key, storage.data[offset * size : (offset + length) * size], storage.dtype)
 
 
 def _dtype(found: Any) -> torch.dtype:

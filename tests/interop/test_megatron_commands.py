@@ -87,17 +87,12 @@ def test_flags_that_do_not_go_together(words, text, make_checkpoint):
     assert text in result.err
 
 
-def test_options_of_another_kind(make_folder, gpt2, original, tmp_path):
+def test_options_of_another_kind(make_folder, gpt2, tmp_path):
     folder = make_folder("gpt2", n_positions=64, **gpt2)
     for words in (("--weights-only",), ("--num-layers", "3"), ("--replicated", "first"), ("--checkpoint-version", "2")):
         result = command("import", folder, "--output", tmp_path / "ck", *words)
         assert result.code == 1
         assert words[0] in result.err
-    state, model, _, _ = original()
-    write_classic(tmp_path / "m", state, model, args=arguments(model))
-    result = command("import", tmp_path / "m", "--output", tmp_path / "ck", "--ignore-config-keys", "a")
-    assert result.code == 1
-    assert "--ignore-config-keys" in result.err
     assert not (tmp_path / "ck").exists()
 
 

@@ -72,27 +72,75 @@ def test_a_change_does_not_reach_the_file(tmp_path):
     assert read_torch_file(path)["a"].sum() == 4
 
 
-@BOTH_FORMATS
-def test_harmless_classes_become_stubs(tmp_path, as_zip, monkeypatch):
+def foreign_object(monkeypatch, module_name, name):
+    """An object that a pickle names as `module_name.name`; take the modules away with monkeypatch.undo()."""
     import sys
     import types
 
-    class AttnBackend:
-        def __reduce__(self):
-            return (AttnBackend, (5,))
+    made = type(name, (), {"__module__": module_name, "__reduce__": lambda self: (made, (5,))})
+    module = types.ModuleType(module_name)
+    setattr(module, name, made)
+    parts = module_name.split(".")
+    for length in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:length]), module)
+    return made()
 
-    AttnBackend.__module__, AttnBackend.__qualname__ = "megatron.core.enums", "AttnBackend"
-    module = types.ModuleType("megatron.core.enums")
-    module.AttnBackend = AttnBackend
-    for name in ("megatron", "megatron.core", "megatron.core.enums"):
-        monkeypatch.setitem(sys.modules, name, module)
-    content = {"rng": np.random.RandomState(1).get_state(), "backend": AttnBackend(), "path": Path("x")}
+
+@BOTH_FORMATS
+def test_harmless_classes_become_stubs(tmp_path, as_zip, monkeypatch):
+    backend = foreign_object(monkeypatch, "megatron.core.transformer.enums", "AttnBackend")
+    content = {"rng": np.random.RandomState(1).get_state(), "backend": backend, "path": Path("x")}
     path = write(tmp_path / "file.pt", content, as_zip)
     monkeypatch.undo()
     found = read_torch_file(path)
     assert isinstance(found["rng"][1], Stub)
-    assert found["backend"].name == "megatron.core.enums.AttnBackend"
+    assert found["backend"].name == "megatron.core.transformer.enums.AttnBackend"
     assert found["backend"].args == (5,)
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("megatron.core.transformer.enums", "Attn"),
+        ("megatron.core.transformer.enums.deeper", "AttnBackend"),
+        ("megatron", "AttnBackend"),
+        ("deepspeed.utils", "fragment_address"),
+        ("transformer_engine.common.recipe", "DelayedScaling"),
+        ("transformers.trainer", "Trainer"),
+        ("apex.amp", "AmpState"),
+        ("numpy.random", "RandomState"),
+    ],
+)
+def test_names_are_allowed_one_by_one(module, name, as_zip, tmp_path, monkeypatch):
+    """A package of Megatron-LM or DeepSpeed is no reason to allow its other names."""
+    path = write(tmp_path / "file.pt", {"a": foreign_object(monkeypatch, module, name)}, as_zip)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=rf"file\.pt names {module}\.{name}, which was not executed"):
+        read_torch_file(path)
+
+
+def test_tensors_that_are_not_needed_are_not_read(tmp_path, monkeypatch):
+    """Storages of legacy files that cannot be mapped cost memory: those of the optimizer alone are left out."""
+    from megatron_lite.interop import unpickling
+
+    shared = torch.randn(7, dtype=torch.float64)
+    optimizer = {"state": [{"exp_avg": torch.randn(5)}], "fp32": (torch.ones(3), shared), "step": 3}
+    content = {"model": {"a": torch.randn(4), "b": shared[2:]}, "optimizer": optimizer, "args": argparse.Namespace(x=1)}
+    path = write(tmp_path / "file.pt", content, as_zip=False)
+    sizes, inner = [], unpickling._legacy_bytes
+    monkeypatch.setattr(unpickling, "_legacy_bytes", lambda *args: sizes.append(args[3]) or inner(*args))
+    found = read_torch_file(path, without=("optimizer",))
+    assert sorted(sizes) == [4 * 4, 7 * 8]
+    assert found["model"]["a"].equal(content["model"]["a"])
+    assert found["model"]["b"].equal(shared[2:])
+    left_out = found["optimizer"]["state"][0]["exp_avg"]
+    assert left_out.is_meta
+    assert left_out.shape == (5,)
+    assert found["optimizer"]["step"] == 3
+    sizes.clear()
+    assert read_torch_file(path)["optimizer"]["state"][0]["exp_avg"].equal(optimizer["state"][0]["exp_avg"])
+    assert len(sizes) == 4
 
 
 class Touch:
@@ -145,7 +193,7 @@ def test_a_malicious_pickle_executes_nothing_and_is_named(name, as_zip, tmp_path
 def test_a_pickle_that_reaches_beyond_its_storage(tmp_path):
     from megatron_lite.interop.unpickling import _rebuild_tensor, _Storage
 
-    storage = _Storage(torch.zeros(16, dtype=torch.uint8), torch.float32)
+    storage = _Storage("0", torch.zeros(16, dtype=torch.uint8), torch.float32)
     assert _rebuild_tensor(storage, 0, (2, 2), (2, 1)).shape == (2, 2)
     for offset, size, stride in ((1, (2, 2), (2, 1)), (0, (2, 2), (4, 1)), (-1, (1,), (1,)), (0, (2,), (-1,))):
         with pytest.raises(pickle.UnpicklingError, match="beyond its storage"):

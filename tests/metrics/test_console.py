@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from megatron_lite.metrics.console import (
     ConsoleSink,
-    LogInterval,
     format_iteration,
     format_memory,
     format_timers,
@@ -15,6 +14,7 @@ from megatron_lite.metrics.console import (
     line_writer,
 )
 from megatron_lite.metrics.report import IterationReport, ValidationReport
+from megatron_lite.metrics.window import Window
 
 NOW = datetime(2026, 8, 1, 12, 0, 0, 123456)
 
@@ -35,7 +35,7 @@ def report(iteration=100, **changes):
 
 
 def line_of(*reports):
-    window = LogInterval()
+    window = Window()
     for entry in reports:
         window.add(entry)
     return format_iteration(reports[-1], window.take(), NOW)

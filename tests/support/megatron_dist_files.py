@@ -1,10 +1,12 @@
 """Megatron-LM's torch_dist files, written by torch.distributed.checkpoint from the description of the format."""
 
 import json
+import pickle
 
 import torch
 import torch.distributed.checkpoint as dcp
 from support.megatron_files import CORE, FUSED, pad, padded_rows
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 
 def write_torch_dist(root, state, model, args=None, iteration=7, stacked=True):
@@ -38,6 +40,13 @@ def write_torch_dist(root, state, model, args=None, iteration=7, stacked=True):
     content["decoder.layers.self_attention.core_attention._extra_state/shard_0_4"] = b"bytes"
     folder.mkdir(parents=True)
     dcp.save(content, checkpoint_id=folder, no_dist=True)
+    # megatron-core keeps every rank's save plan in .metadata (seen in files of 0.16.1).
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn.endswith("weight"))
+    entry = metadata.state_dict_metadata[index.fqn]
+    data = TensorWriteData(entry.chunks[0], entry.properties, entry.size)
+    metadata.all_local_plans = [SavePlan([WriteItem(index, WriteItemType.SHARD, tensor_data=data)])]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     common = {"iteration": iteration, "checkpoint_version": 3.0, "args": args}
     torch.save(common, folder / "common.pt")
     metadata = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}

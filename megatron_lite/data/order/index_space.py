@@ -1,4 +1,4 @@
-"""Memory and disk checks before a sample index is built."""
+"""Memory and disk requirements of sample indices, checked before building."""
 
 from __future__ import annotations
 
@@ -14,59 +14,61 @@ from megatron_lite.formatting import format_size
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
-"""Share of the available memory that building an index may take."""
+"""Share of the available memory that an index may take; the rest is for everything else."""
 
 
 def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
-    """Check that an index fits in memory while it is built; otherwise the kernel would kill the process.
+    """Refuse to build an index that does not fit in memory: the system would end the process without a word.
 
     Args:
-        plan: the index.
-        prefix: path of the dataset.
+        plan: of the index.
+        prefix: the dataset's.
         shorten: the flags that make the index smaller.
 
     Raises:
-        DataError: building the index takes more memory than is available.
+        DataError: building it takes more memory than is available.
     """
     free = available_memory()
     if free is None or plan.build_bytes <= USABLE * free:
         return
     raise DataError(
-        f"Cannot build {describe_index(plan)} of {prefix}: it needs {format_size(plan.build_bytes)} of memory, "
-        f"{format_size(free)} are available",
+        "The sample index must fit in memory while it is built",
+        found=f"{describe_index(plan)} of {prefix}, needs {format_size(plan.build_bytes)}; {format_size(free)} "
+        "available",
         fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
 
 def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None:
-    """Check that the files of an index fit on the disk of `folder`; other arguments as in check_memory.
+    """Refuse to build an index for whose files a folder has no room; arguments as check_memory.
 
     Raises:
-        DataError: the disk has less free space.
+        DataError: it has less.
     """
     free, needed = shutil.disk_usage(folder).free, plan.file_bytes
     if needed > free:
         raise DataError(
-            f"Cannot write {describe_index(plan)} of {prefix}: it needs {format_size(needed)}, {format_size(free)} are "
-            f"free in {folder}",
-            fix=f"Give --data-cache-path a folder with enough space, free some, or {shorten[:1].lower()}{shorten[1:]}",
+            "The files of the sample index must fit on the disk",
+            found=f"{describe_index(plan)} of {prefix}, needs {format_size(needed)}; {format_size(free)} free in "
+            f"{folder}",
+            fix=f"Give --data-cache-path a folder with room, free some, or {_uncapitalized(shorten)}",
         )
 
 
 def describe_index(plan: IndexPlan) -> str:
-    """Return the samples, epochs and documents of an index as text."""
+    """An index's size in words."""
     samples = f"{plan.num_samples:,}" if plan.num_samples is not None else "all"
     epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:,} epochs"
-    return f"the sample index for {samples} samples, {epochs} of {plan.num_documents:,} documents"
+    return f"the index for {samples} samples, {epochs} of {plan.num_documents:,} documents"
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process can allocate: least limit of machine, cgroups and ulimit; None: unknown."""
+    """Bytes that this process can allocate: the machine's, its control group's or ulimit's; None: unknown here."""
     return min(_limits(), default=None)
 
 
 def _fitting(plan: IndexPlan, free: int) -> str:
-    """Return a sentence with the number of samples that fit, rounded down to two digits."""
+    """How many samples fit, rounded down to two digits."""
     if plan.num_samples is None:
         return ""
     fitting = int(plan.num_samples * USABLE * free / plan.build_bytes)
@@ -74,8 +76,11 @@ def _fitting(plan: IndexPlan, free: int) -> str:
     return f". About {fitting // unit * unit:,} samples fit"
 
 
+def _uncapitalized(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
 def _limits() -> Iterator[int]:
-    """Yield the bytes that each limit leaves: physical memory, ulimit -v, cgroups of version 1 and 2."""
     for line in _lines(PROC / "meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -95,12 +100,12 @@ def _limits() -> Iterator[int]:
 
 
 def _group(folder: Path, top: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    """Yield the bytes left by the limits of a cgroup and of its parents; cached files do not count as used."""
+    """What the limits of a control group and of those above it leave; cached files do not count as used."""
     for group in (folder, *(parent for parent in folder.parents if parent == top or top in parent.parents)):
         allowed, used = _number(group / limit), _number(group / usage)
         if allowed is not None and used is not None:
             stats = (line.split() for line in _lines(group / "memory.stat"))
-            cached = sum(int(value) for name, value in stats if name == reclaimable)
+            cached = sum(int(words[1]) for words in stats if words[0] == reclaimable)
             yield max(0, allowed - used + cached)
 
 
@@ -110,7 +115,7 @@ def _number(path: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file under /proc or /sys; none if it does not exist."""
+    """Lines of a file of the system; none where there is no such file."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lite.config.model import GATED_ACTIVATIONS, ModelConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.megatron.flags import Stated
+from megatron_lite.interop.megatron.judgement import judge_arguments, unsupported
 from megatron_lite.interop.unpickling import Stub
 
 DEEPSPEED_EMBEDDING_EPSILON = 1e-5
@@ -22,41 +23,6 @@ _POSITIONS = {
 }
 _POSITION_ENUM = {1: "rotary", 2: "learned", 3: "alibi"}
 """Megatron-DeepSpeed's PositionEmbeddingType."""
-_OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", (), [], {})
-
-UNSUPPORTED: Mapping[str, tuple[Collection[Any], str]] = {
-    "num_experts": ((*_OFF, 1, [1], (1,)), "mixture of experts"),
-    "num_moe_experts": ((*_OFF, 1), "mixture of experts"),
-    "multi_latent_attention": (_OFF, "latent attention"),
-    "experimental_attention_variant": (_OFF, "another attention"),
-    "attention_output_gate": (_OFF, "gated attention"),
-    "mtp_num_layers": (_OFF, "multi-token prediction"),
-    "use_rope_scaling": (_OFF, "Llama 3's rescaling of rotary frequencies"),
-    "no_rope_freq": (_OFF, "layers without rotary positions"),
-    "window_size": (_OFF, "sliding-window attention"),
-    "attention_chunk_size": (_OFF, "chunked attention"),
-    "softmax_type": ((None, "vanilla"), "another softmax"),
-    "softmax_scale": ((None,), "another scale of the attention scores"),
-    "quick_geglu": (_OFF, "the quick GELU"),
-    "glu_linear_offset": (_OFF, "a shifted gated MLP"),
-    "activation_func_clamp_value": ((None,), "clamped activations"),
-    "use_mup": (_OFF, "muP's multipliers"),
-    "mup": (_OFF, "muP's multipliers"),
-    "qk_l2_norm": (_OFF, "an L2 norm of queries and keys"),
-    "retro_add_retriever": (_OFF, "retrieval"),
-    "add_retriever": (_OFF, "retrieval"),
-    "is_hybrid_model": (_OFF, "state-space layers"),
-    "hybrid_override_pattern": (_OFF, "state-space layers"),
-    "hybrid_layer_pattern": (_OFF, "state-space layers"),
-    "hybrid_attention_ratio": (_OFF, "state-space layers"),
-    "hybrid_mlp_ratio": (_OFF, "state-space layers"),
-    "heterogeneous_layers_config_path": (_OFF, "layers of different shapes"),
-    "heterogeneous_layers_config_encoded_json": (_OFF, "layers of different shapes"),
-    "moe_layer_freq": ((*_OFF, 1), "mixture of experts"),
-    "standalone_embedding_stage": (_OFF, "an embedding stage of its own"),
-    "bert_binary_head": ((*_OFF, True), "BERT"),
-}
-"""Args that change what the model computes, the values under which they do not, and what the others mean."""
 
 
 class Evidence:
@@ -125,28 +91,18 @@ class Evidence:
         return {name: value for name, (value, _) in self._known.items()}
 
 
-def refuse_unsupported(arguments: Mapping[str, Any], where: str) -> None:
-    """Refuse args that change what the model computes in a way that is not supported.
-
-    Raises:
-        CheckpointError: naming the first.
-    """
-    for name, (allowed, meaning) in UNSUPPORTED.items():
-        value = arguments.get(name)
-        if not any(value is None or value == other for other in allowed):
-            raise _unsupported(where, name, value, f"{meaning} is not supported")
-    if arguments.get("rotary_scaling_factor") not in (None, 1.0, 40) and arguments.get("rope_type") == "yarn":
-        raise _unsupported(where, "rope_type", "yarn", "YaRN is not supported")
-
-
-def read_arguments(evidence: Evidence) -> None:
+def read_arguments(evidence: Evidence, ignored: Collection[str] = ()) -> None:
     """Note what the args say.
+
+    Args:
+        evidence: takes the values.
+        ignored: unknown args that the user allows to be ignored.
 
     Raises:
         CheckpointError: they contradict the command line, or ask for what is not supported.
     """
     args = evidence.arguments
-    refuse_unsupported(args, evidence.where)
+    judge_arguments(args, evidence.where, ignored)
     for field, names in {
         "num_layers": ("num_layers", "encoder_num_layers"),
         "hidden_size": ("hidden_size",),
@@ -155,7 +111,7 @@ def read_arguments(evidence: Evidence) -> None:
         "ffn_hidden_size": ("ffn_hidden_size",),
         "norm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
         "normalization": ("normalization",),
-        "zero_centered_norm": ("apply_layernorm_1p",),
+        "zero_centered_norm": ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
         "rotary_interleaved": ("rotary_interleaved",),
         "residual_post_layernorm": ("apply_residual_connection_post_layernorm",),
         "fp32_residual": ("fp32_residual_connection",),
@@ -185,11 +141,13 @@ def read_arguments(evidence: Evidence) -> None:
         evidence.add("tied_embeddings", tied, f"args.untie_embeddings_and_output_weights of {evidence.where}")
     if args.get("group_query_attention"):
         evidence.add_argument("num_query_groups", "num_query_groups")
+    elif args.get("num_key_value_heads") is not None:  # Megatron-DeepSpeed's spelling
+        evidence.add_argument("num_query_groups", "num_key_value_heads")
     elif evidence.has_arguments and args.get("num_attention_heads"):
         # num_query_groups is 1 by default in args of plain attention, and counts for nothing.
         origin = f"args.group_query_attention={args.get('group_query_attention')} of {evidence.where}"
         evidence.add("num_query_groups", args["num_attention_heads"], origin)
-    for field, value, name in (*_positions(args, evidence.where), *_activation(args)):
+    for field, value, name in (*_positions(args, evidence.where), *_activation(args, evidence.where)):
         evidence.add(field, value, f"args.{name} of {evidence.where}")
 
 
@@ -203,13 +161,15 @@ def _positions(args: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, 
         yield "position_embedding", "rotary", "use_rotary_position_embeddings"
     elif kind is not None:
         if kind not in _POSITIONS:
-            raise _unsupported(where, "position_embedding_type", kind, f"positions are {', '.join(_POSITIONS)} here")
+            raise unsupported(where, "position_embedding_type", kind, f"positions are {', '.join(_POSITIONS)} here")
         # Megatron-LM: add_position_embedding=False leaves out the learned table.
         without = _POSITIONS[kind] == "learned" and args.get("add_position_embedding") is False
         yield "position_embedding", "none" if without else _POSITIONS[kind], "position_embedding_type"
 
 
-def _activation(args: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+def _activation(args: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, str]]:
+    if args.get("gated_linear_unit") and not (args.get("swiglu") or args.get("glu_activation")):
+        raise unsupported(where, "gated_linear_unit", True, "swiglu and glu_activation do not say of which activation")
     for name, value in (
         ("glu_activation", args.get("glu_activation")),
         ("swiglu", "swiglu" if args.get("swiglu") else None),
@@ -250,18 +210,10 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
             fix=f"Give a --num-attention-heads that divides {model.hidden_size}, or --kv-channels",
         )
     if model.embed_layernorm and model.norm_epsilon != DEEPSPEED_EMBEDDING_EPSILON:
-        raise _unsupported(
+        raise unsupported(
             evidence.where,
             "layernorm_epsilon",
             model.norm_epsilon,
             f"the norm after the embedding has {DEEPSPEED_EMBEDDING_EPSILON} there, and the epsilon of the others here",
         )
     return model
-
-
-def _unsupported(where: str, name: str, value: Any, because: str) -> CheckpointError:
-    return CheckpointError(
-        "Every setting that changes what the model computes must be supported",
-        found=f"{where} says {name}={value!r}: {because}",
-        fix="Import another model; a model with this setting would compute other logits here",
-    )

@@ -20,6 +20,7 @@ from megatron_lite.interop.megatron.arguments import Evidence, model_config, rea
 from megatron_lite.interop.megatron.arrangements import arrangement_of
 from megatron_lite.interop.megatron.flags import Stated
 from megatron_lite.interop.megatron.found import Found, Parts
+from megatron_lite.interop.megatron.judgement import judge_deepspeed_config
 from megatron_lite.interop.megatron.progress import run_scalars
 from megatron_lite.interop.megatron.shards import (
     Combined,
@@ -51,11 +52,13 @@ class Choices:
         replicated: how differing copies of a replicated tensor are settled; empty: they are an error.
         dtype: what weights are converted to; None: as they are.
         padded: take all rows of the vocabulary where its true size is not known (to compare, not to import).
+        ignored_keys: unknown args and DeepSpeed config keys that may be ignored.
     """
 
     replicated: Literal["", "average", "first"] = ""
     dtype: torch.dtype | None = None
     padded: bool = False
+    ignored_keys: Sequence[str] = ()
 
 
 def assemble(found: Found, stated: Stated, choices: Choices) -> ForeignModel:
@@ -72,7 +75,8 @@ def assemble(found: Found, stated: Stated, choices: Choices) -> ForeignModel:
     """
     notes = list(found.notes)
     evidence = Evidence(found.arguments, found.where, stated)
-    read_arguments(evidence)
+    read_arguments(evidence, choices.ignored_keys)
+    judge_deepspeed_config(found.content.get("ds_config"), found.where, choices.ignored_keys)
     parts = _with_head(found, evidence)
     _note_tensors(found, parts, evidence)
     _note_vocabulary(found, parts, evidence, stated, choices)

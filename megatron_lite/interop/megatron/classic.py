@@ -72,7 +72,8 @@ def read_classic(folder: Path, *, version: float | None = None, with_optimizer: 
     Raises:
         CheckpointError: a file is missing or damaged, or the files are not of one checkpoint.
     """
-    ranks = [Rank(tp, pp, path, mapping_of(read_torch_file(path), path)) for (tp, pp), path in _files(folder)]
+    without = () if with_optimizer else ("optimizer",)
+    ranks = [Rank(tp, pp, path, mapping_of(read_torch_file(path, without), path)) for (tp, pp), path in _files(folder)]
     first = ranks[0]
     where = str(first.path)
     arguments = arguments_of(first.content)

@@ -31,6 +31,7 @@ class MegatronOptions:
         padded: take all rows of the vocabulary where its true size is not known (to compare, not to import).
         dtype: what weights are converted to; None: as they are.
         seq_length: the longest sequence that is wanted; 0: all of the model's positions.
+        ignored_keys: unknown args and DeepSpeed config keys that may be ignored.
     """
 
     weights_only: bool = False
@@ -40,6 +41,7 @@ class MegatronOptions:
     padded: bool = False
     dtype: torch.dtype | None = None
     seq_length: int = 0
+    ignored_keys: Sequence[str] = ()
 
 
 def open_megatron(source: Recognised, options: MegatronOptions) -> ForeignModel:
@@ -54,7 +56,7 @@ def open_megatron(source: Recognised, options: MegatronOptions) -> ForeignModel:
         stated, seq_length=options.seq_length or stated.seq_length, checkpoint_version=options.checkpoint_version
     )
     found = read_found(source, options)
-    return assemble(found, stated, Choices(options.replicated, options.dtype, options.padded))
+    return assemble(found, stated, Choices(options.replicated, options.dtype, options.padded, options.ignored_keys))
 
 
 def read_found(source: Recognised, options: MegatronOptions) -> Found:

@@ -28,25 +28,12 @@ from megatron_lite.interop.megatron.state_dicts import (
     scheduler_of,
     version_of,
 )
+from megatron_lite.interop.pickle_names import METADATA
 from megatron_lite.interop.sources import read_json
 from megatron_lite.interop.unpickling import Stub, map_file, read_pickle, read_torch_file, read_torch_record
 from megatron_lite.parallel.tensors import narrow
 from megatron_lite.rectangle import Rectangle
 
-_DCP = "torch.distributed.checkpoint"
-_CLASSES = frozenset(
-    {
-        *(
-            f"{_DCP}.metadata.{name}"
-            for name in (
-                *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "MetadataIndex"),
-                *("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-            )
-        ),
-        f"{_DCP}.filesystem._StorageInfo",
-        "torch.serialization._get_layout",
-    }
-)
 _OTHERS = re.compile(r"(optimizer|rng_state|opt_param_scheduler|rerun_state_machine|args|iteration)\b.*")
 """Keys that are no weights; the optimizer's are in the shapes of its buckets, which depend on the layout."""
 _STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
@@ -128,7 +115,7 @@ def _read_metadata(folder: Path) -> dict[str, _Stored]:
         CheckpointError: it is missing or damaged, or its chunks do not cover a tensor.
     """
     path = folder / ".metadata"
-    metadata = read_pickle(path, _CLASSES)
+    metadata = read_pickle(path, METADATA)
     try:
         tensors, storage = metadata.state["state_dict_metadata"], metadata.state["storage_data"]
         places = {(key.state["fqn"], tuple(key.state.get("offset") or ())): info.state for key, info in storage.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.order import index_cache
-from megatron_lite.data.order.index_cache import Notices, cached_index
+from megatron_lite.data.order.index_cache import cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index
 from megatron_lite.data.order.sample_index import build_index, plan_index
 
@@ -27,11 +28,6 @@ def data(tmp_path):
             writer.add_sequence(rng.randint(0, 100, size))
             writer.end_document()
     return IndexedDataset(tmp_path / "corpus")
-
-
-@pytest.fixture
-def notices():
-    return Notices()
 
 
 def plan_for(data, bounds=(0, 280), num_samples=1500, seed=7, order="legacy"):
@@ -81,44 +77,46 @@ def assert_same(found, index, sizes):
     assert all(found.spans(sample, sizes) == index.spans(sample, sizes) for sample in range(len(index)))
 
 
-def test_a_legacy_cache_is_used(data, notices):
+def test_a_legacy_cache_is_used(data):
     plan = plan_for(data)
     index = save_legacy(plan, data)
-    found = find_megatron_index(data.prefix, "train", "949,50,1", None, plan, data.sizes, notices)
+    found = find_megatron_index(data.prefix, "train", "949,50,1", None, plan, data.sizes)
     assert found.rows is not None
     assert_same(found, index, data.sizes)
-    assert find_megatron_index(data.prefix, "valid", "949,50,1", None, plan, data.sizes, notices) is None
+    assert find_megatron_index(data.prefix, "valid", "949,50,1", None, plan, data.sizes) is None
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside, notices):
+def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside):
     plan = plan_for(data, order="modern")
     folder = tmp_path / "cache" / "GPTDataset_indices" if beside else tmp_path / "elsewhere"
     index = save_modern(plan, data, folder)
     place = None if beside else folder
-    found = find_megatron_index(data.prefix, "train", "949,50,1", place, plan, data.sizes, notices)
+    found = find_megatron_index(data.prefix, "train", "949,50,1", place, plan, data.sizes)
     assert_same(found, index, data.sizes)
-    assert find_megatron_index(data.prefix, "train", "900,50,1", place, plan, data.sizes, notices) is None
-    assert find_megatron_index(data.prefix, "train", "949,50,1", place, plan_for(data), data.sizes, notices) is None
+    assert find_megatron_index(data.prefix, "train", "900,50,1", place, plan, data.sizes) is None
+    assert find_megatron_index(data.prefix, "train", "949,50,1", place, plan_for(data), data.sizes) is None
 
 
-def test_a_cache_of_another_split_is_refused(data, notices):
+def test_a_cache_of_another_split_is_refused(data, caplog):
     """The name of a legacy cache holds the number of samples, but not the documents."""
     save_legacy(plan_for(data, bounds=(0, 280)), data)
     for bounds in ((0, 290), (5, 285), (1, 281)):
-        plan = plan_for(data, bounds=bounds)
-        assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
-        assert "rebuilding the index" in notices.warnings.pop()
+        with caplog.at_level(logging.WARNING):
+            plan = plan_for(data, bounds=bounds)
+            assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
+        assert "building the index anew" in caplog.text
+        caplog.clear()
 
 
-def test_a_cache_of_other_lengths_is_refused(data, notices):
+def test_a_cache_of_other_lengths_is_refused(data, caplog):
     """The dataset was made again: as many tokens, but elsewhere."""
     plan = plan_for(data)
     save_legacy(plan, data)
     sizes = data.sizes.copy()
     sizes[:280] = np.roll(sizes[:280], 1)
-    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes, notices) is None
-    assert "by the dataset's lengths" in notices.warnings[-1]
+    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
+    assert "by the dataset's lengths" in caplog.text
 
 
 def equal_lengths(tmp_path, size):
@@ -128,18 +126,15 @@ def equal_lengths(tmp_path, size):
     return IndexedDataset(tmp_path / "equal")
 
 
-def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, notices):
+def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, caplog):
     """Documents of one length: every shape agrees, only the range tells."""
     data = equal_lengths(tmp_path, 20)
     save_legacy(plan_for(data, bounds=(0, 280)), data)
-    assert (
-        find_megatron_index(data.prefix, "train", "", None, plan_for(data, bounds=(5, 285)), data.sizes, notices)
-        is None
-    )
-    assert "covers sequences 0 to 280, the split is 5 to 285" in notices.warnings[-1]
+    assert find_megatron_index(data.prefix, "train", "", None, plan_for(data, bounds=(5, 285)), data.sizes) is None
+    assert "covers sequences 0 to 280, the split is 5 to 285" in caplog.text
 
 
-def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, notices):
+def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, caplog):
     """Documents much longer than a sample: most neighbouring samples lie in one, and would not tell."""
     data = equal_lengths(tmp_path, 10_000)
     plan = plan_for(data)
@@ -147,33 +142,33 @@ def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, notices):
     sizes = data.sizes.copy()
     sizes[100] += 1
     sizes[200] -= 1
-    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes, notices) is None
-    assert "by the dataset's lengths" in notices.warnings[-1]
+    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
+    assert "by the dataset's lengths" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["doc_idx", "sample_idx", "shuffle_idx"])
-def test_a_cut_cache_is_refused(data, notices, part):
+def test_a_cut_cache_is_refused(data, caplog, part):
     plan = plan_for(data)
     _, arrays = megatrons_arrays(plan, data.sizes)
     save_legacy(plan, data, **{part: arrays[part][:-1]})
-    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
-    assert "shape" in notices.warnings[-1]
+    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
+    assert "shape" in caplog.text
 
 
-def test_a_cache_that_is_no_array_is_refused(data, notices):
+def test_a_cache_that_is_no_array_is_refused(data, caplog):
     plan = plan_for(data)
     save_legacy(plan, data)
     next(iter(data_files(data, "*_doc_idx.npy"))).write_bytes(b"\x93NUMPY")
-    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
-    assert "Cannot read" in notices.warnings[-1]
+    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
+    assert "cannot be read" in caplog.text
 
 
 def data_files(data, pattern):
     return sorted(Path(data.prefix).parent.rglob(pattern))
 
 
-def test_a_small_index_leaves_no_files(data, tmp_path, notices):
-    cached_index(plan_for(data), data, None, notices)
+def test_a_small_index_leaves_no_files(data, tmp_path):
+    cached_index(plan_for(data), data, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx"]
 
 
@@ -183,13 +178,13 @@ def always_kept(monkeypatch):
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch, notices):
+def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch):
     plan = plan_for(data)
-    index = cached_index(plan, data, tmp_path / "cache", notices)
+    index = cached_index(plan, data, tmp_path / "cache")
     assert isinstance(index.documents, np.memmap)
     assert_same(index, build_index(plan, data.sizes), data.sizes)
     monkeypatch.setattr(index_cache, "build_index", lambda *_: pytest.fail("built twice"))
-    again = cached_index(plan, data, tmp_path / "cache", notices)
+    again = cached_index(plan, data, tmp_path / "cache")
     assert isinstance(again.documents, np.memmap)
     assert_same(again, index, data.sizes)
     assert not data_files(data, "*.tmp")
@@ -197,29 +192,29 @@ def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch,
 
 @pytest.mark.usefixtures("always_kept")
 @pytest.mark.parametrize("change", [{"seed": 8}, {"bounds": (0, 281)}, {"num_samples": 1501}, {"order": "modern"}])
-def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change, notices):
-    cached_index(plan_for(data), data, tmp_path / "cache", notices)
+def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change):
+    cached_index(plan_for(data), data, tmp_path / "cache")
     plan = plan_for(data, **change)
-    assert_same(cached_index(plan, data, tmp_path / "cache", notices), build_index(plan, data.sizes), data.sizes)
+    assert_same(cached_index(plan, data, tmp_path / "cache"), build_index(plan, data.sizes), data.sizes)
     assert len(list((tmp_path / "cache").glob("index-*/plan.json"))) == 2
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, notices):
+def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, caplog):
     plan = plan_for(data)
     index = build_index(plan, data.sizes)
-    cached_index(plan, data, tmp_path / "cache", notices)
+    cached_index(plan, data, tmp_path / "cache")
     damaged = next((tmp_path / "cache").glob("index-*/documents.npy"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    assert_same(cached_index(plan, data, tmp_path / "cache", notices), index, data.sizes)
-    assert "rebuilding it" in notices.warnings[-1]
-    notices.warnings.clear()
-    cached_index(plan, data, tmp_path / "cache", notices)
-    assert not notices.warnings
+    assert_same(cached_index(plan, data, tmp_path / "cache"), index, data.sizes)
+    assert "building it anew" in caplog.text
+    caplog.clear()
+    cached_index(plan, data, tmp_path / "cache")
+    assert not caplog.text
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch, notices):
+def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch):
     built, plan = [], plan_for(data)
 
     def slow(*arguments):
@@ -228,7 +223,7 @@ def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch
         return build_index(*arguments)
 
     monkeypatch.setattr(index_cache, "build_index", slow)
-    threads = [threading.Thread(target=cached_index, args=(plan, data, tmp_path / "cache", notices)) for _ in range(4)]
+    threads = [threading.Thread(target=cached_index, args=(plan, data, tmp_path / "cache")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -237,10 +232,8 @@ def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_folder_that_cannot_be_written_costs_a_warning(data, tmp_path, notices):
+def test_a_folder_that_cannot_be_written_costs_a_warning(data, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     plan = plan_for(data)
-    assert_same(
-        cached_index(plan, data, tmp_path / "file" / "cache", notices), build_index(plan, data.sizes), data.sizes
-    )
-    assert "built at every start" in notices.warnings[-1]
+    assert_same(cached_index(plan, data, tmp_path / "file" / "cache"), build_index(plan, data.sizes), data.sizes)
+    assert "built at every start" in caplog.text
