@@ -23,7 +23,7 @@ import numpy as np
 from megatron_lite.data.format.index_format import bin_path, idx_path, pack_header
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.blending import BlendIndex, normalize
-from megatron_lite.data.order.index_cache import read_index, write_index
+from megatron_lite.data.order.index_cache import Notices, read_index, write_index
 from megatron_lite.data.order.sample_index import (
     IndexPlan,
     SampleIndex,
@@ -118,13 +118,13 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
         f"peak memory {peak_gigabytes():.2f} GB"
     )
     with timed("write the index (once)"):
-        write_index(index, prefix.parent / "index")
+        write_index(index, prefix.parent / "index", Notices())
     first_spans = index.spans(samples // 2, data.sizes)
     del index
     began = time.perf_counter()
     data = IndexedDataset(prefix)
     again = plan_for(data, samples, length)
-    found = read_index(again, prefix.parent / "index")
+    found = read_index(again, prefix.parent / "index", Notices())
     assert found is not None
     dataset = GPTDataset(data, found)
     dataset[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,16 +23,16 @@ Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"
 
 @dataclass(frozen=True)
 class Transfer:
-    """One call of this rank.
+    """One collective call or P2P message of this rank.
 
     Attributes:
         axis: of the group.
         kind: of the call.
-        elements: of the whole tensor: what is reduced or broadcast, sent or received; the gathered tensor; the tensor
-            before it is scattered. Of an object, its pickled bytes.
-        dtype: of the elements; None where they are bytes.
+        elements: of the full tensor: reduced, broadcast, sent or received, after gathering, or before scattering; for
+            an object, its pickled bytes.
+        dtype: of the elements; None: bytes.
         ranks: of the group.
-        peer: for send and receive, the other's coordinate.
+        peer: for send and receive, the coordinate of the other rank.
     """
 
     axis: str
@@ -44,12 +44,12 @@ class Transfer:
 
     @property
     def size(self) -> int:
-        """The whole tensor in bytes."""
+        """Return the size of the full tensor in bytes."""
         return self.elements * (1 if self.dtype is None else self.dtype.itemsize)
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank sends for it, rounded down.
+        """Return the bytes that this rank sends, rounded down.
 
         Over d ranks: all-reduce 2 (d - 1) / d of the tensor, all-gather and reduce-scatter (d - 1) / d of it, an object
         d - 1 times; a broadcast passes through every rank once, as in a chain.
@@ -66,11 +66,11 @@ class Transfer:
 
 @dataclass
 class Total:
-    """Calls of one kind along one axis.
+    """Sum of the calls of one kind along one axis.
 
     Attributes:
-        calls: how many.
-        size: bytes of their tensors.
+        calls: number of calls.
+        size: bytes of their full tensors.
         sent: bytes that this rank sent.
     """
 
@@ -79,23 +79,8 @@ class Total:
     sent: int = 0
 
 
-@dataclass
-class Traffic:
-    """What a rank called, in order, on all its groups that share this record. Groups of one rank call nothing."""
-
-    transfers: list[Transfer] = field(default_factory=list)
-
-    def totals(self, since: int = 0) -> dict[tuple[str, Kind], Total]:
-        """Sums by axis and kind, from transfer number `since` on."""
-        return totals(self.transfers[since:])
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.transfers.clear()
-
-
 def totals(transfers: Iterable[Transfer]) -> dict[tuple[str, Kind], Total]:
-    """Sums transfers by axis and kind."""
+    """Return the sums of transfers by axis and kind."""
     found: dict[tuple[str, Kind], Total] = defaultdict(Total)
     for transfer in transfers:
         total = found[transfer.axis, transfer.kind]
@@ -105,66 +90,66 @@ def totals(transfers: Iterable[Transfer]) -> dict[tuple[str, Kind], Total]:
     return dict(found)
 
 
-def counted(group: Group, traffic: Traffic) -> Group:
-    """The group, with all that it does written down in `traffic`; a group of one rank, which sends nothing, itself."""
+def counted(group: Group, traffic: list[Transfer]) -> Group:
+    """Return the group with its calls recorded in `traffic`; a group of one rank is returned as it is."""
     return CountedGroup(group, traffic) if group.size > 1 else group
 
 
 class CountedGroup(Group):
-    """Writes each call down, then hands it on.
+    """Group that records each call and passes it on to another group.
 
     Args:
-        inner: does the work.
-        traffic: where calls are written; may be shared with other groups.
+        inner: the group that communicates.
+        traffic: the record, to which calls are appended; may be shared with other groups.
     """
 
-    def __init__(self, inner: Group, traffic: Traffic) -> None:
+    def __init__(self, inner: Group, traffic: list[Transfer]) -> None:
         super().__init__(inner.axis, inner.partition, inner.ranks[inner.rank])
         self._inner = inner
         self._traffic = traffic
 
     @property
     def process_group(self) -> Any:
-        """The inner group's: what is called on that is not counted."""
+        """Return the inner group's process group; calls on it are not recorded."""
         return self._inner.process_group
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Counts `x`."""
-        self._note("all_reduce", x)
+        """Record `x`."""
+        self._record("all_reduce", x)
         return self._inner.all_reduce_(x, op, async_op)
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Counts `out`."""
-        self._note("all_gather", out)
+        """Record `out`."""
+        self._record("all_gather", out)
         return self._inner.all_gather_(out, x, async_op)
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Counts `x`."""
-        self._note("reduce_scatter", x)
+        """Record `x`."""
+        self._record("reduce_scatter", x)
         return self._inner.reduce_scatter_(out, x, async_op)
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Counts `x`."""
-        self._note("broadcast", x)
+        """Record `x`."""
+        self._record("broadcast", x)
         self._inner.broadcast_(x, src_coordinate)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Counts each message."""
+        """Record each message."""
         for tensor, peer in sends:
-            self._note("send", tensor, peer)
+            self._record("send", tensor, peer)
         for tensor, peer in receives:
-            self._note("receive", tensor, peer)
+            self._record("receive", tensor, peer)
         return self._inner.exchange(sends, receives)
 
     def barrier(self) -> None:
-        """Counts the call."""
-        self._traffic.transfers.append(Transfer(self.axis, "barrier", 0, None, self.ranks))
+        """Record the call."""
+        self._traffic.append(Transfer(self.axis, "barrier", 0, None, self.ranks))
         self._inner.barrier()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Counts the pickled value."""
-        self._traffic.transfers.append(Transfer(self.axis, "object", len(pickle.dumps(value)), None, self.ranks))
+        """Record the size of the pickled value."""
+        self._traffic.append(Transfer(self.axis, "object", len(pickle.dumps(value)), None, self.ranks))
         return self._inner.all_gather_object(value)
 
-    def _note(self, kind: Kind, tensor: Tensor, peer: int | None = None) -> None:
-        self._traffic.transfers.append(Transfer(self.axis, kind, tensor.numel(), tensor.dtype, self.ranks, peer))
+    def _record(self, kind: Kind, tensor: Tensor, peer: int | None = None) -> None:
+        self._traffic.append(Transfer(self.axis, kind, tensor.numel(), tensor.dtype, self.ranks, peer))

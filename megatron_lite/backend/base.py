@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_lite.backend.comparison import Comparison, Verdict, compare_over_store
+from megatron_lite.backend.comparison import Comparison, Differences, compare_over_store
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
 from megatron_lite.backend.numerics import MACHINES, machine_values
+from megatron_lite.backend.phases import Phases
 from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_server import RendezvousServer
 from megatron_lite.config.parallel import ParallelConfig
@@ -28,7 +29,7 @@ from megatron_lite.errors import MegatronLiteError
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a backend can do, as data, so that validation refuses an impossible job before anything is allocated."""
+    """Capabilities of a backend, by which validation refuses an impossible job before anything is allocated."""
 
     dtypes: frozenset[str] = frozenset({"fp32", "bf16", "fp16"})
     fused_adam: bool = True
@@ -55,7 +56,11 @@ def scaled_dot_product_attention(
 
 
 class Backend(ABC):
-    """One rank's machine: its device, its place in the job, and the way to make groups of ranks."""
+    """Device and communication of one rank.
+
+    Args:
+        launch: rank, world size and rendezvous address.
+    """
 
     name: str
     device: torch.device
@@ -65,6 +70,7 @@ class Backend(ABC):
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
+        self.phases = Phases()
         self._store: Any = None
         self._server: RendezvousServer | None = None
         self._timeout: datetime.timedelta | None = None
@@ -76,27 +82,27 @@ class Backend(ABC):
 
     @abstractmethod
     def seed(self, value: int) -> None:
-        """Seeds the generator that dropout on this device draws from. Cheap: called at every dropout site."""
+        """Seed the generator of dropout on this device. Cheap: called at every dropout site."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Returns once the device has done all that was asked of it."""
+        """Wait until the device has finished all queued work."""
 
     @abstractmethod
     def memory_stats(self) -> dict[str, int]:
-        """Bytes in use by this rank: allocated, max_allocated, reserved, max_reserved."""
+        """Return bytes in use by this rank: allocated, max_allocated, reserved, max_reserved."""
 
     @abstractmethod
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """The maker's dense matrix FLOP/s for `dtype`; None where it is not known."""
+        """Return the dense matrix FLOP/s for `dtype` by data sheet; None: unknown."""
 
     @abstractmethod
     def device_name(self) -> str:
-        """The device in words."""
+        """Return the name of the device."""
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this backend can do."""
+        """Return the capabilities of this backend."""
 
     @abstractmethod
     def to_device(self, array: np.ndarray) -> Tensor:
@@ -120,20 +126,20 @@ class Backend(ABC):
         return scaled_dot_product_attention(q, k, v, mask, dropout=dropout, causal=causal)
 
     def new_group(self, axis: str, partition: Partition) -> Group:
-        """Makes this axis's groups; every rank calls it, in the same order, with the same partition."""
+        """Create the groups along an axis and return this rank's; all ranks call it in the same order."""
         if self.world_size == 1:
             return LocalGroup(axis, self.rank)
         return new_process_group(axis, partition, self.rank, self._group_backend(), self._timeout)
 
     def shutdown(self) -> None:
-        """Leaves torch.distributed. Does no collective, so that a rank that failed can leave too."""
+        """Leave torch.distributed, without a collective, since other ranks may have failed."""
         if dist.is_initialized():
             dist.destroy_process_group()
         if self._server is not None:
             self._server.close()
 
     def is_first_to_print(self, text: str) -> bool:
-        """Whether no other rank has asked for this text as often as this one: it prints it for all."""
+        """Return whether this rank is the first of all to print a text, counting repetitions of the text."""
         if self._store is None:
             return True
         if self._print_store is None:
@@ -143,14 +149,14 @@ class Backend(ABC):
         self._printed[key] += 1
         try:
             return bool(self._print_store.add(f"printed/{key}/{self._printed[key]}", 1) == 1)
-        except RuntimeError:  # the store is gone
+        except RuntimeError:  # the process that holds the store has ended
             return True
 
     def watch_store(self) -> Any:
-        """A connection of its own to the store that the ranks met in, for a watchdog; None where there is one rank.
+        """Return a new connection to the job's store, for a watchdog; None: the job has one rank.
 
-        Of its own: a store serves one caller at a time, and the main thread may wait in it. Every call gives an empty
-        one; all ranks call it equally often.
+        A connection serves one caller at a time, and the main thread may wait in it. Each call returns an empty
+        namespace of the store; all ranks call it equally often.
         """
         if self._store is None:
             return None
@@ -167,40 +173,43 @@ class Backend(ABC):
         details: Mapping[str, str] | None = None,
         failure: MegatronLiteError | None = None,
         checked: bool = True,
-    ) -> Verdict:
-        """Compare named values with the other ranks', through the store that they met in; a collective call.
+    ) -> Differences:
+        """Compare named values over all ranks through the job's store; a collective call.
+
+        Warnings are kept for take_warnings.
 
         Args:
-            comparison: as compare_over_store has it, as the other arguments. take_warnings has its warnings.
+            comparison: topic, error texts, and which values may differ.
             values: text by name.
-            details: by name, what is shown behind a value and not compared.
-            failure: the error that kept this rank from having values.
-            checked: whether this rank tried to have values.
+            details: by name, text shown behind a value and not compared.
+            failure: the error because of which this rank has no values.
+            checked: whether this rank tried to determine values.
 
         Raises:
             RankDifferenceError: values differ, or some ranks failed.
-            MegatronLiteError: `failure`, where this is the only rank, or all failed with the same text.
+            MegatronLiteError: `failure`, if this is the only rank, or all ranks failed with the same text.
         """
         if self._store is None:
             if failure is not None:
                 raise failure
-            return Verdict()
+            return Differences()
         self._comparisons += 1
-        verdict = compare_over_store(
-            self._store,
-            self.launch,
-            comparison,
-            values,
-            number=self._comparisons,
-            details=details,
-            failure=failure,
-            checked=checked,
-        )
-        self._warnings += verdict.warnings
-        return verdict
+        with self.phases.enter(f"comparing {comparison.topic}"):
+            differences = compare_over_store(
+                self._store,
+                self.launch,
+                comparison,
+                values,
+                number=self._comparisons,
+                details=details,
+                failure=failure,
+                checked=checked,
+            )
+        self._warnings += differences.warnings
+        return differences
 
     def take_warnings(self) -> list[str]:
-        """Return differences between the ranks that do not end the job, once, for the rank that reports."""
+        """Return and clear the comparisons' warnings."""
         taken, self._warnings = self._warnings, []
         return taken
 
@@ -208,28 +217,28 @@ class Backend(ABC):
         return None
 
     def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
-        """Meet the other ranks of the job, and create the world's process group.
+        """Join the other ranks of the job, and create the process group of all ranks.
 
         Args:
             parallel: the time-outs.
-            backend: torch.distributed's, by kind of device.
-            device_id: the device that the group is bound to; None: it is bound to none.
+            backend: torch.distributed's backends, by kind of device.
+            device_id: the device that the group is bound to; None: the group is not bound.
 
         Raises:
             ConfigError: the rendezvous address cannot be used.
-            TrainingError: not all ranks came, or they cannot connect to each other.
+            TrainingError: ranks are missing, or cannot connect to each other.
         """
         launch = self.launch
         self._timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-        with Rendezvous(launch, 60 * parallel.rendezvous_timeout_minutes) as meeting:
-            meeting.join()
-            host, port = meeting.share_store(self._open_store)
-            meeting.run(lambda: self._connect(host, port))
-            # Another kind of device means another transport, whose ranks would wait for each other in vain.
+        with Rendezvous(launch, 60 * parallel.rendezvous_timeout_minutes) as rendezvous:
+            rendezvous.join()
+            host, port = rendezvous.share_store(self._open_store)
+            rendezvous.run(lambda: self._connect(host, port))
+            # Ranks with different kinds of device, hence different transports, would wait for each other forever.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
-            meeting.run(lambda: self._init_process_group(backend, device_id))
-            meeting.finish()
-        self._server = meeting.server
+            rendezvous.run(lambda: self._init_process_group(backend, device_id))
+            rendezvous.finish()
+        self._server = rendezvous.server
 
     def _open_store(self) -> int:
         """Open the store of the job on rank 0, and return its port."""
@@ -245,7 +254,7 @@ class Backend(ABC):
     def _init_process_group(self, backend: str, device_id: torch.device | None) -> None:
         assert self._timeout is not None
         if device_id is not None:
-            torch.cuda.set_device(device_id)  # of this thread
+            torch.cuda.set_device(device_id)  # the current device is per thread
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("world", self._store),  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Comparison of named values over all ranks: exchange through the rendezvous store, summary of the differences.
 
-It needs no process group, whose collectives would hang or abort where ranks disagree about the layout.
+Without a process group, whose collectives would hang or abort where ranks have different layouts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_lite.errors import FailedRank, MegatronLiteError, RankDifferenceEr
 from megatron_lite.formatting import format_ranges
 
 GRACE = 10.0
-"""Seconds that rank 0 waits at most for the others to read why the job ends."""
+"""Longest time in seconds that rank 0 waits for the others to read why the job ends."""
 MAX_LINES = 20
 """Differences shown; the number of others is given."""
 MAX_VALUES = 4
@@ -32,16 +32,16 @@ MAX_TEXT = 160
 
 
 @dataclass(frozen=True)
-class Statement:
+class RankValues:
     """Values of one rank.
 
     Attributes:
-        host: where the rank runs.
-        values: text by name, where the text says what it is the value of. A name that a rank leaves out is not compared
+        host: of the rank.
+        values: text by name; the text includes the name, as `--lr 0.001`. A name that a rank leaves out is not compared
             with this rank.
-        details: by name, what is shown behind a value and not compared, such as the path of a file.
-        failure: text of the error that kept the rank from having values; empty: none.
-        checked: whether the rank tried to have values; False where another rank of its node does so.
+        details: text by name, shown behind a value and not compared, such as the path of a file.
+        failure: text of the error because of which the rank has no values; empty: none.
+        checked: whether the rank tried to determine values; False: another rank of its node does.
     """
 
     host: str
@@ -52,15 +52,15 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Differences:
     """Result of a comparison, the same on every rank.
 
     Attributes:
-        errors: one line per difference that ends the job, and per failure of some ranks.
-        warnings: one line per difference that does not.
+        errors: one line per difference that ends the job, and per error of some ranks.
+        warnings: one line per difference that does not end the job.
         differing: names whose values differ.
         common_failure: whether every rank that tried failed, all with the same error.
-        rank: the first rank that differs or failed, for errors.
+        rank: the first rank with a difference in `errors`.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -72,47 +72,52 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a comparison is about.
+    """Topic and error texts of a comparison, and the names whose values may differ.
 
     Attributes:
-        topic: in one word.
-        rule: of the error that a difference is.
-        fix: of that error.
+        topic: one word, for messages.
+        problem: of the error where values differ.
+        fix: of the error where values differ.
         warn: names whose differences are warnings.
-        note: names whose differences are only listed in Verdict.differing.
+        note: names whose differences are only listed in Differences.differing.
     """
 
     topic: str
-    rule: str
+    problem: str
     fix: str
     warn: frozenset[str] = frozenset()
     note: frozenset[str] = frozenset()
 
 
-def judge(statements: Sequence[Statement], comparison: Comparison) -> Verdict:
-    """Compare the statements of all ranks, in the order of ranks."""
-    hosts = [statement.host for statement in statements]
-    failed = _by_value((rank, s.failure) for rank, s in enumerate(statements) if s.failure)
-    checked = sum(statement.checked for statement in statements)
-    common = len(failed) == 1 and len(next(iter(failed.values()))) == checked
-    verdict = Verdict(common_failure=common)
-    involved = [rank for ranks in failed.values() for rank in ranks]
-    for text, ranks in failed.items():
-        verdict.errors.append(f"{describe_ranks(ranks, hosts)}: {text}")
-    for name in dict.fromkeys(name for statement in statements for name in statement.values):
-        found = _by_value((rank, s.values[name]) for rank, s in enumerate(statements) if name in s.values)
+def find_differences(ranks: Sequence[RankValues], comparison: Comparison) -> Differences:
+    """Compare the values of all ranks, given in the order of ranks."""
+    hosts = [values.host for values in ranks]
+    failed = _by_value((rank, values.failure) for rank, values in enumerate(ranks) if values.failure)
+    errors = [f"{describe_ranks(holders, hosts)}: {text}" for text, holders in failed.items()]
+    involved = [rank for holders in failed.values() for rank in holders]
+    warnings, differing = [], []
+    for name in dict.fromkeys(name for values in ranks for name in values.values):
+        found = _by_value((rank, values.values[name]) for rank, values in enumerate(ranks) if name in values.values)
         if len(found) == 1:
             continue
-        verdict.differing.append(name)
+        differing.append(name)
         if name in comparison.note:
             continue
         reference = reference_value(found)
-        details = {text: statements[ranks[0]].details.get(name, "") for text, ranks in found.items()}
+        details = {text: ranks[holders[0]].details.get(name, "") for text, holders in found.items()}
         line = difference_line(found, reference, hosts, details)
-        (verdict.warnings if name in comparison.warn else verdict.errors).append(line)
-        if name not in comparison.warn:
-            involved += [ranks[0] for text, ranks in found.items() if text != reference]
-    return Verdict(**{**asdict(verdict), "rank": min(involved, default=0)})
+        if name in comparison.warn:
+            warnings.append(line)
+        else:
+            errors.append(line)
+            involved += [holders[0] for text, holders in found.items() if text != reference]
+    return Differences(
+        errors=errors,
+        warnings=warnings,
+        differing=differing,
+        common_failure=len(failed) == 1 and len(next(iter(failed.values()))) == sum(values.checked for values in ranks),
+        rank=min(involved, default=0),
+    )
 
 
 def reference_value(found: Mapping[str, Sequence[int]]) -> str:
@@ -128,10 +133,10 @@ def difference_line(
     """Describe one difference: `--lr 0.001 on ranks 8-15 (n2), --lr 0.0001 on the other 248 ranks`.
 
     Args:
-        found: the ranks of each value, more than one value.
+        found: the ranks of each value, at least two values.
         reference: the value that is named last.
         hosts: of all ranks.
-        details: by value, what is shown behind it.
+        details: by value, text shown behind the value.
     """
     shown = dict(zip(found, _shorten(list(found)), strict=True))
     for text, detail in (details or {}).items():
@@ -172,30 +177,30 @@ def compare_over_store(
     details: Mapping[str, str] | None = None,
     failure: MegatronLiteError | None = None,
     checked: bool = True,
-) -> Verdict:
-    """Compare named values with those of all other ranks; every rank calls it, and waits for the slowest.
+) -> Differences:
+    """Compare named values over all ranks; a collective call.
 
-    Rank 0 reads a digest of each rank's values, and the values only once per different digest.
+    Rank 0 reads a digest of each rank's values, and the values once per different digest.
 
     Args:
-        store: where the ranks met (torch.distributed.Store); its own timeout applies.
+        store: the job's store (torch.distributed.Store); its timeout applies.
         launch: this rank's place in the job.
-        comparison: what is compared, and what a difference means.
-        values: text by name, as Statement has them.
-        number: distinguishes the job's calls; the same on all ranks.
-        details: as Statement.
-        failure: the error that kept this rank from having values.
-        checked: as Statement.
+        comparison: topic, error texts, and which values may differ.
+        values: see RankValues.
+        number: number of the comparison in the job.
+        details: see RankValues.
+        failure: the error because of which this rank has no values.
+        checked: see RankValues.
 
     Raises:
         RankDifferenceError: values differ, or some ranks failed. All ranks raise it, and rank 0 prints it.
-        MegatronLiteError: `failure`, where every rank that tried failed with the same text.
+        MegatronLiteError: `failure`, if every rank that tried failed with the same text.
     """
     topic = f"compare/{number} {comparison.topic}"
-    statement = Statement(
+    rank_values = RankValues(
         launch.host or socket.gethostname(), dict(values), dict(details or {}), str(failure or ""), checked
     )
-    record = json.dumps(asdict(statement))
+    record = json.dumps(asdict(rank_values))
     digest = hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
     store.set(f"{topic}/record/{launch.rank}", record)
     store.set(f"{topic}/digest/{launch.rank}", digest)
@@ -203,38 +208,38 @@ def compare_over_store(
         _wait(
             store, {f"{topic}/digest/{rank}": f"rank {rank}" for rank in range(launch.world_size)}, comparison, launch
         )
-        statements = _read_statements(store, topic, launch.world_size)
-        judged = judge(statements, comparison)
-        store.set(f"{topic}/verdict", json.dumps([asdict(judged), statements[judged.rank].host]))
-    _wait(store, {f"{topic}/verdict": "rank 0"}, comparison, launch)
-    told, host = json.loads(store.get(f"{topic}/verdict"))
-    verdict = Verdict(**told)
-    if not verdict.errors:
-        return verdict
+        ranks = _read_values(store, topic, launch.world_size)
+        found = find_differences(ranks, comparison)
+        store.set(f"{topic}/differences", json.dumps([asdict(found), ranks[found.rank].host]))
+    _wait(store, {f"{topic}/differences": "rank 0"}, comparison, launch)
+    fields, host = json.loads(store.get(f"{topic}/differences"))
+    differences = Differences(**fields)
+    if not differences.errors:
+        return differences
     _leave(store, topic, launch)
-    error = failure if verdict.common_failure else None
+    error = failure if differences.common_failure else None
     if error is None:
-        lines = verdict.errors[:MAX_LINES]
-        if more := len(verdict.errors) - len(lines):
+        lines = differences.errors[:MAX_LINES]
+        if more := len(differences.errors) - len(lines):
             lines.append(f"and {more} more differences")
-        found = "".join(f"\n  {line}" for line in lines) + "\n"
-        error = RankDifferenceError(comparison.rule, found=found, fix=comparison.fix)
-        error.__cause__ = FailedRank(host, verdict.rank)
+        listing = "".join(f"\n  {line}" for line in lines)
+        error = RankDifferenceError(f"{comparison.problem}:{listing}\n", fix=comparison.fix)
+        error.__cause__ = FailedRank(host, differences.rank)
     error.shared, error.silent = True, launch.rank != 0
     raise error
 
 
 def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: Launch) -> None:
-    """Return once the keys are there. Waits in Python, so that signals are obeyed at once.
+    """Return once the keys are set. Waits in Python, so that signals are handled at once.
 
     Args:
-        store: its timeout applies.
+        store: the job's store; its timeout applies.
         keys: with the ranks that set them.
         comparison: for the error.
         launch: for the error.
 
     Raises:
-        TrainingError: some are missing when the time is over.
+        TrainingError: a key is missing after the timeout.
     """
     seconds = store.timeout.total_seconds()
     deadline = time.monotonic() + seconds
@@ -244,9 +249,8 @@ def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: L
             missing = [rank for key, rank in keys.items() if not store.check([key])]
             more = f" and {len(missing) - MAX_HOSTS} more" if len(missing) > MAX_HOSTS else ""
             raise TrainingError(
-                "All ranks of a job must compare what they have in common",
-                found=f"rank {launch.rank} of {launch.world_size} on {launch.host} waited {seconds:g} s for the "
-                f"{comparison.topic} of {', '.join(missing[:MAX_HOSTS])}{more}",
+                f"The comparison of ranks timed out: rank {launch.rank} of {launch.world_size} on {launch.host} waited "
+                f"{seconds:g} s for the {comparison.topic} of {', '.join(missing[:MAX_HOSTS])}{more}",
                 fix="See the output of these ranks",
             )
         time.sleep(pause)
@@ -254,7 +258,7 @@ def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: L
 
 
 def _leave(store: Any, topic: str, launch: Launch) -> None:
-    """Keep rank 0, whose process may hold the store, until all ranks have read why the job ends."""
+    """Keep rank 0, whose process may hold the store, until all ranks have read the differences."""
     deadline = time.monotonic() + GRACE
     with contextlib.suppress(RuntimeError):
         store.add(f"{topic}/read", 1)
@@ -262,10 +266,10 @@ def _leave(store: Any, topic: str, launch: Launch) -> None:
             time.sleep(0.02)
 
 
-def _read_statements(store: Any, topic: str, world_size: int) -> list[Statement]:
+def _read_values(store: Any, topic: str, world_size: int) -> list[RankValues]:
     digests = store.multi_get([f"{topic}/digest/{rank}" for rank in range(world_size)])
     first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
-    read = {digest: Statement(**json.loads(store.get(f"{topic}/record/{rank}"))) for digest, rank in first.items()}
+    read = {digest: RankValues(**json.loads(store.get(f"{topic}/record/{rank}"))) for digest, rank in first.items()}
     return [read[digest] for digest in digests]
 
 
@@ -277,7 +281,7 @@ def _by_value(pairs: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
 
 
 def _shorten(texts: Sequence[str]) -> Iterator[str]:
-    """Cut long texts to their first word and the neighbourhood of their first difference."""
+    """Shorten long texts to the first word and the part around the first difference."""
     same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))))
     for text in texts:
         if len(text) <= MAX_TEXT:

@@ -19,7 +19,7 @@ from megatron_lite.config.runtime import RuntimeConfig
 
 
 class CpuBackend(Backend):
-    """Ranks on CPU cores; the cores of a machine are shared out among its ranks."""
+    """Backend of one rank on CPU cores; the cores of a machine are divided among its ranks."""
 
     name = "cpu"
 
@@ -35,29 +35,29 @@ class CpuBackend(Backend):
             self._join(parallel, "gloo")
 
     def seed(self, value: int) -> None:
-        """Seeds torch's default CPU generator (not numpy's, nor other devices')."""
+        """Seed torch's default CPU generator (not numpy's, nor other devices')."""
         torch.default_generator.manual_seed(value)
 
     def synchronize(self) -> None:
-        """CPU operations have ended when they return."""
+        """Do nothing: CPU operations have finished when they return."""
 
     def memory_stats(self) -> dict[str, int]:
-        """The process's resident set and its high-water mark, in bytes."""
+        """Return the process's resident set and its maximum so far, in bytes."""
         # ru_maxrss counts KiB on Linux and bytes on macOS.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         now = peak
         statm = Path("/proc/self/statm")
         if statm.exists():
             now = int(statm.read_text().split()[1]) * resource.getpagesize()
-        peak = max(peak, now)  # the kernel updates its high-water mark late
+        peak = max(peak, now)  # the kernel updates ru_maxrss late
         return {"allocated": now, "max_allocated": peak, "reserved": now, "max_reserved": peak}
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Unknown: it depends on clock, vector units and neighbours."""
+        """Return None: it depends on clock, vector units and other processes."""
         return None
 
     def device_name(self) -> str:
-        """The processor's model and the threads in use."""
+        """Return the processor's model and the number of threads."""
         model = platform.processor() or platform.machine()
         cpuinfo = Path("/proc/cpuinfo")
         if cpuinfo.exists():
@@ -67,11 +67,11 @@ class CpuBackend(Backend):
         return f"{model} ({threads} thread{'' if threads == 1 else 's'})"
 
     def capabilities(self) -> Capabilities:
-        """Everything, slowly."""
+        """Return the defaults: all dtypes, compilation and fused kernels."""
         return Capabilities()
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """A tensor that shares the array's memory where the array may be written to."""
+        """Return a tensor that shares the array's memory, or a copy if the array is read-only."""
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

@@ -40,20 +40,20 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 
 
 class CudaBackend(Backend):
-    """One GPU of this node: the only visible one, or the one with the number of the local rank."""
+    """Backend of one GPU: the only visible one, or the one with the number of the local rank."""
 
     name = "cuda"
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
         visible = torch.cuda.device_count()
-        # A launcher that gives each rank one GPU of its own (srun --gpus-per-task=1) shows it as the first.
+        # With one GPU per rank from the launcher (srun --gpus-per-task=1), each rank's GPU is number 0.
         own = visible == 1 and (launch.launcher == "slurm" or any(os.environ.get(name) for name in _VISIBLE))
         index = 0 if own else launch.local_rank
         if index >= visible:
             raise ConfigError(
-                "Every rank of a node needs a GPU of its own",
-                found=f"local rank {launch.local_rank} on {launch.host}, which shows {visible} GPUs",
+                f"No GPU for local rank {launch.local_rank} on {launch.host}, which has {visible} visible GPUs",
+                rule="Every rank of a node needs a GPU of its own",
                 fix="Start at most that many ranks a node (torchrun --nproc-per-node), or train with --device cpu",
             )
         self.device = torch.device("cuda", index)
@@ -64,15 +64,15 @@ class CudaBackend(Backend):
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
 
     def seed(self, value: int) -> None:
-        """Seeds this device's default generator, without a synchronisation."""
+        """Seed this device's default generator, without synchronization."""
         torch.cuda.default_generators[self.device.index].manual_seed(value)
 
     def synchronize(self) -> None:
-        """Waits for all streams of the device."""
+        """Wait for all streams of the device."""
         torch.cuda.synchronize(self.device)
 
     def memory_stats(self) -> dict[str, int]:
-        """The caching allocator's counters, in bytes."""
+        """Return the caching allocator's counters, in bytes."""
         return {
             "allocated": torch.cuda.memory_allocated(self.device),
             "max_allocated": torch.cuda.max_memory_allocated(self.device),
@@ -81,32 +81,32 @@ class CudaBackend(Backend):
         }
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """The data sheet's dense 16-bit number; None for other types (fp32 may or may not run on tensor cores)."""
+        """Return the data sheet's dense 16-bit FLOP/s; None for other dtypes (fp32 may or may not use tensor cores)."""
         if dtype not in (torch.float16, torch.bfloat16):
             return None
         name = self.device_name()
         return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if known in name), None)
 
     def device_name(self) -> str:
-        """As the driver calls it."""
+        """Return the driver's name of the device."""
         return torch.cuda.get_device_name(self.device)
 
     def capabilities(self) -> Capabilities:
-        """bf16 needs Ampere or newer."""
+        """Return the capabilities; bf16 needs Ampere or newer."""
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())))
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """Copies through pinned memory, so that the host does not wait."""
+        """Copy through pinned memory, so that the host does not wait."""
         host = torch.from_numpy(array if array.flags.writeable else array.copy())
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
     ) -> Tensor:
-        """Leave k and v as they are for the fused kernels, which group heads in half precision without a mask.
+        """Pass grouped heads to the fused kernels, which take them in half precision without a mask.
 
-        Otherwise enable_gqa would rule out every fused kernel.
+        In other cases enable_gqa would rule out every fused kernel, and the heads are repeated.
         """
         if mask is None and q.dtype in (torch.float16, torch.bfloat16):
             return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)

@@ -24,7 +24,7 @@ NUM_PORTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Place of this process in the job, and where its ranks meet."""
+    """This process's rank and the job's rendezvous address, as the launcher gives them."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,34 +32,34 @@ class Launch:
     local_world_size: int = 1
     launcher: Launcher = "python"
     init_method: str = ""
-    """Where rank 0 listens: tcp://host:port, tcp://host:port,port,… (tried in this order), or file://path, a file in
-    which rank 0 writes its port."""
+    """Address of rank 0: tcp://host:port, tcp://host:port,port,… (tried in this order), or file://path, a file to which
+    rank 0 writes its port."""
     job: str = ""
-    """Identity of the job: ranks of another one are turned away. Empty: whoever meets at this address is one job."""
+    """Identity of the job, by which ranks of another job are refused. Empty: all ranks at this address are one job."""
     host: str = ""
     slurm_job: str = ""
     """SLURM_JOB_ID; empty: not in a Slurm job."""
     slurm_restarts: int = 0
-    """How often Slurm has requeued that job."""
+    """Number of times that Slurm has requeued the job."""
     start_id: str = ""
-    """Names this start of the job, alike on all its ranks; empty: nothing is known that they have in common."""
+    """Identity of this start of the job, equal on all ranks; empty: unknown."""
 
     @property
     def process(self) -> ProcessId:
-        """This process, as others recognise it."""
+        """Return the identity of this process, for locks and status files."""
         return this_process(self.host, self.slurm_job, self.slurm_restarts)
 
 
 @dataclass(frozen=True)
 class _MpiVariables:
-    """Names that one MPI's launcher uses; the first one that is set counts."""
+    """Variables of one MPI launcher; of several names the first that is set is used."""
 
     rank: str
     size: str
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...]
     only_mpirun: bool = True
-    """srun never sets them."""
+    """Whether srun never sets them."""
 
 
 _MPI = (
@@ -85,7 +85,7 @@ _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "MPIEXEC_J
 
 
 def host_name(environment: Mapping[str, str] | None = None) -> str:
-    """This host's name: Slurm's for the node, where there is one."""
+    """Return this host's name: Slurm's name of the node, if there is one."""
     variables = os.environ if environment is None else environment
     return variables.get("SLURMD_NODENAME") or socket.gethostname()
 
@@ -93,8 +93,8 @@ def host_name(environment: Mapping[str, str] | None = None) -> str:
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Read the launcher's variables.
 
-    The innermost launcher counts: torchrun before mpirun before srun. srun itself sets PMI_RANK and PMIX_RANK for MPI
-    programs, so these count only where they contradict the Slurm step, as under an mpirun inside it.
+    The innermost launcher is used: torchrun before mpirun before srun. srun itself sets PMI_RANK and PMIX_RANK for MPI
+    programs, so these are used only if they contradict the Slurm step, as under an mpirun inside it.
 
     Args:
         environment: variables to read; None: the process's own.
@@ -124,18 +124,17 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     )
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
-            "A rank lies in [0, world size)",
-            found=f"rank {launch.rank} of {launch.world_size} ({launch.launcher})",
+            f"The rank is outside of the world size: rank {launch.rank} of {launch.world_size} ({launch.launcher})",
             fix="Unset RANK and WORLD_SIZE, or start the job with torchrun, srun or mpirun",
         )
     return launch
 
 
 def _refuse_incomplete(variables: Mapping[str, str]) -> None:
-    """Refuse what would train alone, beside the other ranks of its job and in the same folder.
+    """Refuse a process that would train alone, beside the other ranks of its job and in the same folder.
 
     Raises:
-        ConfigError: there is a rank without a world size, or the reverse.
+        ConfigError: a rank is set without a world size, or a world size without a rank.
     """
     half = {
         "RANK": "RANK" in variables,
@@ -145,17 +144,17 @@ def _refuse_incomplete(variables: Mapping[str, str]) -> None:
     }
     if found := [f"{name}={variables[name]}" for name, is_set in half.items() if is_set]:
         raise ConfigError(
-            "A rank of a job needs both its rank and the world size",
-            found=", ".join(found) + " alone",
+            f"The launcher's variables are incomplete: {', '.join(found)} alone",
+            rule="A job of several ranks needs both the rank and the world size",
             fix="Set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, start with torchrun, srun or mpirun, or unset it "
             "to train with one rank",
         )
 
 
 def _start_id(variables: Mapping[str, str]) -> str:
-    """What names one start of a job and is known to all its ranks: a Slurm step, or torchrun's process on this node.
+    """Return the identity of one start of a job, from its Slurm step or torchrun's process on this node.
 
-    A rendezvous address does not: the next job on the same nodes has the same one.
+    The rendezvous address is no identity: the next job on the same nodes has the same one.
     """
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     job, step, requeued, restarted = (variables.get(name, "") for name in names)
@@ -171,14 +170,13 @@ def _from_torchrun(variables: Mapping[str, str]) -> Launch:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
     if world_size > 1 and missing:
         raise ConfigError(
-            "A job of several ranks needs a rendezvous address",
-            found=f"WORLD_SIZE={world_size} without {' and '.join(missing)}",
+            f"No rendezvous address: WORLD_SIZE={world_size} without {' and '.join(missing)}",
             fix="Start with torchrun, which sets them, or set them to the host of rank 0 and a free port on it",
         )
     address, job = variables.get("MASTER_ADDR", ""), variables.get("TORCHELASTIC_RUN_ID", "")
     ports: tuple[int, ...] = (_port(variables),) if world_size > 1 else ()
     if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world_size > 1:
-        # The agent listens at MASTER_PORT itself.
+        # torchrun's agent itself listens at MASTER_PORT.
         job = f"torchrun {job} {address}:{ports[0]}"
         ports = _derived_ports(job)
     return Launch(
@@ -199,14 +197,14 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
     address = variables.get("MASTER_ADDR", "")
     if het and not address:
         raise ConfigError(
-            "A step over several components of a heterogeneous job needs MASTER_ADDR",
-            found=f"{step_size} of {variables['SLURM_NTASKS']} tasks in this component, and no MASTER_ADDR",
+            "MASTER_ADDR is not set in a step over several components of a heterogeneous job "
+            f"({step_size} of {variables['SLURM_NTASKS']} tasks in this component)",
             fix="Set MASTER_ADDR to the first host of the first component",
         )
     nodes = expand_nodes(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost")
     node = variables.get("SLURMD_NODENAME", "")
     if not address:
-        # Ranks of one node meet without its name, which may not resolve.
+        # The name of a node may not resolve on the node itself.
         address = "127.0.0.1" if variables.get("SLURM_STEP_NUM_NODES") == "1" else nodes[0]
     job_id = variables.get("SLURM_HET_JOB_ID" if het else "SLURM_JOB_ID") or variables.get("SLURM_JOB_ID", "0")
     step_id = variables.get("SLURM_STEP_ID") or variables.get("SLURM_STEPID", "0")
@@ -225,10 +223,10 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
 
 
 def _mpirun_in_step(names: _MpiVariables, variables: Mapping[str, str]) -> bool:
-    """Whether an mpirun inside this Slurm step started the process: its variables differ from the step's.
+    """Return whether an mpirun inside this Slurm step started the process: the variables differ from the step's.
 
     Raises:
-        ConfigError: it may as well be the step inside an mpirun.
+        ConfigError: it is as likely that the step was started inside an mpirun.
     """
     mpi = _integer(variables, names.rank), _integer(variables, names.size)
     tasks = "SLURM_NTASKS" if "SLURM_HET_SIZE" in variables and "SLURM_NTASKS" in variables else "SLURM_STEP_NUM_TASKS"
@@ -238,8 +236,8 @@ def _mpirun_in_step(names: _MpiVariables, variables: Mapping[str, str]) -> bool:
     if mpi[1] > 1 and (names.only_mpirun or step[1] != mpi[1]):
         return True
     raise ConfigError(
-        "The variables of Slurm and of MPI must agree on the rank",
-        found=f"rank {step[0]} of {step[1]} by SLURM_PROCID and {tasks}, rank {mpi[0]} of {mpi[1]} by "
+        f"Slurm and MPI variables contradict each other: rank {step[0]} of {step[1]} by SLURM_PROCID and {tasks}, "
+        f"rank {mpi[0]} of {mpi[1]} by "
         f"{names.rank} and {names.size}",
         fix="Start the job with either srun or mpirun, and unset the variables of the other",
     )
@@ -255,8 +253,8 @@ def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
         name = next((name for name in options if name in variables), None)
         if name is None:
             raise ConfigError(
-                "A rank needs its number on its node, to choose its device",
-                found=f"{names.rank}={rank} and {names.size}={world_size} without {' or '.join(options)}",
+                f"{names.rank}={rank} and {names.size}={world_size} without {' or '.join(options)}",
+                rule="The rank within the node is needed to choose a device",
                 fix="Start with an mpirun that sets it, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
                 "MASTER_ADDR and MASTER_PORT",
             )
@@ -269,12 +267,12 @@ def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
     missing += [] if variables.get("MASTER_PORT") or job else ["MASTER_PORT"]
     if missing:
         error = ConfigError(
-            "Ranks that mpirun starts on several nodes need a rendezvous address",
-            found=f"{local[1]} of {world_size} ranks on this node, and no {' and no '.join(missing)}",
+            f"No rendezvous address: mpirun started {local[1]} of {world_size} ranks on this node, and no "
+            f"{' and no '.join(missing)} is set",
             fix="Give every rank MASTER_ADDR, the host of rank 0, and MASTER_PORT, a free port on it (Open MPI: mpirun "
             "-x MASTER_ADDR=host; MPICH and Intel MPI: mpiexec -genv MASTER_ADDR host)",
         )
-        # The ranks of a node have the same variables: one prints it.
+        # The ranks of a node have the same variables: one of them prints the error.
         error.silent = local[0] != 0
         raise error
     ports = (_port(variables),) if variables.get("MASTER_PORT") else _derived_ports(job)
@@ -290,7 +288,7 @@ def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
 def _launching_process(variable: str) -> str:
     """Return the identity of the nearest ancestor process without `variable`: the launcher on this node.
 
-    MPICH's gives its jobs no number. Empty where there is no /proc.
+    For MPICH, whose launcher sets no job number. Empty where there is no /proc.
     """
     try:
         pid = os.getppid()
@@ -308,7 +306,7 @@ def _stat(pid: int) -> list[int]:
 
 
 def _derived_ports(job: str) -> tuple[int, ...]:
-    """Return the ports of a job, the same on every rank and in general not those of another job."""
+    """Return the ports of a job, equal on every rank and with high probability unlike those of another job."""
     digest = hashlib.blake2b(job.encode(), digest_size=4 * NUM_PORTS).digest()
     numbers = (int.from_bytes(digest[start : start + 4], "big") for start in range(0, len(digest), 4))
     return tuple(dict.fromkeys(PORT_RANGE[number % len(PORT_RANGE)] for number in numbers))
@@ -321,7 +319,7 @@ def _tcp(address: str, ports: tuple[int, ...]) -> str:
 def _port(variables: Mapping[str, str]) -> int:
     port = _integer(variables, "MASTER_PORT")
     if not 0 < port < 65536:
-        raise ConfigError("MASTER_PORT is a port", found=f"MASTER_PORT={port}", fix="Choose one from 1024 to 65535")
+        raise ConfigError(f"MASTER_PORT={port} is not a port", fix="Choose one from 1024 to 65535")
     return port
 
 
@@ -333,5 +331,5 @@ def _integer(variables: Mapping[str, str], name: str, default: int | None = None
         return int(text or "")
     except ValueError:
         raise ConfigError(
-            f"{name} is a whole number", found=f"{name}={text!r}", fix="Start the job with torchrun, srun or mpirun"
+            f"{name}={text!r} is not a whole number", fix="Start the job with torchrun, srun or mpirun"
         ) from None

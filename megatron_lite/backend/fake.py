@@ -1,6 +1,6 @@
 """Fake backend: meta tensors and stub process groups; one process acts as any rank of any world size.
 
-It plays one rank of a job at a time. Its groups do no communication, but refuse what a real transport would refuse.
+One backend simulates one rank. Its groups do not communicate, but refuse what a real transport would refuse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_lite.backend.accounting import Traffic, counted
+from megatron_lite.backend.accounting import Transfer, counted
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
@@ -20,14 +20,14 @@ from megatron_lite.errors import TrainingError
 
 
 class FakeBackend(Backend):
-    """Rank `rank` of `world_size`, on the meta device.
+    """Backend that simulates one rank of any world size on the meta device.
 
     Args:
-        rank: the rank to play.
+        rank: the simulated rank.
         world_size: ranks of the job.
 
     Attributes:
-        traffic: every collective and message that the rank called for.
+        traffic: record of every collective and P2P message of the rank.
     """
 
     name = "fake"
@@ -35,28 +35,28 @@ class FakeBackend(Backend):
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(Launch(rank=rank, world_size=world_size))
         self.device = torch.device("meta")
-        self.traffic = Traffic()
+        self.traffic: list[Transfer] = []
 
     def seed(self, value: int) -> None:
-        """Nothing is drawn."""
+        """Do nothing: meta tensors draw no values."""
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no operation runs."""
 
     def memory_stats(self) -> dict[str, int]:
-        """Tensors without values take none."""
+        """Return zeros: meta tensors take no memory."""
         return {"allocated": 0, "max_allocated": 0, "reserved": 0, "max_reserved": 0}
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """No arithmetic is done."""
+        """Return None: no arithmetic is done."""
         return None
 
     def device_name(self) -> str:
-        """As it is."""
+        """Return a description of the missing device."""
         return "no device (rehearsal)"
 
     def capabilities(self) -> Capabilities:
-        """No compilation and no fused kernels: both need a device."""
+        """Return the capabilities: without compilation and fused kernels, which need a device."""
         return Capabilities(compile=False, fused_adam=False)
 
     def to_device(self, array: np.ndarray) -> Tensor:
@@ -72,45 +72,47 @@ class FakeBackend(Backend):
         return None
 
     def new_group(self, axis: str, partition: Partition) -> Group:
-        """This rank's group of the axis; its calls are written down in `traffic`."""
+        """Return this rank's stub group, whose calls are recorded in `traffic`."""
         row = next(row for row in partition if self.rank in row)
         if len(row) == 1:
             return LocalGroup(axis, self.rank, partition)
-        return counted(SilentGroup(axis, partition, self.rank), self.traffic)
+        return counted(StubGroup(axis, partition, self.rank), self.traffic)
 
 
 class _Done:
+    """Work that has finished."""
+
     def wait(self) -> None:
         return None
 
 
-class SilentGroup(Group):
-    """A group whose other ranks are not there: tensors stay as they are, and what could not be sent is an error."""
+class StubGroup(Group):
+    """Group of one simulated rank: collectives check their arguments and leave tensors unchanged."""
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Checks `x`."""
+        """Check `x`."""
         self._check("all-reduces", x)
         return _Done() if async_op else None
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Checks that `out` has room for every coordinate's `x`."""
+        """Check that `out` has room for every coordinate's `x`."""
         self._check("all-gathers", out, x)
         self._check_parts("all-gathers", out, x)
         return _Done() if async_op else None
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Checks that `x` splits into parts shaped as `out`."""
+        """Check that `x` splits into parts shaped as `out`."""
         self._check("reduce-scatters", out, x)
         self._check_parts("reduce-scatters", x, out)
         return _Done() if async_op else None
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Checks `x` and the source."""
+        """Check `x` and the source."""
         self._check("broadcasts", x)
         self._check_peer(src_coordinate)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Checks every message and its peer."""
+        """Check every message and its peer."""
         for tensor, peer in (*sends, *receives):
             self._check("sends or receives", tensor)
             self._check_peer(peer)
@@ -119,10 +121,10 @@ class SilentGroup(Group):
         return [_Done() for _ in (*sends, *receives)]
 
     def barrier(self) -> None:
-        """Returns at once."""
+        """Return at once."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """This rank's value, in everyone's place."""
+        """Return this rank's value in the place of every rank's."""
         return [value] * self.size
 
     def _check(self, verb: str, *tensors: Tensor) -> None:
@@ -140,9 +142,8 @@ class SilentGroup(Group):
         if not 0 <= peer < self.size:
             raise self._error(f"names a peer at coordinate {peer} of {self.size}")
 
-    def _error(self, what: str) -> TrainingError:
+    def _error(self, call: str) -> TrainingError:
         return TrainingError(
-            "A collective must be one that the transport can do",
-            found=f"coordinate {self.rank} of a {self.axis} group {what}",
-            fix="This is a mistake in the code of the layout, not in the command: please report it with the command",
+            f"Invalid collective: coordinate {self.rank} of a {self.axis} group {call}",
+            fix="This is a bug of megatron_lite: please report it with the command",
         )

@@ -27,19 +27,24 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Work(Protocol):
-    """A collective under way; its tensors may be touched only after wait()."""
+    """Asynchronous collective; its tensors may be read or written only after wait()."""
 
     def wait(self) -> Any:
-        """Returns once the result may be used (CUDA: once the current stream is made to wait for it)."""
+        """Return once the result may be used (CUDA: once the current stream waits for it)."""
 
 
 class Group(ABC):
-    """This rank's row of a partition of all ranks, and its coordinate in it.
+    """Process group of one rank along a mesh axis.
 
     Args:
-        axis: the mesh axis it runs along (tp, pp, dp, mp, world): for messages and for counting bytes.
-        partition: every row of the axis, not only this rank's (a TPU collective must name them all).
-        rank: this rank in the whole job.
+        axis: name of the axis (tp, pp, dp, mp, world), for messages and communication accounting.
+        partition: the ranks of every group along the axis (a TPU collective needs all of them).
+        rank: this rank in the job.
+
+    Attributes:
+        ranks: ranks of this group.
+        rank: this rank's coordinate in the group.
+        size: number of ranks.
     """
 
     def __init__(self, axis: str, partition: Partition, rank: int) -> None:
@@ -54,39 +59,39 @@ class Group(ABC):
 
     @property
     def process_group(self) -> Any:
-        """What torch.distributed.checkpoint wants; None where the group is only this rank."""
+        """Return torch.distributed's process group; None: the group has one rank."""
         return None
 
     @abstractmethod
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Reduces `x` in place over the group; `async_op` returns the Work to wait for."""
+        """Reduce `x` in place over the group; with `async_op` return the Work to wait for."""
 
     @abstractmethod
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Writes every coordinate's `x` into `out`, one after the other along dim 0. `out` may contain `x`."""
+        """Write every coordinate's `x` into `out`, concatenated along dim 0. `out` may contain `x`."""
 
     @abstractmethod
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Sums `x` over the group and writes this coordinate's part (of dim 0) into `out`."""
+        """Sum `x` over the group and write this coordinate's part of dim 0 into `out`."""
 
     @abstractmethod
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Overwrites `x` with the one of `src_coordinate`."""
+        """Overwrite `x` with the tensor of `src_coordinate`."""
 
     @abstractmethod
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Starts sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock."""
+        """Start sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Returns once every rank of the group has come here."""
+        """Return once every rank of the group has called it."""
 
     @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every coordinate's picklable `value`, in order. Slow: for start-up and checkpoints."""
+        """Return every coordinate's picklable `value`, in order. Slow: for start-up and checkpoints."""
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every coordinate's `x`, concatenated along dim 0."""
+        """Return every coordinate's `x`, concatenated along dim 0."""
         if self.size == 1:
             return x
         out = torch.empty((x.shape[0] * self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -94,7 +99,7 @@ class Group(ABC):
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the group, of which each coordinate gets its part of dim 0."""
+        """Return this coordinate's part of dim 0 of the sum of `x` over the group."""
         if self.size == 1:
             return x
         assert x.shape[0] % self.size == 0, f"{tuple(x.shape)} does not split over {self!r}"
@@ -103,59 +108,59 @@ class Group(ABC):
         return out
 
     def send(self, x: Tensor, coordinate: int) -> Work:
-        """Starts sending `x` (contiguous) to a peer of the group."""
+        """Start to send `x` (contiguous) to a coordinate of the group."""
         return self.exchange([(x, coordinate)], [])[0]
 
     def recv_(self, x: Tensor, coordinate: int) -> Work:
-        """Starts receiving into `x` (contiguous) from a peer of the group."""
+        """Start to receive `x` (contiguous) from a coordinate of the group."""
         return self.exchange([], [(x, coordinate)])[0]
 
 
 class _Done:
-    """The Work of a collective that had nothing to do."""
+    """Work that has finished."""
 
     def wait(self) -> None:
         return None
 
 
 class LocalGroup(Group):
-    """A group of this rank alone: every collective is the identity."""
+    """Group of one rank: every collective is the identity."""
 
     def __init__(self, axis: str, rank: int = 0, partition: Partition | None = None) -> None:
         super().__init__(axis, partition or ((rank,),), rank)
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Leaves `x` as it is."""
+        """Leave `x` as it is."""
         return _Done() if async_op else None
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Copies `x`, unless it already lies in `out`."""
+        """Copy `x` into `out`, unless they share memory."""
         if out.data_ptr() != x.data_ptr():
             out.copy_(x)
         return _Done() if async_op else None
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Copies `x`, unless it already lies in `out`."""
+        """Copy `x` into `out`, unless they share memory."""
         return self.all_gather_(out, x, async_op)
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Leaves `x` as it is."""
+        """Leave `x` as it is."""
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Nobody is there to talk to."""
+        """Return no work: there are no peers."""
         assert not sends and not receives, "a group of one rank has no peers"
         return []
 
     def barrier(self) -> None:
-        """Returns at once."""
+        """Return at once."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Only this rank's."""
+        """Return this rank's value alone."""
         return [value]
 
 
 class ProcessGroup(Group):
-    """A group over torch.distributed (gloo, NCCL, or the fake one that rehearsals use)."""
+    """Group over torch.distributed (gloo or NCCL)."""
 
     def __init__(self, axis: str, partition: Partition, rank: int, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, partition, rank)
@@ -163,39 +168,39 @@ class ProcessGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """torch.distributed's own handle."""
+        """Return torch.distributed's process group."""
         return self._process_group
 
     def all_reduce_(self, x: Tensor, op: ReduceOp = "sum", async_op: bool = False) -> Work | None:
-        """Reduces `x` in place over the group."""
+        """Reduce `x` in place over the group."""
         return dist.all_reduce(x, op=_REDUCE_OPS[op], group=self._process_group, async_op=async_op)
 
     def all_gather_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Writes every coordinate's `x` into `out`."""
+        """Write every coordinate's `x` into `out`."""
         return _all_gather(out, x, group=self._process_group, async_op=async_op)
 
     def reduce_scatter_(self, out: Tensor, x: Tensor, async_op: bool = False) -> Work | None:
-        """Sums `x` and writes this coordinate's part into `out`."""
+        """Sum `x` and write this coordinate's part into `out`."""
         return _reduce_scatter(out, x, group=self._process_group, async_op=async_op)
 
     def broadcast_(self, x: Tensor, src_coordinate: int = 0) -> None:
-        """Overwrites `x` with the one of `src_coordinate`."""
+        """Overwrite `x` with the tensor of `src_coordinate`."""
         dist.broadcast(x, src=self.ranks[src_coordinate], group=self._process_group)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Starts sends and receives as one batch."""
+        """Start sends and receives as one batch."""
         batch = [dist.P2POp(dist.isend, x, self.ranks[peer], self._process_group) for x, peer in sends]
         batch += [dist.P2POp(dist.irecv, x, self.ranks[peer], self._process_group) for x, peer in receives]
         return dist.batch_isend_irecv(batch) if batch else []
 
     def barrier(self) -> None:
-        """Returns once every rank of the group has come here."""
+        """Return once every rank of the group has called it."""
         dist.barrier(group=self._process_group)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every coordinate's `value`, in order."""
+        """Return every coordinate's `value`, in order."""
         values: list[Any] = [None] * self.size
-        # Ranks wait here for the slowest at start-up, and must stay open to signals.
+        # At start-up ranks wait here for the slowest rank, and must still handle signals.
         run_interruptibly(lambda: dist.all_gather_object(values, value, group=self._process_group))
         return values
 
@@ -207,12 +212,12 @@ def new_process_group(
     backend: str | None = None,
     timeout: datetime.timedelta | None = None,
 ) -> Group:
-    """Create the groups of every row (a collective call: all ranks, same order) and return this rank's.
+    """Create all groups along an axis (a collective call: all ranks, same order) and return this rank's group.
 
     Args:
         axis: the mesh axis.
-        partition: all rows of the axis; together they hold every rank once.
-        rank: this rank in the whole job.
+        partition: ranks of all groups along the axis; each rank is in one group.
+        rank: this rank in the job.
         backend: torch.distributed's backend of the group; None: the world's.
         timeout: of the group's collectives; None: torch's default.
     """
@@ -232,5 +237,5 @@ def new_process_group(
 def _new_group(row: Sequence[int], backend: str | None, timeout: datetime.timedelta | None) -> Any:
     world = dist.group.WORLD
     if world is not None and world.bound_device_id is not None:
-        torch.cuda.set_device(world.bound_device_id)  # of this thread
+        torch.cuda.set_device(world.bound_device_id)  # the current device is per thread
     return dist.new_group(list(row), timeout=timeout, backend=backend)

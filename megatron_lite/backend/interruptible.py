@@ -1,4 +1,4 @@
-"""Interruptible calls: C++ runs in a thread, so that the main thread still handles signals."""
+"""Interruptible calls: runs blocking C++ calls in a thread, so that the main thread handles signals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 def run_interruptibly(call: Callable[[], T], *, seconds: float = 0.0, poll: Callable[[], None] | None = None) -> T:
-    """Return or raise what `call` does, in a thread.
+    """Run `call` in a thread and return its result or raise its error.
 
     Python runs signal handlers in the main thread between two bytecodes, never inside a call into C++, such as one
-    that waits for another rank. If the wait is abandoned, the process must end: it then does so without Python's
-    finalization, which a thread inside C++ does not survive.
+    that waits for another rank. If the wait is abandoned, the process must end: it then ends without Python's
+    finalization, which crashes a thread inside C++.
 
     Args:
-        call: what to run.
-        seconds: the longest wait; 0: no limit.
-        poll: called every 20 ms; may raise. None: nothing is.
+        call: the function to run.
+        seconds: longest wait; 0: no limit.
+        poll: called every 20 ms; an error that it raises ends the wait. None: no polling.
 
     Raises:
-        TimeoutError: the time is over.
+        TimeoutError: the call took longer than `seconds`.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -40,20 +40,20 @@ def run_interruptibly(call: Callable[[], T], *, seconds: float = 0.0, poll: Call
         finally:
             done.set()
 
-    # Not Thread.join: interrupted, it takes a thread that runs on for ended (bpo-45274).
+    # An event instead of Thread.join: after an interrupt, join takes a running thread for ended (bpo-45274).
     done = threading.Event()
     deadline = time.monotonic() + seconds
     threading.Thread(target=body, name="interruptible call", daemon=True).start()
     try:
         if poll is None:
-            # One call: the watchdog sees from the stack whether the main thread makes progress.
+            # Without polling, so that the stack stays the same: the watchdog takes a change for progress.
             done.wait(seconds or None)
         else:
             while not done.is_set() and not (seconds and time.monotonic() > deadline):
                 done.wait(0.02)
                 poll()
         if not done.is_set():
-            raise TimeoutError(f"no end after {seconds:g} s")
+            raise TimeoutError(f"timed out after {seconds:g} s")
     except BaseException as error:
         if not done.is_set():
             atexit.register(_end_if_running, done, 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -71,8 +71,8 @@ def _end_if_running(done: threading.Event, code: int) -> None:
 def end_at_once(code: int) -> None:
     """End the process without Python's finalization; output is flushed first.
 
-    A collective that lost its partner ends in a thread of gloo's, which then drops tensors. If Python is finalizing by
-    then, the thread cannot take the GIL, and the C++ library aborts the process.
+    When a collective fails because another rank has ended, a thread of gloo releases its tensors. If Python is
+    finalizing then, the thread cannot take the GIL, and the C++ runtime aborts the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Slurm node lists and task counts: `gpu[07-09,12],head` and `2(x3),1`, written out."""
+"""Parser of Slurm node lists and task counts: expands `gpu[07-09,12],head` and `2(x3),1`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ def expand_counts(counts: str) -> list[int]:
     """Return one number per node for `2(x3),1`: [2, 2, 2, 1].
 
     Raises:
-        ConfigError: the text is no such list.
+        ConfigError: the text is not a list of counts.
     """
     numbers: list[int] = []
     for part in counts.split(","):
         match = _COUNT.fullmatch(part.strip())
         if match is None:
             raise ConfigError(
-                "SLURM_STEP_TASKS_PER_NODE is a list of counts such as 2(x3),1",
-                found=f"SLURM_STEP_TASKS_PER_NODE={counts!r}",
+                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not a list of counts such as 2(x3),1",
                 fix="Start the job with srun, which sets it",
             )
         numbers += [int(match[1])] * int(match[2] or 1)
@@ -74,7 +73,7 @@ def _numbers(ranges: str, nodelist: str) -> Iterator[str]:
 
 def _malformed(nodelist: str) -> ConfigError:
     return ConfigError(
-        "A Slurm node list is host names with ranges in brackets, such as gpu[07-09,12],head",
-        found=f"{nodelist!r}",
+        f"Cannot read the Slurm node list {nodelist!r}",
+        rule="It consists of host names with ranges in brackets, such as gpu[07-09,12],head",
         fix="Set MASTER_ADDR to the host of rank 0, or start the job with srun, which sets SLURM_STEP_NODELIST",
     )

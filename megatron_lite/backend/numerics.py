@@ -13,9 +13,9 @@ from megatron_lite.backend.comparison import Comparison
 
 MACHINES = Comparison(
     topic="machines",
-    rule="All ranks of a job must compute alike, on the same kind of device",
+    problem="Ranks differ in the kind of device or in variables that change numerics",
     fix="Give every rank the same --device, and every node the same environment variables",
-    # Results may differ in their last digits, or the slowest device sets the pace.
+    # Results may differ in their last digits, or all ranks wait for the slowest device.
     warn=frozenset({"device name", "PyTorch", "NumPy", "Python", "architecture"}),
 )
 
@@ -48,11 +48,11 @@ VARIABLES = (
 
 
 def machine_values(kind: str, device_name: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return what all ranks must have in common of their machines, by name, for a comparison over the ranks.
+    """Return the machine properties that all ranks must share, by name, as text for a comparison.
 
     Args:
-        kind: of the device in use: cpu, cuda.
-        device_name: in words.
+        kind: kind of device: cpu, cuda.
+        device_name: name of the device.
         environment: variables to read; None: the process's own.
     """
     variables = os.environ if environment is None else environment

@@ -1,19 +1,18 @@
-"""Rendezvous server: a thread of rank 0 that registers the ranks of a job and passes the first failure on to all.
+"""Rendezvous server: a thread of rank 0 that registers the ranks of a job and sends the first failure to all.
 
-Plain sockets and one JSON object per line, instead of a TCPStore: a waiting rank stays open to signals, a rank that
-dies is missed at once, a program that is not ours is told from one that is, and no part of it needs torch.
+Plain sockets and one JSON object per line instead of a TCPStore: a waiting rank handles signals, the end of a rank is
+noticed at once, other programs at the port are recognized, and torch is not needed.
 
-A rank sends `hello` (Member), and is answered `joined`, `failed` (Failure) or `other_job`. Then, in this order:
+A rank sends `hello` (Member); the answer is `joined`, `failed` (StartFailure) or `other_job`. Then, in this order:
 
     complete   to rank 0     all ranks have joined
-    store      from rank 0   port of the TCPStore that it has opened; passed on to all ranks
-    ready      from a rank   its process group exists
-    begin      to all ranks  all are ready; the watchdogs take over
+    store      from rank 0   port of the job's TCPStore; sent on to all ranks
+    ready      from a rank   the rank's process group exists
+    begin      to all ranks  all ranks are ready; watchdogs detect later failures
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import selectors
@@ -21,17 +20,25 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from megatron_lite.runs.atomic import replace_file
 
 MAX_LINE = 1 << 20
 SEND_TIMEOUT = 10.0
-"""Seconds for which a rank may not read what it is sent."""
+"""Seconds after which sending to a rank that does not read fails."""
+NAME_SERVER_SECONDS = 5.0
+"""Seconds for which name servers may be unavailable."""
+
+Address = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One rank as it introduces itself."""
+    """Identity of one rank's process, as sent in `hello`."""
 
     job: str
     rank: int
@@ -44,15 +51,15 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a job cannot begin.
+class StartFailure:
+    """Error because of which a job cannot begin.
 
     Attributes:
-        rank: where it failed.
+        rank: the rank that failed.
         host: of that rank.
         problem, rule, fix: the parts of the message, as in MegatronLiteError.
-        printed: whether that rank prints it: not if its process is gone.
-        personal: whether the rank that is told has to print it: it is no rank of this job.
+        printed: whether that rank prints the error; False: its process has ended.
+        refused: whether the receiver is refused as a rank of the job, and prints the error itself.
     """
 
     rank: int
@@ -61,19 +68,19 @@ class Failure:
     rule: str
     fix: str
     printed: bool = True
-    personal: bool = False
+    refused: bool = False
 
     @property
     def text(self) -> tuple[str, str]:
-        """What ranks that fail alike have in common; `fix` may list what is on a rank's disk."""
+        """Return the part of the error that is equal on ranks with the same error; `fix` may list local files."""
         return self.problem, self.rule
 
 
-class Line:
-    """A socket that carries one JSON object per line.
+class Connection:
+    """Socket that carries one JSON object per line.
 
     Raises:
-        ConnectionError: the other side is gone, or does not speak this protocol.
+        ConnectionError: the other side has closed the connection, or is another program.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -83,7 +90,7 @@ class Line:
         self._buffer = b""
 
     def fileno(self) -> int:
-        """The socket's, for select."""
+        """Return the socket's file descriptor, for select."""
         return self.socket.fileno()
 
     def send(self, **message: Any) -> None:
@@ -91,7 +98,7 @@ class Line:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived; blocks if nothing has."""
+        """Return the messages that have arrived; wait for data if there are none."""
         data = self.socket.recv(1 << 16)
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if not data or len(self._buffer) > MAX_LINE:
@@ -110,24 +117,24 @@ class Line:
 
 
 class RendezvousServer:
-    """Registers the ranks of one job until it begins; afterwards only turns away those who come too late.
+    """Registers the ranks of one job until it begins, and refuses every later process.
 
     Args:
-        listener: a listening socket, which the server owns.
-        member: rank 0, in whose process it runs.
+        listener: a listening socket, which the server closes.
+        member: rank 0, in whose process the server runs.
     """
 
     def __init__(self, listener: socket.socket, member: Member) -> None:
         self.port: int = listener.getsockname()[1]
         self.token = uuid.uuid4().hex
         self.begun = False
-        self.failure: Failure | None = None
+        self.failure: StartFailure | None = None
         self._owner = member
-        self._members: dict[int, Line] = {}
+        self._members: dict[int, Connection] = {}
         self._known: dict[int, Member] = {}
         self._ready: set[int] = set()
-        self._told: set[int] = set()
-        _allow_files(4 * member.world_size + 512)  # this connection, and three to the store that follows
+        self._informed: set[int] = set()
+        _allow_files(4 * member.world_size + 512)  # one connection here, and three to the store
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -140,16 +147,16 @@ class RendezvousServer:
         return sorted(set(range(self._owner.world_size)) - set(self._known))
 
     def wait_until_reported(self, seconds: float) -> None:
-        """Return once every other rank has been told the failure, or when the time is over."""
+        """Return once the failure was sent to every other rank, or after `seconds`."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and len(self._told - {0}) < self._owner.world_size - 1:
+        while time.monotonic() < deadline and len(self._informed - {0}) < self._owner.world_size - 1:
             time.sleep(0.01)
 
     def close(self) -> None:
         """Stop listening and close all connections."""
         self._closing = True
-        with contextlib.suppress(OSError):
-            # Wakes the thread, which closes everything.
+        with suppress(OSError):
+            # Wakes the thread, which closes all connections.
             socket.create_connection(("127.0.0.1", self.port), 1.0).close()
         self._thread.join(1.0)
 
@@ -165,25 +172,25 @@ class RendezvousServer:
         self._selector.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             accepted, _ = self._listener.accept()
-            self._selector.register(Line(accepted), selectors.EVENT_READ)
+            self._selector.register(Connection(accepted), selectors.EVENT_READ)
 
-    def _serve(self, line: Line) -> None:
+    def _serve(self, connection: Connection) -> None:
         try:
-            for message in line.read():
-                self._handle(line, message)
-        except (OSError, TypeError, KeyError):  # gone, or not one of ours
-            self._drop(line)
+            for message in connection.read():
+                self._handle(connection, message)
+        except (OSError, TypeError, KeyError):  # closed, or not a rank
+            self._drop(connection)
 
-    def _drop(self, line: Line) -> None:
-        self._selector.unregister(line)
-        line.close()
-        member = line.member
+    def _drop(self, connection: Connection) -> None:
+        self._selector.unregister(connection)
+        connection.close()
+        member = connection.member
         if member is None or self._members.pop(member.rank, None) is None or self.begun:
             return
         self._fail(
-            Failure(
+            StartFailure(
                 rank=member.rank,
                 host=member.host,
                 problem=f"Rank {member.rank} on {member} ended before all ranks had joined",
@@ -193,41 +200,41 @@ class RendezvousServer:
             )
         )
 
-    def _handle(self, line: Line, message: dict[str, Any]) -> None:
+    def _handle(self, connection: Connection, message: dict[str, Any]) -> None:
         if "hello" in message:
-            self._welcome(line, Member(**message["hello"]))
+            self._welcome(connection, Member(**message["hello"]))
         elif "failed" in message:
-            # The sender ends: it is not missed again, and not told its own failure unless another was first.
-            self._fail(Failure(**message["failed"]))
-        elif line.member is None:
-            raise ConnectionError("not a member")
+            # The sender ends, so it counts as informed.
+            self._fail(StartFailure(**message["failed"]))
+        elif connection.member is None:
+            raise ConnectionError("no hello before")
         elif "store" in message:
             self._broadcast(store=message["store"])
         elif "ready" in message:
-            self._ready.add(line.member.rank)
+            self._ready.add(connection.member.rank)
             if len(self._ready) == self._owner.world_size and self.failure is None:
                 self.begun = True
                 self._broadcast(begin=True)
 
-    def _welcome(self, line: Line, member: Member) -> None:
+    def _welcome(self, connection: Connection, member: Member) -> None:
         if member.job != self._owner.job:
-            line.send(other_job=self._owner.job)
+            connection.send(other_job=self._owner.job)
         elif (conflict := self._conflict(member)) is not None and (self.begun or self.failure is None):
             if not self.begun:
                 self._fail(conflict)
-            line.send(failed=asdict(replace(conflict, personal=True)))
+            connection.send(failed=asdict(replace(conflict, refused=True)))
         elif self.failure is not None:
-            self._told.add(member.rank)
-            line.send(failed=asdict(self.failure))
+            self._informed.add(member.rank)
+            connection.send(failed=asdict(self.failure))
         else:
-            line.member = member
-            self._members[member.rank], self._known[member.rank] = line, member
-            line.send(joined=self.token)
+            connection.member = member
+            self._members[member.rank], self._known[member.rank] = connection, member
+            connection.send(joined=self.token)
             if len(self._known) == self._owner.world_size:
                 self._members[0].send(complete=True)
 
-    def _conflict(self, member: Member) -> Failure | None:
-        """Return why `member` is not one of this job's ranks, although it says so; None: it is."""
+    def _conflict(self, member: Member) -> StartFailure | None:
+        """Return why a process cannot be a rank of this job; None: it can."""
         known = self._owner if member.rank == 0 else self._known.get(member.rank)
         if member.world_size != self._owner.world_size:
             rule = "All ranks of a job must be started with the same world size"
@@ -241,27 +248,69 @@ class RendezvousServer:
             fix += "MASTER_PORT"
         else:
             return None
-        return Failure(rank=0, host=self._owner.host, problem=problem, rule=rule, fix=fix)
+        return StartFailure(rank=0, host=self._owner.host, problem=problem, rule=rule, fix=fix)
 
-    def _fail(self, failure: Failure) -> None:
-        """Tell all ranks; the first failure counts."""
+    def _fail(self, failure: StartFailure) -> None:
+        """Send the job's first failure to all ranks; later ones are ignored."""
         if self.failure is None and not self.begun:
             self.failure = failure
             self._broadcast(failed=asdict(failure))
-            self._told |= set(self._members)
-        self._told.add(failure.rank)
+            self._informed |= set(self._members)
+        self._informed.add(failure.rank)
 
     def _broadcast(self, **message: Any) -> None:
-        for line in list(self._members.values()):
-            # A rank that is gone is missed when its connection is read.
-            with contextlib.suppress(OSError):
-                line.send(**message)
+        for connection in list(self._members.values()):
+            # A closed connection is noticed when it is read.
+            with suppress(OSError):
+                connection.send(**message)
 
 
 def _allow_files(number: int) -> None:
-    """Raise the process's limit of open files as far as allowed."""
+    """Raise the process's limit of open files to `number`, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < number:
         limit = number if hard == resource.RLIM_INFINITY else min(number, hard)
-        with contextlib.suppress(ValueError, OSError):
+        with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def bind(port: int) -> socket.socket:
+    """Return a socket that listens at a port of all interfaces; 0: any free port.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", port), backlog=4096)
+
+
+def look_up(host: str) -> list[str]:
+    """Return the network addresses of a host, in the order of preference.
+
+    Raises:
+        OSError: the host is unknown.
+    """
+    deadline = time.monotonic() + NAME_SERVER_SECONDS
+    while True:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return list(dict.fromkeys(str(address[0]) for *_, address in found))
+        except socket.gaierror as error:
+            # Name servers fail temporarily when a thousand ranks ask at once.
+            if error.errno != socket.EAI_AGAIN or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def write_port(path: Path, port: int) -> None:
+    """Write the port of rank 0 to a file, atomically."""
+    replace_file(path, str(port).encode())
+
+
+def read_port(path: Path | None) -> list[Address]:
+    """Return the address of rank 0 from a file; empty: the file does not exist yet."""
+    with suppress(OSError, ValueError):
+        return [("127.0.0.1", int(path.read_text()))] if path is not None else []
+    return []

@@ -14,22 +14,21 @@ from megatron_lite.errors import ConfigError
 
 
 def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch | None = None) -> Backend:
-    """Makes this rank's backend; joins torch.distributed where the job has several ranks.
+    """Create this rank's backend; in a job of several ranks a collective call that joins torch.distributed.
 
     Args:
         runtime: device, threads, determinism.
-        parallel: the world size that the run was configured for, and the time-outs.
+        parallel: the configured world size, and the time-outs.
         launch: this rank's place in the job; None: read from the launcher's variables.
 
     Raises:
-        ConfigError: the device is not there, or the launcher's world is not the configured one.
+        ConfigError: there is no such device, or the launcher's world size is not the configured one.
     """
     launch = launch or read_launch()
     if launch.world_size != parallel.world_size:
         raise ConfigError(
-            "The launcher starts as many ranks as the run is configured for",
-            found=f"{launch.launcher} started {launch.world_size}, the run is configured for {parallel.world_size}",
-            fix="Leave out --world-size (the launcher's number is taken), or start that many ranks",
+            f"{launch.launcher} started {launch.world_size} ranks, but --world-size is {parallel.world_size}",
+            fix="Leave out --world-size (the launcher's number is used), or start that many ranks",
         )
     if runtime.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -40,8 +39,7 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         return CpuBackend(runtime, parallel, launch)
     if not torch.cuda.is_available():
         raise ConfigError(
-            "--device cuda needs a GPU that torch can use",
-            found=f"torch {torch.__version__} sees none",
+            f"No GPU for --device cuda: torch {torch.__version__} finds none",
             fix="Check nvidia-smi and that torch is a CUDA build, or train with --device cpu",
         )
     return CudaBackend(runtime, parallel, launch)

@@ -1,10 +1,10 @@
-"""Warnings of a job: log records and Python warnings of all ranks, each text printed by the first rank that has it."""
+"""Warnings of a job: log records and Python warnings of all ranks, each text printed by the first rank only."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_lite.backend.base import Backend
@@ -14,11 +14,11 @@ LOGGERS = ("megatron_lite", "py.warnings")
 
 @contextmanager
 def warnings_once(backend: Backend) -> Iterator[None]:
-    """Print what all ranks warn of once; what only some warn of is printed with host and rank of the first."""
+    """Print warnings inside the context once per job, with host and rank of the first rank that has each."""
     if backend.world_size == 1:
         yield
         return
-    handler = _OncePerJob(f"[{backend.launch.host} rank {backend.rank}]", backend.is_first_to_print)
+    handler = _OncePerJob(backend)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
         logger.addHandler(handler)
@@ -32,14 +32,13 @@ def warnings_once(backend: Backend) -> Iterator[None]:
 
 
 class _OncePerJob(logging.Handler):
-    def __init__(self, name: str, is_first: Callable[[str], bool]) -> None:
+    def __init__(self, backend: Backend) -> None:
         super().__init__(logging.WARNING)
-        self._name = name
-        self._is_first = is_first
+        self._backend = backend
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record, in one write, unless another rank has printed the same text."""
+        """Print a record in one write, unless another rank has printed the same text."""
         text = self.format(record).rstrip()
-        if self._is_first(text):
-            sys.stderr.write(f"{self._name} {text}\n")
+        if self._backend.is_first_to_print(text):
+            sys.stderr.write(f"[{self._backend.launch.host} rank {self._backend.rank}] {text}\n")
             sys.stderr.flush()

@@ -11,7 +11,7 @@ from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
 from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, whole
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
 from megatron_lite.errors import DataError
 
@@ -133,9 +133,8 @@ def convert(argv: list[str]) -> int:
 def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     """Check one dataset; what was checked, in words."""
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
-    from megatron_lite.data.format.manifest import check_files
+    from megatron_lite.data.format.manifest import check_files, check_manifest
     from megatron_lite.data.preparation.survey import check_all_tokens
-    from megatron_lite.data.serving.build import check_manifest
 
     data = IndexedDataset(prefix)
     data.check()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, seed, whole
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
 from megatron_lite.errors import DataError
 
@@ -60,7 +60,7 @@ def pack(argv: list[str]) -> int:
 
 def _about_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer for the manifest: the given one, which must be the dataset's, else what its manifest says."""
-    from megatron_lite.data.serving.build import check_manifest
+    from megatron_lite.data.format.manifest import check_manifest
 
     prefix, tokenizer = options.prefix, given_tokenizer(options)
     manifest = check_manifest(prefix, tokenizer.fingerprint() if tokenizer else "")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +50,8 @@ def show_samples(argv: list[str]) -> int:
         _require_iteration(config, options.iteration, consumed, count)
     tokenizer, datasets = _open(config, position.order)
     assert datasets.train is not None
+    for text in datasets.notices.warnings:
+        print(text, file=sys.stderr)
     print(f"iteration {options.iteration}: samples {consumed:,} to {consumed + count - 1:,}, {length} tokens each")
     for line in position.notes:
         print(f"  {line}")
@@ -99,28 +98,15 @@ def build_indices(argv: list[str]) -> int:
     config = _read(words)
     from megatron_lite.cli.data_position import saved_history
 
-    with _log_shown():
-        _, datasets = _open(config, saved_history(config)[-1])
+    _, datasets = _open(config, saved_history(config)[-1])
+    for text in (*datasets.notices.details, *datasets.notices.warnings):
+        print(text)
     sets = {"train": datasets.train, **datasets.valid, **{f"{name} (test)": s for name, s in datasets.test.items()}}
     for name, dataset in sets.items():
         if dataset is not None:
             print(f"{name}: {len(dataset):,} samples from {', '.join(dataset.sources)}")
     print(f"ready in {time.monotonic() - began:.1f} s")
     return 0
-
-
-@contextlib.contextmanager
-def _log_shown() -> Iterator[None]:
-    """Print what the data's log says: which indices were found, which are another run's, which were built."""
-    log, handler = logging.getLogger("megatron_lite.data"), logging.StreamHandler(sys.stdout)
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        log.removeHandler(handler)
 
 
 def _read(words: list[str]) -> RunConfig:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from megatron_lite.evaluation.figures import Figures
+    from megatron_lite.evaluation.perplexity import TextMetrics
     from megatron_lite.generation.restore import TrainedModel
     from megatron_lite.tokenizer.base import Tokenizer
 
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
     if not options.text and not options.data_path:
         parser.error("nothing to evaluate: give --text FILE or --data-path PREFIX")
 
-    from megatron_lite.evaluation.figures import in_lines
+    from megatron_lite.evaluation.perplexity import format_table
 
     files = [(path, _read(path)) for path in options.text]  # a wrong name is reported before the model is loaded
     model = load_model(options)
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         }
         print(json.dumps(record, indent=2))
     else:
-        print(in_lines(figures))
+        print(format_table(figures))
     return 0
 
 
@@ -75,7 +75,7 @@ def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool, pr
 
     from megatron_lite.evaluation import wikitext
 
-    written = wikitext.joined(text) if is_wikitext else text
+    written = wikitext.detokenize(text) if is_wikitext else text
     words = wikitext.num_words(text) if is_wikitext else len(text.split())
     ids = np.asarray([*_context(model.tokenizer, prepend_bos=prepend_bos), *model.tokenizer.encode(written)])
     return _Work(name, ids, len(text.encode()), words)
@@ -96,7 +96,7 @@ def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
     import numpy as np
 
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
-    from megatron_lite.data.serving.build import check_manifest
+    from megatron_lite.data.format.manifest import check_manifest
 
     dataset = IndexedDataset(prefix)
     check_manifest(prefix, model.tokenizer.fingerprint())
@@ -111,12 +111,11 @@ def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
     return _Work(prefix, np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
-def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq_length: int) -> Figures:
+def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq_length: int) -> TextMetrics:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from megatron_lite.evaluation.figures import Figures
-    from megatron_lite.evaluation.perplexity import text_loss
+    from megatron_lite.evaluation.perplexity import TextMetrics, text_loss
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
     console = Console(stderr=True)
@@ -132,7 +131,7 @@ def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq
             batch_size=options.batch_size,
             on_tokens=lambda count: bar.advance(task, count),
         )
-    return Figures(work.name, loss, work.num_bytes, work.num_words)
+    return TextMetrics(work.name, loss, work.num_bytes, work.num_words)
 
 
 def _read(path: str) -> str:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from megatron_lite.cli.parser import Parser
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.errors import ConfigError
 
 SUMMARY = "put several .bin/.idx datasets end to end"

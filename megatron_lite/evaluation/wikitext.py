@@ -31,7 +31,7 @@ _RULES = tuple(
 """The rules of Megatron-LM's wikitext detokenizer (tasks/zeroshot_gpt), in its order, for figures that compare."""
 
 
-def joined(text: str) -> str:
+def detokenize(text: str) -> str:
     """WikiText's words put together, as they were written."""
     for pattern, written in _RULES:
         text = pattern.sub(written, text)

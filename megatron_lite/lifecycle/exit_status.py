@@ -21,7 +21,7 @@ from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import CheckpointError, failed_rank
 from megatron_lite.lifecycle.signals import SignalWatch
 from megatron_lite.runs.atomic import replace_file
-from megatron_lite.runs.catalog import announced
+from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, ExitStatus, completed_iteration, read_bytes
 from megatron_lite.runs.lock import FolderLock, read_owner
 
@@ -251,12 +251,11 @@ class ExitRecord:
 
     def _encode(self, status: str, message: str, host: str, rank: int | None) -> bytes:
         assert self._folder is not None
-        saved = announced(self._folder) or ""
         record = ExitStatus(
             status=status,
             message=message,
             iteration=self._iteration() if self._iteration is not None else None,
-            saved_iteration=int(saved) if saved.isdecimal() else None,
+            saved_iteration=latest_iteration(self._folder),
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             host=host,
             rank=rank,

@@ -9,43 +9,56 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_lite.backend.environment import host_name
-from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.schedules.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_lite.backend.group import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """A rollback to perform: the checkpoint's iteration, and the positions [first, end) in the data order to skip."""
+
+    iteration: int
+    skip: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Stop:
-    """A reason to end the run now.
+    """A reason to end training now.
 
     Attributes:
-        status: the word for exit_status.json: completed, evaluated, exit_flag, time_limit, kill_switch or signal.
-        message: the line for the log, in Megatron's words where it has them.
-        again: what must change first, where the next start would stop for the same reason at once; empty: nothing.
+        status: as in exit_status.json: completed, evaluated, exit_flag, time_limit, kill_switch, signal or error; or
+            rollback, after which the job continues.
+        message: the log line, in Megatron's words where it has them.
+        required_change: what must change first, where the next start would stop for the same reason at once; or empty.
+        rollback: the rollback to perform, if that is the reason.
     """
 
     status: str
     message: str
-    again: str = ""
+    required_change: str = ""
+    rollback: Rollback | None = None
 
 
 class SignalFlag:
-    """Remembers the first of SIGTERM, SIGINT and SIGUSR1 instead of dying of it, so that the step can be finished.
+    """Records the first SIGTERM, SIGINT or SIGUSR1 instead of ending the process, so that the step can be finished.
 
-    A context manager: the old handlers come back on leaving. A second SIGINT raises KeyboardInterrupt at once, for the
-    person at the terminal who means it.
+    A context manager that restores the old handlers on exit. A second SIGINT raises KeyboardInterrupt at once.
 
     Args:
-        announce: whether to print a line when a signal arrives: rank 0 does. If another rank alone receives one, the
-            line with which the job stops names it (agree).
-        saves: whether the job saves when it stops.
+        announce: print a line when a signal arrives (rank 0). If only another rank receives one, the line with which
+            the job stops names that rank (agree).
+        saves: the job saves when it stops; for that line.
     """
 
     def __init__(self, *, announce: bool = True, saves: bool = True) -> None:
@@ -72,18 +85,18 @@ class SignalFlag:
         then = "saving and stopping" if self._saves else "stopping"
         again = " Press Ctrl-C again to stop at once, without saving." if number == signal.SIGINT else ""
         text = f"\n{self.received.name} received: finishing this step, then {then}.{again}\n"
-        # Not print: the signal may have come in the middle of one, whose buffer cannot be entered twice.
+        # os.write: the signal may interrupt a print, whose buffer is not reentrant.
         os.write(2, text.encode())
 
 
 class Stopper:
-    """Decides after each step whether the run ends, from the config, the clock, a file and a signal flag.
+    """Decides between steps whether the run ends, from the config, the clock, the kill switch and signals.
 
     Args:
         config: the limits.
-        flag: the signals received; None: none are looked for.
-        started: what the clock said when the job began; None: it begins now.
-        clock: seconds, from any origin; tests pass their own.
+        flag: the signals received; None: signals are not handled.
+        started: the clock's value when the job began; None: now.
+        clock: seconds, from any origin; injected by tests.
     """
 
     def __init__(
@@ -101,8 +114,8 @@ class Stopper:
         self._iterations_here = 0
 
     def before_iteration(self, progress: Progress) -> Stop | None:
-        """The reason not even to begin: one that the next start would meet again, or a signal that came already."""
-        if stop := self._asked_to_stop():
+        """Return a reason not to begin the first iteration: one that holds after any restart, or a signal."""
+        if stop := self._requested_stop():
             return stop
         config = self._config
         if config.exit_samples and progress.consumed_train_samples >= config.exit_samples:
@@ -111,11 +124,11 @@ class Stopper:
         return None
 
     def after_iteration(self, progress: Progress, *, reserve: float = 0.0) -> Stop | None:
-        """The reason to stop after the iteration that led to `progress`, or None to go on.
+        """Return the reason to stop after an iteration; None: continue.
 
         Args:
-            progress: what the run has reached.
-            reserve: seconds that the save will take, which the time limit must leave.
+            progress: after the iteration.
+            reserve: seconds of the time limit to leave for the save.
         """
         self._iterations_here += 1
         config = self._config
@@ -130,25 +143,25 @@ class Stopper:
         return None
 
     def before_evaluation(self, *, evaluation: float, save: float) -> Stop | None:
-        """The reason not to begin an evaluation, or None.
+        """Return the reason not to begin an evaluation; None: begin.
 
         Args:
-            evaluation: seconds that it is expected to take; 0: not known.
+            evaluation: seconds that it is expected to take; 0: unknown.
             save: seconds that the save after it will take.
         """
-        if stop := self._asked_to_stop():
+        if stop := self._requested_stop():
             return stop
         return self._time_limit(evaluation + save, "the evaluation and the save") if evaluation else None
 
     def in_evaluation(self, *, save: float) -> Stop | None:
-        """The reason to abandon an evaluation between two of its steps, or None to go on.
+        """Return the reason to abandon an evaluation between two of its steps; None: continue.
 
         Args:
             save: seconds that the save after it will take.
         """
-        return self._asked_to_stop() or self._time_limit(save, "the save")
+        return self._requested_stop() or self._time_limit(save, "the save")
 
-    def _asked_to_stop(self) -> Stop | None:
+    def _requested_stop(self) -> Stop | None:
         if self._flag is not None and self._flag.received is not None:
             return Stop("signal", f"exiting program after receiving {self._flag.received.name}")
         path = self._config.kill_switch_path
@@ -166,12 +179,14 @@ class Stopper:
 
 
 def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
-    """The stop of the first rank that has one, on every rank: signals and clocks differ. A collective call."""
+    """Return the stop of the first rank that has one, on every rank: signals and clocks differ. A collective call."""
     if world.size == 1:
         return stop
-    wanted = torch.tensor(0 if stop is None else 1, device=device)
-    world.all_reduce_(wanted, "max")
-    if not wanted.item():
+    import torch  # here, so that the module imports without it
+
+    any_stop = torch.tensor(0 if stop is None else 1, device=device)
+    world.all_reduce_(any_stop, "max")
+    if not any_stop.item():
         return None
     stops = world.all_gather_object(None if stop is None else (host_name(), stop))
     rank, (host, first) = next((rank, found) for rank, found in enumerate(stops) if found is not None)
@@ -180,20 +195,20 @@ def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
     return first
 
 
-def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> str | None:
-    """How a run that stopped goes on, in one line; None: it is complete.
+def resume_hint(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> str | None:
+    """Return a line on how to resume a run that stopped; None: the run is complete.
 
     Args:
         config: the run's.
-        stop: why it stopped.
-        iteration: the last one finished.
+        stop: the reason.
+        iteration: the last finished iteration.
         saved: the iteration of the checkpoint that a start from --save finds; None: there is none.
     """
     options = config.checkpoint
     if stop.status == "completed":
         return None
     if not options.save:
-        return "  nothing is kept of this run: a later start goes on only with --save and --load"
+        return "  nothing was saved: give --save and --load to resume a run"
     if saved is None:
         return f"  {options.save} holds no checkpoint: the same command starts where this one did"
     changes = [] if options.in_one_folder else [f"with --load {options.save}"]
@@ -203,6 +218,6 @@ def way_on(config: RunConfig, stop: Stop, iteration: int, saved: int | None) -> 
         "--reset-iteration": options.reset_progress,
     }
     changes += [f"without {flag}" for flag, given in flags.items() if given]
-    changes += [stop.again] if stop.again else []
-    lost = f"; what came after it, up to {iteration}, is not saved" if saved < iteration else ""
-    return f"  the same command goes on from iteration {saved}{' ' * bool(changes)}{', '.join(changes)}{lost}"
+    changes += [stop.required_change] if stop.required_change else []
+    lost = f"; iterations up to {iteration} are not saved" if saved < iteration else ""
+    return f"  the same command resumes from iteration {saved}{' ' * bool(changes)}{', '.join(changes)}{lost}"

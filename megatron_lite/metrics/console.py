@@ -7,16 +7,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_duration
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
-from megatron_lite.metrics.window import Window, WindowAverages
 
 
-def format_iteration(report: IterationReport, averages: WindowAverages, now: datetime) -> str:
+@dataclass(frozen=True, kw_only=True)
+class IntervalAverages:
+    """What a log line says about its window."""
+
+    losses: Mapping[str, float]
+    """Means over the advanced iterations that reported the loss."""
+    seconds_per_iteration: float
+    tokens_per_second: float
+    tflops_per_device: float | None
+    mfu: float | None
+    skipped: int
+    nan: int
+    timers: Mapping[str, float]
+    """Mean seconds per iteration."""
+
+
+@dataclass
+class LogInterval:
+    """Gathers reports until `take` empties it.
+
+    Losses are averaged over advanced iterations (those whose step was applied), times over advanced and skipped ones
+    together, as Megatron does. Rates are totals over totals, so a window across a ramp-up step is weighted right.
+    """
+
+    reports: list[IterationReport] = field(default_factory=list)
+
+    def add(self, report: IterationReport) -> None:
+        """Count one more iteration in."""
+        self.reports.append(report)
+
+    def take(self) -> IntervalAverages:
+        """Return the averages and start the next window; the window holds at least one report."""
+        reports, self.reports = self.reports, []
+        assert reports, "a log line needs an iteration"
+        seconds = sum(report.seconds for report in reports)
+        return IntervalAverages(
+            losses=_mean_by_name([report.losses for report in reports if not report.skipped]),
+            seconds_per_iteration=seconds / len(reports),
+            tokens_per_second=sum(report.tokens for report in reports) / seconds if seconds > 0 else 0.0,
+            tflops_per_device=_mean_over_time([(report.tflops_per_device, report.seconds) for report in reports]),
+            mfu=_mean_over_time([(report.mfu, report.seconds) for report in reports]),
+            skipped=sum(report.skipped for report in reports),
+            nan=sum(report.nan for report in reports),
+            timers=_mean_by_name([report.timers for report in reports]),
+        )
+
+
+def _mean_by_name(rows: list[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(entries) / len(entries) for name, entries in values.items()}
+
+
+def _mean_over_time(rates: list[tuple[float | None, float]]) -> float | None:
+    """Mean of rates, each held for its seconds; None if one of them is not known."""
+    known = [(rate, seconds) for rate, seconds in rates if rate is not None]
+    total = sum(seconds for _, seconds in known)
+    if len(known) < len(rates) or total <= 0:
+        return None
+    return sum(rate * seconds for rate, seconds in known) / total
+
+
+def format_iteration(report: IterationReport, averages: IntervalAverages, now: datetime) -> str:
     """The line of one log interval: `report` is its last iteration, `averages` are over all of it.
 
     A loss whose average is not above zero (NaN, or every iteration was skipped) is left out, as Megatron does.
@@ -90,7 +154,7 @@ class ConsoleSink:
         self._write = write
         self._log_interval = max(1, log_interval)
         self._now = now
-        self._window = Window()
+        self._interval = LogInterval()
         self._memory: Mapping[str, int] = {}
         self._memory_told = False
         self._rank = 0
@@ -101,14 +165,14 @@ class ConsoleSink:
 
     def iteration(self, report: IterationReport) -> None:
         """Count the iteration, and print its window's line when the interval divides it or the run ends with it."""
-        self._window.add(report)
+        self._interval.add(report)
         self._memory = report.memory or self._memory
         if report.iteration % self._log_interval == 0 or report.iteration == report.train_iterations:
-            self._print_window()
+            self._print_interval()
 
-    def _print_window(self) -> None:
-        report = self._window.reports[-1]
-        averages = self._window.take()
+    def _print_interval(self) -> None:
+        report = self._interval.reports[-1]
+        averages = self._interval.take()
         self._write(format_iteration(report, averages, self._now()))
         if averages.timers:
             self._write(format_timers(averages.timers))
@@ -127,8 +191,8 @@ class ConsoleSink:
 
     def stopping(self) -> None:
         """Print the iterations that an early exit leaves without their line."""
-        if self._window.reports:
-            self._print_window()
+        if self._interval.reports:
+            self._print_interval()
 
     def close(self) -> None:
         """Print them now where a failure left no time for stopping()."""

@@ -11,7 +11,7 @@ from typing import Protocol, TextIO
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.console import ConsoleSink, line_writer
 from megatron_lite.metrics.jsonl import JsonlSink
-from megatron_lite.metrics.progress import ProgressSink, is_terminal
+from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
 

@@ -15,8 +15,8 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.console import perplexity
-from megatron_lite.metrics.event_files import VS_SAMPLES, cut_events
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
 
 MEMORY_TAGS = {
     "reserved": "mem-reserved-bytes",

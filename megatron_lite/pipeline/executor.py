@@ -54,6 +54,8 @@ Timed = Callable[[str], AbstractContextManager[None]]
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 _TIMERS = {"F": "forward-compute", "B": "backward-compute", "W": "weight-gradients"}
 """Megatron's names of timers, by kind of action; messages are timed together as pipeline-messages."""
+_PHASES = {"F": "forward", "B": "backward", "W": "weight gradients"}
+"""Names of actions in failure messages."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Messages:
 
 
 class Executor:
-    """Runs programs (schedules/lowering.py) on this rank's stages.
+    """Runs programs (schedules/lowering.py) on this rank's stages. Its str() is what it does now, for failure messages.
 
     Args:
         stages: this rank's model chunks by global stage number.
@@ -149,6 +151,10 @@ class Executor:
         self._deferred = deferred
         self._trace = trace
         self._timed: Timed = timed or (lambda name: _UNTIMED)
+        self._doing = ""
+
+    def __str__(self) -> str:
+        return self._doing
 
     def run(
         self, program: Sequence[Action], read: BatchReader, *, iteration: int, seq_length: int, gradient_scale: float
@@ -167,10 +173,13 @@ class Executor:
         last_use = {action.microbatch: place for place, action in enumerate(program)}
         for place, action in enumerate(program):
             if action.microbatch not in tensors.batches:
+                self._doing = "reading data"
                 with self._timed("batch-generator"):
                     tensors.batches[action.microbatch] = read(action.microbatch)
             batch = tensors.batches[action.microbatch]
             self._rng.set_microbatch(iteration, batch.number)
+            name = _PHASES.get(action.kind, "message")
+            self._doing = f"{name} of micro-batch {action.microbatch} on stage {action.stage}"
             with self._timed(_TIMERS.get(action.kind, "pipeline-messages")):
                 if action.kind == "F":
                     self._forward(action, batch, tensors, losses)
@@ -186,6 +195,7 @@ class Executor:
             if self._trace is not None:
                 self._trace.append(action)
         self._messages.finish()
+        self._doing = ""
         return losses
 
     def _forward(self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses) -> None:

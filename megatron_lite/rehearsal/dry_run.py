@@ -144,7 +144,7 @@ def _play_iteration(
     shapes.reset_peak()
     before = shapes.live
     engine.train_step(plan, _reader(config, plan))
-    return IterationRecord(tuple(backend.traffic.transfers), shapes.peak - before)
+    return IterationRecord(tuple(backend.traffic), shapes.peak - before)
 
 
 def progress_before(config: RunConfig, stage: BatchStage) -> Progress:

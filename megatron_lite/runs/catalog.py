@@ -94,6 +94,12 @@ def _iteration(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
+def latest_iteration(root: Path) -> int | None:
+    """Return the iteration in latest_checkpointed_iteration.txt; None: there is no such file, or it is damaged."""
+    text = announced(root)
+    return None if text is None else _iteration(text)
+
+
 def announce(root: Path, iteration: int) -> None:
     """Makes `iteration` the one that a load of `root` takes."""
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())

@@ -18,7 +18,7 @@ from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.lifecycle.failure import OnAbort, watched
+from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -58,7 +58,7 @@ def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Back
 
     Args:
         config: the run.
-        on_abort: called before another rank's failure ends this process from a thread; see watched.
+        on_abort: called before another rank's failure ends this process from a thread; see report_failures.
 
     Raises:
         ConfigError: it cannot do what is asked.
@@ -66,7 +66,7 @@ def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Back
     with ExitStack() as stack:
         backend = select_backend(config.runtime, config.parallel)
         stack.callback(backend.shutdown)
-        stack.enter_context(watched(backend, config.parallel, on_abort))
+        stack.enter_context(report_failures(backend, config.parallel, on_abort))
         stack.enter_context(warnings_once(backend))
         yield backend
 
@@ -102,7 +102,8 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
         # Data before the model: what is wrong with it shows before gigabytes are allocated.
-        data = _open_data(config, backend, mesh, tokenizer, start)
+        with backend.phases.enter("opening the data"):
+            data = _open_data(config, backend, mesh, tokenizer, start)
         stack.callback(data.close)
         fingerprints = mesh.world.all_gather_object(fingerprints)[0]
         prints = {name: value for name, value in fingerprints.items() if name != "tokenizer"}
@@ -111,14 +112,17 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         _compare_data(start, config, provenance, data, reporter)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
         num_sources = len(data.train.names) if data.train is not None else 0
-        engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
+        with backend.phases.enter("building the model"):
+            engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
         if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
             provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
             _leave_out(data, provenance.skipped_samples, reporter)
         found_path = start.path
-        start, progress = load_start(start, engine, config, reporter.message)
+        with backend.phases.enter("loading"):
+            start, progress = load_start(start, engine, config, reporter.message)
         if start.path != found_path:  # an earlier checkpoint, from which the run may need other samples
-            data = _open_data(config, backend, mesh, tokenizer, start)
+            with backend.phases.enter("opening the data"):
+                data = _open_data(config, backend, mesh, tokenizer, start)
             stack.callback(data.close)
             if data.train is not None:
                 data.train.skipped = provenance.skipped_samples
@@ -126,10 +130,12 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             provenance = replace(provenance, data_history=history)
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
-            state.watch.load(loaded.scalars["spikes"])
+            state.spikes.load(loaded.scalars["spikes"])
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
         _tell(config, mesh, reporter, peak, progress)
+        for text in data.warnings:  # metrics.jsonl records messages from here on
+            reporter.message(f"WARNING: {text}")
         yield Run(
             config=config,
             mesh=mesh,
@@ -233,6 +239,7 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
         valid={name: loader(dataset) for name, dataset in datasets.valid.items()},
         test={name: loader(dataset) for name, dataset in datasets.test.items()},
         plans=datasets.plans,
+        warnings=datasets.notices.warnings,
     )
 
 

@@ -30,6 +30,7 @@ class RunData:
         valid: validation sets by name.
         test: test sets by name.
         plans: what the datasets were built from, by split and name.
+        warnings: messages of opening the datasets, for the reporter.
     """
 
     backend: Backend
@@ -39,6 +40,7 @@ class RunData:
     valid: dict[str, Loader] = field(default_factory=dict)
     test: dict[str, Loader] = field(default_factory=dict)
     plans: dict[str, dict[str, SetPlan]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def train_plan(self) -> SetPlan | None:

@@ -22,13 +22,13 @@ _PATHS = "data paths"
 
 RUNS = Comparison(
     topic="configuration",
-    rule="All ranks of a job must have the same configuration and code, and find their files",
+    problem="Ranks differ in configuration or code, or lack files",
     fix="Start every rank with the same command line and the same megatron_lite, on nodes that have all files",
     note=frozenset({_PATHS}),
 )
 FILES = Comparison(
     topic="files",
-    rule="All ranks of a job must read the same tokenizer and data",
+    problem="Ranks read different tokenizers or data",
     fix="Copy the same files to every node, or give every rank the same paths",
 )
 
@@ -58,8 +58,8 @@ def compare_runs(config: RunConfig, backend: Backend) -> bool:
         failure = error
     code = f"code {code_fingerprint(Path(megatron_lite.__file__).parent)} of megatron_lite {megatron_lite.__version__}"
     paths = "\n".join(data_paths(config))
-    verdict = backend.compare(RUNS, {**shared_values(config), "code": code, _PATHS: paths}, failure=failure)
-    return 0 in (backend.rank, backend.local_rank) or _PATHS in verdict.differing
+    differences = backend.compare(RUNS, {**shared_values(config), "code": code, _PATHS: paths}, failure=failure)
+    return 0 in (backend.rank, backend.local_rank) or _PATHS in differences.differing
 
 
 def open_files(config: RunConfig, backend: Backend, *, reads_data: bool) -> tuple[Tokenizer, dict[str, str]]:

@@ -13,27 +13,26 @@ from megatron_lite.config.layout import AXES, partitions
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.lifecycle.exit_status import ExitRecord
-from megatron_lite.lifecycle.stopping import Stop, way_on
+from megatron_lite.lifecycle.stopping import Rollback, Stop, resume_hint
 from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.metrics.rewind import rewind
-from megatron_lite.runs.catalog import announced
+from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.rollback import RollbackReport, roll_back
 from megatron_lite.train.assemble import assembled, machine
-from megatron_lite.train.loop import Run, evaluate_only, train
-from megatron_lite.train.spike_report import GoingBack
+from megatron_lite.train.loop import evaluate_only, train
 
-_TURN = 5.0
-"""Seconds that rank 0 looks at the folder's lock while the other ranks wait in a collective."""
+_LOCK_TURN = 5.0
+"""Seconds that rank 0 waits for the folder's lock while the other ranks wait in a collective."""
 
 
 def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend: Backend | None = None) -> None:
-    """Assembles the run and trains it; after a rollback, does so again on the same machine. --skip-train: evaluates it.
+    """Assemble the run and train it (--skip-train: evaluate it); after a rollback, again on the same machine.
 
     Args:
         config: as the command line gives it.
-        record: takes the folder's lock, and is told when training begins and why it ends.
+        record: acquires the folder's lock, and records when training begins and why it ends.
         started: time.monotonic() when the job began.
-        backend: the machine to run on, which stays open; None: one of its own.
+        backend: the machine to run on, which stays open; None: a new one.
 
     Raises:
         MegatronLiteError: as `assembled` and `train`.
@@ -41,63 +40,61 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config, record.abort))
         world = backend.new_group("world", partitions(AXES, config.parallel))
-        _take_folder(record, world)
-        while (back := _run_once(config, backend, record, started)) is not None:
-            iteration = back.iteration
+        _acquire_lock(record, world)
+        while (rollback := _run_once(config, backend, record, started).rollback) is not None:
+            iteration = rollback.iteration
             record.begin(lambda iteration=iteration: iteration)  # type: ignore[misc]
-            config = _go_back(config, back, world, record)
+            config = _roll_back(config, rollback, world, record)
 
 
-def _take_folder(record: ExitRecord, world: Group) -> None:
-    """Takes the lock of the --save folder for the job; a collective call.
+def _acquire_lock(record: ExitRecord, world: Group) -> None:
+    """Acquire the lock of the --save folder for the job; a collective call.
 
     Raises:
         CheckpointError: another job holds it, or the folder cannot be written to.
     """
     token: str | None = None
     try:
-        # In turns: waiting for another machine's heartbeat may take longer than a collective may.
+        # In turns: waiting for another machine's heartbeat may take longer than the timeout of a collective.
         while token is None:
-            token = broadcast_from_rank0(world, lambda: record.attempt(_TURN))
+            token = broadcast_from_rank0(world, lambda: record.attempt(_LOCK_TURN))
     except MegatronLiteError:
         record.start(None)
         raise
     record.start(token)
 
 
-def _run_once(config: RunConfig, backend: Backend, record: ExitRecord, started: float) -> GoingBack | None:
+def _run_once(config: RunConfig, backend: Backend, record: ExitRecord, started: float) -> Stop:
+    """Train until the run ends, stops or is to be rolled back; return why."""
     with assembled(config, backend, record.lock) as run:
         trains = not config.training.skip_train
         record.begin(lambda: run.progress.iteration, run.state.failed_saves, trains=trains)
         stop = train(run, started=started) if trains else evaluate_only(run, started=started)
         run.reporter.message(stop.message)
-        if run.going_back is None:
-            if trains and (line := _way_on(run, stop)) is not None:
-                run.reporter.message(line)
+        if stop.rollback is None:
+            saved = latest_iteration(Path(config.checkpoint.save)) if config.checkpoint.save else None
+            if trains and (hint := resume_hint(run.config, stop, run.progress.iteration, saved)) is not None:
+                run.reporter.message(hint)
             record.end(stop.status, stop.message)
-    return run.going_back
+    return stop
 
 
-def _way_on(run: Run, stop: Stop) -> str | None:
-    save = run.config.checkpoint.save
-    saved = announced(Path(save)) if save else None
-    return way_on(run.config, stop, run.progress.iteration, int(saved) if saved and saved.isdecimal() else None)
+def _roll_back(config: RunConfig, rollback: Rollback, world: Group, record: ExitRecord) -> RunConfig:
+    """Roll the --save folder and the metrics back; return the config that resumes there. A collective call."""
 
-
-def _go_back(config: RunConfig, back: GoingBack, world: Group, record: ExitRecord) -> RunConfig:
-    """Rolls the folder of --save back, and returns the config that goes on from there; a collective call."""
-    root = Path(config.checkpoint.save)
-
-    def roll_back_own() -> RollbackReport:
+    def roll_back_folder() -> RollbackReport:
         if record.lock is not None:
             record.lock.verify(now=True)
-        return roll_back(root, back.iteration, back.skip, automatic=True)
+        return roll_back(Path(config.checkpoint.save), rollback.iteration, rollback.skip, automatic=True)
 
-    report = broadcast_from_rank0(world, roll_back_own)
-    path = metrics_path(config)
-    # The rank that wrote the metrics cuts them: they may lie on its own host.
-    cut = world.rank == world.size - 1 and path is not None
-    run_on_all_ranks(world, lambda: rewind(path, back.iteration, report.aside) if cut and path is not None else None)
+    report = broadcast_from_rank0(world, roll_back_folder)
+
+    def truncate_metrics() -> None:
+        # On the rank that wrote the metrics: they may be on its own host.
+        if world.rank == world.size - 1 and (path := metrics_path(config)) is not None:
+            rewind(path, rollback.iteration, report.aside)
+
+    run_on_all_ranks(world, truncate_metrics)
     checkpoint = replace(
         config.checkpoint, load=config.checkpoint.save, load_iteration=0, finetune=False, reset_progress=False
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.serving.loader import Loader
 from megatron_lite.errors import TrainingError
+from megatron_lite.lifecycle.spikes import respond_to_spike
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree
 from megatron_lite.metrics.report import IterationReport, ValidationReport
 from megatron_lite.metrics.reporter import Reporter
@@ -24,14 +24,15 @@ from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.engine import Engine, LossSum, StepOutcome
-from megatron_lite.train.replica_check import check_weights_if_due
-from megatron_lite.train.spike_report import GoingBack, notice, way_out
+from megatron_lite.train.replica_check import check_replicas
 from megatron_lite.train.state import RunState
+
+Split = Literal["validation", "test"]
 
 
 @dataclass
 class Run:
-    """An assembled run: see assemble.py for who makes what."""
+    """An assembled run (assemble.py makes it) and its progress."""
 
     config: RunConfig
     mesh: Mesh
@@ -42,151 +43,127 @@ class Run:
     timers: Timers
     throughput: Throughput
     progress: Progress
-    going_back: GoingBack | None = None
     longest_validation: float = 0.0
-    """Seconds of the slowest validation so far, of all datasets together; 0: there was none in this job."""
+    """Seconds of the slowest validation so far, all datasets together; 0: there was none in this job."""
+
+    def agree(self, stop: Stop | None) -> Stop | None:
+        """Return the stop of the first rank that has one; a collective call."""
+        with self.mesh.backend.phases.enter("agreeing whether to stop"):
+            return agree(self.mesh.world, self.mesh.backend.device, stop)
+
+    def evaluates(self, split: Split) -> bool:
+        """Return whether the run has data and iterations for an evaluation on `split`."""
+        return bool((self.data.valid if split == "validation" else self.data.test) and self.config.training.eval_iters)
 
 
 def train(run: Run, *, started: float | None = None) -> Stop:
-    """Trains from `run.progress` to the end of the run or an earlier stop, evaluating and saving on the way.
+    """Train from `run.progress` to the end of the run or an earlier stop, with evaluations and saves.
 
     Args:
         run: the assembled run.
         started: time.monotonic() when the job began, from which --exit-duration-in-mins counts; None: now.
 
     Returns:
-        Why it ended. The last save is on the disk by then.
+        Why training ended. The last save is on the disk by then.
 
     Raises:
-        TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration), and the run may
-            not go back.
+        TrainingError: a loss or gradient is not finite (bf16 and fp32; fp16 skips such an iteration), and no automatic
+            rollback is left.
         CheckpointError: a save failed.
     """
-    config = run.config
+    config, state, reporter, phases = run.config, run.state, run.reporter, run.mesh.backend.phases
+    interval = config.training.eval_interval
     with SignalFlag(announce=run.mesh.world.rank == 0) if config.training.exit_signals else nullcontext() as flag:
         stopper = Stopper(config.training, flag, started=started)
-        begun = run.progress.iteration
-        stop = _agree(run, stopper.before_iteration(run.progress))
-        if stop is None and run.progress.validation_due and _is_evaluated(run, "validation"):
-            run.reporter.message(
-                f"making the validation after iteration {run.progress.iteration}, left unfinished before"
-            )
+        first_iteration = run.progress.iteration
+        stop = run.agree(stopper.before_iteration(run.progress))
+        if stop is None and run.progress.validation_due and run.evaluates("validation"):
+            reporter.message(f"running the unfinished validation after iteration {run.progress.iteration}")
             stop = _validate(run, stopper)
+
         while stop is None and not is_finished(config, run.progress):
-            if (back := _iterate(run)) is not None:
-                run.state.finish()
-                return back
-            check_weights_if_due(run)
-            iteration = run.progress.iteration
-            interval = config.training.eval_interval
-            if interval and iteration % interval == 0 and _is_evaluated(run, "validation"):
+            plan = plan_iteration(config, run.progress, replica=run.mesh.dp.rank)
+            with phases.enter(f"iteration {plan.iteration}"):
+                stop = _train_iteration(run, plan)
+            if stop is not None:  # to roll back: what came after the checkpoint is discarded, so it is not saved
+                state.finish()
+                return stop
+            check_replicas(run.engine, config.training, plan.iteration, run.mesh.backend, reporter)
+            if interval and plan.iteration % interval == 0 and run.evaluates("validation"):
                 stop = _validate(run, stopper)
             if stop is None:
-                stop = _agree_after(run, stopper.after_iteration(run.progress, reserve=run.state.longest_save))
-            if stop is not None and stop.status == "exit_flag" and is_finished(config, run.progress):
-                stop = None  # it ends here anyway, and with its evaluations
+                stop = stopper.after_iteration(run.progress, reserve=state.longest_save)
+                # Reporting a failed background save is a collective call, so the ranks agree on it first.
+                failed_save = Stop("error", "a background save failed")
+                if (agreed := run.agree(failed_save if state.failed else stop)) == failed_save:
+                    state.finish()
+                    agreed = run.agree(stop)
+                stop = agreed
+            finished = is_finished(config, run.progress)
+            if finished and stop is not None and stop.status == "exit_flag":
+                stop = None  # the run ends here anyway, with its last evaluations
             if stop is not None:
-                run.reporter.stopping()
-            last = stop is not None or is_finished(config, run.progress)
-            run.state.save_if_due(run.engine, run.progress, last=last)
+                reporter.stopping()
+            with phases.enter(f"saving iteration {plan.iteration}"):
+                state.save_if_due(run.engine, run.progress, last=stop is not None or finished)
+
         if stop is None:
-            run.reporter.stopping()
-            run.state.save(run.engine, run.progress, final=True)
-            stop = _evaluate_at_end(run, stopper) or Stop(
-                "completed", f"training is complete after {run.progress.iteration} iterations"
-            )
-        run.state.finish(final=True)
-        if stop.status == "time_limit" and run.progress.iteration == begun:
-            # All the time went into an evaluation, with which the next job begins again.
-            stop = replace(stop, again="with a larger --exit-duration-in-mins or a smaller --eval-iters")
-        return stop
-
-
-def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
-    """Evaluates the loaded model on the validation and test data (--skip-train), or up to an earlier stop.
-
-    Args and returns: as train.
-    """
-    with (
-        SignalFlag(announce=run.mesh.world.rank == 0, saves=False)
-        if run.config.training.exit_signals
-        else nullcontext() as flag
-    ):
-        stopper = Stopper(run.config.training, flag, started=started)
-        stop = _agree(run, stopper.before_iteration(run.progress)) or _evaluate_at_end(run, stopper)
-        return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")
-
-
-def _is_evaluated(run: Run, split: str) -> bool:
-    loaders = run.data.valid if split == "validation" else run.data.test
-    return bool(loaders and run.config.training.eval_iters)
-
-
-def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
-    if not _is_evaluated(run, "validation"):
-        return evaluate(run, "test", stopper, at_end=True)
-    stop = _agree(run, stopper.before_evaluation(evaluation=run.longest_validation, save=0.0))
-    return stop or evaluate(run, "validation", stopper, at_end=True) or evaluate(run, "test", stopper, at_end=True)
-
-
-def _validate(run: Run, stopper: Stopper) -> Stop | None:
-    """Evaluates on the validation data between two iterations.
-
-    Returns:
-        None: it was made; else why it was not begun or not finished. Then run.progress says that it is due, so that the
-        next job begins with it, on the same samples.
-    """
-    run.progress = replace(run.progress, validation_due=1)
-    stop = _agree(
-        run, stopper.before_evaluation(evaluation=run.longest_validation, save=run.state.longest_save)
-    ) or evaluate(run, "validation", stopper)
-    if stop is None:
-        run.progress = replace(run.progress, validation_due=0)
-    else:
-        run.reporter.message(
-            f"the validation after iteration {run.progress.iteration} is left unfinished; the next start makes it first"
-        )
+            reporter.stopping()
+            with phases.enter(f"saving iteration {run.progress.iteration}"):
+                state.save(run.engine, run.progress, final=True)
+            stop = _evaluate_at_end(run, stopper)
+        stop = stop or Stop("completed", f"training is complete after {run.progress.iteration} iterations")
+        state.finish(final=True)
+    if stop.status == "time_limit" and run.progress.iteration == first_iteration:
+        # An evaluation took all the time, and the next job would begin with the same one.
+        stop = replace(stop, required_change="with a larger --exit-duration-in-mins or a smaller --eval-iters")
     return stop
 
 
-def _agree(run: Run, stop: Stop | None) -> Stop | None:
-    return agree(run.mesh.world, run.mesh.backend.device, stop)
+def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
+    """Evaluate the loaded model on the validation and test data (--skip-train), or up to an earlier stop.
 
-
-def _agree_after(run: Run, stop: Stop | None) -> Stop | None:
-    """The same after an iteration, where a save in the background may have failed: now is when that is dealt with.
-
-    Raises:
-        CheckpointError: it ends the run.
+    Args and returns: as for train.
     """
-    failed = Stop("error", "a save in the background failed")
-    agreed = _agree(run, failed if run.state.failed else stop)
-    if agreed != failed:
-        return agreed
-    run.state.finish()
-    return _agree(run, stop)
+    training, is_rank0 = run.config.training, run.mesh.world.rank == 0
+    with SignalFlag(announce=is_rank0, saves=False) if training.exit_signals else nullcontext() as flag:
+        stopper = Stopper(training, flag, started=started)
+        stop = run.agree(stopper.before_iteration(run.progress)) or _evaluate_at_end(run, stopper)
+    return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")
 
 
-def _iterate(run: Run) -> Stop | None:
-    """One iteration: advances run.progress and reports; returns a Stop where the run is to go back before a spike."""
-    plan = plan_iteration(run.config, run.progress, replica=run.mesh.dp.rank)
-    started = time.perf_counter()
+def _train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
+    """Train one iteration, advance run.progress and report; return a Stop if the run is to be rolled back."""
+    config, started = run.config, time.perf_counter()
     if plan.skip:
         run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=False)
         run.reporter.message(f"Skipped iteration {plan.iteration} due to --skip-train-iteration-range flag.")
         return None
+    data, spikes = run.data.train, run.state.spikes
+    assert data is not None, "a run that trains has training data"
     with run.timers("train-step"):
         outcome = run.engine.train_step(plan, run.data.train_reader(plan))
-    if not outcome.finite and run.config.stops_at_nan:
-        if (back := way_out(run, plan, outcome.loss)) is not None:
-            return back
-        raise _not_finite(run, plan, outcome)
-    run.state.check_lock()  # a process that was paused must not report to a folder that is another job's by now
-    run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
-    if not outcome.applied:
-        run.reporter.message(_overflow(run.config, plan, outcome))
-    run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
-    return notice(run, plan, outcome.loss)
+    observed = (plan.iteration, outcome.loss, plan.first_sample, plan.global_batch)
+    spike, error = None, None
+    if not outcome.finite and config.stops_at_nan:
+        error = _not_finite(run, plan, outcome)
+        if config.training.auto_rollback:
+            spike = spikes.not_finite(*observed)
+    else:
+        # A process that was paused must not report to a folder that another job has taken over.
+        run.state.check_lock()
+        run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
+        if not outcome.applied:
+            run.reporter.message(_overflow_message(config, plan, outcome))
+        run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
+        spike = spikes.observe(*observed)
+    stop = None
+    if spike is not None:
+        run.state.finish()  # a save under way may be the checkpoint to roll back to
+        stop = respond_to_spike(spike, config, run.mesh.world, data, run.reporter)
+    if stop is None and error is not None:
+        raise error
+    return stop
 
 
 def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float) -> IterationReport:
@@ -208,7 +185,7 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         consumed_train_tokens=progress.consumed_train_tokens,
         skipped_train_samples=skipped_samples(config, progress.iteration),
         losses=losses,
-        # As Megatron logs it: the rate that the next iteration will use, for its scheduler has stepped by now.
+        # As in Megatron's log: the rate of the next iteration, because Megatron's scheduler has stepped by now.
         learning_rate=learning_rate(config, progress),
         global_batch_size=plan.global_batch,
         seq_length=plan.seq_length,
@@ -228,97 +205,113 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
     )
 
 
-def evaluate(run: Run, split: str, stopper: Stopper, *, at_end: bool = False) -> Stop | None:
-    """Evaluates every dataset of a split on eval_iters global batches and reports the mean losses.
+def _validate(run: Run, stopper: Stopper) -> Stop | None:
+    """Evaluate on the validation data between two iterations.
 
-    Validation goes on in its data where the last one stopped, as Megatron's does, so that a resumed run evaluates on
+    Returns:
+        None: it is done. Otherwise why it was not begun or not finished: then run.progress marks it as due, and the
+        next job begins with it, on the same samples.
+    """
+    run.progress = replace(run.progress, validation_due=1)
+    stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=run.state.longest_save))
+    stop = stop or _evaluate(run, "validation", stopper)
+    if stop is None:
+        run.progress = replace(run.progress, validation_due=0)
+    else:
+        run.reporter.message(
+            f"the validation after iteration {run.progress.iteration} is unfinished; the next start runs it first"
+        )
+    return stop
+
+
+def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
+    if run.evaluates("validation"):
+        stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=0.0))
+        if stop := stop or _evaluate(run, "validation", stopper, at_end=True):
+            return stop
+    return _evaluate(run, "test", stopper, at_end=True)
+
+
+def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False) -> Stop | None:
+    """Evaluate every dataset of a split on eval_iters global batches, and report the mean losses.
+
+    Each validation begins in its data where the previous one ended, as in Megatron, so that a resumed run evaluates
     the same samples as an uninterrupted one.
 
     Returns:
-        None, or why it was abandoned: the reason of any rank, agreed before each step. An abandoned one leaves
-        run.progress as it was.
+        None: it is done. Otherwise why it was abandoned, agreed by all ranks before each step; run.progress is as
+        before.
     """
     config = run.config
-    if not _is_evaluated(run, split):
+    if not run.evaluates(split):
         return None
     loaders = run.data.valid if split == "validation" else run.data.test
     consumed = run.progress.consumed_valid_samples if split == "validation" else 0
     global_batch = final_batch_size(config.batch, config.parallel.dp)
     samples = config.training.eval_iters * global_batch
+    count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
     save = run.state.longest_save if config.checkpoint.save and not at_end else 0.0
     begun = time.monotonic()
-    for name, loader in loaders.items():
-        started = time.perf_counter()
-        loss = _mean_loss(run, loader, consumed, global_batch, lambda: stopper.in_evaluation(save=save))
-        if isinstance(loss, Stop):
-            if at_end:
-                run.reporter.message(f"the evaluation on the {split} data is left unfinished")
-            return loss
-        run.state.check_lock()
-        run.reporter.validation(
-            ValidationReport(
-                iteration=run.progress.iteration,
-                consumed_train_samples=run.progress.consumed_train_samples,
-                consumed_train_tokens=run.progress.consumed_train_tokens,
-                losses={"lm loss": loss},
-                split="validation" if split == "validation" else "test",
-                name=name if len(loaders) > 1 else "",
-                at_end=at_end,
-                seconds=time.perf_counter() - started,
-                samples=samples,
+    with run.mesh.backend.phases.enter(f"evaluation ({split})"):
+        for name, loader in loaders.items():
+            started = time.perf_counter()
+            loss = LossSum(0.0, 0)
+            for step in range(config.training.eval_iters):
+                if (stop := run.agree(stopper.in_evaluation(save=save))) is not None:
+                    if at_end:
+                        run.reporter.message(f"the evaluation on the {split} data is unfinished")
+                    return stop
+                read = run.data.reader(loader, consumed + step * global_batch, config.batch.seq_length)
+                batch = run.engine.eval_step(count, read, config.batch.seq_length)
+                loss = LossSum(loss.sum + batch.sum, loss.count + batch.count)
+            run.state.check_lock()
+            run.reporter.validation(
+                ValidationReport(
+                    iteration=run.progress.iteration,
+                    consumed_train_samples=run.progress.consumed_train_samples,
+                    consumed_train_tokens=run.progress.consumed_train_tokens,
+                    losses={"lm loss": loss.mean},
+                    split=split,
+                    name=name if len(loaders) > 1 else "",
+                    at_end=at_end,
+                    seconds=time.perf_counter() - started,
+                    samples=samples,
+                )
             )
-        )
     if split == "validation":
         run.longest_validation = max(run.longest_validation, time.monotonic() - begun)
-    if split == "validation" and not at_end:
-        run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
-    run.timers.take()  # its forwards are no part of the next iteration's times
+        if not at_end:
+            run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
+    run.timers.take()  # the evaluation's forwards do not count in the next iteration
     return None
 
 
-def _mean_loss(
-    run: Run, loader: Loader, consumed: int, global_batch: int, stop_now: Callable[[], Stop | None]
-) -> float | Stop:
-    config = run.config
-    count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
-    total, samples = 0.0, 0
-    for step in range(config.training.eval_iters):
-        if (stop := _agree(run, stop_now())) is not None:
-            return stop
-        read = run.data.reader(loader, consumed + step * global_batch, config.batch.seq_length)
-        loss = run.engine.eval_step(count, read, config.batch.seq_length)
-        total, samples = total + loss.sum, samples + loss.count
-    return LossSum(total, samples).mean
-
-
-def _overflow(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> str:
-    """What is said of an iteration that fp16 left out."""
+def _overflow_message(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> str:
     text = (
         f"iteration {plan.iteration}: the gradients overflowed in fp16 at a loss scale of {outcome.loss_scale:g}, so "
         "its step is skipped"
     )
     precision = config.precision
     if precision.loss_scale:
-        return f"{text}; --loss-scale keeps that scale, and without it the scale would adapt"
+        return f"{text}; --loss-scale keeps the scale constant, and without it the scale adapts"
     if outcome.loss_scale <= precision.min_loss_scale:
         return (
-            f"{text}. No smaller scale is allowed (--min-loss-scale): unless this passes soon the run has diverged, "
-            "and should go on from an earlier checkpoint (--load-iteration) with a lower --lr"
+            f"{text}. The scale is at its minimum (--min-loss-scale): unless this passes soon the run has diverged, "
+            "and should resume from an earlier checkpoint (--load-iteration) with a lower --lr"
         )
     return text
 
 
 def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
-    train_data = run.data.train
-    assert train_data is not None
-    places = train_data.positions(plan.first_sample, plan.global_batch)
-    numbers = train_data.list_samples(plan.first_sample, plan.global_batch)
+    data = run.data.train
+    assert data is not None
+    positions = data.positions(plan.first_sample, plan.global_batch)
+    numbers = data.list_samples(plan.first_sample, plan.global_batch)
     return TrainingError(
-        "Loss and gradients must be finite",
-        found=f"iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
-        f"{places[0]} to {places[-1]} (numbers {numbers} of the training data)",
-        fix=f"No parameter was changed by it and no checkpoint holds it. `megatron-lite data samples --iteration "
-        f"{plan.iteration}` with this command's flags shows these samples. Go on from the last checkpoint (--load) "
-        f"with a lower --lr or longer warm-up, or leave them out with --skip-train-iteration-range "
+        f"Iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
+        f"{positions[0]} to {positions[-1]} (numbers {numbers} of the training data)",
+        fix=f"Its step was not applied, and no checkpoint holds it. `megatron-lite data samples --iteration "
+        f"{plan.iteration}` with this command's flags shows these samples. Resume from the last checkpoint (--load) "
+        f"with a lower --lr or longer warm-up, or skip the samples with --skip-train-iteration-range "
         f"{plan.iteration}-{plan.iteration}",
     )

@@ -78,7 +78,8 @@ class NativeEngine:
         self._optimizer.zero_grad()
         self._buffers.begin(plan.microbatches)
         loss_scale = self._optimizer.loss_scale
-        with self._timers("forward-backward"):
+        phases = self._mesh.backend.phases
+        with phases.enter(self._executor), self._timers("forward-backward"):
             losses = self._executor.run(
                 self._program(plan.microbatches, True),
                 read,
@@ -86,13 +87,13 @@ class NativeEngine:
                 seq_length=plan.seq_length,
                 gradient_scale=loss_scale / plan.global_batch,
             )
-        with self._timers("all-grads-sync"):
+        with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
             self._buffers.reduce()
         loss, by_source = self._reduce(losses)
         mean = loss.mean
         if not math.isfinite(mean) and self._config.stops_at_nan:
             return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
-        with self._timers("optimizer"):
+        with phases.enter("optimizer"), self._timers("optimizer"):
             result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
         return StepOutcome(
             loss=mean,
@@ -110,9 +111,10 @@ class NativeEngine:
         """Forwards only, without dropout."""
         for stage in self._stages.values():
             stage.eval()
-        losses = self._executor.run(
-            self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
-        )
+        with self._mesh.backend.phases.enter(self._executor):
+            losses = self._executor.run(
+                self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
+            )
         return self._reduce(losses)[0]
 
     def state_tensors(self) -> list[GlobalTensor]:

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from megatron_lite.backend.base import Backend
 from megatron_lite.backend.comparison import MAX_LINES, describe_ranks
+from megatron_lite.backend.environment import host_name
+from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import FailedRank, TrainingError
+from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.optim.replicas import Mismatch
-
-if TYPE_CHECKING:
-    from megatron_lite.train.loop import Run
+from megatron_lite.train.engine import Engine
 
 
-def check_weights_if_due(run: Run) -> None:
+def check_replicas(
+    engine: Engine, training: TrainingConfig, iteration: int, backend: Backend, reporter: Reporter
+) -> None:
     """Compare the weights after an iteration that --check-weight-hash-across-dp-replicas-interval divides.
 
-    A collective call. Whether weights differ is known to every rank, so all of them stop or repair.
+    A collective call. All ranks get the same mismatches, so all of them stop or repair.
 
     Raises:
         TrainingError: replicas differ, and --on-weight-mismatch is stop; or they still differ after a repair.
     """
-    training, iteration = run.config.training, run.progress.iteration
-    if not training.weight_check_interval or iteration % training.weight_check_interval or run.mesh.world.size == 1:
+    if not training.weight_check_interval or iteration % training.weight_check_interval or engine.world.size == 1:
         return
-    mismatches = run.engine.compare_replicas()
-    if not mismatches:
-        run.reporter.message(f">>> Weight hashes match after {iteration} iterations...")
-        return
-    hosts = run.mesh.world.all_gather_object(run.mesh.backend.launch.host or socket.gethostname())
-    found = _describe(mismatches, hosts)
-    if training.on_weight_mismatch == "stop":
-        raise _error(run, mismatches, hosts, found)
-    run.engine.repair_replicas(mismatches)
-    if left := run.engine.compare_replicas():
-        raise _error(run, left, hosts, f"{_describe(left, hosts)}, also after a repair")
-    run.reporter.message(
-        f"WARNING: after iteration {iteration} {found}; repaired, with the optimizer's state, from the replica that is "
-        "named last. A device whose weights change by themselves should be replaced"
-    )
+    with backend.phases.enter("comparing the weights of the replicas"):
+        mismatches = engine.compare_replicas()
+        if not mismatches:
+            reporter.message(f">>> Weight hashes match after {iteration} iterations...")
+            return
+        hosts = engine.world.all_gather_object(backend.launch.host or host_name())
+        found = _describe(mismatches, hosts)
+        left = mismatches
+        if training.on_weight_mismatch == "repair":
+            engine.repair_replicas(mismatches)
+            left = engine.compare_replicas()
+            if not left:
+                reporter.message(
+                    f"WARNING: after iteration {iteration}, {found}; repaired, with the optimizer's state, from the "
+                    "replica that is named last. Replace a device whose weights change by themselves"
+                )
+                return
+            found = f"{_describe(left, hosts)}, also after a repair"
+        equal, rank = iteration - training.weight_check_interval, left[0].differing[0]
+        start = (
+            f"a checkpoint of iteration {equal} or earlier (--load-iteration): later ones may hold such weights"
+            if equal > 0
+            else "fresh weights: checkpoints so far may hold such weights"
+        )
+        error = TrainingError(
+            f"After iteration {iteration}, {found}",
+            fix="Nothing was saved after this iteration. Exclude the device that differs (its memory may be faulty) "
+            f"and resume from {start}. --on-weight-mismatch repair continues with the weights of the other replicas",
+        )
+        error.shared, error.silent = True, engine.world.rank != 0
+        raise error from FailedRank(hosts[rank], rank)
 
 
 def _describe(mismatches: Sequence[Mismatch], hosts: Sequence[str]) -> str:
@@ -50,25 +67,5 @@ def _describe(mismatches: Sequence[Mismatch], hosts: Sequence[str]) -> str:
         lines.append(f"{mismatch.name} on {differing}, unlike {describe_ranks(equal, hosts)}")
     if more := len(mismatches) - len(lines):
         lines.append(f"and {more} more")
-    count = "1 parameter differs" if len(mismatches) == 1 else f"{len(mismatches)} parameters differ"
-    return f"{count} between ranks that must hold the same: {'; '.join(lines)}"
-
-
-def _error(run: Run, mismatches: Sequence[Mismatch], hosts: Sequence[str], found: str) -> TrainingError:
-    iteration = run.progress.iteration
-    equal = iteration - run.config.training.weight_check_interval
-    rank = mismatches[0].differing[0]
-    error = TrainingError(
-        "Replicas of the weights must be equal, bit for bit",
-        found=f"after iteration {iteration} {found}",
-        fix="Nothing was saved after this iteration. Go on without the device that differs (its memory may be faulty), "
-        + (
-            f"from a checkpoint of iteration {equal} or earlier (--load-iteration): later ones may hold such weights. "
-            if equal > 0
-            else "from the start: checkpoints so far may hold such weights. "
-        )
-        + "--on-weight-mismatch repair goes on with the weights of the other replicas",
-    )
-    error.shared, error.silent = True, run.mesh.world.rank != 0
-    error.__cause__ = FailedRank(hosts[rank], rank)
-    return error
+    differ = "parameter differs" if len(mismatches) == 1 else "parameters differ"
+    return f"{len(mismatches)} replicated {differ} between ranks: {'; '.join(lines)}"

@@ -16,7 +16,7 @@ from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
-from megatron_lite.lifecycle.spikes import SpikeWatch
+from megatron_lite.lifecycle.spikes import SpikeDetector
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.catalog import announced, iteration_of
 from megatron_lite.runs.lock import FolderLock
@@ -57,7 +57,7 @@ class RunState:
 
     Attributes:
         provenance: as given.
-        watch: what has been seen of the loss; it is saved with the rest.
+        spikes: detects loss spikes; its state is saved with the rest.
         longest_save: seconds of the slowest save so far, which the next may take as well; 0 if there was none here.
         failed_saves: iterations whose saves failed.
     """
@@ -72,7 +72,7 @@ class RunState:
         lock: FolderLock | None = None,
     ) -> None:
         self.provenance = provenance
-        self.watch = SpikeWatch(config.training.spike_factor, config.training.spike_patience)
+        self.spikes = SpikeDetector(config.training.spike_factor, config.training.spike_patience)
         self.longest_save = 0.0
         self.failed_saves: list[int] = []
         self._options = config.checkpoint
@@ -148,7 +148,7 @@ class RunState:
             tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
         self._settle(lane, final=False)
         self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {lane.root}")
-        retention = retention_of(self._options, self.watch.around())
+        retention = retention_of(self._options, self.spikes.ranges())
         self._write(lane, engine, progress, tensors, retention, final=final)
 
     def finish(self, *, final: bool = False) -> None:
@@ -184,7 +184,7 @@ class RunState:
         *,
         final: bool,
     ) -> None:
-        scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.watch.state()}
+        scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.spikes.state()}
         check = partial(self.check_lock, now=True)
         state = (lane.root, progress.iteration, tensors, scalars, self.provenance)
         lane.last = progress.iteration

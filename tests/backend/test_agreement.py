@@ -1,65 +1,76 @@
-"""Collective error handling: one rank's failure is raised by every rank, with its class."""
+"""Tests of collective error handling: every rank raises the first failed rank's error, of the same class."""
+
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.errors import CheckpointError, ConfigError, ConfigErrors, DataError, TrainingError, failed_rank
+from megatron_lite.errors import ConfigError, ConfigErrors, DataError, TrainingError, failed_rank
 from megatron_lite.runs.manifest import CorruptCheckpointError
 
-FAILURES = {
-    "corrupt": CorruptCheckpointError("File 3 is damaged", fix="Restore it", rule="Files have checksums"),
-    "data": DataError("No such dataset", fix="Name another"),
-    "config": ConfigErrors([ConfigError("Bad --lr", fix="Use a number"), ConfigError("Bad --seed", fix="Use 1")]),
-    "other": OSError("disk gone"),
-}
+
+def run_ranks(steps, function=run_on_all_ranks):
+    """Return what the function returned or raised on each rank; ranks are threads."""
+    values, results, barrier = [None] * len(steps), [None] * len(steps), threading.Barrier(len(steps))
+
+    def rank(number):
+        def all_gather_object(value):
+            barrier.wait()
+            values[number] = value
+            barrier.wait()
+            return list(values)
+
+        world = SimpleNamespace(rank=number, size=len(steps), all_gather_object=all_gather_object)
+        try:
+            results[number] = function(world, steps[number])
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(steps))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
-def fail(backend, name, failing):
-    """Return the class, text and first failed rank of the error that this rank raises; the result if it raises none."""
-
-    def step():
-        if backend.rank == failing:
-            raise FAILURES[name]
-        return backend.rank
-
-    world = backend.new_group("world", ((0, 1),))
-    try:
-        return broadcast_from_rank0(world, step) if failing == 0 else run_on_all_ranks(world, step)
-    except Exception as error:
-        first = failed_rank(error)
-        return type(error).__name__, str(error), None if first is None else first.rank
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize(
-    ("name", "kind"), [("corrupt", CorruptCheckpointError), ("data", DataError), ("config", ConfigError)]
-)
-def test_every_rank_raises_the_class_of_the_first_failure(on_ranks, name, kind, failing):
-    raised = on_ranks(2, fail, name, failing)
-    assert raised[0] == raised[1]
-    assert raised[0][0] == kind.__name__ and raised[0][2] == failing
-    text = str(FAILURES[name])
-    assert f"rank {failing}: {text}" in raised[0][1]
-
-
-def test_another_exception_stays_on_its_rank(on_ranks):
-    own, other = on_ranks(2, fail, "other", 0)
-    assert own == ("OSError", "disk gone", None)
-    assert other[0] == TrainingError.__name__ and "rank 0: OSError: disk gone" in other[1] and other[2] == 0
-
-
-def test_results_without_a_failure(on_ranks):
-    assert on_ranks(2, fail, "", -1) == [0, 1]
-    assert broadcast_from_rank0(LocalGroup("world"), lambda: 5) == 5
-
-
-def test_one_rank_raises_its_own_error():
-    error = CheckpointError("Gone", fix="Restore it")
-
+def failing(error):
     def step():
         raise error
 
-    with pytest.raises(CheckpointError) as raised:
-        run_on_all_ranks(LocalGroup("world"), step)
-    assert raised.value is error
+    return step
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, TrainingError, CorruptCheckpointError])
+def test_every_rank_raises_the_first_error_with_its_class(kind):
+    own = kind("The file is too short", rule="Files have 8 bytes", fix="Copy it again")
+    second = DataError("Another error", fix="Do something else")
+    results = run_ranks([lambda: 1, failing(own), failing(second)])
+    assert [type(result) for result in results] == [kind] * 3
+    assert {str(error) for error in results} == {str(results[0])}
+    assert "rank 1: The file is too short. Files have 8 bytes. Copy it again" in str(results[0])
+    assert [failed_rank(error).rank for error in results] == [1, 1, 1]
+    assert results[1].__cause__.__cause__ is own
+
+
+def test_a_class_with_a_constructor_of_its_own_becomes_its_base_class():
+    errors = ConfigErrors([ConfigError("A", fix="B"), ConfigError("C", fix="D")])
+    results = run_ranks([failing(errors), lambda: 1])
+    assert [type(result) for result in results] == [ConfigError] * 2
+    assert "1. A. B" in str(results[1])
+
+
+def test_an_unexpected_error_stays_on_its_rank_and_ends_the_others():
+    own = ZeroDivisionError("oops")
+    results = run_ranks([lambda: 1, failing(own)])
+    assert results[1] is own
+    assert isinstance(results[0], TrainingError) and "rank 1: ZeroDivisionError: oops" in str(results[0])
+
+
+def test_results_and_the_error_of_a_single_rank_are_unchanged():
+    assert run_ranks([lambda: "a", lambda: "b"]) == ["a", "b"]
+    assert run_ranks([lambda: "a", failing(ZeroDivisionError())], broadcast_from_rank0) == ["a", "a"]
+    with pytest.raises(DataError, match=r"^Too short\. Copy it$"):
+        run_on_all_ranks(LocalGroup("world"), failing(DataError("Too short", fix="Copy it")))

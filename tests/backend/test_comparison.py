@@ -1,4 +1,4 @@
-"""Comparison of values over ranks: what is a difference, how ranks are named, and what each rank raises."""
+"""Tests of the comparison of values over ranks: differences, names of ranks, and the errors of each rank."""
 
 import re
 import threading
@@ -13,11 +13,11 @@ from megatron_lite.backend.comparison import (
     MAX_LINES,
     MAX_TEXT,
     Comparison,
-    Statement,
+    RankValues,
     compare_over_store,
     describe_ranks,
     difference_line,
-    judge,
+    find_differences,
     reference_value,
 )
 from megatron_lite.backend.environment import Launch
@@ -25,76 +25,80 @@ from megatron_lite.backend.numerics import MACHINES, VARIABLES, machine_values
 from megatron_lite.errors import DataError, RankDifferenceError, TrainingError, failed_rank
 from megatron_lite.formatting import MAX_RANGES
 
-PLAIN = Comparison(topic="test", rule="All must be equal", fix="Make them equal", warn=frozenset({"name"}))
+PLAIN = Comparison(topic="test", problem="Values differ", fix="Make them equal", warn=frozenset({"name"}))
 
 
-def statements(*values, hosts=None, failures=None):
-    """One statement a rank; eight ranks a host."""
+def ranks_values(*values, hosts=None, failures=None):
+    """Values of each rank; eight ranks per host."""
     return [
-        Statement(f"n{rank // 8}", value, failure=failures[rank] if failures else "")
+        RankValues(f"n{rank // 8}", value, failure=failures[rank] if failures else "")
         for rank, value in enumerate(values)
     ]
 
 
 def test_one_node_of_a_big_job_differs():
     values = [{"lr": "--lr 0.001" if rank // 8 == 2 else "--lr 0.0001", "seed": "--seed 1"} for rank in range(256)]
-    verdict = judge(statements(*values), PLAIN)
-    assert verdict.errors == ["--lr 0.001 on ranks 16-23 (n2), --lr 0.0001 on the other 248 ranks"]
-    assert (verdict.rank, verdict.differing, verdict.warnings) == (16, ["lr"], [])
+    differences = find_differences(ranks_values(*values), PLAIN)
+    assert differences.errors == ["--lr 0.001 on ranks 16-23 (n2), --lr 0.0001 on the other 248 ranks"]
+    assert (differences.rank, differences.differing, differences.warnings) == (16, ["lr"], [])
 
 
-def test_rank_0_may_be_the_one_that_differs():
-    verdict = judge(statements({"a": "a 1"}, {"a": "a 2"}, {"a": "a 2"}), PLAIN)
-    assert verdict.errors == ["a 1 on rank 0 (n0), a 2 on the other 2 ranks"]
-    assert verdict.rank == 0
+def test_rank_0_may_differ_from_the_majority():
+    differences = find_differences(ranks_values({"a": "a 1"}, {"a": "a 2"}, {"a": "a 2"}), PLAIN)
+    assert differences.errors == ["a 1 on rank 0 (n0), a 2 on the other 2 ranks"]
+    assert differences.rank == 0
 
 
 def test_without_a_majority_rank_0_is_the_reference():
-    verdict = judge(statements({"a": "a 1"}, {"a": "a 2"}), PLAIN)
-    assert verdict.errors == ["a 2 on rank 1 (n0), a 1 on rank 0 (n0)"]
+    differences = find_differences(ranks_values({"a": "a 1"}, {"a": "a 2"}), PLAIN)
+    assert differences.errors == ["a 2 on rank 1 (n0), a 1 on rank 0 (n0)"]
 
 
-def test_every_rank_another_value():
-    verdict = judge(statements(*({"seed": f"--seed {rank}"} for rank in range(32))), PLAIN)
-    assert verdict.errors == [
+def test_every_rank_has_another_value():
+    differences = find_differences(ranks_values(*({"seed": f"--seed {rank}"} for rank in range(32))), PLAIN)
+    assert differences.errors == [
         "--seed 1 on rank 1 (n0), --seed 2 on rank 2 (n0), --seed 3 on rank 3 (n0), --seed 4 on rank 4 (n0), "
         "27 other values on ranks 5-31 (n0, n1, n2, n3), --seed 0 on rank 0 (n0)"
     ]
 
 
 def test_warnings_and_notes_are_no_errors():
-    comparison = Comparison(topic="t", rule="", fix="", warn=frozenset({"name"}), note=frozenset({"paths"}))
-    verdict = judge(statements({"name": "A100", "paths": "/a"}, {"name": "H100", "paths": "/b"}), comparison)
-    assert verdict.errors == []
-    assert verdict.warnings == ["H100 on rank 1 (n0), A100 on rank 0 (n0)"]
-    assert verdict.differing == ["name", "paths"]
+    comparison = Comparison(topic="t", problem="", fix="", warn=frozenset({"name"}), note=frozenset({"paths"}))
+    differences = find_differences(
+        ranks_values({"name": "A100", "paths": "/a"}, {"name": "H100", "paths": "/b"}), comparison
+    )
+    assert differences.errors == []
+    assert differences.warnings == ["H100 on rank 1 (n0), A100 on rank 0 (n0)"]
+    assert differences.differing == ["name", "paths"]
 
 
-def test_a_value_that_a_rank_does_not_state_is_not_compared_with_it():
-    assert judge(statements({"a": "1"}, {}, {"a": "1"}), PLAIN).errors == []
+def test_a_missing_value_is_not_compared():
+    assert find_differences(ranks_values({"a": "1"}, {}, {"a": "1"}), PLAIN).errors == []
 
 
 def test_details_are_shown_and_not_compared():
-    same = [Statement("n0", {"data": "data abc"}, {"data": path}) for path in ("/one", "/two")]
-    assert judge(same, PLAIN).errors == []
-    other = [Statement("n0", {"data": f"data {text}"}, {"data": "/path"}) for text in ("abc", "def")]
-    assert judge(other, PLAIN).errors == ["data def (/path) on rank 1 (n0), data abc (/path) on rank 0 (n0)"]
+    same = [RankValues("n0", {"data": "data abc"}, {"data": path}) for path in ("/one", "/two")]
+    assert find_differences(same, PLAIN).errors == []
+    other = [RankValues("n0", {"data": f"data {text}"}, {"data": "/path"}) for text in ("abc", "def")]
+    assert find_differences(other, PLAIN).errors == ["data def (/path) on rank 1 (n0), data abc (/path) on rank 0 (n0)"]
 
 
 def test_failures_of_some_ranks_name_them_and_failures_of_all_are_common():
-    some = judge(statements({}, {}, failures=["", "no file"]), PLAIN)
+    some = find_differences(ranks_values({}, {}, failures=["", "no file"]), PLAIN)
     assert (some.errors, some.common_failure, some.rank) == (["rank 1 (n0): no file"], False, 1)
-    every = judge(statements({}, {}, failures=["no file", "no file"]), PLAIN)
+    every = find_differences(ranks_values({}, {}, failures=["no file", "no file"]), PLAIN)
     assert (every.errors, every.common_failure) == (["all ranks: no file"], True)
-    two = judge(statements({}, {}, failures=["no file", "no disk"]), PLAIN)
+    two = find_differences(ranks_values({}, {}, failures=["no file", "no disk"]), PLAIN)
     assert not two.common_failure and len(two.errors) == 2
-    unchecked = [Statement("n0", {}, failure="no file"), Statement("n0", {}, checked=False)]
-    assert judge(unchecked, PLAIN).common_failure
+    unchecked = [RankValues("n0", {}, failure="no file"), RankValues("n0", {}, checked=False)]
+    assert find_differences(unchecked, PLAIN).common_failure
 
 
 def test_mixed_checkouts_are_an_error():
-    verdict = judge(statements(*({"code": f"code {'old' if rank == 1 else 'new'}"} for rank in range(3))), PLAIN)
-    assert verdict.errors == ["code old on rank 1 (n0), code new on the other 2 ranks"]
+    differences = find_differences(
+        ranks_values(*({"code": f"code {'old' if rank == 1 else 'new'}"} for rank in range(3))), PLAIN
+    )
+    assert differences.errors == ["code old on rank 1 (n0), code new on the other 2 ranks"]
 
 
 def test_long_values_are_cut_around_their_first_difference():
@@ -114,14 +118,14 @@ def test_the_summary_names_every_differing_rank_once(choices):
     found = {}
     for rank, choice in enumerate(choices):
         found.setdefault(f"v{choice}", []).append(rank)
-    verdict = judge(statements(*({"v": f"v{choice}"} for choice in choices)), PLAIN)
+    differences = find_differences(ranks_values(*({"v": f"v{choice}"} for choice in choices)), PLAIN)
     if len(found) == 1:
-        assert verdict.errors == [] and verdict.differing == []
+        assert differences.errors == [] and differences.differing == []
         return
     reference = reference_value(found)
     largest = max(map(len, found.values()))
     assert len(found[reference]) == largest if 2 * largest > len(choices) else reference == f"v{choices[0]}"
-    (line,) = verdict.errors
+    (line,) = differences.errors
     parts = dict(re.findall(r"(v\d) on ranks? ([^()]+) \(", line))
     for text, ranks in found.items():
         if text == reference:
@@ -130,7 +134,7 @@ def test_the_summary_names_every_differing_rank_once(choices):
         shown = [rank for word in named.split(", ") for rank in span(word)]
         assert shown == ranks[: len(shown)]
         assert len(shown) + int(more.split()[0] if more else 0) == len(ranks)
-    assert verdict.rank == min(ranks[0] for text, ranks in found.items() if text != reference)
+    assert differences.rank == min(ranks[0] for text, ranks in found.items() if text != reference)
     assert set(re.findall(r"n\d+", line.rpartition(f"{reference} on")[0])) <= set(hosts)
 
 
@@ -148,7 +152,7 @@ def test_ranks_are_named_by_ranges(ranks):
 
 
 def run_ranks(values, comparison=PLAIN, failures=None, hosts=("n1", "n2", "n3", "n4")):
-    """What compare_over_store returns or raises on each rank, as threads over one store."""
+    """Return what compare_over_store returned or raised on each rank; ranks are threads over one store."""
     store, results = dist.HashStore(), [None] * len(values)
 
     def rank(number):
@@ -168,40 +172,40 @@ def run_ranks(values, comparison=PLAIN, failures=None, hosts=("n1", "n2", "n3", 
     return results
 
 
-def test_all_ranks_raise_and_rank_0_speaks():
+def test_all_ranks_raise_and_rank_0_prints():
     errors = run_ranks([{"a": "--a 1"}, {"a": "--a 1"}, {"a": "--a 2"}])
     assert [type(error) for error in errors] == [RankDifferenceError] * 3
     assert len({str(error) for error in errors}) == 1
-    assert str(errors[0]) == "All must be equal:\n  --a 2 on rank 2 (n3), --a 1 on the other 2 ranks\nMake them equal"
+    assert str(errors[0]) == "Values differ:\n  --a 2 on rank 2 (n3), --a 1 on the other 2 ranks\nMake them equal"
     assert [error.silent for error in errors] == [False, True, True]
     assert all(error.shared for error in errors)
     assert {(failed_rank(error).rank, failed_rank(error).host) for error in errors} == {(2, "n3")}
 
 
 def test_equal_values_pass_with_their_warnings():
-    verdicts = run_ranks([{"a": "1", "name": "A100"}, {"a": "1", "name": "H100"}])
-    assert [verdict.warnings for verdict in verdicts] == [["H100 on rank 1 (n2), A100 on rank 0 (n1)"]] * 2
+    results = run_ranks([{"a": "1", "name": "A100"}, {"a": "1", "name": "H100"}])
+    assert [differences.warnings for differences in results] == [["H100 on rank 1 (n2), A100 on rank 0 (n1)"]] * 2
 
 
 def test_a_failure_of_one_rank_is_raised_by_all():
-    failure = DataError("A file must exist", found="/x", fix="Copy it")
+    failure = DataError("No file /x", fix="Copy it")
     errors = run_ranks([{}, {}], failures=[None, failure])
     assert [type(error) for error in errors] == [RankDifferenceError] * 2
-    assert "rank 1 (n2): A file must exist: /x. Copy it" in str(errors[0])
+    assert "rank 1 (n2): No file /x. Copy it" in str(errors[0])
 
 
-def test_a_failure_of_all_ranks_is_their_own_error():
-    failures = [DataError("A file must exist", found="/x", fix="Copy it") for _ in range(2)]
+def test_an_error_of_all_ranks_is_raised_unchanged():
+    failures = [DataError("No file /x", fix="Copy it") for _ in range(2)]
     assert run_ranks([{}, {}], failures=failures) == failures
     assert [failure.silent for failure in failures] == [False, True]
 
 
-def test_many_differences_are_counted():
+def test_only_the_first_differences_are_listed():
     one, two = ({f"f{number}": f"--f{number} {rank}" for number in range(30)} for rank in range(2))
     assert f"and {30 - MAX_LINES} more differences" in str(run_ranks([one, two])[0])
 
 
-def test_a_rank_that_says_nothing_is_named():
+def test_a_missing_rank_is_named():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(TrainingError, match=r"rank 0 of 3 on n1 waited 0\.2 s for the test of rank 1, rank 2"):

@@ -1,4 +1,4 @@
-"""Rank, world size, rendezvous address and job identity from the variables of torchrun, Slurm and MPI launchers."""
+"""Tests of the launch environment: torchrun, Slurm and MPI variables, and their contradictions."""
 
 import socket
 import subprocess
@@ -44,20 +44,20 @@ def test_plain_python_is_one_rank_even_inside_a_batch_script():
     assert (launch.rank, launch.world_size, launch.launcher) == (0, 1, "python")
 
 
-def test_torchrun_wins_over_slurm_and_mpi():
+def test_torchrun_takes_precedence_over_slurm_and_mpi():
     launch = read_launch(TORCHRUN | OPEN_MPI | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (3, 4, 1, 2)
     assert launch.launcher == "torchrun" and launch.init_method == "tcp://a:1234"
 
 
-def test_torchruns_agent_keeps_its_port_for_itself():
+def test_ranks_under_torchruns_agent_use_other_ports():
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
     launch = read_launch(TORCHRUN | agent)
     other = read_launch(TORCHRUN | agent | {"MASTER_PORT": "1235"})
     assert launch.init_method.startswith("tcp://a:") and 1234 not in ports(launch)
     assert launch.job != other.job and ports(launch) != ports(other)
     restarted = read_launch(TORCHRUN | agent | {"TORCHELASTIC_RESTART_COUNT": "1"})
-    # Agents count their restarts one by one: the numbers differ between nodes.
+    # Each agent counts its own restarts: the numbers differ between nodes.
     assert (restarted.job, restarted.init_method) == (launch.job, launch.init_method)
 
 
@@ -70,12 +70,12 @@ def test_srun_needs_no_wrapper():
 
 
 @pytest.mark.parametrize("change", [{"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "40018"}, {"SLURM_RESTART_COUNT": "1"}])
-def test_jobs_steps_and_restarts_have_each_their_identity_and_ports(change):
+def test_jobs_steps_and_restarts_differ_in_identity_and_ports(change):
     one, other = read_launch(STEP), read_launch(STEP | change)
     assert one.job != other.job and ports(one) != ports(other)
 
 
-def test_a_given_port_is_the_only_one():
+def test_master_port_is_the_only_port():
     launch = read_launch(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "4711"})
     assert launch.init_method == "tcp://head:4711" and "40017.0" in launch.job
 
@@ -93,7 +93,7 @@ def test_ranks_of_this_node(counts, node, expected):
         assert (launch.local_world_size, launch.host) == (expected, f"gpu0{7 + node}")
 
 
-def test_ranks_of_one_node_meet_without_its_name():
+def test_ranks_of_one_node_use_the_loopback_address():
     launch = read_launch(STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "nowhere"})
     assert launch.init_method.startswith("tcp://127.0.0.1:")
 
@@ -115,7 +115,7 @@ def test_mpirun_needs_no_wrapper_on_one_node(variables):
     assert launch.launcher == "mpirun" and launch.init_method.startswith("tcp://127.0.0.1:")
 
 
-def test_mpich_gives_no_number_so_the_launching_process_is_the_identity():
+def test_under_mpich_the_launching_process_is_the_identity():
     """Two ranks below a script each, as below a launcher, and a rank of another launcher."""
     code = "from megatron_lite.backend.environment import read_launch; print(read_launch())"
     below = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
@@ -142,14 +142,14 @@ def test_srun_sets_the_variables_of_mpi_too():
 
 
 @pytest.mark.parametrize("variables", [OPEN_MPI, HYDRA])
-def test_an_mpirun_inside_a_step_wins(variables):
+def test_an_mpirun_inside_a_step_takes_precedence(variables):
     """In a step's shell, and on nodes where mpirun starts its daemons with srun."""
     inside = {**STEP, **variables, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "PALS_APID": "1"}
     launch = read_launch(inside)
     assert (launch.launcher, launch.rank, launch.world_size) == ("mpirun", 1, 2)
 
 
-def test_mpi_on_several_nodes_is_told_the_address():
+def test_mpi_on_several_nodes_needs_master_addr_and_port():
     variables = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     with pytest.raises(ConfigError, match="1 of 2 ranks on this node, and no MASTER_ADDR") as caught:
         read_launch(variables)
@@ -203,7 +203,7 @@ IN_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
         ELASTIC,
     ],
 )
-def test_starts_of_a_job_are_told_apart_and_ranks_of_one_are_not(other):
+def test_starts_of_a_job_differ_and_ranks_of_one_start_do_not(other):
     names = {read_launch({**IN_STEP, "SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2"}).start_id for rank in "01"}
     assert len(names) == 1
     assert read_launch(other).start_id not in names
@@ -221,6 +221,6 @@ def test_a_host_has_one_name_whatever_starts_the_job(launcher):
     assert read_launch(launcher).host == socket.gethostname()
 
 
-def test_the_slurm_job_is_known_in_any_launcher():
+def test_the_slurm_job_is_read_under_any_launcher():
     process = read_launch({**ELASTIC, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}).process
     assert (process.slurm_job, process.slurm_restarts) == ("7", 3)

@@ -1,4 +1,4 @@
-"""What the collectives of a group do, on real ranks, and what happens when a rank fails."""
+"""Tests of collectives on gloo ranks, and of a rank that fails."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def timeouts(backend):
     return [handle.options._timeout.total_seconds() for handle in handles]
 
 
-def test_every_group_has_the_jobs_timeout(on_ranks):
+def test_every_group_has_the_timeout_of_the_job(on_ranks):
     """See ranks.py: four minutes."""
     assert on_ranks(4, timeouts) == [[240.0, 240.0]] * 4
 

@@ -1,4 +1,4 @@
-"""Calls in a thread: results, errors, time-outs, and signals while they run."""
+"""Tests of interruptible calls: results, errors, time-outs, and signals during a call."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ import pytest
 from megatron_lite.backend.interruptible import first_line, run_interruptibly
 
 
-def test_results_and_errors_come_back():
+def test_results_and_errors_are_passed_on():
     assert run_interruptibly(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         run_interruptibly(lambda: 1 // 0)
 
 
-def test_poll_may_end_the_wait():
+def test_an_error_in_poll_ends_the_wait():
     over = threading.Event()
 
     def poll():
@@ -30,7 +30,7 @@ def test_poll_may_end_the_wait():
 
 
 @pytest.mark.parametrize("polls", [False, True])
-def test_the_wait_ends_with_its_time(polls):
+def test_the_wait_ends_after_its_time_limit(polls):
     over = threading.Event()
     with pytest.raises(TimeoutError):
         run_interruptibly(lambda: over.wait(10), seconds=0.05, poll=(lambda: None) if polls else None)

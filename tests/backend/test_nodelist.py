@@ -1,4 +1,4 @@
-"""Slurm's node lists and task counts."""
+"""Tests of the parser of Slurm node lists and task counts."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_node_lists_are_expanded_in_order(nodelist, nodes):
 
 
 @pytest.mark.parametrize("nodelist", ["", "n[1-", "n[2-1]", "n[]", "n[a-b]", "n1,,n2", "n]1[", "n[[1]]", "n[1-2-3]"])
-def test_what_is_no_node_list_is_refused(nodelist):
+def test_an_invalid_node_list_is_refused(nodelist):
     with pytest.raises(ConfigError, match="host names with ranges in brackets"):
         expand_nodes(nodelist)
 
@@ -39,6 +39,6 @@ def test_counts_per_node_are_expanded(counts, expected):
 
 
 @pytest.mark.parametrize("counts", ["", "a", "2(3)", "2(x)", "2,,3"])
-def test_what_are_no_counts_is_refused(counts):
+def test_invalid_counts_are_refused(counts):
     with pytest.raises(ConfigError, match="SLURM_STEP_TASKS_PER_NODE"):
         expand_counts(counts)

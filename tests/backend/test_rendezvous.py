@@ -1,4 +1,4 @@
-"""The ranks of a job meet: strangers, duplicates, missing and failing ranks, ports in use."""
+"""Tests of the rendezvous: other programs, duplicate, missing and failing ranks, ports in use."""
 
 import contextlib
 import socket
@@ -10,7 +10,7 @@ import pytest
 from megatron_lite.backend import rendezvous
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.rendezvous import Rendezvous
-from megatron_lite.backend.rendezvous_address import look_up
+from megatron_lite.backend.rendezvous_server import look_up
 from megatron_lite.errors import ConfigError, DataError, failed_rank
 
 
@@ -28,11 +28,11 @@ def launch(rank, world_size=2, *, ports=(0,), job="a", host=None, local_rank=Non
 
 
 class Rank:
-    """One rank's part in a meeting, in a thread.
+    """One rank of a rendezvous, in a thread.
 
     Attributes:
-        store: where rank 0's store is.
-        error: what the meeting ended with; None: it was held.
+        store: port of rank 0's store.
+        error: the error that ended the rendezvous; None: it succeeded.
     """
 
     def __init__(self, place, *, seconds=20.0, store=0, during=None, failure=None):
@@ -65,7 +65,7 @@ class Rank:
 
 
 def wait_for_ranks(first, *joined):
-    """Returns once these ranks have joined at rank 0."""
+    """Return once these ranks have joined at rank 0."""
     deadline = time.monotonic() + 20
     while first.meeting.server is None or set(joined) & set(first.meeting.server.missing()):
         assert time.monotonic() < deadline
@@ -73,8 +73,8 @@ def wait_for_ranks(first, *joined):
 
 
 @pytest.fixture
-def meet(monkeypatch):
-    """Holds meetings; closes their servers."""
+def start_rank(monkeypatch):
+    """Start ranks, and close their servers at the end."""
     monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 2.0)
     ranks = []
 
@@ -89,23 +89,23 @@ def meet(monkeypatch):
             rank.server.close()
 
 
-def test_all_ranks_learn_where_the_store_is(meet):
+def test_all_ranks_receive_the_port_of_the_store(start_rank):
     port = free_port()
-    ranks = [meet(launch(rank, 4, ports=(port,)), store=4711) for rank in (2, 1, 3, 0)]
+    ranks = [start_rank(launch(rank, 4, ports=(port,)), store=4711) for rank in (2, 1, 3, 0)]
     assert [(rank.end().error, rank.store) for rank in ranks] == [(None, 4711)] * 4
 
 
-def test_steps_of_one_slurm_job_on_a_node_do_not_mix(meet):
-    """They start together, at ports that collide."""
+def test_steps_of_one_slurm_job_on_a_node_do_not_mix(start_rank):
+    """The steps start at the same time, with colliding ports."""
     ports = [free_port() for _ in range(3)]
     ranks = []
     for number in range(3):
-        ranks += [meet(launch(rank, ports=ports, job=f"4711.{number}"), store=number) for rank in (1, 0)]
+        ranks += [start_rank(launch(rank, ports=ports, job=f"4711.{number}"), store=number) for rank in (1, 0)]
     assert [(rank.end().error, rank.store) for rank in ranks] == [(None, n) for n in (0, 0, 1, 1, 2, 2)]
 
 
 @pytest.mark.parametrize("kind", ["silent", "greeting", "closing"])
-def test_other_programs_are_passed_over(meet, kind, monkeypatch):
+def test_ports_of_other_programs_are_skipped(start_rank, kind, monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", 0.3)
     held = []
 
@@ -121,33 +121,33 @@ def test_other_programs_are_passed_over(meet, kind, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         threading.Thread(target=serve, args=(other,), daemon=True).start()
         ports = [other.getsockname()[1], free_port()]
-        ranks = [meet(launch(rank, ports=ports)) for rank in (1, 0)]
+        ranks = [start_rank(launch(rank, ports=ports)) for rank in (1, 0)]
         assert [rank.end().error for rank in ranks] == [None, None]
 
 
-def test_a_port_in_use_is_named_with_its_cure(meet, monkeypatch):
+def test_an_error_names_the_port_in_use_and_the_fix(start_rank, monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", 0.2)
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        error = meet(launch(0, ports=(port,), host="n1"), seconds=5).end().error
+        error = start_rank(launch(0, ports=(port,), host="n1"), seconds=5).end().error
     assert isinstance(error, ConfigError)
     assert f"port {port} is in use on n1" in str(error) and "Set MASTER_PORT to a free port" in str(error)
 
 
-def test_another_jobs_port_is_named_with_the_job(meet):
+def test_an_error_names_the_other_job_at_the_port(start_rank):
     port = free_port()
-    first = [meet(launch(rank, ports=(port,), job="step 1.0")) for rank in (0, 1)]
+    first = [start_rank(launch(rank, ports=(port,), job="step 1.0")) for rank in (0, 1)]
     assert [rank.end().error for rank in first] == [None, None]
-    error = meet(launch(0, ports=(port,), job="step 1.1")).end().error
-    assert isinstance(error, ConfigError) and "another job meets there: step 1.0" in str(error)
-    error = meet(launch(1, ports=(port,), job="step 1.1"), seconds=0.3).end().error
-    assert "did not find rank 0" in str(error) and "another job meets there: step 1.0" in str(error)
+    error = start_rank(launch(0, ports=(port,), job="step 1.1")).end().error
+    assert isinstance(error, ConfigError) and "another job uses the address: step 1.0" in str(error)
+    error = start_rank(launch(1, ports=(port,), job="step 1.1"), seconds=0.3).end().error
+    assert "did not find rank 0" in str(error) and "another job uses the address: step 1.0" in str(error)
 
 
-def test_missing_ranks_are_named_while_waiting_and_at_the_end(meet, monkeypatch, capfd):
+def test_missing_ranks_are_named_while_waiting_and_at_the_end(start_rank, monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "FIRST_NOTICE", 0.2)
     port = free_port()
-    ranks = [meet(launch(rank, 6, ports=(port,)), seconds=1.0) for rank in (0, 3)]
+    ranks = [start_rank(launch(rank, 6, ports=(port,)), seconds=1.0) for rank in (0, 3)]
     errors = [rank.end().error for rank in ranks]
     place = f"127.0.0.1:{port}"
     assert str(errors[0]).startswith(
@@ -160,10 +160,10 @@ def test_missing_ranks_are_named_while_waiting_and_at_the_end(meet, monkeypatch,
     assert "rank 3" not in err and err.count("waiting") <= 3
 
 
-def test_without_rank_0_one_rank_of_each_node_waits_aloud(meet, monkeypatch, capfd):
+def test_without_rank_0_one_rank_of_each_node_prints_that_it_waits(start_rank, monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "FIRST_NOTICE", 0.1)
     port = free_port()
-    ranks = [meet(launch(rank, 8, ports=(port,), local_rank=rank % 4), seconds=0.5) for rank in (1, 3, 4)]
+    ranks = [start_rank(launch(rank, 8, ports=(port,), local_rank=rank % 4), seconds=0.5) for rank in (1, 3, 4)]
     errors = [rank.end().error for rank in ranks]
     assert all(f"rank 0 at 127.0.0.1:{port} (Connection refused)" in str(error) for error in errors)
     assert [error.silent for error in errors] == [False, True, False]
@@ -174,12 +174,12 @@ def test_without_rank_0_one_rank_of_each_node_waits_aloud(meet, monkeypatch, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [1, 0])
-def test_two_processes_of_one_rank_are_named_with_their_hosts(meet, second):
+def test_two_processes_of_one_rank_are_named_with_their_hosts(start_rank, second):
     port = free_port()
-    ranks = [meet(launch(0, 3, ports=(port,), host="n0"))]
-    first = meet(launch(1, 3, ports=(port,), host="n1"))
+    ranks = [start_rank(launch(0, 3, ports=(port,), host="n0"))]
+    first = start_rank(launch(1, 3, ports=(port,), host="n1"))
     wait_for_ranks(ranks[0], 0, 1)
-    again = meet(launch(second, 3, ports=(port,), host="n2"))
+    again = start_rank(launch(second, 3, ports=(port,), host="n2"))
     for rank in (ranks[0], first, again):
         text = str(rank.end().error)
         assert f"Rank {second} was started twice: on n{second} (process " in text
@@ -187,18 +187,18 @@ def test_two_processes_of_one_rank_are_named_with_their_hosts(meet, second):
     assert not again.error.silent and not ranks[0].error.silent and first.error.silent
 
 
-def test_a_process_that_comes_too_late_ends_alone(meet):
+def test_a_process_after_the_start_is_refused_alone(start_rank):
     port = free_port()
-    ranks = [meet(launch(rank, ports=(port,))) for rank in (0, 1)]
+    ranks = [start_rank(launch(rank, ports=(port,))) for rank in (0, 1)]
     assert [rank.end().error for rank in ranks] == [None, None]
-    again = meet(launch(1, ports=(port,), host="n2")).end().error
+    again = start_rank(launch(1, ports=(port,), host="n2")).end().error
     assert "Rank 1 was started twice: on node1 (process " in str(again) and not again.silent
     assert not ranks[0].server.failure
 
 
-def test_another_world_size_is_named_with_both_hosts(meet):
+def test_another_world_size_is_named_with_both_hosts(start_rank):
     port = free_port()
-    ranks = [meet(launch(0, 4, ports=(port,))), meet(launch(1, 8, ports=(port,)))]
+    ranks = [start_rank(launch(0, 4, ports=(port,))), start_rank(launch(1, 8, ports=(port,)))]
     for rank in ranks:
         text = str(rank.end().error)
         assert "Rank 1 on node1 (process " in text
@@ -206,80 +206,80 @@ def test_another_world_size_is_named_with_both_hosts(meet):
         assert not rank.error.silent
 
 
-def test_a_rank_that_dies_is_missed_at_once(meet):
+def test_the_end_of_a_rank_is_noticed_at_once(start_rank):
     port = free_port()
-    ranks = [meet(launch(rank, 3, ports=(port,))) for rank in (0, 1)]
+    ranks = [start_rank(launch(rank, 3, ports=(port,))) for rank in (0, 1)]
     wait_for_ranks(ranks[0], 0, 1)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b'{"hello": 1}\n')
-        assert stranger.recv(1) == b"", "it is hung up on"
+        assert stranger.recv(1) == b"", "the connection is closed"
     dying = Rendezvous(launch(2, 3, ports=(port,)), 5)
     dying._find([("127.0.0.1", port)])
-    dying._line.close()
+    dying._connection.close()
     errors = [rank.end().error for rank in ranks]
     assert all("Rank 2 on node2 (process " in str(error) and " ended before" in str(error) for error in errors)
     assert [error.silent for error in errors] == [False, True]
 
 
-def test_an_error_while_connecting_ends_all(meet):
+def test_an_error_while_connecting_ends_all(start_rank):
     port = free_port()
 
     def fails():
         raise RuntimeError("no route\nException raised from connect at socket.cpp\nframe #0: main")
 
     ranks = [
-        meet(launch(0, ports=(port,)), during=lambda: time.sleep(5)),
-        meet(launch(1, ports=(port,)), during=fails),
+        start_rank(launch(0, ports=(port,)), during=lambda: time.sleep(5)),
+        start_rank(launch(1, ports=(port,)), during=fails),
     ]
     text = str(ranks[1].end().error)
     assert "rank 1 of 2 on node1: no route. " in text and "GLOO_SOCKET_IFNAME" in text and "frame" not in text
     began = time.monotonic()
-    assert "Rank 1 on node1 failed: Every rank must be able to connect" in str(ranks[0].end().error)
-    assert time.monotonic() - began < 4, "it does not wait for its own connections"
+    assert "Rank 1 on node1 failed: Cannot connect to the other ranks" in str(ranks[0].end().error)
+    assert time.monotonic() - began < 4, "without waiting for its own connections"
 
 
-def test_an_error_that_all_ranks_have_before_they_meet_is_printed_by_one(meet):
+def test_an_error_of_all_ranks_before_the_rendezvous_is_printed_by_one(start_rank):
     port = free_port()
-    errors = [ConfigError("rule", found="found", fix="fix") for _ in range(4)]
-    for rank in [meet(launch(rank, 4, ports=(port,)), failure=error) for rank, error in enumerate(errors)]:
+    errors = [ConfigError("problem", fix="fix") for _ in range(4)]
+    for rank in [start_rank(launch(rank, 4, ports=(port,)), failure=error) for rank, error in enumerate(errors)]:
         rank.end()
     assert sorted(error.silent for error in errors) == [False, True, True, True]
 
 
-def test_an_error_of_one_rank_before_they_meet_ends_the_waiting_ranks(meet):
+def test_an_error_of_one_rank_before_the_rendezvous_ends_the_waiting_ranks(start_rank):
     port = free_port()
-    own = DataError("a file is missing", found="tokenizer.json", fix="copy it")
-    waiting = [meet(launch(rank, 3, ports=(port,))) for rank in (0, 1)]
-    meet(launch(2, 3, ports=(port,)), failure=own, seconds=5).end()
+    own = DataError("tokenizer.json is missing", fix="Copy it")
+    waiting = [start_rank(launch(rank, 3, ports=(port,))) for rank in (0, 1)]
+    start_rank(launch(2, 3, ports=(port,)), failure=own, seconds=5).end()
     assert not own.silent
     for rank in waiting:
         error = rank.end().error
-        assert "Rank 2 on node2 failed: a file is missing: tokenizer.json. copy it" in str(error)
+        assert "Rank 2 on node2 failed: tokenizer.json is missing. Copy it" in str(error)
         assert error.silent == (rank.place.rank != 0)
         assert (failed_rank(error).host, failed_rank(error).rank) == ("node2", 2)
 
 
-def test_different_errors_are_both_printed(meet):
+def test_different_errors_are_both_printed(start_rank):
     port = free_port()
-    errors = [DataError("rule", found=f"file {rank}", fix="fix") for rank in range(2)]
-    ranks = [meet(launch(rank, ports=(port,)), failure=error, seconds=5) for rank, error in enumerate(errors)]
+    errors = [DataError(f"file {rank}", fix="fix") for rank in range(2)]
+    ranks = [start_rank(launch(rank, ports=(port,)), failure=error, seconds=5) for rank, error in enumerate(errors)]
     assert [rank.end().place.rank for rank in ranks] == [0, 1]
     assert [error.silent for error in errors] == [False, False]
 
 
-def test_an_unknown_host_ends_the_wait_before_it_begins(meet):
+def test_an_unknown_host_is_an_error_at_once(start_rank):
     place = Launch(rank=1, world_size=2, local_rank=1, host="n2", init_method="tcp://no-such-host.invalid:4711")
-    error = meet(place).end().error
-    assert isinstance(error, ConfigError) and error.silent, "the first rank of each node prints it"
+    error = start_rank(place).end().error
+    assert isinstance(error, ConfigError) and error.silent, "the first rank of each node prints the error"
     assert "'no-such-host.invalid' cannot be resolved on n2" in str(error) and "Set MASTER_ADDR" in str(error)
 
 
-def test_rank_0_must_be_at_its_address(meet, monkeypatch):
+def test_rank_0_must_be_at_its_address(start_rank, monkeypatch):
     monkeypatch.setattr(rendezvous, "look_up", lambda host: ["127.0.0.2"])
     monkeypatch.setattr(rendezvous, "bind", lambda port: socket.create_server(("127.0.0.1", port)))
-    error = meet(launch(0, ports=(free_port(),), host="n2")).end().error
+    error = start_rank(launch(0, ports=(free_port(),), host="n2")).end().error
     assert isinstance(error, ConfigError) and "Set MASTER_ADDR to the host of rank 0" in str(error)
-    assert "rank 0 runs on n2, and finds at 127.0.0.1:" in str(error) and "Connection refused" in str(error)
+    assert "rank 0 runs on n2, and 127.0.0.1:" in str(error) and "Connection refused" in str(error)
 
 
 def test_addresses_of_version_6_are_looked_up_without_brackets():
@@ -288,8 +288,8 @@ def test_addresses_of_version_6_are_looked_up_without_brackets():
     assert meeting._resolve() == [("::1", 5), ("::1", 6)]
 
 
-def test_a_file_serves_ranks_of_one_machine_and_a_stale_one_does_no_harm(meet, tmp_path):
+def test_ranks_of_one_machine_meet_through_a_file_and_a_stale_file_is_replaced(start_rank, tmp_path):
     (tmp_path / "port").write_text(str(free_port()))
     places = [Launch(rank=rank, world_size=2, host="n", init_method=f"file://{tmp_path}/port") for rank in (1, 0)]
-    ranks = [meet(place, store=7) for place in places]
+    ranks = [start_rank(place, store=7) for place in places]
     assert [(rank.end().error, rank.store) for rank in ranks] == [(None, 7)] * 2

@@ -1,4 +1,4 @@
-"""Which machine is chosen, what it says of itself, and what is refused."""
+"""Tests of backend selection: CPU and GPU of each rank, and refusals."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from megatron_lite.errors import ConfigError, TrainingError
 CPU = RuntimeConfig(device="cpu")
 
 
-def test_the_cpu_says_what_it_is():
+def test_properties_of_the_cpu_backend():
     backend = select_backend(CPU, ParallelConfig(), Launch())
     assert (backend.name, backend.device.type, backend.rank, backend.world_size) == ("cpu", "cpu", 0, 1)
     assert backend.device_name() and backend.peak_flops(torch.float32) is None
@@ -28,7 +28,7 @@ def test_the_cpu_says_what_it_is():
     backend.shutdown()
 
 
-def test_arrays_reach_the_device_without_warnings_and_stay_theirs(recwarn):
+def test_read_only_arrays_are_copied_without_warnings(recwarn):
     backend = select_backend(CPU, ParallelConfig(), Launch())
     array = np.arange(4)
     array.flags.writeable = False
@@ -47,17 +47,17 @@ def test_the_same_seed_draws_the_same():
 
 
 def test_a_world_of_another_size_is_refused():
-    with pytest.raises(ConfigError, match="torchrun started 2, the run is configured for 1"):
+    with pytest.raises(ConfigError, match="torchrun started 2 ranks, but --world-size is 1"):
         select_backend(CPU, ParallelConfig(), Launch(world_size=2, launcher="torchrun"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
 def test_cuda_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="--device cuda needs a GPU"):
+    with pytest.raises(ConfigError, match="No GPU for --device cuda"):
         select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch())
 
 
-def test_ranks_that_never_come_are_an_error_that_names_this_one(tmp_path):
+def test_a_rendezvous_timeout_names_this_rank(tmp_path):
     parallel = ParallelConfig(world_size=2, rendezvous_timeout_minutes=0.01, distributed_timeout_minutes=0.01)
     launch = Launch(rank=1, world_size=2, host="node7", init_method=f"file://{tmp_path}/store")
     with pytest.raises(TrainingError, match="rank 1 of 2 on node7"):
@@ -75,10 +75,10 @@ def test_ranks_that_never_come_are_an_error_that_names_this_one(tmp_path):
         (1, 3, "mpirun", "GPU-9c1f", 0),
     ],
 )
-def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
+def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one(
     visible, local_rank, launcher, variable, index, monkeypatch
 ):
-    """Srun --gpus-per-task=1 shows every task one GPU, as device 0."""
+    """With srun --gpus-per-task=1 every task has one visible GPU, device 0."""
     chosen = gpus(monkeypatch, visible, variable)
     launch = Launch(local_rank=local_rank, local_world_size=4, launcher=launcher)
     backend = CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
@@ -89,7 +89,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
 def test_ranks_without_a_gpu_of_their_own_are_refused(visible, variable, monkeypatch):
     gpus(monkeypatch, visible, variable)
     launch = Launch(local_rank=2, local_world_size=4, launcher="torchrun", host="n1")
-    with pytest.raises(ConfigError, match=f"local rank 2 on n1, which shows {visible} GPUs"):
+    with pytest.raises(ConfigError, match=f"local rank 2 on n1, which has {visible} visible GPUs"):
         CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
 
 

@@ -1,5 +1,6 @@
 """Jobs of several ranks as launchers start them: who meets whom, who prints what, and signals before training."""
 
+import logging
 import multiprocessing
 import os
 import shlex
@@ -13,7 +14,6 @@ from support.trainer import status
 
 from megatron_lite.backend import rendezvous
 from megatron_lite.cli.main import main
-from megatron_lite.data.serving.build import LOG
 from megatron_lite.train import assemble
 
 pytestmark = pytest.mark.slow
@@ -242,9 +242,9 @@ def test_an_error_that_all_ranks_agree_on_is_printed_once(ranks, tmp_path, words
 def broken_data(rank):
     def broken(*_, **__):
         if rank != 2:
-            LOG.warning("all but one warn of this")
+            logging.getLogger("megatron_lite").warning("all but one warn of this")
         if rank == 1:
-            LOG.warning("one warns of this")
+            logging.getLogger("megatron_lite").warning("one warns of this")
         time.sleep(0.3)
         raise ValueError("the data is broken") if rank != 2 else ValueError("something else")
 

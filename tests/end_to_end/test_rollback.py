@@ -103,7 +103,7 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
     words = (*corpus.job(*JOB, *mode), "--auto-rollback", 1, *SPIKES)
     result = command(*words, "--save", save)
     assert result.code == 0, result.err
-    assert "going back to iteration 8, leaving out samples 40 to 51 (rollback 1 of at most 1)" in result.out
+    assert "rolling back to iteration 8, skipping samples 40 to 51 (rollback 1 of at most 1)" in result.out
     trained = [place for places in seen for place in places]
     assert trained == [*range(52), *range(32, 40), *range(52, 92)]
     assert checkpoints(save) == [f"iter_{number:07d}" for number in (4, 8, 12, 16, 20)]
@@ -165,14 +165,14 @@ def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch,
     result = command(*words, "--auto-rollback", 2)
     assert result.code == 0, result.err
     # Each time, the iteration and the one before it.
-    assert "going back to iteration 8, leaving out samples 40 to 47 (rollback 1 of at most 2)" in result.out
-    assert "going back to iteration 8, leaving out samples 36 to 51 (rollback 2 of at most 2)" in result.out
+    assert "rolling back to iteration 8, skipping samples 40 to 47 (rollback 1 of at most 2)" in result.out
+    assert "rolling back to iteration 8, skipping samples 36 to 51 (rollback 2 of at most 2)" in result.out
     assert iterations(save) == list(range(1, 21))
     assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((36, 52),)
     shutil.rmtree(save)
     result = command(*words)
     assert result.code == 1
-    assert "Loss and gradients must be finite" in result.err
+    assert "has loss" in result.err
 
 
 def test_a_spike_is_found_across_two_jobs(corpus, seen, tmp_path):
@@ -182,7 +182,7 @@ def test_a_spike_is_found_across_two_jobs(corpus, seen, tmp_path):
     # What began in the last iteration may be a spike: the checkpoint from before it stays.
     assert checkpoints(save) == ["iter_0000008", "iter_0000012"]
     result = command(*words)
-    assert "loss spike: in iterations 12 to 13" in result.out
+    assert "in iterations 12 to 13" in result.out
     assert checkpoints(save) == ["iter_0000008", "iter_0000016", "iter_0000020"]
 
 

@@ -64,7 +64,7 @@ def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step,
     stopped_at = 4 if step <= 3 else 8
     assert (status(save)["status"], status(save)["saved_iteration"]) == ("signal", stopped_at)
     if step % 3:
-        assert "left unfinished" in result.out
+        assert "unfinished" in result.out
     result = command(*words)
     assert result.code == 0, result.err
     assert status(save)["status"] == "completed"
@@ -97,7 +97,7 @@ def test_a_validation_that_is_made_late_is_kept_once_whatever_happens_after_it(c
     assert start(words, partial(at_step, 2, terminate)).wait().code == 0
     result = start(words, partial(kill_after_iteration, 5)).wait()
     assert result.code == -signal.SIGKILL
-    assert "making the validation after iteration 4, left unfinished before" in result.out
+    assert "running the unfinished validation after iteration 4" in result.out
     assert checkpoints(save)[-1] == "iter_0000004"
     assert command(*words).code == 0
     assert_same_run(whole, save)
@@ -170,7 +170,7 @@ def test_a_time_limit_ends_a_validation(corpus, tmp_path, whole, monkeypatch):
     result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
     assert result.code == 0, result.err
     assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 4)
-    assert "the same command goes on from iteration 4" in result.out.splitlines()[-1]
+    assert "the same command resumes from iteration 4" in result.out.splitlines()[-1]
     assert "--eval-iters" not in result.out.splitlines()[-1]
     # The next job can do no more, and says what must change.
     result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
@@ -238,7 +238,7 @@ def test_evaluating_alone_stops_as_well(step, made, corpus, start, tmp_path, who
     words = corpus.job(*JOB, "--load", whole, "--save", save, "--skip-train")
     result = start(words, partial(at_step, step, terminate)).wait()
     assert result.code == 0, result.err
-    assert "left unfinished" in result.out
+    assert "unfinished" in result.out
     assert result.out.splitlines()[-1] == "exiting program after receiving SIGTERM"
     assert [record["split"] for record in measured(save)] == made
     assert (status(save)["status"], status(save)["iteration"]) == ("signal", 8)
@@ -251,7 +251,7 @@ def test_what_is_said(corpus, start, tmp_path):
     words = corpus.job(*JOB, "--save", save, "--load", save)
     assert start(words, partial(at_step, 2, terminate)).wait().code == 0
     texts = [record["text"] for record in records(save) if record["kind"] == "message"]
-    assert "the validation after iteration 4 is left unfinished; the next start makes it first" in texts
+    assert "the validation after iteration 4 is unfinished; the next start runs it first" in texts
     assert read_manifest(save / "iter_0000004").scalars["progress"]["validation_due"] == 1
 
 

@@ -45,9 +45,9 @@ def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, sta
     assert ("Press Ctrl-C again to stop at once" in result.err) == (number == signal.SIGINT)
     numbers, save = result.out.rindex("iteration        5/"), result.out.rindex("saving checkpoint")
     assert numbers < save, "the last line of numbers comes before the last save"
-    *_, reason, way_on = result.out.splitlines()
+    *_, reason, hint = result.out.splitlines()
     assert reason == f"exiting program after receiving {number.name}"
-    assert way_on == "  the same command goes on from iteration 5"
+    assert hint == "  the same command resumes from iteration 5"
     assert checkpoints(broken) == ["iter_0000003", "iter_0000005"]
     ended = status(broken)
     assert (ended["status"], ended["iteration"], ended["saved_iteration"]) == ("signal", 5, 5)
@@ -61,10 +61,10 @@ def test_a_background_save_is_on_the_disk_before_the_last_word(corpus, start, tm
     result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
     assert result.code == 0
     assert checkpoints(tmp_path / "run") == ["iter_0000003", "iter_0000005"]
-    *_, saved, reason, way_on = result.out.splitlines()
+    *_, saved, reason, hint = result.out.splitlines()
     assert "successfully saved checkpoint at iteration       5" in saved
     assert reason == "exiting program after receiving SIGTERM"
-    assert way_on == f"  the same command goes on from iteration 5 with --load {tmp_path / 'run'}"
+    assert hint == f"  the same command resumes from iteration 5 with --load {tmp_path / 'run'}"
 
 
 def test_a_second_ctrl_c_stops_at_once(corpus, start, tmp_path):

@@ -55,7 +55,7 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
     assert [result.code for result in results] == [1, 1], results
     assert results[0].err.count("TrainingError") == 1 and "TrainingError" not in results[1].err
     where = f"{NAME} on rank 1 ({socket.gethostname()}), unlike rank 0"
-    assert f"after iteration 4 1 parameter differs between ranks that must hold the same: {where}" in results[0].err
+    assert f"After iteration 4, 1 replicated parameter differs between ranks: {where}" in results[0].err
     assert "from a checkpoint of iteration 2 or earlier" in results[0].err
     assert checkpoints(save) == ["iter_0000002"]
     ended = status(save)
@@ -68,7 +68,7 @@ def test_a_repair_goes_on_as_if_nothing_had_happened(corpus, ranks, tmp_path, cl
     words = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
     results = ranks(words, words, prepare=flip_after(3, on=1))
     assert [result.code for result in results] == [0, 0], results
-    warning = f"WARNING: after iteration 3 1 parameter differs between ranks that must hold the same: {NAME} on rank 1"
+    warning = f"WARNING: after iteration 3, 1 replicated parameter differs between ranks: {NAME} on rank 1"
     assert warning in results[1].out
     assert any(warning in record.get("text", "") for record in records(save))
     assert_same_run(save, clean)

@@ -1,3 +1,6 @@
+"""Sliding windows, text loss and the metrics derived from it."""
+
+import json
 import math
 
 import pytest
@@ -13,7 +16,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError, TrainingError
-from megatron_lite.evaluation.perplexity import text_loss, windows
+from megatron_lite.evaluation.perplexity import TextLoss, TextMetrics, format_table, text_loss, windows
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
@@ -132,3 +135,28 @@ def test_a_model_of_broken_weights_has_no_loss(stage, text):
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+FULL = TextMetrics("text", TextLoss(total=20.0, tokens=10), num_bytes=40, num_words=5)
+
+
+def test_figures_per_token_byte_and_word():
+    record = FULL.record()
+    assert record["loss"] == 2.0 and record["perplexity"] == pytest.approx(math.e**2)
+    assert record["bits_per_byte"] == pytest.approx(20.0 / 40 / math.log(2))
+    assert record["word_perplexity"] == pytest.approx(math.e**4)
+
+
+def test_where_only_tokens_are_known_the_rest_is_left_out():
+    record = TextMetrics("data", FULL.loss).record()
+    assert set(record) == {"name", "tokens", "loss", "perplexity"}
+    assert format_table([TextMetrics("data", FULL.loss)]).split()[-3:] == ["-", "-", "-"]
+
+
+def test_a_hopeless_model_has_a_record_that_is_json_and_a_table_of_80_columns():
+    hopeless = TextMetrics("text", TextLoss(total=1e9, tokens=1_000_000), num_bytes=4_000_000, num_words=1_000)
+    assert json.loads(json.dumps(hopeless.record(), allow_nan=False))["word_perplexity"] == "Infinity"
+    bad = TextMetrics("text", TextLoss(total=6e6, tokens=1_000_000), num_bytes=4_000_000, num_words=200_000)
+    table = format_table([hopeless, bad]).splitlines()
+    assert max(map(len, table)) <= 80
+    assert all(len(line.split()) == 6 for line in table[2::2])

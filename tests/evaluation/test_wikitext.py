@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.evaluation.wikitext import joined, num_words
+from megatron_lite.evaluation.wikitext import detokenize, num_words
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,12 @@ from megatron_lite.evaluation.wikitext import joined, num_words
     ],
 )
 def test_words_are_put_together(apart, together):
-    assert joined(apart) == together
+    assert detokenize(apart) == together
 
 
 @given(st.text(alphabet="ab \n.,'\"()=@-"))
 def test_no_word_is_lost(text):
-    assert [c for c in joined(text) if c in "ab"] == [c for c in text if c in "ab"]
+    assert [c for c in detokenize(text) if c in "ab"] == [c for c in text if c in "ab"]
 
 
 def test_the_end_of_a_line_is_a_word():

@@ -1,6 +1,5 @@
 """One rank fails, is killed, sleeps or is told to stop: what the others do, in real jobs of several processes."""
 
-import importlib
 import os
 import shlex
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 from support.job_commands import SMALL
 
-from megatron_lite.lifecycle.failure import PHASES
 from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock import LOCK_NAME, FolderLock
 from megatron_lite.runs.process import this_process
@@ -127,12 +125,6 @@ class Job:
         deadline = time.monotonic() + timeout
         ended = tuple(process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes)
         assert ended == codes, "\n".join(f"rank {rank}:\n{self.text(rank)}" for rank in range(len(ended)))
-
-
-def test_every_phase_names_a_function_that_exists():
-    for module, function in PHASES:
-        source = Path(importlib.import_module(f"megatron_lite.{module}").__file__).read_text()
-        assert f"def {function}(" in source, f"{module}.{function}"
 
 
 @pytest.mark.parametrize("variables", [torchrun_variables, slurm_variables])

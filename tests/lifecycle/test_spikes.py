@@ -8,11 +8,11 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.lifecycle.spikes import WINDOW, Spike, SpikeWatch
+from megatron_lite.lifecycle.spikes import WINDOW, Spike, SpikeDetector
 
 
 def watched(losses, watch=None, begin=0):
-    watch = watch or SpikeWatch(2.0, 3)
+    watch = watch or SpikeDetector(2.0, 3)
     found = [watch.observe(number + 1, loss, 4 * number, 4) for number, loss in enumerate(losses[begin:], begin)]
     return [spike for spike in found if spike], watch
 
@@ -22,17 +22,17 @@ def test_a_spike_is_certain_after_its_patience():
     (spike,), watch = watched(losses)
     # 5 is below twice the usual loss. Iteration 12 is the first above it; its step's cause may be iteration 11's.
     assert spike == Spike(first=12, last=14, loss=9.0, usual=3.0, consumed=(40, 56))
-    assert watch.around() == ((12, 15),)
+    assert watch.ranges() == ((12, 15),)
 
 
 def test_a_short_rise_is_none():
     found, watch = watched([3.0] * 10 + [7.0, 7.0, 3.0] * 4)
     assert not found
-    assert watch.around() == ()
+    assert watch.ranges() == ()
 
 
 def test_what_may_become_a_spike_is_known_before_it_is_one():
-    assert watched([3.0] * 10 + [7.0])[1].around() == ((11, None),)
+    assert watched([3.0] * 10 + [7.0])[1].ranges() == ((11, None),)
 
 
 def test_not_a_number_is_too_high():
@@ -43,7 +43,7 @@ def test_not_a_number_is_too_high():
 def test_a_lasting_rise_becomes_usual():
     found, watch = watched([3.0] * 10 + [7.0] * (2 * WINDOW))
     assert len(found) == 1
-    assert watch.around() == ((11, 10 + WINDOW),)
+    assert watch.ranges() == ((11, 10 + WINDOW),)
 
 
 def test_the_first_losses_are_no_spike():
@@ -55,11 +55,11 @@ def test_a_saved_watch_goes_on(losses, cut):
     cut = min(cut, len(losses))
     whole, _ = watched(losses)
     before, watch = watched(losses[:cut])
-    resumed = SpikeWatch(2.0, 3)
+    resumed = SpikeDetector(2.0, 3)
     resumed.load(json.loads(json.dumps(watch.state(), allow_nan=False)))
     after, resumed = watched(losses, resumed, cut)
     assert [(s.first, s.last, s.consumed) for s in before + after] == [(s.first, s.last, s.consumed) for s in whole]
 
 
 def test_no_factor_no_spikes():
-    assert watched([3.0] * 10 + [math.nan] * 10, SpikeWatch(0.0, 1))[0] == []
+    assert watched([3.0] * 10 + [math.nan] * 10, SpikeDetector(0.0, 1))[0] == []

@@ -11,7 +11,7 @@ from support.job_commands import SMALL
 from megatron_lite.backend.environment import host_name
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.training import TrainingConfig
-from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, way_on
+from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, resume_hint
 from megatron_lite.schedules.progress import Progress
 
 
@@ -118,27 +118,26 @@ SAVING = ("--save", "run", "--save-interval", "5")
 @pytest.mark.parametrize(
     ("words", "stop", "saved", "line"),
     [
-        ((*SAVING, "--load", "./run"), SIGNAL, 7, "the same command goes on from iteration 7"),
-        (SAVING, SIGNAL, 7, "the same command goes on from iteration 7 with --load run"),
+        ((*SAVING, "--load", "./run"), SIGNAL, 7, "the same command resumes from iteration 7"),
+        (SAVING, SIGNAL, 7, "the same command resumes from iteration 7 with --load run"),
         (
             (*SAVING, "--load", "old", "--finetune"),
             SIGNAL,
             7,
-            "the same command goes on from iteration 7 with --load run, without --finetune",
+            "the same command resumes from iteration 7 with --load run, without --finetune",
         ),
         (
             (*SAVING, "--load", "run", "--load-iteration", "2"),
             SIGNAL,
             5,
-            "the same command goes on from iteration 5 without --load-iteration; "
-            "what came after it, up to 7, is not saved",
+            "the same command resumes from iteration 5 without --load-iteration; iterations up to 7 are not saved",
         ),
         (SAVING, SIGNAL, None, "run holds no checkpoint: the same command starts where this one did"),
-        ((), SIGNAL, None, "nothing is kept of this run: a later start goes on only with --save and --load"),
+        ((), SIGNAL, None, "nothing was saved: give --save and --load to resume a run"),
     ],
 )
 def test_the_last_line_says_how_to_go_on(words, stop, saved, line):
-    assert way_on(parse_run([*SMALL, *words]).config, stop, 7, saved) == f"  {line}"
+    assert resume_hint(parse_run([*SMALL, *words]).config, stop, 7, saved) == f"  {line}"
 
 
 def test_a_reason_that_would_stop_the_next_start_too_is_named_and_a_complete_run_needs_nothing(tmp_path):
@@ -148,9 +147,9 @@ def test_a_reason_that_would_stop_the_next_start_too_is_named_and_a_complete_run
     for limit in (TrainingConfig(exit_samples=40), TrainingConfig(kill_switch_path=str(tmp_path))):
         stop = Stopper(limit).before_iteration(done)
         assert stop is not None
-        lines.append(way_on(config, stop, 7, 7))
+        lines.append(resume_hint(config, stop, 7, 7))
     assert lines == [
-        "  the same command goes on from iteration 7 with a larger --exit-samples",
-        f"  the same command goes on from iteration 7 once {tmp_path} is gone",
+        "  the same command resumes from iteration 7 with a larger --exit-samples",
+        f"  the same command resumes from iteration 7 once {tmp_path} is gone",
     ]
-    assert way_on(config, Stop("completed", ""), 7, 7) is None
+    assert resume_hint(config, Stop("completed", ""), 7, 7) is None

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.metrics.console import (
     ConsoleSink,
+    LogInterval,
     format_iteration,
     format_memory,
     format_timers,
@@ -14,7 +15,6 @@ from megatron_lite.metrics.console import (
     line_writer,
 )
 from megatron_lite.metrics.report import IterationReport, ValidationReport
-from megatron_lite.metrics.window import Window
 
 NOW = datetime(2026, 8, 1, 12, 0, 0, 123456)
 
@@ -35,7 +35,7 @@ def report(iteration=100, **changes):
 
 
 def line_of(*reports):
-    window = Window()
+    window = LogInterval()
     for entry in reports:
         window.add(entry)
     return format_iteration(reports[-1], window.take(), NOW)

@@ -9,7 +9,7 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.metrics.progress import ProgressSink, is_terminal
+from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.reporter import Reporter, build_reporter, metrics_path
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.rounding import assert_same_sums
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +64,7 @@ def assert_equal_to_the_mask(stage, batch, lengths):
     with with_a_mask(stage, lengths):
         expected = results(stage, batch)
     for ours, masked in zip(found, expected, strict=True):
-        assert_same_sums(ours, masked)
+        torch.testing.assert_close(ours, masked, rtol=1e-4, atol=1e-5)
 
 
 @st.composite
@@ -115,7 +114,7 @@ def test_micro_batches_of_one_sample_add_up(make_stage, make_batch):
         one = dataclasses.replace(batch, tokens=batch.tokens[only], labels=batch.labels[only])
         parts.append(results(stage, with_documents(one, (row,)) if len(row) > 1 else one))
     for place, whole in ((0, loss), *enumerate(gradients, start=2)):
-        assert_same_sums(sum(part[place] for part in parts), whole)
+        torch.testing.assert_close(sum(part[place] for part in parts), whole, rtol=1e-4, atol=1e-5)
 
 
 def split_over(backend, parallel, changes, lengths):
@@ -151,7 +150,7 @@ def test_tensor_parallel_heads_use_the_same_documents(on_ranks, mesh, sequence_p
 def test_a_document_end_off_by_one_changes_the_result(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(3, 16)
     wrong = with_documents(batch, ((6, 1, 1, 8), *LENGTHS[1:]))
-    with pytest.raises(AssertionError, match="deviates"):
+    with pytest.raises(AssertionError, match="not close"):
         assert_equal_to_the_mask(stage, wrong, LENGTHS)
 
 
@@ -226,6 +225,6 @@ def test_compiled_once_for_all_micro_batches(make_stage, make_batch):
     stage.compile(backend=backend)
     made = []
     for batch, logits in zip(batches, expected, strict=True):
-        assert_same_sums(stage(None, batch), logits)
+        torch.testing.assert_close(stage(None, batch), logits)
         made.append(len(graphs))
     assert 0 < made[1] == made[-1], made

@@ -6,7 +6,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from support.rounding import assert_same_sums, deviation
 from torch.nn import functional as F
 
 from megatron_lite.config.model import Activation
@@ -30,8 +29,8 @@ def test_sample_losses_are_masked_means(make_stage, make_batch):
     logits = stage(None, batch)
     tokens = F.cross_entropy(logits[..., :101].permute(1, 2, 0), batch.labels, reduction="none")
     expected = [(tokens[n] * mask[n]).sum() / mask[n].sum() for n in (0, 1)]
-    assert_same_sums(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
-    assert_same_sums(stage.sample_losses(logits, batch).sum(), sum(expected))
+    torch.testing.assert_close(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
+    torch.testing.assert_close(stage.sample_losses(logits, batch).sum(), sum(expected))
 
 
 def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
@@ -43,7 +42,7 @@ def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
         one = dataclasses.replace(batch, tokens=batch.tokens[n : n + 1], labels=batch.labels[n : n + 1])
         stage.sample_losses(stage(None, one), one).sum().backward()
     for name, gradient in gradients(stage).items():
-        assert_same_sums(gradient, whole[name], name)
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5)
 
 
 def test_padded_vocabulary_does_not_change_the_loss(make_stage, make_batch):
@@ -58,11 +57,17 @@ def test_padded_vocabulary_does_not_change_the_loss(make_stage, make_batch):
         results.append((loss.item(), table.grad[:101].clone()))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
-        assert_same_sums(gradient, results[0][1])
+        torch.testing.assert_close(gradient, results[0][1])
+
+
+@pytest.fixture
+def fp64(monkeypatch):
+    """Compute in fp64: the compared sums have different lengths, so their order depends on the processor."""
+    monkeypatch.setitem(DTYPES, "fp32", torch.float64)
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
-def test_attention_stays_within_documents(make_stage, make_batch, position_embedding):
+def test_attention_stays_within_documents(make_stage, make_batch, fp64, position_embedding):
     stage = make_stage(position_embedding=position_embedding, init_std=0.3).eval()
     batch = make_batch(1, 16)
     cut = 7
@@ -73,12 +78,12 @@ def test_attention_stays_within_documents(make_stage, make_batch, position_embed
     together = stage(None, packed)
     for part in (slice(0, cut), slice(cut, 16)):
         alone = stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, part]))
-        assert_same_sums(together[part], alone)
-    assert deviation(stage(None, batch)[cut:], together[cut:]) > 1e-2
+        torch.testing.assert_close(together[part], alone, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(stage(None, batch)[cut:], together[cut:], atol=1e-3)
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
-def test_kv_cache_does_not_change_logits(make_stage, make_batch, position_embedding):
+def test_kv_cache_does_not_change_logits(make_stage, make_batch, fp64, position_embedding):
     stage = make_stage(position_embedding=position_embedding, num_query_groups=2, init_std=0.3).eval()
     batch = make_batch(2, 12)
     with torch.no_grad():
@@ -88,7 +93,7 @@ def test_kv_cache_does_not_change_logits(make_stage, make_batch, position_embedd
         for first, last in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):  # a prompt, single tokens, several at once
             steps.append(stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
             assert cache.length == last
-        assert_same_sums(torch.cat(steps), whole)
+        torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -117,7 +122,7 @@ def test_two_stages_equal_one(make_stage, make_batch, tied):
         of_last[name] += ours[name]
     ours |= of_last
     for name, gradient in ours.items():
-        assert_same_sums(gradient, theirs[name], name)
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_initialization_depends_on_seed_and_name_only(make_stage):
@@ -148,13 +153,13 @@ def test_zero_centered_norm_and_residual_after_norm(make_stage, make_batch):
     batch = make_batch()
     plain, centered = make_stage(), make_stage(zero_centered_norm=True)
     assert centered.decoder.final_norm.weight.eq(0).all()
-    assert_same_sums(plain(None, batch), centered(None, batch))
+    torch.testing.assert_close(plain(None, batch), centered(None, batch))
     layer = make_stage(residual_post_layernorm=True).decoder.layers["0"]
     x = torch.randn(16, 2, 64)
     a = layer.input_norm(x)
     y = a + layer.self_attention(a, AttentionContext())
     m = layer.pre_mlp_norm(y)
-    assert_same_sums(layer(x, AttentionContext()), m + layer.mlp(m))
+    torch.testing.assert_close(layer(x, AttentionContext()), m + layer.mlp(m))
 
 
 def test_activations(make_stage):
@@ -168,7 +173,7 @@ def test_activations(make_stage):
     mlp = make_stage(activation="swiglu").decoder.layers["0"].mlp
     h = torch.randn(4, 1, 64)
     gate, up = F.linear(h, mlp.fc1.weight, mlp.fc1.bias).chunk(2, -1)
-    assert_same_sums(mlp(h), F.linear(gate * gate.sigmoid() * up, mlp.fc2.weight, mlp.fc2.bias))
+    torch.testing.assert_close(mlp(h), F.linear(gate * gate.sigmoid() * up, mlp.fc2.weight, mlp.fc2.bias))
 
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
@@ -212,7 +217,7 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
             stage.sample_losses(stage(None, step), step).sum().backward()
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
-        assert_same_sums(gradient, theirs[name], name)
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_units_are_the_modules_of_forward_in_order(make_stage):

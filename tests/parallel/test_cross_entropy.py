@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.rounding import ROUNDING, assert_same_sums
 from torch.nn import functional as F
 
 from megatron_lite.backend.group import LocalGroup
@@ -42,11 +41,13 @@ def test_equals_torch_over_the_unpadded_columns(on_ranks, tp, args):
     results = [ours(None, 1, *args)] if tp == 1 else on_ranks(tp, ours, tp, *args)
     for losses, _ in results:
         assert losses.dtype == torch.float32
-        assert_same_sums(losses, expected)
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
     gradient = torch.cat([part for _, part in results], dim=-1)
     assert gradient.dtype == (args[0] if args else torch.float32)
     assert not gradient[..., VOCAB:].any()
-    assert_same_sums(gradient, logits.grad, limit=max(ROUNDING, torch.finfo(gradient.dtype).eps))
+    torch.testing.assert_close(
+        gradient, logits.grad.to(gradient.dtype), rtol=1e-5 if not args else None, atol=2e-6 if not args else None
+    )
 
 
 def test_a_second_backward_is_an_error():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.rounding import assert_same_sums
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
@@ -83,7 +82,7 @@ def assemble(results):
             for dim, (start, length) in enumerate(zip(offset, part.shape, strict=True)):
                 target = target.narrow(dim, start, length)
             known = ~target.isnan()
-            assert_same_sums(part[known], target[known], f"{name} of another rank")
+            torch.testing.assert_close(target[known], part[known], rtol=1e-6, atol=1e-7, msg=f"{name} differs by rank")
             target.copy_(part)
     assert not any(gradient.isnan().any() for gradient in whole.values())
     return whole
@@ -102,10 +101,13 @@ def test_any_tp_equals_one_device(on_ranks, model, tp, sequence_parallel):
     results = on_ranks(tp, run, parallel, MODELS[model])
     assert [result[0] for result in results] == pytest.approx([loss] * tp, rel=1e-6)
     split = torch.cat([result[1] for result in results], dim=-1)
-    assert_same_sums(split[..., :41], logits[..., :41])
+    torch.testing.assert_close(split[..., :41], logits[..., :41], rtol=1e-5, atol=1e-5)
     expected = {name: part for name, _, _, part in gradients}
     for name, gradient in assemble(results).items():
-        assert_same_sums(gradient, expected[name], name)
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_compiled_ranks_equal_eager_in_one_graph(on_ranks):
     eager, compiled = (on_ranks(2, steps, parallel, LLAMA, choice)[1] for choice in (False, True))
     assert compiled[0] == pytest.approx(eager[0], rel=1e-6)
     for one, two in zip(eager[1], compiled[1], strict=True):
-        assert_same_sums(two, one)
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

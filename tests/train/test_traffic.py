@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.layout_matrix import LENGTH, SP, VOCABULARY, ZERO1, Cell, mesh_of, reader
 
-from megatron_lite.backend.accounting import Traffic, counted
+from megatron_lite.backend.accounting import counted, totals
 from megatron_lite.config.layout import coordinates
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.schedules.iteration import plan_iteration
@@ -42,7 +42,7 @@ def wide(cell):
 
 def count(backend, cell):
     """On one rank: calls and payload of one iteration by (axis, kind), bytes sent on dp, and the executor's trace."""
-    config, traffic, trace = wide(cell), Traffic(), []
+    config, traffic, trace = wide(cell), [], []
     new_group = backend.new_group
     backend = copy(backend)
     backend.new_group = lambda axis, partition: counted(new_group(axis, partition), traffic)
@@ -51,9 +51,9 @@ def count(backend, cell):
     traffic.clear()
     plan = plan_iteration(config, Progress(), replica=mesh.dp.rank)
     engine.train_step(plan, reader(mesh, 0, cell.micro_batch))
-    totals = traffic.totals()
-    sizes = {key: (total.calls, total.size) for key, total in totals.items()}
-    sent = sum(total.sent for (axis, _), total in totals.items() if axis == "dp")
+    sums = totals(traffic)
+    sizes = {key: (total.calls, total.size) for key, total in sums.items()}
+    sent = sum(total.sent for (axis, _), total in sums.items() if axis == "dp")
     return sizes, sent, [str(action) for action in trace], plan.microbatches
 
 

@@ -127,6 +127,33 @@ def _check_contents(path: Path, pieces: Sequence[tuple[int, int]]) -> None:
             start += size
 
 
+def check_manifest(prefix: str | Path, fingerprint: str) -> Manifest | None:
+    """Compare a dataset with its manifest: file sizes and tokenizer.
+
+    Args:
+        prefix: common path of the dataset's files.
+        fingerprint: fingerprint of the run's tokenizer; "": not compared.
+
+    Returns:
+        The manifest; None if the dataset has none.
+
+    Raises:
+        DataError: the files or the tokenizer differ.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return None
+    check_files(prefix, manifest, contents=False)
+    made_with = str(manifest.tokenizer.get("fingerprint", ""))
+    if fingerprint and made_with and made_with != fingerprint:
+        raise DataError(
+            f"{prefix} was made with {manifest.tokenizer.get('type', 'a tokenizer')} of fingerprint {made_with}, the "
+            f"run's tokenizer has {fingerprint}",
+            fix="Give the tokenizer files that the dataset was made with, or preprocess it again",
+        )
+    return manifest
+
+
 def _differs(path: Path, what: str) -> DataError:
     return DataError(
         "A dataset's files are those of its manifest",

@@ -1,4 +1,4 @@
-"""Memory and disk requirements of sample indices, checked before building."""
+"""Memory and disk checks before a sample index is built."""
 
 from __future__ import annotations
 
@@ -14,61 +14,59 @@ from megatron_lite.formatting import format_size
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
-"""Share of the available memory that an index may take; the rest is for everything else."""
+"""Share of the available memory that building an index may take."""
 
 
 def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
-    """Refuse to build an index that does not fit in memory: the system would end the process without a word.
+    """Check that an index fits in memory while it is built; otherwise the kernel would kill the process.
 
     Args:
-        plan: of the index.
-        prefix: the dataset's.
+        plan: the index.
+        prefix: path of the dataset.
         shorten: the flags that make the index smaller.
 
     Raises:
-        DataError: building it takes more memory than is available.
+        DataError: building the index takes more memory than is available.
     """
     free = available_memory()
     if free is None or plan.build_bytes <= USABLE * free:
         return
     raise DataError(
-        "The sample index must fit in memory while it is built",
-        found=f"{describe_index(plan)} of {prefix}, needs {format_size(plan.build_bytes)}; {format_size(free)} "
-        "available",
+        f"Cannot build {describe_index(plan)} of {prefix}: it needs {format_size(plan.build_bytes)} of memory, "
+        f"{format_size(free)} are available",
         fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
 
 def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None:
-    """Refuse to build an index for whose files a folder has no room; arguments as check_memory.
+    """Check that the files of an index fit on the disk of `folder`; other arguments as in check_memory.
 
     Raises:
-        DataError: it has less.
+        DataError: the disk has less free space.
     """
     free, needed = shutil.disk_usage(folder).free, plan.file_bytes
     if needed > free:
         raise DataError(
-            "The files of the sample index must fit on the disk",
-            found=f"{describe_index(plan)} of {prefix}, needs {format_size(needed)}; {format_size(free)} free in "
-            f"{folder}",
-            fix=f"Give --data-cache-path a folder with room, free some, or {_uncapitalized(shorten)}",
+            f"Cannot write {describe_index(plan)} of {prefix}: it needs {format_size(needed)}, {format_size(free)} are "
+            f"free in {folder}",
+            fix=f"Give --data-cache-path a folder with enough space, free some, or {shorten[:1].lower()}{shorten[1:]}",
         )
 
 
 def describe_index(plan: IndexPlan) -> str:
-    """An index's size in words."""
+    """Return the samples, epochs and documents of an index as text."""
     samples = f"{plan.num_samples:,}" if plan.num_samples is not None else "all"
     epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:,} epochs"
-    return f"the index for {samples} samples, {epochs} of {plan.num_documents:,} documents"
+    return f"the sample index for {samples} samples, {epochs} of {plan.num_documents:,} documents"
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can allocate: the machine's, its control group's or ulimit's; None: unknown here."""
+    """Return the bytes that this process can allocate: least limit of machine, cgroups and ulimit; None: unknown."""
     return min(_limits(), default=None)
 
 
 def _fitting(plan: IndexPlan, free: int) -> str:
-    """How many samples fit, rounded down to two digits."""
+    """Return a sentence with the number of samples that fit, rounded down to two digits."""
     if plan.num_samples is None:
         return ""
     fitting = int(plan.num_samples * USABLE * free / plan.build_bytes)
@@ -76,11 +74,8 @@ def _fitting(plan: IndexPlan, free: int) -> str:
     return f". About {fitting // unit * unit:,} samples fit"
 
 
-def _uncapitalized(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
 def _limits() -> Iterator[int]:
+    """Yield the bytes that each limit leaves: physical memory, ulimit -v, cgroups of version 1 and 2."""
     for line in _lines(PROC / "meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -100,12 +95,12 @@ def _limits() -> Iterator[int]:
 
 
 def _group(folder: Path, top: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    """What the limits of a control group and of those above it leave; cached files do not count as used."""
+    """Yield the bytes left by the limits of a cgroup and of its parents; cached files do not count as used."""
     for group in (folder, *(parent for parent in folder.parents if parent == top or top in parent.parents)):
         allowed, used = _number(group / limit), _number(group / usage)
         if allowed is not None and used is not None:
             stats = (line.split() for line in _lines(group / "memory.stat"))
-            cached = sum(int(words[1]) for words in stats if words[0] == reclaimable)
+            cached = sum(int(value) for name, value in stats if name == reclaimable)
             yield max(0, allowed - used + cached)
 
 
@@ -115,7 +110,7 @@ def _number(path: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file of the system; none where there is no such file."""
+    """Return the lines of a file under /proc or /sys; none if it does not exist."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,9 +1,9 @@
 """Sample index: Megatron's document, sample and shuffle indices, in the legacy and the modern order.
 
-Sequences ("documents" here, as in Megatron's names) are shuffled epoch by epoch and laid end to end, and sample number
-j is tokens [j*L, j*L + L] of that stream. Sample i of the dataset is number shuffle[i]. Where token j*L lies follows
-from the prefix sums of the shuffled lengths; only every 64th sum is kept, because the rest costs nothing to redo and
-would be most of the memory at 300 million documents.
+Sequences ("documents" here, as in Megatron's names) are shuffled epoch by epoch and concatenated to a token stream;
+sample number j is tokens [j*L, j*L + L] of that stream. Sample i of the dataset is number shuffle[i]. The document of
+token j*L follows from the prefix sums of the shuffled lengths. Only every 64th sum is stored: the others are cheap to
+recompute and would be most of the memory at 300 million documents.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_lite.data.order.split import Order
 from megatron_lite.errors import DataError
 
 SEPARATE_BELOW: dict[Order, float] = {"legacy": 0.95, "modern": 0.80}
-"""A last epoch of which less than this share of samples is needed is shuffled apart from those before it."""
+"""The last epoch is shuffled separately if less than this share of its samples is needed."""
 
 BLOCK = 64
 """Documents per stored prefix sum."""
 
 CHUNK = 1 << 20
-"""Entries worked on at a time, so that temporary arrays stay small (a multiple of BLOCK)."""
+"""Entries processed at a time, which bounds temporary arrays (a multiple of BLOCK)."""
 
 SAMPLE_BYTES = 8
 """Bytes of memory for each sample while an index is built."""
@@ -34,15 +34,16 @@ WIDE = 2**32 - 2
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Everything that decides an index, and what follows from it by arithmetic alone.
+    """All inputs of a sample index, with the sizes that follow from them by arithmetic.
 
     Attributes:
-        first: the split is sequences [first, last) of the file.
-        tokens_per_epoch: tokens in them.
-        num_samples: samples that the run asks for; None: one epoch.
-        seq_length: L; a sample is L + 1 tokens, of which the last is the next sample's first.
-        seed: of the one generator that shuffles documents and then samples.
-        order: whose threshold decides whether the last epoch is separate.
+        first: first sequence of the split.
+        last: end of the split, exclusive.
+        tokens_per_epoch: tokens of sequences [first, last).
+        num_samples: samples that the run requests; None: one epoch.
+        seq_length: L; a sample is L + 1 tokens, the last of which is the first token of the next sample.
+        seed: seed of the generator that shuffles documents and then samples.
+        order: generation whose threshold decides whether the last epoch is shuffled separately (SEPARATE_BELOW).
     """
 
     first: int
@@ -55,31 +56,31 @@ class IndexPlan:
 
     @property
     def num_documents(self) -> int:
-        """Sequences of one epoch."""
+        """Number of sequences of one epoch."""
         return self.last - self.first
 
     @property
     def epochs(self) -> int:
-        """The fewest epochs, at least one, whose tokens make num_samples samples."""
+        """Smallest number of epochs, at least one, whose tokens make num_samples samples."""
         if self.num_samples is None:
             return 1
         return max(1, -(-(self.num_samples * self.seq_length + 1) // self.tokens_per_epoch))
 
     @property
     def total_samples(self) -> int:
-        """Samples of all epochs: the length of the dataset."""
+        """Number of samples of all epochs: the length of the dataset."""
         return (self.epochs * self.tokens_per_epoch - 1) // self.seq_length
 
     @property
     def samples_before_last(self) -> int:
-        """Samples that begin and end before the last epoch does."""
+        """Number of samples that end before the last epoch begins."""
         return ((self.epochs - 1) * self.tokens_per_epoch - 1) // self.seq_length if self.epochs > 1 else 0
 
     @property
     def separate_last_epoch(self) -> bool:
-        """Whether the last epoch is shuffled on its own, because only a part of it is needed.
+        """True if the last epoch is shuffled separately, because only a part of it is needed.
 
-        Megatron-DeepSpeed refuses some splits of less than a few samples here; they follow Megatron-LM's rule.
+        Megatron-DeepSpeed refuses some splits of less than a few samples here; Megatron-LM's rule is used for them.
         """
         if self.epochs == 1 or self.num_samples is None:
             return False
@@ -89,26 +90,26 @@ class IndexPlan:
 
     @property
     def build_bytes(self) -> int:
-        """Memory that building the index takes at its peak, apart from a few CHUNKs."""
+        """Peak memory of building the index in bytes, except for a few arrays of CHUNK entries."""
         documents = self.epochs * self.num_documents
         return SAMPLE_BYTES * max(documents, self.total_samples) + 4 * documents + 24 * (documents // BLOCK + 1)
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the index's files."""
+        """Size of the index's files in bytes."""
         documents = self.epochs * self.num_documents
         return (
             4 * documents + (4 if self.total_samples < WIDE else 8) * self.total_samples + 8 * (documents // BLOCK + 2)
         )
 
     @property
-    def documents_together(self) -> int:
-        """Entries of the document index that are shuffled together; the rest is the separate last epoch."""
+    def num_shuffled_documents(self) -> int:
+        """Entries of the document index that are shuffled as one; the rest is the separate last epoch."""
         return (self.epochs - self.separate_last_epoch) * self.num_documents
 
     @property
-    def samples_together(self) -> int:
-        """Entries of the shuffle index that are shuffled together."""
+    def num_shuffled_samples(self) -> int:
+        """Entries of the shuffle index that are shuffled as one."""
         return self.samples_before_last if self.separate_last_epoch else self.total_samples
 
 
@@ -122,34 +123,46 @@ def plan_index(
     order: Order,
     prefix: str,
 ) -> IndexPlan:
-    """The plan for sequences [bounds) of the dataset `prefix`, whose lengths are `sizes`.
+    """Return the plan for sequences [bounds) of a dataset.
+
+    Args:
+        sizes: int32 [sequences] lengths of all sequences of the dataset.
+        bounds: first and last (exclusive) sequence of the split.
+        num_samples: samples that the run requests; None: one epoch.
+        seq_length: tokens of a sample's input.
+        seed: seed of the shuffles.
+        order: generation of Megatron whose order is reproduced.
+        prefix: path of the dataset, for the error message.
 
     Raises:
-        DataError: they hold too few tokens for one sample in one epoch and none were asked for, or none at all.
+        DataError: the sequences hold no token, or in one epoch too few for a sample.
     """
     first, last = bounds
     tokens = sum(int(np.sum(sizes[low : min(last, low + CHUNK)], dtype=np.int64)) for low in range(first, last, CHUNK))
-    wanted = num_samples if num_samples is not None else 1
     if tokens < 1 or (num_samples is None and tokens <= seq_length):
-        raise DataError(
-            "A dataset has tokens for at least one sample",
-            found=f"sequences {first} to {last} of {prefix} hold {tokens} tokens, {wanted} samples of "
-            f"{seq_length} + 1 are asked for",
-            fix="Give more text, another --split, or a smaller --seq-length",
-        )
+        raise too_few_tokens(prefix, bounds, tokens, seq_length)
     return IndexPlan(first, last, tokens, num_samples, seq_length, seed, order)
+
+
+def too_few_tokens(prefix: str, bounds: tuple[int, int], tokens: int, seq_length: int) -> DataError:
+    """Return the error for a range of sequences that holds less than one sample."""
+    return DataError(
+        f"Sequences {bounds[0]} to {bounds[1]} of {prefix} hold {tokens} tokens, too few for a sample of {seq_length} "
+        "+ 1 tokens",
+        fix="Give more text, another --split, or a smaller --seq-length",
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """An index, built or read from a cache.
+    """Sample index, built or read from a cache.
 
     Attributes:
-        plan: what it was built from.
-        documents: [epochs * num_documents] sequence numbers in the order in which they are laid end to end.
+        plan: inputs of the index.
+        documents: [epochs * num_documents] sequence numbers in the order of the token stream.
         shuffle: [total_samples] number in the stream of each sample.
-        starts: int64 [blocks + 1] tokens before each BLOCK of `documents`; empty where `rows` is given.
-        rows: [total_samples + 1, 2] Megatron's sample index from its cache: (position in documents, offset).
+        starts: int64 [blocks + 1] tokens before each BLOCK of `documents`; empty if `rows` is given.
+        rows: [total_samples + 1, 2] sample index of a Megatron cache: (position in documents, offset).
     """
 
     plan: IndexPlan
@@ -162,7 +175,7 @@ class SampleIndex:
         return self.shuffle.shape[0]
 
     def locate(self, number: int, sizes: NDArray[np.int32]) -> tuple[int, int]:
-        """Where sample `number` of the stream begins: position in `documents`, and offset in that document."""
+        """Return the beginning of sample `number` of the stream: position in `documents`, offset in that document."""
         if self.rows is not None:
             return int(self.rows[number, 0]), int(self.rows[number, 1])
         token = number * self.plan.seq_length
@@ -173,7 +186,7 @@ class SampleIndex:
         return block * BLOCK + inside, token - int(ends[inside] - lengths[inside])
 
     def spans(self, sample: int, sizes: NDArray[np.int32]) -> list[tuple[int, int, int]]:
-        """The pieces (sequence, offset, length) of sample `sample`, L + 1 tokens in all."""
+        """Return the spans (sequence, offset, length) of sample `sample`, L + 1 tokens in total."""
         position, offset = self.locate(int(self.shuffle[sample]), sizes)
         left = self.plan.seq_length + 1
         found = []
@@ -188,10 +201,10 @@ class SampleIndex:
 
 
 def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
-    """Shuffle documents and samples as Megatron does, bit for bit.
+    """Shuffle documents and samples in Megatron's order, bit for bit.
 
-    Both go through one scratch array of 8 bytes for each entry of the larger index, in whose front the shuffle stays;
-    memory touched for the first time costs as much as a good part of a shuffle.
+    Both shuffles use one scratch array of 8 bytes for each entry of the larger index, whose front becomes the shuffle
+    index: page faults on fresh memory cost a good part of the time of a shuffle.
 
     Raises:
         DataError: a sequence has a negative length.
@@ -205,49 +218,51 @@ def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
 def order_documents(
     rng: np.random.RandomState, plan: IndexPlan, sizes: NDArray[np.int32], scratch: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The first half of a build: `documents` and `starts` of the index.
+    """Build `documents` and `starts` of the index, the first half of a build.
 
     Args:
-        rng: as it is made from the plan's seed.
-        plan: of the index.
-        sizes: lengths of all sequences.
-        scratch: overwritten; at least one place for each entry.
+        rng: generator in the state that the plan's seed gives.
+        plan: the index.
+        sizes: int32 [sequences] lengths of all sequences.
+        scratch: int64, at least one element for each entry; overwritten.
 
     Raises:
         DataError: a sequence has a negative length.
     """
     packed = scratch[: plan.epochs * plan.num_documents]
     _pack_epochs(packed, plan, sizes)
-    _shuffle(rng, packed, plan.documents_together)
+    _shuffle(rng, packed, plan.num_shuffled_documents)
     starts = _block_starts(packed)
     return _low_halves(packed).copy(), starts
 
 
 def order_samples(rng: np.random.RandomState, plan: IndexPlan, scratch: NDArray[np.int64]) -> NDArray[np.integer]:
-    """The second half of a build: `shuffle` of the index, from the generator as `order_documents` left it.
+    """Build `shuffle` of the index, the second half of a build.
 
-    It lies in `scratch`, which is not to be used again.
+    Args:
+        rng: generator in the state that `order_documents` left.
+        plan: the index.
+        scratch: memory of the result; not to be used again.
     """
     numbers = scratch[: plan.total_samples]
     for low in range(0, plan.total_samples, CHUNK):
         numbers[low : low + CHUNK] = np.arange(low, min(plan.total_samples, low + CHUNK))
-    _shuffle(rng, numbers, plan.samples_together)
+    _shuffle(rng, numbers, plan.num_shuffled_samples)
     return numbers if plan.total_samples >= WIDE else _low_halves(numbers).view(np.uint32)
 
 
 def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32]) -> None:
     """Fill `packed`, for every entry of every epoch, with sequence number (low half) and length (high half).
 
-    Shuffled together, the lengths need not be gathered afterwards from all over memory; and numpy shuffles integers of
-    this size several times faster than those of 4 bytes, with the same draws and so to the same order.
+    Packing avoids a random gather of the lengths after the shuffle. numpy also shuffles 8-byte integers several times
+    faster than 4-byte ones, with the same draws and therefore the same order.
     """
     for low in range(plan.first, plan.last, CHUNK):
         high = min(plan.last, low + CHUNK)
         lengths = sizes[low:high].astype(np.int64)
         if lengths.min() < 0:
             raise DataError(
-                "A sequence has no negative length",
-                found=f"sequence {low + int(np.argmin(lengths))} has {lengths.min()} tokens",
+                f"The dataset's index is damaged: sequence {low + int(np.argmin(lengths))} has {lengths.min()} tokens",
                 fix="Preprocess the corpus again",
             )
         packed[low - plan.first : high - plan.first] = (lengths << 32) | np.arange(low, high)
@@ -255,15 +270,15 @@ def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.i
         packed[epoch * plan.num_documents : (epoch + 1) * plan.num_documents] = packed[: plan.num_documents]
 
 
-def _shuffle(rng: np.random.RandomState, values: NDArray[np.int64], together: int) -> None:
-    """Shuffle values[:together], and then the rest, if there is one, by itself."""
-    rng.shuffle(values[:together])
-    if together < values.shape[0]:
-        rng.shuffle(values[together:])
+def _shuffle(rng: np.random.RandomState, values: NDArray[np.int64], count: int) -> None:
+    """Shuffle values[:count], and then separately the rest, if there is any."""
+    rng.shuffle(values[:count])
+    if count < values.shape[0]:
+        rng.shuffle(values[count:])
 
 
 def _block_starts(packed: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens before each block of packed entries, and after the last."""
+    """Return the tokens before each block of packed entries, and the total."""
     sums = [
         np.add.reduceat(packed[low : low + CHUNK] >> 32, np.arange(0, min(CHUNK, packed.shape[0] - low), BLOCK))
         for low in range(0, packed.shape[0], CHUNK)
@@ -272,7 +287,7 @@ def _block_starts(packed: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _low_halves(values: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The low 32 bits of each value, moved to the front of the values' own memory."""
+    """Return the low 32 bits of each value, moved to the front of the same memory."""
     halves = values.view(np.int32)[: values.shape[0]]
     for low in range(0, values.shape[0], CHUNK):
         halves[low : low + CHUNK] = values[low : low + CHUNK].astype(np.uint32).view(np.int32)

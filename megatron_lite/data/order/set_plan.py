@@ -1,4 +1,4 @@
-"""Dataset plans: files, document ranges and sample indices of each split, before anything is built."""
+"""Dataset plans: files, document ranges and sample indices of each split, computed before any index is built."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_lite.data.order.sample_index import IndexPlan
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source of a set: an opened file, its range of sequences, and the sample indices that cover the requests.
+    """Plan of one source of a set: an opened file, its range of sequences, and the sample indices that cover the run.
 
     Attributes:
-        source: as the config has it.
-        data: the file.
-        bounds: sequences [first, last) of it.
-        indices: one for what the run asked when it began, and one for what each longer run needed beyond; none where
-            the order needs no index (--document-sampling slice).
-        asked: samples asked of it in all; None: one epoch.
-        epoch_samples: samples of one epoch; with an index, the last may end in the next epoch.
+        source: path, weight and range from the config.
+        data: the opened file.
+        bounds: first and last (exclusive) sequence of the file that the set reads.
+        indices: one for the samples requested when the run began, and one for the additional samples of each later
+            extension of the run; none for orders without an index (--document-sampling slice).
+        asked: samples requested of the source in total; None: one epoch.
+        epoch_samples: samples of one epoch; with an index, the last one may end in the next epoch.
     """
 
     source: DataSource
@@ -33,22 +33,22 @@ class SourcePlan:
 
     @property
     def size(self) -> int:
-        """Samples of one epoch that end in it."""
+        """Number of whole samples in one epoch."""
         return self.indices[0].total_samples if self.indices else int(self.epoch_samples)
 
 
 @dataclass(frozen=True)
 class SetPlan:
-    """A set of a split (several validation groups are several sets), before anything is built for it.
+    """Plan of one set of a split; several validation groups are several sets.
 
     Attributes:
         split: train, valid or test.
-        name: the set's; the split's, or that of its group.
-        size: samples asked of it.
-        sources: in the order of the blend; none for made-up data.
-        shares: of the sources in the blend, summing to 1; empty for a single source that is no blend.
-        cache_name: what Megatron's index caches call the set.
-        cache_split: the --split that they depend on.
+        name: name of the split or of the group.
+        size: samples requested of the set.
+        sources: sources in the order of the blend; none for --mock-data.
+        shares: share of each source in the blend, summing to 1; empty for a single source without a blend.
+        cache_name: name of the set in the file names of Megatron's index caches.
+        cache_split: value of --split in their descriptions.
     """
 
     split: str
@@ -61,12 +61,12 @@ class SetPlan:
 
     @property
     def indices(self) -> tuple[IndexPlan, ...]:
-        """Indices of all sources."""
+        """Plans of the sample indices of all sources."""
         return tuple(index for source in self.sources for index in source.indices)
 
     @property
     def epochs(self) -> tuple[float, ...]:
-        """How often each source is read by `size` samples; 0 for made-up data."""
+        """Epochs of each source in `size` samples; 0 for --mock-data."""
         shares = self.shares or (1.0,)
         if not self.sources:
             return (0.0,)
@@ -77,19 +77,20 @@ class SetPlan:
 
 
 def describe_set(plan: SetPlan, names: Sequence[str], shown: int) -> str:
-    """Return how many samples of which sources a set has, and how often a source is read, where it is more than once.
+    """Return a summary of a set: samples, sources, and epochs of sources that are read more than once.
 
     Args:
         plan: the set.
-        names: of its sources.
-        shown: sources that are named; of the rest only their number is told.
+        names: names of its sources.
+        shown: sources that are listed by name; the others are counted.
     """
-    texts = [
-        name + (f" ({epochs:,.1f} epochs)" if epochs > 1 else "")
+    sources = [
+        f"{name} ({epochs:,.1f} epochs)" if epochs > 1 else name
         for name, epochs in zip(names, plan.epochs, strict=True)
     ]
-    hidden = plan.epochs[shown:]
-    more = f" and {len(hidden)} more" if hidden else ""
-    if hidden and max(hidden) > 1:
-        more += f" (up to {max(hidden):,.1f} epochs)"
-    return f"{plan.size:,} samples of {', '.join(texts[:shown])}{more}"
+    text = f"{plan.size:,} samples of {', '.join(sources[:shown])}"
+    if len(sources) > shown:
+        text += f" and {len(sources) - shown} more"
+        if (most := max(plan.epochs[shown:])) > 1:
+            text += f" (up to {most:,.1f} epochs)"
+    return text

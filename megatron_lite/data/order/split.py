@@ -1,4 +1,4 @@
-"""Train/validation/test split of a dataset, with Megatron's two rounding rules."""
+"""Train/validation/test split of a dataset: parsing of --split, and the rounding rules of both Megatron generations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ Order = Literal["legacy", "modern"]
 
 
 def parse_split(split: str, order: Order) -> tuple[float, float, float]:
-    """Shares of training, validation and test, summing to 1, from Megatron's spellings ('949,50,1', '8/1/1', '1').
+    """Return the shares of training, validation and test, summing to 1 (Megatron's forms: '949,50,1', '8/1/1', '1').
 
     Raises:
-        ConfigError: the text holds something that is not a number, or nothing above 0.
+        ConfigError: the text contains something other than numbers, or no number above 0.
     """
-    words = re.findall(r"[.0-9]+", split) if order == "modern" else split.split("," if "," in split else "/")
+    parts = re.findall(r"[.0-9]+", split) if order == "modern" else split.split("," if "," in split else "/")
     try:
-        shares = [float(word) for word in words][:3]
+        shares = [float(part) for part in parts][:3]
     except ValueError:
         shares = []
     if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise ConfigError(
-            "--split gives the shares of training, validation and test documents",
-            found=f"--split {split!r}",
+            f"Cannot read shares of training, validation and test documents from --split {split!r}",
             fix="Give up to three numbers, none negative and not all zero, as in --split 949,50,1",
         )
     shares += [0.0] * (3 - len(shares))
@@ -34,10 +33,10 @@ def parse_split(split: str, order: Order) -> tuple[float, float, float]:
 
 
 def split_bounds(split: str, size: int, order: Order) -> tuple[int, int, int, int]:
-    """Boundaries in sequences [0, a, b, size]: training is [0, a), validation [a, b), test [b, size).
+    """Return boundaries in sequences (0, a, b, size): training is [0, a), validation [a, b), test [b, size).
 
-    legacy rounds each share and takes the error off every boundary but the first; modern rounds the running sum. At
-    large sizes they differ by a sequence, which is enough to change the order of everything.
+    The legacy order rounds each share and subtracts the error from every boundary but the first; the modern order
+    rounds the running sum. At large sizes they differ by a sequence, which changes the order of all samples.
     """
     shares = parse_split(split, order)
     bounds = [0]
@@ -55,5 +54,5 @@ def split_bounds(split: str, size: int, order: Order) -> tuple[int, int, int, in
 
 
 def range_bounds(start: float, end: float, size: int) -> tuple[int, int]:
-    """Sequences [first, last) of the range START:END of a weighted split."""
+    """Return the first and last (exclusive) sequence of the range START:END of a weighted split."""
     return round(start * float(size)), round(end * float(size))

@@ -1,11 +1,10 @@
-"""Dataset construction from the config: training, validation and test sets with Megatron's sizes and splits."""
+"""Dataset construction from a RunConfig: training, validation and test sets with Megatron's sizes and splits."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ import numpy as np
 from megatron_lite.config.data import DataConfig, DataGroup
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
-from megatron_lite.data.format.manifest import Manifest, check_files, read_manifest
+from megatron_lite.data.format.manifest import check_manifest
 from megatron_lite.data.order.blending import normalize
-from megatron_lite.data.order.index_cache import cached_index
+from megatron_lite.data.order.index_cache import Notices, cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index
 from megatron_lite.data.order.sample_index import plan_index
 from megatron_lite.data.order.set_plan import SetPlan, SourcePlan
@@ -33,68 +32,71 @@ from megatron_lite.errors import DataError
 from megatron_lite.schedules.data_order import DataSegment, extend_history
 from megatron_lite.schedules.length import test_samples
 
-LOG = logging.getLogger(__name__)
-
 SURPLUS = 1.005
-"""A blend asks each source for half a percent more samples than its share, as both generations do."""
+"""Factor on the samples that a blend requests of each source, the same in both generations."""
 
 SPLITS = ("train", "valid", "test")
 
 Requests = Sequence[int]
-"""Samples that a run asked for when it began and each time that it was made longer, rising."""
+"""Samples requested when the run began and at each later extension of the run, increasing."""
 
 SHORTEN = {
     "train": "Give a smaller --train-iters or --train-samples (a run can be made longer later)",
     "valid": "Give a smaller --eval-iters or a larger --eval-interval",
     "test": "Give a smaller --eval-iters",
 }
-"""What makes the index of a split smaller."""
+"""Fix of an error about a sample index that is too large, by split."""
 
 PROBES = 64
-PROBED = 1 << 14
-"""Places of a file, and tokens at each, whose ids are checked when it is opened; every sample is checked when read."""
+"""Sequences of a file whose token ids are checked when it is opened; every sample is checked when it is read."""
+PROBED_TOKENS = 1 << 14
+"""Tokens checked in each of these sequences."""
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads. A set that has no documents, or of which no samples are wanted, is not there.
+    """Datasets of a run; sets without documents or without requested samples are left out.
 
     Attributes:
         train: the training data; None for a run that only evaluates.
         valid: validation sets by name.
         test: test sets by name.
-        plans: what each dataset was built from, by split and name.
+        plans: plan of each dataset, by split and name.
+        notices: warnings and details of opening and indexing the datasets.
     """
 
     train: Dataset | None
     valid: dict[str, Dataset]
     test: dict[str, Dataset]
     plans: dict[str, dict[str, SetPlan]]
+    notices: Notices = field(default_factory=Notices)
 
 
 def build_datasets(
     config: RunConfig, order: DataSegment | None = None, *, vocab_size: int = 0, tokenizer_fingerprint: str = ""
 ) -> Datasets:
-    """Open the run's datasets and build or find their indices.
+    """Open the run's datasets and read or build their sample indices.
 
     Args:
         config: the run.
-        order: what the run's datasets were asked for so far; None: it begins.
-        vocab_size: entries of the tokenizer, above which no id may be; 0: the model's, or no check without one.
-        tokenizer_fingerprint: what a dataset's manifest must name; "": not compared.
+        order: samples that the run has requested of its datasets so far; None: the run begins.
+        vocab_size: upper bound of token ids; 0: the model's vocabulary size, or no check if that is 0 too.
+        tokenizer_fingerprint: fingerprint that the datasets' manifests must have; "": not compared.
 
     Raises:
-        DataError: a dataset is missing, damaged, too small, or made with another tokenizer; or an index does not fit.
-        ConfigError: --split cannot be read.
+        DataError: a dataset is missing, damaged, too small, or made with another tokenizer; or an index does not fit
+            in memory or on the disk.
+        ConfigError: --split cannot be parsed.
     """
     builder = _Builder(config, vocab_size or config.model.vocab_size, tokenizer_fingerprint)
     plans = builder.plan(order or extend_history((), config)[-1])
     built = {split: {name: builder.build(plan) for name, plan in sets.items()} for split, sets in plans.items()}
-    return Datasets(next(iter(built["train"].values()), None), built["valid"], built["test"], plans)
+    train = next(iter(built["train"].values()), None)
+    return Datasets(train, built["valid"], built["test"], plans, builder.notices)
 
 
 def plan_datasets(config: RunConfig, order: DataSegment | None = None) -> dict[str, dict[str, SetPlan]]:
-    """Open the run's datasets and return what would be built for them, by split and name.
+    """Open the run's datasets and return their plans by split and name, without building an index.
 
     Raises:
         DataError: a dataset is missing, damaged or too small.
@@ -103,16 +105,17 @@ def plan_datasets(config: RunConfig, order: DataSegment | None = None) -> dict[s
 
 
 class _Builder:
-    """What building the sets has in common."""
+    """State shared by the sets of a run while they are built: opened files and notices."""
 
     def __init__(self, config: RunConfig, vocab_size: int, fingerprint: str) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
         self.opened: dict[str, IndexedDataset] = {}
+        self.notices = Notices()
 
     def plan(self, order: DataSegment) -> dict[str, dict[str, SetPlan]]:
-        """Plan all sets, before the first index is built: what is wrong with one shows before time is spent."""
+        """Plan all sets before the first index is built, so that errors appear before time is spent."""
         config, data = self.config, self.config.data
         requests = {
             "train": () if config.training.skip_train else order.train_requests,
@@ -130,26 +133,32 @@ class _Builder:
             sets += [self.from_group(group, split, asked) for group in groups[split] if asked]
             found[split] = {plan.name: plan for plan in sets}
         if requests["train"] and not found["train"]:
+            reason = f"--split {data.split!r} assigns none to training" if data.sources else "no dataset is given"
             raise DataError(
-                "Training needs documents",
-                found=f"--split {data.split!r} gives none to training" if data.sources else "no dataset is given",
+                f"There are no documents to train on: {reason}",
                 fix="Give --data-path (or --mock-data) and a --split whose first share is not 0",
             )
         return found
 
     def open(self, prefix: str) -> IndexedDataset:
-        """Open a file once, and check that it is this tokenizer's."""
+        """Open a file once, and check that its tokens match the tokenizer."""
         if prefix not in self.opened:
             data = IndexedDataset(prefix)
             manifest = check_manifest(prefix, self.fingerprint)
-            if manifest is not None and manifest.packed_length:
-                warn_of_packing(prefix, manifest.packed_length, self.config)
+            length = manifest.packed_length if manifest is not None else 0
+            if length and length != self.config.batch.seq_length:
+                self.notices.warnings.append(
+                    f"{prefix} is packed in sequences of {length} tokens, --seq-length is "
+                    f"{self.config.batch.seq_length}: samples begin and end inside documents"
+                )
+            if length and not self.config.data.eod_mask_loss:
+                self.notices.warnings.append(f"{prefix} is packed: without --eod-mask-loss, its padding is trained on")
             check_vocabulary(data, self.vocab_size)
             self.opened[prefix] = data
         return self.opened[prefix]
 
     def from_split(self, number: int, requests: Requests) -> list[SetPlan]:
-        """Plan set `number` of the files that --split cuts; none if it gives them no documents."""
+        """Plan set `number` of --data-path and --split; an empty list if the split assigns no documents to it."""
         data, name = self.config.data, SPLITS[number]
         parts = []
         for source in data.sources:
@@ -158,42 +167,50 @@ class _Builder:
             parts.append(SourcePlan(source, opened, (bounds[number], bounds[number + 1])))
         if all(part.bounds[0] >= part.bounds[1] for part in parts if part.source.weight != 0):
             if number:
-                LOG.warning("--split %s gives no documents to %s: there will be none", data.split, name)
+                self.notices.warnings.append(f"--split {data.split} assigns no documents to {name}: the set is empty")
             return []
         blended = len(parts) > 1 or parts[0].source.weight is not None
         plan = SetPlan(name, name, requests[-1], tuple(parts), (), name, name)
         return [self.cover(plan, requests, blended=blended)]
 
     def from_group(self, group: DataGroup, split: str, requests: Requests) -> SetPlan:
-        """Plan a named set of ranges of files."""
+        """Plan a group of a weighted split: a named set of ranges of files."""
         parts = []
         for source in group.sources:
             opened = self.open(source.path)
             parts.append(SourcePlan(source, opened, range_bounds(source.start, source.end, len(opened))))
-        # Megatron-LM's caches are named after the split, Megatron-DeepSpeed's after the group.
+        # Names in the caches of Megatron-LM are those of the split, in the caches of Megatron-DeepSpeed the group's.
         name = split if self.config.data.index_order == "modern" else group.name
         plan = SetPlan(split, group.name, requests[-1], tuple(parts), (), name, "")
         return self.cover(plan, requests, blended=len(parts) > 1)
 
     def cover(self, plan: SetPlan, requests: Requests, *, blended: bool) -> SetPlan:
-        """Add the indices for the requests: of one file, of several by weight, or of each one epoch without weights.
+        """Add the index plans for the requests: a single file, a weighted blend, or one epoch of each file.
 
-        A blend leaves out sources of weight 0, and those without documents in this set, whose share the others take.
+        A blend leaves out sources of weight 0 and sources without documents in this set; the remaining weights are
+        normalized.
         """
         if not blended:
             return replace(plan, sources=(self.index(plan.sources[0], plan.name, requests),))
-        parts = _with_documents(plan.sources, plan.name)
+        parts: Sequence[SourcePlan] = [part for part in plan.sources if part.bounds[0] < part.bounds[1]]
+        for part in plan.sources if parts else ():
+            if part.bounds[0] >= part.bounds[1] and part.source.weight != 0:
+                self.notices.warnings.append(
+                    f"{part.data.prefix} has no documents for {plan.name} ({len(part.data)} sequences in total): left "
+                    "out, its share goes to the other sources"
+                )
+        parts = parts or plan.sources
         given = [part.source.weight for part in parts]
         if any(weight is None for weight in given):
             sources = tuple(self.index(part, plan.name, None) for part in parts if part.source.weight != 0)
             sizes = [part.size for part in sources]
             if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
-                    "Datasets without weights are read once",
-                    found=f"they hold {sum(sizes)} samples, {plan.name} needs {plan.size}",
-                    fix="Give each path of --data-path a weight before it, or train for less",
+                    f"The datasets hold {sum(sizes)} samples, {plan.name} needs {plan.size}",
+                    rule="Datasets without weights are read once",
+                    fix="Give each path of --data-path a weight before it, or train for fewer iterations",
                 )
-            # Validation and test begin anew at the end.
+            # Validation and test restart at the end of their data.
             size = min(plan.size, sum(sizes))
             return replace(plan, size=size, sources=sources, shares=tuple(normalize(sizes)))
         weights = [weight for weight in given if weight is not None]
@@ -202,7 +219,7 @@ class _Builder:
         counts = zip(*(blend_counts(weights, request, modern=modern)[1] for request in requests), strict=True)
         asked = [(part, count) for part, count in zip(parts, counts, strict=True) if part.source.weight]
         sources = tuple(self.index(part, plan.name, count) for part, count in asked)
-        # Normalized with the zeros in place: numpy sums eight or more numbers in an order that depends on their places.
+        # Normalized with the zeros included: numpy's order of summation depends on the number of elements.
         return replace(plan, sources=sources, shares=tuple(share for share in normalize(shares) if share > 0))
 
     def index(self, part: SourcePlan, name: str, requests: Requests | None) -> SourcePlan:
@@ -210,14 +227,13 @@ class _Builder:
 
         Args:
             part: the source.
-            name: of the set, for the error.
-            requests: samples asked of the source, rising; None: one epoch.
+            name: name of the set, for the error message.
+            requests: samples requested of the source, increasing; None: one epoch.
         """
         config, (first, last), prefix = self.config, part.bounds, part.data.prefix
         if first >= last:
             raise DataError(
-                "Every source of a set has documents in it",
-                found=f"{name} takes sequences {first} to {last} of {prefix}",
+                f"{name} has no documents of {prefix}: its range is sequences {first} to {last}",
                 fix="Change --split or the source's START:END, or leave the source out of the blend",
             )
         part = replace(part, asked=requests[-1] if requests else None)
@@ -236,7 +252,7 @@ class _Builder:
         indices, covered = [first_index], first_index.total_samples
         for request in requests[1:] if requests else ():
             if request > covered:
-                # Of another seed, so that it is not the first one's order again.
+                # With another seed, so that the order of the first index is not repeated.
                 more = replace(first_index, num_samples=request - covered, seed=(seed + len(indices)) % 2**32)
                 indices.append(more)
                 covered += more.total_samples
@@ -245,7 +261,7 @@ class _Builder:
         )
 
     def build(self, plan: SetPlan) -> Dataset:
-        """Build or find what a plan names."""
+        """Build the dataset of a plan."""
         config = self.config
         if not plan.sources:
             seed = config.runtime.seed * len(SPLITS) + SPLITS.index(plan.split)
@@ -254,7 +270,7 @@ class _Builder:
         return BlendedDataset(datasets, plan.shares, plan.size) if plan.shares else datasets[0]
 
     def single(self, plan: SetPlan, part: SourcePlan) -> Dataset:
-        """Build or find the indices of one source."""
+        """Build the dataset of one source, with its indices from a cache where there is one."""
         config, data = self.config, part.data
         if not part.indices:
             length, seed = config.batch.seq_length, config.runtime.seed
@@ -262,41 +278,26 @@ class _Builder:
         folder, datasets = cache_folder(config.data), list[Dataset]()
         for wanted in part.indices:
             index = find_megatron_index(
-                data.prefix, plan.cache_name, plan.cache_split, folder, wanted, data.sizes
-            ) or cached_index(wanted, data, folder, SHORTEN[plan.split])
+                data.prefix, plan.cache_name, plan.cache_split, folder, wanted, data.sizes, self.notices
+            ) or cached_index(wanted, data, folder, self.notices, SHORTEN[plan.split])
             datasets.append(GPTDataset(data, index, self.vocab_size))
         return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
 
 
-def _with_documents(parts: Sequence[SourcePlan], name: str) -> Sequence[SourcePlan]:
-    """The sources that have documents in a set, with a note on the others; all of them if none has."""
-    found = [part for part in parts if part.bounds[0] < part.bounds[1]]
-    for part in parts if found else ():
-        if part not in found and part.source.weight != 0:
-            LOG.warning(
-                "%s has no documents for %s (%d sequences in all): left out, the other sources take over its share",
-                part.data.prefix,
-                name,
-                len(part.data),
-            )
-    return found or parts
-
-
 def cache_folder(data: DataConfig) -> Path | None:
-    """--data-cache-path as a path; None: beside each dataset."""
+    """Return --data-cache-path as a path; None: beside each dataset."""
     return Path(data.cache_path) if data.cache_path else None
 
 
 def blend_counts(weights: Sequence[float], wanted: int, *, modern: bool) -> tuple[list[float], list[int]]:
-    """Normalised weights, and the samples that each source is asked for.
+    """Return the normalized weights, and the samples that are requested of each source.
 
-    The generations sum the weights in different orders, which can change the last bit; the blend divides once more.
+    The generations sum the weights in different orders, which can change the last bit; the blend normalizes again.
     """
     if not math.isfinite(sum(weights)) or min(weights) < 0 or sum(weights) <= 0:
         raise DataError(
-            "Weights of a blend are not negative and not all zero",
-            found=f"{list(weights)}",
-            fix="Change the weights in --data-path",
+            f"Cannot blend datasets with the weights {list(weights)}",
+            fix="Give weights in --data-path that are at least 0 and not all 0",
         )
     if modern:
         shares = normalize(weights)
@@ -308,51 +309,14 @@ def blend_counts(weights: Sequence[float], wanted: int, *, modern: bool) -> tupl
     return shares, [math.ceil(wanted * share * SURPLUS) for share in shares]
 
 
-def check_manifest(prefix: str, fingerprint: str) -> Manifest | None:
-    """Compare a dataset with its manifest, if preprocessing left one: its files' sizes and its tokenizer.
-
-    Returns:
-        The manifest; None if there is none.
-
-    Raises:
-        DataError: they differ.
-    """
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return None
-    check_files(prefix, manifest, contents=False)
-    made_with = str(manifest.tokenizer.get("fingerprint", ""))
-    if fingerprint and made_with and made_with != fingerprint:
-        raise DataError(
-            "A dataset is trained on with the tokenizer that made it",
-            found=f"{prefix} was made with {manifest.tokenizer.get('type', 'a tokenizer')} of fingerprint {made_with}, "
-            f"the run's has {fingerprint}",
-            fix="Give the tokenizer's files that the dataset was made with, or preprocess it again",
-        )
-    return manifest
-
-
-def warn_of_packing(prefix: str, length: int, config: RunConfig) -> None:
-    """Say what a run should do with a dataset that was packed in sequences of `length` tokens, and does not."""
-    if length != config.batch.seq_length:
-        LOG.warning(
-            "%s is packed in sequences of %d tokens, --seq-length is %d: samples begin and end inside of documents",
-            prefix,
-            length,
-            config.batch.seq_length,
-        )
-    if not config.data.eod_mask_loss:
-        LOG.warning("%s is packed: without --eod-mask-loss, its padding is trained on", prefix)
-
-
 def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
-    """Look for ids outside the vocabulary at PROBES places of a file: a wrong tokenizer shows in milliseconds.
+    """Check token ids at PROBES places of a file against the vocabulary, which finds a wrong tokenizer early.
 
     Raises:
-        DataError: one was found.
+        DataError: an id is outside the vocabulary.
     """
     if not vocab_size or not len(data):
         return
     for sequence in np.unique(np.linspace(0, len(data) - 1, PROBES).astype(np.int64)).tolist():
-        size = min(PROBED, int(data.sizes[sequence]))
+        size = min(PROBED_TOKENS, int(data.sizes[sequence]))
         check_tokens(data.prefix, data.get(sequence, 0, size), vocab_size, f"sequence {sequence}")

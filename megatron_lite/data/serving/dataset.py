@@ -1,4 +1,4 @@
-"""Sample datasets: item i is int64 [L + 1], the input tokens and the labels shifted by one."""
+"""Sample datasets: sample i is int64 [L + 1] tokens, the input and the labels shifted by one."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from megatron_lite.data.order.sample_index import SampleIndex
 from megatron_lite.errors import DataError
 
 Span = tuple[int, int, int]
-"""(sequence of the file, first token in it, number of tokens)."""
+"""(sequence of the file, offset in the sequence, number of tokens)."""
 
 
 class Dataset(Protocol):
-    """What the loader reads from: a pure function of the sample's number."""
+    """Interface of datasets: tokens and source of a sample are pure functions of its number."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the sources, as `source` numbers them."""
+        """Names of the sources, indexed by `source`."""
         ...
 
     def __len__(self) -> int:
-        """Samples that there are."""
+        """Return the number of samples."""
         ...
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Tokens of a sample, [L + 1]."""
+        """Return the tokens of a sample, [L + 1]."""
         ...
 
     def source(self, sample: int) -> int:
-        """Number of the source that a sample is from."""
+        """Return the number of the source of a sample."""
         ...
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
-        """Where a sample's tokens lie: the dataset's prefix, and the span in it, in order."""
+        """Return the spans of a sample's tokens in order, each with the prefix of its dataset."""
         ...
 
 
 class SpanDataset:
-    """Samples read from one .bin/.idx pair; a subclass says from where.
+    """Base of datasets on one .bin/.idx pair; subclasses define the spans of a sample (`find`).
 
     Args:
-        data: the pair.
-        vocab_size: ids must be below it; 0: not checked.
+        data: the .bin/.idx pair.
+        vocab_size: upper bound of token ids; 0: not checked.
     """
 
     def __init__(self, data: IndexedDataset, vocab_size: int) -> None:
@@ -58,56 +58,59 @@ class SpanDataset:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The one source's prefix."""
+        """Prefix of the pair, as the only source."""
         return (self.data.prefix,)
 
     def source(self, sample: int) -> int:
-        """0: there is one source."""
+        """Return 0: there is one source."""
         return 0
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
-        """Where a sample's tokens lie."""
+        """Return the spans of a sample's tokens, each with the prefix of its dataset."""
         return [(self.data.prefix, span) for span in self.find(sample)]
 
     def find(self, sample: int) -> list[Span]:
-        """The spans of a sample."""
+        """Return the spans of a sample."""
         raise NotImplementedError
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Tokens of a sample, [L + 1].
+        """Return the tokens of a sample, [L + 1].
 
         Raises:
-            DataError: the index is damaged there, or an id is not in the vocabulary.
+            DataError: the index is damaged at the sample, or a token id is outside the vocabulary.
         """
         spans = self.find(sample)
         parts = [self.data.get(sequence, offset, length) for sequence, offset, length in spans]
         tokens = np.concatenate(parts).astype(np.int64)
         if self.vocab_size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             for part, (sequence, offset, _) in zip(parts, spans, strict=True):
-                check_tokens(
-                    self.data.prefix, part, self.vocab_size, f"sequence {sequence}, from its token {offset} on"
-                )
+                check_tokens(self.data.prefix, part, self.vocab_size, f"sequence {sequence}, from token {offset}")
         return tokens
 
 
 def check_tokens(prefix: str, tokens: NDArray[np.generic], vocab_size: int, where: str) -> None:
-    """Refuse ids outside the vocabulary.
+    """Check that token ids are in the vocabulary.
+
+    Args:
+        prefix: path of the dataset, for the error message.
+        tokens: token ids.
+        vocab_size: upper bound of token ids.
+        where: location of the tokens in the dataset, for the error message.
 
     Raises:
-        DataError: there is one, `where` it says.
+        DataError: an id is outside the vocabulary.
     """
     values = tokens.astype(np.int64)
     wrong = values[(values < 0) | (values >= vocab_size)]
     if wrong.size:
         raise DataError(
-            "Every token of a dataset is an id of the tokenizer",
-            found=f"{prefix} holds id {wrong[0]} ({where}), the vocabulary has {vocab_size}",
+            f"{prefix} holds token id {wrong[0]} ({where}), the vocabulary has {vocab_size} entries",
             fix="Give the tokenizer that the dataset was made with, or preprocess it again with this one",
         )
 
 
 class GPTDataset(SpanDataset):
-    """Documents end to end, cut into samples, in Megatron's order."""
+    """Samples of concatenated documents in Megatron's order, given by a sample index."""
 
     def __init__(self, data: IndexedDataset, index: SampleIndex, vocab_size: int = 0) -> None:
         super().__init__(data, vocab_size)
@@ -117,17 +120,17 @@ class GPTDataset(SpanDataset):
         return len(self.index)
 
     def find(self, sample: int) -> list[Span]:
-        """The spans of a sample."""
+        """Return the spans of a sample."""
         if not 0 <= sample < len(self):
             raise out_of_samples(sample, len(self), self.sources)
         return self.index.spans(sample, self.data.sizes)
 
 
 class ConcatDataset:
-    """Datasets of the same source end to end: the samples that a run began with, then those that a longer run added.
+    """Concatenation of datasets of one source: the samples that a run began with, then those of its extensions.
 
     Args:
-        datasets: at least one.
+        datasets: at least one dataset.
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -136,40 +139,40 @@ class ConcatDataset:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the sources, which all parts share."""
+        """Names of the sources, which all datasets share."""
         return self.datasets[0].sources
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Tokens of a sample, [L + 1]."""
+        """Return the tokens of a sample, [L + 1]."""
         dataset, number = self._lookup(sample)
         return dataset[number]
 
     def source(self, sample: int) -> int:
-        """Number of the source that a sample is from."""
+        """Return the number of the source of a sample."""
         dataset, number = self._lookup(sample)
         return dataset.source(number)
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
-        """Where a sample's tokens lie."""
+        """Return the spans of a sample's tokens, each with the prefix of its dataset."""
         dataset, number = self._lookup(sample)
         return dataset.spans(number)
 
     def _lookup(self, sample: int) -> tuple[Dataset, int]:
         if not 0 <= sample < len(self):
             raise out_of_samples(sample, len(self), self.sources)
-        part = bisect_right(self._ends, sample)
-        return self.datasets[part], sample - (self._ends[part - 1] if part else 0)
+        index = bisect_right(self._ends, sample)
+        return self.datasets[index], sample - (self._ends[index - 1] if index else 0)
 
 
 class BlendedDataset:
-    """Several datasets in proportion to weights, in Megatron's greedy order.
+    """Weighted blend of datasets in Megatron's greedy order.
 
     Args:
-        datasets: the parts.
-        weights: [datasets] normalised.
+        datasets: the sources.
+        weights: [datasets], normalized.
         size: samples of the blend.
     """
 
@@ -181,23 +184,23 @@ class BlendedDataset:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The parts' names, as short as the log wants them, and no two alike."""
+        """Unique short names of the sources."""
         return self._sources
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Tokens of a sample, [L + 1]."""
+        """Return the tokens of a sample, [L + 1]."""
         source, number = self._lookup(sample)
         return self.datasets[source][number]
 
     def source(self, sample: int) -> int:
-        """Number of the source that a sample is from."""
+        """Return the number of the source of a sample."""
         return self._lookup(sample)[0]
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
-        """Where a sample's tokens lie."""
+        """Return the spans of a sample's tokens, each with the prefix of its dataset."""
         source, number = self._lookup(sample)
         return self.datasets[source].spans(number)
 
@@ -208,9 +211,10 @@ class BlendedDataset:
 
 
 def short_names(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """Names for the parts of a blend: their paths without the folders that all are in.
+    """Return unique names for the sources of a blend: their paths without the common parent folders.
 
-    A file that is given several times (other ranges of it, say) is numbered, so that no loss is logged over another's.
+    A file that is given several times (for example with different ranges) is numbered, so that each loss has its own
+    name.
     """
     paths = [prefix.split("/") for prefix in prefixes]
     shared = 0
@@ -218,13 +222,13 @@ def short_names(prefixes: Sequence[str]) -> tuple[str, ...]:
         shared += 1
     names = ["/".join(path[shared:]) for path in paths]
     return tuple(
-        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
-        for place, name in enumerate(names)
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
+        for index, name in enumerate(names)
     )
 
 
 class MockDataset:
-    """Random tokens, the same for the same sample (--mock-data)."""
+    """Random tokens seeded by the sample's number (--mock-data)."""
 
     def __init__(self, size: int, seq_length: int, vocab_size: int, seed: int) -> None:
         self.size = size
@@ -234,33 +238,32 @@ class MockDataset:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The one source's name."""
+        """Name of the only source."""
         return ("mock",)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Tokens of a sample, [L + 1]."""
+        """Return the tokens of a sample, [L + 1]."""
         return np.random.default_rng((self.seed, sample)).integers(0, self.vocab_size, self.seq_length + 1)
 
     def source(self, sample: int) -> int:
-        """0: there is one source."""
+        """Return 0: there is one source."""
         return 0
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
-        """Nowhere: the tokens are made up."""
+        """Return no span: the tokens are in no file."""
         return []
 
 
 def out_of_samples(sample: int, size: int, sources: Sequence[str]) -> DataError:
-    """Return the error for a sample number that is not in a dataset.
+    """Return the error for a sample number outside a dataset.
 
-    Every set covers what a run still reads when it starts, so this is about a number that a person gave, or a fault.
+    Every set is built to cover the run, so the number comes from a command line, or from a bug.
     """
     return DataError(
-        "A run reads no further than its datasets were built for",
-        found=f"sample {sample} of {size} in {', '.join(sources)}",
-        fix="Start the run again with --load: its datasets then cover all of its samples. If it says the same, report "
+        f"Sample {sample} was requested of {', '.join(sources)}, for which an index of {size} samples was built",
+        fix="Start the run again with --load: its datasets then cover all of its samples. If the error repeats, report "
         "it with the command",
     )

@@ -1,7 +1,7 @@
 """Micro-batch loader of one data-parallel replica, with a prefetch thread.
 
-There is no position to save or restore: asking for (consumed, index) gives the same tokens in any order and any
-process. The thread only guesses that the next micro-batch of the same schedule is wanted next.
+The loader has no state to save or restore: (consumed, index) gives the same tokens in any order and in any process. The
+thread reads ahead on the assumption that the next micro-batch of the schedule is requested next.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from megatron_lite.schedules.microbatches import microbatch_start, num_microbatc
 from megatron_lite.schedules.skipping import Ranges, place_of
 
 LOOK_AHEAD = 1000
-"""Iterations in which the next micro-batch is looked for: a replica may have none while the batch ramps up."""
+"""Iterations searched for the next micro-batch: a replica may have none while the batch size ramps up."""
 
 
 class Loader:
-    """Reads micro-batches of a dataset.
+    """Micro-batches of a dataset for one data-parallel replica.
 
     Args:
-        dataset: what is read.
+        dataset: the dataset.
         micro_batch: samples of a micro-batch.
-        global_batch: samples of the iteration that begins at a number of consumed samples (schedules/batch_size.py
-            for training, a constant for validation).
+        global_batch: global batch size as a function of consumed samples (schedules/batch_size.py for training, a
+            constant for validation).
         dp: data-parallel replicas.
-        replica: which of them this process belongs to.
-        prefetch: micro-batches read ahead; 0: everything is read when it is asked for.
-        cyclic_layout: (micro-batch size, replicas) that Megatron's cyclic sampler shuffles for; None: the dataset's own
-            order. It is the layout that the run began with, which need not be this one.
-        repeats: whether the dataset begins anew at its end, as validation's may; False: its end is an error.
+        replica: data-parallel rank of this process.
+        prefetch: micro-batches read ahead; 0: each is read on request.
+        cyclic_layout: (micro-batch size, replicas) of Megatron's cyclic sampler, from the layout that the run began
+            with; None: the order of the dataset.
+        repeats: restart the dataset at its end (validation); False: reading past the end is an error.
 
     Attributes:
         names: names of the dataset's sources.
@@ -67,7 +67,7 @@ class Loader:
         self.repeats = repeats
         self._order = CyclicOrder(len(dataset), *cyclic_layout) if cyclic_layout is not None else None
         self._ahead: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
-        # Datasets remember what they worked out last, so only one thread at a time reads them.
+        # Datasets cache their last computations without locking, so one thread at a time reads them.
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
 
@@ -79,7 +79,7 @@ class Loader:
         return [place_of(consumed, self.skipped, total) for consumed in range(start, start + count)]
 
     def samples(self, start: int, count: int) -> list[int]:
-        """Numbers in the dataset of the samples that are consumed after `start` others, [count]."""
+        """Return the numbers in the dataset of the samples consumed after `start` others, [count]."""
         with self._lock:
             return self._samples(start, count)
 
@@ -89,36 +89,36 @@ class Loader:
         return ", ".join(map(str, samples[:shown])) + (", …" if count > shown else "")
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens of the samples consumed after `start` others, [count, L + 1].
+        """Return the tokens of the samples consumed after `start` others, [count, L + 1].
 
         Raises:
-            DataError: the dataset ends before, or is damaged there.
+            DataError: the dataset is too short, or damaged at these samples.
         """
         with self._lock:
             return np.stack([self.dataset[sample] for sample in self._samples(start, count)])
 
     def sources(self, start: int, count: int) -> NDArray[np.int64]:
-        """Number of the source of each of these samples, [count], for the loss by source."""
+        """Return the number of the source of each of these samples, [count], for the losses by source."""
         with self._lock:
             return np.array([self.dataset.source(sample) for sample in self._samples(start, count)], dtype=np.int64)
 
     def start(self, consumed: int, index: int) -> int:
-        """Samples consumed before the `index`-th micro-batch of this replica begins."""
+        """Return the samples consumed before the `index`-th micro-batch of this replica."""
         return microbatch_start(consumed, self.micro_batch, self.dp, self.replica, index)
 
     def microbatch(self, consumed: int, index: int, length: int | None = None) -> NDArray[np.int64]:
-        """Tokens of this replica's `index`-th micro-batch in the iteration that begins at `consumed`.
+        """Return the tokens of this replica's `index`-th micro-batch in the iteration that begins at `consumed`.
 
         Args:
             consumed: samples consumed before the iteration.
             index: 0 .. num_microbatches - 1 of this replica.
-            length: tokens of an input where the curriculum cuts samples short; None: L.
+            length: input tokens of a sample under a sequence-length curriculum; None: L.
 
         Returns:
             [micro_batch, length + 1]
 
         Raises:
-            DataError: the dataset ends before, or is damaged there, whether this thread met it or the other one.
+            DataError: the dataset is too short, or damaged at these samples (also if the prefetch thread found it).
         """
         wanted = (consumed, index)
         if self._thread is None:
@@ -132,7 +132,7 @@ class Loader:
         return tokens if length is None else tokens[:, : length + 1]
 
     def close(self) -> None:
-        """Stop reading ahead; reading on demand stays possible."""
+        """Stop the prefetch thread; micro-batches can still be read on request."""
         self._drop()
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
@@ -154,7 +154,7 @@ class Loader:
         return self.read(self.start(*wanted), self.micro_batch)
 
     def _read_ahead(self, thread: ThreadPoolExecutor, current: tuple[int, int]) -> None:
-        """Keep the `prefetch` micro-batches after `current` on their way, and drop what is not among them."""
+        """Submit the `prefetch` micro-batches after `current`, and cancel all others."""
         following: tuple[int, int] | None = current
         kept: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
         for _ in range(self.prefetch):
@@ -168,7 +168,7 @@ class Loader:
         return self._ahead.pop(wanted) if wanted in self._ahead else None
 
     def _after(self, consumed: int, index: int) -> tuple[int, int] | None:
-        """The micro-batch of this replica that follows, in this iteration or the next that has one for it."""
+        """Return (consumed, index) of this replica's next micro-batch, in this iteration or a later one."""
         index += 1
         for _ in range(LOOK_AHEAD):
             batch = self.global_batch(consumed)

@@ -1,6 +1,7 @@
 """Loss masks, position ids and document ids (--eod-mask-loss, --reset-position-ids, --reset-attention-mask).
 
-b: samples, s: sequence length. An end-of-document token belongs to the document that it ends; a new one begins after.
+b: samples, s: sequence length. An end-of-document token belongs to the document that it ends; the next token begins
+the next document.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from numpy.typing import NDArray
 
 
 def loss_mask(tokens: NDArray[np.int64], eod: int) -> NDArray[np.float32]:
-    """Tokens [b, s] (inputs) -> float32 [b, s]: 0 where the input is `eod`, since what follows it is another text."""
+    """Input tokens [b, s] -> float32 [b, s]: 0 where the input is `eod`, whose label is in another document."""
     return (tokens != eod).astype(np.float32)
 
 
 def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
-    """Tokens [b, s] (inputs) -> int64 [b, s]: number of the document, from 0 in each sample, that a token is in."""
+    """Input tokens [b, s] -> int64 [b, s]: number of each token's document, from 0 in each sample."""
     ends = (tokens == eod).astype(np.int64)
     return np.cumsum(ends, axis=-1) - ends
 
@@ -23,10 +24,13 @@ def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
 def document_rows(
     ids: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[tuple[int, int], ...]] | None:
-    """Document numbers [b, s] (of document_ids) -> the rows, places and groups of model/batch.py.
+    """Group documents by length for varlen attention.
+
+    Args:
+        ids: [b, s] document numbers from document_ids.
 
     Returns:
-        None where every sample is one document: there is nothing to keep apart.
+        `order`, `inverse` and `groups` of model/batch.py's Documents; None if every sample is one document.
     """
     size, length = ids.shape
     first = np.ones(ids.shape, dtype=bool)
@@ -40,14 +44,14 @@ def document_rows(
     skipped = begins - (np.cumsum(lengths) - lengths)
     tokens = np.repeat(skipped, lengths) + np.arange(ids.size)
     rows = tokens % length * size + tokens // length
-    places = np.empty_like(rows)
-    places[rows] = np.arange(ids.size)
-    kinds, counts = np.unique(lengths, return_counts=True)
-    return rows, places, tuple(zip(counts.tolist(), kinds.tolist(), strict=True))
+    inverse = np.empty_like(rows)
+    inverse[rows] = np.arange(ids.size)
+    unique, counts = np.unique(lengths, return_counts=True)
+    return rows, inverse, tuple(zip(counts.tolist(), unique.tolist(), strict=True))
 
 
 def position_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
-    """Tokens [b, s] (inputs) -> int64 [b, s]: positions that start at 0 again after each `eod`."""
+    """Input tokens [b, s] -> int64 [b, s]: positions that restart at 0 after each `eod`."""
     positions = np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int64), tokens.shape)
     begins = np.zeros_like(tokens)
     begins[..., 1:] = np.where(tokens[..., :-1] == eod, positions[..., 1:], 0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.data.order import blending
-from megatron_lite.data.order.blending import CHUNK, BlendIndex, normalize, settle
+from megatron_lite.data.order.blending import CHUNK, BlendIndex, counts_before, normalize
 
 
 def plain_loop(weights, size):
@@ -42,7 +42,7 @@ WEIGHTS = st.one_of(
 def test_what_settles_is_the_rules_own_count(weights, sample, reach):
     """However short the walk from upper bounds: it says nothing, or what the plain loop says."""
     normalized = np.array(normalize(weights))
-    found = settle(normalized, sample, reach)
+    found = counts_before(normalized, sample, reach)
     if found is not None:
         taken = [source for source, _ in plain_loop(normalized.tolist(), sample)]
         assert found.tolist() == np.bincount(taken, minlength=len(weights)).tolist()
@@ -51,12 +51,12 @@ def test_what_settles_is_the_rules_own_count(weights, sample, reach):
 @pytest.mark.parametrize("sources", [2, 5, 40])
 def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
     """No walk from the beginning, and the same counts as one that begins much further back."""
-    monkeypatch.setattr(blending, "walk_side_by_side", None)
+    monkeypatch.setattr(blending, "advance_chunks", None)
     normalized = np.array(normalize(np.random.RandomState(sources).uniform(0.01, 1, sources)))
     index = BlendIndex(normalized)
     place = 10**8 // CHUNK
     _, numbers = index.chunk(place)
-    far = settle(normalized, place * CHUNK, 1 << 13)
+    far = counts_before(normalized, place * CHUNK, 1 << 13)
     assert far is not None
     assert far.sum() == place * CHUNK
     assert index._starts[place].tolist() == far.tolist()
@@ -74,7 +74,7 @@ def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up,
     monkeypatch.setattr(blending, "WARM_UP", warm_up)
     monkeypatch.setattr(blending, "REACHES", reaches)
     monkeypatch.setattr(blending, "STARTS", 8)
-    monkeypatch.setattr(blending, "SIDE_BY_SIDE", 7)
+    monkeypatch.setattr(blending, "PARALLEL_CHUNKS", 7)
     normalized = normalize(weights)
     expected = plain_loop(normalized, 6400)
     index = BlendIndex(normalized)
@@ -90,7 +90,7 @@ def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
     """Guesses are right so often that the repair needs wrong ones made up for it."""
     monkeypatch.setattr(blending, "CHUNK", 16)
     monkeypatch.setattr(blending, "REACHES", ())
-    guess, walks = blending._warmed_up, []
+    guess, walks = blending._estimate, []
 
     def wrong(weights, starts):
         counts = guess(weights, starts)
@@ -103,7 +103,7 @@ def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
         return advance(weights, counts, starts, steps)
 
     advance = blending._advance
-    monkeypatch.setattr(blending, "_warmed_up", wrong)
+    monkeypatch.setattr(blending, "_estimate", wrong)
     monkeypatch.setattr(blending, "_advance", counted)
     normalized = normalize(weights)
     expected = plain_loop(normalized, 640)

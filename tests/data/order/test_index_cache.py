@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.order import index_cache
-from megatron_lite.data.order.index_cache import cached_index
+from megatron_lite.data.order.index_cache import Notices, cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index
 from megatron_lite.data.order.sample_index import build_index, plan_index
 
@@ -28,6 +27,11 @@ def data(tmp_path):
             writer.add_sequence(rng.randint(0, 100, size))
             writer.end_document()
     return IndexedDataset(tmp_path / "corpus")
+
+
+@pytest.fixture
+def notices():
+    return Notices()
 
 
 def plan_for(data, bounds=(0, 280), num_samples=1500, seed=7, order="legacy"):
@@ -77,46 +81,44 @@ def assert_same(found, index, sizes):
     assert all(found.spans(sample, sizes) == index.spans(sample, sizes) for sample in range(len(index)))
 
 
-def test_a_legacy_cache_is_used(data):
+def test_a_legacy_cache_is_used(data, notices):
     plan = plan_for(data)
     index = save_legacy(plan, data)
-    found = find_megatron_index(data.prefix, "train", "949,50,1", None, plan, data.sizes)
+    found = find_megatron_index(data.prefix, "train", "949,50,1", None, plan, data.sizes, notices)
     assert found.rows is not None
     assert_same(found, index, data.sizes)
-    assert find_megatron_index(data.prefix, "valid", "949,50,1", None, plan, data.sizes) is None
+    assert find_megatron_index(data.prefix, "valid", "949,50,1", None, plan, data.sizes, notices) is None
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside):
+def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside, notices):
     plan = plan_for(data, order="modern")
     folder = tmp_path / "cache" / "GPTDataset_indices" if beside else tmp_path / "elsewhere"
     index = save_modern(plan, data, folder)
     place = None if beside else folder
-    found = find_megatron_index(data.prefix, "train", "949,50,1", place, plan, data.sizes)
+    found = find_megatron_index(data.prefix, "train", "949,50,1", place, plan, data.sizes, notices)
     assert_same(found, index, data.sizes)
-    assert find_megatron_index(data.prefix, "train", "900,50,1", place, plan, data.sizes) is None
-    assert find_megatron_index(data.prefix, "train", "949,50,1", place, plan_for(data), data.sizes) is None
+    assert find_megatron_index(data.prefix, "train", "900,50,1", place, plan, data.sizes, notices) is None
+    assert find_megatron_index(data.prefix, "train", "949,50,1", place, plan_for(data), data.sizes, notices) is None
 
 
-def test_a_cache_of_another_split_is_refused(data, caplog):
+def test_a_cache_of_another_split_is_refused(data, notices):
     """The name of a legacy cache holds the number of samples, but not the documents."""
     save_legacy(plan_for(data, bounds=(0, 280)), data)
     for bounds in ((0, 290), (5, 285), (1, 281)):
-        with caplog.at_level(logging.WARNING):
-            plan = plan_for(data, bounds=bounds)
-            assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
-        assert "building the index anew" in caplog.text
-        caplog.clear()
+        plan = plan_for(data, bounds=bounds)
+        assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
+        assert "rebuilding the index" in notices.warnings.pop()
 
 
-def test_a_cache_of_other_lengths_is_refused(data, caplog):
+def test_a_cache_of_other_lengths_is_refused(data, notices):
     """The dataset was made again: as many tokens, but elsewhere."""
     plan = plan_for(data)
     save_legacy(plan, data)
     sizes = data.sizes.copy()
     sizes[:280] = np.roll(sizes[:280], 1)
-    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
-    assert "by the dataset's lengths" in caplog.text
+    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes, notices) is None
+    assert "by the dataset's lengths" in notices.warnings[-1]
 
 
 def equal_lengths(tmp_path, size):
@@ -126,15 +128,18 @@ def equal_lengths(tmp_path, size):
     return IndexedDataset(tmp_path / "equal")
 
 
-def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, caplog):
+def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, notices):
     """Documents of one length: every shape agrees, only the range tells."""
     data = equal_lengths(tmp_path, 20)
     save_legacy(plan_for(data, bounds=(0, 280)), data)
-    assert find_megatron_index(data.prefix, "train", "", None, plan_for(data, bounds=(5, 285)), data.sizes) is None
-    assert "covers sequences 0 to 280, the split is 5 to 285" in caplog.text
+    assert (
+        find_megatron_index(data.prefix, "train", "", None, plan_for(data, bounds=(5, 285)), data.sizes, notices)
+        is None
+    )
+    assert "covers sequences 0 to 280, the split is 5 to 285" in notices.warnings[-1]
 
 
-def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, caplog):
+def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, notices):
     """Documents much longer than a sample: most neighbouring samples lie in one, and would not tell."""
     data = equal_lengths(tmp_path, 10_000)
     plan = plan_for(data)
@@ -142,33 +147,33 @@ def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, caplog):
     sizes = data.sizes.copy()
     sizes[100] += 1
     sizes[200] -= 1
-    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes) is None
-    assert "by the dataset's lengths" in caplog.text
+    assert find_megatron_index(data.prefix, "train", "", None, plan, sizes, notices) is None
+    assert "by the dataset's lengths" in notices.warnings[-1]
 
 
 @pytest.mark.parametrize("part", ["doc_idx", "sample_idx", "shuffle_idx"])
-def test_a_cut_cache_is_refused(data, caplog, part):
+def test_a_cut_cache_is_refused(data, notices, part):
     plan = plan_for(data)
     _, arrays = megatrons_arrays(plan, data.sizes)
     save_legacy(plan, data, **{part: arrays[part][:-1]})
-    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
-    assert "shape" in caplog.text
+    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
+    assert "shape" in notices.warnings[-1]
 
 
-def test_a_cache_that_is_no_array_is_refused(data, caplog):
+def test_a_cache_that_is_no_array_is_refused(data, notices):
     plan = plan_for(data)
     save_legacy(plan, data)
     next(iter(data_files(data, "*_doc_idx.npy"))).write_bytes(b"\x93NUMPY")
-    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes) is None
-    assert "cannot be read" in caplog.text
+    assert find_megatron_index(data.prefix, "train", "", None, plan, data.sizes, notices) is None
+    assert "Cannot read" in notices.warnings[-1]
 
 
 def data_files(data, pattern):
     return sorted(Path(data.prefix).parent.rglob(pattern))
 
 
-def test_a_small_index_leaves_no_files(data, tmp_path):
-    cached_index(plan_for(data), data, None)
+def test_a_small_index_leaves_no_files(data, tmp_path, notices):
+    cached_index(plan_for(data), data, None, notices)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx"]
 
 
@@ -178,13 +183,13 @@ def always_kept(monkeypatch):
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch):
+def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch, notices):
     plan = plan_for(data)
-    index = cached_index(plan, data, tmp_path / "cache")
+    index = cached_index(plan, data, tmp_path / "cache", notices)
     assert isinstance(index.documents, np.memmap)
     assert_same(index, build_index(plan, data.sizes), data.sizes)
     monkeypatch.setattr(index_cache, "build_index", lambda *_: pytest.fail("built twice"))
-    again = cached_index(plan, data, tmp_path / "cache")
+    again = cached_index(plan, data, tmp_path / "cache", notices)
     assert isinstance(again.documents, np.memmap)
     assert_same(again, index, data.sizes)
     assert not data_files(data, "*.tmp")
@@ -192,29 +197,29 @@ def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch)
 
 @pytest.mark.usefixtures("always_kept")
 @pytest.mark.parametrize("change", [{"seed": 8}, {"bounds": (0, 281)}, {"num_samples": 1501}, {"order": "modern"}])
-def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change):
-    cached_index(plan_for(data), data, tmp_path / "cache")
+def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change, notices):
+    cached_index(plan_for(data), data, tmp_path / "cache", notices)
     plan = plan_for(data, **change)
-    assert_same(cached_index(plan, data, tmp_path / "cache"), build_index(plan, data.sizes), data.sizes)
+    assert_same(cached_index(plan, data, tmp_path / "cache", notices), build_index(plan, data.sizes), data.sizes)
     assert len(list((tmp_path / "cache").glob("index-*/plan.json"))) == 2
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, caplog):
+def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, notices):
     plan = plan_for(data)
     index = build_index(plan, data.sizes)
-    cached_index(plan, data, tmp_path / "cache")
+    cached_index(plan, data, tmp_path / "cache", notices)
     damaged = next((tmp_path / "cache").glob("index-*/documents.npy"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    assert_same(cached_index(plan, data, tmp_path / "cache"), index, data.sizes)
-    assert "building it anew" in caplog.text
-    caplog.clear()
-    cached_index(plan, data, tmp_path / "cache")
-    assert not caplog.text
+    assert_same(cached_index(plan, data, tmp_path / "cache", notices), index, data.sizes)
+    assert "rebuilding it" in notices.warnings[-1]
+    notices.warnings.clear()
+    cached_index(plan, data, tmp_path / "cache", notices)
+    assert not notices.warnings
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch):
+def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch, notices):
     built, plan = [], plan_for(data)
 
     def slow(*arguments):
@@ -223,7 +228,7 @@ def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch
         return build_index(*arguments)
 
     monkeypatch.setattr(index_cache, "build_index", slow)
-    threads = [threading.Thread(target=cached_index, args=(plan, data, tmp_path / "cache")) for _ in range(4)]
+    threads = [threading.Thread(target=cached_index, args=(plan, data, tmp_path / "cache", notices)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -232,8 +237,10 @@ def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_folder_that_cannot_be_written_costs_a_warning(data, tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_costs_a_warning(data, tmp_path, notices):
     (tmp_path / "file").write_text("")
     plan = plan_for(data)
-    assert_same(cached_index(plan, data, tmp_path / "file" / "cache"), build_index(plan, data.sizes), data.sizes)
-    assert "built at every start" in caplog.text
+    assert_same(
+        cached_index(plan, data, tmp_path / "file" / "cache", notices), build_index(plan, data.sizes), data.sizes
+    )
+    assert "built at every start" in notices.warnings[-1]

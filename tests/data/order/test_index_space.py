@@ -11,7 +11,7 @@ import pytest
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.order import index_cache, index_space
-from megatron_lite.data.order.index_cache import cached_index, write_index
+from megatron_lite.data.order.index_cache import Notices, cached_index, write_index
 from megatron_lite.data.order.index_space import available_memory, check_disk, check_memory
 from megatron_lite.data.order.sample_index import IndexPlan, build_index, plan_index
 from megatron_lite.errors import DataError
@@ -36,7 +36,7 @@ def plan_for(data, samples, length):
 
 
 @pytest.mark.parametrize(("samples", "length"), [(600_000, 8), (100_000, 400), (2_000_000, 1)])
-def test_a_build_takes_no_more_memory_and_disk_than_is_said(data, tmp_path, samples, length, monkeypatch):
+def test_memory_and_disk_of_a_build_stay_within_the_estimate(data, tmp_path, samples, length, monkeypatch):
     monkeypatch.setattr("megatron_lite.data.order.sample_index.CHUNK", 1 << 12)
     plan = plan_for(data, samples, length)
     tracemalloc.start()
@@ -44,18 +44,18 @@ def test_a_build_takes_no_more_memory_and_disk_than_is_said(data, tmp_path, samp
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.9 * plan.build_bytes <= peak <= 1.02 * plan.build_bytes + (1 << 18)
-    write_index(index, tmp_path / "index")
+    write_index(index, tmp_path / "index", Notices())
     size = sum(path.stat().st_size for path in (tmp_path / "index").glob("*.npy"))
     assert plan.file_bytes == pytest.approx(size, abs=4096)
 
 
-def test_an_index_that_does_not_fit_in_memory_is_refused_with_both_numbers(monkeypatch):
+def test_index_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
     monkeypatch.setattr(index_space, "available_memory", lambda: 10 * 10**9)
     with pytest.raises(DataError) as caught:
         check_memory(HUGE, "corpus", "Give a smaller --train-iters")
     text = str(caught.value)
     assert "4,000,000,000 samples, 10,666,667 epochs of 45 documents of corpus" in text
-    assert f"needs {format_size(HUGE.build_bytes)}; 9.31 GiB available" in text
+    assert f"needs {format_size(HUGE.build_bytes)} of memory, 9.31 GiB are available" in text
     assert "Give a smaller --train-iters" in text
     assert "About 1,000,000,000 samples fit" in text
     monkeypatch.setattr(index_space, "available_memory", lambda: 10 * HUGE.build_bytes)
@@ -64,27 +64,27 @@ def test_an_index_that_does_not_fit_in_memory_is_refused_with_both_numbers(monke
     check_memory(HUGE, "corpus", "")
 
 
-def test_an_index_that_does_not_fit_on_the_disk_is_refused_with_both_numbers(monkeypatch, tmp_path):
+def test_index_larger_than_the_disk_is_refused_with_both_sizes(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))
     with pytest.raises(
-        DataError, match=r"needs 1[67].*GiB; 954 MiB free in .*Give --data-cache-path a folder with room"
+        DataError, match=r"needs 1[67].*GiB, 954 MiB are free in .*Give --data-cache-path a folder with"
     ):
         check_disk(HUGE, "corpus", tmp_path, "Give a smaller --train-iters")
 
 
-def test_a_refused_index_leaves_nothing_and_one_that_is_there_is_used(data, tmp_path, monkeypatch):
+def test_refused_index_leaves_no_files_and_a_cached_one_needs_no_memory(data, tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache, "WORTH_KEEPING", 0)
     plan = plan_for(data, 5000, 8)
     monkeypatch.setattr(index_space, "available_memory", lambda: 1000)
-    with pytest.raises(DataError, match="must fit in memory"):
-        cached_index(plan, data, tmp_path / "cache")
+    with pytest.raises(DataError, match=r"needs 49 KiB of memory, 0.977 KiB are available"):
+        cached_index(plan, data, tmp_path / "cache", Notices())
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     monkeypatch.undo()
     monkeypatch.setattr(index_cache, "WORTH_KEEPING", 0)
-    built = cached_index(plan, data, tmp_path / "cache")
+    built = cached_index(plan, data, tmp_path / "cache", Notices())
     monkeypatch.setattr(index_space, "available_memory", lambda: 1000)
-    assert len(cached_index(plan, data, tmp_path / "cache")) == len(built)
+    assert len(cached_index(plan, data, tmp_path / "cache", Notices())) == len(built)
 
 
 def write_group(folder, files):
@@ -94,8 +94,8 @@ def write_group(folder, files):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_smallest_limit_counts(tmp_path, monkeypatch, version):
-    """A container's limit is less than what the machine has, and files in the cache are not in the way."""
+def test_available_memory_is_the_least_limit(tmp_path, monkeypatch, version):
+    """A container has less memory than its machine; the page cache counts as free."""
     proc, groups = tmp_path / "proc", tmp_path / "groups"
     write_group(proc, {"meminfo": "MemTotal: 99 kB\nMemAvailable:   64000000 kB\n"})
     if version == 2:
@@ -117,7 +117,7 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch, version):
     assert available_memory() == 3000
 
 
-def test_a_system_without_these_files_has_no_known_limit(tmp_path, monkeypatch):
+def test_available_memory_is_unknown_without_proc_files(tmp_path, monkeypatch):
     monkeypatch.setattr(index_space, "PROC", tmp_path / "absent")
     monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
     assert available_memory() is None

@@ -123,8 +123,8 @@ def test_thresholds_of_the_two_generations():
         for order in ("legacy", "modern")
     )
     assert (legacy.epochs, legacy.separate_last_epoch, modern.separate_last_epoch) == (2, True, False)
-    assert legacy.samples_together == 999
-    assert modern.samples_together == 1999
+    assert legacy.num_shuffled_samples == 999
+    assert modern.num_shuffled_samples == 1999
 
 
 def test_one_epoch_where_no_number_is_asked_for():
@@ -135,7 +135,7 @@ def test_one_epoch_where_no_number_is_asked_for():
 
 @pytest.mark.parametrize(("sizes", "wanted"), [([0, 0], 5), ([3, 2], None)])
 def test_too_little_text_is_refused(sizes, wanted):
-    with pytest.raises(DataError, match="at least one sample"):
+    with pytest.raises(DataError, match="too few for a sample of 8"):
         plan_index(
             np.array(sizes, dtype=np.int32),
             (0, 2),

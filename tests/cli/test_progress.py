@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from megatron_lite.cli import token_progress
-from megatron_lite.cli.token_progress import TokenProgress
+from megatron_lite.cli import progress as progress_module
+from megatron_lite.cli.progress import TokenProgress
 
 
 def test_lines_come_now_and_then(monkeypatch, capsys):
     times = iter([0.0, 4.0, 11.0, 11.0, 15.0])
-    monkeypatch.setattr(token_progress.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
     with TokenProgress("pack", 3000) as progress:
         for _ in range(3):
             progress.advance(1000)

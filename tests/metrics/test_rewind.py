@@ -5,8 +5,8 @@ pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_lite.config.metrics import MetricsConfig
-from megatron_lite.metrics.event_files import cut_events
 from megatron_lite.metrics.report import IterationReport
+from megatron_lite.metrics.rewind import cut_events
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
 
 SAMPLES = 4
