@@ -33,8 +33,7 @@ from megatron_lite.backend.group import Group, LocalGroup, new_process_group
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.rewriting import reshard
-from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.sharing import share_out
+from megatron_lite.checkpoint.save import deduplicate, save_checkpoint
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.manifest import Provenance, read_manifest
@@ -176,7 +175,7 @@ class Layout:
                     into.append(GlobalTensor(full, shape, torch.float32, [piece], d == 0, (d, self.dp)))
         parts = [
             replace(tensor, pieces=[Piece(p.offset, p.tensor.clone()) for p in tensor.pieces], replica=(0, 1))
-            for tensor in share_out(moments)
+            for tensor in deduplicate(moments)
         ]
         return weights + parts
 

@@ -1,16 +1,16 @@
 """Asynchronous checkpoint saving: copy to reused host buffers, then write from a thread.
 
-Only the foreground uses collectives. The threads meet through the folder itself: each rank leaves a note of its share
-there, and rank 0's thread finishes the save when all are in. So a save never mixes with training's communication.
+The threads use no collectives, so that a save never mixes with training's communication: each rank leaves its write
+record in the folder, and rank 0's thread finishes the save once all records are there.
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,10 @@ from torch import Tensor
 
 from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.pieces import Share
-from megatron_lite.checkpoint.save import (
-    SaveReport,
-    SaveRequest,
-    finish,
-    no_check,
-    open_partial,
-    share_path,
-    size_to_write,
-    write_share,
-)
-from megatron_lite.checkpoint.sharing import share_out
+from megatron_lite.checkpoint.save import deduplicate, size_to_write
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest, no_check
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
-from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import KEEP_ALL, Retention
 
@@ -42,18 +31,18 @@ _POLL_SECONDS = 0.02
 
 
 class _MissingShareError(CheckpointError):
-    """Rank 0 waited in vain for the share of another rank."""
+    """Another rank's write record is missing, or reports a failure."""
 
 
 class BackgroundSaver:
-    """Saves one checkpoint at a time in the background.
+    """Asynchronous saver: at most one save at a time.
 
-    A context manager: leaving it waits for the save under way. If an error is what leaves it, the save is abandoned,
-    without collectives, and what it wrote is removed by the next run's first save.
+    A context manager: leaving it waits for the save in progress. If an exception leaves it, the save is abandoned
+    without collectives, and the next run's first save removes the partial folder.
 
     Args:
         world: all ranks.
-        patience: seconds that rank 0 waits for the other ranks' shares once its own is written.
+        patience: seconds for which rank 0 waits for the other ranks' write records once its own is written.
     """
 
     def __init__(self, world: Group, *, patience: float = 1800.0) -> None:
@@ -63,7 +52,7 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._report: SaveReport | None = None
-        self._partial = Path()
+        self._writer: CheckpointWriter | None = None
         self._abandoned = threading.Event()
 
     def __enter__(self) -> BackgroundSaver:
@@ -79,7 +68,7 @@ class BackgroundSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's part of the save under way has failed; wait() then raises it, on every rank."""
+        """Whether the save in progress has failed on this rank; wait() then raises the error on every rank."""
         return self._error is not None
 
     def save(
@@ -93,39 +82,38 @@ class BackgroundSaver:
         retention: Retention = KEEP_ALL,
         check: Callable[[], None] = no_check,
     ) -> float:
-        """Copies the state and starts writing it; a collective call. Arguments as of save.save_checkpoint.
+        """Copy the state and start writing it; a collective call. Arguments as in save.save_checkpoint.
 
-        Waits for the save before, if that is still under way. The tensors may be changed as soon as it returns.
+        Waits for the previous save, if that is still in progress. The tensors may be changed as soon as it returns.
 
         Returns:
-            Seconds that training stood still.
+            Seconds for which training was blocked.
 
         Raises:
-            CheckpointError: the save before failed, or this one cannot begin.
+            CheckpointError: the previous save failed, or this one cannot begin.
         """
         begun = time.monotonic()
         self.wait()
-        # A copy: the trainer goes on counting while this is written.
+        # A copy: training continues to count while this is written.
         request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention, check)
-        tensors = share_out(tensors)
-        partial, stale = open_partial(request, size_to_write(tensors), self._world)
-        self._partial = partial
+        tensors = deduplicate(tensors)
+        self._writer = writer = CheckpointWriter(request, self._world, size_to_write(tensors))
         staged = [self._stage(tensor) for tensor in tensors]
         blocked = time.monotonic() - begun
         self._thread = threading.Thread(
-            target=self._run, args=(partial, request, staged, begun, blocked, stale), name="checkpoint", daemon=True
+            target=self._run, args=(writer, staged, begun, blocked), name="checkpoint", daemon=True
         )
         self._thread.start()
         return blocked
 
     def wait(self) -> SaveReport | None:
-        """Waits for the save under way; a collective call.
+        """Wait for the save in progress; a collective call.
 
         Returns:
-            The report of the save, on every rank; None if there was none since the last call.
+            The report of the save, on every rank; None: there was none since the last call.
 
         Raises:
-            CheckpointError: it failed on some rank.
+            CheckpointError: the save failed on some rank.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -134,7 +122,7 @@ class BackgroundSaver:
         error, self._error = self._error, None
         report, self._report = self._report, None
         if others_failed and isinstance(error, _MissingShareError):
-            error = None  # the words of the rank that failed say more
+            error = None  # the error of the rank that failed says more
 
         def outcome() -> None:
             if error is not None:
@@ -143,18 +131,18 @@ class BackgroundSaver:
         try:
             run_on_all_ranks(self._world, outcome)
         except Exception:
-            # By now no rank writes there any more.
-            if self._world.rank == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
+            # All threads have ended: no rank writes there any more.
+            assert self._writer is not None
+            self._writer.discard()
             raise
-        told: SaveReport | None = self._world.all_gather_object(report)[0]
-        return told
+        reports: list[SaveReport | None] = self._world.all_gather_object(report)
+        return reports[0]
 
     def _join(self, thread: threading.Thread) -> bool:
-        """Waits for all ranks' threads; returns whether another rank than 0 has failed.
+        """Wait for all ranks' threads, and return whether a rank other than 0 has failed.
 
-        Rank 0's thread waits for the others' notes, and a full disk may have no room even for one that says so:
-        therefore the others tell it here.
+        Rank 0's thread waits for the others' records, and a full disk may have no room even for a record of failure:
+        the collective here makes failures reach rank 0 in any case.
         """
         if self._world.rank != 0:
             thread.join()
@@ -181,55 +169,41 @@ class BackgroundSaver:
             self._buffers[key] = buffer
         return buffer.copy_(tensor.detach())
 
-    def _run(
-        self,
-        partial: Path,
-        request: SaveRequest,
-        staged: Sequence[GlobalTensor],
-        begun: float,
-        blocked: float,
-        stale: Sequence[str],
-    ) -> None:
+    def _run(self, writer: CheckpointWriter, staged: Sequence[GlobalTensor], begun: float, blocked: float) -> None:
         try:
-            write_share(partial, request, staged, self._world)
+            writer.add_tensors(staged)
+            writer.close()
             if self._world.rank == 0:
-                self._await_shares(partial)
-                report = finish(partial, request, self._world, begun, stale)
-                self._report = replace(report, blocking_seconds=blocked)
+                self._await_shares(writer)
+                report = writer.finish()
+                self._report = replace(report, seconds=time.monotonic() - begun, blocking_seconds=blocked)
         except Exception as error:
             self._error = error
-            self._clean_up(partial, error)
-
-    def _clean_up(self, partial: Path, error: Exception) -> None:
-        try:
             if self._world.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                writer.discard()
             else:
-                replace_file(share_path(partial, self._world.rank), Share(error=str(error)).encode())
-        except OSError:
-            # Not even the note could be written: rank 0 learns of it in wait(), or runs out of patience.
-            return
+                # Without room for the record, rank 0 learns of the failure in wait(), or runs out of patience.
+                with suppress(OSError):
+                    writer.report_failure(error)
 
-    def _await_shares(self, partial: Path) -> None:
+    def _await_shares(self, writer: CheckpointWriter) -> None:
         deadline = time.monotonic() + self._patience
         missing = set(range(self._world.size))
         while missing:
             for rank in sorted(missing):
-                path = share_path(partial, rank)
-                if path.exists():
-                    share = Share.decode(path.read_bytes())
-                    if share.error:
-                        raise _MissingShareError(
-                            "Every rank must write its share of a checkpoint",
-                            found=f"rank {rank} could not: {share.error}",
-                            fix="Earlier checkpoints are untouched",
-                        )
+                share = writer.share(rank)
+                if share is not None and share.error:
+                    raise _MissingShareError(
+                        f"Rank {rank} could not write its part of the checkpoint: {share.error}",
+                        fix="Earlier checkpoints are untouched",
+                    )
+                if share is not None:
                     missing.discard(rank)
             if missing and (self._abandoned.is_set() or time.monotonic() > deadline):
                 raise _MissingShareError(
-                    "Every rank must write its share of a checkpoint",
-                    found=f"ranks {sorted(missing)} left no note in {partial} for {self._patience:.0f} s",
-                    fix="See whether all hosts see the same --save folder and whether those ranks still run",
+                    f"Ranks {sorted(missing)} have not reported their part of the checkpoint in {writer.folder} after "
+                    f"{self._patience:.0f} s",
+                    fix="Check whether all hosts see the same --save folder and whether those ranks still run",
                 )
             if missing:
                 time.sleep(_POLL_SECONDS)

@@ -1,13 +1,14 @@
 """Distributed checkpoint loading: checks names and shapes, reads shards saved by any layout, verifies checksums.
 
-A rank reads what it needs and checks it as it goes. What no rank needs (the optimizer's state in a load of weights) is
-shared out among the ranks and read for its checksums alone, so a load fails on any damage that `verify` would find.
+A rank reads and verifies its own part of the tensors. Parts that no rank needs (the optimizer's state in a load of
+weights) are divided among the ranks and read for their checksums alone, so that a load fails on any damage that
+`checkpoint verify` would find.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +17,59 @@ import torch
 
 from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.names import is_superseded, source_of
-from megatron_lite.checkpoint.reading import Read, ReadPlan
-from megatron_lite.checkpoint.verify import verify_lengths, verify_parts
+from megatron_lite.checkpoint.names import is_model_tensor, is_superseded, source_of
+from megatron_lite.checkpoint.reading import CheckpointReader, ReadPlan
+from megatron_lite.checkpoint.verify import check_sizes, verify_parts
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.catalog import iteration_of, list_checkpoints
-from megatron_lite.runs.manifest import CorruptCheckpointError, Manifest, read_manifest
+from megatron_lite.runs.manifest import CorruptCheckpointError, Manifest, SavedPart
 
 _SHOWN = 5
 
 
 def load_checkpoint(
-    path: Path,
-    tensors: Sequence[GlobalTensor],
-    world: Group,
-    *,
-    strict: bool = True,
-    include: Callable[[str], bool] | None = None,
+    path: Path, tensors: Sequence[GlobalTensor], world: Group, *, weights_only: bool = False
 ) -> dict[str, Any]:
-    """Fills the tensors from a checkpoint; a collective call.
+    """Fill tensors from a checkpoint; a collective call.
 
     Args:
         path: one checkpoint's folder.
-        tensors: what this rank holds; filled in place and converted (names.py says which saved tensor wins).
+        tensors: state on this rank, filled in place and converted (names.py chooses the saved tensor of each).
         world: all ranks.
-        strict: whether every saved tensor must have a place in the run. One that the run needs must always be there.
-        include: which names take part, of the run's and of the checkpoint's; None: all. names.is_model_tensor leaves
-            the optimizer's state out.
+        weights_only: leave out the optimizer's state, of the run and of the checkpoint, except main parameters.
 
     Returns:
-        The scalars that were saved.
+        The saved scalars.
 
     Raises:
         CorruptCheckpointError: a file is missing or damaged. Tensors may have been filled, with sound values only.
-        CheckpointError: a tensor is missing, left over, or of another shape. No tensor was touched.
+        CheckpointError: a tensor is missing, left over, or of another shape. No tensor was changed.
     """
-    wanted = [tensor for tensor in tensors if include is None or include(tensor.name)]
+    wanted = [tensor for tensor in tensors if not weights_only or is_model_tensor(tensor.name)]
 
-    def check() -> tuple[Manifest, ReadPlan]:
-        manifest = read_manifest(path)
-        names = sorted(manifest.files)[world.rank :: world.size]
-        verify_lengths(path, {name: manifest.files[name] for name in names})
-        reads = [Read(tensor, _check_fits(tensor, manifest, path)) for tensor in wanted]
-        return manifest, ReadPlan(manifest, reads)
+    def check() -> tuple[CheckpointReader, ReadPlan]:
+        reader = CheckpointReader(path)
+        check_sizes(path, reader.manifest, sorted(reader.manifest.files)[world.rank :: world.size])
+        return reader, reader.plan([(tensor, _find_source(tensor, reader)) for tensor in wanted])
 
-    manifest, plan = run_on_all_ranks(world, check)
-    names = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
-    if strict:
-        _check_nothing_left(manifest, names, include, path)
-    left = list(_unread(manifest, plan, world))[world.rank :: world.size]
+    reader, plan = run_on_all_ranks(world, check)
+    run = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
+    saved = [name for name in reader.tensors if not weights_only or is_model_tensor(name)]
+    _check_none_left_over(saved, run, path)
+    unread: dict[str, list[SavedPart]] = {}
+    for name, number in list(_unread(reader.manifest, plan, world))[world.rank :: world.size]:
+        unread.setdefault(name, []).append(reader.manifest.files[name].parts[number])
 
     def read() -> None:
-        # First, so that the damage is found before anything is filled where it is found by a rank that needs it not.
-        for name in sorted({name for name, _ in left}):
-            verify_parts(path / name, [manifest.files[name].parts[part] for other, part in left if other == name])
+        # Before any tensor is filled: damage that another rank finds should leave this rank's tensors alone.
+        for name, parts in unread.items():
+            verify_parts(path / name, parts)
         with torch.no_grad():
-            plan.read(path)
+            plan.read()
 
     run_on_all_ranks(world, read)
-    return dict(manifest.scalars)
+    return dict(reader.manifest.scalars)
 
 
 def load_latest(
@@ -83,53 +77,42 @@ def load_latest(
     tensors: Sequence[GlobalTensor],
     world: Group,
     *,
-    include: Callable[[str], bool] | None = None,
+    weights_only: bool = False,
     fallback: bool = False,
-    notify: Callable[[str], None] = print,
-) -> tuple[Path, dict[str, Any]]:
-    """Fills the tensors from `path`, or from the newest earlier checkpoint beside it whose bytes are whole.
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """Fill tensors from `path`, or from the newest earlier checkpoint beside it that is not damaged.
 
     Args:
-        path: the checkpoint to try first, as catalog.find_checkpoint gives it.
+        path: the checkpoint to try first, as found by catalog.find_checkpoint.
         tensors: as in load_checkpoint.
         world: all ranks; a collective call.
-        include: as in load_checkpoint.
-        fallback: whether an earlier checkpoint may be taken when one is damaged (--fallback-on-corrupt).
-        notify: told which checkpoint was passed over, and why.
+        weights_only: as in load_checkpoint.
+        fallback: allow an earlier checkpoint if one is damaged (--fallback-on-corrupt).
 
     Returns:
-        The checkpoint that was loaded, and its scalars.
+        The loaded checkpoint, its scalars, and a message about each damaged checkpoint that was skipped.
 
     Raises:
-        CorruptCheckpointError: the checkpoint is damaged, and none may or can take its place.
+        CorruptCheckpointError: the checkpoint is damaged, and no earlier one may or can replace it.
         CheckpointError: as load_checkpoint.
     """
     number = iteration_of(path) or 0
     earlier = [entry for entry in list_checkpoints(path.parent) if (iteration_of(entry) or 0) < number]
-    # Ranks may see different things in a network folder for a moment; rank 0's view is everyone's.
+    # Ranks may see different contents of a network folder for a moment: all use rank 0's.
     candidates: list[Path] = world.all_gather_object([path, *reversed(earlier)] if fallback else [path])[0]
-    return _load_first(candidates, tensors, world, include, notify)
-
-
-def _load_first(
-    candidates: list[Path],
-    tensors: Sequence[GlobalTensor],
-    world: Group,
-    include: Callable[[str], bool] | None,
-    notify: Callable[[str], None],
-) -> tuple[Path, dict[str, Any]]:
-    candidate, *others = candidates
-    try:
-        return candidate, load_checkpoint(candidate, tensors, world, include=include)
-    except CorruptCheckpointError as error:
-        if not others:
-            raise
-        notify(f"{candidate.name} is damaged and passed over: {error.problem}")
-    return _load_first(others, tensors, world, include, notify)
+    skipped: list[str] = []
+    while True:
+        candidate = candidates.pop(0)
+        try:
+            return candidate, load_checkpoint(candidate, tensors, world, weights_only=weights_only), skipped
+        except CorruptCheckpointError as error:
+            if not candidates:
+                raise
+            skipped.append(f"WARNING: skipped the damaged checkpoint {candidate.name}: {error.problem}")
 
 
 def _unread(manifest: Manifest, plan: ReadPlan, world: Group) -> Iterator[tuple[str, int]]:
-    """Files and numbers of their parts that no rank needs; a collective call."""
+    """Return files and numbers of the parts that no rank needs; a collective call."""
     parts = [(name, number) for name, file in sorted(manifest.files.items()) for number in range(len(file.parts))]
     # A bit for each part: a hundred thousand parts are 12 KB from each rank.
     mine = plan.parts
@@ -138,43 +121,43 @@ def _unread(manifest: Manifest, plan: ReadPlan, world: Group) -> Iterator[tuple[
     return (part for part, is_needed in zip(parts, needed, strict=False) if not is_needed)
 
 
-def _check_fits(tensor: GlobalTensor, manifest: Manifest, path: Path) -> str:
-    """The saved tensor that fills this one; an error if there is none or it is another kind of tensor."""
-    source = source_of(tensor.name, tensor.dtype == torch.float32, manifest.tensors)
+def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
+    """Return the name of the saved tensor that fills a tensor.
+
+    Raises:
+        CheckpointError: there is none, or it has another shape or kind of dtype.
+    """
+    saved = reader.manifest.tensors
+    source = source_of(tensor.name, tensor.dtype == torch.float32, saved)
     if source is None:
-        near = difflib.get_close_matches(tensor.name, manifest.tensors, n=1)
+        near = difflib.get_close_matches(tensor.name, saved, n=1)
         raise CheckpointError(
-            "Every tensor of the run must be in the checkpoint",
-            found=f"{path} has no {tensor.name}" + (f"; the nearest name is {near[0]}" if near else ""),
+            f"{reader.path} has no {tensor.name}, which this run needs"
+            + (f"; the nearest name is {near[0]}" if near else ""),
             fix="Give the model the options it was saved with (`megatron-lite checkpoint inspect` shows them), or "
             "leave optimizer state out with --no-load-optim",
         )
-    saved = manifest.tensors[source]
-    if saved.shape != tuple(tensor.global_shape):
+    info = reader.tensors[source]
+    if info.shape != tuple(tensor.global_shape):
         raise CheckpointError(
-            "A tensor must have the shape that it was saved with",
-            found=f"{tensor.name} is {tuple(tensor.global_shape)} in this run and {saved.shape} in {path}",
+            f"The shape of {tensor.name} is {tuple(tensor.global_shape)} in this run and {info.shape} in {reader.path}",
             fix="Give the model the sizes it was saved with; parallel sizes may change freely",
         )
-    if getattr(torch, saved.dtype).is_floating_point != tensor.dtype.is_floating_point:
+    if getattr(torch, info.dtype).is_floating_point != tensor.dtype.is_floating_point:
         raise CheckpointError(
-            "Integers and floating-point numbers are not converted into each other",
-            found=f"{tensor.name} is {tensor.dtype} in this run and {saved.dtype} in {path}",
+            f"The dtype of {tensor.name} is {tensor.dtype} in this run and {info.dtype} in {reader.path}",
+            rule="Integers and floating-point numbers are not converted into each other",
             fix="Load a checkpoint of the same kind of model",
         )
     return source
 
 
-def _check_nothing_left(manifest: Manifest, names: set[str], include: Callable[[str], bool] | None, path: Path) -> None:
-    left = [
-        name
-        for name in manifest.tensors
-        if name not in names and (include is None or include(name)) and not is_superseded(name, names)
-    ]
+def _check_none_left_over(saved: Sequence[str], run: Collection[str], path: Path) -> None:
+    """Refuse a checkpoint with tensors for which the run has no place."""
+    left = [name for name in saved if name not in run and not is_superseded(name, run)]
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(
-            "Every tensor of the checkpoint must have a place in the run",
-            found=f"this run has no {', '.join(left[:_SHOWN])}{more}, which {path} holds",
+            f"This run has no {', '.join(left[:_SHOWN])}{more}, which {path} contains",
             fix="Give the model the options it was saved with; to take the weights only, add --no-load-optim",
         )

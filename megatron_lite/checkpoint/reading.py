@@ -1,14 +1,14 @@
-"""Read planner: reads the saved rectangles that overlap a rank's shards.
+"""Checkpoint reader: named rectangles of tensors, from checkpoints of any layout, with verified checksums.
 
-A record is read and checked as a whole, into one buffer that all records share, and its elements go from there to all
-pieces that want some. Tiles (tiles.py) keep records small, and layouts' bounds from cutting through them. No collective
-runs here: load.py brings the ranks together.
+A record is read and checked as a whole, into a buffer that all records of a file share, and its elements go from there
+to all pieces that contain some. Tiles (tiles.py) keep records small, and layouts' bounds from cutting through them. No
+collective runs here: load.py coordinates the ranks.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
@@ -16,23 +16,62 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.verify import open_file, read_part
+from megatron_lite.checkpoint.sources import TensorDifference, TensorInfo, compare_sources
+from megatron_lite.checkpoint.verify import checked_parts
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece, narrow
-from megatron_lite.runs.manifest import Manifest, SavedPart, SavedPiece
+from megatron_lite.rectangle import Rectangle
+from megatron_lite.runs.manifest import Manifest, SavedPart, SavedPiece, read_manifest
 
 
-@dataclass(frozen=True)
-class Read:
-    """A tensor to fill and the saved tensor to fill it from; their names differ where one stands in for another."""
+class CheckpointReader:
+    """Reader of one checkpoint, a TensorSource; opening it reads the manifest alone.
 
-    target: GlobalTensor
-    source: str
+    Args:
+        path: the checkpoint's folder.
+
+    Attributes:
+        path: as given.
+        manifest: of the checkpoint.
+        tensors: every saved tensor, the optimizer's included.
+
+    Raises:
+        CheckpointError: there is no manifest, or one of another format.
+        CorruptCheckpointError: the manifest is damaged. So do the methods where a file is damaged or missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(saved.shape, saved.dtype) for name, saved in self.manifest.tensors.items()
+        }
+
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
+        """Return a rectangle of a tensor, on the CPU, in its saved dtype."""
+        info = self.tensors[name]
+        tensor = torch.empty(rectangle.shape, dtype=getattr(torch, info.dtype))
+        target = GlobalTensor(name, info.shape, tensor.dtype, [Piece(rectangle.offset, tensor)])
+        self.plan([(target, name)]).read()
+        return tensor
+
+    def plan(self, reads: Sequence[tuple[GlobalTensor, str]]) -> ReadPlan:
+        """Return the plan to fill tensors in place, each from the saved tensor of the given name.
+
+        Raises:
+            CheckpointError: a saved tensor does not cover a piece.
+        """
+        return ReadPlan(self.path, self.manifest, reads)
+
+
+def compare_checkpoints(first: Path, second: Path) -> Iterator[TensorDifference]:
+    """Yield the differences of the tensors that two checkpoints have in common by name and shape, by name."""
+    return compare_sources(CheckpointReader(first), CheckpointReader(second))
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A saved piece, and the pieces of this rank that want a part of it."""
+    """A saved piece, and the pieces of this rank that share elements with it."""
 
     saved: SavedPiece
     dtype: torch.dtype
@@ -40,19 +79,25 @@ class _Record:
 
 
 class ReadPlan:
-    """Which parts of which files fill a rank's pieces.
+    """Parts of files that fill a rank's pieces.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: of the checkpoint.
+        reads: tensors to fill, each with the name of the saved tensor that fills it.
 
     Raises:
         CheckpointError: a saved tensor does not cover a piece.
     """
 
-    def __init__(self, manifest: Manifest, reads: Sequence[Read]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, reads: Sequence[tuple[GlobalTensor, str]]) -> None:
+        self._folder = folder
         self._manifest = manifest
         records: dict[tuple[str, int], _Record] = {}
-        for read in reads:
-            saved = manifest.tensors[read.source]
+        for target, source in reads:
+            saved = manifest.tensors[source]
             dtype = getattr(torch, saved.dtype)
-            for piece in read.target.pieces:
+            for piece in target.pieces:
                 wanted, found = piece.rectangle, 0
                 for other in saved.pieces:
                     common = wanted.intersection(other.rectangle)
@@ -60,18 +105,18 @@ class ReadPlan:
                         found += common.numel
                         key = (other.file, other.part)
                         records.setdefault(key, _Record(other, dtype, [])).wanted.append(piece)
-                if found != piece.tensor.numel():
+                if found != wanted.numel:
                     raise CheckpointError(
-                        "A checkpoint must hold every element of a tensor",
-                        found=f"{read.source} has {found} of {piece.tensor.numel()} elements that this rank needs",
-                        fix="Load another iteration; this one was put together wrongly",
+                        f"The checkpoint is incomplete: {source} has {found} of {wanted.numel} elements that this rank "
+                        "needs",
+                        fix="Load another iteration",
                     )
         # In the order in which they lie on the disk.
         self._records = {key: records[key] for key in sorted(records)}
 
     @property
     def parts(self) -> set[tuple[str, int]]:
-        """Names of files and numbers of their parts, all that will be read."""
+        """Parts that will be read: names of files, and numbers of their parts."""
         return set(self._records)
 
     @property
@@ -79,30 +124,29 @@ class ReadPlan:
         """Bytes that will be read."""
         return sum(self._part(record).length for record in self._records.values())
 
-    def read(self, folder: Path) -> None:
-        """Fills the pieces, converting to their dtype and device.
+    def read(self) -> None:
+        """Fill the pieces, converting to their dtype and device.
 
         Raises:
-            CorruptCheckpointError: a part that is needed is damaged or missing; pieces may be filled in part.
+            CorruptCheckpointError: a part is damaged or missing; pieces may be filled in part.
         """
-        buffer = torch.empty(max((self._part(r).length for r in self._records.values()), default=0), dtype=torch.uint8)
-        view = buffer.numpy().data
         files: dict[str, list[_Record]] = {}
         for (name, _), record in self._records.items():
             files.setdefault(name, []).append(record)
         for name, records in files.items():
-            with open_file(folder / name) as file:
-                for record in records:
-                    _hand_out(record, buffer, read_part(file, folder / name, self._part(record), view))
+            contents = checked_parts(self._folder / name, [self._part(record) for record in records])
+            for record, content in zip(records, contents, strict=True):
+                _hand_out(record, content)
 
     def _part(self, record: _Record) -> SavedPart:
         return self._manifest.files[record.saved.file].parts[record.saved.part]
 
 
-def _hand_out(record: _Record, buffer: Tensor, view: memoryview) -> None:
+def _hand_out(record: _Record, content: memoryview) -> None:
+    """Copy the elements of a record to the pieces that contain some."""
     saved = record.saved.rectangle
-    start = _payload(view)
-    tensor = buffer[start : start + saved.numel * record.dtype.itemsize].view(record.dtype).view(saved.shape)
+    start = _payload(content)
+    tensor = torch.frombuffer(content, dtype=record.dtype, count=saved.numel, offset=start).view(saved.shape)
     for piece in record.wanted:
         common = saved.intersection(piece.rectangle)
         assert common is not None
@@ -111,9 +155,9 @@ def _hand_out(record: _Record, buffer: Tensor, view: memoryview) -> None:
 
 
 def _payload(record: memoryview) -> int:
-    """Where the elements begin in a record of torch.save: a zip file that holds them, not compressed, as `data/0`.
+    """Return where the elements begin in a record of torch.save: a zip file with the member `data/0`.
 
-    torch.load would copy them twice, and unpickle, of which a load should have no need.
+    The member is not compressed. torch.load would copy the elements twice, and unpickle, which a load avoids.
     """
     with ZipFile(BytesView(record)) as archive:
         (member,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
@@ -124,7 +168,7 @@ def _payload(record: memoryview) -> int:
 
 
 class BytesView(io.RawIOBase):
-    """Bytes in memory as a file, without a copy."""
+    """File of bytes in memory, without a copy."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data

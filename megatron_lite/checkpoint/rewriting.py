@@ -6,8 +6,6 @@ checkpoints are cut along one grid (tiles.py), so that each record is read once.
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +14,12 @@ from torch import Tensor
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor, source_of
-from megatron_lite.checkpoint.offline import CheckpointSource, TensorInfo, TensorSource
-from megatron_lite.checkpoint.save import SaveReport, SaveRequest, explain, finish, open_partial, share_path
+from megatron_lite.checkpoint.reading import CheckpointReader
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.checkpoint.tiles import tiles
-from megatron_lite.checkpoint.writing import PieceWriter
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.rectangle import Rectangle
-from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import iteration_of
 from megatron_lite.runs.manifest import Manifest
 
@@ -38,7 +35,7 @@ class _Mean:
         names: of the weights.
     """
 
-    def __init__(self, sources: Sequence[CheckpointSource], names: Iterable[str]) -> None:
+    def __init__(self, sources: Sequence[CheckpointReader], names: Iterable[str]) -> None:
         self._sources = sources
         self.tensors: Mapping[str, TensorInfo] = {name: sources[-1].tensors[name] for name in names}
 
@@ -60,7 +57,7 @@ class _Selection:
         dtype: to which floating-point tensors are converted, from the main parameter where it was saved; empty: as is.
     """
 
-    def __init__(self, source: CheckpointSource, names: Iterable[str], dtype: str) -> None:
+    def __init__(self, source: CheckpointReader, names: Iterable[str], dtype: str) -> None:
         self._source = source
         saved = source.manifest.tensors
         self._source_of = {name: (dtype and source_of(name, True, saved)) or name for name in names}
@@ -103,7 +100,7 @@ def average(
             found=", ".join(map(str, paths)) or "none",
             fix="Name two or more, as RUN/iter_0000100 RUN/iter_0000200",
         )
-    sources = [CheckpointSource(path) for path in paths]
+    sources = [CheckpointReader(path) for path in paths]
     last = sources[-1].manifest
     weights = [name for name in last.tensors if is_model_tensor(name)]
     wanted = {name: last.tensors[name].shape for name in weights}
@@ -148,7 +145,7 @@ def reshard(
             Nothing of the new one is left.
         CorruptCheckpointError: it is damaged where it is read.
     """
-    source = CheckpointSource(path)
+    source = CheckpointReader(path)
     names = [
         name
         for name in source.tensors
@@ -187,26 +184,16 @@ def write_source(
     Raises:
         CheckpointError: there is no room, or a tensor cannot be read. Nothing of the checkpoint is left.
     """
-    begun = time.monotonic()
-    world = LocalGroup("world")
     total, done = sum(info.full.numel * info.itemsize for info in source.tensors.values()), 0
-    partial, stale = open_partial(request, total, world)
-    try:
-        with PieceWriter(partial, world.rank, file_size) as writer:
-            for name, info in source.tensors.items():
-                for tile in tiles(info.shape, info.itemsize):
-                    tensor = source.read(name, tile)
-                    writer.write(name, info.shape, tile, tensor)
-                    done += tensor.nbytes
-                    progress(done, total)
-        share = writer.share(tuple(source.tensors))
-        replace_file(share_path(partial, world.rank), share.encode())
-        return finish(partial, request, world, begun, stale)
-    except OSError as error:
-        raise explain(error, request, total) from error
-    finally:
-        # After the rename there is nothing here any more; after a failure or Ctrl-C this is what is left of it.
-        shutil.rmtree(partial, ignore_errors=True)
+    with CheckpointWriter(request, LocalGroup("world"), total, file_size) as writer:
+        for name, info in source.tensors.items():
+            for tile in tiles(info.shape, info.itemsize):
+                tensor = source.read(name, tile)
+                writer.add(name, info.shape, tile, tensor)
+                done += tensor.nbytes
+                progress(done, total)
+        writer.close()
+        return writer.finish()
 
 
 def _converted(saved: str, wanted: str) -> str:

@@ -17,7 +17,7 @@ from megatron_lite.formatting import format_count, format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megatron_lite.checkpoint.save import SaveReport
+    from megatron_lite.checkpoint.writing import SaveReport
 
 SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_lite.checkpoint.offline import TensorDifference
+    from megatron_lite.checkpoint.sources import TensorDifference
     from megatron_lite.interop.inspection import Comparable
     from megatron_lite.runs.foreign import Recognised
     from megatron_lite.runs.manifest import Manifest
@@ -88,7 +88,7 @@ def diff(options: argparse.Namespace, console: Console) -> int:
     if any(_foreign(folder) is not None for folder in (options.first, options.second)):
         return _diff_kinds(options, console)
 
-    from megatron_lite.checkpoint.offline import compare_values
+    from megatron_lite.checkpoint.reading import compare_checkpoints
     from megatron_lite.runs.manifest import read_manifest
 
     first, second = one_checkpoint(options.first), one_checkpoint(options.second)
@@ -104,13 +104,13 @@ def diff(options: argparse.Namespace, console: Console) -> int:
     same = "same config, fingerprints, state and tensor shapes"
     differ = _print_differences(parts, same, console)
     if options.values:
-        differ = _print_values(compare_values(first, second), console) or differ
+        differ = _print_values(compare_checkpoints(first, second), console) or differ
     return 1 if differ else 0
 
 
 def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
     """Compare the models and weights of two checkpoints, of which one at least is foreign, under our names."""
-    from megatron_lite.checkpoint.offline import compare_sources
+    from megatron_lite.checkpoint.sources import compare_sources
     from megatron_lite.interop.inspection import comparable, says_vocabulary
 
     kinds = [_foreign(folder) for folder in (options.first, options.second)]

@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_lite.backend.select import select_backend
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.checkpoint.stored_model import require_tokenizer, stored_model
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.optimizer import PrecisionConfig
@@ -84,7 +83,7 @@ def restore_model(
         config, range(config.model.num_layers), mesh, RngStreams(config.runtime.seed, backend, mesh.tp.rank)
     )
     tensors = [parameter_tensor(entry, write=False) for entry in stage.named_parameters_global()]
-    load_checkpoint(path, tensors, mesh.world, include=is_model_tensor)
+    load_checkpoint(path, tensors, mesh.world, weights_only=True)
     return TrainedModel(stage, words, config, path, manifest.iteration)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.names import source_of
-from megatron_lite.checkpoint.offline import TensorInfo, read_rectangle
+from megatron_lite.checkpoint.reading import CheckpointReader
+from megatron_lite.checkpoint.sources import TensorInfo
 from megatron_lite.checkpoint.stored_model import StoredModel, require_tokenizer, stored_model
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig
@@ -30,7 +31,7 @@ from megatron_lite.interop.verify import TOLERANCE, Verification, require_transf
 from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import find_checkpoint
-from megatron_lite.runs.manifest import Manifest, read_manifest
+from megatron_lite.runs.manifest import Manifest
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.null import NullTokenizer
@@ -66,15 +67,11 @@ class ExportOptions:
 class Weights:
     """Weights of a checkpoint as a TensorSource: for fp32, the main parameters where these were saved."""
 
-    def __init__(self, path: Path, manifest: Manifest, names: Sequence[str], dtype: torch.dtype | None) -> None:
-        self.path = path
-        self.manifest = manifest
-        found = {name: source_of(name, dtype == torch.float32, manifest.tensors) for name in names}
+    def __init__(self, reader: CheckpointReader, names: Sequence[str], dtype: torch.dtype | None) -> None:
+        self._reader = reader
+        found = {name: source_of(name, dtype == torch.float32, reader.manifest.tensors) for name in names}
         self._sources = {name: source for name, source in found.items() if source is not None}
-        self._tensors = {
-            name: TensorInfo(manifest.tensors[source].shape, manifest.tensors[source].dtype)
-            for name, source in self._sources.items()
-        }
+        self._tensors = {name: reader.tensors[source] for name, source in self._sources.items()}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -83,7 +80,7 @@ class Weights:
 
     def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a weight."""
-        return read_rectangle(self.path, self.manifest, self._sources[name], rectangle, None)
+        return self._reader.read(self._sources[name], rectangle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +146,13 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
         )
     if options.verify:
         require_transformers("export")
-    manifest = read_manifest(path)
+    reader = CheckpointReader(path)
+    manifest = reader.manifest
     stored = stored_model(manifest, path)
     architecture = architecture_for(stored.model, options.architecture)
     tokenizer = _tokenizer(stored, manifest, path, options)
     shapes = parameter_shapes(stored.model)
-    weights = Weights(path, manifest, tuple(shapes), options.dtype)
+    weights = Weights(reader, tuple(shapes), options.dtype)
     require_weights(weights, shapes, path)
     dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
     return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.offline import TensorSource
+from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource, compare_sources
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource, compare_sources
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.architectures.base import Architecture

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.offline import CheckpointSource
+from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.rewriting import write_source
-from megatron_lite.checkpoint.save import SaveRequest
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import DataConfig, TokenizerConfig
 from megatron_lite.config.optimizer import PrecisionConfig
@@ -228,7 +228,7 @@ def _verify(
     """Compare the logits of what was written with those that transformers computes from the source."""
     model = foreign.model
     tokens, text = sample_tokens(tokenizer, DataConfig(), foreign.seq_length, model.vocab_size)
-    written = CheckpointSource(checkpoint)
+    written = CheckpointReader(checkpoint)
     expected = streamed_logits(
         model, written, tokens, lambda done, total: advance("verifying, layer by layer", done, total)
     )

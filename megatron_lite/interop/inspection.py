@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
-from megatron_lite.checkpoint.offline import TensorSource
+from megatron_lite.checkpoint.reading import CheckpointReader
+from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
@@ -24,7 +25,6 @@ from megatron_lite.interop.safetensors_writer import size_of
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.foreign import Kind, Recognised
-from megatron_lite.runs.manifest import read_manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +116,10 @@ def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Com
     checkpoint = find_checkpoint(str(path))
     if checkpoint is None:
         raise CheckpointError("There must be a checkpoint", found=f"{path} holds none", fix="Give another folder")
-    manifest = read_manifest(checkpoint)
-    names = [name for name in manifest.tensors if not name.startswith(OPTIMIZER_PREFIX)]
-    model = asdict(stored_model(manifest, checkpoint).model)
-    return Comparable(checkpoint, _fields(model), Weights(checkpoint, manifest, names, None))
+    reader = CheckpointReader(checkpoint)
+    names = [name for name in reader.tensors if not name.startswith(OPTIMIZER_PREFIX)]
+    model = asdict(stored_model(reader.manifest, checkpoint).model)
+    return Comparable(checkpoint, _fields(model), Weights(reader, names, None))
 
 
 def _without_padding(found: Recognised, vocab_size: int) -> MegatronOptions:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.transforms import Rows, Same, Shape, Transform
 from megatron_lite.parallel.tensors import narrow

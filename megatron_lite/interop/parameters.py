@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.fake import FakeBackend
-from megatron_lite.checkpoint.offline import TensorSource
+from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig

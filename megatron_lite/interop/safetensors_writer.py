@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.checkpoint.tiles import grid
 from megatron_lite.rectangle import Rectangle
 

@@ -1,6 +1,6 @@
 """Tensor sources of foreign files: safetensors and PyTorch pickles, in one file or sharded with an index.
 
-A source is a TensorSource (checkpoint/offline.py): names, shapes and dtypes, and rectangles read on demand. Files stay
+A source is a TensorSource (checkpoint/sources.py): names, shapes and dtypes, and rectangles read on demand. Files stay
 memory-mapped, so a source costs memory only for what is read.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.unpickling import read_torch_file
 from megatron_lite.parallel.tensors import narrow

@@ -10,7 +10,6 @@ from tempfile import TemporaryFile
 from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.load import load_latest
-from megatron_lite.checkpoint.names import is_model_tensor
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.lifecycle.exit_status import not_writable
@@ -236,14 +235,15 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
         return start, Progress()
     options = config.checkpoint
     weights_only = options.finetune or not options.load_optimizer or config.training.skip_train
-    path, scalars = load_latest(
+    path, scalars, skipped = load_latest(
         start.path,
         engine.state_tensors(),
         engine.world,
-        include=is_model_tensor if weights_only else None,
+        weights_only=weights_only,
         fallback=options.fallback_on_corrupt,
-        notify=notify,
     )
+    for message in skipped:
+        notify(message)
     if not weights_only:
         engine.load_scalars(scalars["engine"])
     progress = Progress() if options.finetune else Progress.from_dict(scalars["progress"])

@@ -12,7 +12,8 @@ from types import TracebackType
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
-from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveReport
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.checkpoint import background as background_module
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.checkpoint.writing import CheckpointWriter
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.catalog import find_checkpoint
@@ -25,13 +25,13 @@ from megatron_lite.runs.retention import Retention
 def held_back(monkeypatch):
     """Lets the background write only once this event is set."""
     go = threading.Event()
-    original = background_module.write_share
+    original = CheckpointWriter.add_tensors
 
     def write(*arguments):
         assert go.wait(20)
-        return original(*arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(background_module, "write_share", write)
+    monkeypatch.setattr(CheckpointWriter, "add_tensors", write)
     return go
 
 
@@ -67,13 +67,13 @@ def test_the_next_save_waits_for_the_last(kit, tmp_path, held_back):
 
 def test_host_buffers_are_used_again(kit, tmp_path, monkeypatch):
     addresses = []
-    original = background_module.write_share
+    original = CheckpointWriter.add_tensors
 
-    def write(partial, request, tensors, world):
+    def write(writer, tensors):
         addresses.append([piece.tensor.data_ptr() for tensor in tensors for piece in tensor.pieces])
-        return original(partial, request, tensors, world)
+        original(writer, tensors)
 
-    monkeypatch.setattr(background_module, "write_share", write)
+    monkeypatch.setattr(CheckpointWriter, "add_tensors", write)
     with BackgroundSaver(kit.world) as saver:
         for iteration in (1, 2, 3):
             saver.save(tmp_path, iteration, kit.whole(kit.tensors(iteration)), {}, Provenance())
@@ -83,13 +83,13 @@ def test_host_buffers_are_used_again(kit, tmp_path, monkeypatch):
 
 def test_a_failure_comes_out_of_the_next_save_once(kit, tmp_path, monkeypatch):
     def full(*_):
-        raise CheckpointError("A checkpoint must be written whole", found="No space left on device", fix="Make room")
+        raise CheckpointError("Cannot write the checkpoint: No space left on device", fix="Make room")
 
     saver = BackgroundSaver(kit.world)
     saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
     saver.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(background_module, "write_share", full)
+        patch.setattr(CheckpointWriter, "add_tensors", full)
         saver.save(tmp_path, 2, kit.whole(kit.tensors()), {}, Provenance())
         saver._thread.join()
     assert saver.failed
@@ -132,12 +132,12 @@ def test_ranks_save_together(tmp_path, on_ranks):
 
 def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, on_ranks, monkeypatch):
     def full(*_):
-        raise CheckpointError("A checkpoint must be written whole", found="No space left on device", fix="Make room")
+        raise CheckpointError("Cannot write the checkpoint: No space left on device", fix="Make room")
 
     def run(world):
         saver = BackgroundSaver(world)
         if world.rank == 1:
-            monkeypatch.setattr(background_module, "write_share", full)
+            monkeypatch.setattr(CheckpointWriter, "add_tensors", full)
         saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
         with pytest.raises(CheckpointError, match=r"rank 1.*No space left on device"):
             saver.wait()
@@ -150,9 +150,9 @@ def test_a_rank_that_never_comes_is_named(tmp_path, on_ranks, monkeypatch):
     def run(world):
         saver = BackgroundSaver(world, patience=0.2)
         if world.rank == 1:
-            monkeypatch.setattr(background_module, "write_share", lambda *_: time.sleep(0.6))
+            monkeypatch.setattr(CheckpointWriter, "close", lambda *_: time.sleep(0.6))
         saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
-        with pytest.raises(CheckpointError, match=r"ranks \[1\] left no note in .* for 0 s"):
+        with pytest.raises(CheckpointError, match=r"Ranks \[1\] have not reported .* after 0 s"):
             saver.wait()
 
     on_ranks(2, run)

@@ -60,7 +60,7 @@ def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys
     flip(root / "iter_0000010" / "__0_0.distcp")
     assert call("verify", root) == 1
     out = capsys.readouterr().out
-    assert re.search(r"damaged .*iter_0000010.*__0_0\.distcp has other bytes", out)
+    assert re.search(r"damaged .*iter_0000010.*__0_0\.distcp is damaged", out)
     assert "1 of 2" in out
     assert call("verify", root / "iter_0000020") == 0
 
@@ -90,7 +90,7 @@ def test_list_and_verify_say_that_the_announcement_leads_nowhere(root, capsys, t
 def test_a_checkpoint_under_another_name_is_not_taken_for_that_iteration(root, capsys):
     (root / "iter_0000010").rename(root / "iter_0000015")
     assert call("verify", root) == 1
-    assert "iter_0000015 is that of iteration 10 under another name" in capsys.readouterr().out
+    assert "iter_0000015 holds iteration 10, which is not that of its name" in capsys.readouterr().out
     assert [path.name for path in list_checkpoints(root)] == ["iter_0000020"]
     (root / "latest_checkpointed_iteration.txt").write_text("15")
     with pytest.raises(CheckpointError, match="iter_0000015 is that of iteration 10 under another name"):

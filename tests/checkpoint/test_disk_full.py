@@ -29,8 +29,8 @@ def test_refused_before_a_byte_is_written_if_it_cannot_fit(kit, tmp_path, monkey
     kit.save(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**21, 2**21))
-    monkeypatch.setattr("megatron_lite.checkpoint.save.write_pieces", None)
-    with pytest.raises(CheckpointError, match=r"iteration 2 takes 4 MiB, .* has 2 MiB free\. Earlier"):
+    monkeypatch.setattr(writing.CheckpointWriter, "add_tensors", None)
+    with pytest.raises(CheckpointError, match=r"iteration 2: it takes 4 MiB, .* has 2 MiB free\. Earlier"):
         kit.save(tmp_path, 2, {"w": torch.zeros(2**20)})
     assert names(tmp_path) == BEFORE
 
@@ -55,13 +55,16 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
     verify_checkpoint(find_checkpoint(str(tmp_path)))
 
 
-@pytest.mark.parametrize("step", ["write_dcp_metadata", "write_synced", "make_visible", "sync_folder", "announce"])
+STEPS = ("replace_file", "dcp_metadata", "write_synced", "make_visible", "sync_folder", "announce")
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_the_disk_fills_at_a_later_step(kit, tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     kit.save(tmp_path, 1)
-    monkeypatch.setattr(f"megatron_lite.checkpoint.save.{step}", full)
+    monkeypatch.setattr(writing, step, full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         kit.save(tmp_path, 2)
     assert names(tmp_path) == BEFORE

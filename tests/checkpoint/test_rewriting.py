@@ -11,10 +11,11 @@ import time
 
 import pytest
 import torch
+from support.checkpoints import read_tensor
 
 from megatron_lite.checkpoint import reading, tiles, writing
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.offline import compare_values, read_whole
+from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.checkpoint.rewriting import average, reshard
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.cli.checkpoint import run
@@ -45,7 +46,7 @@ def test_files_are_of_bounded_size_and_hold_the_same_bits(path, tmp_path):
     assert len(sizes) > 5
     assert max(sizes) <= 100_000
     assert min(sorted(sizes)[1:]) > 80_000
-    assert all(difference.equal for difference in compare_values(path, report.path))
+    assert all(difference.equal for difference in compare_checkpoints(path, report.path))
     assert manifest.tensors.keys() == read_manifest(path).tensors.keys()
     assert manifest.scalars == read_manifest(path).scalars
     # Each step is a tile: memory is that of one, however large the tensor.
@@ -59,22 +60,22 @@ def test_weights_in_another_dtype_are_made_from_the_main_parameters(kit, path, t
     new = reshard(path, tmp_path / "new", dtype=dtype).path
     manifest = verify_checkpoint(new)
     assert sorted(manifest.tensors) == ["b", "ids", "w"]
-    assert read_whole(new, manifest, "w").equal(MAIN["optimizer.main_param.w"].to(getattr(torch, dtype)))
-    assert read_whole(new, manifest, "b").equal(MIXED["b"].to(getattr(torch, dtype)))
-    assert read_whole(new, manifest, "ids").equal(MIXED["ids"])
+    assert read_tensor(new, "w").equal(MAIN["optimizer.main_param.w"].to(getattr(torch, dtype)))
+    assert read_tensor(new, "b").equal(MIXED["b"].to(getattr(torch, dtype)))
+    assert read_tensor(new, "ids").equal(MIXED["ids"])
     loaded = {"w": torch.zeros(300, 200), "b": torch.zeros(7), "ids": torch.zeros(5, dtype=torch.int64)}
     load_checkpoint(new, kit.whole(loaded), kit.world)
 
 
 def test_each_record_is_read_once(path, tmp_path, monkeypatch):
     read = []
-    inner = reading.read_part
+    inner = reading.checked_parts
 
-    def counted(file, path, part, buffer):
-        read.append(part)
-        return inner(file, path, part, buffer)
+    def counted(path, parts):
+        read.extend(parts)
+        return inner(path, parts)
 
-    monkeypatch.setattr(reading, "read_part", counted)
+    monkeypatch.setattr(reading, "checked_parts", counted)
     reshard(path, tmp_path / "new")
     assert sorted(read, key=lambda part: part.start) == list(read_manifest(path).files["__0_0.distcp"].parts)
 
@@ -108,7 +109,7 @@ def test_damage_is_named_and_nothing_is_left(path, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp has other bytes"):
+    with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp is damaged"):
         reshard(path, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 

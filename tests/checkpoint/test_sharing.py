@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.sharing import share_out
+from megatron_lite.checkpoint.save import deduplicate, save_checkpoint
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import Provenance
 
@@ -35,7 +34,7 @@ def test_each_element_has_one_writer(shapes, count):
     written = {f"{number}": np.zeros(tuple(size + 2 for size in shape), int) for number, shape in enumerate(shapes)}
     written["own"] = np.zeros(3 * count, int)
     for replica in range(count):
-        shared = share_out(held_by(shapes, replica, count))
+        shared = deduplicate(held_by(shapes, replica, count))
         assert not [piece for tensor in shared if tensor.name == "copy" for piece in tensor.pieces]
         for tensor in shared:
             for piece in tensor.pieces:
@@ -56,11 +55,11 @@ def test_each_element_has_one_writer(shapes, count):
 def test_parts_are_equal():
     shapes = [[1000, 16], [16], [2, 300, 16], [40, 16]]
     sizes = [
-        sum(piece.tensor.nbytes for tensor in share_out(held_by(shapes, replica, 4))[:-2] for piece in tensor.pieces)
+        sum(piece.tensor.nbytes for tensor in deduplicate(held_by(shapes, replica, 4))[:-2] for piece in tensor.pieces)
         for replica in range(4)
     ]
     assert max(sizes) - min(sizes) <= 2 * 16 * 4
-    assert all(len(tensor.pieces) <= 3 for tensor in share_out(held_by(shapes, 1, 4)))
+    assert all(len(tensor.pieces) <= 3 for tensor in deduplicate(held_by(shapes, 1, 4)))
 
 
 def test_replicas_save_together_and_one_rank_loads(tmp_path, on_ranks, kit):

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint import writing
-from megatron_lite.checkpoint.writing import PieceWriter, write_dcp_metadata, write_pieces
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveRequest
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece, narrow
 from megatron_lite.rectangle import Rectangle
+from megatron_lite.runs.manifest import Provenance, read_manifest
 
 HEADERS = 1 << 12
 
 
-def written(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def open_writer(root, **options):
+    return CheckpointWriter(SaveRequest(root, 1, {}, Provenance()), LocalGroup("world"), 0, **options)
+
+
+def written(writer):
+    """Content of the data files."""
+    return {path.name: path.read_bytes() for path in sorted(writer.folder.glob("*.distcp"))}
 
 
 def test_each_record_is_a_part_with_its_checksum_and_can_be_read_alone(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(3)}
-    with PieceWriter(tmp_path, 5) as writer:
-        writer.write("a", (4, 3), Rectangle((2, 0), (2, 3)), tensors["a"])
-        writer.write("b", (3,), Rectangle.full((3,)), tensors["b"])
-        writer.write("a", (4, 3), Rectangle.full((2, 3)), tensors["a"] + 1)
-    share = writer.share(("a", "b"))
-    (name, data), *others = written(tmp_path).items()
-    assert name == "__5_0.distcp" and not others
+    with open_writer(tmp_path) as writer:
+        writer.add("a", (4, 3), Rectangle((2, 0), (2, 3)), tensors["a"])
+        writer.add("b", (3,), Rectangle.full((3,)), tensors["b"])
+        writer.add("a", (4, 3), Rectangle.full((2, 3)), tensors["a"] + 1)
+        assert writer.share(0) is None
+        writer.close()
+        share = writer.share(0)
+        (name, data), *others = written(writer).items()
+    assert name == "__0_0.distcp" and not others
     parts = share.files[name].parts
     assert [part.start for part in parts] == [0, parts[0].length, parts[0].length + parts[1].length]
     assert share.files[name].size == len(data)
@@ -50,56 +61,64 @@ def test_each_record_is_a_part_with_its_checksum_and_can_be_read_alone(tmp_path)
 
 def test_a_file_is_full_when_the_next_record_might_exceed_its_size(tmp_path):
     tensor = torch.zeros(1000)
-    with PieceWriter(tmp_path, 0) as writer:
-        writer.write("w", (1000,), Rectangle.full((1000,)), tensor)
-    record = writer.share(()).files["__0_0.distcp"].size
+    with open_writer(tmp_path) as writer:
+        writer.add("w", (1000,), Rectangle.full((1000,)), tensor)
+        writer.close()
+        record = writer.share(0).files["__0_0.distcp"].size
     for size, files in ((record + tensor.nbytes + HEADERS, 2), (record + tensor.nbytes + HEADERS - 1, 3), (1, 3)):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        with PieceWriter(folder, 0, file_size=size) as writer:
+        with open_writer(tmp_path, file_size=size) as writer:
             for number in range(3):
-                writer.write("w", (3000,), Rectangle((1000 * number,), (1000,)), tensor)
-        assert sorted(written(folder)) == [f"__0_{number}.distcp" for number in range(files)]
-        found = writer.share(()).files
-        assert {name: len(data) for name, data in written(folder).items()} == {
-            name: file.size for name, file in found.items()
-        }
+                writer.add("w", (3000,), Rectangle((1000 * number,), (1000,)), tensor)
+            writer.close()
+            contents, found = written(writer), writer.share(0).files
+        assert list(contents) == [f"__0_{number}.distcp" for number in range(files)]
+        assert {name: len(data) for name, data in contents.items()} == {name: file.size for name, file in found.items()}
 
 
 def test_without_a_tensor_there_is_no_file(tmp_path):
-    share = write_pieces(tmp_path, [], 0)
-    assert not written(tmp_path) and not share.files and not share.tensors
+    with open_writer(tmp_path) as writer:
+        writer.add_tensors([])
+        writer.close()
+        share = writer.share(0)
+        assert not written(writer) and not share.files and not share.tensors
 
 
 def test_only_the_writer_of_a_tensor_writes_it_and_all_who_hold_it_say_so(tmp_path):
     tensor = torch.arange(8.0)
     pieces = [Piece((0,), tensor[:3]), Piece((5,), tensor[5:])]
-    share = write_pieces(
-        tmp_path,
-        [GlobalTensor("mine", (8,), tensor.dtype, pieces), GlobalTensor("theirs", (8,), tensor.dtype, pieces, False)],
-        2,
-    )
+    with open_writer(tmp_path) as writer:
+        writer.add_tensors(
+            [
+                GlobalTensor("mine", (8,), tensor.dtype, pieces),
+                GlobalTensor("theirs", (8,), tensor.dtype, pieces, write=False),
+            ]
+        )
+        writer.close()
+        share = writer.share(0)
     assert list(share.tensors) == ["mine"] and share.held == ("mine", "theirs")
     assert [piece.rectangle for piece in share.tensors["mine"].pieces] == [Rectangle((0,), (3,)), Rectangle((5,), (3,))]
 
 
 @pytest.fixture
 def synced(monkeypatch):
-    """Files whose content was forced to the disk."""
+    """Inodes of what was forced to the disk."""
     found = []
-    monkeypatch.setattr(writing.os, "fsync", found.append)
+    monkeypatch.setattr(writing.os, "fsync", lambda descriptor: found.append(os.fstat(descriptor).st_ino))
     return found
 
 
 def test_the_disk_is_waited_for_unless_there_was_an_error(tmp_path, synced):
-    with PieceWriter(tmp_path, 0) as writer:
-        writer.write("w", (2,), Rectangle.full((2,)), torch.zeros(2))
-    assert len(synced) == 1
-    with pytest.raises(KeyError), PieceWriter(tmp_path, 1) as writer:
-        writer.write("w", (2,), Rectangle.full((2,)), torch.zeros(2))
+    with open_writer(tmp_path) as writer:
+        writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
+        assert not synced
+        writer.close()
+        assert (writer.folder / "__0_0.distcp").stat().st_ino in synced
+    synced.clear()
+    with pytest.raises(KeyError), open_writer(tmp_path) as writer:
+        writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
         file = writer._file
         raise KeyError
-    assert len(synced) == 1 and file.closed and not writer.share(()).files
+    assert not synced and file.closed and not writer.folder.exists()
 
 
 @contextmanager
@@ -121,12 +140,15 @@ def saving_fails(monkeypatch, error, cause=None):
 
 def test_a_failed_write_is_what_is_raised_and_not_torchs_complaint_about_it(tmp_path, monkeypatch):
     full, complaint = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
-    with PieceWriter(tmp_path, 0) as writer:
-        with saving_fails(monkeypatch, complaint, full), pytest.raises(OSError, match="No space left") as caught:
-            writer.write("w", (2,), Rectangle.full((2,)), torch.zeros(2))
-        assert caught.value is full
+    with open_writer(tmp_path) as writer:
+        with (
+            saving_fails(monkeypatch, complaint, full),
+            pytest.raises(CheckpointError, match="No space left") as caught,
+        ):
+            writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
+        assert caught.value.__cause__ is full
         with saving_fails(monkeypatch, complaint), pytest.raises(RuntimeError, match="unexpected pos") as caught:
-            writer.write("w", (2,), Rectangle.full((2,)), torch.zeros(2))
+            writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
         assert caught.value is complaint and complaint.__cause__ is None
 
 
@@ -142,11 +164,12 @@ def test_rectangles_are_views():
 def test_any_layout_is_saved_without_what_lies_around_it(tmp_path, dtype):
     whole = torch.arange(200).reshape(10, 20).to(dtype)
     parts = [whole[2:5], whole.t()[3:9], whole[::2, ::3], whole[0, 0]]
-    with PieceWriter(tmp_path, 0) as writer:
+    with open_writer(tmp_path) as writer:
         for number, part in enumerate(parts):
-            writer.write(str(number), part.shape, Rectangle.full(part.shape), part)
-    (data,) = written(tmp_path).values()
-    for part, saved in zip(parts, writer.share(()).files["__0_0.distcp"].parts, strict=True):
+            writer.add(str(number), part.shape, Rectangle.full(part.shape), part)
+        writer.close()
+        (data,), share = written(writer).values(), writer.share(0)
+    for part, saved in zip(parts, share.files["__0_0.distcp"].parts, strict=True):
         loaded = torch.load(io.BytesIO(data[saved.start : saved.start + saved.length]))
         assert torch.equal(loaded, part) and loaded.dtype == dtype
         assert loaded.untyped_storage().nbytes() == part.nbytes
@@ -154,7 +177,9 @@ def test_any_layout_is_saved_without_what_lies_around_it(tmp_path, dtype):
 
 
 def test_metadata_is_a_file_of_one_part(tmp_path):
-    share = write_pieces(tmp_path, [GlobalTensor("w", (2,), torch.float32, [Piece((0,), torch.zeros(2))])], 0)
-    saved = write_dcp_metadata(tmp_path, share.tensors, share.files)
-    data = (tmp_path / ".metadata").read_bytes()
+    with open_writer(tmp_path) as writer:
+        writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
+        writer.close()
+        path = writer.finish().path
+    data, saved = (path / ".metadata").read_bytes(), read_manifest(path).files[".metadata"]
     assert [(part.start, part.length, part.crc32) for part in saved.parts] == [(0, len(data), zlib.crc32(data))]

@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(corpus, finished, tmp_path
     assert_explained(result, file, "--fallback-on-corrupt", kind="CorruptCheckpointError")
     result = command(*job("--train-iters", 5, "--fallback-on-corrupt"))
     assert result.code == 0, result.err
-    assert f"iter_0000003 is damaged and passed over: {file} has other bytes" in result.out
+    assert f"skipped the damaged checkpoint iter_0000003: {file} is damaged" in result.out
     assert f"  start       after iteration 2, from {save}/iter_0000002" in result.out
     assert iterations(save) == [1, 2, 3, 4, 5]
     whole = [name for name in checkpoints(save) if ".damaged-" not in name]

@@ -15,8 +15,7 @@ from unittest import mock
 import pytest
 from support.trainer import checkpoints, command, iterations, records, status
 
-from megatron_lite.checkpoint import background, writing
-from megatron_lite.checkpoint import save as saving
+from megatron_lite.checkpoint import writing
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.errors import CheckpointError
 from megatron_lite.lifecycle.exit_status import ExitRecord
@@ -109,14 +108,14 @@ def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, 
 
 def die_unannounced(iteration):
     """Makes a job die -9 when this checkpoint is whole and has its name, but is not announced yet."""
-    announce = saving.announce
+    announce = writing.announce
 
     def die(root, number):
         if number == iteration:
             os.kill(os.getpid(), signal.SIGKILL)
         announce(root, number)
 
-    saving.announce = die
+    writing.announce = die
 
 
 def test_a_job_that_died_before_the_announcement_goes_on_from_what_it_saved(corpus, start, tmp_path):
@@ -148,13 +147,13 @@ class FullDisk(io.FileIO):
 
 
 def full_on_rank_1(backend, words, *, for_good):
-    """On one rank: a run in which rank 1's disk is full after the first save, even for a note that says so."""
+    """On one rank: a run in which rank 1's disk is full after the first save, even for a record of the failure."""
     config = parse_run(words, world_size=backend.world_size).config
     with ExitStack() as stack:
         if backend.rank == 1:
             refuse = SecondFileFull(for_good)
             stack.enter_context(mock.patch.object(writing, "FileIO", refuse.open))
-            stack.enter_context(mock.patch.object(background, "replace_file", refuse.note))
+            stack.enter_context(mock.patch.object(writing.CheckpointWriter, "report_failure", refuse.record))
         try:
             with ExitRecord(config.checkpoint.save, backend.launch) as record:
                 train_job(config, record, started=time.monotonic(), backend=backend)
@@ -174,7 +173,7 @@ class SecondFileFull:
         full = self.opened >= 2 if self.for_good else self.opened == 2
         return (FullDisk if full else io.FileIO)(path, mode)
 
-    def note(self, path, data):
+    def record(self, error):
         raise OSError(28, "No space left on device")
 
 
@@ -182,7 +181,7 @@ class SecondFileFull:
 def test_all_ranks_agree_on_what_one_could_not_write(mode, corpus, on_ranks, tmp_path):
     save = tmp_path / "run"
     words = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
-    # Rank 0 would wait half an hour for a note that rank 1 cannot write; on_ranks would end it after two minutes.
+    # Rank 0 would wait half an hour for a record that rank 1 cannot write; on_ranks would end it after two minutes.
     errors = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
     assert errors == [None, None]
     assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
+from support.checkpoints import read_tensor
 from support.trainer import checkpoints, command, measured, records, status
 
-from megatron_lite.checkpoint.offline import read_whole
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.runs.manifest import read_manifest
 
@@ -108,7 +108,7 @@ def test_fp16_skips_an_overflow_and_says_so(corpus, tmp_path, monkeypatch):
 
 def read_weights(checkpoint):
     manifest = read_manifest(checkpoint)
-    return {name: read_whole(checkpoint, manifest, name) for name in manifest.tensors}
+    return {name: read_tensor(checkpoint, name) for name in manifest.tensors}
 
 
 def test_fp16_finds_its_scale_from_the_default_one(corpus, tmp_path):
@@ -148,7 +148,7 @@ def corrupt(checkpoint, save_checkpoint):
     manifest = read_manifest(checkpoint)
     tensors = []
     for name in manifest.tensors:
-        value = read_whole(checkpoint, manifest, name)
+        value = read_tensor(checkpoint, name)
         if name == "decoder.layers.1.mlp.fc1.weight":
             value[0, 0] = math.nan
         tensors.append(GlobalTensor(name, tuple(value.shape), value.dtype, [Piece((0,) * value.dim(), value)]))

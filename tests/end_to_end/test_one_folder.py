@@ -215,9 +215,9 @@ def test_a_command_tells_of_sigterm_and_tidies_up(corpus, start, tmp_path):
 
 
 def terminate_in_reshard():
-    from megatron_lite.checkpoint import rewriting
+    from megatron_lite.checkpoint.reading import CheckpointReader
 
-    rewriting.read_rectangle = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    CheckpointReader.read = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 
 
 def interrupted_at(number, function):

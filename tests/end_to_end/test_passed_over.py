@@ -43,5 +43,5 @@ def test_an_evaluation_leaves_the_folder_as_it_is(damaged, corpus):
     before = sorted(damaged.iterdir())
     result = command(*corpus.job("--train-iters", 4, "--load", damaged, "--fallback-on-corrupt", "--skip-train"))
     assert result.code == 0, result.err
-    assert "iter_0000004 is damaged and passed over" in result.out
+    assert "skipped the damaged checkpoint iter_0000004" in result.out
     assert sorted(damaged.iterdir()) == before

@@ -14,7 +14,7 @@ from support.trainer import make_corpus
 
 from megatron_lite.backend.environment import read_launch
 from megatron_lite.backend.select import select_backend
-from megatron_lite.checkpoint.offline import CheckpointSource
+from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.errors import CheckpointError
@@ -119,7 +119,7 @@ def original(make_checkpoint):
 
     def make(**fields):
         path = make_checkpoint("original", **fields) / "iter_0000007"
-        source = CheckpointSource(path)
+        source = CheckpointReader(path)
         model = stored_model(source.manifest, path).model
         tokens = torch.arange(40).view(2, 20) % VOCAB
         return read_state(path), model, streamed_logits(model, source, tokens), tokens
@@ -135,7 +135,7 @@ def imported():
         chosen = ImportOptions(megatron=MegatronOptions(flags=flags, **options), verify=False, dtype=dtype)
         report = import_checkpoint(source, output, chosen)
         (path,) = output.glob("iter_*")
-        return report, CheckpointSource(path)
+        return report, CheckpointReader(path)
 
     return run
 

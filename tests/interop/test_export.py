@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from support.interop_models import MODELS, VOCAB, run_config
 
-from megatron_lite.checkpoint.offline import CheckpointSource, TensorInfo, compare_values
+from megatron_lite.checkpoint.reading import CheckpointReader, compare_checkpoints
+from megatron_lite.checkpoint.sources import TensorInfo
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.generation.generate import generate
@@ -55,7 +56,7 @@ def test_export_import_export(name, tp, pp, make_checkpoint, tmp_path, transform
     export(tmp_path / "back", tmp_path / "again")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again")
     if not fields.get("zero_centered_norm"):
-        differences = list(compare_values(load / "iter_0000007", tmp_path / "back" / "iter_0000000"))
+        differences = list(compare_checkpoints(load / "iter_0000007", tmp_path / "back" / "iter_0000000"))
         assert len(differences) == len(parameter_shapes(run_config(**fields).model))
         assert all(difference.equal for difference in differences)
 
@@ -110,20 +111,19 @@ def test_dtype_and_shards(make_checkpoint, tmp_path):
 def test_one_tensor_is_in_memory_at_a_time(make_checkpoint, tmp_path, monkeypatch):
     """Tiles are read and written one by one; only a tensor that is rearranged is held, and only one."""
     from megatron_lite.checkpoint import tiles
-    from megatron_lite.interop import export as module
 
     monkeypatch.setattr(tiles, "MIN_TILE", 512)
     monkeypatch.setattr(tiles, "MAX_TILE", 2048)
     load = make_checkpoint()
     sizes = []
-    inner = module.read_rectangle
+    inner = CheckpointReader.read
 
     def read(*args):
         tensor = inner(*args)
         sizes.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(module, "read_rectangle", read)
+    monkeypatch.setattr(CheckpointReader, "read", read)
     plan = plan_export(str(load), 0, NO_CHECK)
     export_checkpoint(plan, tmp_path / "out")
     largest = max(4 * 32 * 128, 4 * 96 * 32)  # fc1, qkv
@@ -138,9 +138,9 @@ def test_main_parameters_are_the_weights_in_fp32(make_checkpoint, tmp_path):
     manifest = read_manifest(path)
     # As a bf16 run leaves it: the fp32 values beside their roundings.
     from megatron_lite.checkpoint.rewriting import write_source
-    from megatron_lite.checkpoint.save import SaveRequest
+    from megatron_lite.checkpoint.writing import SaveRequest
 
-    source = CheckpointSource(path)
+    source = CheckpointReader(path)
 
     class WithMain:
         tensors = source.tensors | {
@@ -280,9 +280,9 @@ def test_output_exists(make_checkpoint, tmp_path):
 def test_not_finite(make_checkpoint, tmp_path):
     load = make_checkpoint()
     from megatron_lite.checkpoint.rewriting import write_source
-    from megatron_lite.checkpoint.save import SaveRequest
+    from megatron_lite.checkpoint.writing import SaveRequest
 
-    source = CheckpointSource(load / "iter_0000007")
+    source = CheckpointReader(load / "iter_0000007")
     bad = "decoder.layers.1.mlp.fc2.weight"
 
     class WithNaN:
@@ -368,5 +368,5 @@ def test_streamed_logits_are_the_models(layers, make_checkpoint):
 
     with torch.no_grad():
         whole = restored.stage.eval()(None, MicroBatch(tokens=tokens, labels=tokens))[..., :VOCAB].transpose(0, 1)
-    streamed = streamed_logits(restored.config.model, CheckpointSource(load / "iter_0000007"), tokens)
+    streamed = streamed_logits(restored.config.model, CheckpointReader(load / "iter_0000007"), tokens)
     torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-6)

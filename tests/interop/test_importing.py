@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.interop_models import VOCAB
 
-from megatron_lite.checkpoint.offline import compare_values
+from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.config.arguments import parse_run, to_argv
 from megatron_lite.errors import CheckpointError, ConfigError
@@ -119,7 +119,7 @@ def test_keys_of_the_hub(gpt2_folder, changed, tmp_path):
     imported(gpt2_folder, tmp_path / "plain", verify=False)
     imported(folder, tmp_path / "ck", verify=False)
     both = [tmp_path / name / "iter_0000000" for name in ("plain", "ck")]
-    assert all(difference.equal for difference in compare_values(*both))
+    assert all(difference.equal for difference in compare_checkpoints(*both))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -150,7 +150,7 @@ def test_a_save_that_cannot_be_renamed_leaves_the_older_one(kit, root, monkeypat
 
     before = (root / "iter_0000020" / "manifest.json").read_bytes()
     announce(root, 20)
-    monkeypatch.setattr("megatron_lite.checkpoint.save.make_visible", refuse)
+    monkeypatch.setattr("megatron_lite.checkpoint.writing.make_visible", refuse)
     with pytest.raises(CheckpointError, match="Input/output error"):
         kit.save(root, 20)
     assert (find_checkpoint(str(root)) / "manifest.json").read_bytes() == before

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.checkpoint import save as save_module
+from megatron_lite.checkpoint import writing
 from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.catalog import announce, find_checkpoint
@@ -40,7 +40,7 @@ def test_keep_last(kit, tmp_path):
 
 def test_a_failed_save_deletes_nothing(kit, tmp_path, monkeypatch):
     kit.save(tmp_path, 1)
-    monkeypatch.setattr(save_module, "announce", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(writing, "announce", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="No space left"):
         kit.save(tmp_path, 2, keep_last=1)
     assert "iter_0000001" in names(tmp_path)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.backend.group import Group, LocalGroup, new_process_group
-from megatron_lite.checkpoint.save import SaveReport, save_checkpoint
+from megatron_lite.checkpoint.reading import CheckpointReader
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveReport
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import Retention
@@ -50,6 +52,12 @@ class Kit:
         held = self.whole(self.tensors(iteration) if tensors is None else tensors)
         options = {"retention": Retention(keep_last), **options}
         return save_checkpoint(root, iteration, held, {"iteration": iteration}, Provenance(), self.world, **options)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor of a checkpoint."""
+    reader = CheckpointReader(path)
+    return reader.read(name, reader.tensors[name].full)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import torch
 
-from megatron_lite.checkpoint.offline import CheckpointSource
+from megatron_lite.checkpoint.reading import CheckpointReader
 
 LEGACY = (
     ("input_layernorm", "input_norm", None),
@@ -34,7 +34,7 @@ FUSED = {"input_layernorm": "self_attention.linear_qkv.layer_norm_", "pre_mlp_la
 
 def read_state(path):
     """All tensors of a checkpoint of ours."""
-    source = CheckpointSource(path)
+    source = CheckpointReader(path)
     return {name: source.read(name, info.full).clone() for name, info in source.tensors.items()}
 
 

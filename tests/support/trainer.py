@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from megatron_lite.checkpoint.offline import compare_values
+from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.cli.main import main
 
 # Fork starts a job in a tenth of a second, an interpreter with torch in three; to a signal both are processes.
@@ -124,7 +124,7 @@ def assert_same_run(one, other):
     assert measured(one) == measured(other)
     last = checkpoints(one)[-1]
     assert checkpoints(other)[-1] == last
-    differences = list(compare_values(one / last, other / last))
+    differences = list(compare_checkpoints(one / last, other / last))
     assert len(differences) > 20
     assert [difference.name for difference in differences if not difference.equal] == []
 

@@ -9,7 +9,7 @@ import pytest
 from support.layout_matrix import SP, ZERO1, Cell, iterate, mesh_of
 
 from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.offline import compare_values
+from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
@@ -67,7 +67,7 @@ def check(writer, readers, on_ranks, root):
     for world in sorted({cell.world for cell in readers}):
         cells = [cell for cell in readers if cell.world == world]
         for number, (cell, losses) in enumerate(zip(cells, on_ranks(world, read, cells, str(root))[0], strict=True)):
-            differences = list(compare_values(root / saved, root / f"world{world}-{number}" / saved))
+            differences = list(compare_checkpoints(root / saved, root / f"world{world}-{number}" / saved))
             assert len(differences) > 20
             assert [difference.name for difference in differences if not difference.equal] == [], str(cell)
             if cell == writer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.names import MAIN_PREFIX
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.foreign import ForeignModel

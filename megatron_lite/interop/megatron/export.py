@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.config.vocabulary import padded_vocab_size
@@ -48,7 +49,6 @@ from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.foreign import recognise
-from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.schedules.progress import Progress
 
 _HEAD = "output_layer.weight"
@@ -121,7 +121,8 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
             found=f"{load} holds none" if Path(load).is_dir() else f"{load} does not exist",
             fix="Give the folder that a run was given with --save, or one of its iter_… folders",
         )
-    manifest = read_manifest(path)
+    reader = CheckpointReader(path)
+    manifest = reader.manifest
     stored = stored_model(manifest, path)
     model = stored.model
     scheme = _scheme(stored, options)
@@ -146,7 +147,7 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
                 fix=f"Give a {flag} that divides {value}",
             )
     layouts = parameter_layouts(model)
-    weights = Weights(path, manifest, tuple(layouts), options.dtype)
+    weights = Weights(reader, tuple(layouts), options.dtype)
     require_weights(weights, {name: layout.shape for name, layout in layouts.items()}, path)
     dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
     progress = Progress.from_dict(manifest.scalars["progress"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.offline import TensorInfo, TensorSource
+from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.megatron.arrangements import Arrangement
 from megatron_lite.interop.transforms import Shape

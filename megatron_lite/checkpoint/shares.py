@@ -1,4 +1,4 @@
-"""Merge of all ranks' write records, with the check that every tensor element was written exactly once."""
+"""Write records of ranks: merge into the manifest's tensors, check for lost or doubled elements, DCP metadata."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_lite.errors import CheckpointError
 from megatron_lite.rectangle import Rectangle
@@ -22,13 +32,13 @@ from megatron_lite.runs.manifest import (
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank brings to a save.
+    """Write record of one rank.
 
     Attributes:
         tensors: the pieces that it wrote; each SavedTensor holds this rank's pieces only.
         files: the files that it wrote.
-        held: names of all tensors that it holds a part of, written by it or by another.
-        error: why it could not write, in which case the rest is empty.
+        held: names of all tensors of which the rank holds a part, written by this rank or by another.
+        error: why writing failed, in which case the rest is empty.
     """
 
     tensors: Mapping[str, SavedTensor] = field(default_factory=dict)
@@ -37,7 +47,7 @@ class Share:
     error: str = ""
 
     def encode(self) -> bytes:
-        """The share as JSON, to be left in the folder for the rank that finishes the save."""
+        """Return the record as JSON, which is left in the folder for rank 0."""
         content = {
             "tensors": {name: tensor_to_json(tensor) for name, tensor in self.tensors.items()},
             "files": {name: file_to_json(file) for name, file in self.files.items()},
@@ -48,7 +58,7 @@ class Share:
 
     @classmethod
     def decode(cls, data: bytes) -> Share:
-        """The inverse of encode."""
+        """Return the record of some JSON; the inverse of encode."""
         content: dict[str, Any] = json.loads(data)
         return cls(
             {name: tensor_from_json(tensor) for name, tensor in content["tensors"].items()},
@@ -59,42 +69,62 @@ class Share:
 
 
 def merge_shares(shares: Sequence[Share]) -> dict[str, SavedTensor]:
-    """All pieces of all tensors.
+    """Return every tensor with the pieces of all ranks.
 
     Raises:
-        CheckpointError: a tensor has different shapes or dtypes on two ranks, or an element of it was written by
-            nobody or twice.
+        CheckpointError: a tensor has different shapes or dtypes on two ranks, or one of its elements was written
+            by no rank or twice.
     """
     merged: dict[str, SavedTensor] = {}
     for share in shares:
         for name, tensor in share.tensors.items():
             known = merged.get(name, SavedTensor(tensor.shape, tensor.dtype, ()))
             if (known.shape, known.dtype) != (tensor.shape, tensor.dtype):
-                raise _not_whole(
-                    name, f"it is {known.dtype} {known.shape} on one rank and {tensor.dtype} {tensor.shape} on another"
+                raise _incomplete(
+                    name,
+                    f"it is {known.dtype} {known.shape} on one rank and {tensor.dtype} {tensor.shape} on another",
                 )
             merged[name] = SavedTensor(known.shape, known.dtype, known.pieces + tensor.pieces)
     for name in {name for share in shares for name in share.held} - merged.keys():
-        raise _not_whole(name, "ranks hold it but none was told to write it")
+        raise _incomplete(name, "ranks hold it, but none writes it")
     for name, tensor in merged.items():
-        _check_whole(name, tensor)
+        _check_complete(name, tensor)
     return merged
 
 
-def _check_whole(name: str, tensor: SavedTensor) -> None:
+def dcp_metadata(tensors: Mapping[str, SavedTensor], files: Mapping[str, SavedFile]) -> Metadata:
+    """Return shapes, chunks and their places in the files as DCP stores them in `.metadata`.
+
+    It serves other programs: the file is a pickle, and our own loads, which execute nothing, read the manifest.
+    """
+    state: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for name, tensor in tensors.items():
+        places = [piece.rectangle for piece in tensor.pieces]
+        chunks = [ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape)) for place in places]
+        properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+        state[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for piece in tensor.pieces:
+            part = files[piece.file].parts[piece.part]
+            storage[MetadataIndex(name, piece.rectangle.offset)] = _StorageInfo(piece.file, part.start, part.length)
+    # planner_data states how torch's own converters nest the names in a dict: not at all.
+    return Metadata(state, planner_data={name: (name,) for name in tensors}, storage_data=storage)
+
+
+def _check_complete(name: str, tensor: SavedTensor) -> None:
     full = Rectangle.full(tensor.shape)
     if any(piece.rectangle.numel and piece.rectangle.intersection(full) != piece.rectangle for piece in tensor.pieces):
-        raise _not_whole(name, f"a piece lies outside of its shape {tensor.shape}")
+        raise _incomplete(name, f"a piece lies outside of the tensor's shape {tensor.shape}")
     # No overlap and the right total together mean that every element is there once.
     twice = _first_overlap(tensor.pieces)
     if twice:
         one, other = twice
-        raise _not_whole(
+        raise _incomplete(
             name, f"the pieces at {one.rectangle.offset} ({one.file}) and {other.rectangle.offset} overlap"
         )
     written = sum(piece.rectangle.numel for piece in tensor.pieces)
     if written != full.numel:
-        raise _not_whole(name, f"{written} of {full.numel} elements were written")
+        raise _incomplete(name, f"{written} of {full.numel} elements were written")
 
 
 def _first_overlap(pieces: Sequence[SavedPiece]) -> tuple[SavedPiece, SavedPiece] | None:
@@ -110,9 +140,9 @@ def _first_overlap(pieces: Sequence[SavedPiece]) -> tuple[SavedPiece, SavedPiece
     return None
 
 
-def _not_whole(name: str, found: str) -> CheckpointError:
+def _incomplete(name: str, problem: str) -> CheckpointError:
     return CheckpointError(
-        "Each element of a tensor must be saved exactly once",
-        found=f"{name}: {found}",
-        fix="This is a fault in the program, not in the run: please report it with the parallel sizes",
+        f"Cannot save {name}: {problem}",
+        rule="Each element of a tensor must be saved exactly once",
+        fix="This is a fault in the program: please report it with the parallel sizes",
     )
