@@ -35,7 +35,7 @@ from megatron_lite.formatting import format_size
 from megatron_lite.parallel.tensors import GlobalTensor, narrow
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.atomic import replace_file, sync_folder, write_synced
-from megatron_lite.runs.catalog import announce, folder_name
+from megatron_lite.runs.catalog import folder_name, set_latest
 from megatron_lite.runs.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -217,7 +217,7 @@ class CheckpointWriter:
             request.check()
             make_visible(self.folder, request.path)
             try:
-                announce(request.root, request.iteration)
+                set_latest(request.root, request.iteration)
             except OSError:
                 # A checkpoint that is not announced does not count: discard removes it.
                 request.path.rename(self.folder)

@@ -42,11 +42,11 @@ def run(argv: list[str]) -> int:
 
 def _list(options: argparse.Namespace, console: Console) -> int:
     from megatron_lite.runs.catalog import (
-        announced,
-        announcement_problem,
         incompleteness,
+        latest_problem,
         list_iterations,
         locate,
+        read_latest,
     )
     from megatron_lite.runs.foreign import foreign_error
     from megatron_lite.runs.manifest import read_manifest
@@ -54,7 +54,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     for root in options.folders:
         listed, broken = table(root, "", "iteration", "size", "parameters", "ranks", "saved"), []
-        latest = announced(existing(root))
+        latest = read_latest(existing(root))
         for iteration in list_iterations(root):
             path = locate(root, iteration)
             if (problem := incompleteness(path)) is not None:
@@ -70,7 +70,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
                 when(manifest),
             )
         console.print(listed)
-        if (problem := announcement_problem(root)) is None:
+        if (problem := latest_problem(root)) is None:
             console.print(f"→ is what --load {root} takes")
         elif listed.row_count:
             console.print(problem, style="red")
@@ -86,7 +86,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.runs.catalog import announcement_problem, iteration_of
+    from megatron_lite.runs.catalog import iteration_of, latest_problem
 
     paths, lost = [], 0
     for given in options.folders:
@@ -99,7 +99,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
                 fix="Give a folder that --save wrote",
             )
         paths += found
-        if not single and (problem := announcement_problem(given)) is not None:
+        if not single and (problem := latest_problem(given)) is not None:
             lost += 1
             console.print("damaged", style="red", end=" ")
             console.print(problem)

@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries (created, renamed, removed) durable; file systems that cannot are left alone."""
+    """Make the folder's entries (created, renamed, removed) durable, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        # Some network file systems refuse fsync on a folder; their renames are durable when the server says so.
+        # Some network file systems refuse fsync on a folder; the server makes their renames durable.
         pass
     finally:
         os.close(descriptor)
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a new file and waits until its bytes are on the disk.
+    """Write a new file and wait until its bytes are on the disk.
 
     Raises:
         OSError: no room, no permission.
@@ -32,10 +32,10 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Gives `path` new content in one step: a reader sees the old bytes or the new ones, never a mixture.
+    """Replace the content of `path` atomically: a reader sees the old bytes or the new ones, never a mixture.
 
     Raises:
-        OSError: no room, no permission; `path` is as it was.
+        OSError: no room, no permission; `path` is unchanged.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -1,9 +1,9 @@
 """Checkpoint catalog: lists the checkpoints of a folder and finds the one to load.
 
-A folder given to --save holds `iter_0000100/` for each checkpoint and `latest_checkpointed_iteration.txt`, as Megatron
-lays it out. Longer names are on their way in or out: `iter_0000100.partial-…` is being written, `.deleted-…` is going,
-and `.replaced` has stepped aside for a new save of the same iteration, for which it stands until that is there. A
-`.damaged-…` one was passed over by a run that went on from an earlier one: it stays for people to look at.
+As in Megatron, a --save folder holds `iter_0000100/` for each checkpoint, and `latest_checkpointed_iteration.txt`.
+Other names are temporary: `iter_0000100.partial-…` is being written, `.deleted-…` is being removed, and `.replaced` is
+an older save of the same iteration, which counts until the new one has its name. `.damaged-…` is a checkpoint that a
+run passed over for an earlier one (--fallback-on-corrupt); it is kept for inspection.
 """
 
 from __future__ import annotations
@@ -23,41 +23,46 @@ _FOLDER = re.compile(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?")
 
 
 def folder_name(iteration: int) -> str:
-    """Name of an iteration's folder: iter_0000100."""
+    """Return the name of an iteration's folder: iter_0000100."""
     return f"iter_{iteration:07d}"
 
 
 def iteration_of(checkpoint: Path) -> int | None:
-    """The iteration that a folder's name says, or None if it is not a checkpoint's name."""
+    """Return the iteration in a folder's name; None: it is not a checkpoint's name."""
     match = _FOLDER.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
 
 
+def replaced_name(checkpoint: Path) -> Path:
+    """Return the name under which a checkpoint waits while a new save of its iteration takes its place."""
+    return checkpoint.with_name(checkpoint.name + REPLACED)
+
+
 def locate(root: Path, iteration: int) -> Path:
-    """Where an iteration's checkpoint lies, or would lie if there is none."""
+    """Return the folder of an iteration's checkpoint, whether it exists or not."""
     checkpoint = root / folder_name(iteration)
     replaced = replaced_name(checkpoint)
     return replaced if replaced.exists() and not checkpoint.exists() else checkpoint
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the folder is a whole checkpoint: its manifest is readable and every file has the length it says.
+    """Return whether a folder is a complete checkpoint: its manifest is readable and every file has the right size.
 
-    This looks at names and lengths only; verify.py reads the bytes.
+    Contents are not read; checkpoint/verify.py does that.
     """
     return iteration_of(checkpoint) is not None and incompleteness(checkpoint) is None
 
 
 def incompleteness(checkpoint: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint, with the file's name, or None."""
+    """Return why a folder is not a complete checkpoint, with the file's name; None: it is one."""
     if not checkpoint.is_dir():
-        return f"{checkpoint} is not there"
+        return f"{checkpoint} does not exist"
     try:
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:
         return error.problem
     if manifest.iteration != iteration_of(checkpoint):
-        return f"{checkpoint} is that of iteration {manifest.iteration} under another name"
+        return f"{checkpoint} holds iteration {manifest.iteration}, unlike its name"
     for name, file in manifest.files.items():
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None
@@ -67,21 +72,21 @@ def incompleteness(checkpoint: Path) -> str | None:
 
 
 def list_iterations(root: Path) -> list[int]:
-    """Iterations that a folder has checkpoints of, whole or not, in order."""
+    """Return the iterations of a folder's checkpoints, complete or not, in ascending order."""
     if not root.is_dir():
         return []
     return sorted({iteration for entry in root.iterdir() if (iteration := iteration_of(entry)) is not None})
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest iteration first."""
+    """Return the complete checkpoints of a folder, in ascending order of iterations."""
     return [entry for iteration in list_iterations(root) if is_complete(entry := locate(root, iteration))]
 
 
-def announced(root: Path) -> str | None:
-    """The text of latest_checkpointed_iteration.txt, stripped; None if there is no such file.
+def read_latest(root: Path) -> str | None:
+    """Return the text of latest_checkpointed_iteration.txt, stripped; None: there is no such file.
 
-    It may be empty or hold anything: a full disk or a power failure leaves such files.
+    It may be empty or arbitrary: a full disk or a power failure leaves such files.
     """
     try:
         return (root / LATEST_NAME).read_bytes().decode("utf-8-sig", "replace").strip(" \t\r\n\x00")
@@ -89,147 +94,121 @@ def announced(root: Path) -> str | None:
         return None
 
 
-def _iteration(text: str) -> int | None:
-    """The iteration that the announcement's text is, or None."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
-
-
 def latest_iteration(root: Path) -> int | None:
     """Return the iteration in latest_checkpointed_iteration.txt; None: there is no such file, or it is damaged."""
-    text = announced(root)
-    return None if text is None else _iteration(text)
+    text = read_latest(root)
+    return None if text is None else _parse_iteration(text)
 
 
-def announce(root: Path, iteration: int) -> None:
-    """Makes `iteration` the one that a load of `root` takes."""
+def set_latest(root: Path, iteration: int) -> None:
+    """Make `iteration` the latest of `root`, which is loaded by default."""
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())
 
 
-def announcement_problem(root: Path) -> str | None:
-    """Why a load of `root` would not take what its text file announces, with that file's name; None: it would."""
-    text = announced(root)
+def latest_problem(root: Path) -> str | None:
+    """Return why the latest checkpoint of `root` cannot be loaded, with the file's name; None: it can."""
+    text = read_latest(root)
     if text is None:
         return f"{root / LATEST_NAME} is missing"
-    if (iteration := _iteration(text)) is None:
-        return f"{root / LATEST_NAME} says {text[:40]!r}, which is no iteration"
+    if (iteration := _parse_iteration(text)) is None:
+        return f"{root / LATEST_NAME} contains {text[:40]!r} instead of an iteration"
     problem = incompleteness(locate(root, iteration))
-    return problem and f"{root / LATEST_NAME} says {text}, but {problem}"
+    return problem and f"{root / LATEST_NAME} names iteration {text}, but {problem}"
 
 
-def unannounced(root: Path) -> int | None:
-    """The iteration of a whole checkpoint that was written after the last announcement: a job died in between.
+def unrecorded_iteration(root: Path) -> int | None:
+    """Return the iteration of a complete checkpoint that a job saved and was killed before it could make it the latest.
 
-    A later checkpoint that is older than the announcement was left behind by a rollback or by hand; it does not count.
+    It is newer than latest_checkpointed_iteration.txt. An older file with a later iteration was left by a rollback or
+    a person, and does not count.
     """
-    text = announced(root)
-    if text is None or (last := _iteration(text)) is None:
+    if (last := latest_iteration(root)) is None:
         return None
-    told = (root / LATEST_NAME).stat().st_mtime_ns
+    recorded = (root / LATEST_NAME).stat().st_mtime_ns
     for iteration in reversed([number for number in list_iterations(root) if number > last]):
         path = locate(root, iteration)
-        if is_complete(path) and (path / MANIFEST_NAME).stat().st_mtime_ns > told:
+        if is_complete(path) and (path / MANIFEST_NAME).stat().st_mtime_ns > recorded:
             return iteration
     return None
-
-
-def latest(root: Path, *, fallback: bool = False, notify: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that a load of `root` means: the announced one, or the newest whole one if none was announced.
-
-    Args:
-        root: the folder given to --load.
-        fallback: whether an earlier one may be taken when the announced one is missing or damaged, or the newest when
-            the announcement is damaged.
-        notify: told when another one than the announced is taken.
-
-    Returns:
-        None if nothing was ever saved here.
-
-    Raises:
-        CheckpointError: a checkpoint was announced but is not there, or not whole.
-    """
-    text = announced(root)
-    if text is None:
-        complete = list_checkpoints(root)
-        if complete:
-            notify(f"{root / LATEST_NAME} is missing: taking the newest complete checkpoint, {complete[-1].name}")
-        return complete[-1] if complete else None
-    if (iteration := _iteration(text)) is None:
-        if (foreign := foreign_error(root)) is not None:
-            raise foreign
-        complete = list_checkpoints(root)
-        if fallback and complete and text != "release":  # Megatron's word for a checkpoint without an iteration
-            notify(
-                f"{root / LATEST_NAME} says {text[:40]!r}, which is no iteration: taking the newest complete "
-                f"checkpoint, {complete[-1].name}"
-            )
-            return complete[-1]
-        raise CheckpointError(
-            f"{LATEST_NAME} must hold the number of an iteration",
-            found=f"{root / LATEST_NAME} says {text[:40]!r}, and the folder holds {_names(complete)}",
-            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}; "
-            "training takes the newest one under --fallback-on-corrupt"
-            if complete
-            else "Give --load the folder that a run was given with --save, or leave it out to start from fresh weights",
-        )
-    wanted = locate(root, iteration)
-    # The others are looked at only if they are needed: each has a manifest of megabytes and a file for every rank.
-    if fallback and (problem := incompleteness(wanted)) is not None:
-        earlier = [entry for entry in list_checkpoints(root) if (iteration_of(entry) or 0) < iteration]
-        if earlier:
-            notify(f"{problem}: taking {earlier[-1].name} instead of the announced {wanted.name}")
-            return earlier[-1]
-    return _require_complete(wanted)
 
 
 def find_checkpoint(
     load: str, iteration: int = 0, *, fallback: bool = False, notify: Callable[[str], None] = print
 ) -> Path | None:
-    """The folder of the checkpoint that --load and --load-iteration mean.
+    """Return the folder of the checkpoint that --load and --load-iteration mean.
 
     Args:
-        load: a folder given to --save, or one checkpoint's own folder iter_….
+        load: a --save folder, or one checkpoint's own folder iter_….
         iteration: the iteration wanted; 0: the latest.
         fallback: --fallback-on-corrupt: take an earlier one if the latest is missing or damaged.
-        notify: told about anything surprising in the choice.
+        notify: receives a line if the choice is not the latest.
 
     Returns:
-        None if the folder is missing or holds nothing yet (the caller decides whether that is a fresh start).
+        None if the folder is missing or holds no checkpoint yet (the caller decides whether that is a fresh start).
 
     Raises:
-        CheckpointError: what was asked for by name, or announced, is missing or incomplete; or it cannot be read.
+        CheckpointError: the checkpoint that was named, or the latest, is missing or incomplete; or the folder cannot
+            be read.
     """
     try:
-        return _find(Path(load), iteration, fallback, notify)
+        path = Path(load)
+        named = iteration_of(path)
+        if named is not None and path.is_dir():
+            if iteration not in (0, named):
+                raise CheckpointError(
+                    f"--load {path} and --load-iteration {iteration} name different iterations",
+                    fix=f"Give --load {path.parent}, or leave --load-iteration out",
+                )
+            return _require_complete(path)
+        if iteration:
+            return _require_complete(locate(path, iteration))
+        found = _find_latest(path, fallback, notify)
+        if found is None and (foreign := foreign_error(path)) is not None:
+            raise foreign
+        return found
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
-            "--load must name a folder that can be read",
-            found=f"--load {load}: {error.strerror}{where}",
-            fix="Give the folder that was the --save of a run, or one of its iter_… folders",
+            f"Cannot read --load {load}: {error.strerror}{where}",
+            fix="Give a folder that was the --save of a run, or one of its iter_… folders",
         ) from error
 
 
-def _find(path: Path, iteration: int, fallback: bool, notify: Callable[[str], None]) -> Path | None:
-    named = iteration_of(path)
-    if named is not None and path.is_dir():
-        if iteration not in (0, named):
-            raise CheckpointError(
-                "--load and --load-iteration must agree",
-                found=f"--load {path} --load-iteration {iteration}",
-                fix="Give the folder above it to --load, or leave --load-iteration out",
-            )
-        return _require_complete(path)
-    if iteration:
-        return _require_complete(locate(path, iteration))
-    found = latest(path, fallback=fallback, notify=notify)
-    if found is None and (foreign := foreign_error(path)) is not None:
-        raise foreign
-    return found
+def _find_latest(root: Path, fallback: bool, notify: Callable[[str], None]) -> Path | None:
+    """Return the latest checkpoint; the newest complete one if none is recorded; None: nothing was ever saved."""
+    text = read_latest(root)
+    if text is None:
+        complete = list_checkpoints(root)
+        if complete:
+            notify(f"{root / LATEST_NAME} is missing: loading the newest complete checkpoint, {complete[-1].name}")
+        return complete[-1] if complete else None
+    if (iteration := _parse_iteration(text)) is None:
+        if (foreign := foreign_error(root)) is not None:
+            raise foreign
+        complete = list_checkpoints(root)
+        problem = f"{root / LATEST_NAME} contains {text[:40]!r} instead of an iteration"
+        if fallback and complete and text != "release":  # Megatron's name of a checkpoint without an iteration
+            notify(f"{problem}: loading the newest complete checkpoint, {complete[-1].name}")
+            return complete[-1]
+        raise CheckpointError(
+            f"{problem}, and the folder holds {_names(complete)}",
+            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}; "
+            "training loads the newest one under --fallback-on-corrupt"
+            if complete
+            else "Give --load the --save folder of a run, or leave --load out to start from fresh weights",
+        )
+    wanted = locate(root, iteration)
+    # The others are examined only if needed: each has a manifest of megabytes and a file for every rank.
+    if fallback and (problem_of_wanted := incompleteness(wanted)) is not None:
+        earlier = [entry for entry in list_checkpoints(root) if (iteration_of(entry) or 0) < iteration]
+        if earlier:
+            notify(f"{problem_of_wanted}: loading {earlier[-1].name} instead of the latest, {wanted.name}")
+            return earlier[-1]
+    return _require_complete(wanted)
 
 
-def replaced_name(checkpoint: Path) -> Path:
-    """Where a checkpoint steps aside for a new save of its iteration."""
-    return checkpoint.with_name(checkpoint.name + REPLACED)
+def _parse_iteration(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def _require_complete(checkpoint: Path) -> Path:
@@ -238,21 +217,17 @@ def _require_complete(checkpoint: Path) -> Path:
         return checkpoint
     kind = CorruptCheckpointError if (checkpoint / MANIFEST_NAME).is_file() else CheckpointError
     others = list_checkpoints(checkpoint.parent)
-    # DeepSpeed leaves Megatron's text file beside its own folders.
+    # DeepSpeed writes Megatron's text file beside its own folders.
     where = checkpoint if others or checkpoint.is_dir() else checkpoint.parent
     if (foreign := foreign_error(where)) is not None:
         raise foreign
     if others:
-        fix = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to take the last whole one"
+        fix = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to load the last complete one"
     elif not checkpoint.is_dir():
-        fix = "Give --load the folder that a run was given with --save, or leave it out to start from fresh weights"
+        fix = "Give --load the --save folder of a run, or leave --load out to start from fresh weights"
     else:
-        fix = "If the folder was copied here, copy it again in full; if not, leave --load out to start afresh"
-    raise kind(
-        "The checkpoint to load must be whole",
-        found=f"{problem}; {checkpoint.parent} holds {_names(others)}",
-        fix=fix,
-    )
+        fix = "If the folder was copied here, copy it again in full; otherwise leave --load out to start afresh"
+    raise kind(f"Cannot load {checkpoint.name}: {problem}; {checkpoint.parent} holds {_names(others)}", fix=fix)
 
 
 def _names(checkpoints: list[Path]) -> str:

@@ -22,7 +22,7 @@ _TAIL_LENGTH = len(_TAIL.format(0))
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing, has another length or other bytes than the manifest says."""
+    """A file of a checkpoint is missing or differs from the manifest in size or content."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,16 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class SavedPart:
-    """A range of a file's bytes with a checksum of its own, so that who needs a part can read and check it alone."""
+    """A range of a file's bytes with a checksum of its own, so that it can be read and verified alone."""
 
     start: int
     length: int
     crc32: int
-    """Any single wrong byte changes it."""
 
 
 @dataclass(frozen=True)
 class SavedFile:
-    """The parts that make up a file, one after the other: a piece's record each, or the whole file."""
+    """A file as a sequence of parts: one per piece, or a single one."""
 
     parts: tuple[SavedPart, ...]
 
@@ -73,14 +72,14 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the run was, so that a resume can tell what has changed.
+    """Origin of a checkpoint, with which a resume compares itself.
 
     Attributes:
         config: the full RunConfig, as dataclasses.asdict gives it.
-        fingerprints: what the run depends on beyond its config, each a short hash or version: `tokenizer`, `code`, and
-            of the data an entry for each source, `data source 1`, and one for their order. See check_fingerprints.
-        skipped_samples: ranges [first, end) of samples that the run was told to leave out.
-        data_history: what the run read so far and in which order; empty in checkpoints of earlier versions.
+        fingerprints: short hashes of what the run depends on beyond its config: `tokenizer`, `code`, one entry per
+            source of the data (`data source 1`) and one for their order. See check_fingerprints.
+        skipped_samples: ranges [first, end) of samples that a rollback skips.
+        data_history: data read so far, by segment, and their order; empty in checkpoints of earlier versions.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +90,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `scalars` is the rest of the state: progress, loss scaler, step counts."""
+    """Content of manifest.json. `scalars` is the rest of the state: progress, loss scaler, step counts."""
 
     iteration: int
     tensors: Mapping[str, SavedTensor]
@@ -99,16 +98,16 @@ class Manifest:
     scalars: Mapping[str, Any]
     provenance: Provenance
     writer: Mapping[str, Any]
-    """Who wrote it: package and torch versions, number of ranks, time as seconds since 1970."""
+    """Package and torch versions, number of ranks, and time (seconds since 1970) of the save."""
 
     @property
     def size(self) -> int:
-        """Bytes of all files, the manifest itself not counted."""
+        """Bytes of all files except the manifest."""
         return sum(file.size for file in self.files.values())
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: JSON whose last key is the CRC-32 of all bytes before it.
+    """Return the bytes of manifest.json: JSON whose last key is the CRC-32 of all bytes before it.
 
     Raises:
         CheckpointError: a scalar or config value is not JSON.
@@ -128,8 +127,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            "Scalars and config of a checkpoint must be JSON values",
-            found=str(error),
+            f"Scalars or config of a checkpoint cannot be written as JSON: {error}",
             fix="Save plain numbers, strings, lists and dicts, and tensors as tensors",
         ) from error
     body = ("{\n" + ",\n".join(lines)).encode()
@@ -137,7 +135,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes, path: Path) -> Manifest:
-    """The inverse of encode_manifest; `path` is only for the error.
+    """Inverse of encode_manifest; `path` is for the error only.
 
     Raises:
         CorruptCheckpointError: the checksum does not match.
@@ -146,15 +144,14 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     body, tail = data[:-_TAIL_LENGTH], data[-_TAIL_LENGTH:]
     if tail != _TAIL.format(zlib.crc32(body)).encode():
         raise CorruptCheckpointError(
-            "A checkpoint's manifest must match its own checksum",
-            found=f"{path} is damaged ({len(data)} bytes)",
+            f"{path} is damaged: its {len(data)} bytes do not match its checksum",
             fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
         )
     content = json.loads(data)
     if content.get("format") != "megatron_lite" or content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"A checkpoint must be of megatron_lite's format, version {FORMAT_VERSION}",
-            found=f"{path} is {content.get('format')!r}, version {content.get('format_version')}",
+            f"{path} is of format {content.get('format')!r}, version {content.get('format_version')}; this program "
+            f"reads 'megatron_lite', version {FORMAT_VERSION}",
             fix="Load it with the megatron_lite that wrote it",
         )
     provenance = content["provenance"]
@@ -174,10 +171,10 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of one checkpoint's folder.
+    """Return the manifest of one checkpoint's folder.
 
     Raises:
-        CheckpointError: the folder or its manifest is not there, or of another format.
+        CheckpointError: the folder or its manifest does not exist, or has another format.
         CorruptCheckpointError: the manifest is damaged.
     """
     path = checkpoint / MANIFEST_NAME
@@ -185,21 +182,20 @@ def read_manifest(checkpoint: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            "A checkpoint is a folder with a manifest.json",
-            found=f"{path}: {error.strerror}",
-            fix="Give a folder that --save wrote; `megatron-lite checkpoint list` shows them",
+            f"Cannot read {path}: {error.strerror}",
+            fix="Give a checkpoint folder that --save wrote; `megatron-lite checkpoint list` shows them",
         ) from error
     return decode_manifest(data, path)
 
 
 def tensor_to_json(tensor: SavedTensor) -> list[Any]:
-    """Shape, dtype and pieces as plain lists."""
+    """Return shape, dtype and pieces as plain lists."""
     pieces = [[piece.rectangle.offset, piece.rectangle.shape, piece.file, piece.part] for piece in tensor.pieces]
     return [tensor.shape, tensor.dtype, pieces]
 
 
 def tensor_from_json(content: list[Any]) -> SavedTensor:
-    """The inverse of tensor_to_json."""
+    """Inverse of tensor_to_json."""
     shape, dtype, pieces = content
     return SavedTensor(
         shape=tuple(shape),
@@ -211,12 +207,12 @@ def tensor_from_json(content: list[Any]) -> SavedTensor:
 
 
 def file_to_json(file: SavedFile) -> list[Any]:
-    """Length and checksum of each part; where it starts follows."""
+    """Return length and checksum of each part; the start follows from the lengths."""
     return [[part.length, f"{part.crc32:08x}"] for part in file.parts]
 
 
 def file_from_json(content: list[Any]) -> SavedFile:
-    """The inverse of file_to_json."""
+    """Inverse of file_to_json."""
     starts = accumulate((length for length, _ in content), initial=0)
     return SavedFile(
         tuple(SavedPart(start, length, int(crc32, 16)) for start, (length, crc32) in zip(starts, content, strict=False))

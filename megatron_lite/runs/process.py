@@ -16,12 +16,12 @@ class ProcessId:
     """A process, distinguishable from any other on any host.
 
     Attributes:
-        host: the host's name, for people.
-        machine: kernel boot and process namespace; only within the same one does a pid say anything.
+        host: the host's name, for messages.
+        machine: kernel boot and process namespace, within which the pid is unique.
         pid: process id.
-        start: when the process started, as the kernel counts it; empty where that is not known.
+        start: start time in the kernel's units; empty: unknown.
         slurm_job: SLURM_JOB_ID; empty: not in a Slurm job.
-        slurm_restarts: how often Slurm has requeued that job.
+        slurm_restarts: number of times that Slurm has requeued the job.
     """
 
     host: str
@@ -50,7 +50,7 @@ def this_process(host: str, slurm_job: str = "", slurm_restarts: int = 0) -> Pro
 
 
 def machine_id() -> str:
-    """Return what identifies this kernel's boot and process namespace; a reboot or another container differs."""
+    """Return an identifier of this kernel's boot and process namespace; it differs after a reboot or in a container."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {(_PROC / 'self/ns/pid').readlink()}"
@@ -59,9 +59,9 @@ def machine_id() -> str:
 
 
 def is_running(process: ProcessId) -> bool | None:
-    """Return whether a process still runs; None: it is on another machine, so nobody here can say.
+    """Return whether a process still runs; None: unknown, because it is on another machine.
 
-    A stopped process (SIGSTOP) runs; one that has ended and was not yet waited for (a zombie) does not.
+    A stopped process (SIGSTOP) runs; a zombie does not.
     """
     if process.machine != machine_id():
         return None
@@ -80,15 +80,15 @@ def is_stopped(process: ProcessId) -> bool:
 
 
 def start_of(pid: int) -> str:
-    """Start time of a process in clock ticks since boot; empty: unknown, or it has ended."""
+    """Return the start time of a process in clock ticks since boot; empty: unknown, or it has ended."""
     stat = _stat_of(pid)
     return stat[19] if stat and stat[0] not in "ZX" else ""
 
 
 def _stat_of(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on, proc(5); none where it cannot be read."""
+    """Return the fields of /proc/<pid>/stat from the state on, proc(5); none where it cannot be read."""
     try:
-        # The second field, the program's name, may hold spaces and parentheses.
+        # The second field, the program's name, may contain spaces and parentheses.
         return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return []

@@ -14,14 +14,14 @@ from megatron_lite.schedules.saves import falls_on
 
 @dataclass(frozen=True)
 class Retention:
-    """What outlives a newer save.
+    """Retention policy: the checkpoints that a new save does not delete.
 
     Attributes:
-        last: how many of the newest are kept; 0: all.
-        every: older ones whose iteration this divides are kept as well; 0: none.
-        phases: so are those that fall on this schedule.
-        spikes: and those around each loss spike, the last before and the first after it; a spike is the first and the
-            last iteration with too high a loss, or None as long as it goes on.
+        last: number of newest checkpoints to keep; 0: all.
+        every: also keep those whose iteration this divides; 0: none.
+        phases: also keep those on this schedule.
+        spikes: also keep the last checkpoint before and the first one after each loss spike, given as the first and
+            last iteration with too high a loss; last is None while the loss is high.
     """
 
     last: int = 0
@@ -34,18 +34,18 @@ KEEP_ALL = Retention()
 
 
 def retention_of(checkpoint: CheckpointConfig, spikes: tuple[tuple[int, int | None], ...] = ()) -> Retention:
-    """What a run's flags ask for."""
+    """Return the retention policy of a run's flags."""
     return Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_phases, spikes)
 
 
 def expired(iterations: Iterable[int], newest: int, retention: Retention) -> list[int]:
-    """The iterations whose checkpoints go, oldest first.
+    """Return the iterations whose checkpoints expire, oldest first.
 
     Args:
-        iterations: those of all complete checkpoints.
-        newest: the one that was just saved. Later ones belong to a history that was rolled back: they are left alone,
-            and do not count as newer.
-        retention: what is kept.
+        iterations: of all complete checkpoints.
+        newest: the one that was just saved. Later ones belong to a history that was rolled back: they stay, and do not
+            count as newer.
+        retention: the policy.
     """
     past = sorted(iteration for iteration in iterations if iteration <= newest)
     if retention.last <= 0:
@@ -61,7 +61,7 @@ def expired(iterations: Iterable[int], newest: int, retention: Retention) -> lis
 
 
 def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
-    """Deletes what `expired` says, and returns the names of the folders that went.
+    """Delete expired checkpoints, and return the names of their folders.
 
     Raises:
         OSError: a folder cannot be renamed or removed.
@@ -76,7 +76,7 @@ def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
 
 
 def _around(past: list[int], spikes: Iterable[tuple[int, int | None]]) -> set[int]:
-    """The newest checkpoint before each spike and the oldest after it."""
+    """Return the newest checkpoint before each spike and the oldest after it."""
     kept: set[int] = set()
     for first, last in spikes:
         kept.update([iteration for iteration in past if iteration < first][-1:])

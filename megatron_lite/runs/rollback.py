@@ -1,7 +1,7 @@
 """Rollback of a run to an earlier checkpoint: later ones are moved aside, samples can be excluded.
 
-Each step leaves a folder that a run refuses or goes on from rightly, and asking for the same once more finishes what a
-kill has interrupted: while later checkpoints lie beside the announced one, no run writes over them.
+Safe against kills: after each step a run either resumes correctly from the folder or refuses it, because no run
+overwrites checkpoints later than the latest. The same command again finishes an interrupted rollback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.atomic import replace_file, sync_folder
 from megatron_lite.runs.catalog import (
     LATEST_NAME,
-    announce,
-    announced,
     incompleteness,
     iteration_of,
     list_checkpoints,
     locate,
+    read_latest,
+    set_latest,
 )
 from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
 from megatron_lite.schedules.skipping import merged, place_of
@@ -32,13 +32,13 @@ ROLLBACKS_NAME = "rollbacks.jsonl"
 
 @dataclass(frozen=True)
 class RollbackReport:
-    """What was done.
+    """Result of a rollback.
 
     Attributes:
-        checkpoint: the one that the next start takes.
-        aside: the folder that later checkpoints were moved to; it is there even if there were none.
+        checkpoint: the one that the next start loads.
+        aside: the folder that later checkpoints were moved to; it exists even if there were none.
         moved: their names.
-        skipped: all ranges [first, end) of places in the data that the run leaves out from now on.
+        skipped: all ranges [first, end) of positions in the data order that the run skips from now on.
     """
 
     checkpoint: Path
@@ -50,24 +50,23 @@ class RollbackReport:
 def roll_back(
     root: Path, iteration: int, skip: tuple[int, int] | None = None, *, automatic: bool = False
 ) -> RollbackReport:
-    """Makes an earlier checkpoint of a --save folder the latest. No run may be saving there.
+    """Make an earlier checkpoint of a --save folder the latest. No run may be saving there.
 
     Args:
         root: the folder of --save.
-        iteration: the checkpoint to go back to.
-        skip: places [first, end) in the data to leave out from now on; they must not have been reached there.
-        automatic: whether the run itself decided it, which is counted (automatic_rollbacks).
+        iteration: the checkpoint to return to.
+        skip: positions [first, end) in the data order to skip from now on; later than the checkpoint.
+        automatic: the run itself decided it; such rollbacks are counted (automatic_rollbacks).
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is not whole, or it has trained on samples to be left out.
+        CheckpointError: there is no such checkpoint, it is incomplete, or it has trained on samples to be skipped.
         OSError: the folder cannot be changed.
     """
     checkpoint = locate(root, iteration)
     if problem := incompleteness(checkpoint):
         found = ", ".join(path.name for path in list_checkpoints(root)) or "none"
         raise CheckpointError(
-            "A run goes back to a whole checkpoint",
-            found=f"{problem}; whole ones in {root} are: {found}",
+            f"Cannot roll back to iteration {iteration}: {problem}; complete checkpoints in {root}: {found}",
             fix="Give --to the iteration of one of these",
         )
     manifest = read_manifest(checkpoint)
@@ -78,17 +77,17 @@ def roll_back(
     if skipped != manifest.provenance.skipped_samples:
         provenance = replace(manifest.provenance, skipped_samples=skipped)
         replace_file(checkpoint / MANIFEST_NAME, encode_manifest(replace(manifest, provenance=provenance)))
-    announce(root, iteration)
+    set_latest(root, iteration)
     moved = _move_later(root, iteration, aside)
     weights = root / WEIGHTS_FOLDER
     if weights.is_dir():
-        _announce_newest(weights, iteration)
+        _set_newest(weights, iteration)
         _move_later(weights, iteration, aside / WEIGHTS_FOLDER)
     return RollbackReport(checkpoint, aside, tuple(moved), skipped)
 
 
 def automatic_rollbacks(root: Path) -> int:
-    """How often runs that save in `root` have gone back by themselves."""
+    """Return the number of automatic rollbacks of the run that saves in `root`."""
     try:
         lines = (root / ROLLBACKS_NAME).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -102,13 +101,12 @@ def _checked(checkpoint: Path, manifest: Manifest, skip: tuple[int, int] | None)
     first, end = skip
     consumed = manifest.scalars.get("progress", {}).get("consumed_train_samples", 0)
     reached = place_of(consumed, manifest.provenance.skipped_samples)
-    # What was recorded before, by a rollback that a kill has interrupted, may be asked for again.
+    # A range that an interrupted rollback has recorded may be requested again.
     known = any(a <= first and end <= b for a, b in manifest.provenance.skipped_samples)
     if not 0 <= first < end or (first < reached and not known):
         raise CheckpointError(
-            "Samples to leave out must lie ahead of the checkpoint",
-            found=f"{first}-{end - 1}, and {checkpoint.name} has reached sample {reached}",
-            fix="Go back further, or leave out later samples",
+            f"Cannot skip samples {first}-{end - 1}: {checkpoint.name} has reached sample {reached}",
+            fix=f"Roll back to an earlier checkpoint, or skip samples from {reached} on",
         )
     return [skip]
 
@@ -117,7 +115,7 @@ def _record(root: Path, iteration: int, skip: tuple[int, int] | None, automatic:
     path = root / ROLLBACKS_NAME
     entry = {
         "time": round(time.time(), 3),
-        "from": announced(root),
+        "from": read_latest(root),
         "to": iteration,
         "skipped_samples": skip,
         "automatic": automatic,
@@ -127,11 +125,11 @@ def _record(root: Path, iteration: int, skip: tuple[int, int] | None, automatic:
     replace_file(path, before + json.dumps(entry).encode() + b"\n")
 
 
-def _announce_newest(weights: Path, iteration: int) -> None:
-    """Announces the newest checkpoint up to `iteration`, or none."""
+def _set_newest(weights: Path, iteration: int) -> None:
+    """Make the newest checkpoint up to `iteration` the latest, if there is one."""
     left = [number for path in list_checkpoints(weights) if (number := iteration_of(path) or 0) <= iteration]
     if left:
-        announce(weights, left[-1])
+        set_latest(weights, left[-1])
     else:
         (weights / LATEST_NAME).unlink(missing_ok=True)
 

@@ -12,20 +12,20 @@ from megatron_lite.runs.atomic import sync_folder
 from megatron_lite.runs.catalog import (
     LATEST_NAME,
     REPLACED,
-    announce,
     folder_name,
     list_iterations,
     locate,
     replaced_name,
+    set_latest,
 )
 
 _STALE = re.compile(r"iter_\d{7,}\.(partial|deleted)-[0-9a-f]+")
 
 
 def make_visible(partial: Path, checkpoint: Path) -> None:
-    """Gives a finished save its name in one rename; an older save of the same iteration steps aside first.
+    """Give a finished save its final name by one rename; an older save of the same iteration is renamed first.
 
-    Whenever the process dies, the older or the newer one is found: see locate.
+    Whenever the process is killed, `locate` finds the older or the newer one.
 
     Raises:
         OSError: the file system refuses.
@@ -42,7 +42,7 @@ def make_visible(partial: Path, checkpoint: Path) -> None:
 
 
 def remove_stale(root: Path) -> list[str]:
-    """Cleans up after killed saves and deletions (the saving rank only), and returns the names of what was removed."""
+    """Remove the remains of killed saves and deletions (on the saving rank only), and return their names."""
     stale = [entry for entry in root.iterdir() if _STALE.fullmatch(entry.name)]
     for replaced in root.glob(f"iter_*{REPLACED}"):
         checkpoint = replaced.with_name(replaced.name.removesuffix(REPLACED))
@@ -61,10 +61,10 @@ def remove_stale(root: Path) -> list[str]:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder, under another name first.
+    """Rename a folder, then remove it.
 
-    One that is half removed is then never taken for a checkpoint; nor can what looked like the remains of a save, but
-    was another job's, still get its name while it is being removed.
+    So a half-removed folder never counts as a checkpoint, and a save of another job that looked like the remains of a
+    killed one cannot get its final name while it is being removed.
 
     Raises:
         OSError: it cannot be renamed or removed.
@@ -74,11 +74,11 @@ def discard(folder: Path) -> None:
     shutil.rmtree(going)
 
 
-def step_back(root: Path, iteration: int) -> list[str]:
-    """Makes `iteration` the latest after later ones were found damaged: these get names by which nothing takes them.
+def set_damaged_aside(root: Path, iteration: int) -> list[str]:
+    """Make `iteration` the latest after later checkpoints were found damaged, and rename these to `.damaged-…`.
 
     Returns:
-        Their new names.
+        The new names.
 
     Raises:
         OSError: one of them cannot be renamed.
@@ -89,5 +89,5 @@ def step_back(root: Path, iteration: int) -> list[str]:
             path = locate(root, number)
             aside.append(f"{folder_name(number)}.damaged-{secrets.token_hex(4)}")
             path.rename(root / aside[-1])
-    announce(root, iteration)
+    set_latest(root, iteration)
     return aside

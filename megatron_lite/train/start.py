@@ -14,14 +14,14 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.lifecycle.exit_status import not_writable
 from megatron_lite.runs.catalog import (
-    announce,
     find_checkpoint,
     folder_name,
     is_complete,
     iteration_of,
     list_iterations,
     locate,
-    unannounced,
+    set_latest,
+    unrecorded_iteration,
 )
 from megatron_lite.runs.comparison import (
     changes_data,
@@ -34,7 +34,7 @@ from megatron_lite.runs.comparison import (
 )
 from megatron_lite.runs.exit_status import completed_iteration
 from megatron_lite.runs.manifest import Manifest, Provenance, read_manifest
-from megatron_lite.runs.turnover import step_back
+from megatron_lite.runs.turnover import set_damaged_aside
 from megatron_lite.schedules.length import is_finished, last_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.engine import Engine
@@ -110,11 +110,12 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
 
 def _finish_announcement(root: Path, notify: Notify) -> None:
     """Announces a checkpoint that a job finished and died before it could say so, so that nothing is done twice."""
-    if (iteration := unannounced(root)) is not None:
+    if (iteration := unrecorded_iteration(root)) is not None:
         notify(
-            f"{folder_name(iteration)} is complete, and the job that saved it died before it announced it: taking it"
+            f"{folder_name(iteration)} is complete, and the job that saved it was killed before it was recorded as the "
+            "latest: loading it"
         )
-        announce(root, iteration)
+        set_latest(root, iteration)
 
 
 @dataclass(frozen=True)
@@ -253,13 +254,13 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
     if path == start.path:
         return start, progress
     if not config.training.skip_train and options.in_one_folder and start.continued(config) is not None:
-        _step_back(path, engine.world, notify)
+        _set_damaged_aside(path, engine.world, notify)
     return Start(path, read_manifest(path)), progress
 
 
-def _step_back(path: Path, world: Group, notify: Notify) -> None:
+def _set_damaged_aside(path: Path, world: Group, notify: Notify) -> None:
     """Damaged checkpoints that were passed over make way for the run's own, which will be older at first."""
-    aside = broadcast_from_rank0(world, lambda: step_back(path.parent, iteration_of(path) or 0))
+    aside = broadcast_from_rank0(world, lambda: set_damaged_aside(path.parent, iteration_of(path) or 0))
     if aside:
         notify(f"what was passed over is kept as {', '.join(aside)}")
 

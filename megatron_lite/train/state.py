@@ -19,7 +19,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
 from megatron_lite.lifecycle.spikes import SpikeDetector
 from megatron_lite.parallel.tensors import GlobalTensor
-from megatron_lite.runs.catalog import announced, iteration_of
+from megatron_lite.runs.catalog import iteration_of, read_latest
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import KEEP_ALL, Retention, retention_of
@@ -208,7 +208,7 @@ class RunState:
         try:
             yield
         except CheckpointError as error:
-            newest = announced(self._whole.root)
+            newest = read_latest(self._whole.root)
             assert lane.last is not None, "a save that fails has begun"
             self.failed_saves.append(lane.last)
             left = f"the newest complete checkpoint is that of iteration {newest}" if newest else "there is none yet"

@@ -69,8 +69,8 @@ def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys
     ("text", "says"),
     [
         (None, "latest_checkpointed_iteration.txt is missing"),
-        ("release", "latest_checkpointed_iteration.txt says 'release', which is no iteration"),
-        ("15", "latest_checkpointed_iteration.txt says 15, but .*iter_0000015 is not there"),
+        ("release", "latest_checkpointed_iteration.txt contains 'release' instead of an iteration"),
+        ("15", "latest_checkpointed_iteration.txt names iteration 15, but .*iter_0000015 does not exist"),
     ],
 )
 def test_list_and_verify_say_that_the_announcement_leads_nowhere(root, capsys, text, says):
@@ -93,7 +93,7 @@ def test_a_checkpoint_under_another_name_is_not_taken_for_that_iteration(root, c
     assert "iter_0000015 holds iteration 10, which is not that of its name" in capsys.readouterr().out
     assert [path.name for path in list_checkpoints(root)] == ["iter_0000020"]
     (root / "latest_checkpointed_iteration.txt").write_text("15")
-    with pytest.raises(CheckpointError, match="iter_0000015 is that of iteration 10 under another name"):
+    with pytest.raises(CheckpointError, match="iter_0000015 holds iteration 10, unlike its name"):
         find_checkpoint(str(root))
 
 

@@ -55,7 +55,7 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
     verify_checkpoint(find_checkpoint(str(tmp_path)))
 
 
-STEPS = ("replace_file", "dcp_metadata", "write_synced", "make_visible", "sync_folder", "announce")
+STEPS = ("replace_file", "dcp_metadata", "write_synced", "make_visible", "sync_folder", "set_latest")
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -16,7 +16,7 @@ import torch
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
-from megatron_lite.runs.catalog import announced, find_checkpoint, is_complete, iteration_of
+from megatron_lite.runs.catalog import find_checkpoint, is_complete, iteration_of, read_latest
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import Retention
 
@@ -78,10 +78,10 @@ def test_killed_at_random_moments_of_saving(kit, tmp_path, behind):
 
         found = find_checkpoint(str(tmp_path), notify=lambda _: None)
         if found is None:
-            assert announced(tmp_path) is None
+            assert read_latest(tmp_path) is None
             assert returned is None
             continue
-        assert iteration_of(found) == int(announced(tmp_path))
+        assert iteration_of(found) == int(read_latest(tmp_path))
         verify_checkpoint(found)
         value = saved_value(kit, found)
         if returned is not None:
@@ -140,7 +140,7 @@ def test_killed_at_every_step_of_a_save(kit, tmp_path, iteration):
         found = find_checkpoint(str(root), notify=pytest.fail)
         # The last save's bytes, 9, or what was announced before it.
         expected = {2: (2,), 3: (9,)} if iteration == 3 else {2: (2, 9)}
-        assert iteration_of(found) == int(announced(root))
+        assert iteration_of(found) == int(read_latest(root))
         assert saved_value(kit, found) in expected[iteration_of(found)], f"step {steps}"
         # The next save tidies up whatever was left.
         kit.save(root, 4, content(4), keep_last=1)

@@ -218,7 +218,7 @@ def test_a_hole_or_an_overlap_fails_the_save(kit, tmp_path):
 
 
 def test_scalars_that_are_not_json_fail_the_save(kit, tmp_path):
-    with pytest.raises(CheckpointError, match="must be JSON values"):
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         save_checkpoint(tmp_path, 1, kit.whole(kit.tensors()), {"x": object()}, Provenance(), kit.world)
     assert list(tmp_path.iterdir()) == []
 

@@ -284,7 +284,7 @@ def test_checkpoints_that_are_not_there(corpus, finished, tmp_path):
     result = command(*corpus.job(*SAVING, "--load", nothing, "--exit-on-missing-checkpoint"))
     assert_explained(result, nothing, "Without --exit-on-missing-checkpoint", kind="ConfigError")
     result = command(*corpus.job(*SAVING, "--load", finished, "--load-iteration", 7))
-    assert_explained(result, "iter_0000007 is not there", "iter_0000001, iter_0000002, iter", kind="CheckpointError")
+    assert_explained(result, "iter_0000007 does not exist", "iter_0000001, iter_0000002, iter", kind="CheckpointError")
     result = command(*corpus.job("--train-iters", 1, "--load", nothing))
     assert f"WARNING: --load {nothing} does not exist: starting from fresh weights" in result.out
 

@@ -106,26 +106,26 @@ def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, 
     assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, failed)
 
 
-def die_unannounced(iteration):
-    """Makes a job die -9 when this checkpoint is whole and has its name, but is not announced yet."""
-    announce = writing.announce
+def die_before_latest(iteration):
+    """Makes a job die -9 when this checkpoint is whole and has its name, but is not the latest yet."""
+    set_latest = writing.set_latest
 
     def die(root, number):
         if number == iteration:
             os.kill(os.getpid(), signal.SIGKILL)
-        announce(root, number)
+        set_latest(root, number)
 
-    writing.announce = die
+    writing.set_latest = die
 
 
 def test_a_job_that_died_before_the_announcement_goes_on_from_what_it_saved(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--save", save, "--load", save)
-    assert start(words, partial(die_unannounced, 4)).wait().code == -signal.SIGKILL
+    assert start(words, partial(die_before_latest, 4)).wait().code == -signal.SIGKILL
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     result = command(*words)
     assert result.code == 0, result.err
-    assert "iter_0000004 is complete, and the job that saved it died before it announced it: taking it" in result.out
+    assert "iter_0000004 is complete, and the job that saved it was killed before it was recorded" in result.out
     assert iterations(save) == list(range(1, 9))
     assert checkpoints(save) == ["iter_0000006", "iter_0000008"]
 

@@ -76,7 +76,7 @@ def test_one_bad_iteration_can_be_left_out(corpus, tmp_path, monkeypatch):
     words = corpus.job(*RUN, "--save", save, "--load", save)
     with monkeypatch.context() as patch:
         patch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))
-        assert "iteration 4 has loss" in command(*words).err
+        assert "Iteration 4 has loss" in command(*words).err
     result = command(*words, "--skip-train-iteration-range", "4-4")
     assert result.code == 0
     assert "Skipped iteration 4 due to --skip-train-iteration-range" in result.out
@@ -138,7 +138,7 @@ def test_a_corrupted_weight_is_met_at_the_first_iteration(corpus, tmp_path):
     corrupt(poisoned / "iter_0000002", save_checkpoint)
     result = command(*corpus.job(*RUN, "--load", poisoned))
     assert result.code == 1
-    assert "iteration 3 has loss nan" in result.err
+    assert "Iteration 3 has loss nan" in result.err
 
 
 def corrupt(checkpoint, save_checkpoint):

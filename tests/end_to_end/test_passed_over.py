@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from support.trainer import checkpoints, command
 
-from megatron_lite.runs.catalog import announced
+from megatron_lite.runs.catalog import read_latest
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def test_a_save_older_than_the_damaged_one_is_gone_on_from(damaged, corpus):
     aside = sorted(path.name for path in damaged.glob("*.damaged-*"))
     assert [name.split("-")[0] for name in aside] == ["iter_0000003.damaged", "iter_0000004.damaged"]
     assert f"what was passed over is kept as {', '.join(aside)}" in first.out
-    assert (announced(damaged), checkpoints(damaged)[:3]) == ("3", ["iter_0000001", "iter_0000002", "iter_0000003"])
+    assert (read_latest(damaged), checkpoints(damaged)[:3]) == ("3", ["iter_0000001", "iter_0000002", "iter_0000003"])
     again = command(*job())
     assert again.code == 0, again.err
     assert f"  start       after iteration 3, from {damaged}/iter_0000003" in again.out
-    assert announced(damaged) == "4"
+    assert read_latest(damaged) == "4"
     assert sorted(path.name for path in damaged.glob("*.damaged-*")) == aside
 
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import CheckpointError, FailedRank
 from megatron_lite.lifecycle.exit_status import ExitRecord
-from megatron_lite.runs.catalog import announce
+from megatron_lite.runs.catalog import set_latest
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, completed_iteration, read_exit_status
 from megatron_lite.runs.lock import LOCK_NAME, FolderLock
 
@@ -44,7 +44,7 @@ def names(folder):
 
 
 def test_a_stop_is_written_with_what_is_saved(tmp_path):
-    announce(tmp_path, 5)
+    set_latest(tmp_path, 5)
     end(tmp_path, "time_limit", "exiting program after 3.0 minutes")
     ended = read_exit_status(tmp_path)
     assert (ended.status, ended.message) == ("time_limit", "exiting program after 3.0 minutes")

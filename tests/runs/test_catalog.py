@@ -1,4 +1,4 @@
-"""What a load finds in a folder, whatever state a save, a kill or a person left it in."""
+"""Finding the checkpoint to load, in folders that saves, kills and people left in any state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs import catalog
 from megatron_lite.runs.catalog import (
-    announce,
-    announcement_problem,
     find_checkpoint,
     is_complete,
+    latest_problem,
     list_checkpoints,
-    unannounced,
+    set_latest,
+    unrecorded_iteration,
 )
 from megatron_lite.runs.manifest import CorruptCheckpointError
 from megatron_lite.runs.turnover import make_visible, remove_stale
@@ -28,7 +28,7 @@ def root(kit, tmp_path):
     return tmp_path
 
 
-def test_list_is_by_iteration_and_whole_ones_only(root):
+def test_complete_checkpoints_are_listed_by_iteration(root):
     (root / "iter_0000015").mkdir()
     (root / "iter_0000010" / "__0_0.distcp").unlink()
     (root / "iter_0000030.partial-00ff00ff").mkdir()
@@ -37,9 +37,9 @@ def test_list_is_by_iteration_and_whole_ones_only(root):
     assert list_checkpoints(root / "missing") == []
 
 
-def test_the_announced_one_is_taken_even_if_a_person_moved_it_back(root):
+def test_the_latest_is_loaded_even_if_a_person_moved_it_back(root):
     assert find_checkpoint(str(root)).name == "iter_12345678"
-    announce(root, 10)
+    set_latest(root, 10)
     assert find_checkpoint(str(root)).name == "iter_0000010"
     (root / "latest_checkpointed_iteration.txt").write_text(" 20 \n")
     assert find_checkpoint(str(root)).name == "iter_0000020"
@@ -48,9 +48,9 @@ def test_the_announced_one_is_taken_even_if_a_person_moved_it_back(root):
 def test_by_folder_and_by_iteration(root):
     assert find_checkpoint(str(root / "iter_0000010")).name == "iter_0000010"
     assert find_checkpoint(str(root), 20).name == "iter_0000020"
-    with pytest.raises(CheckpointError, match=r"iter_0000021 is not there.*holds iter_0000010, iter_0000020"):
+    with pytest.raises(CheckpointError, match=r"iter_0000021 does not exist.*holds iter_0000010, iter_0000020"):
         find_checkpoint(str(root), 21)
-    with pytest.raises(CheckpointError, match="must agree"):
+    with pytest.raises(CheckpointError, match="name different iterations"):
         find_checkpoint(str(root / "iter_0000010"), 20)
     (root / "iter_0000010" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000010.manifest\.json: No such file"):
@@ -63,14 +63,14 @@ def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     assert find_checkpoint(str(tmp_path)) is None
 
 
-def test_a_lost_announcement_is_said(root):
+def test_a_missing_latest_file_is_reported(root):
     told = []
     (root / "latest_checkpointed_iteration.txt").unlink()
     assert find_checkpoint(str(root), notify=told.append).name == "iter_12345678"
-    assert "is missing: taking the newest" in told[0]
+    assert "is missing: loading the newest" in told[0]
 
 
-def test_where_no_checkpoint_is_whole_none_is_offered(kit, tmp_path):
+def test_where_no_checkpoint_is_complete_none_is_offered(kit, tmp_path):
     (kit.save(tmp_path, 10).path / "__0_0.distcp").unlink()
     with pytest.raises(
         CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. If the folder was copied here"
@@ -79,40 +79,40 @@ def test_where_no_checkpoint_is_whole_none_is_offered(kit, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["__0_0.distcp", "manifest.json", None])
-def test_an_announced_checkpoint_that_is_lost_is_an_error_unless_told_to_fall_back(root, lost):
-    announce(root, 20)
+def test_a_missing_latest_checkpoint_is_an_error_without_fallback(root, lost):
+    set_latest(root, 20)
     if lost:
         (root / "iter_0000020" / lost).unlink()
     else:
         shutil.rmtree(root / "iter_0000020")
-    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'is not there'}.*holds iter_0000010, iter_123"):
+    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'not exist'}.*holds iter_0000010, iter_123"):
         find_checkpoint(str(root))
     told = []
     assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_0000010"
-    assert "taking iter_0000010 instead of the announced iter_0000020" in told[0]
+    assert "loading iter_0000010 instead of the latest, iter_0000020" in told[0]
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\n", b"\x00\x00\x00", b"\xff\xfe1\x000\x00", b"1x", b"9" * 5000, "\u0661\u0660".encode()]
 )
-def test_an_announcement_that_is_damaged_is_an_error_unless_told_to_fall_back(root, content):
+def test_a_damaged_latest_file_is_an_error_without_fallback(root, content):
     (root / "latest_checkpointed_iteration.txt").write_bytes(content)
     with pytest.raises(CheckpointError, match="--fallback-on-corrupt"):
         find_checkpoint(str(root))
-    assert unannounced(root) is None
-    assert "which is no iteration" in announcement_problem(root)
+    assert unrecorded_iteration(root) is None
+    assert "instead of an iteration" in latest_problem(root)
     told = []
     assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_12345678"
-    assert "which is no iteration: taking the newest complete checkpoint, iter_12345678" in told[0]
+    assert "instead of an iteration: loading the newest complete checkpoint, iter_12345678" in told[0]
 
 
-def test_an_announcement_with_a_byte_order_mark_is_read(root):
+def test_a_latest_file_with_a_byte_order_mark_is_read(root):
     (root / "latest_checkpointed_iteration.txt").write_bytes(b"\xef\xbb\xbf10\r\n")
     assert find_checkpoint(str(root)).name == "iter_0000010"
 
 
-@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 is not there"), ("release", "'release'")])
-def test_an_announcement_that_leads_nowhere_is_an_error_not_a_fresh_start(root, text, says):
+@pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 does not exist"), ("release", "'release'")])
+def test_a_latest_file_that_names_no_checkpoint_is_an_error(root, text, says):
     (root / "latest_checkpointed_iteration.txt").write_text(text)
     for fallback in (False, True):
         with pytest.raises(CheckpointError, match=says):
@@ -129,7 +129,7 @@ def test_saving_an_iteration_again_replaces_it(kit, root):
 
 def test_killed_between_the_two_renames_of_a_replacement(kit, root, monkeypatch):
     (root / "iter_0000020").rename(root / "iter_0000020.replaced")
-    announce(root, 20)
+    set_latest(root, 20)
     # Looking does not move anything: the saving process may be alive.
     assert find_checkpoint(str(root)) == root / "iter_0000020.replaced"
     assert find_checkpoint(str(root), 20) == root / "iter_0000020.replaced"
@@ -149,14 +149,14 @@ def test_a_save_that_cannot_be_renamed_leaves_the_older_one(kit, root, monkeypat
         raise OSError(5, "Input/output error")
 
     before = (root / "iter_0000020" / "manifest.json").read_bytes()
-    announce(root, 20)
+    set_latest(root, 20)
     monkeypatch.setattr("megatron_lite.checkpoint.writing.make_visible", refuse)
     with pytest.raises(CheckpointError, match="Input/output error"):
         kit.save(root, 20)
     assert (find_checkpoint(str(root)) / "manifest.json").read_bytes() == before
 
 
-def test_what_killed_saves_left_goes_with_the_next_save(kit, root):
+def test_the_next_save_removes_the_remains_of_killed_saves(kit, root):
     for name in ("iter_0000030.partial-00ff00ff", "iter_0000010.deleted-0a0b0c0d", "iter_0000010.partial-mine"):
         (root / name).mkdir()
         (root / name / "__0_0.distcp").touch()
@@ -170,7 +170,7 @@ def test_what_killed_saves_left_goes_with_the_next_save(kit, root):
     assert (root / "iter_0000010.partial-mine").exists()
 
 
-def test_a_save_under_way_that_another_job_removes_cannot_become_a_checkpoint_meanwhile(root, monkeypatch):
+def test_a_partial_save_that_another_job_removes_cannot_become_a_checkpoint(root, monkeypatch):
     partial, remove, seen = root / "iter_0000009.partial-ab12", shutil.rmtree, []
     partial.mkdir()
 
@@ -185,22 +185,22 @@ def test_a_save_under_way_that_another_job_removes_cannot_become_a_checkpoint_me
     assert seen == ["iter_0000009.deleted"]
 
 
-def test_the_name_grows_with_the_iteration():
+def test_folder_names_of_large_iterations():
     assert catalog.folder_name(100) == "iter_0000100"
     assert catalog.folder_name(123456789) == "iter_123456789"
 
 
-def test_what_was_saved_after_the_last_announcement_was_on_its_way_to_one(kit, root):
-    assert unannounced(root) is None
-    announce(root, 20)
-    assert unannounced(root) is None, "older than the announcement: a person or a rollback has put it aside"
+def test_a_complete_save_newer_than_the_latest_file_is_unrecorded(kit, root):
+    assert unrecorded_iteration(root) is None
+    set_latest(root, 20)
+    assert unrecorded_iteration(root) is None, "older than the file: left by a person or a rollback"
     text = root / "latest_checkpointed_iteration.txt"
     before = text.stat()
     kit.save(root, 30)
     text.write_text("20\n")
     os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert unannounced(root) == 30
+    assert unrecorded_iteration(root) == 30
     (root / "iter_0000030" / ".metadata").unlink()
-    assert unannounced(root) is None
+    assert unrecorded_iteration(root) is None
     text.unlink()
-    assert unannounced(root) is None
+    assert unrecorded_iteration(root) is None

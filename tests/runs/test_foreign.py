@@ -4,7 +4,7 @@ import pytest
 
 from megatron_lite.cli.main import main
 from megatron_lite.errors import CheckpointError
-from megatron_lite.runs.catalog import announce, find_checkpoint
+from megatron_lite.runs.catalog import find_checkpoint, set_latest
 
 MEGATRON = {
     "latest_checkpointed_iteration.txt": "500",
@@ -89,7 +89,7 @@ def test_one_checkpoints_own_folder_and_an_iteration(tmp_path):
 def test_checkpoints_of_our_own_are_loaded_beside_others(kit, tmp_path):
     lay(tmp_path, MEGATRON)
     kit.save(tmp_path, 600)
-    announce(tmp_path, 600)
+    set_latest(tmp_path, 600)
     assert find_checkpoint(str(tmp_path)).name == "iter_0000600"
     lay(tmp_path, {"model.safetensors": ""})
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
@@ -103,7 +103,7 @@ def test_a_text_file_that_names_no_iteration_says_what_to_write(kit, tmp_path):
         find_checkpoint(str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "latest_checkpointed_iteration.txt").write_text("soon")
-    with pytest.raises(CheckpointError, match="leave it out to start from fresh weights"):
+    with pytest.raises(CheckpointError, match="leave --load out to start from fresh weights"):
         find_checkpoint(str(tmp_path / "empty"))
 
 

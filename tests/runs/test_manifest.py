@@ -76,13 +76,13 @@ def test_any_wrong_byte_is_found():
     for place in range(len(closed(BODY))):
         data = bytearray(closed(BODY))
         data[place] ^= 1
-        with pytest.raises(CorruptCheckpointError, match=r"iter_0000003/manifest\.json is damaged \(\d+ bytes\)"):
+        with pytest.raises(CorruptCheckpointError, match=r"iter_0000003/manifest\.json is damaged: its \d+ bytes"):
             decode_manifest(bytes(data), PATH)
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 21, 22, len(closed(BODY)) - 1])
 def test_a_cut_one_is_found(length):
-    with pytest.raises(CorruptCheckpointError, match=f"damaged .{length} bytes"):
+    with pytest.raises(CorruptCheckpointError, match=f"damaged: its {length} bytes"):
         decode_manifest(closed(BODY)[:length], PATH)
 
 
@@ -96,15 +96,15 @@ def test_a_cut_one_is_found(length):
     ],
 )
 def test_other_formats_and_versions_are_named_and_are_no_damage(old, new, found):
-    with pytest.raises(CheckpointError, match="format, version 2") as caught:
+    with pytest.raises(CheckpointError, match="reads 'megatron_lite', version 2") as caught:
         decode_manifest(closed(BODY.replace(old, new)), PATH)
-    assert f"{PATH} is {found}" in str(caught.value)
+    assert f"{PATH} is of format {found}" in str(caught.value)
     assert not isinstance(caught.value, CorruptCheckpointError)
 
 
 @pytest.mark.parametrize("value", [object(), {1: object()}, b"bytes"])
 def test_what_is_not_json_cannot_be_saved(value):
-    with pytest.raises(CheckpointError, match="must be JSON values"):
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         encode_manifest(replace(MANIFEST, scalars={"x": value}))
 
 

@@ -1,4 +1,4 @@
-"""Old checkpoints go once newer ones are safe, and never sooner."""
+"""Retention: old checkpoints are deleted once newer ones are on the disk, and never sooner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_lite.checkpoint import writing
 from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.errors import CheckpointError
-from megatron_lite.runs.catalog import announce, find_checkpoint
+from megatron_lite.runs.catalog import find_checkpoint, set_latest
 from megatron_lite.runs.retention import Retention, expired
 
 
@@ -40,7 +40,7 @@ def test_keep_last(kit, tmp_path):
 
 def test_a_failed_save_deletes_nothing(kit, tmp_path, monkeypatch):
     kit.save(tmp_path, 1)
-    monkeypatch.setattr(writing, "announce", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(writing, "set_latest", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="No space left"):
         kit.save(tmp_path, 2, keep_last=1)
     assert "iter_0000001" in names(tmp_path)
@@ -49,7 +49,7 @@ def test_a_failed_save_deletes_nothing(kit, tmp_path, monkeypatch):
 def test_after_a_rollback_later_checkpoints_do_not_push_out_the_new_ones(kit, tmp_path):
     for iteration in (10, 20, 30):
         kit.save(tmp_path, iteration)
-    announce(tmp_path, 10)
+    set_latest(tmp_path, 10)
     kit.save(tmp_path, 15, keep_last=1)
     assert find_checkpoint(str(tmp_path)).name == "iter_0000015"
     assert names(tmp_path) == ["iter_0000015", "iter_0000020", "iter_0000030"]
@@ -63,7 +63,7 @@ def test_folders_of_other_programs_stay(kit, tmp_path):
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60), st.integers(1, 5), st.integers(0, 7), st.integers(1, 60))
-def test_what_outlives_the_last(iterations, newest, last, every, spike):
+def test_retention_matches_a_direct_computation(iterations, newest, last, every, spike):
     past = sorted(iteration for iteration in iterations | {newest} if iteration <= newest)
     phases = (SavePhase(interval=3, until=20), SavePhase(interval=11))
     kept = set(past) - set(expired(past, newest, Retention(last, every, phases, ((spike, spike + 2),))))
@@ -74,7 +74,7 @@ def test_what_outlives_the_last(iterations, newest, last, every, spike):
     assert kept == wanted
 
 
-def test_while_a_spike_goes_on_the_checkpoint_before_it_is_kept(kit, tmp_path):
+def test_the_checkpoint_before_a_spike_is_kept_while_the_loss_is_high(kit, tmp_path):
     for iteration in (10, 20, 30, 40):
         kit.save(tmp_path, iteration, retention=Retention(1, spikes=((15, None),) if iteration > 10 else ()))
     assert names(tmp_path) == ["iter_0000010", "iter_0000040"]

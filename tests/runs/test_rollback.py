@@ -1,4 +1,4 @@
-"""Going back in a folder of checkpoints, whenever it is killed."""
+"""Rollback of a folder of checkpoints, also when killed at any step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("iter_"))
 
 
-def test_later_checkpoints_step_aside(kit, tmp_path):
+def test_later_checkpoints_are_moved_aside(kit, tmp_path):
     saved(kit, tmp_path, (10, 20, 30))
     saved(kit, tmp_path / "weights", (5, 15, 25))
     report = roll_back(tmp_path, 10)
@@ -44,7 +44,7 @@ def test_later_checkpoints_step_aside(kit, tmp_path):
     assert automatic_rollbacks(tmp_path) == 1
 
 
-def test_what_is_left_out_adds_up(kit, tmp_path):
+def test_skipped_ranges_are_merged(kit, tmp_path):
     saved(kit, tmp_path, (1,))
     roll_back(tmp_path, 1, (50, 60))
     report = roll_back(tmp_path, 1, (60, 70))
@@ -53,17 +53,17 @@ def test_what_is_left_out_adds_up(kit, tmp_path):
     verify_checkpoint(tmp_path / "iter_0000001")
 
 
-def test_a_damaged_checkpoint_is_no_place_to_go_back_to(kit, tmp_path):
+def test_a_rollback_to_a_damaged_checkpoint_is_refused(kit, tmp_path):
     saved(kit, tmp_path, (10, 20))
     (tmp_path / "iter_0000010" / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"\.metadata is missing; whole ones in .* are: iter_0000020"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is missing; complete checkpoints in .*: iter_0000020"):
         roll_back(tmp_path, 10)
     assert names(tmp_path) == ["iter_0000010", "iter_0000020"]
     assert not (tmp_path / ROLLBACKS_NAME).exists()
 
 
 def finishes(step, root):
-    """Rolls back in a process that dies before its n-th change to a folder; whether it came to its end before."""
+    """Roll back in a process that is killed before its n-th change to a folder; return whether it finished before."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -87,7 +87,7 @@ def finishes(step, root):
     return status == 0
 
 
-def test_killed_at_every_step_it_loses_nothing_and_can_be_finished(kit, tmp_path):
+def test_killed_at_every_step_a_rollback_loses_nothing_and_can_be_finished(kit, tmp_path):
     start, steps = saved(kit, tmp_path / "start", (10, 20, 30)), 0
     saved(kit, start / "weights", (5, 25))
     while True:
@@ -95,12 +95,12 @@ def test_killed_at_every_step_it_loses_nothing_and_can_be_finished(kit, tmp_path
         shutil.copytree(start, root)
         if finishes(steps, root):
             break
-        # Whatever is announced is whole, and there are still all checkpoints.
+        # The latest is complete, and all checkpoints still exist.
         assert find_checkpoint(str(root)).name in ("iter_0000010", "iter_0000030")
         found = [path for path in root.rglob("iter_*") if path.is_dir()]
         assert len(found) == 5
         assert all(is_complete(path) for path in found)
-        # The count of automatic ones comes first, so that it is never too small once anything has moved.
+        # Automatic rollbacks are counted first, so that the count is never too small once anything has moved.
         assert names(root) == ["iter_0000010", "iter_0000020", "iter_0000030"] or automatic_rollbacks(root) == 1
         roll_back(root, 10, (40, 52))
         assert names(root) == ["iter_0000010"]
