@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_lite.config.apply import apply
+from megatron_lite.config import batch, checkpoint, data, model, optimizer, parallel, runtime, training
 from megatron_lite.config.checkpoint import SavePhase
-from megatron_lite.config.flags.flag import Flag
-from megatron_lite.config.flags.table import flags_by_field
-from megatron_lite.config.given import SECTIONS, Given
+from megatron_lite.config.command_line import read_command_line
+from megatron_lite.config.deepspeed_json import merge_deepspeed
+from megatron_lite.config.flag import FIELD, Flag, Key, key_of
+from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import read_command
 from megatron_lite.config.names import name_warnings
-from megatron_lite.config.resolve import resolve
-from megatron_lite.config.rules import violations
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.table import SECTIONS, field_metadata, flags_by_field, required_fields
 from megatron_lite.config.values import write_value
-from megatron_lite.config.words import read_words
 from megatron_lite.errors import ConfigError, ConfigErrors
+
+Rule = Callable[[RunConfig], Iterator[ConfigError]]
+
+RESOLVERS: tuple[Callable[[Given], None], ...] = (
+    merge_deepspeed,
+    *parallel.RESOLVERS,
+    *model.RESOLVERS,
+    *optimizer.RESOLVERS,
+    *runtime.RESOLVERS,
+    *checkpoint.RESOLVERS,
+    *data.RESOLVERS,
+)
+"""Derive fields from others, in this order; the files that they read may set what later ones use."""
+RULES: tuple[Rule, ...] = (
+    *model.RULES,
+    *batch.RULES,
+    *training.RULES,
+    *optimizer.RULES,
+    *parallel.RULES,
+    *data.RULES,
+    *checkpoint.RULES,
+)
 
 
 @dataclass(frozen=True)
 class ParsedRun:
-    """A command line, understood.
+    """A parsed training command line.
 
     Attributes:
-        config: what it asks for.
+        config: the run's configuration.
         notes: aliases translated, prefixes expanded, flags without effect; for one rank to print once.
         warnings: what is allowed, but probably not meant.
         missing: files that flags name and that do not exist: fatal to a run, not to an explanation.
@@ -39,33 +60,33 @@ class ParsedRun:
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether --help or -h is among the words."""
-    return any(word in ("-h", "--help") for word in argv)
+    """Return True if --help or -h is among the arguments."""
+    return any(arg in ("-h", "--help") for arg in argv)
 
 
 def save_folder(argv: Sequence[str]) -> str:
-    """Return the --save folder of a training command line, however wrong the rest is; empty: it is no job with one."""
+    """Return the --save folder of a training command line, however wrong the rest is; empty: none, or a dry run."""
     given = Given()
-    apply(read_words(argv, given), given)
-    return "" if given.value("runtime.dry_run") else str(given.value("checkpoint.save"))
+    read_command_line(argv, given)
+    return "" if given.run.runtime.dry_run else given.run.checkpoint.save
 
 
 def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRun:
     """Read a training command line.
 
     Args:
-        argv: the words after the program's name.
+        argv: the arguments after the program's name.
         world_size: ranks that the launcher started; None: unknown, then --world-size or one replica.
 
     Raises:
         ConfigError: one thing is wrong.
         ConfigErrors: several things are wrong; it holds them all.
     """
-    given = Given()
-    apply(read_words(argv, given), given)
-    config = resolve(given, world_size)
+    given = Given(world_size)
+    read_command_line(argv, given)
+    config = _resolve(given)
     if config is not None and not given.unreadable:
-        given.errors += violations(config)
+        given.errors += [error for rule in RULES for error in rule(config)]
     raise_all(given.errors)
     assert config is not None
     return ParsedRun(
@@ -76,10 +97,26 @@ def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRu
     )
 
 
-def parse_command(argv: Sequence[str]) -> ParsedRun:
-    """Read a command line as people copy it: training flags, or the whole command that starts the job.
+def _resolve(given: Given) -> RunConfig | None:
+    """Derive fields and files from what was given; None if a required field is missing."""
+    for resolve in RESOLVERS:
+        resolve(given)
+    missing = [flags_by_field()[key][0].name for key in required_fields() if given.value_of(key) is None]
+    if missing:
+        if not given.unreadable and not given.unknown:
+            given.refuse(
+                f"The shape of the model or batch is not given: no {', '.join(missing)}",
+                fix=f"Add {' '.join(f'{flag} N' for flag in missing)}",
+            )
+        return None
+    batch.resolve_global_batch(given)
+    return RunConfig(**given.sections())
 
-    The number of ranks is --world-size, or else what the launcher's words say.
+
+def parse_command(argv: Sequence[str]) -> ParsedRun:
+    """Read a command line as copied from a shell: training flags, or the whole command that starts the job.
+
+    The number of ranks is --world-size, else the launcher's.
 
     Raises:
         ConfigError, ConfigErrors: as parse_run and read_command.
@@ -89,7 +126,7 @@ def parse_command(argv: Sequence[str]) -> ParsedRun:
 
 
 def raise_all(errors: Iterable[ConfigError]) -> None:
-    """Raise what is wrong: nothing, the one error, or all of them together."""
+    """Raise the one error, or all of several together; nothing if there are none."""
     found = list(errors)
     if len(found) == 1:
         raise found[0]
@@ -98,64 +135,65 @@ def raise_all(errors: Iterable[ConfigError]) -> None:
 
 
 def to_argv(config: RunConfig) -> list[str]:
-    """The command line that parse_run reads back as `config`, in the table's order and spelling.
+    """Return the command line that parse_run reads back as `config`, in the order and spelling of the flag table.
 
-    Fields that have their default are left out, and so are those that follow from others.
+    Fields that have their default are left out, and so are those that are derived from others.
     """
-    chosen = {field: value for field, value in _leaves(config) if field not in DERIVED and value != _default(field)}
+    leaves = _leaves(config)
+    derived = field_metadata("derived")
+    chosen = {key: value for key, value in leaves.items() if key not in derived and value != _default(key)}
     given = Given()
-    apply(read_words(_write(chosen), given), given)
-    reread = resolve(given, None)
+    read_command_line(_write(chosen), given)
+    reread = _resolve(given)
     assert reread is not None and not given.errors, given.errors
-    derived = dict(_leaves(reread))
-    return _write({field: value for field, value in _leaves(config) if field in chosen or derived[field] != value})
+    reread_leaves = _leaves(reread)
+    return _write({key: value for key, value in leaves.items() if key in chosen or reread_leaves[key] != value})
 
 
-DERIVED = frozenset(
-    f"model.{name}"
-    for name in ("num_query_groups", "head_dim", "ffn_hidden_size", "max_position_embeddings", "qkv_bias")
-)
-"""Fields that a command line usually leaves to others."""
+def _leaves(config: RunConfig) -> dict[Key, Any]:
+    return {
+        (section, entry.name): getattr(getattr(config, section), entry.name)
+        for section, kind in SECTIONS.items()
+        for entry in fields(kind)
+    }
 
 
-def _leaves(config: RunConfig) -> list[tuple[str, Any]]:
-    return [
-        (f"{section}.{field.name}", getattr(getattr(config, section), field.name))
-        for section, cls in SECTIONS.items()
-        for field in fields(cls)
-    ]
-
-
-def _default(field: str) -> Any:
-    section, name = field.split(".")
-    default = next(item.default for item in fields(SECTIONS[section]) if item.name == name)
+def _default(key: Key) -> Any:
+    section, name = key
+    default = SECTIONS[section].__dataclass_fields__[name].default
     return None if default is MISSING else default
 
 
-def _write(values: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    if "batch.step_schedule" in values:
-        # Written in tokens; reading divides by the sequence length again.
-        pairs = ((start * values["batch.seq_length"], batch) for start, batch in values["batch.step_schedule"])
-        words += ["--step-batch-size-schedule", " ".join(f"{tokens}:{batch}" for tokens, batch in pairs)]
-    if "model.num_query_groups" in values:
-        words.append("--group-query-attention")
-    match values.get("checkpoint.phases"):
+def _write(values: dict[Key, Any]) -> list[str]:
+    args: list[str] = []
+    if schedule := values.get(key_of(FIELD.batch.step_schedule)):
+        length = values[key_of(FIELD.batch.seq_length)]
+        args += ["--step-batch-size-schedule", batch.write_step_schedule(schedule, length)]
+    if key_of(FIELD.model.num_query_groups) in values:
+        args.append("--group-query-attention")
+    phases = key_of(FIELD.checkpoint.phases)
+    match values.get(phases):
         case (SavePhase(interval=interval, until=0),):
-            words += ["--save-interval", str(interval)]
-            values = {field: value for field, value in values.items() if field != "checkpoint.phases"}
-    for field, flags in flags_by_field().items():
-        if field in values:
-            words += _write_field(flags, values[field])
-    return words
+            args += ["--save-interval", str(interval)]
+            values = {key: value for key, value in values.items() if key != phases}
+    for key, declared in flags_by_field().items():
+        if key in values and declared:
+            args += write_field(declared, values[key])
+    return args
 
 
-def _write_field(flags: tuple[Flag, ...], value: Any) -> list[str]:
-    for flag in flags:
+def write_field(declared: tuple[Flag, ...], value: Any) -> list[str]:
+    """Return the arguments that give a field its value.
+
+    Args:
+        declared: the field's flags.
+        value: not the default of a field whose flags only set constants.
+    """
+    for flag in declared:
         if not flag.takes_value and not flag.also and flag.sets == value:
             return [flag.name]
-    flag = next(flag for flag in flags if flag.takes_value and not flag.also)
-    words = flag.write(value) if flag.write else [write_value(value)]
-    if len(words) == 1 and words[0].startswith(("--", "@")):
-        return [f"{flag.name}={words[0]}"]
-    return [flag.name, *words]
+    flag = next(flag for flag in declared if flag.takes_value and not flag.also)
+    args = flag.format.write(value) if flag.format and flag.format.write else [write_value(value)]
+    if len(args) == 1 and args[0].startswith(("--", "@")):
+        return [f"{flag.name}={args[0]}"]
+    return [flag.name, *args]

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from megatron_lite.config.flag import FIELD, Flag, Format, option
+from megatron_lite.config.values import read_int
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.given import Given
+    from megatron_lite.config.run import RunConfig
+
+CHANGEABLE = ("tokenizer", "data", "code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,47 +27,257 @@ class SavePhase:
     until: int = 0
 
 
+def read_save_schedule(args: Sequence[str]) -> tuple[SavePhase, ...]:
+    """Read "10:100 18:1000 1500": every 10 to iteration 100, every 18 to 1000, then every 1500.
+
+    Raises:
+        ValueError: not in that form.
+    """
+    expected = "<interval>:<last iteration> pairs and at most one closing <interval>, as in 10:100 18:1000 1500"
+    phases: list[SavePhase] = []
+    for entry in re.split(r"[\s,]+", " ".join(args).strip()):
+        interval, colon, until = entry.partition(":")
+        if phases and not phases[-1].until:
+            raise ValueError(expected)
+        try:
+            phases.append(SavePhase(interval=read_int(interval), until=read_int(until) if colon else 0))
+        except ValueError:
+            raise ValueError(expected) from None
+    return tuple(phases)
+
+
+def write_save_schedule(phases: tuple[SavePhase, ...]) -> list[str]:
+    """Return the argument of --save-schedule."""
+    return [" ".join(f"{phase.interval}:{phase.until}" if phase.until else str(phase.interval) for phase in phases)]
+
+
+def _read_changed(args: Sequence[str]) -> tuple[str, ...]:
+    if not set(args) <= set(CHANGEABLE):
+        raise ValueError(f"some of {', '.join(CHANGEABLE)}")
+    return tuple(sorted(set(args), key=CHANGEABLE.index))
+
+
+SAVE_SCHEDULE = Format(
+    metavar="INTERVAL:LAST …", example="10:100 18:1000 1500", read=read_save_schedule, write=write_save_schedule
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving, retention and loading."""
 
-    save: str = ""
-    phases: tuple[SavePhase, ...] = ()
-    """--save-interval N is one phase; --save-schedule "10:100 18:1000 1500" is three."""
-    save_optimizer: bool = True
-    asynchronous: bool = False
-    save_on_exit: bool = True
-    """Save when a run stops early; the end of a run is always saved."""
-    on_failed_save: Literal["stop", "continue"] = "stop"
-    """After a save that failed (a full disk): stop, or train on. The last save of a job must succeed."""
-    weights_only_every: int = 0
-    """Save the weights alone every this many iterations, in the folder `weights` below --save; 0: never."""
-    keep_last: int = 0
-    """Checkpoints kept; 0: all."""
-    keep_every: int = 0
-    """Of older checkpoints, keep those of every this many iterations; 0: none."""
-    keep_phases: tuple[SavePhase, ...] = ()
-    """Of older checkpoints, keep those that this schedule would save."""
-    load: str = ""
-    load_iteration: int = 0
-    """Iteration to load; 0: the one latest_checkpointed_iteration.txt names."""
-    load_optimizer: bool = True
-    finetune: bool = False
-    """Load the weights only and start at iteration 0."""
-    reset_progress: bool = False
-    """--reset-iteration: load weights and optimizer state, but start at iteration 0 with nothing consumed."""
-    exit_on_missing: bool = False
-    """--exit-on-missing-checkpoint: an empty --load folder is an error instead of a fresh start."""
-    override_schedule: bool = False
-    """The command line's learning-rate schedule wins over the checkpoint's."""
-    use_checkpoint_schedule: bool = False
-    """The checkpoint's learning-rate schedule wins over the command line's."""
-    fallback_on_corrupt: bool = False
-    """Load the newest earlier checkpoint if the wanted one is damaged, saying so."""
-    accept_changed: tuple[str, ...] = ()
-    """What may differ from the run that wrote the checkpoint: tokenizer, data, code."""
+    save: str = option("", Flag("--save", "Folder of the checkpoints.", metavar="FOLDER"))
+    phases: tuple[SavePhase, ...] = option(
+        (),
+        Flag(
+            "--save-schedule",
+            'Intervals by range: "10:100 18:1000 1500" is every 10 to iteration 100, every 18 to 1000, then every '
+            "1500.",
+            format=SAVE_SCHEDULE,
+        ),
+    )
+    save_optimizer: bool = option(True, Flag("--no-save-optim", "Save no optimizer state.", sets=False))
+    asynchronous: bool = option(False, Flag("--async-save", "Write checkpoints during training.", sets=True))
+    save_on_exit: bool = option(
+        True,
+        Flag("--save-on-exit", "Save before every early stop.", sets=True),
+        Flag(
+            "--no-save-on-exit",
+            "Stop early without saving; the end of a run is always saved.",
+            sets=False,
+        ),
+    )
+    on_failed_save: Literal["stop", "continue"] = option(
+        "stop",
+        Flag(
+            "--on-failed-save",
+            "After a failed save (a full disk): stop, or continue training. A failed last save of a job is always "
+            "an error.",
+        ),
+    )
+    weights_only_every: int = option(
+        0,
+        Flag(
+            "--weights-only-every",
+            "Iterations between saves of the weights alone, kept in the folder weights below --save (0: none).",
+        ),
+    )
+    keep_last: int = option(
+        0, Flag("--keep-last", "Checkpoints kept (0: all).", aliases=("--keep-last-n-checkpoints",))
+    )
+    keep_every: int = option(
+        0, Flag("--keep-every", "Besides the last, keep the checkpoints of every N iterations (0: none).")
+    )
+    keep_phases: tuple[SavePhase, ...] = option(
+        (),
+        Flag(
+            "--keep-phase",
+            'Besides the last, keep by range: "10:100 90:1000 1500" is every 10 to iteration 100, every 90 to '
+            "1000, then every 1500.",
+            format=SAVE_SCHEDULE,
+        ),
+    )
+    load: str = option("", Flag("--load", "Folder of checkpoints to resume from.", metavar="FOLDER"))
+    load_iteration: int = option(
+        0,
+        Flag(
+            "--load-iteration",
+            "Iteration to load (0: the one in latest_checkpointed_iteration.txt).",
+            aliases=("--ckpt-step",),
+        ),
+    )
+    load_optimizer: bool = option(True, Flag("--no-load-optim", "Load no optimizer state.", sets=False))
+    finetune: bool = option(False, Flag("--finetune", "Load the weights only and start at iteration 0.", sets=True))
+    reset_progress: bool = option(
+        False,
+        Flag(
+            "--reset-iteration",
+            "Load weights and optimizer state, and start at iteration 0 with no samples consumed.",
+            sets=True,
+            aliases=("--reset-progress",),
+        ),
+    )
+    exit_on_missing: bool = option(
+        False,
+        Flag(
+            "--exit-on-missing-checkpoint",
+            "Fail if --load holds no checkpoint, instead of starting from fresh weights.",
+            sets=True,
+        ),
+    )
+    fallback_on_corrupt: bool = option(
+        False,
+        Flag(
+            "--fallback-on-corrupt",
+            "Load the newest earlier checkpoint if the requested one is damaged.",
+            sets=True,
+        ),
+    )
+    accept_changed: tuple[str, ...] = option(
+        (),
+        Flag(
+            "--accept-changed",
+            "What may differ from the run that wrote the checkpoint: tokenizer, data, code.",
+            format=Format(metavar="WHAT …", example="data code", read=_read_changed, write=list),
+        ),
+    )
+    override_schedule: bool = option(
+        False,
+        Flag(
+            "--override-opt-param-scheduler",
+            "Use the command line's learning-rate schedule, not the checkpoint's.",
+            sets=True,
+            aliases=("--override-lr-scheduler",),
+        ),
+    )
+    use_checkpoint_schedule: bool = option(
+        False,
+        Flag(
+            "--use-checkpoint-opt-param-scheduler",
+            "Use the checkpoint's learning-rate schedule, not the command line's.",
+            sets=True,
+            aliases=("--use-checkpoint-lr-scheduler",),
+        ),
+    )
 
     @property
     def in_one_folder(self) -> bool:
-        """Whether --load and --save are the same folder: the command that starts such a run goes on with it."""
+        """True if --load and --save are the same folder: the command that starts such a run also resumes it."""
         return bool(self.load and self.save) and Path(self.load).resolve() == Path(self.save).resolve()
+
+
+def resolve_save_interval(given: Given) -> None:
+    """Append --save-interval to the phases of --save-schedule."""
+    origin, interval = given.origin(FIELD.command.save_interval), given.run.command.save_interval
+    if not origin:
+        return
+    phases = given.run.checkpoint.phases
+    if phases and not phases[-1].until and phases[-1].interval != interval:
+        given.refuse(
+            f"{origin} and {given.origin(FIELD.checkpoint.phases)} contradict each other",
+            rule="--save-interval is the interval after the last range of --save-schedule",
+            fix="Remove --save-interval, or give the schedule's last range an end",
+        )
+    elif not phases or phases[-1].until:
+        given.give(FIELD.checkpoint.phases, (*phases, SavePhase(interval=interval)), origin)
+
+
+RESOLVERS = (resolve_save_interval,)
+
+
+def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
+    """--save needs --save-interval or --save-schedule."""
+    if config.checkpoint.save and not config.checkpoint.phases:
+        yield ConfigError(
+            f"--save {config.checkpoint.save} needs an interval",
+            fix="Give --save-interval N, or --save-schedule as 10:100 18:1000 1500",
+        )
+
+
+def phases_rise(config: RunConfig) -> Iterator[ConfigError]:
+    """Ranges of --save-schedule and --keep-phase have rising ends and positive intervals."""
+    yield from _phases_rise("--save-schedule", config.checkpoint.phases)
+    yield from _phases_rise("--keep-phase", config.checkpoint.keep_phases)
+
+
+def _phases_rise(flag: str, phases: tuple[SavePhase, ...]) -> Iterator[ConfigError]:
+    previous = 0
+    for phase in phases:
+        last = phase is phases[-1] and not phase.until
+        if phase.interval < 1 or (phase.until <= previous and not last):
+            after = f" after iteration {previous}" if previous else ""
+            yield ConfigError(
+                f"{flag} has the range {phase.interval}:{phase.until}{after}",
+                rule="Intervals are positive, and each range ends later than the one before it",
+                fix=f"Write {flag} as 10:100 18:1000 1500: every 10 to iteration 100, every 18 to 1000, then every "
+                "1500",
+            )
+        previous = max(previous, phase.until)
+
+
+def one_lr_schedule(config: RunConfig) -> Iterator[ConfigError]:
+    """The learning-rate schedule is the command line's or the checkpoint's."""
+    checkpoint = config.checkpoint
+    if checkpoint.override_schedule and checkpoint.use_checkpoint_schedule:
+        yield ConfigError(
+            "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler contradict each other",
+            fix="Remove one of them",
+        )
+
+
+def loading_needs_a_folder(config: RunConfig) -> Iterator[ConfigError]:
+    """Flags about loading need --load."""
+    checkpoint = config.checkpoint
+    if checkpoint.load:
+        return
+    for flag, given in (
+        ("--load-iteration", checkpoint.load_iteration),
+        ("--exit-on-missing-checkpoint", checkpoint.exit_on_missing),
+        ("--use-checkpoint-opt-param-scheduler", checkpoint.use_checkpoint_schedule),
+    ):
+        if given:
+            yield ConfigError(f"{flag} has no effect without --load", fix=f"Add --load FOLDER, or remove {flag}")
+
+
+def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError]:
+    """--keep-every and --keep-phase exempt checkpoints from --keep-last; weights are saved below --save."""
+    checkpoint = config.checkpoint
+    if (checkpoint.keep_every or checkpoint.keep_phases) and not checkpoint.keep_last:
+        yield ConfigError(
+            "--keep-every and --keep-phase have no effect without --keep-last: every checkpoint is kept",
+            fix="Add --keep-last with the number of newest checkpoints to keep besides, such as 2",
+        )
+    if checkpoint.weights_only_every and not checkpoint.save:
+        yield ConfigError(
+            f"--weights-only-every {checkpoint.weights_only_every} needs --save",
+            fix="Add --save FOLDER and --save-interval N",
+        )
+
+
+RULES = (
+    saving_has_an_interval,
+    phases_rise,
+    one_lr_schedule,
+    loading_needs_a_folder,
+    retention_has_something_to_delete,
+)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from megatron_lite.config.flag import FIELD, Flag, Format, option
+from megatron_lite.config.values import read_float, write_value
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.given import Given
+    from megatron_lite.config.run import RunConfig
+
+MAX_PREFETCHED = 1000
+BY_SIZE = "auto"
+"""Stands for a weight in a group whose sources are weighted by their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,47 +40,344 @@ class DataGroup:
     sources: tuple[DataSource, ...]
 
 
+def read_split(args: Sequence[str]) -> str:
+    """Read shares as 949,50,1, "969, 30, 1" or 949/50/1; return them comma-separated."""
+    shares = [share for share in re.split(r"[\s,/]+", " ".join(args).strip()) if share]
+    try:
+        numbers = [read_float(share) for share in shares]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0:
+        raise ValueError("one to three shares, as in 949,50,1")
+    if not any(numbers):
+        raise ValueError("shares that are not all 0, as in 949,50,1")
+    return ",".join(shares)
+
+
+def read_sources(args: Sequence[str]) -> tuple[DataSource, ...]:
+    """Read a path, several paths, or weights and paths in turn, distinguished by Megatron's rule."""
+    if len(args) % 2 == 0:
+        try:
+            weights = [read_float(word) for word in args[::2]]
+        except ValueError:
+            weights = []
+        if weights:
+            return tuple(DataSource(path=path, weight=weight) for weight, path in zip(weights, args[1::2], strict=True))
+    return tuple(DataSource(path=path) for path in args)
+
+
+def write_sources(sources: tuple[DataSource, ...]) -> list[str]:
+    """Return the arguments of --data-path."""
+    args: list[str] = []
+    for source in sources:
+        args += [] if source.weight is None else [write_value(source.weight)]
+        args.append(source.path)
+    return args
+
+
+def read_groups(args: Sequence[str]) -> tuple[DataGroup, ...]:
+    """Read one string a group: "NAME: WEIGHT START:END PATH, WEIGHT START:END PATH".
+
+    Raises:
+        ValueError: not in that form, or a range that does not rise.
+    """
+    return tuple(_read_group(word) for word in args)
+
+
+def _read_group(text: str) -> DataGroup:
+    expected = '"NAME: WEIGHT START:END PATH, WEIGHT START:END PATH" with START < END'
+    name, colon, rest = text.partition(":")
+    sources = []
+    for entry in rest.split(","):
+        parts = entry.split()
+        start, inner, end = parts[1].partition(":") if len(parts) == 3 else ("", "", "")
+        if not colon or not inner:
+            raise ValueError(expected)
+        try:
+            weight = None if parts[0] == BY_SIZE else read_float(parts[0])
+            source = DataSource(path=parts[2], weight=weight, start=read_float(start), end=read_float(end))
+        except ValueError:
+            raise ValueError(expected) from None
+        if not 0 <= source.start < source.end <= 1:
+            raise ValueError(expected)
+        sources.append(source)
+    return DataGroup(name=name.strip(), sources=tuple(sources))
+
+
+def read_groups_file(text: str) -> tuple[DataGroup, ...]:
+    """Read a --train-weighted-split-paths-path file: one line of groups in double quotes, separated by spaces."""
+    line = text.strip()
+    if "\n" in line or not (line.startswith('"') and line.endswith('"')):
+        raise ValueError('one line of groups in double quotes, as "en: 1 0:1 data/en" "fr: 1 0:1 data/fr"')
+    return read_groups(line[1:-1].split('" "'))
+
+
+def write_groups(groups: tuple[DataGroup, ...]) -> list[str]:
+    """Return the arguments of --train-weighted-split-paths."""
+    return [f"{group.name}: {', '.join(_write_source(source) for source in group.sources)}" for group in groups]
+
+
+def _write_source(source: DataSource) -> str:
+    weight = BY_SIZE if source.weight is None else write_value(source.weight)
+    return f"{weight} {write_value(source.start)}:{write_value(source.end)} {source.path}"
+
+
+def _group_flags(split: str) -> tuple[Flag, Flag]:
+    """Return the two flags for the data of one split: weighted groups, and a blend as the one group of the split."""
+
+    def read_blend(args: Sequence[str]) -> tuple[DataGroup, ...]:
+        return (DataGroup(name=split, sources=read_sources(args)),)
+
+    groups = Flag(
+        f"--{split}-weighted-split-paths",
+        f'Blend of the {split} data: "NAME: WEIGHT START:END PATH, WEIGHT START:END PATH" (weight auto: by size).',
+        format=Format(
+            metavar='"GROUP" …',
+            example=f"'{split}: 0.3 0:0.9 data/a_text_document, 0.7 0:0.9 data/b_text_document'",
+            read=read_groups,
+            write=write_groups,
+            count="any",
+        ),
+    )
+    blend = Flag(
+        f"--{split}-data-path",
+        f"Blend of the {split} data, as for --data-path, without a split.",
+        format=Format(metavar=BLEND.metavar, example=BLEND.example, read=read_blend),
+    )
+    return groups, blend
+
+
+BLEND = Format(
+    metavar="[WEIGHT] PATH …",
+    example="0.3 data/a_text_document 0.7 data/b_text_document",
+    read=read_sources,
+    write=write_sources,
+    count="any",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Datasets of a run: either `sources` cut by `split`, or groups given per split."""
 
-    sources: tuple[DataSource, ...] = ()
-    split: str = "969,30,1"
-    """Shares of train, validation and test documents, in Megatron's spellings."""
-    train_groups: tuple[DataGroup, ...] = ()
-    valid_groups: tuple[DataGroup, ...] = ()
-    test_groups: tuple[DataGroup, ...] = ()
-    mock: bool = False
-    """Random tokens instead of a dataset (--mock-data)."""
-    index_order: Literal["legacy", "modern"] = "legacy"
-    """legacy: Megatron-DeepSpeed's order and split rounding; modern: Megatron-LM's."""
-    sampling: Literal["concatenated", "slice"] = "concatenated"
-    """concatenated: documents end to end, cut into samples; slice: one random slice of each document an epoch."""
-    cache_path: str = ""
-    """Folder of the index cache; empty: beside the dataset."""
-    sampler: Literal["single", "cyclic"] = "single"
-    eod_mask_loss: bool = False
-    reset_position_ids: bool = False
-    reset_attention_mask: bool = False
-    prefetch: int = 2
-    """Micro-batches read ahead by the loader's thread; 0: none."""
+    sources: tuple[DataSource, ...] = option(
+        (), Flag("--data-path", "Prefixes of .bin/.idx pairs, each after its weight or without weights.", format=BLEND)
+    )
+    split: str = option(
+        "969,30,1",
+        Flag(
+            "--split",
+            "Shares of training, validation and test documents.",
+            format=Format(metavar="TRAIN,VALID,TEST", example="949,50,1", read=read_split, write=lambda split: [split]),
+        ),
+    )
+    train_groups: tuple[DataGroup, ...] = option((), *_group_flags("train"))
+    valid_groups: tuple[DataGroup, ...] = option((), *_group_flags("valid"))
+    test_groups: tuple[DataGroup, ...] = option((), *_group_flags("test"))
+    mock: bool = option(False, Flag("--mock-data", "Random tokens instead of a dataset.", sets=True))
+    index_order: Literal["legacy", "modern"] = option(
+        "legacy",
+        Flag(
+            "--data-index",
+            "Sample order and rounding of the split: Megatron-DeepSpeed's (legacy) or Megatron-LM's (modern).",
+        ),
+    )
+    sampling: Literal["concatenated", "slice"] = option(
+        "concatenated",
+        Flag(
+            "--document-sampling",
+            "Documents concatenated and cut into samples, or one random slice of each document an epoch.",
+        ),
+    )
+    cache_path: str = option(
+        "",
+        Flag("--data-cache-path", "Folder of the index cache (beside the data if not given)."),
+        may_differ="a node may keep its index cache on its own disk; every node builds the same index",
+    )
+    sampler: Literal["single", "cyclic"] = option(
+        "single", Flag("--dataloader-type", "Samples in order, or epoch after epoch in a new order.")
+    )
+    eod_mask_loss: bool = option(False, Flag("--eod-mask-loss", "No loss at end-of-document tokens.", sets=True))
+    reset_position_ids: bool = option(
+        False, Flag("--reset-position-ids", "Restart positions after each document.", sets=True)
+    )
+    reset_attention_mask: bool = option(
+        False,
+        Flag(
+            "--reset-attention-mask",
+            "Document-masked attention; materializes a mask only with ALiBi.",
+            sets=True,
+        ),
+    )
+    prefetch: int = option(
+        2,
+        Flag(
+            "--prefetch-microbatches",
+            "Micro-batches that a thread reads ahead, all in memory at once (0: none).",
+            most=MAX_PREFETCHED,
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which tokenizer, by Megatron's names, and where its files lie."""
+    """Kind of tokenizer, by Megatron's names, and its files."""
 
-    type: Literal["GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = (
-        "GPT2BPETokenizer"
+    type: Literal["GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
+        "GPT2BPETokenizer",
+        Flag(
+            "--tokenizer-type",
+            "Kind of tokenizer.",
+            choices={
+                "PretrainedFromHF": "HuggingFaceTokenizer",
+                "HFTokenizer": "HuggingFaceTokenizer",
+                "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+                "Llama2Tokenizer": "SentencePieceTokenizer",
+            },
+        ),
     )
-    vocab_file: str = ""
-    merge_file: str = ""
-    model: str = ""
-    """HuggingFaceTokenizer: tokenizer.json or a folder that holds it; SentencePieceTokenizer: the .model file."""
-    vocab_size: int = 0
-    """NullTokenizer: entries before the end-of-document token, which gets this id."""
-    vocab_extra_ids: int = 0
-    eod_token: str = ""
-    """Name of the token that ends a document; empty: what the tokenizer's files say, else the usual names."""
-    fast: bool = True
-    """Encode with tiktoken (extra `fast`) where it provably gives the same ids."""
+    model: str = option(
+        "",
+        Flag(
+            "--tokenizer-model",
+            "File or folder of the tokenizer: tokenizer.json, a Hugging Face folder, or a sentencepiece .model.",
+            aliases=("--tokenizer-name-or-path",),
+            metavar="PATH",
+        ),
+        may_differ="a node may have its own copy; the vocabulary is compared by its fingerprint",
+    )
+    vocab_file: str = option(
+        "",
+        Flag("--vocab-file", "vocab.json of a GPT-2 BPE.", aliases=("--vocab",), metavar="FILE"),
+        may_differ="as --tokenizer-model",
+    )
+    merge_file: str = option(
+        "",
+        Flag("--merge-file", "merges.txt of a GPT-2 BPE.", aliases=("--merges-file",), metavar="FILE"),
+        may_differ="as --tokenizer-model",
+    )
+    vocab_size: int = option(
+        0,
+        Flag(
+            "--vocab-size",
+            "Entries of a NullTokenizer before its end-of-document token, which gets this id.",
+            most=2**31 - 2,
+        ),
+    )
+    vocab_extra_ids: int = option(
+        0, Flag("--vocab-extra-ids", "Additional entries at the end of the vocabulary.", most=10**6)
+    )
+    eod_token: str = option(
+        "", Flag("--eod-token", "Name of the end-of-document token, if the tokenizer's files do not name it.")
+    )
+    fast: bool = option(
+        True,
+        Flag(
+            "--no-fast-tokenizer",
+            "Encode with the tokenizer's own library instead of tiktoken (same ids).",
+            sets=False,
+        ),
+    )
+
+
+def resolve_blend_files(given: Given) -> None:
+    """Read the files that flags name. A missing file is an error for a run, but not for an explanation."""
+    for source, target, read in (
+        (FIELD.command.data_args_path, FIELD.data.sources, _read_sources_file),
+        (FIELD.command.train_groups_path, FIELD.data.train_groups, read_groups_file),
+        (FIELD.command.valid_groups_path, FIELD.data.valid_groups, read_groups_file),
+        (FIELD.command.test_groups_path, FIELD.data.test_groups, read_groups_file),
+    ):
+        origin = given.origin(source)
+        if not origin:
+            continue
+        if given.has(target):
+            given.refuse_both(origin, given.origin(target))
+            continue
+        flag, _, path = origin.partition(" ")
+        text = given.read_file(path, flag)
+        if text is None:
+            continue
+        try:
+            given.give(target, read(text), origin)
+        except ValueError as error:
+            given.refuse(f"Cannot read {path} ({flag}): expected {error}", fix=f"Write {path} in that form")
+
+
+def _read_sources_file(text: str) -> tuple[DataSource, ...]:
+    return read_sources(text.split())
+
+
+def refuse_uneven_token_loss(given: Given) -> None:
+    """Refuse the average over tokens where it differs from the average over samples."""
+    if given.run.command.per_token_loss and given.run.data.eod_mask_loss:
+        given.refuse(
+            "--calculate-per-token-loss is not supported together with --eod-mask-loss",
+            rule="Every sample has the same weight in the loss, also with fewer unmasked tokens",
+            fix="Remove one of them",
+        )
+
+
+RESOLVERS = (resolve_blend_files, refuse_uneven_token_loss)
+
+
+def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
+    """Data are one blend that is split, a blend for each split, or mock data."""
+    data = config.data
+    kinds = {
+        "--data-path": bool(data.sources),
+        "--train-weighted-split-paths or --train-data-path": bool(
+            data.train_groups or data.valid_groups or data.test_groups
+        ),
+        "--mock-data": data.mock,
+    }
+    given = [name for name, present in kinds.items() if present]
+    if len(given) > 1:
+        yield ConfigError(f"{' and '.join(given)} contradict each other", fix=f"Keep one of {', '.join(given)}")
+
+
+def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
+    """Weights of a blend are not negative, and not all 0."""
+    data = config.data
+    groups = (*data.train_groups, *data.valid_groups, *data.test_groups)
+    for sources in (data.sources, *(group.sources for group in groups)):
+        weights = [source.weight for source in sources if source.weight is not None]
+        if weights and (min(weights) < 0 or not any(weights)):
+            yield ConfigError(
+                f"The blend has a negative weight, or only weights of 0: "
+                f"{', '.join(f'{source.weight} {source.path}' for source in sources)}",
+                fix="Give a positive number before each path that is to be read, as 0.3 a 0.7 b",
+            )
+
+
+def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
+    """Training has one group; validation sets differ in name."""
+    data = config.data
+    if len(data.train_groups) > 1:
+        yield ConfigError(
+            f"The training data have {len(data.train_groups)} groups "
+            f"({', '.join(group.name for group in data.train_groups)}) instead of one",
+            fix="Join them into one group of --train-weighted-split-paths, its entries separated by commas",
+        )
+    for flag, groups in (
+        ("--valid-weighted-split-paths", data.valid_groups),
+        ("--test-weighted-split-paths", data.test_groups),
+    ):
+        names = [group.name for group in groups]
+        if len(set(names)) != len(names) or not all(names):
+            yield ConfigError(
+                f"Groups of {flag} have equal or empty names: {', '.join(names)}",
+                fix=f"Name each group before the colon, as {flag} 'en: 1 0:1 PATH' 'fr: 1 0:1 PATH'",
+            )
+
+
+def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
+    """A NullTokenizer needs the size of its vocabulary."""
+    if config.tokenizer.type == "NullTokenizer" and not config.tokenizer.vocab_size:
+        yield ConfigError(
+            "--tokenizer-type NullTokenizer needs --vocab-size",
+            fix="Give --vocab-size the number of token ids of the data, without the end-of-document token",
+        )
+
+
+RULES = (one_kind_of_data, weights_are_positive, groups_have_names, tokenizer_has_a_size)

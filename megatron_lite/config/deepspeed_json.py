@@ -4,36 +4,87 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from megatron_lite.config.batch import SequenceRamp
-from megatron_lite.config.deepspeed_keys import (
-    DEFAULT_SCALE_POWER,
-    FP16_FIELDS,
-    FP16_KEYS,
-    READ_HERE,
-    REFUSED,
-    WITHOUT_EFFECT,
-)
+from megatron_lite.config.flag import FIELD, key_of
 from megatron_lite.config.given import Given
+from megatron_lite.config.optimizer import Dtype
 from megatron_lite.config.values import MAX_NUMBER, shortened
 from megatron_lite.formatting import format_number
 
+T = TypeVar("T")
+
+DEFAULT_SCALE_POWER = 16
+
+WITHOUT_EFFECT = {
+    "train_batch_size": "--global-batch-size and its ramp-up set it",
+    "gradient_accumulation_steps": "it follows from --global-batch-size",
+    "steps_per_print": "--log-interval sets it",
+    "wall_clock_breakdown": "--timing-log-level sets it",
+    "dump_state": "the config is in every checkpoint's manifest",
+    "memory_breakdown": "--log-memory-to-tensorboard reports memory",
+    "prescale_gradients": "gradients are summed in fp32 and divided once",
+    "gradient_predivide_factor": "gradients are summed in fp32 and divided once",
+    "communication_data_type": "gradients are summed in fp32",
+    "zero_allow_untested_optimizer": "the optimizers here are tested with ZeRO-1",
+    "zero_force_ds_cpu_optimizer": "nothing is offloaded",
+    "elastic_checkpoint": "any layout reads any checkpoint",
+    "checkpoint": "there is one checkpoint format",
+    "load_universal": "any layout reads any checkpoint",
+    "activation_checkpointing": "--checkpoint-activations sets it",
+    "data_types": "gradients are summed in fp32",
+    "flops_profiler": "the log always has FLOP/s",
+    "tensorboard": "--tensorboard-dir sets it",
+    "csv_monitor": "metrics.jsonl holds the same",
+    "wandb": "metrics.jsonl holds the same",
+    "comms_logger": "`megatron-lite rehearse` counts the bytes",
+    "sparse_gradients": "gradients are dense",
+    "disable_allgather": "ZeRO-1 always gathers parameters",
+    "pipeline": "--pipeline-model-parallel-size sets it",
+    "aio": "nothing is offloaded",
+}
+REFUSED = {
+    "optimizer": "Remove the entry; use --optimizer, --lr and --weight-decay",
+    "scheduler": "Remove the entry; use --lr-decay-style and --lr-warmup-iters",
+    "amp": "Use --fp16 or --bf16",
+    "sparse_attention": "Remove the entry: only dense attention is implemented",
+    "compression_training": "Remove the entry",
+    "data_efficiency": "Use curriculum_learning with curriculum_type seqlen",
+    "progressive_layer_drop": "Remove the entry",
+    "eigenvalue": "Remove the entry",
+    "quantize_training": "Remove the entry",
+    "hybrid_engine": "Remove the entry",
+    "autotuning": "Remove the entry",
+    "elasticity": "Remove the entry",
+}
+READ_HERE = (
+    "fp16",
+    "bf16",
+    "bfloat16",
+    "gradient_clipping",
+    "zero_optimization",
+    "train_micro_batch_size_per_gpu",
+    "curriculum_learning",
+)
+FP16_KEYS = frozenset(
+    {"enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"}
+)
 MAX_SCALE_POWER = 126
 """Largest exponent of two that is a loss scale in fp32."""
 
 
 def merge_deepspeed(given: Given) -> None:
     """Merge the JSON that --deepspeed_config names into `given`, with DeepSpeed's own precedence and defaults."""
-    if not given.value("command.deepspeed"):
-        if given.value("command.deepspeed_config"):
-            given.refuse(
-                "A DeepSpeed JSON needs --deepspeed",
-                found=f"{given.origins['command.deepspeed_config']} without --deepspeed",
-                fix="Add --deepspeed, or leave the JSON out",
-            )
+    command = given.run.command
+    if not command.deepspeed:
+        if command.deepspeed_config:
+            origin = given.origin(FIELD.command.deepspeed_config)
+            given.refuse(f"{origin} has no effect without --deepspeed", fix="Add --deepspeed, or remove the JSON")
         return
-    given.give("precision.scaler", given.values.get("precision.scaler", "deepspeed"), "--deepspeed")
+    if not given.has(FIELD.precision.scaler):
+        given.give(FIELD.precision.scaler, "deepspeed", "--deepspeed")
     entries = _read(given)
     for key in entries:
         _note(key, given)
@@ -45,7 +96,7 @@ def merge_deepspeed(given: Given) -> None:
 
 
 def _read(given: Given) -> dict[str, Any]:
-    path = given.value("command.deepspeed_config")
+    path = given.run.command.deepspeed_config
     if not path:
         return {}
     text = given.read_file(path, "--deepspeed_config")
@@ -55,35 +106,33 @@ def _read(given: Given) -> dict[str, Any]:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         given.refuse(
-            "--deepspeed_config must name a JSON file",
-            found=f"{path}: {error}",
+            f"{path} (--deepspeed_config) is not JSON: {error}",
             fix="Repair that line: JSON has no _ in numbers, no comments and no comma before a closing bracket",
         )
         return {}
     if not isinstance(entries, dict):
         fix = 'Write the file as {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
-        given.refuse("--deepspeed_config must hold a JSON object", found=f"{path}: {text[:40]!r}", fix=fix)
+        given.refuse(f"{path} (--deepspeed_config) does not hold a JSON object: {text[:40]!r}", fix=fix)
         return {}
     return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
 
 
 def _note(key: str, given: Given) -> None:
-    """Say of an entry that is not merged why it is not."""
+    """Record why an entry is not merged."""
     if key in WITHOUT_EFFECT:
         given.notes.append(f"DeepSpeed JSON: {key} has no effect: {WITHOUT_EFFECT[key]}")
     elif key in REFUSED:
-        given.refuse(
-            "The native engine does not have every feature of DeepSpeed",
-            found=f"{key} in the DeepSpeed JSON",
-            fix=REFUSED[key],
-        )
+        given.refuse(f"{key} in the DeepSpeed JSON is not supported by the native engine", fix=REFUSED[key])
     elif key not in READ_HERE:
-        nearest = difflib.get_close_matches(key, [*READ_HERE, *WITHOUT_EFFECT, *REFUSED], n=1)
-        given.refuse(
-            "Every entry of the DeepSpeed JSON must be known",
-            found=key,
-            fix=f"Did you mean {nearest[0]}?" if nearest else "Remove the entry",
-        )
+        _refuse_unknown(key, "", [*READ_HERE, *WITHOUT_EFFECT, *REFUSED], given)
+
+
+def _refuse_unknown(name: str, section: str, known: Iterable[str], given: Given) -> None:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    given.refuse(
+        f"Unknown entry {section}{name} in the DeepSpeed JSON",
+        fix=f"Did you mean {section}{nearest[0]}?" if nearest else "Remove the entry",
+    )
 
 
 def _section(entries: dict[str, Any], key: str, given: Given) -> dict[str, Any]:
@@ -95,7 +144,7 @@ def _section(entries: dict[str, Any], key: str, given: Given) -> dict[str, Any]:
         if key != "zero_optimization"
         else f'Write it as "{key}": {{"stage": 1}}'
     )
-    given.refuse(f"{key} in the DeepSpeed JSON is an object", found=repr(section), fix=fix)
+    given.refuse(f"{key} in the DeepSpeed JSON is {section!r} instead of an object", fix=fix)
     return {}
 
 
@@ -103,8 +152,8 @@ def _number(value: Any, key: str, given: Given) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
     given.refuse(
-        f"{key} in the DeepSpeed JSON is a number of at most {format_number(MAX_NUMBER)}",
-        found=shortened(repr(value)),
+        f"{key} in the DeepSpeed JSON is {shortened(repr(value))} instead of a number of at most "
+        f"{format_number(MAX_NUMBER)}",
         fix=_number_fix(key, value),
     )
     return 0
@@ -114,7 +163,7 @@ def _whole(value: Any, key: str, given: Given) -> int:
     number = _number(value, key, given)
     if number != int(number):
         given.refuse(
-            f"{key} in the DeepSpeed JSON is a whole number", found=repr(value), fix=_number_fix(key, round(number))
+            f"{key} in the DeepSpeed JSON is {value!r} instead of a whole number", fix=_number_fix(key, round(number))
         )
     return int(number)
 
@@ -126,79 +175,65 @@ def _number_fix(key: str, value: Any) -> str:
     return f'Write it without quotes, as "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
 
 
-def _contradiction(given: Given, field: str, flag: str, entry: str) -> None:
+def _contradiction(given: Given, field: object, flag: str, entry: str) -> None:
     given.refuse(
-        "The command line and the DeepSpeed JSON must not contradict each other",
-        found=f"{given.origins.get(field, flag)} and {entry}",
+        f"The command line and the DeepSpeed JSON contradict each other: {given.origin(field) or flag} and {entry}",
         fix=f"Change {flag} or the JSON",
     )
+
+
+def _take(given: Given, field: T, value: T, entry: str) -> None:
+    """Give a field the JSON's value, unless a flag contradicts it."""
+    origin = given.origin(field)
+    if origin and given.value_of(key_of(field)) != value:
+        _contradiction(given, field, origin.split()[0], entry)
+    else:
+        given.give(field, value, f"{entry} in the DeepSpeed JSON")
 
 
 def _precision(entries: dict[str, Any], given: Given) -> None:
     fp16 = _section(entries, "fp16", given)
     bf16 = _section(entries, "bf16" if "bf16" in entries else "bfloat16", given)
-    enabled = [name for name, section in (("fp16", fp16), ("bf16", bf16)) if section.get("enabled")]
-    if len(enabled) == 2:
-        given.refuse(
-            "A run has one precision", found="fp16 and bf16 enabled in the DeepSpeed JSON", fix="Disable one of them"
-        )
+    if fp16.get("enabled") and bf16.get("enabled"):
+        given.refuse("fp16 and bf16 are both enabled in the DeepSpeed JSON", fix="Disable one of them")
         return
-    asked = given.value("precision.dtype")
-    if enabled and given.has("precision.dtype") and asked != enabled[0]:
-        _contradiction(given, "precision.dtype", "--fp16 or --bf16", f"{enabled[0]}.enabled true")
-    elif enabled:
-        given.give("precision.dtype", enabled[0], f"{enabled[0]}.enabled in the DeepSpeed JSON")
+    enabled: Dtype = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"
+    asked = given.run.precision.dtype
+    if enabled != "fp32":
+        if given.has(FIELD.precision.dtype) and asked != enabled:
+            _contradiction(given, FIELD.precision.dtype, "--fp16 or --bf16", f"{enabled}.enabled true")
+        else:
+            given.give(FIELD.precision.dtype, enabled, f"{enabled}.enabled in the DeepSpeed JSON")
     elif {"fp16": fp16, "bf16": bf16}.get(asked, {}).get("enabled") is False:
-        _contradiction(given, "precision.dtype", f"--{asked}", f"{asked}.enabled false")
-    if given.has("precision.loss_scale"):
-        given.notes.append(
-            f"{given.origins['precision.loss_scale']} has no effect: under --deepspeed the JSON's fp16.loss_scale "
-            "decides (0: dynamic)"
-        )
+        _contradiction(given, FIELD.precision.dtype, f"--{asked}", f"{asked}.enabled false")
+    if origin := given.origin(FIELD.precision.loss_scale):
+        given.notes.append(f"{origin} has no effect: under --deepspeed the JSON's fp16.loss_scale decides (0: dynamic)")
     scale = _number(fp16.get("loss_scale", 0), "fp16.loss_scale", given)
-    given.give("precision.loss_scale", float(scale), "fp16.loss_scale in the DeepSpeed JSON")
+    given.give(FIELD.precision.loss_scale, float(scale), f"fp16.loss_scale {scale} in the DeepSpeed JSON")
     if not fp16:
         return
     power = _number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power", given)
     if abs(power) > MAX_SCALE_POWER:
         given.refuse(
-            f"fp16.initial_scale_power in the DeepSpeed JSON is at most {MAX_SCALE_POWER}",
-            found=f"{power:g}",
-            fix=f"Give it a power up to {MAX_SCALE_POWER}, or leave it out for {DEFAULT_SCALE_POWER}",
+            f"fp16.initial_scale_power in the DeepSpeed JSON is {power:g}, beyond {MAX_SCALE_POWER}",
+            fix=f"Give it a power up to {MAX_SCALE_POWER}, or remove it for DeepSpeed's {DEFAULT_SCALE_POWER}",
         )
         return
-    _take(given, "precision.initial_loss_scale", 2.0**power, f"fp16.initial_scale_power {power}")
-    for name, (field, default) in FP16_FIELDS.items():
-        kind = type(given.value(field))
-        read = _whole if kind is int else _number
-        value = read(fp16.get(name, default), f"fp16.{name}", given)
-        _take(given, field, kind(value), f"fp16.{name} {value}")
-    _check_names("fp16", {name: value for name, value in fp16.items() if value is not False}, FP16_KEYS, given)
-
-
-def _check_names(section: str, entries: dict[str, Any], known: frozenset[str], given: Given) -> None:
-    for name in sorted(entries.keys() - known):
-        nearest = difflib.get_close_matches(name, known, n=1)
-        given.refuse(
-            "Every entry of the DeepSpeed JSON must be known",
-            found=f"{section}.{name}",
-            fix=f"Did you mean {section}.{nearest[0]}?" if nearest else "Remove the entry",
-        )
-
-
-def _take(given: Given, field: str, value: Any, entry: str) -> None:
-    """The JSON's value, unless a flag says something else."""
-    if given.has(field) and given.values[field] != value:
-        flag = given.origins[field].split()[0]
-        _contradiction(given, field, flag, entry)
-    else:
-        given.give(field, value, f"{entry} in the DeepSpeed JSON")
+    _take(given, FIELD.precision.initial_loss_scale, 2.0**power, f"fp16.initial_scale_power {power}")
+    window = _whole(fp16.get("loss_scale_window", 1000), "fp16.loss_scale_window", given)
+    _take(given, FIELD.precision.loss_scale_window, window, f"fp16.loss_scale_window {window}")
+    hysteresis = _whole(fp16.get("hysteresis", 2), "fp16.hysteresis", given)
+    _take(given, FIELD.precision.hysteresis, hysteresis, f"fp16.hysteresis {hysteresis}")
+    least = float(_number(fp16.get("min_loss_scale", 1.0), "fp16.min_loss_scale", given))
+    _take(given, FIELD.precision.min_loss_scale, least, f"fp16.min_loss_scale {least}")
+    for name in sorted(name for name in fp16.keys() - FP16_KEYS if fp16[name] is not False):
+        _refuse_unknown(name, "fp16.", FP16_KEYS, given)
 
 
 def _clipping(entries: dict[str, Any], given: Given) -> None:
     if "gradient_clipping" in entries:
         value = float(_number(entries["gradient_clipping"], "gradient_clipping", given))
-        _take(given, "optimizer.clip_grad", value, f"gradient_clipping {value}")
+        _take(given, FIELD.optimizer.clip_grad, value, f"gradient_clipping {value}")
 
 
 def _zero(entries: dict[str, Any], given: Given) -> None:
@@ -207,8 +242,7 @@ def _zero(entries: dict[str, Any], given: Given) -> None:
         device = zero.get(name)
         if device and not (isinstance(device, dict) and device.get("device") == "none"):
             given.refuse(
-                "Nothing is offloaded to the CPU",
-                found=f"zero_optimization.{name} in the DeepSpeed JSON",
+                f"zero_optimization.{name} in the DeepSpeed JSON is not supported: nothing is offloaded to the CPU",
                 fix="Remove the entry; use --checkpoint-activations, or more ranks",
             )
     others = sorted(zero.keys() - {"stage", "offload_optimizer", "offload_param", "cpu_offload"})
@@ -219,13 +253,13 @@ def _zero(entries: dict[str, Any], given: Given) -> None:
         )
     if "stage" in zero:
         stage = _whole(zero["stage"], "zero_optimization.stage", given)
-        _take(given, "command.zero_stage", stage, f"zero_optimization.stage {stage}")
+        _take(given, FIELD.command.zero_stage, stage, f"zero_optimization.stage {stage}")
 
 
 def _micro_batch(entries: dict[str, Any], given: Given) -> None:
     if "train_micro_batch_size_per_gpu" in entries:
         size = _whole(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu", given)
-        _take(given, "batch.micro_batch_size", size, f"train_micro_batch_size_per_gpu {size}")
+        _take(given, FIELD.batch.micro_batch_size, size, f"train_micro_batch_size_per_gpu {size}")
 
 
 def _curriculum(entries: dict[str, Any], given: Given) -> None:
@@ -235,17 +269,19 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
     schedule, kind = _section(curriculum, "schedule_config", given), curriculum.get("schedule_type", "fixed_linear")
     if curriculum.get("curriculum_type", "seqlen") != "seqlen" or kind not in ("fixed_linear", "fixed_discrete"):
         given.refuse(
-            "The curriculum is by sequence length, linear or in stages",
-            found=f"curriculum_type {curriculum.get('curriculum_type')}, schedule_type {kind}",
+            f"curriculum_learning in the DeepSpeed JSON has curriculum_type {curriculum.get('curriculum_type')} and "
+            f"schedule_type {kind}, which are not supported",
             fix="Use curriculum_type seqlen with schedule_type fixed_linear or fixed_discrete",
         )
         return
-    longest = _whole(curriculum.get("max_difficulty", given.value("batch.seq_length")), "max_difficulty", given)
-    if given.has("batch.seq_length") and longest != given.values["batch.seq_length"]:
-        _contradiction(given, "batch.seq_length", "--seq-length", f"curriculum_learning.max_difficulty {longest}")
+    length = given.run.batch.seq_length
+    longest = _whole(curriculum.get("max_difficulty", length), "max_difficulty", given)
+    if length and longest != length:
+        entry = f"curriculum_learning.max_difficulty {longest}"
+        _contradiction(given, FIELD.batch.seq_length, "--seq-length", entry)
     ramp = _linear(curriculum, schedule, given) if kind == "fixed_linear" else _staged(schedule, given)
     if ramp is not None:
-        _take(given, "batch.sequence_ramp", ramp, "curriculum_learning")
+        _take(given, FIELD.batch.sequence_ramp, ramp, "curriculum_learning")
 
 
 def _linear(curriculum: dict[str, Any], schedule: dict[str, Any], given: Given) -> SequenceRamp:
@@ -258,12 +294,11 @@ def _linear(curriculum: dict[str, Any], schedule: dict[str, Any], given: Given) 
 
 
 def _staged(schedule: dict[str, Any], given: Given) -> SequenceRamp | None:
-    """fixed_discrete: difficulty[i] holds up to iteration max_step[i], the last one to the end."""
+    """Read fixed_discrete: difficulty[i] applies up to iteration max_step[i], the last one to the end."""
     lengths, ends = schedule.get("difficulty"), schedule.get("max_step")
     if not isinstance(lengths, list) or not isinstance(ends, list) or len(lengths) != len(ends) + 1:
         given.refuse(
-            "fixed_discrete has one difficulty more than max_step",
-            found=f"difficulty {lengths}, max_step {ends}",
+            f"fixed_discrete needs one difficulty more than max_step, but has difficulty {lengths}, max_step {ends}",
             fix='Write schedule_config as {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
         return None

@@ -18,16 +18,15 @@ TOKENIZERS = (
 
 
 def missing_files(config: RunConfig) -> list[ConfigError]:
-    """One error for each file that a run of `config` would look for in vain, naming the flag."""
+    """Return an error for each file that a run of `config` needs and that does not exist, naming the flag."""
     errors = [*missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
     checkpoint = config.checkpoint
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
         errors.append(
             ConfigError(
-                "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
-                found=f"{checkpoint.load or 'nothing given'}: there is no such folder",
-                fix="Without --exit-on-missing-checkpoint the run would start from fresh weights. "
-                + suggest_path("--load", checkpoint.load),
+                f"There is no folder --load {checkpoint.load} (--exit-on-missing-checkpoint)",
+                fix=f"{suggest_path('--load', checkpoint.load)} Without --exit-on-missing-checkpoint the run would "
+                "start from fresh weights",
             )
         )
     return errors
@@ -35,17 +34,16 @@ def missing_files(config: RunConfig) -> list[ConfigError]:
 
 def _missing(flag: str, path: str, what: str, hint: str = "") -> ConfigError:
     fix = suggest_path(flag, path) if path else f"Give {flag} the path of {what}"
-    return ConfigError(f"{flag} must name {what} that exists", found=path or "nothing given", fix=hint + fix)
+    return ConfigError(f"There is no {flag} {path}" if path else f"{flag} is not given", fix=hint + fix)
 
 
 def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
-    """One error for each file of the tokenizer that is not on this machine."""
+    """Yield an error for each file of the tokenizer that is not on this machine."""
     files = {"--vocab-file": tokenizer.vocab_file, "--merge-file": tokenizer.merge_file}
     if tokenizer.type == "GPT2BPETokenizer" and not any(files.values()):
         model = tokenizer.model
         yield ConfigError(
-            "A run needs a tokenizer",
-            found=f"--tokenizer-model {model} without --tokenizer-type" if model else "no tokenizer's files are given",
+            f"--tokenizer-model {model} is given without --tokenizer-type" if model else "No tokenizer is given",
             fix=f"Add --tokenizer-type {_type_of(model)}" if model else TOKENIZERS,
         )
     elif tokenizer.type == "GPT2BPETokenizer":
@@ -60,7 +58,7 @@ def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
 
 
 def cached_tokenizer(name: str) -> Path | None:
-    """The tokenizer.json of a model that `hf download` put into Hugging Face's cache; None if it is not there."""
+    """Return the tokenizer.json of a model in Hugging Face's cache (`hf download`); None if there is none."""
     if not name or name.count("/") > 1:
         return None
     import huggingface_hub
@@ -92,8 +90,7 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
     }
     if not any(groups.values()):
         yield ConfigError(
-            "A run needs data",
-            found="neither --data-path nor --train-weighted-split-paths nor --mock-data",
+            "No data are given: neither --data-path nor --train-weighted-split-paths nor --mock-data",
             fix="Give --data-path PREFIX, the common prefix of a .bin/.idx pair that `megatron-lite preprocess` "
             "wrote, or --mock-data for random tokens",
         )
@@ -102,7 +99,7 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
             absent = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if absent:
                 yield ConfigError(
-                    f"{flag} must name a dataset (the prefix of a .bin and an .idx) that exists",
-                    found=f"{source.path}: no {' and '.join(absent)}",
+                    f"There is no dataset {source.path} ({flag}): no "
+                    f"{' and '.join(source.path + suffix for suffix in absent)}",
                     fix=suggest_dataset(source.path),
                 )

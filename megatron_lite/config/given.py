@@ -1,116 +1,129 @@
-"""Parsed option values with their origin, and the notes, warnings and errors collected while parsing."""
+"""Parsed option values with their origin, and the notes, warnings and errors collected during parsing."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar
 
-from megatron_lite.config.batch import BatchConfig
-from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.command import CommandOptions
-from megatron_lite.config.data import DataConfig, TokenizerConfig
-from megatron_lite.config.metrics import MetricsConfig
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.flag import Flag, Key, key_of
 from megatron_lite.config.paths import suggest_path
-from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.run import CommandLine
+from megatron_lite.config.table import PARTS, SECTIONS, flags_by_field, required_fields
 from megatron_lite.config.text_file import TextFileError, read_failure, read_text
-from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_number
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "batch": BatchConfig,
-    "parallel": ParallelConfig,
-    "training": TrainingConfig,
-    "optimizer": OptimizerConfig,
-    "lr": LrConfig,
-    "precision": PrecisionConfig,
-    "recompute": RecomputeConfig,
-    "data": DataConfig,
-    "tokenizer": TokenizerConfig,
-    "checkpoint": CheckpointConfig,
-    "metrics": MetricsConfig,
-    "runtime": RuntimeConfig,
-}
-"""RunConfig's fields, by name."""
-
-
-@cache
-def field_types() -> dict[str, Any]:
-    """Annotation of every "section.field", the command's own options included."""
-    sections = {**SECTIONS, "command": CommandOptions}
-    return {
-        f"{section}.{name}": annotation
-        for section, cls in sections.items()
-        for name, annotation in get_type_hints(cls).items()
-    }
-
-
-@cache
-def field_defaults() -> dict[str, Any]:
-    """Default of every "section.field" that has one."""
-    sections = {**SECTIONS, "command": CommandOptions}
-    return {
-        f"{section}.{field.name}": field.default
-        for section, cls in sections.items()
-        for field in fields(cls)
-        if field.default is not MISSING
-    }
+T = TypeVar("T")
 
 
 class Given:
-    """Collects what flags and files say, so that one pass can report everything that is wrong.
+    """Collects the values that flags and files give, so that one pass can report everything that is wrong.
 
     Attributes:
-        values: value by "section.field", for the fields that were given.
-        origins: the spelling that gave each of them, for messages.
+        launched: ranks that the launcher started; None: unknown.
         notes: aliases translated, prefixes expanded, flags without effect: to be printed once.
         warnings: what is allowed but probably not meant.
-        missing: what a run needs and a mere explanation does not (files that do not exist).
-        unreadable: whether a value could not be read at all, so that rules would judge a value never meant.
-        unknown: whether a flag could not be read at all, so that what seems to be missing may be what it means.
+        missing: errors of a run, but not of an explanation (files that do not exist).
+        unreadable: whether a value was lost, so that rules would judge a value that was not given.
+        unknown: whether a flag could not be read, so that a field that seems to be missing may be its meaning.
     """
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.origins: dict[str, str] = {}
+    def __init__(self, launched: int | None = None) -> None:
+        self.launched = launched
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.errors: list[ConfigError] = []
         self.missing: list[ConfigError] = []
         self.unreadable = False
         self.unknown = False
+        self._values: dict[Key, tuple[Any, str]] = {}
+        self._run: CommandLine | None = None
 
-    def give(self, field: str, value: Any, origin: str) -> None:
-        """Set a field; a later call wins."""
-        self.values[field] = value
-        self.origins[field] = origin
+    @property
+    def run(self) -> CommandLine:
+        """The values given so far; other fields have their default, and required ones 0."""
+        if self._run is None:
+            self._run = CommandLine(**{name: self._section(name) for name in PARTS})
+        return self._run
 
-    def value(self, field: str) -> Any:
-        """The field's value as given, else its default, else 0 for a required one."""
-        return self.values[field] if field in self.values else field_defaults().get(field, 0)
+    def section(self, name: str) -> Any:
+        """Return a section's config."""
+        return getattr(self.run, name)
 
-    def has(self, field: str) -> bool:
-        """Whether the command line or a file named this field."""
-        return field in self.values
+    def give(self, field: T, value: T, origin: str) -> None:
+        """Set a field, named by FIELD; a later call wins."""
+        self.give_key(key_of(field), value, origin)
+
+    def give_key(self, key: Key, value: Any, origin: str) -> None:
+        """Set a field; a later call wins. A number outside of the flag's bounds is an error."""
+        if expected := _outside(key, value):
+            self.unreadable = True
+            self.refuse(f"{origin} is out of range", fix=f"Give {_bounded_flag(key).name} a number {expected}")
+            return
+        self._values[key] = value, origin
+        self._run = None
+
+    def has(self, field: object) -> bool:
+        """Return True if the command line or a file gave the field, which is named by FIELD."""
+        return key_of(field) in self._values
+
+    def origin(self, field: object) -> str:
+        """Return what gave the field, as "--bf16" or "--lr 1e-3"; empty: nothing."""
+        return self._values.get(key_of(field), (None, ""))[1]
+
+    def items(self) -> Iterator[tuple[Key, Any, str]]:
+        """Yield every value that was given, with its field and origin."""
+        for key, (value, origin) in self._values.items():
+            yield key, value, origin
+
+    def value_of(self, key: Key) -> Any:
+        """Return the value given to a field; None: nothing gave it one."""
+        return self._values.get(key, (None, ""))[0]
 
     def read_file(self, path: str, flag: str) -> str | None:
-        """Return the content of the text file that a flag names; None, with an error noted, if it cannot be read."""
+        """Return the content of the text file that a flag names; None, after recording an error, if unreadable."""
         try:
             return read_text(path)
         except OSError as error:
             fix = f"Give {flag} a readable file" if Path(path).exists() else suggest_path(flag, path)
-            self.missing.append(
-                ConfigError(f"{flag} must name a readable file", found=read_failure(path, error), fix=fix)
-            )
+            self.missing.append(ConfigError(f"{flag} {read_failure(path, error)}", fix=fix))
         except TextFileError as error:
-            self.refuse(f"{flag} must name a UTF-8 text file", found=read_failure(path, error), fix="Convert the file")
+            self.refuse(f"{flag} {read_failure(path, error)}", fix="Convert the file to UTF-8 text")
         return None
 
-    def refuse(self, problem: str, *, fix: str, rule: str = "", found: str = "") -> None:
-        """Note an error and go on."""
-        self.errors.append(ConfigError(problem, rule=rule, found=found, fix=fix))
+    def refuse(self, problem: str, *, fix: str, rule: str = "") -> None:
+        """Record an error."""
+        self.errors.append(ConfigError(problem, fix=fix, rule=rule))
+
+    def refuse_both(self, one: str, other: str) -> None:
+        """Record that two flags contradict each other."""
+        self.refuse(f"{one} and {other} contradict each other", fix="Remove one of them")
+
+    def _section(self, name: str) -> Any:
+        values = {key[1]: 0 for key in required_fields() if key[0] == name}
+        values |= {key[1]: value for key, (value, _) in self._values.items() if key[0] == name}
+        return PARTS[name](**values)
+
+    def sections(self) -> dict[str, Any]:
+        """Return the sections of a RunConfig."""
+        return {name: self.section(name) for name in SECTIONS}
+
+
+def _bounded_flag(key: Key) -> Flag:
+    return next(flag for flag in flags_by_field()[key] if flag.takes_value)
+
+
+def _outside(key: Key, value: Any) -> str:
+    """Return the range that a number must have, if it is outside of it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    flag = _bounded_flag(key)
+    least = format_number(flag.least) if flag.above is None else format_number(flag.above)
+    if flag.above is not None and value <= flag.above:
+        return f"above {least}"
+    if flag.below is not None and not flag.least <= value < flag.below:
+        return f"from {least} to below {format_number(flag.below)}"
+    if flag.most is not None and not flag.least <= value <= flag.most:
+        return f"{'above' if flag.above is not None else 'from'} {least} to {format_number(flag.most)}"
+    return f"of at least {least}" if value < flag.least else ""

@@ -6,33 +6,24 @@ import textwrap
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from megatron_lite.config.flags.accepted import ACCEPTED
-from megatron_lite.config.flags.flag import Flag
-from megatron_lite.config.flags.refused import REFUSED
-from megatron_lite.config.flags.table import SUPPORTED
+from megatron_lite.config.flag import Flag
 from megatron_lite.config.values import write_value
 
 INDENT = 8
 INTRODUCTION = (
     "Megatron's command line. Names may have _ or -, may be shortened as long as they are unique, and take their value "
-    "after a space or an =; whole numbers may be 5_000_000 or 5e6; @FILE stands for the words in FILE. The last of "
+    "after a space or an =; whole numbers may be 5_000_000 or 5e6; @FILE stands for the arguments in FILE. The last of "
     "repeats wins."
-)
-REQUIRED = frozenset(
-    {
-        "model.num_layers",
-        "model.hidden_size",
-        "model.num_attention_heads",
-        "batch.seq_length",
-        "batch.micro_batch_size",
-    }
 )
 
 
 def help_text(program: str = "pretrain_gpt.py", width: int = 100) -> str:
-    """The whole help page, `width` columns wide: supported flags by group, then how to find out about the others."""
+    """Return the help page, `width` columns wide: supported flags by group, then a pointer to the others."""
+    from megatron_lite.config.megatron_flags import UNSUPPORTED
+    from megatron_lite.config.table import supported_flags
+
     lines = [f"usage: {program} FLAG [VALUE] …", "", *textwrap.wrap(INTRODUCTION, width), ""]
-    for group, flags in SUPPORTED.items():
+    for group, flags in supported_flags().items():
         lines.append(f"{group}:")
         for flag in flags:
             lines += textwrap.wrap(
@@ -45,46 +36,45 @@ def help_text(program: str = "pretrain_gpt.py", width: int = 100) -> str:
             text = f"{description(flag)}{default_text(flag)}"
             lines += textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
         lines.append("")
-    accepted, refused = (sum(map(len, kind.values())) for kind in (ACCEPTED, REFUSED))
+    refused = sum(flag.status == "refused" for flag in UNSUPPORTED)
     lines += textwrap.wrap(
-        f"{accepted} more flags of Megatron's are accepted without effect and {refused} are refused, each with its "
-        "reason: docs/arguments.md. `megatron-lite explain FLAGS` says what a command means before it runs.",
+        f"{len(UNSUPPORTED) - refused} more flags of Megatron are accepted without effect and {refused} are refused; "
+        "docs/arguments.md gives the reasons. `megatron-lite explain FLAGS` explains a command before it runs.",
         width,
     )
     return "\n".join(lines)
 
 
 def description(flag: Flag) -> str:
-    """The flag's help, with the values that are translated to one of its choices."""
-    if not flag.spellings:
+    """Return the flag's help, with the spellings that are translated to its choices."""
+    if not flag.choices:
         return flag.help
-    return f"{flag.help} Also read: {', '.join(flag.spellings)}."
+    return f"{flag.help} Also accepted: {', '.join(flag.choices)}."
 
 
 def metavar(flag: Flag, before: str = "") -> str:
-    """What stands for the flag's value, after `before`; nothing for a flag without one."""
+    """Return the placeholder of the flag's value, after `before`; empty for a flag without a value."""
     if not flag.takes_value:
         return ""
     kind = plain_type(flag.type)
-    if flag.metavar:
-        return before + flag.metavar
+    if shown := flag.format.metavar if flag.format else flag.metavar:
+        return before + shown
     if get_origin(kind) is Literal:
         return before + "{" + ",".join(map(str, get_args(kind))) + "}"
     return before + {int: "N", float: "X"}.get(kind, "TEXT")
 
 
 def default_text(flag: Flag) -> str:
-    """The field's default in brackets, where it says more than "off" (0, no text)."""
-    if flag.field in REQUIRED:
+    """Return the field's default in brackets, unless it is off, 0 or empty."""
+    if flag.default is None and plain_type(flag.type) is flag.type:
         return " (required)"
-    default = flag.default
-    if not flag.takes_value or flag.read or not default:
+    if not flag.takes_value or flag.format or not flag.default:
         return ""
-    return f" [{write_value(default)}]"
+    return f" [{write_value(flag.default)}]"
 
 
 def plain_type(annotation: Any) -> Any:
-    """The annotation without `| None`."""
+    """Return the annotation without `| None`."""
     if get_origin(annotation) in (Union, UnionType):
         return next(part for part in get_args(annotation) if part is not type(None))
     return annotation

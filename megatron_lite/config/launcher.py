@@ -1,8 +1,8 @@
 """Launcher command lines: extracts training flags and world size from `torchrun … pretrain_gpt.py …` and the like.
 
-A command line as people copy it, from a shell history, a job script or a log, is launchers, then the training script,
-then its flags, then shell words: `srun -l bash -c "torchrun --nproc_per_node 8 pretrain_gpt.py --bf16" 2>&1 | tee log`.
-Everything before the script is read for the number of ranks only, whatever launcher it is.
+A command line copied from a shell history, a job script or a log has launchers, then the training script, its flags,
+and shell operators: `srun -l bash -c "torchrun --nproc_per_node 8 pretrain_gpt.py --bf16" 2>&1 | tee log`. Arguments
+before the script are read for the number of ranks only, whatever launcher it is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.flags.table import flags_by_spelling, spelling
-from megatron_lite.config.words import read_argument_file, require_utf8
+from megatron_lite.config.command_line import read_argument_file, require_utf8
+from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.errors import ConfigError
 
 OPERATORS = frozenset({"|", "||", "|&", "&", "&&", ";"})
@@ -27,11 +27,11 @@ LAUNCHER_MODULES = ("torch.distributed.", "deepspeed", "accelerate", "cProfile")
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """The part of a command line that is about training.
+    """Training flags of a command line, and the ranks that its launcher starts.
 
     Attributes:
-        flags: the words after the training script, without those of the shell.
-        world_size: ranks that the launcher's words say; None: they do not say, or --world-size is among the flags.
+        flags: the arguments after the training script, without those of the shell.
+        world_size: ranks that the launcher starts; None: unknown, or --world-size is among the flags.
     """
 
     flags: tuple[str, ...]
@@ -42,7 +42,7 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
     """Find the training flags in a command line: flags alone, or the whole command that starts a job.
 
     Args:
-        argv: words, of which the first may hold a whole command in quotes, or be @FILE for the command in a file.
+        argv: arguments, of which the first may hold a whole command in quotes, or be @FILE for the command in a file.
 
     Raises:
         ConfigError: quotes are not closed, there is no training script, shell variables are left among its flags, or
@@ -51,7 +51,7 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
     commands = [(words, _script(words)) for words in _commands(_opened(argv))]
     if not any(script is not None for _, script in commands):
         raise _no_script(argv)
-    # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …` the one with the most training flags is meant.
+    # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …`, take the command with the most training flags.
     words, script = max(
         ((words, script) for words, script in commands if script is not None),
         key=lambda command: sum(map(_is_training_flag, command[0][command[1] :])),
@@ -59,8 +59,7 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
     flags = words[script:]
     if unexpanded := _unexpanded(flags):
         raise ConfigError(
-            "A command line is read after the shell has put in the values of its variables",
-            found=", ".join(unexpanded),
+            f"The command line contains shell variables or substitutions: {', '.join(unexpanded)}",
             fix="Replace them by their values, or put `megatron-lite explain` before the command in the job script",
         )
     given = any(spelling(word) == "--world-size" for word in flags)
@@ -68,7 +67,7 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
 
 
 def _opened(argv: Sequence[str]) -> list[str]:
-    """The words, the first of them taken apart if it is a command in quotes or an argument file."""
+    """Return the arguments; the first is split if it is a command in quotes or an argument file."""
     require_utf8(argv)
     words = [word for word in argv if word.strip(" \t\r\n\\")]
     if words and words[0].startswith("@") and Path(words[0][1:]).is_file():
@@ -80,7 +79,7 @@ def _opened(argv: Sequence[str]) -> list[str]:
 
 
 def _split(text: str, *, comments: bool = False) -> list[str]:
-    """Split as a shell does, continued lines joined; other line ends and a closing ; become words of their own."""
+    """Split as a shell does, continued lines joined; other line ends and a closing ; become separate words."""
     text = re.sub(r"\\[ \t]*(\r?\n|$)", " ", text)
     words: list[str] = []
     try:
@@ -90,13 +89,13 @@ def _split(text: str, *, comments: bool = False) -> list[str]:
             words.append(";")
     except ValueError as error:
         raise ConfigError(
-            "The quotes of a command line are closed", found=f"{text[:80]!r}: {error}", fix="Add the missing quote"
+            f"Cannot split the command line {text[:80]!r}: {error}", fix="Add the missing quote"
         ) from error
     return [word for word in words[:-1] if word.strip(" \t\\")]
 
 
 def _lines(text: str, *, comments: bool) -> list[list[str]]:
-    """Words of each line; a line break within quotes, or between flags, ends nothing."""
+    """Return the words of each line; a line break within quotes or before a flag does not end a line."""
     lines: list[list[str]] = []
     waiting = ""
     for number, line in enumerate(text.splitlines()):
@@ -133,7 +132,7 @@ def _commands(words: list[str]) -> Iterator[list[str]]:
 
 
 def _simple_commands(words: list[str]) -> list[list[str]]:
-    """The commands between the shell's operators, without redirections."""
+    """Return the commands between the shell's operators, without redirections."""
     commands: list[list[str]] = [[]]
     dropping = False
     for word in words:
@@ -154,16 +153,16 @@ def _is_script(word: str) -> bool:
 
 
 def _is_training_flag(word: str) -> bool:
-    """Whether a word is a flag that only a training script has."""
+    """Return True for a flag that only a training script has."""
     flag = flags_by_spelling().get(spelling(word)) if word.startswith("--") else None
     return flag is not None and flag.status != "no effect" and flag.name != "--world-size"
 
 
 def _script(words: Sequence[str]) -> int | None:
-    """Index of the first word after the training script; 0 for flags alone; None if there is no script.
+    """Return the index of the first word after the training script; 0 for flags alone; None without a script.
 
     Launchers may be scripts, too (`python launch.py -n 8 pretrain_gpt.py`): the training script is the last one that
-    only words of launchers precede.
+    only launchers and their options precede.
     """
     if not words or words[0].startswith(("-", "@")):
         return 0
@@ -180,7 +179,7 @@ def _script(words: Sequence[str]) -> int | None:
 
 
 def _unexpanded(words: Sequence[str]) -> list[str]:
-    """Shell variables and substitutions among the words, each once."""
+    """Return the shell variables and substitutions among the words, each once."""
     return list(dict.fromkeys(match.group() for word in words for match in UNEXPANDED.finditer(word)))
 
 
@@ -191,14 +190,14 @@ def _no_script(argv: Sequence[str]) -> ConfigError:
     if unexpanded:
         fix = f"Replace {', '.join(unexpanded)} by what the shell would put there. {fix}"
     return ConfigError(
-        "A command line is training flags, or a command with a training script before them",
-        found=f"{text[:100]}{' …' if len(text) > 100 else ''}, which starts with no flag and names no .py file",
+        f"There is no training command in {text[:100]!r}{' …' if len(text) > 100 else ''}: it starts with no flag and "
+        "names no .py file",
         fix=fix,
     )
 
 
 def _world_size(launchers: Sequence[str]) -> int | None:
-    """Ranks that the launcher nearest to the script starts, as far as its own words say it."""
+    """Return the ranks that the launcher nearest to the script starts; None if its options do not set them."""
     for place in reversed(range(len(launchers))):
         name = PurePosixPath(launchers[place]).name
         options = launchers[place + 1 :]
@@ -228,7 +227,7 @@ def _deepspeed_ranks(options: Sequence[str]) -> int | None:
 
 
 def _option(words: Sequence[str], *names: str) -> str | None:
-    """The value of an option: `--name V`, `--name=V`, `-n V` or `-nV`; None if it is not there."""
+    """Return the value of an option: `--name V`, `--name=V`, `-n V` or `-nV`; None if it is not there."""
     for place, word in enumerate(words):
         name = spelling(word) if word.startswith("--") else word
         if name in names:
@@ -245,8 +244,7 @@ def _number(words: Sequence[str], *names: str, default: int | None = None) -> in
         return default
     if not value.isdigit() or not int(value):
         raise ConfigError(
-            "The launcher's words must say how many ranks it starts",
-            found=f"{names[0]} {value}".rstrip(),
+            f"Cannot read the launcher's number of ranks from {names[0]} {value}".rstrip(),
             fix="Replace the value by a number, or add --world-size N",
         )
     return int(value)

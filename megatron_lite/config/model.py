@@ -2,68 +2,248 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from megatron_lite.config.bounds import divisors, nearest_multiples
+from megatron_lite.config.flag import FIELD, Flag, Format, flags, option
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.given import Given
+    from megatron_lite.config.run import RunConfig
 
 PositionEmbedding = Literal["learned", "rotary", "alibi", "none"]
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "squared_relu", "swiglu", "geglu", "reglu", "liglu"]
 
 GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu", "reglu", "liglu"})
+MAX_VOCABULARY = 2**31 - 1
+
+
+def _read_gated(args: Sequence[str]) -> str:
+    name = args[0].lower()
+    if name not in GATED_ACTIVATIONS:
+        raise ValueError(f"one of {', '.join(sorted(GATED_ACTIVATIONS))}")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of the GPT. A size given as 0 is derived from the others, as Megatron derives it."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int = 0
-    """Key/value heads of grouped-query attention; 0: as many as attention heads."""
-    head_dim: int = 0
-    """Channels of one head (Megatron's kv_channels); 0: hidden_size / num_attention_heads."""
-    ffn_hidden_size: int = 0
-    """Width of the MLP; 0: 4h, or two thirds of that rounded down to 64 if the activation is gated."""
-    max_position_embeddings: int = 0
-    """Rows of the learned position table; unused by rotary and ALiBi."""
+    num_layers: int = field(
+        metadata=flags(
+            Flag("--num-layers", "Transformer layers.", aliases=("--encoder-num-layers",), least=1, most=100_000)
+        )
+    )
+    hidden_size: int = field(
+        metadata=flags(Flag("--hidden-size", "Channels of a token between layers.", least=1, most=10**7))
+    )
+    num_attention_heads: int = field(
+        metadata=flags(Flag("--num-attention-heads", "Attention heads of a layer.", least=1, most=10**6))
+    )
+    num_query_groups: int = option(
+        0,
+        Flag(
+            "--num-query-groups",
+            "Key/value heads of grouped-query attention, each shared by equally many query heads (one for each "
+            "query head if not given).",
+            most=10**6,
+        ),
+        Flag(
+            "--num-key-value-heads",
+            "The same with --group-query-attention, as Megatron-DeepSpeed spells it.",
+            also=((FIELD.command.group_query_attention, True),),
+            means="--group-query-attention --num-query-groups",
+        ),
+        derived=True,
+    )
+    head_dim: int = option(
+        0, Flag("--kv-channels", "Channels of one attention head (0: hidden size / heads).", most=10**6), derived=True
+    )
+    ffn_hidden_size: int = option(
+        0,
+        Flag(
+            "--ffn-hidden-size",
+            "Width of the MLP (4 x hidden size if not given; 8/3 x, rounded down to 64, if the MLP is gated).",
+            most=10**8,
+        ),
+        derived=True,
+    )
+    max_position_embeddings: int = option(
+        0,
+        Flag(
+            "--max-position-embeddings",
+            "Rows of the learned position table (the sequence length if not given); unused by rotary and ALiBi.",
+            most=10**9,
+        ),
+        derived=True,
+    )
 
-    vocab_size: int = 0
-    """Entries of the tokenizer; 0 until the tokenizer has been read."""
-    padded_vocab_size: int = 0
-    """Rows of the embedding: vocab_size rounded up. Rows past vocab_size are zero and are never predicted."""
-    make_vocab_size_divisible_by: int = 128
+    position_embedding: PositionEmbedding = option(
+        "learned",
+        Flag(
+            "--position-embedding-type",
+            "Kind of position embedding.",
+            aliases=("--pos-emb",),
+            choices={"absolute": "learned", "learned_absolute": "learned", "rope": "rotary"},
+        ),
+        Flag(
+            "--use-rotary-position-embeddings",
+            "Rotary positions, as --position-embedding-type rotary.",
+            sets="rotary",
+            means="--position-embedding-type rotary",
+        ),
+    )
+    rotary_base: float = option(
+        10000.0,
+        Flag(
+            "--rotary-base", "Base of the rotary frequencies.", aliases=("--rope-theta", "--rotary-emb-base"), least=1
+        ),
+    )
+    rotary_percent: float = option(
+        1.0,
+        Flag(
+            "--rotary-percent",
+            "Share of a head's channels that is rotated (GPT-NeoX, GPT-J).",
+            aliases=("--rotary-pct",),
+            most=1,
+        ),
+    )
+    rotary_interleaved: bool = option(
+        False, Flag("--rotary-interleaved", "Rotate neighbouring channels (GPT-J).", sets=True)
+    )
+    rotary_scaling: float = option(
+        1.0,
+        Flag(
+            "--rotary-seq-len-interpolation-factor",
+            "Divide positions by this before rotating (linear position interpolation).",
+            above=0,
+        ),
+    )
+    normalization: Normalization = option(
+        "LayerNorm", Flag("--normalization", "Norm of the layers.", aliases=("--norm",))
+    )
+    norm_epsilon: float = option(
+        1e-5,
+        Flag(
+            "--norm-epsilon",
+            "Epsilon of the norms.",
+            aliases=("--layernorm-epsilon", "--rms-norm-epsilon"),
+            above=0,
+        ),
+    )
+    zero_centered_norm: bool = option(
+        False,
+        Flag(
+            "--apply-layernorm-1p",
+            "Store a norm's weight as w - 1, so that weight decay pulls it to 1.",
+            sets=True,
+        ),
+    )
+    qk_layernorm: bool = option(False, Flag("--qk-layernorm", "Normalize queries and keys of each head.", sets=True))
+    embed_layernorm: bool = option(
+        False, Flag("--embed-layernorm", "LayerNorm after the embedding (BLOOM).", sets=True)
+    )
+    residual_post_layernorm: bool = option(
+        False,
+        Flag(
+            "--apply-residual-connection-post-layernorm",
+            "Take the residual branch after the norm, as BERT does.",
+            sets=True,
+        ),
+    )
+    parallel_residual: bool = option(
+        False,
+        Flag(
+            "--parallel-residual",
+            "Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX).",
+            sets=True,
+            aliases=("--gpt-j-residual", "--use-parallel-residual"),
+        ),
+    )
+    fp32_residual: bool = option(
+        False, Flag("--fp32-residual-connection", "Keep the residual stream in fp32.", sets=True)
+    )
+    activation: Activation = option(
+        "gelu_tanh",
+        Flag("--activation", "Activation of the MLP."),
+        Flag("--swiglu", "SiLU-gated MLP.", sets="swiglu", means="--activation swiglu"),
+        Flag("--squared-relu", "Squared ReLU.", sets="squared_relu", means="--activation squared_relu"),
+        Flag("--openai-gelu", "Tanh approximation of GELU.", sets="gelu_tanh", means="--activation gelu_tanh"),
+        Flag(
+            "--bias-gelu-fusion",
+            "Megatron 1.1's fused kernel, which computes the tanh approximation of GELU.",
+            sets="gelu_tanh",
+            means="--activation gelu_tanh",
+        ),
+        Flag(
+            "--glu-activation",
+            "Activation of a gated MLP.",
+            format=Format(metavar="{geglu,liglu,reglu,swiglu}", example="swiglu", read=_read_gated, count="one"),
+            means="--activation",
+        ),
+    )
+    linear_bias: bool = option(True, Flag("--disable-bias-linear", "No biases in linear layers.", sets=False))
+    qkv_bias: bool = option(
+        True,
+        Flag("--add-qkv-bias", "Bias on queries, keys and values, also with --disable-bias-linear.", sets=True),
+        Flag("--disable-qkv-bias", "No bias on queries, keys and values.", sets=False),
+        derived=True,
+    )
+    tied_embeddings: bool = option(
+        True,
+        Flag(
+            "--untie-embeddings-and-output-weights",
+            "Give the output layer a weight of its own.",
+            sets=False,
+            aliases=("--no-weight-tying",),
+        ),
+    )
 
-    position_embedding: PositionEmbedding = "learned"
-    rotary_base: float = 10000.0
-    rotary_percent: float = 1.0
-    """Share of head_dim that is rotated (GPT-NeoX, GPT-J)."""
-    rotary_interleaved: bool = False
-    rotary_scaling: float = 1.0
-    """Positions are divided by this (linear position interpolation)."""
-    normalization: Normalization = "LayerNorm"
-    norm_epsilon: float = 1e-5
-    zero_centered_norm: bool = False
-    """The norm's weight is stored as w - 1 (Megatron's layernorm_1p), so that weight decay pulls it to 1."""
-    activation: Activation = "gelu_tanh"
-    linear_bias: bool = True
-    qkv_bias: bool = True
-    """Bias on the query/key/value projection; follows linear_bias unless --add-qkv-bias says otherwise."""
-    tied_embeddings: bool = True
-    embed_layernorm: bool = False
-    """A LayerNorm right after the embedding (BLOOM)."""
-    qk_layernorm: bool = False
-    residual_post_layernorm: bool = False
-    """The residual branches off after the norm (BERT's and --apply-residual-connection-post-layernorm's way)."""
-    parallel_residual: bool = False
-    """Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX)."""
-    fp32_residual: bool = False
+    hidden_dropout: float = option(
+        0.1, Flag("--hidden-dropout", "Dropout of the residual branches and the embedding.", below=1)
+    )
+    attention_dropout: float = option(0.1, Flag("--attention-dropout", "Dropout of the attention weights.", below=1))
+    init_std: float = option(0.02, Flag("--init-method-std", "Standard deviation of the initial weights."))
+    scaled_init: bool = option(
+        True,
+        Flag(
+            "--no-scaled-init",
+            "Initialize output projections like all other weights, without GPT-2's factor 1 / sqrt(2 x layers).",
+            sets=False,
+        ),
+    )
 
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
-    scaled_init: bool = True
-    """Output projections of attention and MLP start at init_std / sqrt(2 * num_layers) (GPT-2)."""
+    make_vocab_size_divisible_by: int = option(
+        128,
+        Flag(
+            "--make-vocab-size-divisible-by",
+            "Round the vocabulary up to a multiple of this x tensor-parallel size.",
+            least=1,
+            most=10**6,
+        ),
+    )
+    padded_vocab_size: int = option(
+        0,
+        Flag(
+            "--pad-vocab-size-to",
+            "Rows of the embedding, instead of that rounding (0: round). Rows past the vocabulary are zero and "
+            "never predicted.",
+            aliases=("--padded-vocab-size",),
+            most=MAX_VOCABULARY,
+        ),
+    )
+    vocab_size: int = option(
+        0,
+        Flag(
+            "--tokenizer-vocab-size",
+            "Entries of the tokenizer, where the size is needed before the tokenizer is read (0: read it).",
+            most=MAX_VOCABULARY,
+        ),
+    )
 
     def __post_init__(self) -> None:
         derive = object.__setattr__
@@ -77,5 +257,122 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP's first projection has a gate half and an up half."""
+        """True if the first projection of the MLP has a gate half and an up half."""
         return self.activation in GATED_ACTIVATIONS
+
+
+def resolve_query_groups(given: Given) -> None:
+    """Megatron-LM reads --num-query-groups only with --group-query-attention, and has one group by default."""
+    run = given.run
+    if run.command.group_query_attention:
+        if not given.has(FIELD.model.num_query_groups):
+            given.give(FIELD.model.num_query_groups, 1, "--group-query-attention")
+    elif run.model.num_query_groups != run.model.num_attention_heads:
+        given.warnings.append(
+            f"{given.origin(FIELD.model.num_query_groups)} turns on grouped-query attention; Megatron-LM would ignore "
+            "it without --group-query-attention"
+        )
+
+
+def resolve_positions(given: Given) -> None:
+    """Apply --no-position-embedding; size the learned position table by the sequence."""
+    origin = given.origin(FIELD.model.position_embedding)
+    if given.run.command.no_position_embedding:
+        if not origin:
+            given.give(FIELD.model.position_embedding, "none", "--no-position-embedding")
+        elif given.run.model.position_embedding == "learned":
+            given.refuse_both("--no-position-embedding", origin)
+        else:
+            given.notes.append("--no-position-embedding has no effect: there is no learned table to leave out")
+    model, length = given.run.model, given.run.batch.seq_length
+    if model.position_embedding == "learned" and not model.max_position_embeddings and length:
+        given.give(FIELD.model.max_position_embeddings, length, "--seq-length")
+
+
+def resolve_activation(given: Given) -> None:
+    """Apply --no-bias-gelu-fusion: Megatron's fused GELU is the tanh approximation, the unfused one is exact."""
+    origin = given.origin(FIELD.model.activation)
+    if not given.run.command.erf_gelu:
+        return
+    if not origin:
+        given.give(FIELD.model.activation, "gelu", "--no-bias-gelu-fusion")
+        given.notes.append("--no-bias-gelu-fusion is read as --activation gelu")
+    elif given.run.model.activation == "gelu_tanh":
+        given.refuse_both("--no-bias-gelu-fusion (the exact GELU)", origin)
+    else:
+        given.notes.append(f"--no-bias-gelu-fusion has no effect under {origin}")
+
+
+def resolve_qkv_bias(given: Given) -> None:
+    """The bias of queries, keys and values follows that of the other linear layers."""
+    if not given.has(FIELD.model.qkv_bias) and (origin := given.origin(FIELD.model.linear_bias)):
+        given.give(FIELD.model.qkv_bias, given.run.model.linear_bias, origin)
+
+
+RESOLVERS = (resolve_query_groups, resolve_positions, resolve_activation, resolve_qkv_bias)
+
+
+def heads_divide_hidden_size(config: RunConfig) -> Iterator[ConfigError]:
+    """Without --kv-channels the heads must divide the hidden size."""
+    model = config.model
+    follows = model.head_dim == model.hidden_size // model.num_attention_heads
+    if follows and model.hidden_size % model.num_attention_heads:
+        yield ConfigError(
+            f"Cannot split the hidden size over the attention heads (--hidden-size {model.hidden_size}, "
+            f"--num-attention-heads {model.num_attention_heads})",
+            fix=f"Use --hidden-size {nearest_multiples(model.hidden_size, model.num_attention_heads)}, another "
+            "number of heads, or an explicit head size with --kv-channels",
+        )
+
+
+def groups_divide_heads(config: RunConfig) -> Iterator[ConfigError]:
+    """Each key/value head serves equally many query heads."""
+    model = config.model
+    if model.num_attention_heads % model.num_query_groups:
+        yield ConfigError(
+            f"Cannot split {model.num_attention_heads} attention heads into {model.num_query_groups} query groups "
+            f"(--num-query-groups {model.num_query_groups}, --num-attention-heads {model.num_attention_heads})",
+            fix=f"Use --num-query-groups {divisors(model.num_attention_heads)}",
+        )
+
+
+def rotated_channels_are_pairs(config: RunConfig) -> Iterator[ConfigError]:
+    """Rotary embeddings rotate pairs of channels."""
+    model = config.model
+    rotated = int(model.head_dim * model.rotary_percent)
+    if model.position_embedding == "rotary" and (rotated % 2 or not rotated):
+        yield ConfigError(
+            f"Cannot rotate {rotated} of a head's {model.head_dim} channels (--rotary-percent "
+            f"{model.rotary_percent:g})",
+            rule="Rotary embeddings rotate pairs of channels",
+            fix="Change --rotary-percent, --kv-channels or --num-attention-heads so that the number is even and not 0",
+        )
+
+
+def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
+    """A learned position table has a row for every position."""
+    model, length = config.model, config.batch.seq_length
+    if model.position_embedding == "learned" and length > model.max_position_embeddings:
+        yield ConfigError(
+            f"The sequence is longer than the position table (--seq-length {length}, --max-position-embeddings "
+            f"{model.max_position_embeddings})",
+            fix=f"Use --max-position-embeddings {length}, or --position-embedding-type rotary",
+        )
+
+
+def one_kind_of_residual(config: RunConfig) -> Iterator[ConfigError]:
+    """A layer has one kind of residual connection."""
+    if config.model.parallel_residual and config.model.residual_post_layernorm:
+        yield ConfigError(
+            "--parallel-residual and --apply-residual-connection-post-layernorm contradict each other",
+            fix="Remove one of them",
+        )
+
+
+RULES = (
+    heads_divide_hidden_size,
+    groups_divide_heads,
+    rotated_channels_are_pairs,
+    sequence_fits_positions,
+    one_kind_of_residual,
+)

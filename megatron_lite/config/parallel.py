@@ -1,40 +1,341 @@
-"""Parallelism config: TP, PP and DP sizes, pipeline schedule, gradient buckets, timeouts."""
+"""Parallelism config: TP, PP and DP sizes, pipeline schedule and partition, gradient buckets, timeouts."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from megatron_lite.config.bounds import divisors, nearest_multiples
+from megatron_lite.config.flag import FIELD, Flag, Format, option
+from megatron_lite.config.partition import num_stages
+from megatron_lite.config.values import read_int
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.given import Given
+    from megatron_lite.config.run import RunConfig
 
 PipelineKind = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
+PARTITION_METHODS = ("balanced", "uniform", "parameters")
+
+
+def _read_bucket_elements(args: Sequence[str]) -> int:
+    """Return megabytes; --ddp-bucket-size counts fp32 elements."""
+    elements = read_int(args[0])
+    if elements < 1:
+        raise ValueError("a number of elements, 1 or more")
+    return -(-4 * elements // 2**20)
+
+
+def _read_pipe_size(args: Sequence[str]) -> int:
+    """Return the number of stages; Megatron 1.1's 0 is 1."""
+    return read_int(args[0]) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the mesh's axes. The data-parallel size is what is left of the world."""
+    """Sizes of the mesh's axes. The data-parallel size is the rest of the world size."""
 
-    world_size: int = 1
-    """Ranks of the job, from the launcher's environment or --world-size."""
-    tp: int = 1
-    pp: int = 1
-    num_layers_per_virtual_stage: int = 0
-    """Layers of one model chunk under the interleaved schedule; 0: one chunk a rank."""
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = False
-    """ZeRO-1: optimizer state and main parameters are split over the data-parallel ranks."""
-    overlap_grad_reduce: bool = True
-    overlap_param_gather: bool = True
-    bucket_megabytes: int = 160
-    """Size of a gradient bucket (fp32), the unit in which gradients are reduced during backward."""
-    pipeline_schedule: PipelineKind = "1f1b"
-    partition_method: str = "balanced"
-    """balanced (counts embedding and head) | uniform | DeepSpeed's type:regex, as in type:transformer|embedding."""
-    first_stage_layers: int = 0
-    """Layers of the first stage (--decoder-first-pipeline-num-layers); 0: by partition_method."""
-    last_stage_layers: int = 0
-    distributed_timeout_minutes: float = 10.0
-    rendezvous_timeout_minutes: float = 10.0
+    world_size: int = option(
+        1,
+        Flag("--world-size", "Ranks of the job, where no launcher sets it (explain, --dry-run).", least=1, most=10**7),
+    )
+    tp: int = option(
+        1,
+        Flag(
+            "--tensor-model-parallel-size",
+            "Ranks that share each layer.",
+            aliases=("--model-parallel-size",),
+            least=1,
+        ),
+    )
+    pp: int = option(
+        1,
+        Flag("--pipeline-model-parallel-size", "Pipeline stages.", least=1),
+        Flag(
+            "--pipe-parallel-size",
+            "The same, as Megatron 1.1 with DeepSpeed and GPT-NeoX spell it; 0 is 1.",
+            format=Format(metavar="N", example="4", read=_read_pipe_size, count="one"),
+            means="--pipeline-model-parallel-size",
+        ),
+    )
+    sequence_parallel: bool = option(
+        False, Flag("--sequence-parallel", "Split norms and dropout by sequence.", sets=True)
+    )
+    distributed_optimizer: bool = option(
+        False,
+        Flag(
+            "--use-distributed-optimizer",
+            "Shard optimizer state and main parameters over the data-parallel ranks (ZeRO-1).",
+            sets=True,
+        ),
+    )
+    overlap_grad_reduce: bool = option(
+        True,
+        Flag("--overlap-grad-reduce", "Reduce gradients during backward.", sets=True),
+        Flag("--no-overlap-grad-reduce", "Reduce gradients after backward.", sets=False),
+    )
+    overlap_param_gather: bool = option(
+        True,
+        Flag(
+            "--overlap-param-gather", "Gather parameters (ZeRO-1) during forward; no effect with --compile.", sets=True
+        ),
+        Flag("--no-overlap-param-gather", "Gather parameters (ZeRO-1) before forward.", sets=False),
+    )
+    bucket_megabytes: int = option(
+        160,
+        Flag("--bucket-megabytes", "Size of a gradient bucket (fp32).", least=1),
+        Flag(
+            "--ddp-bucket-size",
+            "The same in gradients instead of megabytes.",
+            format=Format(metavar="GRADIENTS", example="40_000_000", read=_read_bucket_elements),
+            means="--bucket-megabytes",
+        ),
+    )
+    distributed_timeout_minutes: float = option(
+        10.0, Flag("--distributed-timeout-minutes", "Timeout of a collective.", above=0, most=10**7)
+    )
+    rendezvous_timeout_minutes: float = option(
+        10.0,
+        Flag(
+            "--rendezvous-timeout-minutes",
+            "Timeout of the rendezvous of all ranks at the start.",
+            above=0,
+            most=10**7,
+        ),
+    )
+
+    num_layers_per_virtual_stage: int = option(
+        0,
+        Flag(
+            "--num-layers-per-virtual-pipeline-stage",
+            "Layers of a model chunk under the interleaved schedule (0: one chunk a rank).",
+        ),
+    )
+    pipeline_schedule: PipelineKind = option(
+        "1f1b", Flag("--pipeline-schedule", "Order of a stage's forwards and backwards.")
+    )
+    partition_method: str = option(
+        "balanced",
+        Flag(
+            "--pp-partition-method",
+            "Assignment of layers to stages: balanced by work (head counted), uniform, parameters, or by a count "
+            "of the layers that match, as type:transformer|embedding.",
+            metavar="METHOD",
+        ),
+    )
+    first_stage_layers: int = option(
+        0, Flag("--decoder-first-pipeline-num-layers", "Layers of the first stage (0: by --pp-partition-method).")
+    )
+    last_stage_layers: int = option(
+        0, Flag("--decoder-last-pipeline-num-layers", "Layers of the last stage (0: by --pp-partition-method).")
+    )
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas. A world that tp * pp does not divide is refused by config/rules.py."""
+        """Data-parallel replicas. A world that tp * pp does not divide is refused by a rule below."""
         return max(1, self.world_size // (self.tp * self.pp))
+
+
+def resolve_zero_stage(given: Given) -> None:
+    """Apply --zero-stage or the DeepSpeed JSON's ZeRO stage."""
+    run, origin = given.run, given.origin(FIELD.command.zero_stage)
+    stage = run.command.zero_stage
+    if stage == 1:
+        given.give(FIELD.parallel.distributed_optimizer, True, origin)
+        given.notes.append("ZeRO stage 1 is read as --use-distributed-optimizer")
+    elif stage == 0 and run.parallel.distributed_optimizer:
+        given.refuse_both(origin, given.origin(FIELD.parallel.distributed_optimizer))
+    elif stage:
+        given.refuse(
+            f"ZeRO stage {stage} is not supported ({origin})",
+            rule="Only optimizer state is sharded over replicas, not gradients and parameters",
+            fix="Use --zero-stage 1, and more tensor or pipeline parallelism if memory is short",
+        )
+
+
+def resolve_world_size(given: Given) -> None:
+    """Take the world size of the launcher, else --world-size, else one replica."""
+    parallel, launched = given.run.parallel, given.launched
+    if given.has(FIELD.parallel.world_size):
+        if launched is not None and parallel.world_size != launched:
+            given.refuse(
+                f"--world-size {parallel.world_size} differs from the {launched} ranks that the launcher started",
+                fix="Remove --world-size",
+            )
+        return
+    size = launched
+    if size is None:
+        size = parallel.tp * parallel.pp
+        if size > 1:
+            given.notes.append(f"the world size is not given: assuming {size}, one replica (see --world-size)")
+    given.give(FIELD.parallel.world_size, size, "the launcher")
+
+
+def resolve_virtual_stages(given: Given) -> None:
+    """Apply --num-virtual-stages-per-pipeline-rank; virtual stages select the interleaved schedule."""
+    run = given.run
+    if given.has(FIELD.parallel.partition_method):
+        # Scripts quote the method twice, once for a shell that is not there.
+        method, origin = run.parallel.partition_method.strip("'\""), given.origin(FIELD.parallel.partition_method)
+        given.give(FIELD.parallel.partition_method, method, origin)
+    chunks, origin = run.command.virtual_stages, given.origin(FIELD.command.virtual_stages)
+    if chunks > 1:
+        layers, stages = run.model.num_layers, run.parallel.pp * chunks
+        if layers % stages:
+            given.refuse(
+                f"Cannot split {layers} layers into {stages} equal virtual stages ({origin})",
+                fix=f"Use --num-layers {nearest_multiples(layers, stages)}, or another "
+                "--num-virtual-stages-per-pipeline-rank",
+            )
+        else:
+            given.give(FIELD.parallel.num_layers_per_virtual_stage, layers // stages, origin)
+    if given.run.parallel.num_layers_per_virtual_stage and not given.has(FIELD.parallel.pipeline_schedule):
+        origin = given.origin(FIELD.parallel.num_layers_per_virtual_stage)
+        given.give(FIELD.parallel.pipeline_schedule, "interleaved", origin)
+
+
+RESOLVERS = (resolve_zero_stage, resolve_world_size, resolve_virtual_stages)
+
+
+def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
+    """The world consists of whole replicas of tp x pp ranks."""
+    parallel = config.parallel
+    replica = parallel.tp * parallel.pp
+    if parallel.world_size % replica:
+        yield ConfigError(
+            f"Cannot split {parallel.world_size} ranks into replicas of {replica} (--tensor-model-parallel-size "
+            f"{parallel.tp} x --pipeline-model-parallel-size {parallel.pp})",
+            rule="Tensor x pipeline parallel size must divide the world size",
+            fix=f"Start a multiple of {replica} ranks (--world-size, if no launcher does), or change the sizes",
+        )
+
+
+def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
+    """Heads, groups, MLP and vocabulary are split into equal parts."""
+    model, tp = config.model, config.parallel.tp
+    for flag, size in (
+        ("--num-attention-heads", model.num_attention_heads),
+        ("--num-query-groups", model.num_query_groups),
+        ("--ffn-hidden-size", model.ffn_hidden_size),
+        ("--pad-vocab-size-to", model.padded_vocab_size),
+    ):
+        if size % tp:
+            yield ConfigError(
+                f"Cannot split {flag} {size} over {tp} tensor-parallel ranks (--tensor-model-parallel-size {tp})",
+                fix=f"Use --tensor-model-parallel-size {divisors(size)}, or {flag} {nearest_multiples(size, tp)}",
+            )
+
+
+def sequence_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
+    """Under --sequence-parallel the sequence is split into equal parts."""
+    tp, length = config.parallel.tp, config.batch.seq_length
+    if config.parallel.sequence_parallel and length % tp:
+        yield ConfigError(
+            f"Cannot split --seq-length {length} over {tp} tensor-parallel ranks for --sequence-parallel "
+            f"(--tensor-model-parallel-size {tp})",
+            fix=f"Use --seq-length {nearest_multiples(length, tp)}, or remove --sequence-parallel",
+        )
+
+
+def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
+    """Every stage has at least one layer."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = num_stages(config.model, parallel)
+    if stages > layers:
+        yield ConfigError(
+            f"Cannot split {layers} layers over {stages} pipeline stages (--num-layers {layers}, "
+            f"--pipeline-model-parallel-size {parallel.pp})",
+            fix=f"Use --pipeline-model-parallel-size {layers * parallel.pp // stages} or less, or more layers",
+        )
+
+
+def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
+    """Interleaving gives every rank equally many chunks, at least two."""
+    parallel, layers = config.parallel, config.model.num_layers
+    chunk = parallel.num_layers_per_virtual_stage
+    flag = f"--num-layers-per-virtual-pipeline-stage {chunk}"
+    interleaved = parallel.pipeline_schedule == "interleaved"
+    if interleaved and not chunk:
+        yield ConfigError(
+            "--pipeline-schedule interleaved needs the size of a model chunk",
+            fix="Add --num-layers-per-virtual-pipeline-stage N: a rank then holds several chunks of N layers each",
+        )
+    if not chunk:
+        return
+    if not interleaved:
+        yield ConfigError(
+            f"{flag} has no effect with --pipeline-schedule {parallel.pipeline_schedule}",
+            fix="Use --pipeline-schedule interleaved, or remove --num-layers-per-virtual-pipeline-stage",
+        )
+    if parallel.pp < 2:
+        yield ConfigError(
+            f"{flag} needs a pipeline (--pipeline-model-parallel-size {parallel.pp})",
+            fix="Use --pipeline-model-parallel-size 2 or more, or remove --num-layers-per-virtual-pipeline-stage",
+        )
+    if layers % (chunk * parallel.pp):
+        yield ConfigError(
+            f"Cannot split {layers} layers into equally many chunks of {chunk} on each of {parallel.pp} ranks "
+            f"(--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
+            fix=f"Use --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
+            if layers % parallel.pp == 0
+            else f"Use --num-layers {nearest_multiples(layers, parallel.pp)}, or another pipeline size",
+        )
+
+
+def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
+    """--pp-partition-method is a known name or a regular expression that matches layers."""
+    method = config.parallel.partition_method
+    if method in PARTITION_METHODS:
+        return
+    kind, _, pattern = method.partition(":")
+    try:
+        if kind.lower() == "type" and pattern and re.compile(pattern):
+            return
+    except re.error:
+        pass
+    yield ConfigError(
+        f"Unknown --pp-partition-method {method}",
+        fix="Use balanced, uniform, parameters, or type:REGEX as type:transformer|embedding (in quotes for the shell)",
+    )
+
+
+def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
+    """Layers of the first and last stage leave at least one layer for each other stage."""
+    parallel, layers = config.parallel, config.model.num_layers
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    if not first and not last:
+        return
+    ends = f"--decoder-first-pipeline-num-layers {first}, --decoder-last-pipeline-num-layers {last}"
+    if parallel.pipeline_schedule == "interleaved" or parallel.pp < 2:
+        yield ConfigError(
+            f"Cannot size the first and last stage ({ends}, --pipeline-model-parallel-size {parallel.pp}, "
+            f"--pipeline-schedule {parallel.pipeline_schedule})",
+            rule="This needs at least two stages and no virtual ones",
+            fix="Remove the two flags: layers are then assigned by --pp-partition-method",
+        )
+        return
+    others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
+    rest = layers - first - last
+    if rest < others or (not others and rest):
+        yield ConfigError(
+            f"Cannot split the {rest} layers between the ends over {others} other stages ({ends}, --num-layers "
+            f"{layers})",
+            rule="Every stage needs a layer, and every layer a stage",
+            fix=f"Give the ends at most {layers - others} layers in all"
+            if others
+            else f"Give the two flags numbers that add up to {layers}",
+        )
+
+
+RULES = (
+    replicas_fill_the_world,
+    tensor_parallel_divides,
+    sequence_parallel_divides,
+    stages_have_layers,
+    virtual_stages_are_whole,
+    partition_is_known,
+    given_ends_fit,
+)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_lite.config.counts import embedding_parameters, head_forward_flops, layer_forward_flops, layer_parameters
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_lite.config.model import ModelConfig
+    from megatron_lite.config.parallel import ParallelConfig
 
 LAYER_CLASS = "ParallelTransformerLayerPipe"
 EMBEDDING_CLASS = "EmbeddingPipe"

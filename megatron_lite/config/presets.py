@@ -83,7 +83,7 @@ PRESETS: Mapping[str, str] = {
 """Flags by name: the model's shape and the sequence length, nothing of how it is trained."""
 
 
-def preset_words(name: str) -> list[str] | None:
-    """Return the words that a preset stands for; None: there is no such preset."""
+def preset_args(name: str) -> list[str] | None:
+    """Return the arguments that a preset stands for; None: there is no such preset."""
     text = PRESETS.get(name.lower())
     return None if text is None else text.split()

@@ -13,27 +13,25 @@ T = TypeVar("T")
 
 
 def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
-    """The inverse of dataclasses.asdict, also after JSON has turned its tuples into lists.
+    """Build a dataclass from a record: the inverse of dataclasses.asdict, also after JSON made its tuples lists.
 
     A field that the record lacks, written by an older version, takes its default.
 
     Raises:
-        ConfigError: the record has a field that this version does not know, or lacks one without a default.
+        ConfigError: the record has an unknown field, or lacks one without a default.
     """
     hints = get_type_hints(kind)
     fields = {entry.name for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     if unknown := sorted(set(record) - fields):
         raise ConfigError(
-            f"A stored {kind.__name__} must have only fields that this version knows",
-            found=f"unknown: {', '.join(unknown)}",
+            f"The stored {kind.__name__} has fields of another version: {', '.join(unknown)}",
             fix="Read it with the megatron_lite that wrote it, or a newer one",
         )
     try:
         return kind(**{name: _value(hints[name], value) for name, value in record.items()})
     except TypeError as error:
         raise ConfigError(
-            f"A stored {kind.__name__} must be complete",
-            found=str(error),
+            f"The stored {kind.__name__} is incomplete: {error}",
             fix="Read it with the megatron_lite that wrote it",
         ) from error
 

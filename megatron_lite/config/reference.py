@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from megatron_lite.config.flags.accepted import ACCEPTED
-from megatron_lite.config.flags.flag import Flag
-from megatron_lite.config.flags.refused import FAMILIES, REFUSED
-from megatron_lite.config.flags.table import SUPPORTED
+from megatron_lite.config.flag import Flag
 from megatron_lite.config.help import INTRODUCTION, default_text, description, metavar
+from megatron_lite.config.megatron_flags import FAMILIES, UNSUPPORTED
+from megatron_lite.config.table import supported_flags
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "arguments.md"
 
 
 def reference_page() -> str:
-    """The whole page, in Markdown."""
+    """Return the page, in Markdown."""
     lines = [
         "# Flags",
         "",
-        "Made from the flag table by `make docs`; do not edit.",
+        "Generated from the config dataclasses by `make docs`; do not edit.",
         "",
         *textwrap.wrap(INTRODUCTION, 120),
         "",
-        "Every flag is supported, accepted without effect, or refused. The run prints at its start which flags had no",
-        "effect and which were translated; an unknown flag is an error that proposes the nearest.",
+        "Every flag is supported, accepted without effect, or refused. A run prints at its start which flags had no",
+        "effect and which were translated; an unknown flag is an error that suggests the nearest.",
     ]
-    for group, flags in SUPPORTED.items():
+    for group, flags in supported_flags().items():
         lines += ["", f"## {group}", "", "| flag | value | default | meaning |", "|---|---|---|---|"]
         lines += [_supported_row(flag) for flag in flags]
-    lines += ["", "## Accepted without effect", "", "| flags | why |", "|---|---|"]
-    lines += _reasons(flag for flags in ACCEPTED.values() for flag in flags)
-    lines += ["", "## Refused", "", "| flags | why, and what to do |", "|---|---|"]
-    lines += _reasons(flag for flags in REFUSED.values() for flag in flags)
+    lines += ["", "## Accepted without effect", "", "| flags | reason |", "|---|---|"]
+    lines += _unsupported_rows("no effect")
+    lines += ["", "## Refused", "", "| flags | reason and alternative |", "|---|---|"]
+    lines += _unsupported_rows("refused")
     lines += ["", "Also refused, for the same reasons: every other flag that starts with one of", ""]
     lines += [", ".join(f"`{prefix}`" for prefix in FAMILIES) + "."]
     return "\n".join(lines) + "\n"
@@ -49,14 +47,15 @@ def _supported_row(flag: Flag) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _reasons(flags: Iterable[Flag]) -> list[str]:
+def _unsupported_rows(status: str) -> list[str]:
     rows = []
-    for because, group in groupby(flags, key=lambda flag: flag.help):
+    chosen = (flag for flag in UNSUPPORTED if flag.status == status)
+    for (reason, fix), group in groupby(chosen, key=lambda flag: (flag.reason, flag.fix)):
         names = []
         for flag in group:
-            harmless = f" (but for {', '.join(flag.harmless)})" if flag.harmless else ""
+            harmless = f" (except {', '.join(flag.harmless)})" if flag.harmless else ""
             names.append(f"`{flag.name}`{harmless}")
-        rows.append(f"| {', '.join(names)} | {because} |")
+        rows.append(f"| {', '.join(names)} | {f'{reason}. {fix}' if fix else reason} |")
     return rows
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.command import CommandOptions
 from megatron_lite.config.data import DataConfig, TokenizerConfig
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
@@ -17,7 +18,7 @@ from megatron_lite.config.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is told before it starts. Nothing in it changes while the run goes on."""
+    """Everything that is set before a run starts. Nothing in it changes during the run."""
 
     model: ModelConfig
     batch: BatchConfig
@@ -35,5 +36,12 @@ class RunConfig:
 
     @property
     def stops_at_nan(self) -> bool:
-        """Whether a loss or gradient that is not finite ends the run; fp16 answers it with a smaller loss scale."""
+        """True if a loss or gradient that is not finite ends the run; fp16 lowers the loss scale instead."""
         return self.optimizer.check_for_nan and self.precision.dtype != "fp16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(RunConfig):
+    """A RunConfig with the command-line options from which some of its fields are derived."""
+
+    command: CommandOptions = field(default_factory=CommandOptions)

@@ -26,7 +26,7 @@ from megatron_lite.errors import DataError
 
 
 class TextFileError(ValueError):
-    """A file is there but is not readable text. The message continues a sentence that begins with its name."""
+    """A file exists but is not readable text. The message continues a sentence that begins with the file's name."""
 
 
 def read_text(path: str | Path) -> str:
@@ -76,9 +76,7 @@ def require_text(path: str | Path, flag: str) -> str:
         fix = f"Make it readable UTF-8 text, as with iconv -f latin1 -t utf-8 {path}, or give another {flag}"
         if isinstance(error, FileNotFoundError):
             fix = suggest_path(flag, str(path))
-        raise DataError(
-            f"{flag} must name a readable UTF-8 text file", found=read_failure(path, error), fix=fix
-        ) from error
+        raise DataError(f"{flag} {read_failure(path, error)}", fix=fix) from error
 
 
 def read_failure(path: str | Path, error: OSError | TextFileError) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def total_microbatches(global_batch: int, micro_batch: int) -> int:
-    """Micro-batches of one iteration over all replicas. `micro_batch` divides `global_batch` (config/rules.py)."""
+    """Micro-batches of one iteration over all replicas. `micro_batch` divides `global_batch` (config/batch.py)."""
     assert global_batch % micro_batch == 0, f"global batch {global_batch} is not whole micro-batches of {micro_batch}"
     return global_batch // micro_batch
 

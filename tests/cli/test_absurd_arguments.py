@@ -10,8 +10,8 @@ import pytest
 
 from megatron_lite.cli.main import COMMANDS, main
 from megatron_lite.cli.parser import Parser
-from megatron_lite.config.flags.table import SUPPORTED
 from megatron_lite.config.help import plain_type
+from megatron_lite.config.table import supported_flags
 
 NOT_UTF8 = os.fsdecode(b"x\xe9")
 NUMBERS = ("nan", "inf", "-inf", "-1", "-1e300", "1e300", "99999999999999999999", "9" * 5000, "x", "", "²", NOT_UTF8)
@@ -138,7 +138,7 @@ def test_no_command_is_forgotten():
 
 
 def numeric_flags():
-    for group in SUPPORTED.values():
+    for group in supported_flags().values():
         for flag in group:
             if flag.takes_value and plain_type(flag.type) in (int, float):
                 yield flag

@@ -7,11 +7,11 @@ import pytest
 
 import megatron_lite
 from megatron_lite.config.arguments import asks_for_help
-from megatron_lite.config.flags.refused import FAMILIES, REFUSED
-from megatron_lite.config.flags.table import SUPPORTED, all_flags, flags_by_spelling, spelling
-from megatron_lite.config.given import field_types
+from megatron_lite.config.flag import Flag
 from megatron_lite.config.help import help_text, plain_type
+from megatron_lite.config.megatron_flags import FAMILIES, UNSUPPORTED
 from megatron_lite.config.reference import PAGE, reference_page
+from megatron_lite.config.table import all_flags, flags_by_field, flags_by_spelling, spelling, supported_flags
 from megatron_lite.config.values import read_as
 
 ROOT = Path(megatron_lite.__file__).parent.parent
@@ -35,27 +35,44 @@ def test_the_set_of_flags_is_frozen():
 def test_a_row_is_complete(flag):
     assert flag.name.startswith("--")
     assert "_" not in flag.name
-    assert flag.help
     if flag.status != "supported":
-        assert not flag.field
+        assert flag.reason and not flag.reason.endswith(".")
         return
-    assert flag.field in field_types()
+    assert flag in flags_by_field()[flag.key]
     assert flag.help.endswith((".", ")"))
-    assert flag.takes_value or not flag.read
-    if flag.takes_value and not flag.read and flag.default not in (None, ""):
-        assert read_as(flag.type, str(flag.default), flag.spellings) == flag.default
+    assert flag.takes_value or not flag.format
+    if flag.takes_value and not flag.format and flag.default not in (None, ""):
+        assert read_as(flag.type, str(flag.default), flag.choices) == flag.default
 
 
-@pytest.mark.parametrize("flag", [flag for flag in all_flags() if flag.read], ids=lambda flag: flag.name)
+STRUCTURED = [flag for flag in all_flags() if isinstance(flag, Flag) and flag.format]
+
+
+@pytest.mark.parametrize("flag", STRUCTURED, ids=lambda flag: flag.name)
 def test_a_structured_value_has_an_example_that_can_be_read(flag):
-    assert flag.read(shlex.split(flag.example))
+    assert flag.format.read(shlex.split(flag.format.example))
+
+
+@pytest.mark.parametrize("key", flags_by_field(), ids=".".join)
+def test_every_field_has_a_flag_that_writes_each_of_its_values(key):
+    """BatchConfig.step_schedule is written by a flag of CommandOptions."""
+    flags = flags_by_field()[key]
+    assert flags or key == ("batch", "step_schedule")
+    assert all(flag.format.write for flag in flags[:1] if flag.format and key[0] != "command")
+
+
+def test_a_number_without_a_flag_of_its_own_has_no_bound():
+    for key, flags in flags_by_field().items():
+        for flag in flags:
+            if not flag.takes_value or plain_type(flag.type) not in (int, float):
+                bounds = (flag.least, flag.above, flag.below, flag.most)
+                assert bounds == (0, None, None, None), f"{flag.name} of {key} has bounds that nothing checks"
 
 
 def test_values_that_texts_name_are_among_the_choices_that_help_shows():
     """In the flags' own texts, in errors and on the pages: --position-embedding-type rotary, not its alias rope."""
-    translated = {
-        flag.name: set(flag.spellings) - set(get_args(plain_type(flag.type))) for flag in all_flags() if flag.spellings
-    }
+    supported = [flag for flag in all_flags() if isinstance(flag, Flag)]
+    translated = {flag.name: set(flag.choices) - set(get_args(plain_type(flag.type))) for flag in supported}
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "megatron_lite").rglob("*.py")]
     wrong = []
     for path in pages:
@@ -66,8 +83,8 @@ def test_values_that_texts_name_are_among_the_choices_that_help_shows():
 
 
 def test_a_refusal_says_what_to_do():
-    for because in [*FAMILIES.values(), *(flag.help for flags in REFUSED.values() for flag in flags)]:
-        assert ". " in because, because
+    assert all(row.fix for row in FAMILIES.values())
+    assert {row.status for row in UNSUPPORTED} == {"no effect", "refused"}
 
 
 def test_the_reference_page_is_current():
@@ -76,7 +93,7 @@ def test_the_reference_page_is_current():
 
 def test_help_lists_every_supported_flag_in_its_group():
     lines = help_text().splitlines()
-    for group, flags in SUPPORTED.items():
+    for group, flags in supported_flags().items():
         assert f"{group}:" in lines
         for flag in flags:
             assert any(line.startswith(f"  {flag.name}") for line in lines), flag.name

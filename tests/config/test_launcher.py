@@ -125,17 +125,17 @@ def test_an_argument_file_may_hold_flags_only(tmp_path):
 
 ERRORS = {
     "torchrun --nproc_per_node 8 pretrain_gpt.py $GPT_ARGS --save ${OUT}/a ${DATA_ARGS[@]}": (
-        "values of its variables: $GPT_ARGS, ${OUT}, ${DATA_ARGS[@]}. Replace them by their values"
+        "shell variables or substitutions: $GPT_ARGS, ${OUT}, ${DATA_ARGS[@]}. Replace them by their values"
     ),
-    "python pretrain_gpt.py --save `pwd`/x": "values of its variables: `pwd`/x",
-    "python pretrain_gpt.py --seed $(date)": "values of its variables: $(date)",
+    "python pretrain_gpt.py --save `pwd`/x": "shell variables or substitutions: `pwd`/x",
+    "python pretrain_gpt.py --seed $(date)": "shell variables or substitutions: $(date)",
     "srun bash -c '$LAUNCHER --node_rank 0 $CMD'": "Replace $LAUNCHER, $CMD by what the shell would put there",
     "deepspeed --num_gpus 8 train --num-layers 4": "names no .py file. Give the flags alone, or with the script before",
     "train --num-layers 4": "names no .py file",
     "torchrun --nproc_per_node $GPUS pretrain_gpt.py --bf16": "--nproc-per-node $GPUS. Replace the value by a number",
     "torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py --bf16": "--nnodes 1:4. Replace the value by a number",
     "torchrun --nproc-per-node gpu pretrain_gpt.py --bf16": "--nproc-per-node gpu. Replace the value by a number",
-    "python pretrain_gpt.py --save 'x": "The quotes of a command line are closed",
+    "python pretrain_gpt.py --save 'x": "No closing quotation. Add the missing quote",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from support.job_commands import SMALL, without
 
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.config.flags.table import flags_by_spelling, spelling
+from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.errors import ConfigError
 
 # What the public script ds_pretrain_gpt2_pipe.sh of Megatron 1.1.5 passes, its variables replaced.
@@ -106,21 +106,21 @@ def test_what_changes_nothing_is_noted(flag):
 REFUSED = {
     "--geglu": "--activation geglu",
     "--sinusoidal-pos-emb": "--position-embedding-type",
-    "--pos-emb sinusoidal": "--position-embedding-type takes one of learned, rotary, alibi, none",
+    "--pos-emb sinusoidal": "expected one of learned, rotary, alibi, none",
     "--rpe-num-buckets 32": "--position-embedding-type",
-    "--norm scalenorm": "--normalization takes one of LayerNorm, RMSNorm",
+    "--norm scalenorm": "expected one of LayerNorm, RMSNorm. Did you mean --normalization",
     "--scalenorm-epsilon 1e-8": "--normalization",
-    "--sparsity all": "Attention is dense here",
-    "--num-unique-layers 2": "No layers share their weights",
+    "--sparsity all": "Only dense attention is implemented",
+    "--num-unique-layers 2": "Layers that share weights are not implemented",
     "--onebitadam": "Use --optimizer",
     "--sm3": "Use --optimizer",
     "--lr-decay-ratio 0.1": "Use --min-lr",
-    "--lr-decay-style exponential": "--lr-decay-style takes one of constant, linear, cosine",
+    "--lr-decay-style exponential": "expected one of constant, linear, cosine",
     "--epochs 2": "Use --train-iters",
     "--train-batch-size 32": "--micro-batch-size and --global-batch-size",
     "--train-data wikipedia": "tools/preprocess_data.py",
     "--lazy-loader": "tools/preprocess_data.py",
-    "--eval-batch-size 4": "Validation has the sequences and batches of training",
+    "--eval-batch-size 4": "Validation has the sequence length and batches of training",
     "--cache-dir x": "--tokenizer-type",
     "--tokenizer-model-type bert-large-uncased": "--tokenizer-type",
 }

@@ -45,9 +45,13 @@ BROKEN = {
     "bigscience/train/tr8b-104B/tr8b-104B-cl.slurm and -a100-16n": (
         512,
         "--lr-decay-tokens --lr-decay-style cosine",
-        "--lr-decay-tokens takes one value",
+        "Cannot read --lr-decay-tokens with nothing after it: expected one value",
     ),
-    "bigscience/train/tr14-mup (three scripts)": (16, "--lr checkpoints --min-lr --mup", "--lr takes a number"),
+    "bigscience/train/tr14-mup (three scripts)": (
+        16,
+        "--lr checkpoints --min-lr --mup",
+        "Cannot read --lr checkpoints: expected a number",
+    ),
     "Megatron-LM/examples/mixtral/train_mixtral_8x7b_distributed.sh": (16, "--num-experts 8", "Mixture of experts"),
     "bigscience/experiments/gpt2-meg-ds-zero (two scripts)": (64, "--zero-stage 3", "ZeRO stage 3|--zero-stage 3"),
 }

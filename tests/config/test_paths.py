@@ -46,7 +46,7 @@ DATASETS = {
 @pytest.mark.parametrize("prefix", DATASETS)
 def test_a_dataset(prefix):
     (error,) = missing_files(parse_run([*SMALL, *NULL, "--data-path", prefix]).config)
-    assert "--data-path must name a dataset" in str(error)
+    assert f"There is no dataset {prefix} (--data-path)" in str(error)
     assert DATASETS[prefix] in str(error)
     assert suggest_dataset(prefix) == error.fix
 

@@ -46,7 +46,7 @@ def test_a_field_that_did_not_exist_takes_its_default():
 def test_a_field_of_a_newer_version_is_named():
     record = dataclasses.asdict(FULL)
     record["model"]["mixture"] = 8
-    with pytest.raises(ConfigError, match=r"ModelConfig.*unknown: mixture"):
+    with pytest.raises(ConfigError, match=r"ModelConfig.*fields of another version: mixture"):
         from_record(RunConfig, record)
 
 

@@ -228,7 +228,7 @@ def test_help_is_printed_once(ranks):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "--load must name a folder of checkpoints"),
+        (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "There is no folder --load"),
         (("--save", "/proc/nowhere"), "--save must be a folder that can be written to"),
     ],
 )

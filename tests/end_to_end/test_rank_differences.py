@@ -98,14 +98,14 @@ def test_files_that_one_rank_lacks(corpus, ranks, tmp_path):
     words = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
     text = said(ranks(job(corpus), job(corpus, *words)))
     assert f"rank 1 ({HOST}): 2 rules are broken:" in text
-    assert f"--tokenizer-model must name a file or folder on this machine that exists: {tmp_path / 'none'}" in text
+    assert f"There is no --tokenizer-model {tmp_path / 'none'}" in text
 
 
 def test_files_that_all_ranks_lack_are_said_once(corpus, ranks, tmp_path):
     words = job(corpus, "--tokenizer-model", tmp_path / "none")
     results = ranks(words, words)
     assert [result.code for result in results] == [1, 1]
-    assert results[0].err.count("ConfigError: --tokenizer-model must name") == 1
+    assert results[0].err.count("ConfigError: There is no --tokenizer-model") == 1
     assert results[1].err == ""
 
 

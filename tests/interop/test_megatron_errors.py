@@ -71,9 +71,9 @@ def test_flags_that_contradict_the_args(original, refused, tmp_path):
     ):
         refused(tmp_path / "m", text, *SIZE, *flags)
     refused(tmp_path / "m", "checkpoint_version 3.0, --checkpoint-version is 2", *SIZE, checkpoint_version=2.0)
-    refused(tmp_path / "m", "flags that describe the model", *SIZE, "--lr", "1", error=ConfigError)
+    refused(tmp_path / "m", "takes flags of the model", *SIZE, "--lr", "1", error=ConfigError)
     refused(tmp_path / "m", "", "--no-such-flag", "--multi-latent-attention", error=(ConfigError, ConfigErrors))
-    refused(tmp_path / "m", "must not contradict", *SIZE, "--tokenizer-vocab-size", "95", error=ConfigError)
+    refused(tmp_path / "m", "contradict each other", *SIZE, "--tokenizer-vocab-size", "95", error=ConfigError)
 
 
 @pytest.mark.parametrize(

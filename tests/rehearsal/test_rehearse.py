@@ -152,16 +152,19 @@ def test_the_jobs_whole_command_is_rehearsed(capsys):
     ("words", "rule"),
     [
         ("--world-size 500", "Tensor x pipeline parallel size must divide the world size"),
-        ("--num-attention-heads 5 --kv-channels 160", "The tensor-parallel size must divide --num-attention-heads"),
-        ("--pad-vocab-size-to 50259", "The tensor-parallel size must divide --pad-vocab-size-to"),
-        ("--ffn-hidden-size 20481", "The tensor-parallel size must divide --ffn-hidden-size"),
-        ("--num-layers 3", "Every pipeline stage holds a layer"),
+        (
+            "--num-attention-heads 5 --kv-channels 160",
+            "Cannot split --num-attention-heads 5 over 2 tensor-parallel ranks",
+        ),
+        ("--pad-vocab-size-to 50259", "Cannot split --pad-vocab-size-to 50259 over 2 tensor-parallel ranks"),
+        ("--ffn-hidden-size 20481", "Cannot split --ffn-hidden-size 20481 over 2 tensor-parallel ranks"),
+        ("--num-layers 3", "Cannot split 3 layers over 4 pipeline stages"),
         (
             "--num-layers-per-virtual-pipeline-stage 3",
-            "Every rank holds equally many chunks of equally many layers",
+            "Cannot split 40 layers into equally many chunks of 3",
         ),
-        ("--micro-batch-size 3", "The micro-batch must divide"),
-        ("--seq-length 2047 --sequence-parallel", "must divide the sequence under --sequence-parallel"),
+        ("--micro-batch-size 3", "Cannot split the global batch into micro-batches"),
+        ("--seq-length 2047 --sequence-parallel", "tensor-parallel ranks for --sequence-parallel"),
         ("--rank 512", "Ranks to play are ranks of the job"),
     ],
 )

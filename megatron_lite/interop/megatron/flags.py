@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_lite.config.apply import apply
 from megatron_lite.config.arguments import raise_all
+from megatron_lite.config.command_line import read_command_line
 from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.flag import FIELD, key_of
 from megatron_lite.config.given import Given
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.words import read_words
 from megatron_lite.errors import ConfigError
 
-_MODEL = {f"model.{item.name}" for item in fields(ModelConfig)}
-_TOKENIZER = {f"tokenizer.{item.name}" for item in fields(TokenizerConfig)}
 _COMMAND = {
-    "command.preset",
-    "command.erf_gelu",
-    "command.group_query_attention",
-    "command.no_position_embedding",
-    "batch.global_batch_size",
-    "batch.seq_length",
+    key_of(field)
+    for field in (
+        FIELD.command.preset,
+        FIELD.command.erf_gelu,
+        FIELD.command.group_query_attention,
+        FIELD.command.no_position_embedding,
+        FIELD.batch.global_batch_size,
+        FIELD.batch.seq_length,
+    )
 }
 
 
@@ -56,52 +56,40 @@ def read_model_flags(words: Sequence[str]) -> Stated:
         ConfigErrors: several are wrong.
     """
     given = Given()
-    apply(read_words(list(words), given), given)
-    others = [given.origins[name] for name in given.values if name not in _MODEL | _TOKENIZER | _COMMAND]
+    read_command_line(list(words), given)
+    others = [
+        origin for key, _, origin in given.items() if key[0] not in ("model", "tokenizer") and key not in _COMMAND
+    ]
     if others:
         given.refuse(
-            "An import takes flags that describe the model and its tokenizer",
-            found=", ".join(others),
-            fix="Leave them out; give them to the run that trains on the imported model",
+            f"{', '.join(others)} cannot be given to an import, which takes flags of the model and its tokenizer",
+            fix="Remove them; give them to the run that trains on the imported model",
         )
     raise_all(given.errors)
-    model = {
-        name.removeprefix("model."): (value, given.origins[name])
-        for name, value in given.values.items()
-        if name in _MODEL
-    }
-    origins = given.origins
-    if given.value("command.erf_gelu"):
-        model.setdefault("activation", ("gelu", origins["command.erf_gelu"]))
-    if given.value("command.no_position_embedding"):
-        model.setdefault("position_embedding", ("none", origins["command.no_position_embedding"]))
-    if given.value("command.group_query_attention"):
-        model.setdefault("num_query_groups", (1, origins["command.group_query_attention"]))
-    tokenizer = TokenizerConfig(
-        **{
-            name.removeprefix("tokenizer."): value
-            for name, value in given.values.items()
-            if name in _TOKENIZER and name != "tokenizer.vocab_size"
-        }
-    )
-    size = given.value("tokenizer.vocab_size")
-    if size:
+    model = {key[1]: (value, origin) for key, value, origin in given.items() if key[0] == "model"}
+    run = given.run
+    if run.command.erf_gelu:
+        model.setdefault("activation", ("gelu", given.origin(FIELD.command.erf_gelu)))
+    if run.command.no_position_embedding:
+        model.setdefault("position_embedding", ("none", given.origin(FIELD.command.no_position_embedding)))
+    if run.command.group_query_attention:
+        model.setdefault("num_query_groups", (1, given.origin(FIELD.command.group_query_attention)))
+    tokenizer = replace(run.tokenizer, vocab_size=0)
+    if size := run.tokenizer.vocab_size:
         # NullTokenizer counts its end-of-document token apart, as in Megatron-LM.
-        more = int(given.has("tokenizer.type") and tokenizer.type == "NullTokenizer")
-        _agree(model, size + more, origins["tokenizer.vocab_size"])
+        more = int(tokenizer.type == "NullTokenizer")
+        _agree(model, size + more, given.origin(FIELD.tokenizer.vocab_size))
         tokenizer = replace(tokenizer, vocab_size=size + more - 1)
-    with_files = any(given.has(f"tokenizer.{name}") for name in ("model", "vocab_file", "merge_file"))
+    with_files = bool(tokenizer.model or tokenizer.vocab_file or tokenizer.merge_file)
     return Stated(
         model,
         tokenizer if with_files else None,
-        given.value("batch.global_batch_size"),
-        given.value("batch.seq_length"),
+        run.batch.global_batch_size,
+        run.batch.seq_length,
     )
 
 
 def _agree(model: dict[str, tuple[Any, str]], size: int, origin: str) -> None:
     other = model.setdefault("vocab_size", (size, origin))
     if other[0] != size:
-        raise ConfigError(
-            "Two flags must not contradict each other", found=f"{other[1]} and {origin}", fix="Leave one of them out"
-        )
+        raise ConfigError(f"{other[1]} and {origin} contradict each other", fix="Remove one of them")

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from megatron_lite.config.flags.table import flags_by_spelling
+from megatron_lite.config.flag import Flag
+from megatron_lite.config.table import flags_by_spelling
 from megatron_lite.errors import CheckpointError
 
 
@@ -275,7 +276,7 @@ def _flags_of_training() -> frozenset[str]:
     """Return the args of every accepted flag of the project's table that is not of the model, also without `no_`."""
     names: set[str] = set()
     for spelled, flag in flags_by_spelling().items():
-        if flag.status != "refused" and not flag.field.startswith("model."):
+        if flag.status != "refused" and not (isinstance(flag, Flag) and flag.key[0] == "model"):
             names.update(_destinations(spelled))
     return frozenset(names)
 

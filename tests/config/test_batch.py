@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from support.job_commands import SMALL
 
+from megatron_lite.config import batch as rules
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.batch import Rampup, SequenceRamp
-from megatron_lite.config.checks import batch as rules
+from megatron_lite.config.command_line import read_command_line
+from megatron_lite.config.given import Given
 
 CONFIG = parse_run(SMALL).config  # sequences of 32 tokens, micro-batches of 2, a global batch of 8
 
@@ -21,17 +23,19 @@ def errors(rule, *, parallel=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("extra", "found"),
     [
-        ({"seq_length": 1, "micro_batch_size": 1, "global_batch_size": 0}, []),
-        ({"seq_length": 0}, ["--seq-length is at least 1"]),
-        ({"micro_batch_size": 0}, ["--micro-batch-size is at least 1"]),
-        ({"global_batch_size": -1}, ["--global-batch-size is at least 0"]),
-        ({"seq_length": -1, "micro_batch_size": -1}, ["--seq-length", "--micro-batch-size"]),
+        ("--seq-length 1 --micro-batch-size 1 --global-batch-size 0 --max-position-embeddings 1", []),
+        ("--seq-length 0", ["--seq-length 0 is out of range"]),
+        ("--micro-batch-size 0", ["--micro-batch-size 0 is out of range"]),
+        ("--global-batch-size -1", ["--global-batch-size -1 is out of range"]),
+        ("--seq-length -1 --micro-batch-size -1", ["--seq-length -1", "--micro-batch-size -1"]),
     ],
 )
-def test_sizes_are_positive(changes, found):
-    texts = errors(rules.sizes_are_positive, **changes)
+def test_sizes_are_positive(extra, found):
+    given = Given()
+    read_command_line([*SMALL, *extra.split()], given)
+    texts = [str(error) for error in given.errors]
     assert len(texts) == len(found) and all(part in text for part, text in zip(found, texts, strict=True)), texts
 
 
@@ -43,8 +47,8 @@ def test_the_micro_batch_divides_the_batch():
 
 ORDER, REACH, WHOLE = (
     "positive start and increment",
-    "must reach the global batch",
-    "must divide every batch of the ramp",
+    "does not reach the global batch",
+    "Cannot split every batch of the ramp-up",
 )
 
 
@@ -86,11 +90,11 @@ def test_a_ramp_in_steps_of_one_needs_micro_batches_of_one():
     [
         ((2, 8), []),
         ((8,), []),
-        ((3, 8), ["batches 3, --micro-batch-size 2"]),
-        ((0, 8), ["batches 0, --micro-batch-size 2"]),
-        ((-2, 8), ["batches -2, --micro-batch-size 2"]),
-        ((8, 2), ["--global-batch-size 8, the schedule ends at 2"]),
-        ((2, 7), ["batches 7", "the schedule ends at 7"]),
+        ((3, 8), ["batches 3 of --step-batch-size-schedule into micro-batches (--micro-batch-size 2)"]),
+        ((0, 8), ["batches 0 of"]),
+        ((-2, 8), ["batches -2 of"]),
+        ((8, 2), ["--global-batch-size 8 differs from the last batch of --step-batch-size-schedule, 2"]),
+        ((2, 7), ["batches 7", "--step-batch-size-schedule, 7"]),
     ],
     ids=str,
 )
@@ -126,9 +130,9 @@ def test_a_decreased_batch_keeps_a_micro_batch_for_every_replica():
 
 
 BETWEEN, APART, DIVIDE = (
-    "lie between 1 and --seq-length",
-    "begin one after the other",
-    "must divide every sequence length",
+    "sequence lengths outside 1 to --seq-length",
+    "at the same iteration or out of order",
+    "Cannot split every sequence length",
 )
 
 
@@ -178,6 +182,8 @@ def test_tensor_parallel_ranks_share_every_length_of_a_curriculum(ramp, divides)
 
 
 def test_every_rule_is_asked():
-    assert {rule.__name__ for rule in (rules.sizes_are_positive, *rules.RULES)} == {
-        name for name, value in vars(rules).items() if getattr(value, "__module__", "") == rules.__name__
+    assert {rule.__name__ for rule in rules.RULES} == {
+        name
+        for name, value in vars(rules).items()
+        if getattr(value, "__module__", "") == rules.__name__ and "config" in getattr(value, "__annotations__", ())
     }

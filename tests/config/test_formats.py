@@ -4,29 +4,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.config.batch import Rampup, SequenceRamp
-from megatron_lite.config.checkpoint import SavePhase
-from megatron_lite.config.data import DataGroup, DataSource
-from megatron_lite.config.structured import (
+from megatron_lite.config.batch import (
+    Rampup,
+    SequenceRamp,
     read_amount,
+    read_rampup,
+    read_sequence_ramp,
+    read_step_schedule,
+    write_rampup,
+    write_sequence_ramp,
+)
+from megatron_lite.config.checkpoint import SavePhase, read_save_schedule, write_save_schedule
+from megatron_lite.config.data import (
+    DataGroup,
+    DataSource,
     read_groups,
     read_groups_file,
-    read_iterations,
-    read_named_group,
-    read_rampup,
-    read_ranges,
-    read_save_schedule,
-    read_sequence_ramp,
     read_sources,
     read_split,
-    read_step_schedule,
     write_groups,
-    write_rampup,
-    write_ranges,
-    write_save_schedule,
-    write_sequence_ramp,
     write_sources,
 )
+from megatron_lite.config.table import flags_by_spelling
+from megatron_lite.config.training import read_iterations, read_ranges, write_ranges
 
 PATHS = st.text(st.characters(categories=["L", "N"], include_characters="/_-."), min_size=1, max_size=12)
 WEIGHTS = st.floats(0, 1e6, allow_subnormal=False)
@@ -44,11 +44,11 @@ def test_a_save_schedule_comes_back(intervals, ends):
     phases = tuple(
         SavePhase(interval=interval, until=until) for interval, until in zip(intervals, ends_in_order, strict=True)
     )
-    assert read_save_schedule(write_save_schedule(phases)[0]) == phases
+    assert read_save_schedule(write_save_schedule(phases)) == phases
 
 
 def test_the_save_schedule_of_three_phases():
-    assert read_save_schedule("10:100 18:1000 1500") == (
+    assert read_save_schedule(["10:100 18:1000 1500"]) == (
         SavePhase(interval=10, until=100),
         SavePhase(interval=18, until=1000),
         SavePhase(interval=1500),
@@ -58,7 +58,7 @@ def test_the_save_schedule_of_three_phases():
 @pytest.mark.parametrize("text", ["10 20", "10:100 20 30:400", "10:100 20 30", "x:100"])
 def test_broken_save_schedules(text):
     with pytest.raises(ValueError, match=r"<interval>:<last iteration>|whole number"):
-        read_save_schedule(text)
+        read_save_schedule([text])
 
 
 def test_a_step_schedule_counts_tokens():
@@ -220,6 +220,6 @@ def test_broken_groups_files(text):
 
 
 def test_a_named_group_is_a_blend_of_one_split():
-    assert read_named_group("valid")(["2", "a", "1", "b"]) == (
+    assert flags_by_spelling()["--valid-data-path"].format.read(["2", "a", "1", "b"]) == (
         DataGroup(name="valid", sources=(DataSource(path="a", weight=2.0), DataSource(path="b", weight=1.0))),
     )

@@ -4,15 +4,15 @@ from hypothesis import strategies as st
 from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.config.flags.refused import FAMILIES, REFUSED
-from megatron_lite.config.flags.table import flags_by_spelling
+from megatron_lite.config.command_line import MAX_NESTING, refusal, split_flags
 from megatron_lite.config.given import Given
-from megatron_lite.config.words import MAX_NESTING, read_words, refusal
+from megatron_lite.config.megatron_flags import FAMILIES, UNSUPPORTED
+from megatron_lite.config.table import flags_by_spelling
 
 
 def read(*argv):
     given = Given()
-    return [(occurrence.flag.name, occurrence.words) for occurrence in read_words(argv, given)], given
+    return [(occurrence.flag.name, occurrence.args) for occurrence in split_flags(argv, given)], given
 
 
 @pytest.mark.parametrize("spelled", ["--log-interval", "--log_interval", "--Log-Interval", "--log-int"])
@@ -92,7 +92,7 @@ def test_argument_files_lie_at_most_ten_deep(tmp_path):
     first = nested(tmp_path, MAX_NESTING + 1)
     occurrences, given = read(first, "--bf16")
     assert len(given.errors) == 1
-    assert "Argument files must not name each other in a circle" in given.errors[0].problem
+    assert "Argument files name each other in a circle" in given.errors[0].problem
     assert f"{MAX_NESTING} files deep" in given.errors[0].problem
     assert occurrences[-1] == ("--bf16", ()), "what follows is read all the same"
 
@@ -111,14 +111,14 @@ def test_a_lone_at_sign_and_two_dashes_are_values():
     assert read("--save=")[0] == [("--save", ("",))]
 
 
-def test_words_before_the_first_flag_belong_to_none():
+def test_arguments_before_the_first_flag_are_an_error():
     occurrences, given = read("5", "--seed", "6")
     assert occurrences == [("--seed", ("6",))]
-    assert [error.problem for error in given.errors] == ["A command line starts with a flag: the word '5'"]
+    assert [error.problem for error in given.errors] == ["The command line starts with '5' instead of a flag"]
 
 
 def test_an_occurrence_is_shown_as_it_was_written():
-    assert read_words(["--Train_iters", "5"], Given())[0].text == "--Train_iters 5"
+    assert split_flags(["--Train_iters", "5"], Given())[0].text == "--Train_iters 5"
 
 
 def test_a_name_or_another_case_of_it_gets_no_note_and_an_alias_one():
@@ -137,16 +137,17 @@ def test_a_family_is_refused_by_its_beginning():
     occurrences, given = read("--moe-brand-new", "3")
     assert occurrences == [] and not given.unknown
     (error,) = given.errors
-    assert "--moe-brand-new 3" in error.problem and "Mixture of experts" in error.problem
+    assert "--moe-brand-new 3" in error.problem and "Mixture of experts" in error.rule
 
 
 @pytest.mark.parametrize(
-    "because", sorted({*FAMILIES.values(), *(row.help for rows in REFUSED.values() for row in rows)})
+    ("reason", "fix"),
+    sorted({(row.reason, row.fix) for row in (*FAMILIES.values(), *UNSUPPORTED) if row.status == "refused"}),
 )
-def test_every_refusal_has_a_reason_and_something_to_do(because):
-    error = refusal(because, "--flag 1")
-    assert error.fix and error.problem.endswith(": --flag 1")
-    assert f"{error.problem.removesuffix(': --flag 1')}. {error.fix}" == because
+def test_every_refusal_has_a_reason_and_something_to_do(reason, fix):
+    error = refusal(["--flag 1"], reason, fix)
+    assert error.fix == fix and error.rule == reason and "--flag 1" in error.problem
+    assert str(error).endswith(f"{reason}. {fix}")
 
 
 def test_negative_numbers_are_values():
@@ -174,7 +175,7 @@ def test_repeats_and_their_note():
 
 
 @cases(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), max_size=12))
-def test_any_words_are_read_or_explained(argv):
+def test_any_arguments_are_read_or_explained(argv):
     argv = [word for word in argv if not word.startswith("@")]
     _, given = read(*argv)
     assert all(error.problem and error.fix for error in given.errors)

@@ -1,1 +1,0 @@
-"""Validation rules between config fields, one function per rule, run by config/rules.py."""

@@ -1,0 +1,280 @@
+"""Command-line parser: argument files, spellings, prefixes and `=`; assigns the flags' values to config fields."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from megatron_lite.config.flag import Flag, Key, key_of
+from megatron_lite.config.given import Given
+from megatron_lite.config.help import metavar, plain_type
+from megatron_lite.config.megatron_flags import FAMILIES, Unsupported
+from megatron_lite.config.paths import suggest_path
+from megatron_lite.config.presets import PRESETS, preset_args
+from megatron_lite.config.table import flags_by_spelling, spelling
+from megatron_lite.config.text_file import TextFileError, read_failure, read_text
+from megatron_lite.config.values import FALSE_WORDS, is_utf8, read_as, read_bool, shortened, shown_bytes, write_value
+from megatron_lite.errors import ConfigError
+
+MAX_NESTING = 10
+"""Argument files within argument files; more is a circle."""
+COUNTS = {"one": "one value", "three": "three values", "some": "at least one value", "any": ""}
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One flag of a command line.
+
+    Attributes:
+        flag: the flag's entry in the table.
+        spelled: the flag as written, for messages.
+        args: the arguments after it.
+        preset: the preset that stands for it; empty: it was written.
+    """
+
+    flag: Flag | Unsupported
+    spelled: str
+    args: tuple[str, ...]
+    preset: str = ""
+
+    @property
+    def text(self) -> str:
+        """The flag as written, with its arguments."""
+        return " ".join([self.spelled, *self.args])
+
+
+def read_command_line(argv: Sequence[str], given: Given) -> None:
+    """Read a command line into `given`, which also collects all that is wrong with it.
+
+    Raises:
+        ConfigError: an argument is not UTF-8.
+    """
+    assign(split_flags(argv, given), given)
+
+
+def split_flags(argv: Sequence[str], given: Given) -> list[Occurrence]:
+    """Split a command line into flags, in order; unknown and ambiguous ones become errors in `given`.
+
+    Raises:
+        ConfigError: an argument is not UTF-8.
+    """
+    require_utf8(argv)
+    occurrences: list[Occurrence] = []
+    for spelled, args in _group(_expand(argv, given), given):
+        flag = _find(spelled, args, given)
+        if flag is None:
+            continue
+        occurrences.append(Occurrence(flag, spelled, args))
+        if flag.name == "--preset" and len(args) == 1:
+            # In front, so that flags that are written override the preset wherever it is.
+            occurrences[:0] = _of_preset(spelled, args[0].lower(), given)
+    return occurrences
+
+
+def assign(occurrences: Sequence[Occurrence], given: Given) -> None:
+    """Assign each flag's value to its field; the last of repeats wins, different flags must not contradict."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    givers: dict[Key, Occurrence] = {}
+    for occurrence in occurrences:
+        flag = occurrence.flag
+        if isinstance(flag, Flag):
+            _assign_one(flag, occurrence, givers, given)
+        elif flag.status == "no effect":
+            given.notes.append(f"{occurrence.text} has no effect: {flag.reason}")
+        elif _is_harmless(flag, occurrence.args):
+            given.notes.append(f"{occurrence.text} has no effect: it is the behaviour without the flag")
+        else:
+            refused.setdefault((flag.reason, flag.fix), []).append(occurrence.text)
+    given.errors += [refusal(texts, reason, fix) for (reason, fix), texts in refused.items()]
+
+
+def refusal(texts: Sequence[str], reason: str, fix: str) -> ConfigError:
+    """Return the error for flags that are refused for the same reason."""
+    return ConfigError(f"{', '.join(texts)} {'are' if len(texts) > 1 else 'is'} not supported", rule=reason, fix=fix)
+
+
+def require_utf8(args: Iterable[str]) -> None:
+    """Refuse arguments that no output could show and no tokenizer encode.
+
+    Raises:
+        ConfigError: one is not UTF-8.
+    """
+    for arg in args:
+        if not is_utf8(arg):
+            raise ConfigError(
+                f"An argument is not UTF-8 text: {shown_bytes(arg)}", fix="Convert it, or rename the file"
+            )
+
+
+def read_argument_file(arg: str) -> str:
+    """Return the content of an argument file @FILE.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = arg[1:]
+    try:
+        return read_text(path)
+    except (OSError, TextFileError) as error:
+        fix = f"Make {path} readable text, or write the flags on the command line"
+        if isinstance(error, FileNotFoundError):
+            fix = suggest_path("@", path).replace("Give @ a", "Give @FILE a").replace("@ ", "@")
+        raise ConfigError(f"Argument file {read_failure(arg, error)}", fix=fix) from error
+
+
+def _is_harmless(flag: Unsupported, args: tuple[str, ...]) -> bool:
+    return bool(args) and all(arg.lower() in FALSE_WORDS - {"0"} or arg.lower() in flag.harmless for arg in args)
+
+
+def _assign_one(flag: Flag, occurrence: Occurrence, givers: dict[Key, Occurrence], given: Given) -> None:
+    try:
+        assignments = _assignments(flag, occurrence.args)
+    except ValueError as error:
+        given.unreadable = True
+        given.errors.append(_unreadable(flag, occurrence, str(error)))
+        return
+    if flag.means and assignments:
+        given.notes.append(f"{occurrence.spelled} is read as {flag.means}")
+    for key, value in assignments:
+        earlier = givers.get(key)
+        if earlier is not None and given.value_of(key) != value:
+            if earlier.preset:
+                given.notes.append(f"{earlier.text} of --preset {earlier.preset} is overridden by {occurrence.text}")
+            elif earlier.flag is not flag:
+                given.refuse_both(earlier.text, occurrence.text)
+            else:
+                given.notes.append(f"{earlier.text} is overridden by a later {occurrence.text}")
+        givers[key] = occurrence
+        given.give_key(key, value, occurrence.text)
+
+
+def _assignments(flag: Flag, args: tuple[str, ...]) -> list[tuple[Key, Any]]:
+    """Return the (field, value) pairs that a flag stands for.
+
+    Raises:
+        ValueError: with what the flag expects.
+    """
+    also = [(key_of(field), value) for field, value in flag.also]
+    if not flag.takes_value:
+        if len(args) > 1:
+            raise ValueError("no value")
+        try:
+            on = read_bool(args[0]) if args else True
+        except ValueError:
+            raise ValueError("no value") from None
+        if on:
+            return [(flag.key, flag.sets), *also]
+        return [(flag.key, not flag.sets)] if isinstance(flag.sets, bool) else []
+    count = flag.format.count if flag.format else "one"
+    if (count == "one" and len(args) != 1) or (count == "three" and len(args) != 3) or (count == "some" and not args):
+        raise ValueError(COUNTS[count])
+    value = flag.format.read(args) if flag.format else read_as(flag.type, args[0], flag.choices)
+    return [(flag.key, value), *also]
+
+
+def _unreadable(flag: Flag, occurrence: Occurrence, expected: str) -> ConfigError:
+    args = [shortened(arg) for arg in occurrence.args]
+    text = " ".join([occurrence.spelled, *args]) if args else f"{occurrence.spelled} with nothing after it"
+    if expected == "no value":
+        return ConfigError(f"{flag.name} takes no value, but is given as {text}", fix="Remove the value")
+    return ConfigError(f"Cannot read {text}: expected {expected}", fix=_form(flag, occurrence.args))
+
+
+def _form(flag: Flag, args: Sequence[str]) -> str:
+    """Return how to write a flag's value: the choice that was probably meant, or the form with an example."""
+    kind = plain_type(flag.type)
+    choices = [*map(str, get_args(kind)), *flag.choices] if get_origin(kind) is Literal and not flag.format else []
+    written = {choice.lower(): choice for choice in choices}
+    if args and (near := difflib.get_close_matches(args[0].lower(), written, n=1)):
+        return f"Did you mean {flag.name} {written[near[0]]}?"
+    if flag.format:
+        example = flag.format.example
+    else:
+        example = choices[0] if choices else write_value(flag.default) if flag.default else ""
+    return f"Write {flag.name}{metavar(flag, ' ')}" + (f", as {flag.name} {example}" if example else "")
+
+
+def _of_preset(spelled: str, name: str, given: Given) -> list[Occurrence]:
+    """Return the flags that a preset stands for."""
+    expanded = preset_args(name)
+    if expanded is None:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1)
+        given.refuse(
+            f"Unknown preset {spelled} {name}",
+            fix=(f"Did you mean {nearest[0]}? " if nearest else "") + f"Presets: {', '.join(PRESETS)}",
+        )
+        given.unknown = True
+        return []
+    given.notes.append(f"--preset {name} stands for {' '.join(expanded)}")
+    rows = flags_by_spelling()
+    return [Occurrence(rows[spelling(flag)], flag, values, name) for flag, values in _group(expanded, given)]
+
+
+def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str]:
+    """Yield the arguments, those of argument files (@FILE) in place. A file may have quotes and # comments."""
+    for arg in argv:
+        if not arg.startswith("@") or len(arg) == 1:
+            yield arg
+            continue
+        try:
+            args = shlex.split(read_argument_file(arg), comments=True)
+        except ConfigError as error:
+            given.errors.append(error)
+            continue
+        except ValueError as error:  # of shlex
+            given.refuse(
+                f"Argument file {arg}: {error}",
+                fix=f"Close the quotes in {arg[1:]}: it is split into arguments as by a shell",
+            )
+            continue
+        if nesting == MAX_NESTING:
+            given.refuse(
+                f"Argument files name each other in a circle ({arg}, {nesting} files deep)",
+                fix="Remove the @FILE that leads back",
+            )
+            return
+        yield from _expand(args, given, nesting + 1)
+
+
+def _group(argv: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the flags as spelled, each with the arguments up to the next."""
+    groups: list[tuple[str, list[str]]] = []
+    for arg in argv:
+        if arg.startswith("--") and len(arg) > 2:
+            name, equals, value = arg.partition("=")
+            groups.append((name, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(arg)
+        else:
+            given.refuse(f"The command line starts with {arg!r} instead of a flag", fix="Write the value's flag first")
+    return [(name, tuple(args)) for name, args in groups]
+
+
+def _find(spelled: str, args: tuple[str, ...], given: Given) -> Flag | Unsupported | None:
+    """Return the flag with this name, alias or unique prefix; None, after recording an error, if there is none."""
+    name, rows = spelling(spelled), flags_by_spelling()
+    if name in rows:
+        flag = rows[name]
+        if name != spelling(flag.name):
+            given.notes.append(f"{spelled} is read as {flag.name}")
+        return flag
+    for prefix, family in FAMILIES.items():
+        if name.startswith(prefix):
+            given.errors.append(refusal([" ".join([spelled, *args])], family.reason, family.fix))
+            return None
+    matches = {row.name: row for full, row in rows.items() if full.startswith(name)}
+    if len(matches) == 1:
+        ((full, flag),) = matches.items()
+        given.notes.append(f"{spelled} is read as {full}, the only flag that starts so")
+        return flag
+    given.unknown = True
+    if matches:
+        given.refuse(f"{spelled} is ambiguous: {', '.join(sorted(matches))}", fix="Write the flag in full")
+        return None
+    nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.75)
+    fix = f"Did you mean {rows[nearest[0]].name}?" if nearest else "See --help and docs/arguments.md"
+    given.refuse(f"Unknown flag {spelled}", fix=fix)
+    return None
