@@ -1,8 +1,8 @@
 """Heartbeat thread: detects dead or stalled ranks, reports the first failure and aborts the job.
 
-The ranks meet in the store through which the job came together, and in no collective, since a failed rank joins none.
-Every rank leaves a sign of life there; rank 0 reads them all, and rank 1 reads rank 0's. The first failure is written
-there for all to read, and ends them.
+Ranks communicate through the job's store, because a failed rank joins no collective. Every rank writes heartbeats
+there; rank 0 reads those of all ranks, and rank 1 reads rank 0's. The first failure is written to the store, where
+every rank reads it and ends.
 """
 
 from __future__ import annotations
@@ -15,81 +15,88 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from megatron_lite.backend.environment import Launch, host_name
+from megatron_lite.backend.phases import Phases
 
-LONGEST_SILENCE = 30.0
-"""Seconds after which a rank without a sign of life counts as dead. Python code that never lets another thread run can
-be silent too, but hardly as long."""
+HEARTBEAT_TIMEOUT = 30.0
+"""Seconds after which a rank without a heartbeat counts as dead. Code that holds the GIL also delays heartbeats, but
+hardly ever for as long."""
 GRACE = 5.0
-"""Seconds that a rank has to end by itself once another failed."""
-UNREACHABLE = 3
-"""Times in a row that the store may not answer."""
+"""Seconds in which a rank must end by itself after another rank has failed."""
+MAX_STORE_ERRORS = 3
+"""Errors of the store in a row after which rank 0 counts as dead."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure that ended the job.
+    """The first failure of a job.
 
     Attributes:
-        rank: which rank was first.
-        host: where it ran; empty if nobody knows.
-        text: what happened there.
-        silent: others say so, since it says nothing any more.
-        error: the error itself, without host, rank and phase; ranks that fail alike have the same.
+        rank: the rank that failed.
+        host: of the rank; empty: unknown.
+        text: the error, with host, rank and phase.
+        lost: whether the rank was found dead by another one, so that it prints nothing itself.
+        error: the error without host, rank and phase; equal on ranks with the same error.
     """
 
     rank: int
     host: str
     text: str
-    silent: bool = False
+    lost: bool = False
     error: str = ""
 
     def is_printed_by(self, rank: int, local_rank: int) -> bool:
-        """Whether this rank, which did not fail first, prints that the job ends: rank 0 does, or those it leaves."""
+        """Return whether a rank that did not fail first prints why the job ends.
+
+        Rank 0 prints it; if rank 0 was lost, rank 1 and the first rank of each node do.
+        """
         if self.rank != 0:
             return rank == 0
-        return self.silent and (rank == 1 or local_rank == 0)
+        return self.lost and (rank == 1 or local_rank == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogTimeouts:
-    """How long a watchdog waits, in seconds.
+    """Time-outs of a watchdog, in seconds.
 
     Attributes:
-        silence: for a sign of life.
-        stall: for the main thread to get on, before all ranks show their stacks.
-        interval: between two looks.
-        grace: for a rank to end by itself.
+        heartbeat: without a heartbeat, after which a rank counts as dead.
+        stall: without progress of a main thread, after which all ranks print their stacks.
+        interval: between two heartbeats.
+        grace: in which a rank must end by itself.
     """
 
-    silence: float
+    heartbeat: float
     stall: float
     interval: float
     grace: float
 
     @classmethod
     def from_collective_timeout(cls, timeout: float) -> WatchdogTimeouts:
-        """In proportion to the time-out of collectives: stacks are shown at half of it."""
-        silence = min(LONGEST_SILENCE, timeout / 4)
+        """Return time-outs in proportion to that of collectives: stacks are printed after half of it."""
+        heartbeat = min(HEARTBEAT_TIMEOUT, timeout / 4)
         return cls(
-            silence=silence, stall=timeout / 2, interval=min(2.0, silence / 8), grace=min(GRACE, max(1.0, timeout / 4))
+            heartbeat=heartbeat,
+            stall=timeout / 2,
+            interval=min(2.0, heartbeat / 8),
+            grace=min(GRACE, max(1.0, timeout / 4)),
         )
 
 
 class Watchdog:
-    """Watches this rank's main thread, and through the store the others.
+    """Thread that sends this rank's heartbeats, checks the other ranks', and aborts the process on a failure.
 
     Args:
-        store: a connection of its own to the job's store (torch.distributed.Store).
+        store: a connection to the job's store (torch.distributed.Store) that no other thread uses.
         launch: this rank's place in the job.
         name: host, rank and coordinates of this rank, for messages.
-        where: returns the main thread's current phase, and a value that changes when the thread makes progress.
-        timeouts: how long to wait for what.
-        on_abort: called with host, rank and text of the first failure before this process is ended; None: nothing is.
+        phases: current phases of the main thread.
+        timeouts: of heartbeats, stalls and aborts.
+        on_abort: called with host, rank and text of the first failure before the process is aborted.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class Watchdog:
         launch: Launch,
         *,
         name: str,
-        where: Callable[[], tuple[str, Hashable]],
+        phases: Phases,
         timeouts: WatchdogTimeouts,
         on_abort: Callable[[str, int, str], None] | None = None,
     ) -> None:
@@ -108,71 +115,74 @@ class Watchdog:
         self._local_rank = launch.local_rank
         self._host = launch.host or host_name()
         self._name = name
-        self._where = where
+        self._phases = phases
         self._timeouts = timeouts
         self._on_abort = on_abort
-        self._over = threading.Event()
-        self._told = threading.Event()
-        self._quiet = threading.Event()
-        self._ending = False
+        self._stopped = threading.Event()  # the thread checks no longer
+        self._failure_found = threading.Event()
+        self._store_released = threading.Event()  # the thread uses the store no longer
+        self._ending = False  # the main thread is ending the process
         self._failure: Failure | None = None
-        self._has_heard = False
+        self._acknowledged = False
         self._beats = 0
-        self._stalls_seen = 0
-        self._last_place: Hashable = None
+        self._stalls_printed = 0
+        self._last_position: Hashable = None
         self._last_progress = time.monotonic()
-        self._stall_told = False
-        # Whom this rank listens for, and when it last heard what.
+        self._stall_reported = False
+        # Ranks whose heartbeats this one checks, with the last one read and its time.
         self._watched = list(range(1, launch.world_size)) if launch.rank == 0 else [0] if launch.rank == 1 else []
-        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._last_beats: dict[int, tuple[bytes, float]] = {}
         self._beat()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def fail(self, text: str, error: str) -> Failure:
-        """Tell all ranks that this one has failed, and return the first failure. `end` must follow.
+        """Report to all ranks that this one has failed, and return the job's first failure. Call `end` afterwards.
 
         Args:
-            text: what happened, with host, rank and phase.
-            error: the same without.
+            text: the error, with host, rank and phase.
+            error: the error without host, rank and phase.
         """
         self._ending = True
         own = first = Failure(self._rank, self._host, text, error=error)
         self._post(own)
         with contextlib.suppress(Exception):
             first = Failure(*json.loads(self._store.get("failed")))
-            self._hear()
+            self._acknowledge()
         return first
 
     def end(self) -> None:
-        """Leave it to the main thread to end the process, once all ranks had time to read the first failure.
+        """Return once all ranks have read the first failure, and leave it to the main thread to end the process.
 
-        The watchdog's thread is done with the store first: a call into it does not survive Python's going down.
+        The thread stops using the store first: a call into the store crashes during Python's finalization.
         """
         self._linger()
-        self._over.set()
-        self._quiet.wait(self._timeouts.grace)
+        self._stopped.set()
+        self._store_released.wait(self._timeouts.grace)
 
     def first_failure(self) -> Failure | None:
-        """The failure that was first, which the caller will say and end by; None: none was told in good time."""
-        # A rank that was killed says nothing: it is missed only after a while, and sooner if someone lost a partner.
+        """Wait for the first failure of another rank and return it; None: no failure was reported in time.
+
+        Called when a collective fails. The caller ends the process with this failure.
+        """
+        # A killed rank reports nothing; once a peer is lost, missing heartbeats count after a third of the time.
         self._ending = True
         with contextlib.suppress(Exception):
             self._store.set("lost", "")
-        self._told.wait(self._timeouts.silence + 4 * self._timeouts.interval)
+        self._failure_found.wait(self._timeouts.heartbeat + 4 * self._timeouts.interval)
         if self._failure is not None:
             self.end()
         return self._failure
 
     def leave(self) -> None:
-        """Ends watching: this rank is done and well."""
-        self._over.set()
+        """Stop the thread: this rank has finished without failure."""
+        self._stopped.set()
         self._thread.join(self._timeouts.grace)
         with contextlib.suppress(Exception):
             self._store.set(f"beat/{self._rank}", "left")
             self._store.add("left", 1)
-            # Its process may hold the store: it stays until the others need it no more.
-            deadline = time.monotonic() + self._timeouts.silence
+            # Rank 0's process may hold the store: it waits until the other ranks have left.
+            deadline = time.monotonic() + self._timeouts.heartbeat
             while self._rank == 0 and time.monotonic() < deadline and not self._store.check(["failed"]):
                 if self._store.add("left", 0) == self._world_size:
                     break
@@ -180,37 +190,37 @@ class Watchdog:
 
     def _run(self) -> None:
         errors, before = 0, time.monotonic()
-        while not self._over.wait(self._timeouts.interval):
+        while not self._stopped.wait(self._timeouts.interval):
             now = time.monotonic()
-            if now - before > self._timeouts.silence / 2:
-                self._heard.clear()  # this process was held itself, and heard nobody for that
+            if now - before > self._timeouts.heartbeat / 2:
+                self._last_beats.clear()  # this process was suspended itself, and read no heartbeats
             before = now
             try:
                 self._beat()
-                self._show_stacks_if_asked()
-                self._look_for_stall()
-                self._look_for_silence()
-                self._look_for_failure()
+                self._print_stacks_if_stalled()
+                self._check_progress()
+                self._check_heartbeats()
+                self._check_failure()
                 errors = 0
             except Exception as error:
                 errors += 1
-                if errors == UNREACHABLE:
-                    gone = "rank 0, where the ranks meet, cannot be reached: it was killed or cut off"
-                    heard, _ = self._heard.get(0, (b"left", 0.0))
-                    host = "" if heard == b"left" else json.loads(heard)["host"]
-                    self._failure = Failure(0, host, f"{gone} ({error})", silent=True)
+                if errors == MAX_STORE_ERRORS:
+                    problem = "rank 0, which holds the job's store, cannot be reached: it was killed or disconnected"
+                    beat, _ = self._last_beats.get(0, (b"left", 0.0))
+                    host = "" if beat == b"left" else json.loads(beat)["host"]
+                    self._failure = Failure(0, host, f"{problem} ({error})", lost=True)
             if self._failure is not None:
                 self._end(self._failure)
         if self._ending:
-            self._quiet.set()
-            # The main thread is on its way out, and may yet hang: in a library's own farewell, for one.
+            self._store_released.set()
+            # The main thread is ending the process, and may still hang, for example in a library's exit handler.
             time.sleep(3 * self._timeouts.grace)
             os._exit(1)
 
     def _beat(self) -> None:
         self._beats += 1
-        # Where it is, is what is left of a rank that was killed.
-        beat = {"beat": self._beats, "host": self._host, "name": self._name, "where": self._where()[0]}
+        # With the phase, which is all that is known of a rank that is killed.
+        beat = {"beat": self._beats, "host": self._host, "name": self._name, "phase": str(self._phases)}
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
     def _post(self, failure: Failure) -> None:
@@ -218,23 +228,24 @@ class Watchdog:
             if self._store.add("failures", 1) == 1:
                 self._store.set("failed", json.dumps(astuple(failure)))
 
-    def _look_for_failure(self) -> None:
+    def _check_failure(self) -> None:
         if self._store.check(["failed"]):
             self._failure = Failure(*json.loads(self._store.get("failed")))
-            self._hear()
+            self._acknowledge()
 
-    def _hear(self) -> None:
-        if not self._has_heard:
-            self._has_heard = True
-            self._store.add("heard", 1)
+    def _acknowledge(self) -> None:
+        """Count this rank, once, among those that have read the first failure."""
+        if not self._acknowledged:
+            self._acknowledged = True
+            self._store.add("read", 1)
 
     def _end(self, failure: Failure) -> None:
-        """Gives the main thread, which may hang in a collective, a moment to end by itself, then ends the process."""
-        self._told.set()
-        if self._over.wait(2 * self._timeouts.grace if self._ending else self._timeouts.grace):
+        """Give the main thread, which may hang in a collective, time to end the process, then abort it."""
+        self._failure_found.set()
+        if self._stopped.wait(2 * self._timeouts.grace if self._ending else self._timeouts.grace):
             return
         if failure.is_printed_by(self._rank, self._local_rank):
-            self._say(f"stopped in {self._where()[0]}, because another rank failed first: {failure.text}")
+            self._print(f"stopped in {self._phases}, because another rank failed first: {failure.text}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self._linger()
@@ -243,60 +254,69 @@ class Watchdog:
         os._exit(1)
 
     def _linger(self) -> None:
-        """Keeps the store, which rank 0's process may hold, until every rank has read why the job ends."""
+        """Keep rank 0's process, which may hold the store, until every rank has read the first failure."""
         deadline = time.monotonic() + self._timeouts.grace
-        hearers = self._world_size - (self._failure is not None and self._failure.silent)
+        readers = self._world_size - (self._failure is not None and self._failure.lost)
         with contextlib.suppress(Exception):
-            while self._rank == 0 and time.monotonic() < deadline and self._store.add("heard", 0) < hearers:
+            while self._rank == 0 and time.monotonic() < deadline and self._store.add("read", 0) < readers:
                 time.sleep(0.02)
 
-    def _look_for_silence(self) -> None:
+    def _check_heartbeats(self) -> None:
         keys = [f"beat/{rank}" for rank in self._watched]
         if not keys or not self._store.check(keys):
             return
         now = time.monotonic()
-        longest = self._timeouts.silence / (3 if self._store.check(["lost"]) else 1)
+        longest = self._timeouts.heartbeat / (3 if self._store.check(["lost"]) else 1)
         for rank, beat in zip(self._watched, self._store.multi_get(keys), strict=True):
-            if rank not in self._heard or self._heard[rank][0] != beat:
-                self._heard[rank] = beat, now
-            elif beat != b"left" and now - self._heard[rank][1] > longest:
+            if rank not in self._last_beats or self._last_beats[rank][0] != beat:
+                self._last_beats[rank] = beat, now
+            elif beat != b"left" and now - self._last_beats[rank][1] > longest:
                 last = json.loads(beat)
                 self._post(
                     Failure(
                         rank,
                         last["host"],
-                        f"{last['name']} gave no sign of life for {now - self._heard[rank][1]:.0f} s, killed or cut "
-                        f"off in {last['where']}",
-                        silent=True,
+                        f"{last['name']} sent no heartbeat for {now - self._last_beats[rank][1]:.0f} s; it was killed "
+                        f"or disconnected in {last['phase']}",
+                        lost=True,
                     )
                 )
 
-    def _look_for_stall(self) -> None:
-        words, place = self._where()
+    def _check_progress(self) -> None:
+        phase = str(self._phases)
+        position = phase, *_main_thread_position()
         now = time.monotonic()
-        if place != self._last_place:
-            self._last_place, self._last_progress, self._stall_told = place, now, False
-        elif not self._stall_told and now - self._last_progress > self._timeouts.stall:
-            self._stall_told = True
-            text = f"{self._name} has been at the same place for {now - self._last_progress:.0f} s, in {words}"
+        if position != self._last_position:
+            self._last_position, self._last_progress, self._stall_reported = position, now, False
+        elif not self._stall_reported and now - self._last_progress > self._timeouts.stall:
+            self._stall_reported = True
+            text = f"{self._name} has made no progress for {now - self._last_progress:.0f} s, in {phase}"
             self._store.set(f"stall/{self._store.add('stalls', 1)}", text)
 
-    def _show_stacks_if_asked(self) -> None:
+    def _print_stacks_if_stalled(self) -> None:
         count = self._store.add("stalls", 0)
-        if count == self._stalls_seen or not self._store.check([f"stall/{count}"]):
+        if count == self._stalls_printed or not self._store.check([f"stall/{count}"]):
             return
-        # Several ranks notice at about the same time: one picture does.
-        self._stalls_seen = count
-        self._stall_told = True
+        # Several ranks report a stall at about the same time: stacks are printed once.
+        self._stalls_printed = count
+        self._stall_reported = True
         text = self._store.get(f"stall/{count}").decode()
         stacks = ""
         with contextlib.suppress(Exception), tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
             file.seek(0)
             stacks = file.read().decode(errors="replace")
-        # In one write, so that those of several ranks do not mix.
-        self._say(f"{text}. Python stacks of this rank, in {self._where()[0]}:\n{stacks}".rstrip())
+        # In one write, so that the output of several ranks does not mix.
+        self._print(f"{text}. Python stacks of this rank, in {self._phases}:\n{stacks}".rstrip())
 
-    def _say(self, text: str) -> None:
-        # Not print: the main thread may hold its lock.
+    def _print(self, text: str) -> None:
+        # Without sys.stderr, whose lock the main thread may hold.
         os.write(2, f"[{self._name}] {text}\n".encode())
+
+
+def _main_thread_position() -> Iterator[tuple[int, int]]:
+    """Yield (frame, instruction) of every function on the main thread's stack: the values change with any progress."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        yield id(frame), frame.f_lasti
+        frame = frame.f_back

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -51,15 +50,11 @@ def report_failures(backend: Backend, parallel: ParallelConfig, on_abort: OnAbor
             raise
         return
 
-    def position() -> tuple[str, Hashable]:
-        phase = str(backend.phases)
-        return phase, (phase, *_main_thread_position())
-
     watchdog = Watchdog(
         store,
         backend.launch,
         name=name,
-        where=position,
+        phases=backend.phases,
         timeouts=WatchdogTimeouts.from_collective_timeout(60 * parallel.distributed_timeout_minutes),
         on_abort=on_abort,
     )
@@ -109,11 +104,3 @@ def _print_failure(name: str, error: BaseException) -> None:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _main_thread_position() -> Iterator[tuple[int, int]]:
-    """Yield (frame, instruction) of every function on the main thread's stack: the values change with any progress."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None:
-        yield id(frame), frame.f_lasti
-        frame = frame.f_back

@@ -1,5 +1,5 @@
 """Optimizer step: fp32 main parameters, gradient clipping, loss scaling, AdamW and SGD, ZeRO-1 shards.
 
-The optimizer sees only shards (parallel/buffers.py): flat ranges of this rank's parameters with their fp32 gradients.
-Without ZeRO-1 a shard is a whole buffer; with it, this replica's slice of each bucket. Nothing else changes.
+The optimizer updates shards (parallel/buffers.py): flat ranges of this rank's parameters with their fp32 gradients.
+Without ZeRO-1 a shard is a complete buffer; with ZeRO-1, this replica's slice of each bucket.
 """

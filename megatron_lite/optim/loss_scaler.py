@@ -1,8 +1,8 @@
-"""Loss scales for fp16: constant, Megatron's dynamic rule and DeepSpeed's.
+"""Loss scalers for fp16: constant, Megatron's dynamic rule and DeepSpeed's.
 
-fp16 loses gradients below 6e-8, so the loss is multiplied by a scale and gradients are divided by it again. A dynamic
-scale grows until gradients overflow, and backs off when they do; the two originals differ in when their tolerance of
-overflows (the hysteresis) is refilled.
+fp16 rounds gradients below 6e-8 to zero, so the loss is multiplied by a scale, and gradients are divided by it before
+the step. A dynamic scale is doubled until gradients overflow, and halved when they do. Megatron and DeepSpeed differ in
+when the hysteresis, the number of overflows that it takes to halve the scale, is reset.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, ClassVar
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.errors import TrainingError
 
-PATIENCE = 20
-"""Overflows in a row at the smallest scale with which MegatronScaler gives up: one batch may be odd, not twenty."""
+MAX_OVERFLOWS = 20
+"""Overflows in a row at the smallest scale after which MegatronScaler ends the run: a single batch may be unusual."""
 
 
 class LossScaler(ABC):
-    """A loss scale and the rule by which it follows overflows.
+    """Loss scale, adapted after each iteration.
 
     Attributes:
-        kind: names the rule in a checkpoint.
-        scale: what the loss is multiplied by in the next backward.
+        kind: name of the rule in a checkpoint.
+        scale: factor on the loss of the next backward pass.
     """
 
     kind: ClassVar[str]
@@ -31,19 +31,19 @@ class LossScaler(ABC):
 
     @abstractmethod
     def update(self, overflow: bool) -> None:
-        """Counts one iteration. `overflow` must be what all ranks agreed on, so that their scales stay equal."""
+        """Update the scale after an iteration; `overflow` must be equal on all ranks."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What `load` needs to go on exactly here, as JSON values."""
+        """Return the state for `load`, as JSON values."""
 
     @abstractmethod
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over the result of `state`."""
+        """Restore the result of `state`."""
 
 
 class ConstantScaler(LossScaler):
-    """A scale that never changes: --loss-scale, and 1 for bf16 and fp32."""
+    """Constant scale: --loss-scale, or 1 for bf16 and fp32."""
 
     kind = "constant"
 
@@ -51,24 +51,24 @@ class ConstantScaler(LossScaler):
         self.scale = scale
 
     def update(self, overflow: bool) -> None:
-        """Changes nothing: an overflowing iteration is skipped, and the next has the same scale."""
+        """Do nothing: an iteration with an overflow is skipped, and the next one has the same scale."""
 
     def state(self) -> dict[str, Any]:
-        """Empty: the constant is the config's, so that a resumed run may change it."""
+        """Return no state: the constant is part of the config, so that a resumed run may change it."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take over."""
+        """Do nothing: there is no state."""
 
 
 class DynamicScaler(LossScaler):
-    """A scale that follows overflows.
+    """Scale that is halved after overflows and doubled after iterations without.
 
     Args:
-        initial: the first scale.
-        minimum: it never falls below this.
-        window: good iterations after which it doubles.
-        hysteresis: overflows that it takes to halve it.
+        initial: first scale.
+        minimum: smallest scale.
+        window: iterations without an overflow after which the scale is doubled.
+        hysteresis: overflows that it takes to halve the scale.
     """
 
     def __init__(self, initial: float, minimum: float, window: int, hysteresis: int) -> None:
@@ -80,19 +80,17 @@ class DynamicScaler(LossScaler):
 
     def _diverged(self, overflows: str) -> TrainingError:
         return TrainingError(
-            "The loss scale cannot go below its minimum",
-            found=f"{overflows} in fp16 at a loss scale of {self.scale:g}, which is --min-loss-scale",
-            fix="The run has diverged: go on from an earlier checkpoint (--load-iteration) with a lower --lr, or use "
-            "--bf16",
+            f"The run has diverged: {overflows} in fp16 at a loss scale of {self.scale:g}, which is --min-loss-scale",
+            fix="Resume from an earlier checkpoint (--load-iteration) with a lower --lr, or use --bf16",
         )
 
 
 class MegatronScaler(DynamicScaler):
-    """Megatron's DynamicGradScaler: halve after `hysteresis` overflows, double after `window` good steps in a row.
+    """Megatron's DynamicGradScaler: halves after `hysteresis` overflows, doubles after `window` steps without one.
 
-    Overflows use up the hysteresis, and only a doubling refills it: so once it is used up, every further overflow
-    halves the scale at once. Megatron goes on for ever when the smallest scale overflows, without ever stepping again;
-    here PATIENCE overflows in a row end the run.
+    Overflows decrement the hysteresis counter, and only doubling resets it: once it is zero, every further overflow
+    halves the scale. When gradients overflow at the smallest scale, Megatron skips every step forever; here
+    MAX_OVERFLOWS in a row end the run.
     """
 
     kind = "megatron"
@@ -100,14 +98,14 @@ class MegatronScaler(DynamicScaler):
     _overflows_at_minimum = 0
 
     def update(self, overflow: bool) -> None:
-        """Counts one iteration.
+        """Update the scale after an iteration.
 
         Raises:
-            TrainingError: PATIENCE overflows in a row at the smallest scale: nothing is trained any more.
+            TrainingError: MAX_OVERFLOWS overflows in a row at the smallest scale.
         """
         self._overflows_at_minimum = self._overflows_at_minimum + 1 if overflow and self.scale <= self._minimum else 0
-        if self._overflows_at_minimum == PATIENCE:
-            raise self._diverged(f"the gradients of {PATIENCE} iterations in a row overflow")
+        if self._overflows_at_minimum == MAX_OVERFLOWS:
+            raise self._diverged(f"the gradients of {MAX_OVERFLOWS} iterations in a row overflow")
         if overflow:
             self._growth = 0
             self._hysteresis -= 1
@@ -121,20 +119,20 @@ class MegatronScaler(DynamicScaler):
             self.scale *= 2
 
     def state(self) -> dict[str, Any]:
-        """Scale and both counters, under Megatron's names."""
+        """Return the scale and both counters, with Megatron's names."""
         return {"scale": self.scale, "growth_tracker": self._growth, "hysteresis_tracker": self._hysteresis}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over the result of `state`."""
+        """Restore the result of `state`."""
         self.scale = float(state["scale"])
         self._growth = int(state["growth_tracker"])
         self._hysteresis = int(state["hysteresis_tracker"])
 
 
 class DeepSpeedScaler(DynamicScaler):
-    """DeepSpeed's DynamicLossScaler: doubles every `window` iterations counted from the last overflow.
+    """DeepSpeed's DynamicLossScaler: doubles every `window` iterations, counted from the last overflow.
 
-    Two overflows that lie far apart use up the hysteresis as two in a row do; a doubling refills it, as in Megatron.
+    Overflows decrement the hysteresis counter even if they are far apart; doubling resets it, as in Megatron.
     """
 
     kind = "deepspeed"
@@ -142,10 +140,10 @@ class DeepSpeedScaler(DynamicScaler):
     _last_overflow = -1
 
     def update(self, overflow: bool) -> None:
-        """Counts one iteration.
+        """Update the scale after an iteration.
 
         Raises:
-            TrainingError: an overflow at the smallest scale: a smaller one cannot help.
+            TrainingError: overflow at the smallest scale.
         """
         if not overflow:
             if (self._iteration - self._last_overflow) % self._window == 0:
@@ -165,7 +163,7 @@ class DeepSpeedScaler(DynamicScaler):
         self.scale = max(self.scale / 2, self._minimum)
 
     def state(self) -> dict[str, Any]:
-        """Scale and counters, under DeepSpeed's names."""
+        """Return the scale and the counters, with DeepSpeed's names."""
         return {
             "cur_scale": self.scale,
             "cur_iter": self._iteration,
@@ -174,7 +172,7 @@ class DeepSpeedScaler(DynamicScaler):
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over the result of `state`."""
+        """Restore the result of `state`."""
         self.scale = float(state["cur_scale"])
         self._iteration = int(state["cur_iter"])
         self._last_overflow = int(state["last_overflow_iter"])
@@ -182,7 +180,7 @@ class DeepSpeedScaler(DynamicScaler):
 
 
 def build_loss_scaler(precision: PrecisionConfig) -> LossScaler:
-    """Returns the scaler of a run: constant 1 unless it is fp16."""
+    """Create the loss scaler of a run: constant 1 unless the dtype is fp16."""
     if precision.dtype != "fp16":
         return ConstantScaler()
     if precision.loss_scale:

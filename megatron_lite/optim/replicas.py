@@ -18,7 +18,7 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 
 _CHUNK = 1 << 24
-"""Elements that a repair sends at once."""
+"""Elements per broadcast of a repair."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Mismatch:
     Attributes:
         name: of the parameter.
         tp: coordinate of the part; None: every tp rank holds the whole parameter.
-        hashes: by rank that holds it.
+        hashes: hash by rank that holds the parameter.
     """
 
     name: str
@@ -37,28 +37,28 @@ class Mismatch:
 
     @property
     def source(self) -> int:
-        """The first rank with the hash that most ranks have; of equally frequent ones, that of the first rank."""
+        """Return the first rank with the most frequent hash; of equally frequent hashes, that of the lowest rank."""
         counts = Counter(self.hashes[rank] for rank in sorted(self.hashes))
         common = counts.most_common(1)[0][0]
         return min(rank for rank, found in self.hashes.items() if found == common)
 
     @property
     def differing(self) -> list[int]:
-        """The ranks that differ from the source."""
+        """Return the ranks whose hash differs from the source's."""
         return sorted(rank for rank, found in self.hashes.items() if found != self.hashes[self.source])
 
 
 class Replicas:
-    """Compares and repairs what several ranks hold of the same parameters.
+    """Comparison and repair of parameters that several ranks hold.
 
-    Those are: all parameters, over the data-parallel replicas; under tensor parallelism, parameters that are not split;
-    and a tied embedding, over the first and the last pipeline stage.
+    These are: all parameters, over the data-parallel replicas; parameters replicated over tp; and shared parameters,
+    over the pipeline stages that hold them.
 
     Args:
         mesh: this rank's groups.
-        parallel: the sizes of the mesh's axes.
+        parallel: sizes of the mesh axes.
         buffers: this rank's parameters.
-        optimizer: holds their state.
+        optimizer: holds the optimizer state.
     """
 
     def __init__(self, mesh: Mesh, parallel: ParallelConfig, buffers: ParameterBuffers, optimizer: Optimizer) -> None:
@@ -71,7 +71,7 @@ class Replicas:
     def compare(self) -> list[Mismatch]:
         """Find the parameters whose replicas differ in any bit; a collective call with the same result on every rank.
 
-        Ranks exchange three numbers. Only if these differ do they exchange the hash of each parameter.
+        Ranks first exchange one hash for each kind of replication, and only if these differ one for each parameter.
         """
         self._buffers.finish_gather()
         mesh = self._mesh
@@ -86,11 +86,11 @@ class Replicas:
         ]
         for name, shared in self._buffers.shared.items():
             classes.append((shared.group.partition, [p for p in parameters if p.name == name]))
-        place = {id(parameter): number for number, parameter in enumerate(parameters)}
-        sums = torch.stack([self._hash(hashes[[place[id(p)] for p in chosen]]) for _, chosen in classes])
-        everyone: list[list[int]] = mesh.world.all_gather(sums.view(1, -1)).tolist()
+        index = {id(parameter): number for number, parameter in enumerate(parameters)}
+        totals = torch.stack([self._hash(hashes[[index[id(p)] for p in chosen]]) for _, chosen in classes])
+        by_rank: list[list[int]] = mesh.world.all_gather(totals.view(1, -1)).tolist()
         if not any(
-            len({everyone[rank][column] for rank in row}) > 1
+            len({by_rank[rank][column] for rank in row}) > 1
             for column, (partition, _) in enumerate(classes)
             for row in partition
         ):
@@ -98,8 +98,8 @@ class Replicas:
         found = zip(parameters, hashes.tolist(), strict=True)
         own = {(p.name, None if p.tp_dim is None else self._mesh.tp.rank): value for p, value in found}
         holders: dict[tuple[str, int | None], dict[int, int]] = {}
-        for rank, told in enumerate(self._mesh.world.all_gather_object(own)):
-            for key, value in told.items():
+        for rank, hashes_by_key in enumerate(self._mesh.world.all_gather_object(own)):
+            for key, value in hashes_by_key.items():
                 holders.setdefault(key, {})[rank] = value
         return [Mismatch(*key, ranks) for key, ranks in holders.items() if len(set(ranks.values())) > 1]
 
@@ -107,8 +107,8 @@ class Replicas:
     def repair(self, mismatches: Sequence[Mismatch]) -> None:
         """Overwrite differing replicas and their optimizer state with the source's; a collective call.
 
-        Where main parameters are copies in fp32, the parameters are rounded from them in the end: under ZeRO-1 they
-        tell which of two replicas is right.
+        Where main parameters are fp32 copies, the parameters are finally rounded from them: under ZeRO-1 each main
+        parameter has one holder along dp, so replicas that differ in the parameters become equal to it.
         """
         for mismatch in mismatches:
             self._repair(mismatch)
@@ -124,7 +124,7 @@ class Replicas:
         if not self._buffers.sharded:
             self._send(mismatch.source, members, states)
             return
-        # Under ZeRO-1 a replica has the state of its own slice, which only ranks with its dp coordinate hold as well.
+        # Under ZeRO-1 a slice of the state is held by ranks with one dp coordinate only.
         for dp in range(self._parallel.dp):
             same = {rank for rank in members if coordinates(rank, self._parallel)["dp"] == dp}
             if len(same) > 1:
@@ -136,7 +136,7 @@ class Replicas:
         return next(parameter for parameter in self._buffers.parameters if parameter.name == mismatch.name)
 
     def _send(self, source: int, members: set[int], tensors: Sequence[Tensor]) -> None:
-        """Copy flat tensors from `source` to the other members, through all ranks: a repair is rare."""
+        """Copy flat tensors from `source` to the other members, by broadcasts to all ranks, since repairs are rare."""
         world = self._mesh.world
         shapes: list[tuple[int, torch.dtype]] = world.all_gather_object([(t.numel(), t.dtype) for t in tensors])[source]
         for number, (length, dtype) in enumerate(shapes):

@@ -13,23 +13,26 @@ _MOMENTS = {"adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}, "sgd": {
 
 
 class UpdateRule:
-    """Steps main parameters by their gradients.
+    """torch's AdamW or SGD over main parameters.
 
     Args:
-        config: which rule, and its constants.
-        mains: flat fp32 main parameters; each one's `.grad` is its gradient.
-        decays: for each, whether weight decay applies.
-        fused: use torch's fused kernels.
+        config: kind of rule and hyperparameters.
+        mains: flat fp32 main parameters, with their gradients in `.grad`.
+        decays: for each main parameter, whether weight decay applies.
+        fused: whether to use torch's fused kernels.
 
     Attributes:
-        moments: for each main parameter, its state by the name that checkpoints give it.
+        moments: for each main parameter, its state by its name in checkpoints.
     """
 
     def __init__(
         self, config: OptimizerConfig, mains: Sequence[Tensor], decays: Sequence[bool], *, fused: bool
     ) -> None:
         self._groups = [
-            {"params": [main for main, its in zip(mains, decays, strict=True) if its is decay], "decays": decay}
+            {
+                "params": [main for main, own in zip(mains, decays, strict=True) if own is decay],
+                "decays": decay,
+            }
             for decay in (True, False)
         ]
         self._groups = [group for group in self._groups if group["params"]]
@@ -50,14 +53,14 @@ class UpdateRule:
             self._rule.state[main] = {names[name]: moment for name, moment in moments.items()}
             self.moments.append(moments)
             if config.kind == "adam":
-                # fused kernels read the step on the device; the others on the host, without a synchronisation
+                # Fused kernels read the step count on the device, other kernels on the host without synchronization.
                 step = torch.zeros((), dtype=torch.float32, device=main.device if fused else "cpu")
                 self._rule.state[main]["step"] = step
                 self._steps.append(step)
 
     @property
     def applied(self) -> int:
-        """Steps made so far: what Adam's bias correction counts."""
+        """Return the number of steps so far, used by Adam's bias correction."""
         return self._applied
 
     @applied.setter
@@ -67,12 +70,12 @@ class UpdateRule:
             step.fill_(steps)
 
     def step(self, lr: float, weight_decay: float) -> None:
-        """Makes one step.
+        """Update the main parameters.
 
         Args:
             lr: learning rate.
-            weight_decay: of the parameters that are decayed; 0 is used for the others. AdamW's is decoupled from the
-                gradient, SGD's is added to it.
+            weight_decay: of the parameters with weight decay; 0 for the others. AdamW's is decoupled from the gradient,
+                SGD's is added to the gradient.
         """
         for group in self._rule.param_groups:
             group["lr"] = lr

@@ -150,10 +150,10 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
         job.ends_with(*codes)
         text = job.text(1 - killed)
         if killed == 0:
-            assert "rank 0, where the ranks meet, cannot be reached" in text
+            assert "rank 0, which holds the job's store, cannot be reached" in text
         else:
-            assert "rank 1 (dp 0, pp 1, tp 0) gave no sign of life for" in text
-            assert "killed or cut off in iteration 3" in text
+            assert "rank 1 (dp 0, pp 1, tp 0) sent no heartbeat for" in text
+            assert "killed or disconnected in iteration 3" in text
     ended = read_exit_status(save)
     assert (ended.status, ended.rank, ended.host) == ("error", killed, socket.gethostname())
     assert (save / LOCK_NAME).exists() == (killed == 0), "rank 0 had no time to release it"
@@ -174,7 +174,7 @@ def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
         job.ends_with(1, 1)
         for rank in (0, 1):
             text = job.text(rank)
-            assert "has been at the same place for" in text
+            assert "has made no progress for" in text
             assert f"rank {rank} (dp {rank}, pp 0, tp 0)] " in text
             assert "Python stacks of this rank, in iteration 3" in text
             assert " in train_step" in text or rank == 1

@@ -1,4 +1,4 @@
-"""Norms, counts and steps of parameters that are split, replicated and tied over tp, pp and dp."""
+"""Tests of norms, counts and steps of parameters split, replicated and shared over tp, pp and dp."""
 
 import zlib
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ VOCABULARY, PADDED, HIDDEN = 13, 16, 24  # two replicas hold a part of each matr
 
 @dataclass
 class Spec:
-    """A parameter of the toy model; stages: which hold it (two for the tied embedding, the first owns it)."""
+    """Parameter of the toy model; `stages` hold it (two for the tied embedding, which the first owns)."""
 
     name: str
     shape: tuple
@@ -31,7 +31,7 @@ class Spec:
     sequence_parallel: bool = False
 
     def draw(self, *key):
-        """Numbers that depend on name and key only, a third of them zero; padded rows are zero.
+        """Return numbers that depend on name and key only, a third of them zero; padded rows are zero.
 
         All are multiples of 1/64, so that fp32 sums of them are exact in any order.
         """
@@ -60,7 +60,7 @@ def part(spec, values, tp):
 
 
 def held_by(mesh):
-    """(spec, NamedParameter, whether this is the tied copy) of this rank's stage."""
+    """Return (spec, NamedParameter, whether it is the tied copy) of each parameter of this rank's stage."""
     for spec in SPECS:
         for place in spec.stages:
             if place % mesh.pp.size != mesh.pp.rank or (place == -1 and mesh.pp.size == 1 and len(spec.stages) == 2):
@@ -88,7 +88,7 @@ def held_by(mesh):
 
 
 def contributions(spec, mesh, copy, single):
-    """What this rank adds to a parameter's gradient; `single`: all that the ranks of the other layout add."""
+    """Return this rank's contribution to a parameter's gradient; `single`: the sum over the ranks of the layout."""
     replicas, tps, copies = (range(2), range(2), (False, True)) if single else ([mesh.dp.rank], [mesh.tp.rank], [copy])
     if spec.name != "embedding":
         copies = [False]
@@ -137,7 +137,7 @@ def test_each_parameter_is_counted_once_over_tp_pp_and_dp(kit, on_meshes, shard,
     assert written == {f"optimizer.{m}.{n}": v.size for n, v in values.items() for m in ("exp_avg", "exp_avg_sq")}
 
 
-def test_long_tensors_are_measured_to_many_digits():
+def test_sums_over_long_tensors_are_precise():
     flat = torch.full((30_000_001,), 1e-3)
     param = nn.Parameter(flat)
     piece = ShardPiece(NamedParameter("w", param, flat.shape, None, Rectangle.full(flat.shape)), 0, flat.numel(), 0)

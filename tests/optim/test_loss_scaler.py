@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.errors import TrainingError
-from megatron_lite.optim.loss_scaler import PATIENCE, build_loss_scaler
+from megatron_lite.optim.loss_scaler import MAX_OVERFLOWS, build_loss_scaler
 
 CONSTANTS = st.tuples(st.integers(1, 20), st.sampled_from([0.25, 1.0]), st.integers(1, 5), st.integers(1, 4))
 HISTORY = st.lists(st.booleans(), max_size=60)
@@ -27,14 +27,14 @@ def scaler(rule, power, minimum, window, hysteresis):
 
 
 def megatron(power, minimum, window, hysteresis, history):
-    """Scales after each iteration, worked out from the history each time: no counter is carried along.
+    """Return the scale after each iteration, computed from the complete history each time, without counters.
 
     None where it is given up, which Megatron never does.
     """
     scale, since_doubling, used = 2.0**power, [], []
     for overflow in history:
         used.append(scale if overflow else math.inf)
-        if len(used) >= PATIENCE and max(used[-PATIENCE:]) <= minimum:
+        if len(used) >= MAX_OVERFLOWS and max(used[-MAX_OVERFLOWS:]) <= minimum:
             yield None
             return
         since_doubling.append(overflow)
@@ -47,7 +47,7 @@ def megatron(power, minimum, window, hysteresis, history):
 
 
 def deepspeed(power, minimum, window, hysteresis, history):
-    """Scales after each iteration, or None where DeepSpeed gives up."""
+    """Return the scale after each iteration; None: DeepSpeed ends the run."""
     scale, last, spent = 2.0**power, -1, 0
     for iteration, overflow in enumerate(history):
         if overflow:
@@ -85,7 +85,7 @@ def follows(ours, history, scales):
 
 
 @given(st.sampled_from(["megatron", "deepspeed"]), HISTORY, HISTORY)
-def test_a_saved_scaler_goes_on_where_it_was(rule, before, after):
+def test_a_restored_scaler_continues_exactly(rule, before, after):
     constants = (30, 2.0**-40, 3, 2)
     straight, resumed = scaler(rule, *constants), scaler(rule, *constants)
     for overflow in before:
@@ -98,16 +98,16 @@ def test_a_saved_scaler_goes_on_where_it_was(rule, before, after):
     assert resumed.state() == straight.state()
 
 
-def test_megatrons_scaler_does_not_skip_for_ever():
+def test_megatrons_scaler_ends_a_run_of_skipped_steps():
     ours = scaler("megatron", 1, 1.0, 1000, 2)
-    history = [True] * (2 + PATIENCE - 1) + [False] + [True] * (PATIENCE - 1)
-    for overflow in history:  # two that lead to the minimum; then a good one begins the count anew
+    history = [True] * (2 + MAX_OVERFLOWS - 1) + [False] + [True] * (MAX_OVERFLOWS - 1)
+    for overflow in history:  # two reach the minimum; one without overflow resets the count
         ours.update(overflow)
-    with pytest.raises(TrainingError, match=rf"{PATIENCE} iterations in a row .* --min-loss-scale.*--bf16"):
+    with pytest.raises(TrainingError, match=rf"{MAX_OVERFLOWS} iterations in a row .* --min-loss-scale.*--bf16"):
         ours.update(True)
 
 
-def test_hysteresis_is_refilled_by_growth_only():
+def test_hysteresis_is_reset_by_doubling_only():
     ours = scaler("megatron", 10, 1.0, 3, 2)
     scales = []
     for overflow in (1, 0, 1, 1, 0, 0, 0, 1, 1):
@@ -134,7 +134,7 @@ def test_tr1s_scaler_doubles_after_500_iterations():
         (PrecisionConfig(dtype="fp16"), 2.0**32),
     ],
 )
-def test_which_scale_a_run_starts_with(precision, scale):
+def test_initial_scale(precision, scale):
     ours = build_loss_scaler(precision)
     assert ours.scale == scale
     if precision.loss_scale or precision.dtype != "fp16":

@@ -17,7 +17,7 @@ def model(dtype=torch.float32):
 
 
 def backward(module, step, scale=1.0, parts=1):
-    """Gradients of iteration `step`: the same for modules of the same values."""
+    """Set gradients of iteration `step`, equal for modules with equal values."""
     draw = torch.Generator().manual_seed(step)
     for _ in range(parts):
         tokens = torch.randint(0, 11, (4, 5), generator=draw)
@@ -37,7 +37,7 @@ def train(module, buffers, optimizer, steps, parts=1):
 
 
 def reference(module, steps, rule=torch.optim.AdamW, clip=1.0, **constants):
-    """Plain torch: one tensor per parameter, gradients set to None, clipping by torch's own function."""
+    """Train with plain torch: one tensor per parameter, gradients set to None, torch's clipping."""
     groups = [{"params": [p for p in module.parameters() if (p.dim() > 1) is decay]} for decay in (True, False)]
     optimizer = rule(groups, lr=0.0, **constants)
     norms = []
@@ -112,7 +112,7 @@ def test_low_precision_steps_fp32_main_parameters(kit, dtype):
         assert 1e-4 < (main - before).abs().max() < 5e-3
 
 
-def test_fp16_scales_the_loss_and_gives_fp32s_norm(kit):
+def test_fp16_scales_the_loss_and_reports_the_unscaled_norm(kit):
     ours, plain = model(), model()
     buffers, optimizer = kit.build(ours.half(), dtype="fp16", initial_loss_scale=2.0**10, clip_grad=0.5)
     result = train(ours, buffers, optimizer, range(1))[0]
@@ -140,7 +140,7 @@ def test_fp16_skips_an_overflow_and_lowers_the_scale(kit, poison):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("check", [True, False])
-def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(kit, dtype, check):
+def test_a_non_finite_gradient_is_reported_and_not_applied(kit, dtype, check):
     ours = model(torch.float32 if dtype == "fp32" else torch.bfloat16)
     before = [param.clone() for param in ours.parameters()]
     buffers, optimizer = kit.build(ours, dtype=dtype, check_for_nan=check)
@@ -180,14 +180,14 @@ def test_resume_is_exact(kit, parts):
     assert_same(resumed, straight, rtol=0, atol=0)
 
 
-def test_a_scaler_of_another_kind_is_left_alone(kit):
+def test_the_state_of_another_kind_of_scaler_is_ignored(kit):
     _, optimizer = kit.build(model(torch.float16), dtype="fp16")
     optimizer.load_scalars({"step": 7, "loss_scaler": {"kind": "constant"}})
     assert optimizer.loss_scale == 2.0**32 and optimizer.state_scalars()["step"] == 7
 
 
 def padded(kit, **parts):
-    """Rows 2..3 of a rank whose vocabulary of 13 is padded to 16: local rows 12..15, of which one is real."""
+    """Build the table of a rank with local rows 12..15 of a vocabulary of 13 padded to 16: one row is no padding."""
     weight = nn.Parameter(torch.cat([torch.full((1, 6), 0.5), torch.zeros(3, 6)]))
     parameter = NamedParameter("embedding.word_embeddings.weight", weight, (13, 6), 0, Rectangle((12, 0), (1, 6)))
     mesh = kit.mesh()
@@ -207,7 +207,7 @@ def test_padded_rows_stay_zero_and_are_not_saved(kit):
         assert [(piece.offset, tuple(piece.tensor.shape)) for piece in tensor.pieces] == [((12, 0), (1, 6))]
 
 
-def test_reports_are_made_only_when_asked_for(kit):
+def test_statistics_are_reported_only_on_request(kit):
     ours = model()
     buffers, optimizer = kit.build(ours)
     result = train(ours, buffers, optimizer, range(1))[0]

@@ -1,4 +1,4 @@
-"""Data parallelism on gloo ranks: any number of replicas, with and without ZeRO-1, trains as one process does."""
+"""Tests of data parallelism on gloo ranks: any number of replicas, with or without ZeRO-1, equals one process."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def model(dtype):
 
 
 def train(kit, mesh, buffers=None, dtype="fp32", units=(), **parts):
-    """Trains one rank's replica; returns its results, parameters, and pieces of the state as numpy."""
+    """Train one rank's replica; return results, parameters, and pieces of the state as numpy."""
     module = model(dtype)
     held, optimizer = kit.build(module, mesh, buffers, dtype=dtype, **parts)
     held.overlap_gather([module[unit] for unit in units])
@@ -52,7 +52,7 @@ def train(kit, mesh, buffers=None, dtype="fp32", units=(), **parts):
 
 
 def assemble(ranks):
-    """The whole tensors from every rank's written pieces; each element must be written exactly once."""
+    """Return the full tensors from every rank's written pieces; each element must be written exactly once."""
     whole, written = {}, {}
     for _, _, state, _ in ranks:
         for name, shape, offset, piece in state:
@@ -80,7 +80,7 @@ REPORTS |= {"adam_eps": 1e-3}
     ],
     ids=str,
 )
-def test_replicas_train_as_one_process_does(kit, on_meshes, replicas, buffers, units):
+def test_replicas_equal_one_process(kit, on_meshes, replicas, buffers, units):
     alone = train(kit, kit.mesh(), **REPORTS)
     ranks = on_meshes(ParallelConfig(world_size=replicas), partial(train, kit, buffers=buffers, units=units, **REPORTS))
     for results, params, _, _ in ranks:
@@ -102,7 +102,7 @@ def test_replicas_train_as_one_process_does(kit, on_meshes, replicas, buffers, u
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision_replicas_agree(kit, on_meshes, dtype):
-    # fp16's scale overflows at first, and is soon low enough.
+    # fp16 overflows at first, until the scale is low enough.
     parts = {"dtype": dtype, "initial_loss_scale": 2.0**20, "hysteresis": 1, **REPORTS}
     config = ParallelConfig(world_size=2)
     plain, sharded = (
@@ -150,7 +150,7 @@ def waiting(kit, mesh):
     return len(started), waited, seen
 
 
-def test_gathers_run_on_until_a_units_forward(kit, on_meshes):
+def test_gathers_overlap_until_a_units_forward(kit, on_meshes):
     # Seven parameters, of which the embedding's and the norm's are in no unit and waited for at once.
     for started, waited, seen in on_meshes(ParallelConfig(world_size=2), partial(waiting, kit)):
         assert started == 7 and seen == [3, 5, 5, 7] and waited[:3] == [0, 1, 2]
