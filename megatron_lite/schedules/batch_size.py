@@ -8,19 +8,19 @@ from megatron_lite.config.batch import BatchConfig, Rampup
 
 
 def final_batch_size(batch: BatchConfig, dp: int = 1) -> int:
-    """Samples of an iteration once every ramp-up is over, before --decrease-batch-size-if-needed."""
+    """Return the global batch size after every ramp-up, before --decrease-batch-size-if-needed."""
     if batch.step_schedule:
         return batch.step_schedule[-1][1]
     return batch.global_batch_size or batch.micro_batch_size * dp
 
 
 def global_batch_size(batch: BatchConfig, consumed: int, dp: int = 1) -> int:
-    """Samples of the iteration that starts when `consumed` samples were consumed.
+    """Return the global batch size of the iteration that starts after `consumed` samples.
 
     Args:
         batch: sizes and schedules.
-        consumed: samples consumed so far, without this iteration's.
-        dp: data-parallel size. Only --decrease-batch-size-if-needed, or a batch that is not given, depends on it.
+        consumed: samples consumed before this iteration.
+        dp: data-parallel size; used by --decrease-batch-size-if-needed and by the default of --global-batch-size.
     """
     if batch.step_schedule:
         size = batch.step_schedule[0][1]
@@ -32,15 +32,15 @@ def global_batch_size(batch: BatchConfig, consumed: int, dp: int = 1) -> int:
     else:
         size = final_batch_size(batch, dp)
     if batch.decrease_if_needed:
-        # Megatron would round a batch smaller than one micro-batch on every replica to nothing, and stop there.
-        # Here replicas may be idle, so such a batch can stay as it is.
+        # Megatron rounds a batch smaller than one micro-batch on every replica down to zero and fails. Replicas may be
+        # idle here, so such a batch is kept.
         one_each = batch.micro_batch_size * dp
         size = size // one_each * one_each or size
     return size
 
 
 def next_change(batch: BatchConfig, consumed: int, dp: int = 1) -> int | None:
-    """Fewest consumed samples, over `consumed`, at which the schedule takes its next step; None if it takes none."""
+    """Return the smallest sample count above `consumed` at which the batch size changes; None: it is final."""
     if batch.step_schedule:
         return min((threshold for threshold, _ in batch.step_schedule if threshold > consumed), default=None)
     ramp = batch.rampup
@@ -53,8 +53,8 @@ def next_change(batch: BatchConfig, consumed: int, dp: int = 1) -> int | None:
     step = int(consumed / samples_per_step) + 1
     if step > steps:
         return ramp.samples + 1
-    # The batch of a number of samples is decided by a division in floats, so the border is found by asking the same
-    # division, starting at a product that is off by one at the most.
+    # The batch size follows from a floating-point division. The threshold is found by the same division, starting at a
+    # product that is off by one at most.
     border = math.ceil(step * samples_per_step)
     while int(border / samples_per_step) >= step:
         border -= 1
@@ -64,7 +64,7 @@ def next_change(batch: BatchConfig, consumed: int, dp: int = 1) -> int | None:
 
 
 def _ramped(ramp: Rampup, final: int, consumed: int) -> int:
-    """Megatron's ramp-up: `start`, plus one increment for every samples / steps samples consumed."""
+    """Return the batch size of Megatron's ramp-up: `start`, plus one increment per samples / steps consumed samples."""
     steps = _increments(ramp, final)
     if consumed > ramp.samples or not steps or not ramp.samples:
         return final

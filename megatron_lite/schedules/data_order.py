@@ -1,9 +1,9 @@
-"""Data order across resumes: the sizes that determine it, stored in every checkpoint.
+"""Data order across resumes: requested sample counts and sampler layout, stored in every checkpoint.
 
-Megatron shuffles a dataset for the number of samples that a run asks for, and its cyclic sampler for the layout. If a
-resumed run asked for another number, or had another layout, it would read the same text in another order and repeat
-part of it. So the numbers that a run began with are saved with it. A run that is made longer keeps the order of what
-it asked for before, as long as that lasts, and asks for more samples beyond; a shorter one reads fewer of them.
+Megatron's shuffle depends on the number of samples that a run requests, and the order of its cyclic sampler on the
+layout. A resumed run with another number or layout would read the data in another order and repeat part of it.
+Therefore the initial values are saved in the checkpoint. A lengthened run keeps the order of the samples requested
+before and requests further samples after them; a shortened run reads fewer of them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSegment:
-    """Iterations of a run between two changes of what it reads, or of how much at a time.
+    """Segment of a run with constant data configuration.
 
     Attributes:
-        iteration: finished iterations at its beginning.
-        consumed: samples consumed at its beginning.
-        train_requests: samples that the training data was asked for, rising: by the run's first job, and by each later
-            one that needed more than all before it.
+        iteration: finished iterations at the start of the segment.
+        consumed: samples consumed at the start of the segment.
+        train_requests: numbers of training samples requested, ascending: by the first job of the run, and by each later
+            job that needed more than all jobs before.
         valid_requests: the same for the validation data.
-        cyclic_layout: (micro-batch size, data-parallel size) that the order of the cyclic sampler is made for: those of
-            the run's first job; None: another sampler.
+        cyclic_layout: (micro-batch size, data-parallel size) that determine the order of the cyclic sampler: those of
+            the first job of the run; None: another sampler.
         config: as JSON, the sections `batch` and `data`, and `seed`, `dp` and `skip_iteration_ranges`.
         fingerprints: of the data; empty where nothing is saved or loaded.
     """
@@ -49,10 +49,10 @@ class DataSegment:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def apply_to(self, config: RunConfig) -> RunConfig:
-        """Return `config` with what the segment's jobs read: their batch, data, seed, replicas and skipped iterations.
+        """Return `config` with the batch, data, seed, replicas and skipped iterations of this segment.
 
         Raises:
-            ConfigError: another version wrote the segment, with fields that this one does not know.
+            ConfigError: the segment has fields of another version.
         """
         saved, parallel = self.config, config.parallel
         ranges = tuple((first, last) for first, last in saved["skip_iteration_ranges"])
@@ -72,17 +72,17 @@ def extend_history(
     progress: Progress = START,
     fingerprints: Mapping[str, str] | None = None,
 ) -> tuple[DataSegment, ...]:
-    """Return the history of a run that goes on at `progress`; the last segment is what it reads from there on.
+    """Return the history of a run that resumes at `progress`; its last segment describes the data from there on.
 
     Args:
-        history: saved in the checkpoint; empty for a run that begins.
-        config: the run's from now on.
-        progress: the checkpoint's.
-        fingerprints: of the data.
+        history: saved in the checkpoint; empty for a new run.
+        config: configuration from `progress` on.
+        progress: progress of the checkpoint.
+        fingerprints: fingerprints of the data.
     """
     last = history[-1] if history else DataSegment()
     cyclic = config.data.sampler == "cyclic"
-    # The cyclic sampler begins anew at the end of what it shuffles, however long the run is.
+    # The cyclic sampler starts another pass at the end of its data, so its order does not depend on the run's length.
     fixed = config.training.skip_train or (cyclic and last.train_requests)
     current = DataSegment(
         iteration=progress.iteration,
@@ -106,14 +106,14 @@ def extend_history(
 
 
 def history_of_config(saved: Mapping[str, Any], current: RunConfig) -> tuple[DataSegment, ...]:
-    """Return the history of a run whose checkpoint holds none (an earlier version wrote it).
+    """Return the data history of a checkpoint written by a version that saved none.
 
-    It is as if all of the run had been read under the config of the job that saved it: that job's order is the one to
-    keep. Fields that the config does not hold keep this run's value.
+    The configuration of the job that wrote the checkpoint is taken for the whole run. Fields missing there have their
+    value in `current`.
 
     Args:
-        saved: the checkpoint's config, as JSON; one without these sections gives no history.
-        current: this run's config.
+        saved: the configuration in the checkpoint, as JSON; without the sections read here, the history is empty.
+        current: configuration of this run.
     """
     if any(section not in saved for section in ("batch", "data", "training", "runtime", "parallel")):
         return ()
@@ -134,6 +134,6 @@ def _extended(requests: tuple[int, ...], needed: int) -> tuple[int, ...]:
 
 
 def _known(kind: type[T], saved: Mapping[str, Any], current: T) -> T:
-    """A section of a saved config, without fields that this version does not know."""
+    """Return a section of a saved configuration, without the fields of other versions."""
     names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
     return from_record(kind, {**asdict(current), **{name: saved[name] for name in saved if name in names}})  # type: ignore[call-overload]

@@ -15,13 +15,13 @@ from megatron_lite.schedules.sequence_length import sequence_length
 
 @dataclass(frozen=True)
 class IterationPlan:
-    """What replica `replica` does in one iteration.
+    """Plan of one iteration for one data-parallel replica.
 
     Attributes:
-        iteration: its number, from 1.
-        first_sample: samples consumed before it; it trains on [first_sample, first_sample + global_batch).
-        microbatches: how many micro-batches this replica runs, possibly none.
-        skip: its samples are consumed but not trained on (--skip-train-iteration-range).
+        iteration: number of the iteration, from 1.
+        first_sample: samples consumed before; the iteration has samples [first_sample, first_sample + global_batch).
+        microbatches: number of micro-batches of this replica, possibly 0.
+        skip: True if the samples are consumed without training (--skip-train-iteration-range).
     """
 
     iteration: int
@@ -36,12 +36,12 @@ class IterationPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that all replicas train on."""
+        """Tokens of the iteration over all replicas."""
         return self.global_batch * self.seq_length
 
 
 def plan_iteration(config: RunConfig, progress: Progress, *, replica: int = 0) -> IterationPlan:
-    """The next iteration after `progress`, a pure function of both."""
+    """Return the plan of the iteration that follows `progress`."""
     iteration = progress.iteration + 1
     batch = global_batch_size(config.batch, progress.consumed_train_samples, config.parallel.dp)
     return IterationPlan(

@@ -1,8 +1,8 @@
 """Learning-rate and weight-decay schedules, with Megatron's formulas.
 
-Steps are samples when the run is measured in samples. Otherwise they are iterations, each counted as one final global
-batch: without a ramp-up that is Megatron's own unit, so the numbers agree to the last bit; with one, decay and warm-up
-still end at the iterations that the flags name.
+The unit of a step is one sample for runs with --train-samples. For runs with --train-iters it is one iteration, counted
+as one final global batch. Without a ramp-up that is Megatron's unit, and the values agree bit for bit; with a ramp-up,
+warm-up and decay end at the iterations given by the flags.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from megatron_lite.schedules.progress import Progress
 
 @dataclass(frozen=True)
 class LrSteps:
-    """The schedule's landmarks, in its steps (see the module's text)."""
+    """Milestones of the schedule, in steps as defined in the module docstring."""
 
     warmup: float
     decay: int
     wsd_decay: int
     total: int
-    """Length of the run, over which weight decay changes."""
+    """Length of the run, the range of the weight-decay schedule."""
 
 
 def lr_steps(config: RunConfig) -> LrSteps:
-    """Where warm-up and decay end, in samples or in iterations * final global batch."""
+    """Return the ends of warm-up and decay, in samples or in iterations * final global batch."""
     lr, training = config.lr, config.training
     if training.train_samples:
         total, decay = training.train_samples, lr.decay_samples or training.train_samples
@@ -43,7 +43,7 @@ def lr_steps(config: RunConfig) -> LrSteps:
 
 
 def learning_rate(config: RunConfig, progress: Progress) -> float:
-    """Learning rate of the iteration that follows `progress` (0, or warmup_init, at the start of a warm-up)."""
+    """Return the learning rate of the iteration after `progress`; a warm-up starts at warmup_init (default 0)."""
     lr, steps, step = config.lr, lr_steps(config), _applied_steps(config, progress)
     if steps.warmup > 0 and step <= steps.warmup:
         return lr.warmup_init + (lr.lr - lr.warmup_init) * step / steps.warmup
@@ -65,7 +65,7 @@ def learning_rate(config: RunConfig, progress: Progress) -> float:
 
 
 def weight_decay(config: RunConfig, progress: Progress) -> float:
-    """Weight decay of the iteration that follows `progress`: from start to end over the whole run."""
+    """Return the weight decay of the iteration after `progress`, which goes from start to end over the whole run."""
     optimizer = config.optimizer
     start = optimizer.weight_decay if optimizer.start_weight_decay is None else optimizer.start_weight_decay
     end = optimizer.weight_decay if optimizer.end_weight_decay is None else optimizer.end_weight_decay
@@ -84,27 +84,27 @@ def _applied_steps(config: RunConfig, progress: Progress) -> int:
 
 
 def _decayed(config: RunConfig, progress: Progress, steps: LrSteps) -> float:
-    """Share of the decay that is over, from 0 at the end of the warm-up; more than 1 past its end.
+    """Return the completed share of the decay: 0 at the end of the warm-up, infinity past the end of the decay.
 
-    Under --lr-decay-tokens tokens are counted instead of steps, from those that a run without a skipped iteration has
-    consumed when its warm-up ends.
+    With --lr-decay-tokens the unit is tokens instead of steps, counted from the end of the warm-up of a run without
+    skipped iterations.
     """
     done: float
-    all_of_it: float
+    length: float
     if config.lr.decay_tokens:
         warm = int(steps.warmup)
         unit = 0 if config.training.train_samples else final_batch_size(config.batch, config.parallel.dp)
         start = tokens_at(config, warm // unit if unit else iteration_at(config, warm))
-        done, all_of_it = max(0, progress.applied_tokens - start), config.lr.decay_tokens - start
+        done, length = max(0, progress.applied_tokens - start), config.lr.decay_tokens - start
     else:
-        done, all_of_it = _applied_steps(config, progress) - steps.warmup, steps.decay - steps.warmup
-    if done > all_of_it:
+        done, length = _applied_steps(config, progress) - steps.warmup, steps.decay - steps.warmup
+    if done > length:
         return math.inf
-    return done / all_of_it if all_of_it else 0.0
+    return done / length if length else 0.0
 
 
 def _wsd_coefficient(style: WsdDecayStyle, ratio: float) -> float:
-    """Warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395): what is left of the rate at `ratio` of the last phase."""
+    """Return the factor of warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395) at `ratio` of its decay phase."""
     if style == "linear":
         return 1.0 - ratio
     if style == "cosine":

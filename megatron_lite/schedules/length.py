@@ -1,6 +1,6 @@
 """Run length: conversion between iterations, consumed samples and tokens.
 
-Everything is a closed form per stage of constant batch, so iteration 300,000 costs no more than iteration 3.
+Each stage of constant batch size has a closed form, so the cost does not grow with the iteration number.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.sequence_length import sequence_stages
 
 START = Progress()
-"""Progress of a run that has not begun."""
+"""Progress of a new run."""
 
 
 @dataclass(frozen=True)
 class RampStage:
-    """Iterations first_iteration … last_iteration (numbered from 1, as the log does) of one global batch."""
+    """Iterations first_iteration … last_iteration (numbered from 1, as in the log) with one global batch size."""
 
     first_iteration: int
     last_iteration: int
@@ -32,8 +32,8 @@ class RampStage:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """From `iteration` finished iterations and `consumed` samples on, `count` iterations of `batch` (None: all)."""
+class _Stretch:
+    """`count` iterations (None: unlimited) of `batch` samples, after `iteration` iterations and `consumed` samples."""
 
     iteration: int
     consumed: int
@@ -42,11 +42,11 @@ class _Run:
 
 
 def train_iterations(config: RunConfig, progress: Progress = START) -> int:
-    """Iterations of the run: --train-iters, or as many whole global batches as fit into --train-samples.
+    """Return the iterations of the run: --train-iters, or the number of whole global batches in --train-samples.
 
     Args:
-        config: the run.
-        progress: where it is resumed; a run whose batch was changed before has other iterations than its flags say.
+        config: configuration of the run.
+        progress: progress at the resume; an earlier change of batch size changes the number of iterations.
     """
     if config.training.train_iters:
         return config.training.train_iters
@@ -54,9 +54,9 @@ def train_iterations(config: RunConfig, progress: Progress = START) -> int:
 
 
 def train_samples(config: RunConfig, progress: Progress = START) -> int:
-    """Samples that the training data must hold: those consumed at `progress` and all that remain from there.
+    """Return the number of training samples to request: those consumed at `progress` and all remaining ones.
 
-    Independent of the layout, so that the order of the data is, too.
+    The result does not depend on the layout, and therefore neither does the order of the data.
     """
     consumed = progress.consumed_train_samples
     if config.training.train_samples:
@@ -68,9 +68,9 @@ def train_samples(config: RunConfig, progress: Progress = START) -> int:
 
 
 def valid_samples(config: RunConfig, progress: Progress = START) -> int:
-    """Samples that the validation data must hold: those consumed at `progress` and those of all later validations.
+    """Return the number of validation samples to request: those consumed at `progress` and those of later validations.
 
-    There is one validation every eval_interval, one after the run, and first the one that the last job did not finish.
+    Validations run every eval_interval iterations, once after the run, and first if the last job left one unfinished.
     """
     training = config.training
     if not training.eval_iters:
@@ -82,19 +82,19 @@ def valid_samples(config: RunConfig, progress: Progress = START) -> int:
 
 
 def test_samples(config: RunConfig) -> int:
-    """Samples the test data is asked for: one evaluation after the run."""
+    """Return the number of test samples to request: one evaluation after the run."""
     return config.training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
 
 
 def consumed_at(config: RunConfig, iteration: int, progress: Progress = START) -> int:
-    """Samples consumed when `iteration` iterations are finished, `iteration` being no earlier than `progress`."""
+    """Return the samples consumed after `iteration` iterations, where `iteration` >= progress.iteration."""
     return _consumed_at(config.batch, iteration, config.parallel.dp, progress)
 
 
 def iteration_at(config: RunConfig, consumed: int, progress: Progress = START) -> int:
-    """Finished iterations that `consumed` samples suffice for: the largest n with consumed_at(n) <= consumed."""
+    """Return the largest number of iterations n with consumed_at(n) <= consumed."""
     finished = progress.iteration
-    for run in _runs(config.batch, config.parallel.dp, progress):
+    for run in _stretches(config.batch, config.parallel.dp, progress):
         if run.consumed > consumed:
             break
         finished = run.iteration + (consumed - run.consumed) // run.batch
@@ -102,31 +102,31 @@ def iteration_at(config: RunConfig, consumed: int, progress: Progress = START) -
 
 
 def tokens_at(config: RunConfig, iteration: int) -> int:
-    """Tokens consumed when `iteration` iterations are finished; a curriculum makes them fewer than samples * length."""
+    """Return the tokens consumed after `iteration` iterations; a sequence-length curriculum reduces them."""
     tokens = 0
-    for start, count, per_iteration in _token_runs(config):
+    for start, count, per_iteration in _token_stretches(config):
         if count is None or iteration <= start + count:
             return tokens + (iteration - start) * per_iteration
         tokens += count * per_iteration
-    raise AssertionError("the last run of equal iterations has no end")
+    raise AssertionError("the last stretch of equal iterations is unlimited")
 
 
 def last_iteration(config: RunConfig) -> int:
-    """Iteration after which the run ends: train_iterations, or earlier where --train-tokens is reached first."""
+    """Return the last iteration of the run: train_iterations, or the iteration that reaches --train-tokens."""
     last, missing = train_iterations(config), config.training.train_tokens
     if not missing:
         return last
-    for start, count, per_iteration in _token_runs(config):
+    for start, count, per_iteration in _token_stretches(config):
         if count is None or missing <= count * per_iteration:
             return min(last, start - -missing // per_iteration)
         missing -= count * per_iteration
-    raise AssertionError("the last run of equal iterations has no end")
+    raise AssertionError("the last stretch of equal iterations is unlimited")
 
 
 def is_finished(config: RunConfig, progress: Progress) -> bool:
-    """Whether the run has reached its length (early exits are train/'s business).
+    """Return whether the run has reached its length; early exits are handled in lifecycle/stopping.py.
 
-    Samples are compared as samples: a run whose batch was changed on the way still ends where its data does.
+    --train-samples is compared in samples, so a run whose batch size changed still ends at its last sample.
     """
     training = config.training
     if training.train_tokens and progress.consumed_train_tokens >= training.train_tokens:
@@ -138,12 +138,12 @@ def is_finished(config: RunConfig, progress: Progress) -> bool:
 
 
 def is_skipped_iteration(training: TrainingConfig, iteration: int) -> bool:
-    """Whether iteration number `iteration` (from 1, as logged) only consumes its samples and trains on none."""
+    """Return whether iteration `iteration` (from 1, as logged) consumes its samples without training."""
     return any(first <= iteration <= last for first, last in training.skip_iteration_ranges)
 
 
 def skipped_samples(config: RunConfig, iteration: int) -> int:
-    """Samples consumed without training in the first `iteration` iterations; ranges may overlap."""
+    """Return the samples consumed without training in the first `iteration` iterations; ranges may overlap."""
     skipped, done = 0, 0
     for first, last in sorted(config.training.skip_iteration_ranges):
         begin, end = max(first - 1, done), min(last, iteration)
@@ -154,9 +154,9 @@ def skipped_samples(config: RunConfig, iteration: int) -> int:
 
 
 def ramp_stages(config: RunConfig) -> list[RampStage]:
-    """Stages of constant global batch, in order, from iteration 1 to the last; empty for a run of no iterations."""
+    """Return the stages of constant global batch size from iteration 1 to the last; empty for 0 iterations."""
     last, stages = train_iterations(config), list[RampStage]()
-    for run in _runs(config.batch, config.parallel.dp):
+    for run in _stretches(config.batch, config.parallel.dp):
         if run.iteration >= last:
             break
         end = last if run.count is None else min(last, run.iteration + run.count)
@@ -168,28 +168,28 @@ def ramp_stages(config: RunConfig) -> list[RampStage]:
 
 
 def _consumed_at(batch: BatchConfig, iteration: int, dp: int, progress: Progress) -> int:
-    for run in _runs(batch, dp, progress):
+    for run in _stretches(batch, dp, progress):
         if run.count is None or iteration <= run.iteration + run.count:
             return run.consumed + (iteration - run.iteration) * run.batch
-    raise AssertionError("the last run of equal batches has no end")
+    raise AssertionError("the last stretch of equal batches is unlimited")
 
 
-def _runs(batch: BatchConfig, dp: int, progress: Progress = START) -> Iterator[_Run]:
-    """Yield runs of iterations with the same batch, from `progress` on; the last has no end."""
+def _stretches(batch: BatchConfig, dp: int, progress: Progress = START) -> Iterator[_Stretch]:
+    """Yield the stretches of equal batch size from `progress` on; the last is unlimited."""
     iteration, consumed = progress.iteration, progress.consumed_train_samples
     while True:
         size, border = global_batch_size(batch, consumed, dp), next_change(batch, consumed, dp)
         if border is None:
-            yield _Run(iteration, consumed, size, None)
+            yield _Stretch(iteration, consumed, size, None)
             return
-        count = -((consumed - border) // size)  # rounded up: the iteration that crosses the border still has this size
-        yield _Run(iteration, consumed, size, count)
+        count = -((consumed - border) // size)  # rounded up: the iteration that crosses the threshold has this size
+        yield _Stretch(iteration, consumed, size, count)
         iteration, consumed = iteration + count, consumed + count * size
 
 
-def _token_runs(config: RunConfig) -> Iterator[tuple[int, int | None, int]]:
-    """Yield (finished iterations at its start, iterations, tokens of one) where batch and length are the same."""
-    runs, stages = _runs(config.batch, config.parallel.dp), sequence_stages(config.batch)
+def _token_stretches(config: RunConfig) -> Iterator[tuple[int, int | None, int]]:
+    """Yield stretches of equal batch and length as (finished iterations before, iterations, tokens per iteration)."""
+    runs, stages = _stretches(config.batch, config.parallel.dp), sequence_stages(config.batch)
     run, (_, length), following = next(runs), next(stages), next(stages, None)
     start = 0
     while run.count is not None or following is not None:

@@ -1,11 +1,11 @@
 """Lowering of a pipeline schedule: inserts sends and receives for all ranks.
 
-Times are taken from a run on paper in which messages are instant and nobody waits to send. Each message is one event at
-the moment its data is ready, every computation one at its start, and all events of all ranks are put into one total
-order, in time. A rank's program is the events it takes part in, in that order. So the first event not yet run can
-always run: both its ranks have nothing else before it. That is why no program deadlocks, not even where a send blocks
-until its receive is reached; it holds whatever the real times are. Inserting messages rank by rank has no such order:
-under 1f1b two neighbours would send to each other first.
+The schedule is simulated with instant messages and non-blocking sends. Each message becomes an event at the time when
+its data is ready, each computation an event at its start, and all events of all ranks are sorted into one total order.
+The program of a rank consists of its events in that order. The first pending event can always run, because both of its
+ranks have finished everything before it. Hence no program deadlocks, whatever the real times are, even if a send blocks
+until the matching receive is reached. Inserting messages rank by rank gives no such guarantee: under 1f1b two
+neighbours would both send first.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _Key = tuple[float, int, int, int]
 
 
 def lower(schedule: Schedule, kind: PipelineKind, chunks: int = 1, costs: Costs | None = None) -> Schedule:
-    """The program of every pipeline rank: its compute actions with the sends and receives between them.
+    """Return the program of every pipeline rank: compute actions with sends and receives between them.
 
-    Neighbouring stages on one rank (two chunks at the tip of zb-v's V, everything if pp is 1) get no messages; the
-    executor hands the tensor over. Messages between two computations are adjacent, so a transport may batch them.
+    Neighbouring stages on one rank (the two chunks of the last rank under zb-v, all chunks if pp is 1) need no message:
+    the executor passes the tensor on. Messages between two computations are adjacent, so a transport may batch them.
 
     Args:
-        schedule: from pipeline_schedule.
-        kind: whose placement of stages on ranks holds.
+        schedule: result of pipeline_schedule.
+        kind: schedule that determines the placement of stages on ranks.
         chunks: as given to pipeline_schedule.
-        costs: expected times, all above 0; they decide where messages stand, not whether the program is valid.
+        costs: expected times, all above 0. They determine the position of messages; any times give a valid program.
     """
     pp, costs = len(schedule), costs or Costs()
     stages, split = num_stages(kind, pp, chunks), is_split(schedule)
@@ -40,7 +40,7 @@ def lower(schedule: Schedule, kind: PipelineKind, chunks: int = 1, costs: Costs 
             peer = rank if target is None else rank_of_stage(kind, pp, target)
             if target is None or peer == rank:
                 continue
-            # At the same time messages come before computations, which may be waiting for them.
+            # At equal times messages come before computations, which may depend on them.
             key = (start + costs.of(action, split), 0, action.stage, action.microbatch)
             send, receive = _MESSAGES[action.kind]
             events.append((key, rank, Action(send, action.stage, action.microbatch, peer)))
@@ -52,13 +52,13 @@ def lower(schedule: Schedule, kind: PipelineKind, chunks: int = 1, costs: Costs 
 
 
 def _target(action: Action, stages: int) -> int | None:
-    """Stage that needs the result of `action`, if there is one."""
+    """Return the stage that needs the result of `action`; None: no stage does."""
     target = action.stage + {"F": 1, "B": -1}.get(action.kind, 0)
     return target if target != action.stage and 0 <= target < stages else None
 
 
 def _source(action: Action, stages: int) -> tuple[str, int, int] | None:
-    """Kind, stage and micro-batch of the computation whose result `action` needs, if there is one."""
+    """Return (kind, stage, micro-batch) of the computation whose result `action` needs; None: no computation."""
     if action.kind == "F":
         return ("F", action.stage - 1, action.microbatch) if action.stage > 0 else None
     if action.kind == "B" and action.stage < stages - 1:
@@ -67,7 +67,7 @@ def _source(action: Action, stages: int) -> tuple[str, int, int] | None:
 
 
 def _starts(schedule: Schedule, stages: int, costs: Costs) -> list[list[float]]:
-    """Start of every compute action if messages are instant and sending never waits."""
+    """Return the start time of every compute action with instant messages and non-blocking sends."""
     split, ends = is_split(schedule), dict[tuple[str, int, int], float]()
     starts: list[list[float]] = [[] for _ in schedule]
     clocks, moved = [0.0] * len(schedule), True

@@ -1,7 +1,7 @@
 """Pipeline schedules (GPipe, 1F1B, interleaved, zero-bubble): the ordered actions of each rank.
 
-Names: p ranks, v model chunks a rank, m micro-batches. Stages number the whole model's pieces from the first (0) to the
-last (p * v - 1). `lowering.py` adds the sends and receives, `simulate.py` gives times, bubble and memory.
+Symbols: p ranks, v model chunks per rank, m micro-batches. Stages are numbered over the model, from 0 to p * v - 1.
+`lowering.py` adds sends and receives; `simulate.py` computes times, bubble and memory.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from megatron_lite.errors import ConfigError
 ActionKind = Literal["F", "B", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
 COMPUTE: frozenset[str] = frozenset({"F", "B", "W"})
 SPLIT_BACKWARD: frozenset[str] = frozenset({"zb-h1", "zb-v"})
-"""Schedules in which B is the gradient of a stage's input only, and W the gradient of its weights."""
+"""Schedules with deferred weight gradients: B computes the input gradient of a stage, W the weight gradients."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a rank does for one micro-batch of one of its own stages.
+    """One action of a rank: computes, sends or receives for one micro-batch of one of its stages.
 
-    F, B and W compute. SEND_F gives the output of `stage` to the next stage's rank, RECV_F takes the input of `stage`
-    from the previous stage's; SEND_B gives the gradient of the input of `stage` to the previous stage's rank, RECV_B
-    takes the gradient of the output of `stage` from the next stage's. `peer` is the other pipeline rank.
+    F, B and W compute. SEND_F sends the output of `stage` to the rank of the next stage, RECV_F receives the input of
+    `stage` from the rank of the previous stage. SEND_B sends the gradient of the input of `stage` to the rank of the
+    previous stage, RECV_B receives the gradient of the output of `stage` from the rank of the next stage. `peer` is the
+    other pipeline rank.
     """
 
     kind: ActionKind
@@ -41,24 +42,24 @@ class Action:
 
 Schedule = list[list[Action]]
 _Op = tuple[Literal["F", "B", "W"], int]
-"""Kind and chunk; the n-th occurrence of one is micro-batch n."""
+"""Kind and chunk; occurrence n belongs to micro-batch n."""
 
 
 def num_chunks(kind: PipelineKind, chunks: int = 1) -> int:
-    """Model chunks of each rank: `chunks` where the schedule leaves the choice, and two under zb-v."""
+    """Return the model chunks of each rank: 2 for zb-v, otherwise `chunks`."""
     return 2 if kind == "zb-v" else chunks
 
 
 def num_stages(kind: PipelineKind, pp: int, chunks: int = 1) -> int:
-    """Pieces that the model is cut into."""
+    """Return the number of pipeline stages."""
     return pp * num_chunks(kind, chunks)
 
 
 def stage_of_chunk(kind: PipelineKind, pp: int, rank: int, chunk: int) -> int:
-    """Stage that is chunk number `chunk` of pipeline rank `rank`.
+    """Return the stage of chunk `chunk` on pipeline rank `rank`.
 
-    Chunks lie in rounds (rank 0 … p-1, then 0 … p-1 again), but in a V under zb-v: the second chunk goes back from
-    rank p-1 to 0, so that rank 0 holds both ends of the model and rank p-1 passes its own output on to itself.
+    Chunks are placed round-robin (ranks 0 … p-1, then 0 … p-1 again). Under zb-v they form a V: the second chunks run
+    from rank p-1 back to 0, so rank 0 holds the first and the last stage, and rank p-1 two adjacent stages.
     """
     if kind == "zb-v" and chunk == 1:
         return 2 * pp - 1 - rank
@@ -66,21 +67,21 @@ def stage_of_chunk(kind: PipelineKind, pp: int, rank: int, chunk: int) -> int:
 
 
 def rank_of_stage(kind: PipelineKind, pp: int, stage: int) -> int:
-    """Pipeline rank that holds `stage`."""
+    """Return the pipeline rank that holds `stage`."""
     if kind == "zb-v" and stage >= pp:
         return 2 * pp - 1 - stage
     return stage % pp
 
 
 def pipeline_schedule(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int = 1) -> Schedule:
-    """The compute actions of every pipeline rank, in order.
+    """Return the compute actions of every pipeline rank, in order.
 
-    Every number of micro-batches is allowed, none and fewer than ranks included. A pattern that needs more of them to
-    unfold is laid out for more, and those beyond `num_microbatches` are left out again: micro-batches do not depend on
-    each other, so what remains is still in a valid order.
+    Any number of micro-batches is valid, including 0 and fewer than ranks. A schedule whose pattern needs more is built
+    for more, and the actions of micro-batches beyond `num_microbatches` are removed: micro-batches are independent of
+    each other, so the remaining order is valid.
 
     Raises:
-        ConfigError: sizes that the schedule does not exist for.
+        ConfigError: the schedule does not support these sizes.
     """
     _check(kind, pp, num_microbatches, chunks)
     return [
@@ -91,15 +92,14 @@ def pipeline_schedule(kind: PipelineKind, pp: int, num_microbatches: int, chunks
 def _check(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int) -> None:
     if pp < 1 or num_microbatches < 0 or chunks < 1:
         raise ConfigError(
-            "A pipeline has at least one rank and one model chunk, and no negative number of micro-batches",
-            found=f"{pp} ranks, {chunks} chunks a rank, {num_microbatches} micro-batches",
-            fix="Change --pp, --chunks or --microbatches",
+            f"Cannot schedule {num_microbatches} micro-batches over {pp} pipeline ranks with {chunks} chunks per rank",
+            fix="Use --pp and --chunks of at least 1, and --microbatches of at least 0",
         )
     if chunks > 1 and kind != "interleaved" and num_chunks(kind) != chunks:
         raise ConfigError(
-            "Only the interleaved schedule takes any number of model chunks a rank (zb-v always has two)",
-            found=f"{chunks} chunks a rank with {kind}",
-            fix="Choose the interleaved schedule or leave out --num-layers-per-virtual-pipeline-stage",
+            f"The pipeline schedule {kind} does not support {chunks} model chunks per rank",
+            rule="Only interleaved supports any number; zb-v always has 2, the other schedules 1",
+            fix="Use the interleaved schedule, or remove --num-layers-per-virtual-pipeline-stage (--chunks)",
         )
 
 
@@ -124,7 +124,7 @@ def _ops(kind: PipelineKind, pp: int, rank: int, m: int, chunks: int) -> Iterato
 
 
 def _one_forward_one_backward(forwards: Iterator[_Op], backwards: Iterator[_Op], warmup: int) -> Iterator[_Op]:
-    """`warmup` forwards, then forwards and backwards in turn, then the backwards that are left."""
+    """Yield `warmup` forwards, then alternate forwards and backwards, then the remaining backwards."""
     for _ in range(warmup):
         yield from _next(forwards)
     for backward in backwards:
@@ -133,10 +133,10 @@ def _one_forward_one_backward(forwards: Iterator[_Op], backwards: Iterator[_Op],
 
 
 def _interleaved(pp: int, rank: int, m: int, chunks: int) -> Iterator[_Op]:
-    """Narayanan et al. 2021 (arXiv:2104.04473), §2.2: a chunk takes a round of micro-batches, then the next chunk does.
+    """Interleaved 1F1B (Narayanan et al. 2021, arXiv:2104.04473, §2.2): chunks alternate, one round at a time.
 
-    There a round is p micro-batches and p divides m. Here a round is at least p, and as even as m allows, so that the
-    bubble is (p-1) / (v*m + p-1) for every m >= p; m < p is a round of p that is not all there.
+    In the paper a round has p micro-batches and p divides m. Here a round has at least p, as even as m allows, so that
+    the bubble is (p-1) / (v*m + p-1) for every m >= p. For m < p the only round is an incomplete round of p.
     """
     rounds, m = max(1, m // pp), max(m, pp)
     sizes = [m // rounds + (number < m % rounds) for number in range(rounds)]
@@ -149,10 +149,10 @@ def _interleaved(pp: int, rank: int, m: int, chunks: int) -> Iterator[_Op]:
 
 
 def _zb_h1(pp: int, rank: int, m: int) -> Iterator[_Op]:
-    """Qi et al. 2023 (arXiv:2401.10241), ZB-H1: 1f1b whose weight gradients wait, on rank r, for r micro-batches.
+    """ZB-H1 (Qi et al. 2023, arXiv:2401.10241): 1F1B with weight gradients deferred by r micro-batches on rank r.
 
-    Every rank then holds p activations at the most, as rank 0 does under 1f1b, and the weight gradients put off fill
-    the bubble at the end.
+    Every rank holds at most p activations, as rank 0 does under 1F1B, and the deferred weight gradients fill the bubble
+    at the end.
     """
     forwards: Iterator[_Op] = repeat(("F", 0), m)
     for _ in range(pp - 1 - rank):
@@ -166,10 +166,10 @@ def _zb_h1(pp: int, rank: int, m: int) -> Iterator[_Op]:
 
 
 def _zb_v(pp: int, rank: int, m: int) -> Iterator[_Op]:
-    """Qi et al. 2024 (arXiv:2405.15362), ZB-V: two chunks in a V, no bubble if F, B and W take the same time.
+    """ZB-V (Qi et al. 2024, arXiv:2405.15362): two chunks per rank in a V, no bubble if F, B and W take equal times.
 
-    Chunk 0 is on the way down the V and chunk 1 on the way up. A rank holds 2p half-size activations at the most, the
-    memory of 1f1b. The pattern needs 2p - 1 micro-batches to unfold.
+    The stages of chunk 0 descend the V, those of chunk 1 ascend it. A rank holds at most 2p half-size activations, the
+    memory of 1F1B. The pattern needs at least 2p - 1 micro-batches.
     """
     m = max(m, 2 * pp - 1)
     down, up = 2 * (pp - rank) - 1, pp - rank
@@ -184,7 +184,7 @@ def _zb_v(pp: int, rank: int, m: int) -> Iterator[_Op]:
         if turn < forwards_left:
             yield "F", 0
         yield from (("B", 0), ("W", 0), ("F", 1), ("B", 1), ("W", 1))
-    # What is left of the backwards: p of chunk 0 and `rank` of chunk 1, with their weight gradients put off to the end.
+    # The remaining backwards: p of chunk 0 and `rank` of chunk 1; their weight gradients are deferred to the end.
     for _ in range(rank):
         yield from (("B", 0), ("B", 1))
     for _ in range(up):
@@ -194,7 +194,7 @@ def _zb_v(pp: int, rank: int, m: int) -> Iterator[_Op]:
 
 
 def _next(ops: Iterator[_Op]) -> Iterator[_Op]:
-    """The next of `ops`, if there is one left."""
+    """Yield the next of `ops`, if any is left."""
     for op in ops:
         yield op
         return

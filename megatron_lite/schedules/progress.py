@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class Progress:
-    """Counts since the start of the run. `iteration` is the number of finished iterations.
+    """Counts since the start of the run; `iteration` is the number of finished iterations.
 
-    An iteration is *applied* when its optimizer step took place. One that fp16 skipped for an overflow, or whose
-    number is in --skip-train-iteration-range, consumes its samples but is not applied, and the learning rate,
-    which counts applied progress only, stands still (as in Megatron-LM).
+    An iteration is *applied* if its optimizer step took place. An iteration skipped for an fp16 overflow or by
+    --skip-train-iteration-range consumes its samples without being applied. The learning rate depends on applied
+    progress only, as in Megatron-LM.
     """
 
     iteration: int = 0
@@ -24,10 +24,10 @@ class Progress:
     applied_samples: int = 0
     applied_tokens: int = 0
     validation_due: int = 0
-    """1: the job stopped before it had finished the validation after this iteration; the next one begins with it."""
+    """1: the job stopped before the validation after this iteration was finished; the next job starts with it."""
 
     def advance(self, samples: int, tokens: int, applied: bool) -> Progress:
-        """Progress after one more iteration of `samples` samples that held `tokens` tokens in total."""
+        """Return the progress after another iteration of `samples` samples with `tokens` tokens in total."""
         return Progress(
             iteration=self.iteration + 1,
             consumed_train_samples=self.consumed_train_samples + samples,
@@ -40,15 +40,14 @@ class Progress:
         )
 
     def to_dict(self) -> dict[str, int]:
-        """The counts by name, as a checkpoint stores them."""
+        """Return the counts by name, as stored in checkpoints."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, int]) -> Progress:
-        """Inverse of to_dict; names that are not counts of progress are passed over.
+        """Return the progress of to_dict's result; other names are ignored.
 
-        A checkpoint that does not tell what was applied (Megatron's) is taken to have applied everything but its
-        skipped iterations' share, which is all that can be known.
+        Megatron's checkpoints hold no applied counts. All iterations but the skipped ones are taken as applied.
         """
         known = {field.name: int(counts[field.name]) for field in fields(cls) if field.name in counts}
         known.setdefault("applied_iterations", known.get("iteration", 0) - known.get("skipped_iterations", 0))

@@ -1,4 +1,4 @@
-"""Rendering of a simulated pipeline as text or as a picture."""
+"""Rendering of a simulated pipeline schedule as a text grid or an image file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAMES = {"F": "forward", "B": "backward", "W": "weight gradient"}
 
 
 def text_grid(timeline: Timeline) -> str:
-    """One row a rank, one column for each shortest action's time; dots are idle and `=` carries on the action before.
+    """Return a grid with a row per rank and a column per duration of the shortest action.
 
-    There are at most MAX_COLUMNS columns, and one more for each action that is shorter. An action's stage is named only
-    where ranks hold more than one.
+    Dots are idle time, `=` continues the action before. There are at most MAX_COLUMNS columns, plus one for each action
+    shorter than a column. Stages are shown only if ranks hold more than one.
     """
     labels = [[_label(span, timeline) for span in spans] for spans in timeline.ranks]
     width = max((len(label) for row in labels for label in row), default=1)
@@ -26,7 +26,7 @@ def text_grid(timeline: Timeline) -> str:
     for spans, row in zip(timeline.ranks, labels, strict=True):
         cells: list[str] = []
         for span, label in zip(spans, row, strict=True):
-            # Times that are no multiples of the unit are rounded, but every action keeps a column.
+            # Times are rounded to columns; every action keeps at least one.
             cells += ["." * width] * (round(span.start / unit) - len(cells))
             cells += [label.ljust(width)] + ["=" * width] * (round(span.end / unit) - len(cells) - 1)
         rows.append(cells)
@@ -36,7 +36,7 @@ def text_grid(timeline: Timeline) -> str:
 
 
 def save_picture(timeline: Timeline, path: Path, title: str) -> None:
-    """Draw the timeline, one row a rank, into an image file of the type that `path` ends in.
+    """Draw the timeline, one row per rank, into an image file whose type is the suffix of `path`.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -46,9 +46,8 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ConfigError(
-            "Drawing a schedule takes matplotlib",
-            found="it is not installed",
-            fix=f"{install_extra('plot')}, or leave --png out",
+            "Cannot draw the schedule: matplotlib is not installed",
+            fix=f"{install_extra('plot')}, or remove --png",
         ) from error
     num_ranks = len(timeline.ranks)
     figure = Figure(figsize=(min(60.0, 2 + timeline.makespan * 0.35), 1.6 + num_ranks * 0.45), layout="constrained")
@@ -76,9 +75,8 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "--png must name an image file that can be written",
-            found=f"{path}: {getattr(error, 'strerror', None) or error}",
-            fix="Give --png another path",
+            f"Cannot write the image --png {path}: {getattr(error, 'strerror', None) or error}",
+            fix="Use another path for --png, ending in .png, .svg or .pdf",
         ) from error
 
 

@@ -8,10 +8,10 @@ from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 
 
 def falls_on(phases: Sequence[SavePhase], iteration: int) -> bool:
-    """Whether a schedule of phases names `iteration`.
+    """Return whether `iteration` is due in a schedule of phases.
 
-    Within a phase these are the multiples of its interval, counted from the start of the run, so a resumed run saves
-    where an uninterrupted one does.
+    Within a phase, the multiples of its interval are due. They are counted from the start of the run, so a resumed run
+    saves at the same iterations as an uninterrupted one.
     """
     for phase in phases:
         if not phase.until or iteration <= phase.until:
@@ -20,20 +20,20 @@ def falls_on(phases: Sequence[SavePhase], iteration: int) -> bool:
 
 
 def is_save_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
-    """Whether a checkpoint is due once `iteration` iterations are finished."""
+    """Return whether a checkpoint is due after `iteration` iterations."""
     return falls_on(checkpoint.phases, iteration)
 
 
 def is_weights_iteration(checkpoint: CheckpointConfig, iteration: int) -> bool:
-    """Whether the weights alone are to be saved once `iteration` iterations are finished (--weights-only-every)."""
+    """Return whether a weights-only checkpoint is due after `iteration` iterations (--weights-only-every)."""
     every = checkpoint.weights_only_every
     return iteration > 0 and every > 0 and iteration % every == 0
 
 
 def save_iterations(checkpoint: CheckpointConfig, last_iteration: int) -> list[range]:
-    """Iterations up to `last_iteration` after which a checkpoint is due, ascending: one range for each phase with any.
+    """Return the iterations up to `last_iteration` after which a checkpoint is due, as one ascending range per phase.
 
-    Ranges, because a run of a billion iterations may save after each.
+    A list would be too long for a run of a billion iterations that saves after each.
     """
     done, found = 0, list[range]()
     for phase in checkpoint.phases:

@@ -1,6 +1,6 @@
 """Sequence-length curriculum (Li et al. 2021, arXiv:2108.06084): sequence length by iteration.
 
-A shorter sequence is the beginning of the sample: it changes how many tokens an iteration holds, never its samples.
+A shorter sequence is a prefix of the sample: the curriculum changes the number of tokens, and the samples stay.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from megatron_lite.config.batch import BatchConfig, SequenceRamp
 
 
 def sequence_length(batch: BatchConfig, iteration: int) -> int:
-    """Tokens of each sample in the iteration that follows `iteration` finished ones.
+    """Return the sequence length of the iteration that follows `iteration` finished iterations.
 
-    Stages name iterations as the log numbers them, from 1; the first stage also covers what precedes it.
+    Stages start at iteration numbers as in the log, from 1; the first stage also covers earlier iterations.
     """
     ramp = batch.sequence_ramp
     if ramp is None:
@@ -30,7 +30,7 @@ def sequence_length(batch: BatchConfig, iteration: int) -> int:
 
 
 def sequence_stages(batch: BatchConfig) -> Iterator[tuple[int, int]]:
-    """Yield (finished iterations from which it holds, sequence length), from (0, …) on; every length differs."""
+    """Yield (finished iterations, sequence length from there on) for iteration 0 and every change of length."""
     start, length = 0, sequence_length(batch, 0)
     yield start, length
     for candidate in _changes(batch):
@@ -40,7 +40,7 @@ def sequence_stages(batch: BatchConfig) -> Iterator[tuple[int, int]]:
 
 
 def _linear(ramp: SequenceRamp, longest: int, number: int) -> int:
-    """DeepSpeed's fixed_linear schedule; it never gives less than one step."""
+    """Return the length of DeepSpeed's fixed_linear schedule, at least one step."""
     if number >= ramp.iterations:
         return longest
     length = math.floor(number / ramp.iterations * (longest - ramp.start) + ramp.start)
@@ -48,7 +48,7 @@ def _linear(ramp: SequenceRamp, longest: int, number: int) -> int:
 
 
 def _changes(batch: BatchConfig) -> Iterator[int]:
-    """Finished iterations at which the length may change, ascending."""
+    """Yield the finished iterations at which the length may change, ascending."""
     ramp = batch.sequence_ramp
     if ramp is None:
         return
@@ -57,11 +57,11 @@ def _changes(batch: BatchConfig) -> Iterator[int]:
         return
     slope = (batch.seq_length - ramp.start) / max(1, ramp.iterations)
     if slope > ramp.step:
-        # The length changes in nearly every iteration, and there are fewer of these than lengths.
+        # The length changes in nearly every iteration, and there are fewer iterations than lengths.
         yield from range(1, ramp.iterations - 1)
     elif slope > 0:
         for length in range(ramp.start // ramp.step * ramp.step + ramp.step, batch.seq_length, ramp.step):
-            # One to either side: the border is decided by floats.
+            # One iteration to either side: the exact iteration depends on floating-point rounding.
             guess = math.ceil((length - ramp.start) / slope) - 1
             yield from (max(0, guess - 1), max(0, guess), guess + 1)
     yield max(0, ramp.iterations - 1)

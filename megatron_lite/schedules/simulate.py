@@ -1,8 +1,8 @@
 """Pipeline simulator: start times, bubble, peak activations and deadlocks of a schedule.
 
-Two machines can be asked. A *blocking* one stalls both ranks in a send until its receive is reached and the data has
-passed (rendezvous, the strictest transport there is). An *overlapping* one, as NCCL's, moves data beside the
-computation, one message at a time per rank in list order; computation waits for what it needs and for nothing else.
+There are two transports. The *blocking* transport stalls both ranks of a message until both have reached it and the
+data is transferred (rendezvous, the strictest transport). The *overlapping* transport, as NCCL's, transfers data in
+parallel with computation, one message at a time per rank in list order; a computation waits for its inputs only.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from megatron_lite.schedules.pipeline import COMPUTE, Action, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Time of each action, in any unit. A backward that is not split takes backward + weight."""
+    """Time of each action, in any unit; an unsplit backward takes backward + weight."""
 
     forward: float = 1.0
     backward: float = 1.0
     weight: float = 1.0
     comm: float = 0.0
-    """Time of one message from rank to rank."""
+    """Time of one P2P message."""
     stages: tuple[float, ...] = ()
-    """Relative compute time of each stage; empty: all the same."""
+    """Relative compute time of each stage; empty: all equal."""
 
     def of(self, action: Action, split: bool) -> float:
-        """Time that `action` takes if the schedule does (`split`) or does not split backwards."""
+        """Return the time of `action`; `split`: the schedule has weight gradients as separate actions."""
         if action.kind not in COMPUTE:
             return self.comm
         whole = self.backward if split else self.backward + self.weight
@@ -36,7 +36,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
-    """One compute action and when it runs."""
+    """Compute action with its start and end time."""
 
     action: Action
     start: float
@@ -45,11 +45,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Result of a simulation: compute actions of each rank with their times."""
+    """Result of a simulation: compute actions of each rank with their start and end times."""
 
     ranks: tuple[tuple[Span, ...], ...]
     peak_activations: tuple[int, ...]
-    """Most stage inputs that each rank holds at once for backwards to come (of one chunk each)."""
+    """Largest number of stage inputs (of one chunk each) that each rank holds at once for later backwards."""
 
     @property
     def makespan(self) -> float:
@@ -58,10 +58,10 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of time without work on the rank that is occupied longest, from its own first action to its last.
+        """Idle share of the rank with the longest time between its first and its last action.
 
-        This is what the papers' formulas count: the time that a rank waits for its first input overlaps with the
-        end of the iteration before.
+        This is the definition of the papers: the wait for the first input overlaps with the end of the previous
+        iteration.
         """
         longest = max((spans[-1].end - spans[0].start for spans in self.ranks if spans), default=0.0)
         work = max((sum(span.end - span.start for span in spans) for spans in self.ranks), default=0.0)
@@ -69,16 +69,16 @@ class Timeline:
 
 
 class DeadlockError(Exception):
-    """No rank can go on although some are not done; the message lists where each one is stuck."""
+    """No rank can proceed although some are unfinished; the message lists the pending action of each rank."""
 
 
 def is_split(schedule: Schedule) -> bool:
-    """Whether weight gradients are actions of their own."""
+    """Return whether weight gradients are separate actions."""
     return any(action.kind == "W" for actions in schedule for action in actions)
 
 
 def peak_activations(actions: Sequence[Action], split: bool) -> int:
-    """Most (stage, micro-batch) activations alive at once on the rank that runs `actions` in this order."""
+    """Return the peak number of live (stage, micro-batch) activations on the rank that runs `actions` in order."""
     alive = peak = 0
     for action in actions:
         alive += (action.kind == "F") - (action.kind == ("W" if split else "B"))
@@ -87,12 +87,12 @@ def peak_activations(actions: Sequence[Action], split: bool) -> int:
 
 
 def simulate(program: Schedule, costs: Costs | None = None, *, blocking: bool = False) -> Timeline:
-    """Run a lowered program on paper.
+    """Simulate a lowered program.
 
     Args:
-        program: lists of compute actions, sends and receives of every rank, from lowering.lower.
+        program: compute actions, sends and receives of every rank, from lowering.lower.
         costs: time of each action; by default F = B = W = 1 and messages are instant.
-        blocking: which machine (see the module's text).
+        blocking: True for the blocking transport, False for the overlapping one.
 
     Raises:
         DeadlockError: the program cannot finish under rendezvous transport.
@@ -155,7 +155,7 @@ def _run_overlapping(program: Schedule, costs: Costs, split: bool) -> list[list[
                 moved = True
             while queued[rank] < len(queues[rank]):
                 message = queues[rank][queued[rank]]
-                produced = ready.get((rank, Action("F" if message.kind == "SEND_F" else "B", *_what(message))))
+                produced = ready.get((rank, Action("F" if message.kind == "SEND_F" else "B", *_unit_of(message))))
                 if not message.kind.startswith("SEND") or produced is None or not _meets(message, rank, queues, queued):
                     break
                 peer = _peer(message)
@@ -171,19 +171,19 @@ def _run_overlapping(program: Schedule, costs: Costs, split: bool) -> list[list[
 
 
 def _needs(actions: list[Action]) -> dict[Action, list[Action]]:
-    """What on the same rank each compute action waits for: the receives of its inputs."""
+    """Return, for each compute action, the receives on the same rank that it depends on."""
     needs: dict[Action, list[Action]] = {}
     received: dict[tuple[str, int, int], Action] = {
-        (a.kind, *_what(a)): a for a in actions if a.kind.startswith("RECV")
+        (a.kind, *_unit_of(a)): a for a in actions if a.kind.startswith("RECV")
     }
     for action in actions:
         if action.kind in COMPUTE:
-            message = received.get((f"RECV_{action.kind}", *_what(action)))
+            message = received.get((f"RECV_{action.kind}", *_unit_of(action)))
             needs[action] = [message] if message else []
     return needs
 
 
-def _what(action: Action) -> tuple[int, int]:
+def _unit_of(action: Action) -> tuple[int, int]:
     return action.stage, action.microbatch
 
 
@@ -193,7 +193,7 @@ def _peer(action: Action) -> int:
 
 
 def _meets(send: Action, rank: int, program: Schedule, position: list[int]) -> bool:
-    """Whether the receiver of `send`, which `rank` is at, has come to the receive that belongs to it."""
+    """Return whether the peer of `send` on `rank` has reached the matching receive."""
     peer = _peer(send)
     if position[peer] >= len(program[peer]):
         return False
@@ -205,4 +205,4 @@ def _meets(send: Action, rank: int, program: Schedule, position: list[int]) -> b
 
 def _stuck(program: Schedule, position: list[int]) -> str:
     at = [str(actions[i]) if i < len(actions) else "done" for actions, i in zip(program, position, strict=True)]
-    return "no rank can go on: " + ", ".join(f"{number} at {where}" for number, where in enumerate(at))
+    return "deadlock, no rank can proceed: " + ", ".join(f"{number} at {where}" for number, where in enumerate(at))

@@ -1,8 +1,8 @@
-"""Excluded samples: maps consumed samples to dataset positions, passing over excluded ranges.
+"""Excluded samples: maps consumed samples to dataset positions outside excluded ranges.
 
-A sample's *place* is its number in the order of the data. Without ranges to leave out it is the number of samples
-consumed before it; each range that lies before it moves it on by the range's length. A range is recorded when a run
-goes back to a checkpoint, and begins at a place that was not reached there: what was consumed before keeps its places.
+The *place* of a sample is its position in the data order. Without excluded ranges it equals the number of samples
+consumed before it; each excluded range before it adds the length of the range. A range is recorded when a run is rolled
+back to a checkpoint and starts behind the last sample consumed there, so places of consumed samples do not change.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 Ranges = Sequence[tuple[int, int]]
-"""Ranges [first, end) of places, as `merged` gives them."""
+"""Ranges [first, end) of places, as returned by `merged`."""
 
 
 def place_of(consumed: int, skipped: Ranges, total: int | None = None) -> int:
-    """Place of the sample that is trained on after `consumed` others.
+    """Return the place of the sample that follows `consumed` consumed samples.
 
     Args:
-        consumed: samples consumed before it.
-        skipped: ranges that are left out.
-        total: samples of the data, which begins anew for as many as were left out of it; None: it has no end.
+        consumed: samples consumed before.
+        skipped: excluded ranges.
+        total: samples in the data, which restarts to replace the excluded ones; None: unlimited.
     """
     if skipped and total is not None:
         consumed %= max(1, total - sum(max(0, min(end, total) - first) for first, end in skipped))
@@ -32,7 +32,7 @@ def place_of(consumed: int, skipped: Ranges, total: int | None = None) -> int:
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same places as ranges in order that neither overlap nor touch."""
+    """Return the same places as ascending ranges that neither overlap nor touch."""
     result: list[tuple[int, int]] = []
     for first, end in sorted(ranges):
         if first >= end:

@@ -74,6 +74,7 @@ def rank_of(backend):
     return backend.rank
 
 
+@pytest.mark.slow
 def test_a_failed_rank_is_reported_and_the_next_test_gets_new_ranks(on_ranks):
     with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2.*this rank fails") as caught:
         on_ranks(2, fail_on, 1)

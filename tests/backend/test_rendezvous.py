@@ -196,6 +196,7 @@ def test_a_process_after_the_start_is_refused_alone(start_rank):
     assert not ranks[0].server.failure
 
 
+@pytest.mark.slow
 def test_another_world_size_is_named_with_both_hosts(start_rank):
     port = free_port()
     ranks = [start_rank(launch(0, 4, ports=(port,))), start_rank(launch(1, 8, ports=(port,)))]

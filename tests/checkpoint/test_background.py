@@ -166,6 +166,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_stays_flat_over_many_saves(kit, tmp_path):
     tensors = kit.whole({f"w{number}": torch.randn(256, 1024) for number in range(8)})

@@ -63,6 +63,7 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
     assert where in ended["message"]
 
 
+@pytest.mark.slow
 def test_a_repair_goes_on_as_if_nothing_had_happened(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     words = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
@@ -74,6 +75,7 @@ def test_a_repair_goes_on_as_if_nothing_had_happened(corpus, ranks, tmp_path, cl
     assert_same_run(save, clean)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_with_other_checks_is_the_same(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     for words in (("--exit-interval", 4, CHECK, 2), ()):

@@ -94,6 +94,7 @@ def test_classic(name, saved, imported, same, tmp_path):
     assert goes_on(tmp_path / "ck", tmp_path, *precision) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complete", [True, False])
 def test_distributed_optimizer(complete, saved, imported, tmp_path):
     state, model, expected = saved(*BF16)

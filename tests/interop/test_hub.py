@@ -161,6 +161,7 @@ def test_export_and_push(server, make_checkpoint, tmp_path):
     assert b"# gpt" in server.files("ada/gpt")["README.md"]
 
 
+@pytest.mark.slow
 def test_revisions_from_a_run(server, make_checkpoint, waits):
     for iteration in (2, 4, 6):
         load = make_checkpoint(iteration=iteration)

@@ -112,6 +112,7 @@ def test_every_kind_of_layout_can_be_played(words):
     assert call_mismatches(reports) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_calls_something_else_is_found():
     config = small("--pipeline-model-parallel-size", "2", "--world-size", "4")
     reports = list(rehearse_ranks(config, representative_ranks(config)))

@@ -80,11 +80,11 @@ def test_an_action_is_written_as_in_the_papers():
 
 @pytest.mark.parametrize(("pp", "m", "chunks"), [(0, 1, 1), (2, -1, 1), (2, 1, 0)])
 def test_impossible_sizes_are_refused(pp, m, chunks):
-    with pytest.raises(ConfigError, match="at least one rank"):
+    with pytest.raises(ConfigError, match="Cannot schedule"):
         pipeline_schedule("interleaved", pp, m, chunks)
 
 
 @pytest.mark.parametrize(("kind", "chunks"), [("1f1b", 2), ("zb-h1", 2), ("zb-v", 3)])
 def test_chunks_that_a_schedule_cannot_use_are_refused(kind, chunks):
-    with pytest.raises(ConfigError, match="Only the interleaved schedule"):
+    with pytest.raises(ConfigError, match=r"does not support \d model chunks per rank"):
         pipeline_schedule(kind, 4, 8, chunks)

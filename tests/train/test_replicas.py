@@ -128,6 +128,7 @@ def test_nans_are_compared_by_their_bits(on_ranks):
     assert on_ranks(2, nan_run) == [([], [FC1])] * 2
 
 
+@pytest.mark.slow
 def test_checks_change_nothing(on_ranks):
     cell = Cell(tp=2, dp=2, **SP, **ZERO1)
     checked = on_ranks(4, checked_run, cell, 4)
