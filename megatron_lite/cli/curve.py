@@ -1,4 +1,4 @@
-"""CLI command `curve`: loss curve of a run in the terminal or as SVG and PNG."""
+"""CLI command `curve`: loss curve of a run in the terminal or as an SVG file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and a
 
 
 def run(argv: list[str]) -> int:
-    """Draw the curve that `argv` asks for."""
+    """Draw the loss curve."""
     parser = Parser(prog="megatron-lite curve", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
     parser.add_argument("metrics", type=Path, help="a run's metrics.jsonl, or the folder that holds it")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file as well")
@@ -31,9 +31,8 @@ def run(argv: list[str]) -> int:
     path = options.metrics / "metrics.jsonl" if options.metrics.is_dir() else options.metrics
     if path.exists() and not path.is_file():
         raise ConfigError(
-            "A loss curve is read from a file",
-            found=f"{path} is a pipe or a device",
-            fix="Give the run's metrics.jsonl",
+            f"Cannot read a loss curve from {path}, which is a pipe or a device",
+            fix="Give the metrics.jsonl of a run",
         )
     curve = read_curve(path, options.title)
     if not options.no_terminal:
@@ -59,7 +58,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            "--svg must name a file that can be written",
-            found=f"{path}: {error.strerror}",
-            fix="Give --svg another path",
+            f"Cannot write --svg {path}: {error.strerror}",
+            fix="Use another path for --svg",
         ) from error

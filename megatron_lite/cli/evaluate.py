@@ -26,7 +26,7 @@ SUMMARY = "loss and perplexity of a text or dataset under a model from a checkpo
 
 
 def run(argv: list[str]) -> int:
-    """Evaluate the model that `argv` names on its texts."""
+    """Evaluate a model on texts and datasets."""
     parser = _parser()
     options = parser.parse_args(argv)
     if not options.text and not options.data_path:
@@ -34,28 +34,28 @@ def run(argv: list[str]) -> int:
 
     from megatron_lite.evaluation.perplexity import format_table
 
-    files = [(path, _read(path)) for path in options.text]  # a wrong name is reported before the model is loaded
+    files = [(path, _read(path)) for path in options.text]  # report a wrong path before loading the model
     model = load_model(options)
     seq_length = options.seq_length or model.config.batch.seq_length
     note(f"windows of {seq_length} tokens, {options.stride or seq_length} apart")
-    figures = [_measured(model, work, options, seq_length) for work in list(_works(files, options, model))]
+    metrics = [_measure(model, item, options, seq_length) for item in list(_inputs(files, options, model))]
     if options.json:
         record = {
             "checkpoint": str(model.path),
             "iteration": model.iteration,
             "seq_length": seq_length,
             "stride": options.stride or seq_length,
-            "texts": [one.record() for one in figures],
+            "texts": [one.record() for one in metrics],
         }
         print(json.dumps(record, indent=2))
     else:
-        print(format_table(figures))
+        print(format_table(metrics))
     return 0
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is to be evaluated: ids, the first of which is only context, and the text's sizes where they are known."""
+class _Input:
+    """Evaluation input: token ids, the first of which is context only, and sizes of the text if known."""
 
     name: str
     ids: NDArray[np.generic]
@@ -63,14 +63,14 @@ class _Work:
     num_words: int | None = None
 
 
-def _works(files: list[tuple[str, str]], options: argparse.Namespace, model: TrainedModel) -> Iterator[_Work]:
+def _inputs(files: list[tuple[str, str]], options: argparse.Namespace, model: TrainedModel) -> Iterator[_Input]:
     for path, text in files:
         yield _of_text(path, text, model, is_wikitext=options.wikitext, prepend_bos=options.prepend_bos)
     for prefix in options.data_path:
         yield _of_dataset(prefix, model, options.limit)
 
 
-def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool, prepend_bos: bool) -> _Work:
+def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool, prepend_bos: bool) -> _Input:
     import numpy as np
 
     from megatron_lite.evaluation import wikitext
@@ -78,11 +78,11 @@ def _of_text(name: str, text: str, model: TrainedModel, *, is_wikitext: bool, pr
     written = wikitext.detokenize(text) if is_wikitext else text
     words = wikitext.num_words(text) if is_wikitext else len(text.split())
     ids = np.asarray([*_context(model.tokenizer, prepend_bos=prepend_bos), *model.tokenizer.encode(written)])
-    return _Work(name, ids, len(text.encode()), words)
+    return _Input(name, ids, len(text.encode()), words)
 
 
 def _context(tokenizer: Tokenizer, *, prepend_bos: bool) -> list[int]:
-    """The token before a text, as in training: a document begins behind the end of another."""
+    """Return the token before a text: the end of another document, as in training."""
     if prepend_bos:
         return [tokenizer.bos]
     try:
@@ -92,7 +92,7 @@ def _context(tokenizer: Tokenizer, *, prepend_bos: bool) -> list[int]:
         return []
 
 
-def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
+def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Input:
     import numpy as np
 
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
@@ -108,10 +108,10 @@ def _of_dataset(prefix: str, model: TrainedModel, limit: int | None) -> _Work:
             break
         parts.append(dataset.document(number)[: wanted - count])
         count += len(parts[-1])
-    return _Work(prefix, np.concatenate(parts) if parts else np.empty(0, np.int64))
+    return _Input(prefix, np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
-def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq_length: int) -> TextMetrics:
+def _measure(model: TrainedModel, item: _Input, options: argparse.Namespace, seq_length: int) -> TextMetrics:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -122,27 +122,26 @@ def _measured(model: TrainedModel, work: _Work, options: argparse.Namespace, seq
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(Path(work.name).name, total=len(work.ids) - 1)
+        task = bar.add_task(Path(item.name).name, total=len(item.ids) - 1)
         loss = text_loss(
             model.stage,
-            work.ids,
+            item.ids,
             seq_length,
             stride=options.stride or 0,
             batch_size=options.batch_size,
             on_tokens=lambda count: bar.advance(task, count),
         )
-    return TextMetrics(work.name, loss, work.num_bytes, work.num_words)
+    return TextMetrics(item.name, loss, item.num_bytes, item.num_words)
 
 
 def _read(path: str) -> str:
     text = require_text(path, "--text")
     if not text:
-        raise DataError("--text must name files with text in them", found=f"{path} is empty", fix="Give another file")
+        raise DataError(f"The file --text {path} is empty", fix="Give another file")
     if Path(path).suffix == ".jsonl":
         raise ConfigError(
-            "--text takes plain text",
-            found=f"{path}, whose text is wrapped in JSON",
-            fix="Make a dataset of it with `megatron-lite preprocess`, and give that with --data-path",
+            f"Cannot evaluate --text {path}: --text takes plain text, and the file is JSON lines",
+            fix="Preprocess it with `megatron-lite preprocess`, and give the dataset with --data-path",
         )
     return text
 
@@ -150,9 +149,9 @@ def _read(path: str) -> str:
 def _parser() -> Parser:
     parser = Parser(
         prog="megatron-lite evaluate",
-        description="Loss and perplexity of texts and datasets under a model from a checkpoint, every token predicted "
-        "once. The model's shape and tokenizer are read from there. bits/byte and word ppl (perplexity per word) "
-        "compare models of different tokenizers; loss and perplexity are per token.",
+        description="Loss and perplexity of texts and datasets under a model from a checkpoint, which also gives its "
+        "architecture and tokenizer. Every token is predicted once. bits/byte and word ppl (perplexity per word) are "
+        "comparable between tokenizers; loss and perplexity are per token.",
     )
     add_model_arguments(parser)
     texts = parser.add_argument_group("texts")
@@ -162,7 +161,7 @@ def _parser() -> Parser:
         action="extend",
         default=[],
         metavar="FILE",
-        help="plain UTF-8 text, each file one document",
+        help="plain UTF-8 text files, one document each",
     )
     texts.add_argument(
         "--data-path",
@@ -170,7 +169,7 @@ def _parser() -> Parser:
         action="extend",
         default=[],
         metavar="PREFIX",
-        help="datasets, without .bin and .idx: all their tokens",
+        help="dataset prefixes, without .bin and .idx",
     )
     texts.add_argument(
         "--prepend-bos",
@@ -183,22 +182,20 @@ def _parser() -> Parser:
     texts.add_argument(
         "--wikitext",
         action="store_true",
-        help="the files are WikiText: put its words together, and count them and the bytes as published",
+        help="the files are WikiText: detokenize, and count words and bytes as in publications",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--seq-length", type=whole(1), metavar="N", help="tokens that the model sees at once (default: as in training)"
-    )
-    how.add_argument(
+    windows = parser.add_argument_group("windows and output")
+    windows.add_argument("--seq-length", type=whole(1), metavar="N", help="tokens per window (default: as in training)")
+    windows.add_argument(
         "--stride",
         "--overlapping-eval",
         type=whole(1),
         metavar="N",
-        help="how far apart windows start (default: seq-length, so that none overlap); less gives each token more "
-        "context, for more work",
+        help="distance between starts of windows (default: seq-length, no overlap); a smaller stride gives tokens more "
+        "context at higher cost",
     )
-    how.add_argument(
-        "--batch-size", type=whole(1, 1_000_000), default=4, metavar="N", help="windows at once (default: 4)"
+    windows.add_argument(
+        "--batch-size", type=whole(1, 1_000_000), default=4, metavar="N", help="windows per batch (default: 4)"
     )
-    how.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    windows.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser

@@ -16,12 +16,12 @@ from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
 @contextmanager
 def holding(folder: Path, command: str) -> Iterator[None]:
-    """Hold the lock of a --save folder while a command changes it; a folder that was made for it and stays empty goes.
+    """Hold the lock of a --save folder; a folder created for it is removed if it stays empty.
 
     Raises:
-        CheckpointError: a job uses the folder, or it cannot be written to.
+        CheckpointError: a job uses the folder, or it is not writable.
     """
-    # The folder of --weights-only-every lies in that of its run.
+    # The folder of --weights-only-every is inside the folder of its run.
     root = folder.parent if folder.name == WEIGHTS_FOLDER and folder.is_dir() else folder
     made = not root.exists()
     lock = FolderLock(
@@ -31,9 +31,8 @@ def holding(folder: Path, command: str) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise CheckpointError(
-            "The folder to write to must be a folder that can be written to",
-            found=f"{error.filename or root}: {error.strerror}",
-            fix="Make room, change its permissions, or give a folder that you may write to",
+            f"Cannot write to {error.filename or root}: {error.strerror}",
+            fix="Free disk space, change the permissions, or give another folder",
         ) from error
     try:
         yield

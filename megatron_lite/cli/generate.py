@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 SUMMARY = "continue prompts with a model from a checkpoint"
 MAX_NEW_TOKENS = 128
 ROWS_AT_ONCE = 32
-"""Prompts and samples that share a batch; a longer list is worked off in parts."""
+"""Rows (prompts times samples) per batch."""
 
 
 def run(argv: list[str]) -> int:
-    """Continue the prompts that `argv` gives, or those typed one by one."""
+    """Continue the given prompts, or start a prompt session."""
     options = _parser().parse_args(argv)
-    prompts = _given(options)  # an unreadable file is reported before the model is loaded
+    prompts = _read_prompts(options)  # report an unreadable file before loading the model
 
     from megatron_lite.generation.sampling import Sampling
 
@@ -38,25 +38,25 @@ def run(argv: list[str]) -> int:
     if prompts:
         _continue(model, prompts, options, sampling)
     else:
-        _talk(model, options, sampling)
+        _run_session(model, options, sampling)
     return 0
 
 
-def _talk(model: TrainedModel, options: argparse.Namespace, sampling: Sampling) -> None:
-    """Asks for prompts until there is none; one that the model cannot continue does not end the session."""
+def _run_session(model: TrainedModel, options: argparse.Namespace, sampling: Sampling) -> None:
+    """Read prompts until an empty one; a prompt that the model cannot continue does not end the session."""
     note("type a prompt and press return; an empty one or Ctrl-D ends")
-    while prompt := _ask():
-        _answer(model, prompt, options, sampling)
+    while prompt := _read_prompt():
+        _continue_or_report(model, prompt, options, sampling)
 
 
-def _answer(model: TrainedModel, prompt: str, options: argparse.Namespace, sampling: Sampling) -> None:
+def _continue_or_report(model: TrainedModel, prompt: str, options: argparse.Namespace, sampling: Sampling) -> None:
     try:
         _continue(model, [prompt], options, sampling)
     except ConfigError as error:
         note(str(error))
 
 
-def _ask() -> str:
+def _read_prompt() -> str:
     while True:
         try:
             prompt = input("> ")
@@ -73,8 +73,8 @@ def _ask() -> str:
 def _parser() -> Parser:
     parser = Parser(
         prog="megatron-lite generate",
-        description="Continue prompts with a model from a checkpoint. Its shape and tokenizer are read from there. "
-        "Without a prompt, text piped in is one prompt, and on a terminal you are asked.",
+        description="Continue prompts with a model from a checkpoint, which also gives its architecture and tokenizer. "
+        "Without --prompt, piped text is one prompt, and a terminal starts a prompt session.",
     )
     add_model_arguments(parser)
     prompts = parser.add_argument_group("prompts")
@@ -88,51 +88,53 @@ def _parser() -> Parser:
         action="store_true",
         help="begin each prompt with the beginning-of-text token, as the training data (preprocess --prepend-bos)",
     )
-    choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument(
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
         "--max-new-tokens",
         type=whole(1, 1_000_000_000),
         metavar="N",
-        help="default: 128, or what the model has positions for",
+        help="default: 128, or fewer if the model has fewer positions",
     )
-    choice.add_argument("--temperature", type=real(0.0, 1e6), default=1.0, help="0: greedy; default: %(default)s")
-    choice.add_argument("--top-k", type=whole(), default=0, metavar="K", help="only the K likeliest; 0: all (default)")
-    choice.add_argument(
+    sampling.add_argument("--temperature", type=real(0.0, 1e6), default=1.0, help="0: greedy; default: %(default)s")
+    sampling.add_argument(
+        "--top-k", type=whole(), default=0, metavar="K", help="sample from the K likeliest tokens; 0: all (default)"
+    )
+    sampling.add_argument(
         "--top-p",
         type=real(0.0, 1.0, above=True),
         default=1.0,
         metavar="P",
-        help="only the likeliest that reach P together",
+        help="sample from the likeliest tokens with total probability P",
     )
-    choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    choice.add_argument(
+    sampling.add_argument("--greedy", action="store_true", help="always choose the likeliest token")
+    sampling.add_argument(
         "--seed", type=seed, default=1234, help="the same seed gives the same text; default: %(default)s"
     )
     return parser
 
 
-def _given(options: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, or what is piped in; none: somebody is there to be asked."""
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """Return the prompts of the command line or of a pipe; empty: start a prompt session."""
     given = list(options.prompt or [])
     if options.prompt_file is not None:
         given += text_lines(require_text(options.prompt_file, "--prompt-file"))
     elif not given and not sys.stdin.isatty():
-        given.append(_piped().removesuffix("\n"))
+        given.append(_read_stdin().removesuffix("\n"))
     return given
 
 
-def _piped() -> str:
-    """The text on standard input."""
+def _read_stdin() -> str:
+    """Return the text on standard input."""
     try:
         if (raw := getattr(sys.stdin, "buffer", None)) is not None:
             return decode_text(raw.read())
         return sys.stdin.read()
     except TextFileError as error:
-        raise DataError("A prompt is UTF-8 text", found=f"standard input {error}", fix="Convert it") from error
+        raise DataError(f"Cannot read the prompt: standard input {error}", fix="Convert it to UTF-8") from error
 
 
 def _end_of_document(tokenizer: Tokenizer) -> int | None:
-    """Id of the token that ends a text; None for a tokenizer that has none, whose texts end by length alone."""
+    """Return the id of the end-of-document token; None if the tokenizer has none."""
     try:
         return tokenizer.eod
     except DataError:
@@ -140,8 +142,8 @@ def _end_of_document(tokenizer: Tokenizer) -> int | None:
         return None
 
 
-def _what_fits(prompt: int, model: ModelConfig) -> int:
-    """Tokens to add where nobody says: 128, or the positions that are left, but at least one."""
+def _default_new_tokens(prompt: int, model: ModelConfig) -> int:
+    """Return the default of --max-new-tokens: 128 or the remaining positions, at least 1."""
     left = model.max_position_embeddings - prompt if model.position_embedding == "learned" else MAX_NEW_TOKENS
     return max(1, min(MAX_NEW_TOKENS, left))
 
@@ -152,19 +154,19 @@ def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespa
 
     eod = _end_of_document(model.tokenizer)
     bos = [model.tokenizer.bos] if options.prepend_bos else []
-    # A text that begins from nothing begins after the end of another document, as in training.
+    # An empty prompt starts after the end-of-document token, as documents do in training.
     empty = bos or ([] if eod is None else [eod])
     ids = [[*bos, *encoded] if (encoded := model.tokenizer.encode(prompt)) else empty for prompt in prompts]
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = _what_fits(max(map(len, ids)), model.config.model)
+        max_new_tokens = _default_new_tokens(max(map(len, ids)), model.config.model)
     check_prompts(ids, max_new_tokens, model.config.model)
     rows = [(number, sample) for number in range(len(prompts)) for sample in range(options.num_samples)]
     streams = [TextStream(model.tokenizer, ids[number]) for number, _ in rows]
     texts = [""] * len(rows)
     live = len(rows) == 1
 
-    def tell(row: int, piece: str) -> None:
+    def emit(row: int, piece: str) -> None:
         texts[row] += piece
         if live:
             print(piece, end="", flush=True)
@@ -175,20 +177,20 @@ def _continue(model: TrainedModel, prompts: list[str], options: argparse.Namespa
         part = rows[start : start + ROWS_AT_ONCE]
 
         def on_token(row: int, token: int, start: int = start) -> None:
-            tell(start + row, streams[start + row].push(token))
+            emit(start + row, streams[start + row].push(token))
 
         generate(
             model.stage,
             [ids[number] for number, _ in part],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            # By sample, not by row: a prompt's text does not depend on the prompts beside it.
+            # By sample number: the text of a prompt does not depend on the other prompts.
             seeds=[options.seed + sample for _, sample in part],
             eod=eod,
             on_token=on_token,
         )
     for row, stream in enumerate(streams):
-        tell(row, stream.flush())
+        emit(row, stream.flush())
     if live:
         print()
         return

@@ -42,35 +42,35 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: the words after the program's name; None takes them from sys.argv.
+        argv: command-line arguments without the program name; None: those of sys.argv.
 
     Returns:
-        The exit code: 0 done, 1 a failure that was explained, 2 unusable arguments, 130 interrupted.
+        Exit code: 0 success, 1 failure with an error message, 2 usage error, 130 interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Without UTF-8, an ellipsis is printed as \u2026, as on stderr, instead of ending the program.
+        # Without UTF-8, an ellipsis is printed as \u2026, as on stderr, instead of raising an error.
         sys.stdout.reconfigure(errors="backslashreplace")
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if words else EXIT_USAGE
-    if words[0] == "--version":
+        return 0 if args else EXIT_USAGE
+    if args[0] == "--version":
         print(f"megatron-lite {__version__}")
         return 0
-    name = words[0].replace("_", "-")
+    name = args[0].replace("_", "-")
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean {nearest[0]}?" if nearest else "See megatron-lite --help."
-        print(f"megatron-lite: there is no command {words[0]!r}. {hint}", file=sys.stderr)
+        print(f"megatron-lite: unknown command {args[0]!r}. {hint}", file=sys.stderr)
         return EXIT_USAGE
-    return run_command(_load(name), words[1:])
+    return run_command(_load(name), args[1:])
 
 
 def run_command(command: ModuleType, argv: list[str]) -> int:
-    """Calls the command and prints the errors that are the user's to fix without a traceback."""
+    """Call the command; print a MegatronLiteError without traceback."""
     try:
         with _terminable():
             code: int = command.run(argv)
@@ -78,7 +78,7 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
         launch = _launch()
         if getattr(command, "SEVERAL_RANKS", False) and launch is not None and launch.world_size > 1:
             with suppress(KeyboardInterrupt):
-                _tell_other_ranks(error, launch)
+                _report_to_other_ranks(error, launch)
         else:
             _print_error(error)
         return EXIT_FAILURE
@@ -93,7 +93,7 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
             sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # `megatron-lite data inspect … | head`: the reader has what it wanted. Python would complain once more at exit.
+        # `megatron-lite data inspect … | head`: redirect stdout, because Python reports the closed pipe again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -101,7 +101,7 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, so that it leaves nothing half-written; then the process dies of it."""
+    """Handle SIGTERM as Ctrl-C, so that a command cleans up; afterwards the process terminates by SIGTERM."""
     received = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -120,44 +120,43 @@ def _terminable() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's or numpy's, or a device's or the host's as PyTorch reports it."""
-    words = ("DefaultCPUAllocator", "out of memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    """Return whether memory ran out: MemoryError, or PyTorch's error for a device or the host."""
+    messages = ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
 def _out_of_memory(error: Exception) -> str:
     detail = f": {str(error).splitlines()[0]}" if str(error) else ""
     return (
-        f"MemoryError: The process ran out of memory{detail}. Ask for less at a time: fewer samples, a smaller model, "
-        "--seq-length or --micro-batch-size, or fewer processes on this machine; `megatron-lite explain` with the same "
-        "flags tells sizes"
+        f"MemoryError: The process ran out of memory{detail}. Use fewer samples, a smaller model, --seq-length or "
+        "--micro-batch-size, or fewer processes on this machine; `megatron-lite explain` shows sizes"
     )
 
 
 def _load(name: str) -> ModuleType:
-    # Python's own words cannot be module names: import is in import_.py.
+    # Python keywords are no module names: import is in import_.py.
     module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")
     return importlib.import_module(f"megatron_lite.cli.{module}")
 
 
-def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
-    """Print an error in one rank of a job; end the ranks that wait for this one, if it failed before they met."""
+def _report_to_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
+    """Print an error on one rank of a job; before the rendezvous, also end the ranks that wait for this one."""
     if error.shared or error.silent:
         _print_error(error)
         return
     from megatron_lite.backend.rendezvous import REPORT_SECONDS, SEARCH_SECONDS, Rendezvous
 
-    told = False
+    reported = False
     try:
         with suppress(MegatronLiteError, OSError), Rendezvous(launch, SEARCH_SECONDS) as meeting:
             meeting.report_failure(error)
-            told = True
+            reported = True
             _print_error(error)
             meeting.wait_until_reported()
     finally:
-        if not told:
+        if not reported:
             _print_error(error)
-    if not told:
+    if not reported:
         # Rank 0 may still be starting.
         with suppress(MegatronLiteError, OSError), Rendezvous(launch, REPORT_SECONDS - SEARCH_SECONDS) as meeting:
             meeting.report_failure(error)
@@ -165,7 +164,7 @@ def _tell_other_ranks(error: MegatronLiteError, launch: Launch) -> None:
 
 def _print_error(error: MegatronLiteError) -> None:
     if not error.silent:
-        # In one write: the ranks of a job share a terminal.
+        # One write, because the ranks of a job share a terminal.
         sys.stderr.write(f"{_origin()}{type(error).__name__}: {error}\n")
         sys.stderr.flush()
 
@@ -178,7 +177,7 @@ def _launch() -> Launch | None:
 
 
 def _origin() -> str:
-    """Host and rank, in a job of several ranks: among 256 interleaved outputs they are what one looks for."""
+    """Return the prefix with host and rank for jobs of several ranks, whose outputs are interleaved."""
     launch = _launch()
     if launch is None:
         return f"[{host_name()}] "

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --load, the device, and the flags that say where the tokenizer's files have moved."""
+    """Add --load, the device, and the flags for moved tokenizer files."""
     source = parser.add_argument_group("model")
     source.add_argument("--load", required=True, metavar="DIR", help="a run's --save folder, or one checkpoint in it")
     source.add_argument(
-        "--load-iteration", type=whole(), default=0, metavar="N", help="which checkpoint (default: latest)"
+        "--load-iteration", type=whole(), default=0, metavar="N", help="iteration of the checkpoint (default: latest)"
     )
     source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
@@ -27,14 +27,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that say where the tokenizer's files have moved."""
+    """Add the flags for moved tokenizer files."""
     kinds = get_args(get_type_hints(TokenizerConfig)["type"])
     group.add_argument(
         "--tokenizer-type",
         default="",
         choices=kinds,
         metavar="TYPE",
-        help=f"where the tokenizer's files have moved: its kind ({', '.join(kinds)}),",
+        help=f"if the tokenizer's files have moved: type of the tokenizer ({', '.join(kinds)}),",
     )
     group.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json,")
     group.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt,")
@@ -44,7 +44,7 @@ def add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def tokenizer_fields(options: argparse.Namespace) -> dict[str, str]:
-    """Return the fields of TokenizerConfig that the flags give."""
+    """Return the fields of TokenizerConfig given by flags."""
     given = {
         "type": options.tokenizer_type,
         "vocab_file": options.vocab_file,
@@ -55,7 +55,7 @@ def tokenizer_fields(options: argparse.Namespace) -> dict[str, str]:
 
 
 def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
-    """The model that the flags name, announced on stderr.
+    """Load the model given by the flags and print its path on stderr.
 
     Raises:
         MegatronLiteError: as restore_model.
@@ -75,5 +75,5 @@ def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
 
 
 def note(text: str) -> None:
-    """Says something beside the command's result."""
+    """Print a message on stderr, apart from the result of the command."""
     print(text, file=sys.stderr)

@@ -21,18 +21,18 @@ from megatron_lite.formatting import format_number
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses words that are not UTF-8, which no output could show and no tokenizer encode."""
+    """ArgumentParser that rejects arguments that are not UTF-8, which can be neither printed nor tokenized."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
-        """As argparse's."""
-        words = list(sys.argv[1:] if args is None else args)
-        for word in words:
+        """Parse as argparse does, after the UTF-8 check."""
+        given = list(sys.argv[1:] if args is None else args)
+        for word in given:
             if not is_utf8(word):
                 self.error(f"arguments are UTF-8 text, {shown_bytes(word)} is not: convert it or rename the file")
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End the command with one paragraph instead of all of the usage."""
+        """Print one paragraph without the usage text, and exit."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")
 
 
@@ -69,4 +69,4 @@ def real(least: float = 0.0, most: float = MAX_REAL, *, above: bool = False) -> 
 
 
 seed = whole(0, MAX_SEED)
-"""Reader of a seed, with the bound of every seed: numpy's generators take 32 bits."""
+"""Reader of a seed; numpy's generators take 32 bits."""

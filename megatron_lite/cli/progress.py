@@ -13,11 +13,11 @@ QUIET_SECONDS = 10.0
 
 
 class TokenProgress:
-    """Shows progress on standard error while the context lasts.
+    """Context manager that shows the progress of a scan over tokens.
 
     Args:
-        what: the action, in a word.
-        total: tokens in all.
+        what: name of the operation.
+        total: total number of tokens.
     """
 
     def __init__(self, what: str, total: int) -> None:
@@ -25,15 +25,15 @@ class TokenProgress:
         self.total = total
         self.done = 0
         self._bar: Any = None
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def advance(self, tokens: int) -> None:
-        """So many more are done."""
+        """Add finished tokens."""
         self.done += tokens
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], advance=tokens)
-        elif time.monotonic() - self._told >= QUIET_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._printed_at >= QUIET_SECONDS:
+            self._printed_at = time.monotonic()
             print(f"{self.what}: {self.done:,} of {self.total:,} tokens", file=sys.stderr, flush=True)
 
     def __enter__(self) -> TokenProgress:
@@ -63,7 +63,7 @@ class TokenProgress:
 
 @contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes bytes done and bytes in all."""
+    """Yield a callback (finished bytes, total bytes)."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -78,7 +78,7 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that takes what is being done, how much of it is done, and how much there is."""
+    """Yield a callback (description of the stage, finished units, total units)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

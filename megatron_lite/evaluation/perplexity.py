@@ -1,6 +1,7 @@
-"""Text loss over sliding windows: every token is predicted once.
+"""Text loss over sliding windows, and the derived perplexity, bits per byte and word perplexity.
 
-Letters: n tokens of the text, s tokens of a window, b windows at once, V vocabulary, tp the group's size.
+Every token but the first is predicted exactly once.
+Letters: n tokens of the text, s tokens per window, b windows per batch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 
 @dataclass(frozen=True)
 class TextLoss:
-    """The cross entropy of a text, in nats."""
+    """Cross entropy of a text, in nats."""
 
     total: float
     """Sum over the predicted tokens."""
     tokens: int
-    """How many were predicted."""
+    """Number of predicted tokens."""
 
     @property
     def mean(self) -> float:
@@ -38,17 +39,17 @@ class TextLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean), or infinity where that overflows."""
+        """exp(mean), or infinity on overflow."""
         return math.exp(self.mean) if self.mean < 700.0 else math.inf
 
     def bits_per_byte(self, size: int) -> float:
-        """Comparable between tokenizers, unlike the loss per token; `size` is the text's length in UTF-8 bytes."""
+        """Return bits per byte of a text of `size` UTF-8 bytes; comparable between tokenizers."""
         return self.total / size / math.log(2.0)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs [start, end) of the text; of their predictions those from `fresh` on count."""
+    """Window with inputs [start, end) of the text, whose predictions count from input `fresh` on."""
 
     start: int
     end: int
@@ -56,9 +57,10 @@ class Window:
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[Window]:
-    """Windows of `size` inputs, `stride` apart, so that each token but the first is a fresh prediction exactly once.
+    """Yield windows of `size` inputs, `stride` apart; each token but the first counts in exactly one window.
 
-    A stride below the size gives every later prediction at least size - stride tokens of context, at more work.
+    A stride below the size gives every prediction after the first window at least size - stride tokens of context, at
+    higher cost.
     """
     predicted = 0
     for start in range(0, max(0, length - 1), stride):
@@ -79,19 +81,19 @@ def text_loss(
     batch_size: int = 8,
     on_tokens: Callable[[int], None] | None = None,
 ) -> TextLoss:
-    """The loss of a text that is longer than the model's context.
+    """Return the loss of a text of any length.
 
     Args:
-        stage: the whole model on one pipeline stage; every tp rank calls this alike.
-        tokens: the text's ids [n].
+        stage: the whole model as one pipeline stage; every tp rank calls with the same arguments.
+        tokens: token ids of the text, [n].
         seq_length: s.
-        stride: how far apart windows start; 0: s, so that they do not overlap.
+        stride: distance between starts of windows; 0: s, without overlap.
         batch_size: b.
-        on_tokens: told after every batch how many tokens it predicted.
+        on_tokens: called after every batch with the number of predicted tokens.
 
     Raises:
-        ConfigError: the text has less than two tokens, or ids that the model lacks; the model has less than s
-            positions; or the stride is not between 1 and s.
+        ConfigError: the text has fewer than two tokens or ids outside the vocabulary, the model has fewer than s
+            positions, or the stride is not between 1 and s.
         TrainingError: the loss is not finite.
     """
     stride = stride or seq_length
@@ -119,9 +121,8 @@ def text_loss(
         stage.train(was_training)
     if not math.isfinite(total):
         raise TrainingError(
-            "The model's loss must be finite",
-            found=f"a loss of {total} over {count} tokens",
-            fix="Take an earlier checkpoint with --load-iteration: this one's weights are broken",
+            f"The loss of the text is not finite: {total} over {count} tokens",
+            fix="Load an earlier checkpoint with --load-iteration; the weights of this one are damaged",
         )
     return TextLoss(total, count)
 
@@ -129,27 +130,25 @@ def text_loss(
 def _check(ids: NDArray[np.int64], seq_length: int, stride: int, model: ModelConfig) -> None:
     if len(ids) < 2 or not 1 <= stride <= seq_length:
         raise ConfigError(
-            "A loss needs a text of at least two tokens, and windows that leave no gap",
-            found=f"{len(ids)} tokens, stride {stride}, sequence length {seq_length}",
-            fix="Give more text, or a --stride from 1 to the sequence length",
+            f"Cannot evaluate {len(ids)} tokens with --stride {stride} and --seq-length {seq_length}",
+            rule="A text needs at least 2 tokens, and the stride must be from 1 to the sequence length",
+            fix="Give more text, or change --stride or --seq-length",
         )
     if model.position_embedding == "learned" and seq_length > model.max_position_embeddings:
         raise ConfigError(
-            "A window must fit the model's learned positions",
-            found=f"--seq-length {seq_length}, the model has {model.max_position_embeddings} positions",
-            fix="Lower --seq-length",
+            f"--seq-length {seq_length} exceeds the {model.max_position_embeddings} learned positions of the model",
+            fix=f"Use --seq-length {model.max_position_embeddings} or less",
         )
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= model.vocab_size:
         raise ConfigError(
-            "A text's tokens must be in the model's vocabulary",
-            found=f"ids from {least} to {most}, the model has {model.vocab_size}",
-            fix="Use text or a dataset made with the tokenizer that the model was trained with",
+            f"The text has token ids from {least} to {most}, the model's vocabulary has {model.vocab_size} entries",
+            fix="Use a text, or a dataset preprocessed with the tokenizer of the model's training",
         )
 
 
 def _groups(found: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of one length, `batch_size` at a time; the last window of a text may be shorter than the others."""
+    """Yield batches of windows of equal length; the last window of a text may be shorter."""
     group: list[Window] = []
     for window in found:
         if group and (len(group) == batch_size or window.end - window.start != group[0].end - group[0].start):
@@ -162,13 +161,13 @@ def _groups(found: list[Window], batch_size: int) -> Iterator[list[Window]]:
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """One text's loss with the sizes that make it comparable.
+    """Metrics of one text: loss, and sizes for metrics that are comparable between tokenizers.
 
     Attributes:
-        name: of the text.
-        loss: over its tokens.
-        num_bytes: of its UTF-8; None where only its tokens are known.
-        num_words: in it as it was published; None where only its tokens are known.
+        name: name of the text.
+        loss: loss over its tokens.
+        num_bytes: UTF-8 bytes of the text; None: unknown (datasets).
+        num_words: words of the original text; None: unknown (datasets).
     """
 
     name: str
@@ -178,19 +177,19 @@ class TextMetrics:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, unlike the loss per token."""
+        """Bits per byte; comparable between tokenizers, unlike the loss per token."""
         return self.loss.bits_per_byte(self.num_bytes) if self.num_bytes else None
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(total loss / words): comparable between tokenizers, too, and what is published of WikiText."""
+        """exp(total loss / words): comparable between tokenizers; published for WikiText."""
         if not self.num_words:
             return None
         mean = self.loss.total / self.num_words
         return math.exp(mean) if mean < 700.0 else math.inf
 
     def record(self) -> dict[str, Any]:
-        """Every figure by its name, as JSON values; an infinite perplexity is a string, for JSON has none."""
+        """Return the metrics by name, as JSON values; an infinite perplexity is the string "Infinity"."""
         values = {
             "name": self.name,
             "tokens": self.loss.tokens,
@@ -205,7 +204,7 @@ class TextMetrics:
 
 
 def format_table(figures: list[TextMetrics]) -> str:
-    """A table of 80 columns or less, but for long names, which have a line of their own."""
+    """Return a table of at most 80 columns; names have lines of their own."""
     lines = [f"{'tokens':>14}{'loss':>10}{'perplexity':>13}{'bits/byte':>11}{'words':>13}{'word ppl':>12}"]
     for one in figures:
         loss = one.loss
@@ -214,6 +213,7 @@ def format_table(figures: list[TextMetrics]) -> str:
         word_perplexity = "-" if one.word_perplexity is None else format_perplexity(one.word_perplexity)
         lines.append(one.name)
         lines.append(
-            f"{loss.tokens:14,}{loss.mean:10.4f}{format_perplexity(loss.perplexity):>13}{bits:>11}{words:>13}{word_perplexity:>12}"
+            f"{loss.tokens:14,}{loss.mean:10.4f}{format_perplexity(loss.perplexity):>13}{bits:>11}{words:>13}"
+            f"{word_perplexity:>12}"
         )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """WikiText detokenizer and word count.
 
-Published perplexities put the words together again before they are tokenised, and count those of the file as it is.
+Published perplexities are computed on detokenized text, and normalized by the words of the original file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _RULES = tuple(
         (r"s '", "s'"),
         (r" @([-,.])@ ", r"\1"),
         (r" ([:;.!?,]) ", r"\1 "),
-        # Pairs touch what they enclose.
+        # No space inside brackets and quotes.
         (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
         (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
         (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
@@ -28,16 +28,16 @@ _RULES = tuple(
         (r" 's", "'s"),
     )
 )
-"""The rules of Megatron-LM's wikitext detokenizer (tasks/zeroshot_gpt), in its order, for figures that compare."""
+"""Rules of Megatron-LM's wikitext detokenizer (tasks/zeroshot_gpt), in the same order."""
 
 
 def detokenize(text: str) -> str:
-    """WikiText's words put together, as they were written."""
+    """Return WikiText without the spaces of its tokenization."""
     for pattern, written in _RULES:
         text = pattern.sub(written, text)
     return text
 
 
 def num_words(text: str) -> int:
-    """WikiText's own count of its tokens, in which the end of a line is one: 217,646 in WikiText-2's validation."""
+    """Return the number of words as counted by WikiText, line ends included: 217,646 in WikiText-2 validation."""
     return len(text.split()) + text.count("\n")

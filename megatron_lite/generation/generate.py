@@ -1,6 +1,6 @@
 """Decoding loop: batched generation for prompts of different lengths.
 
-Letters: b prompts, t tokens fed at once, V vocabulary (V' with its padding), tp the group's size.
+Letters: b prompts, t tokens per forward pass, V vocabulary (V' with padding).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_lite.model.gpt import GPTStage
 from megatron_lite.model.kv_cache import KVCache
 
 OnToken = Callable[[int, int], None]
-"""Called with (row, token) as soon as a row's next token is known; the end-of-document token is not told."""
+"""Called with (row, token) for each new token, except the end-of-document token."""
 
 
 def generate(
@@ -31,27 +31,27 @@ def generate(
     eod: int | None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt, as it would be continued alone.
+    """Generate a continuation of every prompt, equal to that of the prompt alone.
 
-    All rows move in step from the shortest prompt's end on; a row whose prompt goes on is fed its own next token in
-    place of a chosen one. So no row is padded and no position or mask differs from a prompt that runs alone. Each row
-    draws from a generator of its own.
+    All rows advance together from the end of the shortest prompt; a row with a longer prompt takes the next token of
+    its prompt instead of a sampled one. Thus no row is padded, and positions and masks equal those of a single prompt.
+    Each row has its own random generator.
 
     Args:
-        stage: the whole model on one pipeline stage; every tp rank calls this alike.
-        prompts: ids, at least one each.
-        max_new_tokens: tokens added to each prompt at most.
-        sampling: how tokens are chosen.
-        seeds: one per prompt.
-        eod: the token that ends a text, which is left out of the result; None: none does.
-        on_token: told every new token at once.
+        stage: the whole model as one pipeline stage; every tp rank calls with the same arguments.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: maximum number of new tokens per prompt.
+        sampling: sampling parameters.
+        seeds: seed of each prompt.
+        eod: end-of-document token, which ends a row and is not returned; None: rows end at max_new_tokens.
+        on_token: called with each new token.
 
     Returns:
         The new tokens of every prompt.
 
     Raises:
-        ConfigError: a prompt is empty, has an id that the model lacks, or the model has not that many positions.
-        TrainingError: the model gives numbers that are not finite.
+        ConfigError: a prompt is empty, has an id outside the vocabulary, or exceeds the learned positions.
+        TrainingError: the logits are not finite.
     """
     if not prompts or max_new_tokens <= 0:
         return [[] for _ in prompts]
@@ -66,9 +66,8 @@ def generate(
         logits = _next_logits(stage, fed, cache)
         if not torch.isfinite(logits).all():
             raise TrainingError(
-                "The model's logits must be finite",
-                found="NaN or infinity after the prompt",
-                fix="Take an earlier checkpoint with --load-iteration: this one's weights are broken",
+                "The model computed NaN or infinite logits for the prompts",
+                fix="Load an earlier checkpoint with --load-iteration; the weights of this one are damaged",
             )
         while fed := rows.take(logits, cache.length, sampling, stage.config.vocab_size):
             logits = _next_logits(stage, fed, cache)
@@ -78,7 +77,7 @@ def generate(
 
 
 class _Rows:
-    """What has become of each prompt so far."""
+    """State of the rows: new tokens, random generators, unfinished rows."""
 
     def __init__(
         self,
@@ -94,39 +93,39 @@ class _Rows:
         self._max_new_tokens = max_new_tokens
         self._eod = eod
         self._on_token = on_token
-        self._going = set(range(len(prompts)))
+        self._unfinished = set(range(len(prompts)))
         self.new: list[list[int]] = [[] for _ in prompts]
 
     def take(self, logits: Tensor, at: int, sampling: Sampling, vocab_size: int) -> list[list[int]]:
-        """Choose the tokens at position `at` from logits [b, V'], and say what to feed there; nothing: all is done."""
-        choosing = sorted(row for row in self._going if at >= len(self._prompts[row]))
+        """Choose the tokens at position `at` from logits [b, V']; return the next inputs [b, 1], [] at the end."""
+        choosing = sorted(row for row in self._unfinished if at >= len(self._prompts[row]))
         chosen = self._choose(logits, choosing, sampling, vocab_size)
         for row, token in chosen.items():
             if token == self._eod:
-                self._going.discard(row)
+                self._unfinished.discard(row)
                 continue
             self.new[row].append(token)
             if self._on_token is not None:
                 self._on_token(row, token)
             if len(self.new[row]) == self._max_new_tokens:
-                self._going.discard(row)
-        if not self._going:
+                self._unfinished.discard(row)
+        if not self._unfinished:
             return []
-        # A row that has ended is fed anything: nothing of it is looked at any more.
+        # The input of a finished row is arbitrary, since its outputs are ignored.
         return [[chosen.get(row, prompt[at] if at < len(prompt) else 0)] for row, prompt in enumerate(self._prompts)]
 
     def _choose(self, logits: Tensor, rows: list[int], sampling: Sampling, vocab_size: int) -> dict[int, int]:
-        """Next tokens by row. Only these rows draw, so that a row's draws do not depend on its neighbours' lengths."""
+        """Return next tokens by row. Only `rows` draw, so the draws of a row do not depend on the length of others."""
         if not rows:
             return {}
-        # Drawn on the CPU: the same seed then chooses the same tokens on any device.
+        # Random numbers from the CPU: a seed gives the same tokens on any device.
         uniform = torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
         picked = logits if len(rows) == len(self._prompts) else logits[rows]
         return dict(zip(rows, choose(picked, sampling, vocab_size, uniform.to(logits.device)).tolist(), strict=True))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: ModelConfig) -> None:
-    """Refuse prompts that the model cannot continue.
+    """Check the prompts against vocabulary and positions of the model.
 
     Raises:
         ConfigError: see generate.
@@ -134,29 +133,27 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: 
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ConfigError(
-                "A prompt must have at least one token",
-                found=f"prompt {number} of {len(prompts)} has none",
-                fix="Give it some text; the end-of-document token starts a text from nothing",
+                f"Prompt {number} of {len(prompts)} has no tokens",
+                fix="Add text to the prompt, or start with the end-of-document token",
             )
         if max(prompt) >= model.vocab_size or min(prompt) < 0:
             raise ConfigError(
-                "A prompt's tokens must be in the model's vocabulary",
-                found=f"prompt {number} has ids from {min(prompt)} to {max(prompt)}, the model has {model.vocab_size}",
-                fix="Use the tokenizer that the model was trained with",
+                f"Prompt {number} has token ids from {min(prompt)} to {max(prompt)}, outside the model's vocabulary of "
+                f"{model.vocab_size} entries",
+                fix="Use the tokenizer of the model's training (--tokenizer-type and --tokenizer-model)",
             )
     longest = max(len(prompt) for prompt in prompts)
     if model.position_embedding == "learned" and longest + max_new_tokens > model.max_position_embeddings:
         raise ConfigError(
-            "A prompt and its continuation must fit the model's learned positions",
-            found=f"{longest} tokens of prompt and --max-new-tokens {max_new_tokens}, "
-            f"the model has {model.max_position_embeddings} positions",
+            f"A prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the "
+            f"{model.max_position_embeddings} learned positions of the model",
             fix=f"Lower --max-new-tokens to {max(0, model.max_position_embeddings - longest)} or shorten the prompt",
         )
 
 
 @torch.inference_mode()
 def _next_logits(stage: GPTStage, fed: list[list[int]], cache: KVCache) -> Tensor:
-    """Feeds tokens [b, t]; the logits of what follows, [b, V'] over all tp ranks."""
+    """Run a forward pass for tokens [b, t]; return the logits of the next token, [b, V'], gathered over tp."""
     tokens = torch.tensor(fed, dtype=torch.int64, device=stage.sharding.backend.device)
     last = stage(None, MicroBatch(tokens=tokens, labels=tokens), cache)[-1]
     tp = stage.sharding.tp

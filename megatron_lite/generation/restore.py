@@ -29,14 +29,14 @@ from megatron_lite.tokenizer.build import build_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model that is ready to be asked."""
+    """Trained model with its tokenizer and configuration."""
 
     stage: GPTStage
     tokenizer: Tokenizer
     config: RunConfig
-    """The run's model, tokenizer and precision; batch and parallel are those of one device."""
+    """Model, tokenizer and precision of the run; batch and parallelism of one device."""
     path: Path
-    """The checkpoint's folder."""
+    """Checkpoint folder."""
     iteration: int
 
 
@@ -48,33 +48,32 @@ def restore_model(
     tokenizer: Mapping[str, Any] | None = None,
     notify: Callable[[str], None] = print,
 ) -> TrainedModel:
-    """Builds the model of a checkpoint on one device and fills it.
+    """Build the model of a checkpoint on one device and load its weights.
 
-    On a CPU the weights become fp32, which is faster there than half precision and loses nothing.
+    On a CPU the weights are converted to fp32, which is faster than half precision there and exact.
 
     Args:
-        load: the folder given to --save, or one checkpoint's own.
-        iteration: which one; 0: the latest.
-        runtime: the device, and the threads on a CPU.
-        tokenizer: fields of TokenizerConfig that replace the manifest's: its files may have moved since.
-        notify: told what is surprising about the choice of the checkpoint.
+        load: --save folder of a run, or a checkpoint folder.
+        iteration: iteration of the checkpoint; 0: the latest.
+        runtime: device and CPU threads.
+        tokenizer: fields of TokenizerConfig that replace those in the manifest, for moved files.
+        notify: called with messages about the choice of the checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: the tokenizer is not the one the model was trained with.
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: the tokenizer differs from that of the training.
         DataError: a file of the tokenizer is missing.
     """
     path = find_checkpoint(load, iteration, notify=notify)
     if path is None:
         raise CheckpointError(
-            "--load must name a folder that holds a checkpoint",
-            found=f"{load} holds none",
-            fix="Give the folder that a run was given with --save",
+            f"No checkpoint found in --load {load}",
+            fix="Give --load the --save folder of a run; `megatron-lite checkpoint list` shows its checkpoints",
         )
     manifest = read_manifest(path)
     config = _config(manifest, path, runtime, tokenizer or {})
-    words = build_tokenizer(config.tokenizer)
-    require_tokenizer(words, manifest, path)
+    built = build_tokenizer(config.tokenizer)
+    require_tokenizer(built, manifest, path)
     backend = select_backend(config.runtime, config.parallel)
     if backend.name == "cpu":
         config = dataclasses.replace(config, precision=PrecisionConfig(dtype="fp32"))
@@ -84,11 +83,11 @@ def restore_model(
     )
     tensors = [parameter_tensor(entry, write=False) for entry in stage.named_parameters_global()]
     load_checkpoint(path, tensors, mesh.world, weights_only=True)
-    return TrainedModel(stage, words, config, path, manifest.iteration)
+    return TrainedModel(stage, built, config, path, manifest.iteration)
 
 
 def _config(manifest: Manifest, path: Path, runtime: RuntimeConfig, tokenizer: Mapping[str, Any]) -> RunConfig:
-    """Return the part of the run's config that describes the model, with the batch and layout of one device."""
+    """Return the configuration of the stored model, with the batch and layout of one device."""
     stored = stored_model(manifest, path)
     return RunConfig(
         model=stored.model,

@@ -1,6 +1,6 @@
 """Token sampling: greedy, temperature, top-k and top-p, as pure functions of the logits.
 
-Letters: b batch, V vocabulary (V' with its padding).
+Letters: b batch, V vocabulary (V' with padding).
 """
 
 from __future__ import annotations
@@ -15,89 +15,88 @@ from megatron_lite.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Applied in this order: temperature, then top_k, then top_p over what top_k left.
+    """Sampling parameters, applied in this order: temperature, top_k, then top_p over the tokens left by top_k.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
 
     temperature: float = 1.0
-    """Logits are divided by it; 0: greedy."""
+    """Divisor of the logits; 0: greedy."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
+    """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """Total probability of the likeliest tokens to sample from (nucleus sampling, Holtzman et al. 2020)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(
-                "--temperature must be 0 (greedy) or more",
-                found=f"--temperature {self.temperature}",
-                fix="Try 0.8; lower repeats itself more, higher makes more mistakes",
+                f"--temperature {self.temperature} is out of range: it must be 0 (greedy) or more",
+                fix="Use --temperature 0.8; lower values repeat more, higher values make more mistakes",
             )
         if self.top_k < 0:
             raise ConfigError(
-                "--top-k must be 0 (all tokens) or more", found=f"--top-k {self.top_k}", fix="Try 40, or leave it out"
+                f"--top-k {self.top_k} is out of range: it must be 0 (all tokens) or more",
+                fix="Use --top-k 40, or remove it",
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
-                "--top-p must be above 0 and at most 1 (all tokens)",
-                found=f"--top-p {self.top_p}",
-                fix="Try 0.9, or leave it out",
+                f"--top-p {self.top_p} is out of range: it must be above 0 and at most 1 (all tokens)",
+                fix="Use --top-p 0.9, or remove it",
             )
 
     @property
     def greedy(self) -> bool:
-        """Whether always the likeliest token is taken."""
+        """Return whether the likeliest token is always chosen."""
         return self.temperature == 0.0
 
 
 def candidates(logits: Tensor, sampling: Sampling, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The distribution to draw from.
+    """Return the distribution to sample from.
 
     Args:
         logits: [b, V'].
-        sampling: not greedy.
-        vocab_size: V; padding beyond it is never a candidate.
+        sampling: parameters, not greedy.
+        vocab_size: V; padding beyond it is excluded.
 
     Returns:
-        Probabilities [b, V] in float64, falling, with zeros at the end for what was filtered out; and their ids [b, V].
-        Tokens of equal logits are ordered by id.
+        Probabilities [b, V] in float64, descending, with zeros for excluded tokens, and their ids [b, V]. Tokens of
+        equal logits are ordered by id.
     """
     ranked, ids = logits[:, :vocab_size].double().sort(dim=-1, descending=True, stable=True)
-    # The largest is taken off first: a tiny temperature would divide the others to infinity.
+    # Subtract the maximum first: division by a tiny temperature would overflow.
     probabilities = ((ranked - ranked[:, :1]) / sampling.temperature).softmax(dim=-1)
     if 0 < sampling.top_k < vocab_size:
         probabilities[:, sampling.top_k :] = 0.0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1.0:
         before = probabilities.cumsum(dim=-1) - probabilities
-        # The first one that reaches top_p belongs to the set, so a token is out once those before it reach it.
+        # The token that reaches top_p is included, so a token is excluded if the tokens before it reach top_p.
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities, ids
 
 
 def choose(logits: Tensor, sampling: Sampling, vocab_size: int, uniform: Tensor) -> Tensor:
-    """The next token of each row.
+    """Choose the next token of each row.
 
     Args:
         logits: [b, V'].
-        sampling: how to choose.
+        sampling: sampling parameters.
         vocab_size: V; padding beyond it is never chosen.
-        uniform: [b] numbers in [0, 1), which stand for all randomness: equal numbers choose equal tokens on any device
-            and in any batch. Unused if greedy.
+        uniform: [b] random numbers in [0, 1), the only randomness: equal numbers choose equal tokens on any device and
+            in any batch. Unused if greedy.
 
     Returns:
-        ids [b] int64.
+        Token ids [b], int64.
     """
     if sampling.greedy:
         return logits[:, :vocab_size].argmax(dim=-1)
     probabilities, ids = candidates(logits, sampling, vocab_size)
     cumulative = probabilities.cumsum(dim=-1)
     drawn = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
-    # right=True: the first token whose cumulative sum lies above the number, which a token of probability 0 never is.
+    # right=True: the first token with a larger cumulative sum, so never a token of probability 0.
     place = torch.searchsorted(cumulative, drawn, right=True)
-    # A parallel sum on a GPU may round the zeros' sums apart, and so point beyond the last candidate.
+    # A parallel cumsum on a GPU may round differently for zero entries and point beyond the last candidate.
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return ids.gather(1, torch.minimum(place, last)).squeeze(1)

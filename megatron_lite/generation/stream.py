@@ -10,35 +10,35 @@ UNFINISHED = "�"
 
 
 class TextStream:
-    """Turns one row's tokens into pieces of text that, joined, are the decoded whole.
+    """Decodes the tokens of one row incrementally; the returned pieces add up to the decoded text.
 
-    A token may hold a part of a character, and a sentencepiece token's leading space depends on what stands before it.
-    So a short tail is decoded with and without the newest tokens, and the difference is told.
+    A token may hold part of a character, and the leading space of a sentencepiece token depends on the token before.
+    Therefore a short tail is decoded with and without the newest tokens, and the difference is returned.
 
     Args:
-        tokenizer: decodes.
-        context: the tokens before the first pushed one; they are not told.
+        tokenizer: tokenizer of the model.
+        context: tokens before the first pushed one, whose text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(context)
         self._start = max(0, len(context) - 8)
-        self._told = len(context)
+        self._returned = len(context)
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before; empty while a character is incomplete."""
+        """Add a token; return the new text, empty while a character is incomplete."""
         self._ids.append(token)
-        return self._tell(complete_only=True)
+        return self._new_text(complete_only=True)
 
     def flush(self) -> str:
-        """The rest, with U+FFFD for a character that never became whole."""
-        return self._tell(complete_only=False)
+        """Return the remaining text, with U+FFFD for an incomplete character."""
+        return self._new_text(complete_only=False)
 
-    def _tell(self, complete_only: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._told])
+    def _new_text(self, complete_only: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._returned])
         text = self._tokenizer.decode(self._ids[self._start :])
         if len(text) <= len(before) or (complete_only and text.endswith(UNFINISHED)):
             return ""
-        self._start, self._told = self._told, len(self._ids)
+        self._start, self._returned = self._returned, len(self._ids)
         return text[len(before) :]

@@ -1,5 +1,5 @@
 """Run metrics: console log lines and progress bar, TensorBoard, metrics.jsonl, timers, throughput.
 
-The loop hands plain values to a Reporter as report dataclasses; the Reporter passes them to its sinks. metrics.jsonl
-is the source of truth, from which the loss curve is drawn. Nothing here decides anything about the training.
+The training loop passes report dataclasses to a Reporter, which passes them to its sinks. metrics.jsonl holds every
+value in full precision; the loss curve is drawn from it.
 """

@@ -1,6 +1,7 @@
 """Console sink: Megatron's log lines with tokens/s, MFU and ETA appended.
 
-Scripts that read Megatron's logs match ` name: value |`; our own fields follow the same pattern after Megatron's.
+Log parsers for Megatron match ` name: value |`; additional fields follow the same pattern after Megatron's.
+Averages over a log interval follow Megatron's rules.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationRe
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalAverages:
-    """What a log line says about its window."""
+    """Averages over one log interval."""
 
     losses: Mapping[str, float]
-    """Means over the advanced iterations that reported the loss."""
+    """Means over the applied iterations that reported the loss."""
     seconds_per_iteration: float
     tokens_per_second: float
     tflops_per_device: float | None
@@ -34,20 +35,20 @@ class IntervalAverages:
 
 @dataclass
 class LogInterval:
-    """Gathers reports until `take` empties it.
+    """Accumulates the reports of one log interval.
 
-    Losses are averaged over advanced iterations (those whose step was applied), times over advanced and skipped ones
-    together, as Megatron does. Rates are totals over totals, so a window across a ramp-up step is weighted right.
+    As in Megatron, losses are averaged over applied iterations, and times over applied and skipped iterations. Rates
+    are ratios of totals, so an interval across a batch-size ramp-up is weighted correctly.
     """
 
     reports: list[IterationReport] = field(default_factory=list)
 
     def add(self, report: IterationReport) -> None:
-        """Count one more iteration in."""
+        """Add the report of one iteration."""
         self.reports.append(report)
 
     def take(self) -> IntervalAverages:
-        """Return the averages and start the next window; the window holds at least one report."""
+        """Return the averages and start the next interval; at least one report was added."""
         reports, self.reports = self.reports, []
         assert reports, "a log line needs an iteration"
         seconds = sum(report.seconds for report in reports)
@@ -72,7 +73,7 @@ def _mean_by_name(rows: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _mean_over_time(rates: list[tuple[float | None, float]]) -> float | None:
-    """Mean of rates, each held for its seconds; None if one of them is not known."""
+    """Return the time-weighted mean of rates; None if any rate is unknown."""
     known = [(rate, seconds) for rate, seconds in rates if rate is not None]
     total = sum(seconds for _, seconds in known)
     if len(known) < len(rates) or total <= 0:
@@ -81,9 +82,9 @@ def _mean_over_time(rates: list[tuple[float | None, float]]) -> float | None:
 
 
 def format_iteration(report: IterationReport, averages: IntervalAverages, now: datetime) -> str:
-    """The line of one log interval: `report` is its last iteration, `averages` are over all of it.
+    """Return the log line of one interval with last iteration `report`.
 
-    A loss whose average is not above zero (NaN, or every iteration was skipped) is left out, as Megatron does.
+    As in Megatron, a loss whose average is not above zero (NaN, or every iteration was skipped) is omitted.
     """
     fields = [
         f" [{now.strftime('%Y-%m-%d %H:%M:%S.%f')}] iteration {report.iteration:8d}/{report.train_iterations:8d}",
@@ -115,12 +116,12 @@ def format_iteration(report: IterationReport, averages: IntervalAverages, now: d
 
 
 def format_timers(timers: Mapping[str, float]) -> str:
-    """The `time (ms)` line; `timers` holds mean seconds per iteration."""
+    """Return the `time (ms)` line; `timers` holds mean seconds per iteration."""
     return "time (ms) | " + " | ".join(f"{name}: {seconds * 1000.0:.2f}" for name, seconds in timers.items())
 
 
 def format_memory(memory: Mapping[str, int], iteration: int, rank: int) -> str:
-    """The memory line, in MB of 2^20 bytes. Where nothing is reserved beyond what is in use, that is left out."""
+    """Return the memory line, in MB of 2^20 bytes; reserved memory is omitted if it equals allocated memory."""
     same = memory.get("reserved") == memory.get("allocated") and memory.get("max_reserved") == memory.get(
         "max_allocated"
     )
@@ -130,12 +131,12 @@ def format_memory(memory: Mapping[str, int], iteration: int, rank: int) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), with Megatron's bound on the exponent so that an early evaluation does not overflow."""
+    """Return exp(loss), with Megatron's bound on the exponent to avoid overflow in early evaluations."""
     return math.exp(min(20.0, loss))
 
 
 def format_validation(report: ValidationReport) -> str:
-    """Three lines: the losses and perplexities between two rules of dashes."""
+    """Return the line of losses and perplexities between two lines of dashes."""
     suffix = f"-{report.name}" if report.name else ""
     where = f"iteration {report.iteration}" + (f" on {report.split} set" if report.at_end else "")
     line = f"validation{suffix} loss at {where} | "
@@ -146,7 +147,13 @@ def format_validation(report: ValidationReport) -> str:
 
 
 class ConsoleSink:
-    """Writes log lines, one per log interval, through `write` (a line without its newline)."""
+    """Writes one log line per log interval.
+
+    Args:
+        write: prints a line given without newline.
+        log_interval: iterations per line.
+        now: clock; injected by tests.
+    """
 
     def __init__(
         self, write: Callable[[str], None], log_interval: int, now: Callable[[], datetime] = datetime.now
@@ -156,15 +163,15 @@ class ConsoleSink:
         self._now = now
         self._interval = LogInterval()
         self._memory: Mapping[str, int] = {}
-        self._memory_told = False
+        self._memory_printed = False
         self._rank = 0
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Say nothing (the run introduces itself), but note which rank this is: the last one reports."""
+        """Store the rank number: the last rank reports."""
         self._rank = facts.world_size - 1
 
     def iteration(self, report: IterationReport) -> None:
-        """Count the iteration, and print its window's line when the interval divides it or the run ends with it."""
+        """Add the iteration; print the line of the interval at its end and at the end of the run."""
         self._interval.add(report)
         self._memory = report.memory or self._memory
         if report.iteration % self._log_interval == 0 or report.iteration == report.train_iterations:
@@ -176,31 +183,31 @@ class ConsoleSink:
         self._write(format_iteration(report, averages, self._now()))
         if averages.timers:
             self._write(format_timers(averages.timers))
-        if self._memory and not self._memory_told:
-            # Once, like Megatron: after the first window every buffer that stays has been allocated.
-            self._memory_told = True
+        if self._memory and not self._memory_printed:
+            # Once, as Megatron: after the first interval every persistent buffer is allocated.
+            self._memory_printed = True
             self._write(format_memory(self._memory, report.iteration, self._rank))
 
     def validation(self, report: ValidationReport) -> None:
-        """Print the evaluation between its dashes."""
+        """Print the evaluation."""
         self._write(format_validation(report))
 
     def message(self, text: str) -> None:
-        """Print text as it is."""
+        """Print the text unchanged."""
         self._write(text)
 
     def stopping(self) -> None:
-        """Print the iterations that an early exit leaves without their line."""
+        """Print the line of an incomplete interval."""
         if self._interval.reports:
             self._print_interval()
 
     def close(self) -> None:
-        """Print them now where a failure left no time for stopping()."""
+        """Print the line of an incomplete interval after a failure, when stopping() was not called."""
         self.stopping()
 
 
 def line_writer(stream: TextIO) -> Callable[[str], None]:
-    """A function that writes one line to `stream` and flushes it, so that a log followed by tail -f is current."""
+    """Return a function that writes one line to `stream` and flushes it, for `tail -f`."""
 
     def write(line: str) -> None:
         stream.write(line + "\n")

@@ -17,21 +17,21 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Points are (iteration, loss), in order and finite."""
+    """Loss series of a run; points are (iteration, loss), ascending and finite."""
 
     title: str
     train: tuple[tuple[float, float], ...]
     validation: dict[str, tuple[tuple[float, float], ...]]
-    """By the evaluated dataset's name; "validation" for the only one."""
+    """Series by dataset name; "validation" for a single dataset."""
 
     @property
     def series(self) -> list[Points]:
-        """Every series that holds a point."""
+        """Return every non-empty series."""
         return [points for points in (self.train, *self.validation.values()) if points]
 
 
 def read_curve(path: Path, title: str = "") -> LossCurve:
-    """The curve of `path`.
+    """Read the loss curve from a metrics.jsonl.
 
     Raises:
         DataError: the file is missing, damaged, or holds no finite loss.
@@ -52,16 +52,15 @@ def read_curve(path: Path, title: str = "") -> LossCurve:
             )
     if not train and not validation:
         raise DataError(
-            "A loss curve needs at least one loss",
-            found=f"{path} holds none",
-            fix="Let the run finish an iteration first, or give another run's metrics.jsonl",
+            f"No finite loss in {path}",
+            fix="Wait until the run has finished an iteration, or give the metrics.jsonl of another run",
         )
     title = title or ("Loss" if not parameters else f"Loss of a GPT with {format_parameters(parameters)} parameters")
     return LossCurve(title, tuple(train), {name: tuple(points) for name, points in validation.items()})
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    """Mean over the 2% of the run around each point; narrower near both ends, so that the line never lags the data."""
+    """Return centered moving averages over 2% of the run; the window is narrower near both ends, to avoid a lag."""
     reach = len(points) // 100
     sums = [0.0, *accumulate(y for _, y in points)]
     smoothed = []
@@ -72,13 +71,13 @@ def smooth(points: Points) -> list[tuple[float, float]]:
 
 
 def final_loss(points: Points) -> float:
-    """Mean over the last 2% of the points: one iteration's loss says little about where a run stands."""
+    """Return the mean of the last 2% of the points, since the loss of one iteration is noisy."""
     last = points[-max(1, len(points) // 50) :]
     return sum(y for _, y in last) / len(last)
 
 
 def thin(points: Points, limit: int) -> list[tuple[float, float]]:
-    """At most about `limit` points that look the same: of each stretch its lowest and highest are kept."""
+    """Return about `limit` points of the same appearance: the minimum and maximum of each stretch."""
     if len(points) <= limit:
         return list(points)
     stretch = math.ceil(2 * len(points) / limit)
@@ -91,31 +90,31 @@ def thin(points: Points, limit: int) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range with ticks at the round numbers in it."""
+    """Axis range with ticks at round numbers."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
     def share(self, value: float) -> float:
-        """Where `value` lies between low (0) and high (1)."""
+        """Return the position of `value` between low (0) and high (1)."""
         return (value - self.low) / (self.high - self.low)
 
     def label(self, tick: float) -> str:
-        """The tick's number with just the decimals that tell it from its neighbours."""
+        """Return the text of a tick, with as many decimals as distinguish neighbouring ticks."""
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
         return f"{tick:,.{decimals}f}" if abs(tick) >= 10000 else f"{tick:.{decimals}f}"
 
 
 def make_axis(values: Sequence[float], count: int, *, whole: bool = False) -> Axis:
-    """An axis over `values` with about `count` ticks at multiples of 1, 2 or 5 times a power of ten.
+    """Return an axis over `values` with about `count` ticks at multiples of 1, 2 or 5 times a power of ten.
 
     Args:
         values: at least one finite number.
-        count: how many ticks would look right; taken for 3 if it is less, for round steps are up to 2.5 times as long
-            as wished for, and one tick there must be.
-        whole: ticks are whole numbers and the range ends with the values (iterations); otherwise there is a margin.
+        count: desired number of ticks, raised to at least 3: round steps are up to 2.5 times the desired length, and at
+            least one tick is needed.
+        whole: use whole numbers as ticks, and no margin around the values (iterations).
     """
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):

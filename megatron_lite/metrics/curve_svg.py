@@ -1,4 +1,4 @@
-"""Loss curve as an SVG file, without a plotting library."""
+"""SVG drawing of a loss curve, without a plotting library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megatron_lite.metrics.curve import Axis, LossCurve, Points, final_loss, mak
 WIDTH, HEIGHT = 960, 540
 LEFT, RIGHT, TOP, BOTTOM = 76, 28, 72, 64
 TRAIN_COLOUR = "#2563eb"
-# Told apart by people who see few colours too (Okabe and Ito 2008), and by their markers' order in the legend.
+# Colours that remain distinguishable with colour-vision deficiency (Okabe and Ito 2008).
 VALIDATION_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
 
 
 def draw_svg(curve: LossCurve) -> str:
-    """The picture: training loss (each iteration faint, its moving average strong), validation losses with markers."""
+    """Return the SVG text: training loss per iteration, its moving average, and validation losses with markers."""
     points = [point for series in curve.series for point in series]
     across = make_axis([x for x, _ in points], 8, whole=True)
     up = make_axis([y for _, y in points], 6)
@@ -94,7 +94,7 @@ def _validation(points: Points, across: Axis, up: Axis, colour: str) -> list[str
         f"<polyline points='{_path(shown, across, up)}' fill='none' stroke='{colour}' stroke-width='2' "
         "stroke-dasharray='6 4'/>"
     )
-    # Many markers become a smear that hides the training loss.
+    # More markers would hide the training loss.
     marked = shown if len(shown) <= 60 else shown[-1:]
     return [line, *(_marker(*_place(*point, across, up), colour) for point in marked)]
 

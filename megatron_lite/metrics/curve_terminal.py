@@ -1,4 +1,4 @@
-"""Loss curve in the terminal, with braille dots or ASCII letters."""
+"""Terminal drawing of a loss curve with braille dots or ASCII letters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ VALIDATION_LETTERS = "oxv#%"
 
 
 def draw_terminal(curve: LossCurve, width: int = 80, height: int = 18, *, unicode: bool = True) -> str:
-    """The curve in `height` rows of at most `width` characters, axes and legend not counted in the rows.
+    """Return the drawing: `height` rows of at most `width` characters, plus axis and legend lines.
 
     Args:
-        curve: what to draw; the training loss is drawn as its moving average.
+        curve: loss curve; the training loss is drawn as a moving average.
         width: columns of the terminal.
         height: rows of the plot.
-        unicode: False where the stream's encoding has no braille, as in a plain ASCII log.
+        unicode: False for encodings without braille, such as ASCII.
     """
     points = [point for series in curve.series for point in series]
     up = make_axis([y for _, y in points], max(2, height // 3))
@@ -55,7 +55,7 @@ def _cell(x: float, y: float, across: Axis, up: Axis, columns: int, height: int)
 
 
 def _line(points: Points, across: Axis, up: Axis, columns: int, height: int, unicode: bool) -> list[list[str]]:
-    """A grid of characters with the points joined by a line."""
+    """Return a character grid with the points joined by a line."""
     fine_columns, fine_height = (2 * columns, 4 * height) if unicode else (columns, height)
     dots: set[tuple[int, int]] = set()
     previous: tuple[int, int] | None = None
@@ -80,7 +80,7 @@ def _between(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, in
 
 
 def _labels_below(across: Axis, columns: int) -> str:
-    """Tick numbers centred under their columns, without overlap; the axis' name at the end if there is room."""
+    """Return tick numbers centred under their columns without overlap, and the axis name if there is room."""
     text = ""
     for tick in across.ticks:
         label = across.label(tick)

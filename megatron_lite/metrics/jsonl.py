@@ -17,32 +17,32 @@ from megatron_lite.runs.metrics_file import encode, prepare
 
 
 class JsonlSink:
-    """Appends one line per event, each handed to the operating system at once: a kill loses at most the line in work.
+    """Appends one line per event, unbuffered: a kill loses at most the line being written.
 
     Args:
-        path: the file; its folder is made.
-        tell: told where an older run's file was moved.
-        now: seconds since 1970; injected by tests.
+        path: the file; its folder is created.
+        notify: called with the new path if the file of an earlier run was moved.
+        now: clock, in seconds since the epoch; injected by tests.
     """
 
     def __init__(
-        self, path: Path, tell: Callable[[str], None] = lambda text: None, now: Callable[[], float] = time.time
+        self, path: Path, notify: Callable[[str], None] = lambda text: None, now: Callable[[], float] = time.time
     ) -> None:
         self._path = path
-        self._tell = tell
+        self._notify = notify
         self._now = now
         self._iteration = 0
-        # Unbuffered: a signal handler that reports in the middle of a write would break a buffer.
+        # Unbuffered: a signal handler may write in the middle of another write.
         self._file: FileIO | None = None
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Repair and cut the file, then write down what starts, with the whole configuration."""
+        """Repair and truncate the file, then append the start record with the configuration."""
         self._iteration = facts.start_iteration
         with self._explained():
             moved = prepare(self._path, facts.start_iteration, validation_due=facts.validation_due)
             self._file = self._path.open("ab", buffering=0)
         if moved is not None:
-            self._tell(f"the metrics of an earlier run were moved to {moved}")
+            self._notify(f"the metrics of an earlier run were moved to {moved}")
         facts_of_run = dataclasses.asdict(facts)
         self._append(
             "start", {"iteration": facts.start_iteration, **facts_of_run, "config": dataclasses.asdict(config)}
@@ -58,11 +58,11 @@ class JsonlSink:
         self._append("validation", _record(report))
 
     def message(self, text: str) -> None:
-        """Append the message with the iteration after which it came."""
+        """Append the message with the number of finished iterations."""
         self._append("message", {"iteration": self._iteration, "text": text})
 
     def stopping(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no record is buffered."""
 
     def close(self) -> None:
         """Close the file."""
@@ -71,11 +71,11 @@ class JsonlSink:
             self._file = None
 
     def _append(self, kind: str, values: Mapping[str, Any]) -> None:
-        if self._file is None:  # a message before the start is for the console only
+        if self._file is None:  # messages before start() are printed on the console only
             return
         with self._explained():
             line = encode({"kind": kind, "time": self._now(), **values})
-            while line:  # a disk that fills up takes a part, and then says why it takes no more
+            while line:  # a full disk accepts a part of the line before it raises an error
                 line = line[self._file.write(line) :]
 
     @contextlib.contextmanager
@@ -84,14 +84,13 @@ class JsonlSink:
             yield
         except OSError as error:
             raise TrainingError(
-                "The metrics file must be writable, with room on its disk",
-                found=f"{self._path}: {error.strerror}",
-                fix="Free some space, or give the path of another file with --metrics-file",
+                f"Cannot write the metrics file {self._path}: {error.strerror}",
+                fix="Free disk space, or give another path with --metrics-file",
             ) from error
 
 
 def _record(report: IterationReport | ValidationReport) -> dict[str, Any]:
-    """The report's fields, without those that say nothing."""
+    """Return the fields of the report that are not empty."""
     values = {entry.name: getattr(report, entry.name) for entry in dataclasses.fields(report)}
     return {
         name: dict(value) if isinstance(value, Mapping) else value

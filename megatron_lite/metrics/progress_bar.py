@@ -1,4 +1,4 @@
-"""Progress-bar sink at the bottom of the terminal."""
+"""Progress-bar sink: one line at the bottom of the terminal with loss, speed and remaining time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationRe
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can live on `stream`: a terminal that understands cursor movement."""
+    """Return whether `stream` is a terminal with cursor movement."""
     console = Console(file=stream)
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def format_status(report: IterationReport, validation_loss: float | None, width: int = 1000) -> str:
-    """The words beside the bar: of those that fit into `width` columns the most telling, in their usual order."""
+    """Return the text beside the bar; less important values are dropped to fit `width` columns."""
     parts = {"count": f"{report.iteration}/{report.train_iterations}"}
     if "lm loss" in report.losses:
         parts["loss"] = f"loss {report.losses['lm loss']:.4f}"
@@ -40,19 +40,19 @@ def format_status(report: IterationReport, validation_loss: float | None, width:
 
 
 _BAR = 8
-"""Columns that are left to the bar itself on a narrow terminal."""
+"""Minimum columns of the bar."""
 
 
 class ProgressSink:
-    """The bar. `write` prints a line above it; the console sink is given that function.
+    """Progress bar; the console sink prints its lines above the bar through `write`.
 
     Args:
-        stream: a terminal, see is_terminal.
+        stream: a terminal (is_terminal).
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream)
-        # Four frames a second: drawing takes time from the thread that launches kernels.
+        # Four updates a second: drawing competes with the thread that launches kernels.
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f}%"),
             BarColumn(bar_width=None),
@@ -66,23 +66,23 @@ class ProgressSink:
         self._last: IterationReport | None = None
 
     def write(self, line: str) -> None:
-        """Print `line`, as it is, above the bar (or plainly while there is no bar)."""
+        """Print `line` unchanged above the bar, or at the cursor while there is no bar."""
         self._console.print(Text(line), soft_wrap=True, highlight=False)
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Show the bar, at the iteration from which the run continues."""
+        """Show the bar at the start iteration."""
         self._task = self._progress.add_task(
             "train", total=facts.train_iterations, completed=facts.start_iteration, status="starting"
         )
         self._progress.start()
 
     def iteration(self, report: IterationReport) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._last = report
         self._update()
 
     def validation(self, report: ValidationReport) -> None:
-        """Show the loss beside the bar, until the next one. That of the test set is for the log alone."""
+        """Show the validation loss beside the bar."""
         if report.split == "validation":
             self._validation_loss = report.losses.get("lm loss", self._validation_loss)
             self._update()
@@ -93,12 +93,12 @@ class ProgressSink:
             self._progress.update(self._task, completed=self._last.iteration, status=status)
 
     def message(self, text: str) -> None:
-        """Nothing: the console sink prints messages through `write`."""
+        """Do nothing: the console sink prints messages through `write`."""
 
     def stopping(self) -> None:
-        """Leave the last state of the bar on the screen, above the last words, and give the cursor back."""
+        """Stop the bar in its last state and restore the cursor."""
         self._progress.stop()
 
     def close(self) -> None:
-        """Do so now where a failure left no time for stopping()."""
+        """Stop the bar after a failure, when stopping() was not called."""
         self._progress.stop()

@@ -9,27 +9,27 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What is known once the run is assembled, before its first iteration."""
+    """Facts of an assembled run before its first iteration."""
 
     parameters: int
     """Trainable parameters of the whole model, without the padded vocabulary rows."""
     train_iterations: int
     start_iteration: int = 0
-    """Iterations done before this start: the checkpoint's number, or 0."""
+    """Iterations finished before this start: the iteration of the checkpoint, or 0."""
     validation_due: bool = False
-    """Whether the validation after that iteration is still to be made: reports of an unfinished one do not count."""
+    """True if the validation after start_iteration is unfinished and will be repeated."""
     world_size: int = 1
     data_parallel: int = 1
     device: str = "cpu"
-    """The device's name, for people."""
+    """Human-readable device name."""
     peak_flops: float | None = None
-    """Peak FLOP/s of one device in the run's dtype; None where it is not known."""
+    """Peak FLOP/s of one device in the dtype of the run; None: unknown."""
     dtype: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterationReport:
-    """One finished iteration. Times are in seconds, memory in bytes; counts are of this iteration alone."""
+    """One finished iteration. Times in seconds, memory in bytes, counts of this iteration only."""
 
     iteration: int
     """Iterations finished, this one included."""
@@ -37,9 +37,9 @@ class IterationReport:
     consumed_train_samples: int
     consumed_train_tokens: int
     skipped_train_samples: int = 0
-    """Samples passed over so far by --skip-train-iteration-range."""
+    """Total samples skipped by --skip-train-iteration-range."""
     losses: Mapping[str, float]
-    """"lm loss" and, for a blend, one entry per source ("lm loss <source>"), each the mean over its samples."""
+    """"lm loss" and, for a blend, "lm loss <source>" of each source, as means over samples."""
     learning_rate: float
     global_batch_size: int
     seq_length: int
@@ -53,16 +53,16 @@ class IterationReport:
     """1 if the loss was not finite."""
     seconds: float
     tokens_per_second: float
-    """Of the whole job, not of one device."""
+    """Total of all devices."""
     tflops_per_device: float | None = None
-    """Model TFLOP/s: see throughput.py for the formula."""
+    """Model TFLOP/s per device, with the formula of throughput.py."""
     mfu: float | None = None
-    """Model FLOP/s over the device's peak, 0 to 1; None where the peak is not known."""
+    """Model FLOP/s relative to the peak of the device, 0 to 1; None: unknown peak."""
     eta_seconds: float | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
-    """The device's allocated, max_allocated, reserved and max_reserved bytes."""
+    """Allocated, max_allocated, reserved and max_reserved bytes of the device."""
     timers: Mapping[str, float] = field(default_factory=dict)
-    """Seconds spent under each named timer."""
+    """Seconds of each timer."""
 
     @property
     def tokens(self) -> int:
@@ -80,8 +80,8 @@ class ValidationReport:
     losses: Mapping[str, float]
     split: Literal["validation", "test"] = "validation"
     name: str = ""
-    """The dataset's name where there are several; empty for the only one."""
+    """Dataset name; empty for a single dataset."""
     at_end: bool = False
-    """The evaluation that ends a run, which a longer run would not have made."""
+    """True for the evaluation at the end of the run, which a longer run would not have performed."""
     seconds: float = 0.0
     samples: int = 0

@@ -17,63 +17,63 @@ from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
 
 
 class Sink(Protocol):
-    """A place where events go."""
+    """Destination of reports."""
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """The run is assembled and its first iteration follows."""
+        """Handle the start of training, before the first iteration."""
 
     def iteration(self, report: IterationReport) -> None:
-        """An iteration is finished."""
+        """Handle a finished iteration."""
 
     def validation(self, report: ValidationReport) -> None:
-        """A dataset was evaluated."""
+        """Handle the evaluation of a dataset."""
 
     def message(self, text: str) -> None:
-        """Something to tell people."""
+        """Handle a message to the user."""
 
     def stopping(self) -> None:
-        """No iteration follows; the last save, evaluations and words do."""
+        """Handle the end of iterations, before the last save and the last evaluations."""
 
     def close(self) -> None:
-        """The run is over, or has failed."""
+        """Handle the end or failure of the run."""
 
 
 class Reporter:
-    """Passes events to the sinks, in their order; without sinks (on the ranks that stay silent) it does nothing.
+    """Passes events to the sinks in order; on ranks that do not report it has no sinks.
 
-    A context manager: leaving it closes every sink, so that a failed run gives the terminal back.
+    A context manager that closes every sink, so that a failed run restores the terminal.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """The run is assembled and its first iteration follows."""
+        """Handle the start of training, before the first iteration."""
         for sink in self._sinks:
             sink.start(config, facts)
 
     def iteration(self, report: IterationReport) -> None:
-        """An iteration is finished."""
+        """Handle a finished iteration."""
         for sink in self._sinks:
             sink.iteration(report)
 
     def validation(self, report: ValidationReport) -> None:
-        """A dataset was evaluated."""
+        """Handle the evaluation of a dataset."""
         for sink in self._sinks:
             sink.validation(report)
 
     def message(self, text: str) -> None:
-        """Something to tell people: printed, and kept in metrics.jsonl."""
+        """Print a message and store it in metrics.jsonl."""
         for sink in self._sinks:
             sink.message(text)
 
     def stopping(self) -> None:
-        """No iteration follows: what was held back for a fuller line is told before the last save."""
+        """Print incomplete log intervals, before the last save."""
         for sink in self._sinks:
             sink.stopping()
 
     def close(self) -> None:
-        """Close every sink, in their order, also when one of them fails; the failure is raised after that."""
+        """Close every sink in order, even if one fails; then raise the failure."""
         with ExitStack() as stack:
             for sink in reversed(self._sinks):
                 stack.callback(sink.close)
@@ -88,22 +88,22 @@ class Reporter:
 
 
 def metrics_path(config: RunConfig) -> Path | None:
-    """Where the run's metrics.jsonl lies, or None if neither --metrics-file nor --save says."""
+    """Return the path of metrics.jsonl; None without --metrics-file and --save."""
     if config.metrics.metrics_file:
         return Path(config.metrics.metrics_file)
     return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
 
 
 def build_reporter(config: RunConfig, stream: TextIO, *, active: bool = True) -> Reporter:
-    """The sinks that the configuration asks for, writing lines to `stream`.
+    """Return a reporter with the configured sinks.
 
     Args:
-        config: its metrics and checkpoint parts are read.
-        stream: where lines and the bar go, normally sys.stdout.
-        active: whether this rank reports; exactly one rank does (the last, which has the loss, as in Megatron).
+        config: configuration of the run.
+        stream: destination of log lines and the bar, normally sys.stdout.
+        active: True on the reporting rank: the last one, which has the loss, as in Megatron.
 
     Raises:
-        ConfigError: TensorBoard is asked for and not installed.
+        ConfigError: --tensorboard-dir is given and tensorboard is not installed.
     """
     if not active:
         return Reporter(())
@@ -112,7 +112,7 @@ def build_reporter(config: RunConfig, stream: TextIO, *, active: bool = True) ->
     write = bar.write if bar is not None else line_writer(stream)
     sinks: list[Sink] = []
     if (path := metrics_path(config)) is not None:
-        sinks.append(JsonlSink(path, tell=write))
+        sinks.append(JsonlSink(path, notify=write))
     if metrics.tensorboard_dir:
         writer = open_writer(metrics.tensorboard_dir, metrics.tensorboard_queue_size)
         sinks.append(TensorboardSink(metrics, writer))

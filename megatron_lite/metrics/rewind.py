@@ -14,22 +14,25 @@ from megatron_lite.runs.metrics_file import prepare, read_records
 
 VS_SAMPLES = " vs samples"
 VALIDATION = "loss validation"
-"""Part of the tags of a validation's points."""
+"""Part of the tags of validation points."""
 _HEAD, _FOOT = struct.Struct("<QI"), 4
-"""A record: its length and that number's checksum, the event, and the event's checksum."""
+"""TFRecord: length, checksum of the length, event, checksum of the event."""
 
 
 def cut_events(folder: Path, iteration: int, aside: Path | None = None, *, validation_due: bool = False) -> bool:
-    """Leaves out of the event files in `folder` what was written after an iteration.
+    """Remove the points after an iteration from the event files in `folder`.
+
+    TensorBoard's own purge_step compares the iteration with the steps of the `vs samples` tags as well, and would drop
+    points of earlier iterations.
 
     Args:
-        folder: TensorBoard's.
-        iteration: the last one that stays.
-        aside: where files go, whole, before they are cut; None: nowhere.
-        validation_due: whether the validation after that iteration is made again, so that its points go, too.
+        folder: TensorBoard folder.
+        iteration: last iteration to keep.
+        aside: folder for copies of the unmodified files; None: no copies.
+        validation_due: remove the validation points of `iteration` as well, because the validation will be repeated.
 
     Returns:
-        Whether anything was left out.
+        True if any point was removed.
 
     Raises:
         ConfigError: the package tensorboard is missing.
@@ -54,7 +57,7 @@ def _surviving(data: bytes, iteration: int, validation_due: bool) -> Iterator[by
     for record, event in _records(data):
         tags = [value.tag for value in event.summary.value]
         if len(tags) == 1 and tags[0].endswith(VS_SAMPLES):
-            # Its step is a number of samples: it shares the fate of the point by iteration, which was written before.
+            # The step is a number of samples: the decision follows the point by iteration, which was written before.
             late = left_out.get(tags[0].removesuffix(VS_SAMPLES), False)
         else:
             repeated = validation_due and any(VALIDATION in tag for tag in tags)
@@ -65,13 +68,12 @@ def _surviving(data: bytes, iteration: int, validation_due: bool) -> Iterator[by
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
-    """Records with their events; a torn one at the end, from a kill, is left out."""
+    """Yield records with their events; an incomplete record at the end, left by a kill, is omitted."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
     except ImportError as error:
         raise ConfigError(
-            "TensorBoard's files can only be cut with its package",
-            found="tensorboard is not installed",
+            "Cannot truncate TensorBoard event files: the package tensorboard is not installed",
             fix=install_extra("tensorboard"),
         ) from error
 
@@ -86,34 +88,34 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
 
 
 def rewind(metrics: Path, iteration: int, aside: Path, tensorboard: str | None = None) -> list[str]:
-    """Makes a run's reports end after `iteration`, at least 1.
+    """Truncate the metrics of a run after `iteration`, at least 1.
 
     Args:
-        metrics: the run's metrics.jsonl; nothing is done if there is none.
-        iteration: the last one that stays.
-        aside: a folder for the whole old file, and for TensorBoard's.
-        tensorboard: the folder of TensorBoard's files; None: the one that the run was last given.
+        metrics: metrics.jsonl of the run; if it is missing, nothing is done.
+        iteration: last iteration to keep.
+        aside: folder for copies of the unmodified files.
+        tensorboard: TensorBoard folder; None: the last --tensorboard-dir of the run.
 
     Returns:
-        What was done, in lines for people.
+        Lines that describe what was done.
 
     Raises:
         DataError: metrics.jsonl is damaged.
-        ConfigError: TensorBoard's files are to be cut, and its package is missing.
+        ConfigError: event files must be truncated, and the package tensorboard is missing.
         OSError: a folder cannot be written to.
     """
     if not metrics.is_file():
-        return [f"{metrics} is not there: no metrics to cut"]
+        return [f"{metrics} does not exist: no metrics to truncate"]
     shutil.copy2(metrics, aside / metrics.name)
     prepare(metrics, iteration)
-    done = [f"cut {metrics} after iteration {iteration}"]
+    done = [f"truncated {metrics} after iteration {iteration}"]
     records = read_records(metrics)
     folder = _tensorboard_of(records) if tensorboard is None else tensorboard
     if folder and Path(folder).is_dir():
         cut_events(Path(folder), iteration, aside / "tensorboard")
-        done.append(f"cut the TensorBoard files in {folder} after iteration {iteration}")
+        done.append(f"truncated the TensorBoard files in {folder} after iteration {iteration}")
     elif folder:
-        done.append(f"the TensorBoard folder {folder} is not there")
+        done.append(f"the TensorBoard folder {folder} does not exist")
     return done
 
 

@@ -1,6 +1,6 @@
 """TensorBoard sink with Megatron-LM's tags.
 
-Each scalar is written against the iteration, and once more as `<tag> vs samples` against the consumed samples.
+Each scalar is written by iteration, and as `<tag> vs samples` by consumed samples.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ MEMORY_TAGS = {
 
 
 def open_writer(folder: str, queue_size: int) -> Any:
-    """A torch SummaryWriter for `folder`.
+    """Return a torch SummaryWriter for `folder`.
 
     Raises:
-        ConfigError: the `tensorboard` package is missing, or the folder cannot be written to.
+        ConfigError: the package tensorboard is missing, or the folder is not writable.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "--tensorboard-dir needs the package tensorboard",
-            found=f"--tensorboard-dir {folder}, and importing it fails with: {error}",
-            fix=f"{install_extra('tensorboard')}, or leave --tensorboard-dir out",
+            f"Cannot write --tensorboard-dir {folder}: importing tensorboard failed ({error})",
+            fix=f"{install_extra('tensorboard')}, or remove --tensorboard-dir",
         ) from error
     try:
         return SummaryWriter(log_dir=folder, max_queue=queue_size)
     except OSError as error:
         raise ConfigError(
-            "--tensorboard-dir must be a folder that can be written to",
-            found=f"--tensorboard-dir {folder}: {error.strerror}",
-            fix="Give --tensorboard-dir a folder that you may write to, or change its permissions",
+            f"Cannot write to --tensorboard-dir {folder}: {error.strerror}",
+            fix="Give --tensorboard-dir a writable folder, or change the permissions",
         ) from error
 
 
 class TensorboardSink:
-    """Writes scalars through `writer`, which has SummaryWriter's add_scalar, add_text, flush and close."""
+    """Writes scalars to TensorBoard.
+
+    Args:
+        config: metrics options.
+        writer: a SummaryWriter, or an object with its add_scalar, add_text, flush and close.
+        world_size: value of the world-size tag until start().
+    """
 
     def __init__(self, config: MetricsConfig, writer: Any, world_size: int = 1) -> None:
         self._config = config
@@ -59,8 +63,8 @@ class TensorboardSink:
         self._world_size = world_size
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Cut what a killed job wrote after its last save; write every setting as text, as Megatron does."""
-        # A run that branches off another leaves that one's points alone.
+        """Remove the points after the checkpoint; write every setting as text, as Megatron does."""
+        # A run that starts from the checkpoint of another run keeps the points of that run.
         if facts.start_iteration and config.checkpoint.in_one_folder:
             last, due = facts.start_iteration, facts.validation_due
             cut_events(Path(self._config.tensorboard_dir), last, validation_due=due)
@@ -91,13 +95,13 @@ class TensorboardSink:
         self._writer.flush()
 
     def message(self, text: str) -> None:
-        """Messages are for the console."""
+        """Do nothing: TensorBoard shows no messages."""
 
     def stopping(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: close() flushes."""
 
     def close(self) -> None:
-        """Write out what is queued."""
+        """Flush and close the writer."""
         self._writer.close()
 
     def _training_scalars(self, report: IterationReport) -> Iterator[tuple[str, float]]:
@@ -137,7 +141,7 @@ class TensorboardSink:
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[str, object]]:
-    """Every field as (part.field, value)."""
+    """Yield every configuration field as (section.field, value)."""
     for part in dataclasses.fields(config):
         values = getattr(config, part.name)
         for entry in dataclasses.fields(values):

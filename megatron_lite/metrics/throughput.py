@@ -11,7 +11,7 @@ from megatron_lite.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast an iteration was."""
+    """Speed of one iteration."""
 
     tokens_per_second: float
     tflops_per_device: float
@@ -20,16 +20,16 @@ class Rates:
 
 
 class Throughput:
-    """Turns seconds and tokens into rates.
+    """Computes rates from seconds and tokens.
 
-    The time left is (tokens left) / (tokens per second lately), which holds through a batch ramp-up; iterations left
-    times seconds would not. The first iteration of a start is forgotten by the second: it pays for compilation and
-    allocation.
+    The remaining time is (remaining tokens) / (recent tokens per second), which is valid during a batch-size ramp-up.
+    The first iteration after a start is excluded from the recent ones: it includes compilation and allocation.
 
     Args:
-        devices: devices that share the work, all of the world.
-        peak_flops: FLOP/s of one device in the run's dtype, as its maker states it; None: no MFU.
-        horizon: iterations that the ETA looks back on.
+        model: architecture, for FLOPs per token.
+        devices: number of devices of the job.
+        peak_flops: nominal peak FLOP/s of one device in the dtype of the run; None: no MFU.
+        horizon: number of recent iterations used for the remaining time.
     """
 
     def __init__(self, model: ModelConfig, *, devices: int, peak_flops: float | None, horizon: int = 50) -> None:
@@ -40,17 +40,17 @@ class Throughput:
         self._first = True
 
     def measure(self, *, seconds: float, tokens: int, seq_length: int, remaining_tokens: int) -> Rates:
-        """Rates of an iteration that took `seconds` for `tokens`, with `remaining_tokens` after it."""
+        """Return the rates of an iteration of `tokens` in `seconds`, with `remaining_tokens` after it."""
         if len(self._recent) == 1 and self._first:
             self._recent.clear()
             self._first = False
         self._recent.append((max(seconds, 1e-9), tokens))
         tokens_per_second = tokens / max(seconds, 1e-9)
         flops = flops_per_token(self._model, seq_length) * tokens_per_second / self._devices
-        lately = sum(count for _, count in self._recent) / sum(time for time, _ in self._recent)
+        recent = sum(count for _, count in self._recent) / sum(time for time, _ in self._recent)
         return Rates(
             tokens_per_second=tokens_per_second,
             tflops_per_device=flops / 1e12,
             mfu=flops / self._peak if self._peak else None,
-            eta_seconds=remaining_tokens / lately if lately > 0 else float("inf"),
+            eta_seconds=remaining_tokens / recent if recent > 0 else float("inf"),
         )

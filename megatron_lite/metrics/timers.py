@@ -11,16 +11,16 @@ _OFF: AbstractContextManager[None] = nullcontext()
 
 
 class Timers:
-    """Adds up the seconds spent in named blocks: `with timers("forward-backward"): …`.
+    """Accumulates the seconds spent in named blocks: `with timers("forward-backward"): …`.
 
-    Timers may nest; an inner block's time counts in the outer one too. An accelerator runs behind the program, so a
-    running timer waits for it at both ends, through the `synchronize` handed in. That costs speed, which is why a block
-    says from which --timing-log-level on it is measured (1: the parts of a step, 2: every micro-batch).
+    Timers may nest; the time of an inner block is included in the outer block. Accelerators run asynchronously, so a
+    timer synchronizes the device at both ends. Since that costs time, each block has a level: it is measured from that
+    --timing-log-level on (1: parts of a step, 2: every micro-batch).
 
     Args:
         level: blocks up to this level are measured; 0: none.
-        synchronize: waits until the device has done all that was asked of it.
-        clock: seconds from any origin; injected by tests.
+        synchronize: waits for all queued work of the device.
+        clock: monotonic seconds; injected by tests.
     """
 
     def __init__(
@@ -33,32 +33,32 @@ class Timers:
         self._open: list[str] = []
 
     def __call__(self, name: str, level: int = 1) -> AbstractContextManager[None]:
-        """A context that adds its duration to `name`, or one that does nothing above the measured level."""
+        """Return a context manager that adds its duration to `name`, if `level` is measured."""
         return _OFF if level > self._level else _Block(self, name)
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call, in order of first use; the counters start again at zero."""
+        """Return seconds by name since the last call, in order of first use, and reset them."""
         assert not self._open, f"timers are still running: {self._open}"
         seconds, self._seconds = self._seconds, {}
         return seconds
 
     def _start(self, name: str) -> float:
         assert name not in self._open, f"timer {name} is inside itself and would count its time twice"
-        # The outer name comes first in the report although its block ends last.
+        # Outer names precede inner names in the report.
         self._seconds.setdefault(name, 0.0)
         self._open.append(name)
         self._synchronize()
         return self._clock()
 
     def _stop(self, name: str, started: float, failed: bool) -> None:
-        if not failed:  # a failed device may never answer
+        if not failed:  # a failed device may never respond
             self._synchronize()
         self._seconds[name] += self._clock() - started
         self._open.remove(name)
 
 
 class _Block:
-    """One use of a timer."""
+    """Context manager of one timed block."""
 
     def __init__(self, timers: Timers, name: str) -> None:
         self._timers = timers

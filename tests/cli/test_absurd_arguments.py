@@ -178,7 +178,7 @@ def test_samples_of_a_rollback(value, capsys):
 
 
 def test_a_command_that_is_not_utf_8(capsys):
-    assert "there is no command 'x\\udce9'" in refused([NOT_UTF8], capsys)
+    assert "unknown command 'x\\udce9'" in refused([NOT_UTF8], capsys)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "latin-1", "utf-16", "zip", "damaged"])

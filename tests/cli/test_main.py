@@ -28,7 +28,7 @@ def test_memory_that_runs_out_is_an_error_with_a_way_out(run, capsys):
     assert run_command(SimpleNamespace(run=run), []) == 1
     text = capsys.readouterr().err
     assert text.startswith("MemoryError: The process ran out of memory")
-    assert "Ask for less at a time" in text
+    assert "Use fewer samples" in text
 
 
 def test_another_error_of_the_runtime_keeps_its_traceback():

@@ -118,11 +118,11 @@ def test_nothing_to_do_is_nothing(stage):
 def test_the_last_position_can_be_used_and_no_more(stage):
     full = generate(stage, [[1] * 20], max_new_tokens=12, sampling=GREEDY, seeds=[0], eod=None)
     assert len(full[0]) == 12
-    with pytest.raises(ConfigError, match=r"32 positions\. Lower --max-new-tokens to 12"):
+    with pytest.raises(ConfigError, match=r"32 learned positions of the model\. Lower --max-new-tokens to 12"):
         generate(stage, [[1] * 20], max_new_tokens=13, sampling=GREEDY, seeds=[0], eod=None)
 
 
-@pytest.mark.parametrize(("prompt", "words"), [([], "at least one token"), ([51], "vocabulary"), ([-1], "vocabulary")])
+@pytest.mark.parametrize(("prompt", "words"), [([], "has no tokens"), ([51], "vocabulary"), ([-1], "vocabulary")])
 def test_prompts_that_the_model_cannot_read_are_refused(stage, prompt, words):
     with pytest.raises(ConfigError, match=words):
         generate(stage, [[1], prompt], max_new_tokens=1, sampling=GREEDY, seeds=[0, 0], eod=None)

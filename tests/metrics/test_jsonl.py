@@ -173,14 +173,14 @@ def test_a_fresh_start_moves_the_old_run_aside(tmp_path):
     path, told = tmp_path / "metrics.jsonl", []
     write(path, 0, [1, 2])
     old = path.read_bytes()
-    sink = JsonlSink(path, tell=told.append)
+    sink = JsonlSink(path, notify=told.append)
     sink.start(CONFIG, facts())
     sink.close()
     assert (tmp_path / "metrics.previous-1.jsonl").read_bytes() == old
     assert "metrics.previous-1.jsonl" in told[0]
     assert measured(path) == []
     # Nothing was measured since: the next start goes on in the same file.
-    sink = JsonlSink(path, tell=told.append)
+    sink = JsonlSink(path, notify=told.append)
     sink.start(CONFIG, facts())
     sink.close()
     assert len(told) == 1 and len(read_records(path)) == 2
