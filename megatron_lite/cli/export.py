@@ -143,8 +143,8 @@ def _push_revisions(options: argparse.Namespace, hub: Hub | None) -> int:
     found = list_checkpoints(Path(options.load))
     if not found:
         raise ConfigError(
-            "--revisions-from-run needs a run with checkpoints",
-            found=f"{options.load} holds no complete checkpoint",
+            f"{options.load} holds no complete checkpoint",
+            rule="--revisions-from-run needs a run with checkpoints",
             fix="Give the folder that the run was given with --save",
         )
     plans = [_plan(options, iteration_of(path) or 0) for path in found]

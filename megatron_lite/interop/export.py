@@ -137,13 +137,7 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
         ConfigError: no class can express the model, its tokenizer is another one, or transformers is not installed.
         DataError: the tokenizer's files are missing.
     """
-    path = find_checkpoint(load, iteration)
-    if path is None:
-        raise CheckpointError(
-            "There must be a checkpoint to export",
-            found=f"{load} holds none" if Path(load).is_dir() else f"{load} does not exist",
-            fix="Give the folder that a run was given with --save, or one of its iter_… folders",
-        )
+    path = checkpoint_to_export(load, iteration)
     if options.verify:
         require_transformers("export")
     reader = CheckpointReader(path)
@@ -156,6 +150,25 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
     require_weights(weights, shapes, path)
     dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
     return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)
+
+
+def checkpoint_to_export(load: str, iteration: int) -> Path:
+    """Return the folder of a run's checkpoint.
+
+    Args:
+        load: a run's --save folder, or one checkpoint in it.
+        iteration: which one; 0: the latest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = find_checkpoint(load, iteration)
+    if path is None:
+        raise CheckpointError(
+            f"{load} holds no checkpoint" if Path(load).is_dir() else f"{load} does not exist",
+            fix="Give the folder that a run was given with --save, or one of its iter_… folders",
+        )
+    return path
 
 
 def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
@@ -173,8 +186,7 @@ def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], pat
         saved = weights.tensors.get(name)
         if saved is None or saved.shape != shape:
             raise CheckpointError(
-                "A checkpoint must hold every weight of its model",
-                found=f"{path} has {'no' if saved is None else f'{saved.shape} for'} {name}, the model has {shape}",
+                f"{path} has {'no' if saved is None else f'{saved.shape} for'} {name}, the model has {shape}",
                 fix="Export another iteration; `megatron-lite checkpoint inspect --tensors` shows what this one holds",
             )
 
@@ -226,8 +238,8 @@ def _tokenizer(stored: StoredModel, manifest: Manifest, path: Path, options: Exp
     tokenizer = build_tokenizer(replace(stored.tokenizer, **options.tokenizer))
     if tokenizer.vocab_size > stored.model.vocab_size:
         raise CheckpointError(
-            "The vocabulary must hold every token of the tokenizer",
-            found=f"the tokenizer has {tokenizer.vocab_size} tokens, {path} has {stored.model.vocab_size} rows",
+            f"The tokenizer has {tokenizer.vocab_size} tokens, {path} has {stored.model.vocab_size} rows",
+            rule="The vocabulary must hold every token of the tokenizer",
             fix="Give the run's own tokenizer, or leave it out with --no-tokenizer",
         )
     require_tokenizer(tokenizer, manifest, path)

@@ -50,14 +50,14 @@ class Hub:
                 raise HFValidationError("it is not USER/NAME")
         except HFValidationError as error:
             raise ConfigError(
-                "--push-to takes USER/NAME or ORGANIZATION/NAME",
-                found=f"--push-to {name}: {error}",
+                f"--push-to {name}: {error}",
+                rule="--push-to takes USER/NAME or ORGANIZATION/NAME",
                 fix="Use letters, digits, - _ and ., at most 96 characters",
             ) from error
         if not get_token():
             raise ConfigError(
-                "Pushing to the hub needs a token",
-                found="neither HF_TOKEN is set nor a token stored on this machine",
+                "HF_TOKEN is not set, and no token is stored on this machine",
+                rule="Pushing to the hub needs a token",
                 fix="Create one with write access in the hub's settings, then set HF_TOKEN or run `hf auth login`",
             )
         tools.disable_progress_bars()
@@ -83,8 +83,7 @@ class Hub:
         except CheckpointError as error:
             if isinstance(error.__cause__, Exception) and _status(error.__cause__) in (401, 403):
                 raise ConfigError(
-                    "The hub must accept the token",
-                    found=f"{self._api.endpoint} refuses it",
+                    f"{self._api.endpoint} refuses the token",
                     fix="Create a new token with write access, and set HF_TOKEN",
                 ) from error
             raise
@@ -94,8 +93,8 @@ class Hub:
         if role == "read" or owner not in writable:
             problem = "may only read" if role == "read" else f"belongs to {who['name']}, who cannot write to {owner}"
             raise ConfigError(
-                "--push-to must name a repository that the token can write to",
-                found=f"--push-to {self.name}: the token {problem}",
+                f"--push-to {self.name}: the token {problem}",
+                rule="--push-to must name a repository that the token can write to",
                 fix=f"Push to {who['name']}/{self.name.partition('/')[2]}, or set HF_TOKEN to another token",
             )
 
@@ -191,8 +190,7 @@ def _is_transient(error: BaseException | None) -> bool:
 def _failed(what: str, endpoint: str, error: Exception, attempts: int) -> CheckpointError:
     tried = f" after {attempts} attempts" if attempts > 1 else ""
     return CheckpointError(
-        "The hub must accept the upload",
-        found=f"{what} at {endpoint} failed{tried}: {_text(error)}",
+        f"{what} at {endpoint} failed{tried}: {_text(error)}",
         fix="Give the same command again: what has arrived is not sent twice",
     )
 

@@ -53,8 +53,8 @@ def open_model(
     keys.finish(ignored_keys)
     if model.position_embedding == "learned" and seq_length > model.max_position_embeddings:
         raise CheckpointError(
-            "The sequence must not be longer than the position table",
-            found=f"--seq-length {seq_length}, {folder} has {model.max_position_embeddings} positions",
+            f"--seq-length {seq_length}, {folder} has {model.max_position_embeddings} positions",
+            rule="The sequence must not be longer than the position table",
             fix="Give a shorter --seq-length",
         )
     settings = find_tokenizer(folder)
@@ -77,8 +77,8 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, folder: Path, notes: list[str])
     size = tokenizer.vocab_size
     if size > rows:
         raise CheckpointError(
-            "The vocabulary must hold every token of the tokenizer",
-            found=f"the tokenizer of {folder} has {size} tokens, its config says vocab_size={rows}",
+            f"The tokenizer of {folder} has {size} tokens, its config says vocab_size={rows}",
+            rule="The vocabulary must hold every token of the tokenizer",
             fix="Use the tokenizer that the model was trained with",
         )
     if size < rows:
@@ -121,8 +121,8 @@ def _without_copy(
     difference = next(compare_sources(*both), None)
     if difference is None or not difference.equal:
         raise CheckpointError(
-            "A tied head must be the embedding's table",
-            found=f"{folder} says tie_word_embeddings, but {architecture.head} is not equal to {entry.theirs[0]}",
+            f"{folder} says tie_word_embeddings, but {architecture.head} is not equal to {entry.theirs[0]}",
+            rule="A tied head must be the embedding's table",
             fix='Set "tie_word_embeddings": false in config.json if the model has a head of its own',
         )
     return _Renamed(source, {name: name for name in source.tensors if name != architecture.head})

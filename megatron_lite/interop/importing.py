@@ -88,22 +88,20 @@ def find_source(folder: Path, kind: Kind | None) -> Recognised:
     found = recognise(folder)
     if found is None:
         raise CheckpointError(
-            "The source must be a checkpoint of a known kind",
-            found=f"{folder} {'holds none' if folder.is_dir() else 'is not a folder'}",
+            f"{folder} {'holds no checkpoint of a known kind' if folder.is_dir() else 'is not a folder'}",
             fix="Give a Hugging Face folder with config.json and weights, or a folder that Megatron-LM or DeepSpeed "
             "saved",
         )
     if found.kind is Kind.MEGATRON_LITE:
         raise CheckpointError(
-            "Only foreign checkpoints are imported",
-            found=f"{folder} is {found.title}",
+            f"{folder} is {found.title}",
             fix=f"Use --load {folder} directly",
         )
     if kind not in (None, found.kind):
         assert kind is not None
         raise CheckpointError(
-            "--from must be the kind of the source",
-            found=f"--from {kind.value}, but {folder} is {found.title}",
+            f"--from {kind.value}, but {folder} is {found.title}",
+            rule="--from must be the kind of the source",
             fix=f"Leave --from out, or give --from {found.kind.value}",
         )
     return found
@@ -141,8 +139,7 @@ def _check_options(source: Recognised, options: ImportOptions) -> None:
     given = [name for name, value in unused.items() if value]
     if given:
         raise ConfigError(
-            "An option must have a meaning for the kind of checkpoint",
-            found=f"{', '.join(given)}, and {source.folder} is {source.title}",
+            f"{', '.join(given)} is of no use: {source.folder} is {source.title}",
             fix="Leave it out",
         )
 

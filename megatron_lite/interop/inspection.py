@@ -115,7 +115,7 @@ def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Com
         return Comparable(found.folder, _fields(asdict(foreign.model)), foreign.tensors)
     checkpoint = find_checkpoint(str(path))
     if checkpoint is None:
-        raise CheckpointError("There must be a checkpoint", found=f"{path} holds none", fix="Give another folder")
+        raise CheckpointError(f"{path} holds no checkpoint", fix="Give another folder")
     reader = CheckpointReader(checkpoint)
     names = [name for name in reader.tensors if not name.startswith(OPTIMIZER_PREFIX)]
     model = asdict(stored_model(reader.manifest, checkpoint).model)

@@ -106,14 +106,13 @@ class ImportedTensors:
         if missing:
             near = difflib.get_close_matches(missing[0], left, n=1)
             raise CheckpointError(
-                "Every tensor of the model must be in the source",
-                found=f"{self._where} has no {_listed(missing)}" + (f"; the nearest name is {near[0]}" if near else ""),
+                f"{self._where} has no {_listed(missing)}" + (f"; the nearest name is {near[0]}" if near else ""),
                 fix="Download it again; its config.json and its weights may be of different models",
             )
         if left:
             raise CheckpointError(
-                "Every tensor of the source must have a place in the model",
-                found=f"{self._where} also holds {_listed(left)}",
+                f"{self._where} also holds {_listed(left)}",
+                rule="Every tensor of the source must have a place in the model",
                 fix="Import the plain language model; adapters, other heads and quantized weights are not supported",
             )
 
@@ -170,8 +169,8 @@ def _finite(tensor: Tensor, name: str, where: Path) -> Tensor:
     if not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax()):
         return tensor
     raise CheckpointError(
-        "Weights must be finite numbers",
-        found=f"{name} in {where} holds {int(tensor.isfinite().logical_not().sum())} NaN or infinite values",
+        f"{name} in {where} holds {int(tensor.isfinite().logical_not().sum())} NaN or infinite values",
+        rule="Weights must be finite numbers",
         fix="Use an earlier checkpoint, or download the files again",
     )
 
@@ -179,14 +178,12 @@ def _finite(tensor: Tensor, name: str, where: Path) -> Tensor:
 def _check_tensor(name: str, info: TensorInfo, shape: Shape, where: Path) -> None:
     if info.shape != shape:
         raise CheckpointError(
-            "A tensor must have the shape that the config implies",
-            found=f"{name} in {where} is {info.shape}, the config implies {shape}",
+            f"{name} in {where} is {info.shape}, the config implies {shape}",
             fix="Download it again; its config and its weights may be of different models",
         )
     if info.dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise CheckpointError(
-            "Weights must be plain floating-point numbers",
-            found=f"{name} in {where} is {info.dtype}",
+            f"{name} in {where} is {info.dtype}, not a plain floating-point number",
             fix="Use an unquantized version of the model",
         )
 

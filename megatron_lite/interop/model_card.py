@@ -78,8 +78,8 @@ def read_evaluation(path: Path) -> list[Mapping[str, Any]]:
         return [{"name": str(one["name"]), **one} for one in texts]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            "--evaluation must name the output of `megatron-lite evaluate --json`",
-            found=f"{path}: {getattr(error, 'strerror', None) or repr(error)}",
+            f"{path}: {getattr(error, 'strerror', None) or repr(error)}",
+            rule="--evaluation must name the output of `megatron-lite evaluate --json`",
             fix="Redirect that command's output into a file, and give this",
         ) from error
 

@@ -24,8 +24,8 @@ def check_output(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise CheckpointError(
-            "--output must be a new folder",
-            found=f"{output} exists already",
+            f"{output} exists already",
+            rule="--output must be a new folder",
             fix="Give another --output, or remove it first",
         )
 
@@ -82,8 +82,7 @@ def _check_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise CheckpointError(
-            "The output needs room for all of its bytes",
-            found=f"{output} takes {format_size(needed)}, {output.parent} has {format_size(free)} free",
+            f"{output} takes {format_size(needed)}, {output.parent} has {format_size(free)} free",
             fix="Make room, or give another --output",
         )
 
@@ -97,7 +96,6 @@ def _unwritable(output: Path, error: OSError, needed: int) -> CheckpointError:
     except OSError:
         free = ""
     return CheckpointError(
-        "The output must be written completely",
-        found=f"{output}: {error.strerror or error}{where}{free}",
+        f"Cannot write {output}: {error.strerror or error}{where}{free}",
         fix="Nothing is left of it. Make room, change the permissions of the folder above it, or give another --output",
     )

@@ -69,8 +69,8 @@ class PickleFile:
         content = read_torch_file(path)
         if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
-                "A weights file must hold tensors by name",
-                found=f"{path} holds {_described(content)}",
+                f"{path} holds {_described(content)}",
+                rule="A weights file must hold tensors by name",
                 fix="Give the file that save_pretrained or torch.save(model.state_dict()) wrote",
             )
         self._path = path
@@ -106,17 +106,16 @@ class FolderSource:
             for tensor in file.tensors:
                 if files is not None and files.get(tensor) != file_name:
                     raise CheckpointError(
-                        "The index must list every tensor of its files, each with the file that holds it",
-                        found=f"{folder / file_name} holds {tensor}, which the index lists "
+                        f"{folder / file_name} holds {tensor}, which the index lists "
                         + (f"in {files[tensor]}" if tensor in files else "nowhere"),
+                        rule="The index must list every tensor of its files, each with the file that holds it",
                         fix="Download the folder again; index and files are of different models",
                     )
                 self._file_of[tensor] = file
         for tensor, file_name in (files or {}).items():
             if tensor not in self._file_of:
                 raise CheckpointError(
-                    "A file must hold the tensors that the index lists",
-                    found=f"{folder / file_name} has no {tensor}",
+                    f"{folder / file_name} has no {tensor}",
                     fix="Download the folder again; index and files are of different models",
                 )
         self._tensors = {name: file.tensors[name] for name, file in self._file_of.items()}
@@ -148,8 +147,7 @@ def open_hugging_face(folder: Path) -> TensorSource:
             files = _read_index(folder / index)
             return FolderSource(folder, sorted(set(files.values())), open_file, files)
     raise CheckpointError(
-        "A Hugging Face model's folder holds its weights",
-        found=f"{folder} has none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {PICKLES}, {PICKLES_INDEX}",
+        f"{folder} has none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {PICKLES}, {PICKLES_INDEX}",
         fix="Download the whole repository, or give its snapshot folder",
     )
 
@@ -171,8 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path.name} must be a readable JSON object",
-            found=f"{path}: {getattr(error, 'strerror', None) or error}",
+            f"{path} is not a readable JSON object: {getattr(error, 'strerror', None) or error}",
             fix="Download or write the file again",
         ) from error
     return content
@@ -182,15 +179,14 @@ def _read_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(
-            "An index must have a weight_map of tensor names and file names",
-            found=f"{path} has none",
+            f"{path} has no weight_map of tensor names and file names",
             fix="Download the file again",
         )
     outside = sorted({name for name in files.values() if Path(name).name != name or name in ("", ".", "..")})
     if outside:
         raise CheckpointError(
-            "An index must name files of its own folder",
-            found=f"{path} names {outside[0]}",
+            f"{path} names {outside[0]}",
+            rule="An index must name files of its own folder",
             fix="Do not use this folder: a downloaded model has no reason to read files elsewhere",
         )
     return files
@@ -199,8 +195,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(
-            "Every file that the index names must be in the folder",
-            found=f"{path} is missing",
+            f"{path} is missing",
             fix="Download it; a download that was interrupted goes on when it is repeated",
         )
     return path
@@ -227,17 +222,14 @@ def _info(file: Any, name: str, path: Path) -> TensorInfo:
     dtype = part.get_dtype()
     if dtype not in _SAFETENSORS_DTYPES:
         raise CheckpointError(
-            "Weights must be of a dtype that torch has",
-            found=f"{name} in {path} is {dtype}",
+            f"{name} in {path} is {dtype}, a dtype that torch does not have",
             fix="Use an unquantized version of the model",
         )
     return TensorInfo(tuple(part.get_shape()), _SAFETENSORS_DTYPES[dtype])
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        "A .safetensors file must be whole", found=f"{path}: {error}", fix="Copy or download the file again"
-    )
+    return CheckpointError(f"{path} is damaged: {error}", fix="Copy or download the file again")
 
 
 def _described(content: object) -> str:

@@ -394,7 +394,6 @@ def _is_aligned(part: Tensor, dtype: torch.dtype) -> bool:
 
 def _unreadable(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        "A .bin or .pt file must be one that torch.save wrote",
-        found=f"{path}: {problem}",
+        f"{path} is not a whole file of torch.save: {problem}",
         fix="Copy or download the file again",
     )

@@ -63,8 +63,8 @@ def require_transformers(command: str) -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
-            f"{command} compares the logits with those of transformers",
-            found="transformers is not installed",
+            "transformers is not installed",
+            rule=f"{command} compares the logits with those of transformers",
             fix=f"{install_extra('hf')}, or add --no-verify to go without the comparison",
         )
 
@@ -120,8 +120,7 @@ def run_apart(folder: Path, request: Path) -> None:
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
         raise CheckpointError(
-            "transformers must be able to load the model",
-            found=f"{folder}: {last[0]}",
+            f"transformers cannot load {folder}: {last[0]}",
             fix="Run `python -m megatron_lite.interop.transformers_logits` on the folder for the whole traceback, or "
             "add --no-verify",
         )
@@ -160,21 +159,21 @@ def verify_logits(
         result = json.loads((Path(request) / "result.json").read_text(encoding="utf-8"))
     if result["problem"]:
         raise CheckpointError(
-            "transformers must find every weight of the model, and no other",
-            found=f"{folder}: {result['problem']}",
+            f"{folder}: {result['problem']}",
+            rule="transformers must find every weight of the model, and no other",
             fix="Please report it with the model's config",
         )
     if not result["largest"] <= tolerance * max(1.0, result["scale"]):  # NaN is not
         raise CheckpointError(
-            "The logits must be those of transformers",
-            found=f"the largest difference is {result['largest']:.3g}, the largest logit {result['scale']:.3g}, on "
-            f"{tokens.numel()} tokens of {text}; tolerance {tolerance:g} x the largest logit",
+            f"The logits differ from those of transformers: the largest difference is {result['largest']:.3g}, the "
+            f"largest logit {result['scale']:.3g}, on {tokens.numel()} tokens of {text}; tolerance "
+            f"{tolerance:g} x the largest logit",
             fix="The conversion was discarded. Please report it; --tolerance accepts a larger difference",
         )
     if result["tokenizer"]:
         raise CheckpointError(
-            "The folder's tokenizer must give the same tokens in transformers",
-            found=f"a built-in text becomes {result['tokenizer']}",
+            f"A built-in text becomes {result['tokenizer']}",
+            rule="The folder's tokenizer must give the same tokens in transformers",
             fix="Add --no-tokenizer, and add the tokenizer's files by hand",
         )
     return Verification(result["largest"], result["scale"], tokens.numel(), text)

@@ -84,16 +84,15 @@ def foreign_error(load: Path) -> CheckpointError | None:
     found = recognise(load)
     if found is None or found.kind is Kind.MEGATRON_LITE:
         return None
-    fix = f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW and --finetune"
-    if found.kind is not Kind.HUGGING_FACE:
-        fix = (
-            f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW (and --finetune "
-            "if its optimizer's state does not come along)"
-        )
+    finetune = (
+        "and --finetune"
+        if found.kind is Kind.HUGGING_FACE
+        else "(and --finetune if its optimizer's state does not come along)"
+    )
     return CheckpointError(
-        "--load takes checkpoints that megatron_lite wrote",
-        found=f"{found.folder} is {found.title}: it holds {found.file.relative_to(found.folder)}",
-        fix=fix,
+        f"{found.folder} is {found.title}: it holds {found.file.relative_to(found.folder)}",
+        rule="--load takes checkpoints that megatron_lite wrote",
+        fix=f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW {finetune}",
     )
 
 

@@ -134,7 +134,7 @@ def test_who_may_write(server):
     with pytest.raises(ConfigError, match="may only read"):
         Hub("ada/gpt").check_access()
     server.faults = lambda method, path: 401
-    with pytest.raises(ConfigError, match="refuses it"):
+    with pytest.raises(ConfigError, match="refuses the token"):
         Hub("ada/gpt").check_access()
 
 

@@ -257,7 +257,7 @@ def test_deepspeed_files(original, refused, imported, tmp_path):
     without(name, f"{name} is missing .2 data-parallel ranks, 4 model-parallel")
     without("mp_rank_02_model_states.pt", "mp_rank_02_model_states.pt is missing or has no param_shapes")
     shutil.copyfile(folder / "layer_08-model_00-model_states.pt", folder / "layer_07-model_00-model_states.pt")
-    refused(tmp_path / "ds", "layer_07-model_00-model_states.pt, with 4 layers")
+    refused(tmp_path / "ds", "layer_07-model_00-model_states.pt is not a layer file of a model with 4 layers")
     (folder / "layer_07-model_00-model_states.pt").unlink()
     content = torch.load(folder / name, weights_only=False)
     content["optimizer_state_dict"]["zero_stage"] = 3

@@ -122,7 +122,7 @@ def test_what_an_export_refuses(make_checkpoint, tmp_path, monkeypatch):
     folder = make_checkpoint("ck")
     for options, text in (
         ({"tp": 3}, "--target-tensor-parallel 3"),
-        ({"pp": 3}, "--target-pipeline-parallel 3, 4 lay"),
+        ({"pp": 3}, "--target-pipeline-parallel 3 does not divide 4 lay"),
     ):
         with pytest.raises(ConfigError, match=text):
             exported(folder, tmp_path / "out", **options)

@@ -149,3 +149,47 @@ def requires(model: ModelConfig, wanted: Mapping[str, tuple[Any, str]]) -> Itera
     for field, (value, flag) in wanted.items():
         if getattr(model, field) != value:
             yield flag
+
+
+def megatron_layers(model: ModelConfig, layers: str, attention: str) -> Iterator[Entry]:
+    """Yield the entries of layers that have Megatron's names and its order of QKV rows.
+
+    Args:
+        model: the model.
+        layers: their prefix of a layer's number.
+        attention: their name of the attention block.
+    """
+    for number in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{number}", f"{layers}.{number}"
+        yield from norms(model, f"{ours}.input_norm", f"{theirs}.input_layernorm")
+        for mine, name in (
+            ("self_attention.qkv", f"{attention}.query_key_value"),
+            ("self_attention.proj", f"{attention}.dense"),
+            ("mlp.fc1", "mlp.dense_h_to_4h"),
+            ("mlp.fc2", "mlp.dense_4h_to_h"),
+        ):
+            yield from linear(f"{ours}.{mine}", f"{theirs}.{name}", bias=True)
+        yield from norms(model, f"{ours}.pre_mlp_norm", f"{theirs}.post_attention_layernorm")
+
+
+def biased_layer_norm_problems(model: ModelConfig, positions: str) -> Iterator[str]:
+    """Yield what of a model a class with LayerNorm, biases everywhere and plain attention heads cannot express.
+
+    Args:
+        model: the model.
+        positions: the class's position embedding.
+    """
+    if model.position_embedding != positions:
+        yield f"{model.position_embedding} positions (--position-embedding-type)"
+    yield from requires(
+        model,
+        {
+            "normalization": ("LayerNorm", "--normalization RMSNorm"),
+            "num_query_groups": (model.num_attention_heads, "--num-query-groups"),
+            "linear_bias": (True, "--disable-bias-linear"),
+            "qkv_bias": (True, "--disable-qkv-bias"),
+            "qk_layernorm": (False, "--qk-layernorm"),
+        },
+    )
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        yield f"heads of {model.head_dim} channels (--kv-channels)"

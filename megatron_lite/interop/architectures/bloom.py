@@ -9,7 +9,8 @@ from typing import Any
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.interop.architectures.base import (
     Architecture,
-    linear,
+    biased_layer_norm_problems,
+    megatron_layers,
     norms,
     read_dropout,
     read_tied,
@@ -30,24 +31,16 @@ class Bloom(Architecture):
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
         """Yield what BLOOM cannot express."""
-        if model.position_embedding != "alibi":
-            yield f"{model.position_embedding} positions (--position-embedding-type)"
+        yield from biased_layer_norm_problems(model, "alibi")
         yield from requires(
             model,
             {
-                "normalization": ("LayerNorm", "--normalization RMSNorm"),
-                "num_query_groups": (model.num_attention_heads, "--num-query-groups"),
-                "linear_bias": (True, "--disable-bias-linear"),
-                "qkv_bias": (True, "--disable-qkv-bias"),
                 "embed_layernorm": (True, "no --embed-layernorm"),
-                "qk_layernorm": (False, "--qk-layernorm"),
                 "activation": ("gelu_tanh", f"--activation {model.activation}"),
                 "ffn_hidden_size": (4 * model.hidden_size, f"--ffn-hidden-size {model.ffn_hidden_size}"),
                 "parallel_residual": (False, "--parallel-residual"),
             },
         )
-        if model.head_dim * model.num_attention_heads != model.hidden_size:
-            yield f"heads of {model.head_dim} channels (--kv-channels)"
 
     def read_config(self, keys: ConfigKeys) -> ModelConfig:
         """Return the model of a BloomConfig."""
@@ -92,15 +85,5 @@ class Bloom(Architecture):
         """Yield the entries."""
         yield Entry(WORD_EMBEDDINGS, ("transformer.word_embeddings.weight",))
         yield from norms(model, "embedding.norm", "transformer.word_embeddings_layernorm")
-        for number in range(model.num_layers):
-            ours, theirs = f"decoder.layers.{number}", f"transformer.h.{number}"
-            yield from norms(model, f"{ours}.input_norm", f"{theirs}.input_layernorm")
-            for mine, name in (
-                ("self_attention.qkv", "self_attention.query_key_value"),
-                ("self_attention.proj", "self_attention.dense"),
-                ("mlp.fc1", "mlp.dense_h_to_4h"),
-                ("mlp.fc2", "mlp.dense_4h_to_h"),
-            ):
-                yield from linear(f"{ours}.{mine}", f"{theirs}.{name}", bias=True)
-            yield from norms(model, f"{ours}.pre_mlp_norm", f"{theirs}.post_attention_layernorm")
+        yield from megatron_layers(model, "transformer.h", "self_attention")
         yield from norms(model, "decoder.final_norm", "transformer.ln_f")

@@ -11,6 +11,7 @@ from megatron_lite.interop.architectures.base import (
     ACTIVATIONS,
     Architecture,
     activation_name,
+    biased_layer_norm_problems,
     linear,
     norms,
     qkv,
@@ -35,23 +36,15 @@ class GPT2(Architecture):
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
         """Yield what GPT-2 cannot express."""
-        if model.position_embedding != "learned":
-            yield f"{model.position_embedding} positions (--position-embedding-type)"
+        yield from biased_layer_norm_problems(model, "learned")
         yield from requires(
             model,
             {
-                "normalization": ("LayerNorm", "--normalization RMSNorm"),
-                "num_query_groups": (model.num_attention_heads, "--num-query-groups"),
-                "linear_bias": (True, "--disable-bias-linear"),
-                "qkv_bias": (True, "--disable-qkv-bias"),
                 "embed_layernorm": (False, "--embed-layernorm"),
-                "qk_layernorm": (False, "--qk-layernorm"),
                 "residual_post_layernorm": (False, "--apply-residual-connection-post-layernorm"),
                 "parallel_residual": (False, "--parallel-residual"),
             },
         )
-        if model.head_dim * model.num_attention_heads != model.hidden_size:
-            yield f"heads of {model.head_dim} channels (--kv-channels)"
         if model.activation not in ACTIVATIONS.values():
             yield f"--activation {model.activation}"
 

@@ -11,7 +11,8 @@ from megatron_lite.interop.architectures.base import (
     ACTIVATIONS,
     Architecture,
     activation_name,
-    linear,
+    biased_layer_norm_problems,
+    megatron_layers,
     norms,
     read_activation,
     read_dropout,
@@ -35,23 +36,15 @@ class GPTNeoX(Architecture):
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
         """Yield what GPT-NeoX cannot express."""
-        if model.position_embedding != "rotary":
-            yield f"{model.position_embedding} positions (--position-embedding-type)"
+        yield from biased_layer_norm_problems(model, "rotary")
         yield from requires(
             model,
             {
                 "rotary_interleaved": (False, "--rotary-interleaved"),
-                "normalization": ("LayerNorm", "--normalization RMSNorm"),
-                "num_query_groups": (model.num_attention_heads, "--num-query-groups"),
-                "linear_bias": (True, "--disable-bias-linear"),
-                "qkv_bias": (True, "--disable-qkv-bias"),
                 "embed_layernorm": (False, "--embed-layernorm"),
-                "qk_layernorm": (False, "--qk-layernorm"),
                 "residual_post_layernorm": (False, "--apply-residual-connection-post-layernorm"),
             },
         )
-        if model.head_dim * model.num_attention_heads != model.hidden_size:
-            yield f"heads of {model.head_dim} channels (--kv-channels)"
         if model.activation not in ACTIVATIONS.values():
             yield f"--activation {model.activation}"
 
@@ -97,15 +90,5 @@ class GPTNeoX(Architecture):
     def table(self, model: ModelConfig) -> Iterator[Entry]:
         """Yield the entries."""
         yield Entry(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",))
-        for number in range(model.num_layers):
-            ours, theirs = f"decoder.layers.{number}", f"gpt_neox.layers.{number}"
-            yield from norms(model, f"{ours}.input_norm", f"{theirs}.input_layernorm")
-            for mine, name in (
-                ("self_attention.qkv", "attention.query_key_value"),
-                ("self_attention.proj", "attention.dense"),
-                ("mlp.fc1", "mlp.dense_h_to_4h"),
-                ("mlp.fc2", "mlp.dense_4h_to_h"),
-            ):
-                yield from linear(f"{ours}.{mine}", f"{theirs}.{name}", bias=True)
-            yield from norms(model, f"{ours}.pre_mlp_norm", f"{theirs}.post_attention_layernorm")
+        yield from megatron_layers(model, "gpt_neox.layers", "attention")
         yield from norms(model, "decoder.final_norm", "gpt_neox.final_layer_norm")

@@ -97,16 +97,16 @@ class ConfigKeys:
         given = {name: self.content[name] for name in names if self.content.get(name) is not None}
         if len(set(map(repr, given.values()))) > 1:
             raise CheckpointError(
-                "Two spellings of a setting must agree",
-                found=f"{self.path} says {' and '.join(f'{name}={value!r}' for name, value in given.items())}",
+                f"{self.path} says {' and '.join(f'{name}={value!r}' for name, value in given.items())}",
+                rule="Two spellings of a setting must agree",
                 fix="Keep the one with which transformers gives the published results, and remove the other",
             )
         if given:
             return next(iter(given.values()))
         if default is _ABSENT:
             raise CheckpointError(
-                "config.json must state the model's sizes",
-                found=f"{self.path} has no {' or '.join(names)}",
+                f"{self.path} has no {' or '.join(names)}",
+                rule="config.json must state the model's sizes",
                 fix="Download the file again; it may be of another kind of model",
             )
         return default
@@ -149,15 +149,14 @@ class ConfigKeys:
         unknown = sorted(name for name in self.content if name not in known and self.content[name] is not None)
         if unknown:
             raise CheckpointError(
-                "Every key of config.json must be known, for it may change what the model computes",
-                found=f"{self.path} has {', '.join(f'{name}={self.content[name]!r}' for name in unknown)}",
+                f"{self.path} has {', '.join(f'{name}={self.content[name]!r}' for name in unknown)}",
+                rule="Every key of config.json must be known, for it may change what the model computes",
                 fix=f"If they change nothing, add --ignore-config-keys {' '.join(unknown)}",
             )
 
     def unsupported(self, name: str, value: Any, because: str) -> CheckpointError:
         """Return the error for a setting that this program's model cannot have."""
         return CheckpointError(
-            "Every setting that changes what the model computes must be supported",
-            found=f"{self.path} says {name}={value!r}: {because}",
-            fix="Import another model; a model with this setting would compute other logits here",
+            f"{self.path} says {name}={value!r}: {because}",
+            fix="Import another model; with this setting the model would compute other logits here",
         )

@@ -27,15 +27,15 @@ def architecture_of_config(keys: ConfigKeys) -> Architecture:
     found = [one for one in ARCHITECTURES if one.model_type == model_type]
     if not found:
         raise CheckpointError(
-            "The model must be of a supported architecture",
-            found=f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            rule="The model must be of a supported architecture",
             fix=f"Supported are {', '.join(f'{one.model_type} ({one.name})' for one in ARCHITECTURES)}",
         )
     expected = {found[0].name, found[0].name.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
     if classes and not expected & set(classes):
         raise CheckpointError(
-            "A config.json's model_type and architectures must agree",
-            found=f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
+            rule="A config.json's model_type and architectures must agree",
             fix=f'Import a causal language model; if it is one, set architectures to ["{found[0].name}"] in the file',
         )
     return found[0]
@@ -54,8 +54,7 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     candidates = [one for one in ARCHITECTURES if one.exports and wanted in ("", one.name)]
     if not candidates:
         raise ConfigError(
-            "--architecture must be a class that models are exported as",
-            found=f"--architecture {wanted}",
+            f"--architecture {wanted} is not a class that models are exported as",
             fix=f"Choose one of {', '.join(EXPORTED)}, or leave it out",
         )
     problems = {one.name: list(one.problems(model)) for one in candidates}
@@ -65,8 +64,7 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     nearest = min(problems.values(), key=len)
     listed = "\n".join(f"  {name} cannot have {', '.join(found)}" for name, found in problems.items())
     raise ConfigError(
-        "The model must be expressible as a class of transformers",
-        found=f"\n{listed}\n",
+        f"The model is not expressible as a class of transformers:\n{listed}\n",
         fix=f"A model without {', '.join(nearest)} could be exported"
         if not wanted
         else "Leave --architecture out to have the class chosen",

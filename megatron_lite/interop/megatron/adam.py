@@ -193,7 +193,7 @@ def _scaler(state: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _unfit(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        "The optimizer's state must be that of Adam over the model's parameters",
-        found=f"{path} {problem}",
+        f"{path} {problem}",
+        rule="The optimizer's state must be that of Adam over the model's parameters",
         fix=WEIGHTS_ONLY,
     )

@@ -51,8 +51,8 @@ class Evidence:
         before = self._known.setdefault(field, (value, origin))
         if before[0] != value:
             raise CheckpointError(
-                "The checkpoint and the command line must describe one model",
-                found=f"{field} is {before[0]!r} by {before[1]}, and {value!r} by {origin}",
+                f"{field} is {before[0]!r} by {before[1]}, and {value!r} by {origin}",
+                rule="The checkpoint and the command line must describe one model",
                 fix="Leave out the flag that is wrong; a file that contradicts itself was put together from two",
             )
 
@@ -79,8 +79,7 @@ class Evidence:
         """
         if field not in self._known:
             raise CheckpointError(
-                "What a file does not say of its model, the command line must",
-                found=f"{self.where} does not say {field}",
+                f"{self.where} does not say {field}",
                 fix=f"Add {flag}",
             )
         return self._known[field][0]
@@ -205,8 +204,8 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
     model = ModelConfig(**known)
     if model.hidden_size % model.num_attention_heads and "head_dim" not in known:
         raise CheckpointError(
-            "Attention heads must divide the hidden size",
-            found=f"{model.num_attention_heads} heads, hidden size {model.hidden_size}",
+            f"{model.num_attention_heads} heads, hidden size {model.hidden_size}",
+            rule="Attention heads must divide the hidden size",
             fix=f"Give a --num-attention-heads that divides {model.hidden_size}, or --kv-channels",
         )
     if model.embed_layernorm and model.norm_epsilon != DEEPSPEED_EMBEDDING_EPSILON:

@@ -109,8 +109,8 @@ def arrangement_of(ours: str, model: ModelConfig, version: float, *, gate_first:
     if ".self_attention.qkv." in ours and version < 2:
         if model.num_query_groups != model.num_attention_heads:
             raise CheckpointError(
-                "Grouped queries came with checkpoint version 3.0",
-                found=f"version {version:g} and {model.num_query_groups} query groups",
+                f"The file has checkpoint version {version:g} and {model.num_query_groups} query groups",
+                rule="Grouped queries came with checkpoint version 3.0",
                 fix="Leave --num-query-groups and --checkpoint-version out, unless the file was converted by hand",
             )
         return ThirdsLast(model.head_dim) if version == 1 else HeadsLast(model.head_dim)

@@ -132,8 +132,8 @@ def _with_head(found: Found, evidence: Evidence) -> Parts:
         return {**found.parts, head: copy}
     if not equal:
         raise CheckpointError(
-            "A tied head must be the embedding's table",
-            found=f"{copy[0].where} holds another table than {embedding[0].where if embedding else found.folder}",
+            f"{copy[0].where} holds another table than {embedding[0].where if embedding else found.folder}",
+            rule="A tied head must be the embedding's table",
             fix="Add --untie-embeddings-and-output-weights if the model has a head of its own; otherwise the files "
             "are of different checkpoints",
         )
@@ -188,8 +188,8 @@ def _note_vocabulary(found: Found, parts: Parts, evidence: Evidence, stated: Sta
     size = evidence.get("vocab_size")
     if size is not None and words and size > rows:
         raise CheckpointError(
-            "The vocabulary must hold every token of the tokenizer",
-            found=f"{size} tokens, {found.folder} has {rows} rows",
+            f"The tokenizer has {size} tokens, {found.folder} has {rows} rows",
+            rule="The vocabulary must hold every token of the tokenizer",
             fix=f"Give --vocab-size {rows} or less, or the tokenizer that the model was trained with",
         )
 
@@ -229,8 +229,8 @@ def _settle_copies(joined: Mapping[str, Joined], choices: Choices, notes: list[s
     found = f"{len(differing)} replicated {what} differ between tensor-parallel ranks: {describe_copies(differing)}"
     if not choices.replicated:
         raise CheckpointError(
-            "What every tensor-parallel rank holds must be equal on all of them",
-            found=found,
+            found,
+            rule="What every tensor-parallel rank holds must be equal on all of them",
             fix="Take their mean with --replicated average, or rank 0's with --replicated first",
         )
     how = "their mean is taken" if choices.replicated == "average" else "rank 0's are taken"
@@ -300,8 +300,8 @@ class _CheckedMain:
         weight = self._weights.read(name.removeprefix(MAIN_PREFIX), rectangle)
         if not torch.allclose(main, weight.to(main.dtype), rtol=_CLOSE, atol=_CLOSE**2):
             raise CheckpointError(
-                "The optimizer's main parameters must be those of the model's weights",
-                found=f"{name} differs from its weight by {float((main - weight).abs().max()):.3g}",
+                f"{name} differs from its weight by {float((main - weight).abs().max()):.3g}",
+                rule="The optimizer's main parameters must be those of the model's weights",
                 fix="The files are of different iterations; import the weights alone with --weights-only",
             )
         return main

@@ -86,8 +86,8 @@ def read_classic(folder: Path, *, version: float | None = None, with_optimizer: 
     found_version = version_of(first.content, where, version, 0.0 if scheme is LEGACY else CURRENT_VERSION)
     if scheme is not LEGACY and found_version < 2:
         raise CheckpointError(
-            "megatron-core's names came with checkpoint version 3.0",
-            found=f"{where} has such names and checkpoint_version {found_version:g}",
+            f"{where} has such names and checkpoint_version {found_version:g}",
+            rule="megatron-core's names came with checkpoint version 3.0",
             fix="The file contradicts itself; leave --checkpoint-version out, or convert it again",
         )
     parts, head_copy = _joined(ranks, scheme)
@@ -121,16 +121,16 @@ def _files(folder: Path) -> list[tuple[tuple[int, int], Path]]:
             continue
         if match[3] is not None:
             raise CheckpointError(
-                "A model must have one MLP a layer",
-                found=f"{entry} is of an expert-parallel run",
+                f"{entry} is of an expert-parallel run",
+                rule="A model must have one MLP a layer",
                 fix="Import a model without experts",
             )
         key = (int(match[1]), int(match[2] or 0))
         there = [entry / name for name in _MODEL_FILES if (entry / name).is_file()]
         if not there or key in found:
             raise CheckpointError(
-                "Every model-parallel rank must have its one file",
-                found=f"{entry} has no {FILE}" if not there else f"{entry} and {found[key].parent} are of one rank",
+                f"{entry} has no {FILE}" if not there else f"{entry} and {found[key].parent} are of one rank",
+                rule="Every model-parallel rank must have its one file",
                 fix="Copy the folder again",
             )
         found[key] = there[0]
@@ -150,8 +150,7 @@ def _check_layout(folder: Path, ranks: Sequence[Rank], arguments: Mapping[str, A
             if (number, stage) not in there:
                 name = f"mp_rank_{number:02d}" + (f"_{stage:03d}" if pp > 1 else "")
                 raise CheckpointError(
-                    "Every model-parallel rank's file must be there",
-                    found=f"{folder / name / FILE} is missing (tensor-parallel size {tp}, pipeline size {pp})",
+                    f"{folder / name / FILE} is missing (tensor-parallel size {tp}, pipeline size {pp})",
                     fix="Copy it as well",
                 )
 
@@ -161,8 +160,7 @@ def _check_same(first: Rank, rank: Rank) -> None:
     for name in ("iteration", "checkpoint_version"):
         if first.content.get(name) != rank.content.get(name):
             raise CheckpointError(
-                "All files of a checkpoint must be of one save",
-                found=f"{name} is {first.content.get(name)} in {first.path}, {rank.content.get(name)} in {rank.path}",
+                f"{name} is {first.content.get(name)} in {first.path}, {rank.content.get(name)} in {rank.path}",
                 fix="Copy the folder again",
             )
 
@@ -173,8 +171,8 @@ def chunks_of(rank: Rank) -> list[Mapping[str, Any]]:
     chunks = [found[number] for number in sorted(found) if isinstance(found[number], Mapping)]
     if not chunks or sorted(found) != list(range(len(chunks))):
         raise CheckpointError(
-            "A rank's file must hold its model",
-            found=f"{rank.path} holds {', '.join(map(str, rank.content)) or 'nothing'}",
+            f"{rank.path} holds {', '.join(map(str, rank.content)) or 'nothing'}",
+            rule="A rank's file must hold its model",
             fix="Give a checkpoint of a GPT that Megatron-LM saved",
         )
     return chunks
@@ -190,8 +188,7 @@ def _numbered(ranks: Sequence[Rank]) -> tuple[list[Rank], int]:
     counts = {len(chunks[key]) for key in chunks}
     if len(counts) > 1:
         raise CheckpointError(
-            "Every rank must hold equally many model chunks",
-            found=f"{min(counts)} and {max(counts)} in {ranks[0].path.parent.parent}",
+            f"Ranks in {ranks[0].path.parent.parent} hold {min(counts)} and {max(counts)} model chunks",
             fix="The files are of different checkpoints: copy the folder again",
         )
     begin, total = {}, 0
@@ -200,10 +197,9 @@ def _numbered(ranks: Sequence[Rank]) -> tuple[list[Rank], int]:
             begin[stage, chunk] = total
             sizes = {rank.path: _layers(chunks[rank.tp, stage][chunk], rank) for rank in ranks if rank.pp == stage}
             if len(set(sizes.values())) > 1:
-                found = ", ".join(f"{size} in {path}" for path, size in sizes.items())
+                counted = ", ".join(f"{size} in {path}" for path, size in sizes.items())
                 raise CheckpointError(
-                    "Tensor-parallel ranks of a stage must hold the same layers",
-                    found=found,
+                    f"Tensor-parallel ranks of one stage hold different numbers of layers: {counted}",
                     fix="The files are of different checkpoints: copy the folder again",
                 )
             total += next(iter(sizes.values()))
@@ -223,8 +219,7 @@ def _layers(chunk: Sequence[tuple[str, Tensor]], rank: Rank) -> int:
     numbers = {layer[1] for name, _ in chunk if (layer := split_layer(name))}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(
-            "Layers of a stage must be numbered from 0",
-            found=f"{rank.path} has layers {', '.join(map(str, sorted(numbers)))}",
+            f"{rank.path} has layers {', '.join(map(str, sorted(numbers)))}, which are not numbered from 0",
             fix="Copy the folder again, or convert it to Megatron-LM's classic format",
         )
     return len(numbers)
@@ -250,17 +245,17 @@ def _joined(ranks: Sequence[Rank], scheme: Scheme) -> tuple[dict[str, list[Part]
     for (name, stage), found in by_name.items():
         if len(found) != tp:
             raise CheckpointError(
-                "Every tensor-parallel rank must hold a part of each tensor",
-                found=f"{name} of pipeline stage {stage} is in {len(found)} of {tp} files: "
+                f"{name} of pipeline stage {stage} is in {len(found)} of {tp} files: "
                 + ", ".join(part.where for part in found),
+                rule="Every tensor-parallel rank must hold a part of each tensor",
                 fix="The files are of different checkpoints: copy the folder again",
             )
         if name in scheme.head_copies:
             copy = found
         elif name in parts:
             raise CheckpointError(
-                "A tensor must lie on one pipeline stage",
-                found=f"{name} is in {parts[name][0].where} and in {found[0].where}",
+                f"{name} is in {parts[name][0].where} and in {found[0].where}",
+                rule="A tensor must lie on one pipeline stage",
                 fix="The files are of different checkpoints: copy the folder again",
             )
         else:

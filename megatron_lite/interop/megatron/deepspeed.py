@@ -68,8 +68,7 @@ def read_rank_files(folder: Path) -> RankFiles:
     for number, content in contents.items():
         if 0 in contents and content.get("iteration") != contents[0].get("iteration"):
             raise CheckpointError(
-                "All files of a checkpoint must be of one save",
-                found=f"iteration is {contents[0].get('iteration')} in {paths[0]}, {content.get('iteration')} in "
+                f"iteration is {contents[0].get('iteration')} in {paths[0]}, {content.get('iteration')} in "
                 f"{paths[number]}",
                 fix="Copy the folder again",
             )
@@ -151,17 +150,16 @@ def _layer_tensors(
     if missing:
         number, rank = missing[0]
         raise CheckpointError(
-            "Every layer file must be there: 01 (embedding), 03 … (layers), and the final norm's after a gap of one",
-            found=f"{folder / _layer_name(number, rank)} is missing"
+            f"{folder / _layer_name(number, rank)} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f" ({layers} layers, tensor-parallel size {tp})",
+            rule="Layer files are 01 (embedding), 03 … (layers) and, after a gap of one, the final norm's",
             fix="Copy it as well",
         )
     left = sorted(numbers - set(expected))
     if left:
         raise CheckpointError(
-            "Every layer file must be one of the model's",
-            found=f"{folder / _layer_name(left[0], 0)}, with {layers} layers",
+            f"{folder / _layer_name(left[0], 0)} is not a layer file of a model with {layers} layers",
             fix="Copy the folder again; it holds files of different models",
         )
     by_rank: list[dict[str, tuple[Tensor, str]]] = [{} for _ in range(tp)]
@@ -184,9 +182,9 @@ def _module_tensors(folder: Path, ranks: RankFiles) -> list[dict[str, tuple[Tens
         module = ranks.contents.get(number, {}).get("module")
         if not isinstance(module, Mapping):
             raise CheckpointError(
-                "A DeepSpeed checkpoint must hold layer files, or each rank's module",
-                found=f"{folder} has no layer_… files, and mp_rank_{number:02d}_model_states.pt "
+                f"{folder} has no layer_… files, and mp_rank_{number:02d}_model_states.pt "
                 + ("has no module" if number in ranks.contents else "is missing"),
+                rule="A DeepSpeed checkpoint must hold layer files, or each rank's module",
                 fix="Copy the folder again",
             )
         path = ranks.paths[number]
@@ -204,8 +202,8 @@ def _joined(by_rank: Sequence[Mapping[str, tuple[Tensor, str]]]) -> dict[str, li
         lacking = next((tensors for tensors in by_rank if name not in tensors), None)
         if lacking is not None:
             raise CheckpointError(
-                "Every tensor-parallel rank must hold a part of each tensor",
-                found=f"{name.partition('.')[2]} is in {by_rank[0][name][1]}, another rank's file lacks it",
+                f"{name.partition('.')[2]} is in {by_rank[0][name][1]}, another rank's file lacks it",
+                rule="Every tensor-parallel rank must hold a part of each tensor",
                 fix="The files are of different checkpoints: copy the folder again",
             )
         parts[name] = [mapped(*tensors[name]) for tensors in by_rank]
@@ -213,8 +211,8 @@ def _joined(by_rank: Sequence[Mapping[str, tuple[Tensor, str]]]) -> dict[str, li
         more = sorted(tensors.keys() - parts.keys())
         if more:
             raise CheckpointError(
-                "Every tensor-parallel rank must hold a part of each tensor",
-                found=f"{more[0].partition('.')[2]} is in {tensors[more[0]][1]}, another rank's file lacks it",
+                f"{more[0].partition('.')[2]} is in {tensors[more[0]][1]}, another rank's file lacks it",
+                rule="Every tensor-parallel rank must hold a part of each tensor",
                 fix="The files are of different checkpoints: copy the folder again",
             )
     return parts

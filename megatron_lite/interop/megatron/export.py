@@ -23,7 +23,7 @@ from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.interop.export import Weights, require_weights
+from megatron_lite.interop.export import Weights, checkpoint_to_export, require_weights
 from megatron_lite.interop.mapping import Entry, ExportedTensors
 from megatron_lite.interop.megatron.arrangements import CURRENT_VERSION, arrangement_of
 from megatron_lite.interop.megatron.classic import FILE
@@ -47,7 +47,6 @@ from megatron_lite.interop.output_folder import check_output, new_folder
 from megatron_lite.interop.parameters import ParameterLayout, parameter_layouts
 from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
-from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.foreign import recognise
 from megatron_lite.schedules.progress import Progress
 
@@ -114,13 +113,7 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
         CheckpointError: there is no checkpoint, it lacks a weight, or the format cannot express the model.
         ConfigError: the sizes do not divide the model.
     """
-    path = find_checkpoint(load, iteration)
-    if path is None:
-        raise CheckpointError(
-            "There must be a checkpoint to export",
-            found=f"{load} holds none" if Path(load).is_dir() else f"{load} does not exist",
-            fix="Give the folder that a run was given with --save, or one of its iter_… folders",
-        )
+    path = checkpoint_to_export(load, iteration)
     reader = CheckpointReader(path)
     manifest = reader.manifest
     stored = stored_model(manifest, path)
@@ -129,22 +122,18 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
     found = list(problems(model, scheme))
     if found:
         raise CheckpointError(
-            "The format must be able to express the model",
-            found=f"{scheme.title} has no {'; no '.join(found)}",
+            f"{scheme.title} has no {'; no '.join(found)}",
+            rule="The format must be able to express the model",
             fix="Use another --to or --naming, or --to hf",
         )
     for name, value, size, flag in (
         ("query groups", model.num_query_groups, options.tp, "--target-tensor-parallel"),
-        ("MLP's width", model.ffn_hidden_size, options.tp, "--target-tensor-parallel"),
+        ("channels of the MLP", model.ffn_hidden_size, options.tp, "--target-tensor-parallel"),
         ("layers", model.num_layers, options.pp, "--target-pipeline-parallel"),
     ):
         if size < 1 or value % size:
             raise ConfigError(
-                f"{flag} must divide the number of {name}"
-                if name != "MLP's width"
-                else f"{flag} must divide the {name}",
-                found=f"{flag} {size}, {value} {name}",
-                fix=f"Give a {flag} that divides {value}",
+                f"{flag} {size} does not divide {value} {name}", fix=f"Give a {flag} that divides {value}"
             )
     layouts = parameter_layouts(model)
     weights = Weights(reader, tuple(layouts), options.dtype)
@@ -344,7 +333,7 @@ def _read_back(plan: MegatronExport, folder: Path, advance: Advance) -> None:
         )
         if not same:
             raise CheckpointError(
-                "What was written must be what was saved",
-                found=f"{name} in {folder} is another tensor than in {plan.path}",
+                f"{name} in {folder} is another tensor than in {plan.path}",
+                rule="What was written must be what was saved",
                 fix="Report this: it is a fault of the exporter",
             )

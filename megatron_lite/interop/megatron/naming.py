@@ -54,8 +54,7 @@ class Scheme:
             prefix = ""
         if module is None:
             raise CheckpointError(
-                "Every parameter must have a name in the format",
-                found=f"{self.title} has no name for {ours}",
+                f"{self.title} has no name for {ours}",
                 fix="Use another format, or --naming local",
             )
         separator = "" if module.endswith("_") else "."

@@ -56,15 +56,15 @@ def _global_batch_size(found: Found, stated: Stated, evidence: Evidence) -> int:
     size = args.get("global_batch_size")
     if size is not None and stated.global_batch_size not in (0, size):
         raise CheckpointError(
-            "The checkpoint and the command line must describe one run",
-            found=f"args.global_batch_size of {found.where} is {size}, --global-batch-size {stated.global_batch_size}",
+            f"args.global_batch_size of {found.where} is {size}, --global-batch-size {stated.global_batch_size}",
+            rule="The checkpoint and the command line must describe one run",
             fix="Leave --global-batch-size out",
         )
     size = size or stated.global_batch_size
     if not size:
         raise CheckpointError(
-            "A run that goes on must know how many samples it has consumed",
-            found=f"{found.where} says neither consumed_train_samples nor global_batch_size",
+            f"{found.where} says neither consumed_train_samples nor global_batch_size",
+            rule="A run can be resumed only if the number of samples that it has consumed is known",
             fix=f"Add --global-batch-size N. Or: {WEIGHTS_ONLY.lower()}",
         )
     return int(size)

@@ -223,8 +223,7 @@ def _check_parts(name: str, joined: Joined) -> None:
     for part in joined.parts[1:]:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
             raise CheckpointError(
-                "The tensor-parallel parts of a tensor must have one shape and dtype",
-                found=f"{name} is {first.shape} {first.dtype} in {first.where}, {part.shape} {part.dtype} in "
-                f"{part.where}",
+                f"{name} is {first.shape} {first.dtype} in {first.where}, {part.shape} {part.dtype} in {part.where}",
+                rule="The tensor-parallel parts of a tensor must have one shape and dtype",
                 fix="The files are of different checkpoints: copy the folder again",
             )

@@ -30,8 +30,8 @@ def flatten(content: Mapping[Any, Any], where: Path, prefix: str = "") -> Iterat
             yield canonical(name), value
         else:
             raise CheckpointError(
-                "A model's state dict must hold tensors",
-                found=f"{name} in {where} is a {type(value).__name__}",
+                f"{name} in {where} is a {type(value).__name__}",
+                rule="A model's state dict must hold tensors",
                 fix="Import a checkpoint of a plain GPT",
             )
 
@@ -40,8 +40,8 @@ def mapping_of(content: Any, where: Path) -> Mapping[str, Any]:
     """Return a file's content, which must be a dict."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            "A checkpoint's file must hold a dict",
-            found=f"{where} holds a {type(content).__name__}",
+            f"{where} holds a {type(content).__name__}",
+            rule="A checkpoint's file must hold a dict",
             fix="Give a folder that Megatron-LM or DeepSpeed saved",
         )
     return content
@@ -70,15 +70,15 @@ def version_of(content: Mapping[str, Any], where: str, stated: float | None, def
     found = content.get("checkpoint_version")
     if found is not None and stated is not None and float(found) != stated:
         raise CheckpointError(
-            "The checkpoint and the command line must describe one model",
-            found=f"{where} has checkpoint_version {found}, --checkpoint-version is {stated:g}",
+            f"{where} has checkpoint_version {found}, --checkpoint-version is {stated:g}",
+            rule="The checkpoint and the command line must describe one model",
             fix="Leave --checkpoint-version out",
         )
     version = default if found is None and stated is None else stated if found is None else found
     if not isinstance(version, (int, float)) or float(version) not in VERSIONS:
         raise CheckpointError(
-            "The checkpoint version must be known, for it decides the order of the QKV rows",
-            found=f"{where} has checkpoint_version {version!r}",
+            f"{where} has checkpoint_version {version!r}",
+            rule="The checkpoint version must be known, for it decides the order of the QKV rows",
             fix=f"Versions {', '.join(f'{known:g}' for known in VERSIONS)} are read",
         )
     return float(version)

@@ -73,8 +73,8 @@ def read_torch_dist(folder: Path, *, version: float | None = None, with_optimize
         backend = read_json(folder / "metadata.json").get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
-                "A distributed checkpoint must be of the backend torch_dist",
-                found=f"{folder / 'metadata.json'} says sharded_backend={backend!r}",
+                f"{folder / 'metadata.json'} says sharded_backend={backend!r}",
+                rule="A distributed checkpoint must be of the backend torch_dist",
                 fix="Convert it with Megatron-LM's --ckpt-convert-format torch",
             )
     common_path = folder / "common.pt"
@@ -122,16 +122,16 @@ def _read_metadata(folder: Path) -> dict[str, _Stored]:
         found = {name: _stored(name, entry, places) for name, entry in tensors.items() if "size" in (entry.state or {})}
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
-            "A distributed checkpoint's .metadata must describe its tensors",
-            found=f"{path}: {type(error).__name__}: {error}",
+            f"{path}: {type(error).__name__}: {error}",
+            rule="A distributed checkpoint's .metadata must describe its tensors",
             fix="Copy the folder again",
         ) from error
     for name, tensor in found.items():
         covered = sum(chunk.rectangle.numel for chunk in tensor.chunks)
         if covered != prod(tensor.shape):
             raise CheckpointError(
-                "The chunks of a tensor must cover it",
-                found=f"{name} in {path} has {prod(tensor.shape)} elements, its chunks {covered}",
+                f"{name} in {path} has {prod(tensor.shape)} elements, its chunks {covered}",
+                rule="The chunks of a tensor must cover it",
                 fix="Copy the folder again",
             )
     return found
@@ -145,8 +145,8 @@ def _stored(name: str, entry: Stub, places: Mapping[tuple[str, tuple[int, ...]],
         place = places[name, offset]
         if Path(place["relative_path"]).name != place["relative_path"]:
             raise CheckpointError(
-                "A checkpoint must name files of its own folder",
-                found=f".metadata names {place['relative_path']}",
+                f".metadata names {place['relative_path']}",
+                rule="A checkpoint must name files of its own folder",
                 fix="Do not use this folder: a checkpoint has no reason to read files elsewhere",
             )
         chunks.append(_Chunk(Rectangle(offset, shape), place["relative_path"], place["offset"], place["length"]))
@@ -190,16 +190,15 @@ class _Files:
                 self._mapped[chunk.file] = map_file(path)
             except OSError as error:
                 raise CheckpointError(
-                    "Every file that .metadata names must be there",
-                    found=f"{path}: {error.strerror or error}",
+                    f"{path}: {error.strerror or error}",
                     fix="Copy it as well",
                 ) from error
         data = self._mapped[chunk.file]
         tensor = read_torch_record(path, data[chunk.start : chunk.start + chunk.length])
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.rectangle.shape:
             raise CheckpointError(
-                "A record must hold the tensor that .metadata describes",
-                found=f"{path} at {chunk.start} holds no tensor of shape {chunk.rectangle.shape}",
+                f"{path} at {chunk.start} holds no tensor of shape {chunk.rectangle.shape}",
+                rule="A record must hold the tensor that .metadata describes",
                 fix="Copy the folder again",
             )
         return tensor

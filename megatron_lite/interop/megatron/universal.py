@@ -48,8 +48,8 @@ def read_universal(folder: Path, *, version: float | None = None, with_optimizer
     numbers = [int(match[1]) for name in parts if (match := _NUMBERED.fullmatch(name))]
     if not numbers:
         raise CheckpointError(
-            "A universal checkpoint must hold a folder for each parameter",
-            found=f"{folder / 'zero'} holds {', '.join(names[:3]) or 'none'}",
+            f"{folder / 'zero'} holds {', '.join(names[:3]) or 'none'}",
+            rule="A universal checkpoint must hold a folder for each parameter",
             fix="Copy the folder again",
         )
     notes: list[str] = []
@@ -84,8 +84,8 @@ def _parts(folder: Path, name: str, kind: str, args: Mapping[str, object]) -> li
     tensor = mapping_of(read_torch_file(path), path).get("param")
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
-            "A universal checkpoint's file must hold a tensor as `param`",
-            found=f"{path} holds {type(tensor).__name__}",
+            f"{path} holds {type(tensor).__name__}",
+            rule="A universal checkpoint's file must hold a tensor as `param`",
             fix="Copy the folder again",
         )
     tp = args.get("tensor_model_parallel_size") if args.get("glu_activation") else 1

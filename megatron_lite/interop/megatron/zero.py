@@ -83,8 +83,7 @@ def _check_files(folder: Path, files: Mapping[tuple[int, int], Path], ranks: Map
             if (number, rank) not in files:
                 name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
                 raise CheckpointError(
-                    "Every rank's optimizer file must be there",
-                    found=f"{folder / name} is missing ({dp} data-parallel ranks, {mp} model-parallel ranks)",
+                    f"{folder / name} is missing ({dp} data-parallel ranks, {mp} model-parallel ranks)",
                     fix=f"Copy it as well. Or: {WEIGHTS_ONLY.lower()}",
                 )
 
@@ -207,7 +206,7 @@ def _scaler(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unfit(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        "The optimizer's state must be that of Adam under ZeRO-1 over the model's parameters",
-        found=f"{path} {problem}",
+        f"{path} {problem}",
+        rule="The optimizer's state must be that of Adam under ZeRO-1 over the model's parameters",
         fix=WEIGHTS_ONLY,
     )
