@@ -1,4 +1,4 @@
-"""CLI command `rehearse`: simulates ranks of a job on this machine; memory, traffic and errors per rank."""
+"""CLI command `rehearse`: dry run of a job's ranks on this machine; memory, traffic and errors per rank."""
 
 from __future__ import annotations
 
@@ -16,43 +16,41 @@ from megatron_lite.formatting import format_parameters, format_size, size_unit
 if TYPE_CHECKING:
     from megatron_lite.rehearsal.dry_run import RankReport
 
-SUMMARY = "play ranks of a big job on this machine: what each holds, sends, and would fail at"
+SUMMARY = "dry run of a big job's ranks on this machine: memory, communication and errors of each"
 USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N
                               [--rank RANK …] [--json]
 
-The flags are those of pretrain_gpt.py; put the job's own command line here, with
-its launcher (torchrun …, srun …) or without, in quotes if it has any of its own.
-Chosen ranks of it (by default the first replica's pipeline stages and the last
-rank) build their part of the model and step it once for every stage of the
-batch's ramp-up, on tensors that have shapes and no values. Data, tokenizer and
-checkpoints are not read.
+Takes the flags of pretrain_gpt.py, or the job's whole command line with its
+launcher (torchrun …, srun …); quote it if it contains quotes itself.
+Some ranks (by default the first replica's pipeline stages and the last rank)
+build their part of the model and run one iteration of every stage of the batch
+size ramp-up, on meta tensors. Data, tokenizer and checkpoints are not read.
 
-  --world-size N   ranks of the job, where the launcher's words do not say them
-  --rank RANK …    ranks to play instead of the default ones
-  --json           one JSON object instead of tables
+  --world-size N   ranks of the job, if the launcher's arguments do not give them
+  --rank RANK …    ranks to run instead of the default ones
+  --json           print one JSON object instead of tables
 
-Exit code 1: a rank failed, or two would have waited for each other forever."""
+Exit code 1: a rank failed, or the communication of two ranks does not match."""
 STAGES_SHOWN = 12
 MAX_DIGITS = 18
-"""Digits of a rank that are read: more is outside of any job all the same."""
+"""Digits of a rank that are read; larger numbers are outside of any job."""
 
 
 def run(argv: list[str]) -> int:
-    """Rehearses the training command `argv`."""
+    """Run the command with `argv`; return the exit code."""
     if asks_for_help(argv):
         print(USAGE)
         return 0
     as_json = "--json" in argv
-    words, ranks = _take_ranks([word for word in argv if word != "--json"])
-    config, vocabulary = fill_vocabulary(parse_command(words).config)
+    tokens, ranks = _take_ranks([token for token in argv if token != "--json"])
+    config, vocabulary = fill_vocabulary(parse_command(tokens).config)
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(
-            "Ranks to play are ranks of the job",
-            found=f"--rank {outside[0]}, --world-size {config.parallel.world_size}",
+            f"--rank {outside[0]} is outside of the job (--world-size {config.parallel.world_size})",
             fix=f"Give --rank 0 to {config.parallel.world_size - 1}, or the job's --world-size",
         )
-    # Only here: it imports torch.
+    # Imported here because these modules import torch.
     from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks
     from megatron_lite.rehearsal.mismatches import call_mismatches
 
@@ -68,20 +66,20 @@ def run(argv: list[str]) -> int:
 
 
 def _take_ranks(argv: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Splits --rank and the numbers behind it from the training flags."""
-    words, ranks, taking = list[str](), list[int](), False
-    for word in argv:
-        if word == "--rank" or word.startswith("--rank="):
-            taking = True
-            word = word.partition("=")[2]
-            if not word:
+    """Separate --rank and its numbers from the training command; return the command's tokens and the ranks."""
+    tokens, ranks, in_ranks = list[str](), list[int](), False
+    for token in argv:
+        if token == "--rank" or token.startswith("--rank="):
+            in_ranks = True
+            token = token.partition("=")[2]
+            if not token:
                 continue
-        if taking and word.isascii() and word.isdigit():
-            ranks.append(int(word[:MAX_DIGITS]))
+        if in_ranks and token.isascii() and token.isdigit():
+            ranks.append(int(token[:MAX_DIGITS]))
         else:
-            taking = False
-            words.append(word)
-    return words, list(dict.fromkeys(ranks))
+            in_ranks = False
+            tokens.append(token)
+    return tokens, list(dict.fromkeys(ranks))
 
 
 def _record(
@@ -101,7 +99,7 @@ def _rank_record(report: RankReport) -> dict[str, Any]:
     from megatron_lite.backend.accounting import totals
 
     stages = []
-    for plan, played in zip(report.plans, report.played, strict=False):
+    for plan, played in zip(report.plans, report.iterations, strict=False):
         stage: dict[str, Any] = {
             "iteration": plan.iteration,
             "global_batch": plan.global_batch,
@@ -165,10 +163,10 @@ def _memory_table(ranks: list[dict[str, Any]]) -> Any:
     for rank in ranks:
         held = [rank["buffer_bytes"].get(kind, 0) for kind in kinds]
         rows.append([*held, rank["working_bytes"], sum(held) + rank["working_bytes"]])
-    # One unit for the whole table, so that its numbers compare at a glance.
+    # One unit for the whole table, so that numbers can be compared.
     unit, name = size_unit(max(row[-1] for row in rows))
     columns = [short.get(kind, kind) for kind in kinds]
-    table = _table(f"What a rank holds ({name})", "rank", "dp.pp.tp", "params", *columns, "working", "sum")
+    table = _table(f"Memory of a rank ({name})", "rank", "dp.pp.tp", "params", *columns, "working", "sum")
     for rank, row in zip(ranks, rows, strict=True):
         at = f"{rank['dp']}.{rank['pp']}.{rank['tp']}"
         table.add_row(
@@ -179,7 +177,7 @@ def _memory_table(ranks: list[dict[str, Any]]) -> Any:
 
 def _traffic_table(ranks: list[dict[str, Any]]) -> Any:
 
-    table = _table("What it sends in an iteration of the last batch", "rank", "axis", "kind", "calls", "sent")
+    table = _table("Communication per iteration (final batch)", "rank", "axis", "kind", "calls", "sent")
     for rank in ranks:
         last = rank["ramp_stages"][-1] if rank["ramp_stages"] else {}
         for line in last.get("traffic", ()):

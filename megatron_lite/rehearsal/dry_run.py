@@ -1,4 +1,4 @@
-"""Simulation of one rank: builds its engine and runs an iteration of every ramp-up stage."""
+"""Dry run of ranks on meta tensors: builds each rank's engine and runs an iteration of every ramp-up stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.planner.explain import BatchStage, batch_stages
-from megatron_lite.rehearsal.shapes import ShapesOnly
+from megatron_lite.rehearsal.shapes import MetaTensorMode
 from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
 from megatron_lite.schedules.length import tokens_at
 from megatron_lite.schedules.microbatches import microbatch_number
@@ -35,15 +35,15 @@ from megatron_lite.train.native import NativeEngine
 
 
 class RehearsalBackend(FakeBackend):
-    """Fake backend with the memory of a GPU's fused attention kernel, which keeps no matrix of scores for backward.
+    """Fake backend with the memory of a GPU's fused attention kernel, which keeps no attention matrix for backward.
 
-    On the meta device torch would choose the kernel that keeps it.
+    On the meta device torch would choose the unfused kernel.
     """
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
     ) -> Tensor:
-        """Return the result's shape through the flash attention operator; with a mask, GPUs do not use it either."""
+        """Call the flash attention operator; with a mask, for which GPUs do not use it, the unfused kernel."""
         if mask is not None:
             return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) if k.shape[2] < q.shape[2] else x for x in (k, v))
@@ -54,11 +54,11 @@ class RehearsalBackend(FakeBackend):
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One iteration of one rank.
+    """Communication and memory of one iteration of one rank.
 
     Attributes:
-        transfers: what it sent and received, in order.
-        working_bytes: most bytes alive at once besides the buffers: activations, logits, gradients under way.
+        transfers: collective calls and P2P messages, in order.
+        working_bytes: peak memory in addition to the buffers: activations, logits, temporary gradients.
     """
 
     transfers: tuple[Transfer, ...]
@@ -67,18 +67,18 @@ class IterationRecord:
 
 @dataclass
 class RankReport:
-    """What playing one rank showed.
+    """Result of the dry run of one rank.
 
     Attributes:
-        rank: in the job.
-        at: its coordinates.
-        parameters: of its stages, without padding.
-        buffers: bytes that it holds throughout, by what they are for.
-        plans: its iteration in each stage of the ramp-up.
-        played: what happened in them; None: it was left out. Iterations alike in micro-batches and length are the same
-            program, played once.
-        seconds: that playing took.
-        error: what stopped it; empty: nothing did.
+        rank: number in the job.
+        at: coordinates.
+        parameters: number of parameters, without padding.
+        buffers: bytes of parameters, gradients and optimizer state, by kind.
+        plans: plan of the first iteration of each ramp-up stage.
+        iterations: record of each of these iterations; None: skipped. Iterations with equal numbers of micro-batches
+            and sequence lengths share one record.
+        seconds: duration of the dry run.
+        error: the error that ended the dry run; empty: none.
     """
 
     rank: int
@@ -86,69 +86,81 @@ class RankReport:
     parameters: int = 0
     buffers: dict[str, int] = field(default_factory=dict)
     plans: list[IterationPlan] = field(default_factory=list)
-    played: list[IterationRecord | None] = field(default_factory=list)
+    iterations: list[IterationRecord | None] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
 
 
 def rehearse_ranks(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[RankReport]:
-    """Plays ranks of a job, one after the other.
+    """Run ranks of a job on meta tensors, one after the other.
 
     Args:
-        config: the run, its vocabulary's size filled in. Its world is not started, its files are not read.
-        ranks: which ones, and whether they play every stage of the ramp-up. The others leave out stages in which the
-            pipeline repeats itself: those with more than two micro-batches for each of its stages, but for the last.
+        config: the run, with the vocabulary size. No other rank is started, and no file is read.
+        ranks: rank numbers, and for each whether to run all ramp-up stages. Otherwise stages in which the pipeline
+            schedule only repeats, with more than two micro-batches per pipeline stage, are skipped except the last.
     """
     # Compilation would compile for this machine, not for the job's.
     config = replace(config, runtime=replace(config.runtime, compile=False))
     stages = batch_stages(config)
-    shapes = ShapesOnly()
-    with shapes:
+    mode = MetaTensorMode()
+    with mode:
         for rank, all_stages in ranks.items():
-            yield _play_rank(config, rank, stages, shapes, all_stages)
-            gc.collect()  # an engine is full of circles, and the next rank's memory is counted
+            yield _rehearse_rank(config, rank, stages, mode, all_stages)
+            gc.collect()  # engines have reference cycles, and the memory of the next rank is counted
 
 
-def _play_rank(
-    config: RunConfig, rank: int, stages: Sequence[BatchStage], shapes: ShapesOnly, all_stages: bool
+def representative_ranks(config: RunConfig) -> dict[int, bool]:
+    """Return the first replica's pipeline stages and the last rank, and for each whether to run all ramp-up stages.
+
+    The first replica has the most micro-batches, and the last rank's replica the fewest, possibly none in a ramp-up
+    stage whose batch is smaller than the number of replicas. Rank 0 and the last rank run all ramp-up stages.
+    """
+    parallel = config.parallel
+    last = parallel.world_size - 1
+    stages = [rank_of({**dict.fromkeys(AXES, 0), "pp": stage}, parallel) for stage in range(parallel.pp)]
+    return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, last])}
+
+
+def _rehearse_rank(
+    config: RunConfig, rank: int, stages: Sequence[BatchStage], mode: MetaTensorMode, all_stages: bool
 ) -> RankReport:
     report = RankReport(rank, coordinates(rank, config.parallel))
     started = time.perf_counter()
-    with _explained(report, "start-up"):
+    with _record_error(report, "start-up"):
         backend = RehearsalBackend(rank, config.parallel.world_size)
         check_capabilities(config, backend)
         mesh = build_mesh(backend, config.parallel)
         engine = build_engine(config, mesh)
         report.parameters = sum(p.rectangle.numel for p in engine.buffers.parameters)
-        report.buffers = buffer_bytes(engine)
-        plans = [plan_iteration(config, progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
+        report.buffers = _buffer_bytes(engine)
+        plans = [plan_iteration(config, _progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
         report.plans = plans
         enough = plans[-1].microbatches if all_stages else 2 * num_stages(config.model, config.parallel)
         seen: dict[tuple[int, int], IterationRecord] = {}
         for plan in plans:
             key = plan.microbatches, plan.seq_length
             if key not in seen and (plan.microbatches <= enough or plan is plans[-1]):
-                with _explained(report, f"iteration {plan.iteration:,}"):
-                    seen[key] = _play_iteration(config, engine, backend, plan, shapes)
+                with _record_error(report, f"iteration {plan.iteration:,}"):
+                    seen[key] = _rehearse_iteration(config, engine, backend, plan, mode)
             if report.error:
                 break
-            report.played.append(seen.get(key))
+            report.iterations.append(seen.get(key))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _play_iteration(
-    config: RunConfig, engine: NativeEngine, backend: FakeBackend, plan: IterationPlan, shapes: ShapesOnly
+def _rehearse_iteration(
+    config: RunConfig, engine: NativeEngine, backend: FakeBackend, plan: IterationPlan, mode: MetaTensorMode
 ) -> IterationRecord:
     backend.traffic.clear()
-    shapes.reset_peak()
-    before = shapes.live
+    mode.reset_peak()
+    before = mode.live
     engine.train_step(plan, _reader(config, plan))
-    return IterationRecord(tuple(backend.traffic), shapes.peak - before)
+    return IterationRecord(tuple(backend.traffic), mode.peak - before)
 
 
-def progress_before(config: RunConfig, stage: BatchStage) -> Progress:
-    """The progress with which a stage of the ramp-up begins, if no iteration was skipped."""
+def _progress_before(config: RunConfig, stage: BatchStage) -> Progress:
+    """Return the progress at the beginning of a ramp-up stage, without skipped iterations."""
     iteration = stage.first_iteration - 1
     tokens = tokens_at(config, iteration)
     return Progress(
@@ -161,8 +173,8 @@ def progress_before(config: RunConfig, stage: BatchStage) -> Progress:
     )
 
 
-def buffer_bytes(engine: NativeEngine) -> dict[str, int]:
-    """Bytes of an engine's buffers by what they are for, padding included."""
+def _buffer_bytes(engine: NativeEngine) -> dict[str, int]:
+    """Return the bytes of an engine's buffers by kind, with padding."""
     buffers = engine.buffers
     names = {tensor.name.split(".")[1] for tensor in engine.state_tensors() if tensor.name.startswith("optimizer.")}
     shard = sum(shard.values.numel() for shard in buffers.shards) * torch.float32.itemsize
@@ -177,8 +189,8 @@ def buffer_bytes(engine: NativeEngine) -> dict[str, int]:
 def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
     data, shape = config.data, (config.batch.micro_batch_size, plan.seq_length)
 
-    def empty(dtype: torch.dtype, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(shape, dtype=dtype, device="meta") if wanted else None
+    def empty(dtype: torch.dtype, is_used: bool = True) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype, device="meta") if is_used else None
 
     def read(index: int) -> MicroBatch:
         tokens, labels = torch.empty((2, *shape), dtype=torch.int64, device="meta")
@@ -195,30 +207,18 @@ def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
 
 
 def _whole_samples(shape: tuple[int, int]) -> Documents:
-    """One document a sample, of [b, s] tokens, yet taken apart: shorter ones need no more memory."""
+    """Return document boundaries with one document per sample of [b, s] tokens, the case with the most memory."""
     rows, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
     return Documents(rows, places, (shape,))
 
 
 @contextmanager
-def _explained(report: RankReport, phase: str) -> Iterator[None]:
-    """Turns whatever goes wrong into the report's error: it is what this rank of the cluster would have died of."""
+def _record_error(report: RankReport, phase: str) -> Iterator[None]:
+    """Record an exception as the report's error: the error with which this rank would have failed in the job."""
     try:
         yield
     except MegatronLiteError as error:
         report.error = f"{phase}: {type(error).__name__}: {error}"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        report.error = f"{phase}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-
-
-def representative_ranks(config: RunConfig) -> dict[int, bool]:
-    """The first replica's stages and the last rank, in order, and of each whether it is to play the whole ramp-up.
-
-    Every pipeline stage is among them. The first replica has the most micro-batches of all, and the last rank's has the
-    fewest: it is the one without any in a ramp-up stage that is too small for the replicas. These two play all.
-    """
-    parallel = config.parallel
-    last = parallel.world_size - 1
-    stages = [rank_of({**dict.fromkeys(AXES, 0), "pp": stage}, parallel) for stage in range(parallel.pp)]
-    return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, last])}
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        report.error = f"{phase}: {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"

@@ -1,7 +1,7 @@
 """Meta-tensor dispatch mode: caches output shapes and counts the memory of tensors.
 
-Torch computes the shapes of many operations in Python, which takes milliseconds. A rehearsal asks for the same ones
-thousands of times.
+Torch computes output shapes of many operators in Python, which takes milliseconds, and a dry run calls the same
+operators with the same shapes thousands of times.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_Seen = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
+_Shapes = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
 
 
-class ShapesOnly(TorchDispatchMode):
-    """While entered, does every operation on meta tensors, and keeps count of the storage that is alive.
+class MetaTensorMode(TorchDispatchMode):
+    """Dispatch mode that runs operators on meta tensors from a cache of shapes, and counts live memory.
 
     Attributes:
-        live: bytes of the storages made inside that are still referred to.
-        peak: the most that `live` was since the last reset_peak.
+        live: bytes of the storages created under the mode that are still referenced.
+        peak: largest value of `live` since the last reset_peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._seen: dict[Any, _Seen] = {}
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._cache: dict[Any, _Shapes] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
 
     def reset_peak(self) -> None:
-        """Forgets the peak: it is now what is alive now."""
+        """Set `peak` to the current value of `live`."""
         self.peak = self.live
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Torch would wrap every operation in a guard against compilation, which takes as long as the operation.
+        # Otherwise torch wraps every operator in a guard against compilation, which takes as long as the operator.
         return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = _key(function, args, kwargs) if _makes_new_tensors(function) else None
-        if key is not None and (seen := self._seen.get(key)) is not None:
-            made = [None if one is None else _like(one) for one in seen]
+        if key is not None and (cached := self._cache.get(key)) is not None:
+            made = [None if one is None else _like(one) for one in cached]
             result: Any = made[0] if len(made) == 1 else tuple(made)
         else:
             result = function(*args, **(kwargs or {}))
             made = list(result) if isinstance(result, (tuple, list)) else [result]
             if key is not None and all(one is None or (isinstance(one, Tensor) and one.is_meta) for one in made):
-                self._seen[key] = tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in made)
+                self._cache[key] = tuple(None if one is None else (one.shape, one.stride(), one.dtype) for one in made)
         for one in made:
             if isinstance(one, Tensor) and one.is_meta:
                 self._count(one)
@@ -58,34 +58,34 @@ class ShapesOnly(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         identity = storage._cdata
-        if identity in self._known:
+        if identity in self._storages:
             return
         size = storage.nbytes()
 
-        def gone(_: Any) -> None:
-            del self._known[identity]
+        def freed(_: Any) -> None:
+            del self._storages[identity]
             self.live -= size
 
-        self._known[identity] = weakref.ref(storage, gone)
+        self._storages[identity] = weakref.ref(storage, freed)
         self.live += size
         if self.live > self.peak:
             self.peak = self.live
 
 
 def _makes_new_tensors(function: Any) -> bool:
-    """Whether the operation changes no argument and returns none, nor a view of one."""
+    """Return whether the operator only returns new tensors: it changes no argument and returns no view of one."""
     known: bool | None = getattr(function, "_makes_new_tensors", None)
     if known is None:
         schema = function._schema
         known = not schema.is_mutable and not any(entry.alias_info for entry in (*schema.arguments, *schema.returns))
-        # This one says that it makes a new tensor, and returns a view.
+        # Against its schema, _unsafe_view returns a view.
         known = known and function.namespace == "aten" and function.overloadpacket.__name__ != "_unsafe_view"
         function._makes_new_tensors = known
     return known
 
 
 def _key(function: Any, args: Any, kwargs: Any) -> Any:
-    """What decides the shapes of the results; None if an argument is not one that can be compared."""
+    """Return a key that determines the shapes of the results; None: an argument cannot be compared."""
     parts: list[Any] = [function]
     for value in (*args, *(kwargs.items() if kwargs else ())):
         part = _part(value)
@@ -104,6 +104,6 @@ def _part(value: Any) -> Any:
     return (type(value), value)
 
 
-def _like(seen: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
-    shape, stride, dtype = seen
+def _like(cached: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
+    shape, stride, dtype = cached
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

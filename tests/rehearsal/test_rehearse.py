@@ -1,4 +1,4 @@
-"""Rehearsals: a 13B job of 512 ranks in seconds, small jobs in every detail, and wrong layouts refused."""
+"""Tests of rehearsals: a 13B job of 512 ranks, small jobs in detail, and refused layouts."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-voca
 
 @pytest.fixture
 def big(tmp_path):
-    """The 13B job's words, with its DeepSpeed JSON in place."""
+    """Return the arguments of the 13B job, with its DeepSpeed JSON."""
     config = tmp_path / "ds_config.json"
     config.write_text(
         json.dumps(
@@ -38,19 +38,19 @@ def big(tmp_path):
     return [str(config) if word == "./ds_config.json" else word for word in BIG_RAMP]
 
 
-def small(*words):
-    return fill_vocabulary(parse_run([*SMALL, *NULL, *words]).config)[0]
+def small(*arguments):
+    return fill_vocabulary(parse_run([*SMALL, *NULL, *arguments]).config)[0]
 
 
 @pytest.mark.slow
 def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
     program = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", program, "rehearse", *big, "--world-size", "512", "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [sys.executable, "-c", program, "rehearse", *big, "--world-size", "512", "--json"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    # Its own time: what else this machine does is not the rehearsal's.
+    # CPU time, which does not depend on other processes of the machine.
     assert usage.ru_utime + usage.ru_stime < 60
     assert usage.ru_maxrss * 1024 < 8e9
     record = json.loads(output)
@@ -78,13 +78,13 @@ def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
 
 
 @pytest.mark.slow
-def test_every_rank_of_a_small_job_agrees_with_every_other():
+def test_the_communication_of_all_ranks_of_a_small_job_matches():
     config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
     reports = list(rehearse_ranks(config, dict.fromkeys(range(8), True)))
     assert [report.error for report in reports] == [""] * 8
     assert call_mismatches(reports) == []
     total = sum(report.parameters for report in reports if report.at["dp"] == 0)
-    # Over one replica: what tp ranks hold twice (norms, row-parallel biases, positions) and the tied head's copy.
+    # One replica also has the tied head's copy, and parameters replicated over tp: norms, row biases, positions.
     assert total > parameter_count(config.model)
     alone = next(rehearse_ranks(small(), {0: True}))
     assert alone.parameters == parameter_count(config.model)
@@ -92,7 +92,7 @@ def test_every_rank_of_a_small_job_agrees_with_every_other():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         "--pipeline-model-parallel-size 4 --world-size 8 --num-layers 8",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --world-size 4",
@@ -104,32 +104,32 @@ def test_every_rank_of_a_small_job_agrees_with_every_other():
         "--num-query-groups 2",
     ],
 )
-def test_every_kind_of_layout_can_be_played(words):
-    config = small(*words.split())
+def test_every_kind_of_layout_can_be_rehearsed(arguments):
+    config = small(*arguments.split())
     reports = list(rehearse_ranks(config, representative_ranks(config)))
     assert [report.error for report in reports] == [""] * len(reports)
-    assert all(report.played for report in reports)
+    assert all(report.iterations for report in reports)
     assert call_mismatches(reports) == []
 
 
 @pytest.mark.slow
-def test_a_rank_that_calls_something_else_is_found():
+def test_a_missing_message_is_found():
     config = small("--pipeline-model-parallel-size", "2", "--world-size", "4")
     reports = list(rehearse_ranks(config, representative_ranks(config)))
-    first = reports[0].played[0]
+    first = reports[0].iterations[0]
     sends = [number for number, transfer in enumerate(first.transfers) if transfer.kind == "send"]
     shorter = tuple(t for number, t in enumerate(first.transfers) if number != sends[-1])
-    reports[0].played[0] = replace(first, transfers=shorter)
+    reports[0].iterations[0] = replace(first, transfers=shorter)
     assert any("ranks 0 and 2 differ in message number 2 along pp" in text for text in call_mismatches(reports))
 
 
-def test_what_a_rank_would_die_of_is_reported(capsys, monkeypatch):
-    import megatron_lite.rehearsal.dry_run as playing
+def test_the_error_of_a_rank_is_reported(capsys, monkeypatch):
+    import megatron_lite.rehearsal.dry_run as dry_run
 
     def broken(config, mesh):
         raise ValueError("no such layer")
 
-    monkeypatch.setattr(playing, "build_engine", broken)
+    monkeypatch.setattr(dry_run, "build_engine", broken)
     assert rehearse.run([*SMALL, *NULL, "--world-size", "2"]) == 1
     assert "WOULD FAIL: rank 0: start-up: ValueError: no such layer (test_rehearse.py:" in capsys.readouterr().out
 
@@ -141,7 +141,7 @@ def test_chosen_ranks_as_tables(capsys):
     assert "Ramp-up: ranks 1 and 3" in text
 
 
-def test_the_jobs_whole_command_is_rehearsed(capsys):
+def test_the_command_with_its_launcher_is_rehearsed(capsys):
     launch = ["torchrun", "--nnodes", "2", "--nproc-per-node", "2", "pretrain_gpt.py"]
     assert rehearse.run(["--rank", "1", "--json", *launch, *SMALL, *NULL]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -150,7 +150,7 @@ def test_the_jobs_whole_command_is_rehearsed(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "rule"),
+    ("arguments", "problem"),
     [
         ("--world-size 500", "Tensor x pipeline parallel size must divide the world size"),
         (
@@ -166,32 +166,32 @@ def test_the_jobs_whole_command_is_rehearsed(capsys):
         ),
         ("--micro-batch-size 3", "Cannot split the global batch into micro-batches"),
         ("--seq-length 2047 --sequence-parallel", "tensor-parallel ranks for --sequence-parallel"),
-        ("--rank 512", "Ranks to play are ranks of the job"),
+        ("--rank 512", "--rank 512 is outside of the job"),
     ],
 )
-def test_wrong_layouts_of_the_13b_model_are_refused(big, words, rule):
+def test_wrong_layouts_of_the_13b_model_are_refused(big, arguments, problem):
     big = big[: big.index("--deepspeed")]
     with pytest.raises(ConfigError) as caught:
-        rehearse.run([*big, "--world-size", "512", *words.split()])
-    assert rule in str(caught.value)
+        rehearse.run([*big, "--world-size", "512", *arguments.split()])
+    assert problem in str(caught.value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         (),
         ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8"),
         ("--rampup-batch-size", "2", "2", "60", "--use-distributed-optimizer", "--world-size", "2", "--bf16"),
     ],
 )
-def test_tables_fit_80_columns_and_sizes_have_a_unit_that_shows_them(words, capsys, monkeypatch):
+def test_tables_fit_80_columns_and_sizes_have_a_fitting_unit(arguments, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert rehearse.run([*SMALL, *NULL, *words]) == 0
+    assert rehearse.run([*SMALL, *NULL, *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert not any("…" in line for line in lines), "nothing is cut off"
-    assert any("What a rank holds (MiB)" in line for line in lines), "not GiB: all would be 0.00"
+    assert not any("…" in line for line in lines), "nothing is truncated"
+    assert any("Memory of a rank (MiB)" in line for line in lines), "in GiB all would be 0.00"
     held = next(line for line in lines[lines.index(next(line for line in lines if "dp.pp.tp" in line)) + 2 :])
     assert float(held.split()[-1]) >= 1
-    assert any("What it sends" in line for line in lines) == bool(words), "one rank sends nothing"
+    assert any("Communication per" in line for line in lines) == bool(arguments), "one rank does not communicate"
