@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import ConfigError, TrainingError
 from megatron_lite.generation.sampling import Sampling, choose
+from megatron_lite.model.attention import KVCache
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
-from megatron_lite.model.kv_cache import KVCache
 
 OnToken = Callable[[int, int], None]
 """Called with (row, token) for each new token, except the end-of-document token."""

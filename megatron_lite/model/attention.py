@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head or grouped-query, computed by the backend's kernel.
+"""Causal self-attention: multi-head or grouped-query, computed by the backend's kernel, and its KV cache.
 
 Letters: s sequence, b micro-batch, h hidden, n query heads and g key/value heads of this rank, q = n/g, d channels of a
 head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel group.
@@ -6,6 +6,7 @@ head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,48 @@ from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import Documents
-from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import RotaryTable
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recomputed
+
+
+class KVCache:
+    """Keys and values [T, b, g, d] of each layer of a stage, for generation; T is the maximum length.
+
+    All rows of the batch have the same length.
+
+    Args:
+        layers: numbers of the stage's layers in the whole model.
+        shape: (T, b, g, d).
+        dtype: of the model's parameters.
+        device: of the model.
+    """
+
+    def __init__(
+        self, layers: Iterable[int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._store = {layer: torch.empty((2, *shape), dtype=dtype, device=device) for layer in layers}
+        self.max_length = shape[0]
+        self.length = 0
+        """Number of cached tokens."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's key and value [s, b, g, d]; return those of all tokens, [length + s, b, g, d].
+
+        The length changes in advance(), once every layer has appended.
+        """
+        end = self.length + key.shape[0]
+        assert end <= self.max_length, f"{end} tokens exceed the cache's {self.max_length}"
+        keys, values = self._store[layer]
+        keys[self.length : end] = key
+        values[self.length : end] = value
+        return keys[:end], values[:end]
+
+    def advance(self, tokens: int) -> None:
+        """Add `tokens` to the number of cached tokens."""
+        self.length += tokens
 
 
 @dataclass(frozen=True, eq=False)

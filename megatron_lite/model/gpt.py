@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.model.attention import AttentionContext
+from megatron_lite.model.attention import AttentionContext, KVCache
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
 from megatron_lite.model.head import WORD_EMBEDDINGS, Head
 from megatron_lite.model.init import initialize
-from megatron_lite.model.kv_cache import KVCache
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
 from megatron_lite.parallel.gemm import DeferredWeightGradients

@@ -13,7 +13,7 @@ from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.model import count_check
-from megatron_lite.model.mlp import MLP
+from megatron_lite.model.layer import MLP
 from megatron_lite.parallel.layers import ColumnParallelLinear
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.train.assemble import build_engine

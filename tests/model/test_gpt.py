@@ -14,7 +14,7 @@ from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import Documents
 from megatron_lite.model.gpt import DTYPES, shared_stages
-from megatron_lite.model.mlp import ACTIVATIONS
+from megatron_lite.model.layer import ACTIVATIONS
 
 
 def gradients(stage):
