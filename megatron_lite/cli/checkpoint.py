@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.cli.checkpoint_inspect import diff, inspect, when
-from megatron_lite.cli.checkpoint_tables import existing, num_parameters, one_checkpoint, table
+from megatron_lite.cli.checkpoint_inspect import diff, existing, inspect, num_parameters, one_checkpoint, table, when
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.cli.progress import byte_progress
 from megatron_lite.errors import CheckpointError
@@ -23,7 +22,7 @@ SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
 
 def run(argv: list[str]) -> int:
-    """Do what `argv` asks for; 1 if verify or diff found something."""
+    """Run the command; return 1 if verify finds damage or diff a difference."""
     options = _parser().parse_args(argv)
 
     from rich.console import Console
@@ -62,7 +61,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
                 continue
             manifest = read_manifest(path)
             listed.add_row(
-                "→" if latest == str(iteration) else "",
+                "*" if latest == str(iteration) else "",
                 f"{iteration:,}",
                 format_size(manifest.size),
                 f"{num_parameters(manifest):,}",
@@ -71,17 +70,17 @@ def _list(options: argparse.Namespace, console: Console) -> int:
             )
         console.print(listed)
         if (problem := latest_problem(root)) is None:
-            console.print(f"→ is what --load {root} takes")
+            console.print(f"* latest (loaded by --load {root})")
         elif listed.row_count:
             console.print(problem, style="red")
         else:
             foreign = foreign_error(root)
-            console.print("there is no checkpoint here" if foreign is None else foreign.problem, highlight=False)
+            console.print(f"There is no checkpoint in {root}" if foreign is None else foreign.problem, highlight=False)
         for problem in broken:
-            console.print("not whole", style="red", end=" ")
+            console.print("incomplete", style="red", end=" ")
             console.print(problem)
-        if alone := list_iterations(root / WEIGHTS_FOLDER):
-            console.print(f"the weights alone of {len(alone)} iterations are in {root / WEIGHTS_FOLDER}")
+        if weights_only := list_iterations(root / WEIGHTS_FOLDER):
+            console.print(f"{root / WEIGHTS_FOLDER} holds weights-only checkpoints of {len(weights_only)} iterations")
     return 0
 
 
@@ -94,9 +93,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         found = [given] if single else sorted(p for p in existing(given).iterdir() if iteration_of(p) is not None)
         if not found:
             raise CheckpointError(
-                "There must be something to verify",
-                found=f"no iter_… in {given}",
-                fix="Give a folder that --save wrote",
+                f"There is no checkpoint in {given}", fix="Give the folder of a run's --save, or iter_…"
             )
         paths += found
         if not single and (problem := latest_problem(given)) is not None:
@@ -104,7 +101,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
             console.print("damaged", style="red", end=" ")
             console.print(problem)
     failures = [_verify_one(path, console) for path in paths].count(False)
-    console.print(f"{len(paths) - failures} of {len(paths)} checkpoints are whole")
+    console.print(f"{len(paths) - failures} of {len(paths)} checkpoints are intact")
     return 1 if failures or lost else 0
 
 
@@ -116,10 +113,10 @@ def _verify_one(path: Path, console: Console) -> bool:
         manifest = verify_checkpoint(path)
     except CheckpointError as error:
         console.print("damaged", style="red", end=" ")
-        console.print(f"{path}: {error.problem}")
+        console.print(error.problem)
         return False
     rate = manifest.size / max(time.monotonic() - begun, 1e-9)
-    console.print("whole  ", style="green", end=" ")
+    console.print("intact ", style="green", end=" ")
     console.print(
         f"{path}: {format_count(len(manifest.files), 'file')}, {format_size(manifest.size)}, {format_size(rate)}/s"
     )
@@ -133,7 +130,7 @@ def _average(options: argparse.Namespace, console: Console) -> int:
     with holding(options.output, "checkpoint average"), byte_progress("averaging") as progress:
         paths = [one_checkpoint(path) for path in options.folders]
         report = average(paths, options.output, file_size=_file_size(options), progress=progress)
-    _summarize(report, f"the average of {', '.join(path.name for path in paths)}", console)
+    _summarize(report, f"average of {', '.join(path.name for path in paths)}", console)
     return 0
 
 
@@ -151,22 +148,22 @@ def _reshard(options: argparse.Namespace, console: Console) -> int:
             file_size=file_size,
             progress=progress,
         )
-    what = f"its weights in {dtype}" if dtype else "its weights" if options.weights_only else "all of it"
-    _summarize(report, f"{path}, {what}", console)
+    content = "weights" if dtype or options.weights_only else "state"
+    _summarize(report, f"{content} of {path}{f' in {dtype}' if dtype else ''}", console)
     return 0
 
 
-def _summarize(report: SaveReport, what: str, console: Console) -> None:
+def _summarize(report: SaveReport, content: str, console: Console) -> None:
     from megatron_lite.runs.manifest import read_manifest
 
     rate = report.size / max(report.seconds, 1e-9)
     files = [name for name in read_manifest(report.path).files if name.endswith(".distcp")]
-    console.print(f"wrote {report.path}: {what}")
+    console.print(f"wrote {report.path}: {content}")
     console.print(
         f"{format_size(report.size)} in {format_count(len(files), 'file')}, {report.seconds:.1f} s, "
         f"{format_size(rate)}/s"
     )
-    console.print(f"--load {report.path.parent} takes it, in any layout")
+    console.print(f"Load it with --load {report.path.parent}, in any layout")
 
 
 def _file_size(options: argparse.Namespace) -> int:
@@ -183,7 +180,7 @@ def _parser() -> Parser:
     listing = action("list", "show the complete checkpoints of --save folders")
     listing.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a folder that --save wrote")
 
-    inspecting = action("inspect", "show what a checkpoint holds; also a Hugging Face folder")
+    inspecting = action("inspect", "show the content of a checkpoint, also of Hugging Face, Megatron-LM and DeepSpeed")
     inspecting.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
     inspecting.add_argument("--tensors", action="store_true", help="list every tensor")
     inspecting.add_argument("--config", action="store_true", help="print the full config as JSON")
@@ -191,31 +188,31 @@ def _parser() -> Parser:
     verifying = action("verify", "read every byte and compare it with the manifest's checksums")
     verifying.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: all in it")
 
-    comparing = action("diff", "show where two checkpoints, also of different kinds, differ; exit code 1 if they do")
+    comparing = action("diff", "show the differences of two checkpoints, also of different kinds; exit code 1 if any")
     comparing.add_argument("first", type=Path, metavar="A", help="iter_…, or a folder: its latest")
-    comparing.add_argument("second", type=Path, metavar="B", help="the same")
+    comparing.add_argument("second", type=Path, metavar="B", help="as A")
     comparing.add_argument("--values", action="store_true", help="compare the tensors' values as well")
 
     averaging = action("average", "write a checkpoint with the mean of the weights of several")
     averaging.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
 
-    resharding = action("reshard", "write a checkpoint anew: in fewer files, without optimizer state, in another dtype")
+    resharding = action("reshard", "rewrite a checkpoint in fewer files, without optimizer state or in another dtype")
     resharding.epilog = (
-        "A run in another layout needs none of this: every layout reads every checkpoint, and each rank only its part. "
-        "This is to keep or move what thousands of ranks wrote. It takes little memory whatever the size; the new "
-        "checkpoint appears under its name once it is whole."
+        "Not needed to change the layout: a run in any layout reads every checkpoint, each rank only its part. It "
+        "serves to keep or move checkpoints that thousands of ranks wrote. Memory does not depend on the size; the new "
+        "checkpoint appears under its name once it is complete."
     )
     resharding.add_argument("folder", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")
     resharding.add_argument(
         "--weights-only",
         action="store_true",
-        help="leave the optimizer's state out; fp32 main parameters, which are weights, stay",
+        help="leave out the optimizer's state except fp32 main parameters, which are weights",
     )
     resharding.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="",
-        help="keep nothing but the weights, in this dtype, made from the fp32 main parameters where there are some",
+        help="write the weights alone in this dtype, converted from the fp32 main parameters where these were saved",
     )
     for writing in (averaging, resharding):
         writing.add_argument(
@@ -226,6 +223,6 @@ def _parser() -> Parser:
             type=real(1e-9, 1e9),
             default=5.0,
             metavar="GB",
-            help="size that no file exceeds, unless a single record of up to 0.034 GB does (default: 5)",
+            help="maximum size of a file, unless a single record of up to 0.034 GB is larger (default: 5)",
         )
     return parser

@@ -1,14 +1,15 @@
-"""megatron-lite checkpoint inspect and diff: what a checkpoint of any kind holds, and where two differ."""
+"""CLI commands `checkpoint inspect` and `checkpoint diff`: content and differences of checkpoints of any kind."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.cli.checkpoint_tables import existing, num_parameters, one_checkpoint, plain, print_whole, table
+from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_count, format_shape, format_size
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from megatron_lite.runs.manifest import Manifest
 
 _PATH, _NARROWEST, _PADDING = 42, 8, 8
+"""Columns of a table of differences: of the longest path, of a value at least, of the table's frame."""
+_SHOWN = 4
+"""Values of a list that are shown."""
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:
-    """Show what checkpoints hold."""
+    """Show the content of checkpoints."""
     for given in options.folders:
         found = _foreign(given)
         if found is None:
@@ -50,7 +54,7 @@ def _inspect_own(path: Path, options: argparse.Namespace, console: Console) -> N
         "on": f"{format_count(manifest.writer['world_size'], 'rank')}, {when(manifest)}",
         **manifest.provenance.fingerprints,
         "samples left out": ", ".join(f"{first}-{end - 1}" for first, end in manifest.provenance.skipped_samples),
-        **{f"state: {name}": plain(value) for name, value in manifest.scalars.items()},
+        **{f"state: {name}": _plain(value) for name, value in manifest.scalars.items()},
     }
     for name, value in rows.items():
         if value:
@@ -62,7 +66,7 @@ def _inspect_own(path: Path, options: argparse.Namespace, console: Console) -> N
         tensors = table("tensors", "dtype", "pieces", "shape", "name")
         for name, tensor in manifest.tensors.items():
             tensors.add_row(tensor.dtype, str(len(tensor.pieces)), format_shape(tensor.shape), name)
-        print_whole(tensors)
+        _print_wide(tensors)
 
 
 def _inspect_foreign(found: Recognised, options: argparse.Namespace, console: Console) -> None:
@@ -80,15 +84,14 @@ def _inspect_foreign(found: Recognised, options: argparse.Namespace, console: Co
         tensors = table("tensors", "dtype", "shape", "name")
         for name, info in summary.tensors.tensors.items():
             tensors.add_row(info.dtype, format_shape(info.shape), name)
-        print_whole(tensors)
+        _print_wide(tensors)
 
 
 def diff(options: argparse.Namespace, console: Console) -> int:
-    """Show where two checkpoints differ; 1 if they do."""
+    """Show the differences of two checkpoints; return 1 if there are any."""
     if any(_foreign(folder) is not None for folder in (options.first, options.second)):
         return _diff_kinds(options, console)
 
-    from megatron_lite.checkpoint.reading import compare_checkpoints
     from megatron_lite.runs.manifest import read_manifest
 
     first, second = one_checkpoint(options.first), one_checkpoint(options.second)
@@ -104,17 +107,19 @@ def diff(options: argparse.Namespace, console: Console) -> int:
     same = "same config, fingerprints, state and tensor shapes"
     differ = _print_differences(parts, same, console)
     if options.values:
+        from megatron_lite.checkpoint.reading import compare_checkpoints
+
         differ = _print_values(compare_checkpoints(first, second), console) or differ
     return 1 if differ else 0
 
 
 def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
-    """Compare the models and weights of two checkpoints, of which one at least is foreign, under our names."""
+    """Compare models and weights of two checkpoints, at least one of them foreign, under megatron_lite's names."""
     from megatron_lite.checkpoint.sources import compare_sources
     from megatron_lite.interop.inspection import comparable, says_vocabulary
 
     kinds = [_foreign(folder) for folder in (options.first, options.second)]
-    # A file of Megatron-LM may not say how large the vocabulary is without its padding: the other one does.
+    # A file of Megatron-LM may not state the size of the vocabulary without padding: the other checkpoint does.
     order = sorted((0, 1), key=lambda number: not says_vocabulary(kinds[number]))
     found: dict[int, Comparable] = {}
     for number in order:
@@ -133,7 +138,7 @@ def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
 
 
 def _foreign(given: Path) -> Recognised | None:
-    """Return the foreign checkpoint of a folder; None: it holds one of ours, or none that is recognised."""
+    """Return the foreign checkpoint in a folder; None: there is none, or one of megatron_lite."""
     from megatron_lite.runs.catalog import list_checkpoints
     from megatron_lite.runs.foreign import Kind, recognise
 
@@ -149,7 +154,7 @@ def _print_differences(parts: Mapping[str, tuple[object, ...]], same: str, conso
     differences = table("", "", "A", "B")
     for name, (a, b) in parts.items():
         for difference in compare_configs({name: a}, {name: b}):
-            show = plain if name == "state" else str
+            show = _plain if name == "state" else str
             differences.add_row(difference.path, show(difference.saved), show(difference.current))
     _share_width(differences, console)
     differ = bool(differences.row_count)
@@ -158,7 +163,7 @@ def _print_differences(parts: Mapping[str, tuple[object, ...]], same: str, conso
 
 
 def _share_width(made: Table, console: Console) -> None:
-    """Names stay whole as long as they leave half of a terminal to the values."""
+    """Set the widths of columns: names are not folded as long as they leave half of a terminal to the values."""
     names, *values = made.columns
     names.min_width = min(_PATH, max((len(str(cell)) for cell in names.cells), default=0))
     for column in values:
@@ -166,14 +171,14 @@ def _share_width(made: Table, console: Console) -> None:
 
 
 def _print_values(differences: Iterable[TensorDifference], console: Console) -> bool:
-    values = table("values", "largest |A - B|", "‖A - B‖ / ‖A‖", "tensor")
+    values = table("values", "max |A - B|", "norm(A - B) / norm(A)", "tensor")
     count = 0
     for difference in differences:
         count += 1
         if not difference.equal:
             values.add_row(f"{difference.largest:.3e}", f"{difference.relative:.3e}", difference.name)
     if values.row_count:
-        print_whole(values)
+        _print_wide(values)
     console.print(f"{count - values.row_count} of {count} common tensors are equal bit for bit")
     return bool(values.row_count)
 
@@ -181,3 +186,63 @@ def _print_values(differences: Iterable[TensorDifference], console: Console) -> 
 def when(manifest: Manifest) -> str:
     """Return the time at which a checkpoint was written."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.writer["time"]))
+
+
+def table(title: object, *columns: str) -> Table:
+    """Return an empty table; columns of numbers are right-aligned."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    made = Table(title=str(title) or None, title_justify="left", box=SIMPLE, show_header=any(columns), pad_edge=False)
+    for column in columns:
+        numbers = column in ("iteration", "size", "parameters", "ranks", "pieces")
+        made.add_column(column, overflow="fold", justify="right" if numbers else "left")
+    return made
+
+
+def _print_wide(made: Table) -> None:
+    """Print a table of names at full width: names are copied and searched for, so none is folded."""
+    from rich.console import Console
+
+    Console(width=1 << 12, highlight=False, markup=False).print(made)
+
+
+def _plain(value: object) -> str:
+    """Return a value of the state as text; of a long list, its length."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list) and len(value) > _SHOWN:
+        return f"[{len(value)} values]"
+    return json.dumps(value)
+
+
+def num_parameters(manifest: Manifest) -> int:
+    """Return the number of elements of all weights."""
+    from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
+
+    return sum(math.prod(t.shape) for name, t in manifest.tensors.items() if not name.startswith(OPTIMIZER_PREFIX))
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}", fix="Give the folder of a run's --save")
+    return folder
+
+
+def one_checkpoint(given: Path) -> Path:
+    """Return a checkpoint's folder: the given one, or the latest checkpoint in a --save folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from megatron_lite.runs.catalog import find_checkpoint
+
+    found = find_checkpoint(str(existing(given)))
+    if found is None:
+        raise CheckpointError(f"There is no checkpoint in {given}", fix="Give the folder of a run's --save, or iter_…")
+    return found

@@ -1,7 +1,8 @@
-"""megatron-lite checkpoint, as it is typed."""
+"""Tests of `megatron-lite checkpoint`."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def root(kit, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def call(*words):
-    return run([str(word) for word in words])
+def call(*args):
+    return run([str(arg) for arg in args])
 
 
 def flip(path):
@@ -39,11 +40,11 @@ def test_list(root, capsys):
     assert call("list", root) == 0
     out = capsys.readouterr().out
     assert re.search(r"^\s+10\s", out, re.MULTILINE)
-    assert re.search(r"^\s*→\s+20\s.*1,008", out, re.MULTILINE)
+    assert re.search(r"^\s*\*\s+20\s.*1,008", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) <= 80
     (root / "iter_0000010" / "manifest.json").unlink()
     assert call("list", root) == 0
-    assert re.search(r"not whole .*iter_0000010/manifest.json", capsys.readouterr().out)
+    assert re.search(r"incomplete .*iter_0000010/manifest.json", capsys.readouterr().out)
 
 
 def test_inspect(root, capsys):
@@ -54,9 +55,9 @@ def test_inspect(root, capsys):
     assert re.search(r"float32\s+1\s+2 x 12 x 8\s+decoder\.layers\.0\.mlp\.fc1\.weight", out)
 
 
-def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys):
+def test_verify_names_the_damaged_file_and_returns_1(root, capsys):
     assert call("verify", root) == 0
-    assert "2 of 2 checkpoints are whole" in capsys.readouterr().out
+    assert "2 of 2 checkpoints are intact" in capsys.readouterr().out
     flip(root / "iter_0000010" / "__0_0.distcp")
     assert call("verify", root) == 1
     out = capsys.readouterr().out
@@ -66,28 +67,28 @@ def test_verify_names_the_damaged_file_and_says_so_in_its_exit_code(root, capsys
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "problem"),
     [
         (None, "latest_checkpointed_iteration.txt is missing"),
         ("release", "latest_checkpointed_iteration.txt contains 'release' instead of an iteration"),
         ("15", "latest_checkpointed_iteration.txt names iteration 15, but .*iter_0000015 does not exist"),
     ],
 )
-def test_list_and_verify_say_that_the_announcement_leads_nowhere(root, capsys, text, says):
+def test_list_and_verify_report_a_wrong_latest_file(root, capsys, text, problem):
     (root / "latest_checkpointed_iteration.txt").unlink()
     if text is not None:
         (root / "latest_checkpointed_iteration.txt").write_text(text)
     assert call("list", root) == 0
     out = capsys.readouterr().out
-    assert re.search(says, out)
-    assert "→" not in out
+    assert re.search(problem, out)
+    assert "*" not in out
     assert call("verify", root) == 1
     out = capsys.readouterr().out
-    assert re.search(f"damaged .*{says}", out)
-    assert "2 of 2 checkpoints are whole" in out
+    assert re.search(f"damaged .*{problem}", out)
+    assert "2 of 2 checkpoints are intact" in out
 
 
-def test_a_checkpoint_under_another_name_is_not_taken_for_that_iteration(root, capsys):
+def test_a_checkpoint_under_the_name_of_another_iteration_is_refused(root, capsys):
     (root / "iter_0000010").rename(root / "iter_0000015")
     assert call("verify", root) == 1
     assert "iter_0000015 holds iteration 10, which is not that of its name" in capsys.readouterr().out
@@ -141,19 +142,22 @@ def test_reshard(kit, root, tmp_path):
         call("reshard", root, "--output", root)
 
 
-@pytest.mark.parametrize("words", [["list", "missing"], ["inspect", "missing"], ["verify", "."], ["inspect", "."]])
-def test_a_wrong_folder_is_an_error_that_says_so(tmp_path, monkeypatch, words):
+@pytest.mark.parametrize("args", [["list", "missing"], ["inspect", "missing"], ["verify", "."], ["inspect", "."]])
+def test_a_folder_without_checkpoints_is_an_error(tmp_path, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="Give"):
-        call(*words)
+        call(*args)
 
 
-def test_listing_needs_no_torch(root):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_listing_needs_no_torch_and_no_utf_8(root, encoding):
     code = f"""
 import sys
 from megatron_lite.cli.checkpoint import run
-for words in (["list"], ["inspect"], ["verify"]):
-    assert run([*words, {str(root)!r}]) == 0
+for action in ("list", "inspect", "verify"):
+    assert run([action, {str(root)!r}]) == 0
+assert run(["diff", {str(root / "iter_0000010")!r}, {str(root)!r}]) == 1
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
