@@ -12,16 +12,16 @@ from megatron_lite.config.files import missing_files, missing_tokenizer
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.errors import MegatronLiteError
-from megatron_lite.planner.explain import BatchStage, Explanation, explain
+from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
 
-SUMMARY = "say what a training command means: sizes, iterations, ramp-up, saves, flags without effect"
+SUMMARY = "explain a training command: sizes, iterations, ramp-up, saves, flags without effect"
 USAGE = """usage: megatron-lite explain [--json] FLAG [VALUE] …
        megatron-lite explain [--json] torchrun --nproc-per-node 8 pretrain_gpt.py FLAG [VALUE] …
        megatron-lite explain [--json] 'srun … bash -c "…" 2>&1 | tee log'
        megatron-lite explain [--json] @FILE
 
-The flags are those of pretrain_gpt.py. Words before the training script are read for the number of ranks only; a
-command with quotes, pipes or redirections of its own goes in quotes, or in a FILE."""
+The flags are those of pretrain_gpt.py. Arguments before the training script are read for the number of ranks only; a
+command that contains quotes, pipes or redirections goes in quotes, or in a FILE."""
 GPT2_ENTRIES = 50257
 STAGES_SHOWN = 12
 
@@ -37,16 +37,16 @@ def run(argv: list[str]) -> int:
 
 
 def explain_text(parsed: ParsedRun, *, as_json: bool = False) -> str:
-    """The explanation of a parsed command, as text or as JSON."""
+    """Return the explanation of a parsed command, as text or as JSON."""
     config, vocabulary = fill_vocabulary(parsed.config)
-    explanation = explain(config)
+    summary = summarize(config)
     if as_json:
-        return json.dumps(_record(parsed, explanation, vocabulary), indent=2)
-    return "\n".join(_lines(parsed, explanation, vocabulary))
+        return json.dumps(_record(parsed, summary, vocabulary), indent=2)
+    return "\n".join(_lines(parsed, summary, vocabulary))
 
 
 def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
-    """The run with its vocabulary's size, as far as it can be known, and where it is from."""
+    """Return the run with the size of its vocabulary, and the source of that size."""
     tokenizer, model = config.tokenizer, config.model
     if model.vocab_size:
         return with_vocabulary(config, model.vocab_size), "--tokenizer-vocab-size"
@@ -67,11 +67,11 @@ def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
     return with_vocabulary(config, GPT2_ENTRIES), f"assumed to be GPT-2's, since {source}"
 
 
-def _record(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> dict[str, object]:
+def _record(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> dict[str, object]:
     return {
         "config": asdict(parsed.config),
         "argv": to_argv(parsed.config),
-        "derived": {**asdict(explanation), "vocabulary_from": vocabulary, "data": data_record(parsed.config)},
+        "derived": {**asdict(summary), "vocabulary_from": vocabulary, "data": data_record(parsed.config)},
         "notes": list(parsed.notes),
         "warnings": list(parsed.warnings),
         "missing": _missing(parsed),
@@ -82,15 +82,14 @@ def _missing(parsed: ParsedRun) -> list[str]:
     return [str(error) for error in (*parsed.missing, *missing_files(parsed.config))]
 
 
-def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iterator[str]:
-    model, layout, length = explanation.model, explanation.layout, explanation.length
+def _lines(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> Iterator[str]:
+    model, layout, length = summary.model, summary.layout, summary.length
     config = parsed.config
     yield f"Model       {model.name}: {model.exact:,} parameters, {model.without_embedding:,} without the embedding"
     yield f"            vocabulary {model.vocab_size:,} padded to {model.padded_vocab_size:,} ({vocabulary})"
     yield f"            {model.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward"
     sharding = ", optimizer state split over replicas" if layout.distributed_optimizer else ""
-    sizes = f"tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp}"
-    yield f"Layout      {layout.world_size} ranks = {sizes}{sharding}"
+    yield f"Layout      {layout.world_size} ranks = {layout.axes}{sharding}"
     if len(layout.stage_layers) > 1:
         yield "            layers by stage: " + " ".join(str(count) for _, count in layout.stage_layers)
     yield (
@@ -106,8 +105,8 @@ def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iter
         f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
     )
     yield from data_lines(config)
-    yield f"Saves       {_saves(config, explanation)}"
-    yield from _stage_lines(explanation.stages)
+    yield f"Saves       {_saves(config, summary)}"
+    yield from _stage_lines(summary.stages)
     for title, entries in (
         ("Notes", parsed.notes),
         ("Warnings", parsed.warnings),
@@ -115,13 +114,13 @@ def _lines(parsed: ParsedRun, explanation: Explanation, vocabulary: str) -> Iter
     ):
         if entries:
             yield from ("", title, *(f"  {entry}" for entry in entries))
-    yield from ("", "The same command, as it was understood:", "  " + _wrapped(to_argv(config)))
+    yield from ("", "The same command, as parsed:", "  " + _wrapped(to_argv(config)))
 
 
-def _saves(config: RunConfig, explanation: Explanation) -> str:
-    saves, end = explanation.saves, explanation.length.iterations
+def _saves(config: RunConfig, summary: RunSummary) -> str:
+    saves, end = summary.saves, summary.length.iterations
     if not config.checkpoint.save:
-        return "none, for there is no --save"
+        return "none without --save"
     if not saves.count:
         return f"one checkpoint, iteration {end:,} at the end"
     scheduled = f"{saves.count:,} checkpoints, iterations {saves.first:,} to {saves.last:,}"
@@ -146,10 +145,10 @@ def _stage_lines(stages: tuple[BatchStage, ...]) -> Iterator[str]:
         )
 
 
-def _wrapped(words: list[str]) -> str:
-    """A command line on several lines, one flag each."""
+def _wrapped(args: list[str]) -> str:
+    """Return a command line on several lines, one flag each."""
     text = ""
-    for word in words:
+    for word in args:
         quoted = word if word.isascii() and not set(word) & set(" |&;<>()$`\\\"'*?[]#~%{}") and word else f"'{word}'"
         text += (" \\\n  " if word.startswith("--") and text else " " if text else "") + quoted
     return text

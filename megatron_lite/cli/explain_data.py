@@ -18,7 +18,7 @@ from megatron_lite.schedules.data_order import DataSegment, extend_history
 from megatron_lite.schedules.length import test_samples
 
 SOURCES_SHOWN = 4
-WORDS = {"train": "train", "valid": "validation", "test": "test"}
+SPLIT_NAMES = {"train": "train", "valid": "validation", "test": "test"}
 
 
 def data_lines(config: RunConfig) -> Iterator[str]:
@@ -26,7 +26,7 @@ def data_lines(config: RunConfig) -> Iterator[str]:
     order, plans, problem = _planned(config)
     lines = [] if problem is None else list(_without_files(config, order, problem))
     for plan in plans:
-        name = WORDS[plan.split] if plan.name == plan.split else f"{WORDS[plan.split]} {plan.name}"
+        name = SPLIT_NAMES[plan.split] if plan.name == plan.split else f"{SPLIT_NAMES[plan.split]} {plan.name}"
         paths = [source.source.path for source in plan.sources]
         names = short_names(paths) if paths else ("random tokens",)
         lines.append(f"{name}: {describe_set(plan, names, SOURCES_SHOWN)}")
@@ -36,7 +36,7 @@ def data_lines(config: RunConfig) -> Iterator[str]:
 
 
 def data_record(config: RunConfig) -> list[dict[str, Any]]:
-    """Return the same for --json: an entry for each set; none if its files are not here."""
+    """Return the same for --json: an entry for each dataset; none if the files are not on this machine."""
     return [
         {
             "split": plan.split,
@@ -51,10 +51,10 @@ def data_record(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _planned(config: RunConfig) -> tuple[DataSegment, list[SetPlan], MegatronLiteError | None]:
-    """What the run's sets are asked for, their plans, and why there are none."""
+    """Return the sample requests of the run, the plans of its datasets, and the error if they cannot be planned."""
     try:
         order = saved_history(config)[-1]
-    except MegatronLiteError:  # the checkpoint is damaged, which a start says
+    except MegatronLiteError:  # the checkpoint is damaged: an error of a start, not of an explanation
         order = extend_history((), config)[-1]
     try:
         return order, [plan for sets in plan_datasets(config, order).values() for plan in sets.values()], None
@@ -63,12 +63,12 @@ def _planned(config: RunConfig) -> tuple[DataSegment, list[SetPlan], MegatronLit
 
 
 def _without_files(config: RunConfig, order: DataSegment, problem: MegatronLiteError) -> Iterator[str]:
-    """What can be said of sets whose files cannot be opened."""
+    """Yield the lines about datasets whose files cannot be opened."""
     evaluated = test_samples(config)
     asked = {"train": order.train_requests, "valid": order.valid_requests, "test": (evaluated,) if evaluated else ()}
     for split, requests in asked.items():
         if requests:
-            yield f"{WORDS[split]}: {requests[-1]:,} samples"
+            yield f"{SPLIT_NAMES[split]}: {requests[-1]:,} samples"
     least = max((requests[-1] for requests in asked.values() if requests), default=0) * SAMPLE_BYTES
     yield (
         f"the largest sample index takes at least {format_size(least)} of memory; epochs and documents are not "
@@ -77,14 +77,14 @@ def _without_files(config: RunConfig, order: DataSegment, problem: MegatronLiteE
 
 
 def _index_lines(config: RunConfig, plan: SetPlan) -> Iterator[str]:
-    """How much memory and disk the indices of a set take; nothing of small ones, which are built in a moment."""
+    """Yield the memory and disk of a dataset's sample indices; nothing for small ones, which are not kept."""
     kept = [index for index in plan.indices if is_kept(index)]
     if not kept:
         return
     folders = sorted({str(index_folder(source.data, cache_folder(config.data))) for source in plan.sources})
     memory, disk = max(index.build_bytes for index in kept), sum(index.file_bytes for index in kept)
     yield (
-        f"  its sample index takes {format_size(memory)} of memory while it is built, and {format_size(disk)} on disk "
+        f"  the sample index takes {format_size(memory)} of memory while it is built, and {format_size(disk)} on disk "
         f"in {', '.join(folders[:SOURCES_SHOWN])}"
     )
 

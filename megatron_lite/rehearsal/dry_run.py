@@ -22,7 +22,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
-from megatron_lite.planner.explain import BatchStage, batch_stages
+from megatron_lite.planner.summary import BatchStage, batch_stages
 from megatron_lite.rehearsal.shapes import MetaTensorMode
 from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
 from megatron_lite.schedules.length import tokens_at

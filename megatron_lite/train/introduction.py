@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.formatting import format_parameters
 from megatron_lite.metrics.reporter import metrics_path
+from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
 from megatron_lite.schedules.batch_size import final_batch_size
-from megatron_lite.schedules.learning_rate import lr_steps
-from megatron_lite.schedules.length import consumed_at, last_iteration, tokens_at
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.start import Start
@@ -23,11 +20,12 @@ SOURCES_SHOWN = 4
 
 def introduction(config: RunConfig, backend: Backend, data: RunData, start: Start, progress: Progress) -> str:
     """The lines, each with its subject in front."""
+    summary = summarize(config)
     lines = [
-        ("model", _model(config)),
-        ("machine", _machine(config, backend)),
+        ("model", _model(config, summary.model)),
+        ("machine", _machine(config, backend, summary.layout)),
         ("batch", _batch(config)),
-        ("length", _length(config)),
+        ("length", _length(config, summary.length)),
         *_data(config, data),
         ("start", _start(config, start, progress)),
         ("saves", _saves(config)),
@@ -35,19 +33,18 @@ def introduction(config: RunConfig, backend: Backend, data: RunData, start: Star
     return "\n".join(f"  {name:<11} {text}" for name, text in lines)
 
 
-def _model(config: RunConfig) -> str:
+def _model(config: RunConfig, size: ModelSize) -> str:
     model = config.model
-    count = parameter_count(model)
     vocabulary = f"{model.vocab_size:,}"
     if model.padded_vocab_size != model.vocab_size:
         vocabulary += f" (padded to {model.padded_vocab_size:,})"
     return (
-        f"{count:,} parameters ({format_parameters(count)}): {model.num_layers} layers, hidden size "
+        f"{size.exact:,} parameters ({size.name}): {model.num_layers} layers, hidden size "
         f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocabulary}"
     )
 
 
-def _machine(config: RunConfig, backend: Backend) -> str:
+def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
     parallel = config.parallel
     text = f"{backend.device_name()}, {config.precision.dtype}"
     if config.runtime.compile:
@@ -56,8 +53,7 @@ def _machine(config: RunConfig, backend: Backend) -> str:
         return text
     zero = ", optimizer split over replicas" if parallel.distributed_optimizer else ""
     schedule = f", {parallel.pipeline_schedule}" if parallel.pp > 1 else ""
-    layout = f"tensor {parallel.tp} x pipeline {parallel.pp} x data {parallel.dp}{schedule}{zero}"
-    return f"{parallel.world_size} ranks ({layout}), each {text}"
+    return f"{parallel.world_size} ranks ({sizes.axes}{schedule}{zero}), each {text}"
 
 
 def _batch(config: RunConfig) -> str:
@@ -72,16 +68,14 @@ def _batch(config: RunConfig) -> str:
     return text
 
 
-def _length(config: RunConfig) -> str:
-    last, lr = last_iteration(config), config.lr
-    text = f"{last:,} iterations, {consumed_at(config, last):,} samples, {tokens_at(config, last):,} tokens; "
-    unit = "samples" if config.training.train_samples else "iterations"
-    steps = lr_steps(config).warmup / (
-        1 if unit == "samples" else max(1, final_batch_size(config.batch, config.parallel.dp))
-    )
-    warmup = f", {steps:,.0f} {unit} of warm-up" if steps else ""
+def _length(config: RunConfig, length: Length) -> str:
+    lr = config.lr
+    warmup = f", {length.warmup:,.0f} {length.lr_unit} of warm-up" if length.warmup else ""
     end = f" to {lr.min_lr:g}, {lr.style}" if lr.style != "constant" else ", constant"
-    return f"{text}learning rate {lr.lr:g}{end}{warmup}"
+    return (
+        f"{length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens; learning rate "
+        f"{lr.lr:g}{end}{warmup}"
+    )
 
 
 def _data(config: RunConfig, data: RunData) -> Iterator[tuple[str, str]]:

@@ -26,10 +26,10 @@ def test_the_text(capsys):
         assert part in text, part
 
 
-def test_the_command_as_understood_can_be_run(capsys):
+def test_the_parsed_command_can_be_run(capsys):
     run([*LLAMA, "--world-size", "64"])
     text = capsys.readouterr().out
-    argv = text[text.index("as it was understood:") :].split(":", 1)[1].replace("\\\n", "").split()
+    argv = text[text.index("as parsed:") :].split(":", 1)[1].replace("\\\n", "").split()
     assert parse_run(argv).config == parse_run(LLAMA, world_size=64).config
 
 

@@ -23,7 +23,7 @@ DEFINITIONS = tuple(f"config/{name}.py" for name in ("counts", "layout", "partit
 """Modules of config/ that compute with fields."""
 SHOWN_ONLY = (
     "cli/explain.py",
-    "planner/explain.py",
+    "planner/summary.py",
     "train/introduction.py",
     "data/format/fingerprint.py",
     "runs/comparison.py",

@@ -1,4 +1,4 @@
-"""Run summary from the config: parameters, layout, iterations, tokens, ramp-up stages and saves."""
+"""Run summary from the config: parameters, FLOPs, layout, length, ramp-up stages and saves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megatron_lite.config.counts import flops_per_token, parameter_count
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_parameters
+from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import (
     consumed_at,
@@ -24,11 +25,11 @@ from megatron_lite.schedules.saves import save_iterations
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How large the model is.
+    """Size of the model.
 
     Attributes:
-        exact: parameters, those of the padding left out.
-        name: the same as a name says it, as 13B.
+        exact: number of parameters, without those of padding rows.
+        name: the same as in names of models: 13B.
         vocab_size: rows of the embedding that `exact` counts.
         flops_per_token: model FLOPs to train on one token, backward included.
     """
@@ -43,7 +44,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is cut. `stage_layers` holds (first layer, number) of every stage in the model's order."""
+    """Split of the model. `stage_layers` holds (first layer, number) of every stage in the model's order."""
 
     world_size: int
     tp: int
@@ -51,6 +52,11 @@ class Layout:
     dp: int
     distributed_optimizer: bool
     stage_layers: tuple[tuple[int, int], ...]
+
+    @property
+    def axes(self) -> str:
+        """The sizes of the mesh's axes, as text."""
+        return f"tensor {self.tp} x pipeline {self.pp} x data {self.dp}"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class BatchStage:
         first_iteration: from 1, as in the log; `last_iteration` likewise, both included.
         first_sample: samples consumed before it.
         micro_batches: of one iteration, over all replicas.
-        per_replica: fewest and most that one replica takes.
-        replicas_without: replicas that take none.
+        per_replica: fewest and most micro-batches of one replica.
+        replicas_without: replicas without a micro-batch.
         idle: share of the replicas' time without work.
     """
 
@@ -78,7 +84,7 @@ class BatchStage:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is, and what it asks of the data."""
+    """Length of the run, its learning-rate schedule in `lr_unit`, and the samples requested from each split."""
 
     iterations: int
     samples: int
@@ -94,7 +100,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Saves:
-    """How many checkpoints the run writes, and at which iterations the first and the last."""
+    """Number of scheduled checkpoints, and the iterations of the first and the last."""
 
     count: int
     first: int | None
@@ -102,8 +108,8 @@ class Saves:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """All that follows from a config."""
+class RunSummary:
+    """Facts that follow from a config."""
 
     model: ModelSize
     layout: Layout
@@ -112,13 +118,13 @@ class Explanation:
     saves: Saves
 
 
-def explain(config: RunConfig) -> Explanation:
-    """Derive everything. model.vocab_size and padded_vocab_size should be filled in (config/vocabulary.py)."""
-    return Explanation(_model(config), _layout(config), _length(config), batch_stages(config), _saves(config))
+def summarize(config: RunConfig) -> RunSummary:
+    """Return the summary of a run; model.vocab_size should be filled in (config/vocabulary.py)."""
+    return RunSummary(_model(config), _layout(config), _length(config), batch_stages(config), _saves(config))
 
 
 def batch_stages(config: RunConfig) -> tuple[BatchStage, ...]:
-    """Every stage of constant global batch, with the load of the replicas. A final partial stage ends with the run."""
+    """Return the stages of constant global batch, with the load of the replicas; the last one ends with the run."""
     micro, replicas, end = config.batch.micro_batch_size, config.parallel.dp, last_iteration(config)
     stages = []
     for stage in ramp_stages(config):
@@ -173,7 +179,7 @@ def _length(config: RunConfig) -> Length:
     iterations = last_iteration(config)
     steps, tokens = lr_steps(config), tokens_at(config, iterations)
     by_samples = bool(config.training.train_samples)
-    unit = 1 if by_samples else max(1, config.batch.global_batch_size)
+    unit = 1 if by_samples else max(1, final_batch_size(config.batch, config.parallel.dp))
     return Length(
         iterations=iterations,
         samples=consumed_at(config, iterations),

@@ -4,15 +4,15 @@ from support.job_commands import BIG_RAMP, CURRICULUM, MULTILINGUAL, SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.vocabulary import with_vocabulary
-from megatron_lite.planner.explain import batch_stages, explain
+from megatron_lite.planner.summary import batch_stages, summarize
 
 
-def explained(argv, world=None, vocabulary=50257):
-    return explain(with_vocabulary(parse_run(argv, world_size=world).config, vocabulary))
+def summary(argv, world=None, vocabulary=50257):
+    return summarize(with_vocabulary(parse_run(argv, world_size=world).config, vocabulary))
 
 
 def test_the_big_ramp():
-    result = explained(BIG_RAMP, 512)
+    result = summary(BIG_RAMP, 512)
     assert result.length.iterations == 311_541
     assert result.model.name == "13B"
     assert result.layout.dp == 64
@@ -24,11 +24,11 @@ def test_the_big_ramp():
 
 
 def test_replicas_idle_while_the_ramp_is_smaller_than_they_are():
-    first = explained(BIG_RAMP, 512).stages[0]
+    first = summary(BIG_RAMP, 512).stages[0]
     assert first.per_replica == (0, 1)
     assert first.replicas_without == 48
     assert first.idle == 0.75
-    full = explained(BIG_RAMP, 512).stages[-1]
+    full = summary(BIG_RAMP, 512).stages[-1]
     assert full.per_replica == (16, 16)
     assert full.idle == 0
 
@@ -41,7 +41,7 @@ def test_the_stages_do_not_depend_on_the_layout():
 
 
 def test_stages_join():
-    stages = explained(MULTILINGUAL, 384, 250_680).stages
+    stages = summary(MULTILINGUAL, 384, 250_680).stages
     for before, after in itertools.pairwise(stages):
         assert after.first_iteration == before.last_iteration + 1
         done = (before.last_iteration - before.first_iteration + 1) * before.global_batch
@@ -49,21 +49,21 @@ def test_stages_join():
 
 
 def test_bloom():
-    result = explained(MULTILINGUAL, 384, 250_680)
+    result = summary(MULTILINGUAL, 384, 250_680)
     assert result.length.iterations == 115_311
     assert result.model.name == "176B"
     assert [count for _, count in result.layout.stage_layers] == [5, *[6] * 10, 5]
 
 
 def test_tokens_end_a_run_that_samples_do_not():
-    result = explained(CURRICULUM, 64)
+    result = summary(CURRICULUM, 64)
     assert result.length.tokens >= 100_000_000_000
     assert result.length.samples < 73_242_187
     assert result.stages[-1].last_iteration == result.length.iterations
 
 
 def test_a_run_in_iterations():
-    result = explained([*SMALL, "--lr-warmup-iters", "10"])
+    result = summary([*SMALL, "--lr-warmup-iters", "10"])
     assert result.length.iterations == 100
     assert result.length.samples == 800
     assert result.length.tokens == 800 * 32
