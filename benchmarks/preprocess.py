@@ -30,7 +30,7 @@ import numpy as np
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
 from megatron_lite.data.preparation.options import PreprocessOptions
-from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.run import preprocess
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
@@ -165,7 +165,7 @@ def ours(corpus: Path, config: TokenizerConfig, folder: Path, workers: int) -> N
             append_eod=True,
             workers=workers,
         ),
-        SilentProgress(),
+        ProgressDisplay(),
     )
     for path in folder.glob("out_*"):
         path.unlink()

@@ -1,4 +1,4 @@
-"""CLI command `data`: inspect, verify, pack and convert datasets, show the samples of an iteration."""
+"""CLI command `data` (inspect, verify, samples, index, pack, convert): dispatch, and the commands on one dataset."""
 
 from __future__ import annotations
 
@@ -9,39 +9,44 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
-from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.cli.progress import TokenProgress
-from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments
+from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, given_tokenizer
 from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
     from megatron_lite.tokenizer.base import Tokenizer
 
-SUMMARY = "inspect, verify, pack and convert datasets; show the text of an iteration"
+SUMMARY = "inspect, verify, pack and convert datasets; print the text of an iteration"
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 USAGE = """\
-usage: megatron-lite data inspect PREFIX [--documents N] [--picture FILE.svg] [tokenizer flags]
+usage: megatron-lite data inspect PREFIX [--documents N] [--tokens N]
+                                  [--picture FILE.svg] [tokenizer flags]
        megatron-lite data verify PREFIX [PREFIX ...] [tokenizer flags]
-       megatron-lite data samples --iteration N [--tokens N] THE JOB'S FLAGS
-       megatron-lite data index THE JOB'S FLAGS
-       megatron-lite data pack PREFIX PACKED_PREFIX --seq-length N [tokenizer flags]
+       megatron-lite data samples --iteration N [--tokens N] JOB_FLAGS
+       megatron-lite data index JOB_FLAGS
+       megatron-lite data pack PREFIX PACKED_PREFIX --seq-length N
+                               [tokenizer flags]
        megatron-lite data convert OLD_PREFIX NEW_PREFIX
 
-  inspect   header, counts, lengths as a histogram, the first documents (as text, given a tokenizer)
-  verify    every length and pointer, every id (given a tokenizer or a manifest), every checksum (given a manifest)
-  samples   which documents and text iteration N trains on
-  index     build and keep the sample index ahead of a job, so that it starts at once
-  pack      whole documents into sequences of exactly N tokens: training cuts no document that fits in one
-  convert   a dataset of the older lazy/cached kind to the one that is read here
+  inspect   print header, counts, length histogram and first documents (as text
+            with a tokenizer)
+  verify    check all lengths and pointers, all token ids (with a tokenizer or a
+            manifest) and all checksums (with a manifest)
+  samples   print the documents and the text that iteration N trains on
+  index     build the sample indices of a job and write them to the cache, so
+            that the job starts without a delay
+  pack      pack whole documents into sequences of exactly N tokens; training
+            then cuts only longer documents
+  convert   convert a dataset of the older lazy/cached format
 """
 
 
 def run(argv: list[str]) -> int:
-    """Do what `argv` asks for; a damaged dataset is an error."""
+    """Run the action named by the first argument."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else EXIT_USAGE
@@ -54,18 +59,20 @@ def run(argv: list[str]) -> int:
         "convert": convert,
     }
     if argv[0] not in actions:
-        print(f"megatron-lite data: there is no action {argv[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        print(f"megatron-lite data: unknown action {argv[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return EXIT_USAGE
     return actions[argv[0]](argv[1:])
 
 
 def inspect(argv: list[str]) -> int:
-    """Print what a dataset is."""
+    """Print the properties of a dataset and the beginnings of its first documents."""
     parser = Parser(prog="megatron-lite data inspect")
-    parser.add_argument("prefix", help="common path of the .bin and the .idx")
-    parser.add_argument("--documents", type=whole(), default=3, metavar="N", help="documents to show (default 3)")
-    parser.add_argument("--tokens", type=whole(), default=64, metavar="N", help="tokens of each to show (default 64)")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the histogram of lengths")
+    parser.add_argument("prefix", help="common path of the .bin and .idx")
+    parser.add_argument("--documents", type=whole(), default=3, metavar="N", help="documents to print (default 3)")
+    parser.add_argument(
+        "--tokens", type=whole(), default=64, metavar="N", help="tokens of each document to print (default 64)"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the length histogram as an image")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
 
@@ -80,7 +87,7 @@ def inspect(argv: list[str]) -> int:
         "sequences": f"{len(data):,} ({lengths.empty:,} empty)",
         "tokens": f"{data.num_tokens:,} as {data.dtype.name}, {data.num_bytes:,} bytes",
         "lengths": f"{lengths.shortest:,} to {lengths.longest:,}, mean {lengths.mean:,.1f}",
-        **_papers(options.prefix),
+        **_describe_manifest(options.prefix),
     }.items():
         print(f"  {name:<15} {value}")
     print("\n".join(draw_lengths(lengths)))
@@ -89,19 +96,17 @@ def inspect(argv: list[str]) -> int:
             options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
         except OSError as error:
             raise DataError(
-                "A picture can be written where it is asked for",
-                found=f"{options.picture}: {error.strerror}",
-                fix="Give another path after --picture",
+                f"Cannot write --picture {options.picture}: {error.strerror}", fix="Give another path after --picture"
             ) from error
-        print(f"  drawn to {options.picture}")
+        print(f"  image: {options.picture}")
     _show_documents(data, given_tokenizer(options), options.documents, options.tokens)
     return 0
 
 
 def verify(argv: list[str]) -> int:
-    """Check whole datasets."""
+    """Check complete datasets."""
     parser = Parser(prog="megatron-lite data verify")
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and an .idx, or the .idx")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="common path of a .bin and .idx, or the .idx")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
     tokenizer = given_tokenizer(options)
@@ -112,14 +117,14 @@ def verify(argv: list[str]) -> int:
             checked = [*_verify_one(prefix, tokenizer), f"{time.monotonic() - began:.1f} s"]
         except DataError as error:
             damaged += 1
-            print(f"{prefix}: NOT WHOLE\n  {error}", file=sys.stderr)
+            print(f"{prefix}: DAMAGED\n  {error}", file=sys.stderr)
         else:
-            print(f"{prefix}: whole\n  " + "\n  ".join(checked))
+            print(f"{prefix}: OK\n  " + "\n  ".join(checked))
     return EXIT_FAILURE if damaged else 0
 
 
 def convert(argv: list[str]) -> int:
-    """Convert a dataset of the older kind."""
+    """Convert a dataset of the older lazy/cached format."""
     parser = Parser(prog="megatron-lite data convert")
     parser.add_argument("old_prefix", help="common path of the older .bin and .idx")
     parser.add_argument("new_prefix", help="common path of the files to write")
@@ -131,7 +136,7 @@ def convert(argv: list[str]) -> int:
 
 
 def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
-    """Check one dataset; what was checked, in words."""
+    """Check one dataset, and return descriptions of the checks."""
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
     from megatron_lite.data.format.manifest import check_files, check_manifest
     from megatron_lite.data.preparation.survey import check_all_tokens
@@ -149,25 +154,25 @@ def _verify_one(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
                 progress.advance(done - progress.done)
         checked.append(f"{data.num_tokens:,} ids below {vocab_size}")
     else:
-        checked.append("no ids: give a tokenizer to check them")
+        checked.append("token ids not checked: give a tokenizer")
     if manifest is not None:
         check_files(prefix, manifest)
         checked.append("checksums")
     else:
-        checked.append("no checksums: it has no manifest")
+        checked.append("checksums not checked: the dataset has no manifest")
     return checked
 
 
-def _papers(prefix: str) -> dict[str, str]:
-    """What the manifest says, if there is one."""
+def _describe_manifest(prefix: str) -> dict[str, str]:
+    """Return the entries of a dataset's manifest by label."""
     from megatron_lite.data.format.manifest import read_manifest
 
     manifest = read_manifest(prefix)
     if manifest is None:
-        return {"made with": "unknown: no manifest (Megatron writes none)"}
+        return {"tokenizer": "unknown: no manifest (Megatron writes none)"}
     tokenizer, length = manifest.tokenizer, manifest.packed_length
     found = {
-        "made with": f"{tokenizer.get('type')} of {tokenizer.get('vocab_size', 0):,} entries",
+        "tokenizer": f"{tokenizer.get('type')} of {tokenizer.get('vocab_size', 0):,} entries",
         "fingerprint": f"{str(tokenizer.get('fingerprint'))[:31]}…",
         "documents end": f"with token {tokenizer.get('eod')}",
     }
@@ -176,7 +181,7 @@ def _papers(prefix: str) -> dict[str, str]:
     if tokenizer.get("eod") is None:
         found["documents end"] = "without an end-of-document token (no --append-eod)"
     if length:
-        found["packed"] = f"for --seq-length {length:,}: each sequence is one sample of training"
+        found["packed"] = f"for --seq-length {length:,}: each sequence is one training sample"
     return found
 
 

@@ -6,10 +6,9 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from megatron_lite.cli.data_tokenizer import given_tokenizer
 from megatron_lite.cli.parser import Parser, seed, whole
 from megatron_lite.cli.progress import TokenProgress
-from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
+from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, given_tokenizer, tokenizer_config
 from megatron_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def pack(argv: list[str]) -> int:
-    """Pack a dataset, and say what it gained and cost."""
+    """Pack a dataset, and print statistics of the result."""
     parser = Parser(
         prog="megatron-lite data pack",
-        description="Put whole documents together into sequences of exactly --seq-length tokens, so that training cuts "
-        "only documents that are longer. Ends of sequences are filled up with the end-of-document token: train with "
-        "--eod-mask-loss, which leaves them out of the loss, and with the same --seq-length.",
+        description="Pack whole documents into sequences of exactly --seq-length tokens, so that training cuts only "
+        "longer documents. Sequences are padded with the end-of-document token: train with --eod-mask-loss, which "
+        "removes the padding from the loss, and with the same --seq-length.",
     )
-    parser.add_argument("prefix", help="common path of the .bin and the .idx")
+    parser.add_argument("prefix", help="common path of the .bin and .idx")
     parser.add_argument("packed_prefix", help="common path of the files to write")
     parser.add_argument(
         "--seq-length", type=whole(1, 1_000_000_000), required=True, metavar="N", help="the run's --seq-length"
     )
-    parser.add_argument("--seed", type=seed, default=1234, help="of the order of neighbouring sequences (1234)")
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of the order of sequences (1234)")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that another command made")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
@@ -39,7 +38,7 @@ def pack(argv: list[str]) -> int:
 
     began = time.monotonic()
     data = IndexedDataset(options.prefix)
-    tokenizer = _about_tokenizer(options)
+    tokenizer = _tokenizer_entry(options)
     with TokenProgress("pack", data.num_tokens) as progress:
         made = pack_dataset(
             data,
@@ -51,15 +50,15 @@ def pack(argv: list[str]) -> int:
             advance=progress.advance,
         )
     if made is None:
-        print("Already complete: the same command made it.")
+        print("Already complete: the same command has made it.")
     else:
         print("\n".join(_summary(made, options.seq_length, time.monotonic() - began)))
     print(f"  --data-path {options.packed_prefix} --seq-length {options.seq_length} --eod-mask-loss")
     return 0
 
 
-def _about_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
-    """The tokenizer for the manifest: the given one, which must be the dataset's, else what its manifest says."""
+def _tokenizer_entry(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the manifest's tokenizer entry: of the given tokenizer, or else from the manifest of the dataset."""
     from megatron_lite.data.format.manifest import check_manifest
 
     prefix, tokenizer = options.prefix, given_tokenizer(options)
@@ -73,21 +72,19 @@ def _about_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
         }
     if manifest is None:
         raise DataError(
-            "Packing needs the end-of-document token",
-            found=f"{prefix} has no manifest that names it",
+            f"The end-of-document token of {prefix} is unknown: the dataset has no manifest",
             fix="Give the tokenizer, for example --vocab-file and --merge-file",
         )
     if manifest.tokenizer.get("eod") is None:
         raise DataError(
-            "Documents that are packed end with the end-of-document token",
-            found=f"{prefix} was made without --append-eod",
+            f"Cannot pack {prefix}: its documents have no end-of-document token (made without --append-eod)",
             fix="Preprocess again with --append-eod",
         )
     return manifest.tokenizer
 
 
 def _summary(made: Packed, seq_length: int, seconds: float) -> list[str]:
-    """The result in a few lines of at most 80 columns."""
+    """Return the statistics as lines of at most 80 columns."""
     written = made.bins * seq_length
     lines = [
         ("documents", f"{made.documents:,}, {made.tokens:,} tokens, in {seconds:.1f} s"),
@@ -101,7 +98,7 @@ def _summary(made: Packed, seq_length: int, seconds: float) -> list[str]:
     ]
     if made.open_ends:
         share = made.open_ends / written
-        lines.append(("last label", f"of {made.open_ends:,} sequences, {share:.3%} of all, is another document's"))
+        lines.append(("last label", f"in {made.open_ends:,} sequences ({share:.3%} of labels) from another document"))
     if made.unmarked:
         lines.append(("warning", f"{made.unmarked:,} documents do not end with the end-of-document token"))
     return [f"  {name:<10} {text}" for name, text in lines]

@@ -1,4 +1,4 @@
-"""Data position of an iteration: the consumed samples and data order, from the run's checkpoints or its flags."""
+"""Data position of an iteration: consumed samples and data order, from the run's checkpoints or its flags."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_lite.schedules.skipping import Ranges
 
 @dataclass(frozen=True)
 class Position:
-    """Where an iteration reads.
+    """Data position of an iteration.
 
     Attributes:
-        config: the job's that ran it, or will run it.
-        order: what its datasets were asked for.
-        consumed: samples consumed before it.
-        skipped: places in the data that the run leaves out since a rollback.
-        past: whether it is one of the iterations that the latest checkpoint has behind it.
-        notes: what a reader should know, in sentences.
+        config: config of the job that ran the iteration, or will run it.
+        order: samples requested of the datasets.
+        consumed: samples consumed before the iteration.
+        skipped: positions in the data order that are left out since a rollback.
+        past: True if the iteration is at or before the latest checkpoint.
+        notes: remarks for the user.
     """
 
     config: RunConfig
@@ -39,21 +39,21 @@ class Position:
 
 
 def saved_history(config: RunConfig) -> tuple[DataSegment, ...]:
-    """Return the history of the run that this command would go on with; the last segment is what it would read."""
+    """Return the data history of the run that this command would continue; its last segment is the current one."""
     path = _latest(config)
     return continue_history(read_manifest(path) if path is not None else None, config)
 
 
 def find_position(config: RunConfig, iteration: int) -> Position:
-    """Find what iteration number `iteration` (from 1) reads.
+    """Return the data position of an iteration.
 
     Args:
-        config: the job's flags. Iterations up to the latest checkpoint of --load were run by earlier jobs, whose data,
-            batch and order the checkpoints hold.
-        iteration: of the run.
+        config: the job's config. Iterations up to the latest checkpoint of --load were run by earlier jobs, whose
+            data, batch size and order are in the checkpoints.
+        iteration: number of the iteration, from 1.
 
     Raises:
-        DataError: it was read from data that are not there any more.
+        DataError: the data that the iteration read no longer exist.
     """
     path = _latest(config)
     if path is None:
@@ -69,32 +69,31 @@ def find_position(config: RunConfig, iteration: int) -> Position:
     segment = next((one for one in reversed(history) if one.iteration < iteration), None)
     if segment is None:
         raise DataError(
-            "What an iteration read can be shown if the checkpoints hold it",
-            found=f"iteration {iteration}, and nothing in {config.checkpoint.load} says what was read before "
-            f"{latest.iteration}",
-            fix="Leave --load out, and give the flags that the run had then",
+            f"The checkpoints in {config.checkpoint.load} do not record the data of iteration {iteration}, which is "
+            f"before iteration {latest.iteration}",
+            fix="Leave --load out, and give the flags that the run had at that iteration",
         )
     starts = [Progress(iteration=segment.iteration, consumed_train_samples=segment.consumed)]
     if earlier := saved[: len(saved) - len(later)]:
         starts.append(Progress.from_dict(read_manifest(earlier[-1]).scalars["progress"]))
     start = max(starts, key=lambda progress: progress.iteration)
-    then, notes = _job_of(segment, config)
+    then, notes = _config_of(segment, config)
     return Position(then, segment, consumed_at(then, iteration - 1, start), skipped, past=True, notes=notes)
 
 
 def _latest(config: RunConfig) -> Path | None:
-    """The checkpoint that the job goes on from; None: it begins at the beginning of its data."""
+    """Return the checkpoint that the job resumes from; None: it starts at the beginning of its data."""
     options = config.checkpoint
     if not options.load or options.finetune or options.reset_progress:
         return None
     return find_checkpoint(options.load, options.load_iteration)
 
 
-def _job_of(segment: DataSegment, config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
-    """The config of the job that read a segment, and how its data differ from those that the flags give.
+def _config_of(segment: DataSegment, config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
+    """Return the config of the job that read a segment, and notes on differences from the data of the flags.
 
     Raises:
-        DataError: the files of its data hold something else by now.
+        DataError: the files of its data have changed since.
     """
     then = segment.apply_to(config)
     changed = fingerprint_differences(segment.fingerprints, data_fingerprints(config))
@@ -102,8 +101,7 @@ def _job_of(segment: DataSegment, config: RunConfig) -> tuple[RunConfig, tuple[s
         return replace(then, data=config.data), ()  # the files may have been moved since
     if replaced := fingerprint_differences(segment.fingerprints, data_fingerprints(then)):
         raise DataError(
-            "The text of an iteration can be shown while its dataset holds it",
-            found=f"the run read other data then:\n{describe(replaced)}\n",
-            fix="Give the flags and files that the run had then",
+            f"The datasets have changed since the run read them:\n{describe(replaced)}\n",
+            fix="Give the flags and files that the run had at that iteration",
         )
-    return then, (f"read from other data, or in another order, than these flags give:\n{describe(changed)}",)
+    return then, (f"read from other data, or in another order, than given by these flags:\n{describe(changed)}",)

@@ -1,4 +1,4 @@
-"""CLI commands `data samples` and `data index`: show a job's training samples, build its sample indices."""
+"""CLI commands `data samples` and `data index`: print a job's training samples, build its sample indices."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ if TYPE_CHECKING:
 
 
 def show_samples(argv: list[str]) -> int:
-    """Print every sample of an iteration: its number, where its tokens lie, and how its text begins."""
+    """Print every sample of an iteration: number, spans in the datasets, and beginning of the text."""
     parser = Parser(
         prog="megatron-lite data samples",
-        usage="%(prog)s --iteration N [--tokens N] THE JOB'S FLAGS",
-        description="Which documents and text an iteration trains on. Give the job's own flags or its whole command, "
-        "--load too: iterations before the latest checkpoint are shown as they were read, whatever the flags have "
-        "become since.",
+        usage="%(prog)s --iteration N [--tokens N] JOB_FLAGS",
+        description="Print the documents and the text that an iteration trains on. Give the job's flags or its whole "
+        "command, including --load: iterations before the latest checkpoint are printed as they were read, even if the "
+        "flags have changed since.",
         allow_abbrev=False,
     )
-    parser.add_argument("--iteration", type=whole(1), required=True, metavar="N", help="as the log numbers it, from 1")
     parser.add_argument(
-        "--tokens", type=whole(), default=32, metavar="N", help="tokens of each document to show (default 32)"
+        "--iteration", type=whole(1), required=True, metavar="N", help="iteration number as in the log, from 1"
     )
-    options, words = parser.parse_known_args(argv)
+    parser.add_argument(
+        "--tokens", type=whole(), default=32, metavar="N", help="tokens of each document to print (default 32)"
+    )
+    options, args = parser.parse_known_args(argv)
 
     from megatron_lite.cli.data_position import find_position
     from megatron_lite.data.serving.loader import Loader
@@ -40,7 +42,7 @@ def show_samples(argv: list[str]) -> int:
     from megatron_lite.schedules.length import is_skipped_iteration
     from megatron_lite.schedules.sequence_length import sequence_length
 
-    given = _read(words)
+    given = _read(args)
     given = replace(given, training=replace(given.training, skip_train=False))
     position = find_position(given, options.iteration)
     config, consumed = position.config, position.consumed
@@ -73,29 +75,29 @@ def show_samples(argv: list[str]) -> int:
 
 
 def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: int) -> None:
-    """Refuse an iteration that the run does not have; one counted in samples ends where its data does."""
+    """Check that the run has this iteration; a run with --train-samples ends with its samples."""
     from megatron_lite.schedules.length import last_iteration
 
     last, samples = last_iteration(config), config.training.train_samples
     if iteration > last if not samples or config.training.train_tokens else consumed + count > samples:
         raise ConfigError(
-            "Iterations are numbered up to the run's last",
-            found=f"--iteration {iteration}, the run has {last:,}",
-            fix="Give one of them, or the --train-iters or --train-samples that the run has",
+            f"There is no --iteration {iteration}: the run has {last:,} iterations",
+            fix=f"Give a number from 1 to {last}, or the --train-iters or --train-samples of the run",
         )
 
 
 def build_indices(argv: list[str]) -> int:
-    """Build what a job's start would build."""
+    """Build the sample indices of a job, and print the sizes of its sets."""
     parser = Parser(
         prog="megatron-lite data index",
-        usage="%(prog)s THE JOB'S FLAGS",
-        description="Build and keep the sample index, so that the job starts at once; say how many samples a set has.",
+        usage="%(prog)s JOB_FLAGS",
+        description="Build the sample indices of a job and write them to the cache, so that the job starts without a "
+        "delay. Prints the number of samples of each set.",
         allow_abbrev=False,
     )
-    _, words = parser.parse_known_args(argv)
-    began = time.monotonic()
-    config = _read(words)
+    _, args = parser.parse_known_args(argv)
+    started = time.monotonic()
+    config = _read(args)
     from megatron_lite.cli.data_position import saved_history
 
     _, datasets = _open(config, saved_history(config)[-1])
@@ -105,21 +107,21 @@ def build_indices(argv: list[str]) -> int:
     for name, dataset in sets.items():
         if dataset is not None:
             print(f"{name}: {len(dataset):,} samples from {', '.join(dataset.sources)}")
-    print(f"ready in {time.monotonic() - began:.1f} s")
+    print(f"ready in {time.monotonic() - started:.1f} s")
     return 0
 
 
-def _read(words: list[str]) -> RunConfig:
-    """The job that the flags describe."""
+def _read(args: list[str]) -> RunConfig:
+    """Return the config of the job with these flags."""
     from megatron_lite.config.arguments import parse_command, raise_all
 
-    parsed = parse_command(words)
+    parsed = parse_command(args)
     raise_all(parsed.missing)
     return parsed.config
 
 
 def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
-    """Open a job's tokenizer and its datasets."""
+    """Return a job's tokenizer and datasets."""
     from megatron_lite.data.serving.build import build_datasets
     from megatron_lite.tokenizer.build import build_tokenizer
 
@@ -131,7 +133,7 @@ def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
 
 
 def _show(dataset: Dataset, sample: int, length: int, tokenizer: Tokenizer, shown: int) -> None:
-    """Print the spans of one sample, as far as `length` tokens reach."""
+    """Print the spans of the first `length` tokens of a sample."""
     tokens, start = dataset[sample][:length], 0
     for prefix, (sequence, offset, count) in dataset.spans(sample):
         part = tokens[start : start + count]
@@ -140,5 +142,5 @@ def _show(dataset: Dataset, sample: int, length: int, tokenizer: Tokenizer, show
             return
         ids = part[:shown].tolist()
         more = " …" if part.shape[0] > shown else ""
-        place = f"sequence {sequence:,}, tokens {offset:,} to {offset + part.shape[0] - 1:,}"
-        print(f"  {prefix} {place}\n    {tokenizer.decode(ids)!r}{more}")
+        span = f"sequence {sequence:,}, tokens {offset:,} to {offset + part.shape[0] - 1:,}"
+        print(f"  {prefix} {span}\n    {tokenizer.decode(ids)!r}{more}")

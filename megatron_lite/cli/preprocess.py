@@ -14,36 +14,45 @@ from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_lite.data.preparation.options import PreprocessOptions
-    from megatron_lite.data.preparation.progress import Progress
+    from megatron_lite.data.preparation.progress import ProgressDisplay
 
-SUMMARY = "turn text (jsonl, compressed or not, .parquet) into a .bin/.idx dataset"
+SUMMARY = "tokenize text (jsonl, compressed or not, .parquet) into a .bin/.idx dataset"
 INTERRUPTED = 130
 
 
 def run(argv: list[str]) -> int:
-    """Preprocess; Ctrl-C leaves work that the same command continues."""
+    """Run preprocessing; after Ctrl-C, the same command continues."""
     args = build_parser().parse_args(argv)
-    _refuse(args)
-    # Workers are processes: a tokenizer library that starts threads in each would only make them wait for each other.
+    if args.dataset_impl not in ("mmap", "infer"):
+        raise ConfigError(
+            f"Cannot write datasets of --dataset-impl {args.dataset_impl}, only mmap",
+            fix="Leave --dataset-impl out; every Megatron since 2021 reads mmap",
+        )
+    # Threads of the tokenizer library would compete with the worker processes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from megatron_lite.data.preparation.run import preprocess
+    from megatron_lite.data.preparation.run import measure_worker_counts, preprocess
 
     options = _options(args)
     if args.find_optimal_num_workers:
-        from megatron_lite.data.preparation.trial import compare_worker_counts
-
-        compare_worker_counts(options, args.workers_to_check, args.max_documents, print)
+        times = []
+        for workers, num_bytes, seconds in measure_worker_counts(options, args.workers_to_check, args.max_documents):
+            times.append((seconds, workers))
+            print(f"  {workers:4d} workers: {num_bytes / seconds / 1e6:8.2f} MB/s ({seconds:.1f} s)")
+        print(f"Fastest on this machine: --workers {min(times)[1]}")
         return 0
     progress = _progress(args)
-    for note in _notes(args):
-        progress.say(note)
+    if args.partitions > 1 and not args.keep_sequential_samples:
+        progress.say(
+            f"--partitions {args.partitions} has no effect: documents stay in the order of the input (Megatron-LM "
+            "distributes them in turn, unless --keep-sequential-samples is given)."
+        )
     try:
         result = preprocess(options, progress)
     except KeyboardInterrupt:
         print(f"Stopped. The same command continues from {options.output_prefix}.partial", file=sys.stderr)
         return INTERRUPTED
     if not result.summary:
-        print("Already complete; --overwrite is for a changed command, and there is nothing to do for this one.")
+        print("Already complete: the same command has made it.")
     else:
         print(result.summary)
     for prefix in result.prefixes:
@@ -52,13 +61,13 @@ def run(argv: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser; it takes abbreviations as Megatron's does."""
+    """Return the parser, which accepts abbreviated flags as Megatron's does."""
     parser = Parser(
         prog="preprocess_data.py",
         usage="%(prog)s --input FILE … --output-prefix PATH (--vocab-file PATH --merge-file PATH | "
         "--tokenizer-model PATH) [--append-eod] [--workers N] …",
-        description="Tokenise text files into the .bin/.idx dataset that training reads. Output appears under its "
-        "name only when it is complete; a run that was stopped is continued by the same command.",
+        description="Tokenize text files into the .bin/.idx dataset that training reads. Output files get their names "
+        "when they are complete; after an interruption, the same command continues.",
     )
     _add_input_arguments(parser)
     add_tokenizer_arguments(parser)
@@ -79,18 +88,18 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
     )
     group.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to tokenise, a dataset each (text)"
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys to tokenize, one dataset each (text)"
     )
-    group.add_argument("--split-sentences", action="store_true", help="store each sentence as a sequence (nltk)")
-    group.add_argument("--keep-newlines", action="store_true", help="keep line breaks between sentences")
+    group.add_argument("--split-sentences", action="store_true", help="store each sentence as a sequence (uses nltk)")
+    group.add_argument("--keep-newlines", action="store_true", help="keep the line breaks between sentences")
     group.add_argument("--lang", default="english", help="language of --split-sentences (english)")
-    group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines that hold no document")
+    group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines without a document")
     group.add_argument(
         "--max-line-mb",
         type=whole(1, 1 << 20),
         default=256,
         metavar="N",
-        help="a longer line is a bad one: it would take memory (256)",
+        help="longer lines are bad lines; limits memory (256)",
     )
 
 
@@ -111,7 +120,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which documents, in which order")
+    group = parser.add_argument_group("filtering and order")
     group.add_argument("--min-tokens", type=whole(), default=0, metavar="N", help="drop shorter documents")
     group.add_argument("--max-tokens", type=whole(1), metavar="N", help="drop longer documents")
     group.add_argument("--min-chars", type=whole(), default=0, metavar="N", help="drop documents of fewer characters")
@@ -119,16 +128,20 @@ def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample-documents",
         type=real(0.0, 1.0, above=True),
         metavar="SHARE",
-        help="keep this share of the documents, drawn at random",
+        help="keep a random share of the documents",
     )
-    group.add_argument("--shuffle", action="store_true", help="put documents in a random order")
-    group.add_argument("--seed", type=seed, default=1234, help="of --shuffle and --sample-documents (1234)")
+    group.add_argument("--shuffle", action="store_true", help="write the documents in random order")
+    group.add_argument("--seed", type=seed, default=1234, help="seed of --shuffle and --sample-documents (1234)")
 
 
 def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     group.add_argument(
-        "--workers", type=whole(1, 65_536), default=1, metavar="N", help="processes; the output is the same for any"
+        "--workers",
+        type=whole(1, 65_536),
+        default=1,
+        metavar="N",
+        help="worker processes; the output does not depend on it",
     )
     group.add_argument(
         "--log-interval",
@@ -137,42 +150,32 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents between progress lines (default: every few seconds)",
     )
     group.add_argument(
-        "--find-optimal-num-workers", action="store_true", help="only measure the --workers-to-check on some documents"
+        "--find-optimal-num-workers", action="store_true", help="only measure the speed with each of --workers-to-check"
     )
     group.add_argument(
         "--workers-to-check", nargs="+", type=whole(1, 65_536), default=[1, 2, 4, 8, 16, 32, 64], metavar="N"
     )
-    group.add_argument("--max-documents", type=whole(1), default=100_000, metavar="N", help="for that measurement")
+    group.add_argument(
+        "--max-documents", type=whole(1), default=100_000, metavar="N", help="documents of that measurement (100000)"
+    )
 
 
 def _add_compatibility_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("accepted for old command lines")
-    group.add_argument("--dataset-impl", default="mmap", metavar="mmap", help="mmap is the only kind written")
-    group.add_argument("--partitions", type=whole(1), default=1, metavar="N", help="no effect: workers share any input")
-    group.add_argument("--keep-sequential-samples", action="store_true", help="no effect: order is always the input's")
+    group = parser.add_argument_group("accepted for compatibility")
+    group.add_argument("--dataset-impl", default="mmap", metavar="mmap", help="only mmap is written")
+    group.add_argument(
+        "--partitions", type=whole(1), default=1, metavar="N", help="no effect: workers share every input"
+    )
+    group.add_argument(
+        "--keep-sequential-samples",
+        action="store_true",
+        help="no effect: documents are always in the order of the input",
+    )
     group.add_argument("--make-vocab-size-divisible-by", type=whole(1), metavar="N", help="no effect on the data")
     group.add_argument(
         "--pad-vocab-size-to", "--padded-vocab-size", type=whole(), metavar="N", help="no effect on the data"
     )
     group.add_argument("--tensor-model-parallel-size", type=whole(1), metavar="N", help="no effect on the data")
-
-
-def _refuse(args: argparse.Namespace) -> None:
-    if args.dataset_impl not in ("mmap", "infer"):
-        raise ConfigError(
-            "Datasets are written memory-mapped",
-            found=f"--dataset-impl is {args.dataset_impl}",
-            fix="Leave --dataset-impl out; every Megatron since 2021 reads mmap",
-        )
-
-
-def _notes(args: argparse.Namespace) -> list[str]:
-    if args.partitions > 1 and not args.keep_sequential_samples:
-        return [
-            f"--partitions {args.partitions} has no effect: documents stay in the input's order (Megatron-LM deals "
-            "them out in turn, unless --keep-sequential-samples)."
-        ]
-    return []
 
 
 def _options(args: argparse.Namespace) -> PreprocessOptions:
@@ -202,7 +205,7 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
     )
 
 
-def _progress(args: argparse.Namespace) -> Progress:
+def _progress(args: argparse.Namespace) -> ProgressDisplay:
     from megatron_lite.data.preparation.progress import BarProgress, LineProgress
 
     if sys.stderr.isatty() and args.log_interval is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import whole
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.errors import ConfigError
 
+if TYPE_CHECKING:
+    from megatron_lite.tokenizer.base import Tokenizer
+
 MAX_IDS = 2**31 - 2
-"""Largest vocabulary whose ids, the end of a document included, a dataset can hold."""
+"""Largest vocabulary whose ids, including the end-of-document token, fit in a dataset."""
 
 TYPES = {
     "GPT2BPETokenizer": "GPT2BPETokenizer",
@@ -20,16 +24,16 @@ TYPES = {
     "Llama2Tokenizer": "SentencePieceTokenizer",
     "NullTokenizer": "NullTokenizer",
 }
-"""Both Megatrons' names, and the tokenizer that each gets here."""
+"""Tokenizer type of each name in both Megatrons."""
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --tokenizer-type and the flags that say where its files lie."""
+    """Add --tokenizer-type and the flags for the tokenizer's files."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
         "--tokenizer-type",
         choices=tuple(TYPES),
-        help="kind of tokenizer; without it, it follows from the files that are given",
+        help="type of tokenizer (default: by the given files)",
     )
     group.add_argument("--vocab-file", "--vocab", default="", metavar="PATH", help="vocab.json of GPT2BPETokenizer")
     group.add_argument("--merge-file", default="", metavar="PATH", help="merges.txt of GPT2BPETokenizer")
@@ -41,22 +45,40 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.json, a folder with it, a downloaded model's name, or a sentencepiece .model",
     )
     group.add_argument(
-        "--vocab-size", type=whole(0, MAX_IDS), default=0, metavar="N", help="numbers that NullTokenizer knows"
+        "--vocab-size", type=whole(0, MAX_IDS), default=0, metavar="N", help="vocabulary size of NullTokenizer"
     )
     group.add_argument(
-        "--vocab-extra-ids", type=whole(0, 1_000_000), default=0, metavar="N", help="<extra_id_N> tokens to append"
+        "--vocab-extra-ids",
+        type=whole(0, 1_000_000),
+        default=0,
+        metavar="N",
+        help="number of <extra_id_N> tokens to append",
     )
-    group.add_argument("--eod-token", default="", metavar="NAME", help="token that ends a document, if not the usual")
-    group.add_argument("--no-fast-tokenizer", action="store_true", help="never encode with tiktoken (same ids, slower)")
+    group.add_argument(
+        "--eod-token", default="", metavar="NAME", help="end-of-document token, if it has an unusual name"
+    )
+    group.add_argument(
+        "--no-fast-tokenizer", action="store_true", help="do not encode with tiktoken (same ids, slower)"
+    )
 
 
 def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
-    """The tokenizer that the flags ask for.
+    """Return the tokenizer config of parsed flags.
 
     Raises:
-        ConfigError: they ask for none, or for a sentencepiece model as if it were a Hugging Face one.
+        ConfigError: the flags select no tokenizer.
     """
-    kind = TYPES[args.tokenizer_type] if args.tokenizer_type else _guess(args)
+    if args.tokenizer_type:
+        kind = TYPES[args.tokenizer_type]
+    elif args.vocab_file or args.merge_file:
+        kind = "GPT2BPETokenizer"
+    elif args.tokenizer_model:
+        kind = "SentencePieceTokenizer" if args.tokenizer_model.endswith(".model") else "HuggingFaceTokenizer"
+    else:
+        raise ConfigError(
+            "No tokenizer is given",
+            fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
+        )
     return TokenizerConfig(
         type=kind,  # type: ignore[arg-type]
         vocab_file=args.vocab_file,
@@ -69,13 +91,15 @@ def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
     )
 
 
-def _guess(args: argparse.Namespace) -> str:
-    if args.vocab_file or args.merge_file:
-        return "GPT2BPETokenizer"
-    if args.tokenizer_model:
-        return "SentencePieceTokenizer" if args.tokenizer_model.endswith(".model") else "HuggingFaceTokenizer"
-    raise ConfigError(
-        "A tokenizer is needed",
-        found="neither --tokenizer-type nor a tokenizer's file is given",
-        fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
-    )
+def given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """Return the tokenizer of parsed flags; None if none of them is given.
+
+    Raises:
+        ConfigError: the flags contradict each other.
+        DataError: its files are missing or damaged.
+    """
+    if not any((args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model)):
+        return None
+    from megatron_lite.tokenizer.build import build_tokenizer
+
+    return build_tokenizer(tokenizer_config(args))

@@ -10,18 +10,18 @@ from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.cli.tokenizer_arguments import MAX_IDS
 from megatron_lite.errors import ConfigError, DataError
 
-SUMMARY = "learn a byte-level BPE or sentencepiece tokenizer from text"
+SUMMARY = "train a byte-level BPE or sentencepiece tokenizer on text"
 
 
 def run(argv: list[str]) -> int:
-    """Train, write the files, and say how to use them."""
+    """Train a tokenizer, write its files, and print the flags that select it."""
     args = build_parser().parse_args(argv)
-    from megatron_lite.data.preparation.texts import iterate_texts
+    from megatron_lite.data.preparation.documents import iterate_texts
     from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece
 
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError("--output is a folder", found=f"{folder} is a file", fix="Give another --output")
+        raise ConfigError(f"--output {folder} is a file, not a folder", fix="Give another --output")
     texts = iterate_texts(args.input, args.json_keys, max_bytes=args.max_mb * 1_000_000, skip_bad=args.skip_bad_lines)
     try:
         if args.tokenizer_type == "SentencePieceTokenizer":
@@ -46,20 +46,18 @@ def run(argv: list[str]) -> int:
             )
             use = ["--vocab-file", str(folder / "vocab.json"), "--merge-file", str(folder / "merges.txt")]
     except OSError as error:
-        raise DataError(
-            "The tokenizer's folder can be written to", found=f"{folder}: {error}", fix="Give another --output"
-        ) from error
-    print(f"  {size:,} tokens" + (f" ({args.vocab_size:,} were asked for)" if size != args.vocab_size else ""))
+        raise DataError(f"Cannot write the tokenizer to {folder}: {error}", fix="Give another --output") from error
+    print(f"  {size:,} tokens" + (f" (--vocab-size {args.vocab_size:,})" if size != args.vocab_size else ""))
     print(f"  {shlex.join(use)}")
     return 0
 
 
 def build_parser() -> Parser:
-    """The flags, named as those of preprocessing."""
+    """Return the parser; its flags have the names of those of preprocessing."""
     parser = Parser(
         prog="train_tokenizer.py",
-        description="Learn a tokenizer from text files. A byte-level BPE is written as tokenizer.json and as "
-        "GPT-2's vocab.json and merges.txt, the end-of-document token last.",
+        description="Train a tokenizer on text files. A byte-level BPE is written as tokenizer.json and as GPT-2's "
+        "vocab.json and merges.txt, with the end-of-document token last.",
     )
     parser.add_argument(
         "--input",
@@ -68,10 +66,14 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text (text)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer's files go")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys of the texts (text)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer's files")
     parser.add_argument(
-        "--vocab-size", type=whole(1, MAX_IDS), required=True, metavar="N", help="tokens, special ones included"
+        "--vocab-size",
+        type=whole(1, MAX_IDS),
+        required=True,
+        metavar="N",
+        help="number of tokens, including special tokens",
     )
     parser.add_argument(
         "--tokenizer-type",
@@ -80,15 +82,24 @@ def build_parser() -> Parser:
         help="byte-level BPE (default) or sentencepiece",
     )
     parser.add_argument(
-        "--special-tokens", nargs="+", metavar="TOKEN", help="the first ends documents (BPE: <|endoftext|>)"
+        "--special-tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="special tokens; the first is the end-of-document token (BPE: <|endoftext|>)",
     )
     parser.add_argument(
-        "--min-frequency", type=whole(0, 1 << 31), default=2, metavar="N", help="least count of a merged pair (2)"
+        "--min-frequency", type=whole(0, 1 << 31), default=2, metavar="N", help="minimum count of a merged pair (2)"
     )
     parser.add_argument("--sentencepiece-model", choices=("unigram", "bpe"), default="unigram", help="default unigram")
     parser.add_argument(
-        "--max-mb", type=whole(1, 1_000_000_000), default=1000, metavar="N", help="read this much text at most (1000)"
+        "--max-mb",
+        type=whole(1, 1_000_000_000),
+        default=1000,
+        metavar="N",
+        help="maximum amount of text to read (1000)",
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=whole(1, 1024), default=1, metavar="N", help="threads of sentencepiece")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines without a document")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=1, metavar="N", help="number of threads (sentencepiece)"
+    )
     return parser

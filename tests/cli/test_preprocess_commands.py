@@ -80,7 +80,7 @@ def test_a_terminal_without_utf_8_ends_no_program(encoding):
 def test_refusals(corpus, tmp_path, capsys):
     words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
     for more, message in (
-        ([], "neither --tokenizer-type nor"),
+        ([], "No tokenizer is given"),
         (["--tokenizer-type", "NullTokenizer"], "--vocab-size"),
         (["--tokenizer-model", "x", "--dataset-impl", "lazy"], "--dataset-impl"),
     ):
@@ -108,7 +108,7 @@ def test_finding_the_number_of_workers(corpus, tokenizer, tmp_path, capsys):
     words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
     words += ["--find-optimal-num-workers", "--workers-to-check", "1", "2", "--max-documents", "20"]
     assert preprocess.run([*map(str, words)]) == 0
-    assert "Fastest here: --workers" in capsys.readouterr().out
+    assert "Fastest on this machine: --workers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -15,10 +15,10 @@ def acquire(file: IO[Any], *, wait: bool) -> bool:
 
     Args:
         file: any open file.
-        wait: until another process has released the lock.
+        wait: wait until another process has released the lock.
 
     Returns:
-        False: another process holds it (without `wait` only).
+        False if another process holds the lock (without `wait` only).
 
     Raises:
         OSError: the lock fails for another reason.

@@ -1,8 +1,8 @@
-"""The .idx file format of Megatron's memory-mapped datasets: header layout and header checks.
+"""The .idx file format of Megatron's memory-mapped datasets: header layout and consistency checks.
 
 Layout, little-endian: magic, u64 version, u8 token type, u64 N sequences, u64 D entries of the document index, then
-int32 lengths[N] in tokens, int64 pointers[N] in bytes into the .bin, int64 document_index[D] in sequences (it starts
-with 0 and ends with N), and for multimodal datasets int8 modes[N].
+int32 lengths[N] in tokens, int64 pointers[N] in bytes into the .bin, int64 document_index[D] in sequences (0 to N), and
+for multimodal datasets int8 modes[N].
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_lite.config.paths import suggest_dataset
 from megatron_lite.errors import DataError
@@ -29,45 +30,50 @@ TOKEN_TYPES: dict[int, np.dtype] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
-"""Type codes that hold tokens. 6 and 7 are floats of a meaning that differs between generations."""
+"""Token types by code. Codes 6 and 7 are floats, which differ between the generations of Megatron."""
+
+CHUNK = 1 << 20
+"""Sequences checked at a time, which bounds temporary arrays."""
+
+REBUILD = "Preprocess the corpus again, or copy both files again from an undamaged copy"
 
 
 def smallest_token_type(vocab_size: int) -> np.dtype:
-    """The type that both generations of Megatron choose for a vocabulary of this size."""
+    """Return the type that both generations of Megatron choose for a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 def type_code(dtype: np.dtype) -> int:
-    """Code of a token type in the header.
+    """Return the code of a token type in the header.
 
     Raises:
-        DataError: the type is not one that the format can hold.
+        DataError: the format has no code for the type.
     """
     for code, known in TOKEN_TYPES.items():
         if known == dtype:
             return code
-    known_names = ", ".join(known.name for known in TOKEN_TYPES.values())
-    raise DataError("Tokens are stored as an integer type of the format", found=f"{dtype}", fix=f"Use {known_names}")
+    names = ", ".join(known.name for known in TOKEN_TYPES.values())
+    raise DataError(f"Cannot store tokens of type {dtype}", fix=f"Use {names}")
 
 
 def pack_header(dtype: np.dtype, num_sequences: int, num_document_entries: int) -> bytes:
-    """The 34 bytes before the arrays."""
+    """Return the 34 bytes before the arrays."""
     return HEADER.pack(MAGIC, VERSION, type_code(dtype), num_sequences, num_document_entries)
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """Path of the tokens of the dataset `prefix`."""
+    """Return the path of the token file of the dataset `prefix`."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Path of the index of the dataset `prefix`."""
+    """Return the path of the index of the dataset `prefix`."""
     return Path(f"{prefix}.idx")
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The fields of an .idx header, and where they put the arrays."""
+    """Fields of an .idx header, and the offsets of the arrays after it."""
 
     dtype: np.dtype
     num_sequences: int
@@ -85,7 +91,7 @@ class IndexHeader:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file (without modes)."""
+        """Size of the file in bytes (without modes)."""
         return self.documents_at + 8 * self.num_document_entries
 
 
@@ -93,7 +99,8 @@ def read_header(prefix: str | Path) -> IndexHeader:
     """Read and check the header of `prefix`.idx.
 
     Raises:
-        DataError: a file of the pair is missing, or the header is not one of a text dataset of a matching size.
+        DataError: a file of the pair is missing, the header is not that of a text dataset, or the file's size differs
+            from the header.
     """
     path = idx_path(prefix)
     for missing in (path, bin_path(prefix)):
@@ -103,76 +110,128 @@ def read_header(prefix: str | Path) -> IndexHeader:
         with path.open("rb") as file:
             head = file.read(HEADER.size)
     except OSError as error:
-        raise DataError(
-            "A dataset's index must be readable",
-            found=f"{path}: {error}",
-            fix=f"Make it readable, as with chmod u+r {path}",
-        ) from error
-    check_magic(path, head)
+        raise DataError(f"Cannot read {path}: {error}", fix=f"Make it readable, as with chmod u+r {path}") from error
+    _check_magic(path, head)
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
     if version != VERSION:
-        raise DataError(f"A dataset's index has version {VERSION}", found=f"{path} has version {version}", fix=REBUILD)
+        raise DataError(f"{path} has version {version}, this program reads version {VERSION}", fix=REBUILD)
     if code not in TOKEN_TYPES:
-        raise DataError(
-            f"A dataset's token type code is one of {sorted(TOKEN_TYPES)}", found=f"{path} has code {code}", fix=REBUILD
-        )
+        raise DataError(f"{path} has token type code {code}, known codes are {sorted(TOKEN_TYPES)}", fix=REBUILD)
     header = IndexHeader(TOKEN_TYPES[code], num_sequences, num_document_entries)
-    check_size(path, header)
+    actual = path.stat().st_size
+    if actual == header.size + num_sequences != header.size:
+        raise DataError(f"{path} is a multimodal dataset (it has modes)", fix="Preprocess the text alone")
+    if actual != header.size:
+        raise DataError(
+            f"{path} has {actual} bytes, its {num_sequences} sequences and {num_document_entries} document entries "
+            f"need {header.size}",
+            fix=REBUILD,
+        )
+    if num_document_entries < 1:
+        raise DataError(f"{path} has no document index", fix=REBUILD)
     return header
 
 
-REBUILD = "Preprocess the corpus again, or copy both files again from where they are whole"
-
-
-def check_magic(path: Path, head: bytes) -> None:
-    """Refuse what is not an .idx file, each kind with its own remedy."""
+def _check_magic(path: Path, head: bytes) -> None:
     if head.startswith(LEGACY_MAGIC):
         raise DataError(
-            "A dataset's index must be of the memory-mapped kind",
-            found=f"{path} is of the older lazy/cached kind (TNTIDX)",
+            f"{path} is of the older lazy/cached format (TNTIDX), which training does not read",
             fix="Convert it once with `megatron-lite data convert OLD_PREFIX NEW_PREFIX`",
         )
     if not MAGIC.startswith(head[: len(MAGIC)]):
         raise DataError(
-            "A dataset's index starts with MMIDIDX",
-            found=f"{path} starts with {head[: len(MAGIC)]!r}",
-            fix="--data-path takes the common prefix of a .bin/.idx pair written by tools/preprocess_data.py",
+            f"{path} is not a dataset index: it starts with {head[: len(MAGIC)]!r} instead of MMIDIDX",
+            fix="Give --data-path the common prefix of a .bin/.idx pair written by tools/preprocess_data.py",
         )
     if len(head) < HEADER.size:
-        raise DataError(
-            f"A dataset's index has a header of {HEADER.size} bytes",
-            found=f"{path} ends after {len(head)} bytes",
-            fix=REBUILD,
-        )
-
-
-def check_size(path: Path, header: IndexHeader) -> None:
-    """Refuse an index that is longer or shorter than its own header says."""
-    actual = path.stat().st_size
-    if actual == header.size + header.num_sequences != header.size:
-        raise DataError(
-            "A dataset holds text only",
-            found=f"{path} has the modes of a multimodal dataset",
-            fix="Preprocess the text alone",
-        )
-    if actual != header.size:
-        raise DataError(
-            "A dataset's index is as long as its header says",
-            found=f"{path} has {actual} bytes, {header.num_sequences} sequences and {header.num_document_entries} "
-            f"document entries need {header.size}",
-            fix=REBUILD,
-        )
-    if header.num_document_entries < 1:
-        raise DataError("A dataset's document index has at least one entry", found=f"{path} has none", fix=REBUILD)
+        raise DataError(f"{path} ends after {len(head)} bytes, its header has {HEADER.size}", fix=REBUILD)
 
 
 def missing_file(prefix: str | Path, missing: Path) -> DataError:
-    """The error for a missing .bin or .idx, with the nearest prefix that exists."""
+    """Return the error for a missing .bin or .idx, with the nearest prefix that exists."""
     name = str(prefix)
     if Path(name).is_dir():
-        return DataError(
-            "A dataset is given by the common prefix of its .bin and .idx",
-            found=f"{name} is a folder",
-            fix=suggest_dataset(name),
+        return DataError(f"{name} is a folder, not the common prefix of a .bin and .idx", fix=suggest_dataset(name))
+    return DataError(f"{missing} does not exist", fix=suggest_dataset(name))
+
+
+def damaged_index(prefix: str | Path, problem: str) -> DataError:
+    """Return the error for an index that contradicts itself or its .bin."""
+    return DataError(f"{idx_path(prefix)} is damaged: {problem}", fix=REBUILD)
+
+
+def check_ends(
+    prefix: str,
+    sizes: NDArray[np.int32],
+    pointers: NDArray[np.int64],
+    documents: NDArray[np.int64],
+    itemsize: int,
+    num_bytes: int,
+) -> None:
+    """Check both ends of every array of an index, which takes constant time.
+
+    Args:
+        prefix: path of the dataset.
+        sizes: [sequences] lengths in tokens.
+        pointers: [sequences] offsets in bytes.
+        documents: [documents + 1] first sequence of each document.
+        itemsize: bytes of a token.
+        num_bytes: size of the .bin.
+
+    Raises:
+        DataError: the arrays do not match `num_bytes` of tokens.
+    """
+    count = sizes.shape[0]
+    if documents[0] != 0 or documents[-1] != count:
+        raise damaged_index(
+            prefix, f"its documents span sequences {documents[0]} to {documents[-1]}, there are {count} sequences"
         )
-    return DataError("Both files of a dataset must exist", found=f"{missing} does not", fix=suggest_dataset(name))
+    if count and pointers[0] != 0:
+        raise damaged_index(prefix, f"the first sequence begins at byte {pointers[0]}")
+    needed = int(pointers[-1]) + int(sizes[-1]) * itemsize if count else 0
+    if needed != num_bytes:
+        raise DataError(f"{bin_path(prefix)} has {num_bytes} bytes, its .idx describes {needed}", fix=REBUILD)
+
+
+def check_pointers(
+    prefix: str,
+    sizes: NDArray[np.int32],
+    pointers: NDArray[np.int64],
+    itemsize: int,
+    num_bytes: int,
+    start: int,
+    end: int,
+) -> None:
+    """Check sequences [start, end): no negative length, and each begins at the end of the one before it.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    for low in range(start, end, CHUNK):
+        high = min(end, low + CHUNK)
+        lengths = sizes[low:high].astype(np.int64)
+        if lengths.min() < 0:
+            raise damaged_index(prefix, f"sequence {low + int(np.argmin(lengths))} has {lengths.min()} tokens")
+        begins = pointers[low : high + 1].astype(np.int64)
+        ends = begins[: high - low] + lengths * itemsize
+        if begins[0] < 0 or ends[-1] > num_bytes:
+            raise damaged_index(prefix, f"sequences {low} to {high} are bytes {begins[0]} to {ends[-1]} of {num_bytes}")
+        wrong = np.flatnonzero(ends[: begins.shape[0] - 1] != begins[1:])
+        if wrong.size:
+            at = int(wrong[0])
+            raise damaged_index(
+                prefix, f"sequence {low + at} ends at byte {ends[at]}, the next begins at {begins[at + 1]}"
+            )
+
+
+def check_documents(prefix: str, documents: NDArray[np.int64]) -> None:
+    """Check that document boundaries do not decrease.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    for low in range(0, documents.shape[0] - 1, CHUNK):
+        part = documents[low : low + CHUNK + 1]
+        wrong = np.flatnonzero(part[1:] < part[:-1])
+        if wrong.size:
+            raise damaged_index(prefix, f"document {low + int(wrong[0])} ends before it begins")

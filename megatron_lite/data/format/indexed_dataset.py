@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,36 +15,45 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_lite.data.format import index_checks as checks
-from megatron_lite.data.format.file_copy import copy_bytes
 from megatron_lite.data.format.file_lock import acquire
-from megatron_lite.data.format.index_checks import CHUNK
-from megatron_lite.data.format.index_format import HEADER, bin_path, idx_path, pack_header, read_header, type_code
-from megatron_lite.data.format.token_file import TokenFile
+from megatron_lite.data.format.index_format import (
+    CHUNK,
+    HEADER,
+    bin_path,
+    check_documents,
+    check_ends,
+    check_pointers,
+    damaged_index,
+    idx_path,
+    pack_header,
+    read_header,
+    type_code,
+)
+from megatron_lite.data.format.token_file import TokenFile, copy_bytes
 from megatron_lite.errors import DataError
 
 BLOCK = 4096
-"""Sequences whose pointers are checked together, the first time that one of them is read."""
+"""Sequences whose pointers are checked together, on the first access to one of them."""
 
 EAGER = 1 << 22
-"""Datasets of up to this many sequences are checked whole when they are opened (a few tens of milliseconds)."""
+"""Datasets of up to this many sequences are checked completely when they are opened (a few tens of milliseconds)."""
 
 
 class IndexedDataset:
-    """A .bin/.idx pair: the index is mapped, so opening costs the same at ten sequences and at a billion.
+    """Reader of a .bin/.idx pair; the index is memory-mapped, so opening takes constant time.
 
-    What is cheap is checked on opening, and the rest in blocks before the first token of a block is handed out, so
-    that an index which does not belong to its .bin never gives wrong tokens.
+    Inexpensive checks are made on opening, the others block by block before the first token of a block is returned. An
+    index that does not match its .bin therefore never returns wrong tokens.
 
     Attributes:
-        prefix: path of both files without their endings.
+        prefix: path of both files without the suffix.
         dtype: type of the stored tokens.
         sizes: int32 [N] tokens of each sequence.
         pointers: int64 [N] byte offset of each sequence in the .bin.
         document_index: int64 [D] first sequence of each document, and N at the end.
 
     Raises:
-        DataError: a file is missing or damaged, or the two do not belong together.
+        DataError: a file is missing or damaged, or the files do not match each other.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -60,32 +70,37 @@ class IndexedDataset:
         self._tokens = TokenFile(bin_path(prefix), self.dtype)
         self.num_bytes = self._tokens.num_bytes
         itemsize = self.dtype.itemsize
-        checks.check_ends(self.prefix, self.sizes, self.pointers, self.document_index, itemsize, self.num_bytes)
+        check_ends(self.prefix, self.sizes, self.pointers, self.document_index, itemsize, self.num_bytes)
         self._checked: NDArray[np.bool_] = np.zeros(-(-count // BLOCK), dtype=np.bool_)
         if count <= EAGER:
             self.check()
             self._checked[:] = True
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return self.sizes.shape[0]
 
     @property
     def num_documents(self) -> int:
-        """Number of documents (a document is one or more sequences, or none)."""
+        """Number of documents (a document has zero or more sequences)."""
         return self.document_index.shape[0] - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the .bin."""
+        """Number of tokens in the .bin."""
         return self.num_bytes // self.dtype.itemsize
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray[np.generic]:
-        """Tokens of sequence `index` from `offset` on, `length` of them or all: read-only, [length].
+        """Return tokens of a sequence as a read-only array, [length].
+
+        Args:
+            index: number of the sequence.
+            offset: first token.
+            length: number of tokens; None: all from `offset`.
 
         Raises:
             DataError: the index is damaged around this sequence.
-            IndexError: there is no such sequence, or it is shorter.
+            IndexError: the sequence does not exist, or is shorter.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)} in {self.prefix}")
@@ -101,38 +116,38 @@ class IndexedDataset:
         return self._tokens.read(start, count)
 
     def document(self, number: int) -> NDArray[np.generic]:
-        """All tokens of document `number`, [tokens].
+        """Return all tokens of document `number`, [tokens].
 
         Raises:
-            DataError: the document index is damaged here.
+            DataError: the document index is damaged at this document.
         """
         first, last = (int(bound) for bound in self.document_index[number : number + 2])
         if not 0 <= first <= last <= len(self):
-            raise checks.damaged(self.prefix, f"document {number} is sequences {first} to {last} of {len(self)}")
+            raise damaged_index(self.prefix, f"document {number} is sequences {first} to {last} of {len(self)}")
         parts = [self.get(index) for index in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
     def check(self, start: int = 0, end: int | None = None) -> None:
-        """Check every length and pointer of sequences [start, end) and, if that is all of them, every document.
+        """Check the lengths and pointers of sequences [start, end) and, if these are all sequences, all documents.
 
         Raises:
             DataError: the index is damaged.
         """
         stop = len(self) if end is None else end
-        checks.check_pointers(self.prefix, self.sizes, self.pointers, self.dtype.itemsize, self.num_bytes, start, stop)
+        check_pointers(self.prefix, self.sizes, self.pointers, self.dtype.itemsize, self.num_bytes, start, stop)
         if stop - start == len(self):
-            checks.check_documents(self.prefix, self.document_index)
+            check_documents(self.prefix, self.document_index)
 
 
 class IndexedDatasetWriter:
-    """Writes a .bin/.idx pair beside its final names; `finish` renames both, the .idx last.
+    """Writer of a .bin/.idx pair under temporary names; `finish` renames both, the .idx last.
 
-    Memory does not grow with the dataset: lengths and document boundaries go to files of their own, from which the
-    .idx is put together at the end. As a context manager it finishes, or cleans up if the block raised.
+    Memory use is constant: lengths and document boundaries are written to temporary files, from which `finish` builds
+    the .idx. As a context manager, the writer finishes on success and removes its files if the block raises.
 
     Args:
-        prefix: path of both files without their endings.
-        dtype: type of the stored tokens (index_format.smallest_token_type gives Megatron's choice).
+        prefix: path of both files without the suffix.
+        dtype: type of the stored tokens (index_format.smallest_token_type is Megatron's choice).
 
     Raises:
         DataError: the folder cannot be written to, the disk is full, another process writes to the same name, or a
@@ -151,12 +166,17 @@ class IndexedDatasetWriter:
         self._paths = {part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "idx", "sizes", "documents")}
         with self._writing():
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
-            self._files: dict[str, BinaryIO] = {"bin": _open_alone(self._paths["bin"], self.prefix)}
+            self._files: dict[str, BinaryIO] = {"bin": _open_exclusively(self._paths["bin"], self.prefix)}
             for part in ("sizes", "documents"):
                 self._files[part] = self._paths[part].open("w+b", buffering=1 << 20)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the .bin so far."""
+        return self.num_tokens * self.dtype.itemsize
+
     def add_sequence(self, tokens: ArrayLike) -> None:
-        """Append one sequence, [tokens], to the document that is open; `end_document` closes it."""
+        """Append one sequence, [tokens], to the current document; `end_document` ends it."""
         stored = self._to_stored(tokens)
         with self._writing():
             self._files["bin"].write(stored.data)
@@ -167,34 +187,47 @@ class IndexedDatasetWriter:
             self._spill()
 
     def end_document(self) -> None:
-        """Close the open document; without a sequence it is an entry of none, as Megatron-LM keeps empty documents."""
+        """End the current document; a document without sequences is kept as an empty one, as in Megatron-LM."""
         self._documents.append(self.num_sequences)
         self.num_documents += 1
         if len(self._documents) >= BLOCK:
             self._spill()
 
     def add_document(self, tokens: ArrayLike) -> None:
-        """Append a document of one sequence, [tokens]; without any token, a document of no sequence."""
+        """Append a document of one sequence, [tokens]; without tokens, an empty document."""
         stored = self._to_stored(tokens)
         if stored.shape[0]:
             self.add_sequence(stored)
         self.end_document()
 
-    def add_documents(self, tokens: NDArray[np.generic]) -> None:
-        """Append documents of one sequence and of equal length, [documents, length > 0]."""
+    def add_batch(
+        self, tokens: NDArray[np.generic], lengths: NDArray[np.int64], sequences: NDArray[np.int64], checksum: int = 0
+    ) -> int:
+        """Append several documents.
+
+        Args:
+            tokens: [tokens] concatenated tokens of all sequences.
+            lengths: [sequences] tokens of each sequence.
+            sequences: [documents] sequences of each document, 0 for an empty one.
+            checksum: CRC-32 of the bytes before.
+
+        Returns:
+            CRC-32 of the bytes before and of the stored tokens.
+        """
         stored = self._to_stored(tokens)
-        count, length = stored.shape
         with self._writing():
             self._files["bin"].write(stored.data)
-        self._sizes.extend([length] * count)
-        self._documents.extend(range(self.num_sequences + 1, self.num_sequences + count + 1))
-        self.num_sequences += count
-        self.num_documents += count
-        self.num_tokens += stored.size
-        self._spill()
+        self._sizes.frombytes(lengths.astype(np.int32).tobytes())
+        self._documents.frombytes((self.num_sequences + np.cumsum(sequences)).astype(np.int64).tobytes())
+        self.num_sequences += len(lengths)
+        self.num_documents += len(sequences)
+        self.num_tokens += len(stored)
+        if len(self._sizes) >= BLOCK or len(self._documents) >= BLOCK:
+            self._spill()
+        return zlib.crc32(stored.data, checksum)
 
     def append(self, prefix: str | Path) -> None:
-        """Append a whole dataset of the same token type by copying its bytes, inside the kernel where it can.
+        """Append a dataset of the same token type by copying its bytes, inside the kernel where that is supported.
 
         Raises:
             DataError: `prefix` is damaged or has another token type.
@@ -202,9 +235,9 @@ class IndexedDatasetWriter:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             raise DataError(
-                "Datasets that are merged have one token type",
-                found=f"{prefix} has {other.dtype.name}, {self.prefix} has {self.dtype.name}",
-                fix="Preprocess them with the same tokenizer",
+                f"Cannot append {prefix} with tokens of type {other.dtype.name} to {self.prefix} with tokens of type "
+                f"{self.dtype.name}",
+                fix="Preprocess both with the same tokenizer",
             )
         other.check()
         self._spill()
@@ -221,10 +254,10 @@ class IndexedDatasetWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Write the .idx and give both files their final names, replacing an older pair.
+        """Write the .idx and rename both files to their final names, replacing an older pair.
 
-        The older .idx goes first and the new one comes last, so that at no time an .idx stands beside a .bin that is
-        not its own.
+        The older .idx is removed first and the new one is renamed last, so an .idx is never next to the .bin of another
+        dataset.
         """
         try:
             self._spill()
@@ -232,7 +265,8 @@ class IndexedDatasetWriter:
                 self._write_index()
                 self._files["bin"].flush()
                 os.fsync(self._files["bin"].fileno())
-                # With its first name the .bin gives up what keeps other writers out: nothing of theirs may be touched.
+                # Renaming the temporary .bin releases the lock on the name: the side files are removed before that, as
+                # afterwards they may belong to another writer.
                 for part in ("sizes", "documents"):
                     self._paths.pop(part).unlink()
                 idx_path(self.prefix).unlink(missing_ok=True)
@@ -242,7 +276,7 @@ class IndexedDatasetWriter:
             self.abort()
 
     def abort(self) -> None:
-        """Remove everything that was not finished; the .bin, which keeps other writers out, last."""
+        """Remove all unfinished files; the .bin last, since its lock excludes other writers."""
         for path in reversed(self._paths.values()):
             path.unlink(missing_ok=True)
         for file in self._files.values():
@@ -261,28 +295,28 @@ class IndexedDatasetWriter:
             self.abort()
 
     def _to_stored(self, tokens: ArrayLike) -> NDArray[np.generic]:
-        """The tokens as an array of the stored type; a value that it cannot hold is an error, never wrapped."""
+        """Return the tokens as an array of the stored type; a value out of its range is an error."""
         given = np.asarray(tokens)
         if given.dtype == self.dtype:
             return np.ascontiguousarray(given)
         limits = np.iinfo(self.dtype)
         if given.size and (given.min() < limits.min or given.max() > limits.max):
             raise DataError(
-                f"A token fits the stored type ({self.dtype.name}: {limits.min} to {limits.max})",
-                found=f"tokens from {given.min()} to {given.max()} in document {self.num_documents}",
+                f"Document {self.num_documents} has tokens from {given.min()} to {given.max()}, the stored type "
+                f"{self.dtype.name} holds {limits.min} to {limits.max}",
                 fix="Preprocess with the tokenizer whose vocabulary the type was chosen for",
             )
         return given.astype(self.dtype)
 
     def _spill(self) -> None:
-        """Move the lengths and boundaries kept in memory to their files."""
+        """Write buffered lengths and document boundaries to their files."""
         with self._writing():
             self._files["sizes"].write(np.asarray(self._sizes, dtype="<i4").tobytes())
             self._files["documents"].write(np.asarray(self._documents, dtype="<i8").tobytes())
         del self._sizes[:], self._documents[:]
 
     def _write_index(self) -> None:
-        """Put the .idx together from its header and the side files."""
+        """Write the .idx from its header and the side files."""
         with self._paths["idx"].open("wb", buffering=1 << 20) as index:
             index.write(pack_header(self.dtype, self.num_sequences, self.num_documents + 1))
             for piece in itertools.chain(self._pieces("sizes"), self._pointers(), self._pieces("documents")):
@@ -291,14 +325,14 @@ class IndexedDatasetWriter:
             os.fsync(index.fileno())
 
     def _pieces(self, part: str) -> Iterator[bytes]:
-        """The content of a side file from its start."""
+        """Yield the content of a side file in chunks."""
         file = self._files[part]
         file.seek(0)
         while piece := file.read(8 * CHUNK):
             yield piece
 
     def _pointers(self) -> Iterator[bytes]:
-        """Byte offsets of the sequences: the exclusive prefix sum of their lengths."""
+        """Yield the byte offsets of the sequences: the exclusive prefix sum of their lengths."""
         before = 0
         for piece in self._pieces("sizes"):
             ends = before + np.cumsum(np.frombuffer(piece, dtype="<i4"), dtype=np.int64) * self.dtype.itemsize
@@ -307,36 +341,34 @@ class IndexedDatasetWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the file system refuses into an error that names the file."""
+        """Convert an OSError to a DataError that names the dataset."""
         try:
             yield
         except OSError as error:
             raise DataError(
-                "A dataset can be written where it is asked for",
-                found=f"{self.prefix}: {error.strerror or error}",
-                fix="Free or ask for space, or write to another folder",
+                f"Cannot write the dataset {self.prefix}: {error.strerror or error}",
+                fix="Free some space, or write to another folder",
             ) from error
 
 
-def _open_alone(path: Path, prefix: str) -> BinaryIO:
-    """Open an unfinished .bin, empty, for as long as no other process writes to it.
+def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
+    """Open and lock an empty temporary .bin.
 
     Raises:
-        DataError: one does.
-        OSError: the file cannot be made.
+        DataError: another process is writing it.
+        OSError: the file cannot be created.
     """
     while True:
-        # Neither emptied, for it may be another's, nor opened to append, which copying inside the kernel refuses.
+        # Not truncated before it is locked, as it may be another process's; and not opened for appending, which
+        # copy_file_range refuses.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
-        alone = acquire(file, wait=False)
-        # A file that was opened before its writer gave it its final name is that dataset's now.
-        if alone and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        is_locked = acquire(file, wait=False)
+        # If the file was renamed between open and lock, it is another writer's finished dataset: open again.
+        if is_locked and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
             return file
         file.close()
-        if not alone:
+        if not is_locked:
             raise DataError(
-                "One command at a time writes a dataset",
-                found=f"another process is writing {prefix}",
-                fix="Wait for it, or give another name",
+                f"Cannot write {prefix}: another process is writing it", fix="Wait until it ends, or give another name"
             )

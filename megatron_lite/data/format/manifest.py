@@ -10,103 +10,151 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.format.index_format import bin_path, idx_path
+from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 
 FORMAT = 1
-PIECE = 1 << 22
+READ_BYTES = 1 << 22
 SMALL_INDEX = 1 << 24
-"""Bytes of an index that are read in a few milliseconds."""
+"""Bytes of an index that is read in a few milliseconds; up to this size, its checksum is always compared."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """A dataset's papers. Nothing in it depends on the time, the host or the number of workers."""
+class DatasetManifest:
+    """Origin and checksums of a dataset. The content is independent of time, host and number of workers."""
 
     dtype: str
     documents: int
     sequences: int
     tokens: int
     bin_pieces: list[tuple[int, int]]
-    """(bytes, CRC-32) of consecutive pieces of the .bin: damage is found near its place, by several readers."""
+    """(bytes, CRC-32) of consecutive pieces of the .bin, which locate damage within the file."""
     idx_pieces: list[tuple[int, int]]
     tokenizer: dict[str, Any]
-    """`type`, `fingerprint` and `vocab_size`; `rules`, the hash of how text was segmented; `bos` and `eod`, the ids
-    that begin and end each document, or None; of sentences the `punkt` model's hash. Older manifests lack `rules` and
-    `bos`: their documents hold what the template of a HuggingFaceTokenizer added."""
+    """`type`, `fingerprint` and `vocab_size`; `rules`, the hash of the segmentation rules; `bos` and `eod`, the ids
+    that begin and end each document, or None; for sentences, the hash of the `punkt` model. Older manifests have no
+    `rules` and `bos`: their documents contain the tokens that the template of a HuggingFaceTokenizer added."""
     flags: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """`path` and `bytes` of each input."""
     plan: str = ""
-    """Hash of everything that decides the bytes: inputs with their times of change, flags, tokenizer."""
+    """Hash of everything that the dataset's bytes depend on: inputs with modification times, flags, tokenizer."""
     report: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def packed_length(self) -> int:
-        """The sequence length that the dataset was packed for; 0: it was not."""
+        """Sequence length that the dataset was packed for; 0: it is not packed."""
         return int(self.flags.get("packed", {}).get("seq_length", 0))
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """Where the manifest of the dataset `prefix` lies."""
+    """Return the path of the manifest of the dataset `prefix`."""
     return Path(f"{prefix}.manifest.json")
 
 
-def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
-    """Write it aside and rename it."""
-    write_json(manifest_path(prefix), asdict(manifest))
+def manifest_of(
+    writer: IndexedDatasetWriter,
+    bin_pieces: list[tuple[int, int]],
+    tokenizer: dict[str, Any],
+    *,
+    flags: dict[str, Any],
+    inputs: list[dict[str, Any]],
+    plan: str = "",
+    report: dict[str, Any] | None = None,
+) -> DatasetManifest:
+    """Return the manifest of a dataset that `writer` has finished; see DatasetManifest for the other arguments."""
+    checksum = size = 0
+    with idx_path(writer.prefix).open("rb") as file:
+        while data := file.read(READ_BYTES):
+            checksum = zlib.crc32(data, checksum)
+            size += len(data)
+    return DatasetManifest(
+        dtype=writer.dtype.name,
+        documents=writer.num_documents,
+        sequences=writer.num_sequences,
+        tokens=writer.num_tokens,
+        bin_pieces=bin_pieces,
+        idx_pieces=[(size, checksum)],
+        tokenizer=tokenizer,
+        flags=flags,
+        inputs=inputs,
+        plan=plan,
+        report=report or {},
+    )
 
 
-def read_manifest(prefix: str | Path) -> Manifest | None:
-    """The manifest of a dataset; None if it has none (both Megatrons' have none).
+def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
+    """Write a manifest atomically."""
+    replace_file(manifest_path(prefix), json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read_manifest(prefix: str | Path) -> DatasetManifest | None:
+    """Return the manifest of a dataset; None if it has none (Megatron writes none).
 
     Raises:
-        DataError: there is one, and it cannot be read.
+        DataError: the manifest cannot be read.
     """
     path = manifest_path(prefix)
     try:
         saved = json.loads(path.read_bytes())
         pieces = {name: [(int(size), int(crc)) for size, crc in saved[name]] for name in ("bin_pieces", "idx_pieces")}
-        return Manifest(**{**saved, **pieces})
+        return DatasetManifest(**{**saved, **pieces})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
-            "A dataset's manifest can be read",
-            found=f"{path}: {type(error).__name__}: {error}",
-            fix="Remove it to go without its checks, or preprocess again",
+            f"Cannot read the dataset manifest {path}: {type(error).__name__}: {error}",
+            fix="Remove it to use the dataset without its checks, or preprocess again",
         ) from error
 
 
-def refuse_to_replace(prefix: str | Path) -> None:
-    """Leave alone what another command made.
+def is_complete(prefix: str | Path, plan: str) -> bool:
+    """Return whether the dataset `prefix` was made with this plan.
 
     Raises:
-        DataError: there is a dataset of this name, or a half of one.
+        DataError: it was, but its files have other sizes by now.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None or manifest.plan != plan:
+        return False
+    check_files(prefix, manifest, contents=False)
+    return True
+
+
+def require_absent(prefix: str | Path) -> None:
+    """Check that no dataset has this name, so that none is overwritten.
+
+    Raises:
+        DataError: one of its files exists.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if path.exists():
             raise DataError(
-                "A finished dataset is not replaced without being told",
-                found=f"{path} exists, made by another command or version, or from other input",
+                f"Refusing to overwrite {path}, which was made by another command or version, or from other input",
                 fix="Pass --overwrite, or give another name",
             )
 
 
-def check_files(prefix: str | Path, manifest: Manifest, *, contents: bool = True) -> None:
-    """Compare a dataset's files with its manifest: sizes, and with `contents` every byte's checksum.
+def check_files(prefix: str | Path, manifest: DatasetManifest, *, contents: bool = True) -> None:
+    """Compare a dataset's files with its manifest.
 
-    The bytes of an index of up to SMALL_INDEX are compared always: one of another order of the same documents has the
-    same size and fits the .bin, and would silently cut it at the wrong places.
+    The content of an index of up to SMALL_INDEX bytes is always compared: an index for another order of the same
+    documents has the same size and matches the .bin, but would split it at the wrong tokens.
+
+    Args:
+        prefix: path of the dataset.
+        manifest: its manifest.
+        contents: compare the checksums of all bytes, in addition to the sizes.
 
     Raises:
-        DataError: they differ; the message says where.
+        DataError: a file differs; the message names the place.
     """
     for path, pieces in ((bin_path(prefix), manifest.bin_pieces), (idx_path(prefix), manifest.idx_pieces)):
-        size = path.stat().st_size if path.is_file() else -1
-        if size != sum(size for size, _ in pieces):
-            raise _differs(path, f"has {size} bytes, the manifest says {sum(size for size, _ in pieces)}")
+        size, expected = (path.stat().st_size if path.is_file() else -1), sum(size for size, _ in pieces)
+        if size != expected:
+            raise _mismatch(path, f"it has {size} bytes, the manifest says {expected}")
         if contents or (path == idx_path(prefix) and size <= SMALL_INDEX):
             _check_contents(path, pieces)
 
@@ -117,21 +165,21 @@ def _check_contents(path: Path, pieces: Sequence[tuple[int, int]]) -> None:
         for size, expected in pieces:
             checksum, left = 0, size
             while left:
-                data = file.read(min(left, PIECE))
+                data = file.read(min(left, READ_BYTES))
                 if not data:
-                    raise _differs(path, f"ends at byte {start + size - left}")
+                    raise _mismatch(path, f"it ends at byte {start + size - left}")
                 checksum = zlib.crc32(data, checksum)
                 left -= len(data)
             if checksum != expected:
-                raise _differs(path, f"has other bytes than the manifest says between {start} and {start + size}")
+                raise _mismatch(path, f"bytes {start} to {start + size} have another checksum")
             start += size
 
 
-def check_manifest(prefix: str | Path, fingerprint: str) -> Manifest | None:
+def check_manifest(prefix: str | Path, fingerprint: str) -> DatasetManifest | None:
     """Compare a dataset with its manifest: file sizes and tokenizer.
 
     Args:
-        prefix: common path of the dataset's files.
+        prefix: path of the dataset.
         fingerprint: fingerprint of the run's tokenizer; "": not compared.
 
     Returns:
@@ -154,24 +202,8 @@ def check_manifest(prefix: str | Path, fingerprint: str) -> Manifest | None:
     return manifest
 
 
-def _differs(path: Path, what: str) -> DataError:
+def _mismatch(path: Path, problem: str) -> DataError:
     return DataError(
-        "A dataset's files are those of its manifest",
-        found=f"{path} {what}",
-        fix="Copy the dataset again from where it is whole, or preprocess again",
+        f"{path} does not match its manifest: {problem}",
+        fix="Copy the dataset again from an undamaged copy, or preprocess again",
     )
-
-
-def file_pieces(path: Path) -> list[tuple[int, int]]:
-    """The one piece that a whole file is: its (bytes, CRC-32)."""
-    checksum = size = 0
-    with path.open("rb") as file:
-        while data := file.read(PIECE):
-            checksum = zlib.crc32(data, checksum)
-            size += len(data)
-    return [(size, checksum)]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON so that a reader sees the old file, or none, or all of the new one."""
-    replace_file(path, json.dumps(content, indent=1).encode())

@@ -20,31 +20,34 @@ HEADER = struct.Struct("<8sQQQQQQ")
 
 
 def convert_older(prefix: str | Path, output: str | Path) -> int:
-    """Write the older dataset `prefix` as a memory-mapped one, `output`; returns the number of documents.
+    """Write the older dataset `prefix` as a memory-mapped dataset `output`.
+
+    Returns:
+        The number of documents.
 
     Raises:
-        DataError: it is not of the older kind, or damaged, or `output` cannot be written.
+        DataError: the dataset is not of the older format, or damaged, or `output` cannot be written.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             raise missing_file(prefix, path)
     content = idx_path(prefix).read_bytes()
     if not content.startswith(LEGACY_MAGIC) or len(content) < HEADER.size:
-        raise _not_older(prefix, "its index does not begin with TNTIDX and a header")
+        raise _not_convertible(prefix, "its index does not begin with TNTIDX and a header")
     _, version, code, itemsize, num_arrays, num_sizes, num_documents = HEADER.unpack_from(content)
-    words = 2 * (num_arrays + 1) + num_sizes + num_documents
+    entries = 2 * (num_arrays + 1) + num_sizes + num_documents
     if version != 1 or code not in TOKEN_TYPES or itemsize != TOKEN_TYPES[code].itemsize:
-        raise _not_older(prefix, f"version {version}, type code {code}, {itemsize} bytes a token")
-    if len(content) != HEADER.size + 8 * words or num_sizes != num_arrays or num_documents < 1:
-        raise _not_older(prefix, f"its index has {len(content)} bytes for {words} entries")
+        raise _not_convertible(prefix, f"it has version {version}, type code {code}, {itemsize} bytes a token")
+    if len(content) != HEADER.size + 8 * entries or num_sizes != num_arrays or num_documents < 1:
+        raise _not_convertible(prefix, f"its index has {len(content)} bytes for {entries} entries")
     arrays = np.frombuffer(content, dtype="<i8", offset=HEADER.size)
     offsets = arrays[num_arrays + 1 : 2 * (num_arrays + 1)]
     documents = arrays[2 * (num_arrays + 1) + num_sizes :]
     tokens = bin_path(prefix).stat().st_size // itemsize
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
-        raise _not_older(prefix, f"its arrays end at token {offsets[-1]} of {tokens}")
+        raise _not_convertible(prefix, f"its arrays end at token {offsets[-1]} of {tokens}")
     if documents[0] != 0 or documents[-1] != num_arrays or (np.diff(documents) < 0).any():
-        raise _not_older(prefix, f"its documents end at array {documents[-1]} of {num_arrays}")
+        raise _not_convertible(prefix, f"its documents end at array {documents[-1]} of {num_arrays}")
     with IndexedDatasetWriter(output, TOKEN_TYPES[code]) as writer, bin_path(prefix).open("rb") as file:
         for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
             for length in np.diff(offsets[first : last + 1]).tolist():
@@ -53,5 +56,5 @@ def convert_older(prefix: str | Path, output: str | Path) -> int:
         return writer.num_documents
 
 
-def _not_older(prefix: str | Path, what: str) -> DataError:
-    return DataError("Only a whole dataset of the older kind is converted", found=f"{prefix}: {what}", fix=REBUILD)
+def _not_convertible(prefix: str | Path, problem: str) -> DataError:
+    return DataError(f"Cannot convert {prefix} as a dataset of the older format: {problem}", fix=REBUILD)

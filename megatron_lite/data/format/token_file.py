@@ -1,14 +1,13 @@
-"""Range reader of a .bin token file.
-
-It is read, not mapped: a page fault on a mapping reads far around its page, which at random places is a hundred times
-the bytes wanted, and a file that is cut while it is mapped kills the process instead of raising an error.
-"""
+"""Token files (.bin): random-access reads, and whole-file copies inside the kernel."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,19 @@ from numpy.typing import NDArray
 from megatron_lite.data.format.index_format import REBUILD
 from megatron_lite.errors import DataError
 
+NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM})
+"""Errors of copy_file_range where the kernel or file system does not support it."""
+
+COPY_BYTES = 1 << 30
+"""Bytes of one call of copy_file_range."""
+
 
 class TokenFile:
-    """An open .bin; it closes when nothing refers to it any more.
+    """An open .bin, closed when it is garbage-collected.
+
+    The file is read with pread and is not mapped. A page fault of a mapping reads ahead, at random positions a hundred
+    times the bytes that are needed; and a file that is truncated while it is mapped kills the process (SIGBUS) instead
+    of raising an error.
 
     Args:
         path: the file.
@@ -35,27 +44,75 @@ class TokenFile:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, start: int, count: int) -> NDArray[np.generic]:
-        """`count` tokens from byte `start` on, read-only, [count].
+        """Return `count` tokens from byte `start` as a read-only array, [count].
 
         Raises:
-            DataError: the file cannot be read there, or no longer reaches so far.
+            DataError: the read fails, or the file has become shorter.
         """
         num_bytes = count * self.dtype.itemsize
         try:
             found = os.pread(self._file, num_bytes, start)
-            # One call gives at most 2 GiB.
+            # One call reads at most 2 GiB.
             while len(found) < num_bytes and (more := os.pread(self._file, num_bytes - len(found), start + len(found))):
                 found += more
         except OSError as error:
-            raise DataError(
-                "A dataset's tokens can be read",
-                found=f"{self.path} at byte {start}: {error.strerror}",
-                fix="See whether its file system still answers, then start again from the latest checkpoint",
-            ) from error
+            raise unreadable_tokens(f"{self.path} at byte {start}", error) from error
         if len(found) < num_bytes:
             raise DataError(
-                "A dataset stays whole while it is read",
-                found=f"{self.path} ends at byte {start + len(found)}, it had {self.num_bytes} when it was opened",
+                f"{self.path} ends at byte {start + len(found)}, it had {self.num_bytes} bytes when it was opened",
                 fix=REBUILD,
             )
         return np.frombuffer(found, dtype=self.dtype)
+
+
+def unreadable_tokens(place: str, error: OSError) -> DataError:
+    """Return the error for a token file that cannot be read at `place`."""
+    return DataError(
+        f"Cannot read {place}: {error.strerror}",
+        fix="Check that its file system responds, then start again from the latest checkpoint",
+    )
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Append bytes [0, count) of `source` to `target`, inside the kernel (or as a reflink) where that is supported.
+
+    Args:
+        source: file to read.
+        target: file to write at its position; its buffer must be flushed.
+        count: number of bytes.
+
+    Raises:
+        OSError: reading or writing failed, or `source` has fewer bytes.
+    """
+    copied, position = 0, target.tell()
+    # copy_file_range may copy less than it is asked to, and exists on Linux only.
+    while copied < count and hasattr(os, "copy_file_range"):
+        try:
+            size = min(COPY_BYTES, count - copied)
+            step = os.copy_file_range(source.fileno(), target.fileno(), size, copied, position + copied)
+        except OSError as error:
+            if error.errno in NO_KERNEL_COPY:
+                break
+            raise
+        if step == 0:
+            break
+        copied += step
+    source.seek(copied)
+    target.seek(0, os.SEEK_END)
+    if copied < count:
+        shutil.copyfileobj(_Limited(source, count - copied), target, 1 << 20)
+
+
+class _Limited:
+    """Reader of the next `count` bytes of a file; a shorter file is an error."""
+
+    def __init__(self, file: BinaryIO, count: int) -> None:
+        self.file = file
+        self.left = count
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(min(size, self.left) if size >= 0 else self.left)
+        if not data and self.left:
+            raise OSError(errno.EIO, f"{self.left} bytes are missing at the end", self.file.name)
+        self.left -= len(data)
+        return data

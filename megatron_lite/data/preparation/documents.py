@@ -1,25 +1,26 @@
-"""JSON line parser of preprocessing: extracts the texts of a document, or the reason for rejecting it."""
+"""JSON line parser: extracts the texts of a document, or the reason for rejecting the line."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.preparation.lines import Line
-from megatron_lite.data.preparation.sources import Unit
+from megatron_lite.data.preparation.lines import Line, read_lines
+from megatron_lite.data.preparation.sources import Unit, find_sources, plan_units
+from megatron_lite.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class _Repeating(dict[str, Any]):
-    """A JSON object with a key more than once: readers keep the last one's value, and lose the others without a word.
+class _DuplicateKeys(dict[str, Any]):
+    """JSON object with duplicate keys, of which JSON parsers silently keep the last value.
 
     Attributes:
-        names: how often each key is in it.
+        names: number of occurrences of each key.
     """
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
@@ -29,21 +30,21 @@ class _Repeating(dict[str, Any]):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entry = dict(pairs)
-    return entry if len(entry) == len(pairs) else _Repeating(pairs)
+    return entry if len(entry) == len(pairs) else _DuplicateKeys(pairs)
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class BadLineError(ValueError):
-    """A line that holds no document: the message says why, in a few words."""
+    """A line without a document; the message is the reason in a few words."""
 
 
 def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
-    """The texts under `keys` of one JSON line; None for a line of blanks.
+    """Return the texts under `keys` of one JSON line; None for a blank line.
 
     Raises:
-        BadLineError: it is not UTF-8 or JSON, not an object, or lacks a text under one of the keys.
+        BadLineError: the line is not UTF-8 or JSON, not an object, or has no text under one of the keys.
     """
     if line.too_long:
         raise BadLineError("longer than --max-line-mb")
@@ -57,17 +58,19 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")  # some of its messages end where a place is to follow
-        raise BadLineError(f"not JSON: {what} at character {error.pos + 1}") from error
+        problem = error.msg.removesuffix(" at")  # json's messages about strings end with " at"
+        raise BadLineError(f"not JSON: {problem} at character {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
-        raise BadLineError(f"not JSON that can be read: {error}") from error
+        raise BadLineError(f"unreadable JSON: {error}") from error
     if not isinstance(entry, dict):
-        raise BadLineError(f"not a JSON object but {type(entry).__name__}")
-    if isinstance(entry, _Repeating):
-        _refuse_duplicates(entry, keys)
-    texts = [_text(entry, key) for key in keys]
-    if b"\\u" in content:
-        _refuse_surrogates(texts, keys)
+        raise BadLineError(f"a JSON {type(entry).__name__} instead of an object")
+    texts = []
+    for key in keys:
+        if isinstance(entry, _DuplicateKeys) and entry.names[key] > 1:
+            raise BadLineError(f"key {key!r} twice")
+        texts.append(_text(entry, key))
+        if b"\\u" in content and (half := SURROGATE.search(texts[-1])):
+            raise BadLineError(f"half a surrogate pair in {key!r} at character {half.start() + 1}")
     return texts
 
 
@@ -80,29 +83,47 @@ def _text(entry: dict[str, Any], key: str) -> str:
     return text
 
 
-def _refuse_duplicates(entry: _Repeating, keys: Sequence[str]) -> None:
-    for key in keys:
-        if entry.names[key] > 1:
-            raise BadLineError(f"key {key!r} twice")
-
-
-def _refuse_surrogates(texts: Sequence[str], keys: Sequence[str]) -> None:
-    for text, key in zip(texts, keys, strict=True):
-        half = SURROGATE.search(text)
-        if half:
-            raise BadLineError(f"half a surrogate pair in {key!r} at character {half.start() + 1}")
-
-
 def lines_before(unit: Unit) -> int:
-    """Lines of the unit's file that belong to units before it: read again, which only an error needs."""
+    """Return the number of lines of the unit's file before the unit, by reading the file again (for errors only)."""
     if not unit.start:
         return 0
     count = 0
     with Path(unit.source.path).open("rb") as file:
         left = unit.start
         last = b""
-        while left and (piece := file.read(min(left, 1 << 20))):
-            count += piece.count(b"\n")
-            left -= len(piece)
-            last = piece[-1:]
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+            last = chunk[-1:]
     return count + (last != b"\n")
+
+
+def iterate_texts(
+    inputs: Sequence[str], json_keys: Sequence[str] = ("text",), *, max_bytes: int | None = None, skip_bad: bool = False
+) -> Iterator[str]:
+    """Yield the texts under `json_keys` of every document, for tokenizer training.
+
+    Args:
+        inputs: paths and globs.
+        json_keys: keys of the texts.
+        max_bytes: stop after this many bytes of lines; None: read all.
+        skip_bad: leave out lines without a document.
+
+    Raises:
+        DataError: an input is missing or damaged, or a line holds no document (without `skip_bad`).
+    """
+    left = max_bytes
+    for unit in plan_units(find_sources(inputs), unit_bytes=1 << 62):
+        for line in read_lines(unit, json_keys):
+            if left is not None:
+                left -= len(line.content)
+                if left < 0:
+                    return
+            try:
+                yield from parse_line(line, json_keys) or []
+            except BadLineError as error:
+                if not skip_bad:
+                    raise DataError(
+                        f"Bad line {unit.source.path}:{line.number}: {error}",
+                        fix="Repair the line, or pass --skip-bad-lines to leave out such lines",
+                    ) from error

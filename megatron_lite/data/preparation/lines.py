@@ -1,4 +1,4 @@
-"""Line reader of preprocessing: lines of plain and compressed files (gzip, bz2, xz, zstd), rows of Parquet files."""
+"""Line reader: lines of plain and compressed files (gzip, bz2, xz, zstd), rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from megatron_lite.data.preparation.sources import Unit
 from megatron_lite.errors import DataError
 
 TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
-"""Parquet's types of text, and of a column that is empty in every row."""
+"""Parquet types of text, and the type of a column without any value."""
 SHOWN = 200
-"""Bytes that are kept of a line that is too long."""
+"""Bytes kept of a line that is too long."""
 
 
 class Line(NamedTuple):
-    """One line of a unit, as bytes without decoding."""
+    """One line of a unit, as undecoded bytes."""
 
     number: int
-    """Counted from 1 in the unit (for a packed file: in the file)."""
+    """Line number from 1 within the unit (compressed files: within the file)."""
     content: bytes
     too_long: bool
-    """Longer than allowed: `content` is only its beginning."""
+    """The line exceeds the maximum; `content` is its beginning."""
     position: int
-    """Bytes of the unit's file that have been read so far, from the unit's start."""
+    """Bytes of the file that have been read so far, from the start of the unit."""
 
 
 def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -> Iterator[Line]:
-    """The lines that begin in the unit, those of blanks only included; of one with more bytes than `max_line`, a part.
+    """Yield the lines that begin in a unit, including blank ones.
+
+    Args:
+        unit: the unit.
+        json_keys: columns to read of a Parquet file.
+        max_line: maximum number of bytes of a line; only the beginning of a longer one is returned.
 
     Raises:
         DataError: the file cannot be read to its end: it is truncated, damaged, or the disk fails.
@@ -43,27 +48,24 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
         elif unit.source.kind == "text":
             yield from _read_text(unit, max_line)
         else:
-            yield from _read_packed(unit, max_line)
+            yield from _read_compressed(unit, max_line)
     except OSError as error:
-        raise DataError(
-            "Every input can be read to its end", found=f"{unit.source.path}: {error}", fix=COPY_AGAIN
-        ) from error
+        raise DataError(f"Cannot read {unit.source.path} to its end: {error}", fix=COPY_AGAIN) from error
 
 
-COPY_AGAIN = "Copy the file again from where it is whole (or compress it again), or leave it out of --input"
+COPY_AGAIN = "Copy the file again from an undamaged copy (or compress it again), or leave it out of --input"
 
 
 def _damaged(unit: Unit, error: BaseException) -> DataError:
     return DataError(
-        "A packed input must be whole",
-        found=f"{unit.source.path} ({unit.source.num_bytes} bytes) breaks off or is damaged: {str(error).rstrip('.')}",
+        f"{unit.source.path} ({unit.source.num_bytes} bytes) is truncated or damaged: {str(error).rstrip('.')}",
         fix=COPY_AGAIN,
     )
 
 
 def _read_text(unit: Unit, max_line: int) -> Iterator[Line]:
     with Path(unit.source.path).open("rb", buffering=BUFFER) as file:
-        if unit.start:  # a line that began before the unit is another's
+        if unit.start:  # a line that begins before the unit belongs to the previous one
             file.seek(unit.start - 1)
             while file.tell() < unit.end and not file.readline(min(BUFFER, unit.end - file.tell())).endswith(b"\n"):
                 pass
@@ -78,7 +80,7 @@ def _read_text(unit: Unit, max_line: int) -> Iterator[Line]:
 
 
 def _read_line(file: IO[bytes], max_line: int) -> tuple[bytes, bool, int]:
-    """The next line, whether it was longer than `max_line` (then it is cut), and its bytes in the file."""
+    """Return the next line (cut if longer than `max_line`), whether it was cut, and its bytes in the file."""
     content = file.readline(max_line + 1)
     size = len(content)
     too_long = size > max_line and not content.endswith(b"\n")
@@ -90,25 +92,25 @@ def _read_line(file: IO[bytes], max_line: int) -> tuple[bytes, bool, int]:
     return content, too_long, size
 
 
-def _read_packed(unit: Unit, max_line: int) -> Iterator[Line]:
-    number, packing = 0, unit.source.kind
-    assert packing != "text" and packing != "parquet"
+def _read_compressed(unit: Unit, max_line: int) -> Iterator[Line]:
+    number, compression = 0, unit.source.kind
+    assert compression != "text" and compression != "parquet"
     try:
-        with Path(unit.source.path).open("rb") as raw, unpacked(raw, packing) as file:
+        with Path(unit.source.path).open("rb") as raw, unpacked(raw, compression) as file:
             while True:
                 content, too_long, size = _read_line(file, max_line)
                 if not size:
                     return
                 number += 1
                 yield Line(number, content, too_long, raw.tell())
-    except damage_errors(packing) as error:
+    except damage_errors(compression) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk, not of the content
+            raise  # an error of the disk
         raise _damaged(unit, error) from error
 
 
 def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterator[Line]:
-    """Rows as the JSON lines they would be, so that there is one way to judge a document."""
+    """Yield the rows as JSON lines, which are then parsed like those of other files."""
     import pyarrow
     import pyarrow.parquet
 
@@ -129,14 +131,14 @@ def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterat
 
 
 def _require_column(path: str, schema: Any, key: str) -> None:
-    """Refuse a file without one column of text for the key: bytes and dates have no one spelling as text."""
+    """Check that a file has exactly one text column for the key (bytes and dates have no unique form as text)."""
     import pyarrow
 
     kinds = [field.type for field in schema if field.name == key]
     kinds = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in kinds]
     if len(kinds) != 1 or str(kinds[0]) not in TEXT_COLUMNS:
         raise DataError(
-            "A parquet file has one column of strings for each of --json-keys",
-            found=f"{path} has {', '.join(f'{field.name} ({field.type})' for field in schema)}; {key} is asked for",
+            f"{path} has no single column of strings named {key} (--json-keys); its columns are "
+            + ", ".join(f"{field.name} ({field.type})" for field in schema),
             fix="Name its text columns with --json-keys, or write them as strings",
         )

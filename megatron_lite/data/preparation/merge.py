@@ -2,87 +2,123 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.format import manifest as papers
-from megatron_lite.data.format.index_format import idx_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.manifest import (
+    DatasetManifest,
+    check_files,
+    manifest_of,
+    manifest_path,
+    read_manifest,
+    require_absent,
+    write_manifest,
+)
 from megatron_lite.errors import DataError
 
-LOG = logging.getLogger(__name__)
+
+@dataclass
+class Merged:
+    """Result of a merge: counts, and warnings about differences between the inputs."""
+
+    documents: int
+    tokens: int
+    warnings: list[str]
 
 
 def find_prefixes(folder: Path) -> list[str]:
-    """The datasets of a folder, sorted by name.
+    """Return the datasets of a folder, sorted by name.
 
     Raises:
-        DataError: it is no folder, or has none, or an .idx or .bin stands alone.
+        DataError: the folder is missing, has no dataset, or has an .idx or .bin without the other file.
     """
     if not folder.is_dir():
-        raise DataError(
-            "--input of a merge is a folder", found=f"{folder} is not", fix="Give the folder, or --datasets PREFIX …"
-        )
+        raise DataError(f"--input {folder} is not a folder", fix="Give a folder, or --datasets PREFIX …")
     bins = {path.stem for path in folder.glob("*.bin")}
     indices = {path.stem for path in folder.glob("*.idx")}
-    alone = sorted(bins ^ indices)
-    if alone or not bins:
+    if single := sorted(bins ^ indices):
         raise DataError(
-            "A folder to merge holds pairs of .bin and .idx",
-            found=f"{folder} has only one half of {', '.join(alone[:3])}" if alone else f"{folder} has none",
-            fix="Complete the pairs, or name what is to be merged with --datasets",
+            f"{folder} has only one of .bin and .idx for {', '.join(single[:3])}",
+            fix="Complete the pairs, or name the datasets to merge with --datasets",
         )
+    if not bins:
+        raise DataError(f"{folder} has no .bin/.idx datasets", fix="Name the datasets to merge with --datasets")
     return [str(folder / name) for name in sorted(bins)]
 
 
 def merge_datasets(
     prefixes: Sequence[str], output: str, *, overwrite: bool = False, advance: Callable[[int], None] = lambda _: None
-) -> tuple[int, int]:
-    """Write the documents of `prefixes` in order to `output`; returns its documents and tokens.
+) -> Merged:
+    """Write the documents of several datasets in order to one dataset, with a manifest if all inputs have one.
 
     Args:
-        prefixes: what is merged.
-        output: where it goes.
-        overwrite: whether a dataset of this name may be replaced.
-        advance: is told the tokens of each input when they are written.
+        prefixes: paths of the inputs.
+        output: path of the merged dataset.
+        overwrite: replace an existing dataset.
+        advance: called with the number of tokens of each input after it is written.
 
     Raises:
         DataError: an input is missing or damaged, they differ in token type or tokenizer, or `output` exists.
     """
     if any(Path(prefix).absolute() == Path(output).absolute() for prefix in prefixes):
-        raise DataError(
-            "A merge does not write to its own input", found=f"{output} is both", fix="Give another --output-prefix"
-        )
+        raise DataError(f"{output} is both an input and the output of the merge", fix="Give another --output-prefix")
     if not overwrite:
-        papers.refuse_to_replace(output)
-    manifests = _manifests(prefixes)
+        require_absent(output)
+    warnings: list[str] = []
+    manifests = _read_manifests(prefixes, warnings)
     dtype = IndexedDataset(prefixes[0]).dtype
     with IndexedDatasetWriter(output, dtype) as writer:
         for prefix in prefixes:
             before = writer.num_tokens
             writer.append(prefix)
             advance(writer.num_tokens - before)
-        papers.manifest_path(output).unlink(missing_ok=True)
+        manifest_path(output).unlink(missing_ok=True)
     if manifests:
-        merged = papers.Manifest(
-            dtype=writer.dtype.name,
-            documents=writer.num_documents,
-            sequences=writer.num_sequences,
-            tokens=writer.num_tokens,
-            bin_pieces=[piece for manifest in manifests for piece in manifest.bin_pieces],
-            idx_pieces=papers.file_pieces(idx_path(output)),
-            tokenizer=_common_tokenizer(prefixes, manifests),
-            flags={"merged_from": list(prefixes)} | _packing(prefixes, manifests),
+        merged = manifest_of(
+            writer,
+            [piece for manifest in manifests for piece in manifest.bin_pieces],
+            _common_tokenizer(prefixes, manifests, warnings),
+            flags={"merged_from": list(prefixes)} | _common_packing(prefixes, manifests, warnings),
             inputs=[source for manifest in manifests for source in manifest.inputs],
         )
-        papers.write_manifest(output, merged)
-    return writer.num_documents, writer.num_tokens
+        write_manifest(output, merged)
+    return Merged(writer.num_documents, writer.num_tokens, warnings)
 
 
-def _common_tokenizer(prefixes: Sequence[str], manifests: Sequence[papers.Manifest]) -> dict[str, Any]:
-    """What the merged manifest says of the tokenizer: the entries on which all inputs agree."""
+def _read_manifests(prefixes: Sequence[str], warnings: list[str]) -> list[DatasetManifest]:
+    """Return the manifests of the inputs, compared with the sizes of their files; none if an input has none.
+
+    Raises:
+        DataError: two inputs were made with different tokenizers.
+    """
+    found = [(prefix, read_manifest(prefix)) for prefix in prefixes]
+    known = [(prefix, manifest) for prefix, manifest in found if manifest is not None]
+    for prefix, manifest in known:
+        check_files(prefix, manifest, contents=False)
+        first, expected = known[0]
+        if manifest.tokenizer.get("fingerprint") != expected.tokenizer.get("fingerprint"):
+            raise DataError(
+                f"Cannot merge {prefix} and {first}, which were made with different tokenizers",
+                fix="Preprocess one of them again with the tokenizer of the other",
+            )
+    if len(known) == len(found):
+        return [manifest for _, manifest in known]
+    if known:
+        without = next(prefix for prefix, manifest in found if manifest is None)
+        warnings.append(
+            f"{without} has no manifest, therefore the merged dataset has none: training checks neither its tokenizer "
+            "nor its files"
+        )
+    return []
+
+
+def _common_tokenizer(
+    prefixes: Sequence[str], manifests: Sequence[DatasetManifest], warnings: list[str]
+) -> dict[str, Any]:
+    """Return the tokenizer entries that are equal in all inputs."""
     first = manifests[0].tokenizer
     common = dict(first)
     for prefix, manifest in zip(prefixes[1:], manifests[1:], strict=True):
@@ -91,52 +127,29 @@ def _common_tokenizer(prefixes: Sequence[str], manifests: Sequence[papers.Manife
         for key in differ:
             common.pop(key, None)
         if {"bos", "eod"} & set(differ):
-            what = ", ".join(
-                f"{key} {_entry(first, key)} and {_entry(other, key)}" for key in differ if key in ("bos", "eod")
+            texts = [f"{key} {_entry(first, key)} and {_entry(other, key)}" for key in differ if key in ("bos", "eod")]
+            warnings.append(
+                f"{prefixes[0]} and {prefix} begin or end documents with different tokens ({', '.join(texts)})"
             )
-            LOG.warning("%s and %s begin or end documents with different tokens (%s)", prefixes[0], prefix, what)
     return common
 
 
 def _entry(tokenizer: dict[str, Any], key: str) -> object:
-    """What a manifest says of its tokenizer; an older one does not say whether a template added `bos`."""
-    templates = tokenizer.get("type") == "HuggingFaceTokenizer"
-    return tokenizer.get(key, "unknown" if key != "bos" or templates else None)
+    """Return an entry of a manifest's tokenizer; older manifests do not record whether a template added `bos`."""
+    has_template = tokenizer.get("type") == "HuggingFaceTokenizer"
+    return tokenizer.get(key, "unknown" if key != "bos" or has_template else None)
 
 
-def _packing(prefixes: Sequence[str], manifests: Sequence[papers.Manifest]) -> dict[str, Any]:
-    """What the manifest says of packing: the length that all inputs are packed for, if they are."""
+def _common_packing(
+    prefixes: Sequence[str], manifests: Sequence[DatasetManifest], warnings: list[str]
+) -> dict[str, Any]:
+    """Return the manifest's entry on packing if all inputs are packed for one sequence length."""
     lengths = [manifest.packed_length for manifest in manifests]
     if len(set(lengths)) == 1:
         return {"packed": {"seq_length": lengths[0]}} if lengths[0] else {}
-    odd = next(i for i, length in enumerate(lengths) if length != lengths[0])
-    what = [f"{prefixes[i]} is {f'packed for {lengths[i]} tokens' if lengths[i] else 'not packed'}" for i in (0, odd)]
-    LOG.warning("%s and %s: the merged dataset is read as one that is not packed", *what)
+    other = next(i for i, length in enumerate(lengths) if length != lengths[0])
+    texts = [
+        f"{prefixes[i]} is {f'packed for {lengths[i]} tokens' if lengths[i] else 'not packed'}" for i in (0, other)
+    ]
+    warnings.append(f"{texts[0]} and {texts[1]}: the merged dataset is treated as not packed")
     return {}
-
-
-def _manifests(prefixes: Sequence[str]) -> list[papers.Manifest]:
-    """The inputs' manifests, checked against their files' sizes; none if any input has none.
-
-    Raises:
-        DataError: two inputs were made with different tokenizers.
-    """
-    found = [(prefix, papers.read_manifest(prefix)) for prefix in prefixes]
-    known = [(prefix, manifest) for prefix, manifest in found if manifest is not None]
-    for prefix, manifest in known:
-        papers.check_files(prefix, manifest, contents=False)
-        first, expected = known[0]
-        if manifest.tokenizer.get("fingerprint") != expected.tokenizer.get("fingerprint"):
-            raise DataError(
-                "Datasets that are merged were made with one tokenizer",
-                found=f"{prefix} and {first} were made with different ones",
-                fix="Preprocess one of them again with the other's tokenizer",
-            )
-    if len(known) == len(found):
-        return [manifest for _, manifest in known]
-    if known:
-        LOG.warning(
-            "%s has no manifest, and so the merged dataset has none: training checks neither tokenizer nor files",
-            next(prefix for prefix, manifest in found if manifest is None),
-        )
-    return []

@@ -1,4 +1,4 @@
-"""Options of a preprocessing run."""
+"""Preprocessing options: inputs, output, tokenizer, filters, workers, and their validation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_lite.errors import ConfigError
 MIN_UNIT = 2 << 20
 MAX_UNIT = 256 << 20
 MAX_LINE = 256 << 20
-"""Bytes of a line: a document takes 7 to 13 times its line in memory."""
+"""Default maximum of bytes of a line: a document takes 7 to 13 times the size of its line in memory."""
 UNITS = 256
-"""A plain text file is read in units of a 256th of the input, within these bounds of bytes."""
+"""Number of units that the input is divided into, within the bounds MIN_UNIT and MAX_UNIT of a unit's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Input, output, and what happens in between. Sizes are in bytes, tokens or characters as their names say."""
+    """Options of one preprocessing run."""
 
     inputs: tuple[str, ...]
     """Paths and globs of JSON lines (plain, gzip, bz2, xz, zstd) and Parquet files, read in this order."""
@@ -29,7 +29,7 @@ class PreprocessOptions:
     append_eod: bool = False
     prepend_bos: bool = False
     empty_documents: Literal["skip", "keep"] = "skip"
-    """A document without tokens: skip (Megatron-DeepSpeed), or keep as a document of no sequence (Megatron-LM)."""
+    """Documents without tokens: skip (Megatron-DeepSpeed), or keep as a document without sequences (Megatron-LM)."""
     split_sentences: bool = False
     keep_newlines: bool = False
     language: str = "english"
@@ -38,18 +38,18 @@ class PreprocessOptions:
     max_tokens: int | None = None
     min_chars: int = 0
     sample: float | None = None
-    """Share of the documents to keep, drawn by `seed`."""
+    """Share of the documents to keep, drawn at random."""
     shuffle: bool = False
-    """Put documents in a random order, drawn by `seed`."""
+    """Write the documents in random order."""
     seed: int = 1234
     workers: int = 1
     overwrite: bool = False
     unit_bytes: int | None = None
-    """Input that one shard holds; None: a 256th of the input, between 2 and 256 MiB."""
+    """Bytes of input of one unit; None: a 256th of the input, between 2 and 256 MiB."""
     max_line_bytes: int = MAX_LINE
-    """A longer line is a bad one."""
+    """Maximum length of a line; a longer one is a bad line."""
     limit_bytes: int | None = None
-    """Read no further than this into the input (trials of speed)."""
+    """Bytes of input to read (for the benchmark of worker counts); None: all."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -70,17 +70,17 @@ class PreprocessOptions:
         )
         for holds, flag, value, rule in rules:
             if not holds:
-                raise ConfigError(f"{flag} is {rule}", found=f"{flag} is {value}", fix=f"Give a {flag} that is {rule}")
+                raise ConfigError(f"Invalid {flag} {value}", fix=f"Give a {flag} that is {rule}")
 
     def prefix(self, key: str) -> str:
-        """Where the dataset of one key goes."""
+        """Return the path of the dataset of one key."""
         return f"{self.output_prefix}_{key}_{'sentence' if self.split_sentences else 'document'}"
 
     def identity(self) -> dict[str, Any]:
-        """What the output's bytes depend on besides the input and the tokenizer.
+        """Return the options that determine the bytes of the output, in addition to input and tokenizer.
 
-        Not the number of workers, and not `skip_bad_lines`: what is already done had no bad line without it, so a
-        run that met one may be continued with it, or with a larger `max_line_bytes`.
+        The number of workers has no influence. `skip_bad_lines` and `max_line_bytes` are left out so that a run which
+        stopped at a bad line can be continued with other values: its finished units have no bad lines.
         """
         return {
             "json_keys": list(self.json_keys),

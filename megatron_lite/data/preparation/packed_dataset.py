@@ -1,10 +1,10 @@
 """Packed dataset writer: documents packed into sequences of exactly --seq-length tokens.
 
-Megatron's sample j is tokens [j*L, j*L + L] of the shuffled documents end to end. Where all documents have L tokens, a
-sample's input is therefore one bin, in any order and any number of epochs, and nothing else has to know about packing.
-Its last label alone lies beyond the bin: it is the first token of a bin that follows by chance. --eod-mask-loss leaves
-it out of the loss wherever the bin ends with an end-of-document token, padding or a document's own; a bin that is a
-piece from the middle of a long document keeps that one wrong label.
+Megatron's sample j is tokens [j*L, j*L + L] of the concatenated shuffled documents. If all documents have L tokens, the
+input of a sample is one bin, in any order and any number of epochs, so training needs no code for packed data. Only the
+last label is the first token of the next bin, which is unrelated. --eod-mask-loss removes it from the loss if the bin
+ends with an end-of-document token (padding, or the end of a document); a bin from the middle of a long document keeps
+this one wrong label.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,30 +20,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.data.format import manifest as papers
 from megatron_lite.data.format.fingerprint import content_fingerprint
-from megatron_lite.data.format.index_format import bin_path, idx_path
+from megatron_lite.data.format.index_format import bin_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.manifest import (
+    is_complete,
+    manifest_of,
+    manifest_path,
+    read_manifest,
+    require_absent,
+    write_manifest,
+)
 from megatron_lite.data.format.token_file import TokenFile
-from megatron_lite.data.preparation.packing import DOCUMENTS, Window, document_ends, lay_out, windows
+from megatron_lite.data.preparation.packing import DOCUMENTS, PackingWindow, document_ends, lay_out, windows
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_size
 
 PROBES = 256
-"""Documents whose last token is looked at before the work begins."""
+"""Documents whose last token is checked before packing begins."""
 
 
 @dataclass
 class Packed:
-    """What packing made of a dataset.
+    """Statistics of a packed dataset.
 
     Attributes:
-        documents: with at least one token.
-        tokens: of the documents.
+        documents: documents with at least one token.
+        tokens: tokens of these documents.
         bins: sequences written.
-        padding: tokens that fill bins up.
-        cut: documents longer than a sequence, which are the ones that packing cuts.
-        cut_unpacked: documents that concatenation cuts on average over the orders of documents: a border lies inside
-            one of n tokens with probability min(1, (n - 1) / L).
+        padding: tokens of padding.
+        cut: documents longer than a sequence, the only ones that packing cuts.
+        cut_unpacked: expected number of documents that concatenation cuts, averaged over the orders of documents: a
+            boundary lies inside a document of n tokens with probability min(1, (n - 1) / L).
         open_ends: bins whose last token is not the end-of-document token.
         unmarked: documents that do not end with the end-of-document token.
     """
@@ -69,19 +76,19 @@ def pack_dataset(
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Packed | None:
-    """Write the documents of `data` to the dataset `output`, as sequences of `seq_length` tokens, with a manifest.
+    """Pack the documents of `data` into sequences of `seq_length` tokens and write them to the dataset `output`.
 
     Args:
-        data: what is packed.
-        output: common path of the files; they get this name when they are complete.
+        data: the dataset to pack.
+        output: path of the packed dataset.
         seq_length: tokens of a sequence.
-        tokenizer: as manifests have it; its `eod` fills sequences up.
-        seed: of the order of sequences within a window.
-        overwrite: whether a dataset of other content with this name may be replaced.
-        advance: is told the tokens of each window when it is written.
+        tokenizer: `tokenizer` entry of a manifest; its `eod` is the padding token.
+        seed: seed of the order of sequences within a window.
+        overwrite: replace a dataset of other content with this name.
+        advance: called with the number of tokens of each window after it is written.
 
     Returns:
-        What was made; None where the same call made it before.
+        Statistics; None if the same call has already made the dataset.
 
     Raises:
         DataError: `data` is damaged or empty or has documents without an end, or `output` exists or cannot be written.
@@ -89,42 +96,43 @@ def pack_dataset(
     eod = int(tokenizer["eod"])
     content = [content_fingerprint(data), seq_length, eod, seed]
     plan = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    if _is_complete(output, plan):
+    if is_complete(output, plan):
         return None
-    _refuse(data, output, seq_length, overwrite)
+    _check_arguments(data, output, seq_length, overwrite)
     data.check()
-    _probe_ends(data, eod)
+    _check_document_ends(data, eod)
     made, rng, checksums = _count_documents(data, seq_length), np.random.RandomState(seed), list[tuple[int, int]]()
     file = TokenFile(bin_path(data.prefix), data.dtype)
     with IndexedDatasetWriter(output, data.dtype) as writer:
         for window in windows(data, seq_length):
             tokens = file.read(window.start * data.dtype.itemsize, int(window.lengths.sum()))
             bins = _pack_window(window, tokens, seq_length, eod, rng, made)
-            writer.add_documents(bins)
-            checksums.append((bins.nbytes, zlib.crc32(bins.data)))
+            ones = np.ones(bins.shape[0], dtype=np.int64)
+            checksums.append((bins.nbytes, writer.add_batch(bins.ravel(), seq_length * ones, ones)))
             advance(tokens.shape[0])
-        papers.manifest_path(output).unlink(missing_ok=True)
-    manifest = papers.Manifest(
-        dtype=writer.dtype.name,
-        documents=writer.num_documents,
-        sequences=writer.num_sequences,
-        tokens=writer.num_tokens,
-        bin_pieces=checksums,
-        idx_pieces=papers.file_pieces(idx_path(output)),
-        tokenizer=tokenizer,
+        manifest_path(output).unlink(missing_ok=True)
+    manifest = manifest_of(
+        writer,
+        checksums,
+        tokenizer,
         flags={"packed": {"seq_length": seq_length, "seed": seed}},
         inputs=[{"path": str(bin_path(data.prefix)), "bytes": data.num_bytes}],
         plan=plan,
         report=asdict(made),
     )
-    papers.write_manifest(output, manifest)
+    write_manifest(output, manifest)
     return made
 
 
 def _pack_window(
-    window: Window, tokens: NDArray[np.generic], seq_length: int, eod: int, rng: np.random.RandomState, made: Packed
+    window: PackingWindow,
+    tokens: NDArray[np.generic],
+    seq_length: int,
+    eod: int,
+    rng: np.random.RandomState,
+    made: Packed,
 ) -> NDArray[np.generic]:
-    """The bins of a window, [bins, seq_length] of the tokens' type; what they are is added to `made`."""
+    """Return the bins of a window, [bins, seq_length], and add their statistics to `made`."""
     targets, filled = lay_out(window, seq_length, rng)
     bins = np.full(filled.shape[0] * seq_length, eod, dtype=tokens.dtype)
     ends = np.cumsum(window.lengths)
@@ -140,7 +148,7 @@ def _pack_window(
 
 
 def _count_documents(data: IndexedDataset, seq_length: int) -> Packed:
-    """What the lengths of the documents say."""
+    """Return the statistics that follow from the lengths of the documents."""
     made = Packed(tokens=data.num_tokens)
     start = 0
     for first in range(0, data.num_documents, DOCUMENTS):
@@ -153,58 +161,48 @@ def _count_documents(data: IndexedDataset, seq_length: int) -> Packed:
     return made
 
 
-def _probe_ends(data: IndexedDataset, eod: int) -> None:
-    """Look at the last token of PROBES documents: without an end, one could not be told from the next in its bin."""
+def _check_document_ends(data: IndexedDataset, eod: int) -> None:
+    """Check that PROBES documents end with the end-of-document token, which separates documents within a bin."""
     for number in np.unique(np.linspace(0, data.num_documents - 1, PROBES).astype(np.int64)).tolist():
         tokens = data.document(number)
         if tokens.shape[0] and int(tokens[-1]) != eod:
             raise DataError(
-                "Documents that are packed end with the end-of-document token",
-                found=f"document {number} of {data.prefix} ends with token {tokens[-1]}, end-of-document is {eod}",
+                f"Cannot pack {data.prefix}: document {number} ends with token {tokens[-1]}, the end-of-document token "
+                f"is {eod}",
                 fix="Preprocess with --append-eod, or give the tokenizer that the dataset was made with",
             )
 
 
-def _is_complete(output: str, plan: str) -> bool:
-    made = papers.read_manifest(output)
-    if made is None or made.plan != plan:
-        return False
-    papers.check_files(output, made, contents=False)
-    return True
+def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwrite: bool) -> None:
+    """Check everything that can be checked before reading the tokens.
 
-
-def _refuse(data: IndexedDataset, output: str, seq_length: int, overwrite: bool) -> None:
-    """The reasons not to begin, in the order in which a user would meet them."""
+    Raises:
+        DataError: the dataset cannot be packed into `output`.
+    """
     if seq_length < 1:
-        raise DataError(
-            "A sequence has at least one token", found=f"--seq-length {seq_length}", fix="Give that of the model"
-        )
+        raise DataError(f"Cannot pack sequences of --seq-length {seq_length}", fix="Give the model's --seq-length")
     if Path(data.prefix).absolute() == Path(output).absolute():
-        raise DataError("Packing does not write to its input", found=f"{output} is both", fix="Give another name")
+        raise DataError(f"{output} is both the input and the output of packing", fix="Give another output path")
     if Path(output).is_dir():
         raise DataError(
-            "A dataset is named by its files' common path",
-            found=f"{output} is a folder",
+            f"{output} is a folder",
+            rule="A dataset is named by the common path of its files",
             fix=f"Give a name in it: {Path(output) / 'packed'}",
         )
     if not data.num_tokens:
-        raise DataError(
-            "A dataset that is packed has tokens", found=f"{data.prefix} has none", fix="Preprocess it again from text"
-        )
-    manifest = papers.read_manifest(data.prefix)
+        raise DataError(f"{data.prefix} has no tokens to pack", fix="Preprocess it again from text")
+    manifest = read_manifest(data.prefix)
     if manifest is not None and manifest.packed_length:
         raise DataError(
-            "A dataset is packed once, from whole documents",
-            found=f"{data.prefix} is packed, in sequences of {manifest.packed_length}",
-            fix="Pack what it was packed from, which its manifest names",
+            f"{data.prefix} is already packed, in sequences of {manifest.packed_length} tokens",
+            fix="Pack its source, the dataset under inputs in its manifest",
         )
     if not overwrite:
-        papers.refuse_to_replace(output)
+        require_absent(output)
     folder = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
     free, needed = shutil.disk_usage(folder).free, max(data.num_bytes, seq_length * data.dtype.itemsize)
     if free < needed:
         raise DataError(
-            "A packed dataset is at least as large as what is packed, and as one sequence",
-            found=f"{needed:,} bytes of tokens, {free:,} bytes are free in {folder}",
-            fix="Free or ask for space, or write to another folder",
+            f"The packed dataset needs at least {format_size(needed)}, {format_size(free)} are free in {folder}",
+            fix="Free some space, or write to another folder",
         )

@@ -1,10 +1,9 @@
 """Best-fit-decreasing packing of documents into sequences (Ding et al. 2024, "Fewer Truncations Improve
 Language Modeling", https://arxiv.org/abs/2404.10830).
 
-Every document is cut into pieces: full ones of the sequence's length, and what is left of it. A document that is no
-longer than a sequence is one piece. Pieces are packed window by window of some ten million tokens, read in one go and
-written in one go, so that neither memory nor seeks grow with the dataset; a window holds so many pieces that packing it
-by itself costs next to no padding.
+Every document is cut into pieces: full sequences, and the remainder. A document that fits in a sequence is one piece.
+Pieces are packed in windows of WINDOW tokens, each read and written at once, which bounds memory and avoids seeks. A
+window has so many pieces that packing it separately costs hardly any padding.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ WINDOW = 1 << 26
 """Tokens that are packed together."""
 
 DOCUMENTS = 1 << 20
-"""Documents whose lengths are looked at together."""
+"""Documents whose lengths are processed together."""
 
 
 @dataclass(frozen=True)
-class Window:
+class PackingWindow:
     """Consecutive pieces of a dataset.
 
     Attributes:
-        start: token of the file at which the first begins.
-        lengths: int64 [pieces] tokens of each, 1 to the sequence's length; each begins where the one before it ends.
-        ends_document: bool [pieces] whether a piece is the last of its document.
+        start: offset of the first piece in the file, in tokens.
+        lengths: int64 [pieces] tokens of each piece, from 1 to the sequence length; pieces are contiguous.
+        ends_document: bool [pieces] True for the last piece of a document.
     """
 
     start: int
@@ -39,13 +38,13 @@ class Window:
     ends_document: NDArray[np.bool_]
 
 
-def windows(data: IndexedDataset, seq_length: int, size: int = WINDOW) -> Iterator[Window]:
-    """Yield the pieces of all documents in order, about `size` tokens at a time, cut between pieces only."""
+def windows(data: IndexedDataset, seq_length: int, size: int = WINDOW) -> Iterator[PackingWindow]:
+    """Yield the pieces of all documents in order, in windows of about `size` tokens."""
     size = max(size, seq_length)
     document = start = 0
     while document < data.num_documents:
         ends = document_ends(data, document, min(data.num_documents, document + DOCUMENTS))
-        # Documents that end within the window; of one that is longer than that, as many full pieces as fit.
+        # Documents that end within the window; for a document longer than the window, as many full pieces as fit.
         whole = int(np.searchsorted(ends, start + size, side="right"))
         if whole:
             lengths = np.diff(ends[:whole], prepend=start)
@@ -55,12 +54,12 @@ def windows(data: IndexedDataset, seq_length: int, size: int = WINDOW) -> Iterat
             pieces = np.full(size // seq_length, seq_length, dtype=np.int64)
             last = np.zeros(pieces.shape, dtype=np.bool_)
         if pieces.shape[0]:
-            yield Window(start, pieces, last)
+            yield PackingWindow(start, pieces, last)
             start += int(pieces.sum())
 
 
 def document_ends(data: IndexedDataset, first: int, last: int) -> NDArray[np.int64]:
-    """Token of the file at which each of documents [first, last) ends, int64 [last - first]."""
+    """Return the end of each of documents [first, last) in tokens of the file, int64 [last - first]."""
     sequences = data.document_index[first + 1 : last + 1]
     inside = sequences < len(data)
     ends = np.full(sequences.shape, data.num_tokens, dtype=np.int64)
@@ -69,52 +68,52 @@ def document_ends(data: IndexedDataset, first: int, last: int) -> NDArray[np.int
 
 
 def cut(lengths: NDArray[np.int64], seq_length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Documents of `lengths` (at least 1) -> lengths of their pieces, and whether each is its document's last."""
+    """Document lengths (at least 1) -> piece lengths, and True for each piece that is the last of its document."""
     counts = -(-lengths // seq_length)
-    last_ones = np.cumsum(counts) - 1
+    last_pieces = np.cumsum(counts) - 1
     pieces = np.full(int(counts.sum()), seq_length, dtype=np.int64)
-    pieces[last_ones] = lengths - (counts - 1) * seq_length
+    pieces[last_pieces] = lengths - (counts - 1) * seq_length
     last = np.zeros(pieces.shape, dtype=np.bool_)
-    last[last_ones] = True
+    last[last_pieces] = True
     return pieces, last
 
 
 def best_fit(lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int64]:
-    """The bin, from 0, of each piece: the longest pieces first, each into the fullest bin in which it has room.
+    """Assign pieces to bins: longest piece first, each into the fullest bin with enough space.
 
-    Pieces of one length, and bins with one space left, are handled together: the time does not grow with the number of
-    pieces, but with that of pairs of lengths and spaces that meet.
+    Pieces of equal length and bins of equal space are processed together: the time depends on the number of distinct
+    pairs of length and space, which does not grow with the number of pieces.
 
     Args:
-        lengths: [pieces] of 1 to seq_length tokens.
-        seq_length: room of a bin.
+        lengths: [pieces] from 1 to seq_length tokens.
+        seq_length: size of a bin.
 
     Returns:
-        int64 [pieces]
+        int64 [pieces] bin of each piece, from 0.
     """
     order = np.argsort(-lengths, kind="stable")
     counts = np.bincount(lengths, minlength=seq_length + 1)
     bins = np.empty(lengths.shape, dtype=np.int64)
-    room = _Room(seq_length)
+    open_bins = _Bins(seq_length)
     placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
-        for space in room.spaces(length):
+        for space in open_bins.spaces(length):
             each = space // length
-            taken = room.take(space, -(-left // each))
+            taken = open_bins.take(space, -(-left // each))
             count = min(left, taken.shape[0] * each)
             bins[order[placed : placed + count]] = np.repeat(taken, each)[:count]
             whole, over = divmod(count, each)
-            room.give(space - each * length, taken[:whole])
-            room.give(space - over * length, taken[whole:])
+            open_bins.give(space - each * length, taken[:whole])
+            open_bins.give(space - over * length, taken[whole:])
             placed, left = placed + count, left - count
             if not left:
                 break
     return bins
 
 
-class _Room:
-    """Bins by the space that is left in them; full ones are forgotten, and of empty ones there are always more."""
+class _Bins:
+    """Partly filled bins by free space; full bins are dropped, new bins are created on demand."""
 
     def __init__(self, seq_length: int) -> None:
         self.seq_length = seq_length
@@ -123,11 +122,11 @@ class _Room:
         self._some: NDArray[np.bool_] = np.zeros(seq_length, dtype=np.bool_)
 
     def spaces(self, length: int) -> list[int]:
-        """Spaces of `length` or more that bins have left, the smallest first."""
+        """Return the free spaces of at least `length`, in increasing order; the last one is that of a new bin."""
         return [*(length + np.flatnonzero(self._some[length:])).tolist(), self.seq_length]
 
     def take(self, space: int, wanted: int) -> NDArray[np.int64]:
-        """At most `wanted` bins with this space, those that have it longest first."""
+        """Remove and return at most `wanted` bins with this space, oldest first."""
         if space == self.seq_length:
             self.num_bins += wanted
             return np.arange(self.num_bins - wanted, self.num_bins)
@@ -137,22 +136,24 @@ class _Room:
         return found[:wanted]
 
     def give(self, space: int, bins: NDArray[np.int64]) -> None:
-        """Bins that now have this space."""
+        """Add bins that now have this space."""
         if space and bins.shape[0]:
             self._bins[space].append(bins)
             self._some[space] = True
 
 
-def lay_out(window: Window, seq_length: int, rng: np.random.RandomState) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where a window's pieces go.
+def lay_out(
+    window: PackingWindow, seq_length: int, rng: np.random.RandomState
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Compute the position of each piece of a window.
 
-    In a bin they keep the order of the file. A bin stands where a random one of its tokens stood, so that any part of
-    the packed file, the end that --split takes for validation above all, has short and long documents as the corpus has
-    them, from about the same place.
+    Pieces of a bin keep the order of the file. The position of a bin in the output is that of a random token of the
+    bin in the input. Every part of the packed file (in particular the end, which --split uses for validation) then has
+    the same distribution of document lengths as the same part of the corpus.
 
     Returns:
-        int64 [pieces]: token, from the first bin's first, at which each piece begins; and
-        int64 [bins]: tokens in each bin before its padding.
+        int64 [pieces]: first token of each piece, relative to the first bin; and
+        int64 [bins]: tokens in each bin before the padding.
     """
     bins = best_fit(window.lengths, seq_length)
     order = np.argsort(bins, kind="stable")
@@ -163,8 +164,8 @@ def lay_out(window: Window, seq_length: int, rng: np.random.RandomState) -> tupl
     begins = np.cumsum(filled) - filled
     tokens = begins + (rng.random_sample(filled.shape[0]) * filled).astype(np.int64)
     chosen = np.argsort(order[np.searchsorted(ends, tokens, side="right")])
-    places = np.empty_like(chosen)
-    places[chosen] = np.arange(chosen.shape[0])
+    positions = np.empty_like(chosen)
+    positions[chosen] = np.arange(chosen.shape[0])
     targets = np.empty_like(order)
-    targets[order] = places[sorted_bins] * seq_length + (ends - lengths) - begins[sorted_bins]
+    targets[order] = positions[sorted_bins] * seq_length + (ends - lengths) - begins[sorted_bins]
     return targets, filled[chosen]

@@ -1,13 +1,11 @@
-"""Worker process pool with one pipe per worker.
+"""Worker process pool: spawned processes with one pipe each.
 
-They are spawned, not forked: a fork would copy the locks of the parent's threads (the progress bar's, a tokenizer
-library's). A pipe each, and no shared queue, because a process that is killed while it holds a queue's lock stops
-everybody.
+Processes are spawned because a fork would copy the locks of the parent's threads (progress bar, tokenizer libraries).
+Each has its own pipe because a process that is killed while it holds the lock of a shared queue blocks all others.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import signal
 import traceback
@@ -22,8 +20,8 @@ from megatron_lite.errors import DataError
 
 Task = TypeVar("Task")
 Event = TypeVar("Event")
-Advance = Callable[[Event], None]
-Job = Callable[[Task, Callable[[Event], None]], None]
+Job = Callable[[Task], Iterator[Event]]
+"""Runs one task and yields events about its progress."""
 
 
 @dataclass
@@ -33,20 +31,20 @@ class _Worker:
 
 
 class Pool(Generic[Task, Event]):
-    """Runs tasks in `count` processes; as a context manager it leaves none behind.
+    """Runs tasks in `count` processes; as a context manager it ends them.
 
     Args:
-        count: processes.
-        make_job: called once in each process; what it returns is called with each task and a function to report
-            events with. Must be picklable, as tasks and events.
+        count: number of processes.
+        make_job: called once in each process; returns the function that runs a task. It must be picklable, as must
+            tasks and events.
     """
 
     def __init__(self, count: int, make_job: Callable[[], Job[Task, Event]]) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
-        # Ctrl-C goes to every process of the terminal, and is the parent's to handle. A blocked signal stays blocked in
-        # a child, from its first instruction on; the parent is told of one that came meanwhile when it is unblocked.
-        # (The library's tracker process goes first: starting it unblocks the signal.)
+        # Ctrl-C reaches every process of the terminal; only the parent handles it. A signal that is blocked here stays
+        # blocked in the children from their first instruction on, and reaches the parent after it is unblocked.
+        # (multiprocessing's resource tracker is started before that, since its start unblocks the signal.)
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -60,10 +58,10 @@ class Pool(Generic[Task, Event]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
-        """Give out the tasks in order and yield what they report, as it comes.
+        """Distribute the tasks in order and yield their events as they arrive.
 
         Raises:
-            DataError: a worker raised one, or died.
+            DataError: a worker raised one, or was killed.
         """
         left = iter(tasks)
         busy: list[_Worker] = []
@@ -79,9 +77,9 @@ class Pool(Generic[Task, Event]):
                     kind, content = worker.pipe.recv()
                 except (EOFError, OSError) as error:
                     raise _died(worker.process) from error
-                if kind == "refused":
+                if kind == "error":
                     raise DataError(content[0], rule=content[1], fix=content[2])
-                if kind == "failed":
+                if kind == "crash":
                     raise RuntimeError(f"in a worker process:\n{content}")
                 if kind == "event":
                     yield content
@@ -116,31 +114,31 @@ class Pool(Generic[Task, Event]):
 def _died(process: BaseProcess) -> DataError:
     process.join(5)
     code = process.exitcode
-    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"ended with {code}"
+    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exited with {code}"
     return DataError(
-        "A worker lives until its work is done",
-        found=f"process {process.pid} {how}",
+        f"Worker process {process.pid} {how} before its work was done",
         fix="If memory ran out, give fewer --workers; the same command continues where this one stopped",
     )
 
 
 def _serve(pipe: Connection, make_job: Callable[[], Job[Task, Event]]) -> None:
-    """A worker's life; it ends when the parent is gone, which closes the pipe."""
+    """Run tasks in a worker process until the parent closes the pipe or ends."""
 
-    def tell(kind: str, content: object) -> None:
+    def send(kind: str, content: object) -> None:
         try:
             pipe.send((kind, content))
-        except OSError:  # nobody waits for the rest
+        except OSError:  # the parent has ended
             raise SystemExit from None
 
     try:
         job = make_job()
         while True:
-            job(pipe.recv(), functools.partial(tell, "event"))
-            tell("done", None)
+            for event in job(pipe.recv()):
+                send("event", event)
+            send("done", None)
     except EOFError:
         return
-    except DataError as error:  # exceptions with keyword arguments do not survive pickling
-        tell("refused", (error.problem, error.rule, error.fix))
+    except DataError as error:  # exceptions with keyword arguments cannot be pickled
+        send("error", (error.problem, error.rule, error.fix))
     except Exception:
-        tell("failed", traceback.format_exc())
+        send("crash", traceback.format_exc())

@@ -1,4 +1,4 @@
-"""Preprocessing progress: a bar on a terminal, Megatron's log lines elsewhere."""
+"""Preprocessing progress display: a bar on a terminal, Megatron's log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from megatron_lite.data.preparation.worker import Step
 from megatron_lite.formatting import format_duration
 
 
-class Progress:
-    """Is told what happens; what a kind of it does not show, it hears in silence."""
+class ProgressDisplay:
+    """Base of progress displays, which shows nothing."""
 
     def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
-        """Work begins: the input's bytes, those of them that are left, and units finished by an earlier run."""
+        """Begin the work.
+
+        Args:
+            total_bytes: bytes of the input.
+            left_bytes: bytes of the unfinished units.
+            units_done: units that an earlier run has finished.
+        """
 
     def advance(self, step: Step) -> None:
-        """A worker went on."""
+        """Add the work of one step."""
 
     def stage(self, what: str, pieces: int) -> None:
-        """All text is read; what is done with it now, in how many pieces."""
+        """Begin a stage after all text is read, of `pieces` pieces."""
 
     def piece(self) -> None:
-        """One piece of the stage is done."""
+        """Add one finished piece of the stage."""
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Print a line."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the display."""
 
 
-class SilentProgress(Progress):
-    """Tells nobody."""
-
-
-class LineProgress(Progress):
-    """Megatron's `Processed {n} documents ({docs/s} docs/s, {MB/s} MB/s).`, with what is left.
+class LineProgress(ProgressDisplay):
+    """Megatron's lines `Processed {n} documents ({docs/s} docs/s, {MB/s} MB/s).`, with the remaining time.
 
     Args:
-        stream: where lines go.
-        interval: a line whenever so many more documents are done; None: a line every few seconds.
-        clock: seconds.
+        stream: output stream.
+        interval: documents between two lines; None: a line every few seconds.
+        clock: current time in seconds.
     """
 
     QUIET_SECONDS = 5.0
@@ -54,32 +56,32 @@ class LineProgress(Progress):
         self._interval = interval
         self._clock = clock
         self._documents = self._text_bytes = self._input_bytes = self._left = 0
-        self._began = self._told = clock()
-        self._told_documents = 0
+        self._started = self._printed = clock()
+        self._printed_documents = 0
         self._stage, self._pieces, self._pieces_done = "", 0, 0
 
     def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
-        """Say how much there is."""
+        """Begin the work, and print what an earlier run has finished."""
         self._left = left_bytes
-        self._began = self._told = self._clock()
+        self._started = self._printed = self._clock()
         if units_done:
             self.say(
                 f"Continuing: {units_done} units are done, {left_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB left"
             )
 
     def advance(self, step: Step) -> None:
-        """Count, and print a line if one is due."""
+        """Add the work of one step, and print a line if one is due."""
         self._documents += step.documents
         self._text_bytes += step.text_bytes
         self._input_bytes += step.input_bytes
         now = self._clock()
         if self._interval is None:
-            due = now - self._told >= self.QUIET_SECONDS
+            due = now - self._printed >= self.QUIET_SECONDS
         else:
-            due = self._documents // self._interval > self._told_documents // self._interval
+            due = self._documents // self._interval > self._printed_documents // self._interval
         if due and step.documents:
-            self._told, self._told_documents = now, self._documents
-            seconds = max(now - self._began, 1e-9)
+            self._printed, self._printed_documents = now, self._documents
+            seconds = max(now - self._started, 1e-9)
             rate = self._input_bytes / seconds
             eta = format_duration((self._left - self._input_bytes) / rate) if rate else "unknown"
             self.say(
@@ -88,17 +90,17 @@ class LineProgress(Progress):
             )
 
     def stage(self, what: str, pieces: int) -> None:
-        """Lines are about this stage from now on."""
+        """Begin a stage."""
         self._stage, self._pieces, self._pieces_done = what, pieces, 0
-        self._began = self._told = self._clock()
+        self._started = self._printed = self._clock()
 
     def piece(self) -> None:
-        """Count, and print a line every few seconds."""
+        """Add one finished piece, and print a line every few seconds."""
         self._pieces_done += 1
         now = self._clock()
-        if now - self._told >= self.QUIET_SECONDS:
-            self._told = now
-            left = (now - self._began) / self._pieces_done * (self._pieces - self._pieces_done)
+        if now - self._printed >= self.QUIET_SECONDS:
+            self._printed = now
+            left = (now - self._started) / self._pieces_done * (self._pieces - self._pieces_done)
             self.say(f"{self._stage}: {self._pieces_done} of {self._pieces} pieces. ETA {format_duration(left)}")
 
     def say(self, text: str) -> None:
@@ -106,8 +108,8 @@ class LineProgress(Progress):
         print(text, file=self._stream, flush=True)
 
 
-class BarProgress(Progress):
-    """A bar with MB/s, documents/s and the time left."""
+class BarProgress(ProgressDisplay):
+    """Progress bar with MB/s, documents/s and the remaining time."""
 
     def __init__(self, stream: TextIO) -> None:
         import rich.console
@@ -127,31 +129,31 @@ class BarProgress(Progress):
         )
         self._task: Any = None
         self._documents = self._text_bytes = 0
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def start(self, total_bytes: int, left_bytes: int, units_done: int) -> None:
         """Show the bar."""
         if units_done:
             self.say(f"Continuing: {units_done} units are done")
         self._task = self._bar.add_task("preprocess", total=left_bytes, rate="")
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._bar.start()
 
     def advance(self, step: Step) -> None:
-        """Move the bar."""
+        """Add the work of one step."""
         self._documents += step.documents
         self._text_bytes += step.text_bytes
-        seconds = max(time.monotonic() - self._began, 1e-9)
+        seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{self._text_bytes / seconds / 1e6:.1f} MB/s  {self._documents / seconds:,.0f} docs/s"
         self._bar.update(self._task, advance=step.input_bytes, rate=rate)
 
     def stage(self, what: str, pieces: int) -> None:
-        """Begin the bar again."""
+        """Begin a stage with a new bar."""
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(what, total=pieces, rate="")
 
     def piece(self) -> None:
-        """Move the bar."""
+        """Add one finished piece."""
         self._bar.update(self._task, advance=1)
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Preprocessing statistics: document, token and rejection counts, summed over units."""
+"""Preprocessing statistics: counts of documents, tokens and rejected lines, per unit and in total."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 KEPT_EXAMPLES = 20
-"""Bad lines, and outliers of each kind, that are named; the others are counted."""
+"""Bad lines, and outliers of each kind, that are recorded; the others are counted."""
 
 SHOWN = 5
-"""Examples of each kind that are printed; the manifest has all that were kept."""
+"""Examples of each kind that are printed; the manifest has all recorded ones."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A line worth looking at: how extreme it is, and what about it."""
+    """Line number of a bad line or an outlier, with its score and description."""
 
     line: int
     score: float
@@ -22,36 +22,36 @@ class Example:
 
 
 @dataclass
-class Report:
-    """Counts of one unit, or of all of them. Line numbers are the unit's own until `locate` makes them the file's."""
+class UnitReport:
+    """Counts of one unit or the sum over units; line numbers are relative to the unit."""
 
     lines: int = 0
     blank: int = 0
     bad: int = 0
     not_sampled: int = 0
     documents: int = 0
-    """Documents in the output, of the first key."""
+    """Documents of the first key in the output."""
     empty: int = 0
-    """Documents without tokens, over all keys."""
+    """Documents without tokens, of all keys."""
     too_few_chars: int = 0
     too_few_tokens: int = 0
     too_many_tokens: int = 0
     document_bytes: int = 0
-    """Bytes of the texts in the output, over all keys."""
+    """UTF-8 bytes of the texts in the output, of all keys."""
     text_bytes: int = 0
-    """Bytes of the lines that were read (unpacked)."""
+    """Bytes of the lines read (after decompression)."""
     tokens: int = 0
-    """Tokens in the output, over all keys, ends of documents included."""
+    """Tokens in the output, of all keys, including end-of-document tokens."""
     unknown: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    """Kinds of bad lines."""
+    """Number of bad lines by reason."""
     bad_lines: list[Example] = field(default_factory=list)
     longest: list[Example] = field(default_factory=list)
     repetitive: list[Example] = field(default_factory=list)
     with_unknown: list[Example] = field(default_factory=list)
 
     def reject(self, line: int, reason: str) -> None:
-        """Count a bad line, and remember the first few."""
+        """Count a bad line, and record the first KEPT_EXAMPLES."""
         self.bad += 1
         kind = reason.split(":")[0].split(" at ")[0]
         self.reasons[kind] = self.reasons.get(kind, 0) + 1
@@ -59,7 +59,7 @@ class Report:
             self.bad_lines.append(Example(line, 0.0, reason))
 
     def note(self, kind: str, example: Example) -> None:
-        """Remember an example if it is among the most extreme of its kind (high scores are)."""
+        """Record an example if its score is among the highest of its kind."""
         kept: list[Example] = getattr(self, kind)
         limit = 1 if kind == "longest" else KEPT_EXAMPLES
         if len(kept) < limit or example.score > kept[-1].score:
@@ -68,34 +68,34 @@ class Report:
             del kept[limit:]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the report as JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Report:
-        """From `to_dict`'s JSON."""
+    def from_dict(cls, saved: dict[str, Any]) -> UnitReport:
+        """Return the report of a JSON object from `to_dict`."""
         examples = {kind: [Example(**one) for one in saved[kind]] for kind in EXAMPLE_KINDS}
         return cls(**{**saved, **examples})
 
 
-COUNTS = tuple(item.name for item in fields(Report) if item.type == "int")
+COUNTS = tuple(item.name for item in fields(UnitReport) if item.type == "int")
 EXAMPLE_KINDS = ("bad_lines", "longest", "repetitive", "with_unknown")
 
 
 @dataclass
 class Summary:
-    """All units' reports as one, with examples as `file:line`."""
+    """Sum of the reports of all units, with examples as `file:line`."""
 
-    total: Report = field(default_factory=Report)
+    total: UnitReport = field(default_factory=UnitReport)
     places: dict[str, list[tuple[float, str, str]]] = field(
         default_factory=lambda: {kind: [] for kind in EXAMPLE_KINDS}
     )
-    """For each kind of example: (score, file:line, what), the most extreme first."""
+    """(score, file:line, description) of each kind of example, highest score first."""
     empty_inputs: list[str] = field(default_factory=list)
-    """Files without a line."""
+    """Input files without a line."""
 
-    def add(self, report: Report, path: str, lines_before: int) -> None:
-        """Add a unit of the file `path` that `lines_before` of its lines precede."""
+    def add(self, report: UnitReport, path: str, lines_before: int) -> None:
+        """Add the report of a unit of the file `path`, before which the file has `lines_before` lines."""
         for name in COUNTS:
             setattr(self.total, name, getattr(self.total, name) + getattr(report, name))
         for kind, count in report.reasons.items():
@@ -109,14 +109,14 @@ class Summary:
             del place[limit:]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for the manifest."""
+        """Return the summary as JSON, for the manifest."""
         counts = {name: getattr(self.total, name) for name in COUNTS}
         examples = {kind: [f"{place} {what}" for _, place, what in self.places[kind]] for kind in EXAMPLE_KINDS}
         reasons = dict(sorted(self.total.reasons.items()))
         return {**counts, "reasons": reasons, **examples, "empty_inputs": self.empty_inputs}
 
     def text(self) -> str:
-        """For people: what went in, what came out, and what is odd."""
+        """Return the summary as text: input, output, dropped documents, outliers."""
         total = self.total
         per_token = total.document_bytes / total.tokens if total.tokens else 0.0
         rows = [
@@ -142,14 +142,14 @@ class Summary:
                 text.append(f"  {'':<18} and {hidden:,} more")
         return "\n".join(text)
 
-    def why_nothing(self) -> str:
-        """Where all the lines went, of a run that has nothing to show for them."""
+    def explain_empty(self) -> str:
+        """Return the reasons why the output has no tokens."""
         lost = ", ".join(f"{name} {count:,}" for name, count in self._dropped().items())
         first = "".join(f"; {place} {what}" for _, place, what in self.places["bad_lines"][:1])
-        return f"nothing is left of {self.total.lines:,} lines of input" + (f": {lost}{first}" if lost else "")
+        return f"no tokens are left of {self.total.lines:,} lines of input" + (f" ({lost}{first})" if lost else "")
 
     def _dropped(self) -> dict[str, int]:
-        """What is not in the output as it was in the input, if there is any."""
+        """Return the counts of dropped or altered documents that are not zero."""
         total = self.total
         counts = {
             "empty inputs": len(self.empty_inputs),

@@ -1,46 +1,51 @@
-"""Preprocessing run: plans units, starts workers, joins their shards into the final dataset."""
+"""Preprocessing run: plans units, runs workers, concatenates their shards into the final dataset."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.format import manifest as papers
-from megatron_lite.data.format.index_format import idx_path, smallest_token_type
+from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
-from megatron_lite.data.preparation.job import Task, build_job
+from megatron_lite.data.format.manifest import is_complete, manifest_of, manifest_path, require_absent, write_manifest
+from megatron_lite.data.preparation.lines import read_lines
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Pool
-from megatron_lite.data.preparation.progress import Progress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.report import Summary
 from megatron_lite.data.preparation.sentences import SentenceSplitter
-from megatron_lite.data.preparation.shard import Shard
 from megatron_lite.data.preparation.shuffle import plan_buckets
 from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units, unit_size
-from megatron_lite.data.preparation.work_folder import Done, WorkFolder, plan_hash
-from megatron_lite.data.preparation.worker import Step
+from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder, plan_hash
+from megatron_lite.data.preparation.worker import Step, Task, build_job
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
 _Pool = Pool[Task, Step]
 
+PROBED_LINES = 1000
+"""Lines from which the mean size of a document is estimated."""
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made."""
+    """Result of a preprocessing run."""
 
     prefixes: tuple[str, ...]
-    """The datasets, one for each key, as --data-path takes them."""
+    """The datasets, one for each JSON key, in the form that --data-path takes."""
     summary: str
-    """For people; empty if an earlier run had completed them."""
+    """Summary as text; empty if an earlier run had completed the datasets."""
 
 
-def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
-    """Make the datasets. Killed at any moment, the same call goes on and gives the same bytes.
+def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
+    """Tokenize the input into datasets. After an interruption the same call continues, with the same bytes as a result.
 
     Raises:
         DataError: the input or the tokenizer is missing or damaged, a line is bad, or the output cannot be written.
@@ -49,10 +54,14 @@ def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
     units = plan_units(sources, options.unit_bytes, options.limit_bytes)
     with contextlib.closing(progress), _start_workers(options, min(options.workers, len(units))) as pool:
         run = _Run(options, sources, units, pool, progress)
-        if run.is_complete():
-            run.tidy_up()
+        if all(is_complete(prefix, run.plan) for prefix in run.prefixes):
+            # Delete what an interrupted deletion left, but keep unfinished work of another command.
+            if WorkFolder.path_of(options.output_prefix).is_dir() and run.unfinished_plan in ("", run.plan):
+                WorkFolder(options.output_prefix, run.plan).remove()
             return Result(run.prefixes, "")
-        run.refuse_to_overwrite()
+        if not options.overwrite and run.unfinished_plan != run.plan:
+            for prefix in run.prefixes:
+                require_absent(prefix)
         folder = WorkFolder(options.output_prefix, run.plan)
         try:
             summary = run.make(folder)
@@ -63,9 +72,9 @@ def preprocess(options: PreprocessOptions, progress: Progress) -> Result:
 
 
 def _start_workers(options: PreprocessOptions, count: int) -> contextlib.AbstractContextManager[_Pool | None]:
-    """Worker processes; none for one worker, which is this process.
+    """Start worker processes; with one worker, the work is done in this process.
 
-    They start before anything else is done: they import and build their tokenizers while this process reads its own.
+    They are started first, so that they import libraries and build their tokenizers while this process builds its own.
     """
     if count <= 1:
         return contextlib.nullcontext()
@@ -73,7 +82,7 @@ def _start_workers(options: PreprocessOptions, count: int) -> contextlib.Abstrac
 
 
 class _Run:
-    """One call's options and what follows from them."""
+    """Options of one call, and the values that follow from them."""
 
     def __init__(
         self,
@@ -81,18 +90,18 @@ class _Run:
         sources: Sequence[Source],
         units: Sequence[Unit],
         pool: _Pool | None,
-        progress: Progress,
+        progress: ProgressDisplay,
     ) -> None:
         self.options = options
         self.sources = sources
         self.units = units
         self.pool = pool
         self.progress = progress
-        # Where others encode, this process needs the vocabulary and not its fast encoder, the larger part of the wait.
+        # With workers, this process needs only the vocabulary: building the fast encoder takes most of the time.
         config = options.tokenizer if pool is None else replace(options.tokenizer, fast=False)
         self.tokenizer = tokenizer = build_tokenizer(config)
         self.prefixes = tuple(map(options.prefix, options.json_keys))
-        self.about: dict[str, Any] = {
+        self.tokenizer_entry: dict[str, Any] = {
             "type": options.tokenizer.type,
             "fingerprint": tokenizer.fingerprint(),
             "rules": tokenizer.rules(),
@@ -101,57 +110,34 @@ class _Run:
             "eod": tokenizer.eod if options.append_eod else None,
         }
         if options.split_sentences:
-            self.about["punkt"] = SentenceSplitter(options.language, options.keep_newlines).fingerprint()
-        self.plan = plan_hash(options, sources, self.about, unit_size(sources, options.unit_bytes))
-
-    def is_complete(self) -> bool:
-        """Whether an earlier run of the same plan made every dataset."""
-        for prefix in self.prefixes:
-            made = papers.read_manifest(prefix)
-            if made is None or made.plan != self.plan:
-                return False
-            papers.check_files(prefix, made, contents=False)
-        return True
-
-    def tidy_up(self) -> None:
-        """Remove what an interrupted removal left, but not the unfinished work of another command."""
-        prefix = self.options.output_prefix
-        if WorkFolder.path_of(prefix).is_dir() and WorkFolder.plan_of(prefix) in ("", self.plan):
-            WorkFolder(prefix, self.plan).remove()
-
-    def refuse_to_overwrite(self) -> None:
-        """Leave alone what another command made.
-
-        Raises:
-            DataError: there is such a file, and --overwrite is not given.
-        """
-        if self.options.overwrite or WorkFolder.plan_of(self.options.output_prefix) == self.plan:
-            return
-        for prefix in self.prefixes:
-            papers.refuse_to_replace(prefix)
+            splitter = SentenceSplitter(options.language, options.keep_newlines)
+            self.tokenizer_entry["punkt"] = splitter.fingerprint()
+        self.plan = plan_hash(options, sources, self.tokenizer_entry, unit_size(sources, options.unit_bytes))
+        self.unfinished_plan = WorkFolder.plan_of(options.output_prefix)
 
     def make(self, folder: WorkFolder) -> Summary:
-        """All the work; returns what was seen."""
+        """Process all units, write the datasets, and return the summary."""
         if folder.discarded:
-            self.progress.say("Unfinished work of another command with this --output-prefix was thrown away.")
+            self.progress.say("Unfinished work of another command with this --output-prefix was deleted.")
         units = self.units
         finished = set(folder.finished())
         todo = [unit for unit in units if unit.number not in finished]
         self.progress.start(_size(units), _size(todo), len(units) - len(todo))
-        self._work(folder.path, todo, self.progress.advance)
+        for step in self._work(folder.path, todo):
+            self.progress.advance(step)
         done = [folder.read(unit.number) for unit in units]
-        summary = _summarise(self.sources, units, done)
+        summary = _summarize(self.sources, units, done)
         if not any(shard.num_bytes for one in done for shard in one.shards):
             raise DataError(
-                "A dataset has tokens in it",
-                found=summary.why_nothing(),
-                fix="Give --input files with text under the key of --json-keys, or loosen the filters",
+                f"The dataset would be empty: {summary.explain_empty()}",
+                fix="Give --input files with text under the key of --json-keys, or relax the filters",
             )
         if self.options.shuffle:
             buckets = plan_buckets(len(units), [one.shards for one in done])
             rest = [bucket for bucket in buckets if bucket.number not in finished]
             self.progress.stage("shuffle", len(rest))
-            self._work(folder.path, rest, lambda _: self.progress.piece())
+            for _ in self._work(folder.path, rest):
+                self.progress.piece()
             folder.drop([shard for one in done for shard in one.shards])
             done = [folder.read(bucket.number) for bucket in buckets]
         self.progress.stage("join", len(done) * len(self.prefixes))
@@ -159,44 +145,37 @@ class _Run:
             self._join(prefix, [one.shards[key] for one in done], summary)
         return summary
 
-    def _work(self, folder: Path, tasks: Sequence[Task], tell: Callable[[Step], None]) -> None:
-        if self.pool is None:
-            job = build_job(self.options, folder, self.tokenizer)
-            for task in tasks:
-                job(task, tell)
-            return
-        for step in self.pool.run(tasks):
-            tell(step)
+    def _work(self, folder: Path, tasks: Sequence[Task]) -> Iterator[Step]:
+        """Run tasks in the workers or in this process, and yield their steps."""
+        if self.pool is not None:
+            return self.pool.run(tasks)
+        return chain.from_iterable(map(build_job(self.options, folder, self.tokenizer), tasks))
 
     def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
-        """Put shards end to end under the final name; the manifest comes last."""
+        """Concatenate shards under the final name; the manifest is written last."""
         with IndexedDatasetWriter(prefix, smallest_token_type(self.tokenizer.vocab_size)) as writer:
             for shard in shards:
                 writer.append(shard.name)
                 self.progress.piece()
-            papers.manifest_path(prefix).unlink(missing_ok=True)
-        manifest = papers.Manifest(
-            dtype=writer.dtype.name,
-            documents=writer.num_documents,
-            sequences=writer.num_sequences,
-            tokens=writer.num_tokens,
-            bin_pieces=[(shard.num_bytes, shard.checksum) for shard in shards],
-            idx_pieces=papers.file_pieces(idx_path(prefix)),
-            tokenizer=self.about,
+            manifest_path(prefix).unlink(missing_ok=True)
+        manifest = manifest_of(
+            writer,
+            [(shard.num_bytes, shard.checksum) for shard in shards],
+            self.tokenizer_entry,
             flags=self.options.identity(),
             inputs=[{"path": source.path, "bytes": source.num_bytes} for source in self.sources],
             plan=self.plan,
             report=summary.to_dict(),
         )
-        papers.write_manifest(prefix, manifest)
+        write_manifest(prefix, manifest)
 
 
 def _size(units: Sequence[Unit]) -> int:
     return sum(unit.num_bytes for unit in units)
 
 
-def _summarise(sources: Sequence[Source], units: Sequence[Unit], done: Sequence[Done]) -> Summary:
-    """All reports as one, with places as file:line."""
+def _summarize(sources: Sequence[Source], units: Sequence[Unit], done: Sequence[FinishedUnit]) -> Summary:
+    """Return the sum of all reports, with line numbers of the files."""
     summary = Summary()
     lines = dict.fromkeys((source.path for source in sources), 0)
     for unit, one in zip(units, done, strict=True):
@@ -205,3 +184,36 @@ def _summarise(sources: Sequence[Source], units: Sequence[Unit], done: Sequence[
         lines[path] += one.report.lines
     summary.empty_inputs = [path for path, count in lines.items() if not count]
     return summary
+
+
+def measure_worker_counts(
+    options: PreprocessOptions, counts: Sequence[int], max_documents: int
+) -> Iterator[tuple[int, int, float]]:
+    """Preprocess about `max_documents` documents with each number of workers (--find-optimal-num-workers).
+
+    Yields:
+        Number of workers, bytes of input, and seconds of each run.
+    """
+    limit = _bytes_of(options, max_documents)
+    for workers in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            # The same units for every count, and enough of them for the largest.
+            unit_bytes = max(1 << 16, limit // (4 * max(counts)))
+            prefix = str(Path(folder) / "trial")
+            started = time.monotonic()
+            trial = replace(
+                options, output_prefix=prefix, workers=workers, limit_bytes=limit, unit_bytes=unit_bytes, shuffle=False
+            )
+            preprocess(trial, ProgressDisplay())
+            yield workers, limit, time.monotonic() - started
+
+
+def _bytes_of(options: PreprocessOptions, documents: int) -> int:
+    """Return the estimated bytes of input of a number of documents, from the first PROBED_LINES lines."""
+    sources = find_sources(options.inputs)
+    total = sum(source.num_bytes for source in sources)
+    for unit in plan_units(sources, unit_bytes=1 << 62):
+        lines = list(islice(read_lines(unit, options.json_keys), PROBED_LINES))
+        if lines:
+            return max(1, min(total, lines[-1].position * documents // len(lines)))
+    return max(1, total)

@@ -1,4 +1,4 @@
-"""Sentence splitting with nltk's punkt, for --split-sentences."""
+"""Sentence splitter for --split-sentences, based on nltk's punkt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from megatron_lite.errors import DataError, install_extra
 
 
 class SentenceSplitter:
-    """Punkt for one language. `keep_newlines` makes line breaks that end a sentence part of it, as Megatron does.
+    """Punkt sentence splitter for one language.
+
+    Args:
+        language: name of the punkt model.
+        keep_newlines: include the line breaks after a sentence in the sentence, as Megatron does.
 
     Raises:
-        DataError: nltk is not installed, or has no punkt data of that language.
+        DataError: nltk is not installed, or has no punkt data for the language.
     """
 
     def __init__(self, language: str, keep_newlines: bool) -> None:
@@ -23,29 +27,28 @@ class SentenceSplitter:
             punkt, data = (importlib.import_module(f"nltk.{name}") for name in ("tokenize.punkt", "data"))
             tokenizer = punkt.PunktTokenizer
         except (ImportError, AttributeError) as error:
+            problem = "is older than 3.9" if isinstance(error, AttributeError) else "is not installed"
             raise DataError(
-                "--split-sentences needs the nltk library, 3.9 or newer",
-                found="it is older" if isinstance(error, AttributeError) else "it is not installed",
-                fix=install_extra("sentences"),
+                f"The nltk library, which --split-sentences needs, {problem}", fix=install_extra("sentences")
             ) from error
         try:
             self._punkt: Any = tokenizer(language)
         except (LookupError, ValueError, OSError) as error:
             raise DataError(
-                "--split-sentences needs nltk's punkt data",
-                found=f"there is no folder tokenizers/punkt_tab/{language} in any of {', '.join(data.path)}",
+                f"nltk's punkt data for --split-sentences are missing: there is no folder tokenizers/punkt_tab/"
+                f"{language} in any of {', '.join(data.path)}",
                 fix="Run python -m nltk.downloader punkt_tab; without a network, run it elsewhere and copy its "
-                "nltk_data folder to one of these, or name the folder in NLTK_DATA",
+                "nltk_data folder to one of these, or set NLTK_DATA to the folder",
             ) from error
         if keep_newlines:
             self._punkt._lang_vars = _newline_keeping_variables(punkt)
 
     def split(self, text: str) -> list[str]:
-        """The sentences of a text; at least one, which may be empty."""
+        """Return the sentences of a text; at least one, which may be empty."""
         return list(self._punkt.tokenize(text)) or [""]
 
     def fingerprint(self) -> str:
-        """Hash of the model: its abbreviations, collocations, words that begin sentences, and how words are written."""
+        """Return a hash of the model: abbreviations, collocations, sentence starters and orthographic context."""
         model = self._punkt._params
         parts = (model.abbrev_types, model.collocations, model.sent_starters, model.ortho_context.items())
         return "sha256:" + hashlib.sha256(json.dumps([sorted(part) for part in parts]).encode()).hexdigest()
@@ -53,12 +56,12 @@ class SentenceSplitter:
 
 def _newline_keeping_variables(punkt: Any) -> Any:
     class Variables(punkt.PunktLanguageVars):
-        """Punkt's rules, with a sentence reaching over the blanks that follow it."""
+        """Punkt's rules, with trailing whitespace included in the sentence."""
 
         _period_context_fmt = r"""
             \S*                          # some word material
             %(SentEndChars)s             # a potential sentence ending
-            \s*                          # blanks belong to the sentence
+            \s*                          # whitespace belongs to the sentence
             (?=(?P<after_tok>
                 %(NonWord)s              # either other punctuation
                 |

@@ -1,8 +1,8 @@
-"""External document shuffle: random order with one bucket in memory at a time.
+"""External shuffle of documents: random order with one bucket in memory at a time.
 
-Every document draws a 64-bit number; the output is sorted by it. A unit sorts its own shard; then each bucket, a
-range of numbers that holds about BUCKET_BYTES of tokens, takes its run of documents from every shard and sorts those.
-Buckets are tasks for the workers as units are, and their shards end to end are the shuffled dataset.
+Each document draws a 64-bit key, and the output is sorted by key. First each unit sorts its own shard. Then each bucket
+(a range of keys with about BUCKET_BYTES of tokens) reads its contiguous run of documents from every shard and sorts
+them. Workers process buckets like units; the concatenated shards of the buckets are the shuffled dataset.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.format.index_format import bin_path, idx_path
-from megatron_lite.data.format.indexed_dataset import IndexedDataset
-from megatron_lite.data.preparation.shard import Shard, ShardWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.preparation.work_folder import Shard
 
 BUCKET_BYTES = 128 << 20
 CHUNK_TOKENS = 1 << 20
@@ -25,17 +25,17 @@ CHUNK_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Bucket:
-    """Task: the documents of all shards whose numbers lie in the `index`-th of `count` equal ranges."""
+    """Task: sort the documents of all shards whose keys are in the `index`-th of `count` equal ranges."""
 
     number: int
     index: int
     count: int
     shards: tuple[tuple[str, ...], ...]
-    """Names of the sorted shards, for each key."""
+    """Names of the sorted shards, by JSON key."""
 
 
 def plan_buckets(first: int, shards: Sequence[Sequence[Shard]]) -> list[Bucket]:
-    """The buckets of finished units' shards ([units][keys]), numbered from `first` on."""
+    """Return the buckets for the shards of finished units, [units][JSON keys], numbered from `first`."""
     total = sum(shard.num_bytes for unit in shards for shard in unit)
     count = max(1, -(-total // BUCKET_BYTES))
     names = tuple(tuple(shard.name for shard in of_key) for of_key in zip(*shards, strict=True))
@@ -43,7 +43,7 @@ def plan_buckets(first: int, shards: Sequence[Sequence[Shard]]) -> list[Bucket]:
 
 
 class _Run(NamedTuple):
-    """Documents end to end: their numbers [documents], and their sequences and tokens."""
+    """Contiguous documents of a shard: keys [documents], sequences, lengths and tokens."""
 
     order: npt.NDArray[np.uint64]
     sequences: npt.NDArray[np.int64]
@@ -52,36 +52,34 @@ class _Run(NamedTuple):
 
 
 def sort_shard(shard: Shard, order: npt.NDArray[np.uint64]) -> Shard:
-    """Rewrite a shard with its documents sorted by `order`, [documents], and their sorted numbers in `.order`."""
+    """Rewrite a shard with its documents sorted by `order`, [documents], and write the sorted keys to `.order`."""
     dataset = IndexedDataset(shard.name)
     name = f"{shard.name}s"
-    places = np.argsort(order, kind="stable")
+    positions = np.argsort(order, kind="stable")
     tokens = np.diff(np.concatenate((np.array([0]), np.cumsum(dataset.sizes, dtype=np.int64)))[dataset.document_index])
-    with ShardWriter(name, dataset.dtype) as writer:
-        for chunk in _chunks(places, tokens[places]):
-            _write_documents(dataset, chunk, writer)
-    order[places].tofile(f"{name}.order")
+    checksum = 0
+    with IndexedDatasetWriter(name, dataset.dtype) as writer:
+        for documents in _chunks(positions, tokens[positions]):
+            firsts, lasts = dataset.document_index[documents], dataset.document_index[documents + 1]
+            sequences = [index for first, last in zip(firsts, lasts, strict=True) for index in range(first, last)]
+            parts = [dataset.get(index) for index in sequences] or [np.empty(0, dataset.dtype)]
+            lengths = dataset.sizes[sequences].astype(np.int64)
+            checksum = writer.add_batch(np.concatenate(parts), lengths, lasts - firsts, checksum)
+    order[positions].tofile(f"{name}.order")
     del dataset
     bin_path(shard.name).unlink()
     idx_path(shard.name).unlink()
-    return Shard(name, writer.num_bytes, writer.checksum)
+    return Shard(name, writer.num_bytes, checksum)
 
 
-def _chunks(places: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Consecutive documents of together about CHUNK_TOKENS."""
+def _chunks(positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Split documents into chunks of about CHUNK_TOKENS."""
     group = np.cumsum(tokens) // CHUNK_TOKENS
-    return [chunk for chunk in np.split(places, np.flatnonzero(np.diff(group)) + 1) if len(chunk)]
-
-
-def _write_documents(dataset: IndexedDataset, documents: npt.NDArray[np.int64], writer: ShardWriter) -> None:
-    firsts, lasts = dataset.document_index[documents], dataset.document_index[documents + 1]
-    sequences = [index for first, last in zip(firsts, lasts, strict=True) for index in range(first, last)]
-    parts = [dataset.get(index) for index in sequences] or [np.empty(0, dataset.dtype)]
-    writer.add_batch(np.concatenate(parts), dataset.sizes[sequences].astype(np.int64), lasts - firsts)
+    return [chunk for chunk in np.split(positions, np.flatnonzero(np.diff(group)) + 1) if len(chunk)]
 
 
 def write_bucket(bucket: Bucket, prefix: Path) -> list[Shard]:
-    """Write the shards `{prefix}.{number of the key}` of a bucket."""
+    """Write the shards `{prefix}.{number of the JSON key}` of a bucket."""
     return [_write_key(bucket, names, f"{prefix}.{key}") for key, names in enumerate(bucket.shards)]
 
 
@@ -92,19 +90,21 @@ def _write_key(bucket: Bucket, names: Sequence[str], target: str) -> Shard:
     lengths = np.concatenate([run.lengths for run in runs])
     tokens = np.concatenate([run.tokens for run in runs])
     del runs
-    places = np.argsort(order, kind="stable")
+    positions = np.argsort(order, kind="stable")
     last = np.cumsum(sequences)
     ends = np.concatenate(([0], np.cumsum(lengths)))
-    with ShardWriter(target, tokens.dtype) as writer:
-        for chunk in _chunks(places, (ends[last] - ends[last - sequences])[places]):
+    checksum = 0
+    with IndexedDatasetWriter(target, tokens.dtype) as writer:
+        for chunk in _chunks(positions, (ends[last] - ends[last - sequences])[positions]):
             spans = [(last[i] - sequences[i], last[i]) for i in chunk.tolist()]
             part = np.concatenate([tokens[ends[a] : ends[b]] for a, b in spans])
-            writer.add_batch(part, np.concatenate([lengths[a:b] for a, b in spans]), sequences[chunk])
-    return Shard(target, writer.num_bytes, writer.checksum)
+            part_lengths = np.concatenate([lengths[a:b] for a, b in spans])
+            checksum = writer.add_batch(part, part_lengths, sequences[chunk], checksum)
+    return Shard(target, writer.num_bytes, checksum)
 
 
 def _read_run(name: str, bucket: Bucket) -> _Run:
-    """A sorted shard's documents in the bucket: they lie side by side."""
+    """Read the documents of a sorted shard that are in the bucket, which are contiguous."""
     dataset = IndexedDataset(name)
     order = np.fromfile(f"{name}.order", np.uint64)
     low, high = (_boundary(bucket.index + step, bucket.count, order) for step in (0, 1))
@@ -116,7 +116,7 @@ def _read_run(name: str, bucket: Bucket) -> _Run:
 
 
 def _boundary(index: int, count: int, order: npt.NDArray[np.uint64]) -> int:
-    """Documents with a number below `index / count` of the whole range."""
+    """Return the number of documents with a key below `index / count` of the range of keys."""
     if index == count:
         return len(order)
     return int(np.searchsorted(order, np.uint64((index << 64) // count)))

@@ -1,11 +1,11 @@
-"""Input files of preprocessing, split into units of work by byte ranges."""
+"""Input files of preprocessing, and their division into units of work by byte ranges."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,12 +24,12 @@ KINDS: dict[str, Kind] = {
     ".zst": "zstd",
     ".parquet": "parquet",
 }
-"""Formats by a file's ending, for files whose first bytes announce none."""
+"""Formats by file suffix, for files whose first bytes do not identify the format."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input file. Its time of change tells a continued run that it is not the file it began with."""
+    """Input file; the modification time detects changes between an interrupted run and its continuation."""
 
     path: str
     kind: Kind
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """One worker's errand: the lines that begin in bytes [start, end) of a file; of a packed file, all of it."""
+    """Unit of work: the lines that begin in bytes [start, end) of a file, or all lines of a compressed file."""
 
     number: int
     source: Source
@@ -48,31 +48,27 @@ class Unit:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the file that this unit reads."""
+        """Number of bytes of the unit."""
         return self.end - self.start
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that paths and globs name, in the order given (a glob's files sorted by name).
+    """Return the files of paths and globs in the order given; the files of a glob are sorted by name.
 
     Raises:
-        DataError: a path does not exist or is a folder, a glob matches nothing, a file is named twice, its library is
-            not installed, or it is packed and has no bytes.
+        DataError: a path does not exist or is a folder, a glob matches nothing, a file is given twice, the library for
+            its format is not installed, or a compressed file is empty.
     """
     if not inputs:
-        raise DataError("Preprocessing needs input", found="no --input is given", fix="Give --input FILE …")
+        raise DataError("No --input is given", fix="Give --input FILE …")
     paths = [path for name in inputs for path in _expand(name)]
     seen: dict[str, str] = {}
     for path in paths:
-        place = os.path.normpath(Path(path).absolute())
-        if place in seen:
-            other = f", as {seen[place]} too" if seen[place] != path else ""
-            raise DataError(
-                "Each input file is read once",
-                found=f"{path} is named more than once{other}",
-                fix="Name it once in --input",
-            )
-        seen[place] = path
+        absolute = os.path.normpath(Path(path).absolute())
+        if absolute in seen:
+            other = f", also as {seen[absolute]}" if seen[absolute] != path else ""
+            raise DataError(f"{path} is given more than once{other}", fix="Name it once in --input")
+        seen[absolute] = path
     return [_source(Path(path)) for path in paths]
 
 
@@ -82,8 +78,7 @@ def _expand(name: str) -> list[str]:
     found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []  # noqa: PTH207, Path.glob is relative
     if not found:
         raise DataError(
-            "Every --input exists",
-            found=f"{name} {'matches no file' if glob.has_magic(name) else 'does not exist'}",
+            f"--input {name} {'matches no file' if glob.has_magic(name) else 'does not exist'}",
             fix="Give the paths of the files, or a glob in quotes",
         )
     return found
@@ -92,19 +87,16 @@ def _expand(name: str) -> list[str]:
 def _source(path: Path) -> Source:
     if not is_utf8(str(path)):
         raise DataError(
-            "Names of --input files are UTF-8",
-            found=f"{shown_bytes(str(path))} (matched by a glob)",
+            f"The name of an --input file is not UTF-8: {shown_bytes(str(path))} (matched by a glob)",
             fix="Rename the file to a name in UTF-8, as with `convmv -t utf8`",
         )
     if path.is_dir():
-        raise DataError(
-            "--input names files", found=f"{path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'"
-        )
+        raise DataError(f"--input {path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'")
     if not path.is_file():
         raise DataError(
-            "--input names files, which workers read from any place",
-            found=f"{path} is a pipe or a device",
-            fix="Write its content to a file and name that",
+            f"--input {path} is a pipe or a device",
+            rule="Workers read input files at several positions",
+            fix="Write its content to a file and give the file to --input",
         )
     try:
         with path.open("rb") as file:
@@ -112,34 +104,34 @@ def _source(path: Path) -> Source:
             status = path.stat()
     except OSError as error:
         raise DataError(
-            "Every --input can be read",
-            found=f"{path}: {error.strerror}",
+            f"Cannot read --input {path}: {error.strerror}",
             fix=f"Make it readable, as with chmod u+r {path}",
         ) from error
     kind = _kind(path, head)
-    library = _missing_library(kind)
+    if kind == "parquet":
+        library = "" if importlib.util.find_spec("pyarrow") else "pyarrow"
+    else:
+        library = "" if kind == "text" else missing_library(kind)
     if library:
         raise DataError(
-            f"{kind} files are read with the {library} library",
-            found=f"{path} is one, and {library} is not installed",
-            fix="Unpack the file, or use a Python that was built with this library"
+            f"Cannot read the {kind} file {path}: the {library} library is not installed",
+            fix="Decompress the file, or use a Python that was built with this library"
             if library.startswith("_")
             else install_extra("data"),
         )
     if kind != "text" and not status.st_size:
         raise DataError(
-            "A packed input must be whole",
-            found=f"{path} has no bytes, not even those of an empty {path.suffix}",
-            fix="Copy or pack the file again, or leave it out of --input",
+            f"{path} is truncated: it has no bytes, fewer than an empty {path.suffix} file",
+            fix="Copy or compress the file again, or leave it out of --input",
         )
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
 
 
 def _kind(path: Path, head: bytes) -> Kind:
-    """The format of a file: what its first bytes announce, else what its ending says.
+    """Return the format of a file by its first bytes, or else by its suffix.
 
     Raises:
-        DataError: it is neither text nor in a format that is read here.
+        DataError: the format is not supported.
     """
     if head.startswith(PARQUET):
         return "parquet"
@@ -148,41 +140,29 @@ def _kind(path: Path, head: bytes) -> Kind:
     kind = KINDS.get(path.suffix.lower(), "text")
     if kind == "text" and (foreign := foreign_format(head)):
         raise DataError(
-            "--input names UTF-8 JSON lines, plain or compressed (gzip, bz2, xz, zstd), or Parquet files",
-            found=f"{path} is {foreign}",
+            f"--input {path} is {foreign}",
+            rule="Supported are UTF-8 JSON lines, plain or compressed (gzip, bz2, xz, zstd), and Parquet files",
             fix="Convert it: iconv -t UTF-8 for text, unpack an archive",
         )
     return kind
 
 
-def _missing_library(kind: Kind) -> str:
-    if kind == "parquet":
-        return "" if importlib.util.find_spec("pyarrow") else "pyarrow"
-    return "" if kind == "text" else missing_library(kind)
-
-
 def unit_size(sources: Sequence[Source], unit_bytes: int | None = None) -> int:
-    """Bytes of a unit of plain text: `unit_bytes` if given, else a share of the input within bounds."""
+    """Return the bytes of a unit of plain text: `unit_bytes` if given, or else a 256th of the input within bounds."""
     total = sum(source.num_bytes for source in sources)
     return unit_bytes or min(max(total // UNITS, MIN_UNIT), MAX_UNIT)
 
 
 def plan_units(sources: Sequence[Source], unit_bytes: int | None = None, limit: int | None = None) -> list[Unit]:
-    """Cut the input into units: a function of the files' sizes alone."""
+    """Divide the input into units, which depend only on the sizes of the files."""
     size = unit_size(sources, unit_bytes)
     left = sum(source.num_bytes for source in sources) if limit is None else limit
     units: list[Unit] = []
     for source in sources:
-        for start, end in _ranges(source, size):
+        step = size if source.kind == "text" else max(1, source.num_bytes)
+        for start in range(0, source.num_bytes, step):
+            end = min(start + step, source.num_bytes)
             if left > 0:
                 units.append(Unit(len(units), source, start, end))
             left -= end - start
     return units
-
-
-def _ranges(source: Source, size: int) -> Iterator[tuple[int, int]]:
-    if source.kind != "text":
-        yield 0, source.num_bytes
-        return
-    for start in range(0, source.num_bytes, size):
-        yield start, min(start + size, source.num_bytes)

@@ -1,4 +1,4 @@
-"""Dataset statistics: document lengths and token id range, in one pass."""
+"""Dataset statistics: histogram of sequence lengths as text and SVG, and a check of all token ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.serving.dataset import check_tokens
 
 CHUNK = 1 << 20
-PIECE = 1 << 25
-"""Tokens whose range is checked at a time."""
+CHECKED_TOKENS = 1 << 25
+"""Tokens checked at a time."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Lengths:
     """Lengths of the sequences of a dataset, in tokens.
 
     Attributes:
-        shortest, longest, mean: over all sequences; 0 if there are none.
-        empty: sequences without a token.
-        counts: [buckets] sequences of 2^b <= length < 2^(b+1); those without a token are not in it.
-        tokens: [buckets] tokens in them.
+        shortest, longest, mean: of all sequences; 0 if there are none.
+        empty: number of sequences without a token.
+        counts: [buckets] number of sequences with 2^b <= length < 2^(b+1), without empty ones.
+        tokens: [buckets] number of tokens of these sequences.
     """
 
     shortest: int
@@ -37,24 +37,24 @@ class Lengths:
 
 
 def survey_lengths(data: IndexedDataset) -> Lengths:
-    """The lengths of all sequences."""
+    """Return the length statistics of all sequences."""
     counts, tokens = np.zeros(31, dtype=np.int64), np.zeros(31, dtype=np.int64)
     empty, shortest, longest = 0, 2**31, 0
     for low in range(0, len(data), CHUNK):
         sizes = data.sizes[low : low + CHUNK].astype(np.int64)
         shortest, longest = min(shortest, int(sizes.min())), max(longest, int(sizes.max()))
-        some = sizes[sizes > 0]
-        empty += sizes.shape[0] - some.shape[0]
-        bucket = np.frexp(some.astype(np.float64))[1] - 1
+        filled = sizes[sizes > 0]
+        empty += sizes.shape[0] - filled.shape[0]
+        bucket = np.frexp(filled.astype(np.float64))[1] - 1
         counts += np.bincount(bucket, minlength=31)
-        tokens += np.bincount(bucket, weights=some, minlength=31).astype(np.int64)
+        tokens += np.bincount(bucket, weights=filled, minlength=31).astype(np.int64)
     if not len(data):
         return Lengths(0, 0, 0.0, 0, counts, tokens)
     return Lengths(shortest, longest, data.num_tokens / len(data), empty, counts, tokens)
 
 
 def draw_lengths(lengths: Lengths, columns: int = 80) -> list[str]:
-    """The histogram as lines of text: one bar a power of two, and beside it the sequences and the tokens in them."""
+    """Return the histogram as lines of text: a bar for each power of two, with shares of sequences and tokens."""
     used = np.flatnonzero(lengths.counts)
     if not used.size:
         return ["  no tokens"]
@@ -77,7 +77,7 @@ def draw_lengths(lengths: Lengths, columns: int = 80) -> list[str]:
 
 
 def draw_lengths_svg(lengths: Lengths, title: str) -> str:
-    """The histogram as a picture: bars of sequences, and beside them bars of the tokens that they hold."""
+    """Return the histogram as an SVG: for each power of two, bars for the shares of sequences and of tokens."""
     used = np.flatnonzero(lengths.counts)
     buckets = range(int(used[0]), int(used[-1]) + 1) if used.size else range(0)
     width, height = 60 + 44 * len(buckets), 300
@@ -92,8 +92,8 @@ def draw_lengths_svg(lengths: Lengths, title: str) -> str:
         f'<text x="10" y="18">{_escaped(title)}: share of <tspan fill="#4c78a8">sequences</tspan> and of '
         f'<tspan fill="#f58518">tokens</tspan> by length</text>',
     ]
-    for place, bucket in enumerate(buckets):
-        left = 30 + 44 * place
+    for column, bucket in enumerate(buckets):
+        left = 30 + 44 * column
         for side, (colour, share) in enumerate(shares.items()):
             tall = 220 * float(share[bucket]) / top
             x, y = left + 18 * side, 260 - tall
@@ -106,14 +106,14 @@ def draw_lengths_svg(lengths: Lengths, title: str) -> str:
 
 
 def check_all_tokens(data: IndexedDataset, vocab_size: int) -> Iterator[int]:
-    """Check every id of the .bin against the vocabulary; yields the number of tokens checked so far.
+    """Check every token id of the .bin against the vocabulary, and yield the number of tokens checked so far.
 
     Raises:
-        DataError: one is outside; the message names its place.
+        DataError: an id is outside the vocabulary; the message names its position.
     """
     itemsize, done = data.dtype.itemsize, 0
     with bin_path(data.prefix).open("rb") as file:
-        while content := file.read(PIECE * itemsize):
+        while content := file.read(CHECKED_TOKENS * itemsize):
             tokens = np.frombuffer(content, dtype=data.dtype)
             if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
                 values = tokens.astype(np.int64)

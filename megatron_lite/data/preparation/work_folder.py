@@ -1,7 +1,7 @@
 """Resumable work folder of preprocessing ({output prefix}.partial/): finished shards of an incomplete run.
 
-A unit is done when its `{number}.json` is there; that file names the shards, and a shard's name belongs to one
-attempt, so a process that outlives its killed parent can spoil nothing.
+A unit is finished when `{number}.json` exists, which names its shards. Each attempt at a unit has its own shard names:
+a worker process that outlives its killed parent cannot damage the shards of another attempt.
 """
 
 from __future__ import annotations
@@ -16,29 +16,36 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_lite.data.format.file_lock import acquire
-from megatron_lite.data.format.manifest import write_json
 from megatron_lite.data.preparation.options import PreprocessOptions
-from megatron_lite.data.preparation.report import Report
-from megatron_lite.data.preparation.shard import Shard
+from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sources import Source
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
 FORMAT = 2
-"""Of what a finished unit leaves: counted up whenever it changes, so that no run continues from what it cannot read."""
+"""Version of the files of a finished unit; part of the plan, so that a run never continues from another version."""
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished unit: its shards, one for each key, and what was seen."""
+class Shard:
+    """Finished shard: path of its files without suffix, and size and CRC-32 of its .bin."""
+
+    name: str
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class FinishedUnit:
+    """Shards of a finished unit, one for each JSON key, and its report."""
 
     shards: list[Shard]
-    report: Report
+    report: UnitReport
 
 
 def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any], unit_bytes: int) -> str:
-    """Hash of all that decides the output's bytes, and of how the work is cut into units of `unit_bytes`."""
+    """Return a hash of everything that the bytes of the output and the division into units depend on."""
     content = {
         "format": FORMAT,
         "sources": [asdict(source) for source in sources],
@@ -49,65 +56,67 @@ def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
 
 
 def new_prefix(folder: Path, number: int) -> Path:
-    """Where a new attempt at a unit puts its shards."""
+    """Return the path prefix of the shards of a new attempt at a unit."""
     return folder / f"{number:06d}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def mark_done(folder: Path, number: int, done: Done) -> None:
-    """Say that a unit is finished."""
-    write_json(folder / f"{number:06d}.json", asdict(done))
+def mark_finished(folder: Path, number: int, unit: FinishedUnit) -> None:
+    """Record that a unit is finished."""
+    replace_file(folder / f"{number:06d}.json", json.dumps(asdict(unit), indent=1).encode())
 
 
 class WorkFolder:
-    """The folder, held by one run at a time.
+    """Work folder of a run, locked by one process at a time.
 
     Args:
         output_prefix: the run's --output-prefix.
-        plan: hash of what is to be made; what another plan left behind is thrown away.
+        plan: hash from plan_hash; unfinished work of another plan is deleted.
+
+    Attributes:
+        path: the folder.
+        discarded: True if finished units of another plan were deleted.
 
     Raises:
-        DataError: another run holds it, or it cannot be made.
+        DataError: another run has locked the folder, or it cannot be created.
     """
 
     def __init__(self, output_prefix: str, plan: str) -> None:
         self.path = self.path_of(output_prefix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._hold()
+            self._lock = self._acquire()
             self.discarded = self._discard_other_plans(plan)
             self._remove_unfinished()
         except OSError as error:
             raise DataError(
-                "The output's folder can be written to",
-                found=f"{self.path}: {error.strerror or error}",
-                fix="Give another --output-prefix, or free space",
+                f"Cannot write to {self.path}: {error.strerror or error}",
+                fix="Give another --output-prefix, or free some space",
             ) from error
 
     @staticmethod
     def path_of(output_prefix: str) -> Path:
-        """Where the folder of a run lies."""
+        """Return the path of the work folder of an --output-prefix."""
         return Path(f"{output_prefix}.partial")
 
     @staticmethod
     def plan_of(output_prefix: str) -> str:
-        """The plan of a run that was begun and not completed; empty if there is none."""
+        """Return the plan of an incomplete run; empty if there is none."""
         path = WorkFolder.path_of(output_prefix) / "plan"
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
-    def _hold(self) -> TextIO:
-        """Lock the folder; the lock goes with the process, however it ends."""
+    def _acquire(self) -> TextIO:
+        """Lock the folder until the process ends."""
         lock = (self.path / "lock").open("w")
         if not acquire(lock, wait=False):
             lock.close()
             raise DataError(
-                "One preprocessing run at a time writes to an --output-prefix",
-                found=f"another run holds {self.path}",
-                fix="Wait for it, or give another --output-prefix",
+                f"Another preprocessing run is using {self.path}",
+                fix="Wait until it ends, or give another --output-prefix",
             )
         return lock
 
     def _discard_other_plans(self, plan: str) -> bool:
-        """Empty the folder unless it is of this plan; says whether finished work was thrown away."""
+        """Empty the folder if it is of another plan; return True if finished units were deleted."""
         path = self.path / "plan"
         if path.is_file() and path.read_text(encoding="utf-8") == plan:
             return False
@@ -125,25 +134,26 @@ class WorkFolder:
                 entry.unlink(missing_ok=True)
 
     def finished(self) -> list[int]:
-        """Units that are done, in order."""
+        """Return the numbers of the finished units in increasing order."""
         return sorted(int(path.stem) for path in self.path.glob("*.json"))
 
-    def read(self, number: int) -> Done:
-        """What a finished unit left."""
+    def read(self, number: int) -> FinishedUnit:
+        """Return the shards and the report of a finished unit."""
         saved = json.loads((self.path / f"{number:06d}.json").read_bytes())
-        return Done([Shard(**shard) for shard in saved["shards"]], Report.from_dict(saved["report"]))
+        return FinishedUnit([Shard(**shard) for shard in saved["shards"]], UnitReport.from_dict(saved["report"]))
 
     def drop(self, shards: Sequence[Shard]) -> None:
-        """Free the disk of shards that others have taken the place of; that their units are done stays true."""
+        """Delete shards that are no longer needed; their units remain finished."""
         for shard in shards:
             for suffix in SHARD_SUFFIXES:
                 Path(f"{shard.name}{suffix}").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The output is complete. Without its plan, what an interrupted removal leaves of a folder counts no more."""
+        """Delete the folder after the output is complete."""
+        # The plan is deleted first: without it, the remains of an interrupted deletion are ignored.
         (self.path / "plan").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def release(self) -> None:
-        """Leave the folder for the next run."""
+        """Release the lock."""
         self._lock.close()

@@ -1,44 +1,89 @@
-"""Unit of work for one worker: lines of a byte range to one shard per key and a report."""
+"""Preprocessing worker: tokenizes units into shards, and sorts the buckets of a shuffle."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.format.index_format import smallest_token_type
-from megatron_lite.data.preparation.batch import Batch
+from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.preparation.batch import Batch, note_outliers
 from megatron_lite.data.preparation.documents import BadLineError, lines_before, parse_line
 from megatron_lite.data.preparation.lines import Line, read_lines
 from megatron_lite.data.preparation.options import PreprocessOptions
-from megatron_lite.data.preparation.outliers import note_outliers
-from megatron_lite.data.preparation.report import Report
+from megatron_lite.data.preparation.pool import Job
+from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sentences import SentenceSplitter
-from megatron_lite.data.preparation.shard import Shard, ShardWriter
+from megatron_lite.data.preparation.shuffle import Bucket, sort_shard, write_bucket
 from megatron_lite.data.preparation.sources import Unit
+from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, mark_finished, new_prefix
 from megatron_lite.errors import DataError
-from megatron_lite.tokenizer.base import TokenBatch, Tokenizer
+from megatron_lite.tokenizer.base import Tokenizer
+from megatron_lite.tokenizer.build import build_tokenizer
 
 BATCH_BYTES = 1 << 20
 BATCH_LINES = 2000
 
 
+Task = Unit | Bucket
+
+
 class Step(NamedTuple):
-    """Work done since the last step: documents read, bytes of text, and bytes of the input file."""
+    """Work since the last step: documents read, bytes of text, and bytes of the input file."""
 
     documents: int
     text_bytes: int
     input_bytes: int
 
 
+def build_job(options: PreprocessOptions, folder: Path, tokenizer: Tokenizer | None = None) -> Job[Task, Step]:
+    """Return the function that runs one task; in a worker process, `tokenizer` is built there."""
+    worker = UnitWorker(options, tokenizer or build_tokenizer(options.tokenizer))
+
+    def job(task: Task) -> Iterator[Step]:
+        prefix = new_prefix(folder, task.number)
+        try:
+            if isinstance(task, Bucket):
+                mark_finished(folder, task.number, FinishedUnit(write_bucket(task, prefix), UnitReport()))
+                yield Step(0, 0, 0)
+                return
+            shards, report = yield from worker.run(task, prefix)
+            if options.shuffle:
+                shards = [_sort(shard) for shard in shards]
+            mark_finished(folder, task.number, FinishedUnit(shards, report))
+        except OSError as error:
+            raise DataError(
+                f"Cannot write shards to {folder}: {error.strerror or error}",
+                fix="Free some space, then give the same command again: it continues",
+            ) from error
+
+    return job
+
+
+def _sort(shard: Shard) -> Shard:
+    order = Path(f"{shard.name}.order")
+    result = sort_shard(shard, np.fromfile(order, np.uint64))
+    order.unlink()
+    return result
+
+
 @dataclass
-class _Waiting:
-    """Parsed documents that wait for the tokenizer: for each its line, its texts by key, its place in the shuffle."""
+class _Parsed:
+    """Parsed documents that are not tokenized yet.
+
+    Attributes:
+        lines: [documents] line numbers.
+        texts: [documents][JSON keys] texts.
+        order: [documents] sort keys of the shuffle.
+        seen: lines read.
+        num_bytes: bytes read.
+    """
 
     lines: list[int] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
@@ -48,19 +93,19 @@ class _Waiting:
 
 
 class _Draws:
-    """A unit's random numbers, one of each kind a line, so that they depend on nothing but the seed and the place."""
+    """Random numbers of a unit, one of each kind per line: they depend only on seed, unit and line number."""
 
     def __init__(self, seed: int, unit: int) -> None:
         self._sample = np.random.PCG64(np.random.SeedSequence([seed, unit, 0]))
         self._order = np.random.PCG64(np.random.SeedSequence([seed, unit, 1]))
 
     def next(self) -> tuple[float, int]:
-        """A number in [0, 1) for sampling, and a 64-bit one for the order."""
+        """Return a number in [0, 1) for sampling, and a 64-bit sort key for the shuffle."""
         return float(self._sample.random_raw()) / 2.0**64, int(self._order.random_raw())
 
 
 class UnitWorker:
-    """Turns units into shards; one for each process, since building a tokenizer takes a while."""
+    """Tokenizes units into shards; each process has one, since building a tokenizer takes a while."""
 
     def __init__(self, options: PreprocessOptions, tokenizer: Tokenizer) -> None:
         self.options = options
@@ -70,57 +115,64 @@ class UnitWorker:
         self.bos = tokenizer.bos if options.prepend_bos else None
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
-    def run(self, unit: Unit, prefix: Path, advance: Callable[[Step], None]) -> tuple[list[Shard], Report]:
-        """Write a unit's shards `{prefix}.{number of the key}`; with --shuffle also `….order` beside each.
+    def run(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
+        """Write the shards `{prefix}.{number of the JSON key}` of a unit, and with --shuffle `….order` next to each.
+
+        Yields:
+            Steps of progress.
+
+        Returns:
+            The shards and the report.
 
         Raises:
-            DataError: the input is damaged, a line is bad (without --skip-bad-lines), or there is no room.
+            DataError: the input is damaged, a line is bad (without --skip-bad-lines), or the disk is full.
         """
-        report = Report()
+        report = UnitReport()
         names = [f"{prefix}.{i}" for i in range(len(self.options.json_keys))]
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(ShardWriter(name, self.dtype)) for name in names]
+            writers = [stack.enter_context(IndexedDatasetWriter(name, self.dtype)) for name in names]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
-            before = 0
-            for waiting, position in self._batches(unit, report):
-                for i, (batch, order) in enumerate(self._encode(waiting, unit, report)):
-                    writers[i].add_batch(batch.ids, batch.lengths, batch.sequences)
+            before, checksums = 0, [0] * len(names)
+            for parsed, position in self._batches(unit, report):
+                for i, (batch, order) in enumerate(self._encode(parsed, unit, report)):
+                    checksums[i] = writers[i].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[i])
                     if orders:
                         orders[i].write(order.tobytes())
-                advance(Step(waiting.seen, waiting.num_bytes, position - before))
+                yield Step(parsed.seen, parsed.num_bytes, position - before)
                 before = position
-        advance(Step(0, 0, unit.num_bytes - before))  # a unit within one long line has no other step
+        yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
         report.documents = writers[0].num_documents
         report.tokens = sum(writer.num_tokens for writer in writers)
         return [
-            Shard(name, writer.num_bytes, writer.checksum) for name, writer in zip(names, writers, strict=True)
+            Shard(name, writer.num_bytes, checksum)
+            for name, writer, checksum in zip(names, writers, checksums, strict=True)
         ], report
 
-    def _batches(self, unit: Unit, report: Report) -> Iterator[tuple[_Waiting, int]]:
-        """Documents in batches that are large enough for the tokenizer and small enough for memory."""
-        waiting = _Waiting()
+    def _batches(self, unit: Unit, report: UnitReport) -> Iterator[tuple[_Parsed, int]]:
+        """Yield parsed documents in batches of bounded size, each with the position in the file."""
+        parsed = _Parsed()
         draws = _Draws(self.options.seed, unit.number)
         draw = self.options.shuffle or self.options.sample is not None
         position = 0
         for line in read_lines(unit, self.options.json_keys, self.options.max_line_bytes):
             position = line.position
-            if waiting.lines and waiting.num_bytes + len(line.content) > BATCH_BYTES:
-                yield waiting, position
-                waiting = _Waiting()
-            waiting.seen += 1
-            waiting.num_bytes += len(line.content)
+            if parsed.lines and parsed.num_bytes + len(line.content) > BATCH_BYTES:
+                yield parsed, position
+                parsed = _Parsed()
+            parsed.seen += 1
+            parsed.num_bytes += len(line.content)
             sample, order = draws.next() if draw else (0.0, 0)
             if self.options.sample is not None and sample >= self.options.sample:
                 report.not_sampled += 1
             else:
-                self._parse(line, order, waiting, unit, report)
-            if waiting.seen == BATCH_LINES:
-                yield waiting, position
-                waiting = _Waiting()
-        if waiting.seen:
-            yield waiting, position
+                self._parse(line, order, parsed, unit, report)
+            if parsed.seen == BATCH_LINES:
+                yield parsed, position
+                parsed = _Parsed()
+        if parsed.seen:
+            yield parsed, position
 
-    def _parse(self, line: Line, order: int, waiting: _Waiting, unit: Unit, report: Report) -> None:
+    def _parse(self, line: Line, order: int, parsed: _Parsed, unit: Unit, report: UnitReport) -> None:
         try:
             texts = parse_line(line, self.options.json_keys)
         except BadLineError as error:
@@ -131,24 +183,26 @@ class UnitWorker:
         elif min(map(len, texts)) < self.options.min_chars:
             report.too_few_chars += 1
         else:
-            waiting.lines.append(line.number)
-            waiting.texts.append(texts)
-            waiting.order.append(order)
+            parsed.lines.append(line.number)
+            parsed.texts.append(texts)
+            parsed.order.append(order)
 
-    def _encode(self, waiting: _Waiting, unit: Unit, report: Report) -> Iterator[tuple[Batch, npt.NDArray[np.uint64]]]:
-        """For each key the documents to write, and their places in the shuffle, [documents]."""
-        report.lines += waiting.seen
-        report.text_bytes += waiting.num_bytes
-        if not waiting.lines:
+    def _encode(
+        self, parsed: _Parsed, unit: Unit, report: UnitReport
+    ) -> Iterator[tuple[Batch, npt.NDArray[np.uint64]]]:
+        """Yield the documents to write and their sort keys, [documents], for each JSON key."""
+        report.lines += parsed.seen
+        report.text_bytes += parsed.num_bytes
+        if not parsed.lines:
             return
-        batches = self._tokenize(waiting, unit, report)
-        if not waiting.lines:
+        batches = self._tokenize(parsed, unit, report)
+        if not parsed.lines:
             return
         kept = self._filter(batches, report)
-        lines, order = np.array(waiting.lines)[kept], np.array(waiting.order, np.uint64)[kept]
+        lines, order = np.array(parsed.lines)[kept], np.array(parsed.order, np.uint64)[kept]
         for key, batch in enumerate(batches):
             report.document_bytes += sum(
-                _utf8_bytes(texts[key]) for texts, keep in zip(waiting.texts, kept, strict=True) if keep
+                _utf8_bytes(texts[key]) for texts, keep in zip(parsed.texts, kept, strict=True) if keep
             )
             batch = batch.keep(kept)
             note_outliers(batch, lines.tolist(), self.tokenizer.unknown, report)
@@ -161,17 +215,17 @@ class UnitWorker:
             keep = filled if self.options.empty_documents == "skip" else np.ones_like(filled)
             yield batch.keep(keep), order[keep]
 
-    def _tokenize(self, waiting: _Waiting, unit: Unit, report: Report) -> list[Batch]:
-        """For each key all waiting documents' tokens; a document that the tokenizer refuses is a bad line."""
+    def _tokenize(self, parsed: _Parsed, unit: Unit, report: UnitReport) -> list[Batch]:
+        """Return the tokens of all documents for each JSON key; a document that the tokenizer refuses is a bad line."""
         try:
-            return [self._tokenize_key([texts[key] for texts in waiting.texts]) for key in self._keys]
+            return [self._tokenize_key([texts[key] for texts in parsed.texts]) for key in self._keys]
         except DataError:
-            for i in reversed(range(len(waiting.lines))):
-                reason = self._refused_by_tokenizer(waiting.texts[i])
+            for i in reversed(range(len(parsed.lines))):
+                reason = self._refused_by_tokenizer(parsed.texts[i])
                 if reason:
-                    self._reject(waiting.lines[i], reason, unit, report)
-                    del waiting.lines[i], waiting.texts[i], waiting.order[i]
-            return [self._tokenize_key([texts[key] for texts in waiting.texts]) for key in self._keys]
+                    self._reject(parsed.lines[i], reason, unit, report)
+                    del parsed.lines[i], parsed.texts[i], parsed.order[i]
+            return [self._tokenize_key([texts[key] for texts in parsed.texts]) for key in self._keys]
 
     def _refused_by_tokenizer(self, texts: list[str]) -> str:
         try:
@@ -189,11 +243,11 @@ class UnitWorker:
         if self.splitter is None:
             return Batch.of(self.tokenizer.encode_flat(texts), np.ones(len(texts), np.int64))
         split = [self.splitter.split(text) for text in texts]
-        encoded: TokenBatch = self.tokenizer.encode_flat([sentence for sentences in split for sentence in sentences])
+        encoded = self.tokenizer.encode_flat([sentence for sentences in split for sentence in sentences])
         return Batch.of(encoded, np.fromiter(map(len, split), np.int64, len(split)))
 
-    def _filter(self, batches: list[Batch], report: Report) -> npt.NDArray[np.bool_]:
-        """Which documents have as many tokens as asked for under every key, [documents]."""
+    def _filter(self, batches: list[Batch], report: UnitReport) -> npt.NDArray[np.bool_]:
+        """Return the mask of documents within --min-tokens and --max-tokens under every JSON key, [documents]."""
         tokens = [batch.document_tokens for batch in batches]
         few = np.logical_or.reduce([counts < self.options.min_tokens for counts in tokens])
         many = np.zeros_like(few)
@@ -204,20 +258,14 @@ class UnitWorker:
         kept: npt.NDArray[np.bool_] = ~(few | many)
         return kept
 
-    def _reject(self, number: int, reason: str, unit: Unit, report: Report) -> None:
-        if self.options.skip_bad_lines:
-            report.reject(number, reason)
-        else:
-            _refuse(number, reason, unit)
+    def _reject(self, number: int, reason: str, unit: Unit, report: UnitReport) -> None:
+        if not self.options.skip_bad_lines:
+            raise DataError(
+                f"Bad line {unit.source.path}:{lines_before(unit) + number}: {reason}",
+                fix="Repair the line, or pass --skip-bad-lines to leave out and count such lines",
+            )
+        report.reject(number, reason)
 
 
 def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _refuse(number: int, reason: str, unit: Unit) -> NoReturn:
-    raise DataError(
-        "Every line of the input is a document",
-        found=f"{unit.source.path}:{lines_before(unit) + number}: {reason}",
-        fix="Repair the line, or pass --skip-bad-lines to leave out such lines and count them",
-    )

@@ -40,7 +40,7 @@ def test_tokens_sequences_and_documents_stay(tmp_path, code, dtype):
 @pytest.mark.parametrize("change", [{"cut": 8}, {"code": 7}, {"dtype": np.int64}])
 def test_what_is_not_whole_is_refused(tmp_path, change):
     write_older(tmp_path / "old", DOCUMENTS, **change)
-    with pytest.raises(DataError, match="older kind"):
+    with pytest.raises(DataError, match="older format"):
         convert_older(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new.idx").exists()
 

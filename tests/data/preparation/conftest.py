@@ -12,7 +12,7 @@ import pytest
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.preparation.options import PreprocessOptions
-from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.run import preprocess
 from megatron_lite.tokenizer.training import train_byte_level_bpe
 
@@ -54,7 +54,7 @@ def make(tmp_path, tokenizer, corpus):
     def call(name="out", progress=None, **kwargs):
         settings = {"inputs": (str(corpus),), "unit_bytes": 3000, "tokenizer": tokenizer} | kwargs
         prefix = str(tmp_path / name)
-        preprocess(PreprocessOptions(output_prefix=prefix, **settings), progress or SilentProgress())
+        preprocess(PreprocessOptions(output_prefix=prefix, **settings), progress or ProgressDisplay())
         return prefix
 
     return call

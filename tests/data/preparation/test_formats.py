@@ -32,7 +32,7 @@ def test_a_truncated_or_damaged_file_is_an_error(make, tmp_path, packing):
     whole = PACK[packing](lines)
     for content in (whole[:-9], whole[: len(whole) // 2], whole + whole[:30]):
         (tmp_path / "in").write_bytes(content)
-        with pytest.raises(DataError, match="breaks off or is damaged"):
+        with pytest.raises(DataError, match="truncated or damaged"):
             make(inputs=(str(tmp_path / "in"),))
         assert not list(tmp_path.glob("out_*"))
 
@@ -41,7 +41,7 @@ def test_a_truncated_or_damaged_file_is_an_error(make, tmp_path, packing):
 def test_an_ending_without_its_format_is_an_error(make, tmp_path, ending):
     path = tmp_path / f"in.jsonl.{ending}"
     path.write_bytes(b'{"text": "plain"}\n')
-    with pytest.raises(DataError, match="breaks off or is damaged"):
+    with pytest.raises(DataError, match="truncated or damaged"):
         make(inputs=(str(path),))
 
 
@@ -64,7 +64,9 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_bytes(bz2.compress(b"x"))
     for library, advice in (("zstandard", "Install the extra data"), ("_bz2", "built with this library")):
         monkeypatch.setattr(sources, "missing_library", lambda _, library=library: library)
-        with pytest.raises(DataError, match=rf"bz2 files are read with the {library} library.*{advice}"):
+        with pytest.raises(
+            DataError, match=rf"Cannot read the bz2 file .*: the {library} library is not installed.*{advice}"
+        ):
             find_sources([str(tmp_path / "in.jsonl")])
 
 
@@ -74,5 +76,5 @@ def test_a_glob_that_matches_a_name_that_is_not_utf_8(tmp_path):
             pass
     except OSError:
         pytest.skip("the file system takes UTF-8 names only")
-    with pytest.raises(DataError, match=r"are UTF-8: b'.*x\\xe9.jsonl'"):
+    with pytest.raises(DataError, match=r"is not UTF-8: b'.*x\\xe9.jsonl'"):
         find_sources([str(tmp_path / "*.jsonl")])

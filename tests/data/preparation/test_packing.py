@@ -14,7 +14,7 @@ from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDat
 from megatron_lite.data.format.manifest import check_files, read_manifest
 from megatron_lite.data.preparation import packed_dataset, packing
 from megatron_lite.data.preparation.packed_dataset import pack_dataset
-from megatron_lite.data.preparation.packing import Window, best_fit, cut, lay_out, windows
+from megatron_lite.data.preparation.packing import PackingWindow, best_fit, cut, lay_out, windows
 from megatron_lite.errors import DataError
 
 EOD = 0
@@ -110,7 +110,7 @@ def test_a_bin_stands_where_one_of_its_tokens_stood():
     """No end of the packed file is made of short documents, or of long ones."""
     rng = np.random.RandomState(0)
     lengths, last = cut(rng.randint(1, 200, 20000), 100)
-    window = Window(0, lengths, last)
+    window = PackingWindow(0, lengths, last)
     targets, filled = lay_out(window, 100, rng)
     assert filled.sum() == lengths.sum()
     parts = np.array_split(lengths[np.argsort(targets)], 5)
@@ -144,12 +144,12 @@ def test_the_same_bytes_twice_and_not_over_something_else(folder):
     assert pack_dataset(data, output, 16, TOKENIZER, overwrite=True)
     assert content == ((folder / "twice.bin").read_bytes(), (folder / "twice.manifest.json").read_bytes())
     for call, message in (
-        (lambda: pack_dataset(data, output, 8, TOKENIZER), "without being told"),
-        (lambda: pack_dataset(data, data.prefix, 8, TOKENIZER, overwrite=True), "does not write to its input"),
-        (lambda: pack_dataset(IndexedDataset(output), str(folder / "again"), 8, TOKENIZER), "packed once"),
-        (lambda: pack_dataset(data, str(folder / "other"), 0, TOKENIZER), "at least one token"),
+        (lambda: pack_dataset(data, output, 8, TOKENIZER), "Refusing to overwrite"),
+        (lambda: pack_dataset(data, data.prefix, 8, TOKENIZER, overwrite=True), "both the input and the output"),
+        (lambda: pack_dataset(IndexedDataset(output), str(folder / "again"), 8, TOKENIZER), "already packed"),
+        (lambda: pack_dataset(data, str(folder / "other"), 0, TOKENIZER), "--seq-length 0"),
         (lambda: pack_dataset(data, str(folder), 16, TOKENIZER), "is a folder"),
-        (lambda: pack_dataset(data, str(folder / "other"), 16, {**TOKENIZER, "eod": 5}), "end-of-document is 5"),
+        (lambda: pack_dataset(data, str(folder / "other"), 16, {**TOKENIZER, "eod": 5}), "end-of-document token is 5"),
     ):
         with pytest.raises(DataError, match=message):
             call()

@@ -16,18 +16,18 @@ from megatron_lite.data.preparation.worker import Step
 from megatron_lite.errors import DataError
 
 
-def square(task, report):
+def square(task):
     if task == "refuse":
-        raise DataError("a rule", found="this", fix="do that")
+        raise DataError("a problem", rule="a rule", fix="do that")
     if task == "fail":
         raise ZeroDivisionError("oh")
     if task == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if task == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
-        report("still here")
+        yield "still here"
         return
-    report(task * task)
+    yield task * task
 
 
 make_square = functools.partial(functools.partial, square)
@@ -38,7 +38,7 @@ def test_pool():
     with Pool(2, make_square) as pool:
         assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
         assert list(pool.run(["interrupt"])) == ["still here"], "Ctrl-C is the parent's to handle"
-        with pytest.raises(DataError, match=r"a rule: this\. do that"):
+        with pytest.raises(DataError, match=r"a problem\. a rule\. do that"):
             list(pool.run([1, "refuse"]))
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
         with Pool(1, make_square) as pool, pytest.raises(error, match=message):

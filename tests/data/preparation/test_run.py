@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.data.preparation.progress import SilentProgress
-from megatron_lite.data.preparation.report import Report, Summary
+from megatron_lite.data.preparation.progress import ProgressDisplay
+from megatron_lite.data.preparation.report import Summary, UnitReport
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
 
-class Interrupt(SilentProgress):
+class Interrupt(ProgressDisplay):
     """Ctrl-C after some steps."""
 
     def __init__(self, after):
@@ -63,7 +63,7 @@ def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
     """Units within one long line, those of a packed file, and blanks at the end."""
     steps = []
 
-    class Steps(SilentProgress):
+    class Steps(ProgressDisplay):
         def advance(self, step):
             steps.append(step)
 
@@ -198,14 +198,14 @@ def test_one_run_at_a_time(make, tmp_path):
     from megatron_lite.data.preparation.work_folder import WorkFolder
 
     folder = WorkFolder(str(tmp_path / "out"), "plan")
-    with pytest.raises(DataError, match="another run holds"):
+    with pytest.raises(DataError, match="Another preprocessing run is using"):
         make()
     folder.release()
     make()
 
 
 def test_bytes_per_token_are_those_of_the_output():
-    assert "bytes per token    2.50" in Summary(Report(text_bytes=1000, document_bytes=5, tokens=2)).text()
+    assert "bytes per token    2.50" in Summary(UnitReport(text_bytes=1000, document_bytes=5, tokens=2)).text()
 
 
 def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):

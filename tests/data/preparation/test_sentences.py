@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
-from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
@@ -86,7 +86,7 @@ def test_another_model_is_another_plan(punkt, make, tmp_path, look):
     assert made == whole
 
 
-class Interrupted(SilentProgress):
+class Interrupted(ProgressDisplay):
     """Ctrl-C after the first step."""
 
     def advance(self, step):
@@ -102,5 +102,5 @@ def test_a_language_without_data(punkt, make, tmp_path, language):
 
 def test_without_nltk(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
-    with pytest.raises(DataError, match=r"it is not installed.*-e .\.\[sentences\]"):
+    with pytest.raises(DataError, match=r"is not installed.*-e .\.\[sentences\]"):
         make(split_sentences=True)

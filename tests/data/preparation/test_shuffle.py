@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.data.preparation import shuffle
-from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 
 
 def test_a_permutation_that_depends_on_the_seed_alone(make, look, monkeypatch):
@@ -39,7 +39,7 @@ def test_empty_documents_and_several_keys(make, look):
 def test_stages_are_told(make, monkeypatch):
     told = []
 
-    class Told(SilentProgress):
+    class Told(ProgressDisplay):
         def stage(self, what, pieces):
             told.append([what, pieces, 0])
 

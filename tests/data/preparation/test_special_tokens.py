@@ -13,11 +13,11 @@ from tokenizers import normalizers, processors
 
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.data.format.manifest import read_manifest, write_manifest
-from megatron_lite.data.preparation import job, run
+from megatron_lite.data.preparation import run, worker
 from megatron_lite.data.preparation.batch import Batch
 from megatron_lite.data.preparation.merge import merge_datasets
 from megatron_lite.data.preparation.options import PreprocessOptions
-from megatron_lite.data.preparation.progress import SilentProgress
+from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.run import preprocess
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
@@ -73,15 +73,15 @@ def interrupted(options, monkeypatch):
         done.append(args[1])
         mark(*args)
 
-    mark = job.mark_done
+    mark = worker.mark_finished
     with monkeypatch.context() as patch:
-        patch.setattr(job, "mark_done", stop)
+        patch.setattr(worker, "mark_finished", stop)
         with pytest.raises(KeyboardInterrupt):
-            preprocess(options, SilentProgress())
+            preprocess(options, ProgressDisplay())
     return done
 
 
-class Said(SilentProgress):
+class Said(ProgressDisplay):
     def __init__(self):
         self.lines, self.left = [], 0
 
@@ -106,7 +106,7 @@ def test_half_done_work_is_continued_only_with_the_same_rules(corpus, template, 
     library.save(str(path))
     assert build_tokenizer(template).fingerprint() == before
     preprocess(options, said)
-    assert "thrown away" in "".join(said.lines) and said.left == 0
+    assert "was deleted" in "".join(said.lines) and said.left == 0
 
 
 def test_half_done_work_of_an_older_version_is_not_continued(corpus, template, tmp_path, monkeypatch):
@@ -125,29 +125,27 @@ def test_half_done_work_of_an_older_version_is_not_continued(corpus, template, t
         assert interrupted(options, monkeypatch)
     said = Said()
     preprocess(options, said)
-    assert "thrown away" in "".join(said.lines) and said.left == 0
+    assert "was deleted" in "".join(said.lines) and said.left == 0
     # Nor is a finished dataset taken for the one that is asked for.
     prefix = f"{tmp_path / 'out'}_text_document"
     write_manifest(prefix, replace(read_manifest(prefix), plan="older"))
     with pytest.raises(DataError, match="another command or version"):
-        preprocess(options, SilentProgress())
+        preprocess(options, ProgressDisplay())
 
 
-def test_merging_documents_that_begin_and_end_differently(make, template, tmp_path, caplog):
+def test_merging_documents_that_begin_and_end_differently(make, template, tmp_path):
     parts = {
         name: f"{make(name, tokenizer=template, append_eod=eod, prepend_bos=bos)}_text_document"
         for name, eod, bos in (("a", True, False), ("b", False, False), ("c", True, True), ("d", True, False))
     }
-    merge_datasets([parts["a"], parts["d"]], str(tmp_path / "same"))
-    assert not caplog.text
+    assert not merge_datasets([parts["a"], parts["d"]], str(tmp_path / "same")).warnings
     assert read_manifest(tmp_path / "same").tokenizer == read_manifest(parts["a"]).tokenizer
-    merge_datasets([parts["a"], parts["b"]], str(tmp_path / "m"))
-    assert "begin or end documents with different tokens (eod" in caplog.text
+    (warning,) = merge_datasets([parts["a"], parts["b"]], str(tmp_path / "m")).warnings
+    assert "begin or end documents with different tokens (eod" in warning
     assert "eod" not in read_manifest(tmp_path / "m").tokenizer
-    caplog.clear()
     old = read_manifest(parts["d"])
     older = {key: value for key, value in old.tokenizer.items() if key not in ("bos", "rules")}
     write_manifest(parts["d"], replace(old, tokenizer=older))
-    merge_datasets([parts["a"], parts["d"]], str(tmp_path / "n"))
-    assert "(bos None and unknown)" in caplog.text
+    (warning,) = merge_datasets([parts["a"], parts["d"]], str(tmp_path / "n")).warnings
+    assert "(bos None and unknown)" in warning
     assert json.loads((tmp_path / "n.manifest.json").read_text())["tokenizer"]["eod"] == old.tokenizer["eod"]

@@ -42,7 +42,7 @@ def test_lengths_equal_a_plain_count(tmp_path, sizes):
 
 
 def test_an_id_outside_the_vocabulary_is_found_and_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "PIECE", 16)
+    monkeypatch.setattr(survey, "CHECKED_TOKENS", 16)
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         for number in range(20):
             writer.add_document([99 if number == 13 and place == 2 else 1 for place in range(5)])

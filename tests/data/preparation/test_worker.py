@@ -61,9 +61,8 @@ def work(tmp_path):
         worker = UnitWorker(chosen, Bytes())
         worker.steps = []
         worker.prefix = tmp_path / "shard"
-        worker.shards, report = worker.run(
-            Unit(number, Source(str(path), "text", size, 0), 0, size), worker.prefix, worker.steps.append
-        )
+        unit = Unit(number, Source(str(path), "text", size, 0), 0, size)
+        worker.shards, report = run_to_end(worker.run(unit, worker.prefix), worker.steps)
         worker.num_bytes = size
         documents = []
         for key in range(len(chosen.json_keys)):
@@ -72,6 +71,17 @@ def work(tmp_path):
         return worker, documents, report
 
     return run
+
+
+def run_to_end(generator, steps):
+    """Append what a generator yields to `steps`, and return its result."""
+
+    def delegate():
+        result.append((yield from generator))
+
+    result = []
+    steps.extend(delegate())
+    return result[0]
 
 
 def _document(line):

@@ -190,10 +190,10 @@ def piece(path):
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(tmp_path):
-    from megatron_lite.data.format.manifest import Manifest, write_manifest
+    from megatron_lite.data.format.manifest import DatasetManifest, write_manifest
 
     prefix = write(tmp_path / "a")
-    manifest = Manifest(
+    manifest = DatasetManifest(
         dtype="uint16",
         documents=200,
         sequences=200,
