@@ -232,19 +232,17 @@ class Backend(ABC):
         self._timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         with Rendezvous(launch, 60 * parallel.rendezvous_timeout_minutes) as rendezvous:
             rendezvous.join()
-            host, port = rendezvous.share_store(self._open_store)
+            if launch.rank == 0:
+                self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                    "127.0.0.1", 0, is_master=True, timeout=self._timeout, wait_for_workers=False
+                )
+            host, port = rendezvous.share_port(0 if self._store is None else self._store.port)
             rendezvous.run(lambda: self._connect(host, port))
             # Ranks with different kinds of device, hence different transports, would wait for each other forever.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
             rendezvous.run(lambda: self._init_process_group(backend, device_id))
             rendezvous.finish()
         self._server = rendezvous.server
-
-    def _open_store(self) -> int:
-        """Open the store of the job on rank 0, and return its port."""
-        assert self._timeout is not None
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=self._timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-        return self._store.port
 
     def _connect(self, host: str, port: int) -> None:
         assert self._timeout is not None

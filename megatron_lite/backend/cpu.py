@@ -28,7 +28,8 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         threads = runtime.num_threads
         if not threads and launch.local_world_size > 1:
-            threads = max(1, _available_cores() // launch.local_world_size)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = max(1, cores // launch.local_world_size)
         if threads:
             torch.set_num_threads(threads)
         if launch.world_size > 1:
@@ -73,9 +74,3 @@ class CpuBackend(Backend):
     def to_device(self, array: np.ndarray) -> Tensor:
         """Return a tensor that shares the array's memory, or a copy if the array is read-only."""
         return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

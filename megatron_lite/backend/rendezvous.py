@@ -54,7 +54,7 @@ class RankFailedError(TrainingError):
 class Rendezvous:
     """Context manager for the start of a job of several ranks: an error inside it ends all ranks that wait.
 
-    Call join, share_store, run and finish, in this order.
+    Call join, share_port, run and finish, in this order.
 
     Args:
         launch: this rank's place in the job, and the rendezvous address.
@@ -110,17 +110,16 @@ class Rendezvous:
         if self._launch.rank == 0:
             self._expect("complete")
 
-    def share_store(self, open_store: Callable[[], int]) -> Address:
-        """Return address and port of rank 0's store, on every rank.
+    def share_port(self, port: int) -> Address:
+        """Return address and port of the job's store on rank 0.
 
         Args:
-            open_store: opens the store and returns its port; called on rank 0 once all ranks have joined.
+            port: of the store, on rank 0; ignored on the other ranks.
         """
         assert self._connection is not None
         if self._launch.rank == 0:
-            self._connection.send(store=open_store())
-        port = self._expect("store")["store"]
-        return self._connection.socket.getpeername()[0], port
+            self._connection.send(store=port)
+        return self._connection.socket.getpeername()[0], self._expect("store")["store"]
 
     def run(self, call: Callable[[], None]) -> None:
         """Run a function that connects this rank to the others, in a thread.

@@ -164,17 +164,14 @@ class RendezvousServer:
         while not self._closing:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listener:
-                    self._accept()
+                    with suppress(OSError):
+                        accepted, _ = self._listener.accept()
+                        self._selector.register(Connection(accepted), selectors.EVENT_READ)
                 else:
                     self._serve(key.fileobj)  # type: ignore[arg-type]
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            accepted, _ = self._listener.accept()
-            self._selector.register(Connection(accepted), selectors.EVENT_READ)
 
     def _serve(self, connection: Connection) -> None:
         try:

@@ -20,7 +20,7 @@ EMBEDDING_LAYER = -1
 
 
 class Embedding(nn.Module):
-    """Token embedding with learned positions, norm and dropout, as far as the model has them.
+    """Token embedding with optional learned positions, norm and dropout.
 
     Args:
         config: the model.

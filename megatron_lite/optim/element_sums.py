@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.group import Group
-from megatron_lite.parallel.buffers import Shard, ShardPiece
+from megatron_lite.parallel.buffers import Shard
 from megatron_lite.parallel.parameters import NamedParameter
 
 _ROW = 4096
@@ -46,7 +46,8 @@ class ElementSums:
     def zeros(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the number of elements equal to zero in this rank's share, without padding: a float64 scalar."""
         pieces = [piece for shard in self.shards for piece in shard.pieces if self.is_counted(piece.parameter)]
-        elements = sum(_num_logical(piece) for piece in pieces)
+        # Padded vocabulary rows come last in the flattened parameter.
+        elements = sum(max(0, min(piece.stop, piece.parameter.rectangle.numel) - piece.start) for piece in pieces)
         return elements - self._sum([part.count_nonzero().double() for part in self._counted_parts(tensors)])
 
     def over_ranks(self, values: Sequence[Tensor]) -> Tensor:
@@ -88,8 +89,3 @@ def _squares(flat: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
     return rows.double().square().sum() + rest.double().square()
-
-
-def _num_logical(piece: ShardPiece) -> int:
-    """Return the elements of a piece without padded vocabulary rows, which come last in the flattened parameter."""
-    return max(0, min(piece.stop, piece.parameter.rectangle.numel) - piece.start)

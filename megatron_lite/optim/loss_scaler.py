@@ -151,16 +151,13 @@ class DeepSpeedScaler(DynamicScaler):
                 self.scale *= 2
         else:
             if self._full_hysteresis == 1 or self._hysteresis == 1:
-                self._halve()
+                if self.scale == self._minimum:
+                    raise self._diverged("gradients overflow")
+                self.scale = max(self.scale / 2, self._minimum)
             else:
                 self._hysteresis -= 1
             self._last_overflow = self._iteration
         self._iteration += 1
-
-    def _halve(self) -> None:
-        if self.scale == self._minimum:
-            raise self._diverged("gradients overflow")
-        self.scale = max(self.scale / 2, self._minimum)
 
     def state(self) -> dict[str, Any]:
         """Return the scale and the counters, with DeepSpeed's names."""

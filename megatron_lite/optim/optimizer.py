@@ -14,7 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.optim.element_sums import ElementSums
 from megatron_lite.optim.loss_scaler import build_loss_scaler
 from megatron_lite.optim.update_rule import UpdateRule
-from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
+from megatron_lite.parallel.buffers import ParameterBuffers, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
@@ -64,7 +64,9 @@ class Optimizer:
         self._config = config
         self._buffers = buffers
         self._backend = mesh.backend
-        self._mains = [_main_parameters(shard) for shard in shards]
+        # A shard's own values are its main parameters if they are fp32.
+        values = [shard.values.detach() for shard in shards]
+        self._mains = [own if own.dtype == torch.float32 else own.float() for own in values]
         for main, shard in zip(self._mains, shards, strict=True):
             main.grad = shard.gradients
         fused = mesh.backend.capabilities().fused_adam
@@ -112,12 +114,16 @@ class Optimizer:
                     gradient.mul_(factor)
             self._rule.step(lr, weight_decay)
             self._copy_mains_to_parameters()
+        params_norm = None
+        if metrics.log_params_norm:
+            total = self._sums.over_ranks([self._sums.squares(self._mains)])
+            params_norm = math.sqrt(self._backend.to_host(total)[0])
         return StepResult(
             applied=applied,
             finite=finite,
             grad_norm=norm,
             num_zeros=int(zeros[0]) if zeros else None,
-            params_norm=self._params_norm() if metrics.log_params_norm else None,
+            params_norm=params_norm,
         )
 
     def state_tensors(self) -> list[GlobalTensor]:
@@ -164,10 +170,6 @@ class Optimizer:
         if scaler["kind"] == self._scaler.kind:
             self._scaler.load(scaler)
 
-    def _params_norm(self) -> float:
-        """Return the 2-norm of all main parameters of the model; a collective call."""
-        return math.sqrt(self._backend.to_host(self._sums.over_ranks([self._sums.squares(self._mains)]))[0])
-
     def _copy_mains_to_parameters(self) -> None:
         """Round the main parameters to the parameters' dtype, and start to gather them."""
         for main, shard in zip(self._mains, self._buffers.shards, strict=True):
@@ -195,9 +197,3 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
         return 1.0
     coefficient = max_norm / (norm + 1e-6)
     return coefficient if coefficient < 1 else 1.0
-
-
-def _main_parameters(shard: Shard) -> Tensor:
-    """Return a shard's fp32 main parameters: its own values if they are fp32, or a copy."""
-    values = shard.values.detach()
-    return values if values.dtype == torch.float32 else values.float()

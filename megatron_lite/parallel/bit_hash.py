@@ -31,7 +31,7 @@ class BitHash:
 
     @torch.no_grad()
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Hash a tensor of any dtype and shape to an int64 scalar, without a synchronisation."""
+        """Hash a tensor of any dtype and shape to an int64 scalar, without synchronization."""
         bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for chunk in bits.split(CHUNK):

@@ -96,7 +96,9 @@ class ParameterBuffers:
         self.shared = shared or {}
         self.sharded = shard and dp.size > 1
         self._dp, self._tp = dp, tp
-        self.dtype = _only_dtype(self.parameters)
+        dtypes = {parameter.param.dtype for parameter in self.parameters}
+        assert len(dtypes) == 1, f"parameters of one rank must share a dtype, not {dtypes}"
+        self.dtype = dtypes.pop()
         self.buffers = [
             self._build(decay, bucket_megabytes * 2**20 // 4)
             for decay in (True, False)
@@ -258,12 +260,6 @@ class ParameterBuffers:
 def has_decay(parameter: NamedParameter) -> bool:
     """Return whether weight decay applies (Megatron's rule): to matrices, embeddings too; not to biases and norms."""
     return parameter.param.dim() > 1
-
-
-def _only_dtype(parameters: Sequence[NamedParameter]) -> torch.dtype:
-    dtypes = {parameter.param.dtype for parameter in parameters}
-    assert len(dtypes) == 1, f"parameters of one rank must share a dtype, not {dtypes}"
-    return dtypes.pop()
 
 
 def _view(flat: Tensor, slot: Slot) -> Tensor:

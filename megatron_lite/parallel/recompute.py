@@ -1,4 +1,4 @@
-"""Activation recomputation (checkpointing): which layers discard their activations and run again in backward."""
+"""Activation recomputation (checkpointing): selects layers and runs their forward again in backward."""
 
 from __future__ import annotations
 

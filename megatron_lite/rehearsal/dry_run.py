@@ -141,22 +141,16 @@ def _rehearse_rank(
             key = plan.microbatches, plan.seq_length
             if key not in seen and (plan.microbatches <= enough or plan is plans[-1]):
                 with _record_error(report, f"iteration {plan.iteration:,}"):
-                    seen[key] = _rehearse_iteration(config, engine, backend, plan, mode)
+                    backend.traffic.clear()
+                    mode.reset_peak()
+                    before = mode.live
+                    engine.train_step(plan, _reader(config, plan))
+                    seen[key] = IterationRecord(tuple(backend.traffic), mode.peak - before)
             if report.error:
                 break
             report.iterations.append(seen.get(key))
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _rehearse_iteration(
-    config: RunConfig, engine: NativeEngine, backend: FakeBackend, plan: IterationPlan, mode: MetaTensorMode
-) -> IterationRecord:
-    backend.traffic.clear()
-    mode.reset_peak()
-    before = mode.live
-    engine.train_step(plan, _reader(config, plan))
-    return IterationRecord(tuple(backend.traffic), mode.peak - before)
 
 
 def _progress_before(config: RunConfig, stage: BatchStage) -> Progress:
@@ -194,22 +188,21 @@ def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
 
     def read(index: int) -> MicroBatch:
         tokens, labels = torch.empty((2, *shape), dtype=torch.int64, device="meta")
+        documents = None
+        if data.reset_attention_mask:
+            # One document per sample needs the most memory.
+            order, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
+            documents = Documents(order, places, (shape,))
         return MicroBatch(
             tokens=tokens,
             labels=labels,
             loss_mask=empty(torch.float32, data.eod_mask_loss),
             position_ids=empty(torch.int64, data.reset_position_ids),
-            documents=_whole_samples(shape) if data.reset_attention_mask else None,
+            documents=documents,
             number=microbatch_number(config.parallel.dp, plan.replica, index),
         )
 
     return read
-
-
-def _whole_samples(shape: tuple[int, int]) -> Documents:
-    """Return document boundaries with one document per sample of [b, s] tokens, the case with the most memory."""
-    rows, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
-    return Documents(rows, places, (shape,))
 
 
 @contextmanager

@@ -43,7 +43,10 @@ class MetaTensorMode(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = _key(function, args, kwargs) if _makes_new_tensors(function) else None
         if key is not None and (cached := self._cache.get(key)) is not None:
-            made = [None if one is None else _like(one) for one in cached]
+            made = [
+                None if one is None else torch.empty_strided(one[0], one[1], dtype=one[2], device="meta")
+                for one in cached
+            ]
             result: Any = made[0] if len(made) == 1 else tuple(made)
         else:
             result = function(*args, **(kwargs or {}))
@@ -102,8 +105,3 @@ def _part(value: Any) -> Any:
         parts = tuple(_part(one) for one in value)
         return None if None in parts else (type(value), *parts)
     return (type(value), value)
-
-
-def _like(cached: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
-    shape, stride, dtype = cached
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

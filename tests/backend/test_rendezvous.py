@@ -50,7 +50,7 @@ class Rank:
                     meeting.wait_until_reported()
                     return
                 meeting.join()
-                self.store = meeting.share_store(lambda: self.number)[1]
+                self.store = meeting.share_port(self.number)[1]
                 meeting.run(self.during or (lambda: None))
                 meeting.finish()
                 self.server = meeting.server
