@@ -46,7 +46,7 @@ class ConfigErrors(ConfigError):
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         self.errors = tuple(errors)
         super().__init__(
-            f"{len(self.errors)} rules are broken:\n"
+            f"{len(self.errors)} errors:\n"
             + "\n".join(f"  {number}. {error}" for number, error in enumerate(self.errors, 1)),
             fix="Change the flags named above",
         )

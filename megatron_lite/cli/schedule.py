@@ -7,11 +7,10 @@ from typing import get_args
 
 from megatron_lite.cli.parser import Parser, real, whole
 
-SUMMARY = "show a pipeline schedule: who computes what when, the bubble, the activations held"
-
+SUMMARY = "show a pipeline schedule: timeline, bubble, activations held"
 
 MAX_UNITS = 1_000_000
-"""Largest number of forwards that is simulated: about a minute."""
+"""Largest number of simulated forwards: about a minute."""
 
 
 def run(argv: list[str]) -> int:
@@ -34,7 +33,7 @@ def run(argv: list[str]) -> int:
 
     chunks = num_chunks(options.kind, options.chunks)
     title = f"{options.kind}: {options.pp} ranks, {options.microbatches} micro-batches"
-    title += f", {chunks} chunks a rank" if chunks > 1 else ""
+    title += f", {chunks} chunks per rank" if chunks > 1 else ""
     print(f"{title}\n\n{text_grid(timeline)}\n")
     if options.actions:
         for rank, actions in enumerate(program):
@@ -59,22 +58,18 @@ def _parser() -> Parser:
         "--microbatches", type=whole(1, 65_536), default=8, help="micro-batches of one iteration (default: 8)"
     )
     parser.add_argument(
-        "--chunks", type=whole(0, 1024), default=0, help="model chunks a rank (default: 2 for interleaved, else 1)"
+        "--chunks", type=whole(0, 1024), default=0, help="model chunks per rank (default: 2 for interleaved, else 1)"
     )
     parser.add_argument(
-        "--png", type=Path, nargs="?", const="schedule.png", metavar="FILE", help="draw it, too (schedule.png)"
+        "--png", type=Path, nargs="?", const="schedule.png", metavar="FILE", help="also draw it (default: schedule.png)"
     )
     parser.add_argument("--actions", action="store_true", help="list every rank's actions with sends and receives")
     parser.add_argument(
         "--blocking", action="store_true", help="sends wait for their receives (default: they overlap computation)"
     )
-    times = parser.add_argument_group("times", "in any unit; without a split, a backward takes backward + weight")
-    times.add_argument("--forward", type=real(1e-6, 1e6), default=1.0, help="of a stage's forward (default: 1)")
-    times.add_argument(
-        "--backward", type=real(1e-6, 1e6), default=1.0, help="of the gradient of its input (default: 1)"
-    )
-    times.add_argument(
-        "--weight", type=real(1e-6, 1e6), default=1.0, help="of the gradient of its weights (default: 1)"
-    )
-    times.add_argument("--comm", type=real(0.0, 1e6), default=0.0, help="of a message between ranks (default: 0)")
+    times = parser.add_argument_group("times", "in any unit; a backward that is not split takes backward + weight")
+    times.add_argument("--forward", type=real(1e-6, 1e6), default=1.0, help="forward of a stage (default: 1)")
+    times.add_argument("--backward", type=real(1e-6, 1e6), default=1.0, help="input gradient of a stage (default: 1)")
+    times.add_argument("--weight", type=real(1e-6, 1e6), default=1.0, help="weight gradients of a stage (default: 1)")
+    times.add_argument("--comm", type=real(0.0, 1e6), default=0.0, help="a message between ranks (default: 0)")
     return parser

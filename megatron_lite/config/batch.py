@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from megatron_lite.config.bounds import divisors, nearest_multiples
+from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, Format, flags, option
 from megatron_lite.config.values import read_float, read_int
 from megatron_lite.errors import ConfigError
@@ -236,7 +236,7 @@ def _resolve_accumulation(given: Given) -> None:
 
 
 def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
-    """A global batch consists of whole micro-batches; replicas may take uneven numbers of them."""
+    """Require a global batch of whole micro-batches; replicas may run uneven numbers of them."""
     batch = config.batch
     if batch.global_batch_size % batch.micro_batch_size:
         yield ConfigError(
@@ -248,7 +248,7 @@ def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def microbatches_can_be_listed(config: RunConfig) -> Iterator[ConfigError]:
-    """The pipeline schedule of an iteration is a list of its micro-batches."""
+    """Bound the micro-batches of an iteration, which the pipeline schedule lists."""
     batch, replicas = config.batch, config.parallel.dp
     sizes = [size for _, size in batch.step_schedule] or [batch.global_batch_size]
     count = max(sizes) // batch.micro_batch_size // replicas
@@ -262,7 +262,7 @@ def microbatches_can_be_listed(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
-    """A ramp-up rises in whole steps, each a whole number of micro-batches, to the global batch."""
+    """Require a ramp-up in whole steps to the global batch, each of whole micro-batches."""
     batch, ramp = config.batch, config.batch.rampup
     if ramp is None:
         return
@@ -291,7 +291,7 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def step_schedule_is_whole(config: RunConfig) -> Iterator[ConfigError]:
-    """Batches of --step-batch-size-schedule consist of whole micro-batches; the last is the global batch."""
+    """Require batches of whole micro-batches in --step-batch-size-schedule, the last of them the global batch."""
     batch = config.batch
     if not batch.step_schedule:
         return
@@ -312,7 +312,7 @@ def step_schedule_is_whole(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def one_batch_schedule(config: RunConfig) -> Iterator[ConfigError]:
-    """--step-batch-size-schedule excludes the other ways to vary the batch."""
+    """Refuse --step-batch-size-schedule beside the other ways to vary the batch."""
     batch = config.batch
     others = {"--rampup-batch-size": batch.rampup, "--decrease-batch-size-if-needed": batch.decrease_if_needed}
     names = " and ".join(name for name, value in others.items() if value)
@@ -324,7 +324,7 @@ def one_batch_schedule(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def decreased_batch_is_not_empty(config: RunConfig) -> Iterator[ConfigError]:
-    """--decrease-batch-size-if-needed leaves at least one micro-batch for each replica."""
+    """Require that --decrease-batch-size-if-needed leaves a micro-batch for each replica."""
     batch, replicas = config.batch, config.parallel.dp
     if batch.decrease_if_needed and batch.global_batch_size < batch.micro_batch_size * replicas:
         yield ConfigError(
@@ -335,7 +335,7 @@ def decreased_batch_is_not_empty(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
-    """A curriculum rises from a shorter sequence to --seq-length in steps of tokens."""
+    """Require a curriculum that rises to --seq-length in steps of tokens."""
     ramp, longest, tp = config.batch.sequence_ramp, config.batch.seq_length, config.parallel.tp
     if ramp is None:
         return

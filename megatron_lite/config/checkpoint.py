@@ -182,7 +182,7 @@ class CheckpointConfig:
 
     @property
     def in_one_folder(self) -> bool:
-        """True if --load and --save are the same folder: the command that starts such a run also resumes it."""
+        """True if --load and --save are the same folder: one command both starts and resumes such a run."""
         return bool(self.load and self.save) and Path(self.load).resolve() == Path(self.save).resolve()
 
 
@@ -206,7 +206,7 @@ RESOLVERS = (resolve_save_interval,)
 
 
 def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
-    """--save needs --save-interval or --save-schedule."""
+    """Require --save-interval or --save-schedule with --save."""
     if config.checkpoint.save and not config.checkpoint.phases:
         yield ConfigError(
             f"--save {config.checkpoint.save} needs an interval",
@@ -215,7 +215,7 @@ def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def phases_rise(config: RunConfig) -> Iterator[ConfigError]:
-    """Ranges of --save-schedule and --keep-phase have rising ends and positive intervals."""
+    """Require rising ends and positive intervals in --save-schedule and --keep-phase."""
     yield from _phases_rise("--save-schedule", config.checkpoint.phases)
     yield from _phases_rise("--keep-phase", config.checkpoint.keep_phases)
 
@@ -236,7 +236,7 @@ def _phases_rise(flag: str, phases: tuple[SavePhase, ...]) -> Iterator[ConfigErr
 
 
 def one_lr_schedule(config: RunConfig) -> Iterator[ConfigError]:
-    """The learning-rate schedule is the command line's or the checkpoint's."""
+    """Refuse both the command line's and the checkpoint's learning-rate schedule."""
     checkpoint = config.checkpoint
     if checkpoint.override_schedule and checkpoint.use_checkpoint_schedule:
         yield ConfigError(
@@ -246,7 +246,7 @@ def one_lr_schedule(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def loading_needs_a_folder(config: RunConfig) -> Iterator[ConfigError]:
-    """Flags about loading need --load."""
+    """Require --load with flags about loading."""
     checkpoint = config.checkpoint
     if checkpoint.load:
         return
@@ -260,7 +260,7 @@ def loading_needs_a_folder(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError]:
-    """--keep-every and --keep-phase exempt checkpoints from --keep-last; weights are saved below --save."""
+    """Require --keep-last with its exceptions, and --save with --weights-only-every."""
     checkpoint = config.checkpoint
     if (checkpoint.keep_every or checkpoint.keep_phases) and not checkpoint.keep_last:
         yield ConfigError(

@@ -1,4 +1,4 @@
-"""Parameter and FLOP counts of a model, from its config."""
+"""Parameter and FLOP formulas of a model, from its config; the run summary is in planner/summary.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from megatron_lite.config.model import ModelConfig
 
 
 def norm_parameters(model: ModelConfig, channels: int) -> int:
-    """Weight of one norm, and bias if it is a LayerNorm."""
+    """Return the parameters of one norm: weight, and bias of a LayerNorm."""
     return channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer."""
+    """Return the parameters of one transformer layer."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.head_dim
     qkv = queries + 2 * model.num_query_groups * model.head_dim
@@ -25,19 +25,19 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def embedding_parameters(model: ModelConfig, rows: int) -> int:
-    """Parameters before the first layer, with `rows` rows in the word embedding."""
+    """Return the parameters before the first layer, with `rows` rows in the word embedding."""
     positions = model.max_position_embeddings if model.position_embedding == "learned" else 0
     norm = norm_parameters(model, model.hidden_size) if model.embed_layernorm else 0
     return (rows + positions) * model.hidden_size + norm
 
 
 def head_parameters(model: ModelConfig, rows: int) -> int:
-    """Parameters after the last layer: the final norm, and the output layer unless it is the embedding."""
+    """Return the parameters after the last layer: final norm, and output layer unless it is tied to the embedding."""
     return norm_parameters(model, model.hidden_size) + (0 if model.tied_embeddings else rows * model.hidden_size)
 
 
 def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
-    """Exact number of parameters.
+    """Return the exact number of parameters.
 
     Args:
         model: the model's shape.
@@ -50,7 +50,7 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
 
 
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:
-    """FLOPs of one layer's forward for one token of a sequence: matrix products only, two a multiply-add.
+    """Return the forward FLOPs of one layer for one token: matrix products only, two per multiply-add.
 
     Attention is counted over the full square although half of it is masked (Narayanan et al. 2021, arXiv:2104.04473).
     """
@@ -60,15 +60,15 @@ def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:
 
 
 def head_forward_flops(model: ModelConfig) -> int:
-    """FLOPs of the output layer's forward for one token."""
+    """Return the forward FLOPs of the output layer for one token."""
     return 2 * model.hidden_size * (model.padded_vocab_size or model.vocab_size)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """Model FLOPs to train on one token, forward and backward (twice forward).
+    """Return the model FLOPs to train on one token: forward, and backward as twice forward.
 
-    Recomputed work does not count (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311): MFU rests on this.
-    For a GPT-2 (heads × head_dim = h, ffn 4h) this is eq. 3 of Narayanan et al. 2021 with three passes in place of
+    Recomputation is not counted (PaLM, appendix B, Chowdhery et al. 2022, arXiv:2204.02311), as MFU requires.
+    For a GPT-2 (heads × head_dim = h, ffn 4h) this is eq. 3 of Narayanan et al. 2021 with three passes instead of
     four: 72 l h² (1 + s / 6h + V / 12lh).
     """
     return 3 * (model.num_layers * layer_forward_flops(model, seq_length) + head_forward_flops(model))

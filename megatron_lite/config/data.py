@@ -322,7 +322,7 @@ RESOLVERS = (resolve_blend_files, refuse_uneven_token_loss)
 
 
 def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
-    """Data are one blend that is split, a blend for each split, or mock data."""
+    """Require one kind of data: a blend that is split, a blend for each split, or mock data."""
     data = config.data
     kinds = {
         "--data-path": bool(data.sources),
@@ -337,7 +337,7 @@ def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
-    """Weights of a blend are not negative, and not all 0."""
+    """Require weights of a blend that are not negative, and not all 0."""
     data = config.data
     groups = (*data.train_groups, *data.valid_groups, *data.test_groups)
     for sources in (data.sources, *(group.sources for group in groups)):
@@ -351,7 +351,7 @@ def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
-    """Training has one group; validation sets differ in name."""
+    """Require one group for training, and different names of validation and test sets."""
     data = config.data
     if len(data.train_groups) > 1:
         yield ConfigError(
@@ -372,7 +372,7 @@ def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
-    """A NullTokenizer needs the size of its vocabulary."""
+    """Require the size of a NullTokenizer's vocabulary."""
     if config.tokenizer.type == "NullTokenizer" and not config.tokenizer.vocab_size:
         yield ConfigError(
             "--tokenizer-type NullTokenizer needs --vocab-size",

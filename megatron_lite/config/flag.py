@@ -73,7 +73,7 @@ class Flag:
 
     @property
     def takes_value(self) -> bool:
-        """Whether arguments follow the flag (True or False may follow any other)."""
+        """True if arguments follow the flag (True or False may follow any other)."""
         return self.sets is TAKES_VALUE
 
 

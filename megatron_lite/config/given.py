@@ -18,15 +18,15 @@ T = TypeVar("T")
 
 
 class Given:
-    """Collects the values that flags and files give, so that one pass can report everything that is wrong.
+    """Collected values of flags and files, with all errors: one pass reports everything that is wrong.
 
     Attributes:
         launched: ranks that the launcher started; None: unknown.
         notes: aliases translated, prefixes expanded, flags without effect: to be printed once.
         warnings: what is allowed but probably not meant.
         missing: errors of a run, but not of an explanation (files that do not exist).
-        unreadable: whether a value was lost, so that rules would judge a value that was not given.
-        unknown: whether a flag could not be read, so that a field that seems to be missing may be its meaning.
+        unreadable: whether a value was dropped; rules are skipped then, since they would judge its default.
+        unknown: whether a flag was unknown; it may have been meant for a field that seems to be missing.
     """
 
     def __init__(self, launched: int | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_lite.config.bounds import divisors, nearest_multiples
+from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, Format, flags, option
 from megatron_lite.errors import ConfigError
 
@@ -262,7 +262,7 @@ class ModelConfig:
 
 
 def resolve_query_groups(given: Given) -> None:
-    """Megatron-LM reads --num-query-groups only with --group-query-attention, and has one group by default."""
+    """Apply --group-query-attention: Megatron-LM reads --num-query-groups only with it, and defaults to one group."""
     run = given.run
     if run.command.group_query_attention:
         if not given.has(FIELD.model.num_query_groups):
@@ -304,7 +304,7 @@ def resolve_activation(given: Given) -> None:
 
 
 def resolve_qkv_bias(given: Given) -> None:
-    """The bias of queries, keys and values follows that of the other linear layers."""
+    """Derive the bias of queries, keys and values from that of the other linear layers."""
     if not given.has(FIELD.model.qkv_bias) and (origin := given.origin(FIELD.model.linear_bias)):
         given.give(FIELD.model.qkv_bias, given.run.model.linear_bias, origin)
 
@@ -313,7 +313,7 @@ RESOLVERS = (resolve_query_groups, resolve_positions, resolve_activation, resolv
 
 
 def heads_divide_hidden_size(config: RunConfig) -> Iterator[ConfigError]:
-    """Without --kv-channels the heads must divide the hidden size."""
+    """Require heads that divide the hidden size, unless --kv-channels is given."""
     model = config.model
     follows = model.head_dim == model.hidden_size // model.num_attention_heads
     if follows and model.hidden_size % model.num_attention_heads:
@@ -326,7 +326,7 @@ def heads_divide_hidden_size(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def groups_divide_heads(config: RunConfig) -> Iterator[ConfigError]:
-    """Each key/value head serves equally many query heads."""
+    """Require equally many query heads for each key/value head."""
     model = config.model
     if model.num_attention_heads % model.num_query_groups:
         yield ConfigError(
@@ -337,7 +337,7 @@ def groups_divide_heads(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def rotated_channels_are_pairs(config: RunConfig) -> Iterator[ConfigError]:
-    """Rotary embeddings rotate pairs of channels."""
+    """Require an even number of rotated channels."""
     model = config.model
     rotated = int(model.head_dim * model.rotary_percent)
     if model.position_embedding == "rotary" and (rotated % 2 or not rotated):
@@ -350,7 +350,7 @@ def rotated_channels_are_pairs(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
-    """A learned position table has a row for every position."""
+    """Require a row of the learned position table for every position."""
     model, length = config.model, config.batch.seq_length
     if model.position_embedding == "learned" and length > model.max_position_embeddings:
         yield ConfigError(
@@ -361,7 +361,7 @@ def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def one_kind_of_residual(config: RunConfig) -> Iterator[ConfigError]:
-    """A layer has one kind of residual connection."""
+    """Refuse two kinds of residual connection."""
     if config.model.parallel_residual and config.model.residual_post_layernorm:
         yield ConfigError(
             "--parallel-residual and --apply-residual-connection-post-layernorm contradict each other",

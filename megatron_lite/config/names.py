@@ -15,7 +15,7 @@ GPT2_ENTRIES = 50257
 
 
 def claimed_sizes(text: str) -> list[tuple[str, float]]:
-    """Sizes that a path or name claims, as (as written, parameters).
+    """Return the model sizes in a path or name, as (as written, parameters).
 
     >>> claimed_sizes("checkpoints/tr8-104B-wide"), claimed_sizes("tr3-1B3-baseline")
     ([('104B', 104000000000.0)], [('1B3', 1300000000.0)])
@@ -30,7 +30,7 @@ def claimed_sizes(text: str) -> list[tuple[str, float]]:
 
 
 def name_warnings(config: RunConfig) -> list[str]:
-    """A warning for each size in the run's folders that its parameters contradict, with and without embeddings."""
+    """Return a warning for each size in folder names that the parameter count contradicts."""
     model = config.model
     rows = model.vocab_size or model.padded_vocab_size or GPT2_ENTRIES
     total, body = parameter_count(model, rows), parameter_count(model, 0)

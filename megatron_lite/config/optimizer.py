@@ -185,7 +185,7 @@ RESOLVERS = (note_idle_recompute_flags, warn_of_inexact_loss_scale)
 
 
 def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
-    """Decay and warm-up are counted in the unit of the run's length."""
+    """Require decay and warm-up in the unit of the run's length."""
     lr = config.lr
     by_iters = {
         "--lr-decay-iters": lr.decay_iters,
@@ -212,7 +212,7 @@ def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
-    """A run that trains has lr > 0, and warmup_init, min_lr <= lr."""
+    """Require lr > 0 of a run that trains, and warmup_init, min_lr <= lr."""
     lr = config.lr
     if lr.lr <= 0 and not config.training.skip_train:
         yield ConfigError(
@@ -228,7 +228,7 @@ def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
-    """Warm-up is given once and ends before the decay does."""
+    """Require one length of the warm-up, within the decay."""
     lr, training = config.lr, config.training
     if lr.warmup_fraction is not None and (lr.warmup_iters or lr.warmup_samples):
         yield ConfigError(
@@ -248,7 +248,7 @@ def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
-    """The decay phase of WSD has a length, within the whole schedule."""
+    """Require a length of WSD's decay phase, within the whole schedule."""
     lr, training = config.lr, config.training
     if lr.style != "WSD":
         return
@@ -264,7 +264,7 @@ def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
-    """A weight decay that rises has a start and an end."""
+    """Require a start and an end of a weight decay that rises."""
     optimizer = config.optimizer
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     if optimizer.weight_decay_style == "constant":
@@ -282,7 +282,7 @@ def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def loss_scale_starts_above_its_minimum(config: RunConfig) -> Iterator[ConfigError]:
-    """A dynamic loss scale moves between its minimum and its start."""
+    """Require a dynamic loss scale that starts at or above its minimum."""
     precision = config.precision
     if precision.min_loss_scale > precision.initial_loss_scale:
         yield ConfigError(
@@ -293,7 +293,7 @@ def loss_scale_starts_above_its_minimum(config: RunConfig) -> Iterator[ConfigErr
 
 
 def recompute_fits(config: RunConfig) -> Iterator[ConfigError]:
-    """A recomputed unit is not larger than the model."""
+    """Require a recomputed unit that is not larger than the model."""
     recompute, layers = config.recompute, config.model.num_layers
     if recompute.granularity == "full" and recompute.num_layers > layers:
         yield ConfigError(

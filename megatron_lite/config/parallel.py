@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_lite.config.bounds import divisors, nearest_multiples
+from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, Format, option
 from megatron_lite.config.partition import num_stages
 from megatron_lite.config.values import read_int
@@ -201,7 +201,7 @@ RESOLVERS = (resolve_zero_stage, resolve_world_size, resolve_virtual_stages)
 
 
 def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
-    """The world consists of whole replicas of tp x pp ranks."""
+    """Require a world of whole replicas of tp x pp ranks."""
     parallel = config.parallel
     replica = parallel.tp * parallel.pp
     if parallel.world_size % replica:
@@ -214,7 +214,7 @@ def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
-    """Heads, groups, MLP and vocabulary are split into equal parts."""
+    """Require equal parts of heads, groups, MLP and vocabulary for tensor-parallel ranks."""
     model, tp = config.model, config.parallel.tp
     for flag, size in (
         ("--num-attention-heads", model.num_attention_heads),
@@ -230,7 +230,7 @@ def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def sequence_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
-    """Under --sequence-parallel the sequence is split into equal parts."""
+    """Require equal parts of the sequence under --sequence-parallel."""
     tp, length = config.parallel.tp, config.batch.seq_length
     if config.parallel.sequence_parallel and length % tp:
         yield ConfigError(
@@ -241,7 +241,7 @@ def sequence_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
-    """Every stage has at least one layer."""
+    """Require at least one layer for every stage."""
     parallel, layers = config.parallel, config.model.num_layers
     stages = num_stages(config.model, parallel)
     if stages > layers:
@@ -253,7 +253,7 @@ def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
-    """Interleaving gives every rank equally many chunks, at least two."""
+    """Require equally many chunks for every rank under the interleaved schedule."""
     parallel, layers = config.parallel, config.model.num_layers
     chunk = parallel.num_layers_per_virtual_stage
     flag = f"--num-layers-per-virtual-pipeline-stage {chunk}"
@@ -286,7 +286,7 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
-    """--pp-partition-method is a known name or a regular expression that matches layers."""
+    """Require a known --pp-partition-method, or a valid regular expression."""
     method = config.parallel.partition_method
     if method in PARTITION_METHODS:
         return
@@ -303,7 +303,7 @@ def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
-    """Layers of the first and last stage leave at least one layer for each other stage."""
+    """Require a layer for each stage between a sized first and last stage."""
     parallel, layers = config.parallel, config.model.num_layers
     first, last = parallel.first_stage_layers, parallel.last_stage_layers
     if not first and not last:

@@ -18,7 +18,7 @@ EMBEDDING_CLASS = "EmbeddingPipe"
 
 
 def num_stages(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Stages in the model's order, over all chunks of all pipeline ranks."""
+    """Return the number of stages, over all chunks of all pipeline ranks."""
     if parallel.pipeline_schedule == "zb-v":
         return 2 * parallel.pp
     if parallel.num_layers_per_virtual_stage:
@@ -27,12 +27,12 @@ def num_stages(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_length: int = 0) -> tuple[range, ...]:
-    """Layers of every stage, in the model's order.
+    """Return the layers of every stage, in the model's order.
 
     Args:
         model: its layers, and the work of a layer and of the head.
         parallel: the stages and --pp-partition-method.
-        seq_length: weighs attention's square; 0: as long as max_position_embeddings.
+        seq_length: for the work of attention; 0: max_position_embeddings.
     """
     stages, layers = num_stages(model, parallel), model.num_layers
     if parallel.num_layers_per_virtual_stage:
@@ -63,14 +63,14 @@ def _ranges(counts: Sequence[int]) -> tuple[range, ...]:
 
 
 def _even(layers: int, stages: int) -> list[int]:
-    """As even as can be, what is left over in the middle: the ends have the embedding and the head to do."""
+    """Return an even split, with the remainder in the middle: the ends also compute embedding and head."""
     each, rest = divmod(layers, stages)
     first = (stages - rest + 1) // 2
     return [each + (first <= stage < first + rest) for stage in range(stages)]
 
 
 def _balanced(layers: int, stages: int, head: float) -> list[int]:
-    """The split whose slowest stage is fastest; the head weighs as much as `head` layers. Every stage has a layer."""
+    """Return the split with the fastest slowest stage; the head counts as `head` layers. Every stage has a layer."""
     last = min(
         range(layers - stages + 1, 0, -1),
         key=lambda count: max(count + head, -(-(layers - count) // (stages - 1))),
@@ -85,9 +85,9 @@ def _with_given_ends(layers: int, stages: int, first: int, last: int) -> list[in
 
 
 def _by_weight(weights: Sequence[int], stages: int) -> tuple[range, ...]:
-    """DeepSpeed's partition_balanced over embedding, layers, head: stages filled up to the least possible bottleneck.
+    """Apply DeepSpeed's partition_balanced to embedding, layers and head: fill stages up to the least bottleneck.
 
-    Unlike DeepSpeed's, no stage is left without a layer while there are enough.
+    Unlike in DeepSpeed, no stage remains without a layer if there are enough.
     """
     low, high = max(weights), sum(weights)
     while low < high:
@@ -106,7 +106,7 @@ def _by_weight(weights: Sequence[int], stages: int) -> tuple[range, ...]:
 
 
 def _fill(weights: Sequence[int], bottleneck: int) -> list[int]:
-    """Items of each part, if parts are filled in order up to `bottleneck`."""
+    """Return the items of each part, if parts are filled in order up to `bottleneck`."""
     counts, load = [0], 0
     for weight in weights:
         if load + weight > bottleneck:

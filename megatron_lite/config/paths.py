@@ -11,7 +11,7 @@ RAW_TEXT = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst")
 
 
 def suggest_path(flag: str, path: str) -> str:
-    """What to do about a file that a flag names and that does not exist, as the last sentence of an error."""
+    """Return the fix of an error about a file that a flag names and that does not exist."""
     near, missing = _nearest_path(Path(path))
     if near:
         return f"Did you mean {flag} {near}?"
@@ -21,7 +21,7 @@ def suggest_path(flag: str, path: str) -> str:
 
 
 def suggest_dataset(prefix: str) -> str:
-    """What to do about a dataset of which the .bin or the .idx does not exist."""
+    """Return the fix of an error about a dataset without its .bin or .idx."""
     path = Path(prefix)
     if path.is_dir():
         inside = _prefixes(path)
@@ -47,9 +47,9 @@ def suggest_dataset(prefix: str) -> str:
 
 
 def _nearest_path(path: Path) -> tuple[Path | None, Path]:
-    """The existing path that was probably meant, or None; and the first part of the path that does not exist.
+    """Return the existing path that was probably meant (or None), and the first part of the path that does not exist.
 
-    That part is compared with its neighbours. If the rest does not exist either, only the part is suggested.
+    That part is compared with the names beside it. If the rest does not exist either, only the part is suggested.
     """
     missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
     near = _nearest(missing.name, _names(missing.parent))

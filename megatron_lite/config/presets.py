@@ -1,4 +1,4 @@
-"""Model presets: `--preset NAME` stands for the flags of a published model's shape; flags given elsewhere win."""
+"""Model presets: `--preset NAME` stands for the flags of a published model's shape; explicit flags override them."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def _qwen(ffn: int, groups: int, *, tied: bool, more: str) -> str:
 
 
 PRESETS: Mapping[str, str] = {
-    # Radford et al. 2019; the sizes as Hugging Face counts them.
+    # Radford et al. 2019; sizes as on Hugging Face.
     "gpt2-124m": _sizes(12, 768, 12, _GPT2),
     "gpt2-350m": _sizes(24, 1024, 16, _GPT2),
     "gpt2-774m": _sizes(36, 1280, 20, _GPT2),
     "gpt2-1.5b": _sizes(48, 1600, 25, _GPT2),
     # BigScience's first 13B run (tr1-13B-base).
     "tr1-13b": _sizes(40, 5120, 32, f"--ffn-hidden-size 20480 {_positions(2048)}"),
-    # Models that are grown by duplicating layers.
+    # Models grown by duplicating layers.
     "gpt-580m": _sizes(18, 1536, 12, _GROWN),
     "gpt-760m": _sizes(24, 1536, 12, _GROWN),
     "gpt-1.1b": _sizes(36, 1536, 12, _GROWN),
@@ -80,7 +80,7 @@ PRESETS: Mapping[str, str] = {
     "qwen3-0.6b": _sizes(28, 1024, 16, _qwen(3072, 8, tied=True, more="--kv-channels 128 --qk-layernorm")),
     "qwen3-8b": _sizes(36, 4096, 32, _qwen(12288, 8, tied=False, more="--kv-channels 128 --qk-layernorm")),
 }
-"""Flags by name: the model's shape and the sequence length, nothing of how it is trained."""
+"""Flags by name: the model's shape and the sequence length, without training flags."""
 
 
 def preset_args(name: str) -> list[str] | None:

@@ -84,7 +84,7 @@ def damage_errors(packing: Packing) -> tuple[type[Exception], ...]:
 
 
 def unpacked(raw: IO[bytes], packing: Packing) -> IO[bytes]:
-    """Wrap a compressed file in a buffered reader of its content, all of its streams one after another."""
+    """Return a buffered reader of a compressed file's content, over all of its streams."""
     if packing == "gzip":
         import gzip
 
@@ -101,9 +101,9 @@ def unpacked(raw: IO[bytes], packing: Packing) -> IO[bytes]:
 
 
 def _chunks(raw: IO[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
-    """Unpacked chunks of at most BUFFER bytes.
+    """Yield unpacked chunks of at most BUFFER bytes.
 
-    bz2.BZ2File and lzma.LZMAFile are not used: they take a second stream with a damaged header for the file's end.
+    bz2.BZ2File and lzma.LZMAFile are not used: they treat a second stream with a damaged header as the file's end.
     """
     stream, data, begun = new_stream(), b"", False
     while True:
@@ -124,7 +124,7 @@ def _chunks(raw: IO[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
-    """Unpacked chunks. The library's own reader takes a file that was cut short for one that ends."""
+    """Yield unpacked chunks. The library's own reader does not detect truncated files."""
     import zstandard
 
     frame, fed = zstandard.ZstdDecompressor().decompressobj(), False

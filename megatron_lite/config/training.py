@@ -145,7 +145,7 @@ class TrainingConfig:
 
 
 def one_length(config: RunConfig) -> Iterator[ConfigError]:
-    """A run has a length in iterations or in samples, unless it only evaluates."""
+    """Require a length in iterations or in samples, unless the run only evaluates."""
     training = config.training
     if training.train_iters and training.train_samples:
         yield ConfigError(
@@ -161,7 +161,7 @@ def one_length(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def repairs_need_checks(config: RunConfig) -> Iterator[ConfigError]:
-    """Weights are repaired where they are compared."""
+    """Require weight comparisons for weight repairs."""
     training = config.training
     if training.on_weight_mismatch == "repair" and not training.weight_check_interval:
         yield ConfigError(
@@ -171,7 +171,7 @@ def repairs_need_checks(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def skipped_ranges_are_apart(config: RunConfig) -> Iterator[ConfigError]:
-    """Skipped ranges of iterations rise and do not overlap."""
+    """Require skipped ranges of iterations that rise and do not overlap."""
     previous = 0
     for first, last in sorted(config.training.skip_iteration_ranges):
         if first < 1 or last < first or first <= previous:
@@ -184,7 +184,7 @@ def skipped_ranges_are_apart(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def rollback_needs_spikes_and_saves(config: RunConfig) -> Iterator[ConfigError]:
-    """Automatic rollback needs spike detection, and checkpoints to return to."""
+    """Require spike detection and checkpoints for automatic rollback."""
     training = config.training
     if 0 < training.spike_factor <= 1:
         yield ConfigError(

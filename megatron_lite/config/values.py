@@ -13,17 +13,17 @@ TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 
 MAX_NUMBER = 10**15
-"""Largest count that any flag takes: products of two still have a meaning, and no run comes near."""
+"""Largest count that any flag accepts: products of two stay meaningful, and no run comes near."""
 
 MAX_REAL = 1e38
-"""Largest real number that any flag takes: fp32 holds it."""
+"""Largest real number that any flag accepts: it fits fp32."""
 
 MAX_SEED = 2**32 - 1
-"""Largest seed: numpy's RandomState, whose numbers Megatron's sample order consists of, takes 32 bits."""
+"""Largest seed: numpy's RandomState, which Megatron's sample order uses, takes 32 bits."""
 
 
 def read_int(word: str) -> int:
-    """Whole numbers as 1000, 5_000_000, 1e4 or 10e6, between -MAX_NUMBER and MAX_NUMBER.
+    """Read a whole number as 1000, 5_000_000, 1e4 or 10e6, between -MAX_NUMBER and MAX_NUMBER.
 
     Raises:
         ValueError: not a whole number, or one beyond these bounds.
@@ -44,7 +44,7 @@ def read_int(word: str) -> int:
 
 
 def read_float(word: str) -> float:
-    """Decimal numbers in Python's spellings, between -MAX_REAL and MAX_REAL.
+    """Read a decimal number in Python's spellings, between -MAX_REAL and MAX_REAL.
 
     Raises:
         ValueError: not a number, not a finite one, or one beyond these bounds.
@@ -61,12 +61,12 @@ def read_float(word: str) -> float:
 
 
 def shortened(word: str) -> str:
-    """A word as messages show it: a number of thousands of digits must not fill the screen."""
+    """Return an argument shortened for messages: a number may have thousands of digits."""
     return word if len(word) <= 40 else f"{word[:37]}..."
 
 
 def read_bool(word: str) -> bool:
-    """True or False in the usual spellings.
+    """Read True or False in the usual spellings.
 
     Raises:
         ValueError: neither.
@@ -79,12 +79,12 @@ def read_bool(word: str) -> bool:
 
 
 def read_as(annotation: Any, word: str, spellings: Mapping[str, Any]) -> Any:
-    """One word as a value of a field's annotated type.
+    """Read one argument as a value of a field's annotated type.
 
     Args:
         annotation: the field's type: int, float, str, bool, a Literal, or one of these or None.
-        word: what the command line says.
-        spellings: words that stand for a value, tried first.
+        word: the argument.
+        spellings: further spellings of values, tried first.
 
     Raises:
         ValueError: with what was expected as its text.
@@ -105,14 +105,14 @@ def read_as(annotation: Any, word: str, spellings: Mapping[str, Any]) -> Any:
 
 
 def write_value(value: Any) -> str:
-    """A plain value as the word that reads back as it."""
+    """Return the argument that is read back as this value."""
     if isinstance(value, float):
         return str(int(value)) if value == int(value) and abs(value) < 1e16 else repr(value)
     return str(value)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a string of the operating system (an argument, a file's name) was valid UTF-8."""
+    """Return True if a string of the operating system (an argument, a file's name) was valid UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -121,7 +121,7 @@ def is_utf8(text: str) -> bool:
 
 
 def shown_bytes(text: str) -> str:
-    """A string that is not UTF-8 as the bytes that the operating system gave, for messages."""
+    """Return a string that is not UTF-8 as the bytes of the operating system, for messages."""
     try:
         return repr(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:  # not from the operating system

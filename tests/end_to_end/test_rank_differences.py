@@ -97,7 +97,7 @@ def test_other_data_of_another_size(corpus, ranks, tmp_path):
 def test_files_that_one_rank_lacks(corpus, ranks, tmp_path):
     words = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
     text = said(ranks(job(corpus), job(corpus, *words)))
-    assert f"rank 1 ({HOST}): 2 rules are broken:" in text
+    assert f"rank 1 ({HOST}): 2 errors:" in text
     assert f"There is no --tokenizer-model {tmp_path / 'none'}" in text
 
 

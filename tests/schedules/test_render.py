@@ -48,7 +48,7 @@ def test_the_command_prints_grid_bubble_and_memory(capsys):
 def test_the_command_knows_the_chunks_of_zb_v(capsys):
     command.run(["--kind", "zb-v", "--pp", "2", "--microbatches", "4", "--blocking"])
     shown = capsys.readouterr().out
-    assert "2 chunks a rank" in shown
+    assert "2 chunks per rank" in shown
     assert "bubble 0.00%" in shown
 
 
