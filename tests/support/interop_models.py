@@ -4,20 +4,24 @@ import dataclasses
 
 import torch
 
+from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.vocabulary import padded_vocab_size
+from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.tensors import narrow, parameter_tensor
 from megatron_lite.runs.comparison import config_as_json
-from megatron_lite.runs.manifest import Provenance
+from megatron_lite.runs.manifest import Provenance, read_manifest
 from megatron_lite.schedules.progress import Progress
 
 VOCAB = 96
@@ -91,3 +95,28 @@ def save(backend, config, root, iteration=7):
 
 def save_on_rank(backend, config, root, iteration):
     save(backend, config, root, iteration)
+
+
+def logits_on_rank(backend, parallel, load, tokens):
+    """Logits [b, s, vocabulary] of a checkpoint that every rank of a layout loads its part of; None: not the last."""
+    (path,) = load.glob("iter_*")
+    stored = stored_model(read_manifest(path), path)
+    padded = padded_vocab_size(stored.model.vocab_size, 16, parallel.tp)
+    config = dataclasses.replace(run_config(), model=dataclasses.replace(stored.model, padded_vocab_size=padded))
+    mesh = build_mesh(backend, parallel)
+    layers = config.model.num_layers // parallel.pp
+    numbers = range(mesh.pp.rank * layers, (mesh.pp.rank + 1) * layers)
+    stage = GPTStage(dataclasses.replace(config, parallel=parallel), numbers, mesh, RngStreams(1, backend)).eval()
+    tensors = [parameter_tensor(entry, write=False) for entry in stage.named_parameters_global()]
+    load_checkpoint(path, tensors, mesh.world, weights_only=True)
+    x = None
+    if mesh.pp.rank:
+        x = torch.empty(stage.hidden_shape(tokens.shape[1], tokens.shape[0]))
+        mesh.pp.recv_(x, mesh.pp.rank - 1).wait()
+    with torch.no_grad():
+        x = stage(x, MicroBatch(tokens=tokens, labels=tokens))
+    if mesh.pp.rank < parallel.pp - 1:
+        mesh.pp.send(x, mesh.pp.rank + 1).wait()
+        return None
+    parts = mesh.tp.all_gather_object(x)
+    return torch.cat(parts, -1)[..., : config.model.vocab_size].transpose(0, 1)
