@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.checkpoint_inspect import diff, existing, inspect, num_parameters, one_checkpoint, table, when
+from megatron_lite.cli.import_ import add_foreign_arguments
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.cli.progress import byte_progress
 from megatron_lite.errors import CheckpointError
@@ -23,7 +24,11 @@ SUMMARY = "list, inspect, verify, compare, average and reshard checkpoints"
 
 def run(argv: list[str]) -> int:
     """Run the command; return 1 if verify finds damage or diff a difference."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, flags = parser.parse_known_args(argv)
+    if flags and options.action != "diff":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.flags = flags
 
     from rich.console import Console
 
@@ -192,6 +197,11 @@ def _parser() -> Parser:
     comparing.add_argument("first", type=Path, metavar="A", help="iter_…, or a folder: its latest")
     comparing.add_argument("second", type=Path, metavar="B", help="as A")
     comparing.add_argument("--values", action="store_true", help="compare the tensors' values as well")
+    add_foreign_arguments(comparing)
+    comparing.epilog = (
+        "What files of Megatron-LM or DeepSpeed do not say of the model, its own flags do, as in `megatron-lite "
+        "import`: --num-attention-heads 16 --vocab-size 50257 …"
+    )
 
     averaging = action("average", "write a checkpoint with the mean of the weights of several")
     averaging.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="iter_…, or a folder: its latest")

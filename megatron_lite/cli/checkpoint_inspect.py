@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.errors import CheckpointError
+from megatron_lite.cli.import_ import foreign_options
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.formatting import format_count, format_shape, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
@@ -89,8 +90,11 @@ def _inspect_foreign(found: Recognised, options: argparse.Namespace, console: Co
 
 def diff(options: argparse.Namespace, console: Console) -> int:
     """Show the differences of two checkpoints; return 1 if there are any."""
-    if any(_foreign(folder) is not None for folder in (options.first, options.second)):
-        return _diff_kinds(options, console)
+    kinds = [_foreign(folder) for folder in (options.first, options.second)]
+    if any(kinds):
+        return _diff_kinds(options, kinds, console)
+    if options.flags:
+        raise _useless(options.flags)
 
     from megatron_lite.runs.manifest import read_manifest
 
@@ -113,18 +117,20 @@ def diff(options: argparse.Namespace, console: Console) -> int:
     return 1 if differ else 0
 
 
-def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
+def _diff_kinds(options: argparse.Namespace, kinds: Sequence[Recognised | None], console: Console) -> int:
     """Compare models and weights of two checkpoints, at least one of them foreign, under megatron_lite's names."""
     from megatron_lite.checkpoint.sources import compare_sources
     from megatron_lite.interop.inspection import comparable, says_vocabulary
 
-    kinds = [_foreign(folder) for folder in (options.first, options.second)]
+    if options.flags and all(map(says_vocabulary, kinds)):
+        raise _useless(options.flags)
+    chosen = foreign_options(options, options.flags, weights_only=True)
     # A file of Megatron-LM may not state the size of the vocabulary without padding: the other checkpoint does.
     order = sorted((0, 1), key=lambda number: not says_vocabulary(kinds[number]))
     found: dict[int, Comparable] = {}
     for number in order:
         size = found[order[0]].model["vocab_size"] if found else 0
-        found[number] = comparable((options.first, options.second)[number], kinds[number], size)
+        found[number] = comparable((options.first, options.second)[number], kinds[number], chosen, size)
     one, other = found[0], found[1]
     console.print(f"A {one.path}\nB {other.path}")
     parts = {
@@ -135,6 +141,14 @@ def _diff_kinds(options: argparse.Namespace, console: Console) -> int:
     if options.values:
         differ = _print_values(compare_sources(one.tensors, other.tensors), console) or differ
     return 1 if differ else 0
+
+
+def _useless(flags: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{' '.join(flags)} is of no use: both checkpoints say which model they hold",
+        rule="Flags of the model complete checkpoints of Megatron-LM and DeepSpeed",
+        fix="Leave it out",
+    )
 
 
 def _foreign(given: Path) -> Recognised | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import Parser, real, whole
 from megatron_lite.formatting import format_size
+
+if TYPE_CHECKING:
+    from megatron_lite.interop.importing import ImportOptions
 
 SUMMARY = "import a checkpoint of Hugging Face, Megatron-LM or DeepSpeed as one that --load takes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,23 +26,16 @@ def run(argv: list[str]) -> int:
 
     from megatron_lite.cli.progress import stage_progress
     from megatron_lite.config.arguments import to_argv
-    from megatron_lite.interop.importing import ImportOptions, import_checkpoint
-    from megatron_lite.interop.megatron.opening import MegatronOptions
+    from megatron_lite.interop.importing import import_checkpoint
     from megatron_lite.runs.foreign import Kind
 
-    chosen = ImportOptions(
+    chosen = replace(
+        foreign_options(options, flags, weights_only=options.weights_only),
         kind=Kind(options.source_kind) if options.source_kind else None,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         seq_length=options.seq_length or 0,
-        ignored_keys=tuple(options.ignore_config_keys),
         verify=options.verify,
         tolerance=options.tolerance,
-        megatron=MegatronOptions(
-            weights_only=options.weights_only,
-            replicated=options.replicated,
-            checkpoint_version=options.checkpoint_version,
-            flags=tuple(flags),
-        ),
     )
     with stage_progress() as advance:
         report = import_checkpoint(options.folder, options.output, chosen, advance)
@@ -96,21 +94,24 @@ def _parser() -> Parser:
         help="the longest sequence that you will use (default: the model's positions, at most 4096)",
     )
     parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="leave the optimizer's state of Megatron-LM and DeepSpeed out: a run on it starts anew",
+    )
+    add_verification(parser)
+    add_foreign_arguments(parser.add_argument_group("what the files leave open"))
+    return parser
+
+
+def add_foreign_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say what foreign files leave open; the model's own flags are read apart."""
+    group.add_argument(
         "--ignore-config-keys",
         nargs="+",
         default=[],
         metavar="KEY",
         help="unknown settings (of config.json, Megatron's args, a DeepSpeed config) that do not change what the model "
         "computes",
-    )
-    add_verification(parser)
-    _add_megatron(parser.add_argument_group("Megatron-LM and DeepSpeed"))
-    return parser
-
-
-def _add_megatron(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--weights-only", action="store_true", help="leave the optimizer's state out: a run on it starts anew"
     )
     group.add_argument(
         "--replicated",
@@ -123,7 +124,30 @@ def _add_megatron(group: argparse._ArgumentGroup) -> None:
         "--checkpoint-version",
         type=real(0, 3),
         metavar="V",
-        help="order of the QKV rows of a file that does not say it: 0, 1, 2 or 3 (default: 0, as Megatron-LM reads it)",
+        help="order of the QKV rows of a Megatron-LM file that does not say it: 0, 1, 2 or 3 (default: 0, as "
+        "Megatron-LM reads it)",
+    )
+
+
+def foreign_options(options: argparse.Namespace, flags: Sequence[str], *, weights_only: bool) -> ImportOptions:
+    """Return what add_foreign_arguments and the model's flags say.
+
+    Args:
+        options: the parsed command line.
+        flags: its remaining arguments: flags of the model in Megatron's spelling.
+        weights_only: leave the optimizer's state out.
+    """
+    from megatron_lite.interop.importing import ImportOptions
+    from megatron_lite.interop.megatron.opening import MegatronOptions
+
+    return ImportOptions(
+        ignored_keys=tuple(options.ignore_config_keys),
+        megatron=MegatronOptions(
+            weights_only=weights_only,
+            replicated=options.replicated,
+            checkpoint_version=options.checkpoint_version,
+            flags=tuple(flags),
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.checkpoint.stored_model import stored_model
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, MegatronLiteError
 from megatron_lite.formatting import format_size
 from megatron_lite.interop.export import Weights
 from megatron_lite.interop.importing import ImportOptions, open_foreign
 from megatron_lite.interop.megatron.assemble import facts_of
+from megatron_lite.interop.megatron.flags import read_model_flags
 from megatron_lite.interop.megatron.opening import MegatronOptions, read_found
 from megatron_lite.interop.megatron.shards import RawTensors
 from megatron_lite.interop.megatron.state_dicts import plain_value
@@ -69,8 +70,8 @@ def summarize(found: Recognised) -> Summary:
     try:
         open_foreign(found, ImportOptions())
         importable = "yes"
-    except CheckpointError as error:
-        importable = f"no: {error.problem}"
+    except MegatronLiteError as error:
+        importable = f"no: {error.problem}. {error.fix}"
     rows = {
         "kind": found.title,
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
@@ -87,7 +88,7 @@ def _summarize_megatron(found: Recognised) -> Summary:
     try:
         open_foreign(found, ImportOptions(megatron=MegatronOptions(weights_only=True)))
         importable = "yes"
-    except CheckpointError as error:
+    except MegatronLiteError as error:
         importable = f"no: {error.problem}. {error.fix}"
     rows = {"kind": found.title, **facts_of(content), **_tensor_rows(raw), "can be imported": importable}
     return Summary(rows, raw, {name: plain_value(value) for name, value in (content.arguments or {}).items()})
@@ -98,12 +99,14 @@ def says_vocabulary(found: Recognised | None) -> bool:
     return found is None or found.kind is Kind.HUGGING_FACE
 
 
-def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Comparable:
+def comparable(path: Path, found: Recognised | None, options: ImportOptions, vocab_size: int = 0) -> Comparable:
     """Return a checkpoint of any kind under our names; None: it is one of ours.
 
     Args:
         path: the folder that was given.
         found: the checkpoint in it.
+        options: what the command line says of foreign checkpoints; flags of the model count for those of Megatron-LM
+            and DeepSpeed only.
         vocab_size: size of the vocabulary, for a Megatron-LM or DeepSpeed checkpoint that does not say it; 0: the
             other one does not say it either, and padding is compared as well.
 
@@ -111,7 +114,8 @@ def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Com
         CheckpointError: it cannot be imported, or holds no model.
     """
     if found is not None:
-        foreign = open_foreign(found, ImportOptions(megatron=_without_padding(found, vocab_size)))
+        chosen = replace(options, megatron=_without_padding(found, options.megatron, vocab_size))
+        foreign = open_foreign(found, chosen)
         return Comparable(found.folder, _fields(asdict(foreign.model)), foreign.tensors)
     checkpoint = find_checkpoint(str(path))
     if checkpoint is None:
@@ -122,12 +126,14 @@ def comparable(path: Path, found: Recognised | None, vocab_size: int = 0) -> Com
     return Comparable(checkpoint, _fields(model), Weights(reader, names, None))
 
 
-def _without_padding(found: Recognised, vocab_size: int) -> MegatronOptions:
+def _without_padding(found: Recognised, options: MegatronOptions, vocab_size: int) -> MegatronOptions:
     if found.kind is Kind.HUGGING_FACE:
         return MegatronOptions()
-    says = read_found(found, MegatronOptions(weights_only=True)).vocab_size
-    flags = ("--vocab-size", str(vocab_size)) if vocab_size and says is None else ()
-    return MegatronOptions(weights_only=True, padded=True, flags=flags)
+    options = replace(options, weights_only=True, padded=True)
+    is_known = "vocab_size" in read_model_flags(options.flags).model or read_found(found, options).vocab_size
+    if is_known or not vocab_size:
+        return options
+    return replace(options, flags=(*options.flags, "--vocab-size", str(vocab_size)))
 
 
 def _fields(model: Mapping[str, Any]) -> dict[str, Any]:

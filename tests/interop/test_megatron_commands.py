@@ -56,6 +56,33 @@ def test_inspect_and_diff(kind, original, make_checkpoint, tmp_path):
     assert "0 of" not in same
 
 
+def test_diff_takes_what_a_file_does_not_say(original, make_checkpoint, make_folder, gpt2, tmp_path):
+    """A public file without args, against one of ours and against another without args."""
+    state, model, _, _ = original()
+    write_classic(tmp_path / "m", state, model, version=0, as_zip=False, old_names=True)
+    write_classic(tmp_path / "n", state, model, 2, 2, version=2.0)
+    flags = ("--num-attention-heads", 4, "--activation", "gelu_tanh", "--position-embedding-type", "absolute")
+    std = ("--init-method-std", 0.08)
+    for other in (tmp_path / "original", tmp_path / "n"):
+        for words in ((tmp_path / "m", other), (other, tmp_path / "m")):
+            result = command("checkpoint", "diff", *words, "--values")
+            assert result.code == 1
+            assert "Add --num-attention-heads N" in result.err
+            out = succeeded("checkpoint", "diff", *words, "--values", *flags, "--vocab-size", VOCAB, *std)
+            assert "same model and tensor shapes" in out
+    result = command("checkpoint", "diff", tmp_path / "m", tmp_path / "n", *flags, "--num-layers", 5)
+    assert result.code == 1
+    assert "num_layers is 5 by --num-layers 5, and 4 by the tensors" in result.err
+    folder = make_folder("gpt2", n_positions=64, **gpt2)
+    for first, second in ((tmp_path / "original", tmp_path / "original"), (folder, tmp_path / "original")):
+        result = command("checkpoint", "diff", first, second, "--num-layers", 4)
+        assert result.code == 1
+        assert "--num-layers 4 is of no use" in result.err
+    result = command("checkpoint", "inspect", tmp_path / "m", "--num-layers", 4)
+    assert result.code == 2
+    assert "unrecognized arguments: --num-layers 4" in result.err
+
+
 def test_a_run_is_told_what_to_type(original, tmp_path):
     state, model, _, _ = original()
     write_classic(tmp_path / "m", state, model, args=arguments(model))
