@@ -1,7 +1,6 @@
-"""Packaging: setup.py declares exactly the imported packages; messages install extras by one command."""
+"""What setup.py declares is what the code imports, and installing an extra is said in one way."""
 
 import ast
-import functools
 import re
 import sys
 from pathlib import Path
@@ -13,10 +12,12 @@ import megatron_lite
 ROOT = Path(megatron_lite.__file__).parent.parent
 MODULES = {"protobuf": None, "tensorboard": "tensorboard"}
 """Distributions whose modules have another name; None: another package (sentencepiece) imports it."""
+PROGRAMS = {"shfmt-py": "shfmt"}
+"""Distributions of a program that the package runs."""
 
 
 def declared():
-    """Return the packages of install_requires and of each extra."""
+    """The packages of install_requires, and of each extra."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     names = {}
     for node in ast.walk(tree):
@@ -27,9 +28,8 @@ def declared():
     return {extra: {re.split(r"[<>=]", need)[0] for need in needs} for extra, needs in names.items()}
 
 
-@functools.cache
 def imported():
-    """Return imported third-party modules, including import_module calls, outside TYPE_CHECKING."""
+    """Third-party modules that the package imports, also by name, outside TYPE_CHECKING."""
     found = set()
     for path in (ROOT / "megatron_lite").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -43,6 +43,8 @@ def imported():
                 found.add(node.module)
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
                 found.add(ast.unparse(node.args[0]).lstrip("f").strip("'\""))
+        programs = {part.value for part in ast.walk(tree) if isinstance(part, ast.Constant)} & set(PROGRAMS.values())
+        found |= {need for need, program in PROGRAMS.items() if program in programs}
     tops = {name.split(".")[0] for name in found}
     return tops - set(sys.stdlib_module_names) - {"megatron_lite", "__future__"}
 
@@ -52,13 +54,14 @@ def test_each_import_is_declared_and_each_declared_package_is_imported():
     assert imported() == needs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", sorted(declared()))
-def test_each_extra_has_an_imported_package(extra):
+def test_an_extra_is_of_use(extra):
     assert declared()[extra] & imported()
 
 
 def test_an_extra_is_installed_by_one_command_that_exists():
-    """`pip install megatron-lite[x]` would search a package index instead of the clone."""
+    """`pip install megatron-lite[x]` would look for the project on an index; a clone has no need of one."""
     wrong = []
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "setup.py", *(ROOT / "docs").glob("*.md")]
     for path in [*pages, *(ROOT / "megatron_lite").rglob("*.py")]:

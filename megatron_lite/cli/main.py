@@ -34,6 +34,7 @@ COMMANDS = (
     "export",
     "rollback",
     "schedule",
+    "slurm",
     "curve",
 )
 EXIT_FAILURE = 1

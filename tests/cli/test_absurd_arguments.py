@@ -36,6 +36,7 @@ COMMAND_LINES = {
     "export": ["x", "--output", "y"],
     "rollback": ["--to", "1"],
     "schedule": [],
+    "slurm submit": ["x"],
     "curve": ["x"],
 }
 """What each command needs, so that nothing but the argument under test is wrong."""

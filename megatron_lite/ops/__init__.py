@@ -1,0 +1,1 @@
+"""Cluster operations around a training job: reading, checking and submitting Slurm job scripts."""

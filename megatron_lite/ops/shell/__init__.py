@@ -1,0 +1,1 @@
+"""Evaluation of bash job scripts without running them: parsing, word expansion, statements, builtins."""
