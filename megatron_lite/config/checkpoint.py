@@ -157,7 +157,8 @@ class CheckpointConfig:
         (),
         Flag(
             "--accept-changed",
-            "What may differ from the run that wrote the checkpoint: tokenizer, data, code.",
+            "What may differ from the run that wrote the checkpoint: tokenizer, data. (`code` is accepted and has no "
+            "effect: changed code is a warning.)",
             format=Format(metavar="WHAT …", example="data code", read=_read_changed, write=list),
         ),
     )

@@ -29,7 +29,7 @@ from megatron_lite.schedules.length import tokens_at
 from megatron_lite.schedules.microbatches import microbatch_number
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
-from megatron_lite.train.capabilities import check_capabilities
+from megatron_lite.train.comparison import check_capabilities
 from megatron_lite.train.engine import BatchReader
 from megatron_lite.train.native import NativeEngine
 

@@ -15,6 +15,8 @@ from megatron_lite.schedules.data_order import DataSegment, extend_history, hist
 from megatron_lite.schedules.progress import Progress
 
 _ABSENT = "nothing"
+_FILES_SHOWN = 10
+"""Changed source files that a warning lists."""
 _OVERRIDE, _USE = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _WEIGHT_DECAY = ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_style")
 # Of the model's fields, those that change neither the function that the weights compute nor their names and shapes.
@@ -36,7 +38,7 @@ _TABLE = frozenset({"max_position_embeddings"})
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that is not what it was: where it stands (`lr.min_lr`), what was saved, what holds now."""
+    """A value that differs from the checkpoint's: its path (`lr.min_lr`), the saved value and the current one."""
 
     path: str
     saved: Any
@@ -47,26 +49,26 @@ class Difference:
 
 
 def config_as_json(config: RunConfig) -> dict[str, Any]:
-    """The config as a manifest holds it: dicts, lists, numbers and strings."""
+    """Return the config as stored in a manifest: dicts, lists, numbers and strings."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
 
 
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
-    """Every value that differs between two configs as config_as_json gives them, in the order of their names."""
+    """Return every value that differs between two configs from config_as_json, in the order of their names."""
     return list(_compare(saved, current, ""))
 
 
 def describe(differences: Sequence[Difference]) -> str:
-    """The differences, one indented line each; empty if there are none."""
+    """Return the differences as text, one indented line each; empty if there are none."""
     return "\n".join(f"  {difference}" for difference in differences)
 
 
 def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses to load weights into a model that would compute something else with them.
+    """Refuse to load weights into a model that computes another function of them.
 
     Args:
-        saved: the checkpoint's config, as config_as_json gives it; one without a model section is let pass.
+        saved: the checkpoint's config, from config_as_json; one without a model section passes.
         current: this run's.
 
     Raises:
@@ -76,18 +78,17 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         return
     found = compare_configs({"model": saved["model"]}, {"model": current["model"]})
     may_change = _MAY_CHANGE | (_TABLE if saved["model"].get("position_embedding") != "learned" else set())
-    # A field that one of the two programs does not know says nothing about the run.
+    # A field that exists in one of the two versions of the program only cannot be compared.
     broken = [d for d in found if d.path.split(".")[1] not in may_change and _ABSENT not in (d.saved, d.current)]
     if broken:
         raise CheckpointError(
-            "The model must be the one that was saved",
-            found="\n" + describe(broken) + "\n",
-            fix="Give the options that it was saved with",
+            f"The model differs from the checkpoint's:\n{describe(broken)}\n",
+            fix="Give the model flags with which the checkpoint was saved",
         )
 
 
 def read_history(provenance: Provenance, config: RunConfig) -> tuple[DataSegment, ...]:
-    """Return what the run that wrote a checkpoint had read; `config` stands in for what an old one does not hold."""
+    """Return the data segments of the run that wrote a checkpoint; for old ones, derived with the help of `config`."""
     if provenance.data_history:
         return provenance.data_history
     prints = {name: value for name, value in provenance.fingerprints.items() if _kind(name) == "data"}
@@ -97,10 +98,10 @@ def read_history(provenance: Provenance, config: RunConfig) -> tuple[DataSegment
 def continue_history(
     manifest: Manifest | None, config: RunConfig, fingerprints: Mapping[str, str] | None = None
 ) -> tuple[DataSegment, ...]:
-    """Return what a run reads, by segment; the last segment is what it reads from now on.
+    """Return the data segments of a run; the last one is read from now on.
 
     Args:
-        manifest: the checkpoint that the run goes on from; None: it begins.
+        manifest: the checkpoint from which the run resumes; None: it begins.
         config: the run's.
         fingerprints: of the data.
     """
@@ -113,32 +114,49 @@ def continue_history(
 def check_fingerprints(
     saved: Mapping[str, str], current: Mapping[str, str], accepted: Collection[str] = (), *, data_effect: str = ""
 ) -> list[Difference]:
-    """Refuses to go on with another tokenizer, other data or other code than the run began with.
+    """Refuse to resume with another tokenizer or other data than the run began with.
 
     Args:
-        saved: the checkpoint's, by what they are of: the first word is `tokenizer`, `data` or `code`. What follows
-            ` of ` in a value is the name of what has the fingerprint, and may change.
+        saved: the checkpoint's, by name; the first word is the kind: `tokenizer`, `data` or `code`. In a value, text
+            after ` of ` names what has the fingerprint, and may change.
         current: this run's. A kind that only one of the two has is not compared.
-        accepted: the kinds that may differ (--accept-changed).
-        data_effect: what other data mean for the samples that are still to be read, for the error.
+        accepted: the kinds that may differ (--accept-changed). Code may always differ: see code_change.
+        data_effect: effect of other data on the samples still to be read, for the error.
 
     Returns:
-        The differences that were accepted, to be printed.
+        The accepted differences, to be printed.
 
     Raises:
-        CheckpointError: others differ, all of them named with both values.
+        CheckpointError: others differ; all are named with both values.
     """
-    changed = fingerprint_differences(saved, current)
+    changed = [found for found in fingerprint_differences(saved, current) if _kind(found.path) != "code"]
     refused = [difference for difference in changed if _kind(difference.path) not in accepted]
     if refused:
         effect = f"  {data_effect}\n" if data_effect and changes_data(refused) else ""
         raise CheckpointError(
-            "A resumed run goes on with the tokenizer, data and code that it began with",
-            found="\n" + describe(refused) + "\n" + effect,
-            fix="Give the ones it began with, or accept the change with --accept-changed "
+            f"The run began with another tokenizer or other data:\n{describe(refused)}\n{effect}",
+            fix="Give the ones with which it began, or accept the change with --accept-changed "
             + " ".join(sorted({_kind(difference.path) for difference in changed})),
         )
     return changed
+
+
+def code_change(saved: Provenance, current: Provenance) -> str | None:
+    """Return a warning if the program's source code differs from that which wrote a checkpoint; None: it is the same.
+
+    A warning and no error: a hotfix must not end a chain of jobs.
+    """
+    differences = fingerprint_differences(
+        *({name: text for name, text in run.fingerprints.items() if _kind(name) == "code"} for run in (saved, current))
+    )
+    if not differences:
+        return None
+    names = saved.sources.keys() | current.sources.keys()
+    files = sorted(name for name in names if saved.sources.get(name) != current.sources.get(name))
+    more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
+    changed = f" Changed files: {', '.join(files[:_FILES_SHOWN])}{more}." if saved.sources else ""
+    was, now = (text.partition(" of ")[2] or text for text in (differences[0].saved, differences[0].current))
+    return f"the code has changed since the checkpoint was saved, from {was} to {now}.{changed}"
 
 
 def fingerprint_differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[Difference]:
@@ -152,7 +170,7 @@ def fingerprint_differences(saved: Mapping[str, str], current: Mapping[str, str]
 
 
 def changes_data(differences: Sequence[Difference]) -> bool:
-    """Whether fingerprints of data or of their order are among the differences."""
+    """Return whether fingerprints of data or of their order are among the differences."""
     return any(_kind(difference.path) == "data" for difference in differences)
 
 
@@ -169,10 +187,10 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def schedule_differences(saved: RunConfig, current: RunConfig) -> list[Difference]:
-    """Where two runs' learning rate or weight decay follow other curves.
+    """Return the differences of two runs' learning-rate and weight-decay schedules.
 
-    What a flag leaves to the run's length is compared as the length it stands for, so that a longer run is seen to
-    stretch a decay; fields without effect under the style in use are passed over.
+    A decay over the run's length is compared by that length, because a longer run stretches it; fields without effect
+    under the current style are ignored.
     """
     return list(_compare(_schedule(saved), _schedule(current), ""))
 
@@ -180,10 +198,10 @@ def schedule_differences(saved: RunConfig, current: RunConfig) -> list[Differenc
 def resume_schedule(
     saved: RunConfig, current: RunConfig, *, override: bool, use_checkpoint: bool
 ) -> tuple[RunConfig, list[Difference]]:
-    """The config to go on with, as far as the learning-rate and weight-decay schedules are concerned.
+    """Return the config with the learning-rate and weight-decay schedules with which to resume.
 
-    Megatron's rule: every value must be the saved one, unless the command line is told to win (`override`) or the
-    checkpoint is (`use_checkpoint`).
+    Megatron's rule: every value must equal the saved one, unless a flag gives precedence to the command line
+    (`override`) or to the checkpoint (`use_checkpoint`).
 
     Args:
         saved: the checkpoint's config.
@@ -192,26 +210,21 @@ def resume_schedule(
         use_checkpoint: --use-checkpoint-opt_param-scheduler.
 
     Returns:
-        The config, and the differences that were settled, to be printed.
+        The config, and the resolved differences, to be printed.
 
     Raises:
-        CheckpointError: the schedules differ and no flag says which wins, or both flags are given.
+        CheckpointError: the schedules differ and no flag gives precedence, or both flags are given.
     """
     if override and use_checkpoint:
-        raise CheckpointError(
-            "Either the command line's schedule wins or the checkpoint's",
-            found=f"{_OVERRIDE} and {_USE} are both given",
-            fix="Leave one of them out",
-        )
+        raise CheckpointError(f"{_OVERRIDE} and {_USE} are both given", fix="Leave one of them out")
     differences = schedule_differences(saved, current)
     if not differences or override:
         return current, differences
     if not use_checkpoint:
         raise CheckpointError(
-            "The learning-rate and weight-decay schedule must go on as it was saved",
-            found="\n" + describe(differences) + "\n",
-            fix=f"Add {_OVERRIDE} to take the command line's (a decay then stretches to the new length), or {_USE} to "
-            "take the checkpoint's (the run goes on at the rate where its decay ends)",
+            f"The learning-rate or weight-decay schedule differs from the checkpoint's:\n{describe(differences)}\n",
+            fix=f"Add {_OVERRIDE} to use the command line's (a decay then stretches to the new length), or {_USE} to "
+            "use the checkpoint's (after its end the run stays at the final rate)",
         )
     lr = replace(
         saved.lr,
@@ -223,9 +236,9 @@ def resume_schedule(
 
 
 def schedule_config(saved: Mapping[str, Any], current: RunConfig) -> RunConfig:
-    """`current` with the schedule that a manifest's config holds, as `saved` of the functions above.
+    """Return `current` with the schedule of a manifest's config, as `saved` for the functions above.
 
-    Fields that the manifest does not hold (an older program wrote it) keep this run's value.
+    Fields that the manifest lacks (an older version wrote it) keep this run's value.
     """
     training = {key: saved["training"][key] for key in ("train_iters", "train_samples") if key in saved["training"]}
     known = {field.name for field in fields(LrConfig)}

@@ -80,12 +80,14 @@ class Provenance:
             source of the data (`data source 1`) and one for their order. See check_fingerprints.
         skipped_samples: ranges [first, end) of samples that a rollback skips.
         data_history: data read so far, by segment, and their order; empty in checkpoints of earlier versions.
+        sources: short hash of each source file of the program; empty in checkpoints of earlier versions.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     skipped_samples: tuple[tuple[int, int], ...] = ()
     data_history: tuple[DataSegment, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
             fingerprints=provenance["fingerprints"],
             skipped_samples=tuple((first, end) for first, end in provenance["skipped_samples"]),
             data_history=tuple(from_record(DataSegment, segment) for segment in provenance.get("data_history", ())),
+            sources=provenance.get("sources", {}),
         ),
         writer=content["writer"],
     )

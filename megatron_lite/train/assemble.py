@@ -20,7 +20,7 @@ from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.report import RunFacts
-from megatron_lite.metrics.reporter import Reporter, build_reporter
+from megatron_lite.metrics.reporter import build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
@@ -32,36 +32,39 @@ from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import rank_parameters, shared_parameters
 from megatron_lite.pipeline.executor import Executor, Messages
-from megatron_lite.runs.comparison import continue_history, read_history
+from megatron_lite.runs.comparison import config_as_json, continue_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
-from megatron_lite.schedules.progress import Progress
-from megatron_lite.schedules.skipping import Ranges
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.comparison import compare_runs, open_files
-from megatron_lite.train.data_changes import effect_of_other_data, kept_order
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.provenance import provenance_of
-from megatron_lite.train.start import Start, check_provenance, find_start, load_start, settle_config
+from megatron_lite.train.provenance import (
+    PACKAGE,
+    code_fingerprint,
+    compare_with_checkpoint,
+    git_revision,
+    source_hashes,
+)
+from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 
 
 @contextmanager
 def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Backend]:
-    """This rank's device and its connections to the other ranks, closed on leaving.
+    """Open this rank's device and its connections to the other ranks; a context manager that closes them.
 
     Args:
         config: the run.
         on_abort: called before another rank's failure ends this process from a thread; see report_failures.
 
     Raises:
-        ConfigError: it cannot do what is asked.
+        ConfigError: the device does not exist or cannot run the configuration.
     """
     with ExitStack() as stack:
         backend = select_backend(config.runtime, config.parallel)
@@ -73,50 +76,60 @@ def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Back
 
 @contextmanager
 def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLock | None = None) -> Iterator[Run]:
-    """Builds a run and loads what it starts from; on leaving, waits for the last save and frees everything.
+    """Build a run and load its checkpoint; a context manager that waits for the last save and frees everything.
 
     Args:
-        config: as the command line gives it: the vocabulary's size is still the tokenizer's to say.
-        backend: the machine to run on, which stays open; None: one of its own.
-        lock: of the folder of --save, where this rank holds it; checked before anything is written there.
+        config: as the command line gives it, before the tokenizer determines the vocabulary size.
+        backend: the machine to run on, which stays open; None: a new one.
+        lock: of the --save folder, on the rank that holds it; verified before anything is written there.
 
     Raises:
-        ConfigError: the machine cannot do what is asked, or a file is missing.
-        RankDifferenceError: the ranks do not have the same configuration, code or files.
+        ConfigError: the device cannot run the configuration, or a file is missing.
+        RankDifferenceError: the ranks differ in configuration, code or files.
         DataError: a dataset or tokenizer is damaged.
-        CheckpointError: so is what --load names, or it belongs to another run.
+        CheckpointError: the checkpoint of --load is damaged or belongs to another run.
     """
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config))
-        # Before the mesh: ranks that disagree about its sizes would wait for each other in vain.
-        reads_data = compare_runs(config, backend)
+        # Before the mesh: ranks that differ in its sizes would wait for each other forever.
+        sources = source_hashes(PACKAGE)
+        reads_data = compare_runs(config, code_fingerprint(sources), backend)
         mesh = build_mesh(backend, config.parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
             build_reporter(config, sys.stdout, active=mesh.world.rank == mesh.world.size - 1)
         )
-        tokenizer, fingerprints = open_files(config, backend, reads_data=reads_data and _needs_fingerprints(config))
+        # The data's fingerprints are compared with other nodes' or the checkpoint's, or saved.
+        compares = bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)
+        tokenizer, fingerprints = open_files(config, backend, reads_data=reads_data and compares)
         for text in backend.take_warnings():
             reporter.message(f"WARNING: {text}")
         config = with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size)
         start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
-        # Data before the model: what is wrong with it shows before gigabytes are allocated.
+        # Data before the model: errors in it appear before gigabytes are allocated.
         with backend.phases.enter("opening the data"):
             data = _open_data(config, backend, mesh, tokenizer, start)
         stack.callback(data.close)
+        if mesh.world.rank == 0 and (config.checkpoint.save or config.checkpoint.load):
+            fingerprints["code"] = code_fingerprint(sources, git_revision(PACKAGE))
         fingerprints = mesh.world.all_gather_object(fingerprints)[0]
-        prints = {name: value for name, value in fingerprints.items() if name != "tokenizer"}
-        history = continue_history(start.continued(config), config, prints)
-        provenance = provenance_of(config, fingerprints, history)
-        _compare_data(start, config, provenance, data, reporter)
+        of_data = {name: value for name, value in fingerprints.items() if name.startswith("data ")}
+        provenance = Provenance(
+            config_as_json(config),
+            fingerprints,
+            sources=sources,
+            data_history=continue_history(start.continued(config), config, of_data),
+        )
+        compare_with_checkpoint(start, config, provenance, data, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
             engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
-        if (found := start.continued(config)) is not None and found.provenance.skipped_samples:
-            provenance = replace(provenance, skipped_samples=found.provenance.skipped_samples)
-            _leave_out(data, provenance.skipped_samples, reporter)
+        if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
+            provenance = replace(provenance, skipped_samples=skipped)
+            ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
+            reporter.message(f"samples skipped since a rollback: {ranges}")
         found_path = start.path
         with backend.phases.enter("loading"):
             start, progress = load_start(start, engine, config, reporter.message)
@@ -124,16 +137,27 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             with backend.phases.enter("opening the data"):
                 data = _open_data(config, backend, mesh, tokenizer, start)
             stack.callback(data.close)
-            if data.train is not None:
-                data.train.skipped = provenance.skipped_samples
-            history = continue_history(start.continued(config), config, prints)
+            history = continue_history(start.continued(config), config, of_data)
             provenance = replace(provenance, data_history=history)
+        if data.train is not None:
+            data.train.skipped = provenance.skipped_samples
         state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
             state.spikes.load(loaded.scalars["spikes"])
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
-        _tell(config, mesh, reporter, peak, progress)
+        facts = RunFacts(
+            parameters=parameter_count(config.model),
+            train_iterations=last_iteration(config),
+            start_iteration=progress.iteration,
+            validation_due=bool(progress.validation_due),
+            world_size=mesh.world.size,
+            data_parallel=mesh.dp.size,
+            device=backend.device_name(),
+            peak_flops=peak,
+            dtype=config.precision.dtype,
+        )
+        reporter.start(config, facts)
         for text in data.warnings:  # metrics.jsonl records messages from here on
             reporter.message(f"WARNING: {text}")
         yield Run(
@@ -157,14 +181,14 @@ def build_engine(
     trace: list[Action] | None = None,
     timers: Timers | None = None,
 ) -> NativeEngine:
-    """This rank's stages with their buffers, optimizer and executor.
+    """Build this rank's stages with their buffers, optimizer and executor.
 
     Args:
-        config: the run, its vocabulary's size filled in.
+        config: the run, with the vocabulary size.
         mesh: this rank's groups.
         num_sources: data sources of a blend whose losses are reported one by one.
         trace: if given, every action of the executor is appended to it.
-        timers: measure the parts of a step and, from their level 2 on, of a micro-batch; None: nothing does.
+        timers: measure the parts of a step and, from level 2 on, of a micro-batch; None: no timing.
     """
     parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
@@ -243,50 +267,11 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
     )
 
 
-def _needs_fingerprints(config: RunConfig) -> bool:
-    """Whether the data's fingerprints are compared with another node's or a checkpoint's, or saved."""
-    return bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)
-
-
-def _compare_data(start: Start, config: RunConfig, provenance: Provenance, data: RunData, reporter: Reporter) -> None:
-    """Refuses what may not change between a checkpoint and the run that goes on from it, and says what is kept."""
-    found, effect = start.continued(config), ""
-    if found is not None and data.train_plan is not None:
-        effect = effect_of_other_data(data.train_plan, found.scalars["progress"]["consumed_train_samples"])
-    check_provenance(start, config, provenance, reporter.message, data_effect=effect)
-    if effect and found is not None and (before := read_history(found.provenance, config)):
-        for line in kept_order(before[-1], provenance.data_history[-1], config):
-            reporter.message(line)
-
-
-def _leave_out(data: RunData, skipped: Ranges, reporter: Reporter) -> None:
-    """Leaves samples out of training that a rollback has told to."""
-    if data.train is not None:
-        data.train.skipped = skipped
-    ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
-    reporter.message(f"samples left out of training since a rollback: {ranges}")
-
-
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Tokenizer files by absolute path: the checkpoint remembers them, and is read from other folders."""
-    words = config.tokenizer
+    """Make tokenizer files absolute: the checkpoint stores the paths, and is read from other folders."""
+    tokenizer = config.tokenizer
     vocab_file, merge_file, model = (
-        str(Path(path).resolve()) if path else "" for path in (words.vocab_file, words.merge_file, words.model)
+        str(Path(path).resolve()) if path else ""
+        for path in (tokenizer.vocab_file, tokenizer.merge_file, tokenizer.model)
     )
-    return replace(config, tokenizer=replace(words, vocab_file=vocab_file, merge_file=merge_file, model=model))
-
-
-def _tell(config: RunConfig, mesh: Mesh, reporter: Reporter, peak: float | None, progress: Progress) -> None:
-    """Says what starts, and lets the sinks begin."""
-    facts = RunFacts(
-        parameters=parameter_count(config.model),
-        train_iterations=last_iteration(config),
-        start_iteration=progress.iteration,
-        validation_due=bool(progress.validation_due),
-        world_size=mesh.world.size,
-        data_parallel=mesh.dp.size,
-        device=mesh.backend.device_name(),
-        peak_flops=peak,
-        dtype=config.precision.dtype,
-    )
-    reporter.start(config, facts)
+    return replace(config, tokenizer=replace(tokenizer, vocab_file=vocab_file, merge_file=merge_file, model=model))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import megatron_lite
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.comparison import Comparison
 from megatron_lite.config.arguments import raise_all
@@ -15,8 +12,6 @@ from megatron_lite.data.format.fingerprint import data_fingerprints
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
-from megatron_lite.train.capabilities import check_capabilities
-from megatron_lite.train.provenance import code_fingerprint
 
 _PATHS = "data paths"
 
@@ -33,18 +28,18 @@ FILES = Comparison(
 )
 
 
-def compare_runs(config: RunConfig, backend: Backend) -> bool:
-    """Compare configuration and code of all ranks, and that each has its files and a device that can do what is asked.
+def compare_runs(config: RunConfig, code: str, backend: Backend) -> bool:
+    """Compare configuration and code of all ranks, and check that each has its files and a capable device.
 
     A collective call, before anything depends on the ranks having the same configuration.
 
     Args:
         config: as the command line gives it.
-        backend: this rank's, joined to the others.
+        code: fingerprint of this rank's code.
+        backend: this rank's, connected to the others.
 
     Returns:
-        Whether this rank is to fingerprint the data that it reads: the first of its node, or every rank where paths
-        differ.
+        True if this rank is to fingerprint its data: the first rank of a node, or every rank if paths differ.
 
     Raises:
         RankDifferenceError: something differs, or some ranks lack a file or a capability.
@@ -52,14 +47,38 @@ def compare_runs(config: RunConfig, backend: Backend) -> bool:
     """
     failure = None
     try:
-        raise_all(missing_files(config))
+        if backend.world_size > 1:  # the command line of a single rank has been checked for it
+            raise_all(missing_files(config))
         check_capabilities(config, backend)
     except ConfigError as error:
         failure = error
-    code = f"code {code_fingerprint(Path(megatron_lite.__file__).parent)} of megatron_lite {megatron_lite.__version__}"
-    paths = "\n".join(data_paths(config))
-    differences = backend.compare(RUNS, {**shared_values(config), "code": code, _PATHS: paths}, failure=failure)
-    return 0 in (backend.rank, backend.local_rank) or _PATHS in differences.differing
+    values = {**shared_values(config), "code": f"code {code}", _PATHS: "\n".join(data_paths(config))}
+    verdict = backend.compare(RUNS, values, failure=failure)
+    return 0 in (backend.rank, backend.local_rank) or _PATHS in verdict.differing
+
+
+def check_capabilities(config: RunConfig, backend: Backend) -> None:
+    """Check that the backend can run a configuration.
+
+    Raises:
+        ConfigError: the first thing that it cannot do.
+    """
+    able, precision = backend.capabilities(), config.precision
+    if precision.dtype not in able.dtypes:
+        raise ConfigError(
+            f"{backend.device_name()} cannot compute in --{precision.dtype}; it supports "
+            f"{', '.join(sorted(able.dtypes))}",
+            fix="Use another precision or another --device",
+        )
+    if config.runtime.compile and not able.compile:
+        raise ConfigError(
+            f"{backend.device_name()} does not support --compile (torch.compile)", fix="Leave --compile out"
+        )
+    if able.max_world is not None and config.parallel.world_size > able.max_world:
+        raise ConfigError(
+            f"--device {backend.name} spans at most {able.max_world} ranks; the job has {config.parallel.world_size}",
+            fix="Start fewer ranks or use another --device",
+        )
 
 
 def open_files(config: RunConfig, backend: Backend, *, reads_data: bool) -> tuple[Tokenizer, dict[str, str]]:
@@ -67,8 +86,8 @@ def open_files(config: RunConfig, backend: Backend, *, reads_data: bool) -> tupl
 
     Args:
         config: the run.
-        backend: this rank's, joined to the others.
-        reads_data: whether this rank fingerprints the data, which takes tens of milliseconds per dataset.
+        backend: this rank's, connected to the others.
+        reads_data: this rank fingerprints the data, which takes tens of milliseconds per dataset.
 
     Returns:
         The tokenizer, and the fingerprints of the tokenizer and of the data, if this rank read them.
@@ -86,7 +105,7 @@ def open_files(config: RunConfig, backend: Backend, *, reads_data: bool) -> tupl
             found |= data_fingerprints(config)
     except MegatronLiteError as error:
         failure = error
-    # A dataset's fingerprint ends with its path, by which it may be known elsewhere.
+    # A dataset's fingerprint ends with its path, which may differ between nodes.
     parts = {name: text.partition(" of ") for name, text in found.items()}
     backend.compare(
         FILES,

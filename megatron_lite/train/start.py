@@ -24,8 +24,6 @@ from megatron_lite.runs.catalog import (
     unrecorded_iteration,
 )
 from megatron_lite.runs.comparison import (
-    changes_data,
-    check_fingerprints,
     check_model,
     config_as_json,
     describe,
@@ -33,7 +31,7 @@ from megatron_lite.runs.comparison import (
     schedule_config,
 )
 from megatron_lite.runs.exit_status import completed_iteration
-from megatron_lite.runs.manifest import Manifest, Provenance, read_manifest
+from megatron_lite.runs.manifest import Manifest, read_manifest
 from megatron_lite.runs.turnover import set_damaged_aside
 from megatron_lite.schedules.length import is_finished, last_iteration
 from megatron_lite.schedules.progress import Progress
@@ -188,38 +186,6 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
         whose = "command line's" if options.override_schedule else "checkpoint's"
         notify(f"the {whose} learning-rate schedule is taken:\n{describe(differences)}")
     return settled
-
-
-def check_provenance(
-    start: Start, config: RunConfig, provenance: Provenance, notify: Notify, *, data_effect: str = ""
-) -> None:
-    """Compares tokenizer, data and code with those of the checkpoint, as far as the run goes on with them.
-
-    Args:
-        start: what the run goes on from.
-        config: the run's.
-        provenance: the run's.
-        notify: told of differences that are accepted.
-        data_effect: what other data mean for the samples that are still to be read.
-
-    Raises:
-        CheckpointError: some are others, and --accept-changed does not name them.
-    """
-    if start.manifest is None or config.checkpoint.finetune:
-        return
-    current = dict(provenance.fingerprints)
-    if start.continued(config) is None or config.training.skip_train:
-        # It begins anew in its data, or only evaluates: any data will do.
-        current = {name: value for name, value in current.items() if not name.startswith("data ")}
-    accepted = check_fingerprints(
-        start.manifest.provenance.fingerprints,
-        current,
-        accepted=config.checkpoint.accept_changed,
-        data_effect=data_effect,
-    )
-    if accepted:
-        effect = f"\n  {data_effect}" if data_effect and changes_data(accepted) else ""
-        notify(f"WARNING: going on with what --accept-changed accepts:\n{describe(accepted)}{effect}")
 
 
 def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) -> tuple[Start, Progress]:

@@ -1,16 +1,19 @@
-"""A run goes on with the data that it began with: what is another is named, what has only moved is not."""
+"""Fingerprints on resume: changed data and tokenizers are errors, changed code is a warning, moved files are equal."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 from support.trainer import checkpoints, command, preprocess
 
+import megatron_lite
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.runs.manifest import read_manifest
-from megatron_lite.train import assemble, comparison, provenance
+from megatron_lite.runs.manifest import encode_manifest, read_manifest
+from megatron_lite.train import assemble, comparison
+from megatron_lite.train.provenance import PACKAGE, source_hashes
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +48,7 @@ def test_data_may_move_and_must_not_change(corpus, moved, tmp_path):
     assert "--accept-changed data" in other.err
     accepted = job(corpus, save, 6, "--accept-changed", "data", data=corpus.data[1])
     assert accepted.code == 0, accepted.err
-    assert "WARNING: going on with what --accept-changed accepts:\n  data source 1: " in accepted.out
+    assert "WARNING: continuing with changes that --accept-changed accepts:\n  data source 1: " in accepted.out
     # From there on, this is the data.
     assert job(corpus, save, 8, data=corpus.data[1]).code == 0
     assert checkpoints(save)[-1] == "iter_0000008"
@@ -74,7 +77,7 @@ def test_the_same_path_with_other_text(corpus, moved, tmp_path):
         (("--data-path", 0.3, 0, 0.7, 1, 0.1, 0), "data source 3: nothing in the checkpoint"),
     ],
 )
-def test_a_changed_blend_is_told(corpus, tmp_path, change, told):
+def test_a_changed_blend_is_reported(corpus, tmp_path, change, told):
     save = tmp_path / "run"
     one, two = corpus.data
     assert job(corpus, save, 2, "--data-path", 0.3, one, 0.7, two).code == 0
@@ -85,7 +88,7 @@ def test_a_changed_blend_is_told(corpus, tmp_path, change, told):
     assert told in result.err
 
 
-def test_a_run_that_begins_anew_or_only_evaluates_takes_any_data(corpus, tmp_path):
+def test_a_fresh_start_or_an_evaluation_accepts_any_data(corpus, tmp_path):
     save = tmp_path / "run"
     assert job(corpus, save, 2).code == 0
     for words in (("--finetune",), ("--reset-iteration",)):
@@ -94,14 +97,42 @@ def test_a_run_that_begins_anew_or_only_evaluates_takes_any_data(corpus, tmp_pat
     assert job(corpus, save, 2, "--skip-train", data=corpus.data[1]).code == 0
 
 
-def test_edited_code_is_told(corpus, tmp_path):
+def test_changed_code_is_a_warning_with_both_revisions_and_the_changed_files(corpus, tmp_path):
+    save, version = tmp_path / "run", megatron_lite.__version__
+    sources = source_hashes(PACKAGE)
+    edited = {**sources, "train/loop.py": "0123456789ab", "train/new.py": "ba9876543210"}
+    with mock.patch.object(assemble, "git_revision", lambda package: "aaaaaaaaaaaa"):
+        assert job(corpus, save, 2).code == 0
+        unchanged = job(corpus, save, 4)
+        assert unchanged.code == 0 and "the code has changed" not in unchanged.out
+    with (
+        mock.patch.object(assemble, "git_revision", lambda package: "bbbbbbbbbbbb"),
+        mock.patch.object(assemble, "source_hashes", lambda package: edited),
+    ):
+        result = job(corpus, save, 6)
+        assert result.code == 0, result.err
+        assert (
+            "WARNING: the code has changed since the checkpoint was saved, from "
+            f"megatron_lite {version} at git revision aaaaaaaaaaaa to megatron_lite {version} at git revision "
+            "bbbbbbbbbbbb. Changed files: train/loop.py, train/new.py."
+        ) in result.out
+        # The checkpoint that this job saved is of the edited code; the flag of earlier versions is still accepted.
+        again = job(corpus, save, 8, "--accept-changed", "code")
+        assert again.code == 0 and "the code has changed" not in again.out
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(corpus, tmp_path):
     save = tmp_path / "run"
     assert job(corpus, save, 2).code == 0
-    with mock.patch.object(provenance, "code_fingerprint", lambda package: "edited"):
-        result = job(corpus, save, 4)
-        assert result.code == 1
-        assert "  code: " in result.err and "edited" in result.err and "--accept-changed code" in result.err
-        assert job(corpus, save, 4, "--accept-changed", "code").code == 0
+    path = save / "iter_0000002"
+    manifest = read_manifest(path)
+    prints = {**manifest.provenance.fingerprints, "code": "megatron_lite 0.0.1 0123456789abcdef"}
+    older = replace(manifest, provenance=replace(manifest.provenance, fingerprints=prints, sources={}))
+    (path / "manifest.json").write_bytes(encode_manifest(older))
+    result = job(corpus, save, 4)
+    assert result.code == 0, result.err
+    assert "from megatron_lite 0.0.1 0123456789abcdef to megatron_lite" in result.out
+    assert "Changed files" not in result.out
 
 
 def fingerprints_on(backend, words):
@@ -112,7 +143,7 @@ def fingerprints_on(backend, words):
         return run.state.provenance.fingerprints
 
 
-def test_all_ranks_are_told_what_one_has_read(corpus, on_ranks, tmp_path):
+def test_all_ranks_save_the_fingerprints_that_one_has_read(corpus, on_ranks, tmp_path):
     words = [str(word) for word in corpus.job("--train-iters", 2, "--save", tmp_path, "--save-interval", 2)][1:]
     one, two = on_ranks(2, fingerprints_on, words)
     assert one == two

@@ -1,5 +1,6 @@
 """Ranks started by hand, on one machine, that do not have the same command line or files: found at start, said once."""
 
+import re
 import shutil
 import socket
 
@@ -136,7 +137,7 @@ def test_a_device_without_the_precision_on_one_rank(corpus, ranks):
             CpuBackend.capabilities = lambda self: Capabilities(dtypes=frozenset({"fp32", "fp16"}))
 
     text = said(ranks(job(corpus, "--bf16"), job(corpus, "--bf16"), prepare=prepare))
-    assert f"rank 1 ({HOST}): The device must compute in the precision of the run: --bf16 on" in text
+    assert re.search(rf"rank 1 \({HOST}\): .* cannot compute in --bf16", text)
 
 
 def test_a_blend_of_other_sources(corpus, ranks, tmp_path):

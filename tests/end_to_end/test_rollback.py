@@ -202,7 +202,7 @@ def test_what_cannot_be_rolled_back_is_refused(corpus, tmp_path):
     assert command(*corpus.job("--train-iters", 6, "--save-interval", 3, "--save", save)).code == 0
     before = (save / "iter_0000003" / "manifest.json").read_bytes()
     for words, text in (
-        (("--to", 4), "whole ones in"),
+        (("--to", 4), "complete checkpoints in"),
         (("--to", 3, "--skip-samples", "8-20"), "has reached sample 12"),
         (("--to", 3, "--skip-samples", "20-8"), "is a range of samples"),
     ):

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and how it is told."""
+"""Comparison of a resuming run with its checkpoint: permitted changes, errors and their texts."""
 
 from __future__ import annotations
 

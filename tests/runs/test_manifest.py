@@ -46,7 +46,7 @@ BODY = b"""{
 "iteration": 3,
 "writer": {"ranks": 2},
 "scalars": {"iteration": 3, "scale": 0.5},
-"provenance": {"config": {"model": {"num_layers": 2}}, "fingerprints": {"code": "f00"}, "skipped_samples": [[1, 4], [9, 10]], "data_history": []},
+"provenance": {"config": {"model": {"num_layers": 2}}, "fingerprints": {"code": "f00"}, "skipped_samples": [[1, 4], [9, 10]], "data_history": [], "sources": {}},
 "files": {"a": [[5, "00000001"], [7, "00000002"]], "b": [[12, "00000abc"]]},
 "tensors": {"empty": [[0], "float32", []], "w": [[4, 2], "bfloat16", [[[0, 0], [3, 2], "b", 0], [[3, 0], [1, 2], "a", 1]]]}"""  # noqa: E501
 
@@ -65,6 +65,8 @@ def test_it_comes_back():
     assert decode_manifest(encode_manifest(MANIFEST), PATH) == MANIFEST
     empty = Manifest(0, {}, {}, {}, Provenance(), {})
     assert decode_manifest(encode_manifest(empty), PATH) == empty
+    older = BODY.replace(b', "data_history": [], "sources": {}', b"")
+    assert older != BODY and decode_manifest(closed(older), PATH) == MANIFEST
 
 
 def test_sizes_are_those_of_the_parts():

@@ -6,8 +6,9 @@ import pytest
 from support.layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
 
 from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.runs.comparison import config_as_json
+from megatron_lite.runs.manifest import Provenance
 from megatron_lite.train.assemble import build_engine
-from megatron_lite.train.provenance import provenance_of
 from megatron_lite.train.start import find_start, load_start
 from megatron_lite.train.state import RunState
 
@@ -37,7 +38,7 @@ def go_on(backend, cell, root, iterations):
     mesh = mesh_of(backend, cell.tp, cell.pp)
     engine = build_engine(config, mesh)
     told = []
-    start, provenance = find_start(config, told.append), provenance_of(config, {})
+    start, provenance = find_start(config, told.append), Provenance(config_as_json(config))
     start, progress = load_start(start, engine, config, told.append)
     began = progress.iteration
     losses, norms, progress = iterate(config, mesh, engine, progress, iterations)

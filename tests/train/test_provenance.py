@@ -1,14 +1,14 @@
-"""The fingerprint of the code: any edit changes it, and where it is installed does not."""
+"""Fingerprint of the code: any edit changes it, and the place of installation does not; git revision."""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+import subprocess
 
 import pytest
 
 import megatron_lite
-from megatron_lite.train.provenance import code_fingerprint
+from megatron_lite.train.provenance import PACKAGE, code_fingerprint, git_revision, source_hashes
 
 
 @pytest.fixture
@@ -30,16 +30,37 @@ def package(tmp_path):
     ],
 )
 def test_any_edit_changes_it(package, edit):
-    before = code_fingerprint(package)
+    before = source_hashes(package)
     edit(package)
-    assert code_fingerprint(package) != before
+    assert code_fingerprint(source_hashes(package)) != code_fingerprint(before)
 
 
 def test_place_and_other_files_do_not(package, tmp_path):
     moved = shutil.copytree(package, tmp_path / "elsewhere" / "name")
     (moved / "model" / "gpt.pyc").write_bytes(b"compiled")
-    assert code_fingerprint(moved) == code_fingerprint(package)
+    assert source_hashes(moved) == source_hashes(package)
 
 
-def test_of_this_package():
-    assert len(code_fingerprint(Path(megatron_lite.__file__).parent)) == 16
+def test_the_fingerprint_names_version_and_revision():
+    digest, _, name = code_fingerprint(source_hashes(PACKAGE), "abc").partition(" of ")
+    assert len(digest) == 16
+    assert name == f"megatron_lite {megatron_lite.__version__} at git revision abc"
+
+
+def test_the_revision_of_a_package_is_that_of_its_own_repository(package, monkeypatch):
+    def git(*args):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", "-C", package.parent, *identity, *args], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    git("init", "-q")
+    assert git_revision(package) == "", "there is no commit yet"
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert git_revision(package) == git("rev-parse", "HEAD")[:12]
+    assert git_revision(package / "model") == "", "installed somewhere inside another repository"
+    monkeypatch.setenv("PATH", "")
+    assert git_revision(package) == "", "git is not installed"
