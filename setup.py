@@ -1,4 +1,4 @@
-"""Installs megatron_lite and its console command; `pip install -e '.[dev]'` is what a contributor wants."""
+"""Packaging of megatron_lite and its console command; contributors run `pip install -e '.[dev]'`."""
 
 import re
 from pathlib import Path
@@ -18,18 +18,10 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "slurm": ["shfmt-py>=3.7"],
 }
-# Checkers are pinned, so that `make check` says the same thing on every machine.
+# Checkers are pinned, so that `make check` gives the same result on every machine.
 CHECKERS = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16", "codespell==2.4.3", "pre-commit>=3.7"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-EXTRAS["dev"] = [
-    *CHECKERS,
-    *TESTS,
-    *(
-        need
-        for extra in ("hf", "sentencepiece", "tensorboard", "fast", "data", "sentences", "plot", "slurm")
-        for need in EXTRAS[extra]
-    ),
-]
+EXTRAS["dev"] = [*CHECKERS, *TESTS, *(need for needs in EXTRAS.values() for need in needs)]
 
 setup(
     name="megatron_lite",
