@@ -1,4 +1,4 @@
-"""The batch script of docs/several_nodes.md, run with stand-ins for Slurm's commands and for training."""
+"""Tests of the batch script in docs/several_nodes.md, with stubs for Slurm's commands and for training."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SCRIPT = re.search(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.S)[1]
         (None, False),
     ],
 )
-def test_a_job_that_stopped_before_its_end_is_queued_again(status, requeued, tmp_path):
+def test_a_job_that_stopped_early_is_requeued(status, requeued, tmp_path):
     shared = tmp_path / "shared"
     activate = shared / "megatron_lite" / ".venv" / "bin" / "activate"
     for folder in (activate.parent, shared / "runs" / "gpt", tmp_path / "bin"):
@@ -50,5 +50,5 @@ def test_a_job_that_stopped_before_its_end_is_queued_again(status, requeued, tmp
     if requeued:
         assert (tmp_path / "called").read_text().strip() == "requeue 7"
     else:
-        assert f"the run ended: {status or 'killed before it could say'}" in result.stdout
+        assert f"the run ended: {status or 'killed'}" in result.stdout
     assert f"--save {shared}/runs/gpt --load {shared}/runs/gpt" in (tmp_path / "srun").read_text()

@@ -1,4 +1,4 @@
-"""The matrix of layouts as a table, and docs/parallelism.md, which holds it.
+"""Generator of the table of layouts in docs/parallelism.md.
 
 python tests/support/parallelism_page.py            runs every layout and rewrites the table in the page
 """
@@ -18,18 +18,18 @@ NUMBERS = ("same as", "loss", "grad norm", "parameters")
 
 
 def layout_words(cell):
-    """A cell's columns of the table, without what came out."""
+    """Return the columns of a cell that describe its layout."""
     sizes = [str(size) for size in (cell.world, cell.tp, cell.pp, cell.dp)]
     schedule = cell.schedule if cell.pp > 1 or cell.schedule != "1f1b" else ""
     chunks = {"zb-v": "2"}.get(cell.schedule, str(cell.chunks) if cell.layers_per_chunk else "")
     flags = ["yes" if on else "" for on in (cell.sequence_parallel, cell.zero1)]
     model = cell.model + (f", first stage {cell.first_layers} layers" if cell.first_layers else "")
-    model += ", documents apart" if cell.documents else ""
+    model += ", document mask" if cell.documents else ""
     return (*sizes, schedule, chunks, *flags, cell.recompute, model, cell.dropout, cell.dtype)
 
 
 def table(rows):
-    """(cell, deviation) pairs as a Markdown table, aligned so that it reads as text too."""
+    """Return (cell, deviation) pairs as an aligned Markdown table."""
     lines = [(*HEAD, *NUMBERS)]
     for cell, found in rows:
         reference = "one process" if cell.reference().world == 1 else f"tp {cell.tp} alone"
@@ -42,7 +42,7 @@ def table(rows):
 
 
 def run_all(on_ranks):
-    """Every cell with its deviation from its reference."""
+    """Run every cell; return each with its deviation from its reference."""
     references, rows = {}, []
     for cell in CELLS:
         started = time.perf_counter()
@@ -51,13 +51,13 @@ def run_all(on_ranks):
                 references[wanted] = put_together(on_ranks(wanted.world, run_cell, wanted))
         found = deviation(references[cell], references[cell.reference()])
         rows.append((cell, found))
-        verdict = "same" if within(found, LIMITS[cell.dtype]) else "DIFFERS"
-        print(f"{time.perf_counter() - started:6.1f} s  {verdict}  {cell}", flush=True)
+        result = "same" if within(found, LIMITS[cell.dtype]) else "DIFFERS"
+        print(f"{time.perf_counter() - started:6.1f} s  {result}  {cell}", flush=True)
     return rows
 
 
 def main():
-    """Runs the matrix and rewrites the page's table; 1 if a layout is not the same."""
+    """Run all layouts and rewrite the page's table; return 1 if a layout exceeds its limits."""
     with tempfile.TemporaryDirectory() as folder:
         pools = RankPools(lambda: Path(tempfile.mkdtemp(dir=folder)))
         rows = run_all(pools)
