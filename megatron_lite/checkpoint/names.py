@@ -2,7 +2,7 @@
 
 Weights have their parameter's global name and are saved in the parameter's dtype. Optimizer state is named
 `optimizer.<kind>.<parameter>`. A run in bf16 or fp16 also saves its fp32 main parameters as `optimizer.main_param.…`;
-they are the true values, of which the weights are roundings, so they win wherever they hold more:
+the weights are roundings of them, so they are loaded wherever the run can hold the exact values:
 
 - bf16 run from an fp32 checkpoint: weights are rounded, main parameters are the fp32 weights, exactly.
 - fp32 run from a bf16 checkpoint: weights are the main parameters, exactly.
@@ -20,16 +20,16 @@ MAIN_PREFIX = "optimizer.main_param."
 
 
 def is_model_tensor(name: str) -> bool:
-    """Whether a load without optimizer state takes it: a weight, or the fp32 main parameter of one."""
+    """Return True for weights and their fp32 main parameters, which a load without optimizer state includes."""
     return not name.startswith(OPTIMIZER_PREFIX) or name.startswith(MAIN_PREFIX)
 
 
 def source_of(name: str, wide: bool, saved: Mapping[str, SavedTensor]) -> str | None:
-    """The saved tensor that fills the run's tensor `name`, or None if there is none.
+    """Return the name of the saved tensor that fills the run's tensor `name`; None: there is none.
 
     Args:
         name: global name of the tensor to fill.
-        wide: whether it is fp32, and so can hold a main parameter without rounding.
+        wide: True if it is fp32, and so can hold a main parameter without rounding.
         saved: the checkpoint's tensors.
     """
     main = MAIN_PREFIX + name
@@ -42,7 +42,7 @@ def source_of(name: str, wide: bool, saved: Mapping[str, SavedTensor]) -> str | 
 
 
 def is_superseded(name: str, run: Collection[str]) -> bool:
-    """Whether a saved tensor that the run has no place for is no loss, because another saved one carries its values.
+    """Return True for a saved main parameter that a run without main parameters may leave out: it has the weight.
 
     Args:
         name: a saved tensor.

@@ -1,7 +1,7 @@
 """Offline checkpoint rewriting in one process: averaging, resharding into fewer files, dtype conversion.
 
-Everything goes tile by tile from the old files to the new ones, so memory does not depend on the checkpoint's size. All
-checkpoints are cut along one grid (tiles.py), so that each record is read once.
+Tensors are copied tile by tile, so memory does not depend on the checkpoint's size. All checkpoints are cut along one
+grid (tiles.py), so that each record is read once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lite.runs.catalog import iteration_of
 from megatron_lite.runs.manifest import Manifest
 
 FILE_SIZE = 5 * 10**9
-"""Bytes of a file of the new checkpoint, unless another limit is given."""
+"""Default maximum bytes of a file of the new checkpoint."""
 
 
 class _Mean:
@@ -78,27 +78,26 @@ def average(
     file_size: int = FILE_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SaveReport:
-    """Writes a checkpoint whose weights are the mean of several checkpoints' weights, without optimizer state.
+    """Write a checkpoint whose weights are the mean of several checkpoints' weights, without optimizer state.
 
-    The mean is taken of the fp32 main parameters where they were saved, added up in fp64. Iteration, progress and
-    config are the last one's.
+    The mean is taken of the fp32 main parameters where they were saved, summed in fp64. Iteration, progress and config
+    are those of the last checkpoint.
 
     Args:
         paths: at least two checkpoints of one run, or of runs of one model.
-        output: the folder that the new checkpoint is saved in.
-        file_size: bytes that a file of the new checkpoint has at most.
-        progress: told the bytes written so far, and those of all tensors.
+        output: folder in which the new checkpoint is saved.
+        file_size: maximum bytes of a file of the new checkpoint.
+        progress: called with the bytes written so far, and those of all tensors.
 
     Raises:
-        CheckpointError: fewer than two, their weights differ in name or shape, `output` is a folder that one of them
-            lies in or holds that iteration already, or there is no room. Nothing of the new one is left.
-        CorruptCheckpointError: one of them is damaged where it is read.
+        CheckpointError: there are fewer than two, their weights differ in name or shape, `output` contains one of them
+            or a checkpoint of that iteration, or there is no room. Nothing of the new one is left.
+        CorruptCheckpointError: a record that is read is damaged.
     """
     if len(paths) < 2:
         raise CheckpointError(
-            "An average is of at least two checkpoints",
-            found=", ".join(map(str, paths)) or "none",
-            fix="Name two or more, as RUN/iter_0000100 RUN/iter_0000200",
+            f"Cannot average {', '.join(map(str, paths)) or 'no checkpoint'}: at least two checkpoints are needed",
+            fix="Name two or more, such as RUN/iter_0000100 RUN/iter_0000200",
         )
     sources = [CheckpointReader(path) for path in paths]
     last = sources[-1].manifest
@@ -109,8 +108,7 @@ def average(
         if shapes != wanted:
             names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
             raise CheckpointError(
-                "Averaged checkpoints must hold the same weights",
-                found=f"{path} and {paths[-1]} differ in {', '.join(names[:5])}",
+                f"Cannot average {path} and {paths[-1]}: they differ in {', '.join(names[:5])}",
                 fix="Average checkpoints of one model, saved in one precision",
             )
 
@@ -126,24 +124,24 @@ def reshard(
     file_size: int = FILE_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SaveReport:
-    """Writes a checkpoint anew in files of bounded size, whatever number of ranks wrote it.
+    """Rewrite a checkpoint in files of bounded size, whatever number of ranks wrote it.
 
-    Any layout reads it without this. It serves to keep or move a checkpoint of thousands of files, to drop optimizer
-    state, and to store weights in fewer bytes.
+    Loading in another layout needs no rewriting. It serves to keep or move a checkpoint of thousands of files, to drop
+    optimizer state, and to store weights in fewer bytes.
 
     Args:
         path: the checkpoint.
         output: the folder that the new checkpoint is saved in.
-        weights_only: leave the optimizer's state out, but for the fp32 main parameters, which are weights.
-        dtype: float32, bfloat16 or float16: the weights in this dtype, made from the main parameters where these were
-            saved, and nothing else. Empty: every bit of every tensor stays.
+        weights_only: leave out the optimizer's state except the fp32 main parameters, which are weights.
+        dtype: float32, bfloat16 or float16: write the weights alone in this dtype, converted from the main parameters
+            where these were saved. Empty: keep every bit of every tensor.
         file_size: bytes that a file of the new checkpoint has at most.
         progress: told the bytes written so far, and those of all tensors.
 
     Raises:
-        CheckpointError: `output` is the folder it lies in or holds that iteration already, or there is no room.
-            Nothing of the new one is left.
-        CorruptCheckpointError: it is damaged where it is read.
+        CheckpointError: `output` contains it or a checkpoint of that iteration, or there is no room. Nothing of the new
+            one is left.
+        CorruptCheckpointError: a record that is read is damaged.
     """
     source = CheckpointReader(path)
     names = [
@@ -162,8 +160,23 @@ def _rewrite(
     file_size: int,
     progress: Callable[[int, int], None],
 ) -> SaveReport:
+    """Write tensors with a manifest's iteration, scalars and provenance, unless the output would replace anything."""
     request = SaveRequest(output, manifest.iteration, manifest.scalars, manifest.provenance)
-    _check_output(sources, request)
+    if output.resolve() in {source.resolve().parent for source in sources}:
+        raise CheckpointError(
+            f"--output {output} is the folder that contains {', '.join(str(path) for path in sources)}",
+            rule="A checkpoint is rewritten into another folder",
+            fix="Give --output another folder",
+        )
+    if iteration_of(output) is not None:
+        raise CheckpointError(
+            f"--output {output} has the name of a checkpoint; it must be a folder of checkpoints",
+            fix=f"Give --output {output.parent}: iter_… is made in it",
+        )
+    if request.path.exists():
+        raise CheckpointError(
+            f"{request.path} exists already", fix="Give --output another folder, or remove that checkpoint first"
+        )
     return write_source(request, tensors, file_size, progress)
 
 
@@ -178,7 +191,7 @@ def write_source(
     Args:
         request: destination, and the content besides tensors.
         source: the tensors.
-        file_size: bytes that a file has at most.
+        file_size: maximum bytes of a file.
         progress: called with the bytes written so far, and those of all tensors.
 
     Raises:
@@ -198,24 +211,3 @@ def write_source(
 
 def _converted(saved: str, wanted: str) -> str:
     return wanted if wanted and getattr(torch, saved).is_floating_point else saved
-
-
-def _check_output(sources: Sequence[Path], request: SaveRequest) -> None:
-    if request.root.resolve() in {source.resolve().parent for source in sources}:
-        raise CheckpointError(
-            "A checkpoint is rewritten into another folder",
-            found=f"{', '.join(str(path) for path in sources)} and --output {request.root}",
-            fix="Give --output another folder",
-        )
-    if iteration_of(request.root) is not None:
-        raise CheckpointError(
-            "A checkpoint is written into a folder of checkpoints, not into one of them",
-            found=f"--output {request.root}",
-            fix=f"Give --output {request.root.parent}: iter_… is made in it",
-        )
-    if request.path.exists():
-        raise CheckpointError(
-            "A rewritten checkpoint takes no other's place",
-            found=f"{request.path} is there already",
-            fix="Give --output another folder, or remove that one first",
-        )

@@ -18,7 +18,7 @@ from megatron_lite.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The sections of a run's config that describe its model; batch size, layout and schedules do not."""
+    """Sections of a run's config that describe its model: all but batch size, layout and schedules."""
 
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -27,22 +27,21 @@ class StoredModel:
 
 
 def stored_model(manifest: Manifest, path: Path) -> StoredModel:
-    """Return the description of the model that a checkpoint holds.
+    """Return the description of a checkpoint's model.
 
     Args:
-        manifest: the checkpoint's.
-        path: its folder, for the message.
+        manifest: of the checkpoint.
+        path: folder of the checkpoint, for errors.
 
     Raises:
         CheckpointError: the manifest has no config.
-        ConfigError: its config has fields that this version does not know.
+        ConfigError: the config has fields that this version does not have.
     """
     stored: Mapping[str, Any] = manifest.provenance.config
     missing = [part for part in ("model", "tokenizer", "precision") if part not in stored]
     if missing:
         raise CheckpointError(
-            "A checkpoint's manifest must hold the run's config",
-            found=f"{path} lacks {', '.join(missing)}",
+            f"The manifest of {path} has no config of {', '.join(missing)}",
             fix="Load a checkpoint that training wrote",
         )
     return StoredModel(
@@ -54,7 +53,7 @@ def stored_model(manifest: Manifest, path: Path) -> StoredModel:
 
 
 def require_tokenizer(tokenizer: Tokenizer, manifest: Manifest, path: Path) -> None:
-    """Refuse a tokenizer that is not the one that the model was trained with.
+    """Refuse a tokenizer other than the one that the model was trained with.
 
     Raises:
         ConfigError: the fingerprints differ.
@@ -62,7 +61,6 @@ def require_tokenizer(tokenizer: Tokenizer, manifest: Manifest, path: Path) -> N
     wanted = manifest.provenance.fingerprints.get("tokenizer")
     if wanted and wanted != tokenizer.fingerprint():
         raise ConfigError(
-            "A model must be used with the tokenizer it was trained with",
-            found=f"{path} was trained with {wanted}, this tokenizer is {tokenizer.fingerprint()}",
-            fix="Name the run's own files with --vocab-file and --merge-file, or --tokenizer-model",
+            f"{path} was trained with the tokenizer {wanted}, and the given one is {tokenizer.fingerprint()}",
+            fix="Give the run's own files with --vocab-file and --merge-file, or --tokenizer-model",
         )

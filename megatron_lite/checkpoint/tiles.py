@@ -1,9 +1,9 @@
 """Tiling grid of saved tensors: independent of the layout, so that other layouts read few extra bytes.
 
-A saved piece is read and checked as a whole. If it were a whole matrix, each of eight tensor-parallel ranks would read
-all of a matrix that they split by columns. So the lines of the grid lie where such splits fall: at halves, quarters and
-eighths of each dim. They are drawn in the global tensor, not in a rank's piece, for the number of tiles must not grow
-with the number of ranks; and every saved piece lies in one tile, which makes a tile the unit of work on one machine.
+A saved record is read and checked in full. If a record were a complete matrix, each of eight tensor-parallel ranks that
+split it by columns would read all of it. So the grid's lines lie where such splits fall: at halves, quarters and
+eighths of each dim. They depend on the global tensor alone: the number of tiles does not grow with the number of ranks.
+Every saved piece lies in one tile, and offline commands work on one tile at a time.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from math import prod
 from megatron_lite.rectangle import Rectangle
 
 MIN_TILE = 4 << 20
-"""Bytes under which nothing is cut further: a record costs about 1.5 KB on disk and 0.1 ms."""
+"""Tiles of fewer bytes are not cut further: a record costs about 1.5 KB on disk and 0.1 ms."""
 MAX_TILE = 32 << 20
-"""Bytes of a tile at most: what a load holds in memory beside its own tensors."""
+"""Maximum bytes of a tile, which is a load's memory beyond its own tensors."""
 _EVEN_PARTS = 8
 
 
 def grid(shape: Sequence[int], itemsize: int) -> list[int]:
-    """The number of parts that each dim of a tensor is cut into, a power of two or the dim's whole size.
+    """Return the number of parts into which each dim of a tensor is cut, a power of two or the size of the dim.
 
     Args:
         shape: of the global tensor.
@@ -31,13 +31,13 @@ def grid(shape: Sequence[int], itemsize: int) -> list[int]:
     counts = [1] * len(shape)
     size = prod(shape) * itemsize
     while size // prod(counts) >= 2 * MIN_TILE:
-        # The dim that is cut least, so that a split by rows and one by columns are served alike.
+        # The dim that is cut least, so that splits by rows and by columns both fall on the grid.
         able = [dim for dim, count in enumerate(counts) if count < _EVEN_PARTS and 2 * count <= shape[dim]]
         if not able:
             break
         counts[min(able, key=lambda dim: counts[dim])] *= 2
     for dim, extent in enumerate(shape):
-        # Long runs of bytes stay long: the first dim is cut on, and the next one only when that has no more rows.
+        # To keep long runs of consecutive bytes, cut the first dim, and the next one only when that has no more rows.
         while counts[dim] < extent and _largest(shape, counts) * itemsize > MAX_TILE:
             counts[dim] = min(2 * counts[dim], extent)
     return counts
@@ -62,7 +62,7 @@ def _largest(shape: Sequence[int], counts: Sequence[int]) -> int:
 
 
 def _cut(extent: int, count: int, offset: int, length: int) -> list[tuple[int, int]]:
-    """(start, length) of the parts of [offset, offset + length) in a dim of `extent` that is cut into `count`."""
+    """Return (start, length) of the parts of [offset, offset + length) in a dim of `extent` cut into `count`."""
     if not length:
         return []
     # Part i is [i * extent // count, (i + 1) * extent // count): tensor parallelism's own bounds where it divides.

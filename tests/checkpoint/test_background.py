@@ -1,4 +1,4 @@
-"""Saving in the background: what is saved is what was there at the call, and a failure is not lost."""
+"""Tests of asynchronous saving: consistent snapshots, reused buffers, failures on any rank."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_lite.runs.retention import Retention
 
 
 @pytest.fixture
-def held_back(monkeypatch):
-    """Lets the background write only once this event is set."""
+def write_allowed(monkeypatch):
+    """Event that background writing waits for."""
     go = threading.Event()
     original = CheckpointWriter.add_tensors
 
@@ -35,7 +35,7 @@ def held_back(monkeypatch):
     return go
 
 
-def test_what_is_saved_is_what_was_there_at_the_call(kit, tmp_path, held_back):
+def test_later_changes_of_tensors_and_scalars_are_not_saved(kit, tmp_path, write_allowed):
     tensors, scalars = kit.tensors(), {"progress": {"iteration": 1}}
     with BackgroundSaver(kit.world) as saver:
         saver.save(tmp_path, 1, kit.whole(tensors), scalars, Provenance(), retention=Retention(last=3))
@@ -43,7 +43,7 @@ def test_what_is_saved_is_what_was_there_at_the_call(kit, tmp_path, held_back):
             tensor.add_(1000)
         scalars["progress"]["iteration"] = 2
         assert find_checkpoint(str(tmp_path)) is None
-        held_back.set()
+        write_allowed.set()
         report = saver.wait()
         assert saver.wait() is None
     assert report.path == find_checkpoint(str(tmp_path))
@@ -53,10 +53,10 @@ def test_what_is_saved_is_what_was_there_at_the_call(kit, tmp_path, held_back):
     assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors().items())
 
 
-def test_the_next_save_waits_for_the_last(kit, tmp_path, held_back):
+def test_a_save_waits_for_the_previous_one(kit, tmp_path, write_allowed):
     with BackgroundSaver(kit.world) as saver:
         saver.save(tmp_path, 1, kit.whole(kit.tensors(1)), {}, Provenance())
-        threading.Timer(0.2, held_back.set).start()
+        threading.Timer(0.2, write_allowed.set).start()
         saver.save(tmp_path, 2, kit.whole(kit.tensors(2)), {}, Provenance())
         assert find_checkpoint(str(tmp_path), 1) is not None
     for iteration in (1, 2):
@@ -65,7 +65,7 @@ def test_the_next_save_waits_for_the_last(kit, tmp_path, held_back):
         assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors(iteration).items())
 
 
-def test_host_buffers_are_used_again(kit, tmp_path, monkeypatch):
+def test_host_buffers_are_reused(kit, tmp_path, monkeypatch):
     addresses = []
     original = CheckpointWriter.add_tensors
 
@@ -81,7 +81,7 @@ def test_host_buffers_are_used_again(kit, tmp_path, monkeypatch):
     assert addresses[0] == addresses[1] == addresses[2]
 
 
-def test_a_failure_comes_out_of_the_next_save_once(kit, tmp_path, monkeypatch):
+def test_a_failure_is_raised_once_by_the_next_save(kit, tmp_path, monkeypatch):
     def full(*_):
         raise CheckpointError("Cannot write the checkpoint: No space left on device", fix="Make room")
 
@@ -101,7 +101,7 @@ def test_a_failure_comes_out_of_the_next_save_once(kit, tmp_path, monkeypatch):
     assert saver.wait().path.name == "iter_0000004"
 
 
-def test_an_error_in_training_abandons_the_save_without_hanging(kit, tmp_path):
+def test_an_error_in_training_abandons_the_save(kit, tmp_path):
     with pytest.raises(RuntimeError, match="training"), BackgroundSaver(kit.world) as saver:
         saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
         raise RuntimeError("training failed")
@@ -112,7 +112,7 @@ def halves(world, value):
     return [GlobalTensor("w", (6,), tensor.dtype, [Piece((3 * world.rank,), tensor)])]
 
 
-def test_ranks_save_together(tmp_path, on_ranks):
+def test_several_ranks_save(tmp_path, on_ranks):
     def run(world):
         with BackgroundSaver(world) as saver:
             for iteration in (1, 2, 3):
@@ -146,7 +146,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, on_ranks, monkeypatch)
     assert not list(tmp_path.glob("iter_*"))
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path, on_ranks, monkeypatch):
+def test_a_missing_rank_is_named(tmp_path, on_ranks, monkeypatch):
     def run(world):
         saver = BackgroundSaver(world, patience=0.2)
         if world.rank == 1:

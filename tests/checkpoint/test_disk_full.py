@@ -1,4 +1,4 @@
-"""No room: earlier checkpoints stay, nothing half-written stays, and the error says how much room there is."""
+"""Tests of saves on a full disk: earlier checkpoints stay, partial ones do not, the error states the free room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(root):
     return sorted(entry.name for entry in root.iterdir())
 
 
-def test_refused_before_a_byte_is_written_if_it_cannot_fit(kit, tmp_path, monkeypatch):
+def test_a_save_without_room_is_refused_before_writing(kit, tmp_path, monkeypatch):
     kit.save(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**21, 2**21))
@@ -70,7 +70,7 @@ def test_the_disk_fills_at_a_later_step(kit, tmp_path, monkeypatch, step):
     assert names(tmp_path) == BEFORE
 
 
-def limited(kit, root, results):
+def save_with_limit(kit, root, results):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     try:
@@ -79,12 +79,12 @@ def limited(kit, root, results):
         results.put(str(error))
 
 
-def test_a_limit_of_the_system_is_met(kit, tmp_path):
-    """The real thing, as far as a test may go: the kernel itself refuses the write."""
+def test_a_file_size_limit_of_the_system(kit, tmp_path):
+    """A real failure: the kernel itself refuses the write."""
     kit.save(tmp_path, 1)
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    child = context.Process(target=limited, args=(kit, tmp_path, results))
+    child = context.Process(target=save_with_limit, args=(kit, tmp_path, results))
     child.start()
     message = results.get()
     child.join()
@@ -92,13 +92,13 @@ def test_a_limit_of_the_system_is_met(kit, tmp_path):
     assert names(tmp_path) == BEFORE
 
 
-def test_a_folder_that_may_not_be_written(kit, tmp_path):
+def test_a_file_in_place_of_the_folder(kit, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Not a directory"):
         kit.save(tmp_path / "file" / "save", 1)
 
 
-def test_what_cannot_be_deleted_is_no_failed_save(kit, tmp_path, monkeypatch):
+def test_an_undeletable_checkpoint_does_not_fail_the_save(kit, tmp_path, monkeypatch):
     kit.save(tmp_path, 1)
 
     def refuse(path, ignore_errors=False):

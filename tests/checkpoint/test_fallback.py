@@ -1,4 +1,4 @@
-"""--fallback-on-corrupt: the previous whole checkpoint, said aloud; without it, an error."""
+"""Tests of --fallback-on-corrupt: loads an earlier checkpoint with a warning; without it, an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def damage(path, position, mask=1):
     path.write_bytes(content)
 
 
-def test_the_newest_whole_one_is_taken_and_the_damage_said(kit, tmp_path):
+def test_the_newest_undamaged_checkpoint_is_loaded_with_warnings(kit, tmp_path):
     for iteration in (1, 2, 3):
         kit.save(tmp_path, iteration)
     for iteration in (2, 3):
@@ -35,7 +35,7 @@ def test_the_newest_whole_one_is_taken_and_the_damage_said(kit, tmp_path):
     assert [re.search(r"iter_\d+", message)[0] for message in skipped] == ["iter_0000003", "iter_0000002"]
 
 
-def test_nothing_is_left_of_a_checkpoint_whose_damage_was_found_late(kit, tmp_path):
+def test_fallback_overwrites_tensors_of_a_damaged_checkpoint(kit, tmp_path):
     tensors = {iteration: {str(name): torch.randn(9) for name in range(5)} for iteration in (1, 2)}
     for iteration, state in tensors.items():
         kit.save(tmp_path, iteration, state)
@@ -49,7 +49,7 @@ def test_nothing_is_left_of_a_checkpoint_whose_damage_was_found_late(kit, tmp_pa
     assert all(loaded[name].equal(tensor) for name, tensor in tensors[1].items())
 
 
-def test_it_must_be_asked_for(kit, tmp_path):
+def test_fallback_is_off_by_default(kit, tmp_path):
     for iteration in (1, 2):
         kit.save(tmp_path, iteration)
     damage(tmp_path / "iter_0000002" / "__0_0.distcp", 5)
@@ -57,7 +57,7 @@ def test_it_must_be_asked_for(kit, tmp_path):
         load_latest(find_checkpoint(str(tmp_path)), kit.whole(kit.tensors()), kit.world)
 
 
-def test_if_all_are_damaged_the_last_one_is_named(kit, tmp_path):
+def test_if_all_are_damaged_the_oldest_is_named(kit, tmp_path):
     for iteration in (1, 2):
         kit.save(tmp_path, iteration)
         damage(tmp_path / f"iter_000000{iteration}" / ".metadata", 5)
@@ -66,7 +66,7 @@ def test_if_all_are_damaged_the_last_one_is_named(kit, tmp_path):
         load_latest(find_checkpoint(str(tmp_path)), held, kit.world, fallback=True)
 
 
-def test_a_wrong_model_is_not_a_reason_to_fall_back(kit, tmp_path):
+def test_a_wrong_model_does_not_fall_back(kit, tmp_path):
     for iteration in (1, 2):
         kit.save(tmp_path, iteration)
     with pytest.raises(CheckpointError, match="has no other"):
@@ -80,7 +80,7 @@ def checkpoint(kit, tmp_path_factory):
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_flipped_or_missing_byte_of_any_file_is_found_and_the_file_named(checkpoint, data):
+def test_any_flipped_or_missing_byte_is_detected_and_its_file_named(checkpoint, data):
     file = data.draw(st.sampled_from(sorted(checkpoint.iterdir())))
     content = file.read_bytes()
     position = data.draw(st.integers(0, len(content) - 1))
@@ -98,7 +98,7 @@ def test_any_flipped_or_missing_byte_of_any_file_is_found_and_the_file_named(che
     verify_checkpoint(checkpoint)
 
 
-def test_a_manifest_of_another_program_or_of_the_future_is_not_called_damaged(kit, tmp_path, monkeypatch):
+def test_an_unknown_manifest_format_is_not_reported_as_damage(kit, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_lite.runs.manifest.FORMAT_VERSION", 99)
     path = kit.save(tmp_path, 1).path
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of saving: what was announced is found, whole, and nothing half-written is taken for it."""
+"""Tests of kill -9 during saves: the latest checkpoint is intact, and partial ones are never loaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ KILLS = 5
 
 
 def content(iteration):
-    """Tensors that say which iteration they belong to, large enough for a kill to fall into their writing."""
+    """Tensors filled with their iteration, large enough to be killed while they are written."""
     return {f"w{number}": torch.full((64, 1024), float(iteration)) for number in range(4)}
 
 
-def save_for_ever(kit, root, begin, pipe, behind):
+def save_forever(kit, root, begin, pipe, behind):
     iteration, saver = begin, BackgroundSaver(kit.world)
     while True:
         iteration += 1
@@ -67,7 +67,7 @@ def test_killed_at_random_moments_of_saving(kit, tmp_path, behind):
     begin = 0
     for _ in range(int(os.environ.get("MEGATRON_LITE_KILLS", KILLS))):
         reader, writer = os.pipe()
-        child = context.Process(target=save_for_ever, args=(kit, tmp_path, begin, writer, behind))
+        child = context.Process(target=save_forever, args=(kit, tmp_path, begin, writer, behind))
         child.start()
         os.close(writer)
         time.sleep(random_moment.uniform(0.05, 0.4))
@@ -97,7 +97,7 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def die_before(step, root):
-    """Kills this process just before its n-th change to the folder; every rename, removal and opened file is one."""
+    """Kill this process just before its n-th change to the folder: a rename, a removal or an opened file."""
     count = 0
 
     def hook(event, arguments):
@@ -128,7 +128,7 @@ def finishes(save, step, root):
 
 @pytest.mark.parametrize("iteration", [2, 3])
 def test_killed_at_every_step_of_a_save(kit, tmp_path, iteration):
-    """Saves iteration 2 again, or a new one, and dies before each change to the folder in turn."""
+    """Save iteration 2 again, or a new one, killed before each change to the folder in turn."""
     start, steps = tmp_path / "start", 0
     kit.save(start, 1, content(1))
     kit.save(start, 2, content(2))

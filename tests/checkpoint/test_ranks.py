@@ -1,4 +1,4 @@
-"""Several gloo ranks: each writes its share once, and any layout reads any other's."""
+"""Tests of saves and loads on several gloo ranks: any layout reads any other, errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (4,
 
 
 def flat_range(name, tensor, rank, size):
-    """A ZeRO-1 share of a matrix: a range of its elements, as at most three rectangles."""
+    """ZeRO-1 shard of a matrix: a range of its elements, in at most three rectangles."""
     rows, columns = tensor.shape
     per_rank = -(-tensor.numel() // size)
     begin, end = min(rank * per_rank, tensor.numel()), min((rank + 1) * per_rank, tensor.numel())
@@ -43,8 +43,8 @@ def flat_range(name, tensor, rank, size):
     return GlobalTensor(name, (rows, columns), tensor.dtype, pieces)
 
 
-def share(layout, rank, fill):
-    """What a rank of a (tp, pp, dp) layout holds of two layers and an optimizer's moment."""
+def held(layout, rank, fill):
+    """State of two layers and an optimizer's moment on a rank of a (tp, pp, dp) layout."""
     tp, pp, dp = layout
     t, d, p = rank % tp, rank // tp % dp, rank // (tp * dp)
     tensors = []
@@ -76,7 +76,7 @@ def size(layout):
 @pytest.mark.parametrize("writer", LAYOUTS)
 def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
     def save(world):
-        save_checkpoint(tmp_path, 1, share(writer, world.rank, True), {"a": 1}, Provenance(), world)
+        save_checkpoint(tmp_path, 1, held(writer, world.rank, True), {"a": 1}, Provenance(), world)
 
     on_ranks(size(writer), save)
     manifest = verify_checkpoint(tmp_path / "iter_0000001")
@@ -87,9 +87,9 @@ def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
 
     def load(world):
         for reader in (layout for layout in LAYOUTS if size(layout) == world.size):
-            loaded = share(reader, world.rank, False)
+            loaded = held(reader, world.rank, False)
             assert load_checkpoint(tmp_path / "iter_0000001", loaded, world) == {"a": 1}
-            for got, wanted in zip(loaded, share(reader, world.rank, True), strict=True):
+            for got, wanted in zip(loaded, held(reader, world.rank, True), strict=True):
                 assert got.name == wanted.name
                 assert all(a.tensor.equal(b.tensor) for a, b in zip(got.pieces, wanted.pieces, strict=True))
 
@@ -97,18 +97,18 @@ def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
         on_ranks(ranks, load)
 
 
-def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing(tmp_path, on_ranks, monkeypatch):
+def test_a_failed_write_on_one_rank_fails_the_save_on_all(tmp_path, on_ranks, monkeypatch):
     def full(path, mode):
         raise OSError(28, "No space left on device", str(path))
 
     def save(world):
-        save_checkpoint(tmp_path, 1, share((2, 1, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(tmp_path, 1, held((2, 1, 1), world.rank, True), {}, Provenance(), world)
         if world.rank == 1:
             monkeypatch.setattr(writing, "FileIO", full)
         with pytest.raises(
             CheckpointError, match=r"rank 1: .* iteration 2 .*No space left on device .*__1_0.*GiB are free"
         ) as caught:
-            save_checkpoint(tmp_path, 2, share((2, 1, 1), world.rank, True), {}, Provenance(), world)
+            save_checkpoint(tmp_path, 2, held((2, 1, 1), world.rank, True), {}, Provenance(), world)
         place = failed_rank(caught.value)
         assert (place.host, place.rank) == (socket.gethostname(), 1)
         world.barrier()
@@ -121,7 +121,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing(tmp_p
     verify_checkpoint(tmp_path / "iter_0000001")
 
 
-def test_a_second_job_with_the_same_folder_is_guessed(kit, tmp_path, monkeypatch):
+def test_a_second_job_in_the_same_folder_is_reported(kit, tmp_path, monkeypatch):
     kit.save(tmp_path, 1)
 
     add_tensors = writing.CheckpointWriter.add_tensors
@@ -136,9 +136,9 @@ def test_a_second_job_with_the_same_folder_is_guessed(kit, tmp_path, monkeypatch
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
 
 
-def test_a_damaged_file_stops_every_rank_whoever_reads_it(tmp_path, on_ranks):
+def test_a_damaged_file_fails_the_load_on_every_rank(tmp_path, on_ranks):
     def save(world):
-        save_checkpoint(tmp_path, 1, share((2, 2, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(tmp_path, 1, held((2, 2, 1), world.rank, True), {}, Provenance(), world)
 
     on_ranks(4, save)
     names = sorted(read_manifest(tmp_path / "iter_0000001").files)
@@ -152,7 +152,7 @@ def test_a_damaged_file_stops_every_rank_whoever_reads_it(tmp_path, on_ranks):
                 file.write_bytes(bytes([content[0] ^ 0x40]) + content[1:])
             world.barrier()
             with pytest.raises(CorruptCheckpointError, match=f"{name} is damaged"):
-                load_checkpoint(tmp_path / "iter_0000001", share((1, 2, 1), world.rank, False), world)
+                load_checkpoint(tmp_path / "iter_0000001", held((1, 2, 1), world.rank, False), world)
             world.barrier()
             if world.rank == 0:
                 file.write_bytes(content)
@@ -161,14 +161,14 @@ def test_a_damaged_file_stops_every_rank_whoever_reads_it(tmp_path, on_ranks):
     on_ranks(2, load)
 
 
-def test_an_extra_tensor_is_one_that_no_rank_holds(tmp_path, on_ranks):
+def test_a_saved_tensor_that_no_rank_has_is_refused(tmp_path, on_ranks):
     def save(world):
-        save_checkpoint(tmp_path, 1, share((1, 2, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(tmp_path, 1, held((1, 2, 1), world.rank, True), {}, Provenance(), world)
 
     def load(world):
-        held = [tensor for tensor in share((1, 2, 1), world.rank, False) if tensor.name != "1.norm"]
+        fewer = [tensor for tensor in held((1, 2, 1), world.rank, False) if tensor.name != "1.norm"]
         with pytest.raises(CheckpointError, match=r"This run has no 1\.norm"):
-            load_checkpoint(tmp_path / "iter_0000001", held, world)
+            load_checkpoint(tmp_path / "iter_0000001", fewer, world)
 
     on_ranks(2, save)
     on_ranks(2, load)

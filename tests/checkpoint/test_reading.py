@@ -1,4 +1,4 @@
-"""A load reads what its rank needs, each byte once, and the ranks together check all of the rest."""
+"""Tests of read plans: a rank reads its own parts once, and the ranks together verify the others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def path(kit, tmp_path_factory):
 
 
 def held(layers, tp=1, t=0, dp=1, d=0):
-    """What a rank holds of the layers under tensor parallelism, or its flat part under ZeRO-1."""
+    """State of the layers on a rank under tensor parallelism, or its flat shard under ZeRO-1."""
     tensors = []
     for layer in layers:
         for name, shape in SHAPES.items():
@@ -68,13 +68,13 @@ def test_tensor_parallel_ranks_read_no_more_than_they_hold(path, layout):
     assert 0 < plan(path, tensors).size - elements(tensors) <= headers(plan(path, tensors))
 
 
-def test_pipeline_stages_read_their_layers_alone(path):
+def test_pipeline_stages_read_only_their_layers(path):
     tensors = held([2])
     assert 0 < plan(path, tensors).size - elements(tensors) <= headers(plan(path, tensors))
 
 
 @pytest.mark.parametrize("d", range(4))
-def test_a_flat_part_reads_at_most_a_row_of_tiles_more_at_each_end(path, d):
+def test_a_zero1_shard_reads_at_most_one_extra_row_of_tiles_at_each_end(path, d):
     tensors = held(range(4), dp=4, d=d)
     row = max(prod(shape) * 4 / tiles.grid(shape, 4)[0] for shape in SHAPES.values())
     assert plan(path, tensors).size - elements(tensors) <= headers(plan(path, tensors)) + 2 * row
@@ -100,7 +100,7 @@ def test_any_rectangles_are_filled_and_nothing_else_is_read(path, data):
     assert bool(reading.parts) == any(piece.tensor.numel() for piece in pieces)
 
 
-def test_a_checkpoint_with_a_hole_is_said_to_have_one(path):
+def test_a_checkpoint_with_a_missing_piece_is_refused(path):
     manifest = read_manifest(path)
     saved = manifest.tensors["0.fc1"]
     fewer = {**manifest.tensors, "0.fc1": type(saved)(saved.shape, saved.dtype, saved.pieces[1:])}
@@ -109,8 +109,8 @@ def test_a_checkpoint_with_a_hole_is_said_to_have_one(path):
         ReadPlan(path, broken, [(tensor, tensor.name) for tensor in held([0])])
 
 
-def test_ranks_read_each_part_once_and_all_of_them(kit, path, tmp_path, on_ranks, monkeypatch):
-    """A load of two of four layers in two pipeline stages: what neither needs, one of them checks."""
+def test_ranks_together_read_each_part_once(kit, path, tmp_path, on_ranks, monkeypatch):
+    """Load two of four layers in two pipeline stages: parts that neither needs are verified by one rank."""
 
     def load(world):
         checked = []
@@ -134,7 +134,7 @@ def test_ranks_read_each_part_once_and_all_of_them(kit, path, tmp_path, on_ranks
     on_ranks(2, load)
 
 
-def test_damage_to_what_no_rank_needs_fails_a_load(tmp_path, on_ranks):
+def test_damage_to_parts_that_no_rank_needs_fails_the_load(tmp_path, on_ranks):
     def tensors():
         pieces = [Piece((0,), torch.randn(64))]
         names = ("w", "optimizer.exp_avg.w", "optimizer.exp_avg_sq.w")

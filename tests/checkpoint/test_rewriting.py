@@ -1,4 +1,4 @@
-"""reshard and average: tile by tile, in files of bounded size, whole or not at all."""
+"""Tests of reshard and average: bounded memory and file sizes, no partial output after a failure."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def path(kit, tmp_path, small_tiles):
 
 
 def test_files_are_of_bounded_size_and_hold_the_same_bits(path, tmp_path):
-    told = []
-    report = reshard(path, tmp_path / "new", file_size=100_000, progress=lambda *step: told.append(step))
+    calls = []
+    report = reshard(path, tmp_path / "new", file_size=100_000, progress=lambda *step: calls.append(step))
     manifest = verify_checkpoint(report.path)
     sizes = [file.size for name, file in manifest.files.items() if name.endswith(".distcp")]
     assert len(sizes) > 5
@@ -50,13 +50,13 @@ def test_files_are_of_bounded_size_and_hold_the_same_bits(path, tmp_path):
     assert manifest.tensors.keys() == read_manifest(path).tensors.keys()
     assert manifest.scalars == read_manifest(path).scalars
     # Each step is a tile: memory is that of one, however large the tensor.
-    steps = [done - before for (done, _), (before, _) in zip(told, [(0, 0), *told], strict=False)]
+    steps = [done - before for (done, _), (before, _) in zip(calls, [(0, 0), *calls], strict=False)]
     assert max(steps) <= 1 << 13
-    assert told[-1] == (told[0][1],) * 2
+    assert calls[-1] == (calls[0][1],) * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_in_another_dtype_are_made_from_the_main_parameters(kit, path, tmp_path, dtype):
+def test_weights_are_converted_from_the_main_parameters(kit, path, tmp_path, dtype):
     new = reshard(path, tmp_path / "new", dtype=dtype).path
     manifest = verify_checkpoint(new)
     assert sorted(manifest.tensors) == ["b", "ids", "w"]
@@ -80,31 +80,29 @@ def test_each_record_is_read_once(path, tmp_path, monkeypatch):
     assert sorted(read, key=lambda part: part.start) == list(read_manifest(path).files["__0_0.distcp"].parts)
 
 
-def test_twice_in_a_row_is_a_clear_answer(path, tmp_path):
+def test_an_existing_checkpoint_is_not_replaced(path, tmp_path):
     reshard(path, tmp_path / "new")
-    with pytest.raises(
-        CheckpointError, match=r"iter_0000003 is there already.*Give --output another folder, or remove"
-    ):
+    with pytest.raises(CheckpointError, match=r"iter_0000003 exists already.*Give --output another folder, or remove"):
         reshard(path, tmp_path / "new")
     verify_checkpoint(tmp_path / "new" / "iter_0000003")
 
 
-def test_into_a_folder_that_a_source_lies_in_is_refused(kit, path, tmp_path):
+def test_the_folder_of_a_source_is_refused_as_output(kit, path, tmp_path):
     other = kit.save(tmp_path / "other", 4, {**MIXED, **MAIN}).path
     for folder in (path.parent, other.parent):
         with pytest.raises(CheckpointError, match="into another folder"):
             average([path, other], folder)
 
 
-def test_into_a_checkpoint_is_refused(kit, path, tmp_path):
+def test_a_checkpoint_is_refused_as_output(kit, path, tmp_path):
     other = kit.save(tmp_path, 5).path
     before = sorted(other.iterdir())
-    with pytest.raises(CheckpointError, match=r"not into one of them: --output .*iter_0000005"):
+    with pytest.raises(CheckpointError, match=r"iter_0000005 has the name of a checkpoint"):
         reshard(path, other)
     assert sorted(other.iterdir()) == before
 
 
-def test_damage_is_named_and_nothing_is_left(path, tmp_path):
+def test_damage_is_reported_and_nothing_is_left(path, tmp_path):
     file = path / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -114,7 +112,7 @@ def test_damage_is_named_and_nothing_is_left(path, tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(path, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_nothing_is_left(path, tmp_path, monkeypatch):
     class FullDisk(io.FileIO):
         def write(self, data):
             if self.tell() + len(data) > 200_000:
@@ -128,14 +126,14 @@ def test_a_full_disk_is_said_and_nothing_is_left(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
-def test_a_file_size_that_is_none_is_refused(path, tmp_path, size, capsys):
+def test_file_sizes_that_are_not_positive_are_refused(path, tmp_path, size, capsys):
     with pytest.raises(SystemExit) as stop:
         run(["reshard", str(path), "--output", str(tmp_path / "new"), "--max-file-gb", size])
     assert stop.value.code == 2 and "--max-file-gb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [1, 7, 23, 29, 39])
-def test_ctrl_c_in_the_middle_of_a_record_is_that(path, tmp_path, monkeypatch, number):
+def test_ctrl_c_within_a_record_is_raised(path, tmp_path, monkeypatch, number):
     class Interrupted(io.FileIO):
         def write(self, data):
             # After some records, at each kind of place in the next.
@@ -156,8 +154,8 @@ def test_ctrl_c_in_the_middle_of_a_record_is_that(path, tmp_path, monkeypatch, n
 def test_ctrl_c_leaves_nothing(kit, tmp_path):
     path = kit.save(tmp_path / "run", 1, {str(number): torch.zeros(1 << 20) for number in range(100)}).path
     new = tmp_path / "new"
-    words = [sys.executable, "-m", "megatron_lite", "checkpoint", "reshard", str(path), "--output", str(new)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "megatron_lite", "checkpoint", "reshard", str(path), "--output", str(new)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(new.glob("iter_*.partial-*/*.distcp")) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -191,9 +189,11 @@ print(peak() - begun)
 def test_memory_does_not_grow_with_the_checkpoint(kit, tmp_path):
     small = kit.save(tmp_path / "small", 1, {"w": torch.zeros(1024, 1 << 14)}).path
     large = kit.save(tmp_path / "large", 1, {"w": torch.zeros(1024, 1 << 16)}).path
-    words = [sys.executable, "-c", CODE, str(small), str(large), str(tmp_path)]
+    command = [sys.executable, "-c", CODE, str(small), str(large), str(tmp_path)]
     # What is freed goes back to the system at once, so that the peak is what was in use together.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    growth = int(subprocess.run(words, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout)
+    growth = int(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout
+    )
     # Tiles of both are of 4 MiB; the tensor of the larger is of 256.
     assert growth < 16e6

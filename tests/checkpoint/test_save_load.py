@@ -1,4 +1,4 @@
-"""Saving and loading on one rank: bits, names, shapes, dtypes, bytes on disk."""
+"""Tests of saves and loads on one rank: bits, names, shapes, dtypes, bytes on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
 
 
-def test_what_was_saved_is_loaded_bit_for_bit(kit, tmp_path):
+def test_loaded_tensors_equal_saved_ones_bit_for_bit(kit, tmp_path):
     tensors = kit.tensors()
     tensors["decoder.final_norm.bias"][:3] = torch.tensor([float("nan"), -0.0, 1e-45])
     scalars = {"progress": {"iteration": 7}, "scale": 0.1, "big": 2**53 + 1, "none": None}
@@ -32,7 +32,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(kit, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torch_alone_can_read_it(kit, tmp_path):
+def test_torch_reads_a_checkpoint_without_this_package(kit, tmp_path):
     tensors = kit.tensors()
     path = kit.save(tmp_path, 1, tensors).path
     state = kit.zeros_like(tensors)
@@ -40,7 +40,7 @@ def test_torch_alone_can_read_it(kit, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_view_is_saved_without_the_storage_behind_it(kit, tmp_path):
+def test_a_view_is_saved_without_the_rest_of_its_storage(kit, tmp_path):
     storage = torch.randn(1000, 1000)
     rows, transposed = storage[10:60], storage[:100, :70].t()
     report = kit.save(tmp_path, 1, {"rows": rows, "transposed": transposed})
@@ -53,7 +53,7 @@ def test_a_view_is_saved_without_the_storage_behind_it(kit, tmp_path):
     assert loaded["transposed"].equal(transposed)
 
 
-def test_size_is_the_closed_formula_within_two_percent(kit, tmp_path):
+def test_size_on_disk_is_within_two_percent_of_the_elements(kit, tmp_path):
     tensors = {f"decoder.layers.{n}.mlp.fc1.weight": torch.randn(256, 256) for n in range(4)}
     state = {f"optimizer.{kind}.{name}": x for kind in ("exp_avg", "exp_avg_sq") for name, x in tensors.items()}
     report = kit.save(tmp_path, 1, {**tensors, **state})
@@ -78,7 +78,7 @@ def test_a_tensor_held_twice_is_filled_twice(kit, tmp_path):
 
 
 def cuts(shape: tuple[int, ...], draw: st.DrawFn) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Rectangles (offset, size) that together make up the shape, by cutting one of them again and again."""
+    """Rectangles (offset, size) that cover the shape: one of them is cut again and again."""
     rectangles = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 6))):
         number = draw(st.integers(0, len(rectangles) - 1))
@@ -102,7 +102,7 @@ def cut(name: str, tensor: torch.Tensor, rectangles: list) -> GlobalTensor:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_any_cut_reads_what_any_other_cut_wrote(kit, tmp_path_factory, data):
+def test_any_partition_loads_any_other(kit, tmp_path_factory, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     tensor, loaded = torch.randn(shape), torch.zeros(shape)
     saved = cut("w", tensor, cuts(shape, data.draw))
@@ -111,7 +111,7 @@ def test_any_cut_reads_what_any_other_cut_wrote(kit, tmp_path_factory, data):
     assert loaded.equal(tensor)
 
 
-def test_a_missing_tensor_is_named_with_the_nearest_that_is_there(kit, tmp_path):
+def test_a_missing_tensor_is_named_with_the_nearest_name(kit, tmp_path):
     path = kit.save(tmp_path, 1).path
     wanted = {**kit.tensors(), "decoder.final_norm.weight": torch.full((8,), 5.0)}
     with pytest.raises(
@@ -133,13 +133,13 @@ def test_an_extra_tensor_is_named(kit, tmp_path):
     assert fewer["optimizer.step"] == 0
 
 
-def test_another_shape_is_named_with_both_shapes(kit, tmp_path):
+def test_a_wrong_shape_is_reported_with_both_shapes(kit, tmp_path):
     path = kit.save(tmp_path, 1, {"w": torch.zeros(4, 8)}).path
     with pytest.raises(CheckpointError, match=r"w is \(4, 9\) in this run and \(4, 8\) in"):
         load_checkpoint(path, kit.whole({"w": torch.zeros(4, 9)}), kit.world)
 
 
-def test_integers_are_not_made_from_floats(kit, tmp_path):
+def test_floats_are_not_converted_to_integers(kit, tmp_path):
     path = kit.save(tmp_path, 1, {"w": torch.zeros(4)}).path
     with pytest.raises(CheckpointError, match=r"w is torch\.int64 in this run and float32"):
         load_checkpoint(path, kit.whole({"w": torch.zeros(4, dtype=torch.int64)}), kit.world)
@@ -154,7 +154,7 @@ def test_the_optimizer_can_be_left_out(kit, tmp_path):
         assert tensor.equal(torch.zeros_like(tensor) if name.startswith("optimizer.") else tensors[name])
 
 
-def test_main_parameters_win_wherever_they_hold_more(kit, tmp_path):
+def test_main_parameters_are_loaded_where_they_are_more_precise(kit, tmp_path):
     main = torch.randn(64)
     weight = main.bfloat16()
     mixed = kit.save(tmp_path, 1, {"w": weight, "optimizer.main_param.w": main}).path
@@ -177,7 +177,7 @@ def test_main_parameters_win_wherever_they_hold_more(kit, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
-def test_a_damaged_file_is_named_and_nothing_of_it_is_handed_out(kit, tmp_path, name, damage):
+def test_a_damaged_file_is_named_and_no_wrong_value_is_loaded(kit, tmp_path, name, damage):
     saved = kit.tensors(1)
     path = kit.save(tmp_path, 1, saved).path
     file = path / name
@@ -198,7 +198,7 @@ def test_a_damaged_file_is_named_and_nothing_of_it_is_handed_out(kit, tmp_path, 
     assert all((tensor.eq(0) | tensor.eq(saved[name])).all() for name, tensor in loaded.items())
 
 
-def test_a_tensor_that_nobody_writes_fails_the_save(kit, tmp_path):
+def test_a_tensor_without_writer_fails_the_save(kit, tmp_path):
     tensor = GlobalTensor("w", (4,), torch.float32, [Piece((0,), torch.zeros(4))], write=False)
     with pytest.raises(CheckpointError, match="w: ranks hold it, but none writes it"):
         save_checkpoint(tmp_path, 1, [tensor], {}, Provenance(), kit.world)
@@ -223,7 +223,7 @@ def test_scalars_that_are_not_json_fail_the_save(kit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_manifest_says_what_the_run_was(kit, tmp_path):
+def test_the_manifest_holds_config_and_versions(kit, tmp_path):
     provenance = Provenance({"model": {"num_layers": 2}}, {"tokenizer": "ab12"}, ((10, 20),))
     path = save_checkpoint(tmp_path, 5, kit.whole(kit.tensors()), {"a": 1}, provenance, kit.world).path
     manifest = read_manifest(path)

@@ -1,4 +1,4 @@
-"""The grid that pieces are cut along: nothing is lost, nothing is large, and layouts' bounds fall on its lines."""
+"""Tests of the tiling grid: complete cover, bounded sizes, lines at tensor-parallel splits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE = st.lists(st.integers(1, 1 << 22), max_size=4).map(tuple).filter(lambda s
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Tensors of a few hundred elements are cut as those of gigabytes are."""
+    """Cut tensors of a few hundred elements as others of gigabytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_TILE", 32)
         patch.setattr(module, "MAX_TILE", 128)
@@ -40,7 +40,7 @@ def place(rectangle):
 
 @settings(max_examples=300, deadline=None)
 @given(parts(), st.sampled_from([1, 2, 4, 8]))
-def test_tiles_make_up_a_rectangle_and_each_lies_in_one_tile_of_the_tensor(case, itemsize):
+def test_tiles_cover_a_rectangle_and_each_lies_in_one_tile_of_the_tensor(case, itemsize):
     shape, rectangle = case
     count = np.zeros(shape, int)
     number = np.zeros(shape, int)
@@ -72,7 +72,7 @@ def test_tiles_are_neither_large_nor_many(shape, itemsize):
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 5), st.integers(1, 5), st.sampled_from([0, 1]))
-def test_tensor_parallel_bounds_cut_no_tile_of_a_large_matrix(tp, rows, columns, dim):
+def test_tensor_parallel_splits_fall_between_tiles(tp, rows, columns, dim):
     shape = (8 * rows, 8 * columns)
     extent = tuple(size // tp if d == dim else size for d, size in enumerate(shape))
     whole = set(tiles(shape, 32))

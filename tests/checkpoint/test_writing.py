@@ -1,4 +1,4 @@
-"""Files of records: what lies where, when a new file begins, and what is left after a failure."""
+"""Tests of CheckpointWriter: records and checksums, file sizes, durability, failed writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written(writer):
     return {path.name: path.read_bytes() for path in sorted(writer.folder.glob("*.distcp"))}
 
 
-def test_each_record_is_a_part_with_its_checksum_and_can_be_read_alone(tmp_path):
+def test_each_record_has_a_checksum_and_is_readable_alone(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(3)}
     with open_writer(tmp_path) as writer:
         writer.add("a", (4, 3), Rectangle((2, 0), (2, 3)), tensors["a"])
@@ -59,7 +59,7 @@ def test_each_record_is_a_part_with_its_checksum_and_can_be_read_alone(tmp_path)
     assert share.tensors["b"].dtype == "int64" and share.held == ("a", "b")
 
 
-def test_a_file_is_full_when_the_next_record_might_exceed_its_size(tmp_path):
+def test_a_new_file_begins_before_the_size_would_be_exceeded(tmp_path):
     tensor = torch.zeros(1000)
     with open_writer(tmp_path) as writer:
         writer.add("w", (1000,), Rectangle.full((1000,)), tensor)
@@ -83,7 +83,7 @@ def test_without_a_tensor_there_is_no_file(tmp_path):
         assert not written(writer) and not share.files and not share.tensors
 
 
-def test_only_the_writer_of_a_tensor_writes_it_and_all_who_hold_it_say_so(tmp_path):
+def test_only_the_writing_rank_writes_but_all_record_the_name(tmp_path):
     tensor = torch.arange(8.0)
     pieces = [Piece((0,), tensor[:3]), Piece((5,), tensor[5:])]
     with open_writer(tmp_path) as writer:
@@ -101,13 +101,13 @@ def test_only_the_writer_of_a_tensor_writes_it_and_all_who_hold_it_say_so(tmp_pa
 
 @pytest.fixture
 def synced(monkeypatch):
-    """Inodes of what was forced to the disk."""
+    """Inodes of files and folders that were synced to the disk."""
     found = []
     monkeypatch.setattr(writing.os, "fsync", lambda descriptor: found.append(os.fstat(descriptor).st_ino))
     return found
 
 
-def test_the_disk_is_waited_for_unless_there_was_an_error(tmp_path, synced):
+def test_files_are_synced_unless_there_was_an_error(tmp_path, synced):
     with open_writer(tmp_path) as writer:
         writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
         assert not synced
@@ -123,7 +123,7 @@ def test_the_disk_is_waited_for_unless_there_was_an_error(tmp_path, synced):
 
 @contextmanager
 def saving_fails(monkeypatch, error, cause=None):
-    """torch.save raises `error` while it handles `cause`."""
+    """Make torch.save raise `error` while it handles `cause`."""
 
     def save(*_):
         if cause is None:
@@ -138,18 +138,18 @@ def saving_fails(monkeypatch, error, cause=None):
         yield
 
 
-def test_a_failed_write_is_what_is_raised_and_not_torchs_complaint_about_it(tmp_path, monkeypatch):
-    full, complaint = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
+def test_the_error_of_a_failed_write_is_raised_rather_than_torchs(tmp_path, monkeypatch):
+    full, torch_error = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
     with open_writer(tmp_path) as writer:
         with (
-            saving_fails(monkeypatch, complaint, full),
+            saving_fails(monkeypatch, torch_error, full),
             pytest.raises(CheckpointError, match="No space left") as caught,
         ):
             writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
         assert caught.value.__cause__ is full
-        with saving_fails(monkeypatch, complaint), pytest.raises(RuntimeError, match="unexpected pos") as caught:
+        with saving_fails(monkeypatch, torch_error), pytest.raises(RuntimeError, match="unexpected pos") as caught:
             writer.add("w", (2,), Rectangle.full((2,)), torch.zeros(2))
-        assert caught.value is complaint and complaint.__cause__ is None
+        assert caught.value is torch_error and torch_error.__cause__ is None
 
 
 def test_rectangles_are_views():
@@ -161,7 +161,7 @@ def test_rectangles_are_views():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_any_layout_is_saved_without_what_lies_around_it(tmp_path, dtype):
+def test_strided_views_are_saved_alone(tmp_path, dtype):
     whole = torch.arange(200).reshape(10, 20).to(dtype)
     parts = [whole[2:5], whole.t()[3:9], whole[::2, ::3], whole[0, 0]]
     with open_writer(tmp_path) as writer:

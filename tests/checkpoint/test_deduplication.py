@@ -1,4 +1,4 @@
-"""Replicas write what they hold alike in equal parts, each element once."""
+"""Tests of save deduplication: replicas write equal parts of their common tensors, each element once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=3), max_size=6)
 
 
 def held_by(shapes, replica, count, dtypes=(torch.float32, torch.bfloat16)):
-    """What one of `count` replicas holds: tensors whose elements are numbered, the last of them its own alone."""
+    """State of one of `count` replicas: numbered elements, and in the end a tensor of this replica alone."""
     tensors = []
     for number, shape in enumerate(shapes):
         values = torch.arange(int(np.prod(shape))).reshape(shape).to(dtypes[number % len(dtypes)])
@@ -62,7 +62,7 @@ def test_parts_are_equal():
     assert all(len(tensor.pieces) <= 3 for tensor in deduplicate(held_by(shapes, 1, 4)))
 
 
-def test_replicas_save_together_and_one_rank_loads(tmp_path, on_ranks, kit):
+def test_replicas_save_and_one_rank_loads(tmp_path, on_ranks, kit):
     values = {"w": torch.randn(50, 8), "b": torch.randn(8), "s": torch.tensor(4.0)}
 
     def save(world):
