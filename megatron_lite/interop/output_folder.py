@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
 from megatron_lite.runs.atomic import sync_folder
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that only writing raises."""
 
 
 def check_output(output: Path) -> None:
@@ -55,6 +60,14 @@ def new_folder(output: Path, needed: int) -> Iterator[Path]:
         sync_folder(output.parent)
     except OSError as error:
         raise _unwritable(output, error, needed) from error
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:  # of a save, whose advice is for a run
+            raise _unwritable(output, cause, needed) from cause
+        raise
+    except KeyboardInterrupt:
+        print(f"{output} was not written; nothing is left of it", file=sys.stderr)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -66,6 +79,7 @@ def _remove_stale(output: Path) -> None:
         match = pattern.fullmatch(entry.name)
         if match and not _is_running(int(match[1])):
             shutil.rmtree(entry, ignore_errors=True)
+            print(f"removed {entry}, which a killed process had left", file=sys.stderr)
 
 
 def _is_running(pid: int) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
 
 import pytest
 from support.interop_models import MODELS
-from support.trainer import Job, command
+from support.trainer import command
 
 from megatron_lite.interop import transformers_logits, verify
 
@@ -167,20 +165,3 @@ def test_what_the_process_compares(make_folder, small, tmp_path, transformers):
     _, problem = transformers_logits.load(folder)
     assert problem.startswith("missing keys: model.layers.2.")
     assert "does not load" in transformers_logits.compare_tokenizer(tmp_path / "nothing", "text", [1])
-
-
-@pytest.mark.parametrize("name", ["export", "import"])
-def test_ctrl_c_leaves_nothing(name, make_checkpoint, make_folder, gpt2, tmp_path):
-    """Interrupted while it waits for the comparison, when everything has been written."""
-    source = make_checkpoint() if name == "export" else make_folder("gpt2", n_positions=64, **gpt2)
-    waiting = tmp_path / "waiting"
-
-    def prepare():
-        verify.run_apart = lambda folder, request: (waiting.touch(), time.sleep(60))
-
-    job = Job(tmp_path, [name, source, "--output", tmp_path / "new" / "out"], prepare)
-    assert job.until(waiting.exists)
-    assert len(list((tmp_path / "new").iterdir())) == 1
-    job.send(signal.SIGINT)
-    assert job.wait().code == 130
-    assert list((tmp_path / "new").iterdir()) == []

@@ -166,11 +166,7 @@ def export_megatron(
         write = _write_deepspeed if plan.scheme is DEEPSPEED else _write_classic
         done = 0
         for path, content in write(plan, partial):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _save(content, path)
             done += path.stat().st_size
             del content  # before the next one is made
             advance("exporting", min(done, total), total)
@@ -178,6 +174,24 @@ def export_megatron(
         files = sorted(entry for entry in partial.rglob("*") if entry.is_file())
         names = [entry.relative_to(partial).as_posix() for entry in files]
         return names, sum(entry.stat().st_size for entry in files)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Write a file as torch.save does.
+
+    Raises:
+        OSError: it cannot be written. torch.save's own error, that its archive is incomplete, hides the cause.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _scheme(stored: StoredModel, options: MegatronExportOptions) -> Scheme:
