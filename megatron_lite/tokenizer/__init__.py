@@ -1,5 +1,5 @@
 """Tokenizers: Hugging Face, GPT-2 byte-level BPE, sentencepiece, null; tokenizer training.
 
-`build.build_tokenizer` is the way in. Nothing here imports torch, and the libraries behind each kind are imported
-when that kind is built. `training` makes a new tokenizer from text; `vocabulary` pads a vocabulary for the mesh.
+Entry points are `build.build_tokenizer` and, for new tokenizers, `training`. No module imports torch; the library of a
+tokenizer type is imported when such a tokenizer is built.
 """

@@ -8,16 +8,16 @@ from megatron_lite.tokenizer.base import Tokenizer
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a run; imports only the library that it needs.
+    """Build a tokenizer, and import only the library of its type.
 
     Raises:
-        ConfigError: a setting that this kind of tokenizer has no use for.
-        DataError: its files are missing or damaged, or its library is not installed.
+        ConfigError: a setting is not supported by this type.
+        DataError: the tokenizer's files are missing or damaged, or its library is not installed.
     """
     if config.vocab_extra_ids and config.type in ("GPT2BPETokenizer", "NullTokenizer"):
         raise ConfigError(
-            "Extra ids are for Hugging Face and sentencepiece tokenizers",
-            found=f"--vocab-extra-ids is {config.vocab_extra_ids}, --tokenizer-type is {config.type}",
+            f"Cannot add --vocab-extra-ids {config.vocab_extra_ids} to a tokenizer of --tokenizer-type {config.type}",
+            rule="Only Hugging Face and sentencepiece tokenizers have extra ids",
             fix="Leave --vocab-extra-ids out, or choose another --tokenizer-type",
         )
     if config.type == "NullTokenizer":

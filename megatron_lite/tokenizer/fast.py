@@ -1,11 +1,12 @@
-"""tiktoken fast path for GPT-2's byte-level BPE, with ids identical to Hugging Face's tokenizers.
+"""Fast encoder of GPT-2's byte-level BPE with tiktoken, and safe split points of long texts.
 
-Both cut text with the same regular expression and then merge within each word. `tokenizers` merges the pairs that
-merges.txt lists, by their order; tiktoken merges whatever pair spells a token, by that token's id. They agree if
-every token is a byte or has exactly one merge, ids grow in the order of merges, and every token's own bytes merge
-back to it: a state of BPE is fixed by its bytes, so no other pair that spells the token can ever stand side by side
-(the argument of Berglund & van der Merwe, "Formalizing BPE Tokenization", for the rules up to each merge).
-`build` checks these conditions and refuses otherwise; tests compare ids over all of Unicode.
+tiktoken and Hugging Face's `tokenizers` split text with the same regular expression (PATTERN) and then merge within
+each word. `tokenizers` merges the pairs of merges.txt in their order; tiktoken merges any pair that forms a token, in
+the order of token ids. Both give the same ids if every token is a byte or has exactly one merge, ids increase in the
+order of merges, and the bytes of every token merge to this token: a state of BPE is determined by its bytes, so no
+other pair that forms the token can ever be adjacent (the argument of Berglund & van der Merwe, "Formalizing BPE
+Tokenization", for the rules up to each merge). The fast encoder is used only under these conditions, which `build` and
+huggingface.py check; tests compare ids over all of Unicode.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
@@ -22,36 +24,52 @@ import numpy.typing as npt
 
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.base import TokenBatch
-from megatron_lite.tokenizer.words import MAX_PIECE, PATTERN, overlaps, pieces
 
 if TYPE_CHECKING:
     import tiktoken
 
 Ids = npt.NDArray[np.uint32]
 GROUP = 1 << 20
-"""Characters of text that are encoded in one call, so that a large document needs little memory besides itself."""
+"""Characters encoded in one call, which bounds memory."""
 
 MAX_WHOLE = 1 << 23
-"""Characters of the longest text that is encoded whole where no place to cut it is known: that takes 50 to 90 bytes a
-character."""
+"""Maximum characters of a text without split points, which is encoded in one call (50 to 90 bytes of memory each)."""
+
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MAX_PIECE = 50_000
+"""Characters passed to tiktoken at once: its regex engine overflows the stack on a million whitespace characters."""
+
+LETTERS = (
+    "A-Za-z\\u00c0-\\u00d6\\u00d8-\\u00f6\\u00f8-\\u017f\\u0391-\\u03a1\\u03a3-\\u03a9\\u03b1-\\u03c9\\u0410-\\u044f"
+    "\\u05d0-\\u05ea\\u0621-\\u063a\\u0641-\\u064a\\u3041-\\u3096\\u30a1-\\u30fa\\u4e00-\\u9fa5\\uac00-\\ud7a3"
+)
+SIGNS = "\\u2026\\u201c\\u201d\\u3001-\\u3003\\u300c\\u300d\\uff01\\uff0c\\uff1a\\uff1b\\uff1f"
+CUT = re.compile(
+    f"(?<=[{LETTERS}])(?=[\\x00-@\\[-`{{-\\x7f{SIGNS}])|(?<=[0-9])(?=[\\x00-/:-\\x7f{SIGNS}])|(?<=\\S)(?= )"
+)
+"""Positions where a match of PATTERN ends in every context: between a letter and a character that is not a letter,
+between a digit and a character that is not a digit, and before a space. Only characters whose Unicode class is the same
+in all versions of the libraries."""
+
+OVERLAP = 1024
+MARGIN = 16
+_LENGTH = OVERLAP + 2 * MARGIN
+_RUN = re.compile("|".join(f"[{kind}]{{{_LENGTH}}}" for kind in (LETTERS, "0-9", "!-/:-@\\[-`{-~", " \\t\\n\\r")))
 
 
 def byte_of_symbol() -> dict[str, int]:
-    """GPT-2's spelling of bytes as printable characters, inverted: `Ġ` → 32."""
+    """Return the byte of each printable character in GPT-2's vocabulary files: `Ġ` → 32."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def build(
-    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], reaches_itself: Callable[[str], bool]
-) -> FastByteBpe | None:
-    """The fast encoder, or None where tiktoken is not installed or could give other ids.
+def build(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> FastByteBpe | None:
+    """Return the fast encoder; None if tiktoken is not installed or could give other ids.
 
     Args:
-        vocabulary: symbols of tokens to ids; those that are neither a byte nor a merge's are never encoded.
-        merges: the pairs of merges.txt, in order.
-        reaches_itself: whether BPE turns a token's symbols back into that one token.
+        vocabulary: ids by token, in GPT-2's printable form; tokens that are neither a byte nor a merge are never used.
+        merges: pairs of merges.txt, in order. The bytes of each merged token must merge to this token.
     """
     if importlib.util.find_spec("tiktoken") is None:
         return None
@@ -65,7 +83,6 @@ def build(
         and all(itertools.starmap(operator.lt, itertools.pairwise(ids)))
         and max((vocabulary[symbol] for symbol in symbols), default=0) < min(ids, default=1 << 31)
         and all(rank.get(a, 1 << 31) < i and rank.get(b, 1 << 31) < i for i, (a, b) in enumerate(merges))
-        and all(map(reaches_itself, merged))
     )
     if not proper:
         return None
@@ -74,7 +91,7 @@ def build(
 
 
 class FastByteBpe:
-    """Encodes many texts in one call: they are joined by a marker that tiktoken cuts at and numbers for us."""
+    """Encoder of many texts in one call of tiktoken: a special token joins the texts, and the ids are split at it."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         import tiktoken
@@ -89,11 +106,11 @@ class FastByteBpe:
         self._num_bytes[list(ranks.values())] = list(map(len, ranks))
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of texts of any length.
+        """Return the concatenated ids of texts of any length.
 
         Raises:
-            UnicodeEncodeError: a text holds half of a surrogate pair.
-            DataError: a text is longer than MAX_WHOLE, and there is no place where it may be cut.
+            UnicodeEncodeError: a text contains half of a surrogate pair.
+            DataError: a text is longer than MAX_WHOLE and has no split point.
         """
         ids, lengths = [np.empty(0, np.uint32)], np.zeros(len(texts), np.int64)
         for group in _groups(texts):
@@ -103,19 +120,19 @@ class FastByteBpe:
         return TokenBatch(np.concatenate(ids), lengths)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text; raises as `encode_flat`."""
+        """Return the ids of one text; raises the errors of `encode_flat`."""
         if len(text) > MAX_PIECE:
             return self.encode_flat([text]).ids.tolist()
         text.encode("utf-8")
         return self._library.encode_ordinary(text)
 
     def _encode_group(self, group: Sequence[str]) -> TokenBatch:
-        """Ids of short pieces, or of a long one that stands alone."""
+        """Return the ids of a group of short pieces, or of a single long one."""
         if len(group[0]) > MAX_PIECE:
             encoded = [self._encode_long(group[0])]
             return TokenBatch(encoded[0], np.array([len(encoded[0])]))
         joined = self._marker.join(group)
-        if joined.count(self._marker) != len(group) - 1:  # a text that holds the marker: nobody's, but it must not lie
+        if joined.count(self._marker) != len(group) - 1:  # a text contains the marker
             encoded = [self._encode_whole(text) for text in group]
             return TokenBatch(np.concatenate(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded)))
         marked = self._encode_whole(joined, self._allowed)
@@ -133,34 +150,34 @@ class FastByteBpe:
             raise _too_long(text) from error
 
     def _encode_long(self, text: str) -> Ids:
-        """Ids of a text without a sure end of a word, stitched together from stretches of it that overlap.
+        """Return the ids of a text without split points, joined from overlapping spans.
 
-        Tokens are a text's BPE exactly if each two neighbours are the BPE of what they spell (rust-gems' `bpe`, for
-        vocabularies such as `build` lets pass). So where the encodings of two overlapping stretches of one word share
-        a token, the first up to it and the second from it on are the encoding of both together.
+        Tokens are the BPE of a text exactly if each two adjacent tokens are the BPE of their bytes (see the crate `bpe`
+        of rust-gems; it holds for vocabularies that `build` accepts). So if the encodings of two overlapping spans of a
+        word share a token, the first encoding up to it and the second one from it on form the encoding of both.
         """
-        places = list(overlaps(text))
-        stops = [end for _, end in places] + [len(text)]
+        spans = list(overlaps(text))
+        stops = [end for _, end in spans] + [len(text)]
         done, left = list[Ids](), self._encode_whole(text[: stops[0]])
-        for (begin, end), stop in zip(places, stops[1:], strict=True):
+        for (begin, end), stop in zip(spans, stops[1:], strict=True):
             shared = text[begin:end].encode()
             shared = shared[self._first_edge(left, shared) :]
             right = self._encode_whole(shared.decode() + text[end:stop])
-            meeting = self._meeting(left, right, len(shared))
-            if meeting is None:
+            common = self._common_token(left, right, len(shared))
+            if common is None:
                 return self._encode_whole(text)
-            done.append(left[: meeting[0]])
-            left = right[meeting[1] :]
+            done.append(left[: common[0]])
+            left = right[common[1] :]
         return np.concatenate([*done, left])
 
     def _first_edge(self, left: Ids, shared: bytes) -> int:
-        """Where in `shared`, the end of what `left` spells, a token begins: a pattern that repeats keeps its step."""
+        """Return the first token boundary of `left` within its last bytes `shared`, which aligns repetitions."""
         sizes = self._num_bytes[left[-len(shared) :]]
         edges = len(shared) - np.cumsum(sizes[::-1])[::-1]
         return next((at for at in edges.tolist() if at >= 0 and shared[at] & 0xC0 != 0x80), 0)
 
-    def _meeting(self, left: Ids, right: Ids, shared: int) -> tuple[int, int] | None:
-        """Indices of a token that both have at one place in the `shared` bytes at left's end and right's beginning."""
+    def _common_token(self, left: Ids, right: Ids, shared: int) -> tuple[int, int] | None:
+        """Return the indices of a common token at the same position of the `shared` bytes; None if there is none."""
         before, after = self._num_bytes[left[-shared:]], self._num_bytes[right[:shared]]
         ends = shared - int(before.sum()) + np.cumsum(before)
         _, i, j = np.intersect1d(ends, np.cumsum(after), assume_unique=True, return_indices=True)
@@ -169,7 +186,7 @@ class FastByteBpe:
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """The texts' pieces, each with the number of its text, in groups of about GROUP; a long piece stands alone."""
+    """Yield groups of GROUP characters of (number of the text, piece); a long piece has a group of its own."""
     group, size = list[tuple[int, str]](), 0
     for number, text in enumerate(texts):
         for piece in pieces(text):
@@ -184,7 +201,39 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 def _too_long(text: str) -> DataError:
     return DataError(
-        "A long text has places where it may be cut",
-        found=f"{len(text):,} characters in one word (at most {MAX_WHOLE:,})",
-        fix="Leave it out, or cut it",
+        f"Cannot encode a text with {len(text):,} characters in one word (maximum {MAX_WHOLE:,})",
+        fix="Leave the text out, or split it",
     )
+
+
+def pieces(text: str, limit: int = MAX_PIECE) -> Iterator[str]:
+    """Split a text at positions where PATTERN splits it, so that the concatenated ids of the pieces are the text's.
+
+    A piece is longer than `limit` only if there is no such position: in a long run of whitespace or of characters of
+    one class.
+    """
+    start = 0
+    while len(text) - start > limit:
+        found = CUT.search(text, start + (limit + 1) // 2)
+        if found is None:
+            break
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
+def overlaps(text: str, limit: int = MAX_PIECE) -> Iterator[tuple[int, int]]:
+    """Yield spans [begin, end) of OVERLAP characters inside runs of one class, at least `limit` characters apart.
+
+    PATTERN matches one word that covers the whole span and ends with the run (for whitespace: with its last character),
+    also if matching starts anywhere in the span; the word begins at the same position if the text ends with the span.
+    MARGIN excludes the ends of a run, where contractions ('s) and the space before a word matter.
+    """
+    position = limit
+    while position < len(text):
+        found = _RUN.match(text, position)
+        if found is None:
+            position += _LENGTH
+            continue
+        yield position + MARGIN, position + MARGIN + OVERLAP
+        position += _LENGTH + limit

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: encoding with the `tokenizers` library, or with tiktoken where the ids are the same.
+"""Hugging Face and GPT-2 tokenizers: encoding with the `tokenizers` library, or with tiktoken if the ids are the same.
 
 `read_gpt2` reads vocab.json + merges.txt, `read_hugging_face` tokenizer.json.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from megatron_lite.config.files import cached_tokenizer
 from megatron_lite.config.text_file import require_text, text_lines
 from megatron_lite.errors import DataError, install_extra
-from megatron_lite.tokenizer import fast as fast_path
+from megatron_lite.tokenizer import fast
 from megatron_lite.tokenizer.base import (
     EOD_NAMES,
     TokenBatch,
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 MAX_ID = 1 << 31
 MAX_SLOW = 1 << 24
-"""Characters of the longest text that the `tokenizers` library is given: it takes up to 130 bytes for each."""
+"""Maximum characters of a text that is encoded with the `tokenizers` library (up to 130 bytes of memory each)."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer` and the end of a document, with tiktoken in its place where the ids are the same.
+    """Tokenizer of the `tokenizers` library, encoding with tiktoken if the ids are the same.
 
     Args:
-        library: the tokenizer; its truncation, padding and BPE dropout are turned off, and the template of its
-            post-processor (`<s> $A </s>`) is never applied.
-        eod_token: name of the end-of-document token; empty: `declared_eod`, else the usual names.
-        declared_eod: what the tokenizer's own files call the end of a sequence.
-        declared_bos: what they call its beginning.
-        use_fast: encode with tiktoken where ids are provably the same.
+        library: the tokenizer; truncation, padding and BPE dropout are disabled, and the template of its post-processor
+            (`<s> $A </s>`) is never applied.
+        eod_token: name of the end-of-document token; empty: `declared_eod`, or else the common names.
+        declared_eod: name of the end-of-sequence token in the tokenizer's files.
+        declared_bos: name of the beginning-of-sequence token in the tokenizer's files.
+        use_fast: encode with tiktoken if the ids are provably the same.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
+        """Largest id plus one, including added tokens."""
         return max(self._vocabulary.values()) + 1
 
     @property
@@ -85,75 +85,80 @@ class HuggingFaceTokenizer(Tokenizer):
         return find_bos(self._vocabulary, self._declared_bos or _template_start(self._spec()["post_processor"]))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the content of one text; added tokens that stand in it become their ids."""
+        """Return the ids of one text; added tokens in the text become their ids."""
         if self._fast is not None and not self._holds_added(text):
             return self._fast.encode(text)
-        return self._encode_slowly([text])[0]
+        return self._encode_with_library([text])[0]
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of many texts end to end."""
+        """Return the concatenated ids of many texts."""
         if self._fast is not None:
             return super().encode_flat(texts) if any(map(self._holds_added, texts)) else self._fast.encode_flat(texts)
-        encoded = [np.array(ids, np.uint32) for ids in self._encode_slowly(texts)]
+        encoded = [np.array(ids, np.uint32) for ids in self._encode_with_library(texts)]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return TokenBatch(np.concatenate([np.empty(0, np.uint32), *encoded]), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids, special tokens included."""
+        """Return the text of ids, including special tokens."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's spelling, or `<id>` for an id it does not have."""
+        """Return the vocabulary entry, or `<id>` for an unknown id."""
         return self._library.id_to_token(token_id) or f"<{token_id}>"
 
     def fingerprint(self) -> str:
-        """Hash of the vocabulary."""
+        """Return a hash of the vocabulary."""
         return vocabulary_fingerprint((token_id, token) for token, token_id in self._vocabulary.items())
 
     def rules(self) -> str:
-        """Hash of the tokenizer's description: normalizer, pre-tokenizer, model, added tokens."""
+        """Return a hash of the tokenizer's description: normalizer, pre-tokenizer, model, added tokens."""
         spec = self._spec()
         spec.pop("post_processor")  # never applied
         return rules_hash(json.dumps(spec, sort_keys=True).encode())
 
     def _spec(self) -> dict[str, Any]:
-        """The tokenizer as tokenizer.json describes it; takes a second for a quarter of a million tokens."""
+        """Return the content of tokenizer.json; takes a second for a quarter of a million tokens."""
         spec: dict[str, Any] = json.loads(self._library.to_str())
         return spec
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer as a tokenizer.json in which the end-of-document token is a special token.
+        """Write the tokenizer as a tokenizer.json with the end-of-document token as a special token.
 
         Raises:
-            OSError: no room, no permission.
+            OSError: the disk is full, or the permission is missing.
         """
         import tokenizers as hf
 
         library = hf.Tokenizer.from_str(self._library.to_str())
-        with contextlib.suppress(DataError):  # a vocabulary without one
+        with contextlib.suppress(DataError):  # a vocabulary without an end-of-document token
             library.add_special_tokens([self.token(self.eod)])
         path.write_text(library.to_str(pretty=True), encoding="utf-8")
 
     def _holds_added(self, text: str) -> bool:
         return any(token in text for token in self._added)
 
-    def _encode_slowly(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_with_library(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
-            _refuse(text)
+            # Before the library, which would take 130 bytes a character, and replace half of a surrogate pair.
+            text.encode("utf-8")
+            if len(text) > MAX_SLOW:
+                raise DataError(
+                    f"Cannot encode a text of {len(text):,} characters (maximum {MAX_SLOW:,} without tiktoken)",
+                    fix=f"Leave it out, or split it. For a byte-level BPE such as GPT-2's: {install_extra('fast')}",
+                )
         try:
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception
             raise DataError(
-                "The tokenizer must be able to spell every text",
-                found=f"it says: {error}",
+                f"The tokenizer cannot encode a text: {error}",
                 fix="Leave the text out, or give a tokenizer with an unknown token or byte fallback",
             ) from error
-        # Some pre-tokenizers make a blank of an empty text.
+        # Some pre-tokenizers turn an empty text into a space.
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
 
 
 def _unknown_id(library: tokenizers.Tokenizer) -> int | None:
-    """Id of the unknown token; a Unigram model keeps it by number, the other models by name."""
+    """Return the id of the unknown token; a Unigram model stores its id, other models its name."""
     import tokenizers as hf
 
     if isinstance(library.model, hf.models.Unigram):
@@ -164,7 +169,7 @@ def _unknown_id(library: tokenizers.Tokenizer) -> int | None:
 
 
 def _template_start(processor: dict[str, Any] | None) -> str:
-    """The token that a post-processor's template has before the text; empty if it has none."""
+    """Return the token before the text in a post-processor's template; empty if there is none."""
     match processor:
         case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, *_]}:
             return token
@@ -175,19 +180,8 @@ def _template_start(processor: dict[str, Any] | None) -> str:
     return ""
 
 
-def _refuse(text: str) -> None:
-    """Raises what `encode` may raise before the library, which would need 130 bytes a character, or replace a half."""
-    text.encode("utf-8")
-    if len(text) > MAX_SLOW:
-        raise DataError(
-            "A text that tiktoken does not encode fits in memory",
-            found=f"{len(text):,} characters (at most {MAX_SLOW:,} without tiktoken)",
-            fix=f"Leave it out, or cut it. For a byte-level BPE such as GPT-2's: {install_extra('fast')}",
-        )
-
-
-def fast_encoder(library: tokenizers.Tokenizer) -> fast_path.FastByteBpe | None:
-    """The fast encoder of a plain GPT-2-like byte-level BPE; None for anything else."""
+def fast_encoder(library: tokenizers.Tokenizer) -> fast.FastByteBpe | None:
+    """Return the tiktoken encoder of a byte-level BPE like GPT-2's; None for other tokenizers."""
     import tokenizers as hf
 
     if not isinstance(library.model, hf.models.BPE):
@@ -205,23 +199,20 @@ def fast_encoder(library: tokenizers.Tokenizer) -> fast_path.FastByteBpe | None:
     )
     added = spec["added_tokens"]
     if not (
-        plain_model and byte_level and spec["normalizer"] is None and len(added) <= 16  # looked for in every text
+        plain_model and byte_level and spec["normalizer"] is None and len(added) <= 16  # each is searched in every text
     ):
         return None
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    rules = library.model
-
-    def reaches_itself(token: str) -> bool:
-        return len(rules.tokenize(token)) == 1
-
-    return fast_path.build(model["vocab"], merges, reaches_itself)
+    if not all(len(library.model.tokenize(left + right)) == 1 for left, right in merges):
+        return None
+    return fast.build(model["vocab"], merges)
 
 
 def read_gpt2(vocab_file: str, merge_file: str, *, eod_token: str = "", use_fast: bool = True) -> HuggingFaceTokenizer:
-    """GPT-2's byte-level BPE. `<|endoftext|>` written in a text is plain text here, as it is to Megatron.
+    """Read GPT-2's byte-level BPE. `<|endoftext|>` in a text is encoded as plain text, as in Megatron.
 
     Raises:
-        DataError: a file is missing or damaged, or the vocabulary cannot spell every byte.
+        DataError: a file is missing or damaged, or the vocabulary lacks a byte.
     """
     return HuggingFaceTokenizer(_gpt2_library(vocab_file, merge_file), eod_token=eod_token, use_fast=use_fast)
 
@@ -231,9 +222,10 @@ def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
 
     for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not path or not Path(path).is_file():
+            problem = f"{flag} {path} is not a file" if path else f"{flag} is not given"
             raise DataError(
-                "GPT2BPETokenizer needs vocab.json and merges.txt",
-                found=f"{flag} {path} is not a file" if path else f"{flag} is not given",
+                problem,
+                rule="GPT2BPETokenizer needs vocab.json and merges.txt",
                 fix="Give --vocab-file and --merge-file, or choose another --tokenizer-type",
             )
     vocabulary = _read_vocabulary(vocab_file)
@@ -242,16 +234,14 @@ def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
         library = hf.Tokenizer(hf.models.BPE(vocabulary, merges))
     except Exception as error:  # the library raises plain Exception
         raise DataError(
-            "vocab.json and merges.txt must belong together",
-            found=f"{vocab_file} and {merge_file} do not load: {error}",
+            f"{vocab_file} and {merge_file} do not belong to one tokenizer: {error}",
             fix="Give the two files of one tokenizer to --vocab-file and --merge-file",
         ) from error
-    absent = [symbol for symbol in fast_path.byte_of_symbol() if symbol not in vocabulary]
+    absent = [symbol for symbol in fast.byte_of_symbol() if symbol not in vocabulary]
     if absent:
         raise DataError(
-            "A byte-level vocabulary spells every byte, or text would be lost",
-            found=f"{vocab_file} lacks {len(absent)} of 256 ({' '.join(absent[:5])} …)",
-            fix="Use a byte-level BPE's vocab.json, such as the one of tools/train_tokenizer.py",
+            f"{vocab_file} lacks {len(absent)} of 256 bytes ({' '.join(absent[:5])} …), so text would be lost",
+            fix="Use the vocab.json of a byte-level BPE, such as one of tools/train_tokenizer.py",
         )
     library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = hf.decoders.ByteLevel()
@@ -259,36 +249,35 @@ def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
 
 
 def _read_vocabulary(path: str) -> dict[str, int]:
-    """The content of a vocab.json."""
+    """Return the content of a vocab.json."""
     try:
         vocabulary = json.loads(require_text(path, "--vocab-file"))
     except (ValueError, RecursionError) as error:
-        raise _does_not_load(path, str(error)) from error
+        raise _unreadable(path, str(error)) from error
     if not isinstance(vocabulary, dict) or not vocabulary:
-        raise _does_not_load(path, "it is not a JSON object of tokens and ids")
+        raise _unreadable(path, "it is not a JSON object of tokens and ids")
     for token, number in vocabulary.items():
         if type(number) is not int or not 0 <= number < MAX_ID:
-            raise _does_not_load(path, f"the id of {token[:40]!r} is {str(number)[:40]}")
+            raise _unreadable(path, f"the id of {token[:40]!r} is {str(number)[:40]}")
     return vocabulary
 
 
 def _read_merges(path: str) -> list[tuple[str, str]]:
-    """The pairs of a merges.txt, in order."""
+    """Return the pairs of a merges.txt, in order."""
     merges = list[tuple[str, str]]()
     for number, line in enumerate(text_lines(require_text(path, "--merge-file")), 1):
         if line.startswith("#version"):
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise _does_not_load(f"{path}:{number}", f"{line[:40]!r} is not two tokens with one space between them")
+            raise _unreadable(f"{path}:{number}", f"{line[:40]!r} is not two tokens with one space between them")
         merges.append((left, right))
     return merges
 
 
-def _does_not_load(place: str, reason: str) -> DataError:
+def _unreadable(place: str, reason: str) -> DataError:
     return DataError(
-        "GPT2BPETokenizer reads a vocab.json and a merges.txt of GPT-2's format",
-        found=f"{place} does not load: {reason}",
+        f"Cannot read {place} as a file of a GPT2BPETokenizer: {reason}",
         fix="Give the two files of one tokenizer to --vocab-file and --merge-file",
     )
 
@@ -296,16 +285,16 @@ def _does_not_load(place: str, reason: str) -> DataError:
 def read_hugging_face(
     name: str, *, eod_token: str = "", extra_ids: int = 0, use_fast: bool = True
 ) -> HuggingFaceTokenizer:
-    """A tokenizer.json, a folder that holds one, or the name of a model in Hugging Face's local cache.
+    """Read a tokenizer.json from a file, a folder, or a model in Hugging Face's local cache.
 
     Args:
-        name: the file, folder or name (--tokenizer-model, --tokenizer-name-or-path).
-        eod_token: name of the end-of-document token; empty: the folder's own, else the usual names.
+        name: the file, folder or model name (--tokenizer-model, --tokenizer-name-or-path).
+        eod_token: name of the end-of-document token; empty: the name in the folder's files, or else the common names.
         extra_ids: number of `<extra_id_N>` tokens to append (--vocab-extra-ids).
-        use_fast: encode with tiktoken where ids are provably the same.
+        use_fast: encode with tiktoken if the ids are provably the same.
 
     Raises:
-        DataError: there is no such file, or it does not load.
+        DataError: the file does not exist, or cannot be read.
     """
     import tokenizers as hf
 
@@ -313,7 +302,7 @@ def read_hugging_face(
     if path is None:
         library = _gpt2_library(str(Path(name, "vocab.json")), str(Path(name, "merges.txt")))
         eos, bos = _declared(Path(name))
-        # The tokenizer.json of the same model lists its end-of-document token as a special token.
+        # As in the tokenizer.json of the same model, the end-of-document token is a special token.
         known = library.get_vocab()
         library.add_special_tokens([token for token in (eod_token, eos, *EOD_NAMES) if token in known][:1])
     else:
@@ -322,9 +311,8 @@ def read_hugging_face(
             library = hf.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise DataError(
-                "tokenizer.json must be a file of Hugging Face's tokenizers",
-                found=f"{path} does not load: {error}",
-                fix="Give its path, or the folder's, to --tokenizer-model",
+                f"Cannot read {path} as a tokenizer.json of Hugging Face's tokenizers: {error}",
+                fix="Give --tokenizer-model the path of such a file, or of its folder",
             ) from error
         eos, bos = _declared(path.parent) if path.name == "tokenizer.json" else ("", "")
     if extra_ids:
@@ -333,7 +321,7 @@ def read_hugging_face(
 
 
 def _tokenizer_json(name: str) -> Path | None:
-    """Where the tokenizer.json of a file, folder or cached name lies; None: a folder of vocab.json and merges.txt."""
+    """Return the path of the tokenizer.json of a file, folder or model; None: a folder of vocab.json and merges.txt."""
     path = Path(name)
     if name and path.is_file():
         return path
@@ -342,24 +330,24 @@ def _tokenizer_json(name: str) -> Path | None:
             return path / "tokenizer.json"
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             return None
-        hint = "; it has a sentencepiece model: --tokenizer-type SentencePieceTokenizer" * any(path.glob("*.model"))
-        raise DataError(
-            "A tokenizer's folder holds tokenizer.json, or vocab.json and merges.txt",
-            found=f"{path} holds neither{hint}",
-            fix="Save it there with save_pretrained of a fast tokenizer, or give another --tokenizer-model",
-        )
+        if any(path.glob("*.model")):
+            fix = "Its sentencepiece model needs --tokenizer-type SentencePieceTokenizer"
+        else:
+            fix = "Save one with save_pretrained of a fast tokenizer, or give another --tokenizer-model"
+        raise DataError(f"{path} has neither a tokenizer.json nor vocab.json and merges.txt", fix=fix)
     cached = cached_tokenizer(name)
     if cached is None:
         raise DataError(
-            "HuggingFaceTokenizer reads a tokenizer.json, a folder that holds one, or a downloaded model's name",
-            found=f"{name!r} is none of these" if name else "--tokenizer-model is not given",
-            fix="Give --tokenizer-model PATH; a model of the hub is downloaded first with `hf download NAME`",
+            f"--tokenizer-model {name} is not a tokenizer.json, a folder with one, or the name of a downloaded model"
+            if name
+            else "--tokenizer-model is not given, which HuggingFaceTokenizer needs",
+            fix="Give --tokenizer-model PATH; download a model of the hub with `hf download NAME`",
         )
     return cached
 
 
 def _declared(folder: Path) -> tuple[str, str]:
-    """The `eos_token` and `bos_token` of tokenizer_config.json, in either spelling; empty where it has none."""
+    """Return `eos_token` and `bos_token` of tokenizer_config.json (text or object); empty if missing."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return "", ""
@@ -367,8 +355,6 @@ def _declared(folder: Path) -> tuple[str, str]:
         declared = json.loads(require_text(path, "--tokenizer-model"))
         eos, bos = (declared.get(key) or "" for key in ("eos_token", "bos_token"))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(
-            "tokenizer_config.json must be a JSON object", found=f"{path}: {error}", fix="Repair it, or remove it"
-        ) from error
+        raise DataError(f"Cannot read {path} as a JSON object: {error}", fix=f"Repair or remove {path}") from error
     eos, bos = (str(token.get("content", "") if isinstance(token, dict) else token) for token in (eos, bos))
     return eos, bos

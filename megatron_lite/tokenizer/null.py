@@ -1,4 +1,4 @@
-"""Null tokenizer: text of decimal numbers, whose values are the ids; for tests and benchmarks."""
+"""Null tokenizer: text of decimal numbers, which are the token ids; for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.base import Tokenizer
 
 MAX_DIGITS = 4000
-"""Digits of a number with leading zeros; int() refuses more than 4,300."""
+"""Maximum digits of a number with leading zeros; int() accepts at most 4,300."""
 
 
 class NullTokenizer(Tokenizer):
-    """Ids 0 … size−1 written in decimal and separated by blanks; the end of a document is id `size`."""
+    """Tokenizer of ids 0 … size−1 as decimal numbers separated by whitespace; id `size` ends a document."""
 
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ConfigError(
-                "NullTokenizer needs a vocabulary size",
-                found=f"--vocab-size is {size}",
-                fix="Give --vocab-size N, N ≥ 1",
+                f"NullTokenizer needs a --vocab-size of at least 1, not {size}", fix="Give --vocab-size N, N ≥ 1"
             )
         self._size = size
 
     @property
     def vocab_size(self) -> int:
-        """`size` numbers and the end of a document."""
+        """`size` numbers and the end-of-document token."""
         return self._size + 1
 
     @property
@@ -34,7 +32,7 @@ class NullTokenizer(Tokenizer):
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """The numbers in the text.
+        """Return the numbers in a text.
 
         Raises:
             DataError: a word is not a number of the vocabulary.
@@ -44,8 +42,8 @@ class NullTokenizer(Tokenizer):
         if bad is None:
             return [int(word) for word in words]
         raise DataError(
-            "NullTokenizer reads numbers separated by blanks",
-            found=f"{bad[:40]!r} is not a number below {self.vocab_size}",
+            f"{bad[:40]!r} is not a number below {self.vocab_size}",
+            rule="NullTokenizer encodes numbers separated by whitespace",
             fix="Give text of numbers, a larger --vocab-size, or another --tokenizer-type",
         )
 
@@ -53,13 +51,13 @@ class NullTokenizer(Tokenizer):
         return word.isascii() and word.isdigit() and len(word) <= MAX_DIGITS and int(word) < self.vocab_size
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The numbers, separated by blanks."""
+        """Return the numbers, separated by spaces."""
         return " ".join(map(str, ids))
 
     def token(self, token_id: int) -> str:
-        """The number itself."""
+        """Return the number."""
         return str(token_id)
 
     def fingerprint(self) -> str:
-        """Says the size: numbers mean themselves."""
+        """Return the size, which determines the vocabulary."""
         return f"null:{self._size}"

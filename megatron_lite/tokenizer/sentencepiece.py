@@ -1,4 +1,4 @@
-"""SentencePiece tokenizer (extra `sentencepiece`)."""
+"""SentencePiece tokenizer: .model files of the sentencepiece library (extra `sentencepiece`)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from megatron_lite.tokenizer.base import TokenBatch, Tokenizer, find_bos, find_e
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A .model file; the end of a document is its end-of-sentence piece unless --eod-token names another.
+    """Tokenizer of a .model file.
 
     Args:
         path: the .model file (--tokenizer-model).
-        eod_token: name of the end-of-document piece; empty: the model's `</s>`, else the usual names.
-        extra_ids: number of `<extra_id_N>` ids after the model's own (--vocab-extra-ids); text never becomes one.
+        eod_token: name of the end-of-document piece; empty: the model's end-of-sentence piece, or else common names.
+        extra_ids: number of `<extra_id_N>` ids after those of the model (--vocab-extra-ids); encoding never returns
+            them.
     """
 
     def __init__(self, path: str, *, eod_token: str = "", extra_ids: int = 0) -> None:
         library = import_sentencepiece()
         if not path or not Path(path).is_file():
+            problem = f"--tokenizer-model {path} is not a file" if path else "--tokenizer-model is not given"
             raise DataError(
-                "SentencePieceTokenizer needs a .model file",
-                found=f"--tokenizer-model {path} is not a file" if path else "--tokenizer-model is not given",
+                problem,
+                rule="SentencePieceTokenizer needs a .model file",
                 fix="Give the path of a sentencepiece model to --tokenizer-model",
             )
         try:
             self._library: Any = library.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise DataError(
-                "A .model file must be a sentencepiece model",
-                found=f"{path} does not load: {error}",
+                f"Cannot read {path} as a sentencepiece model: {error}",
                 fix="Give the path of a sentencepiece model to --tokenizer-model",
             ) from error
         pieces = [self._library.id_to_piece(i) for i in range(self._library.get_piece_size())]
@@ -45,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The model's pieces and the extra ids."""
+        """Number of pieces of the model and extra ids."""
         return len(self._tokens)
 
     @property
@@ -57,18 +58,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def bos(self) -> int:
-        """Id of the model's beginning-of-sentence piece."""
+        """Id of the beginning-of-sentence piece."""
         if self._library.bos_id() >= 0:
             return int(self._library.bos_id())
         return find_bos({token: i for i, token in enumerate(self._tokens)})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the content of one text."""
+        """Return the ids of one text."""
         text.encode("utf-8")
         return list(self._library.encode(text, add_bos=False, add_eos=False))
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of many texts end to end."""
+        """Return the concatenated ids of many texts."""
         for text in texts:
             text.encode("utf-8")
         encoded = self._library.encode(list(texts), num_threads=1, add_bos=False, add_eos=False)
@@ -77,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
         return TokenBatch(np.concatenate([np.empty(0, np.uint32), *ids]), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids; extra ids are spelled out."""
+        """Return the text of ids; extra ids appear as `<extra_id_N>`."""
         text, run = "", list[int]()
         for token_id in ids:
             if token_id < self._num_pieces:
@@ -88,30 +89,29 @@ class SentencePieceTokenizer(Tokenizer):
         return text + str(self._library.decode(run))
 
     def token(self, token_id: int) -> str:
-        """The model's spelling, or `<id>` for an id it does not have."""
+        """Return the piece, or `<id>` for an unknown id."""
         return self._tokens[token_id] if 0 <= token_id < len(self._tokens) else f"<{token_id}>"
 
     def fingerprint(self) -> str:
-        """Hash of the pieces."""
+        """Return a hash of the pieces."""
         return vocabulary_fingerprint(enumerate(self._tokens))
 
     def rules(self) -> str:
-        """Hash of the model file, its normalization included."""
+        """Return a hash of the model file, which includes its normalization rules."""
         return rules_hash(self._library.serialized_model_proto())
 
 
 def import_sentencepiece() -> Any:
-    """The library.
+    """Return the sentencepiece library.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the library is not installed.
     """
     try:
         import sentencepiece
     except ImportError as error:
         raise DataError(
-            "SentencePieceTokenizer needs the sentencepiece library",
-            found="it is not installed",
+            "The sentencepiece library, which SentencePieceTokenizer needs, is not installed",
             fix=install_extra("sentencepiece"),
         ) from error
     return sentencepiece

@@ -1,4 +1,4 @@
-"""Tokenizer training: byte-level BPE or sentencepiece models from text files."""
+"""Tokenizer training: byte-level BPE and sentencepiece models."""
 
 from __future__ import annotations
 
@@ -24,26 +24,32 @@ def train_byte_level_bpe(
     min_frequency: int = 2,
     progress: bool = False,
 ) -> int:
-    """Learn GPT-2's kind of vocabulary: 256 bytes, then merges, then the special tokens, the first of which ends
-    documents.
+    """Train a vocabulary like GPT-2's: 256 bytes, then merges, then the special tokens.
 
     Writes tokenizer.json and tokenizer_config.json (HuggingFaceTokenizer) and vocab.json and merges.txt
-    (GPT2BPETokenizer) into `folder`; all four say the same ids.
+    (GPT2BPETokenizer), with the same ids, into `folder`.
+
+    Args:
+        texts: training texts.
+        folder: output folder.
+        vocab_size: maximum number of tokens, including the special ones.
+        special_tokens: appended to the vocabulary; the first is the end-of-document token.
+        min_frequency: minimum count of a merged pair.
+        progress: show the progress bars of the library.
 
     Returns:
-        The vocabulary's size: less than asked for where the text has no more pairs to merge.
+        The size of the vocabulary, which is below `vocab_size` if the text has no more pairs to merge.
 
     Raises:
-        ConfigError: `vocab_size` cannot hold the bytes and the special tokens.
-        DataError: there was no text.
+        ConfigError: `vocab_size` is too small for the bytes and the special tokens.
+        DataError: the texts are empty.
     """
     import tokenizers as hf
 
     if vocab_size < 256 + len(special_tokens):
         raise ConfigError(
-            "A byte-level vocabulary holds 256 bytes and the special tokens",
-            found=f"--vocab-size is {vocab_size}, and there are {len(special_tokens)} special tokens",
-            fix=f"Give --vocab-size at least {256 + len(special_tokens)}",
+            f"--vocab-size {vocab_size} is too small for 256 bytes and {len(special_tokens)} special tokens",
+            fix=f"Give a --vocab-size of at least {256 + len(special_tokens)}",
         )
     library = hf.Tokenizer(hf.models.BPE())
     library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,15 +60,15 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    library.train_from_iterator(_counted(texts), trainer=trainer)
+    library.train_from_iterator(_require_text(texts), trainer=trainer)
     library.add_special_tokens(list(special_tokens))
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
     vocabulary = sorted(library.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    library.model.save(str(folder))  # merges.txt, and a vocab.json that lacks the special tokens
+    library.model.save(str(folder))  # writes merges.txt, and a vocab.json without the special tokens
     (folder / "vocab.json").write_text(json.dumps(dict(vocabulary), ensure_ascii=False), encoding="utf-8")
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special_tokens[0] if special_tokens else None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special_tokens[0] if special_tokens else None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(vocabulary)
 
 
@@ -76,18 +82,18 @@ def train_sentencepiece(
     character_coverage: float = 0.9995,
     threads: int = 1,
 ) -> int:
-    """Learn a sentencepiece model that falls back to bytes, and write it to `path` (which ends in .model).
+    """Train a sentencepiece model with byte fallback, and write it to `path` (suffix .model).
 
     Returns:
-        The vocabulary's size.
+        The size of the vocabulary.
 
     Raises:
-        ConfigError: sentencepiece refuses the settings (mostly: too large a vocabulary for the text).
-        DataError: there was no text, or sentencepiece is not installed.
+        ConfigError: sentencepiece rejects the settings (usually because the vocabulary is too large for the text).
+        DataError: the texts are empty, or sentencepiece is not installed.
     """
     library = import_sentencepiece()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (line for text in _counted(texts) for line in text.splitlines() if line.strip())
+    lines = (line for text in _require_text(texts) for line in text.splitlines() if line.strip())
     model = io.BytesIO()
     try:
         library.SentencePieceTrainer.train(
@@ -106,18 +112,17 @@ def train_sentencepiece(
         replace_file(path, model.getvalue())
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            "sentencepiece must be able to learn a vocabulary of this size from this text",
-            found=f"--vocab-size is {vocab_size}; it says: {str(error)[-300:]}",
+            f"sentencepiece cannot train a model of --vocab-size {vocab_size} on this text: {str(error)[-300:]}",
             fix="Give a smaller --vocab-size or more text",
         ) from error
     return int(library.SentencePieceProcessor(model_file=str(path)).get_piece_size())
 
 
-def _counted(texts: Iterable[str]) -> Iterator[str]:
-    """The texts.
+def _require_text(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts.
 
     Raises:
-        DataError: there is none.
+        DataError: all texts are empty.
     """
     empty = True
     for text in texts:
@@ -125,7 +130,6 @@ def _counted(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if empty:
         raise DataError(
-            "A tokenizer is learnt from text",
-            found="the input has no document with text in it",
-            fix="Give --input files whose --json-keys hold text",
+            "The input has no document with text to train a tokenizer on",
+            fix="Give --input files with text under --json-keys",
         )

@@ -81,7 +81,7 @@ def test_the_table_fits_a_terminal(run, tmp_path):
         (("--text", "."), 1, "Is a directory"),
         (("--text", "{folder}/empty"), 1, "is empty"),
         (("--text", "{folder}/latin1"), 1, "UTF-8"),
-        (("--text", "{folder}/text", "--prepend-bos"), 1, "--prepend-bos needs a tokenizer with"),
+        (("--text", "{folder}/text", "--prepend-bos"), 1, "no beginning-of-text token for --prepend-bos"),
         (("--text", "{folder}/x.jsonl"), 1, "megatron-lite preprocess"),
         (("--data-path", "nowhere"), 1, "nowhere.idx"),
         (("--text", "{folder}/text", "--seq-length", 64), 1, "exceeds the 16 learned positions"),

@@ -1,4 +1,4 @@
-"""A tiny byte-level BPE, learnt once."""
+"""Fixture: a tiny byte-level BPE, trained once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bpe_folder(tmp_path_factory):
 
 @pytest.fixture
 def each():
-    """encode_flat's ids, a list for each text."""
+    """Return a function that gives the ids of encode_flat as a list for each text."""
 
     def encode(tokenizer, texts):
         batch = tokenizer.encode_flat(texts)

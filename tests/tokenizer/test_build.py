@@ -1,4 +1,4 @@
-"""A TokenizerConfig gives its tokenizer, and importing the folder is cheap."""
+"""Tokenizer factory: each type, invalid settings, and light imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_null():
         build_tokenizer(TokenizerConfig(type="NullTokenizer"))
 
 
-def test_each_kind(bpe_folder):
+def test_each_type(bpe_folder):
     files = {"vocab_file": str(bpe_folder / "vocab.json"), "merge_file": str(bpe_folder / "merges.txt")}
     gpt2 = build_tokenizer(TokenizerConfig(**files))
     assert build_tokenizer(TokenizerConfig(type="HuggingFaceTokenizer", model=str(bpe_folder))).eod == gpt2.eod
@@ -52,12 +52,12 @@ def test_sentencepiece(each, tmp_path):
         train_sentencepiece(texts, tmp_path / "other.model", vocab_size=100_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sp.model"]
     (tmp_path / "bad.model").write_bytes(b"x")
-    for path, message in ((tmp_path / "bad.model", "does not load"), (tmp_path / "absent", "not a file")):
+    for path, message in ((tmp_path / "bad.model", "Cannot read"), (tmp_path / "absent", "not a file")):
         with pytest.raises(DataError, match=message):
             build_tokenizer(TokenizerConfig(type="SentencePieceTokenizer", model=str(path)))
 
 
-def test_training_needs_text_and_room(tmp_path):
+def test_training_needs_text_and_a_large_enough_vocabulary(tmp_path):
     with pytest.raises(DataError, match="no document"):
         train_byte_level_bpe([], tmp_path, vocab_size=300)
     with pytest.raises(ConfigError, match="at least 257"):
@@ -65,7 +65,7 @@ def test_training_needs_text_and_room(tmp_path):
     assert train_byte_level_bpe(["ab ab"], tmp_path, vocab_size=1000, special_tokens=["<end>", "<pad>"]) == 259
 
 
-def test_imports_are_light():
+def test_imports_do_not_load_tokenizer_libraries():
     heavy = "torch tokenizers sentencepiece tiktoken transformers"
     code = (
         "import sys, megatron_lite.tokenizer.build, megatron_lite.tokenizer.training;"

@@ -1,4 +1,4 @@
-"""The contract of encoding: the content of a text, whatever template, truncation or flags a tokenizer's files hold."""
+"""Encoding returns the content of a text: templates, truncation and dropout of a tokenizer's files have no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "the cat sat on the mat"
 
 
 def bos_eos(library):
-    """A template with both ends, after the post-processor that a byte-level BPE has anyway."""
+    """Return a template that adds BOS and EOS."""
     library.add_special_tokens(["<s>", "</s>"])
     ends = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
     return processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
@@ -58,12 +58,12 @@ def test_no_template_truncation_or_padding(with_template, bpe_folder, each, use_
     assert tokenizer.token(tokenizer.bos) == "<s>"
 
 
-def test_a_template_does_not_keep_the_fast_path_away(with_template):
+def test_a_template_does_not_disable_the_fast_encoder(with_template):
     pytest.importorskip("tiktoken")
     assert read_hugging_face(str(with_template))._fast is not None
 
 
-def test_the_beginning_of_text_token(bpe_folder, tmp_path):
+def test_beginning_of_text_token(bpe_folder, tmp_path):
     library = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     library.add_special_tokens(["<go>", "<bos>"])
     library.save(str(tmp_path / "tokenizer.json"))
@@ -71,9 +71,9 @@ def test_the_beginning_of_text_token(bpe_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(b'\xef\xbb\xbf{"bos_token": {"content": "<go>"}}')
     tokenizer = read_hugging_face(str(tmp_path))
     assert tokenizer.token(tokenizer.bos) == "<go>"
-    with pytest.raises(DataError, match=r"--prepend-bos needs .* has none of <s>, <\|begin_of_text\|>"):
+    with pytest.raises(DataError, match=r"for --prepend-bos: .* has none of <s>, <\|begin_of_text\|>"):
         _ = read_hugging_face(str(bpe_folder)).bos
-    with pytest.raises(DataError, match="NullTokenizer has none"):
+    with pytest.raises(DataError, match="NullTokenizer has no beginning-of-text token"):
         _ = build_tokenizer(TokenizerConfig(type="NullTokenizer", vocab_size=9)).bos
 
 
@@ -85,7 +85,7 @@ def words(tmp_path, name="tokenizer.json", **model):
     return read_hugging_face(str(tmp_path / name))
 
 
-def test_a_text_that_the_library_cannot_spell_is_a_data_error(tmp_path):
+def test_a_text_that_the_library_cannot_encode_is_a_data_error(tmp_path):
     tokenizer = words(tmp_path)
     assert tokenizer.encode("hi") == [2, 3]
     with pytest.raises(DataError, match=r"Missing \[UNK\] token"):
@@ -96,7 +96,7 @@ def test_a_text_that_the_library_cannot_spell_is_a_data_error(tmp_path):
     assert (known.encode("ho"), known.unknown) == ([2, 2], 2)
 
 
-def test_the_unknown_token_of_a_unigram_model(tmp_path):
+def test_unknown_token_of_a_unigram_model(tmp_path):
     library = tokenizers.Tokenizer(models.Unigram([("a", -1.0), ("<unk>", 0.0)], unk_id=1))
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.save(str(tmp_path / "tokenizer.json"))
@@ -117,7 +117,7 @@ def test_segmentation_is_not_random(bpe_folder, tmp_path):
 
 
 @pytest.mark.parametrize("use_fast", [True, False])
-def test_a_written_special_token_is_one_in_every_form_of_a_hugging_face_tokenizer(bpe_folder, tmp_path, use_fast):
+def test_special_tokens_in_a_text_are_encoded_by_both_hugging_face_formats(bpe_folder, tmp_path, use_fast):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((bpe_folder / name).read_bytes())
     whole, parts = (read_hugging_face(str(folder), use_fast=use_fast) for folder in (bpe_folder, tmp_path))
@@ -128,7 +128,7 @@ def test_a_written_special_token_is_one_in_every_form_of_a_hugging_face_tokenize
     assert read_hugging_face(str(tmp_path), extra_ids=2).vocab_size == whole.vocab_size + 2
 
 
-def test_sentencepiece_adds_nothing(each, tmp_path):
+def test_sentencepiece_adds_no_tokens(each, tmp_path):
     library = pytest.importorskip("sentencepiece")
     texts = [f"the cat number {i} sat on the mat" for i in range(200)]
     train_sentencepiece(texts, tmp_path / "sp.model", vocab_size=300)
@@ -154,7 +154,7 @@ def test_files_with_a_byte_order_mark_and_windows_line_ends(bpe_folder, tmp_path
     assert read_hugging_face(str(tmp_path)).fingerprint() == plain.fingerprint()
 
 
-def test_rules_differ_where_ids_could(bpe_folder, tmp_path):
+def test_rules_hash_differs_if_ids_can_differ(bpe_folder, tmp_path):
     plain = read_hugging_face(str(bpe_folder))
     library = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     library.post_processor = processors.ByteLevel()
@@ -172,7 +172,7 @@ def test_rules_differ_where_ids_could(bpe_folder, tmp_path):
     assert fewer.rules() != read_gpt2(str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")).rules()
 
 
-def test_flat_batches_of_nothing(bpe_folder):
+def test_empty_batches(bpe_folder):
     for use_fast in (True, False):
         batch = read_hugging_face(str(bpe_folder), use_fast=use_fast).encode_flat([])
         assert batch.ids.dtype == np.uint32 and batch.ids.shape == batch.lengths.shape == (0,)

@@ -1,4 +1,4 @@
-"""tiktoken's ids are the reference library's, over all of Unicode and over blanks; unfit vocabularies fall back."""
+"""The tiktoken encoder gives the ids of the reference library; unsuitable vocabularies use the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.errors import DataError
-from megatron_lite.tokenizer import fast, huggingface, words
+from megatron_lite.tokenizer import fast, huggingface
 from megatron_lite.tokenizer.huggingface import read_gpt2
 from megatron_lite.tokenizer.training import train_byte_level_bpe
 
@@ -41,29 +41,29 @@ def test_same_ids(both, texts):
 
 
 @pytest.mark.slow
-def test_every_character_is_of_the_same_class_to_both_libraries(both):
-    """A letter joins a letter, a number a number, and so on: three neighbours tell the classes apart."""
+def test_both_libraries_classify_every_character_alike(both):
+    """Letters join letters, numbers join numbers: three neighbours distinguish the classes."""
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     same(both, ["".join(f"a{c}1{c}!" for c in characters[i : i + 4096]) for i in range(0, 0x32000, 4096)])
     same(both, ["".join(f"a{c}1{c}!" for c in characters[0xE0000 - 2048 : 0xE0400])])
 
 
-def test_long_blank_runs_and_the_marker_itself(both):
+def test_long_whitespace_runs_and_the_separator_token(both):
     same(both, ["x" + " " * 120_000 + "y", "x" + "\n \t" * 30_000, "東" * 60_000, ("word " * 30_000) + "  \n end"])
     same(both, ["a" + both[0]._fast._marker + "b", "c"])
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("abs1 \n\u00a0\x1c'_,東、。がー\uff12\u0301"), max_size=60), st.integers(2, 9))
-def test_pieces_cut_only_where_the_pattern_cuts(both, string, limit):
-    parts = list(words.pieces(string, limit))
+def test_pieces_split_only_where_the_pattern_splits(both, string, limit):
+    parts = list(fast.pieces(string, limit))
     assert "".join(parts) == string
     assert [i for part in parts for i in both[1].encode(part)] == both[1].encode(string)
 
 
-def test_pieces_are_short_where_they_can_be():
+def test_pieces_are_short_if_there_are_split_points():
     for text in ("word " * 100, "a,b;" * 100, "x1" * 200, "東京、" * 100):
-        assert max(map(len, words.pieces(text, 20))) <= 20
+        assert max(map(len, fast.pieces(text, 20))) <= 20
 
 
 RUNS = ["a", "-", " ", "0", "ACGT", "=-", " \n\t", "0123456789", "ab東京é", "'!\"", "the"]
@@ -71,7 +71,7 @@ RUNS = ["a", "-", " ", "0", "ACGT", "=-", " \n\t", "0123456789", "ab東京é", "
 
 @pytest.fixture(scope="module")
 def runs_vocabulary(tmp_path_factory):
-    """Tokens for what repeats, of many lengths: neighbours that could be cut in several ways."""
+    """A vocabulary with many tokens for repetitions, so that spans can be segmented in several ways."""
     folder = tmp_path_factory.mktemp("runs")
     draw = random.Random(1)
     texts = ["".join(draw.choices(run, k=length)) for run in RUNS for length in (3, 5, 16, 40, 200) for _ in range(4)]
@@ -82,8 +82,8 @@ def runs_vocabulary(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-def test_a_word_of_any_length_is_stitched_from_stretches(runs_vocabulary, run, monkeypatch):
-    monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)  # never encoded whole
+def test_a_word_of_any_length_is_joined_from_spans(runs_vocabulary, run, monkeypatch):
+    monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)  # never encoded in one call
     draw = random.Random(run)
     for before, after in (("", ""), ("x", "y"), ("the 's", "'s end"), (" ", "  .")):
         length = draw.randrange(50_000, 170_000)
@@ -91,8 +91,8 @@ def test_a_word_of_any_length_is_stitched_from_stretches(runs_vocabulary, run, m
         same(runs_vocabulary, [before + (run * length)[:length] + after])
 
 
-def test_a_word_that_cannot_be_stitched_is_encoded_whole_up_to_a_limit(both, monkeypatch):
-    text = "\u0e01" * 120_000  # a letter, but not of those that are beyond doubt
+def test_a_word_without_spans_is_encoded_in_one_call_up_to_a_limit(both, monkeypatch):
+    text = "\u0e01" * 120_000  # a letter outside of LETTERS
     same(both, [text])
     monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)
     with pytest.raises(DataError, match="120,000 characters in one word"):
@@ -102,29 +102,28 @@ def test_a_word_that_cannot_be_stitched_is_encoded_whole_up_to_a_limit(both, mon
         both[1].encode(text)
 
 
-def test_stretches_that_do_not_meet_are_encoded_whole(both, monkeypatch):
-    monkeypatch.setattr(fast.FastByteBpe, "_meeting", lambda *_: None)
+def test_spans_without_a_common_token_are_encoded_in_one_call(both, monkeypatch):
+    monkeypatch.setattr(fast.FastByteBpe, "_common_token", lambda *_: None)
     same(both, ["ab" * 60_000])
     with pytest.raises(DataError, match="2,000,000 characters"):
-        both[0].encode(" " * 2_000_000)  # what the regex engine refuses
+        both[0].encode(" " * 2_000_000)  # more than the regex engine accepts
 
 
-def test_an_unfit_vocabulary_is_refused(bpe_folder):
+def test_an_unsuitable_vocabulary_is_not_encoded_with_tiktoken(bpe_folder):
     vocabulary = json.loads((bpe_folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (bpe_folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines]
-    assert fast.build(vocabulary, merges, lambda token: True) is not None
-    assert fast.build(vocabulary, merges, lambda token: False) is None
-    assert fast.build(vocabulary, merges[::-1], lambda token: True) is None
-    assert fast.build(vocabulary, [*merges, merges[-1]], lambda token: True) is None
+    assert fast.build(vocabulary, merges) is not None
+    assert fast.build(vocabulary, merges[::-1]) is None
+    assert fast.build(vocabulary, [*merges, merges[-1]]) is None
     swapped = dict(vocabulary)
     first, last = "".join(merges[0]), "".join(merges[-1])
     swapped[first], swapped[last] = vocabulary[last], vocabulary[first]
-    assert fast.build(swapped, merges, lambda token: True) is None
+    assert fast.build(swapped, merges) is None
 
 
-def test_a_token_that_its_bytes_do_not_reach_falls_back(tmp_path):
-    """`abc` is listed as a+bc, but ab merges first: the libraries would differ, so the reference encodes."""
+def test_a_token_that_its_bytes_do_not_merge_to_uses_the_reference(tmp_path):
+    """`abc` is listed as a+bc, but ab merges first: the libraries would give different ids."""
     symbols = list(fast.byte_of_symbol())
     vocabulary = {token: i for i, token in enumerate([*symbols, "ab", "bc", "abc"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))

@@ -58,7 +58,7 @@ def test_both_ends_of_documents_of_several_sentences(template):
 
 
 def test_a_tokenizer_without_that_token_is_refused_before_work(make, tokenizer, tmp_path):
-    with pytest.raises(DataError, match="--prepend-bos needs"):
+    with pytest.raises(DataError, match="no beginning-of-text token for --prepend-bos"):
         make(prepend_bos=True)
     assert not list(tmp_path.glob("out*"))
 
