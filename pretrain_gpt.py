@@ -1,4 +1,4 @@
-"""Pretrain a GPT: Megatron's entry point and command line, run by megatron_lite."""
+"""Entry point of GPT pretraining with Megatron's command line: `megatron-lite train`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fails if a run's last validation loss is not the expected one: a demo that trains badly must not look well."""
+"""Check of the last validation loss of a run; exits with 1 if it is not the expected one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_lite.runs.metrics_file import read_records
 
 
 def main() -> int:
-    """Compares and says so; 1 if the loss is missed."""
+    """Compare the loss; return 1 if it differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("metrics", type=Path)
     parser.add_argument("--expected", type=float, required=True)
@@ -23,10 +23,10 @@ def main() -> int:
         if record["kind"] == "validation" and record["split"] == "validation"
     ]
     if not losses:
-        print(f"{args.metrics} holds no validation loss: the run did not get that far", file=sys.stderr)
+        print(f"{args.metrics} has no validation loss: the run ended before the first validation", file=sys.stderr)
         return 1
     reached = abs(losses[-1] - args.expected) <= args.tolerance
-    verdict = "as it must be" if reached else "MISSED: something is wrong with this installation or this change"
+    verdict = "as expected" if reached else "NOT REACHED: the installation or a change is faulty"
     print(f"\nvalidation loss {losses[-1]:.2f}, expected {args.expected:.2f} ± {args.tolerance:.2f}: {verdict}")
     return 0 if reached else 1
 

@@ -1,7 +1,7 @@
-"""Writes a jsonl corpus from the Python standard library's own sources: real text on any machine, with no download.
+"""Corpus of the sources of Python's standard library, as JSON lines: real text without download.
 
-One line is one file, {"text": …, "path": …}. Files are shuffled with a fixed seed, so that --split cuts a validation
-set of the same kind as the training set; copies and files that are not UTF-8 are left out.
+Each line is one file, {"text": …, "path": …}. Files are shuffled with a fixed seed, so that --split gives similar
+training and validation sets; duplicates and files that are not UTF-8 are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIN_CHARACTERS = 200
 
 
 def main() -> int:
-    """Writes the file named on the command line and says how much it holds."""
+    """Write the corpus and print its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-mb", type=float, default=24.0, help="stop after this many megabytes of text")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def sources(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields (path below root, text) of each distinct source file, sorted by path."""
+    """Yield (path below root, text) of each distinct source file, sorted by path."""
     seen: set[bytes] = set()
     for path in sorted(root.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a trained GPT in a few minutes: corpus, tokenizer, dataset, training that is stopped and resumed,
-# validation, a sample and the loss curve. `make demo` runs it inside .venv; with megatron_lite installed, so can you:
+# Demo in a few minutes: corpus, tokenizer, dataset, training with a stop and a resume, validation, a sample and the loss
+# curve. `make demo` runs it inside .venv; with megatron_lite installed:
 #   examples/quickstart.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=${1:-runs/quickstart}
-# The validation loss that this run reaches (nats per token of its own tokenizer); README.md states it.
+# Expected validation loss (nats per token of the tokenizer trained here), as in README.md.
 expected_loss=4.70
 tolerance=0.25
 iterations=450
@@ -17,7 +17,7 @@ rm -rf "$out"
 mkdir -p "$out"
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
-say "1. Text: your Python's standard library"
+say "1. Text: sources of Python's standard library"
 python examples/python_corpus.py "$out/corpus.jsonl" --max-mb 24
 
 say "2. Tokenizer: byte-level BPE of 4096 tokens"
@@ -42,22 +42,22 @@ train=(
 say "4. Training, the first half: stops after $half iterations"
 "${train[@]}" --exit-after-iters "$half"
 
-say "5. Training, the second half: the same command goes on from the checkpoint"
+say "5. Training, the second half: the same command resumes from the checkpoint"
 "${train[@]}"
 
-say "6. What it writes"
+say "6. Generated text"
 megatron-lite generate --load "$out/run" --prompt "def main(" --max-new-tokens 80 --temperature 0.7 --top-k 40 --seed 1
 
-say "7. How it learned"
+say "7. Loss curve"
 megatron-lite curve "$out/run/metrics.jsonl" --svg "$out/loss.svg"
 
-say "8. Where everything lies"
+say "8. Files"
 cat <<EOF
 corpus          $out/corpus.jsonl
 tokenizer       $out/tokenizer/
 dataset         $out/python_text_document.bin, .idx
 checkpoints     $out/run/iter_*            (megatron-lite checkpoint list $out/run)
-every number    $out/run/metrics.jsonl
+metrics         $out/run/metrics.jsonl
 loss curve      $out/loss.svg
 EOF
 

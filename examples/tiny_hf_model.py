@@ -1,4 +1,4 @@
-"""Writes a small random Llama with a tokenizer, as the hub would deliver it: a stand-in where there is no network."""
+"""Small random Llama with tokenizer in Hugging Face format, in place of a download."""
 
 import argparse
 import shutil
@@ -9,7 +9,7 @@ import transformers
 
 
 def main() -> None:
-    """Make the folder."""
+    """Write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")

@@ -1,4 +1,4 @@
-"""Entry point of `python -m megatron_lite`: the console command, also from a checkout that is not installed."""
+"""Entry point of `python -m megatron_lite`, the console command, also without installation."""
 
 import sys
 

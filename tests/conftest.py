@@ -1,11 +1,11 @@
-"""Fixtures and settings of all tests."""
+"""Fixtures and settings for all tests."""
 
 import os
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples on every machine, however slow or busy it is. Function-scoped fixtures serve all examples of a test.
+# The same examples on every machine, without deadlines. Function-scoped fixtures serve all examples of a test.
 settings.register_profile(
     "any machine",
     deadline=None,
@@ -14,7 +14,7 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 
-# Variables of launchers (an interactive Slurm job, mpirun, torchrun) and terminals, which change what is run or shown.
+# Variables of launchers (interactive Slurm job, mpirun, torchrun) and terminals, which change behaviour and output.
 LAUNCHERS = ("SLURM", "OMPI_", "PMI_", "PMIX_", "PALS_", "MV2_", "MPI_", "MPIEXEC_", "TORCHELASTIC_")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 TERMINAL = ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
@@ -22,7 +22,7 @@ TERMINAL = ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIB
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_environment():
-    """One process without a launcher, and a terminal of 80 columns."""
+    """Remove the variables of launchers and terminals; set 80 columns."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(LAUNCHERS) or name in RANKS + TERMINAL:
@@ -33,7 +33,7 @@ def plain_environment():
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
-    """Calls a function on several gloo ranks, with a world size and arguments: one result a rank. See ranks.py."""
+    """Return a function that runs a test function on several gloo ranks (support/ranks.py)."""
     from support.ranks import RankPools
 
     pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))

@@ -1,4 +1,4 @@
-"""Megatron's path for `megatron-lite preprocess`; works from a checkout that is not installed, too."""
+"""Entry point at Megatron's path: `megatron-lite preprocess`, also without installation."""
 
 import sys
 from pathlib import Path

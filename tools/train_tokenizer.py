@@ -1,4 +1,4 @@
-"""Train a tokenizer: `megatron-lite train-tokenizer` beside Megatron's tools; a checkout suffices."""
+"""Entry point of `megatron-lite train-tokenizer`, also without installation."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tiny corpus that all end-to-end tests read, and the way to start jobs that do not outlive their test."""
+"""Fixtures of the end-to-end tests: a tiny corpus, and jobs that end with their test."""
 
 import os
 import socket
@@ -10,13 +10,13 @@ from support.trainer import Job, make_corpus
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A tokenizer and two datasets: see trainer.Corpus."""
+    """Return a tokenizer and two datasets (trainer.Corpus)."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Jobs in this process set torch's threads; other tests keep theirs."""
+    """Restore torch's number of threads, which jobs in this process change."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -24,7 +24,7 @@ def _one_thread():
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a trainer.Job from its words and a function to prepare it; it does not outlive the test."""
+    """Return a function that starts a trainer.Job (arguments, prepare function), ended with the test."""
     jobs = []
 
     def start_job(words, prepare=None):
@@ -45,7 +45,7 @@ def free_port():
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Starts one process per list of words, as ranks of one job, and returns their results."""
+    """Return a function that runs one process per argument list, as ranks of one job, and returns the results."""
     jobs = []
 
     def start(*words, prepare=None, **variables):

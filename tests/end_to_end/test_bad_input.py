@@ -1,4 +1,4 @@
-"""What is wrong with a command's files and flags: one paragraph that says what to do, and nothing half-written."""
+"""Invalid files and flags: one error paragraph with a fix, and no partial output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAVING = ("--train-iters", 3, "--save-interval", 1)
 
 
 def assert_explained(result, *words, kind):
-    """One paragraph on stderr, of this kind, with these words; no traceback; an exit code of failure."""
+    """Check for exit code 1 and one paragraph on stderr, of error class `kind`, with these texts and no traceback."""
     assert result.code == 1, result.out
     assert "Traceback" not in result.err
     text = result.err[result.err.index(f"{kind}: ") :]
@@ -31,7 +31,7 @@ def assert_explained(result, *words, kind):
 
 @pytest.fixture
 def dataset(corpus, tmp_path):
-    """A copy of the first dataset, to be damaged: the prefix."""
+    """Return the prefix of a copy of the first dataset."""
     prefix = tmp_path / "data"
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{corpus.data[0]}{suffix}", f"{prefix}{suffix}")
@@ -73,7 +73,7 @@ def test_an_index_of_another_dataset(corpus, dataset, tmp_path):
 
 
 def test_an_index_of_another_order_of_the_same_documents(corpus, dataset):
-    """It fits the .bin to the byte: only the manifest knows."""
+    """The sizes match the .bin; only the manifest differs."""
     shutil.copy(f"{corpus.data[1]}.idx", part(dataset, ".idx"))
     result = command(*corpus.job(*SAVING, data=dataset))
     assert_explained(result, part(dataset, ".idx"), "other bytes than the manifest says", kind="DataError")
@@ -88,8 +88,8 @@ def test_a_token_outside_the_vocabulary(place, corpus, dataset):
     assert_explained(result, dataset, "id 301", "the vocabulary has 300", "preprocess it again", kind="DataError")
 
 
-def test_a_token_outside_the_vocabulary_that_only_training_meets(corpus, dataset, tmp_path):
-    """A dataset is probed when it is opened; what the probes missed stops the run at that sample."""
+def test_a_token_outside_the_vocabulary_found_during_training(corpus, dataset, tmp_path):
+    """Opening a dataset checks samples of it; other invalid tokens stop the run at the affected sample."""
     tokens = np.fromfile(part(dataset, ".bin"), np.uint16)
     words = corpus.job(
         *SAVING,
@@ -135,7 +135,7 @@ def test_a_broken_line_is_named_or_counted(corpus, tmp_path):
     assert command(*corpus.job(*SAVING, "--split", "1,0,0", data=tmp_path / "out_text_document")).code == 0
 
 
-def test_another_tokenizer_than_the_datas(corpus, tmp_path):
+def test_a_tokenizer_other_than_that_of_the_data(corpus, tmp_path):
     other = tmp_path / "other"
     words = ("train-tokenizer", "--input", corpus.text, "--output", other, "--vocab-size", 290)
     assert command(*words).code == 0
@@ -144,12 +144,12 @@ def test_another_tokenizer_than_the_datas(corpus, tmp_path):
 
 
 def limit_files(size):
-    """No file of this process may grow beyond `size` bytes: writes fail as on a full disk."""
+    """Limit files of this process to `size` bytes: writes fail as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("mode", [(), ("--async-save",)])
-def test_no_room_for_a_checkpoint(mode, corpus, start, tmp_path):
+def test_full_disk_during_a_checkpoint(mode, corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*SAVING, *mode, "--save", save, "--load", save)
     assert command(*words, "--exit-after-iters", 1).code == 0
@@ -162,13 +162,13 @@ def test_no_room_for_a_checkpoint(mode, corpus, start, tmp_path):
     assert iterations(save) == [1, 2, 3]
 
 
-def test_no_room_for_the_metrics(corpus, start, tmp_path):
+def test_full_disk_for_metrics(corpus, start, tmp_path):
     words = corpus.job("--train-iters", 50, "--metrics-file", tmp_path / "metrics.jsonl")
     result = start(words, partial(limit_files, 10_000)).wait()
     assert_explained(result, tmp_path / "metrics.jsonl", "--metrics-file", kind="TrainingError")
 
 
-def test_no_room_for_a_dataset(corpus, start, tmp_path):
+def test_full_disk_for_a_dataset(corpus, start, tmp_path):
     words = ("preprocess", "--input", corpus.text, "--output-prefix", tmp_path / "out", "--append-eod")
     words += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus.tokenizer)
     result = start(words, partial(limit_files, 8_000)).wait()
@@ -196,7 +196,7 @@ def test_a_typo(words, expected, corpus):
     ("flag", "kind"),
     [("--save", "CheckpointError"), ("--load", "CheckpointError"), ("--tensorboard-dir", "ConfigError")],
 )
-def test_a_file_where_a_folder_is_wanted(flag, kind, corpus, tmp_path):
+def test_a_file_in_place_of_a_folder(flag, kind, corpus, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     result = command(*corpus.job(*SAVING, flag, file))
@@ -209,7 +209,7 @@ def test_a_file_where_a_folder_is_wanted(flag, kind, corpus, tmp_path):
     ("flag", "kind"),
     [("--data-path", "ConfigError"), ("--metrics-file", "TrainingError"), ("--tokenizer-model", "DataError")],
 )
-def test_a_folder_where_a_file_is_wanted(flag, kind, corpus, tmp_path):
+def test_a_folder_in_place_of_a_file(flag, kind, corpus, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "precious").write_text("mine")
@@ -225,8 +225,8 @@ def test_a_metrics_file_that_is_something_else(corpus):
 
 
 @pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
-def test_a_place_that_cannot_be_written_to(flag, corpus):
-    """/proc refuses even root, whom permissions do not stop."""
+def test_a_folder_that_is_not_writable(flag, corpus):
+    """/proc rejects writes even as root."""
     result = command(*corpus.job(*SAVING, flag, "/proc/megatron_lite"))
     assert_explained(result, f"{flag} ", "/proc/megatron_lite", kind="Error")
     assert "model " not in result.out
@@ -234,7 +234,7 @@ def test_a_place_that_cannot_be_written_to(flag, corpus):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """The --save of a run of three iterations, each saved: for reading only."""
+    """Return the --save folder of a run of three iterations, each saved; read-only."""
     save = tmp_path_factory.mktemp("finished") / "run"
     assert command(*corpus.job(*SAVING, "--save", save)).code == 0
     return save
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_another_model(corpus, finished):
 
 
 def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
-    """With as many tokens: only the fingerprint tells."""
+    """The vocabulary has the same size; only the fingerprint differs."""
     words = json.loads((corpus.tokenizer / "vocab.json").read_text())
     other = tmp_path / "tokenizer"
     shutil.copytree(corpus.tokenizer, other)
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
     assert command(*words, "--accept-changed", "data", "tokenizer").code == 0
 
 
-def test_checkpoints_that_are_not_there(corpus, finished, tmp_path):
+def test_missing_checkpoints(corpus, finished, tmp_path):
     nothing = tmp_path / "nothing"
     result = command(*corpus.job(*SAVING, "--load", nothing, "--exit-on-missing-checkpoint"))
     assert_explained(result, nothing, "Without --exit-on-missing-checkpoint", kind="ConfigError")

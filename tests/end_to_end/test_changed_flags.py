@@ -1,4 +1,4 @@
-"""Runs resumed with other lengths, batches, layouts or evaluations: every sample is read in turn, none is missing."""
+"""Runs resumed with another length, batch, layout or evaluation: every sample is read once and in order."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_lite.train.loop import train
 
 pytestmark = pytest.mark.slow
 
-# A small epoch, of which each job saves its last iteration.
+# A small epoch; each job saves its last iteration.
 BASE = ("--lr-decay-style", "constant", "--save-interval", 500, "--split", "20,60,20")
 
 
 @contextmanager
 def watched():
-    """Collects where the samples of each iteration lie, by iteration."""
+    """Record the dataset positions of the samples of each iteration."""
     read, original = {}, RunData.train_reader
 
     def note(self, plan):
@@ -38,7 +38,7 @@ def watched():
 
 
 def go_on(corpus, save, *words, data=None):
-    """Runs a job that saves in `save` and goes on from there; it must succeed. Returns what it said."""
+    """Run a job that resumes from and saves to `save`; return its output."""
     words = (*BASE, "--save", save, "--load", save, *words)
     result = command(*corpus.job(*words, data=data))
     assert result.code == 0, result.err
@@ -46,7 +46,7 @@ def go_on(corpus, save, *words, data=None):
 
 
 def shown(corpus, save, iteration, *words, data=None):
-    """Samples of an iteration as `data samples` shows them: (sequence, first token) of each span."""
+    """Return the samples of an iteration as shown by `data samples`: (sequence, first token) of each span."""
     words = corpus.job(*BASE, "--save", save, "--load", save, *words, data=data)[1:]
     result = command("data", "samples", "--iteration", iteration, *words)
     assert result.code == 0, result.err
@@ -58,7 +58,7 @@ def places(samples):
 
 
 def tokens(samples):
-    """Every input token of samples, by its place in the dataset; the last token of a sample is only a label."""
+    """Return the dataset positions of the input tokens of samples; the last token of a sample is only a label."""
     every = []
     for sample in samples:
         places = [
@@ -69,12 +69,12 @@ def tokens(samples):
 
 
 def repeats(samples):
-    """How many tokens are read again."""
+    """Return the number of tokens read more than once."""
     return len(tokens(samples)) - len(set(tokens(samples)))
 
 
 def damage(checkpoint):
-    """Flips a bit in each file of tensors."""
+    """Flip a bit in each tensor file."""
     for file in checkpoint.glob("*.distcp"):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -82,12 +82,12 @@ def damage(checkpoint):
 
 
 def epoch_of(corpus, *words, data=None):
-    """Samples of one epoch of the training data."""
+    """Return the samples of one epoch of the training data."""
     config = parse_run([str(word) for word in corpus.job("--train-iters", 1, *BASE, *words, data=data)[1:]]).config
     return int(plan_datasets(config)["train"]["train"].sources[0].epoch_samples)
 
 
-def test_other_evaluations_take_the_position_that_the_run_has(corpus, tmp_path):
+def test_changed_evaluations_continue_at_the_consumed_position(corpus, tmp_path):
     save = tmp_path / "run"
     go_on(corpus, save, "--train-iters", 15, "--eval-interval", 1, "--eval-iters", 30, "--exit-interval", 10)
     go_on(corpus, save, "--train-iters", 15, "--eval-interval", 4, "--eval-iters", 30)
@@ -103,7 +103,7 @@ def test_other_evaluations_take_the_position_that_the_run_has(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("words", [("--data-index", "legacy"), ("--data-index", "modern")])
-def test_a_longer_run_reads_its_epoch_to_the_end_before_it_repeats_any(words, corpus, tmp_path):
+def test_a_longer_run_finishes_its_epoch_before_repeating_samples(words, corpus, tmp_path):
     save, epoch = tmp_path / "run", epoch_of(corpus)
     short, long = epoch // 8, epoch // 2
     with watched() as read:
@@ -135,7 +135,7 @@ def test_a_longer_run_of_a_blend_repeats_none_of_its_sources(corpus, tmp_path):
         assert repeats(of_source[: epoch_of(corpus, data=path) - 1]) == 0
 
 
-def test_an_unchanged_run_that_stops_on_the_way_reads_what_a_whole_one_reads(corpus, tmp_path):
+def test_an_interrupted_run_reads_the_samples_of_an_uninterrupted_one(corpus, tmp_path):
     words = ("--train-iters", 60, "--eval-interval", 7)
     with watched() as whole:
         go_on(corpus, tmp_path / "whole", *words)
@@ -155,7 +155,7 @@ def test_an_unchanged_run_that_stops_on_the_way_reads_what_a_whole_one_reads(cor
         ("--global-batch-size", 6, "--micro-batch-size", 3),
     ],
 )
-def test_a_larger_batch_from_now_on_finds_its_samples(change, corpus, tmp_path):
+def test_a_larger_batch_after_a_resume_reads_the_next_samples(change, corpus, tmp_path):
     save, epoch = tmp_path / "run", epoch_of(corpus)
     end = epoch // 4
     with watched() as read:
@@ -169,7 +169,7 @@ def test_a_larger_batch_from_now_on_finds_its_samples(change, corpus, tmp_path):
             )
 
 
-def test_checkpoints_that_were_deleted_on_the_way_are_not_needed_to_show_what_was_read(corpus, tmp_path):
+def test_samples_are_shown_without_the_deleted_checkpoints(corpus, tmp_path):
     save = tmp_path / "run"
     with watched() as read:
         go_on(corpus, save, "--train-iters", 10)
@@ -178,8 +178,8 @@ def test_checkpoints_that_were_deleted_on_the_way_are_not_needed_to_show_what_wa
         assert shown(corpus, save, iteration, "--train-iters", 20, "--global-batch-size", 2) == places(read[iteration])
 
 
-def test_a_checkpoint_without_a_history_goes_on_in_the_order_of_the_job_that_saved_it(corpus, tmp_path):
-    """Checkpoints of earlier versions: their config says what their datasets were asked for."""
+def test_a_checkpoint_without_data_history_keeps_the_order_of_the_job_that_saved_it(corpus, tmp_path):
+    """Checkpoints of earlier versions: the requested sample counts follow from their configuration."""
     save, epoch = tmp_path / "run", epoch_of(corpus)
     words = ("--train-iters", epoch // 8)
     with watched() as read:
@@ -194,7 +194,7 @@ def test_a_checkpoint_without_a_history_goes_on_in_the_order_of_the_job_that_sav
     assert repeats(samples) == 0
 
 
-def test_another_order_is_told_with_what_it_repeats(corpus, tmp_path):
+def test_a_changed_data_order_is_reported_with_its_repeated_samples(corpus, tmp_path):
     save, epoch = tmp_path / "run", epoch_of(corpus)
     half = epoch // 8
     with watched() as read:
@@ -214,13 +214,13 @@ def test_another_order_is_told_with_what_it_repeats(corpus, tmp_path):
         )
         seen = set(before)
         assert sum(token in seen for token in after) / len(after) == pytest.approx(share / 100, abs=0.15)
-        # What was read before the change is shown as it was read.
+        # Iterations before the change are shown in the order in which they were read.
         for iteration in (2, half + 2):
             assert shown(corpus, save, iteration, "--train-iters", 2 * half, "--seed", 9) == places(read[iteration])
 
 
 def samples_on(backend, words):
-    """On one rank: trains, and returns the numbers of the samples of each iteration."""
+    """Train on one rank; return the sample numbers of each iteration."""
     read, original = [], RunData.train_reader
 
     def note(self, plan):
@@ -245,7 +245,7 @@ def test_the_cyclic_order_is_kept_on_another_number_of_replicas(corpus, on_ranks
     assert len(set(first + second[0])) == len(first) + len(second[0])
 
 
-def test_a_run_that_falls_back_behind_its_change_finds_its_samples(corpus, tmp_path):
+def test_a_fallback_to_before_a_change_reads_the_right_samples(corpus, tmp_path):
     save = tmp_path / "run"
     go_on(corpus, save, "--train-iters", 20, "--exit-interval", 10)
     go_on(corpus, save, "--train-iters", 20, "--global-batch-size", 8, "--exit-interval", 15)
@@ -260,7 +260,7 @@ def test_a_run_that_falls_back_behind_its_change_finds_its_samples(corpus, tmp_p
     ]
 
 
-def test_a_run_that_falls_back_leaves_out_what_a_rollback_left_out(corpus, tmp_path):
+def test_a_fallback_keeps_the_samples_excluded_by_a_rollback(corpus, tmp_path):
     save = tmp_path / "run"
     go_on(corpus, save, "--train-iters", 12, "--save-interval", 4)
     assert command("rollback", save, "--to", 4, "--skip-samples", "24-27").code == 0
@@ -278,7 +278,7 @@ def test_a_run_that_falls_back_leaves_out_what_a_rollback_left_out(corpus, tmp_p
     assert places == [*range(16, 24), *range(28, 52)]
 
 
-def test_validation_sets_without_weights_begin_anew_at_their_end(corpus, tmp_path):
+def test_validation_sets_without_weights_restart_at_their_end(corpus, tmp_path):
     one, two = corpus.data
     sets = ("--train-data-path", one, "--valid-data-path", one, two)
     words = [

@@ -1,4 +1,4 @@
-"""megatron-lite evaluate on a checkpoint of a real run, as its user types it."""
+"""`megatron-lite evaluate` on the checkpoint of a run."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def figures(run, *words):
     return json.loads(result.out)
 
 
-def test_texts_and_datasets_have_their_figures(run, corpus, tmp_path):
+def test_metrics_of_texts_and_datasets(run, corpus, tmp_path):
     text = tmp_path / "held-out.txt"
     text.write_text("abc dé\r\nabc\n" * 5, newline="")
     found = figures(run, "--text", text, "--data-path", corpus.data[0], "--data-path", corpus.data[1])
@@ -40,12 +40,12 @@ def test_texts_and_datasets_have_their_figures(run, corpus, tmp_path):
     assert written["word_perplexity"] == pytest.approx(math.exp(total / 15))
     assert written["perplexity"] == pytest.approx(math.exp(written["loss"]))
     assert [one["name"] for one in datasets] == [str(prefix) for prefix in corpus.data]
-    # The same documents in another order: another sum, but a trained model knows both better than by chance.
+    # The same documents in another order: different sums, both below the loss of random guessing.
     assert all(one["loss"] < math.log(300) - 1 for one in datasets)
     assert datasets[0]["tokens"] == datasets[1]["tokens"]
 
 
-def test_windows_are_as_asked_and_a_limit_limits(run, corpus):
+def test_window_options_and_limit(run, corpus):
     plain = figures(run, "--data-path", corpus.data[0], "--limit", 500)
     overlapping = figures(run, "--data-path", corpus.data[0], "--limit", 500, "--overlapping-eval", 4)
     assert plain["texts"][0]["tokens"] == overlapping["texts"][0]["tokens"] == 500
@@ -55,7 +55,7 @@ def test_windows_are_as_asked_and_a_limit_limits(run, corpus):
     assert short["texts"][0]["loss"] != plain["texts"][0]["loss"]
 
 
-def test_wikitext_is_put_together_and_counted_as_published(run, tmp_path):
+def test_wikitext_is_detokenized_and_counted_as_published(run, tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(" \n = Abc = \n \n a hard @-@ shelled abc , of 0 @.@ 7 kg \n")
     (plain,), (joined,) = (figures(run, "--text", text, *words)["texts"] for words in ((), ("--wikitext",)))
@@ -89,7 +89,7 @@ def test_the_table_fits_a_terminal(run, tmp_path):
         (("--text", "{folder}/text", "--batch-size", 0), 2, "--batch-size: '0' is not a whole number from 1"),
     ],
 )
-def test_mistakes_are_named(run, tmp_path, words, code, said):
+def test_errors(run, tmp_path, words, code, said):
     (tmp_path / "empty").touch()
     (tmp_path / "latin1").write_bytes(b"\xe9t\xe9")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')

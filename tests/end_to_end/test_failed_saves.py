@@ -1,4 +1,4 @@
-"""A disk that fills while a run saves: it stops or trains on as it was told, and what was complete stays so."""
+"""Full disk during a save: the run stops or trains on, as configured, and complete checkpoints stay."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.slow
 MODES = [(), ("--async-save",)]
 JOB = ("--train-iters", 8, "--save-interval", 2, "--keep-last", 2, "--lr-decay-style", "constant")
 LIMIT = 50_000
-"""Bytes that a file may have: more than the logs take, and less than a checkpoint."""
+"""File size limit in bytes: above the size of the logs, below that of a checkpoint."""
 
 
 def full_disk(*, for_good, after=2):
-    """In a job: once iteration `after` is saved, the kernel refuses to write long files, for good or for one save."""
+    """In a job: after the save of iteration `after`, make long writes fail, permanently or for one save."""
     message = Reporter.message
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -46,7 +46,7 @@ def full_disk(*, for_good, after=2):
 
 
 def left_behind(save):
-    """What lies in the folder besides the checkpoints and the files that every run has."""
+    """Return unexpected files in the folder."""
     known = {"exit_status.json", "metrics.jsonl", "latest_checkpointed_iteration.txt"}
     known |= {"completed_iteration.txt", *checkpoints(save)}
     return {path.name for path in save.iterdir()} - known
@@ -68,7 +68,7 @@ def test_a_run_stops_and_its_checkpoints_stay(mode, corpus, start, tmp_path):
     assert status(save)["failed_saves"] == []
 
 
-def test_a_failure_in_the_background_is_met_at_once_and_not_at_the_next_save(corpus, start, tmp_path):
+def test_a_failed_background_save_is_reported_before_the_next_save(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--train-iters", 500, "--save-schedule", "2:4 1000", "--async-save", "--save", save)
     words = [word for position, word in enumerate(words) if "--save-interval" not in words[position - 1 : position + 1]]
@@ -78,7 +78,7 @@ def test_a_failure_in_the_background_is_met_at_once_and_not_at_the_next_save(cor
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_trains_on_and_saves_the_next_time(mode, corpus, start, tmp_path):
+def test_a_run_continues_and_saves_again(mode, corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, *mode, "--save", save, "--on-failed-save", "continue")
     result = start(words, partial(full_disk, for_good=False)).wait()
@@ -107,7 +107,7 @@ def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, 
 
 
 def die_before_latest(iteration):
-    """Makes a job die -9 when this checkpoint is whole and has its name, but is not the latest yet."""
+    """Kill a job with SIGKILL when this checkpoint has its final name and is not recorded as the latest yet."""
     set_latest = writing.set_latest
 
     def die(root, number):
@@ -118,7 +118,7 @@ def die_before_latest(iteration):
     writing.set_latest = die
 
 
-def test_a_job_that_died_before_the_announcement_goes_on_from_what_it_saved(corpus, start, tmp_path):
+def test_a_checkpoint_not_yet_recorded_as_latest_is_resumed(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--save", save, "--load", save)
     assert start(words, partial(die_before_latest, 4)).wait().code == -signal.SIGKILL
@@ -130,7 +130,7 @@ def test_a_job_that_died_before_the_announcement_goes_on_from_what_it_saved(corp
     assert checkpoints(save) == ["iter_0000006", "iter_0000008"]
 
 
-def test_weights_alone_fail_alike(corpus, start, tmp_path):
+def test_a_weights_only_save_fails_in_the_same_way(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--save", save, "--weights-only-every", 3, "--on-failed-save", "continue")
     result = start(words, partial(full_disk, for_good=False)).wait()
@@ -140,14 +140,14 @@ def test_weights_alone_fail_alike(corpus, start, tmp_path):
 
 
 class FullDisk(io.FileIO):
-    """A file on a disk without room."""
+    """File on a full disk."""
 
     def write(self, data):
         raise OSError(28, "No space left on device")
 
 
 def full_on_rank_1(backend, words, *, for_good):
-    """On one rank: a run in which rank 1's disk is full after the first save, even for a record of the failure."""
+    """Run on one rank; the disk of rank 1 is full after the first save, even for the failure record."""
     config = parse_run(words, world_size=backend.world_size).config
     with ExitStack() as stack:
         if backend.rank == 1:
@@ -163,7 +163,7 @@ def full_on_rank_1(backend, words, *, for_good):
 
 
 class SecondFileFull:
-    """Opens files as FileIO does, but those of the second save, or of all from then on, are full."""
+    """Opener of files that are full in the second save, or in all saves from then on."""
 
     def __init__(self, for_good):
         self.for_good, self.opened = for_good, 0
@@ -178,10 +178,10 @@ class SecondFileFull:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_ranks_agree_on_what_one_could_not_write(mode, corpus, on_ranks, tmp_path):
+def test_a_failure_of_one_rank_fails_the_save_on_all(mode, corpus, on_ranks, tmp_path):
     save = tmp_path / "run"
     words = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
-    # Rank 0 would wait half an hour for a record that rank 1 cannot write; on_ranks would end it after two minutes.
+    # Rank 0 must not wait for the record that rank 1 cannot write; on_ranks has a timeout.
     errors = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
     assert errors == [None, None]
     assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())

@@ -1,4 +1,4 @@
-"""Fingerprints on resume: changed data and tokenizers are errors, changed code is a warning, moved files are equal."""
+"""Data fingerprints on resume: changed data is an error, moved data is accepted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def moved(corpus, tmp_path):
-    """A copy of the first dataset under another name, without its manifest."""
+    """Return a copy of the first dataset under another name, without manifest."""
     for ending in ("bin", "idx"):
         shutil.copy(f"{corpus.data[0]}.{ending}", tmp_path / f"moved.{ending}")
     return tmp_path / "moved"
 
 
 def job(corpus, save, iterations, *words, data=None):
-    """A job of so many iterations in all, at a constant rate, so that a longer one is no other schedule."""
+    """Return a job with `iterations` iterations and a constant learning rate, independent of the length."""
     lengths = ("--train-iters", iterations, "--lr-decay-style", "constant", "--save-interval", 2)
     return command(*corpus.job(*lengths, "--save", save, "--load", save, *words, data=data))
 
@@ -49,7 +49,7 @@ def test_data_may_move_and_must_not_change(corpus, moved, tmp_path):
     accepted = job(corpus, save, 6, "--accept-changed", "data", data=corpus.data[1])
     assert accepted.code == 0, accepted.err
     assert "WARNING: continuing with changes that --accept-changed accepts:\n  data source 1: " in accepted.out
-    # From there on, this is the data.
+    # From there on, the new data is the data of the run.
     assert job(corpus, save, 8, data=corpus.data[1]).code == 0
     assert checkpoints(save)[-1] == "iter_0000008"
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(corpus, tmp_p
 
 
 def fingerprints_on(backend, words):
-    """On one rank: what its manifests would say. Only the first of a node may look at the data for it."""
+    """Return the fingerprints of manifests on one rank; only the first rank of a node may read the data."""
     config = parse_run(words, world_size=backend.world_size).config
     look = comparison.data_fingerprints if backend.rank == 0 else None
     with mock.patch.object(comparison, "data_fingerprints", look), assemble.assembled(config, backend) as run:

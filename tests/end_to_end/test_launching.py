@@ -1,4 +1,4 @@
-"""Jobs of several ranks as launchers start them: who meets whom, who prints what, and signals before training."""
+"""Jobs of several ranks started by launchers: rendezvous, output of each rank, signals before training."""
 
 import logging
 import multiprocessing
@@ -37,7 +37,7 @@ def free_port():
 
 
 class Process:
-    """One rank, with an output file of its own.
+    """Process of one rank with its own output file.
 
     Args:
         path: of the file.
@@ -82,7 +82,7 @@ class Process:
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Starts ranks: (words, one dict of variables per rank); they do not outlive the test."""
+    """Return a function that starts ranks (arguments, one dict of variables per rank), ended with the test."""
     started = []
     outputs = tmp_path / "outputs"
     outputs.mkdir()
@@ -188,7 +188,7 @@ def test_a_signal_to_one_waiting_rank_ends_the_others(ranks, tmp_path):
 
 
 def sleep_while_looking(rank):
-    """Rank 1 takes long to find its data."""
+    """Delay rank 1 at start."""
     original = assemble.find_start
 
     def slow(*words):
@@ -262,7 +262,7 @@ def test_warnings_and_errors_of_several_ranks_are_printed_once(ranks):
 
 
 def signal_at_2(rank):
-    """Rank 1, or all, receive SIGTERM in an iteration."""
+    """Send SIGTERM to rank 1, or to all ranks, in an iteration."""
     from megatron_lite.train.native import NativeEngine
 
     step_of = NativeEngine.train_step

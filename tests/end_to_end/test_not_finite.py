@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: fp16 skips and says so, bf16 and fp32 stop, and --no-check… goes on."""
+"""Non-finite losses and gradients: fp16 skips the step, bf16 and fp32 stop, --no-check-for-nan… continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.trainer import checkpoints, command, measured, records, status
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.runs.manifest import read_manifest
 
-# The third step throws the parameters so far that the fourth loss cannot be finite.
+# The third step moves the parameters so far that the fourth loss is not finite.
 DIVERGING = ("--lr", 1e37, "--lr-decay-style", "constant", "--lr-warmup-iters", 2, "--clip-grad", 0)
 RUN = ("--train-iters", 8, "--save-interval", 1, "--eval-interval", 100)
 
@@ -59,7 +59,7 @@ def test_without_the_check_training_goes_on(corpus, tmp_path):
 
 
 def poison(forward, iteration):
-    """GPTStage.forward whose output is infinite in one iteration."""
+    """Make the output of GPTStage.forward infinite in one iteration."""
     calls = []
 
     def poisoned(self, *args, **kwargs):
@@ -70,8 +70,8 @@ def poison(forward, iteration):
     return poisoned
 
 
-def test_one_bad_iteration_can_be_left_out(corpus, tmp_path, monkeypatch):
-    """The way that the message shows: go on from the last checkpoint and skip the iteration."""
+def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
+    """The fix in the message: resume from the last checkpoint and skip the iteration."""
     save = tmp_path / "run"
     words = corpus.job(*RUN, "--save", save, "--load", save)
     with monkeypatch.context() as patch:
@@ -86,7 +86,7 @@ def test_one_bad_iteration_can_be_left_out(corpus, tmp_path, monkeypatch):
     assert iterations[3]["consumed_train_samples"] == 20
 
 
-def test_fp16_skips_an_overflow_and_says_so(corpus, tmp_path, monkeypatch):
+def test_fp16_skips_and_reports_an_overflow(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
     monkeypatch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))
     words = ("--fp16", "--initial-loss-scale", 1024, "--hysteresis", 1, "--lr", 1e-3, "--lr-decay-style", "linear")

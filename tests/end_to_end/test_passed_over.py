@@ -1,4 +1,4 @@
-"""--fallback-on-corrupt, and the starts after it: what was passed over is kept and stands in nobody's way."""
+"""--fallback-on-corrupt and later starts: damaged checkpoints are kept aside and ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.runs.catalog import read_latest
 
 @pytest.fixture
 def damaged(corpus, tmp_path):
-    """The --save folder of a run of four iterations, the checkpoints of the last two damaged."""
+    """Return the --save folder of a run of four iterations with the last two checkpoints damaged."""
     save = tmp_path / "run"
     assert command(*corpus.job("--train-iters", 4, "--save-interval", 1, "--save", save)).code == 0
     for iteration in (3, 4):
@@ -23,7 +23,7 @@ def damaged(corpus, tmp_path):
     return save
 
 
-def test_a_save_older_than_the_damaged_one_is_gone_on_from(damaged, corpus):
+def test_a_resume_from_the_checkpoint_before_the_damaged_ones(damaged, corpus):
     job = partial(corpus.job, "--save", damaged, "--load", damaged, "--fallback-on-corrupt", "--train-iters", 8)
     job = partial(job, "--override-opt_param-scheduler", "--save-interval", 1, "--exit-after-iters", 1)
     first = command(*job())

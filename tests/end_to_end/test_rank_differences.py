@@ -1,4 +1,4 @@
-"""Ranks started by hand, on one machine, that do not have the same command line or files: found at start, said once."""
+"""Ranks with different command lines or files: detected at start, reported once."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ def job(corpus, *words, data=None):
 
 
 def said(results):
-    """Rank 0's error, once all ranks have ended with one and the others were silent."""
+    """Return the error of rank 0; check that all ranks failed and only rank 0 printed it."""
     assert [result.code for result in results] == [1] * len(results), results
     assert results[0].err.count("RankDifferenceError") == 1
     for result in results[1:]:
@@ -53,9 +53,9 @@ def test_other_flags(corpus, ranks, words, lines):
     assert "same command line" in text
 
 
-def test_what_may_differ_does(corpus, ranks, tmp_path):
+def test_allowed_differences(corpus, ranks, tmp_path):
     copy = [shutil.copy(f"{corpus.data[0]}{suffix}", tmp_path / f"copy{suffix}") for suffix in (".bin", ".idx")]
-    # No more threads: OpenMP's do not survive the fork that starts a rank here.
+    # One thread: threads of OpenMP do not survive the fork that starts a rank.
     words = ("--data-cache-path", tmp_path, "--metrics-file", tmp_path / "metrics.jsonl")
     results = ranks(job(corpus), job(corpus, *words, data=copy[0].with_suffix("")))
     assert [result.code for result in results] == [0, 0], results
@@ -95,14 +95,14 @@ def test_other_data_of_another_size(corpus, ranks, tmp_path):
     assert "data source 1 " in text
 
 
-def test_files_that_one_rank_lacks(corpus, ranks, tmp_path):
+def test_files_missing_on_one_rank(corpus, ranks, tmp_path):
     words = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
     text = said(ranks(job(corpus), job(corpus, *words)))
     assert f"rank 1 ({HOST}): 2 errors:" in text
     assert f"There is no --tokenizer-model {tmp_path / 'none'}" in text
 
 
-def test_files_that_all_ranks_lack_are_said_once(corpus, ranks, tmp_path):
+def test_files_missing_on_all_ranks_are_reported_once(corpus, ranks, tmp_path):
     words = job(corpus, "--tokenizer-model", tmp_path / "none")
     results = ranks(words, words)
     assert [result.code for result in results] == [1, 1]
@@ -117,7 +117,7 @@ def test_a_damaged_tokenizer_on_one_rank(corpus, ranks, tmp_path):
     assert f"rank 1 ({HOST}): " in text and str(broken) in text
 
 
-def test_another_card_is_a_warning(corpus, ranks):
+def test_another_gpu_model_is_a_warning(corpus, ranks):
     def prepare(rank):
         from megatron_lite.backend.cpu import CpuBackend
 

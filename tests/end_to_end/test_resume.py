@@ -1,4 +1,4 @@
-"""N iterations, kill -9, resume, M iterations: every number and every parameter as if nothing had happened."""
+"""N iterations, kill -9, resume, M iterations: bit for bit equal to N + M iterations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.metrics.reporter import Reporter
 
 pytestmark = pytest.mark.slow
 
-# An odd save interval, so that some saves fall on an evaluation and some do not.
+# An odd save interval, so that some saves coincide with evaluations.
 LONG = ("--train-iters", 12, "--save-interval", 3, "--eval-interval", 4)
 DROPOUT = ("--hidden-dropout", 0.1, "--attention-dropout", 0.1)
 RISING_DECAY = ("--weight-decay-incr-style", "cosine", "--start-weight-decay", 0.01, "--end-weight-decay", 0.3)
@@ -24,7 +24,7 @@ VARIANTS = {
     "ramp-up": (*LONG, "--global-batch-size", 8, "--rampup-batch-size", 2, 2, 30),
     "samples": ("--train-samples", 50, "--lr-warmup-samples", 13, "--save-interval", 3, "--eval-interval", 4),
     "bf16": (*LONG, *DROPOUT, "--bf16", "--clip-grad", 0.5),
-    # From a scale that overflows a few times and grows twice, so that the scaler's own state matters.
+    # A loss scale that overflows a few times and grows twice, so that the state of the scaler matters.
     "fp16": (*LONG, "--fp16", "--initial-loss-scale", 2.0**22, "--loss-scale-window", 3, "--hysteresis", 2),
     "async": (*LONG, *DROPOUT, "--async-save"),
     "cyclic, masks": (*LONG, "--dataloader-type", "cyclic", "--reset-position-ids", "--reset-attention-mask"),
@@ -33,12 +33,12 @@ VARIANTS = {
 
 
 def words_of(variant, corpus, folder):
-    """The job of a variant that saves in `folder`, and goes on from there."""
+    """Return the job of a variant that resumes from and saves to `folder`."""
     return corpus.job(*VARIANTS[variant], "--save", folder, "--load", folder)
 
 
 def die_after(iteration):
-    """Makes the process kill itself -9 once it has reported an iteration, before it can evaluate or save."""
+    """Make the process kill itself with SIGKILL after an iteration, before evaluation and save."""
     report = Reporter.iteration
 
     def report_and_die(self, values):
@@ -71,7 +71,7 @@ def test_killed_at_random_moments_until_it_is_done(corpus, start, tmp_path):
     for _ in range(4):
         job = start(corpus.job(*many, "--save", broken, "--load", broken))
         before = len(checkpoints(broken))
-        # Every iteration saves, so half of these moments and more lie in the middle of a save.
+        # Every iteration saves, so most of these moments are during a save.
         if job.until(partial(_more_than, before, broken)):
             time.sleep(draw.uniform(0.0, 0.05))
             job.send(signal.SIGKILL)
@@ -88,7 +88,7 @@ def _more_than(count, folder):
 
 
 class DyingOpen:
-    """An audit hook that kills the process -9 at the n-th file that it opens, renames or removes in a save."""
+    """Audit hook that kills the process with SIGKILL at the n-th file opened, renamed or removed in a save."""
 
     def __init__(self, folder, count):
         self.folder, self.left = str(folder), count

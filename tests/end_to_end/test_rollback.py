@@ -1,4 +1,4 @@
-"""Loss spikes and the way back: found, told, left out, and the run that follows is one that never saw those samples."""
+"""Loss spikes and rollback: detection, report, excluded samples, equality with a run without these samples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.slow
 JOB = ("--train-iters", 20, "--save-interval", 4, "--eval-interval", 10, "--seed", 5)
 SPIKES = ("--spike-factor", 2, "--spike-patience", 2)
 BAD = range(44, 52)
-"""Places of the samples of iterations 12 and 13, whose losses are made high."""
+"""Places of the samples of iterations 12 and 13, which get high losses."""
 
 
 @contextmanager
 def spoiled():
-    """Makes the loss high wherever a bad sample is trained on; gives the places trained on, a list an iteration."""
+    """Make the loss of bad samples high; return the places trained on, one list per iteration."""
     places = []
     reader, step = RunData.train_reader, NativeEngine.train_step
 
@@ -52,7 +52,7 @@ def seen():
         yield places
 
 
-def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, tmp_path):
+def test_a_spike_is_reported_and_a_rollback_excludes_its_samples(corpus, seen, tmp_path):
     save, board = tmp_path / "run", tmp_path / "board"
     words = corpus.job(*JOB, *SPIKES, "--save", save, "--load", save, "--tensorboard-dir", board)
     result = command(*words, "--keep-last", 1)
@@ -60,7 +60,7 @@ def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, t
     (told,) = [record["text"] for record in records(save) if "loss spike" in str(record.get("text"))]
     assert "in iterations 12 to 13" in told
     assert "trained on samples 40 to 51" in told
-    # Only the last, and those around the spike, are left.
+    # The last checkpoint and those around the spike are kept.
     assert checkpoints(save) == ["iter_0000008", "iter_0000016", "iter_0000020"]
     assert f"megatron-lite rollback {save} --to 8 --skip-samples 40-51" in result.out
 
@@ -73,7 +73,7 @@ def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, t
     assert command("checkpoint", "verify", save).code == 0
     assert steps(board) == {"lm loss": list(range(1, 9)), "lm loss vs samples": list(range(4, 33, 4))}
 
-    # 9 consumed iterations are 36 samples; the tenth begins behind those left out.
+    # 9 iterations consume 36 samples; the tenth starts after the excluded samples.
     shown = command("data", "samples", "--iteration", 11, *words[1:])
     assert [line.split()[1] for line in shown.out.splitlines() if line.startswith("sample ")] == [
         "52",
@@ -90,7 +90,7 @@ def test_a_spike_is_told_and_the_way_back_leaves_its_samples_out(corpus, seen, t
 
 
 def steps(board):
-    """Steps of two tags in TensorBoard's files."""
+    """Return the steps of two tags in the TensorBoard files."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(board))
     events.Reload()
@@ -98,7 +98,7 @@ def steps(board):
 
 
 @pytest.mark.parametrize("mode", [(), ("--async-save",)])
-def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
+def test_automatic_rollback(corpus, seen, tmp_path, mode):
     save, by_hand = tmp_path / "run", tmp_path / "hand"
     words = (*corpus.job(*JOB, *mode), "--auto-rollback", 1, *SPIKES)
     result = command(*words, "--save", save)
@@ -109,7 +109,7 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
     assert checkpoints(save) == [f"iter_{number:07d}" for number in (4, 8, 12, 16, 20)]
     assert iterations(save) == list(range(1, 21))
 
-    # The same by hand, with a start in between.
+    # The same with manual rollbacks, between two jobs.
     stopped = corpus.job(*JOB, "--save", by_hand, "--load", by_hand)
     assert command(*stopped, "--exit-interval", 8).code == 0
     assert command("rollback", by_hand, "--to", 8, "--skip-samples", "40-51").code == 0
@@ -118,7 +118,7 @@ def test_an_unattended_run_goes_back_by_itself(corpus, seen, tmp_path, mode):
 
 
 def spoiled_job(backend, words):
-    """On one rank: a job whose loss is high where any replica trains on a bad sample; the places it trained on."""
+    """Run a job on one rank whose loss is high for bad samples of any replica; return the places trained on."""
     config = parse_run(words, world_size=backend.world_size).config
     with spoiled() as places, ExitRecord(config.checkpoint.save, backend.launch) as record:
         train_job(config, record, started=time.monotonic(), backend=backend)
@@ -134,7 +134,7 @@ def spoiled_job(backend, words):
     ],
     ids=["dp2", "tp2", "pp2"],
 )
-def test_several_ranks_go_back_together(layout, corpus, on_ranks, tmp_path):
+def test_automatic_rollback_on_several_ranks(layout, corpus, on_ranks, tmp_path):
     def job(save, *more):
         return [str(word) for word in corpus.job(*JOB, *layout, "--save", save, "--load", save, *more)[1:]]
 
@@ -153,7 +153,7 @@ def test_several_ranks_go_back_together(layout, corpus, on_ranks, tmp_path):
     assert_same_run(save, by_hand)
 
 
-def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch, tmp_path):
+def test_samples_of_a_nan_loss_are_excluded(corpus, seen, monkeypatch, tmp_path):
     save, step = tmp_path / "run", NativeEngine.train_step
 
     def spoil(self, plan, read):
@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_is_left_out_as_well(corpus, seen, monkeypatch,
     words = (*corpus.job(*JOB), "--save", save, "--spike-factor", 2)
     result = command(*words, "--auto-rollback", 2)
     assert result.code == 0, result.err
-    # Each time, the iteration and the one before it.
+    # Each time, the iteration and the one before.
     assert "rolling back to iteration 8, skipping samples 40 to 47 (rollback 1 of at most 2)" in result.out
     assert "rolling back to iteration 8, skipping samples 36 to 51 (rollback 2 of at most 2)" in result.out
     assert iterations(save) == list(range(1, 21))
@@ -179,7 +179,7 @@ def test_a_spike_is_found_across_two_jobs(corpus, seen, tmp_path):
     save = tmp_path / "run"
     words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--keep-last", 1)
     assert command(*words, "--exit-interval", 12).code == 0
-    # What began in the last iteration may be a spike: the checkpoint from before it stays.
+    # The last iteration may be the start of a spike: the checkpoint before it is kept.
     assert checkpoints(save) == ["iter_0000008", "iter_0000012"]
     result = command(*words)
     assert "in iterations 12 to 13" in result.out
@@ -197,7 +197,7 @@ def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):
     assert "rollback 1 of" not in result.out
 
 
-def test_what_cannot_be_rolled_back_is_refused(corpus, tmp_path):
+def test_invalid_rollbacks_are_errors(corpus, tmp_path):
     save = tmp_path / "run"
     assert command(*corpus.job("--train-iters", 6, "--save-interval", 3, "--save", save)).code == 0
     before = (save / "iter_0000003" / "manifest.json").read_bytes()
@@ -211,13 +211,13 @@ def test_what_cannot_be_rolled_back_is_refused(corpus, tmp_path):
         assert text in result.err
     assert checkpoints(save) == ["iter_0000003", "iter_0000006"]
     assert (save / "iter_0000003" / "manifest.json").read_bytes() == before
-    # Asking twice is no error: a kill may have come in between.
+    # A repeated command is no error: the first may have been killed.
     for _ in range(2):
         assert command("rollback", save, "--to", 3, "--skip-samples", "12-15").code == 0
     assert read_manifest(save / "iter_0000003").provenance.skipped_samples == ((12, 16),)
 
 
-def test_weights_alone(corpus, tmp_path):
+def test_a_weights_only_rollback(corpus, tmp_path):
     save, other = tmp_path / "run", tmp_path / "other"
     options = ("--train-iters", 6, "--save-interval", 6, "--weights-only-every", 2, "--bf16")
     assert command(*corpus.job(*options, "--save", save, "--async-save")).code == 0

@@ -1,4 +1,4 @@
-"""A run that is told to stop while it evaluates: it abandons the evaluation, saves, and makes it when it goes on."""
+"""Stops during an evaluation: the evaluation is abandoned and repeated by the next job."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from megatron_lite.train.native import NativeEngine
 pytestmark = pytest.mark.slow
 
 JOB = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4, "--eval-iters", 3)
-"""Validations of three steps after iterations 4 and 8 and at the end, and a test of three steps: 12 in all."""
+"""Validations of three steps after iterations 4 and 8 and at the end, and a test of three steps: 12 steps."""
 STEPS = 12
 
 
 def at_step(wanted, action):
-    """Makes the job do something in the given evaluation step, counted from 1 over all evaluations."""
+    """Make the job call a function in an evaluation step, counted from 1 over all evaluations."""
     step, count = NativeEngine.eval_step, 0
 
     def act(self, *args):
@@ -46,7 +46,7 @@ def terminate():
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The --save of an uninterrupted run of JOB."""
+    """Return the --save folder of an uninterrupted run of JOB."""
     save = tmp_path_factory.mktemp("whole") / "run"
     assert command(*corpus.job(*JOB, "--save", save)).code == 0
     return save
@@ -69,7 +69,7 @@ def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step,
     assert result.code == 0, result.err
     assert status(save)["status"] == "completed"
     assert_same_run(whole, save)
-    if step < 9:  # TensorBoard does not tell an evaluation at the end from one after an iteration
+    if step < 9:  # TensorBoard does not distinguish an evaluation at the end from one after an iteration
         assert points(tmp_path / "board", "lm loss validation") == [4, 8, 8]
     progress = read_manifest(save / "iter_0000008").scalars["progress"]
     expected = read_manifest(whole / "iter_0000008").scalars["progress"]
@@ -82,16 +82,16 @@ def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step,
 
 
 def points(board, tag):
-    """Steps of a tag in TensorBoard's files."""
+    """Return the steps of a tag in the TensorBoard files."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(board))
     events.Reload()
-    # Files of jobs that start in the same second are read in any order.
+    # The order of files of jobs started in the same second is undefined.
     return sorted(event.step for event in events.Scalars(tag))
 
 
 def test_a_validation_that_is_made_late_is_kept_once_whatever_happens_after_it(corpus, start, tmp_path, whole):
-    """Killed after it, before the next save: it is made a third time."""
+    """A kill after the validation and before the next save: it is made a third time."""
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
     assert start(words, partial(at_step, 2, terminate)).wait().code == 0
@@ -145,7 +145,7 @@ def test_a_kill_switch_in_a_validation(corpus, start, tmp_path, whole):
 
 
 class Clock:
-    """Counts a second for each evaluation step."""
+    """Clock that advances one second per evaluation step."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -172,7 +172,7 @@ def test_a_time_limit_ends_a_validation(corpus, tmp_path, whole, monkeypatch):
     assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 4)
     assert "the same command resumes from iteration 4" in result.out.splitlines()[-1]
     assert "--eval-iters" not in result.out.splitlines()[-1]
-    # The next job can do no more, and says what must change.
+    # The next job has no more time, and its message says what to change.
     result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
     assert (status(save)["status"], iterations(save)) == ("time_limit", [1, 2, 3, 4])
     assert "with a larger --exit-duration-in-mins or a smaller --eval-iters" in result.out.splitlines()[-1]
@@ -196,7 +196,7 @@ def test_an_evaluation_is_not_begun_if_it_would_not_end_in_time(corpus, tmp_path
 
 
 def on_one_of(backend, words, rank, steps):
-    """On one rank of a job: SIGTERM in an evaluation step, to this rank alone if it is `rank`."""
+    """Run a job on one rank with SIGTERM in an evaluation step, for rank `rank` only."""
     config = parse_run(words, world_size=backend.world_size).config
     step, count = NativeEngine.eval_step, 0
 
@@ -233,7 +233,7 @@ def test_a_signal_to_one_rank_ends_the_evaluation_on_all(layout, corpus, on_rank
 
 
 @pytest.mark.parametrize(("step", "made"), [(1, []), (4, ["validation"])])
-def test_evaluating_alone_stops_as_well(step, made, corpus, start, tmp_path, whole):
+def test_an_evaluation_job_stops_as_well(step, made, corpus, start, tmp_path, whole):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--load", whole, "--save", save, "--skip-train")
     result = start(words, partial(at_step, step, terminate)).wait()
@@ -246,7 +246,7 @@ def test_evaluating_alone_stops_as_well(step, made, corpus, start, tmp_path, who
     assert status(save)["status"] == "evaluated"
 
 
-def test_what_is_said(corpus, start, tmp_path):
+def test_messages(corpus, start, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*JOB, "--save", save, "--load", save)
     assert start(words, partial(at_step, 2, terminate)).wait().code == 0

@@ -1,4 +1,4 @@
-"""How a run is stopped: Ctrl-C, signals, limits; what it says, what it saves, and that the next start loses nothing."""
+"""Stops by Ctrl-C, signals and limits: messages, saves, and a resume without loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4)
 
 
 def signal_after(number, iteration, times=1):
-    """Makes the process send itself a signal when an iteration is reported, which is before the iteration is over."""
+    """Make the process send itself a signal when an iteration is reported, before its end."""
     report = Reporter.iteration
 
     def report_and_send(self, values):
@@ -56,7 +56,7 @@ def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, sta
     assert_same_run(whole, broken)
 
 
-def test_a_background_save_is_on_the_disk_before_the_last_word(corpus, start, tmp_path):
+def test_a_background_save_is_complete_before_the_last_message(corpus, start, tmp_path):
     words = corpus.job(*SHORT, "--async-save", "--save", tmp_path / "run")
     result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
     assert result.code == 0
@@ -81,15 +81,15 @@ def test_a_second_ctrl_c_stops_at_once(corpus, start, tmp_path):
     assert iterations(save) == list(range(1, 9))
 
 
-def test_without_the_handler_a_signal_is_deadly(corpus, start, tmp_path):
+def test_a_signal_without_the_handler_kills(corpus, start, tmp_path):
     words = corpus.job(*SHORT, "--no-exit-signal-handler", "--save", tmp_path / "run")
     result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
     assert result.code == -signal.SIGTERM
     assert checkpoints(tmp_path / "run") == ["iter_0000003"]
 
 
-def test_ctrl_c_at_a_real_terminal(corpus, tmp_path):
-    """The script itself, in an interpreter and terminal of its own: the key is pressed once the bar is there."""
+def test_ctrl_c_in_a_terminal(corpus, tmp_path):
+    """Ctrl-C in a pseudo-terminal with its own interpreter, after the progress bar appears."""
     save = tmp_path / "run"
     words = [
         str(word)
@@ -112,7 +112,7 @@ def test_ctrl_c_at_a_real_terminal(corpus, tmp_path):
     try:
         while block := os.read(keyboard, 1 << 16):
             shown += block.decode()
-    except OSError:  # Linux's end of a terminal
+    except OSError:  # end of a terminal on Linux
         pass
     assert job.wait(60) == 0, shown
     os.close(keyboard)
@@ -131,7 +131,7 @@ def _own_terminal(terminal):
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
-def test_a_finished_run_started_again_is_left_alone(corpus, tmp_path):
+def test_a_finished_run_is_not_changed_by_another_start(corpus, tmp_path):
     save = tmp_path / "run"
     words = corpus.job(*SHORT, "--save", save, "--load", save)
     assert command(*words).code == 0
@@ -173,7 +173,7 @@ def _die_in_the_last_evaluation():
     Reporter.validation = lambda self, report: os.kill(os.getpid(), signal.SIGKILL) if report.at_end else None
 
 
-def test_more_iterations_go_on_from_a_finished_run(corpus, tmp_path):
+def test_a_finished_run_can_be_extended(corpus, tmp_path):
     save = tmp_path / "run"
     job = partial(corpus.job, "--save", save, "--load", save, "--save-interval", 3, "--lr-decay-style", "cosine")
     assert command(*job("--train-iters", 6)).code == 0
@@ -205,11 +205,11 @@ def test_the_checkpoints_schedule_can_be_kept_by_a_longer_run(corpus, tmp_path):
         (("--exit-samples", 18), 5, "exit_flag", "exiting program after 20 samples (--exit-samples)"),
         (("--exit-after-iters", 2), 2, "exit_flag", "exiting program after 2 iterations (--exit-after-iters)"),
         (("--exit-duration-in-mins", 1e-9), 1, "time_limit", "exiting program after 0.0 minutes"),
-        # The run's own end is its end, also where an exit falls on it.
+        # The end of the run takes precedence over an exit at the same iteration.
         (("--exit-interval", 8), 8, "completed", "training is complete after 8 iterations"),
     ],
 )
-def test_limits_save_and_say_why(words, last, expected, message, corpus, tmp_path):
+def test_limits_save_and_report_the_reason(words, last, expected, message, corpus, tmp_path):
     save = tmp_path / "run"
     result = command(*corpus.job(*SHORT, "--save", save, *words))
     assert result.code == 0
@@ -252,7 +252,7 @@ def test_kill_switch(corpus, start, tmp_path):
     assert status(save)["status"] == "kill_switch"
     stopped = iterations(save)
     assert checkpoints(save) == [f"iter_{stopped[-1]:07d}"]
-    # While it is there, a queue of jobs trains nothing.
+    # While the file exists, later jobs train nothing.
     assert command(*words).code == 0
     assert iterations(save) == stopped
 

@@ -1,4 +1,4 @@
-"""What a training command can be told, through the command line: models, schedules, evaluation, what is measured."""
+"""Training through the command line: models, schedules, evaluation, metrics."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_every_model_trains_and_resumes(model, corpus, tmp_path):
     assert_same_run(whole, broken)
 
 
-def test_a_compiled_model_trains_alike_and_resumes(corpus, tmp_path, monkeypatch):
-    """Everything of --compile but its code generation, which takes a minute and is torch's."""
+def test_a_compiled_model_trains_equally_and_resumes(corpus, tmp_path, monkeypatch):
+    """--compile without code generation, which takes a minute."""
     monkeypatch.setattr(GPTStage, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     words = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
@@ -106,7 +106,7 @@ def test_learning_rates(style, length, corpus, tmp_path):
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
-def test_other_ways_to_train_learn_too(words, corpus, tmp_path):
+def test_other_settings_train(words, corpus, tmp_path):
     result = command(*corpus.job("--train-iters", 12, *words, "--metrics-file", tmp_path / "metrics.jsonl"))
     assert result.code == 0, result.err
     losses = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["kind"] == "iteration"]
@@ -156,7 +156,7 @@ def test_skip_train_evaluates_a_checkpoint_and_changes_nothing(corpus, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
 
 
-def test_finetune_takes_the_weights_alone(corpus, tmp_path):
+def test_finetune_loads_the_weights_only(corpus, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert command(*corpus.job(*RESUMED, "--save", first)).code == 0
     result = command(*corpus.job(*RESUMED, "--save", second, "--load", first, "--finetune"))
@@ -201,7 +201,7 @@ def test_timers(corpus):
         assert len(lines) == 3
         fields = [dict(re.findall(r"([a-z-]+): (\d+\.\d\d)", line)) for line in lines]
         assert all(list(found) == names for found in fields)
-        for found in fields:  # evaluations between the iterations are not in them
+        for found in fields:  # without the evaluations between iterations
             times = {name: float(value) for name, value in found.items()}
             assert times["train-step"] >= sum(times[name] for name in parts[1:]) - 0.05
             assert times["forward-backward"] >= sum(times.get(name, 0) for name in inner) - 0.05
@@ -230,7 +230,7 @@ def test_tensorboard_tags(corpus, tmp_path):
     assert [point.step for point in events.Scalars("lm loss vs samples")] == [4, 8, 12, 16, 20, 24]
 
 
-def test_tensorboard_shows_work_that_was_lost_once(corpus, tmp_path):
+def test_tensorboard_points_of_lost_iterations_are_removed(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def steps(tag):
@@ -242,7 +242,7 @@ def test_tensorboard_shows_work_that_was_lost_once(corpus, tmp_path):
     words = corpus.job("--train-iters", 8, "--save", save, "--save-interval", 3, "--tensorboard-dir", tmp_path / "tb")
     assert command(*words, "--exit-interval", 5, "--no-save-on-exit").code == 0
     assert steps("lm loss") == [1, 2, 3, 4, 5]
-    # A run that branches off leaves the first one's points alone; the run itself takes them back.
+    # A run that starts from another run keeps the points of that run; a resume removes later points.
     branch = (*words, "--load", save, "--save", tmp_path / "branch", "--exit-interval", 4)
     assert command(*branch).code == 0
     assert steps("lm loss") == [1, 2, 3, 4, 5, 4]
@@ -251,7 +251,7 @@ def test_tensorboard_shows_work_that_was_lost_once(corpus, tmp_path):
     assert steps("lm loss vs samples") == list(range(4, 33, 4))
 
 
-def test_the_run_introduces_itself(corpus, tmp_path):
+def test_start_messages(corpus, tmp_path):
     save = tmp_path / "run"
     result = command(*corpus.job(*RESUMED, "--save", save, "--exit-after-iters", 2, "--lr-warmup-iters", 2))
     lines = [line.split(maxsplit=1) for line in result.out.splitlines()[:10]]

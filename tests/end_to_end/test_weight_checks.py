@@ -18,7 +18,7 @@ def job(corpus, save, *words):
 
 
 def flip_after(iteration, on):
-    """Flips a bit of rank `on` after that iteration."""
+    """Flip a bit of rank `on` after an iteration."""
 
     def prepare(rank):
         from megatron_lite.train.native import NativeEngine
@@ -64,7 +64,7 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_repair_goes_on_as_if_nothing_had_happened(corpus, ranks, tmp_path, clean):
+def test_a_repaired_run_equals_one_without_difference(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     words = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
     results = ranks(words, words, prepare=flip_after(3, on=1))
@@ -76,7 +76,7 @@ def test_a_repair_goes_on_as_if_nothing_had_happened(corpus, ranks, tmp_path, cl
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_with_other_checks_is_the_same(corpus, ranks, tmp_path, clean):
+def test_checks_can_change_on_resume(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     for words in (("--exit-interval", 4, CHECK, 2), ()):
         results = ranks(*[job(corpus, save, *words)] * 2)

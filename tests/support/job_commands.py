@@ -1,4 +1,4 @@
-"""Command lines like those of real jobs, in the spellings that those use."""
+"""Command lines of real jobs, in their spellings of flags."""
 
 import shlex
 
@@ -87,7 +87,7 @@ FAMOUS = {
 
 
 def without(argv: list[str], *flags: str) -> list[str]:
-    """The command line without some flags and their words."""
+    """Return the command line without some flags and their values."""
     kept, dropping = [], False
     for word in argv:
         if word.startswith("--"):

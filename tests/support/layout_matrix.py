@@ -1,4 +1,4 @@
-"""The layouts that must all train the same model: a covering set, how one is run, and how far it is from another.
+"""Matrix of layouts that must train the same model: a covering set, a runner, and deviations between two runs.
 
 Each cell trains 20 iterations of a tiny model on the same samples through the real engine. The batch ramps up from 2
 micro-batches to 10, so replicas hold uneven numbers of them, and where there are more than two, none at first.
@@ -41,7 +41,7 @@ DROPOUT = {"": (0.0, 0.0), "hidden": (0.1, 0.0), "all": (0.1, 0.1)}
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout and the model that it trains."""
+    """One layout and its model."""
 
     tp: int = 1
     pp: int = 1
@@ -69,7 +69,7 @@ class Cell:
         return self.layers // self.pp // self.layers_per_chunk if self.layers_per_chunk else 1
 
     def reference(self):
-        """The smallest layout that draws the same numbers: one process, or tp alone where dropout is split over tp."""
+        """Return the smallest layout with equal random numbers: one process, or tp only if tp splits dropout."""
         tp = self.tp if self.dropout and (self.dropout == "all" or self.sequence_parallel) else 1
         split = self.sequence_parallel and tp > 1
         micro_batch = self.micro_batch if self.dropout else 1
@@ -111,7 +111,7 @@ class Cell:
             data=DataConfig(reset_attention_mask=self.documents),
             training=TrainingConfig(train_iters=ITERATIONS),
             lr=LrConfig(lr=2e-3, min_lr=2e-4, style="cosine", warmup_iters=3),
-            # With an epsilon above the rounding of small gradients, Adam does not turn that rounding into whole steps.
+            # An epsilon above the rounding errors of small gradients keeps Adam from turning them into full steps.
             optimizer=OptimizerConfig(weight_decay=0.1, adam_eps=1e-2),
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RecomputeConfig(granularity=self.recompute or "none"),
@@ -165,7 +165,7 @@ CELLS = (
     Cell(tp=2, dp=2, model="llama", **SP, **ZERO1),
     Cell(pp=2, dp=2, schedule="1f1b", **ZERO1),
     Cell(pp=2, dp=2, model="llama", schedule="zb-v", bucket_megabytes=0),
-    # world 8: three axes, and the longest of each
+    # world 8: three axes, and the largest size of each
     Cell(tp=8, layers=2, micro_batch=2),
     Cell(pp=8, layers=8, model="bloom"),
     Cell(dp=8, model="llama", **ZERO1),
@@ -182,7 +182,7 @@ CELLS = (
 
 @dataclass
 class Outcome:
-    """What a layout trained: losses and gradient norms of each iteration, an evaluation, and its final tensors."""
+    """Result of a layout: losses and gradient norms of each iteration, an evaluation loss, final tensors."""
 
     losses: list
     norms: list
@@ -192,12 +192,12 @@ class Outcome:
 
 @lru_cache(maxsize=64)
 def mesh_of(backend, tp, pp):
-    """One mesh for each shape of a world: groups are worth keeping."""
+    """Return the mesh of a layout; meshes are cached because creating groups is slow."""
     return build_mesh(backend, ParallelConfig(world_size=backend.world_size, tp=tp, pp=pp))
 
 
 def sample(number):
-    """Sample `number`: [LENGTH + 1] tokens, an arithmetic sequence with a few of its terms replaced."""
+    """Return sample `number`: [LENGTH + 1] tokens, an arithmetic sequence with some terms replaced."""
     generator = np.random.default_rng([5, number])
     start, step = generator.integers(0, VOCABULARY), generator.integers(1, 4)
     tokens = (start + step * np.arange(LENGTH + 1)) % VOCABULARY
@@ -227,7 +227,7 @@ def reader(mesh, first, size, documents=False):
 
 
 def iterate(config, mesh, engine, progress, iterations):
-    """Trains; returns losses, gradient norms and the progress made."""
+    """Train; return losses, gradient norms and progress."""
     losses, norms = [], []
     for _ in range(iterations):
         plan = plan_iteration(config, progress, replica=mesh.dp.rank)
@@ -240,7 +240,7 @@ def iterate(config, mesh, engine, progress, iterations):
 
 
 def evaluate(config, mesh, engine):
-    """Mean loss of samples that no training step sees."""
+    """Return the mean loss of held-out samples."""
     size = config.batch.micro_batch_size
     count = num_microbatches(EVALUATED, size, mesh.dp.size, mesh.dp.rank)
     read = reader(mesh, 10_000, size, config.data.reset_attention_mask)
@@ -248,7 +248,7 @@ def evaluate(config, mesh, engine):
 
 
 def run_cell(backend, cell):
-    """On one rank: the whole run; tensors as (name, global shape, write, [(offset, numpy array)])."""
+    """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)])."""
     config = cell.config()
     mesh = mesh_of(backend, cell.tp, cell.pp)
     engine = build_engine(config, mesh)
@@ -262,7 +262,7 @@ def run_cell(backend, cell):
 
 
 def put_together(ranks):
-    """Every rank's result -> one Outcome; all must agree on the numbers, and write each element exactly once."""
+    """Combine the results of all ranks into one Outcome; check equal numbers and that each element is written once."""
     losses, norms, evaluation, _ = ranks[0]
     for other in ranks[1:]:
         assert other[:3] == (losses, norms, evaluation), "ranks disagree on losses or norms"
@@ -283,7 +283,7 @@ def put_together(ranks):
 
 @dataclass(frozen=True)
 class Deviation:
-    """Largest deviations of a run from its reference: relative for losses and norms, of a tensor's largest element."""
+    """Largest deviations from the reference, relative; for tensors relative to the largest element."""
 
     loss: float
     norm: float
@@ -295,12 +295,12 @@ class Deviation:
         return dataclasses.astuple(self)
 
 
-# fp32 as the project promises it; bf16 rounds to three digits, at other places in every layout.
+# fp32 bounds of the invariant in docs/parallelism.md; bf16 has three digits and rounds differently in every layout.
 LIMITS = {"fp32": Deviation(1e-5, 1e-4, 1e-5, 1e-5), "bf16": Deviation(5e-3, 1e-1, 5e-3, 5e-2)}
 
 
 def deviation(ours, reference):
-    """How far two outcomes are apart."""
+    """Return the deviations of two outcomes."""
     assert ours.tensors.keys() == reference.tensors.keys()
     model = {name: _meaningful(name, values) for name, values in reference.tensors.items() if "optimizer" not in name}
     return Deviation(
@@ -315,7 +315,7 @@ def deviation(ours, reference):
 
 
 def _meaningful(name, values):
-    """A parameter without its keys' bias: softmax ignores it, its gradient is rounding, of which Adam makes steps."""
+    """Return a parameter without the bias of keys: softmax is invariant to it, so its gradient is rounding error."""
     heads = GPT2["num_attention_heads"]
     return values.reshape(heads, 3, -1)[:, ::2] if name.endswith("qkv.bias") else values
 
@@ -325,5 +325,5 @@ def _relative(ours, expected):
 
 
 def within(found, limit):
-    """Whether every number is finite and at most its limit."""
+    """Return whether every number is finite and within its limit."""
     return all(math.isfinite(a) and a <= b for a, b in zip(found.numbers, limit.numbers, strict=True))

@@ -18,7 +18,7 @@ NUMBERS = ("same as", "loss", "grad norm", "parameters")
 
 
 def layout_words(cell):
-    """Return the columns of a cell that describe its layout."""
+    """Return the columns that describe the layout of a cell."""
     sizes = [str(size) for size in (cell.world, cell.tp, cell.pp, cell.dp)]
     schedule = cell.schedule if cell.pp > 1 or cell.schedule != "1f1b" else ""
     chunks = {"zb-v": "2"}.get(cell.schedule, str(cell.chunks) if cell.layers_per_chunk else "")
@@ -29,7 +29,7 @@ def layout_words(cell):
 
 
 def table(rows):
-    """Return (cell, deviation) pairs as an aligned Markdown table."""
+    """Return an aligned Markdown table of (cell, deviation) pairs."""
     lines = [(*HEAD, *NUMBERS)]
     for cell, found in rows:
         reference = "one process" if cell.reference().world == 1 else f"tp {cell.tp} alone"
@@ -42,7 +42,7 @@ def table(rows):
 
 
 def run_all(on_ranks):
-    """Run every cell; return each with its deviation from its reference."""
+    """Run every cell; return pairs of cell and deviation from its reference."""
     references, rows = {}, []
     for cell in CELLS:
         started = time.perf_counter()
@@ -57,7 +57,7 @@ def run_all(on_ranks):
 
 
 def main():
-    """Run all layouts and rewrite the page's table; return 1 if a layout exceeds its limits."""
+    """Run the matrix and rewrite the table; return 1 if a layout deviates."""
     with tempfile.TemporaryDirectory() as folder:
         pools = RankPools(lambda: Path(tempfile.mkdtemp(dir=folder)))
         rows = run_all(pools)

@@ -1,7 +1,7 @@
-"""Runs the numeric tests once for each instruction set that this processor has: python tests/support/portable.py.
+"""Runner of the numeric tests under each instruction set of this processor: python tests/support/portable.py.
 
-PyTorch, MKL and oneDNN choose their kernels by the processor. Told to use those of an older one, they round as it does,
-so that a bound which holds on some processors only is found on one machine.
+PyTorch, MKL and oneDNN select kernels by processor. With kernels of an older processor they round as that one does, so
+bounds that hold on some processors only are found on one machine.
 """
 
 import os
@@ -17,26 +17,26 @@ KERNELS = {
     "avx512": {"MKL_CBWR": "AVX512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "sve256": {},
 }
-"""By PyTorch's name of the instruction set, what tells the other libraries to use it."""
+"""Variables that select the instruction set in other libraries, by PyTorch's name of the instruction set."""
 FOLDERS = ("model", "parallel", "pipeline", "optim", "generation", "evaluation")
 LAYOUTS = "test_a_layout_trains_the_same_model and not (dp8 or tp8 or pp8 or dp4 or tp4 or pp4 or tp2-pp2-dp2)"
-"""The layouts of one, two and four ranks: those of more take long and round in no other way."""
+"""Layouts of one, two and four ranks; larger ones take long and round in the same ways."""
 
 
 def environment(name):
-    """Variables under which the libraries use the kernels of instruction set `name`."""
+    """Return the environment that selects the kernels of instruction set `name`."""
     return {**os.environ, "ATEN_CPU_CAPABILITY": name, **KERNELS[name]}
 
 
 def capability(name):
-    """What PyTorch really uses when told to use `name`: an older set where the processor lacks it."""
+    """Return the instruction set that PyTorch uses for `name`: an older one if the processor lacks it."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     return subprocess.check_output([sys.executable, "-c", code], text=True, env=environment(name)).strip()
 
 
 def main():
-    """Run, say which instruction sets passed, and return the exit code."""
-    names = {capability(name): name for name in reversed(KERNELS)}  # of several names for one set the first
+    """Run the tests, print which instruction sets passed, and return the exit code."""
+    names = {capability(name): name for name in reversed(KERNELS)}  # the first of several names for one set
     tests = [str(ROOT / "tests" / folder) for folder in FOLDERS]
     pytest = [sys.executable, "-m", "pytest", "--durations=3"]
     failed = []

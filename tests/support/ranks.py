@@ -1,7 +1,7 @@
-"""Several gloo ranks for a test, as processes that are forked once and serve many test functions.
+"""Pools of gloo ranks for tests: processes forked once that run many test functions.
 
-A test hands over an ordinary module-level function: it is called as function(backend, *args) on every rank, and what it
-returns comes back, one value a rank. What must cross over is pickled: tensors by value, functions by name.
+A test passes a module-level function, which is called as function(backend, *args) on every rank; the results are
+returned, one per rank. Arguments and results are pickled: tensors by value, functions by name.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 
-# Fork starts 8 ranks in a second, spawn in ten: torch is imported already.
+# Fork starts 8 ranks in 1 s, spawn in 10 s: torch is already imported.
 _FORK = multiprocessing.get_context("fork")
 
 
 class RankError(AssertionError):
-    """A rank raised: the message is its traceback."""
+    """Failure of a rank; the message is its traceback."""
 
 
 class Ranks:
-    """A world of gloo ranks on this machine.
+    """Pool of `world_size` gloo ranks on this machine.
 
     Args:
-        world_size: how many.
-        store: a file that does not exist yet, by which they meet.
+        world_size: number of ranks.
+        store: path of the rendezvous file, which must not exist yet.
     """
 
     def __init__(self, world_size, store):
@@ -53,7 +53,7 @@ class Ranks:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def run(self, function, *args, timeout=240.0):
-        """Calls function(backend, *args) on every rank; returns their results in the order of ranks."""
+        """Call function(backend, *args) on every rank; return the results in order of ranks."""
         job = pickle.dumps((function, args))
         for pipe in self.pipes:
             pipe.send_bytes(job)
@@ -74,7 +74,7 @@ class Ranks:
                     ok, results[rank] = False, f"died with exit code {self.processes[rank].exitcode}"
                 if not ok and failure is None:
                     failure = RankError(f"rank {rank} of {self.world_size}: {results[rank]}")
-                    # The others may wait for it in a collective: they get a moment, not the whole time.
+                    # Other ranks may wait for the failed one in a collective: shorten their timeout.
                     deadline = min(deadline, time.monotonic() + 2.0)
         if failure is not None:
             self.close()
@@ -82,7 +82,7 @@ class Ranks:
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self):
-        """Ends the processes; they hold nothing that needs a goodbye."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -90,14 +90,14 @@ class Ranks:
 
 
 class RankPools:
-    """One world of ranks for each size, started when first asked for and anew after a failure."""
+    """One pool of ranks per world size, started on first use and restarted after a failure."""
 
     def __init__(self, make_folder):
         self._make_folder = make_folder
         self._worlds = {}
 
     def __call__(self, world_size, function, *args, timeout=240.0):
-        """Runs function(backend, *args) on `world_size` ranks; returns their results in order."""
+        """Call function(backend, *args) on `world_size` ranks; return the results in order."""
         world = self._worlds.get(world_size)
         if world is None or not world.alive:
             world = self._worlds[world_size] = Ranks(world_size, self._make_folder() / "store")
@@ -109,7 +109,7 @@ class RankPools:
 
 
 def _serve(rank, world_size, store, pipe, inherited):
-    """A rank's life: joins the others, then runs what it is sent until the pipe closes."""
+    """Main function of a rank: join the process group, then run the received functions until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in inherited:
         other.close()

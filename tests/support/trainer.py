@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a tiny corpus made by its own commands, runs in this process and in others."""
+"""Helpers for end-to-end tests: a tiny corpus, commands in this process and in child processes, run comparison."""
 
 import contextlib
 import io
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.cli.main import main
 
-# Fork starts a job in a tenth of a second, an interpreter with torch in three; to a signal both are processes.
+# Fork starts a job in 0.1 s, an interpreter with torch in 3 s.
 _FORK = multiprocessing.get_context("fork")
-# What two runs of the same numbers may differ in.
+# Fields of metrics.jsonl that depend on time or folder.
 _OF_THE_CLOCK = {"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "eta_seconds", "memory", "timers"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind: its exit code and its two streams."""
+    """Result of a command: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -30,7 +30,7 @@ class Result:
 
 
 def command(*words):
-    """Runs `megatron-lite …` in this process."""
+    """Run `megatron-lite …` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -41,7 +41,7 @@ def command(*words):
 
 
 class Job:
-    """`megatron-lite …` as a process of its own.
+    """`megatron-lite …` as a child process.
 
     Args:
         folder: where its output goes.
@@ -58,7 +58,7 @@ class Job:
         os.kill(self.process.pid, number)
 
     def wait(self, timeout=240.0):
-        """Its Result, once it has ended; the code of a killed one is minus the signal."""
+        """Wait for the end and return the Result; the code of a killed process is minus the signal."""
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -70,7 +70,7 @@ class Job:
         return "\n".join(path.read_text() for path in self.paths if path.exists())
 
     def until(self, condition, timeout=240.0):
-        """Waits until condition() holds or the job has ended; returns whether it still runs."""
+        """Wait until condition() holds or the job has ended; return whether it is still running."""
         deadline = time.monotonic() + timeout
         while not condition():
             if not self.process.is_alive():
@@ -84,7 +84,7 @@ def _job(words, paths, prepare):
     for number, path in enumerate(paths, 1):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(descriptor, number)
-    # pytest has put its own objects in their place.
+    # pytest replaced the streams.
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
@@ -93,34 +93,34 @@ def _job(words, paths, prepare):
 
 
 def records(folder):
-    """Lines of a run's metrics.jsonl without what the clock has to do with; one that is just being written is left."""
+    """Return the records of metrics.jsonl without times; an incomplete last line is ignored."""
     text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
     lines = [json.loads(line) for line in text.splitlines()]
     return [{name: value for name, value in line.items() if name not in _OF_THE_CLOCK} for line in lines]
 
 
 def measured(folder):
-    """Iterations and evaluations in order."""
+    """Return the records of iterations and evaluations, in order."""
     return [record for record in records(folder) if record["kind"] in ("iteration", "validation")]
 
 
 def iterations(folder):
-    """Numbers of the iterations that metrics.jsonl holds, in its order."""
+    """Return the iteration numbers in metrics.jsonl, in order."""
     return [record["iteration"] for record in records(folder) if record["kind"] == "iteration"]
 
 
 def checkpoints(folder):
-    """Names of the checkpoints' folders, whole or not."""
+    """Return the names of checkpoint folders, complete or not."""
     return sorted(path.name for path in folder.glob("iter_*"))
 
 
 def status(folder):
-    """What exit_status.json says."""
+    """Return the content of exit_status.json."""
     return json.loads((folder / "exit_status.json").read_text())
 
 
 def assert_same_run(one, other):
-    """Two folders of --save hold the same numbers in all digits, and the same last checkpoint bit for bit."""
+    """Check that two --save folders have equal metrics and bit-identical last checkpoints."""
     assert measured(one) == measured(other)
     last = checkpoints(one)[-1]
     assert checkpoints(other)[-1] == last
@@ -144,7 +144,7 @@ class Corpus:
     data: tuple
 
     def job(self, *words, data=None):
-        """A training command of a two-layer model; `words` come last, so they win."""
+        """Return the command line of a two-layer model; `words` come last and take precedence."""
         return (
             *("train", "--data-path", data or self.data[0], "--split", "80,10,10"),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer),
@@ -155,7 +155,7 @@ class Corpus:
 
 
 def make_corpus(folder):
-    """Writes text, trains a tokenizer on it and preprocesses it, by the commands that a user has."""
+    """Write text, train a tokenizer and preprocess the text with the commands."""
     draw = random.Random(1234)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
     text = folder / "corpus.jsonl"
@@ -170,7 +170,7 @@ def make_corpus(folder):
 
 
 def preprocess(text, prefix, tokenizer, *words):
-    """Runs the preprocess command."""
+    """Run the preprocess command."""
     return command(
         *("preprocess", "--input", text, "--output-prefix", prefix, "--tokenizer-type", "HuggingFaceTokenizer"),
         *("--tokenizer-model", tokenizer, "--append-eod", *words),
