@@ -44,12 +44,12 @@ def test_json(capsys):
     assert parse_run(record["argv"]).config == parse_run(BIG_RAMP, world_size=512).config
 
 
-def test_a_null_tokenizer_has_its_size_on_the_command_line(capsys):
+def test_vocabulary_of_a_null_tokenizer(capsys):
     run(["--json", *SMALL, "--tokenizer-type", "NullTokenizer", "--vocab-size", "99"])
     assert json.loads(capsys.readouterr().out)["derived"]["model"]["vocab_size"] == 100
 
 
-def test_given_rows_stand_in_for_a_tokenizer_that_is_not_here(capsys):
+def test_padded_size_replaces_a_missing_tokenizer(capsys):
     run(["--json", *SMALL, "--pad-vocab-size-to", "1024", "--tokenizer-type", "PretrainedFromHF"])
     assert json.loads(capsys.readouterr().out)["derived"]["model"]["vocab_size"] == 1024
 
@@ -64,7 +64,7 @@ def write_data(prefix):
 DATA = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "99", "--split", "8,1,1", "--eval-iters", "5")
 
 
-def test_the_data_and_the_space_of_its_indices(tmp_path, capsys):
+def test_data_lines_and_index_sizes(tmp_path, capsys):
     path = write_data(tmp_path / "corpus")
     run([*SMALL, *DATA, "--data-path", path, "--train-iters", "1000000000", "--eval-interval", "0"])
     text = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_the_data_and_the_space_of_its_indices(tmp_path, capsys):
     assert (train["index_disk_bytes"], valid["samples"]) == (0, 40)
 
 
-def test_data_that_are_not_here_are_asked_for_all_the_same(capsys):
+def test_sample_requests_without_data_files(capsys):
     run([*SMALL, *DATA, "--data-path", "absent", "--train-iters", "1000000000"])
     text = capsys.readouterr().out
     assert "train: 8,000,000,000 samples\n" in text
@@ -89,7 +89,7 @@ def test_data_that_are_not_here_are_asked_for_all_the_same(capsys):
     assert "no evaluation (--eval-iters 0)" in capsys.readouterr().out
 
 
-def test_errors_are_the_trainers():
+def test_explain_reports_the_errors_of_the_trainer():
     with pytest.raises(ConfigError, match="Cannot split the global batch"):
         run([*SMALL, "--micro-batch-size", "3"])
 
@@ -99,7 +99,7 @@ def test_help(capsys):
     assert "explain [--json]" in capsys.readouterr().out
 
 
-def test_a_whole_command_is_explained_as_its_flags_are(capsys):
+def test_explain_of_a_command_with_launcher_equals_that_of_its_flags(capsys):
     run([*BIG_RAMP, "--world-size", "512"])
     expected = capsys.readouterr().out
     run(

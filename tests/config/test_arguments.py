@@ -33,7 +33,7 @@ DEEPSPEED_FP16 = {
 
 
 @pytest.mark.parametrize("name", FAMOUS)
-def test_a_job_reads_back_from_its_own_argv(name):
+def test_to_argv_round_trip(name):
     argv, world = FAMOUS[name]
     config = parse_run(argv, world_size=world).config
     assert parse_run(to_argv(config)).config == config
@@ -142,7 +142,7 @@ def test_curriculum():
         ("--ckpt-step 40 --load x", "checkpoint.load_iteration", 40),
     ],
 )
-def test_what_a_flag_means(extra, path, value):
+def test_value_that_a_flag_sets(extra, path, value):
     section, name = path.split(".")
     assert getattr(getattr(parse_run(SMALL + extra.split()).config, section), name) == value
 
@@ -259,7 +259,7 @@ LEAVES = [f"{section}.{field.name}" for section, cls in SECTIONS.items() for fie
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf not in GROUPS])
-def test_every_field_can_be_given_by_a_flag_and_written_as_one(leaf):
+def test_every_field_round_trips_through_flags(leaf):
     section, name = leaf.split(".")
     config = parse_run(SMALL).config
     before = getattr(getattr(config, section), name)
@@ -284,7 +284,7 @@ def test_parsing_imports_no_heavy_package():
     assert subprocess.check_output([sys.executable, "-c", code, *SMALL], text=True).strip() == "[]"
 
 
-def test_parsing_makes_few_calls():
+def test_parsing_is_fast_enough_in_calls():
     """A command line is read in a few thousand calls: no table is built anew, nothing is searched quadratically."""
     calls = []
     parse_run(LLAMA, world_size=64)  # builds the tables
@@ -302,7 +302,7 @@ def test_a_single_interval_is_written_as_one():
     assert "--save-schedule" not in words
 
 
-def test_compile_with_dropout_says_what_it_costs():
+def test_compile_with_dropout_is_warned_of():
     assert not parse_run([*SMALL, "--compile", "--attention-dropout", "0", "--hidden-dropout", "0"]).warnings
     (warning,) = parse_run([*SMALL, "--compile", "--attention-dropout", "0"]).warnings
     assert "--hidden-dropout 0 would avoid it" in warning and "--attention-dropout" not in warning

@@ -111,7 +111,7 @@ def test_a_batch_of_one_may_be_a_step():
 
 @pytest.mark.parametrize("ramped", [False, True])
 @pytest.mark.parametrize("decreased", [False, True])
-def test_a_step_schedule_stands_alone(ramped, decreased):
+def test_a_step_schedule_excludes_other_schedules(ramped, decreased):
     others = {"rampup": Rampup(start=2, increment=2, samples=9) if ramped else None, "decrease_if_needed": decreased}
     assert errors(rules.one_batch_schedule, **others) == []
     texts = errors(rules.one_batch_schedule, step_schedule=((0, 8),), **others)
@@ -181,7 +181,7 @@ def test_tensor_parallel_ranks_share_every_length_of_a_curriculum(ramp, divides)
     assert [DIVIDE in text for text in found(True)] == ([] if divides else [True])
 
 
-def test_every_rule_is_asked():
+def test_every_rule_is_listed():
     assert {rule.__name__ for rule in rules.RULES} == {
         name
         for name, value in vars(rules).items()

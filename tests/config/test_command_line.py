@@ -22,7 +22,7 @@ def test_spellings(spelled):
     assert not given.errors
 
 
-def test_equals_keeps_everything_after_it():
+def test_value_after_the_first_equals_sign():
     assert read("--save=a=b", "--split=969, 30, 1")[0] == [("--save", ("a=b",)), ("--split", ("969, 30, 1",))]
 
 
@@ -48,7 +48,7 @@ def test_a_prefix_is_noted():
         ("--cpu_torch_adam", "--cpu-torch-adam"),
     ],
 )
-def test_names_that_scripts_use(alias, name):
+def test_aliases_used_by_scripts(alias, name):
     assert read(alias, "1")[0][0][0] == name
 
 
@@ -106,7 +106,7 @@ def test_an_argument_file_that_cannot_be_read_is_named_and_the_rest_is_read(tmp_
         assert f"@{tmp_path / name}: {reason}" in error.problem
 
 
-def test_a_lone_at_sign_and_two_dashes_are_values():
+def test_at_sign_and_two_dashes_alone_are_values():
     assert read("--save", "@", "--", "x")[0] == [("--save", ("@", "--", "x"))]
     assert read("--save=")[0] == [("--save", ("",))]
 
@@ -126,14 +126,14 @@ def test_a_name_or_another_case_of_it_gets_no_note_and_an_alias_one():
     assert read("--vocab", "x")[1].notes == ["--vocab is read as --vocab-file"]
 
 
-def test_an_ambiguous_or_unknown_flag_is_an_error_that_excuses_others(tmp_path):
+def test_ambiguous_or_unknown_flags(tmp_path):
     for word, match in (("--no-save", "--no-save-optim"), ("--xyzzy", "See --help and docs/arguments.md")):
         occurrences, given = read(word, "1")
         assert occurrences == [] and given.unknown
         assert match in str(given.errors[0]) and len(given.errors) == 1
 
 
-def test_a_family_is_refused_by_its_beginning():
+def test_a_refused_family_matches_by_prefix():
     occurrences, given = read("--moe-brand-new", "3")
     assert occurrences == [] and not given.unknown
     (error,) = given.errors
@@ -144,7 +144,7 @@ def test_a_family_is_refused_by_its_beginning():
     ("reason", "fix"),
     sorted({(row.reason, row.fix) for row in (*FAMILIES.values(), *UNSUPPORTED) if row.status == "refused"}),
 )
-def test_every_refusal_has_a_reason_and_something_to_do(reason, fix):
+def test_every_refusal_has_a_reason_and_a_fix(reason, fix):
     error = refusal(["--flag 1"], reason, fix)
     assert error.fix == fix and error.rule == reason and "--flag 1" in error.problem
     assert str(error).endswith(f"{reason}. {fix}")
@@ -167,7 +167,7 @@ def test_no_prefix_means_two_things():
                 break
 
 
-def test_repeats_and_their_note():
+def test_repeated_flags_are_noted():
     parsed = parse_run([*SMALL, "--lr", "2e-3", "--lr", "3e-3", "--clip-grad", "1.0", "--clip-grad", "1.0"])
     assert parsed.config.lr.lr == 3e-3
     assert any("overridden" in note and "--lr" in note for note in parsed.notes)

@@ -61,7 +61,7 @@ def test_a_command_line_starts_with_a_flag():
     assert "The command line starts with 'train' instead of a flag" in error_of(["train", *SMALL])
 
 
-def test_a_run_needs_its_shape():
+def test_missing_required_flags():
     message = error_of([])
     for flag in ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size"):
         assert flag in message
@@ -122,7 +122,7 @@ def vocabulary_errors():
         with_vocabulary(parse_run([*SMALL, "--tokenizer-vocab-size", "90"]).config, 100)
 
 
-def test_a_vocabulary_that_does_not_fit():
+def test_vocabulary_mismatch_errors():
     vocabulary_errors()
 
 
@@ -177,7 +177,7 @@ def test_the_sweep_sees_the_rules():
 
 
 @pytest.mark.parametrize("misspelled", ["--hiden-size", "--num-layer"])
-def test_what_a_misspelled_flag_means_is_not_called_missing_too(misspelled):
+def test_a_misspelled_required_flag_is_not_also_reported_as_missing(misspelled):
     argv = [*without(SMALL, "--hidden-size", "--num-layers"), misspelled, "64"]
     with pytest.raises(ConfigError) as caught:
         parse_run(argv)

@@ -24,7 +24,7 @@ def test_precision_comes_from_the_json(parse):
     assert parse({}, "--fp16").config.precision.dtype == "fp16"
 
 
-def test_the_loss_scale_is_deepspeeds(parse):
+def test_deepspeed_json_sets_the_loss_scale(parse):
     precision = parse({"fp16": {"enabled": True, "initial_scale_power": 8}}, "--loss-scale", "12").config.precision
     assert precision.loss_scale == 0
     assert precision.initial_loss_scale == 256
@@ -33,13 +33,13 @@ def test_the_loss_scale_is_deepspeeds(parse):
     assert parse({"fp16": {"enabled": True, "loss_scale": 128}}).config.precision.loss_scale == 128
 
 
-def test_without_deepspeed_a_static_scale_that_rounds_is_warned_of():
+def test_a_constant_loss_scale_that_rounds_is_warned_of():
     assert any("power of 2" in warning for warning in parse_run([*SMALL, "--fp16", "--loss-scale", "12"]).warnings)
     assert not parse_run([*SMALL, "--fp16", "--loss-scale", "4096"]).warnings
     assert parse_run([*SMALL, "--fp16"]).config.precision.scaler == "megatron"
 
 
-def test_the_json_clips_unless_it_is_silent(parse):
+def test_clipping_comes_from_the_json_if_it_has_the_entry(parse):
     assert parse({"gradient_clipping": 0.5}).config.optimizer.clip_grad == 0.5
     assert parse({}, "--clip-grad", "2").config.optimizer.clip_grad == 2
     assert parse({"gradient_clipping": 2.0}, "--clip-grad", "2").config.optimizer.clip_grad == 2
@@ -73,13 +73,13 @@ def test_curricula(parse):
     assert parse({"curriculum_learning": {"enabled": False}}).config.batch.sequence_ramp is None
 
 
-def test_what_has_no_effect_is_said(parse):
+def test_json_entries_without_effect_are_noted(parse):
     notes = parse({"steps_per_print": 5, "train_batch_size": 7, "elastic_checkpoint": True}).notes
     for key in ("steps_per_print", "train_batch_size", "elastic_checkpoint"):
         assert any(f"DeepSpeed JSON: {key} has no effect" in note for note in notes)
 
 
-def test_auto_is_as_good_as_nothing(parse):
+def test_auto_entries_are_ignored(parse):
     config = parse({"train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": "auto"}}).config
     assert config.batch.micro_batch_size == 2
     assert config.precision.dtype == "fp32"

@@ -82,7 +82,7 @@ def test_values_that_texts_name_are_among_the_choices_that_help_shows():
     assert not wrong
 
 
-def test_a_refusal_says_what_to_do():
+def test_refused_families_have_a_fix():
     assert all(row.fix for row in FAMILIES.values())
     assert {row.status for row in UNSUPPORTED} == {"no effect", "refused"}
 

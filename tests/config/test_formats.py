@@ -34,12 +34,12 @@ COUNTS = st.integers(1, 10**9)
 
 
 @given(st.builds(Rampup, start=COUNTS, increment=COUNTS, samples=COUNTS))
-def test_a_rampup_comes_back(rampup):
+def test_rampup_round_trip(rampup):
     assert read_rampup(write_rampup(rampup)) == rampup
 
 
 @given(st.lists(COUNTS, min_size=1, max_size=5), st.lists(COUNTS, min_size=4, max_size=4, unique=True))
-def test_a_save_schedule_comes_back(intervals, ends):
+def test_save_schedule_round_trip(intervals, ends):
     ends_in_order = [*sorted(ends)[: len(intervals) - 1], 0]
     phases = tuple(
         SavePhase(interval=interval, until=until) for interval, until in zip(intervals, ends_in_order, strict=True)
@@ -105,7 +105,7 @@ def test_iterations_are_gathered_into_ranges(iterations):
     assert all(last + 1 < first for (_, last), (first, _) in itertools.pairwise(ranges))
 
 
-def test_sequence_ramps_come_back():
+def test_sequence_ramp_round_trip():
     for ramp in (SequenceRamp(start=64, iterations=36000, step=8), SequenceRamp(stages=((0, 64), (100, 128)))):
         assert read_sequence_ramp(write_sequence_ramp(ramp)) == ramp
     assert read_sequence_ramp(["1:64", "100:128"]).stages == ((1, 64), (100, 128))
@@ -157,7 +157,7 @@ def test_sources_are_weighted_if_every_other_word_is_a_number():
 
 
 @given(st.lists(st.builds(DataSource, path=PATHS, weight=WEIGHTS), min_size=1, max_size=4))
-def test_weighted_sources_come_back(sources):
+def test_weighted_sources_round_trip(sources):
     assert read_sources(write_sources(tuple(sources))) == tuple(sources)
 
 
@@ -177,14 +177,14 @@ RANGES = st.sampled_from([(0.0, 1.0), (0.0, 0.6), (0.95, 1.0), (0.1, 0.2)])
     ),
     st.sampled_from(["train", "TRAIN", "en-2"]),
 )
-def test_groups_come_back(sources, name):
+def test_groups_round_trip(sources, name):
     groups = (DataGroup(name=name, sources=tuple(sources)), DataGroup(name="other", sources=tuple(sources)))
     assert read_groups(write_groups(groups)) == groups
     line = '"' + '" "'.join(write_groups(groups)) + '"\n'
     assert read_groups_file(line) == groups
 
 
-def test_a_group_as_scripts_write_it():
+def test_a_group_with_the_line_breaks_of_a_script():
     (group,) = read_groups(["TRAIN: 0.3 0:0.6 PATH, 1 0:0.6 PATH2"])
     assert group == DataGroup(
         name="TRAIN",

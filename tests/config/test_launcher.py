@@ -72,7 +72,7 @@ def check(argv, flags, world):
 
 @pytest.mark.parametrize("name", FAMOUS)
 @pytest.mark.parametrize(("shape", "world"), SHAPES)
-def test_words_before_the_script_are_dropped(shape, world, name):
+def test_arguments_before_the_script_are_dropped(shape, world, name):
     flags = FAMOUS[name][0]
     check([*shape.split(), *flags], flags, world)
     check([f"{shape} {shlex.join(flags)}".strip()], flags, world)
@@ -90,7 +90,7 @@ def test_a_command_in_quotes_or_in_a_file(shape, world, name, tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "_"), NESTED)
-def test_a_command_within_a_command(shape, _):
+def test_nested_commands(shape, _):
     flags = FAMOUS["multilingual"][0]
     inner = f"torchrun --nproc_per_node 4 --nnodes 2 --node_rank \\$SLURM_PROCID pretrain_gpt.py {shlex.join(flags)}"
     command = shape.format(shlex.quote(inner))
@@ -98,13 +98,13 @@ def test_a_command_within_a_command(shape, _):
     check(shlex.split(command), flags, 8)
 
 
-def test_a_values_own_spaces_and_signs_are_left_alone():
+def test_spaces_and_signs_within_values_are_kept():
     flags = [*SMALL, "--split", "969, 30, 1", "--pp-partition-method", "type:transformer|embedding", "--save", "a;b"]
     check(["python", "pretrain_gpt.py", *flags], flags, None)
     check([shlex.join(["python", "pretrain_gpt.py", *flags])], flags, None)
 
 
-def test_the_world_size_of_the_flags_wins():
+def test_world_size_flag_overrides_the_launcher():
     launch = ["torchrun", "--nproc-per-node", "8", "pretrain_gpt.py", *SMALL]
     assert parse_command(launch).config.parallel.world_size == 8
     assert parse_command([*launch, "--world_size=4"]).config.parallel.world_size == 4
@@ -140,11 +140,11 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("command", ERRORS)
-def test_what_cannot_be_read_is_named(command):
+def test_unreadable_commands(command):
     with pytest.raises(ConfigError) as caught:
         read_command([command])
     assert ERRORS[command] in str(caught.value)
 
 
-def test_nothing_at_all_is_no_flags():
+def test_empty_command_line():
     check([], [], None)

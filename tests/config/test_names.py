@@ -22,7 +22,7 @@ def test_sizes_in_names(text, sizes):
     assert claimed_sizes(text) == sizes
 
 
-def test_a_104b_that_is_58b():
+def test_a_name_that_contradicts_the_parameter_count_is_warned_of():
     argv = [*BIG_RAMP, "--num-layers", "64", "--hidden-size", "8640", "--ffn-hidden-size", "34560"]
     argv += ["--num-attention-heads", "80", "--save", "runs/104B", "--load", "runs/104B"]
     (warning,) = parse_run(argv, world_size=512).warnings
@@ -30,7 +30,7 @@ def test_a_104b_that_is_58b():
     assert "58B" in warning
 
 
-def test_a_name_that_fits_is_left_alone():
+def test_a_name_that_matches_the_parameter_count_has_no_warning():
     config = parse_run(BIG_RAMP, world_size=512).config
     assert name_warnings(config) == []
     wrong = replace(config, checkpoint=replace(config.checkpoint, save="run/1B3"))

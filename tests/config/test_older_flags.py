@@ -26,7 +26,7 @@ MEGATRON_1_1 = shlex.split(
 )
 
 
-def test_a_script_of_2020():
+def test_megatron_1_1_script():
     parsed = parse_run(MEGATRON_1_1, world_size=16)
     config = parsed.config
     assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 2, 4)
@@ -74,7 +74,7 @@ TRANSLATED = {
 
 
 @pytest.mark.parametrize("extra", TRANSLATED)
-def test_a_certain_meaning_is_translated_with_a_note(extra):
+def test_older_spellings_are_translated_with_a_note(extra):
     path, value, modern = TRANSLATED[extra]
     section, name = path.split(".")
     parsed = parse_run([*SMALL, *extra.split()], world_size=4)
@@ -98,7 +98,7 @@ WITHOUT_EFFECT = (
 
 
 @pytest.mark.parametrize("flag", WITHOUT_EFFECT.split())
-def test_what_changes_nothing_is_noted(flag):
+def test_flags_without_effect_are_noted(flag):
     parsed = parse_run([*SMALL, flag])
     assert any(note.startswith(f"{flag} has no effect") for note in parsed.notes)
 
@@ -127,14 +127,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("extra", REFUSED)
-def test_what_is_uncertain_is_refused_with_the_modern_spelling(extra):
+def test_uncertain_older_flags_are_refused_with_an_alternative(extra):
     with pytest.raises(ConfigError) as caught:
         parse_run([*SMALL, *extra.split()])
     assert REFUSED[extra] in str(caught.value)
 
 
 @pytest.mark.parametrize("extra", ["--sparsity none", "--param-sharing-style grouped"])
-def test_a_value_that_asks_for_nothing_is_harmless(extra):
+def test_harmless_values_of_refused_flags_are_accepted(extra):
     parse_run([*SMALL, *extra.split()])
 
 

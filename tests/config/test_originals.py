@@ -64,5 +64,5 @@ def test_a_script_that_breaks_a_rule_of_its_own(script):
         parse_run([*BASE, *words.split()], world_size=ranks)
 
 
-def test_the_rest_of_the_command_is_sound():
+def test_the_base_command_is_valid():
     parse_run(BASE, world_size=512)

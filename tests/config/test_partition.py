@@ -34,7 +34,7 @@ def test_type_regex_counts_as_deepspeed_does():
     assert counts(8, layers_only) == [2, 2, 2, 2]
 
 
-def test_uniform_leaves_the_rest_to_the_middle():
+def test_uniform_puts_the_remainder_in_the_middle():
     assert counts(8, ParallelConfig(world_size=4, pp=4, partition_method="uniform")) == [2, 2, 2, 2]
     assert counts(10, ParallelConfig(world_size=4, pp=4, partition_method="uniform")) == [2, 3, 3, 2]
 

@@ -75,7 +75,7 @@ def test_a_file(path):
     assert missing_files(parse_run(argv).config)[0].fix == fix
 
 
-def test_many_neighbours_are_not_all_listed(tmp_path):
+def test_long_folder_listings_are_shortened(tmp_path):
     for number in range(9):
         (tmp_path / "empty" / f"{number}").touch()
     assert suggest_path("--save", "empty/x").endswith("holds 0, 1, 2, 3, 4 and 4 more")
@@ -95,7 +95,7 @@ def test_a_model_of_the_hub_is_found_in_the_cache(tmp_path, monkeypatch):
     assert missing_files(parse_run(argv).config) == []
 
 
-def test_files_that_hold_flags_and_jsons():
+def test_missing_argument_files_and_jsons():
     Path("ds_config.json").write_text("{}")
     Path("flags.txt").write_text("--bf16")
     parsed = parse_run([*SMALL, "--deepspeed", "--deepspeed_config", "ds_confg.json"])

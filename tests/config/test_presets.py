@@ -50,7 +50,7 @@ def test_each_is_a_valid_run_of_the_published_size(name):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_what_is_written_wins(before):
+def test_explicit_flags_override_the_preset(before):
     written = ["--num-layers", "2", "--activation", "gelu", "--rope-theta", "7"]
     preset = ["--preset=llama-3-8b"]
     parsed = parse_run([*(written + preset if before else preset + written), *REST])
@@ -60,7 +60,7 @@ def test_what_is_written_wins(before):
     assert "--swiglu of --preset llama-3-8b is overridden by --activation gelu" in parsed.notes
 
 
-def test_written_flags_still_contradict_each_other():
+def test_explicit_flags_beside_a_preset_can_contradict():
     with pytest.raises(ConfigError, match="contradict"):
         parse_run(["--preset", "llama-3-8b", "--activation", "gelu", "--squared-relu", *REST])
 

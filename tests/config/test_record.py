@@ -32,12 +32,12 @@ FULL = RunConfig(
 )
 
 
-def test_a_config_comes_back_through_json():
+def test_config_round_trip_through_json():
     record = json.loads(json.dumps(dataclasses.asdict(FULL)))
     assert from_record(RunConfig, record) == FULL
 
 
-def test_a_field_that_did_not_exist_takes_its_default():
+def test_a_missing_field_takes_the_default():
     record = dataclasses.asdict(FULL)
     del record["metrics"], record["model"]["rotary_scaling"]
     assert from_record(RunConfig, record) == FULL

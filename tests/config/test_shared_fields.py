@@ -37,7 +37,7 @@ def test_every_field_is_shared_unless_listed():
         ("--data-path 1 /a 2 /b", "data.sources", "--data-path 1 PATH 2 PATH"),
     ],
 )
-def test_values_are_words_of_the_command_line(words, field, text):
+def test_values_are_command_line_arguments(words, field, text):
     assert values(*words.split())[field] == text
 
 
@@ -46,7 +46,7 @@ def test_folders_are_absolute_so_that_working_directories_count(tmp_path, monkey
     assert values("--save", "x", "--save-interval", "5")["checkpoint.save"] == f"--save {tmp_path / 'x'}"
 
 
-def test_paths_of_data_may_differ_their_weights_may_not():
+def test_data_paths_may_differ_but_not_weights():
     one, two = (parse_run([*SMALL, "--data-path", "1", path, "2", "/b"]).config for path in ("/a", "/local/a"))
     assert shared_values(one) == shared_values(two)
     assert data_paths(one) == ("/a", "/b") and data_paths(two) == ("/local/a", "/b")
@@ -56,7 +56,7 @@ def test_paths_of_data_may_differ_their_weights_may_not():
 
 
 @pytest.mark.parametrize("name", FAMOUS)
-def test_every_field_of_real_commands_has_words(name, tmp_path, monkeypatch):
+def test_every_field_of_real_commands_has_arguments(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_config.json").write_text("{}")
     argv, world = FAMOUS[name]

@@ -27,7 +27,7 @@ def failure(path):
 
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("packing", ["", *PACK])
-def test_content_is_kept_and_a_byte_order_mark_is_not(tmp_path, before, packing):
+def test_byte_order_mark_is_dropped(tmp_path, before, packing):
     content = before + TEXT.encode()
     (tmp_path / "text").write_bytes(PACK[packing](content) if packing else content)
     assert read_text(tmp_path / "text") == TEXT
@@ -39,7 +39,7 @@ def test_utf_16_is_recognized_and_named(tmp_path, encoding):
     assert f"is {'UTF-32' if encoding == 'utf-32' else 'UTF-16'} text" in failure(tmp_path / "text")
 
 
-def test_what_is_not_utf_8_is_told_with_its_place(tmp_path):
+def test_invalid_utf_8_is_reported_with_its_position(tmp_path):
     (tmp_path / "text").write_bytes("first\ncafé\n".encode("latin-1"))
     assert failure(tmp_path / "text") == "is not UTF-8: byte 0xe9 in line 2, byte 4 of the line, 10 of the file"
     (tmp_path / "text").write_bytes(b"first\na\x00b\n")
@@ -78,7 +78,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     assert "no_such_library is not installed" in failure(tmp_path / "text")
 
 
-def test_what_is_no_file(tmp_path):
+def test_pipes_devices_and_missing_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "pipe, socket or device" in failure(tmp_path / "pipe")
     assert "pipe, socket or device" in failure("/dev/zero")
@@ -96,7 +96,7 @@ def test_what_is_no_file(tmp_path):
             require_text(path, "--flag")
 
 
-def test_the_pipe_of_a_shell_is_read():
+def test_process_substitution_is_read():
     reading, writing = os.pipe()
     os.write(writing, b"hello\n")
     os.close(writing)
