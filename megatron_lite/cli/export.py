@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli import export_megatron
 from megatron_lite.cli.import_ import DTYPES, add_verification
-from megatron_lite.cli.model_arguments import add_tokenizer_arguments, note, tokenizer_fields
+from megatron_lite.cli.model_arguments import note
 from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.cli.tokenizer_arguments import FILE_FIELDS, add_tokenizer_arguments, tokenizer_fields
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_size
 
@@ -214,7 +215,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer's files out"
     )
-    add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
+    add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")
     export_megatron.add_layout_arguments(parser.add_argument_group("Megatron-LM and DeepSpeed"))
     card = parser.add_argument_group("model card")
     card.add_argument("--no-card", dest="card", action="store_false", help="write no README.md")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import whole
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.cli.tokenizer_arguments import FILE_FIELDS, add_tokenizer_arguments, tokenizer_fields
 
 if TYPE_CHECKING:
     from megatron_lite.generation.restore import TrainedModel
@@ -23,35 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    add_tokenizer_arguments(source)
-
-
-def add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags for moved tokenizer files."""
-    kinds = get_args(get_type_hints(TokenizerConfig)["type"])
-    group.add_argument(
-        "--tokenizer-type",
-        default="",
-        choices=kinds,
-        metavar="TYPE",
-        help=f"if the tokenizer's files have moved: type of the tokenizer ({', '.join(kinds)}),",
-    )
-    group.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json,")
-    group.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt,")
-    group.add_argument(
-        "--tokenizer-model", default="", metavar="PATH", help="or tokenizer.json, its folder, or the .model file"
-    )
-
-
-def tokenizer_fields(options: argparse.Namespace) -> dict[str, str]:
-    """Return the fields of TokenizerConfig given by flags."""
-    given = {
-        "type": options.tokenizer_type,
-        "vocab_file": options.vocab_file,
-        "merge_file": options.merge_file,
-        "model": options.tokenizer_model,
-    }
-    return {name: value for name, value in given.items() if value}
+    add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")
 
 
 def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:

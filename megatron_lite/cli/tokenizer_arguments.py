@@ -1,12 +1,18 @@
-"""Command-line arguments that select a tokenizer, shared by the data commands."""
+"""Command-line arguments that select a tokenizer: the training flags of TokenizerConfig."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.parser import whole
 from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.flag import Flag
+from megatron_lite.config.help import description, metavar
+from megatron_lite.config.table import supported_flags
+from megatron_lite.config.values import MAX_NUMBER, read_as
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,52 +20,47 @@ if TYPE_CHECKING:
 
 MAX_IDS = 2**31 - 2
 """Largest vocabulary whose ids, including the end-of-document token, fit in a dataset."""
-
-TYPES = {
-    "GPT2BPETokenizer": "GPT2BPETokenizer",
-    "HuggingFaceTokenizer": "HuggingFaceTokenizer",
-    "PretrainedFromHF": "HuggingFaceTokenizer",
-    "SentencePieceTokenizer": "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
-    "Llama2Tokenizer": "SentencePieceTokenizer",
-    "NullTokenizer": "NullTokenizer",
-}
-"""Tokenizer type of each name in both Megatrons."""
+FILE_FIELDS = ("type", "model", "vocab_file", "merge_file")
+"""Fields of TokenizerConfig that select the tokenizer's files."""
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --tokenizer-type and the flags for the tokenizer's files."""
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=tuple(TYPES),
-        help="type of tokenizer (default: by the given files)",
-    )
-    group.add_argument("--vocab-file", "--vocab", default="", metavar="PATH", help="vocab.json of GPT2BPETokenizer")
-    group.add_argument("--merge-file", default="", metavar="PATH", help="merges.txt of GPT2BPETokenizer")
-    group.add_argument(
-        "--tokenizer-model",
-        "--tokenizer-name-or-path",
-        default="",
-        metavar="PATH",
-        help="tokenizer.json, a folder with it, a downloaded model's name, or a sentencepiece .model",
-    )
-    group.add_argument(
-        "--vocab-size", type=whole(0, MAX_IDS), default=0, metavar="N", help="vocabulary size of NullTokenizer"
-    )
-    group.add_argument(
-        "--vocab-extra-ids",
-        type=whole(0, 1_000_000),
-        default=0,
-        metavar="N",
-        help="number of <extra_id_N> tokens to append",
-    )
-    group.add_argument(
-        "--eod-token", default="", metavar="NAME", help="end-of-document token, if it has an unusual name"
-    )
-    group.add_argument(
-        "--no-fast-tokenizer", action="store_true", help="do not encode with tiktoken (same ids, slower)"
-    )
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, *names: str, note: str = "") -> None:
+    """Add the training flags of fields of TokenizerConfig, to be read by `tokenizer_fields`.
+
+    Args:
+        parser: the command's.
+        names: the fields; none: all.
+        note: description of the group.
+    """
+    group = parser.add_argument_group("tokenizer", note)
+    for flag in supported_flags()["Tokenizer"]:
+        name = flag.key[1]
+        if not names or name in names:
+            options: dict[str, Any] = {"dest": f"tokenizer_{name}", "help": description(flag)}
+            if flag.takes_value:
+                options |= {"type": _reader(flag), "metavar": metavar(flag)}
+            else:
+                options |= {"action": "store_const", "const": flag.sets}
+            group.add_argument(flag.name, *flag.aliases, **options)
+
+
+def _reader(flag: Flag) -> Callable[[str], Any]:
+    if flag.type is int:
+        return whole(int(flag.least), int(flag.most or MAX_NUMBER))
+
+    def read(arg: str) -> Any:
+        try:
+            return read_as(flag.type, arg, flag.choices)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{arg!r} is not {error}") from None
+
+    return read
+
+
+def tokenizer_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of TokenizerConfig given by flags."""
+    given = {entry.name: getattr(args, f"tokenizer_{entry.name}", None) for entry in fields(TokenizerConfig)}
+    return {name: value for name, value in given.items() if value not in (None, "")}
 
 
 def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
@@ -68,27 +69,18 @@ def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
     Raises:
         ConfigError: the flags select no tokenizer.
     """
-    if args.tokenizer_type:
-        kind = TYPES[args.tokenizer_type]
-    elif args.vocab_file or args.merge_file:
-        kind = "GPT2BPETokenizer"
-    elif args.tokenizer_model:
-        kind = "SentencePieceTokenizer" if args.tokenizer_model.endswith(".model") else "HuggingFaceTokenizer"
-    else:
-        raise ConfigError(
-            "No tokenizer is given",
-            fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
-        )
-    return TokenizerConfig(
-        type=kind,  # type: ignore[arg-type]
-        vocab_file=args.vocab_file,
-        merge_file=args.merge_file,
-        model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        vocab_extra_ids=args.vocab_extra_ids,
-        eod_token=args.eod_token,
-        fast=not args.no_fast_tokenizer,
-    )
+    given = tokenizer_fields(args)
+    if "type" not in given:
+        if "vocab_file" in given or "merge_file" in given:
+            given["type"] = "GPT2BPETokenizer"
+        elif "model" in given:
+            given["type"] = "SentencePieceTokenizer" if given["model"].endswith(".model") else "HuggingFaceTokenizer"
+        else:
+            raise ConfigError(
+                "No tokenizer is given",
+                fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
+            )
+    return TokenizerConfig(**given)
 
 
 def given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
@@ -98,7 +90,7 @@ def given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
         ConfigError: the flags contradict each other.
         DataError: its files are missing or damaged.
     """
-    if not any((args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model)):
+    if not set(FILE_FIELDS) & tokenizer_fields(args).keys():
         return None
     from megatron_lite.tokenizer.build import build_tokenizer
 
