@@ -34,6 +34,7 @@ from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.rewriting import reshard
 from megatron_lite.checkpoint.save import deduplicate, save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.manifest import Provenance, read_manifest
@@ -88,7 +89,7 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
             target[name].copy_(tensor)
 
     def save() -> None:
-        save_checkpoint(root, 1, held, {}, Provenance(), WORLD)
+        save_checkpoint(SaveRequest(root, 1, {}, Provenance()), held, WORLD)
 
     def load(tensors: list[GlobalTensor]) -> None:
         path = find_checkpoint(str(root))
@@ -121,7 +122,9 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
     with BackgroundSaver(WORLD) as saver:
         # The first save allocates the host buffers that all later ones use.
         for number in range(repeats + 1):
-            blocked.append(saver.save(root, 2 + number, held, {}, Provenance(), retention=Retention(last=1)))
+            blocked.append(
+                saver.save(SaveRequest(root, 2 + number, {}, Provenance(), retention=Retention(last=1)), held)
+            )
             report = saver.wait()
             assert report is not None
             total.append(report.seconds)
@@ -213,7 +216,7 @@ def _print_layouts(parent: Path | None) -> None:
 
 
 def _save_layout(layout: Layout, folder: Path, world: Group) -> None:
-    save_checkpoint(folder, 1, layout.held(world.rank), {}, Provenance(), world)
+    save_checkpoint(SaveRequest(folder, 1, {}, Provenance()), layout.held(world.rank), world)
 
 
 def _load_layout(layout: Layout, folder: Path, world: Group) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +19,9 @@ from torch import Tensor
 from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.save import deduplicate, size_to_write
-from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest, no_check
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
-from megatron_lite.runs.manifest import Provenance
-from megatron_lite.runs.retention import KEEP_ALL, Retention
 
 _POLL_SECONDS = 0.02
 
@@ -71,20 +67,10 @@ class BackgroundSaver:
         """Whether the save in progress has failed on this rank; wait() then raises the error on every rank."""
         return self._error is not None
 
-    def save(
-        self,
-        root: Path,
-        iteration: int,
-        tensors: Sequence[GlobalTensor],
-        scalars: Mapping[str, Any],
-        provenance: Provenance,
-        *,
-        retention: Retention = KEEP_ALL,
-        check: Callable[[], None] = no_check,
-    ) -> float:
-        """Copy the state and start writing it; a collective call. Arguments as in save.save_checkpoint.
+    def save(self, request: SaveRequest, tensors: Sequence[GlobalTensor]) -> float:
+        """Copy the state and start writing it; a collective call. Arguments as in save_checkpoint.
 
-        Waits for the previous save, if that is still in progress. The tensors may be changed as soon as it returns.
+        Waits for the previous save, if that is still in progress. Tensors and scalars may be changed once it returns.
 
         Returns:
             Seconds for which training was blocked.
@@ -94,8 +80,7 @@ class BackgroundSaver:
         """
         begun = time.monotonic()
         self.wait()
-        # A copy: training continues to count while this is written.
-        request = SaveRequest(root, iteration, copy.deepcopy(dict(scalars)), provenance, retention, check)
+        request = replace(request, scalars=copy.deepcopy(dict(request.scalars)))
         tensors = deduplicate(tensors)
         self._writer = writer = CheckpointWriter(request, self._world, size_to_write(tensors))
         staged = [self._stage(tensor) for tensor in tensors]

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest, no_check
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest
 from megatron_lite.parallel.tensors import GlobalTensor, Piece, narrow
 from megatron_lite.rectangle import rectangles_of_range
-from megatron_lite.runs.manifest import Provenance
-from megatron_lite.runs.retention import KEEP_ALL, Retention
 
 
-def save_checkpoint(
-    root: Path,
-    iteration: int,
-    tensors: Sequence[GlobalTensor],
-    scalars: Mapping[str, Any],
-    provenance: Provenance,
-    world: Group,
-    *,
-    retention: Retention = KEEP_ALL,
-    check: Callable[[], None] = no_check,
-) -> SaveReport:
+def save_checkpoint(request: SaveRequest, tensors: Sequence[GlobalTensor], world: Group) -> SaveReport:
     """Write a checkpoint and make it the latest; a collective call that returns once it is durable.
 
     Args:
-        root: the folder of --save, which all ranks must share.
-        iteration: last completed iteration.
+        request: destination, which all ranks must share, and content besides tensors.
         tensors: state on this rank; over all ranks, each element must have exactly one writer, or replicas that share
             the work.
-        scalars: JSON values; rank 0's are saved.
-        provenance: config and fingerprints; rank 0's are saved.
         world: all ranks.
-        retention: which checkpoints are kept; the others are deleted once this one is the latest.
-        check: as in SaveRequest.
 
     Raises:
         CheckpointError: it could not be written, on every rank. Earlier checkpoints are untouched and nothing of this
             one is left.
     """
-    request = SaveRequest(root, iteration, scalars, provenance, retention, check)
     tensors = deduplicate(tensors)
 
     def write() -> None:

@@ -13,7 +13,7 @@ from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
 from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.writing import SaveReport
+from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
@@ -187,13 +187,13 @@ class RunState:
     ) -> None:
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.spikes.state()}
         check = partial(self.check_lock, now=True)
-        state = (lane.root, progress.iteration, tensors, scalars, self.provenance)
+        request = SaveRequest(lane.root, progress.iteration, scalars, self.provenance, retention, check)
         lane.last = progress.iteration
         with self._failing(lane, final=final):
             if lane.saver is None:
-                self._announce(save_checkpoint(*state, self._world, retention=retention, check=check))
+                self._announce(save_checkpoint(request, tensors, self._world))
             else:
-                blocked = lane.saver.save(*state, retention=retention, check=check)
+                blocked = lane.saver.save(request, tensors)
                 self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
 
     def _settle(self, lane: _Lane, *, final: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
-from megatron_lite.checkpoint.writing import CheckpointWriter
+from megatron_lite.checkpoint.writing import CheckpointWriter, SaveRequest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.catalog import find_checkpoint
@@ -38,7 +38,7 @@ def write_allowed(monkeypatch):
 def test_later_changes_of_tensors_and_scalars_are_not_saved(kit, tmp_path, write_allowed):
     tensors, scalars = kit.tensors(), {"progress": {"iteration": 1}}
     with BackgroundSaver(kit.world) as saver:
-        saver.save(tmp_path, 1, kit.whole(tensors), scalars, Provenance(), retention=Retention(last=3))
+        saver.save(SaveRequest(tmp_path, 1, scalars, Provenance(), retention=Retention(last=3)), kit.whole(tensors))
         for tensor in tensors.values():
             tensor.add_(1000)
         scalars["progress"]["iteration"] = 2
@@ -55,9 +55,9 @@ def test_later_changes_of_tensors_and_scalars_are_not_saved(kit, tmp_path, write
 
 def test_a_save_waits_for_the_previous_one(kit, tmp_path, write_allowed):
     with BackgroundSaver(kit.world) as saver:
-        saver.save(tmp_path, 1, kit.whole(kit.tensors(1)), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors(1)))
         threading.Timer(0.2, write_allowed.set).start()
-        saver.save(tmp_path, 2, kit.whole(kit.tensors(2)), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.whole(kit.tensors(2)))
         assert find_checkpoint(str(tmp_path), 1) is not None
     for iteration in (1, 2):
         loaded = kit.zeros_like(kit.tensors())
@@ -76,7 +76,7 @@ def test_host_buffers_are_reused(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "add_tensors", write)
     with BackgroundSaver(kit.world) as saver:
         for iteration in (1, 2, 3):
-            saver.save(tmp_path, iteration, kit.whole(kit.tensors(iteration)), {}, Provenance())
+            saver.save(SaveRequest(tmp_path, iteration, {}, Provenance()), kit.whole(kit.tensors(iteration)))
     assert len(addresses) == 3
     assert addresses[0] == addresses[1] == addresses[2]
 
@@ -86,24 +86,24 @@ def test_a_failure_is_raised_once_by_the_next_save(kit, tmp_path, monkeypatch):
         raise CheckpointError("Cannot write the checkpoint: No space left on device", fix="Make room")
 
     saver = BackgroundSaver(kit.world)
-    saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
+    saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors()))
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "add_tensors", full)
-        saver.save(tmp_path, 2, kit.whole(kit.tensors()), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.whole(kit.tensors()))
         saver._thread.join()
     assert saver.failed
     with pytest.raises(CheckpointError, match="No space left on device"):
-        saver.save(tmp_path, 3, kit.whole(kit.tensors()), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 3, {}, Provenance()), kit.whole(kit.tensors()))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert not saver.failed
-    saver.save(tmp_path, 4, kit.whole(kit.tensors()), {}, Provenance())
+    saver.save(SaveRequest(tmp_path, 4, {}, Provenance()), kit.whole(kit.tensors()))
     assert saver.wait().path.name == "iter_0000004"
 
 
 def test_an_error_in_training_abandons_the_save(kit, tmp_path):
     with pytest.raises(RuntimeError, match="training"), BackgroundSaver(kit.world) as saver:
-        saver.save(tmp_path, 1, kit.whole(kit.tensors()), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors()))
         raise RuntimeError("training failed")
 
 
@@ -117,7 +117,7 @@ def test_several_ranks_save(tmp_path, on_ranks):
         with BackgroundSaver(world) as saver:
             for iteration in (1, 2, 3):
                 tensors = halves(world, 10.0 * iteration)
-                saver.save(tmp_path, iteration, tensors, {}, Provenance(), retention=Retention(last=2))
+                saver.save(SaveRequest(tmp_path, iteration, {}, Provenance(), retention=Retention(last=2)), tensors)
                 tensors[0].pieces[0].tensor.fill_(-1)
             report = saver.wait()
             assert report is not None
@@ -138,7 +138,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, on_ranks, monkeypatch)
         saver = BackgroundSaver(world)
         if world.rank == 1:
             monkeypatch.setattr(CheckpointWriter, "add_tensors", full)
-        saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), halves(world, 1.0))
         with pytest.raises(CheckpointError, match=r"rank 1.*No space left on device"):
             saver.wait()
 
@@ -151,7 +151,7 @@ def test_a_missing_rank_is_named(tmp_path, on_ranks, monkeypatch):
         saver = BackgroundSaver(world, patience=0.2)
         if world.rank == 1:
             monkeypatch.setattr(CheckpointWriter, "close", lambda *_: time.sleep(0.6))
-        saver.save(tmp_path, 1, halves(world, 1.0), {}, Provenance())
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), halves(world, 1.0))
         with pytest.raises(CheckpointError, match=r"Ranks \[1\] have not reported .* after 0 s"):
             saver.wait()
 
@@ -172,7 +172,7 @@ def test_memory_stays_flat_over_many_saves(kit, tmp_path):
     tensors = kit.whole({f"w{number}": torch.randn(256, 1024) for number in range(8)})
     with BackgroundSaver(kit.world) as saver:
         for iteration in range(1, int(os.environ.get("MEGATRON_LITE_SAVES", SAVES)) + 1):
-            saver.save(tmp_path, iteration, tensors, {}, Provenance(), retention=Retention(last=1))
+            saver.save(SaveRequest(tmp_path, iteration, {}, Provenance(), retention=Retention(last=1)), tensors)
             saver.wait()
             if iteration == 10:
                 after_ten = resident()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.save import deduplicate, save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import Provenance
 
@@ -72,7 +73,7 @@ def test_replicas_save_and_one_rank_loads(tmp_path, on_ranks, kit):
             )
             for name, x in values.items()
         ]
-        save_checkpoint(tmp_path, 1, held, {}, Provenance(), world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), held, world)
 
     on_ranks(3, save)
     sizes = sorted(path.stat().st_size for path in (tmp_path / "iter_0000001").glob("*.distcp"))

@@ -16,6 +16,7 @@ import torch
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.runs.catalog import find_checkpoint, is_complete, iteration_of, read_latest
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import Retention
@@ -38,7 +39,9 @@ def save_forever(kit, root, begin, pipe, behind):
         # Every third save is of an iteration that exists already, as after a rollback: it must be replaced, not lost.
         number = iteration - (iteration % 3 == 0)
         if behind:
-            saver.save(root, number, kit.whole(content(iteration)), {}, Provenance(), retention=Retention(last=2))
+            saver.save(
+                SaveRequest(root, number, {}, Provenance(), retention=Retention(last=2)), kit.whole(content(iteration))
+            )
             saver.wait()
         else:
             kit.save(root, number, content(iteration), keep_last=2)

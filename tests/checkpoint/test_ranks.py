@@ -12,6 +12,7 @@ from megatron_lite.checkpoint import writing
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.errors import CheckpointError, failed_rank
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
@@ -76,7 +77,7 @@ def size(layout):
 @pytest.mark.parametrize("writer", LAYOUTS)
 def test_every_layout_reads_every_layout(tmp_path, on_ranks, writer):
     def save(world):
-        save_checkpoint(tmp_path, 1, held(writer, world.rank, True), {"a": 1}, Provenance(), world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {"a": 1}, Provenance()), held(writer, world.rank, True), world)
 
     on_ranks(size(writer), save)
     manifest = verify_checkpoint(tmp_path / "iter_0000001")
@@ -102,13 +103,13 @@ def test_a_failed_write_on_one_rank_fails_the_save_on_all(tmp_path, on_ranks, mo
         raise OSError(28, "No space left on device", str(path))
 
     def save(world):
-        save_checkpoint(tmp_path, 1, held((2, 1, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), held((2, 1, 1), world.rank, True), world)
         if world.rank == 1:
             monkeypatch.setattr(writing, "FileIO", full)
         with pytest.raises(
             CheckpointError, match=r"rank 1: .* iteration 2 .*No space left on device .*__1_0.*GiB are free"
         ) as caught:
-            save_checkpoint(tmp_path, 2, held((2, 1, 1), world.rank, True), {}, Provenance(), world)
+            save_checkpoint(SaveRequest(tmp_path, 2, {}, Provenance()), held((2, 1, 1), world.rank, True), world)
         place = failed_rank(caught.value)
         assert (place.host, place.rank) == (socket.gethostname(), 1)
         world.barrier()
@@ -138,7 +139,7 @@ def test_a_second_job_in_the_same_folder_is_reported(kit, tmp_path, monkeypatch)
 
 def test_a_damaged_file_fails_the_load_on_every_rank(tmp_path, on_ranks):
     def save(world):
-        save_checkpoint(tmp_path, 1, held((2, 2, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), held((2, 2, 1), world.rank, True), world)
 
     on_ranks(4, save)
     names = sorted(read_manifest(tmp_path / "iter_0000001").files)
@@ -163,7 +164,7 @@ def test_a_damaged_file_fails_the_load_on_every_rank(tmp_path, on_ranks):
 
 def test_a_saved_tensor_that_no_rank_has_is_refused(tmp_path, on_ranks):
     def save(world):
-        save_checkpoint(tmp_path, 1, held((1, 2, 1), world.rank, True), {}, Provenance(), world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), held((1, 2, 1), world.rank, True), world)
 
     def load(world):
         fewer = [tensor for tensor in held((1, 2, 1), world.rank, False) if tensor.name != "1.norm"]
@@ -178,7 +179,7 @@ def test_two_writers_of_one_piece_are_an_error(tmp_path, on_ranks):
     def save(world):
         tensor = GlobalTensor("w", (4,), torch.float32, [Piece((0,), torch.zeros(4))])
         with pytest.raises(CheckpointError, match="w: the pieces at"):
-            save_checkpoint(tmp_path, 1, [tensor], {}, Provenance(), world)
+            save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), [tensor], world)
 
     on_ranks(2, save)
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from megatron_lite.checkpoint import tiles
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.reading import CheckpointReader, ReadPlan
 from megatron_lite.checkpoint.save import deduplicate, save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.rectangle import Rectangle
@@ -142,7 +143,7 @@ def test_damage_to_parts_that_no_rank_needs_fails_the_load(tmp_path, on_ranks):
 
     def load(world):
         mine = tensors() if world.rank == 0 else []
-        path = save_checkpoint(tmp_path, 1, mine, {}, Provenance(), world).path
+        path = save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), mine, world).path
         load_checkpoint(path, tensors(), world, weights_only=True)
         file = path / "__0_0.distcp"
         for part in read_manifest(path).files[file.name].parts:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import CorruptCheckpointError, Provenance, read_manifest
@@ -19,7 +20,9 @@ def test_loaded_tensors_equal_saved_ones_bit_for_bit(kit, tmp_path):
     tensors = kit.tensors()
     tensors["decoder.final_norm.bias"][:3] = torch.tensor([float("nan"), -0.0, 1e-45])
     scalars = {"progress": {"iteration": 7}, "scale": 0.1, "big": 2**53 + 1, "none": None}
-    report = save_checkpoint(tmp_path / "new" / "folder", 7, kit.whole(tensors), scalars, Provenance(), kit.world)
+    report = save_checkpoint(
+        SaveRequest(tmp_path / "new" / "folder", 7, scalars, Provenance()), kit.whole(tensors), kit.world
+    )
     loaded = kit.zeros_like(tensors)
     assert load_checkpoint(report.path, kit.whole(loaded), kit.world) == scalars
     for name, tensor in tensors.items():
@@ -106,7 +109,7 @@ def test_any_partition_loads_any_other(kit, tmp_path_factory, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     tensor, loaded = torch.randn(shape), torch.zeros(shape)
     saved = cut("w", tensor, cuts(shape, data.draw))
-    path = save_checkpoint(tmp_path_factory.mktemp("cut"), 1, [saved], {}, Provenance(), kit.world).path
+    path = save_checkpoint(SaveRequest(tmp_path_factory.mktemp("cut"), 1, {}, Provenance()), [saved], kit.world).path
     load_checkpoint(path, [cut("w", loaded, cuts(shape, data.draw))], kit.world)
     assert loaded.equal(tensor)
 
@@ -201,7 +204,7 @@ def test_a_damaged_file_is_named_and_no_wrong_value_is_loaded(kit, tmp_path, nam
 def test_a_tensor_without_writer_fails_the_save(kit, tmp_path):
     tensor = GlobalTensor("w", (4,), torch.float32, [Piece((0,), torch.zeros(4))], write=False)
     with pytest.raises(CheckpointError, match="w: ranks hold it, but none writes it"):
-        save_checkpoint(tmp_path, 1, [tensor], {}, Provenance(), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), [tensor], kit.world)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,22 +213,22 @@ def test_a_hole_or_an_overlap_fails_the_save(kit, tmp_path):
         return [GlobalTensor("w", (4,), torch.float32, [Piece((a,), torch.zeros(b - a)) for a, b in ranges])]
 
     with pytest.raises(CheckpointError, match="w: 3 of 4 elements were written"):
-        save_checkpoint(tmp_path, 1, pieces((0, 1), (2, 4)), {}, Provenance(), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), pieces((0, 1), (2, 4)), kit.world)
     with pytest.raises(CheckpointError, match=r"w: the pieces at .* overlap"):
-        save_checkpoint(tmp_path, 1, pieces((0, 3), (2, 3)), {}, Provenance(), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), pieces((0, 3), (2, 3)), kit.world)
     with pytest.raises(CheckpointError, match="w: a piece lies outside"):
-        save_checkpoint(tmp_path, 1, pieces((0, 5)), {}, Provenance(), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), pieces((0, 5)), kit.world)
 
 
 def test_scalars_that_are_not_json_fail_the_save(kit, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-        save_checkpoint(tmp_path, 1, kit.whole(kit.tensors()), {"x": object()}, Provenance(), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {"x": object()}, Provenance()), kit.whole(kit.tensors()), kit.world)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_holds_config_and_versions(kit, tmp_path):
     provenance = Provenance({"model": {"num_layers": 2}}, {"tokenizer": "ab12"}, ((10, 20),))
-    path = save_checkpoint(tmp_path, 5, kit.whole(kit.tensors()), {"a": 1}, provenance, kit.world).path
+    path = save_checkpoint(SaveRequest(tmp_path, 5, {"a": 1}, provenance), kit.whole(kit.tensors()), kit.world).path
     manifest = read_manifest(path)
     assert manifest.iteration == 5
     assert manifest.provenance == provenance

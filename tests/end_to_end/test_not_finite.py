@@ -11,6 +11,7 @@ import torch
 from support.checkpoints import read_tensor
 from support.trainer import checkpoints, command, measured, records, status
 
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.runs.manifest import read_manifest
 
@@ -153,5 +154,7 @@ def corrupt(checkpoint, save_checkpoint):
             value[0, 0] = math.nan
         tensors.append(GlobalTensor(name, tuple(value.shape), value.dtype, [Piece((0,) * value.dim(), value)]))
     save_checkpoint(
-        checkpoint.parent, manifest.iteration, tensors, manifest.scalars, manifest.provenance, LocalGroup("world")
+        SaveRequest(checkpoint.parent, manifest.iteration, manifest.scalars, manifest.provenance),
+        tensors,
+        LocalGroup("world"),
     )

@@ -262,10 +262,10 @@ def test_an_error_is_recorded_with_host_and_rank(corpus, tmp_path, monkeypatch):
     words = corpus.job(*SHORT, "--save", save)
     assert command(*words, "--exit-after-iters", 3).code == 0
 
-    def broken(root, iteration, *rest, **options):
-        if iteration == 6:
+    def broken(request, *rest):
+        if request.iteration == 6:
             raise RuntimeError("the controller is on fire")
-        return save_checkpoint(root, iteration, *rest, **options)
+        return save_checkpoint(request, *rest)
 
     monkeypatch.setattr(state, "save_checkpoint", broken)
     with pytest.raises(RuntimeError):

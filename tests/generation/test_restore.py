@@ -8,6 +8,7 @@ import torch
 
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.cli import generate as command
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.optimizer import PrecisionConfig
@@ -31,7 +32,7 @@ def save(make_config):
         tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
         stored = dataclasses.asdict(dataclasses.replace(make_config(), **config))
         prints = {"tokenizer": fingerprint or NullTokenizer(50).fingerprint()}
-        save_checkpoint(root, iteration, tensors, {}, Provenance(stored, prints), LocalGroup("world"))
+        save_checkpoint(SaveRequest(root, iteration, {}, Provenance(stored, prints)), tensors, LocalGroup("world"))
         return root
 
     return save
@@ -78,7 +79,7 @@ def test_moved_tokenizer_files_can_be_named(saved):
 
 def test_a_manifest_without_a_config_says_so(tmp_path, stage):
     tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
-    save_checkpoint(tmp_path, 1, tensors, {}, Provenance(), LocalGroup("world"))
+    save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), tensors, LocalGroup("world"))
     with pytest.raises(CheckpointError, match="no config of model, tokenizer, precision"):
         restore_model(str(tmp_path), 0, CPU)
 

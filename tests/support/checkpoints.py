@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_lite.backend.group import Group, LocalGroup, new_process_group
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.writing import SaveReport
+from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import Retention
@@ -29,7 +29,7 @@ class Kit:
     world = LocalGroup("world")
 
     def whole(self, tensors: Mapping[str, Tensor]) -> list[GlobalTensor]:
-        """The tensors as one rank holds them."""
+        """Return global tensors of which this rank has all elements."""
         return [GlobalTensor(n, tuple(x.shape), x.dtype, [Piece((0,) * x.dim(), x)]) for n, x in tensors.items()]
 
     def zeros_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,10 +48,12 @@ class Kit:
     def save(
         self, root: Path, iteration: int, tensors: Mapping[str, Tensor] | None = None, keep_last: int = 0, **options
     ) -> SaveReport:
-        """Saves the given tensors, or some that depend on the iteration."""
+        """Save the given tensors, or some that depend on the iteration."""
         held = self.whole(self.tensors(iteration) if tensors is None else tensors)
         options = {"retention": Retention(keep_last), **options}
-        return save_checkpoint(root, iteration, held, {"iteration": iteration}, Provenance(), self.world, **options)
+        return save_checkpoint(
+            SaveRequest(root, iteration, {"iteration": iteration}, Provenance(), **options), held, self.world
+        )
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -79,7 +81,7 @@ def _rank(rank: int, size: int, store: str, function: Callable[[Group], None]) -
 
 @pytest.fixture
 def on_ranks(tmp_path_factory):
-    """Runs function(world) on that many forked gloo ranks, and fails if it fails on any."""
+    """Run function(world) on that many forked gloo ranks, and fail if it fails on any."""
 
     def run(size: int, function: Callable[[Group], None]) -> None:
         store = str(tmp_path_factory.mktemp("store") / "store")

@@ -7,6 +7,7 @@ import torch
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.stored_model import stored_model
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
@@ -90,7 +91,7 @@ def save(backend, config, root, iteration=7):
             copy = entry.name == WORD_EMBEDDINGS and stage.embedding is None  # of a tied table, on the last stage
             tensors.append(parameter_tensor(entry, write=first and not copy))
     scalars = {"progress": dataclasses.replace(Progress(), iteration=iteration).to_dict()}
-    save_checkpoint(root, iteration, tensors, scalars, Provenance(config_as_json(config)), mesh.world)
+    save_checkpoint(SaveRequest(root, iteration, scalars, Provenance(config_as_json(config))), tensors, mesh.world)
 
 
 def save_on_rank(backend, config, root, iteration):

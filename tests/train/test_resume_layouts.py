@@ -11,6 +11,7 @@ from support.layout_matrix import SP, ZERO1, Cell, iterate, mesh_of
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.reading import compare_checkpoints
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
@@ -35,7 +36,9 @@ NOISY = tuple(replace(cell, dropout="all", dtype="bf16") for cell in (LAYOUTS[0]
 
 def save(engine, progress, mesh, root):
     scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars()}
-    save_checkpoint(Path(root), progress.iteration, engine.state_tensors(), scalars, Provenance(), mesh.world)
+    save_checkpoint(
+        SaveRequest(Path(root), progress.iteration, scalars, Provenance()), engine.state_tensors(), mesh.world
+    )
 
 
 def write(backend, cell, root):

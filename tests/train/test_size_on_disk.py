@@ -10,6 +10,7 @@ import torch
 from support.layout_matrix import SP, ZERO1, Cell, mesh_of
 
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.runs.manifest import Provenance, read_manifest
 from megatron_lite.schedules.progress import Progress
@@ -40,7 +41,9 @@ def save(backend, cell, root):
     config = wide(cell.config())
     mesh = mesh_of(backend, cell.tp, cell.pp)
     engine = build_engine(config, mesh)
-    save_checkpoint(Path(root), 1, engine.state_tensors(), {"progress": Progress().to_dict()}, Provenance(), mesh.world)
+    save_checkpoint(
+        SaveRequest(Path(root), 1, {"progress": Progress().to_dict()}, Provenance()), engine.state_tensors(), mesh.world
+    )
     return parameter_count(config.model)
 
 
