@@ -32,9 +32,9 @@ def run_on_all_ranks(world: Group, step: Callable[[], T]) -> T:
     for rank, failure in enumerate(failures):
         if failure is not None:
             kind, problem, rule, fix, host = failure
-            place = FailedRank(host, rank)
-            place.__cause__ = own
-            raise kind(f"On {host}, rank {rank}: {problem}", rule=rule, fix=fix) from place
+            failed = FailedRank(host, rank)
+            failed.__cause__ = own
+            raise kind(f"On {host}, rank {rank}: {problem}", rule=rule, fix=fix) from failed
     return result
 
 

@@ -106,7 +106,7 @@ class Backend(ABC):
 
     @abstractmethod
     def to_device(self, array: np.ndarray) -> Tensor:
-        """Return a tensor on the device with the array's values; on CUDA the copy may still be under way."""
+        """Return a tensor on the device with the array's values; on CUDA the copy may still be running."""
 
     def to_host(self, values: Tensor) -> list[float]:
         """Return the values of a tensor [n] on the device; waits for the device."""

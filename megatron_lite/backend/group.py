@@ -225,13 +225,13 @@ def new_process_group(
         return LocalGroup(axis, rank, partition)
     if len(partition) == 1 and dist.group.WORLD is not None:
         return ProcessGroup(axis, partition, rank, dist.group.WORLD)
-    mine: Group | None = None
+    group: Group | None = None
     for row in partition:
         handle = run_interruptibly(partial(_new_group, row, backend, timeout)) if len(row) > 1 else None
         if rank in row:
-            mine = LocalGroup(axis, rank, partition) if handle is None else ProcessGroup(axis, partition, rank, handle)
-    assert mine is not None, f"rank {rank} is in no row of {axis}"
-    return mine
+            group = LocalGroup(axis, rank, partition) if handle is None else ProcessGroup(axis, partition, rank, handle)
+    assert group is not None, f"rank {rank} is in no group of {axis}"
+    return group
 
 
 def _new_group(row: Sequence[int], backend: str | None, timeout: datetime.timedelta | None) -> Any:

@@ -155,17 +155,17 @@ class Rendezvous:
         Raises:
             MegatronLiteError: rank 0 cannot be reached.
         """
-        mine = first = self._describe(error)
+        own = first = self._describe(error)
         addresses = self._listen() if self._launch.rank == 0 else self._resolve()
         try:
             self._find(addresses)
             assert self._connection is not None
-            self._connection.send(failed=asdict(mine))
+            self._connection.send(failed=asdict(own))
             self._expect("failed")
         except RankFailedError as failed:
             first = failed.failure
         if isinstance(error, MegatronLiteError):
-            error.silent = first.printed and first.rank != mine.rank and first.text == mine.text
+            error.silent = first.printed and first.rank != own.rank and first.text == own.text
 
     def wait_until_reported(self) -> None:
         """On rank 0, wait until the failure was sent to all ranks, at most REPORT_SECONDS."""

@@ -20,7 +20,7 @@ SUMMARY = "dry run of a big job's ranks on this machine: memory, communication a
 USAGE = """usage: megatron-lite rehearse FLAG [VALUE] … --world-size N
                               [--rank RANK …] [--json]
 
-Takes the flags of pretrain_gpt.py, or the job's whole command line with its
+Takes the flags of pretrain_gpt.py, or the job's complete command line with its
 launcher (torchrun …, srun …); quote it if it contains quotes itself.
 Some ranks (by default the first replica's pipeline stages and the last rank)
 build their part of the model and run one iteration of every stage of the batch
@@ -99,19 +99,19 @@ def _rank_record(report: RankReport) -> dict[str, Any]:
     from megatron_lite.backend.accounting import totals
 
     stages = []
-    for plan, played in zip(report.plans, report.iterations, strict=False):
+    for plan, record in zip(report.plans, report.iterations, strict=False):
         stage: dict[str, Any] = {
             "iteration": plan.iteration,
             "global_batch": plan.global_batch,
             "seq_length": plan.seq_length,
             "microbatches": plan.microbatches,
-            "played": played is not None,
+            "played": record is not None,
         }
-        if played is not None:
-            stage["working_bytes"] = played.working_bytes
+        if record is not None:
+            stage["working_bytes"] = record.working_bytes
             stage["traffic"] = [
                 {"axis": axis, "kind": kind, "calls": total.calls, "bytes": total.size, "sent": total.sent}
-                for (axis, kind), total in totals(played.transfers).items()
+                for (axis, kind), total in totals(record.transfers).items()
             ]
         stages.append(stage)
     return {

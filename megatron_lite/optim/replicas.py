@@ -15,7 +15,6 @@ from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.bit_hash import BitHash
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.parameters import NamedParameter
 
 _CHUNK = 1 << 24
 """Elements per broadcast of a repair."""
@@ -116,11 +115,13 @@ class Replicas:
 
     def _repair(self, mismatch: Mismatch) -> None:
         members = set(mismatch.hashes)
-        mine = self._parameter(mismatch)
-        own = [] if mine is None else [mine.param.data.view(-1)]
-        self._send(mismatch.source, members, own)
+        values, states = list[Tensor](), list[Tensor]()
+        if self._mesh.world.rank in members:
+            parameter = next(entry for entry in self._buffers.parameters if entry.name == mismatch.name)
+            values = [parameter.param.data.view(-1)]
+            states = [tensor for state in self._optimizer.states_of(parameter) for tensor in state.tensors]
+        self._send(mismatch.source, members, values)
         at = coordinates(mismatch.source, self._parallel)
-        states = [] if mine is None else [t for state in self._optimizer.states_of(mine) for t in state.tensors]
         if not self._buffers.sharded:
             self._send(mismatch.source, members, states)
             return
@@ -129,11 +130,6 @@ class Replicas:
             same = {rank for rank in members if coordinates(rank, self._parallel)["dp"] == dp}
             if len(same) > 1:
                 self._send(rank_of({**at, "dp": dp}, self._parallel), same, states)
-
-    def _parameter(self, mismatch: Mismatch) -> NamedParameter | None:
-        if self._mesh.world.rank not in mismatch.hashes:
-            return None
-        return next(parameter for parameter in self._buffers.parameters if parameter.name == mismatch.name)
 
     def _send(self, source: int, members: set[int], tensors: Sequence[Tensor]) -> None:
         """Copy flat tensors from `source` to the other members, by broadcasts to all ranks, since repairs are rare."""

@@ -170,8 +170,8 @@ class Executor:
             gradient_scale: factor on the gradient of the sum of sample losses: loss scale / global batch.
         """
         losses, tensors = StepLosses(), _Tensors()
-        last_use = {action.microbatch: place for place, action in enumerate(program)}
-        for place, action in enumerate(program):
+        last_use = {action.microbatch: index for index, action in enumerate(program)}
+        for index, action in enumerate(program):
             if action.microbatch not in tensors.batches:
                 self._doing = "reading data"
                 with self._timed("batch-generator"):
@@ -190,7 +190,7 @@ class Executor:
                     self._deferred.compute((action.stage, action.microbatch), self._accumulate)
                 else:
                     self._message(action, batch, tensors, seq_length)
-            if last_use[action.microbatch] == place:
+            if last_use[action.microbatch] == index:
                 del tensors.batches[action.microbatch]
             if self._trace is not None:
                 self._trace.append(action)

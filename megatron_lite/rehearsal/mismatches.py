@@ -20,16 +20,16 @@ def call_mismatches(reports: Sequence[RankReport]) -> list[str]:
         transfers = [t for report in (one, other) for record in report.iterations if record for t in record.transfers]
         for axis, ranks in dict.fromkeys((transfer.axis, transfer.ranks) for transfer in transfers):
             if one.rank in ranks and other.rank in ranks:
-                places = ranks.index(one.rank), ranks.index(other.rank)
-                found += list(_first_difference(axis, places, one, other))
+                coordinates = ranks.index(one.rank), ranks.index(other.rank)
+                found += list(_first_difference(axis, coordinates, one, other))
     return found
 
 
-def _first_difference(axis: str, places: tuple[int, int], one: RankReport, other: RankReport) -> Iterator[str]:
-    for plan, mine, theirs in zip(one.plans, one.iterations, other.iterations, strict=True):
-        if mine is None or theirs is None:
+def _first_difference(axis: str, coordinates: tuple[int, int], one: RankReport, other: RankReport) -> Iterator[str]:
+    for plan, first, second in zip(one.plans, one.iterations, other.iterations, strict=True):
+        if first is None or second is None:
             continue
-        for kind, calls, others in _to_compare(axis, places, mine, theirs):
+        for kind, calls, others in _to_compare(axis, coordinates, first, second):
             differs = next((n for n, (a, b) in enumerate(zip(calls, others, strict=False)) if a != b), None)
             if differs is None and len(calls) == len(others):
                 continue
@@ -42,16 +42,16 @@ def _first_difference(axis: str, places: tuple[int, int], one: RankReport, other
 
 
 def _to_compare(
-    axis: str, places: tuple[int, int], mine: IterationRecord, theirs: IterationRecord
+    axis: str, coordinates: tuple[int, int], first: IterationRecord, second: IterationRecord
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    here, there = places
+    first_rank, second_rank = coordinates
     yield (
         "collective",
-        [_describe(t) for t in mine.transfers if t.axis == axis and t.peer is None],
-        [_describe(t) for t in theirs.transfers if t.axis == axis and t.peer is None],
+        [_describe(t) for t in first.transfers if t.axis == axis and t.peer is None],
+        [_describe(t) for t in second.transfers if t.axis == axis and t.peer is None],
     )
-    yield "message", _messages(mine, axis, "send", there), _messages(theirs, axis, "receive", here)
-    yield "message", _messages(mine, axis, "receive", there), _messages(theirs, axis, "send", here)
+    yield "message", _messages(first, axis, "send", second_rank), _messages(second, axis, "receive", first_rank)
+    yield "message", _messages(first, axis, "receive", second_rank), _messages(second, axis, "send", first_rank)
 
 
 def _messages(record: IterationRecord, axis: str, kind: str, peer: int) -> list[str]:
@@ -67,4 +67,4 @@ def _describe(transfer: Transfer) -> str:
 
 
 def _at(entries: list[str], number: int) -> str:
-    return entries[number] if number < len(entries) else "nothing"
+    return entries[number] if number < len(entries) else "none"
