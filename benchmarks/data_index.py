@@ -1,4 +1,4 @@
-"""How long a run waits for its first sample at OSCAR's size, and what the loader's thread delivers after that.
+"""Sample-index benchmark: time to the first sample at the size of OSCAR, and samples per second of the loader.
 
     python benchmarks/data_index.py                          # 300 million documents and samples: 14 GB of disk
     python benchmarks/data_index.py --documents 3000000      # the same in a few seconds
@@ -38,14 +38,14 @@ from megatron_lite.data.serving.loader import Loader
 CHUNK = 1 << 20
 
 PROBED = 1 << 24
-"""Words drawn, and entries moved, to know what one takes."""
+"""Random words drawn, and entries moved, to measure the cost of one."""
 
 SAMPLES_PER_SECOND_13B = 4.0
-"""Samples of 2048 tokens that one 8-GPU replica of a 13B model trains on in a second, generously."""
+"""Upper estimate of the samples of 2048 tokens per second of an 8-GPU replica of a 13B model."""
 
 
 def main() -> None:
-    """Builds, serves, writes, reopens, reads; prints seconds, memory and samples per second."""
+    """Build, read, write and reopen an index; print seconds, memory and samples per second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=300_000_000)
     parser.add_argument("--samples", type=int, default=0, help="0: as many as documents")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
-    """Our build against the originals' procedure in plain numpy, both at a tenth of the size."""
+    """Compare the build with Megatron's procedure in numpy, both at a tenth of the size."""
     plan = plan_index(
         data.sizes, (0, len(data)), num_samples=samples, seq_length=length, seed=1234, order="legacy", prefix="plain"
     )
@@ -90,7 +90,7 @@ def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
 
 
 def plan_for(data: IndexedDataset, samples: int, length: int) -> IndexPlan:
-    """The plan of the whole file in Megatron-DeepSpeed's order."""
+    """Return the plan of the whole file in Megatron-DeepSpeed's order."""
     return plan_index(
         data.sizes,
         (0, len(data)),
@@ -103,7 +103,7 @@ def plan_for(data: IndexedDataset, samples: int, length: int) -> IndexPlan:
 
 
 def index_and_serve(prefix: Path, samples: int, length: int) -> None:
-    """The stages from nothing to the first sample, and from a kept index to the first sample."""
+    """Measure the stages to the first sample, without and with a cached index."""
     began, worked = time.perf_counter(), time.process_time()
     with timed("open and check"):
         data = IndexedDataset(prefix)
@@ -136,7 +136,7 @@ def index_and_serve(prefix: Path, samples: int, length: int) -> None:
 
 
 def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
-    """What build_index does, in its two halves."""
+    """Build an index as build_index does, and measure its two halves."""
     rng = np.random.RandomState(plan.seed)
     scratch = np.empty(max(plan.epochs * plan.num_documents, plan.total_samples), dtype=np.int64)
     with timed("build: shuffle documents, sum their lengths"):
@@ -147,7 +147,7 @@ def build(plan: IndexPlan, data: IndexedDataset) -> SampleIndex:
 
 
 def parts_of_a_build(entries: int, samples: int) -> None:
-    """What a build is made of, at this core's speed right now, to compare it with where others share the machine.
+    """Measure the elementary operations of a build at the current speed of the core, which other processes may share.
 
     The order is defined by one sequence of random words, nearly all of which come before the first sample's number is
     known; and where a sample lies is known only when every document has been moved. Batches of independent moves, as
@@ -172,7 +172,7 @@ def parts_of_a_build(entries: int, samples: int) -> None:
 
 
 def words_of_shuffle(entries: int) -> float:
-    """Expected random words of numpy's shuffle: step i takes 2 ** bits(i) / (i + 1), for what exceeds i is redrawn."""
+    """Return the expected random words of numpy's shuffle: 2 ** bits(i) / (i + 1) in step i (rejection sampling)."""
     words, low = 0.0, 1
     while low < entries:
         high = min(entries, 2 * low)
@@ -182,7 +182,7 @@ def words_of_shuffle(entries: int) -> float:
 
 
 def serve(dataset: GPTDataset) -> None:
-    """Samples per second through the loader's thread."""
+    """Measure samples per second of the loader with prefetch."""
     count = min(2000, len(dataset))
     with Loader(dataset, micro_batch=4, global_batch=lambda consumed: 4) as loader:
         began = time.perf_counter()
@@ -196,7 +196,7 @@ def serve(dataset: GPTDataset) -> None:
 
 
 def blend(sample: int = 100_000_000) -> None:
-    """A resumed run reaches far into a blend at once."""
+    """Measure the first lookup far into a blend, as in a resumed run."""
     for sources in (2, 5):
         index = BlendIndex(normalize(np.random.RandomState(sources).dirichlet(np.ones(sources)).tolist()))
         with timed(f"blend of {sources}: reach sample {sample:,}"):
@@ -204,7 +204,7 @@ def blend(sample: int = 100_000_000) -> None:
 
 
 def synthesise(prefix: Path, documents: int, mean: int) -> None:
-    """An .idx of log-normal lengths, and a .bin that is all hole."""
+    """Write an .idx of log-normal lengths, and a sparse .bin."""
     rng = np.random.default_rng(0)
     sizes = np.empty(documents, dtype=np.int32)
     for low in range(0, documents, CHUNK):
@@ -225,13 +225,13 @@ def synthesise(prefix: Path, documents: int, mean: int) -> None:
 
 
 def peak_gigabytes() -> float:
-    """Most memory this process ever held, mapped files included."""
+    """Return the peak memory of this process, including mapped files."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long a stage took; where others share the machine, the processor's time says more."""
+    """Print the wall time and the processor time of a stage (more reliable on a shared machine)."""
     began, worked = time.perf_counter(), time.process_time()
     yield
     wall, processor = time.perf_counter() - began, time.process_time() - worked

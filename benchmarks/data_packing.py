@@ -1,4 +1,4 @@
-"""`data pack` against copying the same bytes, and what it saves: synthesised documents of log-normal lengths.
+"""Packing benchmark: `data pack` against copying the same bytes, on synthetic documents of log-normal lengths.
 
     python benchmarks/data_packing.py [--documents 10000000] [--mean 250] [--seq-length 2048]
 
@@ -22,11 +22,11 @@ from megatron_lite.data.preparation.packed_dataset import pack_dataset
 EOD = 50256
 TOKENIZER = {"type": "NullTokenizer", "fingerprint": "", "vocab_size": EOD + 1, "eod": EOD}
 AT_ONCE = 1_000
-"""Lengths that are drawn; after so many documents they come again, in another order."""
+"""Number of drawn lengths; they repeat after so many documents, in another order."""
 
 
 def main() -> None:
-    """Synthesise, copy, pack, print."""
+    """Write a synthetic corpus, copy it, pack it, and print the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--mean", type=float, default=250.0, help="tokens")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def synthesise(prefix: Path, documents: int, mean: float) -> None:
-    """Write documents of random tokens; their lengths repeat after AT_ONCE of them, in a random order each time."""
+    """Write documents of random tokens, whose lengths repeat in random order after AT_ONCE documents."""
     rng = np.random.default_rng(0)
     sigma = 1.0
     lengths = np.maximum(2, rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, AT_ONCE)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Preprocessing against the tokenizer library alone, against the original tools' design, and against itself.
+"""Preprocessing benchmark: against the tokenizer library alone, the design of Megatron's tools, and more workers.
 
     python benchmarks/preprocess.py                 rates and ratios, about three minutes
     python benchmarks/preprocess.py --memory        peak memory at 200 MB and 2 GB of input, about four minutes
@@ -38,7 +38,7 @@ from megatron_lite.tokenizer.huggingface import read_gpt2
 from megatron_lite.tokenizer.training import train_byte_level_bpe
 
 MEMORY_TEXT = 4e6
-"""Bytes of text that are repeated to make the input of --memory: what is in it matters little there."""
+"""Bytes of text repeated as the input of --memory, which does not depend on the content."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def standard_library(num_bytes: float) -> list[str]:
-    """Python sources, again and again until there are so many bytes."""
+    """Return Python sources, repeated up to a number of bytes."""
     found = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in found if "site-packages" not in path.parts]
     texts = [text for text in texts if text]
@@ -77,7 +77,7 @@ def standard_library(num_bytes: float) -> list[str]:
 
 
 def tokenizer_config(vocab_file: str, merge_file: str, texts: Sequence[str], folder: Path) -> TokenizerConfig:
-    """The given vocabulary, or one learnt from the first 5 MB."""
+    """Return the given vocabulary, or one trained on the first 5 MB."""
     if not vocab_file:
         train_byte_level_bpe(texts[:300], folder, vocab_size=8192)
         vocab_file, merge_file = str(folder / "vocab.json"), str(folder / "merges.txt")
@@ -85,14 +85,14 @@ def tokenizer_config(vocab_file: str, merge_file: str, texts: Sequence[str], fol
 
 
 class Side(NamedTuple):
-    """One thing that is measured: what runs, and how much text it reads."""
+    """One measured variant, with the amount of text that it reads."""
 
     run: Callable[[], object]
     megabytes: float
 
 
 def compare_rates(texts: list[str], few: list[str], config: TokenizerConfig, folder: Path, repeats: int) -> None:
-    """Measure everything in turns and print rates and ratios; the slow sides read `few` of the texts."""
+    """Measure the variants in turns and print rates and ratios; slow variants read the `few` texts."""
     all_of_it, part = write_corpus(texts, folder / "corpus.jsonl"), write_corpus(few, folder / "part.jsonl")
     quarter, third = texts[: len(texts) // 4], few[: len(few) // 3]
     third_of_it = write_corpus(third, folder / "third.jsonl")
@@ -137,7 +137,7 @@ def compare_rates(texts: list[str], few: list[str], config: TokenizerConfig, fol
 
 
 def megabytes_of(texts: Sequence[str]) -> float:
-    """Megabytes of text as UTF-8."""
+    """Return the megabytes of texts in UTF-8."""
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
@@ -149,7 +149,7 @@ def write_corpus(texts: Sequence[str], path: Path) -> Path:
 
 
 def in_batches(encode: Callable[[list[str]], object], texts: list[str]) -> None:
-    """The library's batch call over and over, each result dropped at once: it would fill gigabytes."""
+    """Call the library batch by batch and drop each result, which would otherwise fill gigabytes."""
     for start in range(0, len(texts), 500):
         encode(texts[start : start + 500])
 
@@ -172,7 +172,7 @@ def ours(corpus: Path, config: TokenizerConfig, folder: Path, workers: int) -> N
 
 
 class Encoder:
-    """The originals' worker: a tokenizer per process, a document per call."""
+    """Worker of Megatron's tools: a tokenizer per process, a document per call."""
 
     tokenizer: Tokenizer
 
@@ -184,7 +184,7 @@ class Encoder:
         Encoder.tokenizer = build_tokenizer(self.config)
 
     def encode(self, line: str) -> tuple[list[int], int]:
-        """One document's ids and bytes."""
+        """Return the ids and bytes of one document."""
         ids = Encoder.tokenizer.encode(json.loads(line)["text"])
         if ids:
             ids.append(Encoder.tokenizer.eod)
@@ -192,7 +192,7 @@ class Encoder:
 
 
 def original(corpus: Path, config: TokenizerConfig, folder: Path) -> None:
-    """One document at a time through a pool of one worker, the parent writing each: the originals' design."""
+    """Encode single documents in a pool of one worker and write them in the parent, as Megatron's tools do."""
     encoder = Encoder(config)
     with (
         corpus.open(encoding="utf-8") as lines,
@@ -215,7 +215,7 @@ print("peak", mb(resource.RUSAGE_SELF), mb(resource.RUSAGE_CHILDREN))
 
 
 def compare_memory(texts: Sequence[str], config: TokenizerConfig, folder: Path, megabytes: Sequence[float]) -> None:
-    """Peak memory of the parent and of the largest worker at both sizes of input."""
+    """Print the peak memory of the parent and of the largest worker for two sizes of input."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     peaks = []
     for size in (1e6 * megabytes[0], 1e6 * megabytes[1]):

@@ -1,4 +1,4 @@
-"""megatron-lite data: what each action prints, and how it fails."""
+"""CLI command `data`: output and errors of each action."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def job(prefix, *more):
     return [*words.split(), *NULL, "--data-path", prefix, *more]
 
 
-def test_inspect_counts_draws_and_shows_documents(prefix, tmp_path, capsys):
+def test_inspect_prints_counts_histogram_and_documents(prefix, tmp_path, capsys):
     assert main(["data", "inspect", prefix, "--picture", str(tmp_path / "lengths.svg"), "--documents", "2"]) == 0
     out = capsys.readouterr().out
     data = IndexedDataset(prefix)
@@ -43,7 +43,7 @@ def test_inspect_counts_draws_and_shows_documents(prefix, tmp_path, capsys):
     assert main(["data", "inspect", prefix, *NULL]) == 0
 
 
-def test_verify_says_what_it_checked(prefix, capsys):
+def test_verify_prints_its_checks(prefix, capsys):
     assert main(["data", "verify", prefix]) == 0
     assert "give a tokenizer" in capsys.readouterr().out
     assert main(["data", "verify", prefix, *NULL]) == 0
@@ -52,7 +52,7 @@ def test_verify_says_what_it_checked(prefix, capsys):
     assert "the vocabulary has 51" in capsys.readouterr().err
 
 
-def test_verify_finds_a_flipped_byte_by_the_manifest(tmp_path, capsys):
+def test_verify_finds_a_changed_byte_by_the_manifest(tmp_path, capsys):
     jsonl = tmp_path / "in.jsonl"
     jsonl.write_text("".join(f'{{"text": "{number} {number + 1}"}}\n' for number in range(90)))
     prefix = str(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_verify_finds_a_flipped_byte_by_the_manifest(tmp_path, capsys):
     assert "manifest" in capsys.readouterr().err
 
 
-def test_the_jobs_whole_command_is_read(prefix, capsys):
+def test_the_whole_command_of_a_job_is_accepted(prefix, capsys):
     expected = []
     for launch in ([], ["torchrun", "--nproc-per-node", "2", "pretrain_gpt.py"]):
         assert main(["data", "samples", "--iteration", "3", *launch, *job(prefix)]) == 0
@@ -78,7 +78,7 @@ def test_the_jobs_whole_command_is_read(prefix, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--dataloader-type", "cyclic"]])
-def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, more):
+def test_samples_of_an_iteration_equal_those_of_training(prefix, capsys, more):
     from megatron_lite.config.arguments import parse_run
     from megatron_lite.data.serving.build import build_datasets
     from megatron_lite.data.serving.loader import Loader
@@ -100,7 +100,7 @@ def test_samples_of_an_iteration_are_those_that_training_reads(prefix, capsys, m
         ("8", ("--train-samples", "30"), "--iteration 8: the run has 7"),
     ],
 )
-def test_samples_refuses_an_iteration_that_the_run_has_not(prefix, capsys, iteration, words, message):
+def test_samples_refuses_an_iteration_after_the_last(prefix, capsys, iteration, words, message):
     flags = job(prefix, *words)
     if words:
         at = flags.index("--train-iters")
@@ -109,7 +109,7 @@ def test_samples_refuses_an_iteration_that_the_run_has_not(prefix, capsys, itera
     assert message in capsys.readouterr().err
 
 
-def test_samples_counts_from_the_checkpoint_before_and_leaves_out_what_a_rollback_did(prefix, tmp_path, capsys):
+def test_samples_account_for_checkpoints_and_rollbacks(prefix, tmp_path, capsys):
     runs = ["--load", str(tmp_path / "run"), "--save", str(tmp_path / "run"), "--save-interval", "10"]
     short = [*job(prefix, *runs), "--eval-iters", "0", "--log-interval", "50", "--device", "cpu"]
     assert main(["train", *short, "--exit-interval", "20"]) == 0
@@ -125,7 +125,7 @@ def test_samples_counts_from_the_checkpoint_before_and_leaves_out_what_a_rollbac
         assert re.findall(r"^sample (\d+)", capsys.readouterr().out, re.M) == expected
 
 
-def test_pack_says_what_it_did_and_training_reads_whole_sequences(prefix, tmp_path, capsys):
+def test_pack_prints_statistics_and_training_reads_its_sequences(prefix, tmp_path, capsys):
     from megatron_lite.config.arguments import parse_run
     from megatron_lite.data.serving.build import build_datasets
 
@@ -156,7 +156,7 @@ def test_pack_says_what_it_did_and_training_reads_whole_sequences(prefix, tmp_pa
     assert all(tuple(train[sample][:-1].tolist()) in contents for sample in range(len(train)))
 
 
-def test_packed_data_is_read_as_it_was_meant(prefix, tmp_path, capsys):
+def test_flags_that_do_not_match_packed_data_cause_warnings(prefix, tmp_path, capsys):
     packed = str(tmp_path / "packed")
     with IndexedDatasetWriter(tmp_path / "marked", np.uint16) as writer:
         for size in range(1, 60):
@@ -168,7 +168,7 @@ def test_packed_data_is_read_as_it_was_meant(prefix, tmp_path, capsys):
     assert "without --eod-mask-loss" in out
 
 
-def test_one_damaged_dataset_does_not_hide_the_others(prefix, tmp_path, capsys):
+def test_verify_continues_after_a_damaged_dataset(prefix, tmp_path, capsys):
     assert main(["data", "verify", str(tmp_path), prefix]) == 1
     said = capsys.readouterr()
     assert f"{prefix}: OK" in said.out
@@ -183,8 +183,8 @@ def test_index_builds_every_set(prefix, capsys):
     assert all(name in out for name in ("train: ", "valid: ", "test (test): "))
 
 
-def test_index_says_which_caches_it_found(prefix, capsys):
-    """One document of 16 tokens a sample, so that Megatron's arrays are plain."""
+def test_index_prints_the_caches_it_found(prefix, capsys):
+    """With one document of 16 tokens per sample, Megatron's arrays are simple."""
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         writer.add_batch(np.full(300 * 16, 5), np.full(300, 16), np.ones(300, np.int64))
     rng = np.random.RandomState(1234)
@@ -205,7 +205,7 @@ def test_a_job_without_its_data_is_an_error(tmp_path, capsys):
     assert "absent" in capsys.readouterr().err
 
 
-def test_an_older_dataset_says_how_to_convert_it(tmp_path, capsys):
+def test_the_error_of_an_older_dataset_names_the_conversion(tmp_path, capsys):
     (tmp_path / "old.idx").write_bytes(b"TNTIDX\0\0" + b"\0" * 60)
     (tmp_path / "old.bin").write_bytes(b"")
     assert main(["data", "inspect", str(tmp_path / "old")]) == 1

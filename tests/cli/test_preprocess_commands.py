@@ -1,4 +1,4 @@
-"""Both Megatrons' command lines of preprocessing and merging, as they are typed."""
+"""CLI commands preprocess, merge and train-tokenizer with the command lines of both Megatrons."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_tools_run_from_a_checkout(tool, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_without_utf_8_ends_no_program(encoding):
+def test_help_on_a_terminal_without_utf_8(encoding):
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--help"]
     done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert b"--input FILE \\u2026" in done.stdout
 
 
-def test_refusals(corpus, tmp_path, capsys):
+def test_refused_arguments(corpus, tmp_path, capsys):
     words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
     for more, message in (
         ([], "No tokenizer is given"),

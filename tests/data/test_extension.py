@@ -1,4 +1,4 @@
-"""Datasets of a run that was made longer: what it had is where it was, and more follows."""
+"""Datasets of an extended run: earlier samples keep their positions, additional ones follow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kinds(prefixes):
 
 
 def spans(dataset, count):
-    """Samples of a set; made-up ones, which lie nowhere, by their tokens."""
+    """Return the spans of a set's samples, or for --mock-data their tokens."""
     return [dataset.spans(number) or dataset[number].tolist() for number in range(count)]
 
 
@@ -72,7 +72,7 @@ def spans(dataset, count):
     kind=st.sampled_from(["single", "modern", "blend", "slices", "groups", "mock"]),
     requests=st.lists(st.integers(1, 700), min_size=1, max_size=4, unique=True).map(sorted),
 )
-def test_an_extension_leaves_every_earlier_sample_where_it_was(prefixes, kind, requests):
+def test_an_extension_keeps_the_positions_of_earlier_samples(prefixes, kind, requests):
     data = kinds(prefixes)[kind]
     before = []
     for number in range(1, len(requests) + 1):
@@ -85,7 +85,7 @@ def test_an_extension_leaves_every_earlier_sample_where_it_was(prefixes, kind, r
         before = read
 
 
-def test_what_is_added_is_of_another_order(prefixes):
+def test_additional_samples_have_another_order(prefixes):
     plan = plan_datasets(config(kinds(prefixes)["single"]), DataSegment(train_requests=(10, 250)))["train"]["train"]
     first, second = plan.sources[0].indices
     assert (first.num_samples, second.num_samples) == (10, 250 - first.total_samples)
@@ -96,7 +96,7 @@ def test_what_is_added_is_of_another_order(prefixes):
     ]["train"].sources[0].indices == (first,)
 
 
-def test_validation_without_weights_has_one_epoch_and_training_is_refused_more(prefixes):
+def test_without_weights_validation_has_one_epoch_and_longer_training_is_refused(prefixes):
     sources = tuple(DataSource(path=path) for path in prefixes)
     data = DataConfig(sources=sources, split="5,5,0")
     sets = build_datasets(config(data), DataSegment(train_requests=(20,), valid_requests=(10_000,)))
@@ -115,7 +115,7 @@ def test_a_run_that_only_evaluates_opens_no_training_data(prefixes):
     assert list(sets.valid) == ["v"]
 
 
-def test_how_often_a_source_is_read_is_said_where_it_is_more_than_once(prefixes):
+def test_epochs_are_described_for_sources_read_more_than_once(prefixes):
     plans = plan_datasets(config(kinds(prefixes)["blend"]), DataSegment(train_requests=(240,), valid_requests=(3,)))
     (one, two), plan = plans["train"]["train"].epochs, plans["train"]["train"]
     tokens = [source.indices[0].tokens_per_epoch for source in plan.sources]
@@ -127,7 +127,7 @@ def test_how_often_a_source_is_read_is_said_where_it_is_more_than_once(prefixes)
     assert describe_set(mock, ("mock",), 4) == "100 samples of mock"
 
 
-def test_datasets_end_to_end_are_one():
+def test_concatenated_datasets():
     parts = [MockDataset(size, 4, 50, seed) for seed, size in enumerate((3, 1, 5))]
     joined = ConcatDataset(parts)
     assert len(joined) == 9

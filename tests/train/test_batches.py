@@ -22,12 +22,12 @@ SAMPLES = (
     (1, 2, EOD, 3, EOD, EOD, EOD),
     (1, 2, 3, 4, 5, 6, 1),
     (1, 2, EOD, 3, 4, EOD, 5),
-    (1, 2, 3, 4, 5, EOD, 6),  # the last input ends a document, and none begins behind it
+    (1, 2, 3, 4, 5, EOD, 6),  # the last input ends a document
 )
 
 
 class Written(MockDataset):
-    """The samples above."""
+    """Dataset of SAMPLES."""
 
     def __init__(self):
         super().__init__(len(SAMPLES), len(SAMPLES[0]) - 1, EOD + 1, 0)
@@ -58,7 +58,7 @@ def read(consumed, size, reset_attention_mask=True):
     return reader(consumed, size=size, reset_attention_mask=reset_attention_mask)(0)
 
 
-def test_documents_are_grouped_by_their_length():
+def test_documents_are_grouped_by_length():
     batch = read(0, 3)
     assert batch.documents.groups == ((1, 1), (1, 2), (3, 3), (1, 6))
     parts = batch.documents.split(batch.tokens.t())
@@ -72,13 +72,13 @@ def test_documents_are_grouped_by_their_length():
 
 
 @pytest.mark.parametrize(("consumed", "reset"), [(1, True), (3, True), (0, False)])
-def test_nothing_where_there_is_nothing_to_keep_apart(consumed, reset):
+def test_no_documents_for_samples_of_one_document(consumed, reset):
     batch = read(consumed, 1, reset)
     assert batch.documents is None
 
 
 class Blend(Written):
-    """Two sources, in turn."""
+    """Blend of two alternating sources."""
 
     sources = ("one", "other")
 
@@ -86,7 +86,7 @@ class Blend(Written):
         return sample % 2
 
 
-def test_labels_are_the_tokens_that_follow():
+def test_labels_are_the_next_tokens():
     batch = reader(size=2)(0)
     assert batch.tokens.tolist() == [list(sample[:-1]) for sample in SAMPLES[:2]]
     assert batch.labels.tolist() == [list(sample[1:]) for sample in SAMPLES[:2]]
@@ -94,13 +94,13 @@ def test_labels_are_the_tokens_that_follow():
     assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()
 
 
-def test_a_curriculum_cuts_samples_short():
+def test_curriculum_shortens_samples():
     batch = reader(0, 3, size=2)(0)
     assert batch.tokens.tolist() == [list(sample[:3]) for sample in SAMPLES[:2]]
     assert batch.labels.tolist() == [list(sample[1:4]) for sample in SAMPLES[:2]]
 
 
-def test_each_flag_makes_its_own_tensor():
+def test_each_flag_computes_its_tensor():
     masked = reader(2, eod_mask_loss=True)(0)
     assert masked.loss_mask.tolist() == [[1, 1, 0, 1, 1, 0]] and masked.position_ids is None
     placed = reader(2, reset_position_ids=True)(0)
@@ -110,7 +110,7 @@ def test_each_flag_makes_its_own_tensor():
 
 
 @pytest.mark.parametrize(("replica", "numbers", "sources"), [(0, [0, 2], (0, 0)), (1, [1, 3], (1, 1))])
-def test_replicas_take_turns_and_name_the_source_of_each_sample(replica, numbers, sources):
+def test_replicas_alternate_and_record_the_source_of_each_sample(replica, numbers, sources):
     read = reader(dataset=Blend(), dp=2, replica=replica)
     batches = [read(index) for index in (0, 1)]
     assert [batch.number for batch in batches] == numbers
@@ -118,14 +118,14 @@ def test_replicas_take_turns_and_name_the_source_of_each_sample(replica, numbers
     assert tuple(batch.sources[0] for batch in batches) == sources
 
 
-def test_one_source_is_not_named():
+def test_sources_are_recorded_for_blends_only():
     assert reader(size=2)(0).sources is None
     assert reader(1, dataset=Blend(), size=3)(0).sources == (1, 0, 1)
     assert run_data(Blend()).train.names == ("one", "other")
 
 
 class Long(Written):
-    """As many samples as are asked for."""
+    """Dataset of 100 samples."""
 
     def __len__(self):
         return 100
@@ -152,7 +152,7 @@ def test_skipped_positions_are_passed_over():
     assert loader.positions(2, 3) == loader.samples(2, 3) == [2, 5, 6]
 
 
-def test_closing_the_data_of_a_run_closes_every_loader_once():
+def test_close_closes_every_loader_once():
     closed = []
 
     class Closing:

@@ -1,4 +1,4 @@
-"""What identifies a dataset: the same wherever it lies, another after any change, cheap however long it is."""
+"""Dataset fingerprints: independent of the path, changed by any change of the content."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def of(prefix):
     return content_fingerprint(IndexedDataset(prefix))
 
 
-def test_a_copy_under_another_name_is_the_same(tmp_path):
+def test_a_copy_under_another_name_has_the_same_fingerprint(tmp_path):
     one = write(tmp_path / "one", DOCUMENTS)
     (tmp_path / "elsewhere").mkdir()
     for ending in ("bin", "idx"):
@@ -43,7 +43,7 @@ def test_a_copy_under_another_name_is_the_same(tmp_path):
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_any_other_text_is_another(tmp_path_factory, data):
+def test_other_text_has_another_fingerprint(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("data")
     documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=6)
     one, two = data.draw(documents), data.draw(documents)
@@ -51,14 +51,14 @@ def test_any_other_text_is_another(tmp_path_factory, data):
     assert same == (one == two)
 
 
-def test_the_lengths_say_nothing_of_the_tokens(tmp_path):
+def test_the_lengths_fingerprint_ignores_tokens(tmp_path):
     one, two = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "two", [[0] * len(d) for d in DOCUMENTS])
     assert of(one) != of(two)
     assert lengths_fingerprint(IndexedDataset(one)) == lengths_fingerprint(IndexedDataset(two))
 
 
 @pytest.mark.parametrize("place", [0, 1, 500, 998, 999])
-def test_of_a_long_file_the_sampled_places_count(tmp_path, monkeypatch, place):
+def test_long_files_are_sampled(tmp_path, monkeypatch, place):
     monkeypatch.setattr(fingerprint, "PIECE_BYTES", 8)
     monkeypatch.setattr(fingerprint, "PIECE_LENGTHS", 4)
     documents = [[number % 7] for number in range(1000)]
@@ -66,12 +66,12 @@ def test_of_a_long_file_the_sampled_places_count(tmp_path, monkeypatch, place):
     documents[place] = [*documents[place], 1]
     documents[(place + 300) % 1000] = []
     changed = write(tmp_path / "changed", documents)
-    # Both ends are always among the places; in the middle the counts tell.
+    # Both ends are always sampled.
     assert of(one) != of(changed)
 
 
 @pytest.mark.parametrize("total", [0, 1, 63, 64, 65, 1000])
-def test_the_places_are_within_the_file_and_hold_both_ends(total):
+def test_sampled_places_are_within_the_file_and_include_both_ends(total):
     pieces = list(fingerprint._pieces(total, 4))
     assert (pieces[0][0], pieces[-1][1]) == (0, total)
     assert all(0 <= start <= end <= total for start, end in pieces)
@@ -87,7 +87,7 @@ def run_config(**data):
     )
 
 
-def test_each_source_of_a_blend_is_named_with_its_weight_and_path(tmp_path):
+def test_fingerprints_of_a_blend_have_weight_and_path(tmp_path):
     one, two = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "two", DOCUMENTS[1:])
     sources = (DataSource(path=one, weight=0.3), DataSource(path=two, weight=0.7))
     found = data_fingerprints(run_config(sources=sources, split="9,1,0"))
@@ -98,7 +98,7 @@ def test_each_source_of_a_blend_is_named_with_its_weight_and_path(tmp_path):
     }
 
 
-def test_so_is_each_source_of_weighted_split_paths(tmp_path):
+def test_fingerprints_of_weighted_split_paths(tmp_path):
     one = write(tmp_path / "one", DOCUMENTS)
     half = DataSource(path=one, weight=1.0, end=0.5)
     groups = {"train_groups": ("train", half), "valid_groups": ("en", replace(half, start=0.5, end=1.0))}
@@ -109,5 +109,5 @@ def test_so_is_each_source_of_weighted_split_paths(tmp_path):
     assert found["data valid en 1"] == f"weight 1, documents 0.5 to 1, {of(one)} of {one}"
 
 
-def test_made_up_data_has_no_file():
+def test_fingerprint_of_mock_data():
     assert data_fingerprints(run_config(mock=True))["data source"] == "random tokens of --mock-data"

@@ -1,4 +1,4 @@
-"""Writing and reading .bin/.idx: round trips, bytes as documented, and an index that lies is always found out."""
+"""Writing and reading .bin/.idx: round trips, bytes as documented, detection of damaged indices."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(prefix, documents, dtype=np.uint16):
 
 
 def reference_bytes(documents, code, dtype):
-    """The format, built the plain way from its table."""
+    """Return the bytes of the format, built from its description."""
     sequences = [tokens for document in documents for tokens in document]
     sizes = [len(tokens) for tokens in sequences]
     itemsize = np.dtype(dtype).itemsize
@@ -50,7 +50,7 @@ def reference_bytes(documents, code, dtype):
 
 @RELAXED
 @given(documents=DOCUMENTS, kind=st.sampled_from([(1, np.uint8), (4, np.int32), (5, np.int64), (8, np.uint16)]))
-def test_written_bytes_are_the_format_and_read_back(tmp_path, documents, kind):
+def test_written_bytes_follow_the_format_and_are_read_back(tmp_path, documents, kind):
     code, dtype = kind
     write(tmp_path / "a", documents, dtype)
     tokens, index = reference_bytes(documents, code, dtype)
@@ -124,8 +124,8 @@ def test_lazy_checks_find_a_shifted_pointer_before_its_tokens_are_read(tmp_path,
 
 
 @pytest.mark.parametrize("shift", [-10_000, 10_000])
-def test_lazy_checks_find_a_block_that_is_shifted_as_a_whole(tmp_path, monkeypatch, shift):
-    """Within such a block every sequence ends where the next begins; only the file's ends tell."""
+def test_lazy_checks_find_a_shifted_block(tmp_path, monkeypatch, shift):
+    """Within the block every sequence ends at the beginning of the next; only the bounds of the file are violated."""
     write(tmp_path / "a", [[[index] * 5] for index in range(50)])
     index = bytearray((tmp_path / "a.idx").read_bytes())
     for sequence in range(16, 25):
@@ -139,7 +139,7 @@ def test_lazy_checks_find_a_block_that_is_shifted_as_a_whole(tmp_path, monkeypat
         dataset.get(20)
 
 
-def test_views_of_part_of_a_sequence(tmp_path):
+def test_parts_of_a_sequence(tmp_path):
     write(tmp_path / "a", [[[1, 2, 3, 4, 5]]])
     dataset = IndexedDataset(tmp_path / "a")
     assert dataset.get(0, 1, 3).tolist() == [2, 3, 4]
@@ -162,7 +162,7 @@ def test_views_of_part_of_a_sequence(tmp_path):
         (lambda folder: (folder / "a.idx").write_bytes(b'{"text": "no"}' * 9), "starts with"),
     ],
 )
-def test_a_pair_that_is_not_whole_is_refused(tmp_path, damage, message):
+def test_a_damaged_pair_is_refused(tmp_path, damage, message):
     write(tmp_path / "a", [[[1, 2, 3]]])
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
@@ -173,7 +173,7 @@ def test_a_pair_that_is_not_whole_is_refused(tmp_path, damage, message):
     ("at", "value", "message"),
     [(9, b"\2", "version 2"), (17, b"\6", "code 6"), (18, b"\xff" * 8, "bytes"), (26, b"\0" * 8, "bytes")],
 )
-def test_a_header_that_is_not_a_text_datasets_is_refused(tmp_path, at, value, message):
+def test_a_header_of_another_dataset_type_is_refused(tmp_path, at, value, message):
     write(tmp_path / "a", [[[1, 2, 3]]])
     index = bytearray((tmp_path / "a.idx").read_bytes())
     index[at : at + len(value)] = value
@@ -190,7 +190,7 @@ def test_a_multimodal_index_is_refused(tmp_path):
         IndexedDataset(tmp_path / "a")
 
 
-def test_a_missing_prefix_proposes_one_that_exists(tmp_path):
+def test_the_error_of_a_missing_prefix_suggests_an_existing_one(tmp_path):
     write(tmp_path / "corpus_text_document", [[[1]]])
     with pytest.raises(DataError, match="corpus_text_document"):
         IndexedDataset(tmp_path / "corpus")
@@ -198,7 +198,7 @@ def test_a_missing_prefix_proposes_one_that_exists(tmp_path):
         IndexedDataset(tmp_path / "corpus_text_document.bin")
 
 
-def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
+def test_a_token_outside_the_type_is_refused_without_leaving_files(tmp_path):
     with (
         pytest.raises(DataError, match="Document 1 has tokens from 1 to 70000"),
         IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer,
@@ -208,7 +208,7 @@ def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_older_pair(tmp_path):
+def test_a_failed_write_keeps_the_older_pair(tmp_path):
     write(tmp_path / "a", [[[1, 2, 3]]])
     with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document([9])
@@ -217,13 +217,13 @@ def test_a_failed_write_leaves_the_older_pair(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_data_error(tmp_path):
+def test_a_read_only_folder_is_a_data_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Cannot write the dataset"):
         IndexedDatasetWriter(tmp_path / "file" / "a", np.uint16)
 
 
-def test_the_disk_is_full(tmp_path):
+def test_a_full_disk_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="No space left"):
         writer = IndexedDatasetWriter(tmp_path / "a", np.uint16)
         writer._files["bin"].close()
@@ -242,7 +242,7 @@ def test_shards_of_another_token_type_are_refused(tmp_path):
         writer.append(tmp_path / "a")
 
 
-def test_a_bin_that_is_cut_while_it_is_open_is_a_data_error(tmp_path):
+def test_a_bin_truncated_while_open_is_a_data_error(tmp_path):
     write(tmp_path / "a", [[[1, 2, 3, 4]]])
     dataset = IndexedDataset(tmp_path / "a")
     (tmp_path / "a.bin").write_bytes(b"\1\0")

@@ -1,4 +1,4 @@
-"""Conversion of datasets of the kind before the memory-mapped one."""
+"""Conversion of datasets of the older lazy/cached format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_older(prefix, documents, *, code=4, dtype=np.int32, cut=0):
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(4, np.int32), (8, np.uint16)])
-def test_tokens_sequences_and_documents_stay(tmp_path, code, dtype):
+def test_tokens_sequences_and_documents_are_kept(tmp_path, code, dtype):
     write_older(tmp_path / "old", DOCUMENTS, code=code, dtype=dtype)
     assert convert_older(tmp_path / "old", tmp_path / "new") == 3
     data = IndexedDataset(tmp_path / "new")
@@ -38,7 +38,7 @@ def test_tokens_sequences_and_documents_stay(tmp_path, code, dtype):
 
 
 @pytest.mark.parametrize("change", [{"cut": 8}, {"code": 7}, {"dtype": np.int64}])
-def test_what_is_not_whole_is_refused(tmp_path, change):
+def test_a_damaged_index_is_refused(tmp_path, change):
     write_older(tmp_path / "old", DOCUMENTS, **change)
     with pytest.raises(DataError, match="older format"):
         convert_older(tmp_path / "old", tmp_path / "new")

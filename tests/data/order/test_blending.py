@@ -1,4 +1,4 @@
-"""The blend's order against a plain loop over the greedy rule: near, far, and in whatever order it is asked for."""
+"""Blend index against a reference loop of the greedy rule: near and far samples, in any order of access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.data.order.blending import CHUNK, BlendIndex, counts_before, 
 
 
 def plain_loop(weights, size):
-    """The rule as the originals' C++ states it."""
+    """Return the sources of the greedy rule, as in Megatron's C++."""
     counts = [0] * len(weights)
     order = []
     for step in range(size):
@@ -25,7 +25,7 @@ def plain_loop(weights, size):
 
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=6), size=st.integers(1, 700))
-def test_lookup_equals_the_plain_loop(weights, size):
+def test_lookup_equals_the_reference_loop(weights, size):
     normalized = normalize(weights)
     index = BlendIndex(normalized)
     assert [index.lookup(sample) for sample in range(size)] == plain_loop(normalized, size)
@@ -39,8 +39,8 @@ WEIGHTS = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(weights=WEIGHTS, sample=st.integers(40, 900), reach=st.integers(1, 39))
-def test_what_settles_is_the_rules_own_count(weights, sample, reach):
-    """However short the walk from upper bounds: it says nothing, or what the plain loop says."""
+def test_counts_before_a_sample_are_exact_or_none(weights, sample, reach):
+    """A walk of any length gives None, or the counts of the reference loop."""
     normalized = np.array(normalize(weights))
     found = counts_before(normalized, sample, reach)
     if found is not None:
@@ -50,7 +50,7 @@ def test_what_settles_is_the_rules_own_count(weights, sample, reach):
 
 @pytest.mark.parametrize("sources", [2, 5, 40])
 def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
-    """No walk from the beginning, and the same counts as one that begins much further back."""
+    """Without a walk from the beginning, and with the counts of a much longer walk."""
     monkeypatch.setattr(blending, "advance_chunks", None)
     normalized = np.array(normalize(np.random.RandomState(sources).uniform(0.01, 1, sources)))
     index = BlendIndex(normalized)
@@ -69,7 +69,7 @@ def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
 )
 @pytest.mark.parametrize("warm_up", [0, 8])
 @pytest.mark.parametrize("reaches", [(), (16,), (8, 256)])
-def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up, reaches):
+def test_chunks_in_any_order_equal_the_reference_loop(monkeypatch, weights, warm_up, reaches):
     monkeypatch.setattr(blending, "CHUNK", 64)
     monkeypatch.setattr(blending, "WARM_UP", warm_up)
     monkeypatch.setattr(blending, "REACHES", reaches)
@@ -86,8 +86,8 @@ def test_chunks_out_of_order_equal_the_plain_loop(monkeypatch, weights, warm_up,
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [5, 3, 1, 0.01]])
-def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
-    """Guesses are right so often that the repair needs wrong ones made up for it."""
+def test_wrong_estimates_of_counts_are_corrected(monkeypatch, weights):
+    """Estimates are nearly always right, so wrong ones are injected."""
     monkeypatch.setattr(blending, "CHUNK", 16)
     monkeypatch.setattr(blending, "REACHES", ())
     guess, walks = blending._estimate, []
@@ -113,7 +113,7 @@ def test_wrong_guesses_of_counts_are_walked_again(monkeypatch, weights):
     assert [index.lookup(sample) for sample in range(640)] == expected
 
 
-def test_forgotten_chunks_come_back_the_same(monkeypatch):
+def test_evicted_chunks_are_recomputed_identically(monkeypatch):
     monkeypatch.setattr(blending, "CHUNK", 16)
     monkeypatch.setattr(blending, "KEPT", 2)
     weights = normalize([2, 3, 4])

@@ -1,4 +1,4 @@
-"""The cyclic sampler against Megatron's procedure, with torch's own permutation."""
+"""Cyclic sampler against Megatron's procedure with torch's permutation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_permutation_of_several_chunks_is_torchs(monkeypatch):
 
 
 def megatrons_sampler(size, consumed, micro_batch, replica, dp):
-    """Micro-batches of one replica, as the original's generator yields them within an epoch."""
+    """Yield the micro-batches of one replica within an epoch, as in Megatron."""
     active = size - size % (micro_batch * dp)
     epoch, inside = divmod(consumed, active)
     bucket = size // (micro_batch * dp) * micro_batch
@@ -37,7 +37,7 @@ def megatrons_sampler(size, consumed, micro_batch, replica, dp):
 
 
 @pytest.mark.parametrize("consumed", [0, 12, 96, 108])
-def test_order_is_megatrons(consumed):
+def test_order_equals_megatrons(consumed):
     size, micro_batch, dp = 103, 2, 3
     order = CyclicOrder(size, micro_batch, dp)
     for replica in range(dp):
@@ -46,12 +46,12 @@ def test_order_is_megatrons(consumed):
             assert [order[start + within] for within in range(micro_batch)] == expected
 
 
-def test_every_sample_comes_once_an_epoch():
+def test_every_sample_occurs_once_per_epoch():
     order = CyclicOrder(12, 2, 3)
     for epoch in range(4):
         assert sorted(order[12 * epoch + place] for place in range(12)) == list(range(12))
 
 
-def test_less_than_a_micro_batch_each_is_refused():
+def test_fewer_than_one_micro_batch_per_replica_are_refused():
     with pytest.raises(DataError, match="cyclic"):
         CyclicOrder(5, 2, 3)

@@ -1,4 +1,4 @@
-"""Index caches: ours is written once and mapped; Megatron's of both generations are used only if they are right."""
+"""Index caches: this project's is written once and mapped; Megatron's are used only if they match the plan."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan_for(data, bounds=(0, 280), num_samples=1500, seed=7, order="legacy"):
 
 
 def megatrons_arrays(plan, sizes):
-    """The three arrays as Megatron saves them, its rows from the closed form over the whole stream."""
+    """Return the three arrays that Megatron saves, with the sample rows in closed form."""
     index = build_index(plan, sizes)
     ends = np.concatenate([[0], np.cumsum(sizes[index.documents], dtype=np.int64)])
     tokens = np.arange(plan.total_samples + 1) * LENGTH
@@ -103,7 +103,7 @@ def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside, n
 
 
 def test_a_cache_of_another_split_is_refused(data, notices):
-    """The name of a legacy cache holds the number of samples, but not the documents."""
+    """The name of a legacy cache contains the number of samples, but no range of documents."""
     save_legacy(plan_for(data, bounds=(0, 280)), data)
     for bounds in ((0, 290), (5, 285), (1, 281)):
         plan = plan_for(data, bounds=bounds)
@@ -112,7 +112,7 @@ def test_a_cache_of_another_split_is_refused(data, notices):
 
 
 def test_a_cache_of_other_lengths_is_refused(data, notices):
-    """The dataset was made again: as many tokens, but elsewhere."""
+    """The dataset was preprocessed again, with as many tokens in other documents."""
     plan = plan_for(data)
     save_legacy(plan, data)
     sizes = data.sizes.copy()
@@ -129,7 +129,7 @@ def equal_lengths(tmp_path, size):
 
 
 def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, notices):
-    """Documents of one length: every shape agrees, only the range tells."""
+    """With documents of equal length all shapes agree; only the range differs."""
     data = equal_lengths(tmp_path, 20)
     save_legacy(plan_for(data, bounds=(0, 280)), data)
     assert (
@@ -140,7 +140,7 @@ def test_a_cache_of_another_range_with_as_many_tokens_is_refused(tmp_path, notic
 
 
 def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, notices):
-    """Documents much longer than a sample: most neighbouring samples lie in one, and would not tell."""
+    """Documents are much longer than a sample, so most adjacent samples are in one document."""
     data = equal_lengths(tmp_path, 10_000)
     plan = plan_for(data)
     save_legacy(plan, data)
@@ -152,7 +152,7 @@ def test_a_cache_of_slightly_other_lengths_is_refused(tmp_path, notices):
 
 
 @pytest.mark.parametrize("part", ["doc_idx", "sample_idx", "shuffle_idx"])
-def test_a_cut_cache_is_refused(data, notices, part):
+def test_a_truncated_cache_is_refused(data, notices, part):
     plan = plan_for(data)
     _, arrays = megatrons_arrays(plan, data.sizes)
     save_legacy(plan, data, **{part: arrays[part][:-1]})
@@ -183,7 +183,7 @@ def always_kept(monkeypatch):
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch, notices):
+def test_own_cache_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch, notices):
     plan = plan_for(data)
     index = cached_index(plan, data, tmp_path / "cache", notices)
     assert isinstance(index.documents, np.memmap)
@@ -197,7 +197,7 @@ def test_ours_is_written_once_and_mapped_afterwards(data, tmp_path, monkeypatch,
 
 @pytest.mark.usefixtures("always_kept")
 @pytest.mark.parametrize("change", [{"seed": 8}, {"bounds": (0, 281)}, {"num_samples": 1501}, {"order": "modern"}])
-def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change, notices):
+def test_own_cache_is_found_by_the_same_plan_only(data, tmp_path, change, notices):
     cached_index(plan_for(data), data, tmp_path / "cache", notices)
     plan = plan_for(data, **change)
     assert_same(cached_index(plan, data, tmp_path / "cache", notices), build_index(plan, data.sizes), data.sizes)
@@ -205,7 +205,7 @@ def test_ours_is_found_only_by_the_same_plan(data, tmp_path, change, notices):
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, notices):
+def test_a_damaged_own_cache_is_rebuilt(data, tmp_path, notices):
     plan = plan_for(data)
     index = build_index(plan, data.sizes)
     cached_index(plan, data, tmp_path / "cache", notices)
@@ -219,7 +219,7 @@ def test_a_damaged_cache_of_ours_is_built_anew(data, tmp_path, notices):
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch, notices):
+def test_one_process_builds_while_others_wait(data, tmp_path, monkeypatch, notices):
     built, plan = [], plan_for(data)
 
     def slow(*arguments):
@@ -237,7 +237,7 @@ def test_one_of_several_builds_while_the_others_wait(data, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("always_kept")
-def test_a_folder_that_cannot_be_written_costs_a_warning(data, tmp_path, notices):
+def test_a_read_only_cache_folder_causes_a_warning(data, tmp_path, notices):
     (tmp_path / "file").write_text("")
     plan = plan_for(data)
     assert_same(

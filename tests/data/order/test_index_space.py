@@ -1,4 +1,4 @@
-"""Space for sample indices: they take what is said of them, and one that does not fit is refused before it is built."""
+"""Memory and disk of sample indices: estimates, and refusal of an index that does not fit."""
 
 from __future__ import annotations
 

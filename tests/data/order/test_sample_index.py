@@ -1,4 +1,4 @@
-"""The sample index against a plain loop that copies Megatron's own procedure step by step."""
+"""Sample index against a reference loop that follows Megatron's procedure step by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_lite.errors import DataError
 
 
 def plain_megatron(sizes, bounds, num_samples, length, seed, order):
-    """Document, sample and shuffle indices as the originals build them: loops, tiles and int32 arrays."""
+    """Return document, sample and shuffle indices, built as in Megatron: loops, tiles and int32 arrays."""
     documents = np.arange(*bounds, dtype=np.int32)
     per_epoch = int(np.sum(sizes[documents]))
     epochs, tokens = 0, 0
@@ -78,7 +78,7 @@ def cases(draw):
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(case=cases())
-def test_equals_megatrons_own_procedure(case):
+def test_equals_megatrons_procedure(case):
     documents, rows, shuffle = plain_megatron(**case)
     sizes, length = case["sizes"], case["length"]
     plan = plan_index(
@@ -127,14 +127,14 @@ def test_thresholds_of_the_two_generations():
     assert modern.num_shuffled_samples == 1999
 
 
-def test_one_epoch_where_no_number_is_asked_for():
+def test_one_epoch_without_a_number_of_samples():
     sizes = np.full(10, 7, dtype=np.int32)
     plan = plan_index(sizes, (0, 10), num_samples=None, seq_length=8, seed=1, order="modern", prefix="p")
     assert (plan.epochs, plan.total_samples) == (1, 8)
 
 
 @pytest.mark.parametrize(("sizes", "wanted"), [([0, 0], 5), ([3, 2], None)])
-def test_too_little_text_is_refused(sizes, wanted):
+def test_too_few_tokens_are_refused(sizes, wanted):
     with pytest.raises(DataError, match="too few for a sample of 8"):
         plan_index(
             np.array(sizes, dtype=np.int32),

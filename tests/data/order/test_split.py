@@ -1,4 +1,4 @@
-"""--split in both generations' rounding, at known sizes and at the edges."""
+"""--split with the rounding of both generations, at known sizes and edge cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_tr1s_split_of_oscar():
 
 @pytest.mark.parametrize("order", ["legacy", "modern"])
 @pytest.mark.parametrize("split", ["949,50,1", "949/50/1"])
-def test_spellings(split, order):
+def test_accepted_forms(split, order):
     assert parse_split(split, order) == (0.949, 0.05, 0.001)
 
 
@@ -32,7 +32,7 @@ def test_fewer_than_three_shares_leave_the_rest_empty(order):
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "-1,2,0", "nan,1,1", "1,inf"])
-def test_a_split_that_shares_nothing_out_is_refused(split):
+def test_an_invalid_split_is_refused(split):
     with pytest.raises(ConfigError, match="--split"):
         parse_split(split, "legacy")
 
@@ -42,7 +42,7 @@ def test_a_split_that_shares_nothing_out_is_refused(split):
     size=st.integers(0, 10**10),
     order=st.sampled_from(["legacy", "modern"]),
 )
-def test_bounds_never_go_back_and_end_at_the_size(shares, size, order):
+def test_bounds_do_not_decrease_and_end_at_the_size(shares, size, order):
     bounds = split_bounds(",".join(map(str, shares)), size, order)
     assert bounds[0] == 0
     assert bounds[3] == size

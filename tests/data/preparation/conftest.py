@@ -1,4 +1,4 @@
-"""A tiny tokenizer, odd documents, and the original tools' way to write them, one document after another."""
+"""Fixtures: a tiny tokenizer, unusual documents, and a reference implementation of Megatron's tools."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Documents with two keys, some lines in ASCII and some not, one blank line, no line break at the end."""
+    """Documents with two keys, ASCII and other lines, one blank line, no line break at the end."""
     lines = [
         json.dumps({"text": text, "title": f"title {i}" if i % 5 else ""}, ensure_ascii=i % 2 == 0)
         for i, text in enumerate(TEXTS)
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path, tokenizer, corpus):
-    """Preprocess into a folder of the test's; returns the output prefix."""
+    """Return a function that preprocesses into the test's folder and returns the output prefix."""
 
     def call(name="out", progress=None, **kwargs):
         settings = {"inputs": (str(corpus),), "unit_bytes": 3000, "tokenizer": tokenizer} | kwargs
@@ -62,24 +62,24 @@ def make(tmp_path, tokenizer, corpus):
 
 @pytest.fixture(scope="session")
 def look():
-    """Reads what was made: files, documents; and what the original tools would make."""
+    """Return functions that read the output, and give the output of Megatron's tools."""
     return SimpleNamespace(files=files, documents=documents, original=original, bytes_of=bytes_of, texts=TEXTS)
 
 
 def files(prefix, suffix="_text_document"):
-    """The three files' bytes."""
+    """Return the bytes of the three files."""
     return [Path(f"{prefix}{suffix}.{ending}").read_bytes() for ending in ("bin", "idx", "manifest.json")]
 
 
 def documents(prefix, suffix="_text_document"):
-    """Each document's tokens."""
+    """Return the tokens of each document."""
     dataset = IndexedDataset(f"{prefix}{suffix}")
     dataset.check()
     return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
 
 
 def original(texts, encode, eod=None, keep_empty=False):
-    """The originals' loop: what documents their output holds."""
+    """Return the documents that Megatron's tools write."""
     out = []
     for text in texts:
         ids = list(encode(text))
@@ -91,7 +91,7 @@ def original(texts, encode, eod=None, keep_empty=False):
 
 
 def bytes_of(documents):
-    """.bin and .idx of documents of one sequence each (or none), straight from the format's description."""
+    """Return .bin and .idx of documents of one sequence each (or none), by the format's description."""
     sizes = [len(ids) for ids in documents if ids]
     ends = np.cumsum([bool(ids) for ids in documents])
     index = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08"

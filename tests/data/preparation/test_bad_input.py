@@ -1,4 +1,4 @@
-"""Every kind of bad input: an error that names file and line, or a counted skip; nothing under the final name."""
+"""Bad input: errors with file and line, or counted skips; no file under the final name."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_bad_line(make, look, tmp_path, name):
     assert report["bad_lines"][0].startswith(f"{path}:10 ")
 
 
-def test_an_error_in_a_worker_process_arrives_whole(make, tmp_path):
+def test_an_error_in_a_worker_process_is_complete(make, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 9 + [b"{"] + [GOOD] * 9))
     with pytest.raises(DataError, match=r"in\.jsonl:10: not JSON"):
         make(inputs=(str(path),), unit_bytes=60, workers=2)
 
 
-def test_harmless_oddities(make, look, tmp_path):
+def test_unusual_but_valid_lines(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
     lines = [
         b"\xef\xbb\xbf" + GOOD,
@@ -84,14 +84,14 @@ def test_a_line_longer_than_memory_allows(make, look, tmp_path):
     path.write_bytes(b"\n".join([GOOD, b'{"text": "' + b"a" * 3_000_000 + b'"}', GOOD]))
     with pytest.raises(DataError, match=r"in\.jsonl:2: longer than --max-line-mb"):
         make(inputs=(str(path),), unit_bytes=1 << 20, max_line_bytes=100)
-    # What was done before the error is used whether such lines are to be skipped or to be read.
+    # Finished units are reused, with --skip-bad-lines as well as with a larger maximum.
     assert len(look.documents(make(inputs=(str(path),), unit_bytes=1 << 20))) == 3
     prefix = make("skip", inputs=(str(path),), unit_bytes=1 << 20, skip_bad_lines=True, max_line_bytes=100)
     report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
     assert (report["lines"], report["documents"], report["bad"]) == (3, 2, 1)
 
 
-def test_inputs_that_are_not_files(make, tmp_path, corpus):
+def test_inputs_that_are_not_regular_files(make, tmp_path, corpus):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for names, message in (
@@ -135,7 +135,7 @@ def test_empty_inputs_among_others_are_named(make, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
-def test_truncated_and_damaged_packed_files(make, tmp_path, ending):
+def test_truncated_and_damaged_compressed_files(make, tmp_path, ending):
     if ending == "gz":
         pack = gzip.compress
     else:
@@ -156,7 +156,7 @@ def test_truncated_and_damaged_packed_files(make, tmp_path, ending):
     assert not list(tmp_path.glob("out_*"))
 
 
-def test_parquet_of_every_kind_of_string(make, look, tmp_path):
+def test_parquet_of_every_string_type(make, look, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -187,7 +187,7 @@ def test_parquet_without_the_column_and_damaged(make, tmp_path):
         make(inputs=(str(path),))
 
 
-def test_text_that_the_tokenizer_refuses_is_a_bad_line(make, look, tmp_path):
+def test_text_that_the_tokenizer_cannot_encode_is_a_bad_line(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("1 2", "1 x", "3")))
     numbers = TokenizerConfig(type="NullTokenizer", vocab_size=10)
@@ -196,21 +196,21 @@ def test_text_that_the_tokenizer_refuses_is_a_bad_line(make, look, tmp_path):
     assert look.documents(make(inputs=(str(path),), tokenizer=numbers, skip_bad_lines=True)) == [[1, 2], [3]]
 
 
-def test_target_that_cannot_be_made(make, tmp_path):
+def test_output_folder_that_cannot_be_created(make, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--output-prefix"):
         make("file/out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_read_only_target(make, tmp_path):
+def test_read_only_output_folder(make, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(DataError, match="--output-prefix"):
         make("closed/out")
 
 
 @pytest.mark.parametrize("joining", [False, True])
-def test_full_disk_leaves_work_that_goes_on(make, look, tmp_path, monkeypatch, joining):
+def test_work_continues_after_a_full_disk(make, look, tmp_path, monkeypatch, joining):
     finish = IndexedDatasetWriter._write_index
 
     def full(self):

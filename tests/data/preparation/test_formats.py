@@ -1,4 +1,4 @@
-"""Input formats are recognized by content, whatever the file's name."""
+"""Input formats: recognition by content, errors of unsupported and damaged files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACK = {"gzip": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("name", ["{0}.jsonl", "{0}.jsonl.gz", "{0}.txt.xz", "{0}.BZ2"])
-def test_compressed_files_are_recognized_by_their_content(make, look, corpus, tmp_path, packing, name):
+def test_compressed_files_are_recognized_by_content(make, look, corpus, tmp_path, packing, name):
     path = tmp_path / name.format(packing)
     content = corpus.read_bytes()
     path.write_bytes(PACK[packing](content[:3000]) + PACK[packing](content[3000:]))
@@ -38,7 +38,7 @@ def test_a_truncated_or_damaged_file_is_an_error(make, tmp_path, packing):
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst", "parquet"])
-def test_an_ending_without_its_format_is_an_error(make, tmp_path, ending):
+def test_a_suffix_that_contradicts_the_content_is_an_error(make, tmp_path, ending):
     path = tmp_path / f"in.jsonl.{ending}"
     path.write_bytes(b'{"text": "plain"}\n')
     with pytest.raises(DataError, match="truncated or damaged"):
@@ -54,7 +54,7 @@ def test_an_ending_without_its_format_is_an_error(make, tmp_path, ending):
         (b"ARROW1", "an Arrow file"),
     ],
 )
-def test_other_formats_are_named(tmp_path, content, name):
+def test_unsupported_formats_are_named(tmp_path, content, name):
     (tmp_path / "in.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=f"in.jsonl is {name}"):
         find_sources([str(tmp_path / "in.jsonl")])
@@ -70,7 +70,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
             find_sources([str(tmp_path / "in.jsonl")])
 
 
-def test_a_glob_that_matches_a_name_that_is_not_utf_8(tmp_path):
+def test_a_glob_that_matches_a_name_outside_utf_8(tmp_path):
     try:
         with open(os.fsencode(tmp_path) + b"/x\xe9.jsonl", "wb"):  # noqa: PTH123
             pass

@@ -1,4 +1,4 @@
-"""Units of any size share out the lines of a file: each line once, in order."""
+"""Line reader: units of any size read each line of a file once, in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.data.preparation.sources import Source, Unit, plan_units
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"x")), max_size=20), st.integers(1, 40))
-def test_units_share_out_the_lines(tmp_path_factory, lines, unit_bytes):
+def test_units_read_each_line_once(tmp_path_factory, lines, unit_bytes):
     path = tmp_path_factory.mktemp("lines") / "file"
     path.write_bytes(b"\n".join(lines))
     source = Source(str(path), "text", path.stat().st_size, 0)
@@ -25,7 +25,7 @@ def test_units_share_out_the_lines(tmp_path_factory, lines, unit_bytes):
     assert read == (lines[:-1] if lines and not lines[-1] else lines)
 
 
-def test_the_plan_depends_on_sizes_alone():
+def test_units_depend_on_file_sizes_only():
     text = [Source("a", "text", 10, 0), Source("b", "gzip", 25, 0), Source("c", "text", 4, 0)]
     units = plan_units(text, unit_bytes=4)
     assert [(unit.source.path, unit.start, unit.end) for unit in units] == [

@@ -1,4 +1,4 @@
-"""Merging finished datasets, and what their manifests say about them."""
+"""Merging of datasets and of their manifests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_merged_documents_and_manifest(make, look, tmp_path):
     assert look.documents(tmp_path / "m", "") == look.documents(parts[0], "")
 
 
-def test_datasets_without_manifest_merge_too(make, look, tmp_path):
+def test_datasets_without_manifest_are_merged(make, look, tmp_path):
     part = f"{make('a')}_text_document"
     manifest_path(part).unlink()
     assert not merge_datasets([part, part], str(tmp_path / "m")).warnings
@@ -57,7 +57,7 @@ def test_refusals(make, tmp_path, tokenizer, corpus):
     assert not list(tmp_path.glob("m.*"))
 
 
-def test_folder(make, tmp_path):
+def test_datasets_of_a_folder(make, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(DataError, match=r"has no .bin/.idx"):
@@ -74,7 +74,7 @@ def test_folder(make, tmp_path):
         find_prefixes(folder)
 
 
-def test_manifest_finds_damage(make):
+def test_damage_is_found_by_the_manifest(make):
     prefix = f"{make('a')}_text_document"
     manifest = read_manifest(prefix)
     check_files(prefix, manifest)
@@ -96,7 +96,7 @@ def test_manifest_finds_damage(make):
 
 
 def packed(make, tmp_path, *lengths):
-    """A dataset of the same documents packed for each length, or as it is for None."""
+    """Return datasets of the same documents, packed for each length; None: not packed."""
     source = f"{make('a', append_eod=True)}_text_document"
     about = read_manifest(source).tokenizer
     names = [str(tmp_path / f"packed{number}") if length else source for number, length in enumerate(lengths)]
@@ -119,7 +119,7 @@ def test_datasets_packed_differently_cause_a_warning(make, tmp_path, lengths, me
     assert message in warning
 
 
-def test_two_merges_to_one_name(make, tmp_path):
+def test_two_merges_with_one_output(make, tmp_path):
     part = f"{make('a')}_text_document"
     with IndexedDatasetWriter(tmp_path / "m", IndexedDataset(part).dtype) as writer:
         writer.append(part)

@@ -1,4 +1,4 @@
-"""Packing: best fit against a plain loop, windows against the documents, and every token of every document, once."""
+"""Packing: best fit against a reference loop, windows against the documents, every token exactly once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENIZER = {"type": "NullTokenizer", "fingerprint": "x", "vocab_size": 1000, "e
 
 
 def plain_best_fit(lengths, seq_length):
-    """What is put together, one piece at a time: longest first, into the bin with the least room that is enough."""
+    """Return the bins of best-fit decreasing, one piece at a time: longest first, into the fullest bin with space."""
     spaces, contents = [], []
     for length in sorted(lengths, reverse=True):
         at = bisect_left(spaces, length)
@@ -36,7 +36,7 @@ def plain_best_fit(lengths, seq_length):
 
 @settings(deadline=None)
 @given(data=st.data(), seq_length=st.integers(1, 40))
-def test_best_fit_equals_a_plain_loop(data, seq_length):
+def test_best_fit_equals_a_reference_loop(data, seq_length):
     lengths = data.draw(st.lists(st.integers(1, seq_length), min_size=1, max_size=80))
     bins = best_fit(np.array(lengths), seq_length)
     found = [sorted((lengths[piece] for piece in np.flatnonzero(bins == number)), reverse=True) for number in set(bins)]
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def write(folder, documents):
-    """Documents of sentences of lengths; every token is another number, and each document ends with EOD."""
+    """Write documents of sentences of given lengths; tokens are distinct, and each document ends with EOD."""
     following = 1
     with IndexedDatasetWriter(folder / "corpus", np.int32) as writer:
         for sentences in documents:
@@ -71,7 +71,7 @@ CORPUS = st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size
 
 @pytest.mark.slow
 @given(documents=CORPUS, seq_length=st.integers(1, 40), window=st.integers(1, 400), chunk=st.integers(1, 50))
-def test_every_token_is_there_once_and_short_documents_are_whole(
+def test_every_token_occurs_once_and_short_documents_are_not_cut(
     folder, monkeypatch, documents, seq_length, window, chunk
 ):
     monkeypatch.setattr(packing, "DOCUMENTS", chunk)
@@ -106,8 +106,8 @@ def test_every_token_is_there_once_and_short_documents_are_whole(
     check_files(folder / "packed", read_manifest(folder / "packed"))
 
 
-def test_a_bin_stands_where_one_of_its_tokens_stood():
-    """No end of the packed file is made of short documents, or of long ones."""
+def test_bins_keep_the_position_of_one_of_their_tokens():
+    """The distribution of document lengths is the same in every part of the packed file."""
     rng = np.random.RandomState(0)
     lengths, last = cut(rng.randint(1, 200, 20000), 100)
     window = PackingWindow(0, lengths, last)
@@ -120,7 +120,7 @@ def test_a_bin_stands_where_one_of_its_tokens_stood():
     assert np.median(distance) < 0.2 * lengths.sum()
 
 
-def test_cut_unpacked_is_what_concatenation_cuts(folder):
+def test_cut_unpacked_is_the_mean_of_documents_cut_by_concatenation(folder):
     rng = np.random.RandomState(1)
     sizes = rng.randint(1, 90, 300)
     data = write(folder, [[size] for size in sizes])
@@ -134,7 +134,7 @@ def test_cut_unpacked_is_what_concatenation_cuts(folder):
     assert made.cut_unpacked == pytest.approx(np.mean(cuts), rel=0.02)
 
 
-def test_the_same_bytes_twice_and_not_over_something_else(folder):
+def test_packing_is_deterministic_and_overwrites_nothing(folder):
     data = write(folder, [[7, 3], [30], [5], [11]])
     output = str(folder / "twice")
     assert pack_dataset(data, output, 16, TOKENIZER)
@@ -155,7 +155,7 @@ def test_the_same_bytes_twice_and_not_over_something_else(folder):
             call()
 
 
-def test_nothing_is_left_of_a_run_that_is_interrupted(folder):
+def test_interrupted_packing_leaves_no_files(folder):
     def stop(_):
         raise KeyboardInterrupt
 
@@ -166,7 +166,7 @@ def test_nothing_is_left_of_a_run_that_is_interrupted(folder):
     assert sorted(folder.iterdir()) == before
 
 
-def test_the_manifest_names_what_it_was_packed_from(folder):
+def test_the_manifest_names_the_source(folder):
     data = write(folder, [[12], [13]])
     pack_dataset(data, str(folder / "named"), 16, TOKENIZER)
     saved = json.loads((folder / "named.manifest.json").read_text())

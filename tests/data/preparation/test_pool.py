@@ -1,4 +1,4 @@
-"""Worker processes: events arrive, errors arrive whole, a death is noticed, nobody stays behind."""
+"""Worker pool: events, errors, killed workers; and the progress displays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_pool():
     before = multiprocessing.active_children()
     with Pool(2, make_square) as pool:
         assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
-        assert list(pool.run(["interrupt"])) == ["still here"], "Ctrl-C is the parent's to handle"
+        assert list(pool.run(["interrupt"])) == ["still here"], "only the parent handles Ctrl-C"
         with pytest.raises(DataError, match=r"a problem\. a rule\. do that"):
             list(pool.run([1, "refuse"]))
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
@@ -46,7 +46,7 @@ def test_pool():
     assert set(multiprocessing.active_children()) <= set(before)
 
 
-def test_lines_are_megatrons():
+def test_progress_lines_are_those_of_megatron():
     now = [0.0]
     stream = io.StringIO()
     lines = LineProgress(stream, interval=100, clock=lambda: now[0])
@@ -61,7 +61,7 @@ def test_lines_are_megatrons():
     ]
 
 
-def test_what_follows_the_reading_is_told_too():
+def test_progress_lines_of_stages():
     now = [0.0]
     stream = io.StringIO()
     lines = LineProgress(stream, clock=lambda: now[0])

@@ -1,4 +1,4 @@
-"""Preprocessing end to end: the originals' bytes, for any workers, units and interruptions."""
+"""Preprocessing end to end: the bytes of Megatron's tools, for any workers, units and interruptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lite.tokenizer.build import build_tokenizer
 
 
 class Interrupt(ProgressDisplay):
-    """Ctrl-C after some steps."""
+    """Simulates Ctrl-C after some steps."""
 
     def __init__(self, after):
         self.left = after
@@ -33,14 +33,14 @@ class Interrupt(ProgressDisplay):
 
 @pytest.mark.parametrize("keep_empty", [False, True])
 @pytest.mark.parametrize("append_eod", [False, True])
-def test_bytes_are_the_originals(make, look, tokenizer, keep_empty, append_eod):
+def test_bytes_equal_those_of_megatrons_tools(make, look, tokenizer, keep_empty, append_eod):
     library = build_tokenizer(tokenizer)
     wanted = look.original(look.texts, library.encode, library.eod if append_eod else None, keep_empty)
     prefix = make(append_eod=append_eod, empty_documents="keep" if keep_empty else "skip")
     assert look.files(prefix)[:2] == look.bytes_of(wanted)
 
 
-def test_any_number_of_workers_and_any_units_give_the_same_files(make, look):
+def test_output_is_independent_of_workers_and_units(make, look):
     one = look.files(make("one", append_eod=True))
     assert look.files(make("two", append_eod=True, workers=2)) == one
     for unit_bytes in (170, 10**9):
@@ -48,19 +48,19 @@ def test_any_number_of_workers_and_any_units_give_the_same_files(make, look):
         assert other[:2] == one[:2]
 
 
-def test_interrupted_anywhere_the_same_call_goes_on(make, look, tmp_path):
+def test_interrupted_runs_are_continued(make, look, tmp_path):
     whole = look.files(make("whole", shuffle=True))
     for after in (0, 1, 0, 2, 3):
         with pytest.raises(KeyboardInterrupt):
             make("cut", Interrupt(after), shuffle=True)
-        assert not list(tmp_path.glob("cut_*")), "nothing under the final name"
+        assert not list(tmp_path.glob("cut_*")), "no file under the final name"
         assert (tmp_path / "cut.partial").is_dir()
     assert look.files(make("cut", shuffle=True)) == whole
     assert not (tmp_path / "cut.partial").exists()
 
 
 def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
-    """Units within one long line, those of a packed file, and blanks at the end."""
+    """Also with units within one long line, compressed files, and blank lines at the end."""
     steps = []
 
     class Steps(ProgressDisplay):
@@ -77,7 +77,7 @@ def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make):
+def test_killed_runs_are_continued(corpus, tokenizer, tmp_path, look, make):
     big = tmp_path / "big.jsonl"
     big.write_bytes((corpus.read_bytes() + b"\n") * 320)  # five units
     whole = look.files(make("whole", inputs=(str(big),), unit_bytes=None))
@@ -89,9 +89,9 @@ def test_killed_the_same_command_goes_on(corpus, tokenizer, tmp_path, look, make
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(list((tmp_path / "killed.partial").glob("*.json"))) < wanted:
             time.sleep(0.01)
-        assert process.poll() is None, "it was killed, not done"
+        assert process.poll() is None, "the process ended before it was killed"
         process.send_signal(signal.SIGKILL)
-        assert "Traceback" not in process.communicate()[1], "the workers end without a word"
+        assert "Traceback" not in process.communicate()[1], "workers end without a traceback"
         assert not list(tmp_path.glob("killed_*"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--data-path" in done.stdout
@@ -108,7 +108,7 @@ def test_several_keys(make, look):
     assert look.files(prefix)[:2] == look.files(make("text"))[:2]
 
 
-def test_packed_and_several_inputs_are_read_in_order(make, look, corpus, tmp_path):
+def test_compressed_and_several_inputs_are_read_in_order(make, look, corpus, tmp_path):
     pytest.importorskip("zstandard")
     pytest.importorskip("pyarrow")
     import pyarrow
@@ -126,7 +126,7 @@ def test_packed_and_several_inputs_are_read_in_order(make, look, corpus, tmp_pat
     assert look.documents(make("two", inputs=names, workers=2)) == plain * 4
 
 
-def test_filters_drop_whole_documents_and_are_counted(make, look, tokenizer):
+def test_filtered_documents_are_counted(make, look, tokenizer):
     encode = build_tokenizer(tokenizer).encode
     prefix = make(min_tokens=5, max_tokens=100, min_chars=3)
     kept = [text for text in look.texts if len(text) >= 3 and 5 <= len(encode(text)) <= 100]
@@ -138,7 +138,7 @@ def test_filters_drop_whole_documents_and_are_counted(make, look, tokenizer):
     assert report["document_bytes"] == sum(len(text.encode()) for text in kept)
 
 
-def test_sample_is_a_share_in_the_order_of_the_input(make, look):
+def test_samples_keep_the_order_of_the_input(make, look):
     every, half = look.documents(make("every")), look.documents(make("half", sample=0.5))
     assert 0.35 * len(every) < len(half) < 0.65 * len(every)
     rest = iter(every)
@@ -147,7 +147,7 @@ def test_sample_is_a_share_in_the_order_of_the_input(make, look):
     assert look.documents(make("other", sample=0.5, seed=5)) != half
 
 
-def test_complete_output_is_left_alone(make, look, corpus, tmp_path):
+def test_complete_output_is_not_overwritten(make, look, corpus, tmp_path):
     prefix = make()
     before = Path(f"{prefix}_text_document.bin").stat().st_mtime_ns
     make()
@@ -162,8 +162,8 @@ def test_complete_output_is_left_alone(make, look, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("left", [(".bin",), (".json",), ("plan", ".json")])
-def test_killed_while_it_tidies_up_it_is_complete(make, look, tmp_path, monkeypatch, left):
-    """Files go one by one, in any order: some are gone, and then the process is."""
+def test_output_is_complete_after_an_interrupted_cleanup(make, look, tmp_path, monkeypatch, left):
+    """The process is killed after some of the files are deleted."""
 
     def killed(folder, **_):
         for path in Path(folder).iterdir():
@@ -180,12 +180,12 @@ def test_killed_while_it_tidies_up_it_is_complete(make, look, tmp_path, monkeypa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_complete_output_is_known_beside_unfinished_work_of_another_command(make, look, tmp_path):
+def test_complete_output_next_to_unfinished_work_of_another_command(make, look, tmp_path):
     whole = look.files(make())
     with pytest.raises(KeyboardInterrupt):
         make("out", Interrupt(2), append_eod=True, overwrite=True)
     assert look.files(make()) == whole
-    assert list(tmp_path.glob("out.partial/*.json")), "the other command's work stays"
+    assert list(tmp_path.glob("out.partial/*.json")), "the work of the other command is kept"
 
 
 def test_unfinished_work_of_another_command_is_not_used(make, look):
@@ -204,11 +204,11 @@ def test_one_run_at_a_time(make, tmp_path):
     make()
 
 
-def test_bytes_per_token_are_those_of_the_output():
+def test_bytes_per_token_refer_to_the_output():
     assert "bytes per token    2.50" in Summary(UnitReport(text_bytes=1000, document_bytes=5, tokens=2)).text()
 
 
-def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):
+def test_outliers_are_in_the_manifest(make, corpus, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "=- " * 20000}) + "\n")
     report = json.loads(Path(f"{make(inputs=(str(path),))}_text_document.manifest.json").read_text())["report"]
@@ -231,6 +231,6 @@ def test_longest_repetitive_and_unknown_are_named(make, corpus, tmp_path):
         {"max_line_bytes": 0},
     ],
 )
-def test_settings_that_make_no_sense(make, wrong):
+def test_invalid_options(make, wrong):
     with pytest.raises(ConfigError, match="--"):
         make(**wrong)

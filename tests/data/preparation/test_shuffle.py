@@ -1,4 +1,4 @@
-"""--shuffle: the same documents in a random order that depends on the seed and nothing else."""
+"""External shuffle: a permutation of the documents that depends on the seed only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_lite.data.preparation import shuffle
 from megatron_lite.data.preparation.progress import ProgressDisplay
 
 
-def test_a_permutation_that_depends_on_the_seed_alone(make, look, monkeypatch):
+def test_permutation_depends_on_the_seed_only(make, look, monkeypatch):
     plain = look.documents(make("plain"))
     one = make("one", shuffle=True)
     shuffled = look.documents(one)
@@ -22,7 +22,7 @@ def test_a_permutation_that_depends_on_the_seed_alone(make, look, monkeypatch):
     assert look.documents(make("small", shuffle=True)) == shuffled
 
 
-def test_documents_are_far_from_where_they_were(make, look):
+def test_documents_move_far_on_average(make, look):
     plain, shuffled = look.documents(make("plain")), look.documents(make("mixed", shuffle=True))
     distance = [abs(i - shuffled.index(document)) for i, document in enumerate(plain)]
     assert sum(distance) / len(distance) == pytest.approx(len(plain) / 3, rel=0.2)
@@ -36,25 +36,25 @@ def test_empty_documents_and_several_keys(make, look):
     assert sorted(zip(texts, titles, strict=True)) == sorted(pairs), "a document's keys stay together"
 
 
-def test_stages_are_told(make, monkeypatch):
-    told = []
+def test_stages_are_displayed(make, monkeypatch):
+    stages = []
 
-    class Told(ProgressDisplay):
+    class Recorder(ProgressDisplay):
         def stage(self, what, pieces):
-            told.append([what, pieces, 0])
+            stages.append([what, pieces, 0])
 
         def piece(self):
-            told[-1][2] += 1
+            stages[-1][2] += 1
 
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", 4000)
-    make(progress=Told(), shuffle=True, json_keys=("text", "title"))
-    (first, buckets, shuffled), (second, shards, joined) = told
+    make(progress=Recorder(), shuffle=True, json_keys=("text", "title"))
+    (first, buckets, shuffled), (second, shards, joined) = stages
     assert (first, second) == ("shuffle", "join")
     assert buckets == shuffled > 1
     assert shards == joined == 2 * buckets
 
 
-def test_shards_in_the_old_order_are_gone_when_buckets_are_joined(make, look, tmp_path, monkeypatch):
+def test_unsorted_shards_are_deleted_before_buckets_are_joined(make, look, tmp_path, monkeypatch):
     whole = look.files(make("whole", shuffle=True))
 
     def stop(*_):

@@ -1,4 +1,4 @@
-"""Beginning and end of documents, and plans: what a tokenizer's template adds, what flags add, what is continued."""
+"""BOS and EOD tokens of documents, and the plans by which interrupted work is continued."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_lite.tokenizer.build import build_tokenizer
 
 @pytest.fixture
 def template(tokenizer, tmp_path):
-    """A tokenizer.json whose template adds both ends."""
+    """A tokenizer.json whose template adds BOS and EOS."""
     library = tokenizers.Tokenizer.from_file(str(Path(tokenizer.vocab_file).with_name("tokenizer.json")))
     library.add_special_tokens(["<s>", "</s>"])
     ends = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
@@ -38,7 +38,7 @@ def template(tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("bos", "eod"), [(False, False), (False, True), (True, False), (True, True)])
-def test_each_end_is_there_once_if_it_is_asked_for(make, look, template, bos, eod, workers):
+def test_bos_and_eod_are_added_once_if_requested(make, look, template, bos, eod, workers):
     words = build_tokenizer(template)
     prefix = make(tokenizer=template, append_eod=eod, prepend_bos=bos, workers=workers)
     start, end = [words.bos] if bos else [], [words.eod] if eod else []
@@ -49,7 +49,7 @@ def test_each_end_is_there_once_if_it_is_asked_for(make, look, template, bos, eo
     assert manifest.report["empty"] == look.texts.count("")
 
 
-def test_both_ends_of_documents_of_several_sentences(template):
+def test_bos_and_eod_of_documents_of_several_sentences(template):
     words = build_tokenizer(template)
     batch = Batch.of(words.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_bos(7).with_eod(8)
     assert batch.ids.tolist() == [7, *words.encode("a"), *words.encode("b"), 8, 7, *words.encode("c"), 8]
@@ -57,14 +57,14 @@ def test_both_ends_of_documents_of_several_sentences(template):
     assert batch.sequences.tolist() == [2, 0, 1]
 
 
-def test_a_tokenizer_without_that_token_is_refused_before_work(make, tokenizer, tmp_path):
+def test_a_tokenizer_without_bos_is_refused_at_the_start(make, tokenizer, tmp_path):
     with pytest.raises(DataError, match="no beginning-of-text token for --prepend-bos"):
         make(prepend_bos=True)
     assert not list(tmp_path.glob("out*"))
 
 
 def interrupted(options, monkeypatch):
-    """Half of the work, then a stop; returns the units that are done."""
+    """Stop after two units; return the numbers of the finished units."""
     done = []
 
     def stop(*args):
@@ -81,7 +81,7 @@ def interrupted(options, monkeypatch):
     return done
 
 
-class Said(ProgressDisplay):
+class Recorder(ProgressDisplay):
     def __init__(self):
         self.lines, self.left = [], 0
 
@@ -92,13 +92,13 @@ class Said(ProgressDisplay):
         self.left = finished
 
 
-def test_half_done_work_is_continued_only_with_the_same_rules(corpus, template, tmp_path, monkeypatch):
-    """The vocabulary, and so the fingerprint, stays the same."""
+def test_interrupted_work_is_continued_with_the_same_rules_only(corpus, template, tmp_path, monkeypatch):
+    """The vocabulary and the fingerprint are unchanged."""
     options = PreprocessOptions(
         inputs=(str(corpus),), output_prefix=str(tmp_path / "out"), tokenizer=template, unit_bytes=3000
     )
     assert interrupted(options, monkeypatch)
-    said = Said()
+    said = Recorder()
     path = tmp_path / "tokenizer.json"
     library = tokenizers.Tokenizer.from_file(str(path))
     before = build_tokenizer(template).fingerprint()
@@ -109,8 +109,8 @@ def test_half_done_work_is_continued_only_with_the_same_rules(corpus, template, 
     assert "was deleted" in "".join(said.lines) and said.left == 0
 
 
-def test_half_done_work_of_an_older_version_is_not_continued(corpus, template, tmp_path, monkeypatch):
-    """Its documents hold what the template added."""
+def test_interrupted_work_of_an_older_version_is_not_continued(corpus, template, tmp_path, monkeypatch):
+    """Its documents contain the tokens of the template."""
     options = PreprocessOptions(
         inputs=(str(corpus),), output_prefix=str(tmp_path / "out"), tokenizer=template, unit_bytes=3000
     )
@@ -123,17 +123,17 @@ def test_half_done_work_of_an_older_version_is_not_continued(corpus, template, t
     with monkeypatch.context() as patch:
         patch.setattr(run, "plan_hash", older)
         assert interrupted(options, monkeypatch)
-    said = Said()
+    said = Recorder()
     preprocess(options, said)
     assert "was deleted" in "".join(said.lines) and said.left == 0
-    # Nor is a finished dataset taken for the one that is asked for.
+    # A finished dataset of an older version is not accepted either.
     prefix = f"{tmp_path / 'out'}_text_document"
     write_manifest(prefix, replace(read_manifest(prefix), plan="older"))
     with pytest.raises(DataError, match="another command or version"):
         preprocess(options, ProgressDisplay())
 
 
-def test_merging_documents_that_begin_and_end_differently(make, template, tmp_path):
+def test_merging_datasets_with_different_bos_and_eod(make, template, tmp_path):
     parts = {
         name: f"{make(name, tokenizer=template, append_eod=eod, prepend_bos=bos)}_text_document"
         for name, eod, bos in (("a", True, False), ("b", False, False), ("c", True, True), ("d", True, False))

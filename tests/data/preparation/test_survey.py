@@ -1,4 +1,4 @@
-"""Histograms of lengths and the check of every id, against plain loops."""
+"""Length histograms and the check of all token ids, against reference loops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(prefix, sizes, value=7):
 
 @settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 3000), max_size=40))
-def test_lengths_equal_a_plain_count(tmp_path, sizes):
+def test_lengths_equal_a_reference_count(tmp_path, sizes):
     lengths = survey_lengths(write(tmp_path / "a", sizes))
     expected = np.zeros(31, dtype=int)
     for size in sizes:
@@ -41,7 +41,7 @@ def test_lengths_equal_a_plain_count(tmp_path, sizes):
     ElementTree.fromstring(draw_lengths_svg(lengths, "<a & b>"))
 
 
-def test_an_id_outside_the_vocabulary_is_found_and_placed(tmp_path, monkeypatch):
+def test_an_id_outside_the_vocabulary_is_found_with_its_position(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "CHECKED_TOKENS", 16)
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         for number in range(20):

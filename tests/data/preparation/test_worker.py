@@ -1,4 +1,4 @@
-"""One worker on one unit: batches, draws, filters, what is rejected, and what is reported."""
+"""Worker: batches, random draws, filters, rejected lines and the report of one unit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EOD = 300
 
 
 class Bytes(Tokenizer):
-    """A token for each byte; refuses texts with an exclamation mark. Writes down what it is given."""
+    """Tokenizer of bytes that refuses exclamation marks, and records its batches."""
 
     vocab_size, eod = EOD + 1, EOD
 
@@ -48,7 +48,7 @@ class Bytes(Tokenizer):
 
 @pytest.fixture
 def work(tmp_path):
-    """Runs a worker over lines (texts, dicts, or bytes as they are); returns itself, documents by key, and report."""
+    """Return a function that runs a worker over lines (texts, dicts or bytes): worker, documents by key, report."""
 
     def run(*lines, number=0, **options):
         path = tmp_path / "input.jsonl"
@@ -103,13 +103,13 @@ def test_documents_are_written_in_order_and_counted(work):
     assert work("a", "", "b", empty_documents="keep")[1] == [[[97], [], [98]]]
 
 
-def test_text_is_counted_in_bytes_of_utf_8(work):
+def test_text_is_counted_in_utf_8_bytes(work):
     _, _, report = work("é", "東a")
     assert report.document_bytes == 2 + 4
     assert report.text_bytes == sum(len(json.dumps({"text": text}) + "\n") for text in ("é", "東a"))
 
 
-def test_batches_end_at_a_number_of_lines(work, monkeypatch):
+def test_batches_have_a_maximum_of_lines(work, monkeypatch):
     monkeypatch.setattr(worker_module, "BATCH_LINES", 2)
     worker, (documents,), _ = work("a", "b", "c", "d", "e")
     assert worker.tokenizer.batches == [["a", "b"], ["c", "d"], ["e"]]
@@ -119,7 +119,7 @@ def test_batches_end_at_a_number_of_lines(work, monkeypatch):
     assert worker.tokenizer.batches == [["a", "b"]]
 
 
-def test_batches_end_before_they_hold_too_many_bytes(work, monkeypatch):
+def test_batches_have_a_maximum_of_bytes(work, monkeypatch):
     line = len(json.dumps({"text": "a"}) + "\n")
     monkeypatch.setattr(worker_module, "BATCH_BYTES", 2 * line)
     worker, _, _ = work("a", "b", "c")
@@ -140,13 +140,13 @@ def test_steps_add_up_to_the_unit(work, monkeypatch):
     assert report.blank == 3
 
 
-def test_lines_that_are_all_blank_give_nothing_to_the_tokenizer(work):
+def test_blank_lines_are_not_tokenized(work):
     worker, (documents,), report = work(b"", b"", b"")
     assert (worker.tokenizer.batches, documents, report.blank, report.lines) == ([], [], 3, 3)
 
 
 @pytest.mark.parametrize("rest", [("good",), ()])
-def test_a_refused_document_is_left_out_and_the_others_stay(work, rest):
+def test_a_document_that_the_tokenizer_refuses_is_left_out(work, rest):
     _, (documents,), report = work("bad!", *rest, "worse!", skip_bad_lines=True)
     assert texts(documents) == list(rest)
     assert (report.bad, report.lines) == (2, 2 + len(rest))
@@ -156,14 +156,14 @@ def test_a_refused_document_is_left_out_and_the_others_stay(work, rest):
     ]
 
 
-def test_a_refused_document_under_any_key_is_left_out_of_all(work):
+def test_a_document_refused_under_one_key_is_left_out_of_all(work):
     lines = [{"text": "a", "title": "no!"}, {"text": "b", "title": "yes"}]
     _, documents, report = work(*lines, json_keys=("text", "title"), skip_bad_lines=True)
     assert [texts(of_key) for of_key in documents] == [["b"], ["yes"]]
     assert report.bad == 1
 
 
-def test_without_leave_a_bad_line_is_an_error_with_its_number(work):
+def test_a_bad_line_is_an_error_with_its_number(work):
     with pytest.raises(DataError, match=r"input\.jsonl:2: an exclamation mark"):
         work("a", "b!")
     with pytest.raises(DataError, match=r"input\.jsonl:3"):
@@ -181,14 +181,14 @@ def test_without_leave_a_bad_line_is_an_error_with_its_number(work):
     ],
     ids=str,
 )
-def test_filters_keep_their_own_bound(work, options, kept, counts):
+def test_bounds_of_filters_are_inclusive(work, options, kept, counts):
     _, (documents,), report = work("a", "ab", "abc", "abcd", append_eod=True, **options)
     assert texts(documents) == kept
     assert (report.too_few_chars, report.too_few_tokens, report.too_many_tokens) == counts
     assert report.document_bytes == sum(map(len, kept))
 
 
-def test_filters_look_at_every_key(work):
+def test_filters_apply_to_every_key(work):
     lines = [{"text": "abc", "title": "a"}, {"text": "a", "title": "abcdef"}, {"text": "abc", "title": "abc"}]
     keys = {"json_keys": ("text", "title")}
     for options in ({"min_tokens": 2}, {"min_chars": 2}):
@@ -199,7 +199,7 @@ def test_filters_look_at_every_key(work):
     assert (report.too_few_tokens, report.too_many_tokens) == (2, 0), "counted once, as too short"
 
 
-def test_a_sample_is_drawn_by_seed_and_unit_line_by_line(work):
+def test_samples_depend_on_seed_unit_and_line(work):
     lines = [str(number) for number in range(200)]
 
     def drawn(**options):
@@ -208,15 +208,15 @@ def test_a_sample_is_drawn_by_seed_and_unit_line_by_line(work):
     half = drawn(sample=0.5)
     assert drawn(sample=0.5) == half != drawn(sample=0.5, seed=1) != drawn(sample=0.5, number=1)
     assert 60 < len(half) < 140
-    assert set(drawn(sample=0.25)) < set(half), "a smaller share is a part of a larger one"
+    assert set(drawn(sample=0.25)) < set(half), "a smaller sample is a subset of a larger one"
     assert drawn(sample=1.0) == lines
     _, _, report = work(*lines, sample=0.5)
     assert report.not_sampled == 200 - len(half)
-    # What a line is does not move the draws of those after it.
+    # The draws of later lines do not depend on the content of a line.
     assert texts(work(b"", *lines[1:], sample=0.5)[1][0]) == [text for text in half if text != "0"]
 
 
-def test_places_of_a_shuffle_lie_beside_the_shard(work):
+def test_sort_keys_are_written_next_to_the_shard(work):
     def orders(*lines, **options):
         worker, _, _ = work(*lines, shuffle=True, **options)
         names = sorted(path.name for path in worker.prefix.parent.glob("shard.*.order"))
@@ -224,7 +224,7 @@ def test_places_of_a_shuffle_lie_beside_the_shard(work):
 
     (plain,) = orders("a", "b", "c", "d")
     assert len(set(plain)) == 4 and max(plain) > 2**32
-    assert orders("a", "", "c", "d") == [[plain[0], *plain[2:]]], "an empty document has no place"
+    assert orders("a", "", "c", "d") == [[plain[0], *plain[2:]]], "an empty document has no key"
     assert orders("a", "x!", "c", "d", skip_bad_lines=True) == [[plain[0], *plain[2:]]]
     assert orders("a", "b", "c", "d", seed=5) != [plain]
     keyed = [{"text": "a", "title": "x"}, {"text": "b", "title": ""}]
@@ -232,20 +232,20 @@ def test_places_of_a_shuffle_lie_beside_the_shard(work):
     assert text == plain[:2] and title == plain[:1]
 
 
-def test_draws_are_these_on_every_machine():
-    """Shuffled and sampled datasets can be made again: the numbers of a seed and unit never change."""
+def test_draws_are_the_same_on_every_machine():
+    """Shuffled and sampled datasets are reproducible: the draws of a seed and unit never change."""
     draws = worker_module._Draws(1234, 2)
     found = [draws.next(), draws.next()]
     assert found == [(0.838364010947949, 9569277611926616451), (0.511052751597662, 9831360783065826574)]
 
 
-def test_a_document_is_left_out_if_its_draw_reaches_the_share(work, monkeypatch):
+def test_a_document_whose_draw_equals_the_share_is_left_out(work, monkeypatch):
     monkeypatch.setattr(worker_module._Draws, "next", lambda self: (0.5, 0))
     assert work("a", sample=0.5)[1] == [[]]
     assert work("a", sample=0.51)[1] == [[[97]]]
 
 
-def test_outliers_are_noted_by_their_line(work):
+def test_outliers_are_reported_with_their_line(work):
     _, _, report = work("a", "abc", "ab")
     assert [(example.line, example.score) for example in report.longest] == [(2, 3.0)]
 

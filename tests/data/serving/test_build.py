@@ -1,4 +1,4 @@
-"""From the configuration to datasets: splits, groups, blends, counts, and what is refused."""
+"""Dataset construction: splits, groups, blends, sample counts and errors."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def config(data, **training):
 
 
 def sequences(dataset):
-    """Sequences that the dataset's samples touch."""
+    """Return the sequences of a dataset's samples."""
     return {span[0] for sample in range(len(dataset)) for _, span in dataset.spans(sample)}
 
 
 @pytest.mark.parametrize("sampling", ["concatenated", "slice"])
-def test_splits_share_the_documents_out(tmp_path, sampling):
+def test_splits_divide_the_documents(tmp_path, sampling):
     prefix = write(tmp_path / "a")
     sets = build_datasets(config(DataConfig(sources=(DataSource(path=prefix),), split="8,1,1", sampling=sampling)))
     assert len(sets.train) >= 100
@@ -62,7 +62,7 @@ def test_splits_share_the_documents_out(tmp_path, sampling):
     assert sample.shape == (LENGTH + 1,)
 
 
-def test_a_split_without_documents_leaves_the_set_out(tmp_path):
+def test_a_set_without_documents_is_left_out(tmp_path):
     source = DataSource(path=write(tmp_path / "a"))
     sets = build_datasets(config(DataConfig(sources=(source,), split="1,0,0")))
     assert (sets.valid, sets.test) == ({}, {})
@@ -73,7 +73,7 @@ def test_a_split_without_documents_leaves_the_set_out(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["legacy", "modern"])
-def test_a_blend_takes_shares_of_its_sources(tmp_path, order):
+def test_a_blend_follows_its_weights(tmp_path, order):
     paths = [write(tmp_path / "a", low=0, high=10), write(tmp_path / "b", low=50, high=60, seed=1)]
     sources = (DataSource(path=paths[0], weight=3.0), DataSource(path=paths[1], weight=1.0))
     train = build_datasets(config(DataConfig(sources=sources, index_order=order))).train
@@ -94,8 +94,8 @@ def test_a_blend_takes_shares_of_its_sources(tmp_path, order):
         (["a"], ("a",)),
     ],
 )
-def test_sources_of_a_blend_have_short_names_of_their_own(prefixes, names):
-    """Losses are logged by name: two ranges of one file must not be logged over each other."""
+def test_sources_of_a_blend_have_unique_short_names(prefixes, names):
+    """Losses are logged by name, so two ranges of one file need two names."""
     assert short_names(prefixes) == names
 
 
@@ -108,7 +108,7 @@ def test_sources_without_weights_are_read_once(tmp_path):
         build_datasets(config(data, eval_iters=0, train_iters=100_000))
 
 
-def test_groups_take_ranges_and_keep_their_names(tmp_path):
+def test_groups_of_ranges(tmp_path):
     prefix = write(tmp_path / "a")
 
     def group(name, start, end):
@@ -151,7 +151,7 @@ def test_a_set_for_which_no_source_has_documents(tmp_path):
 @pytest.mark.parametrize("order", ["legacy", "modern"])
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0, 1.0), (0.3, 0.0, 0.1, 0.7, 0.2, 0.9, 0.0, 0.4, 1.1, 0.6)])
 def test_a_source_of_weight_zero_is_left_out(tmp_path, order, weights):
-    """Also where Megatron's rule would take it, whose error of 0 is the largest once the others are served."""
+    """Megatron's rule could select it, because its error of 0 may be the largest."""
     paths = [write(tmp_path / f"s{number}", seed=number) for number in range(len(weights))]
     given = [DataSource(path=path, weight=weight) for path, weight in zip(paths, weights, strict=True)]
     train = build_datasets(config(DataConfig(sources=tuple(given), index_order=order))).train
@@ -168,7 +168,7 @@ def test_an_id_outside_the_vocabulary_is_refused_at_the_start(tmp_path, first):
         build_datasets(config(DataConfig(sources=(DataSource(path=prefix),))))
 
 
-def test_an_id_that_the_start_missed_is_refused_when_it_is_read(tmp_path, monkeypatch):
+def test_an_id_missed_at_the_start_is_refused_when_it_is_read(tmp_path, monkeypatch):
     prefix = write(tmp_path / "a", low=200, high=201)
     monkeypatch.setattr("megatron_lite.data.serving.build.check_vocabulary", lambda *_: None)
     train = build_datasets(config(DataConfig(sources=(DataSource(path=prefix),)))).train
@@ -185,7 +185,7 @@ def test_a_sample_past_the_end_is_refused(tmp_path):
 
 
 def piece(path):
-    """A whole file as a manifest's one piece: its size and checksum."""
+    """Return size and checksum of a file as a manifest's only piece."""
     return path.stat().st_size, zlib.crc32(path.read_bytes())
 
 
@@ -213,7 +213,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path):
     assert json.loads((tmp_path / "a.manifest.json").read_text())["tokenizer"]["fingerprint"] == "aaa"
 
 
-def test_mock_data_is_the_same_every_time_and_in_range():
+def test_mock_data_is_deterministic_and_in_range():
     run = config(DataConfig(mock=True))
     first, second = build_datasets(run), build_datasets(run)
     assert len(first.train) == 100
@@ -222,14 +222,14 @@ def test_mock_data_is_the_same_every_time_and_in_range():
     assert all(0 <= first.train[sample].min() <= first.train[sample].max() < 100 for sample in range(100))
 
 
-def test_counts_of_a_blend_are_each_generations():
+def test_counts_of_a_blend_follow_each_generation():
     assert blend_counts([3, 1], 101, modern=False)[1] == [math.ceil(101 * 0.75 * 1.005), math.ceil(101 * 0.25 * 1.005)]
     assert blend_counts([3, 1], 101, modern=True)[1] == [math.ceil(76 * 1.005), math.ceil(26 * 1.005)]
     with pytest.raises(DataError, match="not all 0"):
         blend_counts([0.0, 0.0], 10, modern=False)
 
 
-def test_slices_visit_every_document_once_an_epoch_and_stay_inside(tmp_path):
+def test_slices_read_every_document_once_per_epoch(tmp_path):
     prefix = write(tmp_path / "a")
     data = DataConfig(sources=(DataSource(path=prefix),), split="1", sampling="slice")
     train = build_datasets(config(data, eval_iters=0, train_iters=150)).train
@@ -245,7 +245,7 @@ def test_slices_visit_every_document_once_an_epoch_and_stay_inside(tmp_path):
     assert {offset for epoch in epochs for _, offset, _ in epoch} > {0, 1, 2, 5}
 
 
-def test_slices_begin_at_every_place_that_leaves_room(tmp_path):
+def test_slices_begin_at_every_possible_offset(tmp_path):
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         for _ in range(50):
             writer.add_document(np.arange(LENGTH + 2))

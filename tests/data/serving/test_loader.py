@@ -1,4 +1,4 @@
-"""The loader as a function of consumed samples: same tokens in any order, by any replicas, ahead or on demand."""
+"""Loader as a function of consumed samples: equal tokens in any order, for any replicas, with and without prefetch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 4
 
 
 class Counting(MockDataset):
-    """Says who read what; sample 13 is damaged."""
+    """Dataset that records its reads; sample `bad` is damaged."""
 
     def __init__(self, size=1000, bad=None):
         super().__init__(size, LENGTH, 50, 3)
@@ -37,7 +37,7 @@ def ramp(consumed):
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 @pytest.mark.parametrize("dp", [1, 2, 3, 4])
-def test_replicas_together_read_every_sample_once_and_in_order(prefetch, dp):
+def test_all_replicas_together_read_every_sample_once_in_order(prefetch, dp):
     dataset = Counting()
     seen = {}
     for replica in range(dp):
@@ -54,7 +54,7 @@ def test_replicas_together_read_every_sample_once_and_in_order(prefetch, dp):
     assert all(sorted(seen[start]) == list(range(start, start + ramp(start))) for start in starts)
 
 
-def test_the_thread_reads_ahead_and_only_once():
+def test_prefetch_reads_each_sample_once():
     dataset = Counting()
     with Loader(dataset, micro_batch=1, global_batch=lambda consumed: 1, prefetch=3) as loader:
         for consumed in range(50):
@@ -64,13 +64,13 @@ def test_the_thread_reads_ahead_and_only_once():
     assert not any(in_main for in_main, _ in dataset.read)
 
 
-def test_asking_elsewhere_gives_what_lies_there():
+def test_random_access():
     with Loader(Counting(), micro_batch=2, global_batch=ramp, prefetch=2) as loader:
         for consumed in (0, 500, 8, 8, 2, 502):
             assert loader.microbatch(consumed, 0)[:, 0].tolist() == [consumed, consumed + 1]
 
 
-def test_an_error_in_the_thread_reaches_the_caller_and_reading_goes_on():
+def test_an_error_in_the_thread_reaches_the_caller_and_later_reads_succeed():
     with Loader(Counting(bad=13), micro_batch=1, global_batch=lambda consumed: 1, prefetch=4) as loader:
         for consumed in range(13):
             loader.microbatch(consumed, 0)
@@ -79,13 +79,13 @@ def test_an_error_in_the_thread_reaches_the_caller_and_reading_goes_on():
         assert loader.microbatch(14, 0)[0, 0] == 14
 
 
-def test_the_end_of_the_dataset_is_an_error_only_when_it_is_asked_for():
+def test_prefetch_past_the_end_is_no_error():
     with Loader(Counting(size=4, bad=4), micro_batch=1, global_batch=lambda consumed: 1, prefetch=3) as loader:
         for consumed in range(4):
             loader.microbatch(consumed, 0)
 
 
-def test_closing_ends_the_thread_and_leaves_reading_on_demand():
+def test_close_ends_the_thread_and_allows_reads():
     before = threading.active_count()
     loader = Loader(Counting(), micro_batch=1, global_batch=lambda consumed: 1, prefetch=2)
     loader.microbatch(0, 0)
@@ -96,17 +96,17 @@ def test_closing_ends_the_thread_and_leaves_reading_on_demand():
     assert loader.microbatch(1, 0)[0, 0] == 1
 
 
-def test_the_curriculum_cuts_samples_short():
+def test_curriculum_shortens_samples():
     with Loader(Counting(), micro_batch=2, global_batch=ramp) as loader:
         assert loader.microbatch(0, 0, length=2).shape == (2, 3)
 
 
-def test_a_replica_that_never_has_a_micro_batch_does_not_hang():
+def test_a_replica_without_micro_batches_does_not_hang():
     with Loader(Counting(), micro_batch=1, global_batch=lambda consumed: 1, dp=2, replica=1) as loader:
         assert loader.microbatch(0, 0)[0, 0] == 1
 
 
-def test_validation_begins_anew_at_the_end_of_its_data():
+def test_validation_restarts_at_the_end_of_its_data():
     with Loader(Counting(size=10), micro_batch=4, global_batch=lambda consumed: 4, repeats=True) as loader:
         assert loader.microbatch(1608, 0)[:, 0].tolist() == [8, 9, 0, 1]
         assert loader.samples(8, 4) == [8, 9, 0, 1]
@@ -114,7 +114,7 @@ def test_validation_begins_anew_at_the_end_of_its_data():
 
 @pytest.mark.parametrize("dp", [1, 3])
 def test_the_cyclic_order_of_another_layout_can_be_read(dp):
-    """It belongs to the run; the replicas that there are now share it out."""
+    """The order belongs to the run; the current replicas divide it among themselves."""
     read = {}
     for replica in range(dp):
         with Loader(

@@ -1,4 +1,4 @@
-"""Masks, positions and document numbers against a plain loop over each sample."""
+"""Masks, position ids and document ids against a reference loop over each sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EOD = 0
 
 
 @given(tokens=arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 20)), elements=st.integers(0, 3)))
-def test_equal_a_plain_loop(tokens):
+def test_equal_a_reference_loop(tokens):
     masks, positions, documents = [], [], []
     for row in tokens:
         position = document = 0
@@ -31,7 +31,7 @@ def test_equal_a_plain_loop(tokens):
 
 
 @given(tokens=arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 20)), elements=st.integers(0, 3)))
-def test_rows_hold_each_document_whole_and_in_order(tokens):
+def test_rows_contain_each_document_in_order(tokens):
     size, length = tokens.shape
     ids = document_ids(tokens, EOD)
     documents: dict[tuple[int, int], list[int]] = {}
