@@ -14,15 +14,15 @@ from megatron_lite.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from megatron_lite.runs.rollback import RollbackReport
 
-SUMMARY = "take a run back to an earlier checkpoint, leaving out samples from there"
+SUMMARY = "reset a run to an earlier checkpoint, skipping samples from there"
 _TEXT = (
-    "Makes an earlier checkpoint the latest, so that the same command goes on from there. Later checkpoints are moved "
-    "to a folder rolled-back-…, metrics.jsonl and TensorBoard's files are cut; nothing is deleted."
+    "Makes an earlier checkpoint the latest, so that the same command resumes from there. Later checkpoints are moved "
+    "to a folder rolled-back-…, metrics.jsonl and TensorBoard's files are truncated; nothing is deleted."
 )
 
 
 def run(argv: list[str]) -> int:
-    """Rolls back and says what was done."""
+    """Roll back and print what was done."""
     options = _parser().parse_args(argv)
 
     from megatron_lite.cli.folder_lock import holding
@@ -37,14 +37,13 @@ def run(argv: list[str]) -> int:
                 print(f"moved {', '.join(report.moved)} to {report.aside}")
             if report.skipped:
                 ranges = ", ".join(f"{first}-{end - 1}" for first, end in report.skipped)
-                print(f"samples left out of training from here on: {ranges}")
+                print(f"samples skipped from here on: {ranges}")
             for line in _rewind(options, report):
                 print(line)
     except OSError as error:
         raise CheckpointError(
-            "A rollback must be able to change the folder",
-            found=f"{error.filename or root}: {error.strerror}",
-            fix="Make the folder writable, make room if the disk is full, and give the same command again: it goes on",
+            f"Cannot roll back, for {error.filename or root} cannot be changed: {error.strerror}",
+            fix="Make the folder writable, make room if the disk is full, and give the same command again to finish",
         ) from error
     return 0
 
@@ -59,7 +58,7 @@ def _rewind(options: argparse.Namespace, report: RollbackReport) -> list[str]:
 
 
 def _range(text: str) -> tuple[int, int]:
-    """ "a-b" (both left out, as the log prints them) -> [a, b + 1)."""
+    """Parse "a-b" (both skipped, as in the log) to [a, b + 1)."""
     first, dash, last = text.partition("-")
     try:
         begin, end = read_int(first), read_int(last if dash else first) + 1
@@ -67,9 +66,8 @@ def _range(text: str) -> tuple[int, int]:
         begin, end = 0, 0
     if begin >= end:
         raise ConfigError(
-            "--skip-samples is a range of samples",
-            found=shortened(text),
-            fix="Give the first and the last to leave out, as the message about the spike prints them: 1024-2047",
+            f"--skip-samples {shortened(text)} is not a range of samples",
+            fix="Give the first and the last sample to skip, as the warning of the spike prints them: 1024-2047",
         )
     return begin, end
 
@@ -78,9 +76,9 @@ def _parser() -> Parser:
     parser = Parser(prog="megatron-lite rollback", description=_TEXT)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="the run's --save (default: here)")
     parser.add_argument(
-        "--to", type=whole(1), required=True, metavar="N", help="iteration of the checkpoint to go back to"
+        "--to", type=whole(1), required=True, metavar="N", help="iteration of the checkpoint to return to"
     )
-    parser.add_argument("--skip-samples", type=_range, metavar="A-B", help="samples to leave out, both ends included")
-    parser.add_argument("--metrics-file", type=Path, metavar="FILE", help="default: where the run writes it")
-    parser.add_argument("--tensorboard-dir", metavar="FOLDER", help="default: where the run writes it")
+    parser.add_argument("--skip-samples", type=_range, metavar="A-B", help="samples to skip, both ends included")
+    parser.add_argument("--metrics-file", type=Path, metavar="FILE", help="default: the run's")
+    parser.add_argument("--tensorboard-dir", metavar="FOLDER", help="default: the run's")
     return parser

@@ -1,6 +1,6 @@
-"""exit_status.json: records how a job ended, for scripts that decide on resubmission.
+"""Exit record: writes exit_status.json when a job ends, also on errors and signals; releases the folder's lock.
 
-Imports no torch: a job that fails to import it must be able to say so.
+Imports no torch, so that a job which fails to import it still leaves an exit status.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import CheckpointError, failed_rank
-from megatron_lite.lifecycle.signals import SignalWatch
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, ExitStatus, completed_iteration, read_bytes
@@ -27,25 +26,27 @@ from megatron_lite.runs.lock import FolderLock, read_owner
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ATTEMPTS, _PAUSE = 5, 0.2
-"""How often, and how many seconds apart, a rank that fails early tries to get the lock, which others hold briefly."""
+"""Attempts, and seconds between them, of a rank that fails early to get the lock, which others hold briefly."""
+SIGNAL_PATIENCE = 5.0
+"""Seconds that the main thread has to run the handler of a signal."""
 
 
 class ExitRecord:
-    """Writes exit_status.json when the job it is wrapped around ends, however it ends, and releases the folder's lock.
+    """Writes exit_status.json when the enclosed job ends, in any way, and releases the folder's lock.
 
     A context manager, entered as soon as --save is known and left after the last save. On entry rank 0 removes the
-    file of the previous job. If several ranks fail, the first to write is kept: the others have only lost their peer.
+    file of the previous job. If several ranks fail, the file of the first one stays: the others have lost a peer.
 
     Nothing is written to a folder whose lock another job holds. Rank 0 holds the lock for the job from `attempt` on; a
-    rank that fails earlier takes it only for as long as it writes.
+    rank that fails earlier takes it for as long as it writes.
 
-    Where training does not handle SIGTERM and SIGUSR1 (while it loads, say), the process still dies of them, but writes
-    that down first, even while the main thread waits in native code, as in a rendezvous. One that comes while an error
-    ends the job already, as torchrun's to the partners of a killed rank, is passed over, so that the error is written.
+    While training does not handle SIGTERM and SIGUSR1 (during start-up), these signals end the process after the file
+    is written, even while the main thread waits in native code, as in a rendezvous. A signal that arrives while an
+    error ends the job (torchrun sends one to the peers of a killed rank) is ignored, so that the error is written.
 
     Args:
-        save: the folder of --save; empty: nothing is written. An error makes no folder.
-        launch: this rank. Rank 0 writes everything but errors.
+        save: the folder of --save; empty: nothing is written. An error creates no folder.
+        launch: this rank. Rank 0 writes everything except errors.
     """
 
     def __init__(self, save: str, launch: Launch) -> None:
@@ -61,18 +62,18 @@ class ExitRecord:
         self._handlers: dict[signal.Signals, Any] = {}
         self._received: signal.Signals | None = None
         self._later: threading.Timer | None = None
-        self._watch = SignalWatch(lambda number: signal.getsignal(number) == self._die, self._end_at_once)
+        self._watch = _SignalWatch(self._die, self._end_at_once)
 
     @property
     def lock(self) -> FolderLock | None:
-        """The lock of the folder, where this rank holds it; None on other ranks, and without --save."""
+        """Lock of the folder, on the rank that holds it; None on other ranks, and without --save."""
         return self._lock if self._lock.token else None
 
     def attempt(self, seconds: float) -> str | None:
-        """Try for some seconds to take the lock for the job; for rank 0, to be repeated until it is decided.
+        """Try for some seconds to take the lock for the job; on rank 0, to be repeated until decided.
 
         Returns:
-            Name of this holding of the lock, for `start` on every rank; empty without --save; None: not decided yet.
+            The lock's token, for `start` on every rank; empty without --save; None: undecided.
 
         Raises:
             CheckpointError: another job holds the lock, or the folder cannot be written to.
@@ -92,18 +93,18 @@ class ExitRecord:
         return self._lock.token
 
     def start(self, token: str | None) -> None:
-        """Take note of what rank 0's `attempt` returned; None: the job was refused, and writes nothing."""
+        """Record the result of rank 0's `attempt`; None: the job was refused, and writes nothing."""
         if token is None:
             self._folder = None
         self._token = token or ""
 
     def begin(self, iteration: Callable[[], int], failed_saves: Sequence[int] = (), *, trains: bool = True) -> None:
-        """Note that the run is loaded and its work begins, or goes on after a rollback.
+        """Record that the run is loaded and its work begins, or continues after a rollback.
 
         Args:
-            iteration: asked for the number of finished iterations at the end.
-            failed_saves: a list that grows while training goes on.
-            trains: whether the job trains, so that the run is no longer known to be complete.
+            iteration: returns the number of finished iterations; called at the end.
+            failed_saves: a list that grows during training.
+            trains: the job trains, so that the run does not count as complete any more.
         """
         self._iteration = iteration
         self._failed_saves.append(failed_saves)
@@ -111,21 +112,21 @@ class ExitRecord:
             (self._folder / COMPLETED_NAME).unlink(missing_ok=True)
 
     def end(self, status: str, message: str) -> None:
-        """Note why the job ended; it is written down on leaving."""
+        """Record why the job ended; written on exit from the context."""
         self._end = status, message
 
     def abort(self, host: str, rank: int, text: str) -> None:
-        """Write down the failure of a rank, where this process is about to be ended from another thread."""
+        """Write the failure of a rank, before another thread ends this process."""
         with contextlib.suppress(OSError, CheckpointError):
             self._write("error", text, host=host, rank=rank)
         self._lock.release()
 
     def __enter__(self) -> ExitRecord:
         for number in _SIGNALS:
-            # A shell's background job ignores Ctrl-C.
+            # A background job of a shell ignores Ctrl-C.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._die)
-        self._watch.__enter__()
+        self._watch.open()
         if self._folder is not None:
             self._last_job = read_bytes(self._folder / EXIT_STATUS_NAME)
             if self._last_job is not None and self._launch.rank == 0:
@@ -137,13 +138,13 @@ class ExitRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The job is ending: no second signal keeps it from saying why.
-        self._watch.__exit__()
+        # The job is ending: a second signal must not prevent the exit status.
+        self._watch.close()
         for number in self._handlers:
             signal.signal(number, signal.SIG_IGN)
         if self._later is not None:
             self._later.cancel()
-        # What ends the job is worth more than a disk that has no room for the note of it.
+        # A full disk must not replace the error that ends the job.
         with contextlib.suppress(OSError, CheckpointError):
             if self._end is not None and (error is None or isinstance(error, KeyboardInterrupt)):
                 if self._launch.rank == 0:
@@ -166,7 +167,7 @@ class ExitRecord:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if sys.exc_info()[0] is not None:
-            # An error may be ending the job; if it is handled after all, the signal counts.
+            # An error may be ending the job; the signal takes effect if the error is handled.
             self._later = threading.Timer(1.0, os.kill, (os.getpid(), number))
             self._later.daemon = True
             self._later.start()
@@ -185,7 +186,7 @@ class ExitRecord:
         os._exit(128 + number)
 
     def _write(self, status: str, message: str, *, host: str = "", rank: int | None = None) -> None:
-        """Write the file, unless this job has done so already or the folder is another's."""
+        """Write the file, unless this job has done so already or the folder is another job's."""
         if self._folder is None or not self._folder.is_dir():
             return
         with self._allowed() as allowed:
@@ -206,13 +207,13 @@ class ExitRecord:
 
     @contextlib.contextmanager
     def _allowed(self) -> Iterator[bool]:
-        """Whether this rank may write to the folder, for as long as the context lasts."""
+        """Yield True if this rank may write to the folder within the context."""
         assert self._folder is not None
         if self._lock.token:
             self._lock.verify(now=True)
             yield True
             return
-        if self._token:  # rank 0 holds the lock, or died with it
+        if self._token:  # rank 0 holds the lock, or was killed with it
             owner = read_owner(self._folder)
             yield owner is not None and owner.token == self._token
             return
@@ -235,13 +236,13 @@ class ExitRecord:
 
     def _is_of_this_job(self, content: bytes) -> bool:
         if self._token or self._written:
-            return True  # rank 0 has removed the last job's
+            return True  # rank 0 has removed the last job's file
         if self._launch.world_size == 1:
             return False
         if self._launch.start_id:
             status = ExitStatus.decode(content)
             return status is not None and status.job == self._launch.start_id
-        # Nothing tells jobs apart: what came after this rank began is this job's, unless another one ran meanwhile.
+        # Without a start id: a file written after this rank began is this job's, unless another job ran meanwhile.
         return content != self._last_job and not self._waited
 
     @staticmethod
@@ -265,11 +266,57 @@ class ExitRecord:
         return record.encode()
 
 
+class _SignalWatch:
+    """Thread that notices signals whose Python handler is not run in time.
+
+    A rendezvous, a collective or the start of a device waits in C++ for minutes. The Python handler runs only after
+    that, and the process would be killed (Slurm: 30 s after SIGTERM) before it has reacted.
+
+    Args:
+        handler: the Python handler; a signal is watched while it is installed.
+        on_unhandled: called from the thread with the signal number; it ends the process.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None], on_unhandled: Callable[[int], None]) -> None:
+        self._handler = handler
+        self._on_unhandled = on_unhandled
+        self._handled = 0.0
+        self._pipe = (-1, -1)
+        self._before = -1
+
+    def handled(self) -> None:
+        """Note that the handler runs; to be called by it."""
+        self._handled = time.monotonic()
+
+    def open(self) -> None:
+        """Start the thread."""
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        # The interpreter's own C handler writes the number of each signal there, whatever the main thread does.
+        self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._run, args=(self._pipe[0],), name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread."""
+        signal.set_wakeup_fd(self._before)
+        os.close(self._pipe[1])
+
+    def _run(self, source: int) -> None:
+        while number := os.read(source, 1):
+            received = time.monotonic()
+            if signal.getsignal(number[0]) != self._handler:
+                continue
+            time.sleep(SIGNAL_PATIENCE)
+            # The handler may have run a moment before this thread woke up.
+            if self._handled < received - 1.0 and signal.getsignal(number[0]) == self._handler:
+                self._on_unhandled(number[0])
+        os.close(source)
+
+
 def not_writable(save: Path, error: OSError) -> CheckpointError:
-    """Return the error for a --save folder that cannot be made or written to."""
+    """Return the error for a --save folder that cannot be created or written to."""
     return CheckpointError(
-        "--save must be a folder that can be written to",
-        found=f"--save {save}: {error.strerror}",
+        f"Cannot write to --save {save}: {error.strerror}",
         fix="Give --save a folder that you may write to, or change its permissions",
     )
 

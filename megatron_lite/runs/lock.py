@@ -1,18 +1,18 @@
 """Lock on a --save folder: one job at a time writes there, also across hosts and on network file systems.
 
 The lock is the folder `job.lock` with exactly one file in it. The file's name is the owner's token and the number of
-its last heartbeat, its content says who the owner is. Every change is one rename on the file server, so the lock needs
-neither flock (which Lustre and NFS may lack) nor clocks that agree:
+its last heartbeat, its content describes the owner. Every change is one rename on the file server, so the lock needs
+neither flock (which Lustre and NFS may lack) nor synchronized clocks:
 
-- A free lock is taken by renaming a prepared folder to `job.lock`, which fails if that is there and not empty.
+- A free lock is taken by renaming a prepared folder to `job.lock`, which fails if that exists and is not empty.
 - A heartbeat renames the file to the next number.
 - A stale lock is taken over by renaming the file from the name last seen to the new owner's. Of several jobs that try,
   one succeeds; none does if the owner has sent a heartbeat in the meantime.
 - An owner whose file is gone has lost the lock, and stops.
-- To release it, the owner removes its own file, whose name nobody else has ever used.
+- To release it, the owner removes its own file, whose name is unique.
 
-Stale is a lock whose owner's process has ended (seen on the same machine only), that belongs to an earlier start of the
-same Slurm job, or whose heartbeat does not change for PATIENCE intervals of the observer's own clock.
+A lock is stale if its owner's process has ended (visible on the same machine only), if it belongs to an earlier start
+of the same Slurm job, or if its heartbeat does not change for PATIENCE intervals of the observer's clock.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ HEARTBEAT_SECONDS = 15.0
 PATIENCE = 3
 """Heartbeat intervals without a change after which the lock of another machine is stale."""
 POLL_SECONDS = 0.5
-"""Between two looks at a lock that may be stale."""
+"""Seconds between two reads of a lock that may be stale."""
 
-_LOOKS = 4
+_READ_ATTEMPTS = 4
 _RULE = "One job at a time may write to a --save folder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who holds a lock.
+    """Owner of a lock.
 
     Attributes:
-        token: random name of this holding of the lock.
-        process: the process that holds it.
-        command: what it runs, for people.
+        token: random identifier of this acquisition.
+        process: the process that holds the lock.
+        command: the command that it runs, for messages.
         since: when it took the lock, UTC by its own clock, ISO 8601.
         heartbeat_seconds: its heartbeat interval.
     """
@@ -68,7 +68,7 @@ class Owner:
 
     @classmethod
     def decode(cls, content: bytes) -> Owner | None:
-        """Inverse of encode; None: the content is not whole, or of another version."""
+        """Inverse of encode; None: the content is incomplete, or of another version."""
         try:
             values = json.loads(content)
             return cls(**{**values, "process": ProcessId(**values["process"])})
@@ -78,7 +78,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A lock as found on the disk; `owner` is None while it changes hands, or if its content is damaged."""
+    """A lock as read from the disk; `owner` is None during a change of owner, or if the content is damaged."""
 
     name: str
     owner: Owner | None
@@ -100,14 +100,14 @@ class _Seen:
 
 
 class FolderLock:
-    """The lock on one folder, to be taken, held with heartbeats and released by this process.
+    """Lock on one folder, held by this process with heartbeats.
 
     Args:
-        folder: the --save folder; made when the lock is taken.
+        folder: the --save folder; created when the lock is taken.
         process: this process.
-        command: what this process runs, for people.
-        notify: told of a stale lock that is taken over, and of waiting.
-        clock: seconds, from any origin; tests pass their own.
+        command: the command that this process runs, for messages.
+        notify: receives a line about waiting, and about a stale lock that is taken over.
+        clock: seconds, from any origin; injected by tests.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FolderLock:
         self._notify = notify
         self._clock = clock
         self._first: tuple[_Seen, float] | None = None
-        self._told = ""
+        self._notified = ""
         self._name = ""
         self._last_beat = 0.0
         self._lost = False
@@ -135,11 +135,11 @@ class FolderLock:
 
     @property
     def token(self) -> str:
-        """Name of this holding of the lock; empty: it is not held."""
+        """Identifier of this acquisition; empty: the lock is not held."""
         return self._name.partition(".")[0]
 
     def acquire(self) -> None:
-        """Take the lock, after waiting to see whether the lock of another machine is stale.
+        """Take the lock, after waiting to find out if the lock of another machine is stale.
 
         Raises:
             CheckpointError: another job holds it.
@@ -149,15 +149,15 @@ class FolderLock:
             time.sleep(POLL_SECONDS)
 
     def attempt(self) -> bool:
-        """Look at the lock once, and take it if it is free or stale.
+        """Read the lock once, and take it if it is free or stale.
 
         Returns:
-            Whether it is held now; False: not decided yet, look again after POLL_SECONDS.
+            True: the lock is held now. False: undecided, to be repeated after POLL_SECONDS.
 
         Raises:
             CheckpointError, OSError: as acquire.
         """
-        seen = _look(self._path)
+        seen = _read(self._path)
         if seen is None:
             return self._take_free()
         now = self._clock()
@@ -170,13 +170,13 @@ class FolderLock:
         patience = PATIENCE * (seen.owner.heartbeat_seconds if seen.owner is not None else HEARTBEAT_SECONDS)
         if now - since >= patience:
             return self._take_over(seen)
-        if self._told != seen.token:
-            self._told = seen.token
+        if self._notified != seen.token:
+            self._notified = seen.token
             self._notify(f"{self.folder} is locked by {seen}: waiting up to {patience:.0f} s for its next heartbeat")
         return False
 
     def try_acquire(self) -> bool:
-        """Take the lock if that needs no waiting; returns whether it is held now.
+        """Take the lock if that needs no waiting; return True if it is held now.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -189,13 +189,13 @@ class FolderLock:
         return False
 
     def verify(self, *, now: bool = False) -> None:
-        """Check that this process still holds the lock: at once where its heartbeat is overdue, else by what it knows.
+        """Verify that this process still holds the lock, by the result of its last heartbeat if that is recent.
 
         Args:
-            now: ask the file server in any case.
+            now: send a heartbeat in any case.
 
         Raises:
-            CheckpointError: the lock was taken over or removed; nothing may be written to the folder any more.
+            CheckpointError: the lock was taken over or removed; this process must not write to the folder any more.
         """
         overdue = self._clock() - self._last_beat > 2 * HEARTBEAT_SECONDS
         if (now or overdue) and not self._lost:
@@ -204,18 +204,18 @@ class FolderLock:
                     self._beat()
         if not self._lost:
             return
-        seen = _look(self._path)
+        seen = _read(self._path)
         who = f"it is held by {seen}" if seen is not None else "it was removed"
         raise CheckpointError(
-            _RULE,
-            found=f"the lock {self._path} is no longer this job's: {who}",
-            fix="This job stops without writing anything more there. It was probably paused for longer than "
-            f"{PATIENCE * HEARTBEAT_SECONDS:.0f} s, or the folder was moved or cleared. If nothing else trains there, "
-            "the same command goes on from the last checkpoint",
+            f"This job has lost the lock {self._path}: {who}",
+            rule=_RULE,
+            fix="This job stops without writing to the folder. It was probably paused for longer than "
+            f"{PATIENCE * HEARTBEAT_SECONDS:.0f} s, or the folder was moved or cleared. If no other job trains there, "
+            "the same command resumes from the last checkpoint",
         )
 
     def release(self) -> None:
-        """Give the lock up; without effect if it is not held, or no longer."""
+        """Release the lock; without effect if it is not held."""
         self._over.set()
         with self._mutex:
             name, self._name = self._name, ""
@@ -244,12 +244,12 @@ class FolderLock:
         )
 
     def _is_stale(self, seen: _Seen) -> bool:
-        """Whether a lock is stale as far as one look can tell."""
+        """Return True if a single read shows that a lock is stale."""
         if seen.owner is None:
             return False
         theirs, ours = seen.owner.process, self._process
         if theirs.slurm_job and theirs.slurm_job == ours.slurm_job and theirs.slurm_restarts < ours.slurm_restarts:
-            return True  # Slurm has ended that start of the job before it began this one
+            return True  # Slurm ends a start of a job before the next one
         return is_running(theirs) is False
 
     def _take_free(self) -> bool:
@@ -264,7 +264,7 @@ class FolderLock:
                 self._path.rmdir()  # some file systems do not rename to a folder that exists, even an empty one
             aside.rename(self._path)
         except OSError as error:
-            # NFS may answer with an error after it has done what was asked.
+            # NFS may report an error although the rename was done.
             if not (self._path / name).exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
@@ -288,8 +288,8 @@ class FolderLock:
         return self._begin(name)
 
     def _begin(self, name: str) -> bool:
-        """Verify what was just taken, and start to send heartbeats."""
-        seen = _look(self._path)
+        """Verify the lock that was just taken, and start to send heartbeats."""
+        seen = _read(self._path)
         if seen is None or seen.name != name:
             return False
         for left_behind in self.folder.glob(f"{LOCK_NAME}.*"):
@@ -307,9 +307,9 @@ class FolderLock:
                 self._beat()
 
     def _beat(self) -> None:
-        """Send a heartbeat; finds out if the lock was lost."""
+        """Send a heartbeat, which detects if the lock was lost."""
         token, _, beat = self._name.partition(".")
-        # The time, for people; it must differ from the last and nothing more.
+        # The time, for readers of the folder; the only requirement is that it differs from the last.
         name = f"{token}.{max(int(beat) + 1, int(time.time()))}"
         try:
             (self._path / self._name).rename(self._path / name)
@@ -318,36 +318,36 @@ class FolderLock:
                 self._lost = True
                 return
         except OSError:
-            return  # the file server is away or full; the next heartbeat will tell
+            return  # the file server is unavailable or full; the next heartbeat tries again
         self._name, self._last_beat = name, self._clock()
 
     def _refusal(self, seen: _Seen) -> CheckpointError:
         stopped = seen.owner is not None and is_running(seen.owner.process) and is_stopped(seen.owner.process)
         paused = " That process is stopped (as by SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
         return CheckpointError(
-            _RULE,
-            found=f"{self.folder} is in use by {seen}",
+            f"{self.folder} is in use by {seen}",
+            rule=_RULE,
             fix=f"Wait until that job has ended, end it, or give another --save folder.{paused} Nothing was written",
         )
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """Return who holds the lock of a folder, stale or not; None: it is free, or just changing hands."""
+    """Return the owner of a folder's lock, stale or not; None: it is free, or changes its owner now."""
     try:
-        seen = _look(folder / LOCK_NAME)
+        seen = _read(folder / LOCK_NAME)
     except OSError:
         return None
     return seen.owner if seen is not None else None
 
 
-def _look(path: Path) -> _Seen | None:
-    """Return the lock as it is; None: it is free.
+def _read(path: Path) -> _Seen | None:
+    """Read a lock; None: it is free.
 
     Raises:
         OSError: it cannot be read.
     """
     seen = None
-    for _ in range(_LOOKS):
+    for _ in range(_READ_ATTEMPTS):
         names = _files(path)
         if names is None:
             return None
@@ -363,9 +363,9 @@ def _look(path: Path) -> _Seen | None:
 
 
 def _files(path: Path) -> list[str] | None:
-    """Files of a lock: one, or none while it comes or goes; None: there is no lock."""
+    """Return the files of a lock: one, or none while it is taken or released; None: there is no lock."""
     try:
-        # NFS keeps what is removed while it is open under a name that starts with a dot.
+        # NFS keeps removed files that are open under names that start with a dot.
         return [name for name in (entry.name for entry in path.iterdir()) if not name.startswith(".")]
     except FileNotFoundError:
         return None

@@ -2,7 +2,7 @@
 
 Each line is a JSON object whose `kind` is "start", "iteration", "validation" or "message". Floats are written with all
 their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they are the
-strings "NaN", "Infinity" and "-Infinity", which tell more than null would.
+strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line, newline included."""
+    """Return a record as one line, with newline."""
     return json.dumps(_encodable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """The record of one line.
+    """Return the record of one line.
 
     Raises:
         ValueError: the line is not a JSON object with a `kind`.
@@ -39,23 +39,22 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records in the file's order; a torn end (from a kill or a power cut) is left out.
+    """Return the records in the file's order, without a torn end (from a kill or a power cut).
 
     Raises:
-        DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file at all.
+        DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file.
     """
     return [record for _, record in _read_lines(path)]
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Whole lines without their newline, each with its record."""
+    """Return complete lines without their newline, each with its record."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
-            "A metrics file must be readable",
-            found=f"{path}: {error.strerror}",
-            fix="Give the path of a run's metrics.jsonl: it lies in the folder of --save, or where --metrics-file says",
+            f"Cannot read metrics file {path}: {error.strerror}",
+            fix="Give the path of a run's metrics.jsonl: it is in the folder of --save, or at --metrics-file",
         ) from error
     kept: list[tuple[bytes, dict[str, Any]]] = []
     broken: tuple[int, bytes] | None = None
@@ -77,29 +76,29 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _damaged(path: Path, number: int, line: bytes) -> DataError:
     return DataError(
-        "Every line of a metrics file must be a JSON object with a kind",
-        found=f"{path}:{number} starts with {line[:40]!r}",
+        f"{path}:{number} starts with {line[:40]!r}",
+        rule="Every line of a metrics file is a JSON object with a kind",
         fix="Restore the line or delete it, or give the path of a run's metrics.jsonl",
     )
 
 
 def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False) -> Path | None:
-    """Make `path` ready to be continued after `resumed_iteration`, so that it reads as one uninterrupted run.
+    """Truncate a metrics file after `resumed_iteration`, so that the resumed run's file reads as one run.
 
-    Lines of later iterations (the work that was lost), evaluations that ended an earlier, shorter run and a torn end
-    go; the rest is kept byte for byte. The file changes in one rename or not at all. A run that starts at 0 beside the
-    file of another moves that file aside, for nothing says that the two are the same run.
+    Removes lines of later iterations, evaluations at the end of an earlier, shorter run, and a torn end; the rest is
+    kept byte for byte, and the file is replaced atomically. A run that starts at 0 moves an existing file aside,
+    because it may be another run's.
 
     Args:
         path: the file.
-        resumed_iteration: the last one whose lines stay.
-        validation_due: whether the validation after that iteration is made again, so that its lines go, too.
+        resumed_iteration: the last iteration whose lines stay.
+        validation_due: the validation after that iteration will be repeated, so that its lines are removed, too.
 
     Returns:
-        Where an old file was moved, if it was.
+        The path to which an old file was moved; None: it was not.
 
     Raises:
-        DataError: what is there is no metrics file: it is left alone.
+        DataError: the file is not a metrics file; it is unchanged.
         OSError: it is a folder, or cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False)
 
 
 def _holds_another_run(path: Path) -> bool:
-    """Whether anything was measured: starts that failed at once do not count."""
+    """Return whether anything was measured: starts that failed at once do not count."""
     return any(record["kind"] in ("iteration", "validation") for record in read_records(path))
 
 

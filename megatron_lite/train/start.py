@@ -42,42 +42,39 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: a checkpoint, or nothing.
+    """Start point of a run: a checkpoint, or fresh weights.
 
     Attributes:
         path: the checkpoint's folder; None: fresh weights.
-        manifest: what it holds.
+        manifest: the checkpoint's.
     """
 
     path: Path | None = None
     manifest: Manifest | None = None
 
     def continued(self, config: RunConfig) -> Manifest | None:
-        """The manifest, if the run goes on in its data and its history where the checkpoint stands."""
+        """Return the manifest if the run resumes data and progress from the checkpoint."""
         options = config.checkpoint
         return None if options.finetune or options.reset_progress else self.manifest
 
 
-def find_start(config: RunConfig, notify: Notify, world: Group | None = None) -> Start:
-    """The checkpoint that --load means.
+def find_start(config: RunConfig, notify: Notify, world: Group) -> Start:
+    """Find the checkpoint of --load on rank 0, and broadcast it; a collective call.
 
     Args:
         config: the run.
-        notify: told of what is surprising.
-        world: all ranks, of which the first looks for all (a collective call); None: this one looks for itself.
+        notify: receives lines about anything unusual.
+        world: all ranks.
 
     Raises:
         CheckpointError: it is damaged, or missing under --exit-on-missing-checkpoint; or --save cannot be written to,
-            or the run would write over checkpoints of a longer one there.
+            or the run would overwrite checkpoints of a longer one there.
     """
-    if world is None:
-        _require_writable(config.checkpoint.save)
-        return _find_start(config, notify)
     run_on_all_ranks(world, lambda: _require_writable(config.checkpoint.save))
-    # Folders of a network may look different to other ranks for a moment, and 256 ranks listing one take their time.
-    told: list[str] = []
-    start, told = broadcast_from_rank0(world, lambda: (_find_start(config, told.append), told))
-    for text in told:
+    # On one rank: network file systems may show ranks different folders for a moment, and 256 listings take long.
+    messages: list[str] = []
+    start, messages = broadcast_from_rank0(world, lambda: (_find_start(config, messages.append), messages))
+    for text in messages:
         notify(text)
     return start
 
@@ -85,8 +82,14 @@ def find_start(config: RunConfig, notify: Notify, world: Group | None = None) ->
 def _find_start(config: RunConfig, notify: Notify) -> Start:
     options = config.checkpoint
     path = None
-    if options.in_one_folder and not options.load_iteration:
-        _finish_announcement(Path(options.save), notify)
+    resumes, root = options.in_one_folder and not options.load_iteration, Path(options.save)
+    # A job that was killed before it recorded a complete save as the latest: no work is to be repeated.
+    if resumes and (iteration := unrecorded_iteration(root)) is not None:
+        notify(
+            f"{folder_name(iteration)} is complete, and the job that saved it was killed before it was recorded as "
+            "the latest: loading it"
+        )
+        set_latest(root, iteration)
     if options.load:
         path = find_checkpoint(
             options.load, options.load_iteration, fallback=options.fallback_on_corrupt, notify=notify
@@ -94,11 +97,11 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
     if path is None and options.load:
         if options.exit_on_missing:
             raise CheckpointError(
-                "--load must name a folder of checkpoints under --exit-on-missing-checkpoint",
-                found=f"{options.load} {'holds none' if Path(options.load).is_dir() else 'does not exist'}",
+                f"--load {options.load} {'holds no checkpoint' if Path(options.load).is_dir() else 'does not exist'} "
+                "(--exit-on-missing-checkpoint)",
                 fix="Give --load the --save folder of a run, or leave --exit-on-missing-checkpoint out to start afresh",
             )
-        # The same command that starts a run goes on with it later, so this is usual where --load is --save.
+        # Usual if --load is --save: the command that starts a run also resumes it.
         warning = "" if options.in_one_folder else "WARNING: "
         problem = "holds no checkpoint" if Path(options.load).is_dir() else "does not exist"
         notify(f"{warning}--load {options.load} {problem}: starting from fresh weights")
@@ -106,32 +109,22 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
     return Start(path, read_manifest(path)) if path is not None else Start()
 
 
-def _finish_announcement(root: Path, notify: Notify) -> None:
-    """Announces a checkpoint that a job finished and died before it could say so, so that nothing is done twice."""
-    if (iteration := unrecorded_iteration(root)) is not None:
-        notify(
-            f"{folder_name(iteration)} is complete, and the job that saved it was killed before it was recorded as the "
-            "latest: loading it"
-        )
-        set_latest(root, iteration)
-
-
 @dataclass(frozen=True)
 class Completed:
-    """A run that was completed before: at which iteration, and what to tell the user."""
+    """A run that was completed before: its last iteration, and the message for the user."""
 
     iteration: int
     text: str
 
 
 def already_complete(config: RunConfig) -> Completed | None:
-    """Return whether a run was completed before, its last evaluations included; None: there is work left.
+    """Return the end of a run that was completed before, with its last evaluations; None: there is work left.
 
-    Every rank asks, for there is nobody to ask yet: a machine need not be set up for a run that is over. It costs a
-    rank one small file, and only where that is there the newest checkpoint's manifest.
+    Every rank checks this before the rendezvous, so that a complete run needs none. It reads one small file, and the
+    newest checkpoint's manifest only if that file exists.
 
     Raises:
-        CheckpointError: --load is damaged, or holds another model.
+        CheckpointError: the checkpoint of --load is damaged, or holds another model.
     """
     options = config.checkpoint
     if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
@@ -150,24 +143,24 @@ def already_complete(config: RunConfig) -> Completed | None:
     if completed != progress.iteration or not is_finished(config, progress):
         return None
     saved = manifest.provenance.config
-    if not config.model.vocab_size:  # the tokenizer has not been asked yet
+    if not config.model.vocab_size:  # the tokenizer is not open yet
         config = replace(config, model=replace(config.model, vocab_size=saved["model"]["vocab_size"]))
     check_model(saved, config_as_json(config))
     length = "--train-iters" if config.training.train_iters else "--train-samples"
     text = (
-        f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command asks for "
-        f"{last_iteration(config)}. Nothing was done. To train on, give a larger {length}, and "
+        f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command has "
+        f"{last_iteration(config)} iterations. Nothing was done. To continue training, give a larger {length}, and "
         "--override-opt_param-scheduler to stretch the learning rate's decay to it or "
-        "--use-checkpoint-opt_param-scheduler to keep the one that has ended; to evaluate it again, add --skip-train."
+        "--use-checkpoint-opt_param-scheduler to stay at the final rate; to evaluate again, add --skip-train."
     )
     return Completed(completed, text)
 
 
 def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
-    """The config to go on with: the command line's, its schedule compared with the checkpoint's.
+    """Return the config with which to run: the command line's, after comparison with the checkpoint's.
 
     Raises:
-        CheckpointError: the model is another, or the schedules differ and no flag says which wins.
+        CheckpointError: the model differs, or the schedules differ and no flag gives precedence.
     """
     if start.manifest is None:
         return config
@@ -184,16 +177,16 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     )
     if differences:
         whose = "command line's" if options.override_schedule else "checkpoint's"
-        notify(f"the {whose} learning-rate schedule is taken:\n{describe(differences)}")
+        notify(f"using the {whose} learning-rate schedule:\n{describe(differences)}")
     return settled
 
 
 def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) -> tuple[Start, Progress]:
-    """Fills the engine's tensors from the checkpoint; a collective call.
+    """Load the engine's tensors from the checkpoint; a collective call.
 
     Returns:
-        What was loaded (an earlier checkpoint, if this one is damaged and may be passed over), and the progress to go
-        on from.
+        The checkpoint that was loaded (an earlier one if this is damaged, under --fallback-on-corrupt), and the
+        progress from which to resume.
 
     Raises:
         CheckpointError: as load_checkpoint.
@@ -220,19 +213,15 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
     if path == start.path:
         return start, progress
     if not config.training.skip_train and options.in_one_folder and start.continued(config) is not None:
-        _set_damaged_aside(path, engine.world, notify)
+        # Their places are needed by the run's own checkpoints, which will be older at first.
+        aside = broadcast_from_rank0(engine.world, lambda: set_damaged_aside(path.parent, iteration_of(path) or 0))
+        if aside:
+            notify(f"the damaged checkpoints are kept as {', '.join(aside)}")
     return Start(path, read_manifest(path)), progress
 
 
-def _set_damaged_aside(path: Path, world: Group, notify: Notify) -> None:
-    """Damaged checkpoints that were passed over make way for the run's own, which will be older at first."""
-    aside = broadcast_from_rank0(world, lambda: set_damaged_aside(path.parent, iteration_of(path) or 0))
-    if aside:
-        notify(f"what was passed over is kept as {', '.join(aside)}")
-
-
 def _require_writable(save: str) -> None:
-    """Tries it now: the first save may be hours away."""
+    """Write a temporary file: the first save may be hours away."""
     if not save:
         return
     try:
@@ -260,7 +249,7 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     else:
         go_on = f"Leave {anew or '--load-iteration'} out"
     raise CheckpointError(
-        "A run does not write over checkpoints that it did not start from",
-        found=f"--save {root} holds {later[-1].name}, this run starts at iteration {begins}",
-        fix=f"{go_on} to go on from there, move those checkpoints away, or give another --save",
+        f"--save {root} holds {later[-1].name}, and this run starts at iteration {begins}",
+        rule="A run does not overwrite later checkpoints",
+        fix=f"{go_on} to resume from the latest, move the later checkpoints away, or give another --save",
     )

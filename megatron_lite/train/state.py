@@ -34,10 +34,10 @@ Notify = Callable[[str], None]
 
 @dataclass
 class _Lane:
-    """The saves that go to one folder: in the foreground, or one at a time behind training's back.
+    """Saves to one folder: synchronous, or one at a time in the background.
 
     Attributes:
-        last: iteration of the newest save, whether it is on the disk, under way or has failed.
+        last: iteration of the newest save: complete, under way or failed.
     """
 
     root: Path
@@ -46,20 +46,20 @@ class _Lane:
 
 
 class RunState:
-    """Saves the run, in the foreground or behind its back. A context manager: leaving it waits for the last save.
+    """Saves the run, synchronously or in the background. A context manager that waits for the last save on exit.
 
     Args:
-        config: its checkpoint part says where and how.
+        config: the run's.
         world: all ranks.
-        provenance: what every manifest says about the run.
-        start: what it started from; a save of that very state is left out.
-        notify: told of each save.
-        lock: of the folder of --save, on the rank that holds it; None: it is not checked.
+        provenance: config and fingerprints of the run, for the manifests.
+        start: its start point; a save of that same state is omitted.
+        notify: receives a line about each save.
+        lock: of the --save folder, on the rank that holds it; None: it is not verified.
 
     Attributes:
         provenance: as given.
         spikes: detects loss spikes; its state is saved with the rest.
-        longest_save: seconds of the slowest save so far, which the next may take as well; 0 if there was none here.
+        longest_save: seconds of the slowest save so far, as an estimate of the next; 0: there was none in this job.
         failed_saves: iterations whose saves failed.
     """
 
@@ -101,25 +101,25 @@ class RunState:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed on this rank; `finish` then deals with it, on all ranks."""
+        """Return True if a background save has failed on this rank; `finish`, on all ranks, then reports it."""
         return any(saver.failed for saver in self._savers)
 
     def check_lock(self, *, now: bool = False) -> None:
-        """Check on the rank that holds the folder's lock that it still does; cheap unless `now`.
+        """Verify, on the rank that holds the folder's lock, that it still does; cheap unless `now`.
 
         Raises:
-            CheckpointError: it was lost. Raised on one rank, it ends the others by the watchdog.
+            CheckpointError: the lock was lost. Raised on one rank, it ends the others by the heartbeat thread.
         """
         if self._lock is not None:
             self._lock.verify(now=now)
 
     def save_if_due(self, engine: Engine, progress: Progress, *, last: bool) -> None:
-        """After an iteration: saves what the flags ask for; a collective call.
+        """Save after an iteration, if the schedule or the end of the job requires it; a collective call.
 
         Args:
-            engine: whose state it is.
-            progress: what it has reached.
-            last: whether it is the last iteration of the job.
+            engine: holds the state.
+            progress: the engine's.
+            last: it is the last iteration of the job.
 
         Raises:
             CheckpointError: as save.
@@ -131,12 +131,12 @@ class RunState:
             self._save_weights(engine, progress, final=last)
 
     def save(self, engine: Engine, progress: Progress, *, final: bool) -> None:
-        """Saves, unless there is no --save or this iteration is on the disk already; a collective call.
+        """Save, unless there is no --save or this iteration has been saved already; a collective call.
 
         Args:
-            engine: whose state it is.
-            progress: what it has reached.
-            final: whether the job ends with it, so that its failure is an error whatever --on-failed-save says.
+            engine: holds the state.
+            progress: the engine's.
+            final: the job ends with it, so that its failure is an error even under --on-failed-save continue.
 
         Raises:
             CheckpointError: this save, or the one before it in the background, failed.
@@ -153,10 +153,10 @@ class RunState:
         self._write(lane, engine, progress, tensors, retention, final=final)
 
     def finish(self, *, final: bool = False) -> None:
-        """Waits for the saves under way, if there are any; a collective call.
+        """Wait for the saves under way, if there are any; a collective call.
 
         Raises:
-            CheckpointError: one failed, and training does not go on without it.
+            CheckpointError: one failed, and --on-failed-save is stop.
         """
         for lane in (self._whole, self._weights):
             self._settle(lane, final=final)
@@ -169,7 +169,7 @@ class RunState:
         return BackgroundSaver(self._world) if self._options.asynchronous else None
 
     def _save_weights(self, engine: Engine, progress: Progress, *, final: bool) -> None:
-        """The weights as the model computes with them, without what only training needs."""
+        """Save the model's weights without the optimizer's state."""
         tensors = [tensor for tensor in engine.state_tensors() if not tensor.name.startswith(OPTIMIZER_PREFIX)]
         self._settle(self._weights, final=False)
         self._notify(f"saving the weights at iteration {progress.iteration:7d} to {self._weights.root}")
@@ -189,44 +189,46 @@ class RunState:
         check = partial(self.check_lock, now=True)
         request = SaveRequest(lane.root, progress.iteration, scalars, self.provenance, retention, check)
         lane.last = progress.iteration
-        with self._failing(lane, final=final):
+        with self._handling_failure(lane, final=final):
             if lane.saver is None:
-                self._announce(save_checkpoint(request, tensors, self._world))
+                self._report(save_checkpoint(request, tensors, self._world))
             else:
                 blocked = lane.saver.save(request, tensors)
-                self._notify(f"  copied it in {blocked:.2f} s; it is written while training goes on")
+                self._notify(f"  copied in {blocked:.2f} s; written in the background")
 
     def _settle(self, lane: _Lane, *, final: bool) -> None:
-        """Waits for the lane's save under way, if there is one."""
+        """Wait for the lane's save under way, if there is one."""
         if lane.saver is not None:
-            with self._failing(lane, final=final):
-                self._announce(lane.saver.wait())
+            with self._handling_failure(lane, final=final):
+                self._report(lane.saver.wait())
 
     @contextmanager
-    def _failing(self, lane: _Lane, *, final: bool) -> Iterator[None]:
-        """What the failure of the lane's last save means, which all ranks meet together: an error, or a warning."""
+    def _handling_failure(self, lane: _Lane, *, final: bool) -> Iterator[None]:
+        """Turn a failure of the lane's last save, which all ranks raise, into an error or a warning."""
         try:
             yield
         except CheckpointError as error:
             newest = read_latest(self._whole.root)
             assert lane.last is not None, "a save that fails has begun"
             self.failed_saves.append(lane.last)
-            left = f"the newest complete checkpoint is that of iteration {newest}" if newest else "there is none yet"
+            left = (
+                f"the newest complete checkpoint is of iteration {newest}" if newest else "there is no checkpoint yet"
+            )
             if final or self._options.on_failed_save == "stop":
-                hint = "" if final else ". --on-failed-save continue trains on to the next save instead"
+                hint = "" if final else ". --on-failed-save continue continues to the next save instead"
                 raise CheckpointError(f"{error.problem} ({left})", rule=error.rule, fix=f"{error.fix}{hint}") from error
             self._notify(
-                f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training goes on without it "
+                f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training continues without it "
                 f"(--on-failed-save continue); {left}. {error}"
             )
 
-    def _announce(self, report: SaveReport | None) -> None:
+    def _report(self, report: SaveReport | None) -> None:
         if report is None:
             return
         self.longest_save = max(self.longest_save, report.seconds)
         self._notify(
             f"  successfully saved checkpoint at iteration {iteration_of(report.path):7d} to {report.path.parent} "
-            f"({format_size(report.size)} in {report.seconds:.2f} s, training stood still for "
+            f"({format_size(report.size)} in {report.seconds:.2f} s, training paused for "
             f"{report.blocking_seconds:.2f} s)"
         )
         if report.removed:

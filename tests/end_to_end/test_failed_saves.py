@@ -59,7 +59,7 @@ def test_a_run_stops_and_its_checkpoints_stay(mode, corpus, start, tmp_path):
     result = start(words, partial(full_disk, for_good=True)).wait()
     assert result.code == 1
     assert "File too large" in result.err
-    assert "the newest complete checkpoint is that of iteration 2" in result.err
+    assert "the newest complete checkpoint is of iteration 2" in result.err
     assert "--on-failed-save continue" in result.err
     assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set())
     ended = status(save)
@@ -86,7 +86,7 @@ def test_a_run_continues_and_saves_again(mode, corpus, start, tmp_path):
     (told,) = [record["text"] for record in records(save) if "FAILED" in str(record.get("text"))]
     assert told in result.out
     assert told.startswith("WARNING: the save of iteration 4 ")
-    assert "File too large" in told and "the newest complete checkpoint is that of iteration 2" in told
+    assert "File too large" in told and "the newest complete checkpoint is of iteration 2" in told
     assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())
     ended = status(save)
     assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("completed", 8, [4])
@@ -100,7 +100,7 @@ def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, 
     words = corpus.job(*JOB, *mode, *stop, "--save", save, "--keep-last", 1, "--on-failed-save", "continue")
     result = start(words, partial(full_disk, for_good=True)).wait()
     assert result.code == 1
-    assert "the newest complete checkpoint is that of iteration 2" in result.err
+    assert "the newest complete checkpoint is of iteration 2" in result.err
     assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set()), "retention keeps what is whole"
     ended = status(save)
     assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, failed)

@@ -229,7 +229,7 @@ def test_help_is_printed_once(ranks):
     ("words", "message"),
     [
         (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "There is no folder --load"),
-        (("--save", "/proc/nowhere"), "--save must be a folder that can be written to"),
+        (("--save", "/proc/nowhere"), "Cannot write to --save"),
     ],
 )
 def test_an_error_that_all_ranks_agree_on_is_printed_once(ranks, tmp_path, words, message):

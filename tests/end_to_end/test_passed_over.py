@@ -30,7 +30,7 @@ def test_a_resume_from_the_checkpoint_before_the_damaged_ones(damaged, corpus):
     assert first.code == 0, first.err
     aside = sorted(path.name for path in damaged.glob("*.damaged-*"))
     assert [name.split("-")[0] for name in aside] == ["iter_0000003.damaged", "iter_0000004.damaged"]
-    assert f"what was passed over is kept as {', '.join(aside)}" in first.out
+    assert f"the damaged checkpoints are kept as {', '.join(aside)}" in first.out
     assert (read_latest(damaged), checkpoints(damaged)[:3]) == ("3", ["iter_0000001", "iter_0000002", "iter_0000003"])
     again = command(*job())
     assert again.code == 0, again.err

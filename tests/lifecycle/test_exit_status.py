@@ -110,10 +110,10 @@ def test_the_last_jobs_words_go_as_soon_as_the_folder_is_known(tmp_path):
 
 
 def test_host_and_rank_are_those_of_the_failure_whoever_writes_it(tmp_path):
-    error = CheckpointError("rule", found="on gpu-7, rank 5: no room", fix="fix")
+    error = CheckpointError("on gpu-7, rank 5: no room", fix="fix")
     error.__cause__ = FailedRank("gpu-7", 5)
     try:
-        raise CheckpointError("rule", found="with more words", fix="fix") from error
+        raise CheckpointError("with more words", fix="fix") from error
     except CheckpointError as told:
         with pytest.raises(CheckpointError):
             end(tmp_path, error=told)
@@ -286,7 +286,7 @@ def test_what_another_job_wrote_while_this_one_waited_is_not_taken_for_this_jobs
 
 
 def test_a_job_that_lost_its_lock_writes_nothing_more(tmp_path):
-    with pytest.raises(CheckpointError, match="no longer this job's"), ExitRecord(str(tmp_path), launched()) as record:
+    with pytest.raises(CheckpointError, match="has lost the lock"), ExitRecord(str(tmp_path), launched()) as record:
         record.start(record.attempt(0.0))
         lock = record.lock
         lock._process = replace(lock._process, pid=2**22 - 1)

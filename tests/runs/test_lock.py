@@ -147,7 +147,7 @@ def test_another_machines_lock_is_taken_over_only_when_its_heartbeat_stands_stil
     assert not third.attempt()
     clock.now += 46
     assert third.attempt()
-    with pytest.raises(CheckpointError, match=r"no longer this job's: it is held by process .* on here"):
+    with pytest.raises(CheckpointError, match=r"This job has lost the lock .*: it is held by process .* on here"):
         owner.verify(now=True)
     owner.release()
     third.verify(now=True)

@@ -38,7 +38,7 @@ def go_on(backend, cell, root, iterations):
     mesh = mesh_of(backend, cell.tp, cell.pp)
     engine = build_engine(config, mesh)
     told = []
-    start, provenance = find_start(config, told.append), Provenance(config_as_json(config))
+    start, provenance = find_start(config, told.append, mesh.world), Provenance(config_as_json(config))
     start, progress = load_start(start, engine, config, told.append)
     began = progress.iteration
     losses, norms, progress = iterate(config, mesh, engine, progress, iterations)
