@@ -48,7 +48,7 @@ class SequenceRamp:
 def read_rampup(args: Sequence[str]) -> Rampup:
     """Read the arguments of --rampup-batch-size: start batch, increment, samples of the ramp-up."""
     try:
-        start, increment, samples = (read_int(word) for word in args)
+        start, increment, samples = (read_int(arg) for arg in args)
     except ValueError:
         raise ValueError("three whole numbers: start batch, increment and samples of the ramp-up") from None
     return Rampup(start=start, increment=increment, samples=samples)
@@ -82,14 +82,14 @@ def write_sequence_ramp(ramp: SequenceRamp) -> list[str]:
     return [f"{ramp.start}:{ramp.iterations}:{ramp.step}"]
 
 
-def read_amount(word: str) -> int:
+def read_amount(arg: str) -> int:
     """Read a whole number that may end in K, M, B or T, as 2.4B.
 
     Raises:
         ValueError: not a number, or not a whole one.
     """
-    scale = SUFFIXES.get(word[-1:].lower())
-    digits = word if scale is None else word[:-1]
+    scale = SUFFIXES.get(arg[-1:].lower())
+    digits = arg if scale is None else arg[:-1]
     read_float(digits)  # refuses, with a message, what Decimal alone would accept
     number = Decimal(digits) * (scale or 1)
     if number != int(number):

@@ -16,7 +16,15 @@ from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.presets import PRESETS, preset_args
 from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.config.text_file import TextFileError, read_failure, read_text
-from megatron_lite.config.values import FALSE_WORDS, is_utf8, read_as, read_bool, shortened, shown_bytes, write_value
+from megatron_lite.config.values import (
+    FALSE_SPELLINGS,
+    is_utf8,
+    read_as,
+    read_bool,
+    shortened,
+    shown_bytes,
+    write_value,
+)
 from megatron_lite.errors import ConfigError
 
 MAX_NESTING = 10
@@ -126,7 +134,7 @@ def read_argument_file(arg: str) -> str:
 
 
 def _is_harmless(flag: Unsupported, args: tuple[str, ...]) -> bool:
-    return bool(args) and all(arg.lower() in FALSE_WORDS - {"0"} or arg.lower() in flag.harmless for arg in args)
+    return bool(args) and all(arg.lower() in FALSE_SPELLINGS - {"0"} or arg.lower() in flag.harmless for arg in args)
 
 
 def _assign_one(flag: Flag, occurrence: Occurrence, givers: dict[Key, Occurrence], given: Given) -> None:

@@ -58,7 +58,7 @@ def read_sources(args: Sequence[str]) -> tuple[DataSource, ...]:
     """Read a path, several paths, or weights and paths in turn, distinguished by Megatron's rule."""
     if len(args) % 2 == 0:
         try:
-            weights = [read_float(word) for word in args[::2]]
+            weights = [read_float(arg) for arg in args[::2]]
         except ValueError:
             weights = []
         if weights:
@@ -81,7 +81,7 @@ def read_groups(args: Sequence[str]) -> tuple[DataGroup, ...]:
     Raises:
         ValueError: not in that form, or a range that does not rise.
     """
-    return tuple(_read_group(word) for word in args)
+    return tuple(_read_group(arg) for arg in args)
 
 
 def _read_group(text: str) -> DataGroup:

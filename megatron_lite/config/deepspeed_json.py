@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from megatron_lite.config.batch import SequenceRamp
@@ -12,6 +13,7 @@ from megatron_lite.config.flag import FIELD, key_of
 from megatron_lite.config.given import Given
 from megatron_lite.config.optimizer import Dtype
 from megatron_lite.config.values import MAX_NUMBER, shortened
+from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_number
 
 T = TypeVar("T")
@@ -87,12 +89,20 @@ def merge_deepspeed(given: Given) -> None:
         given.give(FIELD.precision.scaler, "deepspeed", "--deepspeed")
     entries = _read(given)
     for key in entries:
-        _note(key, given)
-    _precision(entries, given)
-    _clipping(entries, given)
-    _zero(entries, given)
-    _micro_batch(entries, given)
-    _curriculum(entries, given)
+        _note_entry(key, given)
+    for merge in (_precision, _clipping, _zero, _micro_batch, _curriculum):
+        with _recorded_error(given):
+            merge(entries, given)
+
+
+@contextmanager
+def _recorded_error(given: Given) -> Iterator[None]:
+    """Record an error that ends the reading of a section, and go on with the next."""
+    try:
+        yield
+    except ConfigError as error:
+        given.unreadable = True
+        given.errors.append(error)
 
 
 def _read(given: Given) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def _read(given: Given) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
 
 
-def _note(key: str, given: Given) -> None:
+def _note_entry(key: str, given: Given) -> None:
     """Record why an entry is not merged."""
     if key in WITHOUT_EFFECT:
         given.notes.append(f"DeepSpeed JSON: {key} has no effect: {WITHOUT_EFFECT[key]}")
@@ -135,34 +145,31 @@ def _refuse_unknown(name: str, section: str, known: Iterable[str], given: Given)
     )
 
 
-def _section(entries: dict[str, Any], key: str, given: Given) -> dict[str, Any]:
+def _section(entries: dict[str, Any], key: str) -> dict[str, Any]:
     section = entries.get(key, {})
-    if isinstance(section, dict):
-        return {name: value for name, value in section.items() if value != "auto"}
-    fix = (
-        f'Write it as "{key}": {{"enabled": true}}'
-        if key != "zero_optimization"
-        else f'Write it as "{key}": {{"stage": 1}}'
-    )
-    given.refuse(f"{key} in the DeepSpeed JSON is {section!r} instead of an object", fix=fix)
-    return {}
+    if not isinstance(section, dict):
+        example = '"stage": 1' if key == "zero_optimization" else '"enabled": true'
+        raise ConfigError(
+            f"{key} in the DeepSpeed JSON is {section!r} instead of an object",
+            fix=f'Write it as "{key}": {{{example}}}',
+        )
+    return {name: value for name, value in section.items() if value != "auto"}
 
 
-def _number(value: Any, key: str, given: Given) -> float:
+def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
-    given.refuse(
+    raise ConfigError(
         f"{key} in the DeepSpeed JSON is {shortened(repr(value))} instead of a number of at most "
         f"{format_number(MAX_NUMBER)}",
         fix=_number_fix(key, value),
     )
-    return 0
 
 
-def _whole(value: Any, key: str, given: Given) -> int:
-    number = _number(value, key, given)
+def _whole(value: Any, key: str) -> int:
+    number = _number(value, key)
     if number != int(number):
-        given.refuse(
+        raise ConfigError(
             f"{key} in the DeepSpeed JSON is {value!r} instead of a whole number", fix=_number_fix(key, round(number))
         )
     return int(number)
@@ -192,8 +199,8 @@ def _take(given: Given, field: T, value: T, entry: str) -> None:
 
 
 def _precision(entries: dict[str, Any], given: Given) -> None:
-    fp16 = _section(entries, "fp16", given)
-    bf16 = _section(entries, "bf16" if "bf16" in entries else "bfloat16", given)
+    fp16 = _section(entries, "fp16")
+    bf16 = _section(entries, "bf16" if "bf16" in entries else "bfloat16")
     if fp16.get("enabled") and bf16.get("enabled"):
         given.refuse("fp16 and bf16 are both enabled in the DeepSpeed JSON", fix="Disable one of them")
         return
@@ -208,11 +215,11 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
         _contradiction(given, FIELD.precision.dtype, f"--{asked}", f"{asked}.enabled false")
     if origin := given.origin(FIELD.precision.loss_scale):
         given.notes.append(f"{origin} has no effect: under --deepspeed the JSON's fp16.loss_scale decides (0: dynamic)")
-    scale = _number(fp16.get("loss_scale", 0), "fp16.loss_scale", given)
+    scale = _number(fp16.get("loss_scale", 0), "fp16.loss_scale")
     given.give(FIELD.precision.loss_scale, float(scale), f"fp16.loss_scale {scale} in the DeepSpeed JSON")
     if not fp16:
         return
-    power = _number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power", given)
+    power = _number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power")
     if abs(power) > MAX_SCALE_POWER:
         given.refuse(
             f"fp16.initial_scale_power in the DeepSpeed JSON is {power:g}, beyond {MAX_SCALE_POWER}",
@@ -220,11 +227,11 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
         )
         return
     _take(given, FIELD.precision.initial_loss_scale, 2.0**power, f"fp16.initial_scale_power {power}")
-    window = _whole(fp16.get("loss_scale_window", 1000), "fp16.loss_scale_window", given)
+    window = _whole(fp16.get("loss_scale_window", 1000), "fp16.loss_scale_window")
     _take(given, FIELD.precision.loss_scale_window, window, f"fp16.loss_scale_window {window}")
-    hysteresis = _whole(fp16.get("hysteresis", 2), "fp16.hysteresis", given)
+    hysteresis = _whole(fp16.get("hysteresis", 2), "fp16.hysteresis")
     _take(given, FIELD.precision.hysteresis, hysteresis, f"fp16.hysteresis {hysteresis}")
-    least = float(_number(fp16.get("min_loss_scale", 1.0), "fp16.min_loss_scale", given))
+    least = float(_number(fp16.get("min_loss_scale", 1.0), "fp16.min_loss_scale"))
     _take(given, FIELD.precision.min_loss_scale, least, f"fp16.min_loss_scale {least}")
     for name in sorted(name for name in fp16.keys() - FP16_KEYS if fp16[name] is not False):
         _refuse_unknown(name, "fp16.", FP16_KEYS, given)
@@ -232,12 +239,12 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
 
 def _clipping(entries: dict[str, Any], given: Given) -> None:
     if "gradient_clipping" in entries:
-        value = float(_number(entries["gradient_clipping"], "gradient_clipping", given))
+        value = float(_number(entries["gradient_clipping"], "gradient_clipping"))
         _take(given, FIELD.optimizer.clip_grad, value, f"gradient_clipping {value}")
 
 
 def _zero(entries: dict[str, Any], given: Given) -> None:
-    zero = _section(entries, "zero_optimization", given)
+    zero = _section(entries, "zero_optimization")
     for name in ("offload_optimizer", "offload_param", "cpu_offload"):
         device = zero.get(name)
         if device and not (isinstance(device, dict) and device.get("device") == "none"):
@@ -249,24 +256,24 @@ def _zero(entries: dict[str, Any], given: Given) -> None:
     if others:
         given.notes.append(
             f"DeepSpeed JSON: zero_optimization.{{{','.join(others)}}} have no effect: buckets are sized by "
-            "--bucket-megabytes and always overlap"
+            "--bucket-megabytes"
         )
     if "stage" in zero:
-        stage = _whole(zero["stage"], "zero_optimization.stage", given)
+        stage = _whole(zero["stage"], "zero_optimization.stage")
         _take(given, FIELD.command.zero_stage, stage, f"zero_optimization.stage {stage}")
 
 
 def _micro_batch(entries: dict[str, Any], given: Given) -> None:
     if "train_micro_batch_size_per_gpu" in entries:
-        size = _whole(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu", given)
+        size = _whole(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu")
         _take(given, FIELD.batch.micro_batch_size, size, f"train_micro_batch_size_per_gpu {size}")
 
 
 def _curriculum(entries: dict[str, Any], given: Given) -> None:
-    curriculum = _section(entries, "curriculum_learning", given)
+    curriculum = _section(entries, "curriculum_learning")
     if not curriculum.get("enabled"):
         return
-    schedule, kind = _section(curriculum, "schedule_config", given), curriculum.get("schedule_type", "fixed_linear")
+    schedule, kind = _section(curriculum, "schedule_config"), curriculum.get("schedule_type", "fixed_linear")
     if curriculum.get("curriculum_type", "seqlen") != "seqlen" or kind not in ("fixed_linear", "fixed_discrete"):
         given.refuse(
             f"curriculum_learning in the DeepSpeed JSON has curriculum_type {curriculum.get('curriculum_type')} and "
@@ -275,33 +282,31 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
         )
         return
     length = given.run.batch.seq_length
-    longest = _whole(curriculum.get("max_difficulty", length), "max_difficulty", given)
+    longest = _whole(curriculum.get("max_difficulty", length), "max_difficulty")
     if length and longest != length:
         entry = f"curriculum_learning.max_difficulty {longest}"
         _contradiction(given, FIELD.batch.seq_length, "--seq-length", entry)
-    ramp = _linear(curriculum, schedule, given) if kind == "fixed_linear" else _staged(schedule, given)
-    if ramp is not None:
-        _take(given, FIELD.batch.sequence_ramp, ramp, "curriculum_learning")
+    ramp = _linear(curriculum, schedule) if kind == "fixed_linear" else _staged(schedule)
+    _take(given, FIELD.batch.sequence_ramp, ramp, "curriculum_learning")
 
 
-def _linear(curriculum: dict[str, Any], schedule: dict[str, Any], given: Given) -> SequenceRamp:
+def _linear(curriculum: dict[str, Any], schedule: dict[str, Any]) -> SequenceRamp:
     step = schedule.get("difficulty_step", SequenceRamp().step)
     return SequenceRamp(
-        start=_whole(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty", given),
-        iterations=_whole(schedule.get("total_curriculum_step"), "total_curriculum_step", given),
-        step=_whole(step, "difficulty_step", given),
+        start=_whole(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty"),
+        iterations=_whole(schedule.get("total_curriculum_step"), "total_curriculum_step"),
+        step=_whole(step, "difficulty_step"),
     )
 
 
-def _staged(schedule: dict[str, Any], given: Given) -> SequenceRamp | None:
+def _staged(schedule: dict[str, Any]) -> SequenceRamp:
     """Read fixed_discrete: difficulty[i] applies up to iteration max_step[i], the last one to the end."""
     lengths, ends = schedule.get("difficulty"), schedule.get("max_step")
     if not isinstance(lengths, list) or not isinstance(ends, list) or len(lengths) != len(ends) + 1:
-        given.refuse(
+        raise ConfigError(
             f"fixed_discrete needs one difficulty more than max_step, but has difficulty {lengths}, max_step {ends}",
             fix='Write schedule_config as {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
-        return None
-    firsts = [0, *(_whole(end, "max_step", given) + 1 for end in ends)]
-    sizes = [_whole(length, "difficulty", given) for length in lengths]
+    firsts = [0, *(_whole(end, "max_step") + 1 for end in ends)]
+    sizes = [_whole(length, "difficulty") for length in lengths]
     return SequenceRamp(stages=tuple(zip(firsts, sizes, strict=True)))

@@ -55,7 +55,7 @@ class Flag:
     choices: Mapping[str, Any] = dataclass_field(default_factory=dict)
     """Further spellings of values, in upper or lower case: rope for rotary."""
     format: Format | None = None
-    """Syntax of a structured value; None: one word of the field's type."""
+    """Syntax of a structured value; None: one argument of the field's type."""
     metavar: str = ""
     least: float = 0
     above: float | None = None

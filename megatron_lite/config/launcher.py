@@ -48,81 +48,81 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
         ConfigError: quotes are not closed, there is no training script, shell variables are left among its flags, or
             the launcher's number of ranks is no number and there is no --world-size.
     """
-    commands = [(words, _script(words)) for words in _commands(_opened(argv))]
+    commands = [(tokens, _script(tokens)) for tokens in _commands(_opened(argv))]
     if not any(script is not None for _, script in commands):
         raise _no_script(argv)
     # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …`, take the command with the most training flags.
-    words, script = max(
-        ((words, script) for words, script in commands if script is not None),
+    tokens, script = max(
+        ((tokens, script) for tokens, script in commands if script is not None),
         key=lambda command: sum(map(_is_training_flag, command[0][command[1] :])),
     )
-    flags = words[script:]
+    flags = tokens[script:]
     if unexpanded := _unexpanded(flags):
         raise ConfigError(
             f"The command line contains shell variables or substitutions: {', '.join(unexpanded)}",
             fix="Replace them by their values, or put `megatron-lite explain` before the command in the job script",
         )
-    given = any(spelling(word) == "--world-size" for word in flags)
-    return TrainingCommand(tuple(flags), None if given else _world_size(words[:script]))
+    given = any(spelling(token) == "--world-size" for token in flags)
+    return TrainingCommand(tuple(flags), None if given else _world_size(tokens[:script]))
 
 
 def _opened(argv: Sequence[str]) -> list[str]:
     """Return the arguments; the first is split if it is a command in quotes or an argument file."""
     require_utf8(argv)
-    words = [word for word in argv if word.strip(" \t\r\n\\")]
-    if words and words[0].startswith("@") and Path(words[0][1:]).is_file():
-        text = read_argument_file(words[0])
-        return [*_split(text, comments=True), *words[1:]]
-    if words and re.search(r"\s", words[0]):
-        return [*_split(words[0]), *words[1:]]
-    return words
+    tokens = [token for token in argv if token.strip(" \t\r\n\\")]
+    if tokens and tokens[0].startswith("@") and Path(tokens[0][1:]).is_file():
+        text = read_argument_file(tokens[0])
+        return [*_split(text, comments=True), *tokens[1:]]
+    if tokens and re.search(r"\s", tokens[0]):
+        return [*_split(tokens[0]), *tokens[1:]]
+    return tokens
 
 
 def _split(text: str, *, comments: bool = False) -> list[str]:
-    """Split as a shell does, continued lines joined; other line ends and a closing ; become separate words."""
+    """Split as a shell does, continued lines joined; other line ends and a closing ; become separate tokens."""
     text = re.sub(r"\\[ \t]*(\r?\n|$)", " ", text)
-    words: list[str] = []
+    tokens: list[str] = []
     try:
         for line in _lines(text, comments=comments):
-            for word in line:
-                words += [word[:-1], ";"] if word.endswith(";") and len(word) > 1 else [word]
-            words.append(";")
+            for token in line:
+                tokens += [token[:-1], ";"] if token.endswith(";") and len(token) > 1 else [token]
+            tokens.append(";")
     except ValueError as error:
         raise ConfigError(
             f"Cannot split the command line {text[:80]!r}: {error}", fix="Add the missing quote"
         ) from error
-    return [word for word in words[:-1] if word.strip(" \t\\")]
+    return [token for token in tokens[:-1] if token.strip(" \t\\")]
 
 
 def _lines(text: str, *, comments: bool) -> list[list[str]]:
-    """Return the words of each line; a line break within quotes or before a flag does not end a line."""
+    """Return the tokens of each line; a line break within quotes or before a flag does not end a line."""
     lines: list[list[str]] = []
     waiting = ""
     for number, line in enumerate(text.splitlines()):
         waiting = f"{waiting}\n{line}" if waiting else line
         try:
-            words = shlex.split(waiting, comments=comments)
+            tokens = shlex.split(waiting, comments=comments)
         except ValueError:
             if number + 1 == len(text.splitlines()):
                 raise
             continue
         waiting = ""
-        if lines and words and words[0].startswith("-"):
-            lines[-1] += words
-        elif words:
-            lines.append(words)
+        if lines and tokens and tokens[0].startswith("-"):
+            lines[-1] += tokens
+        elif tokens:
+            lines.append(tokens)
     return lines
 
 
-def _commands(words: list[str]) -> Iterator[list[str]]:
+def _commands(tokens: list[str]) -> Iterator[list[str]]:
     """Yield the commands between the shell's operators.
 
-    Those inside `bash -c "…"`, `ssh host "…"` and the like begin with the words before it, which may be a launcher.
+    Those inside `bash -c "…"`, `ssh host "…"` and the like begin with the tokens before it, which may be a launcher.
     """
-    for command in _simple_commands(words):
+    for command in _simple_commands(tokens):
         inner = None
         if command and not command[0].startswith("-") and not any(map(_is_script, command)):
-            quoted = (place for place, word in enumerate(command) if re.search(r"\s", word) and ".py" in word)
+            quoted = (place for place, token in enumerate(command) if re.search(r"\s", token) and ".py" in token)
             inner = next(quoted, None)
         if inner is None:
             yield command
@@ -131,56 +131,56 @@ def _commands(words: list[str]) -> Iterator[list[str]]:
             yield [*command[:inner], *nested, *command[inner + 1 :]]
 
 
-def _simple_commands(words: list[str]) -> list[list[str]]:
+def _simple_commands(tokens: list[str]) -> list[list[str]]:
     """Return the commands between the shell's operators, without redirections."""
     commands: list[list[str]] = [[]]
     dropping = False
-    for word in words:
-        redirection = REDIRECTION.fullmatch(word)
-        if word in OPERATORS:
+    for token in tokens:
+        redirection = REDIRECTION.fullmatch(token)
+        if token in OPERATORS:
             commands.append([])
         elif redirection:
             dropping = not redirection[3]
             continue
         elif not dropping:
-            commands[-1].append(word)
+            commands[-1].append(token)
         dropping = False
     return [command for command in commands if command] or [[]]
 
 
-def _is_script(word: str) -> bool:
-    return word.endswith(".py") and not re.search(r"\s", word)
+def _is_script(token: str) -> bool:
+    return token.endswith(".py") and not re.search(r"\s", token)
 
 
-def _is_training_flag(word: str) -> bool:
+def _is_training_flag(token: str) -> bool:
     """Return True for a flag that only a training script has."""
-    flag = flags_by_spelling().get(spelling(word)) if word.startswith("--") else None
+    flag = flags_by_spelling().get(spelling(token)) if token.startswith("--") else None
     return flag is not None and flag.status != "no effect" and flag.name != "--world-size"
 
 
-def _script(words: Sequence[str]) -> int | None:
-    """Return the index of the first word after the training script; 0 for flags alone; None without a script.
+def _script(tokens: Sequence[str]) -> int | None:
+    """Return the index of the first token after the training script; 0 for flags alone; None without a script.
 
     Launchers may be scripts, too (`python launch.py -n 8 pretrain_gpt.py`): the training script is the last one that
     only launchers and their options precede.
     """
-    if not words or words[0].startswith(("-", "@")):
+    if not tokens or tokens[0].startswith(("-", "@")):
         return 0
     found = None
-    for place, word in enumerate(words):
-        if found is not None and _is_training_flag(word):
+    for place, token in enumerate(tokens):
+        if found is not None and _is_training_flag(token):
             break
-        before = words[place - 1] if place else ""
-        own = PurePosixPath(before).name == "megatron-lite" and word in OWN_COMMANDS
-        module = before == "-m" and not word.startswith(LAUNCHER_MODULES)
-        if own or module or _is_script(word):
+        before = tokens[place - 1] if place else ""
+        own = PurePosixPath(before).name == "megatron-lite" and token in OWN_COMMANDS
+        module = before == "-m" and not token.startswith(LAUNCHER_MODULES)
+        if own or module or _is_script(token):
             found = place + 1
     return found
 
 
-def _unexpanded(words: Sequence[str]) -> list[str]:
-    """Return the shell variables and substitutions among the words, each once."""
-    return list(dict.fromkeys(match.group() for word in words for match in UNEXPANDED.finditer(word)))
+def _unexpanded(tokens: Sequence[str]) -> list[str]:
+    """Return the shell variables and substitutions among the tokens, each once."""
+    return list(dict.fromkeys(match.group() for token in tokens for match in UNEXPANDED.finditer(token)))
 
 
 def _no_script(argv: Sequence[str]) -> ConfigError:
@@ -226,20 +226,20 @@ def _deepspeed_ranks(options: Sequence[str]) -> int | None:
     return _product(_number(options, "--num-gpus"), nodes)
 
 
-def _option(words: Sequence[str], *names: str) -> str | None:
+def _option(tokens: Sequence[str], *names: str) -> str | None:
     """Return the value of an option: `--name V`, `--name=V`, `-n V` or `-nV`; None if it is not there."""
-    for place, word in enumerate(words):
-        name = spelling(word) if word.startswith("--") else word
+    for place, token in enumerate(tokens):
+        name = spelling(token) if token.startswith("--") else token
         if name in names:
-            return word.partition("=")[2] or (words[place + 1] if place + 1 < len(words) else "")
+            return token.partition("=")[2] or (tokens[place + 1] if place + 1 < len(tokens) else "")
         for short in names:
-            if len(short) == 2 and word.startswith(short) and word[2:].isdigit():
-                return word[2:]
+            if len(short) == 2 and token.startswith(short) and token[2:].isdigit():
+                return token[2:]
     return None
 
 
-def _number(words: Sequence[str], *names: str, default: int | None = None) -> int | None:
-    value = _option(words, *names)
+def _number(tokens: Sequence[str], *names: str, default: int | None = None) -> int | None:
+    value = _option(tokens, *names)
     if value is None:
         return default
     if not value.isdigit() or not int(value):

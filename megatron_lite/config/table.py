@@ -33,9 +33,9 @@ GROUPS = {
 """Heading of --help by section, in the order of the page."""
 
 
-def spelling(word: str) -> str:
+def spelling(arg: str) -> str:
     """Return a flag's name as in the table: dashes for underscores, lower case, without = and what follows."""
-    return word.partition("=")[0].replace("_", "-").lower()
+    return arg.partition("=")[0].replace("_", "-").lower()
 
 
 @cache

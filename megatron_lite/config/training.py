@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def read_ranges(args: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Read "2-5 10-20" as inclusive ranges of iterations, sorted; a single number is a range of one."""
     ranges = []
-    for word in " ".join(args).replace(",", " ").split():
-        first, dash, last = word.partition("-")
+    for arg in " ".join(args).replace(",", " ").split():
+        first, dash, last = arg.partition("-")
         try:
             ranges.append((read_int(first), read_int(last) if dash else read_int(first)))
         except ValueError:
@@ -30,7 +30,7 @@ def read_iterations(args: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Read "2 3 4" as inclusive ranges of iterations."""
     ranges: list[tuple[int, int]] = []
     try:
-        numbers = sorted({read_int(word) for word in " ".join(args).replace(",", " ").split()})
+        numbers = sorted({read_int(arg) for arg in " ".join(args).replace(",", " ").split()})
     except ValueError:
         raise ValueError("iterations, as in 101 102 251") from None
     for number in numbers:

@@ -9,8 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_lite.formatting import format_number
 
-TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
-FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+TRUE_SPELLINGS = frozenset({"true", "1", "yes", "on"})
+FALSE_SPELLINGS = frozenset({"false", "0", "no", "off"})
 
 MAX_NUMBER = 10**15
 """Largest count that any flag accepts: products of two stay meaningful, and no run comes near."""
@@ -22,17 +22,17 @@ MAX_SEED = 2**32 - 1
 """Largest seed: numpy's RandomState, which Megatron's sample order uses, takes 32 bits."""
 
 
-def read_int(word: str) -> int:
+def read_int(arg: str) -> int:
     """Read a whole number as 1000, 5_000_000, 1e4 or 10e6, between -MAX_NUMBER and MAX_NUMBER.
 
     Raises:
         ValueError: not a whole number, or one beyond these bounds.
     """
     try:
-        number = int(word)
+        number = int(arg)
     except ValueError:
         try:
-            exact = float(word)
+            exact = float(arg)
         except ValueError:
             exact = math.nan
         if math.isnan(exact) or (math.isfinite(exact) and exact != int(exact)):
@@ -43,14 +43,14 @@ def read_int(word: str) -> int:
     return number
 
 
-def read_float(word: str) -> float:
+def read_float(arg: str) -> float:
     """Read a decimal number in Python's spellings, between -MAX_REAL and MAX_REAL.
 
     Raises:
         ValueError: not a number, not a finite one, or one beyond these bounds.
     """
     try:
-        number = float(word)
+        number = float(arg)
     except ValueError:
         raise ValueError("a number (0.1, 6.0e-5, .01)") from None
     if not math.isfinite(number):
@@ -60,48 +60,48 @@ def read_float(word: str) -> float:
     return number
 
 
-def shortened(word: str) -> str:
+def shortened(arg: str) -> str:
     """Return an argument shortened for messages: a number may have thousands of digits."""
-    return word if len(word) <= 40 else f"{word[:37]}..."
+    return arg if len(arg) <= 40 else f"{arg[:37]}..."
 
 
-def read_bool(word: str) -> bool:
+def read_bool(arg: str) -> bool:
     """Read True or False in the usual spellings.
 
     Raises:
         ValueError: neither.
     """
-    if word.lower() in TRUE_WORDS:
+    if arg.lower() in TRUE_SPELLINGS:
         return True
-    if word.lower() in FALSE_WORDS:
+    if arg.lower() in FALSE_SPELLINGS:
         return False
     raise ValueError("True or False")
 
 
-def read_as(annotation: Any, word: str, spellings: Mapping[str, Any]) -> Any:
+def read_as(annotation: Any, arg: str, spellings: Mapping[str, Any]) -> Any:
     """Read one argument as a value of a field's annotated type.
 
     Args:
         annotation: the field's type: int, float, str, bool, a Literal, or one of these or None.
-        word: the argument.
+        arg: the argument.
         spellings: further spellings of values, tried first.
 
     Raises:
         ValueError: with what was expected as its text.
     """
     for spelling, value in spellings.items():
-        if word.lower() == spelling.lower():
+        if arg.lower() == spelling.lower():
             return value
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         for choice in choices:
-            if word.lower() == str(choice).lower():
+            if arg.lower() == str(choice).lower():
                 return choice
         raise ValueError(f"one of {', '.join(dict.fromkeys([*map(str, choices), *spellings]))}")
     readers: dict[Any, Callable[[str], Any]] = {int: read_int, float: read_float, bool: read_bool, str: str}
-    return readers[annotation](word)
+    return readers[annotation](arg)
 
 
 def write_value(value: Any) -> str:
