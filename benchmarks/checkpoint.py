@@ -1,14 +1,14 @@
-"""How long a save and a load take, against torch.save and torch.load of the same bytes, and what async hides.
+"""Benchmark of checkpoints: saves and loads against torch.save and torch.load, blocking time of asynchronous saves.
 
     python benchmarks/checkpoint.py [--gigabytes 1] [--folder FOLDER] [--device cpu|cuda]
     python benchmarks/checkpoint.py --layouts [--folder FOLDER]
 
-The first runs in one process, one after the other, on the same tensors and disk; each save is on the disk (fsync)
-before its clock stops, torch.save's too. Numbers of a laptop's page cache say little about a parallel file system, but
-the ratios hold: what this package adds is one CRC-32 pass over the bytes in each direction.
+The first runs in one process, one after the other, on the same tensors and disk; each save, torch.save's included, is
+timed until it is on the disk (fsync). Absolute times of a page cache do not transfer to a parallel file system,
+but the ratios do: this package adds one CRC-32 pass over the bytes in each direction.
 
-The second saves in one layout, loads in another on gloo ranks, and prints what each rank read (as Linux counts it)
-against what it holds, and its memory beyond that.
+The second saves in one layout, loads in another on gloo ranks, and prints the bytes that each rank read (as Linux
+counts them) relative to its tensors, and its memory beyond them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LAYERS, HIDDEN = 4, 2048
 
 
 def main() -> None:
-    """Prints one line per way of saving and loading, then the ratios."""
+    """Print one line per way of saving and loading, then the ratios."""
     options = _options()
     if options.layouts:
         _print_layouts(options.folder)
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"load in another layout against torch.load: {seconds['load, resharded'] / seconds['torch.load']:.2f}")
     both = seconds["torch.load"] + seconds["torch.save"]
     print(f"checkpoint reshard against torch.load and torch.save: {seconds['checkpoint reshard'] / both:.2f}")
-    print(f"blocking time, async against sync: {seconds['async save, training stands still'] / seconds['save']:.1%}")
+    print(f"blocking time, async against sync: {seconds['async save, training blocked'] / seconds['save']:.1%}")
 
 
 def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, float]:
@@ -107,8 +107,8 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
         "checkpoint reshard": lambda: _rewrite(root / "iter_0000001", rewritten),
     }
     times: dict[str, list[float]] = {name: [] for name in measured}
-    # In turn, so that a busy disk or machine is unfair to nobody; the first round is not counted. Every save writes new
-    # files: to write over the old ones would spare the file system much of its work.
+    # In turn, so that a busy disk or machine affects all alike; the first round is not counted. Every save writes new
+    # files, because overwriting old ones would spare the file system much of its work.
     for _ in range(repeats + 1):
         file.unlink(missing_ok=True)
         shutil.rmtree(root, ignore_errors=True)
@@ -128,7 +128,7 @@ def _measure(state: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, 
             report = saver.wait()
             assert report is not None
             total.append(report.seconds)
-    seconds["async save, training stands still"] = statistics.median(blocked[1:])
+    seconds["async save, training blocked"] = statistics.median(blocked[1:])
     seconds["async save, from call to announcement"] = statistics.median(total[1:])
     assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
     return seconds
@@ -144,7 +144,7 @@ def _whole(name: str, tensor: Tensor) -> GlobalTensor:
 
 
 def _columns(name: str, tensor: Tensor) -> GlobalTensor:
-    """The same tensor as four ranks' column shards, none of which is a contiguous part of what was saved."""
+    """Return the same tensor as four ranks' column shards, none of which is contiguous in the file."""
     width = tensor.shape[1] // 4
     pieces = [Piece((0, start), tensor[:, start : start + width]) for start in range(0, tensor.shape[1], width)]
     return GlobalTensor(name, tuple(tensor.shape), tensor.dtype, pieces)
@@ -221,7 +221,7 @@ def _save_layout(layout: Layout, folder: Path, world: Group) -> None:
 
 def _load_layout(layout: Layout, folder: Path, world: Group) -> None:
     tensors = layout.held(world.rank)
-    # Touches what a load touches, but for the tensors: their memory is no one else's.
+    # Allocate what a load uses besides the tensors, so that it does not count.
     world.all_gather_object(None)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     memory, read = _linux("status", "VmHWM") << 10, _linux("io", "rchar")
@@ -235,7 +235,7 @@ def _load_layout(layout: Layout, folder: Path, world: Group) -> None:
 
 
 def _linux(file: str, key: str) -> int:
-    """A figure that Linux keeps about this process."""
+    """Return a figure of this process from /proc."""
     lines = Path("/proc/self", file).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

@@ -136,7 +136,7 @@ def reshard(
         dtype: float32, bfloat16 or float16: write the weights alone in this dtype, converted from the main parameters
             where these were saved. Empty: keep every bit of every tensor.
         file_size: bytes that a file of the new checkpoint has at most.
-        progress: told the bytes written so far, and those of all tensors.
+        progress: called with the bytes written so far, and those of all tensors.
 
     Raises:
         CheckpointError: `output` contains it or a checkpoint of that iteration, or there is no room. Nothing of the new

@@ -115,7 +115,7 @@ def _check_complete(name: str, tensor: SavedTensor) -> None:
     full = Rectangle.full(tensor.shape)
     if any(piece.rectangle.numel and piece.rectangle.intersection(full) != piece.rectangle for piece in tensor.pieces):
         raise _incomplete(name, f"a piece lies outside of the tensor's shape {tensor.shape}")
-    # No overlap and the right total together mean that every element is there once.
+    # Without overlaps, the right total means that every element was written once.
     twice = _first_overlap(tensor.pieces)
     if twice:
         one, other = twice

@@ -199,8 +199,8 @@ def _parser() -> Parser:
     comparing.add_argument("--values", action="store_true", help="compare the tensors' values as well")
     add_foreign_arguments(comparing)
     comparing.epilog = (
-        "What files of Megatron-LM or DeepSpeed do not say of the model, its own flags do, as in `megatron-lite "
-        "import`: --num-attention-heads 16 --vocab-size 50257 …"
+        "Flags of the model complete checkpoints of Megatron-LM and DeepSpeed that do not store them, as in "
+        "`megatron-lite import`: --num-attention-heads 16 --vocab-size 50257 …"
     )
 
     averaging = action("average", "write a checkpoint with the mean of the weights of several")

@@ -145,7 +145,7 @@ def _diff_kinds(options: argparse.Namespace, kinds: Sequence[Recognised | None],
 
 def _useless(flags: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"{' '.join(flags)} is of no use: both checkpoints say which model they hold",
+        f"{' '.join(flags)} has no effect: both checkpoints store the configuration of their model",
         rule="Flags of the model complete checkpoints of Megatron-LM and DeepSpeed",
         fix="Leave it out",
     )

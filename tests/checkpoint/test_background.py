@@ -38,7 +38,7 @@ def write_allowed(monkeypatch):
 def test_later_changes_of_tensors_and_scalars_are_not_saved(kit, tmp_path, write_allowed):
     tensors, scalars = kit.tensors(), {"progress": {"iteration": 1}}
     with BackgroundSaver(kit.world) as saver:
-        saver.save(SaveRequest(tmp_path, 1, scalars, Provenance(), retention=Retention(last=3)), kit.whole(tensors))
+        saver.save(SaveRequest(tmp_path, 1, scalars, Provenance(), retention=Retention(last=3)), kit.held(tensors))
         for tensor in tensors.values():
             tensor.add_(1000)
         scalars["progress"]["iteration"] = 2
@@ -49,19 +49,19 @@ def test_later_changes_of_tensors_and_scalars_are_not_saved(kit, tmp_path, write
     assert report.path == find_checkpoint(str(tmp_path))
     assert 0 < report.blocking_seconds < report.seconds
     loaded = kit.zeros_like(tensors)
-    assert load_checkpoint(report.path, kit.whole(loaded), kit.world) == {"progress": {"iteration": 1}}
+    assert load_checkpoint(report.path, kit.held(loaded), kit.world) == {"progress": {"iteration": 1}}
     assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors().items())
 
 
 def test_a_save_waits_for_the_previous_one(kit, tmp_path, write_allowed):
     with BackgroundSaver(kit.world) as saver:
-        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors(1)))
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.held(kit.tensors(1)))
         threading.Timer(0.2, write_allowed.set).start()
-        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.whole(kit.tensors(2)))
+        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.held(kit.tensors(2)))
         assert find_checkpoint(str(tmp_path), 1) is not None
     for iteration in (1, 2):
         loaded = kit.zeros_like(kit.tensors())
-        load_checkpoint(find_checkpoint(str(tmp_path), iteration), kit.whole(loaded), kit.world)
+        load_checkpoint(find_checkpoint(str(tmp_path), iteration), kit.held(loaded), kit.world)
         assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors(iteration).items())
 
 
@@ -76,7 +76,7 @@ def test_host_buffers_are_reused(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "add_tensors", write)
     with BackgroundSaver(kit.world) as saver:
         for iteration in (1, 2, 3):
-            saver.save(SaveRequest(tmp_path, iteration, {}, Provenance()), kit.whole(kit.tensors(iteration)))
+            saver.save(SaveRequest(tmp_path, iteration, {}, Provenance()), kit.held(kit.tensors(iteration)))
     assert len(addresses) == 3
     assert addresses[0] == addresses[1] == addresses[2]
 
@@ -86,24 +86,24 @@ def test_a_failure_is_raised_once_by_the_next_save(kit, tmp_path, monkeypatch):
         raise CheckpointError("Cannot write the checkpoint: No space left on device", fix="Make room")
 
     saver = BackgroundSaver(kit.world)
-    saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors()))
+    saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.held(kit.tensors()))
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "add_tensors", full)
-        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.whole(kit.tensors()))
+        saver.save(SaveRequest(tmp_path, 2, {}, Provenance()), kit.held(kit.tensors()))
         saver._thread.join()
     assert saver.failed
     with pytest.raises(CheckpointError, match="No space left on device"):
-        saver.save(SaveRequest(tmp_path, 3, {}, Provenance()), kit.whole(kit.tensors()))
+        saver.save(SaveRequest(tmp_path, 3, {}, Provenance()), kit.held(kit.tensors()))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert not saver.failed
-    saver.save(SaveRequest(tmp_path, 4, {}, Provenance()), kit.whole(kit.tensors()))
+    saver.save(SaveRequest(tmp_path, 4, {}, Provenance()), kit.held(kit.tensors()))
     assert saver.wait().path.name == "iter_0000004"
 
 
 def test_an_error_in_training_abandons_the_save(kit, tmp_path):
     with pytest.raises(RuntimeError, match="training"), BackgroundSaver(kit.world) as saver:
-        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.whole(kit.tensors()))
+        saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), kit.held(kit.tensors()))
         raise RuntimeError("training failed")
 
 
@@ -169,7 +169,7 @@ def resident():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_stays_flat_over_many_saves(kit, tmp_path):
-    tensors = kit.whole({f"w{number}": torch.randn(256, 1024) for number in range(8)})
+    tensors = kit.held({f"w{number}": torch.randn(256, 1024) for number in range(8)})
     with BackgroundSaver(kit.world) as saver:
         for iteration in range(1, int(os.environ.get("MEGATRON_LITE_SAVES", SAVES)) + 1):
             saver.save(SaveRequest(tmp_path, iteration, {}, Provenance(), retention=Retention(last=1)), tensors)

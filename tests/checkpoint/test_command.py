@@ -117,7 +117,7 @@ def test_average(kit, tmp_path, capsys):
     assert call("average", *paths, "--output", tmp_path / "mean") == 0
     path = find_checkpoint(str(tmp_path / "mean"))
     loaded = {"w": torch.zeros(64), "b": torch.zeros(2)}
-    load_checkpoint(path, kit.whole(loaded), kit.world)
+    load_checkpoint(path, kit.held(loaded), kit.world)
     assert loaded["w"].equal(torch.stack(mains).double().mean(0).float())
     assert loaded["b"].tolist() == [2.0, 2.0]
     assert read_manifest(path).iteration == 3

@@ -79,5 +79,5 @@ def test_replicas_save_and_one_rank_loads(tmp_path, on_ranks, kit):
     sizes = sorted(path.stat().st_size for path in (tmp_path / "iter_0000001").glob("*.distcp"))
     assert len(sizes) == 3
     loaded = kit.zeros_like(values)
-    load_checkpoint(tmp_path / "iter_0000001", kit.whole(loaded), kit.world)
+    load_checkpoint(tmp_path / "iter_0000001", kit.held(loaded), kit.world)
     assert all(torch.equal(loaded[name], value) for name, value in values.items())

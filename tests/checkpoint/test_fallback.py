@@ -28,7 +28,7 @@ def test_the_newest_undamaged_checkpoint_is_loaded_with_warnings(kit, tmp_path):
     for iteration in (2, 3):
         damage(tmp_path / f"iter_000000{iteration}" / "__0_0.distcp", -1)
     loaded = kit.zeros_like(kit.tensors())
-    path, scalars, skipped = load_latest(find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world, fallback=True)
+    path, scalars, skipped = load_latest(find_checkpoint(str(tmp_path)), kit.held(loaded), kit.world, fallback=True)
     assert path.name == "iter_0000001"
     assert scalars == {"iteration": 1}
     assert all(loaded[name].equal(tensor) for name, tensor in kit.tensors(1).items())
@@ -43,9 +43,9 @@ def test_fallback_overwrites_tensors_of_a_damaged_checkpoint(kit, tmp_path):
     damage(tmp_path / "iter_0000002" / "__0_0.distcp", file.parts[-1].start)
     loaded = kit.zeros_like(tensors[1])
     with pytest.raises(CorruptCheckpointError):
-        load_latest(find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world)
+        load_latest(find_checkpoint(str(tmp_path)), kit.held(loaded), kit.world)
     assert loaded["0"].equal(tensors[2]["0"])
-    load_latest(find_checkpoint(str(tmp_path)), kit.whole(loaded), kit.world, fallback=True)
+    load_latest(find_checkpoint(str(tmp_path)), kit.held(loaded), kit.world, fallback=True)
     assert all(loaded[name].equal(tensor) for name, tensor in tensors[1].items())
 
 
@@ -54,7 +54,7 @@ def test_fallback_is_off_by_default(kit, tmp_path):
         kit.save(tmp_path, iteration)
     damage(tmp_path / "iter_0000002" / "__0_0.distcp", 5)
     with pytest.raises(CorruptCheckpointError, match="iter_0000002"):
-        load_latest(find_checkpoint(str(tmp_path)), kit.whole(kit.tensors()), kit.world)
+        load_latest(find_checkpoint(str(tmp_path)), kit.held(kit.tensors()), kit.world)
 
 
 def test_if_all_are_damaged_the_oldest_is_named(kit, tmp_path):
@@ -62,7 +62,7 @@ def test_if_all_are_damaged_the_oldest_is_named(kit, tmp_path):
         kit.save(tmp_path, iteration)
         damage(tmp_path / f"iter_000000{iteration}" / ".metadata", 5)
     with pytest.raises(CorruptCheckpointError, match="iter_0000001"):
-        held = kit.whole(kit.tensors())
+        held = kit.held(kit.tensors())
         load_latest(find_checkpoint(str(tmp_path)), held, kit.world, fallback=True)
 
 
@@ -70,7 +70,7 @@ def test_a_wrong_model_does_not_fall_back(kit, tmp_path):
     for iteration in (1, 2):
         kit.save(tmp_path, iteration)
     with pytest.raises(CheckpointError, match="has no other"):
-        load_latest(find_checkpoint(str(tmp_path)), kit.whole({"other": torch.zeros(1)}), kit.world, fallback=True)
+        load_latest(find_checkpoint(str(tmp_path)), kit.held({"other": torch.zeros(1)}), kit.world, fallback=True)
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,15 @@ def content(iteration):
     return {f"w{number}": torch.full((64, 1024), float(iteration)) for number in range(4)}
 
 
-def save_forever(kit, root, begin, pipe, behind):
+def save_forever(kit, root, begin, pipe, asynchronous):
     iteration, saver = begin, BackgroundSaver(kit.world)
     while True:
         iteration += 1
         # Every third save is of an iteration that exists already, as after a rollback: it must be replaced, not lost.
         number = iteration - (iteration % 3 == 0)
-        if behind:
+        if asynchronous:
             saver.save(
-                SaveRequest(root, number, {}, Provenance(), retention=Retention(last=2)), kit.whole(content(iteration))
+                SaveRequest(root, number, {}, Provenance(), retention=Retention(last=2)), kit.held(content(iteration))
             )
             saver.wait()
         else:
@@ -57,20 +57,20 @@ def last_number(pipe):
 
 def saved_value(kit, path):
     loaded = {name: torch.zeros_like(tensor) for name, tensor in content(0).items()}
-    load_checkpoint(path, kit.whole(loaded), kit.world)
+    load_checkpoint(path, kit.held(loaded), kit.world)
     values = {float(value) for tensor in loaded.values() for value in tensor.unique()}
     assert len(values) == 1, f"{path} mixes the bytes of several saves: {values}"
     return values.pop()
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["foreground", "background"])
-def test_killed_at_random_moments_of_saving(kit, tmp_path, behind):
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
+def test_killed_at_random_moments_of_saving(kit, tmp_path, asynchronous):
     random_moment = random.Random(1234)
     context = multiprocessing.get_context("fork")
     begin = 0
     for _ in range(int(os.environ.get("MEGATRON_LITE_KILLS", KILLS))):
         reader, writer = os.pipe()
-        child = context.Process(target=save_forever, args=(kit, tmp_path, begin, writer, behind))
+        child = context.Process(target=save_forever, args=(kit, tmp_path, begin, writer, asynchronous))
         child.start()
         os.close(writer)
         time.sleep(random_moment.uniform(0.05, 0.4))

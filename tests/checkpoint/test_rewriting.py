@@ -64,7 +64,7 @@ def test_weights_are_converted_from_the_main_parameters(kit, path, tmp_path, dty
     assert read_tensor(new, "b").equal(MIXED["b"].to(getattr(torch, dtype)))
     assert read_tensor(new, "ids").equal(MIXED["ids"])
     loaded = {"w": torch.zeros(300, 200), "b": torch.zeros(7), "ids": torch.zeros(5, dtype=torch.int64)}
-    load_checkpoint(new, kit.whole(loaded), kit.world)
+    load_checkpoint(new, kit.held(loaded), kit.world)
 
 
 def test_each_record_is_read_once(path, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_checkpoint(kit, tmp_path):
     small = kit.save(tmp_path / "small", 1, {"w": torch.zeros(1024, 1 << 14)}).path
     large = kit.save(tmp_path / "large", 1, {"w": torch.zeros(1024, 1 << 16)}).path
     command = [sys.executable, "-c", CODE, str(small), str(large), str(tmp_path)]
-    # What is freed goes back to the system at once, so that the peak is what was in use together.
+    # What is freed goes back to the system at once, so that the peak is the memory in use at one time.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     growth = int(
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout

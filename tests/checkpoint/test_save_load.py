@@ -21,10 +21,10 @@ def test_loaded_tensors_equal_saved_ones_bit_for_bit(kit, tmp_path):
     tensors["decoder.final_norm.bias"][:3] = torch.tensor([float("nan"), -0.0, 1e-45])
     scalars = {"progress": {"iteration": 7}, "scale": 0.1, "big": 2**53 + 1, "none": None}
     report = save_checkpoint(
-        SaveRequest(tmp_path / "new" / "folder", 7, scalars, Provenance()), kit.whole(tensors), kit.world
+        SaveRequest(tmp_path / "new" / "folder", 7, scalars, Provenance()), kit.held(tensors), kit.world
     )
     loaded = kit.zeros_like(tensors)
-    assert load_checkpoint(report.path, kit.whole(loaded), kit.world) == scalars
+    assert load_checkpoint(report.path, kit.held(loaded), kit.world) == scalars
     for name, tensor in tensors.items():
         assert tensor.view(torch.int32).equal(loaded[name].view(torch.int32)), name
     assert report.path == tmp_path / "new" / "folder" / "iter_0000007"
@@ -51,7 +51,7 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(kit, tmp_path):
     assert report.size == pytest.approx(needed, rel=0.05)
     assert report.size == sum(file.stat().st_size for file in report.path.iterdir() if file.name != "manifest.json")
     loaded = {"rows": torch.zeros(50, 1000), "transposed": torch.zeros(70, 100)}
-    load_checkpoint(report.path, kit.whole(loaded), kit.world)
+    load_checkpoint(report.path, kit.held(loaded), kit.world)
     assert loaded["rows"].equal(rows)
     assert loaded["transposed"].equal(transposed)
 
@@ -75,7 +75,7 @@ def test_a_tensor_held_twice_is_filled_twice(kit, tmp_path):
     table = torch.randn(6, 4)
     path = kit.save(tmp_path, 1, {"w": table}).path
     first, copy = torch.zeros(6, 4), torch.zeros(6, 4)
-    load_checkpoint(path, [*kit.whole({"w": first}), *kit.whole({"w": copy})], kit.world)
+    load_checkpoint(path, [*kit.held({"w": first}), *kit.held({"w": copy})], kit.world)
     assert first.equal(table)
     assert copy.equal(table)
 
@@ -120,7 +120,7 @@ def test_a_missing_tensor_is_named_with_the_nearest_name(kit, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no decoder\.final_norm\.weight, .*; the nearest name is decoder.final_norm"
     ):
-        load_checkpoint(path, kit.whole(wanted), kit.world)
+        load_checkpoint(path, kit.held(wanted), kit.world)
     # Nothing is touched unless everything fits.
     assert wanted["decoder.final_norm.weight"].eq(5.0).all()
     assert wanted["optimizer.step"].equal(kit.tensors()["optimizer.step"])
@@ -132,27 +132,27 @@ def test_an_extra_tensor_is_named(kit, tmp_path):
     fewer = kit.zeros_like(tensors)
     del fewer["decoder.final_norm.bias"]
     with pytest.raises(CheckpointError, match=r"This run has no decoder\.final_norm\.bias"):
-        load_checkpoint(path, kit.whole(fewer), kit.world)
+        load_checkpoint(path, kit.held(fewer), kit.world)
     assert fewer["optimizer.step"] == 0
 
 
 def test_a_wrong_shape_is_reported_with_both_shapes(kit, tmp_path):
     path = kit.save(tmp_path, 1, {"w": torch.zeros(4, 8)}).path
     with pytest.raises(CheckpointError, match=r"w is \(4, 9\) in this run and \(4, 8\) in"):
-        load_checkpoint(path, kit.whole({"w": torch.zeros(4, 9)}), kit.world)
+        load_checkpoint(path, kit.held({"w": torch.zeros(4, 9)}), kit.world)
 
 
 def test_floats_are_not_converted_to_integers(kit, tmp_path):
     path = kit.save(tmp_path, 1, {"w": torch.zeros(4)}).path
     with pytest.raises(CheckpointError, match=r"w is torch\.int64 in this run and float32"):
-        load_checkpoint(path, kit.whole({"w": torch.zeros(4, dtype=torch.int64)}), kit.world)
+        load_checkpoint(path, kit.held({"w": torch.zeros(4, dtype=torch.int64)}), kit.world)
 
 
 def test_the_optimizer_can_be_left_out(kit, tmp_path):
     tensors = kit.tensors()
     path = kit.save(tmp_path, 1, tensors).path
     loaded = kit.zeros_like(tensors)
-    load_checkpoint(path, kit.whole(loaded), kit.world, weights_only=True)
+    load_checkpoint(path, kit.held(loaded), kit.world, weights_only=True)
     for name, tensor in loaded.items():
         assert tensor.equal(torch.zeros_like(tensor) if name.startswith("optimizer.") else tensors[name])
 
@@ -164,17 +164,17 @@ def test_main_parameters_are_loaded_where_they_are_more_precise(kit, tmp_path):
     full = kit.save(tmp_path, 2, {"w": main}).path
 
     into_fp32 = {"w": torch.zeros(64)}
-    load_checkpoint(mixed, kit.whole(into_fp32), kit.world)
+    load_checkpoint(mixed, kit.held(into_fp32), kit.world)
     assert into_fp32["w"].equal(main)
 
     into_bf16 = {"w": torch.zeros(64, dtype=torch.bfloat16), "optimizer.main_param.w": torch.zeros(64)}
     for path in (full, mixed):
-        load_checkpoint(path, kit.whole(into_bf16), kit.world, weights_only=True)
+        load_checkpoint(path, kit.held(into_bf16), kit.world, weights_only=True)
         assert into_bf16["w"].equal(weight)
         assert into_bf16["optimizer.main_param.w"].equal(main)
 
     fp16_without_main = {"w": torch.zeros(64, dtype=torch.float16)}
-    load_checkpoint(full, kit.whole(fp16_without_main), kit.world)
+    load_checkpoint(full, kit.held(fp16_without_main), kit.world)
     assert fp16_without_main["w"].equal(main.half())
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_named_and_no_wrong_value_is_loaded(kit, tmp_path, nam
         file.unlink()
     loaded = kit.zeros_like(kit.tensors())
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
-        load_checkpoint(path, kit.whole(loaded), kit.world)
+        load_checkpoint(path, kit.held(loaded), kit.world)
     assert isinstance(caught.value, CorruptCheckpointError) or (name, damage) == ("manifest.json", "remove")
     if name == "__0_0.distcp":
         assert not all(loaded[name].equal(tensor) for name, tensor in saved.items())
@@ -222,13 +222,13 @@ def test_a_hole_or_an_overlap_fails_the_save(kit, tmp_path):
 
 def test_scalars_that_are_not_json_fail_the_save(kit, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-        save_checkpoint(SaveRequest(tmp_path, 1, {"x": object()}, Provenance()), kit.whole(kit.tensors()), kit.world)
+        save_checkpoint(SaveRequest(tmp_path, 1, {"x": object()}, Provenance()), kit.held(kit.tensors()), kit.world)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_holds_config_and_versions(kit, tmp_path):
     provenance = Provenance({"model": {"num_layers": 2}}, {"tokenizer": "ab12"}, ((10, 20),))
-    path = save_checkpoint(SaveRequest(tmp_path, 5, {"a": 1}, provenance), kit.whole(kit.tensors()), kit.world).path
+    path = save_checkpoint(SaveRequest(tmp_path, 5, {"a": 1}, provenance), kit.held(kit.tensors()), kit.world).path
     manifest = read_manifest(path)
     assert manifest.iteration == 5
     assert manifest.provenance == provenance

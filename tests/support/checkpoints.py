@@ -28,7 +28,7 @@ class Kit:
 
     world = LocalGroup("world")
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> list[GlobalTensor]:
+    def held(self, tensors: Mapping[str, Tensor]) -> list[GlobalTensor]:
         """Return global tensors of which this rank has all elements."""
         return [GlobalTensor(n, tuple(x.shape), x.dtype, [Piece((0,) * x.dim(), x)]) for n, x in tensors.items()]
 
@@ -49,7 +49,7 @@ class Kit:
         self, root: Path, iteration: int, tensors: Mapping[str, Tensor] | None = None, keep_last: int = 0, **options
     ) -> SaveReport:
         """Save the given tensors, or some that depend on the iteration."""
-        held = self.whole(self.tensors(iteration) if tensors is None else tensors)
+        held = self.held(self.tensors(iteration) if tensors is None else tensors)
         options = {"retention": Retention(keep_last), **options}
         return save_checkpoint(
             SaveRequest(root, iteration, {"iteration": iteration}, Provenance(), **options), held, self.world
