@@ -38,12 +38,13 @@ def compare(folder: Path, request: Path) -> dict[str, Any]:
         `largest` difference of the logits, `scale`: the largest logit, `problem`: why it does not load, or null,
         `tokenizer`: how its tokenizer differs, or null.
     """
+    tokens = torch.from_numpy(np.load(request / "tokens.npy"))
+    expected = torch.from_numpy(np.load(request / "expected.npy"))
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokens = torch.from_numpy(np.load(request / "tokens.npy"))
-    expected = torch.from_numpy(np.load(request / "expected.npy"))
     model, problem = load(folder)
     if problem:
         return {"largest": None, "scale": None, "problem": problem, "tokenizer": None}
