@@ -46,7 +46,7 @@ def part(prefix, suffix):
 def test_a_missing_file_of_a_dataset(suffix, corpus, dataset, tmp_path):
     part(dataset, suffix).unlink()
     result = command(*corpus.job(*SAVING, "--save", tmp_path / "run", data=dataset))
-    assert_explained(result, "--data-path", f"{dataset}: no {suffix}", kind="ConfigError")
+    assert_explained(result, "--data-path", f"no {dataset}{suffix}", kind="ConfigError")
     assert not (tmp_path / "run").exists()
 
 
@@ -76,7 +76,7 @@ def test_an_index_of_another_order_of_the_same_documents(corpus, dataset):
     """The sizes match the .bin; only the manifest differs."""
     shutil.copy(f"{corpus.data[1]}.idx", part(dataset, ".idx"))
     result = command(*corpus.job(*SAVING, data=dataset))
-    assert_explained(result, part(dataset, ".idx"), "other bytes than the manifest says", kind="DataError")
+    assert_explained(result, part(dataset, ".idx"), "does not match its manifest", kind="DataError")
 
 
 @pytest.mark.parametrize("place", [5, -1])
