@@ -152,15 +152,11 @@ class ConsoleSink:
     Args:
         write: prints a line given without newline.
         log_interval: iterations per line.
-        now: clock; injected by tests.
     """
 
-    def __init__(
-        self, write: Callable[[str], None], log_interval: int, now: Callable[[], datetime] = datetime.now
-    ) -> None:
+    def __init__(self, write: Callable[[str], None], log_interval: int) -> None:
         self._write = write
         self._log_interval = max(1, log_interval)
-        self._now = now
         self._interval = LogInterval()
         self._memory: Mapping[str, int] = {}
         self._memory_printed = False
@@ -180,7 +176,7 @@ class ConsoleSink:
     def _print_interval(self) -> None:
         report = self._interval.reports[-1]
         averages = self._interval.take()
-        self._write(format_iteration(report, averages, self._now()))
+        self._write(format_iteration(report, averages, datetime.now()))
         if averages.timers:
             self._write(format_timers(averages.timers))
         if self._memory and not self._memory_printed:

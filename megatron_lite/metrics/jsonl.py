@@ -22,15 +22,11 @@ class JsonlSink:
     Args:
         path: the file; its folder is created.
         notify: called with the new path if the file of an earlier run was moved.
-        now: clock, in seconds since the epoch; injected by tests.
     """
 
-    def __init__(
-        self, path: Path, notify: Callable[[str], None] = lambda text: None, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path, notify: Callable[[str], None] = lambda text: None) -> None:
         self._path = path
         self._notify = notify
-        self._now = now
         self._iteration = 0
         # Unbuffered: a signal handler may write in the middle of another write.
         self._file: FileIO | None = None
@@ -74,7 +70,7 @@ class JsonlSink:
         if self._file is None:  # messages before start() are printed on the console only
             return
         with self._explained():
-            line = encode({"kind": kind, "time": self._now(), **values})
+            line = encode({"kind": kind, "time": time.time(), **values})
             while line:  # a full disk accepts a part of the line before it raises an error
                 line = line[self._file.write(line) :]
 

@@ -117,7 +117,7 @@ def test_every_line_can_be_read_back(rows):
 
 def test_one_line_per_interval_and_for_the_rest():
     stream = io.StringIO()
-    sink = ConsoleSink(line_writer(stream), log_interval=3, now=lambda: NOW)
+    sink = ConsoleSink(line_writer(stream), log_interval=3)
     for iteration in range(1, 9):
         # Measured once, in the middle of a window.
         memory = {"allocated": 2**20, "max_allocated": 2**21} if iteration == 1 else {}
@@ -131,7 +131,7 @@ def test_one_line_per_interval_and_for_the_rest():
 
 def test_the_last_iteration_gets_its_line_at_once():
     lines = []
-    sink = ConsoleSink(lines.append, log_interval=100, now=lambda: NOW)
+    sink = ConsoleSink(lines.append, log_interval=100)
     sink.iteration(report(7, train_iterations=7))
     assert len(lines) == 1
     sink.close()
@@ -140,7 +140,7 @@ def test_the_last_iteration_gets_its_line_at_once():
 
 def test_timers_are_milliseconds_per_iteration():
     lines = []
-    sink = ConsoleSink(lines.append, log_interval=2, now=lambda: NOW)
+    sink = ConsoleSink(lines.append, log_interval=2)
     sink.iteration(report(1, timers={"forward-backward": 0.001, "optimizer": 0.004}))
     sink.iteration(report(2, timers={"forward-backward": 0.003, "optimizer": 0.004}))
     assert lines[1] == "time (ms) | forward-backward: 2.00 | optimizer: 4.00"

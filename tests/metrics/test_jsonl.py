@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -42,13 +43,18 @@ def evaluation(iteration, at_end=False):
     )
 
 
+@pytest.fixture(autouse=True)
+def constant_time(monkeypatch):
+    monkeypatch.setattr("megatron_lite.metrics.jsonl.time", SimpleNamespace(time=lambda: 0.0))
+
+
 def facts(start=0):
     return RunFacts(parameters=100, train_iterations=10, start_iteration=start)
 
 
 def write(path, start, iterations, end=True):
     """A run from `start` over `iterations`, with an evaluation after every second one, and at the end."""
-    sink = JsonlSink(path, now=lambda: 0.0)
+    sink = JsonlSink(path)
     sink.start(CONFIG, facts(start))
     for iteration in iterations:
         sink.iteration(report(iteration, loss=1.0 / iteration))
@@ -114,7 +120,7 @@ def test_resuming_twice_changes_nothing_but_the_starts(tmp_path):
     path = tmp_path / "m.jsonl"
     write(path, 0, range(1, 5))
     for _ in range(2):
-        sink = JsonlSink(path, now=lambda: 0.0)
+        sink = JsonlSink(path)
         sink.start(CONFIG, facts(4))
         sink.validation(evaluation(4, at_end=True))
         sink.close()
