@@ -81,11 +81,7 @@ class CheckpointConfig:
     save_on_exit: bool = option(
         True,
         Flag("--save-on-exit", "Save before every early stop.", sets=True),
-        Flag(
-            "--no-save-on-exit",
-            "Stop early without saving; the end of a run is always saved.",
-            sets=False,
-        ),
+        Flag("--no-save-on-exit", "Stop early without saving; the end of a run is always saved.", sets=False),
     )
     on_failed_save: Literal["stop", "continue"] = option(
         "stop",
@@ -147,11 +143,7 @@ class CheckpointConfig:
     )
     fallback_on_corrupt: bool = option(
         False,
-        Flag(
-            "--fallback-on-corrupt",
-            "Load the newest earlier checkpoint if the requested one is damaged.",
-            sets=True,
-        ),
+        Flag("--fallback-on-corrupt", "Load the newest earlier checkpoint if the requested one is damaged.", sets=True),
     )
     accept_changed: tuple[str, ...] = option(
         (),

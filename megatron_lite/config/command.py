@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config.flag import Flag, Format, option
 
-GROUPS_FILE = "The same from a file: one line of groups, each in double quotes."
+GROUPS_FILE = "File that holds the groups of --{}-weighted-split-paths: one line, each group in double quotes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,23 +110,19 @@ class CommandOptions:
     )
     zero_stage: int | None = option(
         None,
-        Flag(
-            "--zero-stage",
-            "1 is --use-distributed-optimizer, 0 is without; 2 and 3 are refused.",
-            group="DeepSpeed",
-        ),
+        Flag("--zero-stage", "1 is --use-distributed-optimizer, 0 is without; 2 and 3 are refused.", group="DeepSpeed"),
     )
     data_args_path: str = option(
         "", Flag("--data-args-path", "File that holds the arguments of --data-path.", metavar="FILE", group="Data")
     )
     train_groups_path: str = option(
-        "", Flag("--train-weighted-split-paths-path", GROUPS_FILE, metavar="FILE", group="Data")
+        "", Flag("--train-weighted-split-paths-path", GROUPS_FILE.format("train"), metavar="FILE", group="Data")
     )
     valid_groups_path: str = option(
-        "", Flag("--valid-weighted-split-paths-path", GROUPS_FILE, metavar="FILE", group="Data")
+        "", Flag("--valid-weighted-split-paths-path", GROUPS_FILE.format("valid"), metavar="FILE", group="Data")
     )
     test_groups_path: str = option(
-        "", Flag("--test-weighted-split-paths-path", GROUPS_FILE, metavar="FILE", group="Data")
+        "", Flag("--test-weighted-split-paths-path", GROUPS_FILE.format("test"), metavar="FILE", group="Data")
     )
     save_interval: int = option(
         0,

@@ -203,11 +203,7 @@ class DataConfig:
     )
     reset_attention_mask: bool = option(
         False,
-        Flag(
-            "--reset-attention-mask",
-            "Document-masked attention; materializes a mask only with ALiBi.",
-            sets=True,
-        ),
+        Flag("--reset-attention-mask", "Document-masked attention; materializes a mask only with ALiBi.", sets=True),
     )
     prefetch: int = option(
         2,
@@ -273,9 +269,7 @@ class TokenizerConfig:
     fast: bool = option(
         True,
         Flag(
-            "--no-fast-tokenizer",
-            "Encode with the tokenizer's own library instead of tiktoken (same ids).",
-            sets=False,
+            "--no-fast-tokenizer", "Encode with the tokenizer's own library instead of tiktoken (same ids).", sets=False
         ),
     )
 

@@ -128,20 +128,11 @@ class ModelConfig:
     )
     norm_epsilon: float = option(
         1e-5,
-        Flag(
-            "--norm-epsilon",
-            "Epsilon of the norms.",
-            aliases=("--layernorm-epsilon", "--rms-norm-epsilon"),
-            above=0,
-        ),
+        Flag("--norm-epsilon", "Epsilon of the norms.", aliases=("--layernorm-epsilon", "--rms-norm-epsilon"), above=0),
     )
     zero_centered_norm: bool = option(
         False,
-        Flag(
-            "--apply-layernorm-1p",
-            "Store a norm's weight as w - 1, so that weight decay pulls it to 1.",
-            sets=True,
-        ),
+        Flag("--apply-layernorm-1p", "Store a norm's weight as w - 1, so that weight decay pulls it to 1.", sets=True),
     )
     qk_layernorm: bool = option(False, Flag("--qk-layernorm", "Normalize queries and keys of each head.", sets=True))
     embed_layernorm: bool = option(

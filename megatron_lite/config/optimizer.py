@@ -80,9 +80,7 @@ class OptimizerConfig:
             sets=True,
         ),
         Flag(
-            "--no-check-for-nan-in-loss-and-grad",
-            "Continue after a loss or gradient that is not finite.",
-            sets=False,
+            "--no-check-for-nan-in-loss-and-grad", "Continue after a loss or gradient that is not finite.", sets=False
         ),
     )
 

@@ -45,10 +45,7 @@ class ParallelConfig:
     tp: int = option(
         1,
         Flag(
-            "--tensor-model-parallel-size",
-            "Ranks that share each layer.",
-            aliases=("--model-parallel-size",),
-            least=1,
+            "--tensor-model-parallel-size", "Ranks that share each layer.", aliases=("--model-parallel-size",), least=1
         ),
     )
     pp: int = option(
@@ -100,10 +97,7 @@ class ParallelConfig:
     rendezvous_timeout_minutes: float = option(
         10.0,
         Flag(
-            "--rendezvous-timeout-minutes",
-            "Timeout of the rendezvous of all ranks at the start.",
-            above=0,
-            most=10**7,
+            "--rendezvous-timeout-minutes", "Timeout of the rendezvous of all ranks at the start.", above=0, most=10**7
         ),
     )
 

@@ -136,9 +136,7 @@ class TrainingConfig:
     exit_signals: bool = option(
         True,
         Flag(
-            "--exit-signal-handler",
-            "After SIGTERM, SIGINT or SIGUSR1: finish the iteration, save and exit.",
-            sets=True,
+            "--exit-signal-handler", "After SIGTERM, SIGINT or SIGUSR1: finish the iteration, save and exit.", sets=True
         ),
         Flag("--no-exit-signal-handler", "Die of signals at once.", sets=False),
     )
