@@ -1,4 +1,4 @@
-"""CLI command `slurm`: checks a batch script before it is queued, and submits it."""
+"""CLI command `slurm`: checks and submits batch scripts, and keeps a run going by a chain of jobs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.errors import ConfigError, ConfigErrors
 
-SUMMARY = "check a Slurm job script without a GPU, and submit it"
+if TYPE_CHECKING:
+    from megatron_lite.ops.chain import Chain, Start
+
+EXIT_ENDED = 3
+"""Exit code of `begin`: the chain has ended, and the job must not train."""
+SUMMARY = "check a Slurm job script without a GPU and submit it, also as a chain of jobs"
 
 
 def run(argv: list[str]) -> int:
-    """Run `slurm submit`."""
+    """Run `slurm submit`, `stop` or `status`; `begin` and `end` are called by the jobs of a chain."""
     own, passed_on = _split(argv)
     options = _parser().parse_args(own)
-    return _submit(options, passed_on)
+    if options.command == "submit":
+        return _submit(options, passed_on)
+    return _chain(options.command, options.run)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -37,9 +45,10 @@ def _parser() -> Parser:
     submit = commands.add_parser(
         "submit",
         help="check a job script, print its plan, then call sbatch",
-        usage="megatron-lite slurm submit [--dry-run] [--step-seconds S] [--sbatch=OPTIONS] SCRIPT [ARGUMENT …]",
+        usage="megatron-lite slurm submit [--dry-run] [--chain] [--step-seconds S] [--sbatch=OPTIONS] SCRIPT [ARG …]",
     )
     submit.add_argument("--dry-run", action="store_true", help="check and print only; needs no Slurm")
+    submit.add_argument("--chain", action="store_true", help="submit further jobs until the run is complete")
     submit.add_argument(
         "--step-seconds", type=real(0, 1e6, above=True), help="seconds of an iteration (default: the run's)"
     )
@@ -47,7 +56,48 @@ def _parser() -> Parser:
         "--sbatch", default="", metavar="OPTIONS", help="options of sbatch, as '--nodes=8 --time=1:00:00'"
     )
     submit.add_argument("script", type=Path, help="the job script; its own arguments follow")
+    for name, text in (
+        ("status", "show the chain of a run and its jobs"),
+        ("stop", "cancel the jobs of a run's chain"),
+        ("begin", "called by a job of a chain when it begins"),
+        ("end", "called by a job of a chain when its script has ended"),
+    ):
+        commands.add_parser(name, help=text).add_argument("run", type=Path, help="the run's --save folder")
     return parser
+
+
+def _chain(command: str, folder: Path) -> int:
+    from megatron_lite.ops import chain as chains
+
+    if command == "begin":
+        chain, goes_on = chains.begin_job(folder, _current_start())
+        print(_summary(folder, chain), flush=True)
+        return 0 if goes_on else EXIT_ENDED
+    if command == "end":
+        chain = chains.end_job(folder, _current_start())
+    elif command == "stop":
+        chain = chains.stop_chain(folder)
+    else:
+        chain = chains.existing_chain(folder)
+        for past in chain.outcomes:
+            print(f"{past.time}  job {past.start}: {past.status} at iteration {past.iteration:,}: {past.message}")
+    print(_summary(folder, chain))
+    return 0
+
+
+def _current_start() -> Start:
+    from megatron_lite.ops.chain import Start
+
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        raise ConfigError("SLURM_JOB_ID is not set", fix="Run this within a Slurm job")
+    return Start(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+
+
+def _summary(folder: Path, chain: Chain) -> str:
+    successor = f", job {chain.successor} waits for its end" if chain.successor and chain.state == "active" else ""
+    reason = f": {chain.reason}" if chain.reason else ""
+    return f"chain of {folder}: {chain.state}{reason}; job {chain.job}{successor}"
 
 
 def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -76,4 +126,15 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
             "sbatch is not installed here", fix="Submit from a login node of the cluster, or pass --dry-run"
         )
     sys.stdout.flush()
+    if options.chain:
+        from megatron_lite.ops.chain import start_chain
+
+        folder = submission.parsed.config.checkpoint.save if submission.parsed else ""
+        if not folder:
+            raise ConfigError(
+                "A chain needs a run folder, and the command has no --save", fix="Add --save and --load FOLDER"
+            )
+        job_id = start_chain(job.folder / folder, options.script, arguments, sbatch)
+        print(f"Submitted batch job {job_id}, the first of a chain; `megatron-lite slurm status {folder}` shows it")
+        return 0
     return subprocess.run(["sbatch", *sbatch, str(options.script), *arguments], check=False).returncode
