@@ -33,14 +33,14 @@ class LossSum:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one training iteration gave, equal on every rank.
+    """Result of one training iteration, equal on every rank.
 
     Attributes:
         loss: mean over the global batch of each sample's mean token loss.
-        source_losses: mean loss of the samples of each data source that the batch had, by the source's number; empty
-            where there is only one.
-        applied: whether the optimizer stepped. fp16 skips an iteration whose gradients overflowed.
-        finite: whether loss and gradients were all finite.
+        source_losses: mean loss of the batch's samples of each data source, by the source's number; empty for a single
+            source.
+        applied: the optimizer stepped. fp16 skips an iteration whose gradients overflowed.
+        finite: loss and gradients were all finite.
         grad_norm: before clipping, over all parameters of all ranks.
     """
 
@@ -62,19 +62,19 @@ class Engine(Protocol):
         """All ranks that the engine spans."""
 
     def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
-        """Runs one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
+        """Run one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
 
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
         """Run forwards only, on this replica's micro-batches; return the loss over all replicas."""
 
     def state_tensors(self) -> list[GlobalTensor]:
-        """All that training changes and a checkpoint must hold: this rank's pieces of named global tensors."""
+        """Return this rank's pieces of the named global tensors that a checkpoint holds."""
 
     def state_scalars(self) -> dict[str, Any]:
-        """The rest of the state: the loss scaler's counters, as JSON values."""
+        """Return the rest of the state as JSON values: the loss scaler's counters."""
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """The inverse of state_scalars, after the tensors have been loaded in place."""
+        """Restore the result of state_scalars, after the tensors have been loaded in place."""
 
     def compare_replicas(self) -> list[Mismatch]:
         """Find parameters whose replicas differ in any bit; the same on every rank; a collective call."""

@@ -19,7 +19,7 @@ SOURCES_SHOWN = 4
 
 
 def introduction(config: RunConfig, backend: Backend, data: RunData, start: Start, progress: Progress) -> str:
-    """The lines, each with its subject in front."""
+    """Return the summary, one labelled line per subject."""
     summary = summarize(config)
     lines = [
         ("model", _model(config, summary.model)),

@@ -26,7 +26,7 @@ from megatron_lite.train.engine import BatchReader, LossSum, StepOutcome
 
 
 class NativeEngine:
-    """Trains this rank's stages. See Engine for what its methods promise.
+    """Trains this rank's stages; the methods are documented in Engine.
 
     Args:
         config: the run.
@@ -35,8 +35,8 @@ class NativeEngine:
         buffers: their parameters and gradients.
         optimizer: steps on the buffers.
         executor: runs programs on the stages.
-        num_sources: data sources of a blend, for the loss of each; 1 or less: there is only one.
-        timers: measure the parts of a step; None: nothing does.
+        num_sources: data sources of a blend, for the loss of each; 1 or less: a single one.
+        timers: measure the parts of a step; None: no timing.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class NativeEngine:
         return self._buffers
 
     def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
-        """Runs forwards and backwards, reduces gradients and steps; without a step if the loss is not finite."""
+        """Run forwards and backwards, reduce gradients and step; without a step if the loss is not finite."""
         for stage in self._stages.values():
             stage.train()
         self._optimizer.zero_grad()
@@ -108,7 +108,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
-        """Forwards only, without dropout."""
+        """Run forwards only, without dropout."""
         for stage in self._stages.values():
             stage.eval()
         with self._mesh.backend.phases.enter(self._executor):
@@ -118,8 +118,8 @@ class NativeEngine:
         return self._reduce(losses)[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
-        """Parameters under their own names, and the optimizer's state."""
-        # Every replica holds the parameters, and every tp rank those that are not split: the first of these counts.
+        """Return parameters under their own names, and the optimizer's state."""
+        # Every replica has all parameters, and every tp rank those that are not split: the first of these is saved.
         dp, first = self._mesh.dp, self._mesh.tp.rank == 0
         weights = [
             parameter_tensor(parameter, write=dp.rank == 0, replica=(dp.rank, dp.size))
@@ -132,11 +132,11 @@ class NativeEngine:
         return [*weights, *copies, *self._optimizer.state_tensors()]
 
     def state_scalars(self) -> dict[str, Any]:
-        """Step count and loss scale."""
+        """Return step count and loss scale."""
         return self._optimizer.state_scalars()
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Takes over the result of state_scalars."""
+        """Restore the result of state_scalars."""
         self._optimizer.load_scalars(scalars)
 
     def compare_replicas(self) -> list[Mismatch]:

@@ -1,4 +1,4 @@
-"""exit_status.json: how the last job ended, the first failure of several ranks, nothing in another job's folder."""
+"""Exit record: status of the last job, first failure of several ranks, no writes to another job's folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.errors import CheckpointError, FailedRank
+from megatron_lite.lifecycle import exit_status
 from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.catalog import set_latest
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, completed_iteration, read_exit_status
@@ -53,7 +55,7 @@ def test_a_stop_is_written_with_what_is_saved(tmp_path):
     assert LOCK_NAME not in names(tmp_path)
 
 
-def test_of_several_stops_rank_0_writes_one(tmp_path):
+def test_rank_0_writes_a_stop_of_all_ranks_once(tmp_path):
     with ExitRecord(str(tmp_path), launched(1, 2)) as record:
         record.end("signal", "stopped")
     assert read_exit_status(tmp_path) is None
@@ -90,7 +92,7 @@ def test_the_first_failure_is_kept_before_rank_0_has_the_lock(tmp_path, last, en
     assert (ended.status, ended.message, ended.rank) == ("error", "no GPU", 1)
 
 
-def test_a_rank_0_that_starts_late_recognises_a_failure_of_its_own_job(tmp_path):
+def test_a_late_rank_0_keeps_the_failure_of_its_own_job(tmp_path):
     for start, status in (("Slurm step 7.0, restart 0.0", "error"), ("Slurm step 7.0, restart 1.0", "signal")):
         first = ExitRecord(str(tmp_path), launched(1, 2, start_id="Slurm step 7.0, restart 0.0"))
         first.__enter__()
@@ -101,7 +103,7 @@ def test_a_rank_0_that_starts_late_recognises_a_failure_of_its_own_job(tmp_path)
         assert read_exit_status(tmp_path).status == status
 
 
-def test_the_last_jobs_words_go_as_soon_as_the_folder_is_known(tmp_path):
+def test_the_last_jobs_file_is_removed_on_entry(tmp_path):
     """A job that is killed while it imports or loads says nothing, and neither does the one before."""
     end(tmp_path, "signal", "of the job before")
     with ExitRecord(str(tmp_path), launched()):
@@ -109,7 +111,7 @@ def test_the_last_jobs_words_go_as_soon_as_the_folder_is_known(tmp_path):
         assert LOCK_NAME not in names(tmp_path)
 
 
-def test_host_and_rank_are_those_of_the_failure_whoever_writes_it(tmp_path):
+def test_host_and_rank_are_of_the_first_failure(tmp_path):
     error = CheckpointError("on gpu-7, rank 5: no room", fix="fix")
     error.__cause__ = FailedRank("gpu-7", 5)
     try:
@@ -123,7 +125,7 @@ def test_host_and_rank_are_those_of_the_failure_whoever_writes_it(tmp_path):
 
 @pytest.mark.parametrize("last", ["time_limit", "completed", "signal"])
 @pytest.mark.parametrize("begun", [True, False])
-def test_an_error_replaces_the_last_jobs_end_whatever_that_was(tmp_path, last, begun):
+def test_an_error_replaces_any_status_of_the_last_job(tmp_path, last, begun):
     end(tmp_path, last, "of the job before")
     with pytest.raises(ValueError, match="no GPU"):
         end(tmp_path, error=ValueError("no GPU"), begun=begun)
@@ -132,7 +134,7 @@ def test_an_error_replaces_the_last_jobs_end_whatever_that_was(tmp_path, last, b
     assert ended.iteration == (7 if begun else None)
 
 
-def test_a_completed_run_stays_known_as_such_until_a_job_trains_there_again(tmp_path):
+def test_a_run_counts_as_complete_until_a_job_trains_there_again(tmp_path):
     end(tmp_path, "completed", "done")
     assert completed_iteration(tmp_path) == 7
     with pytest.raises(ValueError, match="typo"):
@@ -161,7 +163,7 @@ def test_an_interrupt_is_a_signal_unless_the_job_has_ended_before(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_while_a_job_loads_is_written_down(tmp_path, number, capfd):
+def test_a_signal_during_start_up_is_written(tmp_path, number, capfd):
     died_of = []
     before = signal.signal(number, lambda received, _: died_of.append(received))
     try:
@@ -192,7 +194,7 @@ def test_a_signal_does_not_hide_the_error_that_ends_the_job(tmp_path):
     assert (ended.status, ended.message, ended.iteration) == ("error", "connection closed by peer", 7)
 
 
-def test_a_signal_that_comes_while_a_harmless_error_is_handled_still_counts(tmp_path):
+def test_a_signal_during_a_handled_error_takes_effect(tmp_path):
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         with pytest.raises(KeyboardInterrupt), ExitRecord(str(tmp_path), launched()):
@@ -207,7 +209,7 @@ def test_a_signal_that_comes_while_a_harmless_error_is_handled_still_counts(tmp_
     assert read_exit_status(tmp_path).status == "signal"
 
 
-def test_nothing_is_made_for_a_note(tmp_path):
+def test_an_error_creates_no_folder(tmp_path):
     with pytest.raises(ValueError, match="typo"):
         end(tmp_path / "missing", error=ValueError("typo"), begun=False)
     with pytest.raises(ValueError, match="typo"):
@@ -215,13 +217,13 @@ def test_nothing_is_made_for_a_note(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_something_else_says_nothing(tmp_path):
+def test_a_file_of_another_format_is_no_status(tmp_path):
     for text in ("", "[]", "{}", '{"status": "completed"}', '{"other": 1}'):
         (tmp_path / EXIT_STATUS_NAME).write_text(text)
         assert read_exit_status(tmp_path) is None
 
 
-def test_saves_that_failed_are_listed_over_rollbacks_too(tmp_path):
+def test_failed_saves_are_listed_across_rollbacks(tmp_path):
     before, after = [4], []
     with ExitRecord(str(tmp_path), launched()) as record:
         record.start(record.attempt(0.0))
@@ -261,7 +263,7 @@ def test_nothing_is_written_to_another_jobs_folder(other_job, tmp_path, error, t
     assert content(tmp_path) == before
 
 
-def test_a_refused_job_writes_nothing_after_the_other_has_ended_either(other_job, tmp_path):
+def test_a_refused_job_writes_nothing_even_after_the_other_has_ended(other_job, tmp_path):
     with pytest.raises(CheckpointError), ExitRecord(str(tmp_path), launched()) as record:
         try:
             record.attempt(5.0)
@@ -272,7 +274,7 @@ def test_a_refused_job_writes_nothing_after_the_other_has_ended_either(other_job
     assert (tmp_path / EXIT_STATUS_NAME).read_text() == "the other job's\n"
 
 
-def test_what_another_job_wrote_while_this_one_waited_is_not_taken_for_this_jobs(other_job, tmp_path, monkeypatch):
+def test_a_file_that_another_job_wrote_during_the_wait_is_not_this_jobs(other_job, tmp_path, monkeypatch):
     (tmp_path / EXIT_STATUS_NAME).unlink()
     record = ExitRecord(str(tmp_path), launched(0, 2))
     record.__enter__()
@@ -296,7 +298,7 @@ def test_a_job_that_lost_its_lock_writes_nothing_more(tmp_path):
     assert names(tmp_path) == [LOCK_NAME]
 
 
-def test_an_abort_from_another_thread_is_written_and_gives_the_lock_up(tmp_path):
+def test_an_abort_from_another_thread_is_written_and_releases_the_lock(tmp_path):
     with ExitRecord(str(tmp_path), launched(0, 2)) as record:
         record.start(record.attempt(0.0))
         record.abort("gpu-7", 3, "gave no sign of life")
@@ -305,6 +307,8 @@ def test_an_abort_from_another_thread_is_written_and_gives_the_lock_up(tmp_path)
     assert (ended.status, ended.message, ended.host, ended.rank) == ("error", "gave no sign of life", "gpu-7", 3)
 
 
-def test_no_torch():
-    code = "import sys, megatron_lite.cli.train; sys.exit('torch' in sys.modules)"
+def test_lifecycle_and_the_command_import_no_torch():
+    modules = [f"megatron_lite.lifecycle.{path.stem}" for path in Path(exit_status.__file__).parent.glob("*.py")]
+    code = f"import sys, megatron_lite.cli.train, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert len(modules) > 3
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

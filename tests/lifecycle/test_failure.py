@@ -1,4 +1,4 @@
-"""One rank fails, is killed, sleeps or is told to stop: what the others do, in real jobs of several processes."""
+"""Failed, killed, stalled and signalled ranks in real jobs of several processes: the other ranks end and report it."""
 
 import os
 import shlex
@@ -178,7 +178,7 @@ def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
             assert f"rank {rank} (dp {rank}, pp 0, tp 0)] " in text
             assert "Python stacks of this rank, in iteration 3" in text
             assert " in train_step" in text or rank == 1
-        assert '"<string>", line 14 in wrapped' in job.text(1), "the sleeper's stack tells why"
+        assert '"<string>", line 14 in wrapped' in job.text(1), "the stalled rank's stack shows the cause"
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_save(tmp_path):

@@ -1,4 +1,4 @@
-"""Spikes are found where they are, and a watch that was saved goes on as if it had not been."""
+"""Spike detection: positions, limits, and continuation from a saved state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def watched(losses, watch=None, begin=0):
     return [spike for spike in found if spike], watch
 
 
-def test_a_spike_is_certain_after_its_patience():
+def test_a_spike_is_confirmed_after_patience_losses():
     losses = [3.0] * 10 + [5.0, 7.0, 9.0, 6.5, 8.0, 3.0]
     (spike,), watch = watched(losses)
     # 5 is below twice the usual loss. Iteration 12 is the first above it; its step's cause may be iteration 11's.
@@ -25,33 +25,33 @@ def test_a_spike_is_certain_after_its_patience():
     assert watch.ranges() == ((12, 15),)
 
 
-def test_a_short_rise_is_none():
+def test_a_short_rise_is_no_spike():
     found, watch = watched([3.0] * 10 + [7.0, 7.0, 3.0] * 4)
     assert not found
     assert watch.ranges() == ()
 
 
-def test_what_may_become_a_spike_is_known_before_it_is_one():
+def test_a_rise_counts_in_ranges_before_it_is_confirmed():
     assert watched([3.0] * 10 + [7.0])[1].ranges() == ((11, None),)
 
 
-def test_not_a_number_is_too_high():
+def test_nan_is_too_high():
     (spike,), _ = watched([3.0] * 10 + [math.nan] * 3)
     assert spike.first == 11
 
 
-def test_a_lasting_rise_becomes_usual():
+def test_a_lasting_rise_becomes_the_new_normal():
     found, watch = watched([3.0] * 10 + [7.0] * (2 * WINDOW))
     assert len(found) == 1
     assert watch.ranges() == ((11, 10 + WINDOW),)
 
 
-def test_the_first_losses_are_no_spike():
+def test_the_first_losses_are_not_compared():
     assert watched([50.0, 90.0, 80.0, 10.0, 30.0, 30.0, 30.0])[0] == []
 
 
 @given(st.lists(st.sampled_from([1.0, 1.1, 5.0, math.nan]), max_size=60), st.integers(0, 60))
-def test_a_saved_watch_goes_on(losses, cut):
+def test_a_restored_detector_finds_the_same_spikes(losses, cut):
     cut = min(cut, len(losses))
     whole, _ = watched(losses)
     before, watch = watched(losses[:cut])
@@ -61,5 +61,5 @@ def test_a_saved_watch_goes_on(losses, cut):
     assert [(s.first, s.last, s.consumed) for s in before + after] == [(s.first, s.last, s.consumed) for s in whole]
 
 
-def test_no_factor_no_spikes():
+def test_a_factor_of_0_disables_detection():
     assert watched([3.0] * 10 + [math.nan] * 10, SpikeDetector(0.0, 1))[0] == []

@@ -1,4 +1,4 @@
-"""When a run ends early: each limit on its own, with a clock of the test's."""
+"""Stop conditions: each limit alone, with an injected clock; signals; the hint for resuming."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_kill_switch(tmp_path):
     assert str(switch) in stop.message
 
 
-def test_the_job_begins_before_its_first_iteration():
+def test_start_up_counts_in_the_time_limit():
     stopper = Stopper(TrainingConfig(exit_duration_minutes=2), started=-61.0, clock=lambda: 60.0)
     assert stopper.after_iteration(Progress(iteration=1)) is not None
 
 
-def test_what_would_stop_the_first_iteration_again_stops_it_before(tmp_path):
+def test_a_limit_that_is_reached_already_stops_before_the_first_iteration(tmp_path):
     done = Progress(iteration=10, consumed_train_samples=40)
     assert Stopper(TrainingConfig(exit_samples=40)).before_iteration(done) is not None
     assert Stopper(TrainingConfig(exit_samples=41, exit_interval=10)).before_iteration(done) is None
@@ -84,14 +84,14 @@ def agreed(backend, stopping):
     ]
 
 
-def test_a_stop_of_any_rank_is_every_ranks(on_ranks):
+def test_all_ranks_agree_on_the_stop_of_any_rank(on_ranks):
     results = on_ranks(3, agreed, [(), (2,), (1, 2), ()])
     where = [f"rank {rank} (on {host_name()}, rank {rank})" for rank in (2, 1)]
     assert all([stop and stop.message for stop in result] == [None, *where, None] for result in results)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_iteration_and_handlers_come_back(number, capfd):
+def test_a_signal_ends_the_run_after_the_iteration_and_handlers_are_restored(number, capfd):
     before = signal.getsignal(number)
     with SignalFlag() as flag:
         stopper = Stopper(TrainingConfig(), flag)
@@ -136,11 +136,11 @@ SAVING = ("--save", "run", "--save-interval", "5")
         ((), SIGNAL, None, "nothing was saved: give --save and --load to resume a run"),
     ],
 )
-def test_the_last_line_says_how_to_go_on(words, stop, saved, line):
+def test_resume_hint(words, stop, saved, line):
     assert resume_hint(parse_run([*SMALL, *words]).config, stop, 7, saved) == f"  {line}"
 
 
-def test_a_reason_that_would_stop_the_next_start_too_is_named_and_a_complete_run_needs_nothing(tmp_path):
+def test_the_hint_names_a_required_change_and_is_absent_for_a_complete_run(tmp_path):
     config = parse_run([*SMALL, *SAVING, "--load", "run"]).config
     done = Progress(iteration=7, consumed_train_samples=40)
     lines = []

@@ -48,7 +48,7 @@ def test_equal_configs_have_no_difference():
     assert describe([]) == ""
 
 
-def test_each_difference_says_where_and_both_values():
+def test_each_difference_has_its_path_and_both_values():
     changed = with_length(with_lr(RUN, min_lr=3e-5), 200)
     changed = replace(changed, batch=replace(changed.batch, rampup=None))
     text = describe(compare_configs(config_as_json(RUN), config_as_json(changed)))
@@ -59,7 +59,7 @@ def test_each_difference_says_where_and_both_values():
     ]
 
 
-def test_a_field_that_only_one_side_knows_is_shown():
+def test_a_field_of_one_side_only_is_shown():
     older = config_as_json(RUN)
     del older["lr"]["warmup_init"]
     assert (
@@ -99,7 +99,7 @@ def test_fingerprints_must_match_unless_accepted():
     assert check_fingerprints(saved, saved) == []
 
 
-def test_the_source_that_changed_is_named_and_a_new_path_is_no_change():
+def test_a_changed_source_is_named_and_a_new_path_is_no_change():
     saved = {"data order": "seed 1", **{f"data source {n}": f"weight 1, {n}a of /old/{n}" for n in (1, 2, 10)}}
     moved = {name: value.replace("/old/", "/new/") for name, value in saved.items()}
     assert check_fingerprints(saved, moved) == []
@@ -116,7 +116,7 @@ def test_the_source_that_changed_is_named_and_a_new_path_is_no_change():
         assert len(check_fingerprints(saved, {**moved, **change}, ["data"])) == 1
     with pytest.raises(CheckpointError, match=r"(?s)source 2: .* source 10: "):
         check_fingerprints(saved, {"data order": "seed 1", "data source 1": saved["data source 1"]})
-    # A checkpoint that says nothing of its data.
+    # A checkpoint without fingerprints of data.
     assert check_fingerprints({"tokenizer": "x"}, moved) == []
 
 
@@ -134,7 +134,7 @@ def test_a_changed_schedule_is_refused_with_both_values_and_both_flags():
     assert "--use-checkpoint-opt_param-scheduler" in caught.value.fix
 
 
-def test_a_longer_run_stretches_the_decay_and_is_seen():
+def test_a_longer_run_stretches_the_decay_and_is_refused_without_a_flag():
     longer = with_length(RUN, 200)
     with pytest.raises(CheckpointError, match=r"lr\.decay_iters: 100 in the checkpoint, 200 now"):
         resume_schedule(RUN, longer, override=False, use_checkpoint=False)
@@ -171,12 +171,12 @@ def test_weight_decay_belongs_to_the_schedule():
     assert schedule_differences(ramp, with_length(with_lr(ramp, decay_iters=100), 200))
 
 
-def test_both_flags_are_one_too_many():
+def test_both_flags_together_are_refused():
     with pytest.raises(CheckpointError, match="both given"):
         resume_schedule(RUN, RUN, override=True, use_checkpoint=True)
 
 
-def test_the_schedule_of_a_manifest():
+def test_schedule_config_reads_a_manifest():
     saved = config_as_json(with_length(with_lr(RUN, lr=7e-4, style="linear"), 50))
     saved["lr"]["a_field_of_the_future"] = 1
     del saved["lr"]["warmup_init"]

@@ -1,4 +1,4 @@
-"""The lock on a --save folder: one owner at a time, whoever dies, stops or races, on this machine or another."""
+"""Lock on a --save folder: one owner at a time, with killed, stopped and racing processes, on one host or several."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_second_process_is_refused_and_writes_nothing(new_lock, tmp_path):
     assert content(tmp_path) == before
 
 
-def test_a_stopped_owner_is_alive_and_said_to_be_stopped(new_lock, tmp_path):
+def test_a_stopped_owner_keeps_the_lock_and_is_named_as_stopped(new_lock, tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert new_lock(pid=child.pid, start=start_of(child.pid)).attempt()
         child.send_signal(signal.SIGSTOP)
@@ -107,7 +107,7 @@ def test_a_stopped_owner_is_alive_and_said_to_be_stopped(new_lock, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"start": "1"}, {"pid": 2**22 - 1}])
-def test_a_process_that_has_ended_is_stale_at_once_also_where_its_pid_is_another_processs(changes, new_lock):
+def test_the_lock_of_an_ended_process_is_stale_at_once_even_if_its_pid_is_reused(changes, new_lock):
     if changes.get("start") and not Path("/proc/self/stat").exists():
         pytest.skip("start times are read from /proc")
     assert new_lock(**changes).attempt()
@@ -118,7 +118,7 @@ def test_a_process_that_has_ended_is_stale_at_once_also_where_its_pid_is_another
     second.verify(now=True)
 
 
-def test_a_killed_process_that_nobody_has_waited_for_is_stale(new_lock):
+def test_the_lock_of_a_zombie_is_stale(new_lock):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = replace(this_process("here"), pid=child.pid, start=start_of(child.pid))
     assert is_running(identity)
@@ -129,7 +129,7 @@ def test_a_killed_process_that_nobody_has_waited_for_is_stale(new_lock):
     child.stdin.close()
 
 
-def test_another_machines_lock_is_taken_over_only_when_its_heartbeat_stands_still(new_lock, clock):
+def test_another_machines_lock_is_taken_over_only_without_heartbeats(new_lock, clock):
     owner = new_lock(**ELSEWHERE)
     assert owner.attempt()
     second = new_lock()
@@ -153,7 +153,7 @@ def test_another_machines_lock_is_taken_over_only_when_its_heartbeat_stands_stil
     third.verify(now=True)
 
 
-def test_waiting_for_another_machine_is_not_tried_where_nothing_may_be_waited_for(new_lock):
+def test_try_acquire_does_not_wait_for_another_machine(new_lock):
     assert new_lock(**ELSEWHERE).attempt()
     assert not new_lock().try_acquire()
 
@@ -165,11 +165,11 @@ def test_a_requeued_slurm_job_takes_over_from_its_earlier_start_at_once(restarts
     assert new_lock(slurm_job="78", slurm_restarts=restarts).attempt() is False
 
 
-def test_a_process_in_words():
+def test_text_of_a_process():
     assert str(this_process("here", "77", 3)) == f"process {os.getpid()} on here, Slurm job 77 (restart 3)"
 
 
-def test_an_overdue_owner_asks_before_it_writes_and_a_removed_lock_is_lost(new_lock, clock, tmp_path):
+def test_an_overdue_owner_verifies_and_a_removed_lock_is_lost(new_lock, clock, tmp_path):
     lock = new_lock()
     assert lock.attempt()
     (entry,) = (tmp_path / "run" / LOCK_NAME).iterdir()
@@ -182,7 +182,7 @@ def test_an_overdue_owner_asks_before_it_writes_and_a_removed_lock_is_lost(new_l
         lock.verify()
 
 
-def test_an_owner_that_wakes_up_leaves_the_new_owners_lock_alone(new_lock, tmp_path):
+def test_a_paused_owner_leaves_the_new_owners_lock_alone(new_lock, tmp_path):
     paused = new_lock(start="1")
     assert paused.attempt()
     second = new_lock()
@@ -233,7 +233,7 @@ def race(folder, ready, results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["free", "stale", "empty"])
-def test_of_many_that_race_for_a_lock_exactly_one_wins(state, tmp_path):
+def test_one_of_many_racing_processes_gets_the_lock(state, tmp_path):
     folder = tmp_path / "run"
     for _ in range(5):
         if state == "empty":
@@ -262,14 +262,14 @@ def test_of_many_that_race_for_a_lock_exactly_one_wins(state, tmp_path):
         assert files(folder) == []
 
 
-def test_what_a_dead_process_was_preparing_is_cleared(new_lock, tmp_path):
+def test_remains_of_killed_processes_are_removed(new_lock, tmp_path):
     (tmp_path / "run" / f"{LOCK_NAME}.0123").mkdir(parents=True)
     assert new_lock().attempt()
     assert files(tmp_path / "run")[0] == LOCK_NAME
     assert len(files(tmp_path / "run")) == 2
 
 
-def test_a_lock_that_cannot_be_read_is_watched_like_another_machines(new_lock, clock, tmp_path):
+def test_a_damaged_lock_is_treated_like_another_machines(new_lock, clock, tmp_path):
     (tmp_path / "run" / LOCK_NAME).mkdir(parents=True)
     (tmp_path / "run" / LOCK_NAME / "who.5").write_text("not ours")
     lock = new_lock()
@@ -281,12 +281,12 @@ def test_a_lock_that_cannot_be_read_is_watched_like_another_machines(new_lock, c
     assert lock.attempt()
 
 
-def test_an_owner_of_another_version_is_not_understood():
+def test_an_owner_of_another_version_is_not_decoded():
     assert Owner.decode(b"{}") is None
     assert Owner.decode(b"[]") is None
     assert Owner.decode(b'{"process": 1}') is None
 
 
-def test_no_torch(tmp_path):
+def test_the_lock_needs_no_torch(tmp_path):
     code = "import sys, megatron_lite.runs.lock; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

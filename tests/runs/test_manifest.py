@@ -1,4 +1,4 @@
-"""manifest.json as bytes: its format is frozen here, every damage is found, and other files are told from it."""
+"""Bytes of manifest.json: frozen format, detection of every damage, other formats and versions."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def closed(body):
     return body + b',\n"crc32": "%08x"\n}\n' % zlib.crc32(body)
 
 
-def test_the_format_is_this_one():
+def test_the_format_is_frozen():
     assert encode_manifest(MANIFEST) == closed(BODY)
     assert json.loads(closed(BODY))["crc32"] == f"{zlib.crc32(BODY):08x}"
 
 
-def test_it_comes_back():
+def test_decoding_inverts_encoding():
     assert decode_manifest(encode_manifest(MANIFEST), PATH) == MANIFEST
     empty = Manifest(0, {}, {}, {}, Provenance(), {})
     assert decode_manifest(encode_manifest(empty), PATH) == empty
@@ -69,12 +69,12 @@ def test_it_comes_back():
     assert older != BODY and decode_manifest(closed(older), PATH) == MANIFEST
 
 
-def test_sizes_are_those_of_the_parts():
+def test_the_size_is_the_sum_of_the_parts():
     assert [MANIFEST.files[name].size for name in "ab"] == [12, 12] and MANIFEST.size == 24
     assert SavedFile(()).size == 0
 
 
-def test_any_wrong_byte_is_found():
+def test_any_wrong_byte_is_detected():
     for place in range(len(closed(BODY))):
         data = bytearray(closed(BODY))
         data[place] ^= 1
@@ -83,7 +83,7 @@ def test_any_wrong_byte_is_found():
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 21, 22, len(closed(BODY)) - 1])
-def test_a_cut_one_is_found(length):
+def test_a_truncated_manifest_is_detected(length):
     with pytest.raises(CorruptCheckpointError, match=f"damaged: its {length} bytes"):
         decode_manifest(closed(BODY)[:length], PATH)
 
@@ -97,7 +97,7 @@ def test_a_cut_one_is_found(length):
         (b'"format": "megatron_lite",\n', b"", "None, version 2"),
     ],
 )
-def test_other_formats_and_versions_are_named_and_are_no_damage(old, new, found):
+def test_other_formats_and_versions_are_named_and_not_called_damage(old, new, found):
     with pytest.raises(CheckpointError, match="reads 'megatron_lite', version 2") as caught:
         decode_manifest(closed(BODY.replace(old, new)), PATH)
     assert f"{PATH} is of format {found}" in str(caught.value)
@@ -105,12 +105,12 @@ def test_other_formats_and_versions_are_named_and_are_no_damage(old, new, found)
 
 
 @pytest.mark.parametrize("value", [object(), {1: object()}, b"bytes"])
-def test_what_is_not_json_cannot_be_saved(value):
+def test_values_that_are_not_json_are_refused(value):
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         encode_manifest(replace(MANIFEST, scalars={"x": value}))
 
 
-def test_it_is_read_from_its_folder(tmp_path):
+def test_reading_from_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: No such file"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_bytes(encode_manifest(MANIFEST))

@@ -1,4 +1,4 @@
-"""A run that is saved by one layout and goes on at another has the losses of a run that never stopped."""
+"""Resume in another layout: the losses equal those of an uninterrupted run."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ CHAINS = {
 }
 
 
-def go_on(backend, cell, root, iterations):
+def resume(backend, cell, root, iterations):
     """Starts from the newest checkpoint in `root`, if there is one, trains, and saves."""
     config = replace(cell.config(), checkpoint=CheckpointConfig(save=root, load=root))
     mesh = mesh_of(backend, cell.tp, cell.pp)
@@ -48,11 +48,11 @@ def go_on(backend, cell, root, iterations):
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=list(CHAINS))
-def test_losses_go_on_at_another_layout(chain, on_ranks, tmp_path):
+def test_losses_continue_in_another_layout(chain, on_ranks, tmp_path):
     whole = put_together(on_ranks(1, run_cell, chain[0].reference()))
     losses, norms = [], []
     for cell in chain:
-        results = on_ranks(cell.world, go_on, cell, str(tmp_path), ITERATIONS // len(chain))
+        results = on_ranks(cell.world, resume, cell, str(tmp_path), ITERATIONS // len(chain))
         assert all(result == results[0] for result in results)
         began, more_losses, more_norms = results[0]
         assert began == len(losses)

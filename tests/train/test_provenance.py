@@ -29,13 +29,13 @@ def package(tmp_path):
         lambda folder: (folder / "model" / "gpt.py").unlink(),
     ],
 )
-def test_any_edit_changes_it(package, edit):
+def test_any_edit_changes_the_fingerprint(package, edit):
     before = source_hashes(package)
     edit(package)
     assert code_fingerprint(source_hashes(package)) != code_fingerprint(before)
 
 
-def test_place_and_other_files_do_not(package, tmp_path):
+def test_folder_and_other_files_do_not_change_the_fingerprint(package, tmp_path):
     moved = shutil.copytree(package, tmp_path / "elsewhere" / "name")
     (moved / "model" / "gpt.pyc").write_bytes(b"compiled")
     assert source_hashes(moved) == source_hashes(package)

@@ -1,4 +1,4 @@
-"""Replica comparison and repair on gloo ranks: one flipped bit is found and named, and repaired as if never flipped."""
+"""Replica comparison and repair on gloo ranks: one flipped bit is found, named and repaired."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found_and_named(cell, corrupt, name, tp, holders, on_r
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "corrupt", "name", "tp", "holders"), REPLICATED, ids=str)
-def test_a_repaired_run_goes_on_as_if_nothing_had_happened(cell, corrupt, name, tp, holders, on_ranks):
+def test_a_repaired_run_equals_a_clean_one(cell, corrupt, name, tp, holders, on_ranks):
     clean = on_ranks(cell.world, checked_run, cell, 5)
     repaired = on_ranks(cell.world, corrupted_run, cell, corrupt, name, True)
     for (_, expected), (_, left, found) in zip(clean, repaired, strict=True):

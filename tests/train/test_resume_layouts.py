@@ -1,4 +1,4 @@
-"""What a layout saved, every other loads bit for bit and goes on from; the same layout as if never stopped."""
+"""Every layout loads the checkpoints of every other bit for bit; in the same layout, a resume is exact."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def test_every_ordered_pair_of_layouts(writer, on_ranks, tmp_path):
 
 
 @pytest.mark.parametrize("writer", NOISY, ids=str)
-def test_dropout_and_bf16_go_on_bit_for_bit(writer, on_ranks, tmp_path):
+def test_dropout_and_bf16_resume_bit_for_bit(writer, on_ranks, tmp_path):
     check(writer, [writer], on_ranks, tmp_path)

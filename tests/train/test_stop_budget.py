@@ -1,4 +1,4 @@
-"""A time limit leaves the save as long as the slowest before it took."""
+"""Time limit: leaves the save as many seconds as the slowest save so far."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def stop_at(seconds, reserve):
     return stopper.after_iteration(Progress(iteration=1), reserve=reserve)
 
 
-def test_the_save_is_over_by_the_limit():
+def test_the_save_ends_before_the_limit():
     assert stop_at(500.0, 90.0) is None
     stop = stop_at(520.0, 90.0)
     assert stop.status == "time_limit"
     assert stop.message == "exiting program after 8.7 minutes, leaving 90 s for the save"
 
 
-def test_without_a_save_before_the_limit_itself_counts():
+def test_without_an_earlier_save_nothing_is_reserved():
     assert stop_at(599.0, 0.0) is None
     assert stop_at(601.0, 0.0).message == "exiting program after 10.0 minutes"
 
@@ -41,7 +41,7 @@ def test_an_evaluation_leaves_time_for_the_save():
     assert evaluating(601.0).status == "time_limit"
 
 
-def test_an_evaluation_is_begun_if_it_will_end_in_time_or_nobody_knows():
+def test_an_evaluation_begins_if_it_ends_in_time_or_its_duration_is_unknown():
     assert evaluating(300.0, evaluation=200.0, save=90.0) is None
     stop = evaluating(320.0, evaluation=200.0, save=90.0)
     assert stop.message == "exiting program after 5.3 minutes, leaving 290 s for the evaluation and the save"

@@ -1,4 +1,4 @@
-"""What one iteration sends on each axis, against closed formulas; and the executor's order, against the schedule."""
+"""Traffic of one iteration on each axis, against closed formulas; order of the executor, against the schedule."""
 
 from collections import Counter
 from copy import copy
