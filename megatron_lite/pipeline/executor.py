@@ -118,7 +118,7 @@ class Messages:
 
 
 class Executor:
-    """Runs programs (schedules/lowering.py) on this rank's stages. Its str() is what it does now, for failure messages.
+    """Runs programs (schedules/lowering.py) on this rank's stages; str() is the current action, for failure messages.
 
     Args:
         stages: this rank's model chunks by global stage number.
@@ -151,10 +151,10 @@ class Executor:
         self._deferred = deferred
         self._trace = trace
         self._timed: Timed = timed or (lambda name: _UNTIMED)
-        self._doing = ""
+        self._current = ""
 
     def __str__(self) -> str:
-        return self._doing
+        return self._current
 
     def run(
         self, program: Sequence[Action], read: BatchReader, *, iteration: int, seq_length: int, gradient_scale: float
@@ -173,13 +173,13 @@ class Executor:
         last_use = {action.microbatch: index for index, action in enumerate(program)}
         for index, action in enumerate(program):
             if action.microbatch not in tensors.batches:
-                self._doing = "reading data"
+                self._current = "reading data"
                 with self._timed("batch-generator"):
                     tensors.batches[action.microbatch] = read(action.microbatch)
             batch = tensors.batches[action.microbatch]
             self._rng.set_microbatch(iteration, batch.number)
             name = _PHASES.get(action.kind, "message")
-            self._doing = f"{name} of micro-batch {action.microbatch} on stage {action.stage}"
+            self._current = f"{name} of micro-batch {action.microbatch} on stage {action.stage}"
             with self._timed(_TIMERS.get(action.kind, "pipeline-messages")):
                 if action.kind == "F":
                     self._forward(action, batch, tensors, losses)
@@ -195,7 +195,7 @@ class Executor:
             if self._trace is not None:
                 self._trace.append(action)
         self._messages.finish()
-        self._doing = ""
+        self._current = ""
         return losses
 
     def _forward(self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses) -> None:

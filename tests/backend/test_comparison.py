@@ -29,7 +29,7 @@ PLAIN = Comparison(topic="test", problem="Values differ", fix="Make them equal",
 
 
 def ranks_values(*values, hosts=None, failures=None):
-    """Values of each rank; eight ranks per host."""
+    """Return the values of each rank; eight ranks per host."""
     return [
         RankValues(f"n{rank // 8}", value, failure=failures[rank] if failures else "")
         for rank, value in enumerate(values)

@@ -116,7 +116,7 @@ def test_mpirun_needs_no_wrapper_on_one_node(variables):
 
 
 def test_under_mpich_the_launching_process_is_the_identity():
-    """Two ranks below a script each, as below a launcher, and a rank of another launcher."""
+    """Each rank is started through a script, and twice by different launching processes."""
     code = "from megatron_lite.backend.environment import read_launch; print(read_launch())"
     below = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
     start = (
@@ -143,7 +143,7 @@ def test_srun_sets_the_variables_of_mpi_too():
 
 @pytest.mark.parametrize("variables", [OPEN_MPI, HYDRA])
 def test_an_mpirun_inside_a_step_takes_precedence(variables):
-    """In a step's shell, and on nodes where mpirun starts its daemons with srun."""
+    """This occurs in a step's shell, and on nodes where mpirun starts its daemons with srun."""
     inside = {**STEP, **variables, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "PALS_APID": "1"}
     launch = read_launch(inside)
     assert (launch.launcher, launch.rank, launch.world_size) == ("mpirun", 1, 2)

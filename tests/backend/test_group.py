@@ -60,7 +60,7 @@ def timeouts(backend):
 
 
 def test_every_group_has_the_timeout_of_the_job(on_ranks):
-    """See ranks.py: four minutes."""
+    """The timeout of four minutes is set in support/ranks.py."""
     assert on_ranks(4, timeouts) == [[240.0, 240.0]] * 4
 
 

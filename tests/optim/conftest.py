@@ -1,4 +1,4 @@
-"""Optimizers over small modules, on one process and on gloo ranks."""
+"""Fixtures: optimizers over small modules, on one process and on gloo ranks."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def one_thread():
 
 
 class Kit:
-    """Makes the parts under test."""
+    """Builder of meshes, named parameters, configs and optimizers."""
 
     def mesh(self) -> Mesh:
-        """That of a single process."""
+        """Return the mesh of a single process."""
         return build_mesh(select_backend(CPU, ParallelConfig(), Launch()), ParallelConfig())
 
     def named(self, module: nn.Module) -> list[NamedParameter]:
-        """The module's parameters as one rank's that holds all of them."""
+        """Return the named parameters of a module on a rank that holds all of them."""
         return [
             NamedParameter(name, param, tuple(param.shape), None, Rectangle.full(param.shape))
             for name, param in module.named_parameters()
         ]
 
     def config(self, **parts: Any) -> RunConfig:
-        """A run with only the given fields of OptimizerConfig, PrecisionConfig, MetricsConfig set."""
+        """Return a run config with the given fields of OptimizerConfig, PrecisionConfig and MetricsConfig."""
         kinds = {"optimizer": OptimizerConfig, "precision": PrecisionConfig, "metrics": MetricsConfig}
         chosen = {
             part: replace(kind(), **{name: parts.pop(name) for name in list(parts) if name in kind.__annotations__})
@@ -60,7 +60,7 @@ class Kit:
         return RunConfig(model=model, batch=BatchConfig(seq_length=8, micro_batch_size=1), **chosen)
 
     def build(self, module: nn.Module, mesh: Mesh | None = None, buffers: dict[str, Any] | None = None, **parts: Any):
-        """Buffers and optimizer over a module."""
+        """Return buffers and optimizer of a module."""
         mesh = mesh or self.mesh()
         held = ParameterBuffers(self.named(module), dp=mesh.dp, tp=mesh.tp, **(buffers or {}))
         return held, Optimizer(self.config(**parts), held, mesh)
@@ -73,7 +73,7 @@ def kit() -> Kit:
 
 @pytest.fixture
 def on_meshes(on_ranks):
-    """Calls function(mesh, *args) on gloo ranks laid out like that: one result (plain Python or numpy) a rank."""
+    """Call function(mesh, *args) on gloo ranks with a layout; return the result of each rank (Python or numpy)."""
 
     def run(parallel: ParallelConfig, function: Callable[..., Any], *args: Any) -> list[Any]:
         return on_ranks(parallel.world_size, _on_mesh, parallel, function, *args)
