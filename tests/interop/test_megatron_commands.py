@@ -77,7 +77,7 @@ def test_diff_takes_what_a_file_does_not_say(original, make_checkpoint, make_fol
     for first, second in ((tmp_path / "original", tmp_path / "original"), (folder, tmp_path / "original")):
         result = command("checkpoint", "diff", first, second, "--num-layers", 4)
         assert result.code == 1
-        assert "--num-layers 4 is of no use" in result.err
+        assert "--num-layers 4 has no effect" in result.err
     result = command("checkpoint", "inspect", tmp_path / "m", "--num-layers", 4)
     assert result.code == 2
     assert "unrecognized arguments: --num-layers 4" in result.err
