@@ -27,12 +27,13 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     layout = ("target_tensor_parallel", "target_pipeline_parallel", "naming")
     hugging_face = (
         *("architecture", "push_to", "evaluation", "revisions_from_run", "private", "dry_run"),
-        *("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model"),
+        *("tokenizer_type", "tokenizer_vocab_file", "tokenizer_merge_file", "tokenizer_model"),
     )
     for name in layout if options.to == "hf" else hugging_face:
         if getattr(options, name):
             needed = "--to megatron or deepspeed" if options.to == "hf" else "--to hf"
-            parser.error(f"--{name.replace('_', '-')} goes with {needed}")
+            flag = name.removeprefix("tokenizer_") if name.endswith("_file") else name
+            parser.error(f"--{flag.replace('_', '-')} goes with {needed}")
     if options.to == "deepspeed" and options.naming:
         parser.error("--naming goes with --to megatron")
     if options.to != "hf" and not options.output:
