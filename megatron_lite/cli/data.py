@@ -112,9 +112,9 @@ def verify(argv: list[str]) -> int:
     tokenizer = given_tokenizer(options)
     damaged = 0
     for prefix in (given.removesuffix(".idx") for given in options.prefixes):
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            checked = [*_verify_one(prefix, tokenizer), f"{time.monotonic() - began:.1f} s"]
+            checked = [*_verify_one(prefix, tokenizer), f"{time.monotonic() - started:.1f} s"]
         except DataError as error:
             damaged += 1
             print(f"{prefix}: DAMAGED\n  {error}", file=sys.stderr)

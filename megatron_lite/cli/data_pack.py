@@ -36,7 +36,7 @@ def pack(argv: list[str]) -> int:
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
     from megatron_lite.data.preparation.packed_dataset import pack_dataset
 
-    began = time.monotonic()
+    started = time.monotonic()
     data = IndexedDataset(options.prefix)
     tokenizer = _tokenizer_entry(options)
     with TokenProgress("pack", data.num_tokens) as progress:
@@ -52,7 +52,7 @@ def pack(argv: list[str]) -> int:
     if made is None:
         print("Already complete: the same command has made it.")
     else:
-        print("\n".join(_summary(made, options.seq_length, time.monotonic() - began)))
+        print("\n".join(_summary(made, options.seq_length, time.monotonic() - started)))
     print(f"  --data-path {options.packed_prefix} --seq-length {options.seq_length} --eod-mask-loss")
     return 0
 

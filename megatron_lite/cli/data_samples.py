@@ -68,8 +68,11 @@ def show_samples(argv: list[str]) -> int:
         cyclic_layout=position.order.cyclic_layout,
     ) as loader:
         loader.skipped = position.skipped
-        for place, sample in zip(loader.positions(consumed, count), loader.samples(consumed, count), strict=True):
-            print(f"\nsample {place:,}" + (f", number {sample:,} of the dataset" if sample != place else ""))
+        for order_position, sample in zip(
+            loader.positions(consumed, count), loader.samples(consumed, count), strict=True
+        ):
+            number = f", number {sample:,} of the dataset" if sample != order_position else ""
+            print(f"\nsample {order_position:,}{number}")
             _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
     return 0
 

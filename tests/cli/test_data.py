@@ -24,11 +24,11 @@ def prefix(tmp_path):
 
 
 def job(prefix, *more):
-    words = (
+    args = (
         "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 16 --max-position-embeddings 16 "
         "--micro-batch-size 2 --global-batch-size 4 --train-iters 50 --lr 0.1 --split 8,1,1"
     )
-    return [*words.split(), *NULL, "--data-path", prefix, *more]
+    return [*args.split(), *NULL, "--data-path", prefix, *more]
 
 
 def test_inspect_prints_counts_histogram_and_documents(prefix, tmp_path, capsys):
@@ -94,15 +94,15 @@ def test_samples_of_an_iteration_equal_those_of_training(prefix, capsys, more):
 
 
 @pytest.mark.parametrize(
-    ("iteration", "words", "message"),
+    ("iteration", "args", "message"),
     [
         ("51", (), "--iteration 51: the run has 50"),
         ("8", ("--train-samples", "30"), "--iteration 8: the run has 7"),
     ],
 )
-def test_samples_refuses_an_iteration_after_the_last(prefix, capsys, iteration, words, message):
-    flags = job(prefix, *words)
-    if words:
+def test_samples_refuses_an_iteration_after_the_last(prefix, capsys, iteration, args, message):
+    flags = job(prefix, *args)
+    if args:
         at = flags.index("--train-iters")
         del flags[at : at + 2]
     assert main(["data", "samples", "--iteration", iteration, *flags]) == 1
@@ -136,14 +136,14 @@ def test_pack_prints_statistics_and_training_reads_its_sequences(prefix, tmp_pat
             writer.add_document([*data.document(number).tolist(), 100])
     assert main(["data", "pack", marked, packed, "--seq-length", "16"]) == 1
     assert "the dataset has no manifest" in capsys.readouterr().err
-    words = ["data", "pack", marked, packed, "--seq-length", "16", *NULL]
-    assert main(words) == 0
+    args = ["data", "pack", marked, packed, "--seq-length", "16", *NULL]
+    assert main(args) == 0
     out = capsys.readouterr().out
     bins = IndexedDataset(packed)
     assert f"{len(bins):,} of 16 tokens" in out
     assert f"--data-path {packed} --seq-length 16 --eod-mask-loss" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    assert main(words) == 0
+    assert main(args) == 0
     assert "Already complete" in capsys.readouterr().out
     assert main(["data", "verify", packed, *NULL]) == 0
     assert main(["data", "inspect", packed]) == 0

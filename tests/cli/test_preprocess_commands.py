@@ -29,16 +29,16 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
     folder = corpus.parent / "tokenizer"
-    words = ["--input", str(corpus), "--output", str(folder), "--vocab-size", "300"]
-    assert train_tokenizer.run(words) == 0
+    args = ["--input", str(corpus), "--output", str(folder), "--vocab-size", "300"]
+    assert train_tokenizer.run(args) == 0
     return folder
 
 
 def test_megatron_deepspeed(corpus, tokenizer, tmp_path, capsys):
-    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--dataset-impl", "mmap", "--tokenizer-type"]
-    words += ["GPT2BPETokenizer", "--merge-file", tokenizer / "merges.txt", "--vocab", tokenizer / "vocab.json"]
-    words += ["--append-eod", "--workers", "1", "--json-key", "inputs", "--log-interval", "10"]
-    assert preprocess.run([*map(str, words)]) == 0
+    args = ["--input", corpus, "--output-prefix", tmp_path / "out", "--dataset-impl", "mmap", "--tokenizer-type"]
+    args += ["GPT2BPETokenizer", "--merge-file", tokenizer / "merges.txt", "--vocab", tokenizer / "vocab.json"]
+    args += ["--append-eod", "--workers", "1", "--json-key", "inputs", "--log-interval", "10"]
+    assert preprocess.run([*map(str, args)]) == 0
     assert len(IndexedDataset(tmp_path / "out_inputs_document")) == 50
     said = capsys.readouterr()
     assert f"--data-path {tmp_path / 'out_inputs_document'}" in said.out
@@ -46,10 +46,10 @@ def test_megatron_deepspeed(corpus, tokenizer, tmp_path, capsys):
 
 
 def test_megatron_lm(corpus, tokenizer, tmp_path, capsys):
-    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-type", "HuggingFaceTokenizer"]
-    words += ["--tokenizer-model", tokenizer, "--append-eod", "--workers", "1", "--partitions", "2"]
-    words += ["--json-keys", "text", "inputs", "--make-vocab-size-divisible-by", "128"]
-    assert preprocess.run([*map(str, words)]) == 0
+    args = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-type", "HuggingFaceTokenizer"]
+    args += ["--tokenizer-model", tokenizer, "--append-eod", "--workers", "1", "--partitions", "2"]
+    args += ["--json-keys", "text", "inputs", "--make-vocab-size-divisible-by", "128"]
+    assert preprocess.run([*map(str, args)]) == 0
     assert "--partitions 2 has no effect" in capsys.readouterr().err
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -78,19 +78,19 @@ def test_help_on_a_terminal_without_utf_8(encoding):
 
 
 def test_refused_arguments(corpus, tmp_path, capsys):
-    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
+    args = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out")]
     for more, message in (
         ([], "No tokenizer is given"),
         (["--tokenizer-type", "NullTokenizer"], "--vocab-size"),
         (["--tokenizer-model", "x", "--dataset-impl", "lazy"], "--dataset-impl"),
     ):
         with pytest.raises(ConfigError, match=message):
-            preprocess.run(words + more)
+            preprocess.run(args + more)
     with pytest.raises(ConfigError, match="--datasets PREFIX"):
         merge.run(["--output-prefix", "x"])
     with pytest.raises(ConfigError, match="--multimodal"):
         merge.run(["--output-prefix", "x", "--multimodal"])
-    assert main(["preprocess", *words, "--tokenizer-model", "absent/model"]) == 1
+    assert main(["preprocess", *args, "--tokenizer-model", "absent/model"]) == 1
     assert "DataError" in capsys.readouterr().err
 
 
@@ -99,28 +99,28 @@ def test_interrupted(corpus, tokenizer, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("megatron_lite.data.preparation.worker.UnitWorker.run", stop)
-    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
-    assert preprocess.run([*map(str, words)]) == 130
+    args = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
+    assert preprocess.run([*map(str, args)]) == 130
     assert capsys.readouterr().err.strip().count("\n") == 0
 
 
 def test_finding_the_number_of_workers(corpus, tokenizer, tmp_path, capsys):
-    words = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
-    words += ["--find-optimal-num-workers", "--workers-to-check", "1", "2", "--max-documents", "20"]
-    assert preprocess.run([*map(str, words)]) == 0
+    args = ["--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer]
+    args += ["--find-optimal-num-workers", "--workers-to-check", "1", "2", "--max-documents", "20"]
+    assert preprocess.run([*map(str, args)]) == 0
     assert "Fastest on this machine: --workers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_training_sentencepiece_and_bad_input(corpus, tmp_path, capsys):
     pytest.importorskip("sentencepiece")
-    words = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "280", "--tokenizer-type"]
-    assert train_tokenizer.run([*words, "SentencePieceTokenizer"]) == 0
+    args = ["--input", str(corpus), "--output", str(tmp_path), "--vocab-size", "280", "--tokenizer-type"]
+    assert train_tokenizer.run([*args, "SentencePieceTokenizer"]) == 0
     use = shlex.split(capsys.readouterr().out)
-    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
-    assert preprocess.run(words + use[use.index("--tokenizer-type") :]) == 0
+    args = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
+    assert preprocess.run(args + use[use.index("--tokenizer-type") :]) == 0
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
-    words = ["train-tokenizer", "--input", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "t")]
-    assert main([*words, "--vocab-size", "300"]) == 1
+    args = ["train-tokenizer", "--input", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "t")]
+    assert main([*args, "--vocab-size", "300"]) == 1
     assert "bad.jsonl:2" in capsys.readouterr().err
-    assert main([*words, "--vocab-size", "300", "--skip-bad-lines"]) == 0
+    assert main([*args, "--vocab-size", "300", "--skip-bad-lines"]) == 0

@@ -77,7 +77,7 @@ def test_beginning_of_text_token(bpe_folder, tmp_path):
         _ = build_tokenizer(TokenizerConfig(type="NullTokenizer", vocab_size=9)).bos
 
 
-def words(tmp_path, name="tokenizer.json", **model):
+def word_level(tmp_path, name="tokenizer.json", **model):
     library = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "h": 2, "i": 3}, **model))
     library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     library.post_processor = bos_eos(library)
@@ -86,13 +86,13 @@ def words(tmp_path, name="tokenizer.json", **model):
 
 
 def test_a_text_that_the_library_cannot_encode_is_a_data_error(tmp_path):
-    tokenizer = words(tmp_path)
+    tokenizer = word_level(tmp_path)
     assert tokenizer.encode("hi") == [2, 3]
     with pytest.raises(DataError, match=r"Missing \[UNK\] token"):
         tokenizer.encode("ho")
     with pytest.raises(DataError, match=r"Missing \[UNK\] token"):
         tokenizer.encode_flat(["hi", "ho"])
-    known = words(tmp_path, unk_token="h")
+    known = word_level(tmp_path, unk_token="h")
     assert (known.encode("ho"), known.unknown) == ([2, 2], 2)
 
 

@@ -1,4 +1,4 @@
-"""Token files (.bin): random-access reads, and whole-file copies inside the kernel."""
+"""Token files (.bin): random-access reads, and copies inside the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory and disk checks before a sample index is built."""
+"""Memory and disk checks of sample indices, made before an index is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample index: Megatron's document, sample and shuffle indices, in the legacy and the modern order.
+"""Sample index: Megatron's document, sample and shuffle indices, in legacy and modern order.
 
 Sequences ("documents" here, as in Megatron's names) are shuffled epoch by epoch and concatenated to a token stream;
 sample number j is tokens [j*L, j*L + L] of that stream. Sample i of the dataset is number shuffle[i]. The document of

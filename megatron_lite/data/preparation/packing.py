@@ -1,5 +1,7 @@
-"""Best-fit-decreasing packing of documents into sequences (Ding et al. 2024, "Fewer Truncations Improve
-Language Modeling", https://arxiv.org/abs/2404.10830).
+"""Best-fit-decreasing packing: assigns pieces of documents to sequences of one length.
+
+The algorithm is that of Ding et al. 2024, "Fewer Truncations Improve Language Modeling"
+(https://arxiv.org/abs/2404.10830).
 
 Every document is cut into pieces: full sequences, and the remainder. A document that fits in a sequence is one piece.
 Pieces are packed in windows of WINDOW tokens, each read and written at once, which bounds memory and avoids seeks. A
@@ -45,11 +47,11 @@ def windows(data: IndexedDataset, seq_length: int, size: int = WINDOW) -> Iterat
     while document < data.num_documents:
         ends = document_ends(data, document, min(data.num_documents, document + DOCUMENTS))
         # Documents that end within the window; for a document longer than the window, as many full pieces as fit.
-        whole = int(np.searchsorted(ends, start + size, side="right"))
-        if whole:
-            lengths = np.diff(ends[:whole], prepend=start)
+        count = int(np.searchsorted(ends, start + size, side="right"))
+        if count:
+            lengths = np.diff(ends[:count], prepend=start)
             pieces, last = cut(lengths[lengths > 0], seq_length)
-            document += whole
+            document += count
         else:
             pieces = np.full(size // seq_length, seq_length, dtype=np.int64)
             last = np.zeros(pieces.shape, dtype=np.bool_)
@@ -103,9 +105,9 @@ def best_fit(lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int64]:
             taken = open_bins.take(space, -(-left // each))
             count = min(left, taken.shape[0] * each)
             bins[order[placed : placed + count]] = np.repeat(taken, each)[:count]
-            whole, over = divmod(count, each)
-            open_bins.give(space - each * length, taken[:whole])
-            open_bins.give(space - over * length, taken[whole:])
+            full, rest = divmod(count, each)
+            open_bins.give(space - each * length, taken[:full])
+            open_bins.give(space - rest * length, taken[full:])
             placed, left = placed + count, left - count
             if not left:
                 break

@@ -103,10 +103,10 @@ class Summary:
         for kind in EXAMPLE_KINDS:
             examples: list[Example] = getattr(report, kind)
             limit = 1 if kind == "longest" else KEPT_EXAMPLES
-            place = self.places[kind]
-            place.extend((one.score, f"{path}:{lines_before + one.line}", one.what) for one in examples)
-            place.sort(key=lambda one: -one[0])
-            del place[limit:]
+            kept = self.places[kind]
+            kept.extend((one.score, f"{path}:{lines_before + one.line}", one.what) for one in examples)
+            kept.sort(key=lambda one: -one[0])
+            del kept[limit:]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON, for the manifest."""

@@ -54,12 +54,12 @@ def test_a_far_sample_is_reached_in_few_steps(monkeypatch, sources):
     monkeypatch.setattr(blending, "advance_chunks", None)
     normalized = np.array(normalize(np.random.RandomState(sources).uniform(0.01, 1, sources)))
     index = BlendIndex(normalized)
-    place = 10**8 // CHUNK
-    _, numbers = index.chunk(place)
-    far = counts_before(normalized, place * CHUNK, 1 << 13)
+    chunk = 10**8 // CHUNK
+    _, numbers = index.chunk(chunk)
+    far = counts_before(normalized, chunk * CHUNK, 1 << 13)
     assert far is not None
-    assert far.sum() == place * CHUNK
-    assert index._starts[place].tolist() == far.tolist()
+    assert far.sum() == chunk * CHUNK
+    assert index._starts[chunk].tolist() == far.tolist()
     assert numbers.min() >= far.min()
 
 

@@ -95,11 +95,11 @@ def test_a_modern_cache_is_used_whatever_its_tokenizer(data, tmp_path, beside, n
     plan = plan_for(data, order="modern")
     folder = tmp_path / "cache" / "GPTDataset_indices" if beside else tmp_path / "elsewhere"
     index = save_modern(plan, data, folder)
-    place = None if beside else folder
-    found = find_megatron_index(data.prefix, "train", "949,50,1", place, plan, data.sizes, notices)
+    cache = None if beside else folder
+    found = find_megatron_index(data.prefix, "train", "949,50,1", cache, plan, data.sizes, notices)
     assert_same(found, index, data.sizes)
-    assert find_megatron_index(data.prefix, "train", "900,50,1", place, plan, data.sizes, notices) is None
-    assert find_megatron_index(data.prefix, "train", "949,50,1", place, plan_for(data), data.sizes, notices) is None
+    assert find_megatron_index(data.prefix, "train", "900,50,1", cache, plan, data.sizes, notices) is None
+    assert find_megatron_index(data.prefix, "train", "949,50,1", cache, plan_for(data), data.sizes, notices) is None
 
 
 def test_a_cache_of_another_split_is_refused(data, notices):

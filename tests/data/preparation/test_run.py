@@ -81,10 +81,10 @@ def test_killed_runs_are_continued(corpus, tokenizer, tmp_path, look, make):
     big = tmp_path / "big.jsonl"
     big.write_bytes((corpus.read_bytes() + b"\n") * 320)  # five units
     whole = look.files(make("whole", inputs=(str(big),), unit_bytes=None))
-    words = ["--input", str(big), "--vocab", tokenizer.vocab_file, "--merge", tokenizer.merge_file]
-    words += ["--output-prefix", str(tmp_path / "killed"), "--workers", "2", "--no-fast-tokenizer"]
+    args = ["--input", str(big), "--vocab", tokenizer.vocab_file, "--merge", tokenizer.merge_file]
+    args += ["--output-prefix", str(tmp_path / "killed"), "--workers", "2", "--no-fast-tokenizer"]
     start = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "preprocess", *words]
+    command = [sys.executable, "-c", start, "preprocess", *args]
     for wanted in (1, 2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(list((tmp_path / "killed.partial").glob("*.json"))) < wanted:

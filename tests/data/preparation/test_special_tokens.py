@@ -39,20 +39,20 @@ def template(tokenizer, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("bos", "eod"), [(False, False), (False, True), (True, False), (True, True)])
 def test_bos_and_eod_are_added_once_if_requested(make, look, template, bos, eod, workers):
-    words = build_tokenizer(template)
+    encoder = build_tokenizer(template)
     prefix = make(tokenizer=template, append_eod=eod, prepend_bos=bos, workers=workers)
-    start, end = [words.bos] if bos else [], [words.eod] if eod else []
-    assert look.documents(prefix) == [[*start, *words.encode(text), *end] for text in look.texts if text]
+    start, end = [encoder.bos] if bos else [], [encoder.eod] if eod else []
+    assert look.documents(prefix) == [[*start, *encoder.encode(text), *end] for text in look.texts if text]
     manifest = read_manifest(f"{prefix}_text_document")
-    assert manifest.tokenizer["bos"] == (words.bos if bos else None)
-    assert manifest.tokenizer["eod"] == (words.eod if eod else None)
+    assert manifest.tokenizer["bos"] == (encoder.bos if bos else None)
+    assert manifest.tokenizer["eod"] == (encoder.eod if eod else None)
     assert manifest.report["empty"] == look.texts.count("")
 
 
 def test_bos_and_eod_of_documents_of_several_sentences(template):
-    words = build_tokenizer(template)
-    batch = Batch.of(words.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_bos(7).with_eod(8)
-    assert batch.ids.tolist() == [7, *words.encode("a"), *words.encode("b"), 8, 7, *words.encode("c"), 8]
+    encoder = build_tokenizer(template)
+    batch = Batch.of(encoder.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_bos(7).with_eod(8)
+    assert batch.ids.tolist() == [7, *encoder.encode("a"), *encoder.encode("b"), 8, 7, *encoder.encode("c"), 8]
     assert batch.lengths.tolist() == [2, 2, 3]
     assert batch.sequences.tolist() == [2, 0, 1]
 
