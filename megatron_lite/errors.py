@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class MegatronLiteError(Exception):
-    """Base of every error that is the user's to fix; the command line prints it without a traceback.
+    """Base class of errors that the user can fix; the command line prints them without traceback.
 
     Args:
         problem: what happened, with the values, flags and files concerned; a sentence without a full stop.
@@ -14,16 +14,14 @@ class MegatronLiteError(Exception):
         rule: what must hold, where the problem does not imply it; a sentence without a full stop.
 
     Attributes:
-        shared: whether all ranks of the job raise it, so that it is printed once.
-        silent: whether this rank leaves it to another one to print it.
+        shared: True if all ranks of the job raise the error, so that it is printed once.
+        silent: True if another rank prints the error.
     """
 
     shared = False
     silent = False
 
-    def __init__(self, problem: str, *, fix: str, rule: str = "", found: str = "") -> None:
-        if found:
-            problem = f"{problem}:{found}" if found.startswith("\n") else f"{problem}: {found}"
+    def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
         self.problem = problem
         self.rule = rule
         self.fix = fix
@@ -37,11 +35,11 @@ class MegatronLiteError(Exception):
 
 
 class ConfigError(MegatronLiteError):
-    """The command line, a DeepSpeed JSON or an environment variable asks for something impossible."""
+    """Invalid command line, DeepSpeed JSON or environment variable."""
 
 
 class ConfigErrors(ConfigError):
-    """Several ConfigErrors at once, so that a three-day queue is not spent finding them one by one."""
+    """All ConfigErrors of a command line, reported together."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         self.errors = tuple(errors)
@@ -56,7 +54,7 @@ class ConfigErrors(ConfigError):
 
 
 class FailedRank(Exception):
-    """The cause of an error that several ranks raise: the rank on which it occurred first."""
+    """Cause of an error that several ranks raise: the rank on which it occurred first."""
 
     def __init__(self, host: str, rank: int) -> None:
         self.host = host
@@ -65,28 +63,28 @@ class FailedRank(Exception):
 
 
 def failed_rank(error: BaseException | None) -> FailedRank | None:
-    """Return the rank on which an error occurred first, by its chain of causes; None: this rank."""
+    """Return the rank on which an error occurred first, from its chain of causes; None: this rank."""
     while error is not None and not isinstance(error, FailedRank):
         error = error.__cause__
     return error
 
 
 class RankDifferenceError(ConfigError):
-    """Ranks of one job differ in what all must have in common: configuration, code, files, environment."""
+    """Ranks of a job differ in configuration, code, files or environment."""
 
 
 class DataError(MegatronLiteError):
-    """A dataset, a tokenizer's file or a corpus is missing, damaged or does not belong to the run."""
+    """Missing, damaged or mismatched dataset, tokenizer file or corpus."""
 
 
 class CheckpointError(MegatronLiteError):
-    """A checkpoint is missing, incomplete, damaged or does not belong to the run."""
+    """Missing, incomplete, damaged or mismatched checkpoint."""
 
 
 class TrainingError(MegatronLiteError):
-    """Training cannot go on: a loss or gradient that is not finite, a failed rank, a full disk."""
+    """Failure during training: a non-finite loss or gradient, a failed rank, a full disk."""
 
 
 def install_extra(name: str) -> str:
-    """How to install an extra of setup.py, as the fix of an error."""
+    """Return the instruction to install an extra of setup.py, for the fix of an error."""
     return f"Install the extra {name}: pip install -e '.[{name}]' in the folder of the clone"

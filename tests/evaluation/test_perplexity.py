@@ -53,7 +53,7 @@ def text():
 
 
 def token_losses(stage, tokens):
-    """Loss of each token but the first, given the ones before it, plainly."""
+    """Return the loss of each token but the first, with a plain loop."""
     stage.eval()
     row = torch.tensor([tokens])
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a_text_of_one_window_has_the_plain_loss(stage, text):
     assert found.mean == pytest.approx(float(token_losses(stage, text).mean()), rel=1e-5)
 
 
-def test_windows_that_do_not_overlap_are_samples_of_their_own(stage, text):
+def test_windows_without_overlap_are_separate_samples(stage, text):
     parts = [token_losses(stage, text[start : start + 11]) for start in range(0, 46, 10)]
     wanted = torch.cat(parts)
     for batch_size in (1, 3, 8):
@@ -87,7 +87,7 @@ def test_windows_that_do_not_overlap_are_samples_of_their_own(stage, text):
         assert found.total == pytest.approx(float(wanted.sum()), rel=1e-5)
 
 
-def test_a_stride_of_one_gives_every_token_all_the_context_there_is(stage, text):
+def test_a_stride_of_one_gives_every_token_full_context(stage, text):
     found = text_loss(stage, text, 8, stride=1)
     wanted = [float(token_losses(stage, text[max(0, at - 8) : at + 1])[-1]) for at in range(1, 47)]
     assert found.total == pytest.approx(sum(wanted), rel=1e-5)
@@ -99,32 +99,32 @@ def test_perplexity_and_bits(stage, text):
     assert found.bits_per_byte(23) == pytest.approx(found.mean * 2 / math.log(2))
 
 
-def test_dropout_is_off_and_the_mode_comes_back(stage, text):
+def test_dropout_is_off_and_the_mode_is_restored(stage, text):
     stage.train()
     assert text_loss(stage, text, 16) == text_loss(stage, text, 16)
     assert stage.training
 
 
 @pytest.mark.parametrize(("length", "stride"), [(1, 0), (10, 17), (10, -1)])
-def test_texts_and_strides_that_make_no_sense_are_refused(stage, text, length, stride):
+def test_invalid_texts_and_strides_are_refused(stage, text, length, stride):
     with pytest.raises(ConfigError, match="Cannot evaluate"):
         text_loss(stage, text[:length], 16, stride=stride)
 
 
-def test_progress_is_told_and_adds_up(stage, text):
+def test_progress_adds_up(stage, text):
     told = []
     text_loss(stage, text, 10, batch_size=2, on_tokens=told.append)
     assert told == [20, 20, 6]
 
 
-def test_tokens_and_windows_that_the_model_lacks_are_refused(stage):
+def test_tokens_and_windows_out_of_range_are_refused(stage):
     with pytest.raises(ConfigError, match="ids from 3 to 51, the model's vocabulary has 51"):
         text_loss(stage, [3, 51], 16)
     with pytest.raises(ConfigError, match="exceeds the 64 learned positions"):
         text_loss(stage, [1, 2, 3], 65)
 
 
-def test_a_model_of_broken_weights_has_no_loss(stage, text):
+def test_a_non_finite_loss_is_an_error(stage, text):
     weight = stage.embedding.word_embeddings.weight
     before = weight.detach().clone()
     try:
@@ -140,20 +140,20 @@ def test_a_model_of_broken_weights_has_no_loss(stage, text):
 FULL = TextMetrics("text", TextLoss(total=20.0, tokens=10), num_bytes=40, num_words=5)
 
 
-def test_figures_per_token_byte_and_word():
+def test_metrics_per_token_byte_and_word():
     record = FULL.record()
     assert record["loss"] == 2.0 and record["perplexity"] == pytest.approx(math.e**2)
     assert record["bits_per_byte"] == pytest.approx(20.0 / 40 / math.log(2))
     assert record["word_perplexity"] == pytest.approx(math.e**4)
 
 
-def test_where_only_tokens_are_known_the_rest_is_left_out():
+def test_metrics_without_sizes():
     record = TextMetrics("data", FULL.loss).record()
     assert set(record) == {"name", "tokens", "loss", "perplexity"}
     assert format_table([TextMetrics("data", FULL.loss)]).split()[-3:] == ["-", "-", "-"]
 
 
-def test_a_hopeless_model_has_a_record_that_is_json_and_a_table_of_80_columns():
+def test_infinite_perplexity_in_json_and_table():
     hopeless = TextMetrics("text", TextLoss(total=1e9, tokens=1_000_000), num_bytes=4_000_000, num_words=1_000)
     assert json.loads(json.dumps(hopeless.record(), allow_nan=False))["word_perplexity"] == "Infinity"
     bad = TextMetrics("text", TextLoss(total=6e6, tokens=1_000_000), num_bytes=4_000_000, num_words=200_000)

@@ -17,7 +17,7 @@ from megatron_lite.evaluation.wikitext import detokenize, num_words
         ("at 5 ° C", "at 5°C"),
     ],
 )
-def test_words_are_put_together(apart, together):
+def test_detokenization(apart, together):
     assert detokenize(apart) == together
 
 
@@ -26,5 +26,5 @@ def test_no_word_is_lost(text):
     assert [c for c in detokenize(text) if c in "ab"] == [c for c in text if c in "ab"]
 
 
-def test_the_end_of_a_line_is_a_word():
+def test_line_ends_count_as_words():
     assert num_words(" \n = Homarus gammarus = \n \n Homarus gammarus , known \n") == 12

@@ -1,4 +1,4 @@
-"""A small GPT on one CPU device, for tests that generate or measure with it."""
+"""Fixtures: a small GPT on one CPU device."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def without_cache(stage, prompt, count, sampling, seed, eod=None):
-    """The plain way: the whole text through the model for every token."""
+    """Generate without cache: the whole text passes through the model for every token."""
     generator = torch.Generator().manual_seed(seed)
     tokens, new = list(prompt), []
     stage.eval()
@@ -43,7 +43,7 @@ def without_cache(stage, prompt, count, sampling, seed, eod=None):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3), Sampling(top_k=5, top_p=0.9)])
-def test_a_batch_with_a_cache_is_each_prompt_alone_without_one(make_stage, shape, sampling):
+def test_a_batch_with_cache_equals_single_prompts_without_cache(make_stage, shape, sampling):
     stage = make_stage(**SHAPES[shape])
     seeds = [10, 11, 12, 13]
     found = generate(stage, PROMPTS, max_new_tokens=12, sampling=sampling, seeds=seeds, eod=None)
@@ -63,7 +63,7 @@ def test_each_row_ends_at_its_own_end_of_document(stage):
     assert len({len(row) for row in found}) > 1
 
 
-def test_greedy_is_deterministic_and_seeds_change_the_rest(stage):
+def test_greedy_is_deterministic_and_sampling_depends_on_seeds(stage):
     def once(sampling, seed):
         return generate(stage, [[3, 4]], max_new_tokens=16, sampling=sampling, seeds=[seed], eod=None)
 
@@ -79,7 +79,7 @@ def test_padding_is_never_generated(make_stage):
     assert set(rows[0]) | set(rows[1]) == {0, 1, 2}
 
 
-def test_tokens_are_told_as_they_come(stage):
+def test_on_token_is_called_for_each_token(stage):
     told = []
     found = generate(
         stage,
@@ -96,7 +96,7 @@ def test_tokens_are_told_as_they_come(stage):
     assert [row for row, _ in told[:4]] == [0, 0, 0, 0]
 
 
-def test_training_mode_and_gradients_are_left_as_they_were(stage):
+def test_training_mode_and_gradients_do_not_change(stage):
     stage.train()
     generate(stage, [[1]], max_new_tokens=2, sampling=GREEDY, seeds=[0], eod=None)
     assert stage.training
@@ -110,7 +110,7 @@ def stop(row, token):
     raise RuntimeError("stop")
 
 
-def test_nothing_to_do_is_nothing(stage):
+def test_no_prompts_and_no_tokens(stage):
     assert generate(stage, [], max_new_tokens=5, sampling=GREEDY, seeds=[], eod=None) == []
     assert generate(stage, [[1], [2]], max_new_tokens=0, sampling=GREEDY, seeds=[1, 2], eod=None) == [[], []]
 
@@ -123,12 +123,12 @@ def test_the_last_position_can_be_used_and_no_more(stage):
 
 
 @pytest.mark.parametrize(("prompt", "words"), [([], "has no tokens"), ([51], "vocabulary"), ([-1], "vocabulary")])
-def test_prompts_that_the_model_cannot_read_are_refused(stage, prompt, words):
+def test_invalid_prompts_are_refused(stage, prompt, words):
     with pytest.raises(ConfigError, match=words):
         generate(stage, [[1], prompt], max_new_tokens=1, sampling=GREEDY, seeds=[0, 0], eod=None)
 
 
-def test_broken_weights_are_named(make_stage):
+def test_non_finite_logits_are_an_error(make_stage):
     stage = make_stage()
     with torch.no_grad():
         stage.decoder.final_norm.weight[0] = float("nan")

@@ -48,7 +48,7 @@ def greedy(stage):
     return generate(stage, [[1, 2, 3]], max_new_tokens=8, sampling=sampling, seeds=[0], eod=None)[0]
 
 
-def test_the_checkpoint_alone_gives_the_model_back(saved, stage):
+def test_a_checkpoint_restores_the_model(saved, stage):
     model = restore_model(str(saved), 0, CPU)
     assert model.iteration == 7 and model.path.name == "iter_0000007"
     assert model.config.model == stage.config
@@ -72,12 +72,12 @@ def test_another_tokenizer_is_refused(tmp_path, save, stage):
         restore_model(str(save(tmp_path, stage, fingerprint="sha256:other")), 0, CPU)
 
 
-def test_moved_tokenizer_files_can_be_named(saved):
+def test_moved_tokenizer_files_can_be_given(saved):
     with pytest.raises(DataError, match="nowhere"):
         restore_model(str(saved), 0, CPU, tokenizer={"type": "HuggingFaceTokenizer", "model": "/nowhere"})
 
 
-def test_a_manifest_without_a_config_says_so(tmp_path, stage):
+def test_a_manifest_without_config_is_an_error(tmp_path, stage):
     tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
     save_checkpoint(SaveRequest(tmp_path, 1, {}, Provenance()), tensors, LocalGroup("world"))
     with pytest.raises(CheckpointError, match="no config of model, tokenizer, precision"):
@@ -96,7 +96,7 @@ def test_the_command_continues_a_prompt(saved, stage, capsys):
     assert "iteration 7" in err
 
 
-def test_the_command_samples_prompts_alike_alone_and_together(saved, capsys, tmp_path):
+def test_samples_of_a_prompt_do_not_depend_on_other_prompts(saved, capsys, tmp_path):
     (tmp_path / "prompts").write_text("4 5 6 7\n1 2\n")
     out, _ = run(saved, capsys, "--prompt-file", str(tmp_path / "prompts"), "--num-samples", "2", "--seed", "5")
     parts = [part.partition("---\n")[2].strip() for part in out.split("--- prompt ")[1:]]
@@ -119,7 +119,7 @@ def test_the_command_reads_a_pipe_and_a_terminal(saved, capsys, monkeypatch):
     assert "learned positions" in err  # the second prompt was too long, and the third still answered
 
 
-def test_the_commands_mistakes_are_named(saved, tmp_path, capsys):
+def test_errors_of_the_command(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.run(["--load", str(saved), "--prompt", "1", "--temperature", "-1"])
     assert "--temperature: '-1' is not a number from 0 to 1e+06" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_the_manifest_is_json_of_the_config(saved, make_config):
 
 @pytest.fixture(scope="module")
 def with_template(tmp_path_factory, save, stage):
-    """A model whose tokenizer's template adds both ends."""
+    """Return a model whose tokenizer template adds tokens at both ends."""
     folder = tmp_path_factory.mktemp("template")
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "h": 2, "i": 3, "?": 4}, "?"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
@@ -157,7 +157,7 @@ def with_template(tmp_path_factory, save, stage):
     ("prompt", "flags", "fed"),
     [("hi", [], [2, 3]), ("hi", ["--prepend-bos"], [0, 2, 3]), ("", [], [1]), ("", ["--prepend-bos"], [0])],
 )
-def test_a_prompt_is_its_content(with_template, capsys, monkeypatch, prompt, flags, fed):
+def test_prompts_are_encoded_without_template(with_template, capsys, monkeypatch, prompt, flags, fed):
     told = []
     monkeypatch.setattr(
         "megatron_lite.generation.generate.generate", lambda _, prompts, **__: told.extend(prompts) or [[]]
@@ -168,7 +168,7 @@ def test_a_prompt_is_its_content(with_template, capsys, monkeypatch, prompt, fla
 
 def test_a_tokenizer_without_an_end_of_document(with_template, capsys, monkeypatch):
     def none(_):
-        raise DataError("none", found="none", fix="none")
+        raise DataError("none", fix="none")
 
     monkeypatch.setattr(HuggingFaceTokenizer, "eod", property(none))
     _, err = run(with_template, capsys, "--prompt", "hi", "--greedy")

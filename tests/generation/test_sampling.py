@@ -17,7 +17,7 @@ GRID = 20_000
 
 
 def frequencies(logits, sampling, vocab):
-    """Shares of each token over an even grid of uniform numbers: the distribution itself, without any chance in it."""
+    """Return the share of each token over an even grid of uniform numbers, the exact distribution."""
     uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     ids = choose(logits.expand(GRID, -1), sampling, vocab, uniform)
     return torch.bincount(ids, minlength=logits.shape[1]) / GRID
@@ -83,13 +83,13 @@ def test_padding_and_filtered_tokens_are_never_chosen(rows, sampling, padding, u
         assert (of_chosen > 0).all()
 
 
-def test_greedy_takes_the_likeliest_whatever_the_number():
+def test_greedy_chooses_the_likeliest_for_any_uniform_number():
     logits = torch.tensor([[0.0, 3.0, 2.0, 99.0], [5.0, 3.0, 2.0, 99.0]])
     for uniform in (0.0, 0.99):
         assert choose(logits, Sampling(temperature=0.0), 3, torch.full((2,), uniform)).tolist() == [1, 0]
 
 
-def test_each_token_owns_a_half_open_interval():
+def test_each_token_has_a_half_open_interval():
     logits = torch.zeros(3, 2)
     assert choose(logits, Sampling(), 2, torch.tensor([0.0, 0.4999, 0.5])).tolist() == [0, 0, 1]
 
@@ -106,7 +106,7 @@ def test_top_k_shares_its_probability_by_softmax():
     assert frequencies(logits, Sampling(top_k=2), 4).tolist() == pytest.approx([4 / 9, 0, 5 / 9, 0], abs=1e-3)
 
 
-def test_top_p_looks_at_what_top_k_left():
+def test_top_p_applies_after_top_k():
     logits = torch.tensor([[math.log(0.4), math.log(0.3), math.log(0.3)]])
     # Of all tokens 0.4 and 0.3 are needed for 0.5; of the top two the first alone has 4/7.
     assert (candidates(logits, Sampling(top_p=0.5), 3)[0] > 0).sum() == 2

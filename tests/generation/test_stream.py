@@ -6,14 +6,14 @@ from megatron_lite.generation.stream import TextStream
 
 
 class Bytes:
-    """Every id is a byte of UTF-8."""
+    """Tokenizer whose ids are UTF-8 bytes."""
 
     def decode(self, ids):
         return bytes(ids).decode("utf-8", "replace")
 
 
 class Words:
-    """Like sentencepiece: a word carries a space before it, which a text's first word loses."""
+    """Tokenizer as sentencepiece: words have a leading space, which is dropped at the start of a text."""
 
     def decode(self, ids):
         return " ".join(f"w{token}" for token in ids)
@@ -24,7 +24,7 @@ def encode(text):
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_pieces_join_to_the_whole_and_hold_whole_characters(context, text):
+def test_pieces_add_up_to_the_text_and_have_complete_characters(context, text):
     stream = TextStream(Bytes(), encode(context))
     pieces = [stream.push(token) for token in encode(text)]
     assert "".join(pieces) + stream.flush() == text
@@ -33,19 +33,19 @@ def test_pieces_join_to_the_whole_and_hold_whole_characters(context, text):
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
-def test_any_bytes_end_up_as_their_decoding(ids):
+def test_pieces_of_any_bytes_add_up_to_their_decoding(ids):
     stream = TextStream(Bytes())
     text = "".join(stream.push(token) for token in ids) + stream.flush()
     assert text == Bytes().decode(ids)
 
 
-def test_text_is_told_as_soon_as_it_is_certain():
+def test_text_is_returned_when_complete():
     stream = TextStream(Bytes())
     assert [stream.push(token) for token in encode("aé€")] == ["a", "", "é", "", "", "€"]
     assert stream.flush() == ""
 
 
-def test_a_character_that_never_ends_is_flushed():
+def test_an_incomplete_character_is_flushed():
     stream = TextStream(Bytes())
     assert [stream.push(token) for token in encode("a€")[:-1]] == ["a", "", ""]
     assert stream.flush() == "�"

@@ -41,7 +41,7 @@ def line_of(*reports):
     return format_iteration(reports[-1], window.take(), NOW)
 
 
-def test_the_line_is_megatrons_then_ours():
+def test_megatrons_fields_precede_additional_ones():
     full = report(
         losses={"lm loss": 6.681113},
         loss_scale=4096.0,
@@ -61,14 +61,14 @@ def test_the_line_is_megatrons_then_ours():
     )
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_values_are_omitted():
     line = line_of(report())
     for name in ("throughput", "grad norm", "num zeros", "params norm", "MFU", "ETA", "skipped samples"):
         assert name not in line
     assert " | skipped samples:          320 | elapsed" in line_of(report(skipped_train_samples=320))
 
 
-def test_losses_are_averaged_over_advanced_iterations_and_times_over_all():
+def test_losses_are_averaged_over_applied_iterations_and_times_over_all():
     line = line_of(
         report(98, losses={"lm loss": 3.0}, seconds=1.0),
         report(99, losses={"lm loss": float("nan")}, skipped=1, nan=1, seconds=4.0),
@@ -80,12 +80,12 @@ def test_losses_are_averaged_over_advanced_iterations_and_times_over_all():
     assert "tokens/s: 16384.0 |" in line
 
 
-def test_a_loss_that_is_not_above_zero_is_left_out():
+def test_a_loss_not_above_zero_is_omitted():
     assert "lm loss" not in line_of(report(skipped=1))
     assert "lm loss" not in line_of(report(losses={"lm loss": float("nan")}))
 
 
-def test_a_sources_loss_is_averaged_over_the_iterations_that_saw_it():
+def test_source_losses_are_averaged_over_the_iterations_with_samples():
     line = line_of(
         report(99, losses={"lm loss": 3.0, "lm loss wiki": 4.0}),
         report(100, losses={"lm loss": 2.0, "lm loss oscar": 1.0}),
@@ -100,7 +100,7 @@ def test_a_sources_loss_is_averaged_over_the_iterations_that_saw_it():
         max_size=20,
     )
 )
-def test_every_line_can_be_read_back(rows):
+def test_every_line_can_be_parsed(rows):
     reports = [
         report(number, losses={"lm loss": loss}, global_batch_size=batch, seconds=seconds, skipped=skipped)
         for number, (loss, batch, seconds, skipped) in enumerate(rows, 1)
@@ -115,11 +115,11 @@ def test_every_line_can_be_read_back(rows):
     assert int(fields["number of skipped iterations"]) == len(rows) - len(advanced)
 
 
-def test_one_line_per_interval_and_for_the_rest():
+def test_one_line_per_interval_and_for_an_incomplete_one():
     stream = io.StringIO()
     sink = ConsoleSink(line_writer(stream), log_interval=3)
     for iteration in range(1, 9):
-        # Measured once, in the middle of a window.
+        # Measured once, within an interval.
         memory = {"allocated": 2**20, "max_allocated": 2**21} if iteration == 1 else {}
         sink.iteration(report(iteration, memory=memory))
     sink.close()
@@ -129,7 +129,7 @@ def test_one_line_per_interval_and_for_the_rest():
     assert len(lines) == 4
 
 
-def test_the_last_iteration_gets_its_line_at_once():
+def test_the_last_iteration_is_printed():
     lines = []
     sink = ConsoleSink(lines.append, log_interval=100)
     sink.iteration(report(7, train_iterations=7))
@@ -148,7 +148,7 @@ def test_timers_are_milliseconds_per_iteration():
     assert format_memory({"reserved": 0}, 5, rank=3).startswith("[Rank 3] (after 5 iterations)")
 
 
-def test_memory_that_is_all_in_use_is_said_once():
+def test_reserved_memory_equal_to_allocated_is_omitted():
     gpu = {"allocated": 1 << 20, "max_allocated": 2 << 20, "reserved": 3 << 20, "max_reserved": 4 << 20}
     fields = "allocated: 1.0 | max allocated: 2.0"
     assert format_memory(gpu, 5, rank=0).endswith(f"(MB) | {fields} | reserved: 3.0 | max reserved: 4.0")
@@ -156,14 +156,14 @@ def test_memory_that_is_all_in_use_is_said_once():
     assert format_memory(cpu, 5, rank=0).endswith(f"(MB) | {fields}")
 
 
-def test_validation_stands_between_dashes():
+def test_validation_lines():
     text = format_validation(ValidationReport(iteration=200, consumed_train_samples=1, losses={"lm loss": 1.0}))
     dashes, line, again = text.split("\n")
     assert line == "validation loss at iteration 200 | lm loss value: 1.000000E+00 | lm loss PPL: 2.718282E+00 | "
     assert dashes == again == "-" * (len(line) + 1)
 
 
-def test_named_sets_and_the_end_of_the_run_say_so():
+def test_validation_lines_of_named_sets_and_at_the_end():
     end = ValidationReport(
         iteration=9, consumed_train_samples=1, losses={"lm loss": 99.0}, split="test", name="wiki", at_end=True
     )

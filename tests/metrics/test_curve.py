@@ -96,7 +96,7 @@ def test_the_svg_is_well_formed_and_inside_its_frame(train, losses, name):
             assert 0 <= x <= width and 0 <= y <= height
 
 
-def test_the_svg_says_what_it_shows(metrics):
+def test_the_svg_has_title_and_legend(metrics):
     text = draw_svg(read_curve(metrics))
     for words in ("Loss of a GPT with 4.8M parameters", ">iteration<", ">lm loss<", ">validation 3.2282<", ">40<"):
         assert words in text
@@ -121,7 +121,7 @@ def test_a_single_loss_has_a_tick_beside_it_at_any_height():
         assert any(row.split("|")[0].strip() for row in rows), height
 
 
-def test_the_terminal_drawing_falls(metrics):
+def test_the_terminal_drawing_shows_a_falling_loss(metrics):
     rows = draw_terminal(read_curve(metrics), 60, 10, unicode=False).splitlines()[2:12]
     first_dots = [row.index(".") for row in rows if "." in row]
     assert first_dots == sorted(first_dots)

@@ -53,7 +53,7 @@ def facts(start=0):
 
 
 def write(path, start, iterations, end=True):
-    """A run from `start` over `iterations`, with an evaluation after every second one, and at the end."""
+    """Write a run from `start` over `iterations`, with an evaluation after every second one and at the end."""
     sink = JsonlSink(path)
     sink.start(CONFIG, facts(start))
     for iteration in iterations:
@@ -71,7 +71,7 @@ def measured(path):
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
-def test_floats_come_back_bit_for_bit(value):
+def test_floats_roundtrip_bit_for_bit(value):
     record = decode(encode({"kind": "iteration", "losses": {"lm loss": value}}))
     back = record["losses"]["lm loss"]
     assert back == value or (math.isnan(back) and math.isnan(value))
@@ -87,7 +87,7 @@ def test_every_line_is_strict_json():
     assert (record["grad_norm"], record["loss"], record["low"]) == ("Infinity", "NaN", ["-Infinity"])
 
 
-def test_zeros_are_kept_and_unknowns_are_not(tmp_path):
+def test_zeros_are_kept_and_unknown_values_omitted(tmp_path):
     write(tmp_path / "m.jsonl", 0, [1])
     record = next(record for record in read_records(tmp_path / "m.jsonl") if record["kind"] == "iteration")
     assert record["num_zeros"] == 0 and record["learning_rate"] == 0.0 and record["skipped"] == 0
@@ -149,7 +149,7 @@ def test_a_kill_at_any_byte_is_repaired(tmp_path_factory, cut, resumed):
     assert [entry.name for entry in folder.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_zeros_left_by_a_power_cut_are_a_torn_end(tmp_path):
+def test_zeros_after_a_power_cut_are_removed(tmp_path):
     path = tmp_path / "m.jsonl"
     write(path, 0, [1, 2], end=False).close()
     good = path.read_bytes()
@@ -167,7 +167,7 @@ def test_damage_in_the_middle_is_named(tmp_path):
         prepare(path, 2)
 
 
-def test_a_foreign_file_is_never_cut(tmp_path):
+def test_a_foreign_file_is_never_truncated(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes\nof two lines\n")
     with pytest.raises(DataError, match=r"notes\.txt:1"):
@@ -192,7 +192,7 @@ def test_a_fresh_start_moves_the_old_run_aside(tmp_path):
     assert len(told) == 1 and len(read_records(path)) == 2
 
 
-def test_lines_are_there_before_the_file_is_closed(tmp_path):
+def test_lines_are_written_before_the_file_is_closed(tmp_path):
     path = tmp_path / "m.jsonl"
     sink = write(path, 0, [1], end=False)
     sink.message("saving checkpoint")

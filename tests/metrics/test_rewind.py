@@ -38,7 +38,7 @@ def points(folder, tag="lm loss"):
     return [event.step for event in events.Scalars(tag)]
 
 
-def test_points_after_the_iteration_go_and_those_by_samples_with_them(tmp_path):
+def test_points_after_the_iteration_are_removed(tmp_path):
     write(tmp_path, range(1, 8))
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
@@ -51,7 +51,7 @@ def test_points_after_the_iteration_go_and_those_by_samples_with_them(tmp_path):
     assert (tmp_path / "aside" / path.name).read_bytes() == before
 
 
-def test_what_has_nothing_to_lose_is_left_alone(tmp_path):
+def test_files_without_later_points_do_not_change(tmp_path):
     write(tmp_path, range(1, 4))
     (path,) = tmp_path.iterdir()
     before = path.stat()
@@ -60,7 +60,7 @@ def test_what_has_nothing_to_lose_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [1, 11, 40])
-def test_a_file_that_a_kill_has_torn_is_cut_too(tmp_path, lost):
+def test_an_incomplete_file_is_truncated(tmp_path, lost):
     write(tmp_path, range(1, 8))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-lost])

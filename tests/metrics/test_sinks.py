@@ -62,7 +62,7 @@ def valid(iteration, **changes):
 
 
 class Writer:
-    """Records what a SummaryWriter is asked for."""
+    """SummaryWriter that records its calls."""
 
     def __init__(self):
         self.scalars, self.texts = {}, {}
@@ -106,7 +106,7 @@ def test_tensorboard_has_megatrons_tags():
     assert writer.texts["model.hidden_size"] == "8"
 
 
-def test_tensorboard_writes_only_what_was_asked_for():
+def test_tensorboard_writes_only_configured_tags():
     quiet = MetricsConfig(log_learning_rate=False, log_loss_scale=False, tensorboard_log_interval=2)
     writer = scalars_of(quiet, *(report(iteration) for iteration in range(1, 5)), valid(4))
     plain = {tag for tag in writer.scalars if not tag.endswith(" vs samples")}
@@ -143,7 +143,7 @@ def run_on(stream, settings):
     return stream.getvalue()
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_plain_lines_without_terminal():
     text = run_on(io.StringIO(), config(log_interval=2))
     assert "\x1b" not in text
     assert text.count(" iteration        ") == 2
@@ -169,14 +169,14 @@ def test_a_dumb_terminal_has_no_bar(monkeypatch):
     assert is_terminal(Terminal()) and not is_terminal(io.StringIO())
 
 
-def test_closing_a_bar_that_never_started_is_fine(monkeypatch):
+def test_a_bar_can_be_closed_before_start(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     sink = ProgressSink(Terminal())
     sink.iteration(report(1))
     sink.close()
 
 
-def test_metrics_lie_beside_the_checkpoints(tmp_path):
+def test_metrics_are_in_the_save_folder(tmp_path):
     assert metrics_path(config()) is None
     assert metrics_path(config(save="out")).as_posix() == "out/metrics.jsonl"
     assert metrics_path(config(save="out", metrics_file="here.jsonl")).as_posix() == "here.jsonl"
@@ -185,7 +185,7 @@ def test_metrics_lie_beside_the_checkpoints(tmp_path):
     assert kinds == ["start", *["iteration"] * 4, "validation"]
 
 
-def test_a_silent_rank_touches_nothing(tmp_path):
+def test_a_rank_that_does_not_report_writes_nothing(tmp_path):
     stream = io.StringIO()
     with build_reporter(config(save=tmp_path / "out"), stream, active=False) as reporter:
         reporter.start(config(), FACTS)
@@ -210,7 +210,7 @@ def test_every_sink_is_closed_even_if_one_fails():
     assert closed == ["failing", "good"]
 
 
-def test_a_narrow_terminal_keeps_the_bar_and_what_tells_most(monkeypatch):
+def test_a_narrow_terminal_drops_less_important_values(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     for columns, status in (

@@ -22,7 +22,7 @@ def test_equals_narayanan_eq_3_without_recomputation(layers, heads, head_dim, s)
 
 
 def test_equals_palm_appendix_b():
-    """6 N + 12 L H Q T, where N are the parameters that multiply (no biases, norms or position table)."""
+    """6 N + 12 L H Q T, where N counts parameters of matrix products (no biases, norms or position table)."""
     model = ModelConfig(
         num_layers=3, hidden_size=96, num_attention_heads=4, ffn_hidden_size=200, padded_vocab_size=1024
     )
@@ -30,7 +30,7 @@ def test_equals_palm_appendix_b():
     assert flops_per_token(model, 77) == 6 * multiplied + 12 * 3 * 4 * 24 * 77
 
 
-def test_grouped_queries_and_gates_count_what_they_multiply():
+def test_flops_of_grouped_queries_and_gates():
     def flops(**changes):
         shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 128}
         return flops_per_token(ModelConfig(**shape, padded_vocab_size=256, **changes), 32)
@@ -56,7 +56,7 @@ def test_mfu_is_per_device_and_absent_without_a_peak():
     assert without.measure(seconds=1.0, tokens=1, seq_length=32, remaining_tokens=0).mfu is None
 
 
-def test_the_eta_follows_tokens_and_forgets_the_first_iteration():
+def test_the_eta_depends_on_tokens_without_the_first_iteration():
     meter = Throughput(MODEL, devices=1, peak_flops=None, horizon=2)
 
     def eta(seconds, tokens, remaining):

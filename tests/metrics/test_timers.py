@@ -4,7 +4,7 @@ from megatron_lite.metrics.timers import Timers
 
 
 class Machine:
-    """A clock that only moves when work is waited for."""
+    """Clock that advances on synchronization."""
 
     def __init__(self):
         self.now = 0.0
@@ -20,7 +20,7 @@ class Machine:
         return Timers(level, self.synchronize, lambda: self.now)
 
 
-def test_a_block_is_charged_for_its_own_queued_work():
+def test_a_block_includes_its_queued_work():
     machine = Machine()
     timers = machine.timers(1)
     machine.pending = 5.0  # queued before: not this block's
@@ -44,7 +44,7 @@ def test_timers_nest_and_report_the_outer_first():
     assert list(timers.take().items()) == [("step", 3.0), ("optimizer", 2.0)]
 
 
-def test_levels_above_the_asked_one_cost_no_synchronisation():
+def test_unmeasured_levels_do_not_synchronize():
     machine = Machine()
     timers = machine.timers(1)
     with timers("micro-batch", level=2):
@@ -52,7 +52,7 @@ def test_levels_above_the_asked_one_cost_no_synchronisation():
     assert timers.take() == {} and machine.waits == 0
 
 
-def test_off_makes_no_object_and_reads_no_clock():
+def test_unmeasured_levels_create_no_object():
     def never():
         raise AssertionError("a timer that is off reads no clock and waits for no device")
 
@@ -70,7 +70,7 @@ def test_a_failed_block_does_not_wait_for_the_device():
     assert machine.waits == 1 and "forward" in timers.take()
 
 
-def test_a_timer_inside_itself_is_a_mistake():
+def test_a_timer_cannot_contain_itself():
     timers = Timers(1, lambda: None)
     with pytest.raises(AssertionError, match="forward"), timers("forward"), timers("forward"):
         pass

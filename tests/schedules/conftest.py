@@ -1,4 +1,4 @@
-"""RunConfigs of which only the schedule matters."""
+"""Fixture for RunConfigs with given schedule fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTIONS = (BatchConfig, TrainingConfig, LrConfig, OptimizerConfig, CheckpointCo
 
 
 def build(**fields: Any) -> RunConfig:
-    """A RunConfig from the fields of its sections by name, and `dp`."""
+    """Return a function that builds a RunConfig from field names of its sections, and `dp`."""
     values: dict[type, dict[str, Any]] = {BatchConfig: {"seq_length": 32, "micro_batch_size": 1}}
     world_size = fields.pop("dp", 1)
     for name, value in fields.items():

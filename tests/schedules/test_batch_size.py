@@ -15,13 +15,13 @@ TR1 = BatchConfig(
 )
 
 
-def test_a_batch_that_is_not_given_is_one_micro_batch_on_every_replica():
+def test_default_batch_is_one_micro_batch_per_replica():
     batch = BatchConfig(seq_length=8, micro_batch_size=4)
     assert global_batch_size(batch, 1000, dp=3) == final_batch_size(batch, dp=3) == 12
     assert next_change(batch, 0, dp=3) is None
 
 
-def test_tr1_ramp_at_its_borders():
+def test_thresholds_of_the_tr1_ramp():
     # 63 increments over 5 million samples: one every 79365.08.
     sizes = [global_batch_size(TR1, consumed) for consumed in (0, 79_365, 79_366, 4_999_999, 5_000_001, 300_000_000)]
     assert sizes == [16, 16, 32, 1008, 1024, 1024]
@@ -51,7 +51,7 @@ def test_step_schedule_takes_the_last_threshold_reached():
     assert final_batch_size(batch) == 64
 
 
-def test_decreased_to_whole_rounds_of_micro_batches_but_never_to_nothing():
+def test_decrease_to_whole_rounds_of_micro_batches():
     batch = BatchConfig(
         seq_length=8,
         micro_batch_size=2,
@@ -70,7 +70,7 @@ def test_decreased_to_whole_rounds_of_micro_batches_but_never_to_nothing():
     samples=st.integers(0, 5000),
     consumed=st.integers(0, 6000),
 )
-def test_a_ramp_only_grows_and_changes_exactly_where_it_says(start, increment, steps, samples, consumed):
+def test_a_ramp_is_monotonic_and_changes_at_next_change(start, increment, steps, samples, consumed):
     final = start + increment * steps
     batch = BatchConfig(
         seq_length=8,

@@ -1,4 +1,4 @@
-"""The history of what a run reads: what a resumed job adds to it, and what it leaves as it was."""
+"""Data history of a run: segments added and kept by resumed jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = {"global_batch_size": 4, "train_iters": 30, "eval_interval": 5, "eval_iter
 
 
 def advanced(config, progress, iterations):
-    """Progress after so many more iterations, by the plain loop, validations included."""
+    """Return the progress after further iterations with validations, by a plain loop."""
     for _ in range(iterations):
         if is_finished(config, progress):
             break
@@ -35,7 +35,7 @@ def advanced(config, progress, iterations):
 
 @st.composite
 def jobs(draw):
-    """Flags of one job of a run that is counted in iterations or in samples."""
+    """Strategy for the flags of a job, with length in iterations or samples."""
     fields = {
         "eval_interval": draw(st.integers(0, 9)),
         "eval_iters": draw(st.integers(1, 4)),
@@ -52,8 +52,8 @@ def jobs(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(chain=st.lists(st.tuples(jobs(), st.integers(1, 40)), min_size=1, max_size=4))
-def test_every_job_has_the_samples_that_it_reads(run_config, chain):
-    """However the flags change between jobs: requests rise, and the last covers the job to its end."""
+def test_requests_cover_every_job(run_config, chain):
+    """Requests are ascending for any changes of flags, and the last one covers the job."""
     history, progress = (), Progress()
     for fields, iterations in chain:
         config, before = run_config(**fields), history
@@ -72,7 +72,7 @@ def test_every_job_has_the_samples_that_it_reads(run_config, chain):
 
 @settings(max_examples=100, deadline=None)
 @given(fields=jobs(), iterations=st.integers(0, 60))
-def test_an_unchanged_run_needs_what_it_asked_for_when_it_began(run_config, fields, iterations):
+def test_an_unchanged_run_keeps_its_requests(run_config, fields, iterations):
     config = run_config(**fields)
     history, progress = extend_history((), config), advanced(config, Progress(), iterations)
     assert extend_history(history, config, progress) == history
@@ -80,7 +80,7 @@ def test_an_unchanged_run_needs_what_it_asked_for_when_it_began(run_config, fiel
     assert history[-1].valid_requests == (valid_samples(config),)
 
 
-def test_a_longer_run_adds_a_segment_and_a_shorter_one_does_not_forget(run_config):
+def test_a_longer_run_adds_a_segment_and_a_shorter_one_keeps_it(run_config):
     config = run_config(**RUN)
     history = extend_history((), config)
     at_20 = Progress(iteration=20, consumed_train_samples=80, consumed_valid_samples=32)
@@ -94,14 +94,14 @@ def test_a_longer_run_adds_a_segment_and_a_shorter_one_does_not_forget(run_confi
     assert shorter == longer
 
 
-def test_a_validation_that_was_not_finished_is_among_those_that_are_left(run_config):
+def test_an_unfinished_validation_is_requested(run_config):
     config = run_config(**RUN)
     at_20 = Progress(iteration=20, consumed_train_samples=80, consumed_valid_samples=3 * 8, validation_due=1)
     assert valid_samples(config, at_20) == valid_samples(config)
     assert extend_history(extend_history((), config), config, at_20) == extend_history((), config)
 
 
-def test_no_validation_asks_for_none_and_a_later_one_does(run_config):
+def test_validation_samples_are_requested_when_validation_is_enabled(run_config):
     history = extend_history((), run_config(**{**RUN, "eval_iters": 0}))
     assert history[-1].valid_requests == ()
     later = extend_history(history, run_config(**RUN), Progress(iteration=20, consumed_train_samples=80))
@@ -119,7 +119,7 @@ def test_the_cyclic_order_keeps_its_layout_and_its_size(run_config):
     assert extend_history(history, run_config(**RUN), Progress(iteration=1))[-1].cyclic_layout is None
 
 
-def test_evaluating_alone_asks_for_no_training_data(run_config):
+def test_skip_train_requests_no_training_data(run_config):
     config = run_config(**{**RUN, "train_iters": 0, "skip_train": True})
     assert extend_history((), config)[-1].train_requests == ()
     history = extend_history((), run_config(**RUN))
@@ -127,7 +127,7 @@ def test_evaluating_alone_asks_for_no_training_data(run_config):
     assert extend_history(history, config, ended)[-1].train_requests == (120,)
 
 
-def test_a_segment_survives_json_and_gives_back_the_job(run_config):
+def test_a_segment_roundtrips_through_json(run_config):
     config = replace(
         run_config(**RUN, dp=2, rampup=Rampup(start=2, increment=2, samples=10), skip_iteration_ranges=((3, 4),)),
         data=DataConfig(sources=(DataSource(path="a", weight=0.5),), sampler="cyclic"),
@@ -141,7 +141,7 @@ def test_a_segment_survives_json_and_gives_back_the_job(run_config):
     assert then.training == replace(other.training, skip_iteration_ranges=((3, 4),))
 
 
-def test_a_checkpoint_of_an_earlier_version_asked_for_what_its_config_says(run_config):
+def test_history_of_a_checkpoint_without_history(run_config):
     saved = json.loads(json.dumps(asdict(run_config(**RUN, dp=2))))
     saved["batch"]["a_field_of_the_past"] = 1
     del saved["data"]["sampling"]
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_an_earlier_version_asked_for_what_its_config_says(run_c
 
 
 @pytest.mark.parametrize("interval", [0, 1, 7])
-def test_validation_after_the_end_of_a_run_reads_on(run_config, interval):
+def test_validation_of_a_finished_run_continues_in_its_data(run_config, interval):
     config = run_config(**{**RUN, "eval_interval": interval})
     ended = advanced(config, Progress(), 1000)
     assert valid_samples(config, ended) == ended.consumed_valid_samples + 2 * 4

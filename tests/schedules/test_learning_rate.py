@@ -13,7 +13,7 @@ from megatron_lite.schedules.progress import Progress
 
 
 def after(config, iteration):
-    """Progress of a run that skipped nothing."""
+    """Return the progress of a run without skipped iterations."""
     samples, tokens = consumed_at(config, iteration), tokens_at(config, iteration)
     return Progress(
         iteration=iteration,
@@ -76,13 +76,13 @@ def test_ramp_up_in_samples_counts_samples(run_config):
     assert rates(config, [5, 6]) == pytest.approx([10 / 12, 1 - 2 / 988])
 
 
-def test_ramp_up_in_iterations_ends_decay_at_the_iteration_named(run_config):
+def test_ramp_up_in_iterations_ends_decay_at_the_given_iteration(run_config):
     ramp = Rampup(start=2, increment=2, samples=40)
     config = run_config(global_batch_size=10, rampup=ramp, train_iters=50, lr=1.0, style="linear", warmup_iters=10)
     assert rates(config, [5, 10, 30, 50, 51]) == pytest.approx([0.5, 1.0, 0.5, 0.0, 0.0])
 
 
-def test_skipped_iterations_hold_the_rate_back(run_config):
+def test_skipped_iterations_do_not_advance_the_rate(run_config):
     config = run_config(global_batch_size=4, train_iters=100, lr=1.0, style="constant", warmup_iters=10)
     progress = Progress().advance(4, 128, True).advance(4, 128, False).advance(4, 128, True)
     assert learning_rate(config, progress) == 0.2

@@ -66,7 +66,7 @@ def test_ramp_up_together_with_train_iters(run_config):
     assert train_samples(config) == 30
 
 
-def test_the_data_of_a_run_does_not_depend_on_its_layout(run_config):
+def test_requests_do_not_depend_on_the_layout(run_config):
     fields = {"global_batch_size": 20, "train_iters": 10, "micro_batch_size": 2, "decrease_if_needed": True}
     narrow, wide = run_config(dp=1, **fields), run_config(dp=4, **fields)
     assert consumed_at(narrow, 10) == 200
@@ -100,7 +100,7 @@ def test_tokens_limit_ends_a_run_early(run_config):
     assert last_iteration(run_config(global_batch_size=4, train_iters=5, train_tokens=1000)) == 5
 
 
-def test_a_run_whose_batch_was_changed_on_the_way_ends_with_its_samples(run_config):
+def test_a_run_with_changed_batch_ends_with_its_samples(run_config):
     config = run_config(global_batch_size=10, train_samples=100)
     assert not is_finished(config, Progress(iteration=500, consumed_train_samples=90))
     assert is_finished(config, Progress(iteration=2, consumed_train_samples=91))
@@ -113,7 +113,7 @@ def test_skipped_ranges_are_inclusive(run_config):
 
 @st.composite
 def schedules(draw):
-    """Batch fields of a small run, valid ones only; with micro-batches of 1."""
+    """Strategy for valid batch fields of a small run, with micro-batches of 1."""
     fields = {"dp": draw(st.integers(1, 6)), "decrease_if_needed": draw(st.booleans())}
     kind = draw(st.sampled_from(["constant", "ramp", "steps", "derived"]))
     if kind == "steps":

@@ -11,7 +11,7 @@ from megatron_lite.schedules.pipeline import COMPUTE, SPLIT_BACKWARD, num_stages
 from megatron_lite.schedules.simulate import Costs, simulate
 
 
-def test_messages_stand_between_the_computations_that_need_them():
+def test_messages_are_between_the_computations_that_need_them():
     program = lower(pipeline_schedule("1f1b", 2, 2), "1f1b")
     assert [" ".join(map(str, actions)) for actions in program] == [
         "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
@@ -26,7 +26,7 @@ def test_one_rank_sends_nothing():
 
 
 def play(program, kind, chunks):
-    """Run `program` under rendezvous with sets of tensors instead of tensors; fails where one is missing."""
+    """Execute `program` with blocking transport and sets in place of tensors; fail if an input is missing."""
     pp, position = len(program), [0] * len(program)
     stages = num_stages(kind, pp, chunks)
     held: list[set[tuple[str, int, int]]] = [set() for _ in program]
@@ -112,7 +112,7 @@ def test_any_pipeline_runs_everything_once_in_a_valid_order_without_deadlock(pip
 
 
 @pytest.mark.parametrize("stages", [(1.0, 1.0, 1.0, 3.0), (4.0, 1.0, 1.0, 1.0)])
-def test_unequal_stages_are_no_danger(stages):
+def test_unequal_stages_do_not_deadlock(stages):
     for kind in ("1f1b", "zb-h1"):
         costs = Costs(stages=stages, comm=0.25)
         play(lower(pipeline_schedule(kind, 4, 7), kind, costs=costs), kind, 1)

@@ -7,7 +7,7 @@ from megatron_lite.schedules.microbatches import idle_share, microbatch_number, 
 
 
 @given(total=st.integers(0, 200), micro_batch=st.integers(1, 8), dp=st.integers(1, 70), consumed=st.integers(0, 10**9))
-def test_replicas_share_out_every_sample_once(total, micro_batch, dp, consumed):
+def test_each_sample_is_assigned_once(total, micro_batch, dp, consumed):
     samples: list[int] = []
     counts = [num_microbatches(total * micro_batch, micro_batch, dp, replica) for replica in range(dp)]
     for replica, count in enumerate(counts):
@@ -30,7 +30,7 @@ def test_order_is_megatrons_where_the_batch_divides():
             )
 
 
-def test_share_of_time_that_replicas_idle():
+def test_idle_share():
     assert idle_share(16, 1, 64) == 0.75
     assert idle_share(1024, 1, 64) == 0.0
     assert idle_share(48, 8, 4) == 0.25

@@ -36,7 +36,7 @@ def test_interleaved_is_megatrons_order_for_whole_rounds():
     ]
 
 
-def test_zb_h1_puts_weight_gradients_off_by_the_rank():
+def test_zb_h1_defers_weight_gradients_by_the_rank():
     assert written(pipeline_schedule("zb-h1", 2, 3)) == [
         "0F0 0F1 0B0 0W0 0F2 0B1 0W1 0B2 0W2",
         "1F0 1B0 1F1 1B1 1W0 1F2 1B2 1W1 1W2",
@@ -49,7 +49,7 @@ def test_zb_v_starts_as_in_the_paper():
     assert last.startswith("1F0 2F0 1F1 2F1 2B0 2W0 1F2 1B0 1W0 2F2 2B1 2W1")
 
 
-def test_one_rank_runs_forward_and_backward_in_turn():
+def test_one_rank_alternates_forward_and_backward():
     assert written(pipeline_schedule("1f1b", 1, 2)) == ["0F0 0B0 0F1 0B1"]
     assert written(pipeline_schedule("zb-h1", 1, 2)) == ["0F0 0B0 0W0 0F1 0B1 0W1"]
 
@@ -61,7 +61,7 @@ def test_interleaved_with_one_chunk_is_1f1b(pp):
 
 
 @pytest.mark.parametrize("kind", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"])
-def test_stages_and_ranks_belong_together(kind):
+def test_stage_of_chunk_and_rank_of_stage_are_inverse(kind):
     pp, chunks = 4, {"interleaved": 3, "zb-v": 2}.get(kind, 1)
     held = [(rank, chunk, stage_of_chunk(kind, pp, rank, chunk)) for rank in range(pp) for chunk in range(chunks)]
     assert sorted(stage for _, _, stage in held) == list(range(num_stages(kind, pp, chunks)))
@@ -69,7 +69,7 @@ def test_stages_and_ranks_belong_together(kind):
         assert rank_of_stage(kind, pp, stage) == rank
 
 
-def test_zb_v_bends_back():
+def test_zb_v_stages_form_a_v():
     assert [rank_of_stage("zb-v", 3, stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
 
 
@@ -85,6 +85,6 @@ def test_impossible_sizes_are_refused(pp, m, chunks):
 
 
 @pytest.mark.parametrize(("kind", "chunks"), [("1f1b", 2), ("zb-h1", 2), ("zb-v", 3)])
-def test_chunks_that_a_schedule_cannot_use_are_refused(kind, chunks):
+def test_unsupported_chunks_are_refused(kind, chunks):
     with pytest.raises(ConfigError, match=r"does not support \d model chunks per rank"):
         pipeline_schedule(kind, 4, 8, chunks)

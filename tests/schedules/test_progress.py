@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megatron_lite.schedules.progress import Progress
 
 
-def test_an_iteration_that_is_not_applied_consumes_but_does_not_count_for_the_learning_rate():
+def test_an_iteration_without_step_consumes_samples_without_applied_progress():
     progress = Progress().advance(8, 256, applied=True).advance(16, 512, applied=False).advance(16, 512, applied=True)
     assert progress == Progress(
         iteration=3,
@@ -20,7 +20,7 @@ def test_an_iteration_that_is_not_applied_consumes_but_does_not_count_for_the_le
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9999), st.booleans())))
-def test_stored_and_restored_it_is_the_same(iterations):
+def test_roundtrip(iterations):
     progress = Progress(consumed_valid_samples=7)
     for samples, tokens, applied in iterations:
         progress = progress.advance(samples, tokens, applied)

@@ -16,18 +16,18 @@ def timeline(kind, pp, m, chunks=1, costs=None):
     return simulate(lower(pipeline_schedule(kind, pp, m, chunks), kind, chunks, costs), costs)
 
 
-def test_text_shows_when_each_rank_does_what():
+def test_text_grid():
     assert text_grid(timeline("1f1b", 2, 2)).splitlines() == [
         "rank 0 | F0 F1 .. .. B0 == .. B1 == |",
         "rank 1 | .. F0 B0 == F1 B1 == .. .. |",
     ]
 
 
-def test_stages_are_named_where_a_rank_has_several():
+def test_text_grid_with_several_stages():
     assert text_grid(timeline("zb-v", 1, 1)) == "rank 0 | 0F0 1F0 1B0 1W0 0B0 0W0 |"
 
 
-def test_no_action_is_lost_where_times_are_odd():
+def test_every_action_has_a_column():
     costs = Costs(forward=1.0, backward=1.3, weight=1.1, comm=0.4)
     grid = text_grid(timeline("zb-h1", 4, 8, costs=costs))
     assert [sum(row.split().count(f"{kind}{i}") for kind in "FBW" for i in range(8)) for row in grid.splitlines()] == [
@@ -45,7 +45,7 @@ def test_the_command_prints_grid_bubble_and_memory(capsys):
     assert "by rank: 4, 4, 4, 4\n" in shown
 
 
-def test_the_command_knows_the_chunks_of_zb_v(capsys):
+def test_the_command_uses_two_chunks_for_zb_v(capsys):
     command.run(["--kind", "zb-v", "--pp", "2", "--microbatches", "4", "--blocking"])
     shown = capsys.readouterr().out
     assert "2 chunks per rank" in shown
@@ -53,7 +53,7 @@ def test_the_command_knows_the_chunks_of_zb_v(capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--forward", "0"], ["--comm", "-1"], ["--weight", "nan"], ["--kind", "dualpipe"]])
-def test_times_and_kinds_that_make_no_sense_are_refused(wrong, capsys):
+def test_invalid_times_and_kinds_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         command.run(wrong)
     assert wrong[0] in capsys.readouterr().err

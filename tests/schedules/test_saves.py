@@ -40,7 +40,7 @@ def test_no_phase_saves_nothing_and_a_bounded_one_stops():
     st.one_of(st.none(), st.integers(0, 40)),
     st.integers(0, 400),
 )
-def test_the_list_is_what_asking_each_iteration_gives(bounded, last_interval, last_iteration):
+def test_ranges_equal_the_check_of_each_iteration(bounded, last_interval, last_iteration):
     phases = sorted(bounded, key=lambda phase: phase[1])
     checkpoint = config(*phases, *([] if last_interval is None else [(last_interval, 0)]))
     asked = [iteration for iteration in range(last_iteration + 1) if is_save_iteration(checkpoint, iteration)]

@@ -37,8 +37,8 @@ def test_stages_are_named_by_iteration_number():
     assert list(sequence_stages(run)) == [(0, 128), (99, 512), (199, 2048)]
 
 
-def test_a_steep_curriculum_is_walked_by_iterations():
-    """A billion lengths in a few iterations."""
+def test_stages_of_a_steep_curriculum():
+    """More lengths than iterations."""
     stages = list(sequence_stages(batch(seq_length=10**9, start=64, iterations=50, step=1)))
     assert [start for start, _ in stages] == list(range(50))
     assert stages[-1] == (49, 10**9)
@@ -54,7 +54,7 @@ def test_a_length_is_never_zero():
     iterations=st.integers(0, 300),
     step=st.sampled_from([1, 3, 8, 16]),
 )
-def test_stages_say_the_same_as_asking_every_iteration(start, extra, iterations, step):
+def test_stages_equal_the_length_of_each_iteration(start, extra, iterations, step):
     run = batch(seq_length=start + extra + 16, start=start, iterations=iterations, step=step)
     asked = [sequence_length(run, iteration) for iteration in range(iterations + 5)]
     stages = list(sequence_stages(run))

@@ -15,7 +15,7 @@ SIZES = [(1, 1), (2, 2), (2, 7), (4, 4), (4, 8), (5, 13), (8, 8), (8, 32)]
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
-def test_bubbles_are_those_of_the_papers(p, m):
+def test_bubbles_of_the_papers(p, m):
     assert timeline("gpipe", p, m).bubble == pytest.approx((p - 1) / (m + p - 1))
     assert timeline("1f1b", p, m).bubble == pytest.approx((p - 1) / (m + p - 1))
     assert timeline("zb-h1", p, m).bubble == pytest.approx((p - 1) / (3 * m + p - 1))
@@ -31,7 +31,7 @@ def test_interleaved_needs_no_whole_rounds(p, m):
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
 @pytest.mark.parametrize("kind", ["gpipe", "1f1b", "zb-h1", "zb-v"])
-def test_blocking_sends_cost_nothing_where_ranks_keep_step(kind, p, m):
+def test_blocking_sends_are_free_for_equal_times(kind, p, m):
     assert timeline(kind, p, m, blocking=True).makespan == timeline(kind, p, m).makespan
 
 
@@ -75,7 +75,7 @@ def test_a_slower_stage_slows_the_pipeline():
 
 
 def program(*ranks):
-    """Lists of actions from words such as 0SEND_F1; the peer is the other of two ranks."""
+    """Return lists of actions from texts such as 0SEND_F1; the peer is the other of two ranks."""
     lists = []
     for rank, words in enumerate(ranks):
         lists.append([])
@@ -93,12 +93,12 @@ NAIVE = program(
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_messages_inserted_rank_by_rank_deadlock_and_the_error_says_where(blocking):
+def test_deadlock_of_messages_inserted_rank_by_rank(blocking):
     with pytest.raises(DeadlockError, match=r"0 at 0SEND_F1, 1 at 1SEND_B0" if blocking else "SEND_F1.*SEND_B0"):
         simulate(NAIVE, blocking=blocking)
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_a_receive_that_nobody_sends_is_a_deadlock(blocking):
+def test_deadlock_of_a_receive_without_send(blocking):
     with pytest.raises(DeadlockError, match="1RECV_F0"):
         simulate(program("0F0", "1RECV_F0 1F0"), blocking=blocking)

@@ -1,4 +1,4 @@
-"""Places of samples where some are left out."""
+"""Places of samples with excluded ranges."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=6)
 
 
 @given(RANGES, st.integers(1, 80))
-def test_places_are_the_ones_not_left_out_in_order(ranges, total):
+def test_places_are_the_not_excluded_ones_in_order(ranges, total):
     skipped = merged(ranges)
     out = {place for first, end in ranges for place in range(first, end)}
     assert {place for first, end in skipped for place in range(first, end)} == out

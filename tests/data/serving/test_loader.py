@@ -27,7 +27,7 @@ class Counting(MockDataset):
     def __getitem__(self, sample):
         self.read.append((threading.current_thread() is threading.main_thread(), sample))
         if sample == self.bad:
-            raise DataError("damaged", found="sample", fix="none")
+            raise DataError("damaged: sample", fix="none")
         return np.full(LENGTH + 1, sample, dtype=np.int64)
 
 
