@@ -30,7 +30,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
     *checkpoint.RESOLVERS,
     *data.RESOLVERS,
 )
-"""Derive fields from others, in this order; the files that they read may set what later ones use."""
+"""Derive fields from others, in this order: DeepSpeed's JSON first, since others depend on its values."""
 RULES: tuple[Rule, ...] = (
     *model.RULES,
     *batch.RULES,

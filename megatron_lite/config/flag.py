@@ -77,20 +77,24 @@ class Flag:
         return self.sets is TAKES_VALUE
 
 
-def flags(*declared: Flag, may_differ: str = "", derived: bool = False) -> dict[str, Any]:
+def flags(*declared: Flag, may_differ: str = "", derived: bool = False, may_change: bool = False) -> dict[str, Any]:
     """Return the metadata of a config field that `declared` flags set.
 
     Args:
         declared: the flags, the usual spelling first.
         may_differ: why ranks of one job may have different values; empty: they must not.
         derived: whether a command line usually leaves the field to be derived from others.
+        may_change: whether a model that differs in the field can load a checkpoint: the field changes neither what its
+            weights compute nor their names and shapes.
     """
-    return {"flags": declared, "may_differ": may_differ, "derived": derived}
+    return {"flags": declared, "may_differ": may_differ, "derived": derived, "may_change": may_change}
 
 
-def option(default: T, *declared: Flag, may_differ: str = "", derived: bool = False) -> T:
+def option(default: T, *declared: Flag, may_differ: str = "", derived: bool = False, may_change: bool = False) -> T:
     """Return a config field with a default that `declared` flags set; see `flags` for the other arguments."""
-    return dataclass_field(default=default, metadata=flags(*declared, may_differ=may_differ, derived=derived))
+    return dataclass_field(
+        default=default, metadata=flags(*declared, may_differ=may_differ, derived=derived, may_change=may_change)
+    )
 
 
 class _Path:

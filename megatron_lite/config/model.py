@@ -122,6 +122,7 @@ class ModelConfig:
             "Divide positions by this before rotating (linear position interpolation).",
             above=0,
         ),
+        may_change=True,
     )
     normalization: Normalization = option(
         "LayerNorm", Flag("--normalization", "Norm of the layers.", aliases=("--norm",))
@@ -156,7 +157,7 @@ class ModelConfig:
         ),
     )
     fp32_residual: bool = option(
-        False, Flag("--fp32-residual-connection", "Keep the residual stream in fp32.", sets=True)
+        False, Flag("--fp32-residual-connection", "Keep the residual stream in fp32.", sets=True), may_change=True
     )
     activation: Activation = option(
         "gelu_tanh",
@@ -195,10 +196,14 @@ class ModelConfig:
     )
 
     hidden_dropout: float = option(
-        0.1, Flag("--hidden-dropout", "Dropout of the residual branches and the embedding.", below=1)
+        0.1, Flag("--hidden-dropout", "Dropout of the residual branches and the embedding.", below=1), may_change=True
     )
-    attention_dropout: float = option(0.1, Flag("--attention-dropout", "Dropout of the attention weights.", below=1))
-    init_std: float = option(0.02, Flag("--init-method-std", "Standard deviation of the initial weights."))
+    attention_dropout: float = option(
+        0.1, Flag("--attention-dropout", "Dropout of the attention weights.", below=1), may_change=True
+    )
+    init_std: float = option(
+        0.02, Flag("--init-method-std", "Standard deviation of the initial weights."), may_change=True
+    )
     scaled_init: bool = option(
         True,
         Flag(
@@ -206,6 +211,7 @@ class ModelConfig:
             "Initialize output projections like all other weights, without GPT-2's factor 1 / sqrt(2 x layers).",
             sets=False,
         ),
+        may_change=True,
     )
 
     make_vocab_size_divisible_by: int = option(
@@ -216,6 +222,7 @@ class ModelConfig:
             least=1,
             most=10**6,
         ),
+        may_change=True,
     )
     padded_vocab_size: int = option(
         0,
@@ -226,6 +233,7 @@ class ModelConfig:
             aliases=("--padded-vocab-size",),
             most=MAX_VOCABULARY,
         ),
+        may_change=True,
     )
     vocab_size: int = option(
         0,

@@ -82,7 +82,7 @@ def flags_by_spelling() -> dict[str, Flag | Unsupported]:
 
 @cache
 def field_metadata(name: str) -> dict[Key, Any]:
-    """Return an entry of the metadata of every field that has it: `may_differ` or `derived`."""
+    """Return an entry of the metadata of every field that has it: see `flags`."""
     return {
         (section, entry.name): entry.metadata[name]
         for section, kind in PARTS.items()

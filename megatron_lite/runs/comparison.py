@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lite.config.optimizer import LrConfig
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.table import field_metadata
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.manifest import Manifest, Provenance
 from megatron_lite.schedules.data_order import DataSegment, extend_history, history_of_config
@@ -19,19 +20,6 @@ _FILES_SHOWN = 10
 """Changed source files that a warning lists."""
 _OVERRIDE, _USE = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 _WEIGHT_DECAY = ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_style")
-# Of the model's fields, those that change neither the function that the weights compute nor their names and shapes.
-_MAY_CHANGE = frozenset(
-    {
-        "hidden_dropout",
-        "attention_dropout",
-        "init_std",
-        "scaled_init",
-        "padded_vocab_size",
-        "make_vocab_size_divisible_by",
-        "rotary_scaling",
-        "fp32_residual",
-    }
-)
 # Rows of the learned position table, where there is one.
 _TABLE = frozenset({"max_position_embeddings"})
 
@@ -77,7 +65,8 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     if "model" not in saved:
         return
     found = compare_configs({"model": saved["model"]}, {"model": current["model"]})
-    may_change = _MAY_CHANGE | (_TABLE if saved["model"].get("position_embedding") != "learned" else set())
+    may_change = {name for section, name in field_metadata("may_change") if section == "model"}
+    may_change |= _TABLE if saved["model"].get("position_embedding") != "learned" else set()
     # A field that exists in one of the two versions of the program only cannot be compared.
     broken = [d for d in found if d.path.split(".")[1] not in may_change and _ABSENT not in (d.saved, d.current)]
     if broken:
