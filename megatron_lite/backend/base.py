@@ -1,4 +1,4 @@
-"""Backend base class: device, process groups, random seed and memory statistics of one rank; capabilities."""
+"""Backend base class: device, process groups, attention kernel, random seeds and memory of one rank; capabilities."""
 
 from __future__ import annotations
 
