@@ -105,6 +105,7 @@ def test_a_run_is_told_what_to_type(original, tmp_path):
         (("--to", "megatron", "--push-to", "a/b", "--output", "x"), "--push-to goes with --to hf"),
         (("--to", "deepspeed", "--naming", "local", "--output", "x"), "--naming goes with --to megatron"),
         (("--to", "megatron"), "--output DIR"),
+        (("--to", "megatron", "--vocab-file", "v", "--output", "x"), "--vocab-file goes with --to hf"),
         (("--to", "megatron", "--output", "x", "--target-tensor-parallel", "0"), "not a whole number from 1"),
     ],
 )
