@@ -45,7 +45,7 @@ Advance = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What the command line says of an export.
+    """Options of an export.
 
     Attributes:
         architecture: the class; empty: the first that can express the model.
@@ -116,7 +116,7 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote."""
+    """Result of an export."""
 
     path: Path
     files: tuple[str, ...]
@@ -172,7 +172,7 @@ def checkpoint_to_export(load: str, iteration: int) -> Path:
 
 
 def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Refuse a checkpoint that does not hold its whole model.
+    """Refuse a checkpoint that lacks a weight of its model.
 
     Args:
         weights: its weights.
@@ -204,7 +204,7 @@ def export_checkpoint(
         plan: from plan_export.
         output: the folder to make; it must not exist, or be empty.
         card: writes further files (the model card) into the folder.
-        advance: told what is being done, how much of it is done, and how much there is.
+        advance: called with the current step, the amount done and the total.
 
     Raises:
         CheckpointError: a weight is not finite, transformers computes other logits, the output exists, or there is no

@@ -25,7 +25,7 @@ class Hub:
     Args:
         name: USER/NAME.
         private: whether it is made private, if it does not exist.
-        notify: told of every retry.
+        notify: called with a message for every retry.
         sleep: waits; injected by tests.
 
     Raises:

@@ -40,7 +40,7 @@ _PRECISIONS = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What the command line says of an import.
+    """Options of an import.
 
     Attributes:
         kind: the source's kind (--from); None: recognised.
@@ -63,7 +63,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import wrote."""
+    """Result of an import."""
 
     path: Path
     """The folder that --load takes."""
@@ -72,11 +72,11 @@ class ImportReport:
     verification: Verification | None
     notes: tuple[str, ...]
     goes_on: bool = False
-    """Whether the optimizer's state was imported, so that a run can go on."""
+    """True if the optimizer's state was imported, so that a run can be resumed."""
 
 
 Advance = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
+"""Progress callback: the current step, the amount done and the total."""
 
 
 def find_source(folder: Path, kind: Kind | None) -> Recognised:
@@ -153,7 +153,7 @@ def import_checkpoint(
         folder: the foreign checkpoint.
         output: the folder for --load; it must not exist, or be empty.
         options: see ImportOptions.
-        advance: told how far it is.
+        advance: progress callback.
 
     Raises:
         CheckpointError: the source cannot be imported, its logits differ from transformers', or there is no room.

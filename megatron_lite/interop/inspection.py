@@ -95,16 +95,16 @@ def _summarize_megatron(found: Recognised) -> Summary:
 
 
 def says_vocabulary(found: Recognised | None) -> bool:
-    """Whether checkpoints of this kind say the size of the vocabulary without its padding; None: it is one of ours."""
+    """Return whether checkpoints of a kind state the vocabulary without padding; None: megatron_lite's own kind."""
     return found is None or found.kind is Kind.HUGGING_FACE
 
 
 def comparable(path: Path, found: Recognised | None, options: ImportOptions, vocab_size: int = 0) -> Comparable:
-    """Return a checkpoint of any kind under our names; None: it is one of ours.
+    """Return a checkpoint of any kind under megatron_lite's names.
 
     Args:
         path: the folder that was given.
-        found: the checkpoint in it.
+        found: the foreign checkpoint in it; None: it holds one of megatron_lite.
         options: what the command line says of foreign checkpoints; flags of the model count for those of Megatron-LM
             and DeepSpeed only.
         vocab_size: size of the vocabulary, for a Megatron-LM or DeepSpeed checkpoint that does not say it; 0: the

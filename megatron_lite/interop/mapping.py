@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether each element of ours lies at the same index of theirs, so that rectangles need no conversion."""
+        """True if both tensors have the same elements at the same indices, so that rectangles need no conversion."""
         return isinstance(self.transform, (Same, Rows))
 
 

@@ -30,7 +30,7 @@ PICTURE = "loss.svg"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card is made of.
+    """Contents of a model card.
 
     Attributes:
         name: title of the model.

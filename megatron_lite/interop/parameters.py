@@ -52,7 +52,7 @@ def streamed_logits(
         model: the model.
         source: its weights under our names; they are converted to fp32.
         tokens: [b, s] int64.
-        progress: told the layers that are done, and those there are.
+        progress: called with the number of layers computed, and of all.
 
     Returns:
         [b, s, vocabulary].

@@ -33,7 +33,7 @@ def write_safetensors(
         folder: an existing folder.
         source: the tensors.
         max_shard_size: bytes of tensors that a file holds at most, unless a single tensor is larger.
-        progress: told the bytes written so far, and those of all tensors.
+        progress: called with the bytes written so far, and those of all tensors.
 
     Returns:
         The files' names.

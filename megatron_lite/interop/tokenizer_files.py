@@ -15,7 +15,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-"""What belongs to a tokenizer in a Hugging Face folder."""
+"""Tokenizer files of a Hugging Face folder."""
 
 
 def find_tokenizer(folder: Path) -> TokenizerConfig | None:

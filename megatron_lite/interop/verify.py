@@ -41,7 +41,7 @@ simply to sit by the large windows that look out over the river and watch the ba
 
 @dataclass(frozen=True)
 class Verification:
-    """How far two programs' logits are apart: largest |a - b|, the largest logit, and on how many tokens of what."""
+    """Result of comparing logits: largest |a - b|, largest logit, number of tokens and their source."""
 
     largest: float
     scale: float

@@ -29,7 +29,7 @@ from megatron_lite.model.head import WORD_EMBEDDINGS
 
 @dataclass(frozen=True)
 class _Defaults:
-    """What a class assumes where its config.json is silent."""
+    """Defaults of a class for keys that config.json leaves out."""
 
     groups: int = 0
     """num_key_value_heads; 0: as many as heads."""

@@ -47,7 +47,7 @@ def read_adam(ranks: Sequence[Rank], folder: Path, notes: list[str]) -> AdamStat
     Args:
         ranks: every rank's file, in the order of pp, then tp.
         folder: the checkpoint's folder.
-        notes: told that there is no state.
+        notes: receives a note if there is no state.
 
     Raises:
         CheckpointError: it is of an optimizer or in a form that is not supported, or does not fit the model.

@@ -26,7 +26,7 @@ _POSITION_ENUM = {1: "rotary", 2: "learned", 3: "alibi"}
 
 
 class Evidence:
-    """What is known of each field of the model, and from where; sources that contradict each other are an error.
+    """Known fields of the model with their sources; sources that contradict each other are an error.
 
     Args:
         arguments: the args of the file by name; None: it has none.
@@ -67,8 +67,8 @@ class Evidence:
         """Return a field's value."""
         return self._known.get(field, (default, ""))[0]
 
-    def knows(self, field: str) -> bool:
-        """Whether any source says a field."""
+    def has(self, field: str) -> bool:
+        """Return whether a source states a field."""
         return field in self._known
 
     def require(self, field: str, flag: str) -> Any:
@@ -126,7 +126,7 @@ def read_arguments(evidence: Evidence, ignored: Collection[str] = ()) -> None:
         "init_std": "init_method_std",
         "make_vocab_size_divisible_by": "make_vocab_size_divisible_by",
     }.items():  # not of the function: a flag may change them
-        if args.get(name) is not None and not evidence.knows(field):
+        if args.get(name) is not None and not evidence.has(field):
             evidence.add_argument(field, name)
     for field, name in {
         "rotary_base": "rotary_base",
@@ -194,7 +194,7 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
     evidence.require("position_embedding", "--position-embedding-type rotary, alibi or none")
     evidence.require("activation", "--activation gelu_tanh (Megatron's default), --activation gelu or --swiglu")
     evidence.require("vocab_size", "--vocab-size N (the tokenizer's entries), or the tokenizer's files")
-    if not evidence.knows("norm_epsilon"):
+    if not evidence.has("norm_epsilon"):
         notes.append(f"{evidence.where} does not say the norms' epsilon: 1e-5, Megatron's default, is taken")
     known = dict(evidence.fields)
     if known["activation"] in GATED_ACTIVATIONS and known.get("ffn_hidden_size") is None:

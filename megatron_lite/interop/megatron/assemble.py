@@ -46,7 +46,7 @@ _CLOSE = 2.0**-7
 
 @dataclass(frozen=True)
 class Choices:
-    """What the command line chooses for an import.
+    """Choices of the command line for an import.
 
     Attributes:
         replicated: how differing copies of a replicated tensor are settled; empty: they are an error.
@@ -126,7 +126,7 @@ def _with_head(found: Found, evidence: Evidence) -> Parts:
     equal = len(embedding) == len(copy) and all(
         one.shape == other.shape and one.load().equal(other.load()) for one, other in zip(embedding, copy, strict=True)
     )
-    if not evidence.knows("tied_embeddings"):
+    if not evidence.has("tied_embeddings"):
         evidence.add("tied_embeddings", equal, f"the tensors of {found.folder}")
     if not evidence.get("tied_embeddings"):
         return {**found.parts, head: copy}
@@ -183,7 +183,7 @@ def _note_vocabulary(found: Found, parts: Parts, evidence: Evidence, stated: Sta
         evidence.add("vocab_size", tokenizer.vocab_size, "the tokenizer")
     words = parts.get(found.scheme.theirs(WORD_EMBEDDINGS, found.num_layers), ())
     rows = sum(part.shape[0] for part in words)
-    if choices.padded and not evidence.knows("vocab_size"):
+    if choices.padded and not evidence.has("vocab_size"):
         evidence.add("vocab_size", rows, f"the tensors of {found.folder}")
     size = evidence.get("vocab_size")
     if size is not None and words and size > rows:

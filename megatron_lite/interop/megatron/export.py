@@ -59,7 +59,7 @@ Advance = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronExportOptions:
-    """What the command line says of an export.
+    """Options of an export as Megatron-LM or DeepSpeed files.
 
     Attributes:
         to: the format.
@@ -152,7 +152,7 @@ def export_megatron(
     Args:
         plan: from plan_megatron_export.
         output: the folder to make; it must not exist, or be empty.
-        advance: told what is being done, how much of it is done, and how much there is.
+        advance: called with the current step, the amount done and the total.
 
     Returns:
         Names of the files, and their bytes.

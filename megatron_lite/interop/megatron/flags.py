@@ -28,7 +28,7 @@ _COMMAND = {
 
 @dataclass(frozen=True)
 class Stated:
-    """What the command line says of a foreign model.
+    """Facts about a foreign model from the command line.
 
     Attributes:
         model: fields of ModelConfig with the flag that gave each.

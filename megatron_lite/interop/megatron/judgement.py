@@ -291,14 +291,14 @@ def _destinations(flag: str) -> Iterator[str]:
 
 
 def _is_among(value: Any, allowed: Collection[Any]) -> bool:
-    """Whether a value is one of some, of the same kind: 1 is not True, but 0 is 0.0."""
+    """Return whether a value equals one of several of its kind: 1 is not True, but 0 is 0.0."""
     return any(
         value is other or (isinstance(value, bool) is isinstance(other, bool) and value == other) for other in allowed
     )
 
 
 def _asks_for_something(value: Any) -> bool:
-    """Whether a DeepSpeed key turns something on: its sections have an `enabled`."""
+    """Return whether a DeepSpeed key turns a feature on; sections have an `enabled`."""
     if isinstance(value, Mapping):
         if "enabled" in value:
             return bool(value["enabled"])

@@ -21,7 +21,7 @@ from megatron_lite.runs.foreign import Kind, Recognised
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronOptions:
-    """What the command line says of an import from Megatron-LM or DeepSpeed.
+    """Options of an import from Megatron-LM or DeepSpeed.
 
     Attributes:
         weights_only: leave the optimizer's state out; the run starts anew.

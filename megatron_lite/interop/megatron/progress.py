@@ -19,7 +19,7 @@ def run_scalars(found: Found, stated: Stated, evidence: Evidence, notes: list[st
         found: the checkpoint, with optimizer state.
         stated: the command line.
         evidence: the args.
-        notes: told what was derived.
+        notes: receives what was derived.
 
     Raises:
         CheckpointError: nothing says how many samples were consumed.

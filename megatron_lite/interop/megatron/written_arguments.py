@@ -19,19 +19,19 @@ _DEEPSPEED_POSITIONS = {"learned": "absolute", "rotary": "rotary", "alibi": "ali
 
 
 def is_deepspeed_only(model: ModelConfig) -> bool:
-    """Whether Megatron-DeepSpeed has what the model needs, and Megatron-LM has not."""
+    """Return whether the model needs features that Megatron-DeepSpeed has and Megatron-LM lacks."""
     return (
         model.position_embedding == "alibi" or model.embed_layernorm or model.activation in ("geglu", "reglu", "liglu")
     )
 
 
 def gate_first(model: ModelConfig, scheme: Scheme) -> bool:
-    """Whether a gated MLP's gate comes first: in Megatron-LM it does, in Megatron-DeepSpeed it comes last."""
+    """Return whether the gate precedes the up projection, as in Megatron-LM; in Megatron-DeepSpeed it follows."""
     return not uses_glu_activation(model, scheme)
 
 
 def uses_glu_activation(model: ModelConfig, scheme: Scheme) -> bool:
-    """Whether the gated MLP is Megatron-DeepSpeed's --glu-activation."""
+    """Return whether the gated MLP is written as Megatron-DeepSpeed's --glu-activation."""
     return model.gated and (scheme is DEEPSPEED or model.activation != "swiglu")
 
 

@@ -35,7 +35,7 @@ def read_zero(folder: Path, ranks: Mapping[int, Mapping[str, Any]], tp: int, not
         folder: global_stepN.
         ranks: content of every mp_rank file, by pipeline stage * tp + tp rank.
         tp: tensor-parallel size.
-        notes: told that there is no state.
+        notes: receives a note if there is no state.
 
     Raises:
         CheckpointError: a file is missing or damaged, or of another stage or optimizer.
