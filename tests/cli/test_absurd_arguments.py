@@ -1,4 +1,4 @@
-"""Every command's arguments with values that make no sense: one paragraph, exit code 1 or 2, no traceback."""
+"""Invalid argument values of every command: one error paragraph, exit code 1 or 2, no traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.config.table import supported_flags
 
 NOT_UTF8 = os.fsdecode(b"x\xe9")
 NUMBERS = ("nan", "inf", "-inf", "-1", "-1e300", "1e300", "99999999999999999999", "9" * 5000, "x", "", "²", NOT_UTF8)
-"""None of these is a count, a size, a seed, a share or a time that any option takes."""
+"""Values that no numeric option accepts."""
 
 COMMAND_LINES = {
     "generate": ["--load", "x"],
@@ -39,7 +39,7 @@ COMMAND_LINES = {
     "slurm submit": ["x"],
     "curve": ["x"],
 }
-"""What each command needs, so that nothing but the argument under test is wrong."""
+"""Required arguments of each command."""
 
 WITHOUT_DATA = [
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32"),
@@ -50,11 +50,11 @@ RUN = [*WITHOUT_DATA, "--mock-data"]
 
 
 class MadeError(Exception):
-    """Ends a command once it has made its parser."""
+    """Raised to end a command after it has built its parser."""
 
 
 def parser_of(name, monkeypatch):
-    """A command's parser, as its own code makes it."""
+    """Return the parser of a command."""
 
     def made(self, args=None, namespace=None):
         raise MadeError(self)
@@ -66,7 +66,7 @@ def parser_of(name, monkeypatch):
 
 
 def actions_of(parser, words):
-    """The options of a parser, or of the sub-parser that words name."""
+    """Return the options of a parser or of a sub-parser."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices[words[0]]._actions
@@ -75,7 +75,7 @@ def actions_of(parser, words):
 
 
 def outcome(argv, capsys):
-    """Exit code and error of a command line."""
+    """Return exit code and error text of a command line."""
     try:
         code = main(argv)
     except SystemExit as stop:
@@ -96,7 +96,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def with_option(name, option, value):
-    """A command line with one option set by an =, so that a minus is no new option."""
+    """Return a command line with an option set by `=`, so that a leading minus is part of the value."""
     words = COMMAND_LINES[name]
     if option in words:
         at = words.index(option)
@@ -117,8 +117,8 @@ def test_numbers(name, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
-def test_no_number_without_a_bound(name, monkeypatch):
-    """Argparse's own int and float take anything: every number has a reader of cli/parser.py."""
+def test_every_number_has_bounds(name, monkeypatch):
+    """Every number has a reader of cli/parser.py instead of int or float."""
     for action in actions_of(parser_of(name, monkeypatch), name.split(" ")[1:]):
         assert action.type not in (int, float), action.option_strings
 
@@ -133,7 +133,7 @@ def test_text_that_is_not_utf_8(name, capsys, monkeypatch):
             assert r"x\xe9" in error, error
 
 
-def test_no_command_is_forgotten():
+def test_every_command_is_tested():
     others = {"train", "explain", "rehearse"}
     assert {name.split(" ")[0] for name in COMMAND_LINES} | others == set(COMMANDS)
 
@@ -202,7 +202,7 @@ def test_a_command_that_is_not_utf_8(capsys):
     ],
     ids=lambda words: " ".join(words[:1] + words[-1:]),
 )
-def test_files_that_are_no_text(words, kind, tmp_path, capsys):
+def test_files_that_are_not_text(words, kind, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": "1"}\n')
     (tmp_path / "v").write_text('{"a": 0}')
     (tmp_path / "m").write_text("#version: 0.2\n")

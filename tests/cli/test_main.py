@@ -1,4 +1,4 @@
-"""The command line as a whole: errors that any command may meet."""
+"""Command dispatcher: errors common to all commands."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def pythons(_):
 
 
 @pytest.mark.parametrize("run", [numpys, torchs, pythons])
-def test_memory_that_runs_out_is_an_error_with_a_way_out(run, capsys):
+def test_out_of_memory_is_an_error_with_a_fix(run, capsys):
     assert run_command(SimpleNamespace(run=run), []) == 1
     text = capsys.readouterr().err
     assert text.startswith("MemoryError: The process ran out of memory")
     assert "Use fewer samples" in text
 
 
-def test_another_error_of_the_runtime_keeps_its_traceback():
+def test_another_runtime_error_keeps_its_traceback():
     def run(_):
         raise RuntimeError("something else")
 

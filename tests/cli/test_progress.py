@@ -1,4 +1,4 @@
-"""Progress of the data commands: lines now and then, or a bar that leaves nothing behind."""
+"""Token progress of commands: periodic lines, or a transient bar on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_lite.cli import progress as progress_module
 from megatron_lite.cli.progress import TokenProgress
 
 
-def test_lines_come_now_and_then(monkeypatch, capsys):
+def test_periodic_lines(monkeypatch, capsys):
     times = iter([0.0, 4.0, 11.0, 11.0, 15.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
     with TokenProgress("pack", 3000) as progress:
@@ -18,7 +18,7 @@ def test_lines_come_now_and_then(monkeypatch, capsys):
     assert progress.done == 3000
 
 
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     with TokenProgress("verify", 3000) as progress:
