@@ -27,8 +27,8 @@ def start(tmp_path):
     """Return a function that starts a trainer.Job (arguments, prepare function), ended with the test."""
     jobs = []
 
-    def start_job(words, prepare=None):
-        jobs.append(Job(tmp_path, words, prepare))
+    def start_job(args, prepare=None):
+        jobs.append(Job(tmp_path, args, prepare))
         return jobs[-1]
 
     yield start_job
@@ -48,21 +48,21 @@ def ranks(tmp_path):
     """Return a function that runs one process per argument list, as ranks of one job, and returns the results."""
     jobs = []
 
-    def start(*words, prepare=None, **variables):
+    def start(*args, prepare=None, **variables):
         port = free_port()
-        for rank, own in enumerate(words):
+        for rank, own in enumerate(args):
             folder = tmp_path / f"rank{rank}"
             folder.mkdir(exist_ok=True)
 
             def enter(rank=rank):
-                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(words), "MASTER_ADDR": "127.0.0.1"}
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(args), "MASTER_ADDR": "127.0.0.1"}
                 names |= {"MASTER_PORT": port, **(variables if rank else {})}
                 os.environ.update({name: str(value) for name, value in names.items()})
                 if prepare is not None:
                     prepare(rank)
 
             jobs.append(Job(folder, own, enter))
-        return [job.wait(120) for job in jobs[-len(words) :]]
+        return [job.wait(120) for job in jobs[-len(args) :]]
 
     yield start
     for job in jobs:

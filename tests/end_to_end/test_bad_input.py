@@ -18,15 +18,15 @@ from megatron_lite.checkpoint.verify import verify_checkpoint
 SAVING = ("--train-iters", 3, "--save-interval", 1)
 
 
-def assert_explained(result, *words, kind):
+def assert_explained(result, *texts, kind):
     """Check for exit code 1 and one paragraph on stderr, of error class `kind`, with these texts and no traceback."""
     assert result.code == 1, result.out
     assert "Traceback" not in result.err
     text = result.err[result.err.index(f"{kind}: ") :]
     assert "\n\n" not in text
     assert "None" not in text
-    for word in words:
-        assert str(word) in text, text
+    for expected in texts:
+        assert str(expected) in text, text
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_token_outside_the_vocabulary(place, corpus, dataset):
 def test_a_token_outside_the_vocabulary_found_during_training(corpus, dataset, tmp_path):
     """Opening a dataset checks samples of it; other invalid tokens stop the run at the affected sample."""
     tokens = np.fromfile(part(dataset, ".bin"), np.uint16)
-    words = corpus.job(
+    args = corpus.job(
         *SAVING,
         "--save",
         tmp_path / "run",
@@ -104,7 +104,7 @@ def test_a_token_outside_the_vocabulary_found_during_training(corpus, dataset, t
         if document not in probed:
             tokens[sizes[:document].sum() :][: sizes[document]] = 301
     tokens.tofile(part(dataset, ".bin"))
-    result = command(*words)
+    result = command(*args)
     assert_explained(result, "id 301", kind="DataError")
     assert "model " in result.out, "the run had begun"
     assert status(tmp_path / "run")["status"] == "error"
@@ -137,8 +137,8 @@ def test_a_broken_line_is_named_or_counted(corpus, tmp_path):
 
 def test_a_tokenizer_other_than_that_of_the_data(corpus, tmp_path):
     other = tmp_path / "other"
-    words = ("train-tokenizer", "--input", corpus.text, "--output", other, "--vocab-size", 290)
-    assert command(*words).code == 0
+    args = ("train-tokenizer", "--input", corpus.text, "--output", other, "--vocab-size", 290)
+    assert command(*args).code == 0
     result = command(*corpus.job(*SAVING, "--tokenizer-model", other))
     assert_explained(result, corpus.data[0], "fingerprint", "preprocess it again", kind="DataError")
 
@@ -151,35 +151,35 @@ def limit_files(size):
 @pytest.mark.parametrize("mode", [(), ("--async-save",)])
 def test_full_disk_during_a_checkpoint(mode, corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SAVING, *mode, "--save", save, "--load", save)
-    assert command(*words, "--exit-after-iters", 1).code == 0
-    result = start(words, partial(limit_files, 100_000)).wait()
+    args = corpus.job(*SAVING, *mode, "--save", save, "--load", save)
+    assert command(*args, "--exit-after-iters", 1).code == 0
+    result = start(args, partial(limit_files, 100_000)).wait()
     assert_explained(result, "iteration 2", save, "Earlier checkpoints are untouched", kind="CheckpointError")
     assert checkpoints(save) == ["iter_0000001"]
     verify_checkpoint(save / "iter_0000001")
     assert (status(save)["status"], status(save)["saved_iteration"]) == ("error", 1)
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert iterations(save) == [1, 2, 3]
 
 
 def test_full_disk_for_metrics(corpus, start, tmp_path):
-    words = corpus.job("--train-iters", 50, "--metrics-file", tmp_path / "metrics.jsonl")
-    result = start(words, partial(limit_files, 10_000)).wait()
+    args = corpus.job("--train-iters", 50, "--metrics-file", tmp_path / "metrics.jsonl")
+    result = start(args, partial(limit_files, 10_000)).wait()
     assert_explained(result, tmp_path / "metrics.jsonl", "--metrics-file", kind="TrainingError")
 
 
 def test_full_disk_for_a_dataset(corpus, start, tmp_path):
-    words = ("preprocess", "--input", corpus.text, "--output-prefix", tmp_path / "out", "--append-eod")
-    words += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus.tokenizer)
-    result = start(words, partial(limit_files, 8_000)).wait()
+    args = ("preprocess", "--input", corpus.text, "--output-prefix", tmp_path / "out", "--append-eod")
+    args += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus.tokenizer)
+    result = start(args, partial(limit_files, 8_000)).wait()
     assert_explained(result, tmp_path / "out", "space", kind="DataError")
     assert not list(tmp_path.glob("out_*"))
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert command(*corpus.job(*SAVING, data=tmp_path / "out_text_document")).code == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         (("--tran-iters", 3), "Did you mean --train-iters?"),
         (("--hidden-sise=16",), "Did you mean --hidden-size?"),
@@ -188,8 +188,8 @@ def test_full_disk_for_a_dataset(corpus, start, tmp_path):
         (("--seed",), "--seed with nothing after it"),
     ],
 )
-def test_a_typo(words, expected, corpus):
-    assert_explained(command(*corpus.job("--train-iters", 3, *words)), expected, kind="ConfigError")
+def test_a_typo(args, expected, corpus):
+    assert_explained(command(*corpus.job("--train-iters", 3, *args)), expected, kind="ConfigError")
 
 
 @pytest.mark.parametrize(
@@ -249,16 +249,16 @@ def test_a_save_that_holds_a_longer_run(corpus, finished):
     before = content()
     result = command(*corpus.job(*SAVING, "--save", finished))
     assert_explained(result, f"--save {finished} holds iter_0000003", f"Add --load {finished}", kind="CheckpointError")
-    words = ("--save", finished, "--load", finished, "--load-iteration", 1)
-    result = command(*corpus.job(*SAVING, *words))
+    args = ("--save", finished, "--load", finished, "--load-iteration", 1)
+    result = command(*corpus.job(*SAVING, *args))
     assert_explained(result, "starts at iteration 1", "Leave --load-iteration out", kind="CheckpointError")
     assert content() == before
     assert status(finished)["status"] == "error", "the last job was refused"
 
 
 def test_a_checkpoint_of_another_model(corpus, finished):
-    words = ("--load", finished, "--num-layers", 3, "--normalization", "RMSNorm")
-    result = command(*corpus.job(*SAVING, *words))
+    args = ("--load", finished, "--num-layers", 3, "--normalization", "RMSNorm")
+    result = command(*corpus.job(*SAVING, *args))
     expected = '\n  model.normalization: "LayerNorm" in the checkpoint, "RMSNorm" now\n  model.num_layers: 2 in the'
     assert_explained(
         result, expected, "Give the model flags with which the checkpoint was saved", kind="CheckpointError"
@@ -267,18 +267,18 @@ def test_a_checkpoint_of_another_model(corpus, finished):
 
 def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
     """The vocabulary has the same size; only the fingerprint differs."""
-    words = json.loads((corpus.tokenizer / "vocab.json").read_text())
+    args = json.loads((corpus.tokenizer / "vocab.json").read_text())
     other = tmp_path / "tokenizer"
     shutil.copytree(corpus.tokenizer, other)
     (other / "tokenizer.json").unlink()
-    names = sorted(words, key=words.get)
+    names = sorted(args, key=args.get)
     names[10], names[11] = names[11], names[10]
     (other / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
     assert preprocess(corpus.text, tmp_path / "data", other).code == 0
-    words = ("--train-iters", 5, "--load", finished, "--tokenizer-model", other, "--override-opt_param-scheduler")
-    words = corpus.job(*words, data=tmp_path / "data_text_document")
-    assert_explained(command(*words), "tokenizer: ", "--accept-changed data tokenizer", kind="CheckpointError")
-    assert command(*words, "--accept-changed", "data", "tokenizer").code == 0
+    args = ("--train-iters", 5, "--load", finished, "--tokenizer-model", other, "--override-opt_param-scheduler")
+    args = corpus.job(*args, data=tmp_path / "data_text_document")
+    assert_explained(command(*args), "tokenizer: ", "--accept-changed data tokenizer", kind="CheckpointError")
+    assert command(*args, "--accept-changed", "data", "tokenizer").code == 0
 
 
 def test_missing_checkpoints(corpus, finished, tmp_path):

@@ -37,18 +37,18 @@ def watched():
         yield read
 
 
-def go_on(corpus, save, *words, data=None):
+def go_on(corpus, save, *args, data=None):
     """Run a job that resumes from and saves to `save`; return its output."""
-    words = (*BASE, "--save", save, "--load", save, *words)
-    result = command(*corpus.job(*words, data=data))
+    args = (*BASE, "--save", save, "--load", save, *args)
+    result = command(*corpus.job(*args, data=data))
     assert result.code == 0, result.err
     return result.out
 
 
-def shown(corpus, save, iteration, *words, data=None):
+def shown(corpus, save, iteration, *args, data=None):
     """Return the samples of an iteration as shown by `data samples`: (sequence, first token) of each span."""
-    words = corpus.job(*BASE, "--save", save, "--load", save, *words, data=data)[1:]
-    result = command("data", "samples", "--iteration", iteration, *words)
+    args = corpus.job(*BASE, "--save", save, "--load", save, *args, data=data)[1:]
+    result = command("data", "samples", "--iteration", iteration, *args)
     assert result.code == 0, result.err
     return re.findall(r"sequence ([\d,]+), tokens ([\d,]+) to", result.out)
 
@@ -81,9 +81,9 @@ def damage(checkpoint):
         file.write_bytes(content)
 
 
-def epoch_of(corpus, *words, data=None):
+def epoch_of(corpus, *args, data=None):
     """Return the samples of one epoch of the training data."""
-    config = parse_run([str(word) for word in corpus.job("--train-iters", 1, *BASE, *words, data=data)[1:]]).config
+    config = parse_run([str(word) for word in corpus.job("--train-iters", 1, *BASE, *args, data=data)[1:]]).config
     return int(plan_datasets(config)["train"]["train"].sources[0].epoch_samples)
 
 
@@ -95,21 +95,21 @@ def test_changed_evaluations_continue_at_the_consumed_position(corpus, tmp_path)
     validated = [record["iteration"] for record in measured(save) if record["kind"] == "validation"]
     assert validated == [*range(1, 11), 12, 15, 15]
     ended = [record["losses"] for record in measured(save) if record.get("at_end")]
-    for words in (("--train-iters", 15), ()):
-        job = corpus.job(*words, *BASE[-2:], "--eval-iters", 30, "--load", save, "--skip-train")
+    for args in (("--train-iters", 15), ()):
+        job = corpus.job(*args, *BASE[-2:], "--eval-iters", 30, "--load", save, "--skip-train")
         again = command(*job)
         assert again.code == 0, again.err
         assert all(f"{loss:.6E}" in again.out for losses in ended for loss in losses.values())
 
 
-@pytest.mark.parametrize("words", [("--data-index", "legacy"), ("--data-index", "modern")])
-def test_a_longer_run_finishes_its_epoch_before_repeating_samples(words, corpus, tmp_path):
+@pytest.mark.parametrize("args", [("--data-index", "legacy"), ("--data-index", "modern")])
+def test_a_longer_run_finishes_its_epoch_before_repeating_samples(args, corpus, tmp_path):
     save, epoch = tmp_path / "run", epoch_of(corpus)
     short, long = epoch // 8, epoch // 2
     with watched() as read:
-        assert "keep their order" not in go_on(corpus, save, "--train-iters", short, *words)
+        assert "keep their order" not in go_on(corpus, save, "--train-iters", short, *args)
         before = {iteration: list(samples) for iteration, samples in read.items()}
-        assert "keep their order" in go_on(corpus, save, "--train-iters", long, *words)
+        assert "keep their order" in go_on(corpus, save, "--train-iters", long, *args)
     assert sorted(read) == list(range(1, long + 1))
     first = [sample for iteration in range(1, long + 1) for sample in read[iteration]][: epoch - 1]
     assert repeats(first) == 0
@@ -118,7 +118,7 @@ def test_a_longer_run_finishes_its_epoch_before_repeating_samples(words, corpus,
     # Iterations of both jobs are shown as they were read, under the flags of either and under later ones.
     for flags in (("--train-iters", short), ("--train-iters", long), ("--train-iters", 3 * long)):
         for iteration in (2, short, short + 1, long):
-            assert shown(corpus, save, iteration, *flags, *words) == places(read[iteration])
+            assert shown(corpus, save, iteration, *flags, *args) == places(read[iteration])
     assert before.items() <= read.items()
 
 
@@ -136,12 +136,12 @@ def test_a_longer_run_of_a_blend_repeats_none_of_its_sources(corpus, tmp_path):
 
 
 def test_an_interrupted_run_reads_the_samples_of_an_uninterrupted_one(corpus, tmp_path):
-    words = ("--train-iters", 60, "--eval-interval", 7)
+    args = ("--train-iters", 60, "--eval-interval", 7)
     with watched() as whole:
-        go_on(corpus, tmp_path / "whole", *words)
+        go_on(corpus, tmp_path / "whole", *args)
     with watched() as parts:
         for end in (10, 40, 1000):
-            go_on(corpus, tmp_path / "parts", *words, "--exit-interval", end)
+            go_on(corpus, tmp_path / "parts", *args, "--exit-interval", end)
     assert parts == whole
     history = read_manifest(tmp_path / "parts" / "iter_0000060").provenance.data_history
     assert [segment.train_requests for segment in history] == [(240,)]
@@ -181,14 +181,14 @@ def test_samples_are_shown_without_the_deleted_checkpoints(corpus, tmp_path):
 def test_a_checkpoint_without_data_history_keeps_the_order_of_the_job_that_saved_it(corpus, tmp_path):
     """Checkpoints of earlier versions: the requested sample counts follow from their configuration."""
     save, epoch = tmp_path / "run", epoch_of(corpus)
-    words = ("--train-iters", epoch // 8)
+    args = ("--train-iters", epoch // 8)
     with watched() as read:
-        go_on(corpus, save, *words)
+        go_on(corpus, save, *args)
         path = save / f"iter_{epoch // 8:07d}"
         manifest = read_manifest(path)
         provenance = dataclasses.replace(manifest.provenance, data_history=())
         (path / MANIFEST_NAME).write_bytes(encode_manifest(dataclasses.replace(manifest, provenance=provenance)))
-        assert shown(corpus, save, 3, *words) == places(read[3])
+        assert shown(corpus, save, 3, *args) == places(read[3])
         go_on(corpus, save, "--train-iters", epoch // 4)
     samples = [sample for batch in read.values() for sample in batch][: epoch - 1]
     assert repeats(samples) == 0
@@ -199,8 +199,8 @@ def test_a_changed_data_order_is_reported_with_its_repeated_samples(corpus, tmp_
     half = epoch // 8
     with watched() as read:
         go_on(corpus, save, "--train-iters", half)
-        words = corpus.job(*BASE, "--save", save, "--load", save, "--seed", 9)
-        refused = command(*words, "--train-iters", 2 * half)
+        args = corpus.job(*BASE, "--save", save, "--load", save, "--seed", 9)
+        refused = command(*args, "--train-iters", 2 * half)
         assert refused.code == 1
         assert "keep their order" not in refused.out
         share = int(re.search(r"about (\d+)% of what is read next has been read before", refused.err)[1])
@@ -219,7 +219,7 @@ def test_a_changed_data_order_is_reported_with_its_repeated_samples(corpus, tmp_
             assert shown(corpus, save, iteration, "--train-iters", 2 * half, "--seed", 9) == places(read[iteration])
 
 
-def samples_on(backend, words):
+def samples_on(backend, args):
     """Train on one rank; return the sample numbers of each iteration."""
     read, original = [], RunData.train_reader
 
@@ -227,7 +227,7 @@ def samples_on(backend, words):
         read.append(self.train.samples(plan.first_sample, plan.global_batch))
         return original(self, plan)
 
-    config = parse_run(words, world_size=backend.world_size).config
+    config = parse_run(args, world_size=backend.world_size).config
     with mock.patch.object(RunData, "train_reader", note), assembled(config, backend) as run:
         train(run)
     return [number for numbers in read for number in numbers]
@@ -235,8 +235,8 @@ def samples_on(backend, words):
 
 def test_the_cyclic_order_is_kept_on_another_number_of_replicas(corpus, on_ranks, tmp_path):
     def job(*more):
-        words = corpus.job(*BASE, "--save", tmp_path, "--load", tmp_path, *more)
-        return [str(word) for word in (*words[1:], "--dataloader-type", "cyclic", "--eval-iters", 0)]
+        args = corpus.job(*BASE, "--save", tmp_path, "--load", tmp_path, *more)
+        return [str(word) for word in (*args[1:], "--dataloader-type", "cyclic", "--eval-iters", 0)]
 
     epoch = epoch_of(corpus)
     first = on_ranks(1, samples_on, job("--train-iters", epoch // 8))[0]
@@ -281,10 +281,10 @@ def test_a_fallback_keeps_the_samples_excluded_by_a_rollback(corpus, tmp_path):
 def test_validation_sets_without_weights_restart_at_their_end(corpus, tmp_path):
     one, two = corpus.data
     sets = ("--train-data-path", one, "--valid-data-path", one, two)
-    words = [
+    args = [
         word
         for word in corpus.job(*BASE[:2], "--train-iters", 2, "--eval-iters", 1000)
         if word not in (one, "--data-path", "--split", "80,10,10")
     ]
-    result = command(*words, *sets)
+    result = command(*args, *sets)
     assert result.code == 0, result.err

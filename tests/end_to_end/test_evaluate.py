@@ -17,12 +17,12 @@ def run(corpus, tmp_path_factory):
     return folder
 
 
-def evaluate(run, *words):
-    return command("evaluate", "--load", run, "--device", "cpu", *words)
+def evaluate(run, *args):
+    return command("evaluate", "--load", run, "--device", "cpu", *args)
 
 
-def figures(run, *words):
-    result = evaluate(run, *words, "--json")
+def figures(run, *args):
+    result = evaluate(run, *args, "--json")
     assert result.code == 0, result
     return json.loads(result.out)
 
@@ -58,7 +58,7 @@ def test_window_options_and_limit(run, corpus):
 def test_wikitext_is_detokenized_and_counted_as_published(run, tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(" \n = Abc = \n \n a hard @-@ shelled abc , of 0 @.@ 7 kg \n")
-    (plain,), (joined,) = (figures(run, "--text", text, *words)["texts"] for words in ((), ("--wikitext",)))
+    (plain,), (joined,) = (figures(run, "--text", text, *args)["texts"] for args in ((), ("--wikitext",)))
     assert joined["tokens"] < plain["tokens"]
     assert joined["bytes"] == plain["bytes"] == len(text.read_bytes())
     assert (plain["words"], joined["words"]) == (14, 18), "four ends of lines"
@@ -74,7 +74,7 @@ def test_the_table_fits_a_terminal(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("args", "code", "said"),
     [
         ((), 2, "give --text FILE or --data-path PREFIX"),
         (("--text", "nowhere"), 1, "nowhere: No such file"),
@@ -89,11 +89,11 @@ def test_the_table_fits_a_terminal(run, tmp_path):
         (("--text", "{folder}/text", "--batch-size", 0), 2, "--batch-size: '0' is not a whole number from 1"),
     ],
 )
-def test_errors(run, tmp_path, words, code, said):
+def test_errors(run, tmp_path, args, code, said):
     (tmp_path / "empty").touch()
     (tmp_path / "latin1").write_bytes(b"\xe9t\xe9")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "text").write_text("abc abc")
-    result = evaluate(run, *(str(word).format(folder=tmp_path) for word in words))
+    result = evaluate(run, *(str(word).format(folder=tmp_path) for word in args))
     assert result.code == code, result
     assert said in result.err

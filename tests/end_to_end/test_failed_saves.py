@@ -55,8 +55,8 @@ def left_behind(save):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_stops_and_its_checkpoints_stay(mode, corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, *mode, "--save", save, "--load", save)
-    result = start(words, partial(full_disk, for_good=True)).wait()
+    args = corpus.job(*JOB, *mode, "--save", save, "--load", save)
+    result = start(args, partial(full_disk, for_good=True)).wait()
     assert result.code == 1
     assert "File too large" in result.err
     assert "the newest complete checkpoint is of iteration 2" in result.err
@@ -64,15 +64,15 @@ def test_a_run_stops_and_its_checkpoints_stay(mode, corpus, start, tmp_path):
     assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set())
     ended = status(save)
     assert (ended["status"], ended["saved_iteration"], ended["failed_saves"]) == ("error", 2, [4])
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert status(save)["failed_saves"] == []
 
 
 def test_a_failed_background_save_is_reported_before_the_next_save(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--train-iters", 500, "--save-schedule", "2:4 1000", "--async-save", "--save", save)
-    words = [word for position, word in enumerate(words) if "--save-interval" not in words[position - 1 : position + 1]]
-    assert start(words, partial(full_disk, for_good=True)).wait().code == 1
+    args = corpus.job(*JOB, "--train-iters", 500, "--save-schedule", "2:4 1000", "--async-save", "--save", save)
+    args = [word for position, word in enumerate(args) if "--save-interval" not in args[position - 1 : position + 1]]
+    assert start(args, partial(full_disk, for_good=True)).wait().code == 1
     assert status(save)["failed_saves"] == [4]
     assert status(save)["iteration"] < 500
 
@@ -80,8 +80,8 @@ def test_a_failed_background_save_is_reported_before_the_next_save(corpus, start
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_continues_and_saves_again(mode, corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, *mode, "--save", save, "--on-failed-save", "continue")
-    result = start(words, partial(full_disk, for_good=False)).wait()
+    args = corpus.job(*JOB, *mode, "--save", save, "--on-failed-save", "continue")
+    result = start(args, partial(full_disk, for_good=False)).wait()
     assert result.code == 0, result.err
     (told,) = [record["text"] for record in records(save) if "FAILED" in str(record.get("text"))]
     assert told in result.out
@@ -97,8 +97,8 @@ def test_a_run_continues_and_saves_again(mode, corpus, start, tmp_path):
 @pytest.mark.parametrize(("stop", "failed"), [((), [4, 6, 8]), (("--exit-interval", 5), [4, 5])])
 def test_the_last_save_of_a_job_must_succeed(mode, stop, failed, corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, *mode, *stop, "--save", save, "--keep-last", 1, "--on-failed-save", "continue")
-    result = start(words, partial(full_disk, for_good=True)).wait()
+    args = corpus.job(*JOB, *mode, *stop, "--save", save, "--keep-last", 1, "--on-failed-save", "continue")
+    result = start(args, partial(full_disk, for_good=True)).wait()
     assert result.code == 1
     assert "the newest complete checkpoint is of iteration 2" in result.err
     assert (checkpoints(save), left_behind(save)) == (["iter_0000002"], set()), "retention keeps what is whole"
@@ -120,10 +120,10 @@ def die_before_latest(iteration):
 
 def test_a_checkpoint_not_yet_recorded_as_latest_is_resumed(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save)
-    assert start(words, partial(die_before_latest, 4)).wait().code == -signal.SIGKILL
+    args = corpus.job(*JOB, "--save", save, "--load", save)
+    assert start(args, partial(die_before_latest, 4)).wait().code == -signal.SIGKILL
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2\n"
-    result = command(*words)
+    result = command(*args)
     assert result.code == 0, result.err
     assert "iter_0000004 is complete, and the job that saved it was killed before it was recorded" in result.out
     assert iterations(save) == list(range(1, 9))
@@ -132,8 +132,8 @@ def test_a_checkpoint_not_yet_recorded_as_latest_is_resumed(corpus, start, tmp_p
 
 def test_a_weights_only_save_fails_in_the_same_way(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--weights-only-every", 3, "--on-failed-save", "continue")
-    result = start(words, partial(full_disk, for_good=False)).wait()
+    args = corpus.job(*JOB, "--save", save, "--weights-only-every", 3, "--on-failed-save", "continue")
+    result = start(args, partial(full_disk, for_good=False)).wait()
     assert result.code == 0, result.err
     assert status(save)["failed_saves"] == [3]
     assert checkpoints(save / "weights") == ["iter_0000006"]
@@ -146,9 +146,9 @@ class FullDisk(io.FileIO):
         raise OSError(28, "No space left on device")
 
 
-def full_on_rank_1(backend, words, *, for_good):
+def full_on_rank_1(backend, args, *, for_good):
     """Run on one rank; the disk of rank 1 is full after the first save, even for the failure record."""
-    config = parse_run(words, world_size=backend.world_size).config
+    config = parse_run(args, world_size=backend.world_size).config
     with ExitStack() as stack:
         if backend.rank == 1:
             refuse = SecondFileFull(for_good)
@@ -180,9 +180,9 @@ class SecondFileFull:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failure_of_one_rank_fails_the_save_on_all(mode, corpus, on_ranks, tmp_path):
     save = tmp_path / "run"
-    words = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
+    args = [str(word) for word in corpus.job(*JOB, *mode, "--save", save)][1:]
     # Rank 0 must not wait for the record that rank 1 cannot write; on_ranks has a timeout.
-    errors = on_ranks(2, partial(full_on_rank_1, for_good=False), [*words, "--on-failed-save", "continue"])
+    errors = on_ranks(2, partial(full_on_rank_1, for_good=False), [*args, "--on-failed-save", "continue"])
     assert errors == [None, None]
     assert (checkpoints(save), left_behind(save)) == (["iter_0000006", "iter_0000008"], set())
     assert status(save)["failed_saves"] == [4]
@@ -190,8 +190,8 @@ def test_a_failure_of_one_rank_fails_the_save_on_all(mode, corpus, on_ranks, tmp
     assert "rank 1: " in told and "No space left on device" in told
 
     stopped = tmp_path / "stopped"
-    words[words.index(str(save))] = str(stopped)
-    errors = on_ranks(2, partial(full_on_rank_1, for_good=True), words)
+    args[args.index(str(save))] = str(stopped)
+    errors = on_ranks(2, partial(full_on_rank_1, for_good=True), args)
     assert all("rank 1: " in error and "No space left on device" in error for error in errors), errors
     assert (checkpoints(stopped), left_behind(stopped)) == (["iter_0000002"], set())
     assert Path(stopped / "latest_checkpointed_iteration.txt").read_text() == "2\n"

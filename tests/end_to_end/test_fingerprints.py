@@ -26,10 +26,10 @@ def moved(corpus, tmp_path):
     return tmp_path / "moved"
 
 
-def job(corpus, save, iterations, *words, data=None):
+def job(corpus, save, iterations, *args, data=None):
     """Return a job with `iterations` iterations and a constant learning rate, independent of the length."""
     lengths = ("--train-iters", iterations, "--lr-decay-style", "constant", "--save-interval", 2)
-    return command(*corpus.job(*lengths, "--save", save, "--load", save, *words, data=data))
+    return command(*corpus.job(*lengths, "--save", save, "--load", save, *args, data=data))
 
 
 def test_data_may_move_and_must_not_change(corpus, moved, tmp_path):
@@ -81,9 +81,9 @@ def test_a_changed_blend_is_reported(corpus, tmp_path, change, told):
     save = tmp_path / "run"
     one, two = corpus.data
     assert job(corpus, save, 2, "--data-path", 0.3, one, 0.7, two).code == 0
-    words = [{"0": str(one), "1": str(two)}.get(str(word), word) for word in change]
+    args = [{"0": str(one), "1": str(two)}.get(str(word), word) for word in change]
     base = () if "--data-path" in change else ("--data-path", 0.3, one, 0.7, two)
-    result = job(corpus, save, 4, *base, *words)
+    result = job(corpus, save, 4, *base, *args)
     assert result.code == 1
     assert told in result.err
 
@@ -91,8 +91,8 @@ def test_a_changed_blend_is_reported(corpus, tmp_path, change, told):
 def test_a_fresh_start_or_an_evaluation_accepts_any_data(corpus, tmp_path):
     save = tmp_path / "run"
     assert job(corpus, save, 2).code == 0
-    for words in (("--finetune",), ("--reset-iteration",)):
-        given = corpus.job("--train-iters", 2, "--lr-decay-style", "constant", "--load", save, *words)
+    for args in (("--finetune",), ("--reset-iteration",)):
+        given = corpus.job("--train-iters", 2, "--lr-decay-style", "constant", "--load", save, *args)
         assert command(*given, "--data-path", corpus.data[1]).code == 0
     assert job(corpus, save, 2, "--skip-train", data=corpus.data[1]).code == 0
 
@@ -135,16 +135,16 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(corpus, tmp_p
     assert "Changed files" not in result.out
 
 
-def fingerprints_on(backend, words):
+def fingerprints_on(backend, args):
     """Return the fingerprints of manifests on one rank; only the first rank of a node may read the data."""
-    config = parse_run(words, world_size=backend.world_size).config
+    config = parse_run(args, world_size=backend.world_size).config
     look = comparison.data_fingerprints if backend.rank == 0 else None
     with mock.patch.object(comparison, "data_fingerprints", look), assemble.assembled(config, backend) as run:
         return run.state.provenance.fingerprints
 
 
 def test_all_ranks_save_the_fingerprints_that_one_has_read(corpus, on_ranks, tmp_path):
-    words = [str(word) for word in corpus.job("--train-iters", 2, "--save", tmp_path, "--save-interval", 2)][1:]
-    one, two = on_ranks(2, fingerprints_on, words)
+    args = [str(word) for word in corpus.job("--train-iters", 2, "--save", tmp_path, "--save-interval", 2)][1:]
+    one, two = on_ranks(2, fingerprints_on, args)
     assert one == two
     assert set(one) == {"tokenizer", "code", "data order", "data source 1"}

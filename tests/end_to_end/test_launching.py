@@ -41,17 +41,17 @@ class Process:
 
     Args:
         path: of the file.
-        words: the command line.
+        args: the command line.
         variables: what the launcher sets.
         prepare: called in the process before the command.
     """
 
-    def __init__(self, path, words, variables, prepare=None):
+    def __init__(self, path, args, variables, prepare=None):
         self.path = path
-        self.process = _FORK.Process(target=self._run, args=([str(word) for word in words], variables, prepare))
+        self.process = _FORK.Process(target=self._run, args=([str(word) for word in args], variables, prepare))
         self.process.start()
 
-    def _run(self, words, variables, prepare):
+    def _run(self, args, variables, prepare):
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         for number in (1, 2):
             os.dup2(descriptor, number)
@@ -62,7 +62,7 @@ class Process:
         os.environ.update(variables)
         if prepare is not None:
             prepare()
-        sys.exit(main(words))
+        sys.exit(main(args))
 
     @property
     def text(self):
@@ -87,11 +87,11 @@ def ranks(tmp_path):
     outputs = tmp_path / "outputs"
     outputs.mkdir()
 
-    def start(words, variables, prepare=None):
+    def start(args, variables, prepare=None):
         new = []
         for rank, mine in enumerate(variables):
             path = outputs / f"{len(started)}.txt"
-            new.append(Process(path, words, mine, None if prepare is None else lambda rank=rank: prepare(rank)))
+            new.append(Process(path, args, mine, None if prepare is None else lambda rank=rank: prepare(rank)))
             started.append(new[-1])
         return new
 
@@ -188,18 +188,18 @@ def sleep_while_looking(rank):
     """Delay rank 1 at start."""
     original = assemble.find_start
 
-    def slow(*words):
+    def slow(*args):
         print("looking", flush=True)
         if rank == 1:
             time.sleep(600)
-        return original(*words)
+        return original(*args)
 
     assemble.find_start = slow
 
 
 def test_a_signal_ends_a_rank_that_waits_in_a_collective_at_start(ranks, tmp_path):
-    words = [*TRAIN, "--save", tmp_path / "run", "--distributed-timeout-minutes", 0.1]
-    job = ranks(words, by_hand(2), sleep_while_looking)
+    args = [*TRAIN, "--save", tmp_path / "run", "--distributed-timeout-minutes", 0.1]
+    job = ranks(args, by_hand(2), sleep_while_looking)
     for process in job:
         process.wait_for("looking")
     time.sleep(0.5)
@@ -223,14 +223,14 @@ def test_help_is_printed_once(ranks):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "There is no folder --load"),
         (("--save", "/proc/nowhere"), "Cannot write to --save"),
     ],
 )
-def test_an_error_that_all_ranks_agree_on_is_printed_once(ranks, tmp_path, words, message):
-    job = ranks([*TRAIN, *(word.format(tmp=tmp_path) for word in words)], by_hand(3))
+def test_an_error_that_all_ranks_agree_on_is_printed_once(ranks, tmp_path, args, message):
+    job = ranks([*TRAIN, *(word.format(tmp=tmp_path) for word in args)], by_hand(3))
     assert [process.code() for process in job] == [1] * 3
     text = "".join(process.text for process in job)
     assert text.count(message) == 1 and text.count("Error") == 1, text

@@ -42,14 +42,14 @@ def test_fp32_and_bf16_stop_with_iteration_and_samples(precision, corpus, tmp_pa
 
 
 def test_the_command_that_the_message_names_shows_the_samples(corpus):
-    words = corpus.job(*RUN, *DIVERGING)
-    iteration = re.search(r"data samples --iteration (\d+)", command(*words).err)[1]
-    result = command("data", "samples", "--iteration", iteration, *words[1:])
+    args = corpus.job(*RUN, *DIVERGING)
+    iteration = re.search(r"data samples --iteration (\d+)", command(*args).err)[1]
+    result = command("data", "samples", "--iteration", iteration, *args[1:])
     assert result.code == 0
     assert f"samples {4 * int(iteration) - 4} to {4 * int(iteration) - 1}" in result.out
 
 
-def test_without_the_check_training_goes_on(corpus, tmp_path):
+def test_training_continues_without_the_check(corpus, tmp_path):
     save = tmp_path / "run"
     result = command(*corpus.job(*RUN, *DIVERGING, "--no-check-for-nan-in-loss-and-grad", "--save", save))
     assert result.code == 0
@@ -74,11 +74,11 @@ def poison(forward, iteration):
 def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
     """The fix in the message: resume from the last checkpoint and skip the iteration."""
     save = tmp_path / "run"
-    words = corpus.job(*RUN, "--save", save, "--load", save)
+    args = corpus.job(*RUN, "--save", save, "--load", save)
     with monkeypatch.context() as patch:
         patch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))
-        assert "Iteration 4 has loss" in command(*words).err
-    result = command(*words, "--skip-train-iteration-range", "4-4")
+        assert "Iteration 4 has loss" in command(*args).err
+    result = command(*args, "--skip-train-iteration-range", "4-4")
     assert result.code == 0
     assert "Skipped iteration 4 due to --skip-train-iteration-range" in result.out
     assert "skipped samples:            4 |" in result.out
@@ -90,8 +90,8 @@ def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
 def test_fp16_skips_and_reports_an_overflow(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
     monkeypatch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))
-    words = ("--fp16", "--initial-loss-scale", 1024, "--hysteresis", 1, "--lr", 1e-3, "--lr-decay-style", "linear")
-    result = command(*corpus.job(*RUN, *words, "--save", save))
+    args = ("--fp16", "--initial-loss-scale", 1024, "--hysteresis", 1, "--lr", 1e-3, "--lr-decay-style", "linear")
+    result = command(*corpus.job(*RUN, *args, "--save", save))
     assert result.code == 0
     told = [record["text"] for record in records(save) if record["kind"] == "message"]
     assert [text for text in told if "overflowed" in text] == [
@@ -124,8 +124,8 @@ def test_fp16_finds_its_scale_from_the_default_one(corpus, tmp_path):
 
 def test_fp16_that_is_beyond_help_says_that_it_has_diverged(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(GPTStage, "forward", lambda *args, forward=GPTStage.forward: forward(*args) * math.inf)
-    words = ("--fp16", "--initial-loss-scale", 4, "--hysteresis", 1, "--train-iters", 4)
-    told = [line for line in command(*corpus.job(*words)).out.splitlines() if "overflowed" in line]
+    args = ("--fp16", "--initial-loss-scale", 4, "--hysteresis", 1, "--train-iters", 4)
+    told = [line for line in command(*corpus.job(*args)).out.splitlines() if "overflowed" in line]
     assert ["has diverged" in line for line in told] == [False, False, True, True]
 
 

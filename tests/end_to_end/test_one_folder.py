@@ -1,4 +1,4 @@
-"""One --save folder, several jobs: exit_status.json is the last job's, and one job at a time writes there."""
+"""Several jobs with one --save folder: exit_status.json of the last job, and the lock on the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = ("--train-iters", 100_000, "--save-interval", 50_000)
 
 
 def content(folder):
-    """Everything in a folder, but the name of the lock's file, which heartbeats change."""
+    """Return the content of a folder, without the name of the lock file, which heartbeats change."""
     return {
         path.relative_to(folder).parts if path.parent.name != LOCK_NAME else "lock": path.is_file()
         and path.read_bytes()
@@ -27,10 +27,10 @@ def content(folder):
     }
 
 
-def test_an_error_in_the_command_line_replaces_the_last_jobs_verdict(corpus, tmp_path, monkeypatch):
+def test_an_error_in_the_command_line_replaces_the_exit_status(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    assert command(*words).code == 0
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*args).code == 0
     for wrong, variables in (
         (("--tran-iters", 3), {}),
         (("--seed", "abc"), {}),
@@ -42,12 +42,12 @@ def test_an_error_in_the_command_line_replaces_the_last_jobs_verdict(corpus, tmp
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            result = command(*words, *wrong)
+            result = command(*args, *wrong)
         assert result.code == 1
         ended = status(save)
         assert (ended["status"], ended["saved_iteration"], ended["host"]) == ("error", 4, os.uname().nodename)
         assert ended["message"] in result.err
-        result = command(*words)
+        result = command(*args)
         assert (result.code, "This run is complete: it ended at iteration 4" in result.out) == (0, True), result.err
         assert status(save)["status"] == "completed"
         assert sorted(path.name for path in save.iterdir() if not path.name.startswith("iter_")) == [
@@ -58,46 +58,46 @@ def test_an_error_in_the_command_line_replaces_the_last_jobs_verdict(corpus, tmp
         ]
 
 
-def test_what_does_not_start_a_job_leaves_the_verdict_alone(corpus, tmp_path):
+def test_a_command_without_job_keeps_the_exit_status(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save)
-    assert command(*words).code == 0
+    args = corpus.job(*SHORT, "--save", save)
+    assert command(*args).code == 0
     before = content(save)
-    assert command(*words, "--dry-run").code == 0
-    assert command(*words, "--dry-run", "--tran-iters", 3).code == 1
-    assert command(*words, "--help").code == 0
+    assert command(*args, "--dry-run").code == 0
+    assert command(*args, "--dry-run", "--tran-iters", 3).code == 1
+    assert command(*args, "--help").code == 0
     assert content(save) == before
 
 
-def test_a_failure_while_importing_is_written(corpus, start, tmp_path):
+def test_a_failed_import_is_recorded(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save)
-    assert command(*words, "--exit-after-iters", 1).code == 0
+    args = corpus.job(*SHORT, "--save", save)
+    assert command(*args, "--exit-after-iters", 1).code == 0
 
     def break_import():
         import sys
 
         sys.modules["megatron_lite.train.job"] = None
 
-    result = start(words, break_import).wait()
+    result = start(args, break_import).wait()
     assert result.code == 1
     assert (status(save)["status"], "train.job" in status(save)["message"]) == ("error", True)
 
 
-def running(start, words, save, prepare=None):
-    job = start(words, prepare)
+def running(start, args, save, prepare=None):
+    job = start(args, prepare)
     assert job.until(lambda: (save / "metrics.jsonl").exists() and len(iterations(save)) >= 2)
     return job
 
 
 def test_a_second_job_is_refused_and_writes_nothing(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*LONG, "--save", save, "--load", save)
-    job = running(start, words, save)
+    args = corpus.job(*LONG, "--save", save, "--load", save)
+    job = running(start, args, save)
     os.kill(job.process.pid, signal.SIGSTOP)
     held = content(save)
     for more in ((), ("--tran-iters", 3), ("--skip-train",), ("--data-path", tmp_path / "missing")):
-        result = command(*words, *more)
+        result = command(*args, *more)
         assert result.code == 1
         if more in ((), ("--skip-train",)):
             assert f"{save} is in use by process" in result.err
@@ -125,15 +125,15 @@ def test_a_second_job_is_refused_and_writes_nothing(corpus, start, tmp_path):
 
 def test_another_job_may_load_from_a_folder_in_use(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job("--train-iters", 100_000, "--save-schedule", "2:2 50000", "--save", save)
-    job = running(start, words, save)
+    args = corpus.job("--train-iters", 100_000, "--save-schedule", "2:2 50000", "--save", save)
+    job = running(start, args, save)
     assert job.until(lambda: checkpoints(save) == ["iter_0000002"])
     result = command(*corpus.job(*SHORT, "--load", save, "--finetune", "--save", tmp_path / "other"))
     assert result.code == 0, result.err
     job.process.kill()
 
 
-def test_after_a_kill_the_next_job_takes_over_at_once_and_says_so(corpus, start, tmp_path):
+def test_after_a_kill_the_next_job_takes_over_the_lock(corpus, start, tmp_path):
     save = tmp_path / "run"
     job = running(start, corpus.job(*LONG, "--save", save, "--load", save), save)
     job.process.kill()
@@ -148,18 +148,18 @@ def test_after_a_kill_the_next_job_takes_over_at_once_and_says_so(corpus, start,
 
 
 def often():
-    """Shortens the heartbeat interval."""
+    """Shorten the heartbeat interval."""
     lock.HEARTBEAT_SECONDS = 0.3
 
 
 def elsewhere():
-    """Makes this process think that it runs on another machine."""
+    """Give this process the identity of another machine."""
     often()
     process.machine_id = lambda: "another kernel"
 
 
 @pytest.mark.parametrize("world", [(), ("--async-save",)])
-def test_a_paused_owner_whose_lock_was_taken_over_stops_without_writing(world, corpus, start, tmp_path):
+def test_a_paused_job_without_lock_stops_without_writing(world, corpus, start, tmp_path):
     save = tmp_path / "run"
     job = running(start, corpus.job(*LONG, *world, "--save", save, "--load", save), save, often)
     os.kill(job.process.pid, signal.SIGSTOP)
@@ -179,18 +179,18 @@ def test_a_paused_owner_whose_lock_was_taken_over_stops_without_writing(world, c
     assert content(save) == before
 
 
-def test_evaluating_alone_is_a_job_of_the_folder(corpus, tmp_path):
+def test_an_evaluation_job_takes_the_lock(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    assert command(*words).code == 0
-    assert command(*words, "--skip-train").code == 0
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*args).code == 0
+    assert command(*args, "--skip-train").code == 0
     ended = status(save)
     assert (ended["status"], ended["message"], ended["iteration"]) == (
         "evaluated",
         "evaluation is complete at iteration 4",
         4,
     )
-    assert "This run is complete" in command(*words).out
+    assert "This run is complete" in command(*args).out
 
 
 def test_the_lock_is_released_by_a_command_that_fails(corpus, tmp_path):
@@ -204,7 +204,7 @@ def test_the_lock_is_released_by_a_command_that_fails(corpus, tmp_path):
     assert not (save / LOCK_NAME).exists()
 
 
-def test_a_command_tells_of_sigterm_and_tidies_up(corpus, start, tmp_path):
+def test_sigterm_ends_a_command_and_releases_the_lock(corpus, start, tmp_path):
     save = tmp_path / "run"
     assert command(*corpus.job(*SHORT, "--save", save)).code == 0
     result = start(("checkpoint", "reshard", save, "--output", tmp_path / "out"), terminate_in_reshard).wait()
@@ -221,7 +221,7 @@ def terminate_in_reshard():
 
 
 def interrupted_at(number, function):
-    """Makes the job send itself a signal when it gets to a function of train.assemble."""
+    """Make the job send itself a signal at a function of train.assemble."""
     from megatron_lite.train import assemble
 
     setattr(assemble, function, lambda *_, **__: os.kill(os.getpid(), number))
@@ -229,13 +229,13 @@ def interrupted_at(number, function):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("function", ["find_start", "build_datasets", "load_start"])
-def test_a_signal_while_a_job_loads_is_its_verdict(number, function, corpus, start, tmp_path):
+def test_a_signal_while_loading_is_the_exit_status(number, function, corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    assert command(*words, "--exit-after-iters", 1).code == 0
-    result = start(words, partial(interrupted_at, number, function)).wait()
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*args, "--exit-after-iters", 1).code == 0
+    result = start(args, partial(interrupted_at, number, function)).wait()
     assert result.code == (-signal.SIGTERM if number == signal.SIGTERM else 130)
     assert (status(save)["status"], status(save)["iteration"], status(save)["saved_iteration"]) == ("signal", None, 1)
     assert not (save / LOCK_NAME).exists()
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert iterations(save) == [1, 2, 3, 4]

@@ -10,9 +10,9 @@ from support.trainer import command, preprocess, status
 HOST = socket.gethostname()
 
 
-def job(corpus, *words, data=None):
+def job(corpus, *args, data=None):
     timeouts = ("--distributed-timeout-minutes", 0.5, "--rendezvous-timeout-minutes", 1)
-    return corpus.job("--train-iters", 3, *timeouts, *words, data=data)
+    return corpus.job("--train-iters", 3, *timeouts, *args, data=data)
 
 
 def said(results):
@@ -25,7 +25,7 @@ def said(results):
 
 
 @pytest.mark.parametrize(
-    ("words", "lines"),
+    ("args", "lines"),
     [
         (
             ("--lr", 2e-3, "--seed", 7),
@@ -44,8 +44,8 @@ def said(results):
         ),
     ],
 )
-def test_other_flags(corpus, ranks, words, lines):
-    text = said(ranks(job(corpus), job(corpus, *words)))
+def test_other_flags(corpus, ranks, args, lines):
+    text = said(ranks(job(corpus), job(corpus, *args)))
     shown = [line.strip() for line in text.splitlines() if line.startswith("  ")]
     assert len(shown) == len(lines), "only what differs"
     for line, expected in zip(shown, lines, strict=True):
@@ -56,8 +56,8 @@ def test_other_flags(corpus, ranks, words, lines):
 def test_allowed_differences(corpus, ranks, tmp_path):
     copy = [shutil.copy(f"{corpus.data[0]}{suffix}", tmp_path / f"copy{suffix}") for suffix in (".bin", ".idx")]
     # One thread: threads of OpenMP do not survive the fork that starts a rank.
-    words = ("--data-cache-path", tmp_path, "--metrics-file", tmp_path / "metrics.jsonl")
-    results = ranks(job(corpus), job(corpus, *words, data=copy[0].with_suffix("")))
+    args = ("--data-cache-path", tmp_path, "--metrics-file", tmp_path / "metrics.jsonl")
+    results = ranks(job(corpus), job(corpus, *args, data=copy[0].with_suffix("")))
     assert [result.code for result in results] == [0, 0], results
 
 
@@ -72,8 +72,8 @@ def test_another_tokenizer(corpus, ranks, tmp_path):
     assert trained.code == 0
     save = tmp_path / "run"
     save.mkdir()
-    words = ("--save", save, "--save-interval", 3)
-    text = said(ranks(job(corpus, *words), job(corpus, *words, "--tokenizer-model", other)))
+    args = ("--save", save, "--save-interval", 3)
+    text = said(ranks(job(corpus, *args), job(corpus, *args, "--tokenizer-model", other)))
     assert text.count("\n  tokenizer sha256:") == 1 and f"on rank 1 ({HOST}), tokenizer sha256:" in text
     ended = status(save)
     assert (ended["status"], ended["rank"], ended["host"]) == ("error", 1, HOST)
@@ -96,15 +96,15 @@ def test_other_data_of_another_size(corpus, ranks, tmp_path):
 
 
 def test_files_missing_on_one_rank(corpus, ranks, tmp_path):
-    words = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
-    text = said(ranks(job(corpus), job(corpus, *words)))
+    args = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
+    text = said(ranks(job(corpus), job(corpus, *args)))
     assert f"rank 1 ({HOST}): 2 errors:" in text
     assert f"There is no --tokenizer-model {tmp_path / 'none'}" in text
 
 
 def test_files_missing_on_all_ranks_are_reported_once(corpus, ranks, tmp_path):
-    words = job(corpus, "--tokenizer-model", tmp_path / "none")
-    results = ranks(words, words)
+    args = job(corpus, "--tokenizer-model", tmp_path / "none")
+    results = ranks(args, args)
     assert [result.code for result in results] == [1, 1]
     assert results[0].err.count("ConfigError: There is no --tokenizer-model") == 1
     assert results[1].err == ""

@@ -32,7 +32,7 @@ VARIANTS = {
 }
 
 
-def words_of(variant, corpus, folder):
+def args_of(variant, corpus, folder):
     """Return the job of a variant that resumes from and saves to `folder`."""
     return corpus.job(*VARIANTS[variant], "--save", folder, "--load", folder)
 
@@ -52,13 +52,13 @@ def die_after(iteration):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_between_saves_and_resumed(variant, corpus, start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert command(*words_of(variant, corpus, whole)).code == 0
-    words = words_of(variant, corpus, broken)
+    assert command(*args_of(variant, corpus, whole)).code == 0
+    args = args_of(variant, corpus, broken)
     for iteration in (5, 8):
-        result = start(words, partial(die_after, iteration)).wait()
+        result = start(args, partial(die_after, iteration)).wait()
         assert result.code == -signal.SIGKILL, result.err
         assert iterations(broken) == list(range(1, iteration + 1))
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert_same_run(whole, broken)
 
 
@@ -112,10 +112,10 @@ def test_killed_at_each_file_of_a_save(mode, corpus, start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ("--train-iters", 4, "--save-interval", 2, *mode)
     assert command(*corpus.job(*flags, "--save", whole)).code == 0
-    words = corpus.job(*flags, "--save", broken, "--load", broken)
+    args = corpus.job(*flags, "--save", broken, "--load", broken)
     deaths = 0
     for count in range(1, 20):
-        result = start(words, partial(_die_in_save, broken, count)).wait()
+        result = start(args, partial(_die_in_save, broken, count)).wait()
         if result.code == 0:
             break
         assert result.code == -signal.SIGKILL
@@ -131,9 +131,9 @@ def test_blended_data_and_its_losses_by_source(corpus, start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     blend = (*LONG, "--data-path", 0.3, one, 0.7, two)
     assert command(*corpus.job(*blend, "--save", whole)).code == 0
-    words = corpus.job(*blend, "--save", broken, "--load", broken)
-    assert start(words, partial(die_after, 7)).wait().code == -signal.SIGKILL
-    assert command(*words).code == 0
+    args = corpus.job(*blend, "--save", broken, "--load", broken)
+    assert start(args, partial(die_after, 7)).wait().code == -signal.SIGKILL
+    assert command(*args).code == 0
     assert_same_run(whole, broken)
     names = {name for record in measured(whole) for name in record["losses"]}
     assert {f"lm loss {one.name}", f"lm loss {two.name}"} < names

@@ -54,8 +54,8 @@ def seen():
 
 def test_a_spike_is_reported_and_a_rollback_excludes_its_samples(corpus, seen, tmp_path):
     save, board = tmp_path / "run", tmp_path / "board"
-    words = corpus.job(*JOB, *SPIKES, "--save", save, "--load", save, "--tensorboard-dir", board)
-    result = command(*words, "--keep-last", 1)
+    args = corpus.job(*JOB, *SPIKES, "--save", save, "--load", save, "--tensorboard-dir", board)
+    result = command(*args, "--keep-last", 1)
     assert result.code == 0, result.err
     (told,) = [record["text"] for record in records(save) if "loss spike" in str(record.get("text"))]
     assert "in iterations 12 to 13" in told
@@ -74,7 +74,7 @@ def test_a_spike_is_reported_and_a_rollback_excludes_its_samples(corpus, seen, t
     assert steps(board) == {"lm loss": list(range(1, 9)), "lm loss vs samples": list(range(4, 33, 4))}
 
     # 9 iterations consume 36 samples; the tenth starts after the excluded samples.
-    shown = command("data", "samples", "--iteration", 11, *words[1:])
+    shown = command("data", "samples", "--iteration", 11, *args[1:])
     assert [line.split()[1] for line in shown.out.splitlines() if line.startswith("sample ")] == [
         "52",
         "53",
@@ -82,7 +82,7 @@ def test_a_spike_is_reported_and_a_rollback_excludes_its_samples(corpus, seen, t
         "55",
     ]
     seen.clear()
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert [place for places in seen for place in places] == [*range(32, 40), *range(52, 92)]
     assert iterations(save) == list(range(1, 21))
     assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((40, 52),)
@@ -100,8 +100,8 @@ def steps(board):
 @pytest.mark.parametrize("mode", [(), ("--async-save",)])
 def test_automatic_rollback(corpus, seen, tmp_path, mode):
     save, by_hand = tmp_path / "run", tmp_path / "hand"
-    words = (*corpus.job(*JOB, *mode), "--auto-rollback", 1, *SPIKES)
-    result = command(*words, "--save", save)
+    args = (*corpus.job(*JOB, *mode), "--auto-rollback", 1, *SPIKES)
+    result = command(*args, "--save", save)
     assert result.code == 0, result.err
     assert "rolling back to iteration 8, skipping samples 40 to 51 (rollback 1 of at most 1)" in result.out
     trained = [place for places in seen for place in places]
@@ -117,9 +117,9 @@ def test_automatic_rollback(corpus, seen, tmp_path, mode):
     assert measured(save) == measured(by_hand)
 
 
-def spoiled_job(backend, words):
+def spoiled_job(backend, args):
     """Run a job on one rank whose loss is high for bad samples of any replica; return the places trained on."""
-    config = parse_run(words, world_size=backend.world_size).config
+    config = parse_run(args, world_size=backend.world_size).config
     with spoiled() as places, ExitRecord(config.checkpoint.save, backend.launch) as record:
         train_job(config, record, started=time.monotonic(), backend=backend)
     return [place for batch in places for place in batch]
@@ -161,8 +161,8 @@ def test_samples_of_a_nan_loss_are_excluded(corpus, seen, monkeypatch, tmp_path)
         return dataclasses.replace(outcome, loss=math.nan, finite=False) if set(seen[-1]) & set(BAD) else outcome
 
     monkeypatch.setattr(NativeEngine, "train_step", spoil)
-    words = (*corpus.job(*JOB), "--save", save, "--spike-factor", 2)
-    result = command(*words, "--auto-rollback", 2)
+    args = (*corpus.job(*JOB), "--save", save, "--spike-factor", 2)
+    result = command(*args, "--auto-rollback", 2)
     assert result.code == 0, result.err
     # Each time, the iteration and the one before.
     assert "rolling back to iteration 8, skipping samples 40 to 47 (rollback 1 of at most 2)" in result.out
@@ -170,28 +170,28 @@ def test_samples_of_a_nan_loss_are_excluded(corpus, seen, monkeypatch, tmp_path)
     assert iterations(save) == list(range(1, 21))
     assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((36, 52),)
     shutil.rmtree(save)
-    result = command(*words)
+    result = command(*args)
     assert result.code == 1
     assert "has loss" in result.err
 
 
 def test_a_spike_is_found_across_two_jobs(corpus, seen, tmp_path):
     save = tmp_path / "run"
-    words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--keep-last", 1)
-    assert command(*words, "--exit-interval", 12).code == 0
+    args = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--keep-last", 1)
+    assert command(*args, "--exit-interval", 12).code == 0
     # The last iteration may be the start of a spike: the checkpoint before it is kept.
     assert checkpoints(save) == ["iter_0000008", "iter_0000012"]
-    result = command(*words)
+    result = command(*args)
     assert "in iterations 12 to 13" in result.out
     assert checkpoints(save) == ["iter_0000008", "iter_0000016", "iter_0000020"]
 
 
 def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):
     save = tmp_path / "run"
-    words = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--auto-rollback", 1)
+    args = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--auto-rollback", 1)
     save.mkdir()
     (save / "rollbacks.jsonl").write_text(json.dumps({"automatic": True}) + "\n")
-    result = command(*words)
+    result = command(*args)
     assert result.code == 0, result.err
     assert "the 1 rollbacks of --auto-rollback are used up" in result.out
     assert "rollback 1 of" not in result.out
@@ -201,12 +201,12 @@ def test_invalid_rollbacks_are_errors(corpus, tmp_path):
     save = tmp_path / "run"
     assert command(*corpus.job("--train-iters", 6, "--save-interval", 3, "--save", save)).code == 0
     before = (save / "iter_0000003" / "manifest.json").read_bytes()
-    for words, text in (
+    for args, text in (
         (("--to", 4), "complete checkpoints in"),
         (("--to", 3, "--skip-samples", "8-20"), "has reached sample 12"),
         (("--to", 3, "--skip-samples", "20-8"), "is not a range of samples"),
     ):
-        result = command("rollback", save, *words)
+        result = command("rollback", save, *args)
         assert result.code == 1
         assert text in result.err
     assert checkpoints(save) == ["iter_0000003", "iter_0000006"]
@@ -236,10 +236,10 @@ def test_a_weights_only_rollback(corpus, tmp_path):
 
 def test_stopping_without_a_save(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job("--train-iters", 8, "--save-interval", 3, "--save", save, "--load", save)
-    assert command(*words, "--no-save-on-exit", "--exit-interval", 4).code == 0
+    args = corpus.job("--train-iters", 8, "--save-interval", 3, "--save", save, "--load", save)
+    assert command(*args, "--no-save-on-exit", "--exit-interval", 4).code == 0
     assert checkpoints(save) == ["iter_0000003"]
-    assert command(*words, "--exit-interval", 5).code == 0
+    assert command(*args, "--exit-interval", 5).code == 0
     assert checkpoints(save) == ["iter_0000003", "iter_0000005"]
-    assert command(*words, "--no-save-on-exit").code == 0
+    assert command(*args, "--no-save-on-exit").code == 0
     assert checkpoints(save)[-1] == "iter_0000008"

@@ -55,8 +55,8 @@ def whole(corpus, tmp_path_factory):
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 11])
 def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step, corpus, start, tmp_path, whole):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
-    result = start(words, partial(at_step, step, terminate)).wait()
+    args = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
+    result = start(args, partial(at_step, step, terminate)).wait()
     assert result.code == 0, result.err
     made = len([record for record in measured(save) if record["kind"] == "validation"])
     assert made == step // 3, "one that is being made when the signal comes is finished only if that was its last step"
@@ -65,7 +65,7 @@ def test_a_signal_in_an_evaluation_stops_there_and_the_next_start_makes_it(step,
     assert (status(save)["status"], status(save)["saved_iteration"]) == ("signal", stopped_at)
     if step % 3:
         assert "unfinished" in result.out
-    result = command(*words)
+    result = command(*args)
     assert result.code == 0, result.err
     assert status(save)["status"] == "completed"
     assert_same_run(whole, save)
@@ -93,13 +93,13 @@ def points(board, tag):
 def test_a_validation_that_is_made_late_is_kept_once_whatever_happens_after_it(corpus, start, tmp_path, whole):
     """A kill after the validation and before the next save: it is made a third time."""
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
-    assert start(words, partial(at_step, 2, terminate)).wait().code == 0
-    result = start(words, partial(kill_after_iteration, 5)).wait()
+    args = corpus.job(*JOB, "--save", save, "--load", save, "--tensorboard-dir", tmp_path / "board")
+    assert start(args, partial(at_step, 2, terminate)).wait().code == 0
+    result = start(args, partial(kill_after_iteration, 5)).wait()
     assert result.code == -signal.SIGKILL
     assert "running the unfinished validation after iteration 4" in result.out
     assert checkpoints(save)[-1] == "iter_0000004"
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert_same_run(whole, save)
     assert points(tmp_path / "board", "lm loss validation") == [4, 8, 8]
 
@@ -118,29 +118,29 @@ def kill_after_iteration(number):
 def test_of_several_validation_sets_all_are_made_again(corpus, start, tmp_path):
     groups = [f"{name}: 1 0.8:0.9 {path}" for name, path in zip("ab", corpus.data, strict=True)]
     train = f"all: 1 0:0.8 {corpus.data[0]}"
-    words = corpus.job(*JOB)
-    place = words.index("--data-path")
-    words = (*words[:place], *words[place + 2 :])
-    place = words.index("--split")
-    words = (*words[:place], *words[place + 2 :])
-    words = (*words, "--train-weighted-split-paths", train, "--valid-weighted-split-paths", *groups)
+    args = corpus.job(*JOB)
+    place = args.index("--data-path")
+    args = (*args[:place], *args[place + 2 :])
+    place = args.index("--split")
+    args = (*args[:place], *args[place + 2 :])
+    args = (*args, "--train-weighted-split-paths", train, "--valid-weighted-split-paths", *groups)
     save, other = tmp_path / "run", tmp_path / "whole"
-    result = start((*words, "--save", save, "--load", save), partial(at_step, 5, terminate)).wait()
+    result = start((*args, "--save", save, "--load", save), partial(at_step, 5, terminate)).wait()
     assert result.code == 0, result.err
     assert [record["name"] for record in measured(save) if record["kind"] == "validation"] == ["a"]
-    assert command(*words, "--save", save, "--load", save).code == 0
-    assert command(*words, "--save", other).code == 0
+    assert command(*args, "--save", save, "--load", save).code == 0
+    assert command(*args, "--save", other).code == 0
     assert_same_run(other, save)
 
 
 def test_a_kill_switch_in_a_validation(corpus, start, tmp_path, whole):
     save, switch = tmp_path / "run", tmp_path / "stop"
-    words = corpus.job(*JOB, "--save", save, "--load", save, "--kill-switch-path", switch)
-    result = start(words, partial(at_step, 2, switch.touch)).wait()
+    args = corpus.job(*JOB, "--save", save, "--load", save, "--kill-switch-path", switch)
+    result = start(args, partial(at_step, 2, switch.touch)).wait()
     assert result.code == 0, result.err
     assert (status(save)["status"], status(save)["iteration"]) == ("kill_switch", 4)
     switch.unlink()
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert_same_run(whole, save)
 
 
@@ -166,17 +166,17 @@ class Clock:
 def test_a_time_limit_ends_a_validation(corpus, tmp_path, whole, monkeypatch):
     Clock(monkeypatch)
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save)
-    result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
+    args = corpus.job(*JOB, "--save", save, "--load", save)
+    result = command(*args, "--exit-duration-in-mins", 1.5 / 60)
     assert result.code == 0, result.err
     assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 4)
     assert "the same command resumes from iteration 4" in result.out.splitlines()[-1]
     assert "--eval-iters" not in result.out.splitlines()[-1]
     # The next job has no more time, and its message says what to change.
-    result = command(*words, "--exit-duration-in-mins", 1.5 / 60)
+    result = command(*args, "--exit-duration-in-mins", 1.5 / 60)
     assert (status(save)["status"], iterations(save)) == ("time_limit", [1, 2, 3, 4])
     assert "with a larger --exit-duration-in-mins or a smaller --eval-iters" in result.out.splitlines()[-1]
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert_same_run(whole, save)
 
 
@@ -184,20 +184,20 @@ def test_an_evaluation_is_not_begun_if_it_would_not_end_in_time(corpus, tmp_path
     monkeypatch.setattr("megatron_lite.train.loop.time.monotonic", lambda: clock.now)
     clock = Clock(monkeypatch)
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save)
-    result = command(*words, "--exit-duration-in-mins", 5 / 60)
+    args = corpus.job(*JOB, "--save", save, "--load", save)
+    result = command(*args, "--exit-duration-in-mins", 5 / 60)
     assert result.code == 0, result.err
     assert (status(save)["status"], status(save)["iteration"]) == ("time_limit", 8)
     assert "exiting program after 0.1 minutes, leaving 3 s for the evaluation and the save" in result.out
     assert [record["iteration"] for record in measured(save) if record["kind"] == "validation"] == [4]
     monkeypatch.undo()
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert_same_run(whole, save)
 
 
-def on_one_of(backend, words, rank, steps):
+def on_one_of(backend, args, rank, steps):
     """Run a job on one rank with SIGTERM in an evaluation step, for rank `rank` only."""
-    config = parse_run(words, world_size=backend.world_size).config
+    config = parse_run(args, world_size=backend.world_size).config
     step, count = NativeEngine.eval_step, 0
 
     def act(self, *args):
@@ -235,21 +235,21 @@ def test_a_signal_to_one_rank_ends_the_evaluation_on_all(layout, corpus, on_rank
 @pytest.mark.parametrize(("step", "made"), [(1, []), (4, ["validation"])])
 def test_an_evaluation_job_stops_as_well(step, made, corpus, start, tmp_path, whole):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--load", whole, "--save", save, "--skip-train")
-    result = start(words, partial(at_step, step, terminate)).wait()
+    args = corpus.job(*JOB, "--load", whole, "--save", save, "--skip-train")
+    result = start(args, partial(at_step, step, terminate)).wait()
     assert result.code == 0, result.err
     assert "unfinished" in result.out
     assert result.out.splitlines()[-1] == "exiting program after receiving SIGTERM"
     assert [record["split"] for record in measured(save)] == made
     assert (status(save)["status"], status(save)["iteration"]) == ("signal", 8)
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert status(save)["status"] == "evaluated"
 
 
 def test_messages(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*JOB, "--save", save, "--load", save)
-    assert start(words, partial(at_step, 2, terminate)).wait().code == 0
+    args = corpus.job(*JOB, "--save", save, "--load", save)
+    assert start(args, partial(at_step, 2, terminate)).wait().code == 0
     texts = [record["text"] for record in records(save) if record["kind"] == "message"]
     assert "the validation after iteration 4 is unfinished; the next start runs it first" in texts
     assert read_manifest(save / "iter_0000004").scalars["progress"]["validation_due"] == 1
@@ -260,10 +260,10 @@ def terminate_in_the_last_save():
 
     save = state.save_checkpoint
 
-    def act(root, iteration, *rest, **options):
-        if iteration == 8:
+    def act(request, *rest):
+        if request.iteration == 8:
             terminate()
-        return save(root, iteration, *rest, **options)
+        return save(request, *rest)
 
     state.save_checkpoint = act
 
@@ -272,9 +272,9 @@ def terminate_in_the_last_save():
 def test_a_run_without_evaluations_left_is_complete_whatever_comes_in_its_last_save(
     more, expected, corpus, start, tmp_path
 ):
-    words = corpus.job(
+    args = corpus.job(
         "--train-iters", 8, "--save-interval", 8, "--eval-interval", 100, *more, "--save", tmp_path / "run"
     )
-    result = start(words, terminate_in_the_last_save).wait()
+    result = start(args, terminate_in_the_last_save).wait()
     assert result.code == 0, result.err
     assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["iteration"]) == (expected, 8)

@@ -38,8 +38,8 @@ def signal_after(number, iteration, times=1):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    words = corpus.job(*SHORT, "--save", broken, "--load", broken, "--log-interval", 100)
-    result = start(words, partial(signal_after, number, 5)).wait()
+    args = corpus.job(*SHORT, "--save", broken, "--load", broken, "--log-interval", 100)
+    result = start(args, partial(signal_after, number, 5)).wait()
     assert result.code == 0
     assert f"{number.name} received: finishing this step, then saving and stopping." in result.err
     assert ("Press Ctrl-C again to stop at once" in result.err) == (number == signal.SIGINT)
@@ -51,14 +51,14 @@ def test_a_signal_ends_the_iteration_saves_and_exits_cleanly(number, corpus, sta
     assert checkpoints(broken) == ["iter_0000003", "iter_0000005"]
     ended = status(broken)
     assert (ended["status"], ended["iteration"], ended["saved_iteration"]) == ("signal", 5, 5)
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert command(*corpus.job(*SHORT, "--save", whole)).code == 0
     assert_same_run(whole, broken)
 
 
 def test_a_background_save_is_complete_before_the_last_message(corpus, start, tmp_path):
-    words = corpus.job(*SHORT, "--async-save", "--save", tmp_path / "run")
-    result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
+    args = corpus.job(*SHORT, "--async-save", "--save", tmp_path / "run")
+    result = start(args, partial(signal_after, signal.SIGTERM, 5)).wait()
     assert result.code == 0
     assert checkpoints(tmp_path / "run") == ["iter_0000003", "iter_0000005"]
     *_, saved, reason, hint = result.out.splitlines()
@@ -69,21 +69,21 @@ def test_a_background_save_is_complete_before_the_last_message(corpus, start, tm
 
 def test_a_second_ctrl_c_stops_at_once(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    result = start(words, partial(signal_after, signal.SIGINT, 5, times=2)).wait()
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    result = start(args, partial(signal_after, signal.SIGINT, 5, times=2)).wait()
     assert result.code == 130
     assert result.err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in result.err
     assert checkpoints(save) == ["iter_0000003"]
     assert status(save)["status"] == "signal"
     assert "without saving" in status(save)["message"]
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert iterations(save) == list(range(1, 9))
 
 
 def test_a_signal_without_the_handler_kills(corpus, start, tmp_path):
-    words = corpus.job(*SHORT, "--no-exit-signal-handler", "--save", tmp_path / "run")
-    result = start(words, partial(signal_after, signal.SIGTERM, 5)).wait()
+    args = corpus.job(*SHORT, "--no-exit-signal-handler", "--save", tmp_path / "run")
+    result = start(args, partial(signal_after, signal.SIGTERM, 5)).wait()
     assert result.code == -signal.SIGTERM
     assert checkpoints(tmp_path / "run") == ["iter_0000003"]
 
@@ -91,7 +91,7 @@ def test_a_signal_without_the_handler_kills(corpus, start, tmp_path):
 def test_ctrl_c_in_a_terminal(corpus, tmp_path):
     """Ctrl-C in a pseudo-terminal with its own interpreter, after the progress bar appears."""
     save = tmp_path / "run"
-    words = [
+    args = [
         str(word)
         for word in corpus.job(
             "--train-iters", 100_000, "--save", save, "--save-interval", 90_000, "--log-interval", 5
@@ -101,7 +101,7 @@ def test_ctrl_c_in_a_terminal(corpus, tmp_path):
     script = Path(__file__).parents[2] / "pretrain_gpt.py"
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     job = subprocess.Popen(
-        [sys.executable, script, *words], stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
+        [sys.executable, script, *args], stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
         start_new_session=True, preexec_fn=partial(_own_terminal, terminal),
     )  # fmt: skip
     os.close(terminal)
@@ -120,7 +120,7 @@ def test_ctrl_c_in_a_terminal(corpus, tmp_path):
     assert "exiting program after receiving SIGINT" in shown
     assert shown.rindex("successfully saved checkpoint") < shown.rindex("exiting program")
     assert "\x1b[?25h" in shown[shown.rindex("\x1b[?25l") :], "the cursor is back"
-    assert shown.rindex("\x1b[?25h") < shown.rindex("saving checkpoint"), "the bar stays behind, above the last words"
+    assert shown.rindex("\x1b[?25h") < shown.rindex("saving checkpoint"), "the bar stays behind, above the last args"
     assert len(checkpoints(save)) == 1
 
 
@@ -133,8 +133,8 @@ def _own_terminal(terminal):
 
 def test_a_finished_run_is_not_changed_by_another_start(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    assert command(*words).code == 0
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    assert command(*args).code == 0
 
     def content():
         files = [path for path in save.rglob("*") if path.is_file() and path.name != "exit_status.json"]
@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_changed_by_another_start(corpus, tmp_path):
 
     before = content()
     for _ in range(2):
-        result = command(*words)
+        result = command(*args)
         assert result.code == 0
         assert "This run is complete: it ended at iteration 8" in result.out
         assert "--train-iters" in result.out
@@ -156,11 +156,11 @@ def test_a_finished_run_is_not_changed_by_another_start(corpus, tmp_path):
 
 def test_a_run_killed_in_its_last_evaluations_makes_them_when_started_again(corpus, start, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save)
-    result = start(words, _die_in_the_last_evaluation).wait()
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    result = start(args, _die_in_the_last_evaluation).wait()
     assert result.code == -signal.SIGKILL
     assert checkpoints(save)[-1] == "iter_0000008"
-    result = command(*words)
+    result = command(*args)
     assert result.code == 0
     assert "training is complete after 8 iterations" in result.out
     ends = [record["split"] for record in measured(save) if record.get("at_end")]
@@ -199,7 +199,7 @@ def test_the_checkpoints_schedule_can_be_kept_by_a_longer_run(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "last", "expected", "message"),
+    ("args", "last", "expected", "message"),
     [
         (("--exit-interval", 5), 5, "exit_flag", "exiting program at iteration 5 (--exit-interval)"),
         (("--exit-samples", 18), 5, "exit_flag", "exiting program after 20 samples (--exit-samples)"),
@@ -209,9 +209,9 @@ def test_the_checkpoints_schedule_can_be_kept_by_a_longer_run(corpus, tmp_path):
         (("--exit-interval", 8), 8, "completed", "training is complete after 8 iterations"),
     ],
 )
-def test_limits_save_and_report_the_reason(words, last, expected, message, corpus, tmp_path):
+def test_limits_save_and_report_the_reason(args, last, expected, message, corpus, tmp_path):
     save = tmp_path / "run"
-    result = command(*corpus.job(*SHORT, "--save", save, *words))
+    result = command(*corpus.job(*SHORT, "--save", save, *args))
     assert result.code == 0
     assert message in result.out.splitlines()[-2:], "what follows it says how to go on"
     assert checkpoints(save)[-1] == f"iter_{last:07d}"
@@ -223,15 +223,15 @@ def test_limits_save_and_report_the_reason(words, last, expected, message, corpu
 
 def test_a_limit_that_was_reached_before_is_not_passed_by_starting_again(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save, "--load", save, "--exit-samples", 18)
+    args = corpus.job(*SHORT, "--save", save, "--load", save, "--exit-samples", 18)
     for _ in range(3):
-        assert command(*words).code == 0
+        assert command(*args).code == 0
         assert iterations(save) == list(range(1, 6))
 
 
 def test_kill_switch(corpus, start, tmp_path):
     save, switch = tmp_path / "run", tmp_path / "stop"
-    words = corpus.job(
+    args = corpus.job(
         "--train-iters",
         100_000,
         "--save",
@@ -243,7 +243,7 @@ def test_kill_switch(corpus, start, tmp_path):
         "--kill-switch-path",
         switch,
     )
-    job = start(words)
+    job = start(args)
     assert job.until(lambda: (save / "metrics.jsonl").exists() and len(iterations(save)) >= 3)
     switch.touch()
     result = job.wait()
@@ -253,14 +253,14 @@ def test_kill_switch(corpus, start, tmp_path):
     stopped = iterations(save)
     assert checkpoints(save) == [f"iter_{stopped[-1]:07d}"]
     # While the file exists, later jobs train nothing.
-    assert command(*words).code == 0
+    assert command(*args).code == 0
     assert iterations(save) == stopped
 
 
 def test_an_error_is_recorded_with_host_and_rank(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
-    words = corpus.job(*SHORT, "--save", save)
-    assert command(*words, "--exit-after-iters", 3).code == 0
+    args = corpus.job(*SHORT, "--save", save)
+    assert command(*args, "--exit-after-iters", 3).code == 0
 
     def broken(request, *rest):
         if request.iteration == 6:
@@ -269,7 +269,7 @@ def test_an_error_is_recorded_with_host_and_rank(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(state, "save_checkpoint", broken)
     with pytest.raises(RuntimeError):
-        command(*words, "--load", save)
+        command(*args, "--load", save)
     ended = status(save)
     assert (ended["status"], ended["message"]) == ("error", "the controller is on fire")
     assert (ended["iteration"], ended["saved_iteration"]) == (6, 3)

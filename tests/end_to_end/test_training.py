@@ -39,13 +39,13 @@ MODELS = {
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_trains_and_resumes(model, corpus, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    words = corpus.job(*RESUMED, *MODELS[model])
-    assert command(*words, "--save", whole).code == 0
+    args = corpus.job(*RESUMED, *MODELS[model])
+    assert command(*args, "--save", whole).code == 0
     losses = [record["losses"]["lm loss"] for record in measured(whole) if record["kind"] == "iteration"]
     assert len(losses) == 4
     assert losses[0] == pytest.approx(math.log(300), rel=0.05)
     assert losses[-1] < losses[0]
-    resumed = (*words, "--save", broken, "--load", broken)
+    resumed = (*args, "--save", broken, "--load", broken)
     assert command(*resumed, "--exit-after-iters", 2).code == 0
     assert command(*resumed).code == 0
     assert_same_run(whole, broken)
@@ -55,9 +55,9 @@ def test_a_compiled_model_trains_equally_and_resumes(corpus, tmp_path, monkeypat
     """--compile without code generation, which takes a minute."""
     monkeypatch.setattr(GPTStage, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    words = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
-    assert command(*words, "--save", plain).code == 0
-    resumed = (*words, "--compile", "--save", compiled, "--load", compiled)
+    args = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
+    assert command(*args, "--save", plain).code == 0
+    resumed = (*args, "--compile", "--save", compiled, "--load", compiled)
     result = command(*resumed, "--exit-after-iters", 2)
     assert result.code == 0
     assert "compiled" in result.out
@@ -80,16 +80,16 @@ SCHEDULES = {
 @pytest.mark.parametrize("length", ["iters", "samples"])
 def test_learning_rates(style, length, corpus, tmp_path):
     unit = 1 if length == "iters" else 4
-    words = (f"--train-{length}", 7 * unit, f"--lr-warmup-{length}", 2 * unit, "--lr-decay-style", style)
+    args = (f"--train-{length}", 7 * unit, f"--lr-warmup-{length}", 2 * unit, "--lr-decay-style", style)
     if style == "WSD":
-        words += ("--lr-wsd-decay-style", "linear", f"--lr-wsd-decay-{length}", 2 * unit)
-    assert command(*corpus.job(*words, "--metrics-file", tmp_path / "metrics.jsonl")).code == 0
+        args += ("--lr-wsd-decay-style", "linear", f"--lr-wsd-decay-{length}", 2 * unit)
+    assert command(*corpus.job(*args, "--metrics-file", tmp_path / "metrics.jsonl")).code == 0
     rates = [record["learning_rate"] for record in measured(tmp_path) if record["kind"] == "iteration"]
     assert [rate / 1e-3 for rate in rates] == pytest.approx([0.5, *SCHEDULES[style]], abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ("--optimizer", "adam", "--adam-beta2", 0.95),
         ("--optimizer", "sgd", "--lr", 0.1),
@@ -104,19 +104,19 @@ def test_learning_rates(style, length, corpus, tmp_path):
         ("--eod-mask-loss",),
         ("--deterministic-mode",),
     ],
-    ids=lambda words: " ".join(map(str, words)),
+    ids=lambda args: " ".join(map(str, args)),
 )
-def test_other_settings_train(words, corpus, tmp_path):
-    result = command(*corpus.job("--train-iters", 12, *words, "--metrics-file", tmp_path / "metrics.jsonl"))
+def test_other_settings_train(args, corpus, tmp_path):
+    result = command(*corpus.job("--train-iters", 12, *args, "--metrics-file", tmp_path / "metrics.jsonl"))
     assert result.code == 0, result.err
     losses = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["kind"] == "iteration"]
     assert losses[-1] < losses[0]
-    assert len(losses) == (6 if "--train-tokens" in words else 12)
+    assert len(losses) == (6 if "--train-tokens" in args else 12)
 
 
-def test_evaluation_goes_on_in_its_data_at_each_interval(corpus, tmp_path):
-    words = ("--train-iters", 6, "--eval-interval", 2, "--eval-iters", 3, "--save", tmp_path, "--save-interval", 9)
-    result = command(*corpus.job(*words))
+def test_evaluations_continue_in_their_data(corpus, tmp_path):
+    args = ("--train-iters", 6, "--eval-interval", 2, "--eval-iters", 3, "--save", tmp_path, "--save-interval", 9)
+    result = command(*corpus.job(*args))
     assert result.code == 0
     found = [
         (record["iteration"], record["split"], record["samples"], record.get("at_end", False))
@@ -137,8 +137,8 @@ def test_evaluation_goes_on_in_its_data_at_each_interval(corpus, tmp_path):
 
 
 def test_no_evaluation(corpus):
-    for words in (("--eval-iters", 0), ("--split", "1,0,0")):
-        result = command(*corpus.job("--train-iters", 3, "--eval-interval", 1, *words))
+    for args in (("--eval-iters", 0), ("--split", "1,0,0")):
+        result = command(*corpus.job("--train-iters", 3, "--eval-interval", 1, *args))
         assert result.code == 0
         assert "loss at iteration" not in result.out
 
@@ -170,8 +170,8 @@ def test_finetune_loads_the_weights_only(corpus, tmp_path):
 
 
 def test_log_interval_averages_and_leaves_out_no_iteration(corpus, tmp_path):
-    words = ("--train-iters", 7, "--log-interval", 3, "--metrics-file", tmp_path / "metrics.jsonl")
-    result = command(*corpus.job(*words))
+    args = ("--train-iters", 7, "--log-interval", 3, "--metrics-file", tmp_path / "metrics.jsonl")
+    result = command(*corpus.job(*args))
     lines = re.findall(r"iteration +(\d+)/ +7 \|.* lm loss: (\S+) \|", result.out)
     assert [int(number) for number, _ in lines] == [3, 6, 7]
     losses = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["kind"] == "iteration"]
@@ -181,8 +181,8 @@ def test_log_interval_averages_and_leaves_out_no_iteration(corpus, tmp_path):
 
 
 def test_the_log_line_holds_megatrons_fields(corpus):
-    words = ("--train-iters", 2, "--log-params-norm", "--log-num-zeros-in-grad")
-    line = next(line for line in command(*corpus.job(*words)).out.splitlines() if " iteration        2/" in line)
+    args = ("--train-iters", 2, "--log-params-norm", "--log-num-zeros-in-grad")
+    line = next(line for line in command(*corpus.job(*args)).out.splitlines() if " iteration        2/" in line)
     fields = [field.split(":")[0].strip() for field in line.split("|")[1:-1]]
     assert fields == [
         "consumed samples", "elapsed time per iteration (ms)", "throughput per GPU (TFLOP/s/GPU)", "learning rate",
@@ -211,11 +211,11 @@ def test_timers(corpus):
 def test_tensorboard_tags(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = ("--train-iters", 6, "--eval-interval", 3, "--tensorboard-dir", tmp_path / "tb", "--log-params-norm")
-    words += ("--log-num-zeros-in-grad", "--log-timers-to-tensorboard", "--log-validation-ppl-to-tensorboard")
-    words += ("--log-memory-to-tensorboard", "--log-world-size-to-tensorboard", "--timing-log-level", 1)
-    words += ("--save", tmp_path / "run", "--save-interval", 3)
-    assert command(*corpus.job(*words)).code == 0
+    args = ("--train-iters", 6, "--eval-interval", 3, "--tensorboard-dir", tmp_path / "tb", "--log-params-norm")
+    args += ("--log-num-zeros-in-grad", "--log-timers-to-tensorboard", "--log-validation-ppl-to-tensorboard")
+    args += ("--log-memory-to-tensorboard", "--log-world-size-to-tensorboard", "--timing-log-level", 1)
+    args += ("--save", tmp_path / "run", "--save-interval", 3)
+    assert command(*corpus.job(*args)).code == 0
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
@@ -239,14 +239,14 @@ def test_tensorboard_points_of_lost_iterations_are_removed(corpus, tmp_path):
         return [point.step for point in events.Scalars(tag)]
 
     save = tmp_path / "run"
-    words = corpus.job("--train-iters", 8, "--save", save, "--save-interval", 3, "--tensorboard-dir", tmp_path / "tb")
-    assert command(*words, "--exit-interval", 5, "--no-save-on-exit").code == 0
+    args = corpus.job("--train-iters", 8, "--save", save, "--save-interval", 3, "--tensorboard-dir", tmp_path / "tb")
+    assert command(*args, "--exit-interval", 5, "--no-save-on-exit").code == 0
     assert steps("lm loss") == [1, 2, 3, 4, 5]
     # A run that starts from another run keeps the points of that run; a resume removes later points.
-    branch = (*words, "--load", save, "--save", tmp_path / "branch", "--exit-interval", 4)
+    branch = (*args, "--load", save, "--save", tmp_path / "branch", "--exit-interval", 4)
     assert command(*branch).code == 0
     assert steps("lm loss") == [1, 2, 3, 4, 5, 4]
-    assert command(*words, "--load", save).code == 0
+    assert command(*args, "--load", save).code == 0
     assert steps("lm loss") == list(range(1, 9))
     assert steps("lm loss vs samples") == list(range(4, 33, 4))
 
@@ -274,9 +274,9 @@ def test_start_messages(corpus, tmp_path):
 
 def test_metrics_read_as_one_run_and_draw_its_curve(corpus, tmp_path):
     save = tmp_path / "run"
-    words = corpus.job("--train-iters", 9, "--save-interval", 3, "--eval-interval", 3, "--save", save, "--load", save)
+    args = corpus.job("--train-iters", 9, "--save-interval", 3, "--eval-interval", 3, "--save", save, "--load", save)
     for _ in range(3):
-        assert command(*words, "--exit-after-iters", 4).code == 0
+        assert command(*args, "--exit-after-iters", 4).code == 0
     assert iterations(save) == list(range(1, 10))
     assert all(one["consumed_train_samples"] < two["consumed_train_samples"] for one, two in pairwise(
         [record for record in measured(save) if record["kind"] == "iteration"]))  # fmt: skip
@@ -287,9 +287,9 @@ def test_metrics_read_as_one_run_and_draw_its_curve(corpus, tmp_path):
 
 
 def test_mock_data_and_null_tokenizer_need_no_files(tmp_path):
-    words = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", 99, "--num-layers", 1)
-    words += ("--hidden-size", 8, "--num-attention-heads", 1, "--seq-length", 8, "--micro-batch-size", 1)
-    result = command("train", *words, "--train-iters", 2, "--lr", 1e-3, "--eval-iters", 1, "--num-threads", 1)
+    args = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", 99, "--num-layers", 1)
+    args += ("--hidden-size", 8, "--num-attention-heads", 1, "--seq-length", 8, "--micro-batch-size", 1)
+    result = command("train", *args, "--train-iters", 2, "--lr", 1e-3, "--eval-iters", 1, "--num-threads", 1)
     assert result.code == 0, result.err
     assert "training is complete after 2 iterations" in result.out
 

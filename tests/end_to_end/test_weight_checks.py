@@ -10,10 +10,10 @@ CHECK = "--check-weight-hash-across-dp-replicas-interval"
 NAME = "decoder.layers.0.mlp.fc1.weight"
 
 
-def job(corpus, save, *words):
+def job(corpus, save, *args):
     return corpus.job(
         *("--train-iters", 6, "--save", save, "--load", save, "--save-interval", 2, "--eval-interval", 2),
-        *("--distributed-timeout-minutes", 0.5, *words),
+        *("--distributed-timeout-minutes", 0.5, *args),
     )
 
 
@@ -50,8 +50,8 @@ def clean(corpus, ranks, tmp_path):
 
 def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
     save = tmp_path / "run"
-    words = job(corpus, save, CHECK, 2, "--use-distributed-optimizer")
-    results = ranks(words, words, prepare=flip_after(4, on=1))
+    args = job(corpus, save, CHECK, 2, "--use-distributed-optimizer")
+    results = ranks(args, args, prepare=flip_after(4, on=1))
     assert [result.code for result in results] == [1, 1], results
     assert results[0].err.count("TrainingError") == 1 and "TrainingError" not in results[1].err
     where = f"{NAME} on rank 1 ({socket.gethostname()}), unlike rank 0"
@@ -66,8 +66,8 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
 @pytest.mark.slow
 def test_a_repaired_run_equals_one_without_difference(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
-    words = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
-    results = ranks(words, words, prepare=flip_after(3, on=1))
+    args = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
+    results = ranks(args, args, prepare=flip_after(3, on=1))
     assert [result.code for result in results] == [0, 0], results
     warning = f"WARNING: after iteration 3, 1 replicated parameter differs between ranks: {NAME} on rank 1"
     assert warning in results[1].out
@@ -78,7 +78,7 @@ def test_a_repaired_run_equals_one_without_difference(corpus, ranks, tmp_path, c
 @pytest.mark.slow
 def test_checks_can_change_on_resume(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
-    for words in (("--exit-interval", 4, CHECK, 2), ()):
-        results = ranks(*[job(corpus, save, *words)] * 2)
+    for args in (("--exit-interval", 4, CHECK, 2), ()):
+        results = ranks(*[job(corpus, save, *args)] * 2)
         assert [result.code for result in results] == [0, 0], results
     assert_same_run(save, clean)

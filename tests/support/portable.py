@@ -44,7 +44,7 @@ def main():
         begun = time.perf_counter()
         print(f"== {used} (ATEN_CPU_CAPABILITY={name})", flush=True)
         layouts = [str(ROOT / "tests" / "train" / "test_layouts.py"), "-k", LAYOUTS]
-        runs = [subprocess.run([*pytest, *words], cwd=ROOT, env=environment(name)) for words in (tests, layouts)]
+        runs = [subprocess.run([*pytest, *args], cwd=ROOT, env=environment(name)) for args in (tests, layouts)]
         verdict = "passed" if not any(run.returncode for run in runs) else "FAILED"
         failed += [used] if verdict == "FAILED" else []
         print(f"== {used}: {verdict} in {time.perf_counter() - begun:.0f} s", flush=True)

@@ -29,12 +29,12 @@ class Result:
     err: str
 
 
-def command(*words):
+def command(*args):
     """Run `megatron-lite …` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main([str(word) for word in words])
+            code = main([str(word) for word in args])
         except SystemExit as left:  # argparse's way
             code = left.code
     return Result(code, out.getvalue(), err.getvalue())
@@ -45,13 +45,13 @@ class Job:
 
     Args:
         folder: where its output goes.
-        words: the command line.
+        args: the command line.
         prepare: called in the process before the command.
     """
 
-    def __init__(self, folder, words, prepare=None):
+    def __init__(self, folder, args, prepare=None):
         self.paths = folder / "job.out", folder / "job.err"
-        self.process = _FORK.Process(target=_job, args=([str(word) for word in words], self.paths, prepare))
+        self.process = _FORK.Process(target=_job, args=([str(word) for word in args], self.paths, prepare))
         self.process.start()
 
     def send(self, number):
@@ -80,7 +80,7 @@ class Job:
         return self.process.is_alive()
 
 
-def _job(words, paths, prepare):
+def _job(args, paths, prepare):
     for number, path in enumerate(paths, 1):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(descriptor, number)
@@ -89,7 +89,7 @@ def _job(words, paths, prepare):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
         prepare()
-    sys.exit(main(words))
+    sys.exit(main(args))
 
 
 def records(folder):
@@ -143,23 +143,23 @@ class Corpus:
     tokenizer: object
     data: tuple
 
-    def job(self, *words, data=None):
-        """Return the command line of a two-layer model; `words` come last and take precedence."""
+    def job(self, *args, data=None):
+        """Return the command line of a two-layer model; `args` come last and take precedence."""
         return (
             *("train", "--data-path", data or self.data[0], "--split", "80,10,10"),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer),
             *("--num-layers", 2, "--hidden-size", 16, "--num-attention-heads", 2, "--seq-length", 16),
             *("--max-position-embeddings", 16, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3),
-            *("--log-interval", 1, "--eval-iters", 1, "--num-threads", 1, "--device", "cpu", *words),
+            *("--log-interval", 1, "--eval-iters", 1, "--num-threads", 1, "--device", "cpu", *args),
         )
 
 
 def make_corpus(folder):
     """Write text, train a tokenizer and preprocess the text with the commands."""
     draw = random.Random(1234)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
+    args = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
     text = folder / "corpus.jsonl"
-    documents = [" ".join(draw.choices(words, k=draw.randint(10, 60))) for _ in range(120)]
+    documents = [" ".join(draw.choices(args, k=draw.randint(10, 60))) for _ in range(120)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     tokenizer = folder / "tokenizer"
     made = [command("train-tokenizer", "--input", text, "--output", tokenizer, "--vocab-size", 300)]
@@ -169,9 +169,9 @@ def make_corpus(folder):
     return Corpus(text, tokenizer, (folder / "one_text_document", folder / "two_text_document"))
 
 
-def preprocess(text, prefix, tokenizer, *words):
+def preprocess(text, prefix, tokenizer, *args):
     """Run the preprocess command."""
     return command(
         *("preprocess", "--input", text, "--output-prefix", prefix, "--tokenizer-type", "HuggingFaceTokenizer"),
-        *("--tokenizer-model", tokenizer, "--append-eod", *words),
+        *("--tokenizer-model", tokenizer, "--append-eod", *args),
     )
