@@ -174,6 +174,7 @@ def test_repeated_flags_are_noted():
     assert not any("--clip-grad" in note for note in parsed.notes)
 
 
+@pytest.mark.slow
 @cases(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), max_size=12))
 def test_any_arguments_are_read_or_explained(argv):
     argv = [word for word in argv if not word.startswith("@")]

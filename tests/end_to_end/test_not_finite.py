@@ -87,6 +87,7 @@ def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
     assert iterations[3]["consumed_train_samples"] == 20
 
 
+@pytest.mark.slow
 def test_fp16_skips_and_reports_an_overflow(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
     monkeypatch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))

@@ -63,6 +63,7 @@ FOLDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_of_transformers(name, dtype, make_folder, small, tmp_path):

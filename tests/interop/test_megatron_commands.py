@@ -33,6 +33,7 @@ def test_there_and_back(make_checkpoint, tmp_path):
         assert "exists already" in again.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classic", "deepspeed", "universal", "dist"])
 def test_inspect_and_diff(kind, original, make_checkpoint, tmp_path):
     state, model, _, _ = original()

@@ -76,6 +76,7 @@ def test_flags_that_contradict_the_args(original, refused, tmp_path):
     refused(tmp_path / "m", "contradict each other", *SIZE, "--tokenizer-vocab-size", "95", error=ConfigError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"), [("num_experts", 8), ("window_size", (128, 0)), ("position_embedding_type", "yarn")]
 )

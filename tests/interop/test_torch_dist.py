@@ -14,6 +14,7 @@ from support.megatron_files import arguments
 from megatron_lite.errors import CheckpointError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_weights(name, stacked, original, imported, same, tmp_path):

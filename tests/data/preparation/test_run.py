@@ -40,6 +40,7 @@ def test_bytes_equal_those_of_megatrons_tools(make, look, tokenizer, keep_empty,
     assert look.files(prefix)[:2] == look.bytes_of(wanted)
 
 
+@pytest.mark.slow
 def test_output_is_independent_of_workers_and_units(make, look):
     one = look.files(make("one", append_eod=True))
     assert look.files(make("two", append_eod=True, workers=2)) == one

@@ -8,6 +8,7 @@ from megatron_lite.data.preparation import shuffle
 from megatron_lite.data.preparation.progress import ProgressDisplay
 
 
+@pytest.mark.slow
 def test_permutation_depends_on_the_seed_only(make, look, monkeypatch):
     plain = look.documents(make("plain"))
     one = make("one", shuffle=True)
