@@ -86,6 +86,13 @@ def test_deepspeed_config():
     judge_deepspeed_config({**harmless, "brand_new": 2}, "file", ignored=["brand_new"])
 
 
+def test_deepspeed_config_within_the_args(original, refused, tmp_path):
+    state, model, _, _ = original()
+    args = arguments(model, deepspeed_config_dict={"sparse_attention": {"mode": "fixed"}})
+    write_deepspeed(tmp_path / "ds", state, model, args=args)
+    refused(tmp_path / "ds", r"says ds_config\.sparse_attention=")
+
+
 def test_grouped_queries_of_megatron_deepspeed(original, imported, same, tmp_path):
     """num_key_value_heads counts without group_query_attention."""
     state, model, _, _ = original(position_embedding="rotary", num_query_groups=2)

@@ -20,7 +20,7 @@ from megatron_lite.interop.megatron.arguments import Evidence, model_config, rea
 from megatron_lite.interop.megatron.arrangements import arrangement_of
 from megatron_lite.interop.megatron.flags import Stated
 from megatron_lite.interop.megatron.found import Found, Parts
-from megatron_lite.interop.megatron.judgement import judge_deepspeed_config
+from megatron_lite.interop.megatron.judgement import DEEPSPEED_CONFIGS, judge_deepspeed_config
 from megatron_lite.interop.megatron.progress import run_scalars
 from megatron_lite.interop.megatron.shards import (
     Combined,
@@ -76,7 +76,8 @@ def assemble(found: Found, stated: Stated, choices: Choices) -> ForeignModel:
     notes = list(found.notes)
     evidence = Evidence(found.arguments, found.where, stated)
     read_arguments(evidence, choices.ignored_keys)
-    judge_deepspeed_config(found.content.get("ds_config"), found.where, choices.ignored_keys)
+    for config in (found.content.get("ds_config"), *map(evidence.arguments.get, DEEPSPEED_CONFIGS)):
+        judge_deepspeed_config(config, found.where, choices.ignored_keys)
     parts = _with_head(found, evidence)
     _note_tensors(found, parts, evidence)
     _note_vocabulary(found, parts, evidence, stated, choices)

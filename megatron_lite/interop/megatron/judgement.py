@@ -193,6 +193,8 @@ HARMLESS_NAMES = _names(
 )
 """Further args that are not of the model: derived values, kernels, and other programs' training."""
 
+DEEPSPEED_CONFIGS = ("deepspeed_config_dict", "deepspeed_configuration")
+"""Args in which Megatron-DeepSpeed keeps a DeepSpeed config."""
 DEEPSPEED_HARMLESS = _names(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print optimizer scheduler",
     "fp16 bf16 bfloat16 amp torch_autocast gradient_clipping zero_optimization zero_allow_untested_optimizer",
