@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 
 import pytest
@@ -13,8 +14,11 @@ from support.megatron_files import arguments, read_state, with_adam, write_class
 from support.trainer import command, measured
 
 from megatron_lite.checkpoint.stored_model import stored_model
+from megatron_lite.config.arguments import parse_run
 from megatron_lite.errors import CheckpointError
+from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.train.job import train_job
 
 SHAPE = (
     *("--num-layers", 4, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 32),
@@ -95,6 +99,39 @@ def test_classic(name, saved, imported, same, tmp_path):
 
 
 @pytest.mark.slow
+def resume_on_rank(backend, words):
+    config = parse_run(words, world_size=backend.world_size).config
+    with ExitRecord(config.checkpoint.save, backend.launch) as record:
+        train_job(config, record, started=time.monotonic(), backend=backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["megatron", "deepspeed"])
+def test_another_layout_goes_on(source, saved, imported, on_ranks, tmp_path):
+    """An optimizer that was saved by tp 2, pp 2 goes on as another layout, as exactly as layouts agree."""
+    state, model, expected = saved()
+    args = arguments(model, 2, 2, consumed_train_samples=12)
+    if source == "megatron":
+        edit = with_adam(state, model, 2, 2, 3)
+        write_classic(tmp_path / "m", state, model, 2, 2, args=args, iteration=3, edit=edit)
+    else:
+        write_deepspeed(tmp_path / "m", state, model, 2, 2, dp=2, step=3, iteration=3, args=args)
+    report, _ = imported(tmp_path / "m", tmp_path / "ck", "--vocab-size", str(VOCAB))
+    assert report.goes_on
+    for layout, ranks in (
+        (("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2), 4),
+        (("--use-distributed-optimizer",), 2),
+    ):
+        save = tmp_path / f"on {ranks} ranks"
+        words = (*RUN, *layout, "--load", tmp_path / "ck", "--save", save, "--save-interval", 5)
+        on_ranks(ranks, resume_on_rank, [str(word) for word in words])
+        found = measured(save)
+        assert [record["iteration"] for record in found] == [4, 5]
+        for record, other in zip(found, expected, strict=True):
+            assert record["losses"]["lm loss"] == pytest.approx(other["losses"]["lm loss"], rel=1e-5)
+            assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_distributed_optimizer(complete, saved, imported, tmp_path):
     state, model, expected = saved(*BF16)

@@ -10,6 +10,8 @@ from support.megatron_files import arguments, write_classic
 
 from megatron_lite.config.parallel import ParallelConfig
 
+pytestmark = pytest.mark.slow
+
 CLASSIC = {
     "version 0, tp 4": ({"tp": 4, "version": 0}, (2, 2)),
     "version 3, core, tp 2, interleaved": ({"tp": 2, "pp": 2, "chunks": 2, "naming": "core"}, (4, 1)),
