@@ -31,6 +31,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"arguments are UTF-8 text, {shown_bytes(word)} is not: convert it or rename the file")
         return super().parse_known_args(given, namespace)
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Accept an abbreviation of several spellings of one flag, which argparse before 3.14 calls ambiguous."""
+        matches: list[Any] = super()._get_option_tuples(option_string)
+        return matches[:1] if len({id(match[0]) for match in matches}) == 1 else matches
+
     def error(self, message: str) -> NoReturn:
         """Print one paragraph without the usage text, and exit."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")

@@ -124,3 +124,10 @@ def test_training_sentencepiece_and_bad_input(corpus, tmp_path, capsys):
     assert main([*args, "--vocab-size", "300"]) == 1
     assert "bad.jsonl:2" in capsys.readouterr().err
     assert main([*args, "--vocab-size", "300", "--skip-bad-lines"]) == 0
+
+
+def test_abbreviations_of_several_spellings_of_one_flag():
+    args = preprocess.build_parser().parse_args(["--input", "x", "--output-prefix", "y", "--merge", "merges.txt"])
+    assert args.tokenizer_merge_file == "merges.txt"
+    with pytest.raises(SystemExit):
+        preprocess.build_parser().parse_args(["--input", "x", "--output-prefix", "y", "--m", "merges.txt"])
