@@ -59,17 +59,19 @@ def test_export_import_export(name, make_checkpoint, tmp_path, transformers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
-def test_every_layout_is_exported_as_the_same_bytes(name, tp, pp, make_checkpoint, tmp_path):
+def test_every_layout_is_exported_as_the_same_bytes(name, make_checkpoint, tmp_path):
     """Those of the checkpoint of one rank, whose logits, import and export test_export_import_export compares."""
     fields = MODELS[name][1]
-    whole, load = make_checkpoint("whole", **fields), make_checkpoint("split", tp=tp, pp=pp, **fields)
-    differences = list(compare_checkpoints(whole / "iter_0000007", load / "iter_0000007"))
-    assert len(differences) == len(parameter_shapes(run_config(**fields).model))
-    assert all(difference.equal for difference in differences)
-    export(whole, tmp_path / "of whole", verify=False)
-    export(load, tmp_path / "of split", verify=False)
-    assert bytes_of(tmp_path / "of whole") == bytes_of(tmp_path / "of split")
+    whole = make_checkpoint("whole", **fields)
+    export(whole, tmp_path / "exported", verify=False)
+    for tp, pp in ((2, 1), (1, 2), (2, 2)):
+        layout = f"tp {tp}, pp {pp}"
+        load = make_checkpoint(layout, tp=tp, pp=pp, **fields)
+        differences = list(compare_checkpoints(whole / "iter_0000007", load / "iter_0000007"))
+        assert len(differences) == len(parameter_shapes(run_config(**fields).model))
+        assert all(difference.equal for difference in differences), layout
+        export(load, tmp_path / f"exported of {layout}", verify=False)
+        assert bytes_of(tmp_path / "exported") == bytes_of(tmp_path / f"exported of {layout}"), layout
 
 
 def generated_alike(load, folder, transformers):
