@@ -1,4 +1,4 @@
-"""Fixed overheads: starting the command line against importing torch, and a switched-off timer against an empty block.
+"""Benchmark of fixed overheads: import of the command line against torch, an unmeasured timer against an empty block.
 
     python benchmarks/overheads.py
 
@@ -24,7 +24,7 @@ REPEATS = 5
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure and print."""
     ours, torch = import_seconds("megatron_lite.config.arguments"), import_seconds("torch")
     print(f"import of the command line {ours:.3f} s, of torch {torch:.3f} s: ratio {ours / torch:.2f}")
     parse_run(WORDS)
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def import_seconds(module: str) -> float:
-    """Seconds that an import takes in a new interpreter."""
+    """Return the seconds of an import in a new interpreter."""
     code = f"import time; begun = time.perf_counter(); import {module}; print(time.perf_counter() - begun)"
     runs = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(REPEATS)]
     return statistics.median(map(float, runs))
 
 
 def per_call(function: object, number: int) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     return statistics.median(timeit.repeat(function, number=number, repeat=REPEATS)) / number  # type: ignore[arg-type]
 
 
