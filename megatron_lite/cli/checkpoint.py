@@ -76,7 +76,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
         console.print(listed)
         if (problem := latest_problem(root)) is None:
             console.print(f"* latest (loaded by --load {root})")
-        elif listed.row_count:
+        elif listed.row_count or broken:
             console.print(problem, style="red")
         else:
             foreign = foreign_error(root)
