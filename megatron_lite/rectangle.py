@@ -1,4 +1,4 @@
-"""Rectangles of tensors: offset and shape, intersection, and the rectangles of a range of a flattened tensor."""
+"""Tensor slices (n-dimensional rectangles): offset and shape, intersection, rectangles of a flat range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of named values over all ranks: exchange through the rendezvous store, summary of the differences.
+"""Value exchange between ranks before process groups exist: named values of all ranks, differences summarized.
 
 Without a process group, whose collectives would hang or abort where ranks have different layouts.
 """

@@ -1,4 +1,4 @@
-"""Process groups and collectives: the ranks along one axis of the mesh.
+"""Process group interface of one mesh axis: all-reduce, all-gather, reduce-scatter, send and receive.
 
 A group of one rank needs no process group: its collectives are identities (LocalGroup).
 """

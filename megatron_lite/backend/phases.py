@@ -1,4 +1,4 @@
-"""Phase of a rank, set by the code that runs and named in failure and stall messages."""
+"""Current-phase marker: records what a rank is doing (loading, forward, saving) for failure and stall messages."""
 
 from __future__ import annotations
 

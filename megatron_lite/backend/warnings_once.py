@@ -1,4 +1,4 @@
-"""Warnings of a job: log records and Python warnings of all ranks, each text printed by the first rank only."""
+"""Warning deduplication over ranks: the lowest rank that has a log record or Python warning prints it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distributed checkpoint loading: checks names and shapes, reads shards saved by any layout, verifies checksums.
+"""Checkpoint loading into a run: matches tensors by name and shape, fills this rank's shards in any layout.
 
 A rank reads and verifies its own part of the tensors. Parts that no rank needs (the optimizer's state in a load of
 weights) are divided among the ranks and read for their checksums alone, so that a load fails on any damage that

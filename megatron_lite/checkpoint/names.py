@@ -1,4 +1,4 @@
-"""Tensor names in checkpoints, and the choice of the saved tensor for a run in another precision.
+"""Checkpoint tensor names: parameters, optimizer state, and the copy to load (fp32 or model dtype).
 
 Weights have their parameter's global name and are saved in the parameter's dtype. Optimizer state is named
 `optimizer.<kind>.<parameter>`. A run in bf16 or fp16 also saves its fp32 main parameters as `optimizer.main_param.…`;

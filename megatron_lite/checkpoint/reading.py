@@ -1,4 +1,4 @@
-"""Checkpoint reader: named rectangles of tensors, from checkpoints of any layout, with verified checksums.
+"""Checkpoint storage reader: returns any slice of a named tensor, with verified checksums.
 
 A record is read and checked as a whole, into a buffer that all records of a file share, and its elements go from there
 to all pieces that contain some. Tiles (tiles.py) keep records small, and layouts' bounds from cutting through them. No

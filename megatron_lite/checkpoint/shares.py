@@ -1,4 +1,4 @@
-"""Write records of ranks: merge into the manifest's tensors, check for lost or doubled elements, DCP metadata."""
+"""Checkpoint metadata merging: combines all ranks' lists of written slices, finds missing or doubled elements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor sources: sets of named tensors that are read by rectangles, and their comparison tile by tile."""
+"""Tensor source interface: named tensors read lazily by slices; blockwise comparison of two sources."""
 
 from __future__ import annotations
 

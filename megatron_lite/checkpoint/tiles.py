@@ -1,4 +1,4 @@
-"""Tiling grid of saved tensors: independent of the layout, so that other layouts read few extra bytes.
+"""Tensor tiling for saves: splits each tensor the same way in every parallel layout, to keep resharding cheap.
 
 A saved record is read and checked in full. If a record were a complete matrix, each of eight tensor-parallel ranks that
 split it by columns would read all of it. So the grid's lines lie where such splits fall: at halves, quarters and

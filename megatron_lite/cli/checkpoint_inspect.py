@@ -1,4 +1,4 @@
-"""CLI commands `checkpoint inspect` and `checkpoint diff`: content and differences of checkpoints of any kind."""
+"""CLI commands `checkpoint inspect` and `checkpoint diff`: print content and differences of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data position of an iteration: consumed samples and data order, from the run's checkpoints or its flags."""
+"""Data position lookup for `data samples`: consumed samples and data order at a given iteration of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite export: writes a checkpoint as a Hugging Face model or as Megatron files, and pushes to the hub."""
+"""CLI command `export`: writes a checkpoint as Hugging Face, Megatron-LM or DeepSpeed files; pushes to the hub."""
 
 from __future__ import annotations
 

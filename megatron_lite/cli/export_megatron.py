@@ -1,4 +1,4 @@
-"""megatron-lite export --to megatron or deepspeed: writes a checkpoint as files that Megatron users load."""
+"""Options of `export --to megatron` and `--to deepspeed`, and the call of their writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lock for commands that write to a --save folder, against a running job."""
+"""Save-folder guard for commands: takes the lock of --save, or refuses while a job is running there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-lite import: turns a foreign checkpoint into one that --load takes, in any layout."""
+"""CLI command `import`: converts a Hugging Face, Megatron-LM or DeepSpeed checkpoint for --load."""
 
 from __future__ import annotations
 

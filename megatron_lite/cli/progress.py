@@ -1,4 +1,4 @@
-"""Progress of commands on stderr: bars for bytes, stages and tokens; periodic lines for tokens without a terminal."""
+"""Progress bars of CLI commands: bytes, stages and tokens on stderr; plain lines if stderr is no terminal."""
 
 from __future__ import annotations
 

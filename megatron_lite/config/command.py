@@ -1,4 +1,4 @@
-"""Command-line options that are not config fields: resolvers beside the fields concerned derive fields from them."""
+"""Derived options: command-line flags without a config field, and functions that compute fields from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in and out: import and export of Hugging Face (and other) checkpoints, verified, and the hub.
+"""Checkpoint conversion package: imports and exports Hugging Face, Megatron-LM, DeepSpeed weights; hub upload.
 
 sources.py reads foreign files as named tensors, unpickling.py reads pickles without executing them, architectures/ maps
 names and layouts (one table per architecture, used in both directions), importing.py and export.py stream tensors

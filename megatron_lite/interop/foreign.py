@@ -1,4 +1,4 @@
-"""ForeignModel: a foreign checkpoint as its reader understood it, the same for every kind."""
+"""ForeignModel dataclass: config, renamed tensors and training state of a checkpoint to import."""
 
 from __future__ import annotations
 

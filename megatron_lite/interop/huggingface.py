@@ -1,4 +1,4 @@
-"""Hugging Face model folder: its config, tokenizer and weights, checked and shown under megatron_lite's names."""
+"""Hugging Face folder reader: validates config, tokenizer and weights; tensors under megatron_lite's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import of foreign checkpoints: streams their tensors into a checkpoint for any layout, and checks its logits."""
+"""Import procedure: streams a ForeignModel's tensors into a native checkpoint and checks the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inspection of foreign checkpoints and comparison across kinds, for `checkpoint inspect` and `checkpoint diff`."""
+"""Inspection library for imported formats: summary of a checkpoint, comparison of tensors between formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model parameters without a run: names and shapes of a model's tensors, and its logits computed layer by layer."""
+"""Standalone model view: tensor names and shapes from the config, layer-by-layer logits of stored weights."""
 
 from __future__ import annotations
 

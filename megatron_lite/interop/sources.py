@@ -1,4 +1,4 @@
-"""Tensor sources of foreign files: safetensors and PyTorch pickles, in one file or sharded with an index.
+"""Weight file readers: safetensors and PyTorch pickle files, in one file or sharded with an index.
 
 A source is a TensorSource (checkpoint/sources.py): names, shapes and dtypes, and rectangles read on demand. Files stay
 memory-mapped, so a source costs memory only for what is read.

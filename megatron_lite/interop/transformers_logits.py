@@ -1,4 +1,4 @@
-"""Logits of transformers: loads a folder as its users will and compares the logits; run as a process of its own.
+"""Reference logits subprocess: loads a folder with the transformers library and compares its logits.
 
     python -m megatron_lite.interop.transformers_logits FOLDER REQUEST
 

@@ -1,4 +1,4 @@
-"""Verification of a conversion: megatron_lite's logits against those of transformers on the same text."""
+"""Conversion check: compares megatron_lite's logits with those of the reference logits subprocess."""
 
 from __future__ import annotations
 

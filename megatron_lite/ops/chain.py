@@ -1,4 +1,4 @@
-"""Job chain: keeps a run going over time limits, failures and preemption, one Slurm job after the other.
+"""Job chain: Slurm jobs submitted one after the other until a run is complete.
 
 Each job submits its successor when it begins, dependent on its own end (`afterany`). Whatever ends the job, the next
 one starts: no code has to run at the end. A job that Slurm requeues keeps its successor. The end of a job is judged by

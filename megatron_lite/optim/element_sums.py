@@ -1,4 +1,4 @@
-"""Sums over all elements of the model (for norms, number of zeros): each element counted once in any layout."""
+"""Global reductions over sharded tensors: norms and zero counts, each replicated or tied element counted once."""
 
 from __future__ import annotations
 

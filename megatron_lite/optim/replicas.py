@@ -1,4 +1,4 @@
-"""Replica consistency check: bit hashes of replicated parameters, and repair of mismatches."""
+"""Replica comparison: bit hashes of replicated parameters on all ranks, and overwriting of ranks that differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buckets of flat buffers: layout, gradient reduction during backward, ZeRO-1 parameter all-gather during forward."""
+"""Gradient buckets: layout of buckets in a flat buffer, overlapped gradient reduction, parameter all-gather."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device mesh: this rank's process group along each named axis (tp, dp, pp), passed as a value, never global."""
+"""Device mesh: named axes (tp, dp, pp) with this rank's process group along each; passed as an argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named parameters: global name and shape of a parameter, and the rectangle of it that this rank holds."""
+"""Parameter sharding metadata: global name, global shape and local slice of each model parameter."""
 
 from __future__ import annotations
 

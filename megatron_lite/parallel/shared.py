@@ -1,4 +1,4 @@
-"""Shared parameters: map of parameters that several pipeline stages hold (a tied head) to stages, ranks and group.
+"""Parameters shared by pipeline stages (tied embeddings): owning stages, ranks and process group of each.
 
 Every stage that holds a shared parameter computes a part of its gradient. Stages of one rank use one tensor; between
 ranks, each has a copy, and the gradients are summed over the ranks.

@@ -1,4 +1,4 @@
-"""Global tensors: named tensors of the whole model, and the rectangles of them on this rank (checkpoint contents)."""
+"""Sharded state dict: parameters and optimizer state to save, each with global name, shape and local slice."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pipeline execution: runs the list of actions that schedules/ made for this rank."""
+"""Pipeline package: executes a rank's list of schedule actions."""

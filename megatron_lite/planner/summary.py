@@ -1,4 +1,4 @@
-"""Run summary from the config: parameters, FLOPs, layout, length, ramp-up stages and saves."""
+"""Run summary computed from the config: parameters, FLOPs, layout, length, ramp-up stages and saves."""
 
 from __future__ import annotations
 

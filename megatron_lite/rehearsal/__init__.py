@@ -1,1 +1,1 @@
-"""Rehearsal: simulates ranks of a job on one machine with the real assembly on meta tensors."""
+"""Rehearsal package: simulates all kinds of ranks of a large job on one machine with meta tensors."""

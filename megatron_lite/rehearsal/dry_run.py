@@ -1,4 +1,4 @@
-"""Dry run of ranks on meta tensors: builds each rank's engine and runs an iteration of every ramp-up stage."""
+"""Dry run of single ranks: one simulated rank's engine on meta tensors, an iteration of each batch size."""
 
 from __future__ import annotations
 

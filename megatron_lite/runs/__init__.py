@@ -1,1 +1,1 @@
-"""Files of a run (no torch): checkpoint manifests and catalog, retention, rollback, exit status, metrics.jsonl."""
+"""Run folder management: checkpoint manifests and catalog, retention, rollback, exit status, metrics.jsonl, lock."""

@@ -1,4 +1,4 @@
-"""Comparison of a checkpoint's config, schedule and fingerprints with those of the resuming run."""
+"""Resume compatibility check: errors and warnings for differences between checkpoint and current run."""
 
 from __future__ import annotations
 

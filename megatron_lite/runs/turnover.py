@@ -1,4 +1,4 @@
-"""Crash-safe creation, replacement and removal of checkpoint folders."""
+"""Checkpoint folder replacement: crash-safe creation, renaming and removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data order across resumes: requested sample counts and sampler layout, stored in every checkpoint.
+"""Data order state: sample counts per split and sampler settings, saved so that a resume keeps the order.
 
 Megatron's shuffle depends on the number of samples that a run requests, and the order of its cyclic sampler on the
 layout. A resumed run with another number or layout would read the data in another order and repeat part of it.

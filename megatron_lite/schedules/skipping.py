@@ -1,4 +1,4 @@
-"""Excluded samples: maps consumed samples to dataset positions outside excluded ranges.
+"""Sample exclusion: converts consumed samples to dataset positions, skipping excluded ranges.
 
 The *place* of a sample is its position in the data order. Without excluded ranges it equals the number of samples
 consumed before it; each excluded range before it adds the length of the range. A range is recorded when a run is rolled

@@ -1,1 +1,1 @@
-"""Training: assembles a run from its configuration, and runs the training loop, evaluations and saves."""
+"""Training package: assembly of a run, training loop, evaluation, checkpoint saving."""

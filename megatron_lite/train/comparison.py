@@ -1,4 +1,4 @@
-"""Start-up comparison of all ranks: configuration, code, files, device support, tokenizer and data."""
+"""Rank consistency check at start: config, code, files, device support, tokenizer and data of all ranks."""
 
 from __future__ import annotations
 

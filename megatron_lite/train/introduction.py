@@ -1,4 +1,4 @@
-"""Start-up summary: the lines printed before the first iteration."""
+"""Start-up log: prints model, layout, data, checkpoint and saves before the first iteration."""
 
 from __future__ import annotations
 

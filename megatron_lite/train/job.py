@@ -1,4 +1,4 @@
-"""Training job: assembles and trains a run, with automatic rollback after loss spikes."""
+"""Training job driver: start-up, training loop and shutdown of a run, restart after a loss spike's rollback."""
 
 from __future__ import annotations
 

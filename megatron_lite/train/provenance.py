@@ -1,4 +1,4 @@
-"""Provenance of a run: config and fingerprints of tokenizer, data and code, compared with the checkpoint's."""
+"""Run fingerprints of tokenizer, data and code: computed at start, stored in checkpoints, compared at resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Periodic weight check: compares replicated parameters every N iterations; stops or repairs."""
+"""Schedule of the replica comparison: runs it every N iterations, stops or repairs on a mismatch."""
 
 from __future__ import annotations
 

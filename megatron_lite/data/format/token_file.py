@@ -1,4 +1,4 @@
-"""Token files (.bin): random-access reads, and copies inside the kernel."""
+"""Token file access (.bin): random reads, and file copies by the operating system."""
 
 from __future__ import annotations
 

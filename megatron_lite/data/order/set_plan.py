@@ -1,4 +1,4 @@
-"""Dataset plans: files, document ranges and sample indices of each split, computed before any index is built."""
+"""Dataset plans: files, document ranges and index sizes of each split, computed without building an index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing worker: tokenizes units into shards, and sorts the buckets of a shuffle."""
+"""Preprocessing worker: tokenizes ranges of input files into dataset shards, and sorts shuffle buckets."""
 
 from __future__ import annotations
 

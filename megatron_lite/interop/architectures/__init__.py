@@ -1,1 +1,1 @@
-"""One table per Hugging Face architecture: config.json, tensor names and transforms, for import and export alike."""
+"""Hugging Face architectures package: one module each for config.json and tensors, import and export."""

@@ -1,4 +1,4 @@
-"""Architecture interface: config.json in both directions, the tensor table, and the properties that it can express."""
+"""Base class of the Hugging Face mappings: config.json to and from ModelConfig, tensor table, limits."""
 
 from __future__ import annotations
 

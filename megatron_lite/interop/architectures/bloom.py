@@ -1,4 +1,4 @@
-"""BloomForCausalLM: ALiBi, a norm after the embedding, LayerNorm, tanh GELU; names and QKV order are Megatron's."""
+"""Hugging Face mapping of BloomForCausalLM: ALiBi, embedding LayerNorm, tanh GELU, Megatron's QKV order."""
 
 from __future__ import annotations
 

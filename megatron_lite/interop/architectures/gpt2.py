@@ -1,4 +1,4 @@
-"""GPT2LMHeadModel: learned positions, LayerNorm, biases; matrices stored transposed (Conv1D), q, k, v end to end."""
+"""Hugging Face mapping of GPT2LMHeadModel: learned positions, Conv1D (transposed) weights, concatenated QKV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTNeoXForCausalLM: rotary positions on a share of each head, LayerNorm, plain GELU; QKV order is Megatron's."""
+"""Hugging Face mapping of GPTNeoXForCausalLM: partial rotary, LayerNorm, GELU, Megatron's QKV order."""
 
 from __future__ import annotations
 

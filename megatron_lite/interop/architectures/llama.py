@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: rotary positions, RMSNorm, gated MLP, grouped queries."""
+"""Hugging Face mapping of Llama, Mistral, Qwen2 and Qwen3: RoPE, RMSNorm, gated MLP, grouped-query attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architecture registry: chooses the class of a config.json, and the class that a model can be exported as."""
+"""Mapping registry: selects the Hugging Face mapping for a config.json (import) or a model (export)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adam's state in Megatron-LM classic checkpoints: in each rank's file, or in the distributed optimizer's beside it.
+"""Reader of Adam state in Megatron-LM classic checkpoints: rank files or distributed-optimizer files.
 
 Neither names parameters: the order of registration, which is that of the model's state dict, does. Parameters are
 grouped into those with weight decay (matrices) and those without (vectors), and the groups' order varies between

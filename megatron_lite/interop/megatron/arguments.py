@@ -1,4 +1,4 @@
-"""Model of a Megatron-LM or DeepSpeed checkpoint: from its args, its tensors and the command line, which must agree."""
+"""Model config inference for Megatron-LM and DeepSpeed checkpoints: from args, tensor shapes and flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns what a reader found into a ForeignModel: its model, its tensors under our names, and the state of its run."""
+"""ForeignModel builder: model config, renamed tensors and training state from a reader's raw content."""
 
 from __future__ import annotations
 

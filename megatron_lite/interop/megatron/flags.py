@@ -1,4 +1,4 @@
-"""Model and tokenizer flags of `megatron-lite import`: what a foreign file does not say, the command line does."""
+"""Model and tokenizer flags of `import`: settings that a Megatron-LM or DeepSpeed checkpoint does not contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content of a Megatron-LM or DeepSpeed checkpoint as its reader found it, the same for every format."""
+"""Raw checkpoint dataclass: args, tensors and state as the Megatron-LM and DeepSpeed readers return them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judgement of foreign settings: each Megatron arg and DeepSpeed config key is used, harmless, or refused by name.
+"""Settings check of imports: classifies each Megatron arg and DeepSpeed key as used, harmless or unsupported.
 
 An argument that the project's own flag table accepts and that is not of the model cannot change what a trained model
 computes; the tables here add the names that have no flag here. What is in no table is refused by name, unless its value

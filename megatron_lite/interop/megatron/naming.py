@@ -1,4 +1,4 @@
-"""Naming schemes of Megatron-LM and DeepSpeed: one table each, from our module names to theirs, for import and export.
+"""Name tables of Megatron-LM and DeepSpeed formats: tensor names of each format for our module names.
 
 Tensors are split over tensor-parallel ranks as ours are (NamedParameter.tp_dim), so a table holds names only; how the
 rows of a rank's part lie is in arrangements.py.

@@ -1,4 +1,4 @@
-"""Opens checkpoints of Megatron-LM and DeepSpeed of every format: picks the reader and assembles what it found."""
+"""Entry point for Megatron-LM and DeepSpeed checkpoints: selects the reader and returns a ForeignModel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State of a foreign run as scalars of a checkpoint: iteration, consumed samples, scheduler position, Adam's step."""
+"""Training state import: iteration, consumed samples, scheduler position and Adam step of a foreign run."""
 
 from __future__ import annotations
 

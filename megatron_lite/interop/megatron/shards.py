@@ -1,4 +1,4 @@
-"""Joins tensor-parallel parts into global tensors, read by rectangles, and compares what ranks hold alike.
+"""Tensor-parallel shard merging: all ranks' shards as global tensors; checks that replicated tensors are equal.
 
 A part is a tensor that is memory-mapped from a file, or one that is put together on demand (from a flattened ZeRO
 buffer). One tensor at a time is held in memory, and only if its rows are in another order than ours.

@@ -1,4 +1,4 @@
-"""Reads values of a foreign checkpoint's pickle: nested state dicts, args, checkpoint version, scheduler."""
+"""Accessors for Megatron-LM and DeepSpeed state dicts: nested dicts, args, checkpoint version, scheduler."""
 
 from __future__ import annotations
 

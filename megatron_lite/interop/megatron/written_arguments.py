@@ -1,4 +1,4 @@
-"""Args of exported Megatron-LM and DeepSpeed files, and properties of a model that a format cannot express."""
+"""Export args: the args of Megatron-LM and DeepSpeed files; refuses models that a format cannot express."""
 
 from __future__ import annotations
 

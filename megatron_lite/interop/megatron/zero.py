@@ -1,4 +1,4 @@
-"""ZeRO-1 optimizer files of DeepSpeed: flattened groups, cut over data-parallel ranks, as tensors by parameter.
+"""Reader of DeepSpeed ZeRO-1 optimizer files: per-parameter tensors from the ranks' flat partitions.
 
 A group is its parameters end to end in the order of `param_shapes`, padded at the end, in equal parts. Files of bf16
 runs have the same content under another name.

@@ -1,1 +1,1 @@
-"""Evaluation of bash job scripts without running them: parsing, word expansion, statements, builtins."""
+"""Bash interpreter package: evaluates job scripts without starting any program."""

@@ -1,4 +1,4 @@
-"""Job script evaluation: the commands that a bash script starts, with all variables expanded, without starting them.
+"""Bash statement evaluator: records the commands that a job script would start, fully expanded.
 
 shfmt (pip package shfmt-py) parses the script; assignments, arrays, conditions, loops, functions and here-documents are
 evaluated here as bash does. Other programs are recorded. Their output, where it matters, is unknown and marked as such;
