@@ -1,4 +1,4 @@
-"""Device backends (CPU, CUDA, fake), process groups and collectives, launcher environment, rendezvous and watchdog.
+"""Device backends package: CPU, CUDA and fake devices, process groups, rendezvous, watchdog.
 
 `torch.cuda`, `torch.distributed` and environment variables are named here and (almost) nowhere else.
 """

@@ -1,4 +1,4 @@
-"""Value exchange between ranks before process groups exist: named values of all ranks, differences summarized.
+"""Early value exchange: gathers named values of all ranks before process groups exist, summarizes differences.
 
 Without a process group, whose collectives would hang or abort where ranks have different layouts.
 """

@@ -1,4 +1,4 @@
-"""Distributed checkpoints: saving and loading a run as named global tensors that any parallel layout can read.
+"""Distributed checkpoint package: saves and loads named global tensors in any parallel layout.
 
 writing.py (CheckpointWriter) and reading.py (CheckpointReader) hold the format and are used by all others: save.py and
 background.py save a run, load.py loads it, rewriting.py averages and reshards in one process. The files around the

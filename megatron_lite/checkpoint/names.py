@@ -1,4 +1,4 @@
-"""Checkpoint tensor names: parameters, optimizer state, and the copy to load (fp32 or model dtype).
+"""Checkpoint tensor names: keys of parameters and optimizer state; load from fp32 or model-dtype tensors.
 
 Weights have their parameter's global name and are saved in the parameter's dtype. Optimizer state is named
 `optimizer.<kind>.<parameter>`. A run in bf16 or fp16 also saves its fp32 main parameters as `optimizer.main_param.…`;

@@ -1,4 +1,4 @@
-"""Model description of a checkpoint: shape, tokenizer, precision and sequence length, from the manifest's config."""
+"""Checkpoint model summary: shape, tokenizer, precision and sequence length, from the manifest's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint writer: named rectangles of tensors, in torch.distributed.checkpoint's (DCP's) format, with checksums.
+"""Checkpoint file writer: slices of named tensors in torch.distributed.checkpoint (DCP) format, with checksums.
 
 The format is a sequence of torch.save records, one per rectangle, and `.metadata`, which states where each lies; any
 torch reads such a folder without this package. Each record is a part of its file with a checksum of its own.

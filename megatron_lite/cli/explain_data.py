@@ -1,4 +1,4 @@
-"""Data section of `explain`: samples and epochs per dataset split, evaluation times, sample-index size."""
+"""Data report of `explain`: samples and epochs per split, number of evaluations, size of the sample indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argument parser of the commands: argparse with UTF-8 checked arguments and bounded numbers."""
+"""Argparse subclass of the commands other than training: UTF-8 checks, bounded numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command-line arguments that select a tokenizer: the training flags of TokenizerConfig."""
+"""Tokenizer arguments of the commands: the training flags of the tokenizer, where no model is configured."""
 
 from __future__ import annotations
 

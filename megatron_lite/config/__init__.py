@@ -1,4 +1,4 @@
-"""Run configuration: frozen dataclasses, Megatron's flag table, command-line parsing and validation rules.
+"""Configuration package: frozen dataclasses that declare the flags, command-line parsing, validation.
 
 Nothing here imports torch, so a command line is checked in a fraction of a second on any machine.
 """

@@ -1,4 +1,4 @@
-"""Derived options: command-line flags without a config field, and functions that compute fields from them."""
+"""Virtual flags: command-line options without a config field of their own, and the fields computed from them."""
 
 from __future__ import annotations
 

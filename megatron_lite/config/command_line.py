@@ -1,4 +1,4 @@
-"""Command-line parser: argument files, spellings, prefixes and `=`; assigns the flags' values to config fields."""
+"""Training command-line parser: argument files, abbreviations, --flag=value; assigns values to config fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config fields compared between ranks at start; fields declared with `may_differ` are left out."""
+"""Config comparison list: fields that must be equal on all ranks, all but those marked `may_differ`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Text generation: sampling and the decoding loop with a KV cache."""
+"""Text generation package: token sampling and decoding with a KV cache."""

@@ -1,4 +1,4 @@
-"""Inspection library for imported formats: summary of a checkpoint, comparison of tensors between formats."""
+"""Checkpoint inspection library: content summary and tensor comparison of native and foreign formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New output folder that appears complete or not at all: written under a temporary name and renamed at the end."""
+"""Atomic output folder: written under a temporary name and renamed at the end, complete or absent."""
 
 from __future__ import annotations
 

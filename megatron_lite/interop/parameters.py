@@ -1,4 +1,4 @@
-"""Standalone model view: tensor names and shapes from the config, layer-by-layer logits of stored weights."""
+"""Model functions without a built model: tensor names and shapes, logits computed layer by layer."""
 
 from __future__ import annotations
 

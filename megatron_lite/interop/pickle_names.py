@@ -1,4 +1,4 @@
-"""Exact names of classes that foreign pickles may mention; each becomes an inert stub, and nothing is imported.
+"""Pickle class allowlist: exact class names allowed in foreign files; each becomes an inert stub, no import.
 
 Modules are listed with the names that were met in them. A prefix such as `megatron.` would be no safer than it looks:
 packages re-export functions that run commands (`torch.hub.load`, `numpy.testing.rundocs`).

@@ -1,4 +1,4 @@
-"""Streaming safetensors writer: a model's tensors in shards of bounded size, one tile in memory at a time.
+"""Streaming safetensors writer: shards of bounded size; holds one slice of one tensor in memory at a time.
 
 safetensors' own writer needs a whole shard in memory. The format is simple: the length of a JSON header, the header
 (dtype, shape and byte range of every tensor), the bytes.

@@ -1,4 +1,4 @@
-"""Reference logits subprocess: loads a folder with the transformers library and compares its logits.
+"""Reference logits subprocess: runs a Hugging Face folder with the transformers library, prints differences.
 
     python -m megatron_lite.interop.transformers_logits FOLDER REQUEST
 

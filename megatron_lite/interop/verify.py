@@ -1,4 +1,4 @@
-"""Conversion check: compares megatron_lite's logits with those of the reference logits subprocess."""
+"""Conversion check: logits of a converted checkpoint against those of the transformers library."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Life of a job: stop conditions, failure reporting, loss-spike detection, automatic rollback."""
+"""Job supervision package: stop conditions, failure reports, exit status, loss spikes, automatic rollback."""

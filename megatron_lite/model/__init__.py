@@ -1,1 +1,1 @@
-"""GPT model: embedding, transformer layers and head; parallel only through the layers of parallel/."""
+"""GPT model package: embedding, attention, MLP, norms, head; parallelism comes from the layers of parallel/."""

@@ -1,4 +1,4 @@
-"""Parameter count check: a stage's parameters against config/counts.py, on which logged counts, MFU and FLOPs rely."""
+"""Parameter count check: compares a built stage with the formulas behind logged counts, FLOPs and MFU."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Cluster operations around a training job: reading, checking and submitting Slurm job scripts."""
+"""Cluster operations package: reading, checking, submitting and chaining Slurm jobs."""

@@ -1,1 +1,1 @@
-"""Parallelism: device mesh, tensor-parallel layers, gradient buffers, recomputation and dropout random streams."""
+"""Parallelism package: device mesh, tensor-parallel layers, gradient buffers, recomputation, dropout streams."""

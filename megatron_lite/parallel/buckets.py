@@ -1,4 +1,4 @@
-"""Gradient buckets: layout of buckets in a flat buffer, overlapped gradient reduction, parameter all-gather."""
+"""Bucket communication: overlapped gradient reduction and parameter all-gather of a flat buffer's buckets."""
 
 from __future__ import annotations
 

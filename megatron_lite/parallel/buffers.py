@@ -1,4 +1,4 @@
-"""Flat parameter and fp32 gradient buffers of one rank, made of buckets.
+"""Flat buffers of one rank: contiguous storage of parameters and fp32 gradients, divided into buckets.
 
 Backward accumulates into the buffers, collectives work on ranges of them, and the optimizer updates them as a few long
 tensors. On one fp32 process `param.grad` is a view of the buffer: no hook, no copy, no collective.

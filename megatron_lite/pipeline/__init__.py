@@ -1,1 +1,1 @@
-"""Pipeline package: executes a rank's list of schedule actions."""
+"""Pipeline execution package: the executor of schedule actions, with its sends and receives."""

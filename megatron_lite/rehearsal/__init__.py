@@ -1,1 +1,1 @@
-"""Rehearsal package: simulates all kinds of ranks of a large job on one machine with meta tensors."""
+"""Rehearsal package: dry run of a large job on one machine; simulates one rank of each kind on meta tensors."""

@@ -1,4 +1,4 @@
-"""Dry run of single ranks: one simulated rank's engine on meta tensors, an iteration of each batch size."""
+"""Single-rank dry run: runs a simulated rank's engine on meta tensors, one iteration for each batch size."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run folder management: checkpoint manifests and catalog, retention, rollback, exit status, metrics.jsonl, lock."""
+"""Run folder package: checkpoint manifests and catalog, retention, rollback, exit status, metrics.jsonl, lock."""

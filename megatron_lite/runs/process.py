@@ -1,4 +1,4 @@
-"""Identity of a process across hosts: machine, process id and start time, Slurm job."""
+"""Process identity: machine, process id, start time and Slurm job, to tell whether a lock's owner still runs."""
 
 from __future__ import annotations
 

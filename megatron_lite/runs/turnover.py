@@ -1,4 +1,4 @@
-"""Checkpoint folder replacement: crash-safe creation, renaming and removal."""
+"""Checkpoint folder operations: crash-safe creation, renaming and removal of a checkpoint in --save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a run: iteration, consumed samples and tokens."""
+"""Run progress dataclass: iteration, consumed samples and consumed tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training data of one replica: loaders of all splits, conversion of tokens to micro-batches on the device."""
+"""Training data pipeline of one replica: a loader per split, conversion of its samples to device micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start point of a run: finds, checks and loads the checkpoint named by --load."""
+"""Resume entry point: finds the checkpoint named by --load, checks it and loads it into the run."""
 
 from __future__ import annotations
 

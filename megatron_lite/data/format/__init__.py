@@ -1,1 +1,1 @@
-"""Dataset file format: Megatron's .bin/.idx files, their checks, manifests and fingerprints."""
+"""Dataset file format package: Megatron's .bin/.idx files, their checks, manifests and fingerprints."""

@@ -1,1 +1,1 @@
-"""Sample order: train/validation/test split, sample indices and their caches, blending, cyclic sampling."""
+"""Sample order package: train/validation/test split, sample indices and caches, blending, cyclic sampling."""

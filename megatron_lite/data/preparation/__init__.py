@@ -1,1 +1,1 @@
-"""Offline dataset preparation: tokenizing text into .bin/.idx files, merging, packing, statistics."""
+"""Offline dataset preparation package: tokenizing text into .bin/.idx files, merging, packing, statistics."""

@@ -1,4 +1,4 @@
-"""Batch of tokenized documents: BOS and EOD tokens, filtering, outlier statistics."""
+"""Tokenized document batch: tokenizes documents, adds BOS and EOD, filters, counts outliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing worker: tokenizes ranges of input files into dataset shards, and sorts shuffle buckets."""
+"""Preprocessing worker: tokenizes ranges of input files into dataset shards, orders buckets of the shuffle."""
 
 from __future__ import annotations
 

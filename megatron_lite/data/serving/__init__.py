@@ -1,1 +1,1 @@
-"""Reading samples for training: datasets, loss and attention masks, micro-batch loading."""
+"""Training data package: datasets of samples, loss and attention masks, micro-batch loading."""

@@ -1,4 +1,4 @@
-"""Sample datasets: sample i is int64 [L + 1] tokens, the input and the labels shifted by one."""
+"""Token sample datasets: item i is int64 [L + 1] tokens, the input and the labels shifted by one."""
 
 from __future__ import annotations
 

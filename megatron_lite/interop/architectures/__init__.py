@@ -1,1 +1,1 @@
-"""Hugging Face architectures package: one module each for config.json and tensors, import and export."""
+"""Hugging Face architectures package: one mapping per architecture, of config.json and tensors, both ways."""

@@ -1,1 +1,1 @@
-"""Megatron-LM and DeepSpeed checkpoints: readers of each format, one table of names per naming scheme, and writers."""
+"""Megatron-LM and DeepSpeed checkpoint package: readers, writers and name tables of each format."""

@@ -1,4 +1,4 @@
-"""Row orders of tensor-parallel shards: QKV by checkpoint version, gate and up halves of a gated MLP.
+"""Row orders of Megatron-LM tensor-parallel shards: QKV by checkpoint version, gated MLP's gate and up.
 
 They must be undone on each rank's part before the parts are joined: joining first mixes heads of different ranks.
 Letters: n heads of this rank, d channels of a head, f rows of a rank's MLP.

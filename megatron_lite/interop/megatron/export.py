@@ -1,4 +1,4 @@
-"""Megatron-LM and DeepSpeed writers: classic files or layer files for any tensor and pipeline size.
+"""Foreign checkpoint writers: Megatron-LM classic and DeepSpeed layer files, any tensor and pipeline size.
 
 One file is in memory at a time. The result is read again and compared with the checkpoint bit for bit before it gets
 its name.

@@ -1,4 +1,4 @@
-"""Export args: the args of Megatron-LM and DeepSpeed files; refuses models that a format cannot express."""
+"""Export args builder: Megatron-LM and DeepSpeed args from a ModelConfig; refuses unsupported models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builtins and common programs that job scripts use to compute values: echo, printf, cd, source, read, test, date."""
+"""Emulated shell commands: builtins and programs with which job scripts compute values (echo, read, test, date)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State of a shell under evaluation: variables, files written, commands started, output under way, conditions."""
+"""Shell state of the Bash interpreter: variables, written files, recorded commands, pending output, tests."""
 
 from __future__ import annotations
 
