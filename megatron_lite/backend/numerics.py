@@ -1,4 +1,4 @@
-"""Machine properties that change numerics: device kind and name, library versions, environment variables."""
+"""Record of machine properties that change numerics: device, library versions, environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warning deduplication over ranks: the lowest rank that has a log record or Python warning prints it."""
+"""Warning deduplication: a log record or Python warning that several ranks raise is printed by the lowest one."""
 
 from __future__ import annotations
 

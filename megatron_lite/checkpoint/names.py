@@ -1,4 +1,4 @@
-"""Checkpoint tensor names: keys of parameters and optimizer state; load from fp32 or model-dtype tensors.
+"""Checkpoint keys of parameters and optimizer state; choice of the fp32 or the model-dtype tensor at load.
 
 Weights have their parameter's global name and are saved in the parameter's dtype. Optimizer state is named
 `optimizer.<kind>.<parameter>`. A run in bf16 or fp16 also saves its fp32 main parameters as `optimizer.main_param.…`;

@@ -1,4 +1,4 @@
-"""CLI command `data` (inspect, verify, samples, index, pack, convert): dispatch, and the commands on one dataset."""
+"""CLI command `data`: dispatch of its subcommands, and those on one dataset (inspect, verify, convert)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argparse subclass of the commands other than training: UTF-8 checks, bounded numbers."""
+"""Argument parser of all commands except `train`: argparse with UTF-8 checks and bounded number types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizer arguments of the commands: the training flags of the tokenizer, where no model is configured."""
+"""Tokenizer flags of commands that configure no model: the same flags as in `train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion between a command line and RunConfig; reports all errors of a command line at once."""
+"""Conversion of a training command line to a validated RunConfig and back; collects all errors."""
 
 from __future__ import annotations
 

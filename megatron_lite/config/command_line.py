@@ -1,4 +1,4 @@
-"""Training command-line parser: argument files, abbreviations, --flag=value; assigns values to config fields."""
+"""Splitting and reading of training arguments: argument files, abbreviations, --flag=value; one value per field."""
 
 from __future__ import annotations
 

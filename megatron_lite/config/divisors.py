@@ -1,4 +1,4 @@
-"""Number suggestions for errors: divisors and nearest multiples."""
+"""Value suggestions in error messages: divisors and nearest multiples of a number."""
 
 from __future__ import annotations
 

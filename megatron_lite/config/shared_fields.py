@@ -1,4 +1,4 @@
-"""Config comparison list: fields that must be equal on all ranks, all but those marked `may_differ`."""
+"""Config fields that must be equal on all ranks: every field that is not marked `may_differ`."""
 
 from __future__ import annotations
 

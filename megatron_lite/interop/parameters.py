@@ -1,4 +1,4 @@
-"""Model functions without a built model: tensor names and shapes, logits computed layer by layer."""
+"""Tensor names, shapes and logits of a model that is never built whole: one layer is in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter count check: compares a built stage with the formulas behind logged counts, FLOPs and MFU."""
+"""Parameter count check: a built stage's parameters against the formula used for logged counts, FLOPs and MFU."""
 
 from __future__ import annotations
 

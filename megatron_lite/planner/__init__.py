@@ -1,1 +1,1 @@
-"""Planner: parameter counts, schedules and costs of a run, computed from its config alone."""
+"""Planner package: summary of a run from its config before it starts (parameters, FLOPs, layout, length)."""

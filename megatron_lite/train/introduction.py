@@ -1,4 +1,4 @@
-"""Start-up log: prints model, layout, data, checkpoint and saves before the first iteration."""
+"""Start-up log: prints the model, layout, data, loaded checkpoint and save schedule before the first iteration."""
 
 from __future__ import annotations
 

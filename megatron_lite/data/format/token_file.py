@@ -1,4 +1,4 @@
-"""Token file access (.bin): random reads, and file copies by the operating system."""
+"""Token file (.bin) access: random reads, and whole-file copies that the operating system makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory and disk checks of sample indices, made before an index is built."""
+"""Check of free memory and disk space for a sample index, made before the index is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing worker: tokenizes ranges of input files into dataset shards, orders buckets of the shuffle."""
+"""Preprocessing worker: tokenizes ranges of input files into dataset shards; writes shuffled buckets in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base class of the Hugging Face mappings: config.json to and from ModelConfig, tensor table, limits."""
+"""Base class of the Hugging Face mappings: config.json to and from ModelConfig, tensor table, unsupported models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row orders of Megatron-LM tensor-parallel shards: QKV by checkpoint version, gated MLP's gate and up.
+"""Row reordering of Megatron-LM tensor-parallel shards: QKV by checkpoint version, gate and up of gated MLPs.
 
 They must be undone on each rank's part before the parts are joined: joining first mixes heads of different ranks.
 Letters: n heads of this rank, d channels of a head, f rows of a rank's MLP.

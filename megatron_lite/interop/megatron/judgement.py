@@ -1,4 +1,4 @@
-"""Settings check of imports: classifies each Megatron arg and DeepSpeed key as used, harmless or unsupported.
+"""Import settings check: sorts a foreign checkpoint's Megatron args and DeepSpeed keys by used, harmless, refused.
 
 An argument that the project's own flag table accepts and that is not of the model cannot change what a trained model
 computes; the tables here add the names that have no flag here. What is in no table is refused by name, unless its value

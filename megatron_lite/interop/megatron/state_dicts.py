@@ -1,4 +1,4 @@
-"""Accessors for Megatron-LM and DeepSpeed state dicts: nested dicts, args, checkpoint version, scheduler."""
+"""Readers of values in Megatron-LM and DeepSpeed state dicts: nested keys, args, checkpoint version, scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Emulated shell commands: builtins and programs with which job scripts compute values (echo, read, test, date)."""
+"""Emulated shell commands: the builtins and programs that job scripts use to compute values (echo, test, date)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shell state of the Bash interpreter: variables, written files, recorded commands, pending output, tests."""
+"""Shell state of the Bash interpreter: variables, written files, recorded commands, output; `test` conditions."""
 
 from __future__ import annotations
 
