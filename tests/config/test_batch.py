@@ -45,6 +45,20 @@ def test_the_micro_batch_divides_the_batch():
     assert "--global-batch-size 8, --micro-batch-size 3" in text
 
 
+def test_the_micro_batches_of_a_replica_have_a_bound():
+    def found(micro_batches, **changes):
+        sizes = {"micro_batch_size": 2, "global_batch_size": 6 * micro_batches}
+        return errors(rules.microbatches_can_be_listed, parallel={"world_size": 3}, **sizes | changes)
+
+    most = rules.MAX_MICRO_BATCHES
+    assert found(most) == []
+    assert found(most, step_schedule=((0, 6 * most), (9, 6))) == []
+    for texts in (found(most + 1), found(1, step_schedule=((0, 6 * most + 6), (9, 6)))):
+        (text,) = texts
+        assert "1,000,001 micro-batches" in text and "more than 1,000,000 " in text
+        assert "--global-batch-size 6,000,006, --micro-batch-size 2, 3 replicas" in text
+
+
 ORDER, REACH, WHOLE = (
     "positive start and increment",
     "does not reach the global batch",

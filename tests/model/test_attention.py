@@ -73,11 +73,26 @@ def test_a_single_token_attends_to_the_whole_cache(make_stage, make_batch, calls
     stage = make_stage(num_layers=1).eval()
     cache = stage.new_cache(2, 16)
     with torch.no_grad():
-        for length in (3, 1):
+        for length in (2, 1):
             stage(None, make_batch(2, length), cache)
     prompt, token = calls
-    assert (prompt.q[2], prompt.k[2], prompt.is_causal) == (3, 3, True)
-    assert (token.q[2], token.k[2], token.is_causal) == (1, 4, False)
+    assert (prompt.q[2], prompt.k[2], prompt.is_causal) == (2, 2, True)
+    assert (token.q[2], token.k[2], token.is_causal) == (1, 3, False)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_queries_and_keys_are_normalized_if_the_model_says_so(make_stage, make_batch, monkeypatch, normalized):
+    stage, found = make_stage(num_layers=1, qk_layernorm=normalized, init_std=0.3), []
+    attention = stage.sharding.backend.attention
+
+    def recorded(q, k, v, *args, **options):
+        found.extend((q, k, v))
+        return attention(q, k, v, *args, **options)
+
+    monkeypatch.setattr(stage.sharding.backend, "attention", recorded)
+    stage(None, make_batch())
+    lengths = [x.detach().square().mean(-1) for x in found]
+    assert [torch.allclose(x, torch.ones_like(x), atol=1e-3) for x in lengths] == [normalized, normalized, False]
 
 
 def test_attention_dropout_is_passed_to_the_kernel_in_training_only(make_stage, make_batch, calls):

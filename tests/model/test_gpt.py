@@ -2,19 +2,25 @@
 
 import dataclasses
 from typing import get_args
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_lite.config.model import Activation
-from megatron_lite.config.optimizer import RecomputeConfig
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.model import Activation, ModelConfig
+from megatron_lite.config.optimizer import PrecisionConfig, RecomputeConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.attention import AttentionContext
-from megatron_lite.model.batch import Documents
-from megatron_lite.model.gpt import DTYPES, shared_stages
+from megatron_lite.model.batch import Documents, MicroBatch
+from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
 from megatron_lite.model.layer import ACTIVATIONS
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.random import RngStreams
 
 
 def gradients(stage):
@@ -94,6 +100,50 @@ def test_kv_cache_does_not_change_logits(make_stage, make_batch, fp64, position_
             steps.append(stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
             assert cache.length == last
         torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-6, atol=1e-6)
+
+
+def first_stage(backend, parallel):
+    """Return sizes and dtypes of the first stage's output and cache, its partial norms, and its dropout's seeds."""
+    mesh = build_mesh(backend, parallel)
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=101,
+        padded_vocab_size=128,
+        max_position_embeddings=16,
+        hidden_dropout=0.0,
+        attention_dropout=0.1,
+        qk_layernorm=True,
+        fp32_residual=True,
+    )
+    batch = BatchConfig(seq_length=16, micro_batch_size=3)
+    precision = PrecisionConfig(dtype="bf16")
+    stage = GPTStage(
+        RunConfig(model=model, batch=batch, parallel=parallel, precision=precision),
+        range(1),
+        mesh,
+        RngStreams(7, backend, mesh.tp.rank),
+    )
+    tokens = torch.zeros(3, 16, dtype=torch.long)
+    with mock.patch.object(RngStreams, "reseed") as reseed:
+        x = stage(None, MicroBatch(tokens, tokens))
+    assert (tuple(x.shape), x.dtype) == (stage.hidden_shape(16, 3), stage.hidden_dtype)
+    partial = [p.name.split(".", 4)[-1] for p in stage.named_parameters_global() if p.sequence_parallel]
+    keys = None if parallel.sequence_parallel else stage.new_cache(3, 16).extend(0, *torch.ones(2, 16, 3, 1, 16))[0]
+    return tuple(x.shape), str(x.dtype), partial, [call.args for call in reseed.call_args_list], keys
+
+
+def test_first_stage_of_one_process_and_of_two_ranks(on_ranks, mesh):
+    shape, dtype, partial, seeds, _ = first_stage(mesh.backend, ParallelConfig())
+    assert (shape, dtype, partial, seeds) == ((16, 3, 64), "torch.float32", [], [("attention", 0, False)])
+    norms = ["q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"]
+    for sequence_parallel, length in ((False, 16), (True, 8)):
+        parallel = ParallelConfig(world_size=2, tp=2, sequence_parallel=sequence_parallel)
+        for shape, dtype, partial, seeds, _ in on_ranks(2, first_stage, parallel):
+            assert (shape, dtype, seeds) == ((length, 3, 64), "torch.float32", [("attention", 0, True)])
+            assert [name for name in partial if name[1:6] == "_norm"] == norms
 
 
 @pytest.mark.parametrize("tied", [True, False])
