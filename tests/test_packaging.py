@@ -19,7 +19,7 @@ PROGRAMS = {"shfmt-py": "shfmt"}
 
 def declared():
     """Return the packages of install_requires and of each extra."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXTRAS":
@@ -34,7 +34,7 @@ def imported():
     """Return imported third-party modules, including import_module calls, outside TYPE_CHECKING."""
     found = set()
     for path in (ROOT / "megatron_lite").rglob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in list(ast.walk(tree)):
             if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
                 node.body = []

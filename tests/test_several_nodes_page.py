@@ -35,9 +35,9 @@ def test_a_job_that_stopped_early_is_requeued(status, requeued, tmp_path):
         ("srun", f'echo "$@" >> {tmp_path}/srun; {ended}'),
         ("scontrol", f'echo "$@" > {tmp_path}/called'),
     ):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
         (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "train.sbatch").write_text(SCRIPT.replace("/SHARED", str(shared)))
+    (tmp_path / "train.sbatch").write_text(SCRIPT.replace("/SHARED", str(shared)), encoding="utf-8")
     variables = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
@@ -48,7 +48,7 @@ def test_a_job_that_stopped_early_is_requeued(status, requeued, tmp_path):
     )
     assert (tmp_path / "called").exists() == requeued, result
     if requeued:
-        assert (tmp_path / "called").read_text().strip() == "requeue 7"
+        assert (tmp_path / "called").read_text(encoding="utf-8").strip() == "requeue 7"
     else:
         assert f"the run ended: {status or 'killed'}" in result.stdout
-    assert f"--save {shared}/runs/gpt --load {shared}/runs/gpt" in (tmp_path / "srun").read_text()
+    assert f"--save {shared}/runs/gpt --load {shared}/runs/gpt" in (tmp_path / "srun").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ class CpuBackend(Backend):
         now = peak
         statm = Path("/proc/self/statm")
         if statm.exists():
-            now = int(statm.read_text().split()[1]) * resource.getpagesize()
+            now = int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
         peak = max(peak, now)  # the kernel updates ru_maxrss late
         return {"allocated": now, "max_allocated": peak, "reserved": now, "max_reserved": peak}
 
@@ -62,7 +62,7 @@ class CpuBackend(Backend):
         model = platform.processor() or platform.machine()
         cpuinfo = Path("/proc/cpuinfo")
         if cpuinfo.exists():
-            names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+            names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
             model = names[0].partition(":")[2].strip() if names else model
         threads = torch.get_num_threads()
         return f"{model} ({threads} thread{'' if threads == 1 else 's'})"

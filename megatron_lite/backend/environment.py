@@ -301,7 +301,7 @@ def _launching_process(variable: str) -> str:
 
 def _stat(pid: int) -> list[int]:
     """Return the numbers of /proc/PID/stat from the state on: [0, parent, …, start time (19), …]."""
-    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    numbers = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return [0, *map(int, numbers[1:])]
 
 

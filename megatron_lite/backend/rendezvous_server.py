@@ -309,5 +309,5 @@ def write_port(path: Path, port: int) -> None:
 def read_port(path: Path | None) -> list[Address]:
     """Return the address of rank 0 from a file; empty: the file does not exist yet."""
     with suppress(OSError, ValueError):
-        return [("127.0.0.1", int(path.read_text()))] if path is not None else []
+        return [("127.0.0.1", int(path.read_text(encoding="utf-8")))] if path is not None else []
     return []

@@ -116,7 +116,7 @@ def run_apart(folder: Path, request: Path) -> None:
         CheckpointError: transformers cannot load the folder.
     """
     words = [sys.executable, "-m", "megatron_lite.interop.transformers_logits", str(folder), str(request)]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    ended = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
         raise CheckpointError(

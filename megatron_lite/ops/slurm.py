@@ -26,7 +26,7 @@ def call(*command: str, pause: float = 1.0) -> str:
             f"{command[0]} is not installed here", fix="Run this on a node of the Slurm cluster, or pass --dry-run"
         )
     for attempt in range(ATTEMPTS):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         if not done.returncode or not UNREACHABLE.search(done.stderr):
             break
         time.sleep(pause * 2**attempt)

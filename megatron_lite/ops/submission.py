@@ -242,7 +242,7 @@ def _check_partition(submission: Submission) -> None:
     asked = submission.job.resources.options.get("partition")
     if not asked or shutil.which("sinfo") is None:
         return
-    done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, encoding="utf-8", check=False)
     known = sorted(set(done.stdout.split()))
     if done.returncode == 0 and (unknown := [name for name in asked.split(",") if name not in known]):
         submission.problems.append(

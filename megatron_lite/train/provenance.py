@@ -48,7 +48,7 @@ def git_revision(package: Path) -> str:
     command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         repository, commit = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
         ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError, ValueError):
         return ""

@@ -290,7 +290,7 @@ def test_addresses_of_version_6_are_looked_up_without_brackets():
 
 
 def test_ranks_of_one_machine_meet_through_a_file_and_a_stale_file_is_replaced(start_rank, tmp_path):
-    (tmp_path / "port").write_text(str(free_port()))
+    (tmp_path / "port").write_text(str(free_port()), encoding="utf-8")
     places = [Launch(rank=rank, world_size=2, host="n", init_method=f"file://{tmp_path}/port") for rank in (1, 0)]
     ranks = [start_rank(place, store=7) for place in places]
     assert [(rank.end().error, rank.store) for rank in ranks] == [(None, 7)] * 2

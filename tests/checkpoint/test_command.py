@@ -77,7 +77,7 @@ def test_verify_names_the_damaged_file_and_returns_1(root, capsys):
 def test_list_and_verify_report_a_wrong_latest_file(root, capsys, text, problem):
     (root / "latest_checkpointed_iteration.txt").unlink()
     if text is not None:
-        (root / "latest_checkpointed_iteration.txt").write_text(text)
+        (root / "latest_checkpointed_iteration.txt").write_text(text, encoding="utf-8")
     assert call("list", root) == 0
     out = capsys.readouterr().out
     assert re.search(problem, out)

@@ -39,7 +39,7 @@ def test_inspect_prints_counts_histogram_and_documents(prefix, tmp_path, capsys)
     assert "█" in out
     first = " ".join(str(token) for token in data.document(0)[:64])
     assert f"document 0, {len(data.document(0))} tokens\n  {first}" in out
-    assert (tmp_path / "lengths.svg").read_text().startswith("<svg")
+    assert (tmp_path / "lengths.svg").read_text(encoding="utf-8").startswith("<svg")
     assert main(["data", "inspect", prefix, *NULL]) == 0
 
 
@@ -54,7 +54,7 @@ def test_verify_prints_its_checks(prefix, capsys):
 
 def test_verify_finds_a_changed_byte_by_the_manifest(tmp_path, capsys):
     jsonl = tmp_path / "in.jsonl"
-    jsonl.write_text("".join(f'{{"text": "{number} {number + 1}"}}\n' for number in range(90)))
+    jsonl.write_text("".join(f'{{"text": "{number} {number + 1}"}}\n' for number in range(90)), encoding="utf-8")
     prefix = str(tmp_path / "out")
     assert main(["preprocess", "--input", str(jsonl), "--output-prefix", prefix, "--workers", "1", *NULL]) == 0
     prefix += "_text_document"

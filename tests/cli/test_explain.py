@@ -122,7 +122,8 @@ def test_a_job_script_is_explained_from_its_file(capsys, tmp_path):
     (tmp_path / "job.sh").write_text(
         "#!/bin/bash\n#SBATCH --nodes=2\nsource env.sh\nHOST=$(scontrol show hostnames | head -n 1)\n"
         'srun bash -c "torchrun --nproc-per-node 4 --nnodes 2 --node-rank \\$SLURM_PROCID pretrain_gpt.py '
-        f'{shlex.join(SMALL)} --seed 7" 2>&1 | tee -a log.txt\n'
+        f'{shlex.join(SMALL)} --seed 7" 2>&1 | tee -a log.txt\n',
+        encoding="utf-8",
     )
     run(["--json", f"@{tmp_path / 'job.sh'}"])
     record = json.loads(capsys.readouterr().out)

@@ -22,7 +22,9 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": f"the cat {i} sat", "inputs": "a cat"}) + "\n" for i in range(50)))
+    path.write_text(
+        "".join(json.dumps({"text": f"the cat {i} sat", "inputs": "a cat"}) + "\n" for i in range(50)), encoding="utf-8"
+    )
     return path
 
 
@@ -41,7 +43,7 @@ def test_megatron_deepspeed(corpus, tokenizer, tmp_path, capsys):
     assert preprocess.run([*map(str, args)]) == 0
     assert len(IndexedDataset(tmp_path / "out_inputs_document")) == 50
     said = capsys.readouterr()
-    assert f"--data-path {tmp_path / 'out_inputs_document'}" in said.out
+    assert f"--data-path {shlex.quote(str(tmp_path / 'out_inputs_document'))}" in said.out
     assert "Processed 50 documents (" in said.err
 
 

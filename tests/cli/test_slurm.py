@@ -18,7 +18,7 @@ srun python pretrain_gpt.py --num-layers 4 --hidden-size 32 --num-attention-head
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "job.slurm").write_text(JOB)
+    (tmp_path / "job.slurm").write_text(JOB, encoding="utf-8")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return "job.slurm"
@@ -30,7 +30,9 @@ def sbatch(script, tmp_path):
 
     def install(code=0):
         program = tmp_path / "bin" / "sbatch"
-        program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job 7\nexit {code}\n')
+        program.write_text(
+            f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\necho Submitted batch job 7\nexit {code}\n', encoding="utf-8"
+        )
         program.chmod(0o755)
 
     return install
@@ -50,7 +52,7 @@ def test_a_job_is_submitted_with_its_options_and_arguments(script, sbatch, capfd
     sbatch()
     assert main(["slurm", "submit", "--sbatch=--nodes=4 --time=2:00:00", script, "8"]) == 0
     assert "Submitted batch job 7" in capfd.readouterr().out
-    assert (tmp_path / "calls").read_text() == "--nodes=4 --time=2:00:00 job.slurm 8\n"
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "--nodes=4 --time=2:00:00 job.slurm 8\n"
     sbatch(code=3)
     assert main(["slurm", "submit", script]) == 3
 

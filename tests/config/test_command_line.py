@@ -71,7 +71,7 @@ def test_argument_files(tmp_path):
     inner = tmp_path / "inner.txt"
     inner.write_text('--split "969, 30, 1"  # a comment\n--fp16')
     outer = tmp_path / "outer.txt"
-    outer.write_text(f"--seed 7\n'@{inner}'\n")
+    outer.write_text(f"--seed 7\n'@{inner}'\n", encoding="utf-8")
     occurrences, given = read(f"@{outer}", "--lr", "1e-3")
     assert occurrences == [("--seed", ("7",)), ("--split", ("969, 30, 1",)), ("--fp16", ()), ("--lr", ("1e-3",))]
     assert not given.errors
@@ -81,7 +81,7 @@ def nested(folder, depth):
     """The first of `depth` argument files, each of which names the next; the last holds --fp16."""
     for number in range(depth):
         following = f"'@{folder / str(number + 1)}'" if number + 1 < depth else "--fp16"
-        (folder / str(number)).write_text(f"{following} --seed {number}")
+        (folder / str(number)).write_text(f"{following} --seed {number}", encoding="utf-8")
     return f"@{folder / '0'}"
 
 

@@ -43,7 +43,7 @@ def error_of(argv):
 
 
 def json_error(text):
-    Path("ds.json").write_text(text)
+    Path("ds.json").write_text(text, encoding="utf-8")
     return error_of([*SMALL, "--fp16", "--clip-grad", "2", "--deepspeed", "--deepspeed_config", "ds.json"])
 
 

@@ -192,7 +192,7 @@ def test_a_field_is_read(field):
 
 def test_an_option_of_the_command_line_is_resolved():
     """CommandOptions become fields of RunConfig in resolvers; a preset is replaced by its flags."""
-    text = "".join(path.read_text() for path in (PACKAGE / "config").glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "config").glob("*.py"))
     for field in fields(CommandOptions):
         assert f"command.{field.name}" in text or field.name == "preset", field.name
 

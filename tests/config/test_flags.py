@@ -28,7 +28,7 @@ def frozen_lines():
 
 def test_the_set_of_flags_is_frozen():
     """A flag is never dropped or refused by accident. To change the set: python tests/config/test_flags.py."""
-    assert FROZEN.read_text().splitlines() == frozen_lines()
+    assert FROZEN.read_text(encoding="utf-8").splitlines() == frozen_lines()
 
 
 @pytest.mark.parametrize("flag", all_flags(), ids=lambda flag: flag.name)
@@ -107,4 +107,4 @@ def test_the_help_page_keeps_to_its_width(width):
 
 
 if __name__ == "__main__":
-    FROZEN.write_text("\n".join(frozen_lines()) + "\n")
+    FROZEN.write_text("\n".join(frozen_lines()) + "\n", encoding="utf-8")

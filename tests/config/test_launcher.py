@@ -85,7 +85,7 @@ def test_a_command_in_quotes_or_in_a_file(shape, world, name, tmp_path):
     text = shape.format(shlex.join(flags))
     check([text], flags, world)
     file = tmp_path / "command.sh"
-    file.write_text(f"#!/bin/bash\n# starts the run\n{text}\n")
+    file.write_text(f"#!/bin/bash\n# starts the run\n{text}\n", encoding="utf-8")
     check([f"@{file}"], flags, world)
 
 

@@ -64,7 +64,7 @@ def test_a_truncated_file_of_a_dataset(suffix, manifest, bytes_left, corpus, dat
 
 def test_an_index_of_another_dataset(corpus, dataset, tmp_path):
     other = tmp_path / "other"
-    corpus.text.with_name("half.jsonl").write_text("".join(corpus.text.open().readlines()[:60]))
+    corpus.text.with_name("half.jsonl").write_text("".join(corpus.text.open().readlines()[:60]), encoding="utf-8")
     assert preprocess(corpus.text.with_name("half.jsonl"), other, corpus.tokenizer).code == 0
     shutil.copy(f"{other}_text_document.idx", part(dataset, ".idx"))
     part(dataset, ".manifest.json").unlink()
@@ -113,7 +113,7 @@ def test_a_token_outside_the_vocabulary_found_during_training(corpus, dataset, t
 @pytest.mark.parametrize("lines", ["", "\n\n", '{"text": ""}\n'])
 def test_an_empty_corpus(lines, corpus, tmp_path):
     text = tmp_path / "empty.jsonl"
-    text.write_text(lines)
+    text.write_text(lines, encoding="utf-8")
     result = preprocess(text, tmp_path / "out", corpus.tokenizer)
     assert_explained(result, "--input", "--json-keys", kind="DataError")
     assert not list(tmp_path.glob("out_*"))
@@ -201,7 +201,7 @@ def test_a_file_in_place_of_a_folder(flag, kind, corpus, tmp_path):
     file.write_text("mine")
     result = command(*corpus.job(*SAVING, flag, file))
     assert_explained(result, flag, file, kind=kind)
-    assert file.read_text() == "mine"
+    assert file.read_text(encoding="utf-8") == "mine"
     assert "model " not in result.out, "it was noticed before anything was built"
 
 
@@ -214,7 +214,7 @@ def test_a_folder_in_place_of_a_file(flag, kind, corpus, tmp_path):
     folder.mkdir()
     (folder / "precious").write_text("mine")
     assert_explained(command(*corpus.job(*SAVING, flag, folder)), folder, kind=kind)
-    assert (folder / "precious").read_text() == "mine"
+    assert (folder / "precious").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_metrics_file_that_is_something_else(corpus):
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_model(corpus, finished):
 
 def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
     """The vocabulary has the same size; only the fingerprint differs."""
-    args = json.loads((corpus.tokenizer / "vocab.json").read_text())
+    args = json.loads((corpus.tokenizer / "vocab.json").read_text(encoding="utf-8"))
     other = tmp_path / "tokenizer"
     shutil.copytree(corpus.tokenizer, other)
     (other / "tokenizer.json").unlink()

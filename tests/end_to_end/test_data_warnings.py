@@ -27,7 +27,9 @@ def test_one_rank_reports_the_warnings_of_all(corpus, on_ranks, tmp_path):
     warning = "WARNING: --split 1,0,0 assigns no documents to valid: the set is empty"
     assert last.count(warning) == 1
     assert "no documents" not in first
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [record["text"] for record in records if "assigns no documents to valid" in record.get("text", "")] == [
         warning
     ]

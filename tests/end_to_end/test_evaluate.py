@@ -66,7 +66,7 @@ def test_wikitext_is_detokenized_and_counted_as_published(run, tmp_path):
 
 def test_the_table_fits_a_terminal(run, tmp_path):
     text = tmp_path / "t.txt"
-    text.write_text("abc " * 50)
+    text.write_text("abc " * 50, encoding="utf-8")
     result = evaluate(run, "--text", text)
     assert result.code == 0
     assert "loaded" in result.err and "loaded" not in result.out

@@ -122,7 +122,7 @@ def test_a_checkpoint_not_yet_recorded_as_latest_is_resumed(corpus, start, tmp_p
     save = tmp_path / "run"
     args = corpus.job(*JOB, "--save", save, "--load", save)
     assert start(args, partial(die_before_latest, 4)).wait().code == -signal.SIGKILL
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    assert (save / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2\n"
     result = command(*args)
     assert result.code == 0, result.err
     assert "iter_0000004 is complete, and the job that saved it was killed before it was recorded" in result.out
@@ -194,4 +194,4 @@ def test_a_failure_of_one_rank_fails_the_save_on_all(mode, corpus, on_ranks, tmp
     errors = on_ranks(2, partial(full_on_rank_1, for_good=True), args)
     assert all("rank 1: " in error and "No space left on device" in error for error in errors), errors
     assert (checkpoints(stopped), left_behind(stopped)) == (["iter_0000002"], set())
-    assert Path(stopped / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    assert Path(stopped / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "2\n"

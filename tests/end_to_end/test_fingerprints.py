@@ -57,8 +57,8 @@ def test_data_may_move_and_must_not_change(corpus, moved, tmp_path):
 def test_the_same_path_with_other_text(corpus, moved, tmp_path):
     save = tmp_path / "run"
     assert job(corpus, save, 2, data=moved).code == 0
-    text = corpus.text.read_text().splitlines(keepends=True)
-    (tmp_path / "less.jsonl").write_text("".join(text[:-1]))
+    text = corpus.text.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "less.jsonl").write_text("".join(text[:-1]), encoding="utf-8")
     assert preprocess(tmp_path / "less.jsonl", tmp_path / "new", corpus.tokenizer).code == 0
     for ending in ("bin", "idx"):
         shutil.copy(tmp_path / f"new_text_document.{ending}", tmp_path / f"moved.{ending}")

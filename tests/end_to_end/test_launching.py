@@ -66,7 +66,7 @@ class Process:
 
     @property
     def text(self):
-        return self.path.read_text() if self.path.exists() else ""
+        return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
 
     def wait_for(self, text, timeout=60.0):
         deadline = time.monotonic() + timeout

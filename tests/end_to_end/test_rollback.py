@@ -190,7 +190,7 @@ def test_automatic_rollbacks_are_counted_over_all_jobs(corpus, seen, tmp_path):
     save = tmp_path / "run"
     args = (*corpus.job(*JOB), "--save", save, "--load", save, *SPIKES, "--auto-rollback", 1)
     save.mkdir()
-    (save / "rollbacks.jsonl").write_text(json.dumps({"automatic": True}) + "\n")
+    (save / "rollbacks.jsonl").write_text(json.dumps({"automatic": True}) + "\n", encoding="utf-8")
     result = command(*args)
     assert result.code == 0, result.err
     assert "the 1 rollbacks of --auto-rollback are used up" in result.out

@@ -283,7 +283,7 @@ def test_metrics_read_as_one_run_and_draw_its_curve(corpus, tmp_path):
     assert [point[0] for point in read_curve(save / "metrics.jsonl").validation["validation"]] == [3, 6, 9, 9]
     result = command("curve", save / "metrics.jsonl", "--svg", tmp_path / "loss.svg")
     assert result.code == 0
-    assert (tmp_path / "loss.svg").read_text().startswith("<svg")
+    assert (tmp_path / "loss.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
 def test_mock_data_and_null_tokenizer_need_no_files(tmp_path):

@@ -27,19 +27,21 @@ def test_a_trained_model_to_hugging_face_and_back(corpus, tmp_path, apart, trans
     trained = command(*corpus.job("--save", run, "--train-iters", 4, "--save-interval", 2, "--eval-interval", 2))
     assert trained.code == 0
     evaluation = tmp_path / "evaluation.json"
-    (tmp_path / "text").write_text("abcd efgh " * 20)
-    evaluation.write_text(command("evaluate", "--load", run, "--text", tmp_path / "text", "--json").out)
+    (tmp_path / "text").write_text("abcd efgh " * 20, encoding="utf-8")
+    evaluation.write_text(
+        command("evaluate", "--load", run, "--text", tmp_path / "text", "--json").out, encoding="utf-8"
+    )
     exported = command("export", run, "--output", out, "--evaluation", evaluation)
     assert exported.code == 0, exported.err
     assert "GPT2LMHeadModel" in exported.out
     assert f"16 tokens of {corpus.data[0]}" in exported.out  # real text of the run
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(out))
     assert tokenizer.eos_token == "<|endoftext|>"
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] == 300  # no padding
     assert (config["eos_token_id"], config["bos_token_id"]) == (299, 299)
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
-    card = (out / "README.md").read_text()
+    assert json.loads((out / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == 299
+    card = (out / "README.md").read_text(encoding="utf-8")
     for text in (
         "11,648 parameters",
         "| one_text_document | by size | 120 documents,",
@@ -54,7 +56,7 @@ def test_a_trained_model_to_hugging_face_and_back(corpus, tmp_path, apart, trans
     ):
         assert text in card, text
     assert str(tmp_path.parent) not in card  # where files lie is nobody's business
-    assert (out / "loss.svg").read_text().startswith("<svg")
+    assert (out / "loss.svg").read_text(encoding="utf-8").startswith("<svg")
     monkeypatch.setattr(verify, "run_apart", in_process)
     imported = command("import", out, "--output", tmp_path / "back")
     assert imported.code == 0, imported.err
@@ -125,7 +127,7 @@ def test_inspect_and_diff_across_kinds(make_checkpoint, tmp_path):
 def test_inspect_says_why_a_folder_cannot_be_imported(make_folder, small, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(make_folder("llama", num_key_value_heads=2, **small), folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     shown = command("checkpoint", "inspect", folder)
     assert shown.code == 0
@@ -138,7 +140,7 @@ def test_wrong_words(tmp_path, make_folder, gpt2):
     assert command("import", tmp_path, "--output", tmp_path / "x", "--seq-length", 0).code == 2
     evaluation = tmp_path / "evaluation.json"
     for text in ("{}", "[", '{"texts": [{}]}'):
-        evaluation.write_text(text)
+        evaluation.write_text(text, encoding="utf-8")
         result = command("export", tmp_path, "--output", tmp_path / "x", "--evaluation", evaluation)
         assert "--evaluation must name" in result.err
     for name in ("import", "export"):
@@ -160,7 +162,7 @@ def test_what_the_process_compares(make_folder, small, tmp_path, transformers):
     """A folder whose weights are of another model is refused by name, not filled with random numbers."""
     folder = tmp_path / "model"
     shutil.copytree(make_folder("llama", num_key_value_heads=2, **small), folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     _, problem = transformers_logits.load(folder)
     assert problem.startswith("missing keys: model.layers.2.")

@@ -45,7 +45,7 @@ def test_export_import_export(name, make_checkpoint, tmp_path, transformers):
     load = make_checkpoint(**fields)
     report = export(load, tmp_path / "out")
     assert report.verification.largest < 1e-5
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["architectures"] == [architecture]
     generated_alike(load, tmp_path / "out", transformers)
     back = import_checkpoint(tmp_path / "out", tmp_path / "back", ImportOptions())
     assert back.verification.largest < 1e-5
@@ -111,14 +111,14 @@ def test_dtype_and_shards(make_checkpoint, tmp_path):
     assert len(shards) > 3
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(path.stat().st_size < 24_000 for path in (tmp_path / "out").glob("*.safetensors"))
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert set(index["weight_map"].values()) == set(shards)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     for name, file in index["weight_map"].items():
         assert load_file(tmp_path / "out" / file)[name].equal(whole[name].bfloat16())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes // 2 for tensor in whole.values())
     assert "model.safetensors.index.json" in report.files
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 def test_one_tensor_is_in_memory_at_a_time(make_checkpoint, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def changed(tmp_path):
         copy = tmp_path / f"changed-{next(count)}"
         shutil.copytree(folder, copy)
         path = copy / "config.json"
-        content = {**json.loads(path.read_text()), **config}
+        content = {**json.loads(path.read_text(encoding="utf-8")), **config}
         path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
         if tensors is not None:
             save_file(tensors(load_file(copy / "model.safetensors")), copy / "model.safetensors", {"format": "pt"})
@@ -176,7 +176,7 @@ def test_it_can_be_trained_on(corpus, make_folder, gpt2, tmp_path):
     generated = command("generate", "--load", tmp_path / "ck", "--prompt", "abc", "--max-new-tokens", 3)
     assert generated.code == 0
     assert generated.out.startswith("abc")
-    (tmp_path / "text").write_text("abcd efgh " * 20)
+    (tmp_path / "text").write_text("abcd efgh " * 20, encoding="utf-8")
     evaluated = command("evaluate", "--load", tmp_path / "ck", "--text", tmp_path / "text")
     assert evaluated.code == 0
 

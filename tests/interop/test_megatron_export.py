@@ -70,7 +70,7 @@ def test_the_files_are_those_of_the_description(make_checkpoint, tmp_path):
                 assert content["args"].padded_vocab_size == 96
                 found = sorted(map(described, in_order(content["model"])))
                 assert found == sorted(map(described, in_order(build(state, model, rank, 2, stage, 2)))), naming
-        assert (tmp_path / naming / "latest_checkpointed_iteration.txt").read_text() == "7"
+        assert (tmp_path / naming / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "7"
     exported(folder, tmp_path / "ds", to="deepspeed", tp=2)
     write_deepspeed(tmp_path / "expected", state, model, 2)
     for path in (tmp_path / "expected" / "global_step7").glob("layer_*"):
@@ -78,7 +78,7 @@ def test_the_files_are_those_of_the_description(make_checkpoint, tmp_path):
         expected = torch.load(path)
         assert found.keys() == expected.keys()
         assert all(described(found[name]) == described(expected[name]) for name in found), path.name
-    assert (tmp_path / "ds" / "latest").read_text() == "global_step7"
+    assert (tmp_path / "ds" / "latest").read_text(encoding="utf-8") == "global_step7"
 
 
 def described(tensor):

@@ -269,7 +269,7 @@ def test_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="weight_map"):
         open_hugging_face(tmp_path)
     for text in ("[]", "{", ""):
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(CheckpointError, match="readable JSON object"):
             read_json(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match="No such file"):

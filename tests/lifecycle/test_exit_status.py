@@ -219,7 +219,7 @@ def test_an_error_creates_no_folder(tmp_path):
 
 def test_a_file_of_another_format_is_no_status(tmp_path):
     for text in ("", "[]", "{}", '{"status": "completed"}', '{"other": 1}'):
-        (tmp_path / EXIT_STATUS_NAME).write_text(text)
+        (tmp_path / EXIT_STATUS_NAME).write_text(text, encoding="utf-8")
         assert read_exit_status(tmp_path) is None
 
 
@@ -271,7 +271,7 @@ def test_a_refused_job_writes_nothing_even_after_the_other_has_ended(other_job, 
             record.start(None)
             other_job.release()
             raise
-    assert (tmp_path / EXIT_STATUS_NAME).read_text() == "the other job's\n"
+    assert (tmp_path / EXIT_STATUS_NAME).read_text(encoding="utf-8") == "the other job's\n"
 
 
 def test_a_file_that_another_job_wrote_during_the_wait_is_not_this_jobs(other_job, tmp_path, monkeypatch):

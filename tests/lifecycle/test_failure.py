@@ -112,7 +112,7 @@ class Job:
             process.wait()
 
     def text(self, rank):
-        return self.outputs[rank].read_text()
+        return self.outputs[rank].read_text(encoding="utf-8")
 
     def wait_for(self, rank, text, timeout=90.0):
         deadline = time.monotonic() + timeout
@@ -190,7 +190,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_save(tmp_path):
         assert "exiting program after receiving SIGTERM" in job.text(1)
         ended = read_exit_status(save)
         assert (ended.status, ended.host) == ("signal", socket.gethostname())
-    assert (save / "latest_checkpointed_iteration.txt").read_text().strip().isdigit()
+    assert (save / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8").strip().isdigit()
 
 
 def test_a_second_job_of_several_ranks_is_refused_on_all(tmp_path):

@@ -131,6 +131,6 @@ def test_the_terminal_drawing_shows_a_falling_loss(metrics):
 def test_the_command_draws_both(metrics, tmp_path, capsys):
     assert command.run([str(metrics.parent), "--svg", str(tmp_path / "new" / "loss.svg"), "--title", "Mine"]) == 0
     assert "Mine" in capsys.readouterr().out
-    assert "<svg" in (tmp_path / "new" / "loss.svg").read_text()
+    assert "<svg" in (tmp_path / "new" / "loss.svg").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="--svg"):
         command.run([str(metrics), "--no-terminal", "--svg", str(metrics / "below" / "loss.svg")])

@@ -172,7 +172,7 @@ def test_a_foreign_file_is_never_truncated(tmp_path):
     path.write_text("my notes\nof two lines\n")
     with pytest.raises(DataError, match=r"notes\.txt:1"):
         prepare(path, 5)
-    assert path.read_text() == "my notes\nof two lines\n"
+    assert path.read_text(encoding="utf-8") == "my notes\nof two lines\n"
 
 
 def test_a_fresh_start_moves_the_old_run_aside(tmp_path):

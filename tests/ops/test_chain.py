@@ -1,6 +1,7 @@
 """Tests of the job chain with stand-ins for Slurm's programs, which keep a queue in a folder."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -51,17 +52,17 @@ def ends(folder, status, *, job, restart=0, saved=0, host="n1"):
         status=status, message=f"it was {status}", host=host, job=f"Slurm step {job}.0, restart {restart}.0"
     )
     (folder / "exit_status.json").write_bytes(text.encode())
-    (folder / "latest_checkpointed_iteration.txt").write_text(f"{saved}\n")
+    (folder / "latest_checkpointed_iteration.txt").write_text(f"{saved}\n", encoding="utf-8")
 
 
 def test_the_script_of_a_chain_wraps_the_users(run, queue):
-    lines = (run / "chain.slurm").read_text().splitlines()
+    lines = (run / "chain.slurm").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("#SBATCH")] == [
         "#SBATCH --nodes=2",
         "#SBATCH --time=20:00:00",
         "#SBATCH --open-mode=append",
     ]
-    assert any(line.endswith("job.slurm 'a b' &") for line in lines)
+    assert f"{shlex.join(['bash', str(run.parent / 'job.slurm'), 'a b'])} &" in lines
     assert queue.options["100"] == ["--partition=long"]
 
 

@@ -67,7 +67,7 @@ clear; LINE
 
 def read(tmp_path, text, *arguments, options=(), **environment):
     path = tmp_path / "job.slurm"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return read_job(path, environment=environment, options=options, arguments=arguments)
 
 

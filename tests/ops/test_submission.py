@@ -1,6 +1,7 @@
 """Tests of the checks before a job is queued, each with a job that fails it."""
 
 import os
+import shlex
 
 import pytest
 
@@ -21,8 +22,8 @@ FLAGS = (
 def check(tmp_path):
     def check(more="", header=HEADER, flags=FLAGS, save="run", step_seconds=None):
         path = tmp_path / "job.slurm"
-        saved = f"--save {tmp_path / save}" if save else ""
-        path.write_text(f"{header}srun python pretrain_gpt.py {flags} {saved} {more}\n")
+        saved = f"--save {shlex.quote(str(tmp_path / save))}" if save else ""
+        path.write_text(f"{header}srun python pretrain_gpt.py {flags} {saved} {more}\n", encoding="utf-8")
         return check_job(read_job(path, environment={}), step_seconds=step_seconds)
 
     return check

@@ -113,7 +113,7 @@ def test_a_latest_file_with_a_byte_order_mark_is_read(root):
 
 @pytest.mark.parametrize(("text", "says"), [("5", "iter_0000005 does not exist"), ("release", "'release'")])
 def test_a_latest_file_that_names_no_checkpoint_is_an_error(root, text, says):
-    (root / "latest_checkpointed_iteration.txt").write_text(text)
+    (root / "latest_checkpointed_iteration.txt").write_text(text, encoding="utf-8")
     for fallback in (False, True):
         with pytest.raises(CheckpointError, match=says):
             find_checkpoint(str(root), fallback=fallback)

@@ -61,7 +61,7 @@ class Cluster:
             *(f"--pid-file={self.folder}/run/munged.pid", f"--log-file={self.folder}/log/munged.log"),
             f"--seed-file={self.folder}/munge/munge.seed",
         )
-        (self.folder / "slurm.conf").write_text(self._configuration())
+        (self.folder / "slurm.conf").write_text(self._configuration(), encoding="utf-8")
         self.run("slurmctld", "-f", f"{self.folder}/slurm.conf")
         for node in NODES:
             self.power_on(node)
@@ -104,21 +104,23 @@ class Cluster:
             )
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         deadline = time.monotonic() + START_SECONDS
-        while not (first := children.read_text().split()):
+        while not (first := children.read_text(encoding="utf-8").split()):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError(f"node {node} did not start (log in {self.folder}/log/{node}.out)")
             time.sleep(0.02)
-        (self.folder / "run" / f"{node}.init").write_text(first[0])
+        (self.folder / "run" / f"{node}.init").write_text(first[0], encoding="utf-8")
 
     def power_off(self, node: str) -> None:
         """Kill all processes of a node at once, as a power cut does."""
-        os.kill(int((self.folder / "run" / f"{node}.init").read_text()), signal.SIGKILL)
+        os.kill(int((self.folder / "run" / f"{node}.init").read_text(encoding="utf-8")), signal.SIGKILL)
 
     def stop(self) -> None:
         """Stop all daemons and remove the networks; a second call does nothing."""
         for path in (*self.folder.glob("run/*.init"), *self.folder.glob("run/*.pid")):
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGKILL if path.suffix == ".init" else signal.SIGTERM)
+                os.kill(
+                    int(path.read_text(encoding="utf-8")), signal.SIGKILL if path.suffix == ".init" else signal.SIGTERM
+                )
             path.unlink(missing_ok=True)
         for name in (CONTROLLER, *NODES):
             run("ip", "netns", "del", f"{self._prefix}{name}", check=False)
@@ -141,7 +143,7 @@ class Cluster:
             run("ip", "-n", name, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
             run("ip", "-n", name, "link", "set", "eth0", "up")
             lines.append(f"{NETWORK}.{number} {node}")
-        (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _configuration(self) -> str:
         folder = self.folder

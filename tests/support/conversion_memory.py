@@ -27,7 +27,9 @@ FORMATS = {
 
 
 def status(name):
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    ]
     return int(line.split()[1]) << 10
 
 

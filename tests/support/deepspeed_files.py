@@ -73,7 +73,7 @@ def write_deepspeed(
     """Write layer files, mp_rank files and, if dp is given, ZeRO-1 files. Returns global_stepN."""
     folder = root / f"global_step{iteration}"
     folder.mkdir(parents=True)
-    (root / "latest").write_text(folder.name)
+    (root / "latest").write_text(folder.name, encoding="utf-8")
     files = deepspeed_layers(state, model, tp)
 
     def save(name, content):
@@ -111,7 +111,7 @@ def write_universal(root, state, model, args=None, step=7):
     """Write a universal checkpoint: one folder for each parameter."""
     folder = root / f"global_step{step}_universal"
     (root / "latest_universal").parent.mkdir(parents=True, exist_ok=True)
-    (root / "latest_universal").write_text(folder.name)
+    (root / "latest_universal").write_text(folder.name, encoding="utf-8")
     kinds = {"fp32": {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}}
     kinds |= {kind: named for kind, named in adam_states(state).items() if kind != "main_param"}
     for kind, named in kinds.items():

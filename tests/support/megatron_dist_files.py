@@ -51,5 +51,5 @@ def write_torch_dist(root, state, model, args=None, iteration=7, stacked=True):
     torch.save(common, folder / "common.pt")
     metadata = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration), encoding="utf-8")
     return folder

@@ -221,7 +221,7 @@ def write_classic(
             path = folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
             path.mkdir(parents=True)
             torch.save(content, path / "model_optim_rng.pt", _use_new_zipfile_serialization=as_zip)
-    (root / "latest_checkpointed_iteration.txt").write_text(name or str(iteration))
+    (root / "latest_checkpointed_iteration.txt").write_text(name or str(iteration), encoding="utf-8")
     return folder
 
 

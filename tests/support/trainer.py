@@ -64,10 +64,10 @@ class Job:
             self.process.kill()
             self.process.join()
             raise AssertionError(f"the job hangs; it said\n{self.text()}")
-        return Result(self.process.exitcode, *(path.read_text() for path in self.paths))
+        return Result(self.process.exitcode, *(path.read_text(encoding="utf-8") for path in self.paths))
 
     def text(self):
-        return "\n".join(path.read_text() for path in self.paths if path.exists())
+        return "\n".join(path.read_text(encoding="utf-8") for path in self.paths if path.exists())
 
     def until(self, condition, timeout=240.0):
         """Wait until condition() holds or the job has ended; return whether it is still running."""
@@ -94,7 +94,7 @@ def _job(args, paths, prepare):
 
 def records(folder):
     """Return the records of metrics.jsonl without times; an incomplete last line is ignored."""
-    text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
     lines = [json.loads(line) for line in text.splitlines()]
     return [{name: value for name, value in line.items() if name not in _OF_THE_CLOCK} for line in lines]
 
@@ -116,7 +116,7 @@ def checkpoints(folder):
 
 def status(folder):
     """Return the content of exit_status.json."""
-    return json.loads((folder / "exit_status.json").read_text())
+    return json.loads((folder / "exit_status.json").read_text(encoding="utf-8"))
 
 
 def assert_same_run(one, other):
@@ -160,7 +160,7 @@ def make_corpus(folder):
     args = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
     text = folder / "corpus.jsonl"
     documents = [" ".join(draw.choices(args, k=draw.randint(10, 60))) for _ in range(120)]
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
     tokenizer = folder / "tokenizer"
     made = [command("train-tokenizer", "--input", text, "--output", tokenizer, "--vocab-size", 300)]
     for name, seed in (("one", 1), ("two", 2)):

@@ -106,7 +106,7 @@ def test_unknown_token_of_a_unigram_model(tmp_path):
 
 
 def test_segmentation_is_not_random(bpe_folder, tmp_path):
-    spec = json.loads((bpe_folder / "tokenizer.json").read_text())
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     for use_fast in (True, False):
@@ -166,8 +166,8 @@ def test_rules_hash_differs_if_ids_can_differ(bpe_folder, tmp_path):
     assert same.rules() == plain.rules()
     assert lower.fingerprint() == plain.fingerprint() and lower.rules() != plain.rules()
     (tmp_path / "vocab.json").write_bytes((bpe_folder / "vocab.json").read_bytes())
-    lines = (bpe_folder / "merges.txt").read_text().splitlines()
-    (tmp_path / "merges.txt").write_text("\n".join(lines[:-3]) + "\n")
+    lines = (bpe_folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(lines[:-3]) + "\n", encoding="utf-8")
     fewer = read_gpt2(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     assert fewer.rules() != read_gpt2(str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")).rules()
 

@@ -47,7 +47,7 @@ def test_one_changed_id_changes_the_fingerprint(bpe_folder, tmp_path):
     a, b = list(vocabulary)[-3:-1]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text((bpe_folder / "merges.txt").read_text())
+    (tmp_path / "merges.txt").write_text((bpe_folder / "merges.txt").read_text(encoding="utf-8"), encoding="utf-8")
     assert gpt2(tmp_path).fingerprint() != gpt2(bpe_folder).fingerprint()
 
 

@@ -373,7 +373,7 @@ class Shell(ShellState):
                 arguments,
                 input=stdin,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
                 check=False,
                 timeout=10,
                 cwd=self._folder_or_none(),

@@ -22,7 +22,7 @@ def parse_script(text: str, name: str) -> list[Node]:
     if program is None:
         raise ConfigError("shfmt, which reads job scripts, is not installed", fix=install_extra("slurm"))
     done = subprocess.run(
-        [program, "-ln", "bash", "--to-json"], input=text, capture_output=True, text=True, check=False
+        [program, "-ln", "bash", "--to-json"], input=text, capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         problem = done.stderr.strip().replace("<standard input>", name)

@@ -70,7 +70,7 @@ def save_modern(plan, data, folder, name="train", split="949,50,1"):
     )  # fmt: skip
     stem = f"{hashlib.md5(description.encode()).hexdigest()}-GPTDataset-{name}"
     folder.mkdir(parents=True)
-    (folder / f"{stem}-description.txt").write_text(description)
+    (folder / f"{stem}-description.txt").write_text(description, encoding="utf-8")
     for part, values in zip(("document_index", "sample_index", "shuffle_index"), arrays.values(), strict=True):
         np.save(folder / f"{stem}-{part}.npy", values)
     return index

@@ -90,7 +90,7 @@ def test_refused_index_leaves_no_files_and_a_cached_one_needs_no_memory(data, tm
 def write_group(folder, files):
     folder.mkdir(parents=True)
     for name, text in files.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -44,7 +44,7 @@ def test_bad_line(make, look, tmp_path, name):
     assert not list(tmp_path.glob("out_*"))
     prefix = make(inputs=(str(path),), unit_bytes=unit_bytes, skip_bad_lines=True)
     assert len(look.documents(prefix)) == 18
-    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
+    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text(encoding="utf-8"))["report"]
     assert report["bad"] == 1
     assert report["bad_lines"][0].startswith(f"{path}:10 ")
 
@@ -87,7 +87,7 @@ def test_a_line_longer_than_memory_allows(make, look, tmp_path):
     # Finished units are reused, with --skip-bad-lines as well as with a larger maximum.
     assert len(look.documents(make(inputs=(str(path),), unit_bytes=1 << 20))) == 3
     prefix = make("skip", inputs=(str(path),), unit_bytes=1 << 20, skip_bad_lines=True, max_line_bytes=100)
-    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
+    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text(encoding="utf-8"))["report"]
     assert (report["lines"], report["documents"], report["bad"]) == (3, 2, 1)
 
 
@@ -189,7 +189,7 @@ def test_parquet_without_the_column_and_damaged(make, tmp_path):
 
 def test_text_that_the_tokenizer_cannot_encode_is_a_bad_line(make, look, tmp_path):
     path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in ("1 2", "1 x", "3")))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("1 2", "1 x", "3")), encoding="utf-8")
     numbers = TokenizerConfig(type="NullTokenizer", vocab_size=10)
     with pytest.raises(DataError, match=r"in\.jsonl:2: .*'x' is not a number"):
         make(inputs=(str(path),), tokenizer=numbers)

@@ -169,7 +169,7 @@ def test_interrupted_packing_leaves_no_files(folder):
 def test_the_manifest_names_the_source(folder):
     data = write(folder, [[12], [13]])
     pack_dataset(data, str(folder / "named"), 16, TOKENIZER)
-    saved = json.loads((folder / "named.manifest.json").read_text())
+    saved = json.loads((folder / "named.manifest.json").read_text(encoding="utf-8"))
     assert saved["tokenizer"] == TOKENIZER
     assert saved["flags"] == {"packed": {"seq_length": 16, "seed": 1234}}
     assert saved["inputs"] == [{"path": f"{data.prefix}.bin", "bytes": data.num_bytes}]

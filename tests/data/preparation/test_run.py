@@ -69,7 +69,7 @@ def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):
             steps.append(step)
 
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"text": "word " * 2000}) + "\n\n")
+    path.write_text(json.dumps({"text": "word " * 2000}) + "\n\n", encoding="utf-8")
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(corpus.read_bytes()))
     names = (str(path), str(corpus), str(packed))
@@ -132,7 +132,7 @@ def test_filtered_documents_are_counted(make, look, tokenizer):
     prefix = make(min_tokens=5, max_tokens=100, min_chars=3)
     kept = [text for text in look.texts if len(text) >= 3 and 5 <= len(encode(text)) <= 100]
     assert look.documents(prefix) == [encode(text) for text in kept]
-    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text())["report"]
+    report = json.loads(Path(f"{prefix}_text_document.manifest.json").read_text(encoding="utf-8"))["report"]
     dropped = report["too_few_chars"] + report["too_few_tokens"] + report["too_many_tokens"]
     assert (report["documents"], report["blank"]) == (len(kept), 1)
     assert dropped + len(kept) == len(look.texts)
@@ -211,8 +211,10 @@ def test_bytes_per_token_refer_to_the_output():
 
 def test_outliers_are_in_the_manifest(make, corpus, tmp_path):
     path = tmp_path / "odd.jsonl"
-    path.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "=- " * 20000}) + "\n")
-    report = json.loads(Path(f"{make(inputs=(str(path),))}_text_document.manifest.json").read_text())["report"]
+    path.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "=- " * 20000}) + "\n", encoding="utf-8")
+    report = json.loads(Path(f"{make(inputs=(str(path),))}_text_document.manifest.json").read_text(encoding="utf-8"))[
+        "report"
+    ]
     assert report["longest"][0].startswith(f"{path}:2 ")
     assert report["repetitive"][0].startswith(f"{path}:2 ")
 

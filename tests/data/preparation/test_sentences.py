@@ -54,7 +54,7 @@ def originals_splitter():
 @pytest.mark.parametrize(("keep_newlines", "workers"), [(False, 1), (True, 2)])
 def test_a_sequence_for_each_sentence(punkt, make, tokenizer, tmp_path, keep_newlines, workers):
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "", "one", TEXT)))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "", "one", TEXT)), encoding="utf-8")
     prefix = make(
         inputs=(str(path),),
         split_sentences=True,
@@ -75,7 +75,7 @@ def test_a_sequence_for_each_sentence(punkt, make, tokenizer, tmp_path, keep_new
 def test_another_model_is_another_plan(punkt, make, tmp_path, look):
     make(split_sentences=True)
     abbreviations = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english" / "abbrev_types.txt"
-    abbreviations.write_text(abbreviations.read_text() + "\nmat")
+    abbreviations.write_text(abbreviations.read_text(encoding="utf-8") + "\nmat", encoding="utf-8")
     with pytest.raises(DataError, match="--overwrite"):
         make(split_sentences=True)
     with pytest.raises(KeyboardInterrupt):

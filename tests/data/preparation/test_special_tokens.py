@@ -148,4 +148,7 @@ def test_merging_datasets_with_different_bos_and_eod(make, template, tmp_path):
     write_manifest(parts["d"], replace(old, tokenizer=older))
     (warning,) = merge_datasets([parts["a"], parts["d"]], str(tmp_path / "n")).warnings
     assert "(bos None and unknown)" in warning
-    assert json.loads((tmp_path / "n.manifest.json").read_text())["tokenizer"]["eod"] == old.tokenizer["eod"]
+    assert (
+        json.loads((tmp_path / "n.manifest.json").read_text(encoding="utf-8"))["tokenizer"]["eod"]
+        == old.tokenizer["eod"]
+    )

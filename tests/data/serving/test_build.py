@@ -210,7 +210,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path):
     write_manifest(prefix, replace(manifest, bin_pieces=[(5, 0)]))
     with pytest.raises(DataError, match="manifest says 5"):
         build_datasets(run)
-    assert json.loads((tmp_path / "a.manifest.json").read_text())["tokenizer"]["fingerprint"] == "aaa"
+    assert json.loads((tmp_path / "a.manifest.json").read_text(encoding="utf-8"))["tokenizer"]["fingerprint"] == "aaa"
 
 
 def test_mock_data_is_deterministic_and_in_range():

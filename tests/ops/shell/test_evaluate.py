@@ -46,7 +46,9 @@ SCRIPTS = {
 
 
 def by_bash(script, folder):
-    done = subprocess.run(["bash", "-c", SHOW + script], capture_output=True, text=True, cwd=folder, check=False)
+    done = subprocess.run(
+        ["bash", "-s"], input=SHOW + script, capture_output=True, encoding="utf-8", cwd=folder, check=False
+    )
     return done.stdout
 
 
