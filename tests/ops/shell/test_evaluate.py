@@ -1,5 +1,6 @@
 """Tests of job script evaluation against bash itself, and of what is recorded instead of being run."""
 
+import os
 import subprocess
 
 import pytest
@@ -46,10 +47,11 @@ SCRIPTS = {
 
 
 def by_bash(script, folder):
-    done = subprocess.run(
-        ["bash", "-s"], input=SHOW + script, capture_output=True, encoding="utf-8", cwd=folder, check=False
-    )
-    return done.stdout
+    env = {**os.environ, "LC_ALL": "C.UTF-8"}  # bash counts bytes in other locales
+    script = SHOW + script
+    return subprocess.run(
+        ["bash", "-s"], input=script, stdout=-1, encoding="utf-8", cwd=folder, env=env, check=False
+    ).stdout
 
 
 def by_evaluation(script, folder):
