@@ -124,8 +124,9 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     )
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
-            f"The rank is outside of the world size: rank {launch.rank} of {launch.world_size} ({launch.launcher})",
-            fix="Unset RANK and WORLD_SIZE, or start the job with torchrun, srun or mpirun",
+            f"The rank {launch.rank} is out of range for the world size {launch.world_size} (valid: 0 to "
+            f"{launch.world_size - 1}; set by {launch.launcher})",
+            fix="Start the job with torchrun, srun or mpirun; for a single process, unset RANK and WORLD_SIZE",
         )
     return launch
 

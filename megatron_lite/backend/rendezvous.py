@@ -225,9 +225,9 @@ class Rendezvous:
         while not self._ask_all(addresses or read_port(self._file)):
             if self.server is not None:
                 raise ConfigError(
-                    f"MASTER_ADDR is not the host of rank 0: rank 0 runs on {self._host}, and {self._address} answers: "
-                    f"{self._reason}",
-                    fix="Set MASTER_ADDR to the host of rank 0",
+                    f"MASTER_ADDR ({self._address.rpartition(':')[0]}) is not the host of rank 0, which runs on "
+                    f"{self._host}: {self._address} answers: {self._reason}",
+                    fix=f"Set MASTER_ADDR={self._host}",
                 )
             if time.monotonic() > self._deadline:
                 error = TrainingError(

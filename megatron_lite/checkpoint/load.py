@@ -132,20 +132,22 @@ def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
     if source is None:
         near = difflib.get_close_matches(tensor.name, saved, n=1)
         raise CheckpointError(
-            f"{reader.path} has no {tensor.name}, which this run needs"
-            + (f"; the nearest name is {near[0]}" if near else ""),
-            fix="Give the model the options it was saved with (`megatron-lite checkpoint inspect` shows them), or "
-            "leave optimizer state out with --no-load-optim",
+            f'Checkpoint {reader.path} does not contain the tensor "{tensor.name}", which this run needs'
+            + (f'; the nearest name is "{near[0]}"' if near else ""),
+            fix=f"Use the model flags it was saved with (`megatron-lite checkpoint inspect {reader.path}` prints them)"
+            + ("" if is_model_tensor(tensor.name) else ", or leave optimizer state out with --no-load-optim"),
         )
     info = reader.tensors[source]
     if info.shape != tuple(tensor.global_shape):
         raise CheckpointError(
-            f"The shape of {tensor.name} is {tuple(tensor.global_shape)} in this run and {info.shape} in {reader.path}",
-            fix="Give the model the sizes it was saved with; parallel sizes may change freely",
+            f'The shape of the tensor "{tensor.name}" is {tuple(tensor.global_shape)} in this run and '
+            f"{info.shape} in {reader.path}",
+            fix="Use the model sizes it was saved with; parallel sizes may change freely",
         )
     if getattr(torch, info.dtype).is_floating_point != tensor.dtype.is_floating_point:
         raise CheckpointError(
-            f"The dtype of {tensor.name} is {tensor.dtype} in this run and {info.dtype} in {reader.path}",
+            f'The tensor "{tensor.name}" has the dtype {str(tensor.dtype).removeprefix("torch.")} in this run and '
+            f"{info.dtype} in {reader.path}",
             rule="Integers and floating-point numbers are not converted into each other",
             fix="Load a checkpoint of the same kind of model",
         )

@@ -170,8 +170,8 @@ def _rewrite(
         )
     if iteration_of(output) is not None:
         raise CheckpointError(
-            f"--output {output} has the name of a checkpoint; it must be a folder of checkpoints",
-            fix=f"Give --output {output.parent}: iter_… is made in it",
+            f"--output {output} looks like a checkpoint directory",
+            fix=f"Give the parent --output {output.parent} instead: iter_{manifest.iteration:07d} is created inside it",
         )
     if request.path.exists():
         raise CheckpointError(

@@ -120,7 +120,7 @@ def _check_complete(name: str, tensor: SavedTensor) -> None:
     if twice:
         one, other = twice
         raise _incomplete(
-            name, f"the pieces at {one.rectangle.offset} ({one.file}) and {other.rectangle.offset} overlap"
+            name, f"shards overlap at offset {other.rectangle.offset}, one in {one.file} at {one.rectangle.offset}"
         )
     written = sum(piece.rectangle.numel for piece in tensor.pieces)
     if written != full.numel:
@@ -142,7 +142,7 @@ def _first_overlap(pieces: Sequence[SavedPiece]) -> tuple[SavedPiece, SavedPiece
 
 def _incomplete(name: str, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"Cannot save {name}: {problem}",
+        f'Cannot save the tensor "{name}": {problem}',
         rule="Each element of a tensor must be saved exactly once",
-        fix="This is a fault in the program: please report it with the parallel sizes",
+        fix="This is a bug in megatron_lite: please report it with the command line, whose parallel sizes matter",
     )

@@ -98,7 +98,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         found = [given] if single else sorted(p for p in existing(given).iterdir() if iteration_of(p) is not None)
         if not found:
             raise CheckpointError(
-                f"There is no checkpoint in {given}", fix="Give the folder of a run's --save, or iter_…"
+                f"No checkpoint found in '{given}' ({given.absolute()})",
+                fix="Give the directory that the run passed to --save, or one of its iter_NNNNNNN directories",
             )
         paths += found
         if not single and (problem := latest_problem(given)) is not None:

@@ -244,7 +244,10 @@ def existing(folder: Path) -> Path:
         CheckpointError: it does not exist.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}", fix="Give the folder of a run's --save")
+        raise CheckpointError(
+            f"{folder} {'is not a directory' if folder.exists() else 'does not exist'}",
+            fix="Give the directory that the run passed to --save",
+        )
     return folder
 
 
@@ -258,5 +261,8 @@ def one_checkpoint(given: Path) -> Path:
 
     found = find_checkpoint(str(existing(given)))
     if found is None:
-        raise CheckpointError(f"There is no checkpoint in {given}", fix="Give the folder of a run's --save, or iter_…")
+        raise CheckpointError(
+            f"No checkpoint found in '{given}' ({given.absolute()})",
+            fix="Give the directory that the run passed to --save, or one of its iter_NNNNNNN directories",
+        )
     return found

@@ -84,8 +84,8 @@ def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: 
     last, samples = last_iteration(config), config.training.train_samples
     if iteration > last if not samples or config.training.train_tokens else consumed + count > samples:
         raise ConfigError(
-            f"There is no --iteration {iteration}: the run has {last:,} iterations",
-            fix=f"Give a number from 1 to {last}, or the --train-iters or --train-samples of the run",
+            f"--iteration {iteration} is out of range: with these flags the run has {last:,} iterations",
+            fix=f"Give 1 to {last}, or the --train-iters or --train-samples of the run",
         )
 
 

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     prefixes = [*args.datasets, *(find_prefixes(Path(args.input)) if args.input else [])]
     if not prefixes:
         raise ConfigError(
-            "There are no datasets to merge: --datasets and --input are empty", fix="Give --datasets PREFIX …"
+            "There are no datasets to merge: neither --datasets nor --input was given", fix="Give --datasets PREFIX …"
         )
     with TokenProgress("merge", sum(IndexedDataset(prefix).num_tokens for prefix in prefixes)) as progress:
         merged = merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite, advance=progress.advance)

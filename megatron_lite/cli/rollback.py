@@ -67,7 +67,8 @@ def _range(text: str) -> tuple[int, int]:
     if begin >= end:
         raise ConfigError(
             f"--skip-samples {shortened(text)} is not a range of samples",
-            fix="Give the first and the last sample to skip, as the warning of the spike prints them: 1024-2047",
+            fix="Give the first and the last sample to skip, for example 1024-2047: the log line of the loss spike "
+            "(WARNING: loss spike) and the command below it print them",
         )
     return begin, end
 

@@ -61,7 +61,7 @@ def write_rampup(rampup: Rampup) -> list[str]:
 
 def read_sequence_ramp(args: Sequence[str]) -> SequenceRamp:
     """Read "64:36000:8" (start:iterations:step, linear) or "0:64,1000:512" (first iteration:length, staged)."""
-    expected = "start:iterations[:step], as in 64:36000:8, or stages as in 0:64,1000:512"
+    expected = "start:iterations[:step], for example 64:36000:8, or stages, for example 0:64,1000:512"
     entries = [entry.split(":") for entry in re.split(r"[\s,]+", " ".join(args).strip())]
     try:
         numbers = [[read_int(number) for number in entry] for entry in entries]
@@ -107,11 +107,11 @@ def read_step_schedule(text: str, seq_length: int) -> tuple[tuple[int, int], ...
     for entry in re.split(r"[\s,]+", text.strip()):
         threshold, colon, batch = entry.partition(":")
         if not colon:
-            raise ValueError("<tokens>:<batch> pairs, as in 0:16 2.4B:320")
+            raise ValueError("<tokens>:<batch> pairs, for example 0:16 2.4B:320")
         pairs.append((read_amount(threshold) // max(1, seq_length), read_int(batch)))
     pairs.sort()
     if pairs[0][0] != 0:
-        raise ValueError("a first pair that starts at 0 tokens, as in 0:16 2.4B:320")
+        raise ValueError("a first pair that starts at 0 tokens, for example 0:16 2.4B:320")
     if len({start for start, _ in pairs}) != len(pairs):
         raise ValueError("thresholds that differ by at least one sample")
     return tuple(pairs)
@@ -204,7 +204,7 @@ def resolve_global_batch(given: Given) -> None:
             given.unreadable = True
             given.refuse(
                 f"Cannot read {origin}: expected {error}",
-                fix='Write --step-batch-size-schedule "TOKENS:BATCH …", as "0:16 2.4B:320 4.8B:624"',
+                fix='Write --step-batch-size-schedule "TOKENS:BATCH …", for example "0:16 2.4B:320 4.8B:624"',
             )
             return
         given.give(FIELD.batch.step_schedule, schedule, origin)
@@ -268,8 +268,8 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
         return
     flag = f"--rampup-batch-size {ramp.start} {ramp.increment} {ramp.samples}"
     fix = (
-        "Use --rampup-batch-size START INCREMENT SAMPLES such that START + n x INCREMENT is --global-batch-size, as "
-        f"{batch.micro_batch_size} {batch.micro_batch_size} 100_000"
+        "Use --rampup-batch-size START INCREMENT SAMPLES such that START + n x INCREMENT is --global-batch-size, for "
+        f"example {batch.micro_batch_size} {batch.micro_batch_size} 100_000"
     )
     if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 0:
         yield ConfigError(f"{flag} needs a positive start and increment, and 0 or more samples", fix=fix)
@@ -277,8 +277,10 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
     rise = batch.global_batch_size - ramp.start
     if rise < 0 or rise % ramp.increment:
         yield ConfigError(
-            f"The batch ramp-up does not reach the global batch in whole increments ({flag}, --global-batch-size "
-            f"{batch.global_batch_size})",
+            f"The batch ramp-up starts above the global batch ({flag}, --global-batch-size {batch.global_batch_size})"
+            if rise < 0
+            else f"The batch ramp-up does not reach the global batch: their difference of {rise} is not a multiple of "
+            f"the increment {ramp.increment} ({flag}, --global-batch-size {batch.global_batch_size})",
             fix=fix,
         )
     if ramp.start % batch.micro_batch_size or ramp.increment % batch.micro_batch_size:
@@ -345,7 +347,8 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"The curriculum has sequence lengths outside 1 to --seq-length {longest}, or no iterations (lengths and "
             f"step {listed}, {ramp.iterations} iterations)",
-            fix=f"Use --seq-length-warmup START:ITERATIONS:STEP, as 64:36000:8, with START and STEP up to {longest}; "
+            fix=f"Use --seq-length-warmup START:ITERATIONS:STEP, for example 64:36000:8, "
+            f"with START and STEP up to {longest}; "
             "or change curriculum_learning in the DeepSpeed JSON",
         )
     elif config.parallel.sequence_parallel and any(length % tp for length in lengths):
@@ -357,9 +360,9 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
     firsts = [first for first, _ in ramp.stages]
     if len(set(firsts)) != len(firsts) or firsts != sorted(firsts):
         yield ConfigError(
-            f"Stages of the curriculum start at the same iteration or out of order (first iterations "
-            f"{', '.join(map(str, firsts))})",
-            fix="Give each stage of --seq-length-warmup a different first iteration, in rising order, as 0:64,1000:512",
+            f"The stages of the curriculum need strictly increasing first iterations "
+            f"(got {', '.join(map(str, firsts))})",
+            fix="Give --seq-length-warmup FIRST:LENGTH,… in that order, for example 0:64,1000:512",
         )
 
 

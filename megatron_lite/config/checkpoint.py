@@ -33,7 +33,7 @@ def read_save_schedule(args: Sequence[str]) -> tuple[SavePhase, ...]:
     Raises:
         ValueError: not in that form.
     """
-    expected = "<interval>:<last iteration> pairs and at most one closing <interval>, as in 10:100 18:1000 1500"
+    expected = "<interval>:<last iteration> pairs and at most one closing <interval>, for example 10:100 18:1000 1500"
     phases: list[SavePhase] = []
     for entry in re.split(r"[\s,]+", " ".join(args).strip()):
         interval, colon, until = entry.partition(":")
@@ -203,7 +203,7 @@ def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
     if config.checkpoint.save and not config.checkpoint.phases:
         yield ConfigError(
             f"--save {config.checkpoint.save} needs an interval",
-            fix="Give --save-interval N, or --save-schedule as 10:100 18:1000 1500",
+            fix="Give --save-interval N, or --save-schedule, for example 10:100 18:1000 1500",
         )
 
 
@@ -218,12 +218,13 @@ def _phases_rise(flag: str, phases: tuple[SavePhase, ...]) -> Iterator[ConfigErr
     for phase in phases:
         last = phase is phases[-1] and not phase.until
         if phase.interval < 1 or (phase.until <= previous and not last):
-            after = f" after iteration {previous}" if previous else ""
+            after = f" follows a range that ends at iteration {previous}" if previous else " is empty"
             yield ConfigError(
-                f"{flag} has the range {phase.interval}:{phase.until}{after}",
-                rule="Intervals are positive, and each range ends later than the one before it",
-                fix=f"Write {flag} as 10:100 18:1000 1500: every 10 to iteration 100, every 18 to 1000, then every "
-                "1500",
+                f"{flag}: the range {phase.interval}:{phase.until} (every {phase.interval} iterations up to iteration "
+                f"{phase.until}){after}",
+                rule="Ranges are INTERVAL:END with positive intervals and increasing END; the last may omit END",
+                fix=f"For example {flag} 10:100 18:1000 1500: every 10 to iteration 100, every 18 to 1000, then "
+                "every 1500",
             )
         previous = max(previous, phase.until)
 

@@ -113,7 +113,8 @@ def require_utf8(args: Iterable[str]) -> None:
     for arg in args:
         if not is_utf8(arg):
             raise ConfigError(
-                f"An argument is not UTF-8 text: {shown_bytes(arg)}", fix="Convert it, or rename the file"
+                f"The argument {shown_bytes(arg)} is not valid UTF-8",
+                fix="Retype it in a UTF-8 terminal or script; if it is a path, rename the file to a UTF-8 name",
             )
 
 
@@ -202,7 +203,7 @@ def _form(flag: Flag, args: Sequence[str]) -> str:
         example = flag.format.example
     else:
         example = choices[0] if choices else write_value(flag.default) if flag.default else ""
-    return f"Write {flag.name}{metavar(flag, ' ')}" + (f", as {flag.name} {example}" if example else "")
+    return f"Write {flag.name}{metavar(flag, ' ')}" + (f", for example {flag.name} {example}" if example else "")
 
 
 def _of_preset(spelled: str, name: str, given: Given) -> list[Occurrence]:

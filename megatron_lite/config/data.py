@@ -48,9 +48,9 @@ def read_split(args: Sequence[str]) -> str:
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 3 or min(numbers) < 0:
-        raise ValueError("one to three shares, as in 949,50,1")
+        raise ValueError("one to three shares, for example 949,50,1")
     if not any(numbers):
-        raise ValueError("shares that are not all 0, as in 949,50,1")
+        raise ValueError("shares that are not all 0, for example 949,50,1")
     return ",".join(shares)
 
 
@@ -108,7 +108,7 @@ def read_groups_file(text: str) -> tuple[DataGroup, ...]:
     """Read a --train-weighted-split-paths-path file: one line of groups in double quotes, separated by spaces."""
     line = text.strip()
     if "\n" in line or not (line.startswith('"') and line.endswith('"')):
-        raise ValueError('one line of groups in double quotes, as "en: 1 0:1 data/en" "fr: 1 0:1 data/fr"')
+        raise ValueError('one line of groups in double quotes, for example "en: 1 0:1 data/en" "fr: 1 0:1 data/fr"')
     return read_groups(line[1:-1].split('" "'))
 
 
@@ -340,7 +340,7 @@ def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
             yield ConfigError(
                 f"The blend has a negative weight, or only weights of 0: "
                 f"{', '.join(f'{source.weight} {source.path}' for source in sources)}",
-                fix="Give a positive number before each path that is to be read, as 0.3 a 0.7 b",
+                fix="Give a positive number before each path that is to be read, for example 0.3 a 0.7 b",
             )
 
 
@@ -359,9 +359,11 @@ def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
     ):
         names = [group.name for group in groups]
         if len(set(names)) != len(names) or not all(names):
+            twice = next((name for name in names if name and names.count(name) > 1), "")
             yield ConfigError(
-                f"Groups of {flag} have equal or empty names: {', '.join(names)}",
-                fix=f"Name each group before the colon, as {flag} 'en: 1 0:1 PATH' 'fr: 1 0:1 PATH'",
+                f'{flag}: the group name "{twice}" is used twice' if twice else f"{flag} has a group without a name",
+                fix=f"Name each group differently before the colon, for example {flag} "
+                f"'en: 1 0:1 PATH' 'fr: 1 0:1 PATH'",
             )
 
 

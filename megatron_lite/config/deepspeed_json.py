@@ -117,11 +117,11 @@ def _read(given: Given) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         given.refuse(
             f"{path} (--deepspeed_config) is not JSON: {error}",
-            fix="Repair that line: JSON has no _ in numbers, no comments and no comma before a closing bracket",
+            fix="Repair that line: JSON has no _ in numbers, no comments and no trailing commas",
         )
         return {}
     if not isinstance(entries, dict):
-        fix = 'Write the file as {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
+        fix = 'Write, for example, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
         given.refuse(f"{path} (--deepspeed_config) does not hold a JSON object: {text[:40]!r}", fix=fix)
         return {}
     return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
@@ -132,7 +132,7 @@ def _note_entry(key: str, given: Given) -> None:
     if key in WITHOUT_EFFECT:
         given.notes.append(f"DeepSpeed JSON: {key} has no effect: {WITHOUT_EFFECT[key]}")
     elif key in REFUSED:
-        given.refuse(f"{key} in the DeepSpeed JSON is not supported by the native engine", fix=REFUSED[key])
+        given.refuse(f'The "{key}" section of the DeepSpeed JSON is not supported', fix=REFUSED[key])
     elif key not in READ_HERE:
         _refuse_unknown(key, "", [*READ_HERE, *WITHOUT_EFFECT, *REFUSED], given)
 
@@ -151,7 +151,7 @@ def _section(entries: dict[str, Any], key: str) -> dict[str, Any]:
         example = '"stage": 1' if key == "zero_optimization" else '"enabled": true'
         raise ConfigError(
             f"{key} in the DeepSpeed JSON is {section!r} instead of an object",
-            fix=f'Write it as "{key}": {{{example}}}',
+            fix=f'Write, for example, "{key}": {{{example}}}',
         )
     return {name: value for name, value in section.items() if value != "auto"}
 
@@ -179,7 +179,7 @@ def _number_fix(key: str, value: Any) -> str:
     plain = shortened(str(value).replace("_", ""))
     entry = key.rpartition(".")[2]
     shown = plain if plain.replace(".", "", 1).isdigit() else "1"
-    return f'Write it without quotes, as "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
+    return f'Write it without quotes, for example "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
 
 
 def _contradiction(given: Given, field: object, flag: str, entry: str) -> None:
@@ -305,7 +305,7 @@ def _staged(schedule: dict[str, Any]) -> SequenceRamp:
     if not isinstance(lengths, list) or not isinstance(ends, list) or len(lengths) != len(ends) + 1:
         raise ConfigError(
             f"fixed_discrete needs one difficulty more than max_step, but has difficulty {lengths}, max_step {ends}",
-            fix='Write schedule_config as {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
+            fix='Write schedule_config like {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
     firsts = [0, *(_whole(end, "max_step") + 1 for end in ends)]
     sizes = [_whole(length, "difficulty") for length in lengths]

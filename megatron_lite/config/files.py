@@ -24,7 +24,7 @@ def missing_files(config: RunConfig) -> list[ConfigError]:
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
         errors.append(
             ConfigError(
-                f"There is no folder --load {checkpoint.load} (--exit-on-missing-checkpoint)",
+                f"--load {checkpoint.load} does not exist or is not a directory (--exit-on-missing-checkpoint)",
                 fix=f"{suggest_path('--load', checkpoint.load)} Without --exit-on-missing-checkpoint the run would "
                 "start from fresh weights",
             )
@@ -34,7 +34,7 @@ def missing_files(config: RunConfig) -> list[ConfigError]:
 
 def _missing(flag: str, path: str, what: str, hint: str = "") -> ConfigError:
     fix = suggest_path(flag, path) if path else f"Give {flag} the path of {what}"
-    return ConfigError(f"There is no {flag} {path}" if path else f"{flag} is not given", fix=hint + fix)
+    return ConfigError(f"{flag} {path} does not exist" if path else f"{flag} is not given", fix=hint + fix)
 
 
 def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
@@ -99,7 +99,7 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
             absent = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if absent:
                 yield ConfigError(
-                    f"There is no dataset {source.path} ({flag}): no "
-                    f"{' and '.join(source.path + suffix for suffix in absent)}",
+                    f'The dataset "{source.path}" ({flag}) does not exist: there is no '
+                    f"{' and no '.join(source.path + suffix for suffix in absent)}",
                     fix=suggest_dataset(source.path),
                 )

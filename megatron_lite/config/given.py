@@ -10,7 +10,7 @@ from megatron_lite.config.flag import Flag, Key, key_of
 from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import CommandLine
 from megatron_lite.config.table import PARTS, SECTIONS, flags_by_field, required_fields
-from megatron_lite.config.text_file import TextFileError, read_failure, read_text
+from megatron_lite.config.text_file import NOT_REGULAR, REGULAR, TextFileError, read_failure, read_text
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_number
 
@@ -89,7 +89,10 @@ class Given:
             fix = f"Give {flag} a readable file" if Path(path).exists() else suggest_path(flag, path)
             self.missing.append(ConfigError(f"{flag} {read_failure(path, error)}", fix=fix))
         except TextFileError as error:
-            self.refuse(f"{flag} {read_failure(path, error)}", fix="Convert the file to UTF-8 text")
+            self.refuse(
+                f"{flag} {read_failure(path, error)}",
+                fix=REGULAR if str(error) == NOT_REGULAR else "Convert the file to UTF-8 text",
+            )
         return None
 
     def refuse(self, problem: str, *, fix: str, rule: str = "") -> None:

@@ -186,12 +186,12 @@ def _unexpanded(tokens: Sequence[str]) -> list[str]:
 def _no_script(argv: Sequence[str]) -> ConfigError:
     text = " ".join(argv)
     unexpanded = _unexpanded(argv)
-    fix = "Give the flags alone, or with the script before them, as in `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
+    fix = "Give either the flags alone, or a full command, for example `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
     if unexpanded:
-        fix = f"Replace {', '.join(unexpanded)} by what the shell would put there. {fix}"
+        fix = f"Shell variables are not expanded here: replace {' and '.join(unexpanded)} with their values. {fix}"
     return ConfigError(
-        f"There is no training command in {text[:100]!r}{' …' if len(text) > 100 else ''}: it starts with no flag and "
-        "names no .py file",
+        f"Cannot find the training arguments in {text[:100]!r}{' …' if len(text) > 100 else ''}: it contains no .py "
+        "script, and its first word is not a flag",
         fix=fix,
     )
 

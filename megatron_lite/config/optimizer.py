@@ -275,7 +275,7 @@ def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"The weight decay does not rise from a start to an end (--start-weight-decay {start}, "
             f"--end-weight-decay {end}, --weight-decay-incr-style {optimizer.weight_decay_style})",
-            fix="Give both, as --start-weight-decay 0.01 --end-weight-decay 0.1",
+            fix="Give both, for example --start-weight-decay 0.01 --end-weight-decay 0.1",
         )
 
 

@@ -145,7 +145,7 @@ def resolve_zero_stage(given: Given) -> None:
     elif stage:
         given.refuse(
             f"ZeRO stage {stage} is not supported ({origin})",
-            rule="Only optimizer state is sharded over replicas, not gradients and parameters",
+            rule="Only the optimizer state is sharded over the replicas; gradients and parameters are not",
             fix="Use --zero-stage 1, and more tensor or pipeline parallelism if memory is short",
         )
 

@@ -42,8 +42,10 @@ def suggest_dataset(prefix: str) -> str:
     if not path.parent.is_dir():
         folder, missing = _nearest_path(path.parent)
         return f"Did you mean {folder / path.name}?" if folder else f"There is no folder {missing}: give another prefix"
-    there = f"{path.parent.absolute()} holds {_listed(names)}" if names else f"{path.parent.absolute()} holds none"
-    return f"Give the common prefix of a .bin/.idx pair, without an ending: {there}"
+    there = (
+        f"{path.parent.absolute()} holds {_listed(names)}" if names else f"{path.parent.absolute()} holds no dataset"
+    )
+    return f"Give the common prefix of a .bin/.idx pair, without an extension: {there}"
 
 
 def _nearest_path(path: Path) -> tuple[Path | None, Path]:

@@ -24,6 +24,9 @@ from megatron_lite.config.text_format import (
 )
 from megatron_lite.errors import DataError
 
+NOT_REGULAR = "is a pipe, socket or device, not a regular file"
+REGULAR = "Write the contents to a regular file and give its path"
+
 
 class TextFileError(ValueError):
     """A file exists but is not readable text. The message continues a sentence that begins with the file's name."""
@@ -73,9 +76,11 @@ def require_text(path: str | Path, flag: str) -> str:
     try:
         return read_text(path)
     except (OSError, TextFileError) as error:
-        fix = f"Make it readable UTF-8 text, as with iconv -f latin1 -t utf-8 {path}, or give another {flag}"
+        fix = f"Make it readable UTF-8 text, for example with iconv -f latin1 -t utf-8 {path}, or give another {flag}"
         if isinstance(error, FileNotFoundError):
             fix = suggest_path(flag, str(path))
+        elif str(error) == NOT_REGULAR:
+            fix = REGULAR
         raise DataError(f"{flag} {read_failure(path, error)}", fix=fix) from error
 
 
@@ -100,7 +105,7 @@ def _open(path: str | Path) -> IO[bytes]:
     except ValueError as error:  # a NUL byte or half a surrogate pair in the name
         raise TextFileError(f"has an impossible name: {error}") from None
     if not shell and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise TextFileError("is not a regular file but a pipe, socket or device")
+        raise TextFileError(NOT_REGULAR)
     return Path(path).open("rb")
 
 

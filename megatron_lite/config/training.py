@@ -22,7 +22,7 @@ def read_ranges(args: Sequence[str]) -> tuple[tuple[int, int], ...]:
         try:
             ranges.append((read_int(first), read_int(last) if dash else read_int(first)))
         except ValueError:
-            raise ValueError("ranges of iterations, as in 101-200 251-300") from None
+            raise ValueError("ranges of iterations, for example 101-200 251-300") from None
     return tuple(sorted(ranges))
 
 
@@ -32,7 +32,7 @@ def read_iterations(args: Sequence[str]) -> tuple[tuple[int, int], ...]:
     try:
         numbers = sorted({read_int(arg) for arg in " ".join(args).replace(",", " ").split()})
     except ValueError:
-        raise ValueError("iterations, as in 101 102 251") from None
+        raise ValueError("iterations, for example 101 102 251") from None
     for number in numbers:
         if ranges and ranges[-1][1] == number - 1:
             ranges[-1] = (ranges[-1][0], number)
@@ -176,7 +176,7 @@ def skipped_ranges_are_apart(config: RunConfig) -> Iterator[ConfigError]:
             fault = f"overlaps the range that ends at {previous}" if first > 0 else "starts below iteration 1"
             yield ConfigError(
                 f"--skip-train-iteration-range {first}-{last} {fault if first <= last else 'ends before it starts'}",
-                fix="Give ranges FIRST-LAST from iteration 1 on that do not overlap, as 101-200 251-300",
+                fix="Give ranges FIRST-LAST from iteration 1 on that do not overlap, for example 101-200 251-300",
             )
         previous = max(previous, last)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -81,7 +82,8 @@ class JsonlSink:
         except OSError as error:
             raise TrainingError(
                 f"Cannot write the metrics file {self._path}: {error.strerror}",
-                fix="Free disk space, or give another path with --metrics-file",
+                fix=("Free disk space, or give" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Give")
+                + " another path with --metrics-file",
             ) from error
 
 

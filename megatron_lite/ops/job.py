@@ -193,7 +193,7 @@ def parse_time(text: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         raise ConfigError(
-            f"--time {text} is no time limit", fix="Give it as 20:00:00 (hours, minutes, seconds) or 2-12"
+            f"--time {text} is no time limit", fix="Give for example 20:00:00 (hours, minutes, seconds) or 2-12"
         )
     days, *parts = match.groups()
     first, second, third = (int(part or 0) for part in parts)
@@ -239,7 +239,7 @@ def _training_command(path: Path, evaluation: Evaluation) -> TrainingCommand:
         names = ", ".join(dict.fromkeys(started.arguments[0] for started in evaluation.commands)) or "no program"
         raise ConfigError(
             f"{path} starts no training command: it starts {names}{notes}",
-            fix="Name pretrain_gpt.py with its flags in the script, as in `srun python pretrain_gpt.py FLAGS`",
+            fix="Name pretrain_gpt.py with its flags in the script, for example `srun python pretrain_gpt.py FLAGS`",
         ) from error
     if unknown := [source for word in command.flags for source in unknown_sources(word)]:
         raise ConfigError(
@@ -252,5 +252,5 @@ def _training_command(path: Path, evaluation: Evaluation) -> TrainingCommand:
 
 def _integer(name: str, text: str) -> int:
     if not re.fullmatch(r"\d+[kK]?", text) or not int(text.rstrip("kK")):
-        raise ConfigError(f"{name} {text} is no positive number", fix=f"Give {name} as a number, as in {name}=4")
+        raise ConfigError(f"{name} {text} is no positive number", fix=f"Give {name} as a number, for example {name}=4")
     return int(text.rstrip("kK")) * (1024 if text[-1] in "kK" else 1)

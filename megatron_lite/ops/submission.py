@@ -117,11 +117,14 @@ def _check_allocation(submission: Submission) -> None:
     submission.facts.append(("Allocation", f"{gpus}{format_count(job.num_nodes, 'node')}, {world_size} ranks"))
     if job.num_gpus is None or world_size is None or world_size == job.num_gpus:
         return
-    per_node = f"{job.num_nodes} nodes with {job.resources.gpus_per_node} GPUs each"
+    per_node = (
+        f"{format_count(job.num_nodes, 'node')} with {format_count(job.resources.gpus_per_node or 0, 'GPU')} each"
+    )
     if world_size > job.num_gpus:
         submission.problems.append(
             ConfigError(
-                f"The command starts {world_size} ranks, and the job has {job.num_gpus} GPUs ({per_node})",
+                f"The command starts {world_size} ranks, but the job has {format_count(job.num_gpus, 'GPU')} "
+                f"({per_node})",
                 rule="Each rank needs a GPU of its own",
                 fix="Raise --nodes or --gpus-per-node, or start fewer tasks",
             )

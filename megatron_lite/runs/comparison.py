@@ -72,7 +72,7 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     if broken:
         raise CheckpointError(
             f"The model differs from the checkpoint's:\n{describe(broken)}\n",
-            fix="Give the model flags with which the checkpoint was saved",
+            fix="Use the model flags the checkpoint was saved with",
         )
 
 

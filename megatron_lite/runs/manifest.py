@@ -152,8 +152,8 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     content = json.loads(data)
     if content.get("format") != "megatron_lite" or content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is of format {content.get('format')!r}, version {content.get('format_version')}; this program "
-            f"reads 'megatron_lite', version {FORMAT_VERSION}",
+            f"{path} has format {content.get('format')!r} version {content.get('format_version')}; this program reads "
+            f"{'' if content.get('format') == 'megatron_lite' else 'format megatron_lite '}version {FORMAT_VERSION}",
             fix="Load it with the megatron_lite that wrote it",
         )
     provenance = content["provenance"]

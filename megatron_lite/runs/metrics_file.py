@@ -53,7 +53,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
-            f"Cannot read metrics file {path}: {error.strerror}",
+            f"Cannot read the metrics file {path}: {error.strerror}",
             fix="Give the path of a run's metrics.jsonl: it is in the folder of --save, or at --metrics-file",
         ) from error
     kept: list[tuple[bytes, dict[str, Any]]] = []

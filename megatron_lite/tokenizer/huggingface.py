@@ -311,8 +311,8 @@ def read_hugging_face(
             library = hf.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise DataError(
-                f"Cannot read {path} as a tokenizer.json of Hugging Face's tokenizers: {error}",
-                fix="Give --tokenizer-model the path of such a file, or of its folder",
+                f"{path} is not a valid Hugging Face tokenizer file: {error}",
+                fix="It may be truncated: copy it again, or give --tokenizer-model another file or its directory",
             ) from error
         eos, bos = _declared(path.parent) if path.name == "tokenizer.json" else ("", "")
     if extra_ids:
@@ -338,7 +338,8 @@ def _tokenizer_json(name: str) -> Path | None:
     cached = cached_tokenizer(name)
     if cached is None:
         raise DataError(
-            f"--tokenizer-model {name} is not a tokenizer.json, a folder with one, or the name of a downloaded model"
+            f"--tokenizer-model {name} is not a tokenizer.json, a directory containing one, or a model in the "
+            "local Hugging Face cache"
             if name
             else "--tokenizer-model is not given, which HuggingFaceTokenizer needs",
             fix="Give --tokenizer-model PATH; download a model of the hub with `hf download NAME`",

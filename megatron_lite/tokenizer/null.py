@@ -41,10 +41,11 @@ class NullTokenizer(Tokenizer):
         bad = next((word for word in words if not self._is_token(word)), None)
         if bad is None:
             return [int(word) for word in words]
+        number = bad.isascii() and bad.isdigit()
         raise DataError(
-            f"{bad[:40]!r} is not a number below {self.vocab_size}",
-            rule="NullTokenizer encodes numbers separated by whitespace",
-            fix="Give text of numbers, a larger --vocab-size, or another --tokenizer-type",
+            f"NullTokenizer cannot encode {bad[:40]!r}: it accepts token ids from 0 to {self._size}, separated by "
+            f"whitespace (--vocab-size {self._size})",
+            fix=f"Give {'a larger --vocab-size' if number else 'text of token ids'}, or another --tokenizer-type",
         )
 
     def _is_token(self, word: str) -> bool:

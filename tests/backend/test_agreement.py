@@ -45,12 +45,12 @@ def failing(error):
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, TrainingError, CorruptCheckpointError])
 def test_every_rank_raises_the_first_error_with_its_class(kind):
-    own = kind("The file is too short", rule="Files have 8 bytes", fix="Copy it again")
+    own = kind("index.bin is 7 bytes long", rule="It must have 8 bytes", fix="Copy it again")
     second = DataError("Another error", fix="Do something else")
     results = run_ranks([lambda: 1, failing(own), failing(second)])
     assert [type(result) for result in results] == [kind] * 3
     assert {str(error) for error in results} == {str(results[0])}
-    assert "rank 1: The file is too short. Files have 8 bytes. Copy it again" in str(results[0])
+    assert "rank 1: index.bin is 7 bytes long. It must have 8 bytes. Copy it again" in str(results[0])
     assert [failed_rank(error).rank for error in results] == [1, 1, 1]
     assert results[1].__cause__.__cause__ is own
 

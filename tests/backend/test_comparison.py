@@ -25,7 +25,12 @@ from megatron_lite.backend.numerics import MACHINES, VARIABLES, machine_values
 from megatron_lite.errors import DataError, RankDifferenceError, TrainingError, failed_rank
 from megatron_lite.formatting import MAX_RANGES
 
-PLAIN = Comparison(topic="test", problem="Values differ", fix="Make them equal", warn=frozenset({"name"}))
+PLAIN = Comparison(
+    topic="test",
+    problem="Arguments differ between ranks",
+    fix="Start all ranks with the same arguments",
+    warn=frozenset({"name"}),
+)
 
 
 def ranks_values(*values, hosts=None, failures=None):
@@ -176,7 +181,10 @@ def test_all_ranks_raise_and_rank_0_prints():
     errors = run_ranks([{"a": "--a 1"}, {"a": "--a 1"}, {"a": "--a 2"}])
     assert [type(error) for error in errors] == [RankDifferenceError] * 3
     assert len({str(error) for error in errors}) == 1
-    assert str(errors[0]) == "Values differ:\n  --a 2 on rank 2 (n3), --a 1 on the other 2 ranks\nMake them equal"
+    assert (
+        str(errors[0]) == "Arguments differ between ranks:\n  --a 2 on rank 2 (n3), --a 1 on the other 2 ranks\n"
+        "Start all ranks with the same arguments"
+    )
     assert [error.silent for error in errors] == [False, True, True]
     assert all(error.shared for error in errors)
     assert {(failed_rank(error).rank, failed_rank(error).host) for error in errors} == {(2, "n3")}

@@ -96,8 +96,8 @@ def test_samples_of_an_iteration_equal_those_of_training(prefix, capsys, more):
 @pytest.mark.parametrize(
     ("iteration", "args", "message"),
     [
-        ("51", (), "--iteration 51: the run has 50"),
-        ("8", ("--train-samples", "30"), "--iteration 8: the run has 7"),
+        ("51", (), "--iteration 51 is out of range: with these flags the run has 50"),
+        ("8", ("--train-samples", "30"), "--iteration 8 is out of range: with these flags the run has 7"),
     ],
 )
 def test_samples_refuses_an_iteration_after_the_last(prefix, capsys, iteration, args, message):

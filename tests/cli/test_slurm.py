@@ -61,7 +61,7 @@ def test_a_job_that_cannot_work_is_refused_with_all_reasons(script, sbatch, capf
     sbatch()
     assert main(["slurm", "submit", "--sbatch=--gpus-per-node=1", script, "4x"]) == 1
     printed = capfd.readouterr()
-    assert "The command starts 4 ranks, and the job has 2 GPUs" in printed.err and "--global-batch-size" in printed.err
+    assert "The command starts 4 ranks, but the job has 2 GPUs" in printed.err and "--global-batch-size" in printed.err
     assert not (tmp_path / "calls").exists()
 
 

@@ -76,7 +76,7 @@ ORDER, REACH, WHOLE = (
         ((0, 2, 100), [ORDER]),
         ((2, 0, 100), [ORDER]),
         ((2, 2, -1), [ORDER]),
-        ((10, 2, 100), [REACH]),
+        ((10, 2, 100), ["starts above the global batch"]),
         ((2, 4, 100), [REACH]),
         ((4, 8, 100), [REACH]),
         ((1, 7, 100), [WHOLE]),  # neither start nor increment
@@ -145,7 +145,7 @@ def test_a_decreased_batch_keeps_a_micro_batch_for_every_replica():
 
 BETWEEN, APART, DIVIDE = (
     "sequence lengths outside 1 to --seq-length",
-    "at the same iteration or out of order",
+    "need strictly increasing first iterations",
     "Cannot split every sequence length",
 )
 

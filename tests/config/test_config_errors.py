@@ -92,9 +92,9 @@ def missing_file_errors():
     (tokenizer, data) = missing("--data-path", "x")
     for usual in ("--tokenizer-type HuggingFaceTokenizer", "--vocab-file", "--merge-file", "--vocab-size N"):
         assert usual in tokenizer
-    assert "There is no dataset x (--data-path)" in data
+    assert 'The dataset "x" (--data-path) does not exist' in data
     assert "no x.idx" in data
-    assert "There is no --vocab-file v.json" in missing("--vocab-file", "v.json")[0]
+    assert "--vocab-file v.json does not exist" in missing("--vocab-file", "v.json")[0]
     assert "--merge-file" in missing("--vocab-file", "v.json")[1]
     model = missing("--mock-data", "--tokenizer-model", "x.model")
     assert "without --tokenizer-type. Add --tokenizer-type SentencePieceTokenizer" in model[0]
@@ -102,7 +102,7 @@ def missing_file_errors():
     assert "--tokenizer-model" in hugging_face[0]
     null = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "9")
     assert missing(*null) == []
-    assert "There is no folder --load absent" in missing(*null, "--load", "absent", "--exit-on-missing-checkpoint")[0]
+    assert "--load absent does not exist" in missing(*null, "--load", "absent", "--exit-on-missing-checkpoint")[0]
     parsed = parse_run([*SMALL, "--train-weighted-split-paths-path", "absent.txt"])
     assert "--train-weighted-split-paths-path absent.txt: No such file" in str(parsed.missing[0])
     parsed = parse_run([*SMALL, "--deepspeed", "--deepspeed_config", "absent.json"])

@@ -37,7 +37,7 @@ DATASETS = {
     "data/half": "copy the other one, too, beside data/half.bin, or preprocess again",
     "corpus.jsonl": "Make a dataset of that text with `megatron-lite preprocess --input corpus.jsonl",
     "empty": "There is no .idx in empty: make a dataset with `megatron-lite preprocess`",
-    "empty/x": "holds none",
+    "empty/x": "holds no dataset",
     "data/zzz": "holds books_text_document, wiki_text_document",
     "quite/elsewhere/x": "There is no folder quite: give another prefix",
 }
@@ -46,7 +46,7 @@ DATASETS = {
 @pytest.mark.parametrize("prefix", DATASETS)
 def test_a_dataset(prefix):
     (error,) = missing_files(parse_run([*SMALL, *NULL, "--data-path", prefix]).config)
-    assert f"There is no dataset {prefix} (--data-path)" in str(error)
+    assert f'The dataset "{prefix}" (--data-path) does not exist' in str(error)
     assert DATASETS[prefix] in str(error)
     assert suggest_dataset(prefix) == error.fix
 

@@ -260,9 +260,7 @@ def test_a_checkpoint_of_another_model(corpus, finished):
     args = ("--load", finished, "--num-layers", 3, "--normalization", "RMSNorm")
     result = command(*corpus.job(*SAVING, *args))
     expected = '\n  model.normalization: "LayerNorm" in the checkpoint, "RMSNorm" now\n  model.num_layers: 2 in the'
-    assert_explained(
-        result, expected, "Give the model flags with which the checkpoint was saved", kind="CheckpointError"
-    )
+    assert_explained(result, expected, "Use the model flags the checkpoint was saved with", kind="CheckpointError")
 
 
 def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):

@@ -225,7 +225,7 @@ def test_help_is_printed_once(ranks):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "There is no folder --load"),
+        (("--load", "{tmp}/none", "--exit-on-missing-checkpoint"), "none does not exist"),
         (("--save", "/proc/nowhere"), "Cannot write to --save"),
     ],
 )

@@ -99,14 +99,14 @@ def test_files_missing_on_one_rank(corpus, ranks, tmp_path):
     args = ("--tokenizer-model", tmp_path / "none", "--data-path", tmp_path / "no_data")
     text = said(ranks(job(corpus), job(corpus, *args)))
     assert f"rank 1 ({HOST}): 2 errors:" in text
-    assert f"There is no --tokenizer-model {tmp_path / 'none'}" in text
+    assert f"--tokenizer-model {tmp_path / 'none'} does not exist" in text
 
 
 def test_files_missing_on_all_ranks_are_reported_once(corpus, ranks, tmp_path):
     args = job(corpus, "--tokenizer-model", tmp_path / "none")
     results = ranks(args, args)
     assert [result.code for result in results] == [1, 1]
-    assert results[0].err.count("ConfigError: There is no --tokenizer-model") == 1
+    assert results[0].err.count("ConfigError: --tokenizer-model") == 1
     assert results[1].err == ""
 
 

@@ -56,7 +56,7 @@ def test_a_layout_that_does_not_fit_the_allocation(check):
     )
     header = HEADER.replace("--gpus-per-node=2", "--gpus-per-node=1")
     (problem,) = texts(check(header=header))
-    assert "starts 4 ranks, and the job has 2 GPUs (2 nodes with 1 GPUs each)" in problem
+    assert "starts 4 ranks, but the job has 2 GPUs (2 nodes with 1 GPU each)" in problem
     found = check(header=HEADER.replace("--gpus-per-node=2", "--gpus-per-node=4"))
     assert found.problems == [] and "4 of the job's 8 GPUs are not used" in found.warnings
 

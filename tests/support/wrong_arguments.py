@@ -8,8 +8,8 @@ FROM_FLAGS = {
     "@quote.txt": "Close the quotes in quote.txt",
     "@latin.txt": "Argument file @latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the line, 11 of the",
     "--data-args-path latin.txt": "--data-args-path latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the",
-    "--save x\udce9": "An argument is not UTF-8 text: b'x\\xe9'. Convert it, or rename the file",
-    "--load x\ud800": "An argument is not UTF-8 text: 'x\\ud800'. Convert it, or rename the file",
+    "--save x\udce9": "The argument b'x\\xe9' is not valid UTF-8. Retype it",
+    "--load x\ud800": "The argument 'x\\ud800' is not valid UTF-8. Retype it",
     "--seed 4294967296": "--seed 4294967296 is out of range. Give --seed a number from 0 to 4,294,967,295",
     "--seed -1": "--seed -1 is out of range. Give --seed a number from 0 to 4,294,967,295",
     "--num-layers 1000000000": "--num-layers 1000000000 is out of range. Give --num-layers a number from 1 to",
@@ -23,7 +23,7 @@ FROM_FLAGS = {
     "--mup --mup-input-mult 10": "--mup, --mup-input-mult 10 are not supported. muP is not implemented, and",
     "--log-interval ten": "Cannot read --log-interval ten: expected a whole number (1000, 5_000_000, 10e6).",
     "--log-interval": "Cannot read --log-interval with nothing after it: expected one value. Write",
-    "--log-interval 1 2": "Cannot read --log-interval 1 2: expected one value. Write --log-interval N, as",
+    "--log-interval 1 2": "Cannot read --log-interval 1 2: expected one value. Write --log-interval N, for example",
     "--bf16 5": "--bf16 takes no value",
     "--bf16 True False": "--bf16 takes no value",
     "--rampup-batch-size 2 2": "Cannot read --rampup-batch-size 2 2: expected three values. Write",
@@ -34,7 +34,7 @@ FROM_FLAGS = {
     "--accept-changed weights": "Cannot read --accept-changed weights: expected some of tokenizer, data, code.",
     "--input x.jsonl": "--input x.jsonl is not supported. It is a flag of tools/preprocess_data.py or",
     # resolvers
-    "--zero-stage 3": "ZeRO stage 3 is not supported (--zero-stage 3). Only optimizer state is sharded over",
+    "--zero-stage 3": "ZeRO stage 3 is not supported (--zero-stage 3). Only the optimizer state is sharded over",
     "--zero-stage 0 --use-distributed-optimizer": (
         "--zero-stage 0 and --use-distributed-optimizer contradict each other."
     ),
@@ -53,7 +53,7 @@ FROM_FLAGS = {
     "--calculate-per-token-loss --eod-mask-loss": "--calculate-per-token-loss is not supported together with",
     "--step-batch-size-schedule 1B:8": "Cannot read --step-batch-size-schedule 1B:8: expected a first pair that",
     # structured values
-    "--step-batch-size-schedule 0:2 5": "pairs, as in 0:16 2.4B:320",
+    "--step-batch-size-schedule 0:2 5": "pairs, for example 0:16 2.4B:320",
     "--step-batch-size-schedule 0:2 1:4": "thresholds that differ by at least one sample",
     "--step-batch-size-schedule 0:2 0.0000001K:4": "a whole number after its suffix",
     "--save-schedule 10 20:100": "<interval>:<last iteration> pairs",
@@ -61,14 +61,14 @@ FROM_FLAGS = {
     "--seq-length-warmup 5": "start:iterations[:step]",
     "--seq-length-warmup a:b": "start:iterations[:step]",
     "--split 1,2,3,4": "one to three shares",
-    "--split 0,0,0": "Cannot read --split 0,0,0: expected shares that are not all 0, as in 949,50,1. Write",
+    "--split 0,0,0": "Cannot read --split 0,0,0: expected shares that are not all 0, for example 949,50,1. Write",
     "--valid-weighted-split-paths nonsense": '"NAME: WEIGHT START:END PATH',
     "--max-position-embeddings 1e-1": "a whole number",
     "--position-embedding-type relative": "Cannot read --position-embedding-type relative: expected one of",
     "--tokenizer-type NulTokenizer": "Did you mean --tokenizer-type NullTokenizer?",
-    "--save-schedule ten": "Write --save-schedule INTERVAL:LAST …, as --save-schedule 10:100 18:1000 1500",
-    "--log-interval 1.5": "Write --log-interval N, as --log-interval 100",
-    "--rampup-batch-size 2 x 3": "as --rampup-batch-size 16 16 5_000_000",
+    "--save-schedule ten": "Write --save-schedule INTERVAL:LAST …, for example --save-schedule 10:100 18:1000 1500",
+    "--log-interval 1.5": "Write --log-interval N, for example --log-interval 100",
+    "--rampup-batch-size 2 x 3": "for example --rampup-batch-size 16 16 5_000_000",
     # rules of model.py
     "--num-layers 0": "--num-layers 0 is out of range. Give --num-layers a number from 1 to 100,000",
     "--init-method-std -1": "--init-method-std -1 is out of range. Give --init-method-std a number of at least 0",
@@ -93,8 +93,8 @@ FROM_FLAGS = {
     # rules of batch.py
     "--seq-length 0": "--seq-length 0 is out of range. Give --seq-length a number from 1 to 1,000,000,000",
     "--micro-batch-size 3": "Cannot split the global batch into micro-batches (--global-batch-size 8",
-    "--rampup-batch-size 2 4 100": "The batch ramp-up does not reach the global batch in whole increments",
-    "--rampup-batch-size 16 2 100": "The batch ramp-up does not reach the global batch in whole increments",
+    "--rampup-batch-size 2 4 100": "The batch ramp-up does not reach the global batch: their difference of",
+    "--rampup-batch-size 16 2 100": "The batch ramp-up starts above the global batch",
     "--rampup-batch-size 2 0 100": "--rampup-batch-size 2 0 100 needs a positive start and increment, and 0 or",
     "--rampup-batch-size 1 1 100": "Cannot split every batch of the ramp-up into micro-batches",
     "--step-batch-size-schedule 0:3 1M:8": "Cannot split batches 3 of --step-batch-size-schedule into",
@@ -109,7 +109,7 @@ FROM_FLAGS = {
     "--seq-length-warmup 8:10:8 --sequence-parallel --tensor-model-parallel-size 4 --seq-length-warmup 6:10:2": (
         "Cannot split every sequence length of the curriculum over the"
     ),
-    "--seq-length-warmup 0:8,5:16,5:32": "Stages of the curriculum start at the same iteration or out of order",
+    "--seq-length-warmup 0:8,5:16,5:32": "The stages of the curriculum need strictly increasing first iterations",
     # rules of training.py and optimizer.py
     "--train-samples 800": "The run has two lengths: --train-iters 100 and --train-samples 800. Remove one of",
     "--train-iters 0": "The run has no length: neither --train-iters nor --train-samples is given. Give one of",
@@ -170,13 +170,13 @@ FROM_FLAGS = {
         "The training data have 2 groups (a, b) instead of one. Join them into"
     ),
     "--valid-weighted-split-paths a:1_0:1_x a:1_0:1_x": (
-        "Groups of --valid-weighted-split-paths have equal or empty names: a"
+        '--valid-weighted-split-paths: the group name "a" is used twice'
     ),
     "--tokenizer-type NullTokenizer": "--tokenizer-type NullTokenizer needs --vocab-size. Give --vocab-size the",
     # rules of checkpoint.py
-    "--save x": "--save x needs an interval. Give --save-interval N, or --save-schedule as 10:100 18:1000 1500",
-    "--save x --save-schedule 10:100 5:50": "--save-schedule has the range 5:50 after iteration 100. Intervals are",
-    "--keep-last 2 --keep-phase 10:100 5:50": "--keep-phase has the range 5:50 after iteration 100. Intervals are",
+    "--save x": "--save x needs an interval. Give --save-interval N, or --save-schedule, for example",
+    "--save x --save-schedule 10:100 5:50": "--save-schedule: the range 5:50 (every 5 iterations up to iteration 50)",
+    "--keep-last 2 --keep-phase 10:100 5:50": "--keep-phase: the range 5:50 (every 5 iterations up to iteration 50)",
     "--keep-every 10": "--keep-every and --keep-phase have no effect without --keep-last: every checkpoint is",
     "--weights-only-every 10": "--weights-only-every 10 needs --save. Add --save FOLDER and --save-interval N",
     "--spike-factor 0.5": "--spike-factor 0.5 would classify usual losses as spikes. Use a factor above 1, such",
@@ -189,13 +189,13 @@ FROM_FLAGS = {
 
 FROM_JSON = {
     '{"a": 1_000}': "ds.json (--deepspeed_config) is not JSON: Expecting ',' delimiter: line 1 column 8 (char",
-    "[]": "ds.json (--deepspeed_config) does not hold a JSON object: '[]'. Write the file as",
-    '{"optimizer": {"type": "Adam"}}': "optimizer in the DeepSpeed JSON is not supported by the native engine.",
+    "[]": "ds.json (--deepspeed_config) does not hold a JSON object: '[]'. Write, for example,",
+    '{"optimizer": {"type": "Adam"}}': 'The "optimizer" section of the DeepSpeed JSON is not supported.',
     '{"gradient_cliping": 1.0}': "Unknown entry gradient_cliping in the DeepSpeed JSON. Did you mean",
     '{"fp16": {"enabled": true, "hystereses": 2}}': (
         "Unknown entry fp16.hystereses in the DeepSpeed JSON. Did you mean"
     ),
-    '{"fp16": true}': 'fp16 in the DeepSpeed JSON is True instead of an object. Write it as "fp16": {"enabled":',
+    '{"fp16": true}': 'fp16 in the DeepSpeed JSON is True instead of an object. Write, for example, "fp16": {',
     '{"gradient_clipping": "1"}': "gradient_clipping in the DeepSpeed JSON is '1' instead of a number of at most",
     '{"gradient_clipping": NaN}': "gradient_clipping in the DeepSpeed JSON is nan instead of a number of at most",
     '{"gradient_clipping": 1e999}': "gradient_clipping in the DeepSpeed JSON is inf instead of a number of at",

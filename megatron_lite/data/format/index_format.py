@@ -35,7 +35,7 @@ TOKEN_TYPES: dict[int, np.dtype] = {
 CHUNK = 1 << 20
 """Sequences checked at a time, which bounds temporary arrays."""
 
-REBUILD = "Preprocess the corpus again, or copy both files again from an undamaged copy"
+REBUILD = "Copy the .bin and .idx files again from an intact copy, or preprocess the corpus again"
 
 
 def smallest_token_type(vocab_size: int) -> np.dtype:
@@ -110,13 +110,15 @@ def read_header(prefix: str | Path) -> IndexHeader:
         with path.open("rb") as file:
             head = file.read(HEADER.size)
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error}", fix=f"Make it readable, as with chmod u+r {path}") from error
+        raise DataError(
+            f"Cannot read {path}: {error}", fix=f"Make it readable, for example with chmod u+r {path}"
+        ) from error
     _check_magic(path, head)
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
     if version != VERSION:
         raise DataError(f"{path} has version {version}, this program reads version {VERSION}", fix=REBUILD)
     if code not in TOKEN_TYPES:
-        raise DataError(f"{path} has token type code {code}, known codes are {sorted(TOKEN_TYPES)}", fix=REBUILD)
+        raise DataError(f"{path} has the unknown dtype code {code}; known codes are {sorted(TOKEN_TYPES)}", fix=REBUILD)
     header = IndexHeader(TOKEN_TYPES[code], num_sequences, num_document_entries)
     actual = path.stat().st_size
     if actual == header.size + num_sequences != header.size:

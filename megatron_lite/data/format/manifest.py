@@ -171,7 +171,7 @@ def _check_contents(path: Path, pieces: Sequence[tuple[int, int]]) -> None:
                 checksum = zlib.crc32(data, checksum)
                 left -= len(data)
             if checksum != expected:
-                raise _mismatch(path, f"bytes {start} to {start + size} have another checksum")
+                raise _mismatch(path, f"the checksum of bytes {start} to {start + size} does not match")
             start += size
 
 
@@ -205,5 +205,5 @@ def check_manifest(prefix: str | Path, fingerprint: str) -> DatasetManifest | No
 def _mismatch(path: Path, problem: str) -> DataError:
     return DataError(
         f"{path} does not match its manifest: {problem}",
-        fix="Copy the dataset again from an undamaged copy, or preprocess again",
+        fix="Copy the dataset again from an intact copy, or preprocess again",
     )

@@ -67,7 +67,7 @@ def cached_index(
         DataError: the dataset is damaged, or the index does not fit in memory or on the disk.
     """
     if not is_kept(plan):
-        return build_index(plan, dataset.sizes)
+        return build_index(plan, dataset.sizes, dataset.prefix)
     content = json.dumps([FORMAT, asdict(plan), lengths_fingerprint(dataset)])
     key = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     path = index_folder(dataset, folder) / f"index-{key}"
@@ -83,7 +83,7 @@ def cached_index(
                 f"Cannot write the sample index to {path.parent} ({error}): it is built at every start"
             )
             check_memory(plan, dataset.prefix, shorten)
-            return build_index(plan, dataset.sizes)
+            return build_index(plan, dataset.sizes, dataset.prefix)
         found = read_index(plan, path, notices)
         if found is not None:
             return found
@@ -91,7 +91,7 @@ def cached_index(
         check_memory(plan, dataset.prefix, shorten)
         check_disk(plan, dataset.prefix, path.parent, shorten)
         started = time.monotonic()
-        index = build_index(plan, dataset.sizes)
+        index = build_index(plan, dataset.sizes, dataset.prefix)
         built = time.monotonic()
         write_index(index, path, notices)
         notices.details.append(

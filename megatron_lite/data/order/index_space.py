@@ -32,8 +32,8 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
     if free is None or plan.build_bytes <= USABLE * free:
         return
     raise DataError(
-        f"Cannot build {describe_index(plan)} of {prefix}: it needs {format_size(plan.build_bytes)} of memory, "
-        f"{format_size(free)} are available",
+        f'Cannot build {describe_index(plan)} of "{prefix}": it takes '
+        f"{format_size(plan.build_bytes)} of memory to build, {format_size(free)} are available",
         fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
@@ -47,9 +47,10 @@ def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None
     free, needed = shutil.disk_usage(folder).free, plan.file_bytes
     if needed > free:
         raise DataError(
-            f"Cannot write {describe_index(plan)} of {prefix}: it needs {format_size(needed)}, {format_size(free)} are "
-            f"free in {folder}",
-            fix=f"Give --data-cache-path a folder with enough space, free some, or {shorten[:1].lower()}{shorten[1:]}",
+            f'Cannot write {describe_index(plan)} of "{prefix}": its files take {format_size(needed)}, '
+            f"{format_size(free)} are free on the disk of {folder}",
+            fix=f"Give --data-cache-path a folder with enough space, free disk space, or "
+            f"{shorten[:1].lower()}{shorten[1:]}",
         )
 
 

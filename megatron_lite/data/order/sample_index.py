@@ -9,6 +9,7 @@ recompute and would be most of the memory at 300 million documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,7 +201,7 @@ class SampleIndex:
         return found
 
 
-def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
+def build_index(plan: IndexPlan, sizes: NDArray[np.int32], prefix: str | Path = "") -> SampleIndex:
     """Shuffle documents and samples in Megatron's order, bit for bit.
 
     Both shuffles use one scratch array of 8 bytes for each entry of the larger index, whose front becomes the shuffle
@@ -211,12 +212,16 @@ def build_index(plan: IndexPlan, sizes: NDArray[np.int32]) -> SampleIndex:
     """
     rng = np.random.RandomState(plan.seed)
     scratch = np.empty(max(plan.epochs * plan.num_documents, plan.total_samples), dtype=np.int64)
-    documents, starts = order_documents(rng, plan, sizes, scratch)
+    documents, starts = order_documents(rng, plan, sizes, scratch, prefix)
     return SampleIndex(plan, documents, order_samples(rng, plan, scratch), starts)
 
 
 def order_documents(
-    rng: np.random.RandomState, plan: IndexPlan, sizes: NDArray[np.int32], scratch: NDArray[np.int64]
+    rng: np.random.RandomState,
+    plan: IndexPlan,
+    sizes: NDArray[np.int32],
+    scratch: NDArray[np.int64],
+    prefix: str | Path = "",
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Build `documents` and `starts` of the index, the first half of a build.
 
@@ -225,12 +230,13 @@ def order_documents(
         plan: the index.
         sizes: int32 [sequences] lengths of all sequences.
         scratch: int64, at least one element for each entry; overwritten.
+        prefix: path of the dataset, for the error message.
 
     Raises:
         DataError: a sequence has a negative length.
     """
     packed = scratch[: plan.epochs * plan.num_documents]
-    _pack_epochs(packed, plan, sizes)
+    _pack_epochs(packed, plan, sizes, prefix)
     _shuffle(rng, packed, plan.num_shuffled_documents)
     starts = _block_starts(packed)
     return _low_halves(packed).copy(), starts
@@ -251,7 +257,7 @@ def order_samples(rng: np.random.RandomState, plan: IndexPlan, scratch: NDArray[
     return numbers if plan.total_samples >= WIDE else _low_halves(numbers).view(np.uint32)
 
 
-def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32]) -> None:
+def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.int32], prefix: str | Path) -> None:
     """Fill `packed`, for every entry of every epoch, with sequence number (low half) and length (high half).
 
     Packing avoids a random gather of the lengths after the shuffle. numpy also shuffles 8-byte integers several times
@@ -262,8 +268,9 @@ def _pack_epochs(packed: NDArray[np.int64], plan: IndexPlan, sizes: NDArray[np.i
         lengths = sizes[low:high].astype(np.int64)
         if lengths.min() < 0:
             raise DataError(
-                f"The dataset's index is damaged: sequence {low + int(np.argmin(lengths))} has {lengths.min()} tokens",
-                fix="Preprocess the corpus again",
+                f"{f'{prefix}.idx' if prefix else 'The index of the dataset'} is damaged: sequence "
+                f"{low + int(np.argmin(lengths))} has length {lengths.min()}",
+                fix="Copy the .bin and .idx files again from an intact copy, or preprocess the corpus again",
             )
         packed[low - plan.first : high - plan.first] = (lengths << 32) | np.arange(low, high)
     for epoch in range(1, plan.epochs):

@@ -36,12 +36,16 @@ def find_prefixes(folder: Path) -> list[str]:
         DataError: the folder is missing, has no dataset, or has an .idx or .bin without the other file.
     """
     if not folder.is_dir():
-        raise DataError(f"--input {folder} is not a folder", fix="Give a folder, or --datasets PREFIX …")
+        raise DataError(
+            f"--input {folder} {'is not a directory' if folder.exists() else 'does not exist'}",
+            fix="Give a folder, or --datasets PREFIX …",
+        )
     bins = {path.stem for path in folder.glob("*.bin")}
     indices = {path.stem for path in folder.glob("*.idx")}
     if single := sorted(bins ^ indices):
         raise DataError(
-            f"{folder} has only one of .bin and .idx for {', '.join(single[:3])}",
+            f"Datasets in {folder} are incomplete: "
+            + ", ".join(f"{name}{'.idx' if name in bins else '.bin'} is missing" for name in single[:3]),
             fix="Complete the pairs, or name the datasets to merge with --datasets",
         )
     if not bins:

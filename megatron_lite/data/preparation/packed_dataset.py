@@ -24,6 +24,7 @@ from megatron_lite.data.format.fingerprint import content_fingerprint
 from megatron_lite.data.format.index_format import bin_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.format.manifest import (
+    DatasetManifest,
     is_complete,
     manifest_of,
     manifest_path,
@@ -173,6 +174,12 @@ def _check_document_ends(data: IndexedDataset, eod: int) -> None:
             )
 
 
+def _original(manifest: DatasetManifest) -> str:
+    """Return the prefix of the dataset that was packed, as its manifest has it."""
+    paths = [str(source["path"]).removesuffix(".bin") for source in manifest.inputs if "path" in source]
+    return ", ".join(paths) or "its manifest does not name it"
+
+
 def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwrite: bool) -> None:
     """Check everything that can be checked before reading the tokens.
 
@@ -185,9 +192,9 @@ def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwri
         raise DataError(f"{output} is both the input and the output of packing", fix="Give another output path")
     if Path(output).is_dir():
         raise DataError(
-            f"{output} is a folder",
-            rule="A dataset is named by the common path of its files",
-            fix=f"Give a name in it: {Path(output) / 'packed'}",
+            f"{output} is a directory",
+            rule="A dataset is identified by the path prefix that its .bin and .idx files share",
+            fix=f"Give a prefix inside that directory, for example {Path(output) / 'packed'}",
         )
     if not data.num_tokens:
         raise DataError(f"{data.prefix} has no tokens to pack", fix="Preprocess it again from text")
@@ -195,7 +202,7 @@ def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwri
     if manifest is not None and manifest.packed_length:
         raise DataError(
             f"{data.prefix} is already packed, in sequences of {manifest.packed_length} tokens",
-            fix="Pack its source, the dataset under inputs in its manifest",
+            fix=f"Pack the original dataset instead: {_original(manifest)}",
         )
     if not overwrite:
         require_absent(output)

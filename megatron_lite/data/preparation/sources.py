@@ -88,7 +88,7 @@ def _source(path: Path) -> Source:
     if not is_utf8(str(path)):
         raise DataError(
             f"The name of an --input file is not UTF-8: {shown_bytes(str(path))} (matched by a glob)",
-            fix="Rename the file to a name in UTF-8, as with `convmv -t utf8`",
+            fix="Rename the file to a name in UTF-8, for example with `convmv -t utf8`",
         )
     if path.is_dir():
         raise DataError(f"--input {path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'")
@@ -105,7 +105,7 @@ def _source(path: Path) -> Source:
     except OSError as error:
         raise DataError(
             f"Cannot read --input {path}: {error.strerror}",
-            fix=f"Make it readable, as with chmod u+r {path}",
+            fix=f"Make it readable, for example with chmod u+r {path}",
         ) from error
     kind = _kind(path, head)
     if kind == "parquet":

@@ -206,9 +206,10 @@ class _Builder:
             sizes = [part.size for part in sources]
             if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
-                    f"The datasets hold {sum(sizes)} samples, {plan.name} needs {plan.size}",
-                    rule="Datasets without weights are read once",
-                    fix="Give each path of --data-path a weight before it, or train for fewer iterations",
+                    f"The datasets hold {sum(sizes)} samples, the {plan.name} split needs {plan.size}",
+                    rule="Datasets without weights are read once, those with weights again from their beginning",
+                    fix="Write a weight before each path of --data-path, for example 0.3 a 0.7 b, or train for fewer "
+                    "iterations",
                 )
             # Validation and test restart at the end of their data.
             size = min(plan.size, sum(sizes))

@@ -150,5 +150,5 @@ def test_too_few_tokens_are_refused(sizes, wanted):
 def test_a_negative_length_is_refused():
     sizes = np.array([5, -1, 9], dtype=np.int32)
     plan = plan_index(sizes, (0, 3), num_samples=1, seq_length=4, seed=1, order="legacy", prefix="p")
-    with pytest.raises(DataError, match="sequence 1 has -1"):
+    with pytest.raises(DataError, match="sequence 1 has length -1"):
         build_index(plan, sizes)

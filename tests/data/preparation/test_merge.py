@@ -62,7 +62,7 @@ def test_datasets_of_a_folder(make, tmp_path):
     folder.mkdir()
     with pytest.raises(DataError, match=r"has no .bin/.idx"):
         find_prefixes(folder)
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"does not exist|is not a directory"):
         find_prefixes(tmp_path / "absent")
     prefix = f"{make('a')}_text_document"
     for name in ("z", "b"):
@@ -70,7 +70,7 @@ def test_datasets_of_a_folder(make, tmp_path):
             shutil.copy(f"{prefix}.{ending}", folder / f"{name}.{ending}")
     assert find_prefixes(folder) == [str(folder / "b"), str(folder / "z")]
     (folder / "z.idx").unlink()
-    with pytest.raises(DataError, match=r"only one of .bin and .idx for z"):
+    with pytest.raises(DataError, match=r"z.idx is missing"):
         find_prefixes(folder)
 
 
@@ -83,7 +83,7 @@ def test_damage_is_found_by_the_manifest(make):
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
     check_files(prefix, manifest, contents=False)
-    with pytest.raises(DataError, match="another checksum"):
+    with pytest.raises(DataError, match="the checksum of bytes"):
         check_files(prefix, manifest)
     tokens.write_bytes(content[:-2])
     with pytest.raises(DataError, match="the manifest says"):
