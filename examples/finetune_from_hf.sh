@@ -14,7 +14,7 @@ lite() { python -m megatron_lite "$@"; }
 
 say "1. Text and a tokenizer"
 python examples/python_corpus.py "$out/corpus.jsonl" --max-mb "${MEGABYTES:-1}"
-lite train-tokenizer --input "$out/corpus.jsonl" --output "$out/tokenizer" --vocab-size 512
+lite train-tokenizer --input "$out/corpus.jsonl" --output "$out/tokenizer" --vocab-size 512 --overwrite
 
 say "2. A model as it comes from the hub"
 python examples/tiny_hf_model.py "$out/model" --tokenizer "$out/tokenizer"

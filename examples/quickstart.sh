@@ -21,7 +21,7 @@ say "1. Text: sources of Python's standard library"
 python examples/python_corpus.py "$out/corpus.jsonl" --max-mb 24
 
 say "2. Tokenizer: byte-level BPE of 4096 tokens"
-python tools/train_tokenizer.py --input "$out/corpus.jsonl" --output "$out/tokenizer" --vocab-size 4096
+python tools/train_tokenizer.py --input "$out/corpus.jsonl" --output "$out/tokenizer" --vocab-size 4096 --overwrite
 
 say "3. Dataset: .bin and .idx"
 python tools/preprocess_data.py --input "$out/corpus.jsonl" --output-prefix "$out/python" --workers "$workers" \

@@ -142,6 +142,8 @@ def _refuse_incomplete(variables: Mapping[str, str]) -> None:
         "WORLD_SIZE": variables.get("WORLD_SIZE", "1").strip() != "1",
         **{name: name in variables for names in _MPI for name in (names.rank, names.size)},
         "PMIX_RANK": "PMIX_RANK" in variables,
+        # A batch script has SLURM_PROCID=0, and its step variables are unset.
+        "SLURM_PROCID": variables.get("SLURM_PROCID", "0").strip() != "0",
     }
     if found := [f"{name}={variables[name]}" for name, is_set in half.items() if is_set]:
         raise ConfigError(

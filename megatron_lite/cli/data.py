@@ -99,7 +99,14 @@ def inspect(argv: list[str]) -> int:
                 f"Cannot write --picture {options.picture}: {error.strerror}", fix="Give another path after --picture"
             ) from error
         print(f"  image: {options.picture}")
-    _show_documents(data, given_tokenizer(options), options.documents, options.tokens)
+    from megatron_lite.data.format.manifest import check_manifest
+
+    tokenizer = given_tokenizer(options)
+    try:
+        check_manifest(options.prefix, tokenizer.fingerprint() if tokenizer else "")
+    except DataError as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+    _show_documents(data, tokenizer, options.documents, options.tokens)
     return 0
 
 

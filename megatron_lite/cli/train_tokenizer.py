@@ -22,6 +22,12 @@ def run(argv: list[str]) -> int:
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder} is a file, not a folder", fix="Give another --output")
+    written = [path for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path := folder / name).exists()]
+    if written and not args.overwrite:
+        raise ConfigError(
+            f"--output {folder} has a tokenizer ({written[0].name}), which datasets may have been made with",
+            fix="Give another --output, or --overwrite",
+        )
     texts = iterate_texts(args.input, args.json_keys, max_bytes=args.max_mb * 1_000_000, skip_bad=args.skip_bad_lines)
     try:
         if args.tokenizer_type == "SentencePieceTokenizer":
@@ -68,6 +74,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys of the texts (text)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer's files")
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer in --output")
     parser.add_argument(
         "--vocab-size",
         type=whole(1, MAX_IDS),

@@ -17,6 +17,14 @@ TOKENIZERS = (
 )
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def missing_files(config: RunConfig) -> list[ConfigError]:
     """Return an error for each file that a run of `config` needs and that does not exist, naming the flag."""
     errors = [*missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
@@ -97,7 +105,13 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
     for flag, sources in groups.items():
         for source in sources:
             absent = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
-            if absent:
+            if absent and len(sources) > 1 and _is_number(source.path):
+                yield ConfigError(
+                    f"{flag} has {source.path} where a dataset is expected",
+                    rule="Weights and datasets alternate, or there are no weights",
+                    fix=f"Write {flag} WEIGHT PREFIX WEIGHT PREFIX, for example {flag} 0.7 data/a 0.3 data/b",
+                )
+            elif absent:
                 yield ConfigError(
                     f'The dataset "{source.path}" ({flag}) does not exist: there is no '
                     f"{' and no '.join(source.path + suffix for suffix in absent)}",

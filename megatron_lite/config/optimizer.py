@@ -61,7 +61,7 @@ class OptimizerConfig:
     )
     adam_beta1: float = option(0.9, Flag("--adam-beta1", "Decay of the first moment.", below=1))
     adam_beta2: float = option(0.999, Flag("--adam-beta2", "Decay of the second moment.", below=1))
-    adam_eps: float = option(1e-8, Flag("--adam-eps", "Added to the denominator."))
+    adam_eps: float = option(1e-8, Flag("--adam-eps", "Added to the denominator.", above=0))
     sgd_momentum: float = option(0.9, Flag("--sgd-momentum", "Momentum of SGD.", most=1))
     clip_grad: float = option(1.0, Flag("--clip-grad", "Largest global gradient norm (0: no clipping)."))
     weight_decay: float = option(0.01, Flag("--weight-decay", "Decay of the weights that are matrices."))

@@ -177,6 +177,7 @@ def test_one_rank_of_mpi_needs_no_address():
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without MASTER_ADDR and MASTER_PORT"),
         ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK='zero'"),
         ({"RANK": "1"}, "RANK=1 alone"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 alone"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 alone"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 alone"),
         ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "x"}, "PMIX_RANK=1 alone"),

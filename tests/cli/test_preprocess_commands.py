@@ -128,6 +128,20 @@ def test_training_sentencepiece_and_bad_input(corpus, tmp_path, capsys):
     assert main([*args, "--vocab-size", "300", "--skip-bad-lines"]) == 0
 
 
+def test_a_trained_tokenizer_is_not_replaced_unasked(corpus, tmp_path, capsys):
+    args = ["train-tokenizer", "--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size", "280"]
+    assert main(args) == 0
+    before = (tmp_path / "t" / "tokenizer.json").read_bytes()
+    assert main([*args[:-1], "258"]) == 1
+    assert "has a tokenizer (tokenizer.json)" in capsys.readouterr().err
+    assert (tmp_path / "t" / "tokenizer.json").read_bytes() == before
+    use = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "t")]
+    assert main(["preprocess", "--input", str(corpus), "--output-prefix", str(tmp_path / "out"), *use]) == 0
+    assert main([*args[:-1], "258", "--overwrite"]) == 0
+    assert main(["data", "inspect", str(tmp_path / "out_text_document"), *use]) == 0
+    assert "WARNING" in (text := capsys.readouterr().err) and "was made with HuggingFaceTokenizer" in text
+
+
 def test_abbreviations_of_several_spellings_of_one_flag():
     args = preprocess.build_parser().parse_args(["--input", "x", "--output-prefix", "y", "--merge", "merges.txt"])
     assert args.tokenizer_merge_file == "merges.txt"

@@ -94,6 +94,7 @@ def missing_file_errors():
         assert usual in tokenizer
     assert 'The dataset "x" (--data-path) does not exist' in data
     assert "no x.idx" in data
+    assert "--data-path has 0.3 where a dataset is expected" in missing("--data-path", "0.7", "x", "0.3")[-1]
     assert "--vocab-file v.json does not exist" in missing("--vocab-file", "v.json")[0]
     assert "--merge-file" in missing("--vocab-file", "v.json")[1]
     model = missing("--mock-data", "--tokenizer-model", "x.model")

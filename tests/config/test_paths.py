@@ -57,6 +57,12 @@ def test_a_dataset_of_one_split(split):
     assert error.fix == "Did you mean data/wiki_text_document?"
 
 
+@pytest.mark.parametrize("blend", ["0.7 A B", "0.7 A 0.3", "0.7 0.3 A B", "nan A 2 B"])
+def test_weights_that_do_not_alternate_with_datasets(blend):
+    errors = missing_files(parse_run([*SMALL, "--data-path", *blend.split()]).config)
+    assert any("Weights and datasets alternate" in str(error) for error in errors)
+
+
 PATHS = {
     "tokenizer/vocab.jsn": "Did you mean --vocab-file tokenizer/vocab.json?",
     "tokeniser/vocab.json": "Did you mean --vocab-file tokenizer/vocab.json?",
