@@ -107,7 +107,7 @@ def test_bad_files(bpe_folder, tmp_path):
         gpt2(tmp_path)
     with pytest.raises(DataError, match="--tokenizer-model is not given"):
         read_hugging_face("")
-    with pytest.raises(DataError, match=r"is not a tokenizer.json, a folder"):
+    with pytest.raises(DataError, match=r"is not a tokenizer.json, a directory"):
         read_hugging_face("no-such/model-anywhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x.model").touch()
