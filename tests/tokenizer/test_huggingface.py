@@ -114,5 +114,5 @@ def test_bad_files(bpe_folder, tmp_path):
     with pytest.raises(DataError, match="SentencePieceTokenizer"):
         read_hugging_face(str(tmp_path / "empty"))
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match="is not a valid Hugging Face tokenizer file"):
         read_hugging_face(str(tmp_path))
