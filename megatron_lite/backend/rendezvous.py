@@ -136,10 +136,10 @@ class Rendezvous:
         self._wait_readable(1.0)
         self._poll_failure()
         raise TrainingError(
-            f"Cannot connect to the other ranks: rank {self._launch.rank} of {self._launch.world_size} on "
-            f"{self._host}: {first_line(cause)}",
-            fix="Open the ports above 1024 between the nodes. Where a host name resolves to 127.0.1.1, set "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes",
+            f"Rank {self._launch.rank} of {self._launch.world_size} on {self._host} cannot connect to the other ranks: "
+            f"{first_line(cause)}",
+            fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes (a host name may "
+            "resolve to 127.0.1.1), and open the ports above 1024 between them",
         ) from cause
 
     def finish(self) -> None:

@@ -108,7 +108,8 @@ def average(
         if shapes != wanted:
             names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
             raise CheckpointError(
-                f"Cannot average {path} and {paths[-1]}: they differ in {', '.join(names[:5])}",
+                f"Cannot average {path} and {paths[-1]}: they differ in the shape or presence of the tensors "
+                f"{', '.join(repr(name) for name in names[:5])}",
                 fix="Average checkpoints of one model, saved in one precision",
             )
 
@@ -170,8 +171,8 @@ def _rewrite(
         )
     if iteration_of(output) is not None:
         raise CheckpointError(
-            f"--output {output} looks like a checkpoint directory",
-            fix=f"Give the parent --output {output.parent} instead: iter_{manifest.iteration:07d} is created inside it",
+            f"--output {output} names a checkpoint, but --output is the folder in which it is created",
+            fix=f"Give --output {output.parent}: the result, iter_{manifest.iteration:07d}, is created inside it",
         )
     if request.path.exists():
         raise CheckpointError(

@@ -208,10 +208,10 @@ class FolderLock:
         who = f"it is held by {seen}" if seen is not None else "it was removed"
         raise CheckpointError(
             f"This job has lost the lock {self._path}: {who}",
-            rule=_RULE,
-            fix="This job stops without writing to the folder. It was probably paused for longer than "
-            f"{PATIENCE * HEARTBEAT_SECONDS:.0f} s, or the folder was moved or cleared. If no other job trains there, "
-            "the same command resumes from the last checkpoint",
+            rule=f"A job that was paused for longer than {PATIENCE * HEARTBEAT_SECONDS:.0f} s loses its lock, as one "
+            "does whose folder was moved or cleared",
+            fix="This job stops without writing to the folder. Let the other job train, or end it and run the same "
+            "command again, which resumes from the last checkpoint",
         )
 
     def release(self) -> None:

@@ -76,9 +76,9 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _damaged(path: Path, number: int, line: bytes) -> DataError:
     return DataError(
-        f"{path}:{number} starts with {line[:40]!r}",
-        rule="Every line of a metrics file is a JSON object with a kind",
-        fix="Restore the line or delete it, or give the path of a run's metrics.jsonl",
+        f"{path} is not a metrics file, or is damaged: line {number} ({line[:40]!r}) is no JSON object with the key "
+        '"kind"',
+        fix="Give the path of a run's metrics.jsonl; if it is one, restore or delete the line",
     )
 
 

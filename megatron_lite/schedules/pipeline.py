@@ -120,7 +120,10 @@ def _ops(kind: PipelineKind, pp: int, rank: int, m: int, chunks: int) -> Iterato
         return _one_forward_one_backward(repeat(("F", 0), m), repeat(("B", 0), m), warmup=pp - 1 - rank)
     if kind == "interleaved":
         return _interleaved(pp, rank, m, chunks)
-    return _zb_h1(pp, rank, m) if kind == "zb-h1" else _zb_v(pp, rank, m)
+    if kind == "zb-h1":
+        return _zb_h1(pp, rank, m)
+    assert kind == "zb-v", kind
+    return _zb_v(pp, rank, m)
 
 
 def _one_forward_one_backward(forwards: Iterator[_Op], backwards: Iterator[_Op], warmup: int) -> Iterator[_Op]:

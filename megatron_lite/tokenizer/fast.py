@@ -201,8 +201,9 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 def _too_long(text: str) -> DataError:
     return DataError(
-        f"Cannot encode a text with {len(text):,} characters in one word (maximum {MAX_WHOLE:,})",
-        fix="Leave the text out, or split it",
+        f"Cannot encode a text of {len(text):,} characters: it has too few places at which to split it into pieces of "
+        f"at most {MAX_WHOLE:,} characters, such as the ends of words",
+        fix="Remove the document, or break the long run of characters with spaces or line breaks",
     )
 
 

@@ -233,9 +233,13 @@ def test_an_error_while_connecting_ends_all(start_rank):
         start_rank(launch(1, ports=(port,)), during=fails),
     ]
     text = str(ranks[1].end().error)
-    assert "rank 1 of 2 on node1: no route. " in text and "GLOO_SOCKET_IFNAME" in text and "frame" not in text
+    assert (
+        "Rank 1 of 2 on node1 cannot connect to the other ranks: no route. " in text
+        and "GLOO_SOCKET_IFNAME" in text
+        and "frame" not in text
+    )
     began = time.monotonic()
-    assert "Rank 1 on node1 failed: Cannot connect to the other ranks" in str(ranks[0].end().error)
+    assert "Rank 1 on node1 failed: Rank 1 of 2 on node1 cannot connect to the other ranks" in str(ranks[0].end().error)
     assert time.monotonic() - began < 4, "without waiting for its own connections"
 
 

@@ -97,7 +97,7 @@ def test_the_folder_of_a_source_is_refused_as_output(kit, path, tmp_path):
 def test_a_checkpoint_is_refused_as_output(kit, path, tmp_path):
     other = kit.save(tmp_path, 5).path
     before = sorted(other.iterdir())
-    with pytest.raises(CheckpointError, match=r"iter_0000005 looks like a checkpoint directory"):
+    with pytest.raises(CheckpointError, match=r"iter_0000005 names a checkpoint"):
         reshard(path, other)
     assert sorted(other.iterdir()) == before
 

@@ -263,7 +263,7 @@ def out_of_samples(sample: int, size: int, sources: Sequence[str]) -> DataError:
     Every set is built to cover the run, so the number comes from a command line, or from a bug.
     """
     return DataError(
-        f"Sample {sample} was requested of {', '.join(sources)}, for which an index of {size} samples was built",
+        f"Sample {sample} of {', '.join(sources)} was requested, but its index has the samples 0 to {size - 1}",
         fix="Start the run again with --load: its datasets then cover all of its samples. If the error repeats, report "
         "it with the command",
     )

@@ -82,8 +82,9 @@ class Shell(ShellState):
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise ConfigError(
-                f"The job script runs more than {MAX_STEPS:,} commands up to line {self._line}",
-                fix="Leave the loop without end out of the job script, or give the training command itself",
+                f"Reading the job script stopped in line {self._line}, after more than {MAX_STEPS:,} commands",
+                rule="Its loops are evaluated, and none of its programs is started",
+                fix="Remove the loop that is endless or very long, or give the training command itself",
             )
         self._line = statement["Pos"]["Line"]
         command = statement.get("Cmd")

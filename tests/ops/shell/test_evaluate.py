@@ -134,7 +134,7 @@ def test_a_script_of_its_own_is_read(tmp_path):
 def test_bad_scripts_are_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"job\.slurm is no valid bash script: .*1:1"):
         evaluate_script("if true\n", environment={}, folder=tmp_path, name="job.slurm")
-    with pytest.raises(ConfigError, match=r"more than 100,000 commands up to line 1"):
+    with pytest.raises(ConfigError, match=r"stopped in line 1, after more than 100,000 commands"):
         evaluate_script("while true; do :; done", environment={}, folder=tmp_path, name="job.slurm")
 
 
