@@ -60,8 +60,8 @@ class Timeline:
     def bubble(self) -> float:
         """Idle share of the rank with the longest time between its first and its last action.
 
-        This is the definition of the papers: the wait for the first input overlaps with the end of the previous
-        iteration.
+        Definition of Qi et al. 2023, arXiv:2401.10241; the wait for the first input overlaps with the end of the
+        previous iteration.
         """
         longest = max((spans[-1].end - spans[0].start for spans in self.ranks if spans), default=0.0)
         work = max((sum(span.end - span.start for span in spans) for spans in self.ranks), default=0.0)

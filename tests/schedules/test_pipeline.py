@@ -73,7 +73,7 @@ def test_zb_v_stages_form_a_v():
     assert [rank_of_stage("zb-v", 3, stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
 
 
-def test_an_action_is_written_as_in_the_papers():
+def test_an_action_is_printed_in_the_published_notation():
     assert str(Action("F", 2, 0)) == "2F0"
     assert str(Action("SEND_B", 1, 7, peer=0)) == "1SEND_B7"
 

@@ -15,7 +15,7 @@ SIZES = [(1, 1), (2, 2), (2, 7), (4, 4), (4, 8), (5, 13), (8, 8), (8, 32)]
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
-def test_bubbles_of_the_papers(p, m):
+def test_bubble_fractions_equal_the_published_formulas(p, m):
     assert timeline("gpipe", p, m).bubble == pytest.approx((p - 1) / (m + p - 1))
     assert timeline("1f1b", p, m).bubble == pytest.approx((p - 1) / (m + p - 1))
     assert timeline("zb-h1", p, m).bubble == pytest.approx((p - 1) / (3 * m + p - 1))
