@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import Parser, real
-from megatron_lite.errors import ConfigError, ConfigErrors
+from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_lite.ops.chain import Chain, Start
@@ -102,6 +102,7 @@ def _summary(folder: Path, chain: Chain) -> str:
 
 def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_lite.cli.explain import explain_text
+    from megatron_lite.config.arguments import raise_all
     from megatron_lite.ops.job import read_job
     from megatron_lite.ops.submission import check_job
 
@@ -115,9 +116,8 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"{title:<11} {text}")
     for warning in submission.warnings:
         print(f"Warning     {warning}")
-    if submission.problems:
-        sys.stdout.flush()
-        raise submission.problems[0] if len(submission.problems) == 1 else ConfigErrors(submission.problems)
+    sys.stdout.flush()
+    raise_all(submission.problems)
     if options.dry_run:
         print("Not submitted (--dry-run): no problem was found")
         return 0

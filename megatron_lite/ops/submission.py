@@ -189,7 +189,7 @@ def _check_folder(submission: Submission, config: RunConfig) -> None:
         submission.warnings.append("there is no --save: the job leaves nothing behind")
         return
     folder = Path(config.checkpoint.save)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = _nearest_existing(folder)
     if not os.access(existing, os.W_OK):
         submission.problems.append(
             ConfigError(
@@ -208,6 +208,11 @@ def _check_folder(submission: Submission, config: RunConfig) -> None:
         submission.warnings.append(f"--save {folder} is in use by {owner}: a job that starts before it ends is refused")
 
 
+def _nearest_existing(folder: Path) -> Path:
+    """Return a folder, or the lowest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def _check_disk(submission: Submission, config: RunConfig) -> None:
     """Compare the free space below --save with the checkpoints that the run keeps."""
     checkpoint = config.checkpoint
@@ -220,8 +225,7 @@ def _check_disk(submission: Submission, config: RunConfig) -> None:
     saves = sum(len(iterations) for iterations in save_iterations(checkpoint, last_iteration(config))) or 1
     # While a save is written, the oldest checkpoint is still there.
     kept = min(saves, checkpoint.keep_last + 1) if checkpoint.keep_last and not checkpoint.keep_every else saves
-    folder = Path(checkpoint.save).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = _nearest_existing(Path(checkpoint.save))
     free = shutil.disk_usage(existing).free
     submission.facts.append(
         ("Disk", f"{format_count(kept, 'checkpoint')} of {format_size(size)}, {format_size(free)} free at {existing}")

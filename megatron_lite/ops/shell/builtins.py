@@ -199,6 +199,8 @@ def _prints(text: Callable[[Shell, list[str]], str]) -> Callable[[Shell, list[st
     return lambda shell, arguments, _: shell.write(text(shell, arguments) + "\n")
 
 
+_realpath = _prints(lambda shell, arguments: shell.path(arguments[-1] if arguments else "."))
+
 BUILTINS: dict[str, Callable[[Shell, list[str], str], None]] = {
     "echo": _echo,
     "printf": _printf,
@@ -221,8 +223,8 @@ BUILTINS: dict[str, Callable[[Shell, list[str], str], None]] = {
     "[": _test,
     "date": _date,
     "hostname": _prints(lambda _, __: socket.gethostname()),
-    "realpath": _prints(lambda shell, arguments: shell.path(arguments[-1] if arguments else ".")),
-    "readlink": _prints(lambda shell, arguments: shell.path(arguments[-1] if arguments else ".")),
+    "realpath": _realpath,
+    "readlink": _realpath,
     "whoami": _prints(lambda shell, _: shell.variables.text("USER") or Path.home().name),
     "true": _status(0),
     ":": _status(0),
