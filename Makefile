@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast test-portable check format docs clean help
+.PHONY: demo test test-fast test-portable check format docs docs-layouts clean help
 
 help:
 	@echo "make demo            train a small GPT on the sources of Python's standard library (about 5 minutes on 2 cores)"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-portable   the numeric tests under every instruction set of this processor"
 	@echo "make check           format, lint, types, import contracts, spelling, file sizes, README"
 	@echo "make format          format and fix the files for 'make check'"
-	@echo "make docs            regenerate the generated pages"
+	@echo "make docs            regenerate docs/arguments.md"
+	@echo "make docs-layouts    train every layout and rewrite the table in docs/parallelism.md (several minutes)"
 	@echo "make clean           remove .venv and the output of the demo"
 
 $(STAMP): setup.py
@@ -58,6 +59,8 @@ format: $(STAMP)-dev
 
 docs: $(STAMP)-dev
 	$(BIN)/python -m megatron_lite.config.reference
+
+docs-layouts: $(STAMP)-dev
 	$(BIN)/python tests/support/parallelism_page.py
 
 clean:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from support.deepspeed_files import write_deepspeed
-from support.interop_models import MODELS
+from support.interop_models import MODELS, run_config
 from support.megatron_files import core_model, in_order, legacy_model, read_state
 
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.interop.megatron.export import MegatronExportOptions, export_megatron, plan_megatron_export
+from megatron_lite.interop.megatron.naming import CORE_LOCAL, CORE_TE, DEEPSPEED, LEGACY
+from megatron_lite.interop.megatron.written_arguments import problems, written_arguments
 from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.schedules.progress import Progress
 
 
 def exported(folder, output, **options):
@@ -155,3 +160,35 @@ def test_nan_weights(make_checkpoint, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         exported(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ck"]
+
+
+def _others(value, kind):
+    """Return other values of a field of the model."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value * 2 or type(value)(1)]
+    return [choice for choice in get_args(kind) if choice != value]
+
+
+@pytest.mark.parametrize("scheme", [LEGACY, CORE_LOCAL, CORE_TE, DEEPSPEED], ids=lambda scheme: scheme.title)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_field_of_the_model_is_written_or_refused(name, scheme):
+    """A field added to the model must reach the files, or be refused."""
+    elsewhere = {"vocab_size", "scaled_init"}  # the number of rows and the tokenizer's files hold the vocabulary
+    model = run_config(**MODELS[name][1]).model
+    kinds = get_type_hints(type(model))
+
+    def written(model):
+        return list(problems(model, scheme)) or written_arguments(
+            model, scheme, tp=1, pp=1, rows=model.padded_vocab_size, progress=Progress(), seq_length=32, dtype=None
+        )
+
+    if name == "llama" and scheme is DEEPSPEED:
+        assert list(problems(model, scheme))
+        return
+    for field in set(vars(model)) - elsewhere:
+        if field.startswith("rotary_") and model.position_embedding != "rotary" and scheme is not DEEPSPEED:
+            continue
+        for value in _others(getattr(model, field), kinds[field]):
+            assert written(replace(model, **{field: value})) != written(model), (field, value)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lite.config.parallel import PipelineKind
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import COMPUTE, SPLIT_BACKWARD, num_stages, pipeline_schedule, rank_of_stage
 from megatron_lite.schedules.simulate import Costs, simulate
@@ -79,7 +81,7 @@ def play(program, kind, chunks):
 
 @st.composite
 def pipelines(draw):
-    kind = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]))
+    kind = draw(st.sampled_from(get_args(PipelineKind)))
     chunks = draw(st.integers(1, 4)) if kind == "interleaved" else 2 if kind == "zb-v" else 1
     return kind, draw(st.integers(1, 9)), draw(st.integers(0, 30)), chunks
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
+from megatron_lite.config.parallel import PipelineKind
 from megatron_lite.errors import ConfigError
 from megatron_lite.schedules.pipeline import (
     Action,
@@ -60,7 +63,7 @@ def test_interleaved_with_one_chunk_is_1f1b(pp):
         assert pipeline_schedule("interleaved", pp, m, 1) == pipeline_schedule("1f1b", pp, m)
 
 
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("kind", get_args(PipelineKind))
 def test_stage_of_chunk_and_rank_of_stage_are_inverse(kind):
     pp, chunks = 4, {"interleaved": 3, "zb-v": 2}.get(kind, 1)
     held = [(rank, chunk, stage_of_chunk(kind, pp, rank, chunk)) for rank in range(pp) for chunk in range(chunks)]

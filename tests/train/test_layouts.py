@@ -1,6 +1,7 @@
 """Every layout trains the same model with the same loss: the matrix of layout_matrix.py on gloo ranks."""
 
 from functools import lru_cache
+from typing import get_args
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from support.parallelism_page import BEGIN, END, HEAD, PAGE, layout_words, table
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.parallel import ParallelConfig, PipelineKind
 from megatron_lite.config.runtime import RuntimeConfig
 
 pytestmark = pytest.mark.slow
 
 ROWS = {}
-SCHEDULES = {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"}
+SCHEDULES = set(get_args(PipelineKind))
 
 
 @pytest.fixture(autouse=True, scope="module")
