@@ -20,6 +20,8 @@ from typing import Literal
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
+from megatron_lite.ops.exclude import exclude_option
+from megatron_lite.ops.job import read_resources
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
@@ -185,8 +187,8 @@ def end_job(folder: Path, start: Start) -> Chain:
             slurm.cancel(chain.successor)
     elif chain.outcomes and chain.outcomes[-1].failed:
         changes = [f"StartTime=now+{_backoff_minutes(chain)}minutes"]
-        if chain.excluded:
-            changes.append(f"ExcNodeList={','.join(chain.excluded)}")
+        if excluded := _excluded(folder, chain):
+            changes.append(f"ExcNodeList={excluded}")
         slurm.call("scontrol", "update", f"JobId={chain.successor}", *changes)
     _write(folder, chain)
     return chain
@@ -263,9 +265,21 @@ def _submit(folder: Path, chain: Chain, *, after: str = "") -> str:
         options.append(f"--dependency=afterany:{after}")
     if chain.failures:
         options.append(f"--begin=now+{_backoff_minutes(chain)}minutes")
-    if chain.excluded:
-        options.append(f"--exclude={','.join(chain.excluded)}")
+    if excluded := _excluded(folder, chain):
+        options.append(f"--exclude={excluded}")
     return slurm.submit(options, str(folder.absolute() / SCRIPT_NAME))
+
+
+def _excluded(folder: Path, chain: Chain) -> str:
+    """Return the hosts for --exclude: the user's, the chain's and those of the exclude file."""
+    own = read_resources((folder / SCRIPT_NAME).read_text(encoding="utf-8"), chain.options)[0].options.get(
+        "exclude", ""
+    )
+    try:
+        return exclude_option(folder, given=own, further=chain.excluded)
+    except ConfigError as error:  # a line written by hand must not end the chain
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        return ",".join(filter(None, (own, *chain.excluded)))
 
 
 def _batch_script(folder: Path, chain: Chain) -> str:

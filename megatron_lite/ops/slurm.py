@@ -51,6 +51,14 @@ def job_state(job: str) -> str | None:
         raise
 
 
+def node_names() -> frozenset[str]:
+    """Return the names of the cluster's nodes; none if Slurm does not answer."""
+    try:
+        return frozenset(call("sinfo", "-h", "-N", "-o", "%N").split())
+    except ConfigError:
+        return frozenset()
+
+
 def cancel(job: str) -> None:
     """Cancel a job; one that has ended is left as it is."""
     if job_state(job) is not None:

@@ -154,3 +154,14 @@ def test_a_damaged_or_absent_chain_is_an_error(run):
         read_chain(run)
     with pytest.raises(ConfigError, match=r"has no chain"):
         end_job(run.parent, Start("1"))
+
+
+def test_hosts_of_the_exclude_file_are_excluded_beside_the_users_own(run, queue, capsys):
+    script = run / "chain.slurm"
+    script.write_text(script.read_text().replace("#SBATCH --nodes=2", "#SBATCH --nodes=2 --exclude=n7"))
+    (run / "excluded_nodes.txt").write_text("n3  # slow\n")
+    begin_job(run, Start("100"))
+    assert "--exclude=n7,n3" in queue.options["101"]
+    (run / "excluded_nodes.txt").write_text("n3 slow\n")
+    begin_job(run, Start("101"))
+    assert "--exclude=n7" in queue.options["102"] and "no host name" in capsys.readouterr().err
