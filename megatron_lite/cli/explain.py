@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from megatron_lite.cli.explain_data import data_lines, data_record
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_command, to_argv
-from megatron_lite.config.files import missing_files, missing_tokenizer
+from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
-from megatron_lite.config.vocabulary import with_vocabulary
-from megatron_lite.errors import MegatronLiteError
 from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 SUMMARY = "explain a training command: sizes, iterations, ramp-up, saves, flags without effect"
 USAGE = """usage: megatron-lite explain [--json] FLAG [VALUE] …
@@ -22,7 +21,6 @@ USAGE = """usage: megatron-lite explain [--json] FLAG [VALUE] …
 
 The flags are those of pretrain_gpt.py. Arguments before the training script are read for the number of ranks only; a
 command that contains quotes, pipes or redirections goes in quotes, or in a FILE."""
-GPT2_ENTRIES = 50257
 STAGES_SHOWN = 12
 
 
@@ -43,28 +41,6 @@ def explain_text(parsed: ParsedRun, *, as_json: bool = False) -> str:
     if as_json:
         return json.dumps(_record(parsed, summary, vocabulary), indent=2)
     return "\n".join(_lines(parsed, summary, vocabulary))
-
-
-def fill_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return the run with the size of its vocabulary, and the source of that size."""
-    tokenizer, model = config.tokenizer, config.model
-    if model.vocab_size:
-        return with_vocabulary(config, model.vocab_size), "--tokenizer-vocab-size"
-    if tokenizer.type == "NullTokenizer":
-        return with_vocabulary(config, tokenizer.vocab_size + 1), "--vocab-size and an end-of-document token"
-    if not list(missing_tokenizer(tokenizer)):
-        from megatron_lite.tokenizer.build import build_tokenizer
-
-        try:
-            return with_vocabulary(config, build_tokenizer(tokenizer).vocab_size), "the tokenizer"
-        except MegatronLiteError as error:
-            source = f"the tokenizer cannot be read ({error.description})"
-    else:
-        source = "the tokenizer's files are not here"
-    if model.padded_vocab_size:
-        filled = replace(config, model=replace(model, vocab_size=model.padded_vocab_size))
-        return filled, f"--pad-vocab-size-to, since {source}"
-    return with_vocabulary(config, GPT2_ENTRIES), f"assumed to be GPT-2's, since {source}"
 
 
 def _record(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> dict[str, object]:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import asks_for_help, parse_command
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_parameters, format_size, size_unit
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 if TYPE_CHECKING:
     from megatron_lite.rehearsal.dry_run import RankReport

@@ -9,13 +9,13 @@ from torch import nn
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.cli import rehearse
-from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.model import count_check
 from megatron_lite.model.layer import MLP
 from megatron_lite.parallel.layers import ColumnParallelLinear
 from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 from megatron_lite.train.assemble import build_engine
 
 WORDS = shlex.split(

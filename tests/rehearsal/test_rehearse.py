@@ -10,12 +10,12 @@ import pytest
 from support.job_commands import BIG_RAMP, SMALL
 
 from megatron_lite.cli import rehearse
-from megatron_lite.cli.explain import fill_vocabulary
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.errors import ConfigError
 from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks
 from megatron_lite.rehearsal.mismatches import call_mismatches
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-vocab-size-divisible-by", "8"]
 
