@@ -1,4 +1,4 @@
-"""Calls of Slurm's programs: sbatch, squeue, scontrol and scancel."""
+"""Calls of Slurm's programs: sbatch, squeue, sacct, scontrol and scancel; parsing of their output."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 
 from megatron_lite.errors import ConfigError
 
@@ -14,9 +16,42 @@ ATTEMPTS = 5
 """Calls while slurmctld does not answer, with doubled pauses from one second."""
 UNREACHABLE = re.compile(r"Unable to contact|Socket timed out|Connection refused|temporarily unable", re.IGNORECASE)
 
+_QUEUE_FORMAT = "%i|%T|%r|%S|%e|%N|%k|%j"
+"""Fields of squeue; the name is the last, because it may contain the separator."""
 
-def call(*command: str, pause: float = 1.0) -> str:
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in Slurm's queue.
+
+    Attributes:
+        job: its number.
+        state: PENDING, RUNNING, COMPLETING, …
+        reason: why it is pending: Priority, Resources, Dependency, BeginTime, …; "None" while it runs.
+        start: when it started, or Slurm's estimate, in seconds since 1970; None: unknown.
+        end: when it reaches its time limit, in seconds since 1970; None: unknown.
+        nodes: its nodes, as n[1-4]; empty while it is pending.
+        comment: text given with sbatch --comment.
+        name: the job's name.
+    """
+
+    job: str
+    state: str
+    reason: str = ""
+    start: float | None = None
+    end: float | None = None
+    nodes: str = ""
+    comment: str = ""
+    name: str = ""
+
+
+def call(*command: str, pause: float = 1.0, attempts: int = ATTEMPTS) -> str:
     """Run one of Slurm's programs and return its output.
+
+    Args:
+        command: program and arguments.
+        pause: seconds before the second attempt, doubled with each further one.
+        attempts: calls while the controller does not answer.
 
     Raises:
         ConfigError: it is not installed, refuses, or the controller does not answer.
@@ -25,11 +60,12 @@ def call(*command: str, pause: float = 1.0) -> str:
         raise ConfigError(
             f"{command[0]} is not installed here", fix="Run this on a node of the Slurm cluster, or pass --dry-run"
         )
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         if not done.returncode or not UNREACHABLE.search(done.stderr):
             break
-        time.sleep(pause * 2**attempt)
+        if attempt < attempts - 1:
+            time.sleep(pause * 2**attempt)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ConfigError(f"{' '.join(command[:1])} failed: {reason[0]}", fix=f"Run it by hand: {' '.join(command)}")
@@ -57,6 +93,61 @@ def node_names() -> frozenset[str]:
         return frozenset(call("sinfo", "-h", "-N", "-o", "%N").split())
     except ConfigError:
         return frozenset()
+
+
+def queued_jobs(jobs: Sequence[str] = ()) -> list[QueuedJob]:
+    """Return jobs that are in the queue, with one call of squeue.
+
+    Args:
+        jobs: numbers of the jobs; those that have ended are left out. Empty: all jobs of this user.
+
+    Raises:
+        ConfigError: squeue is not installed, or the controller does not answer.
+    """
+    which = ["-j", ",".join(jobs)] if jobs else ["--me"]
+    try:
+        return read_queue(call("squeue", "-h", *which, "-o", _QUEUE_FORMAT, attempts=1))
+    except ConfigError as error:
+        if "Invalid job id" in str(error):  # the only job asked for has ended
+            return []
+        raise
+
+
+def read_queue(text: str) -> list[QueuedJob]:
+    """Return the jobs in the output of squeue -h -o _QUEUE_FORMAT."""
+    found = []
+    for line in text.splitlines():
+        if line.count("|") >= 7:
+            job, state, reason, start, end, nodes, comment, name = line.split("|", 7)
+            found.append(
+                QueuedJob(
+                    job, state, reason, _read_time(start), _read_time(end), nodes, comment.replace("(null)", ""), name
+                )
+            )
+    return found
+
+
+def final_state(job: str) -> str | None:
+    """Return how a job ended: COMPLETED, TIMEOUT, CANCELLED, NODE_FAIL, OUT_OF_MEMORY, …; None: Slurm has no record."""
+    for command, pattern in (
+        (("sacct", "-n", "-X", "-P", "-j", job, "-o", "State"), r"([A-Z_]+)"),
+        (("scontrol", "show", "job", "-o", job), r"JobState=([A-Z_]+)"),
+    ):
+        try:
+            found = re.findall(pattern, call(*command, attempts=1))
+        except ConfigError:  # sacct: accounting is off; scontrol: a job that ended long ago
+            continue
+        if found:
+            return found[-1]
+    return None
+
+
+def _read_time(text: str) -> float | None:
+    """Return Slurm's local time as seconds since 1970; None: N/A or Unknown."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def cancel(job: str) -> None:

@@ -1,0 +1,78 @@
+"""Tests of reading recorded output of Slurm's programs."""
+
+from datetime import datetime
+
+import pytest
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.ops import slurm
+from megatron_lite.ops.slurm import QueuedJob, final_state, queued_jobs, read_queue
+
+SQUEUE = """\
+4711|RUNNING|None|2026-11-26T20:00:00|2026-11-27T16:00:00|n[01-32]|run:/scratch/tr1|tr1|13B
+4712|PENDING|Dependency|N/A|N/A||(null)|tr1
+4713_4|PENDING|Resources|2026-11-27T02:30:00|2026-11-27T04:30:00||(null)|shards
+"""
+
+
+def fake(monkeypatch, outputs):
+    """Answer calls from a table by program name: text, or an error to raise."""
+
+    def call(*command, **options):
+        answer = outputs.get(command[0], ConfigError(f"{command[0]} is not installed here", fix="-"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm, "call", call)
+
+
+def seconds(text):
+    return datetime.fromisoformat(text).timestamp()
+
+
+def test_the_queue_is_read():
+    first, second, third = read_queue(SQUEUE)
+    assert first == QueuedJob(
+        "4711",
+        "RUNNING",
+        "None",
+        seconds("2026-11-26T20:00:00"),
+        seconds("2026-11-27T16:00:00"),
+        "n[01-32]",
+        "run:/scratch/tr1",
+        "tr1|13B",
+    )
+    assert (second.reason, second.start, second.comment) == ("Dependency", None, "")
+    assert (third.job, third.start) == ("4713_4", seconds("2026-11-27T02:30:00"))
+
+
+def test_a_job_that_has_left_the_queue_is_not_an_error(monkeypatch):
+    fake(
+        monkeypatch, {"squeue": ConfigError("squeue failed: slurm_load_jobs error: Invalid job id specified", fix="-")}
+    )
+    assert queued_jobs(["4711"]) == []
+    fake(monkeypatch, {"squeue": ConfigError("squeue failed: Unable to contact slurm controller", fix="-")})
+    with pytest.raises(ConfigError, match="Unable to contact"):
+        queued_jobs(["4711"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "state"),
+    [
+        ({"sacct": "TIMEOUT\n"}, "TIMEOUT"),
+        ({"sacct": "CANCELLED by 1000\n"}, "CANCELLED"),
+        ({"sacct": "", "scontrol": "JobId=7 JobName=gpt UserId=u(1000) JobState=NODE_FAIL Reason=None"}, "NODE_FAIL"),
+        (
+            {
+                "sacct": ConfigError("sacct failed: Slurm accounting storage is disabled", fix="-"),
+                "scontrol": ConfigError("scontrol failed: Invalid job id specified", fix="-"),
+            },
+            None,
+        ),
+        ({}, None),
+    ],
+)
+def test_the_final_state_of_a_job(monkeypatch, outputs, state):
+    fake(monkeypatch, outputs)
+    assert final_state("7") == state
