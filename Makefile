@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast test-portable check format docs docs-layouts clean help
+.PHONY: demo test test-fast test-portable test-slurm slurm-up slurm-down check format docs docs-layouts clean help
 
 help:
 	@echo "make demo            train a small GPT on the sources of Python's standard library (about 5 minutes on 2 cores)"
 	@echo "make test            all tests"
 	@echo "make test-fast       the tests that are not marked slow (90 seconds on 2 cores)"
 	@echo "make test-portable   the numeric tests under every instruction set of this processor"
+	@echo "make test-slurm      chained jobs on a real Slurm, in network namespaces of this machine (8 minutes; needs root)"
+	@echo "make slurm-up        start that Slurm cluster: munged, slurmctld and four nodes; make slurm-down stops it"
 	@echo "make check           format, lint, types, import contracts, spelling, file sizes, README"
 	@echo "make format          format and fix the files for 'make check'"
 	@echo "make docs            regenerate docs/arguments.md"
@@ -44,6 +46,16 @@ test-fast: $(STAMP)-dev
 # The numeric tests under each instruction set of this processor, in a few minutes: no bound may depend on it.
 test-portable: $(STAMP)-dev
 	$(BIN)/python tests/support/portable.py
+
+# Debian packages slurm-wlm, munge and iproute2; without them the tests fail. They use a cluster of their own.
+test-slurm: $(STAMP)-dev
+	$(BIN)/python -m pytest tests/slurm
+
+slurm-up:
+	@$(PYTHON) tests/slurm/cluster.py up
+
+slurm-down:
+	@$(PYTHON) tests/slurm/cluster.py down
 
 check: $(STAMP)-dev
 	$(BIN)/ruff format --check .

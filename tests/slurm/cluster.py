@@ -1,7 +1,8 @@
-"""A Slurm cluster on one machine, for tests: munged, slurmctld, and two nodes, each in namespaces of its own.
+"""Slurm cluster on one machine, for tests: munged, slurmctld and four nodes, each node in namespaces of its own.
 
-`python tests/slurm/cluster.py up|down|enter …`; needs root, iproute2 and Debian's packages slurm-wlm and munge. Each
-node has its own network, host name and process ids, and is powered off by killing its first process.
+`make slurm-up`, `make slurm-down`, and `python tests/slurm/cluster.py enter COMMAND …`, which runs a command on the
+host of slurmctld (sbatch, squeue). Needs root, and Debian's packages slurm-wlm, munge and iproute2. Each node has its
+own network, host name and process ids, and is powered off by killing its first process.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from pathlib import Path
 
 NETWORK = "10.77.0"
 CONTROLLER = "ctl"
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3", "n4")
+CPUS = 16
+"""Of a node as Slurm counts them, more than the machine has: several jobs share a node."""
+PACKAGES = "slurm-wlm munge iproute2"
 START_SECONDS = 30
+FOLDER = Path("/tmp/megatron_lite_slurm")
+"""Of the cluster that `make slurm-up` starts."""
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 class Cluster:
@@ -36,7 +43,7 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Variables for Slurm's commands."""
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle.
@@ -44,13 +51,18 @@ class Cluster:
         Raises:
             RuntimeError: a program is missing, or the nodes did not come up; it names the logs.
         """
-        programs = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
-        if missing := [name for name in programs if shutil.which(name) is None]:
-            raise RuntimeError(f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        programs = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+        if missing := [name for name in programs if shutil.which(name, path=PATH) is None]:
+            raise RuntimeError(
+                f"The Slurm cluster needs programs that are not installed: {', '.join(missing)}. On Debian and Ubuntu: "
+                f"apt-get install --no-install-recommends {PACKAGES}"
+            )
+        if os.geteuid() != 0:
+            raise RuntimeError("The Slurm cluster makes network and process namespaces, which needs root: use sudo")
+        self.stop()
         for name in ("state", "log", "run", "munge"):
             (self.folder / name).mkdir(parents=True)
-        # munged refuses a socket below a folder that others can write.
+        # munged refuses a socket below a folder to which others can write.
         self.folder.chmod(0o755)
         self._make_network()
         key = self.folder / "munge" / "munge.key"
@@ -79,58 +91,74 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Run a command on the controller's host; return its output."""
-        inner = f'hostname {CONTROLLER}; mount --bind {self.folder}/hosts /etc/hosts; exec "$@"'
-        entered = ["nsenter", f"--net=/run/netns/{self._prefix}{CONTROLLER}", "unshare", "--uts", "--mount"]
-        return run(*entered, "bash", "-c", inner, "-", *command, check=check, env=self.environment, cwd=cwd)
+        return run(*self._entered(CONTROLLER), *command, check=check, env=self.environment, cwd=cwd)
+
+    def enter(self, *command: str) -> int:
+        """Run a command on the controller's host with this process's input and output; return its exit code."""
+        if not (self.folder / "slurm.conf").exists():
+            raise RuntimeError("The Slurm cluster does not run: start it with make slurm-up")
+        return subprocess.run((*self._entered(CONTROLLER), *command), env=self.environment, check=False).returncode
+
+    def _entered(self, host: str, *namespaces: str) -> tuple[str, ...]:
+        """Return the beginning of a command that runs on a host."""
+        inner = f'hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; exec "$@"'
+        network = f"--net=/run/netns/{self._prefix}{host}"
+        return ("nsenter", network, "unshare", "--uts", "--mount", *namespaces, "bash", "-c", inner, "-")
 
     def power_on(self, node: str) -> None:
         """Start a node: its first process starts slurmd and reaps orphans."""
-        inner = f"hostname {node}; mount --bind {self.folder}/hosts /etc/hosts; slurmd -f {self.folder}/slurm.conf; "
-        inner += "while :; do sleep 3600 & wait; done"
-        entered = [
-            "nsenter",
-            f"--net=/run/netns/{self._prefix}{node}",
-            "unshare",
-            "--uts",
-            "--mount",
-            "--pid",
-            "--fork",
-        ]
+        entered = self._entered(node, "--pid", "--fork", "--mount-proc", "--kill-child")
+        first = f"slurmd -f {self.folder}/slurm.conf; while :; do sleep 3600 & wait; done"
         with (self.folder / "log" / f"{node}.out").open("a") as log:
             process = subprocess.Popen(
-                [*entered, "--mount-proc", "--kill-child", "bash", "-c", inner],
+                [*entered, "bash", "-c", first],
                 **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": self.environment},
                 start_new_session=True,
             )
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         deadline = time.monotonic() + START_SECONDS
-        while not (first := children.read_text(encoding="utf-8").split()):
+        while not (child := children.read_text(encoding="utf-8").split()):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError(f"node {node} did not start (log in {self.folder}/log/{node}.out)")
             time.sleep(0.02)
-        (self.folder / "run" / f"{node}.init").write_text(first[0], encoding="utf-8")
+        (self.folder / "run" / f"{node}.init").write_text(child[0], encoding="utf-8")
 
     def power_off(self, node: str) -> None:
         """Kill all processes of a node at once, as a power cut does."""
         os.kill(int((self.folder / "run" / f"{node}.init").read_text(encoding="utf-8")), signal.SIGKILL)
 
     def stop(self) -> None:
-        """Stop all daemons and remove the networks; a second call does nothing."""
-        for path in (*self.folder.glob("run/*.init"), *self.folder.glob("run/*.pid")):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(
-                    int(path.read_text(encoding="utf-8")), signal.SIGKILL if path.suffix == ".init" else signal.SIGTERM
-                )
-            path.unlink(missing_ok=True)
+        """Stop all daemons, also those of a start that was interrupted, and remove the networks and the files."""
+        deadline = time.monotonic() + START_SECONDS
+        while processes := self._processes():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Processes of the Slurm cluster do not end: {processes}")
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         for name in (CONTROLLER, *NODES):
-            run("ip", "netns", "del", f"{self._prefix}{name}", check=False)
+            if (Path("/run/netns") / f"{self._prefix}{name}").exists():
+                run("ip", "netns", "del", f"{self._prefix}{name}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _processes(self) -> list[int]:
+        """Return the processes of this cluster: those whose command or SLURM_CONF names its folder."""
+        marks = (f"{self.folder}/munge/".encode(), f"SLURM_CONF={self.folder}/slurm.conf\0".encode())
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    content = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+                    if any(mark in content for mark in marks):
+                        found.append(int(entry.name))
+        return found
 
     def _make_network(self) -> None:
         """Make a bridge on the controller with one link to each node."""
         controller = f"{self._prefix}{CONTROLLER}"
         lines = ["127.0.0.1 localhost", f"{NETWORK}.1 {CONTROLLER}"]
         for name in (CONTROLLER, *NODES):
-            run("ip", "netns", "del", f"{self._prefix}{name}", check=False)
             run("ip", "netns", "add", f"{self._prefix}{name}")
             run("ip", "-n", f"{self._prefix}{name}", "link", "set", "lo", "up")
         run("ip", "-n", controller, "link", "add", "br0", "type", "bridge")
@@ -148,7 +176,7 @@ class Cluster:
     def _configuration(self) -> str:
         folder = self.folder
         nodes = [
-            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs=2 RealMemory=8000"
+            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs={CPUS} RealMemory=64000"
             for number, node in enumerate(NODES, 11)
         ]
         return "\n".join(
@@ -202,17 +230,22 @@ def run(*command: str, check: bool = True, env: dict[str, str] | None = None, cw
 
 def main(arguments: list[str]) -> int:
     """Run `up`, `down` or `enter COMMAND`."""
-    cluster = Cluster(Path(os.environ.get("MEGATRON_LITE_SLURM", "/tmp/megatron_lite_slurm")))
-    if arguments[:1] == ["up"]:
-        cluster.start()
-        print(cluster.run("sinfo"), end="")
-    elif arguments[:1] == ["down"]:
-        cluster.stop()
-    elif arguments[:1] == ["enter"] and arguments[1:]:
-        print(cluster.run(*arguments[1:], check=False, cwd=Path.cwd()), end="")
-    else:
-        print(__doc__)
-        return 2
+    cluster = Cluster(FOLDER)
+    try:
+        if arguments == ["up"]:
+            cluster.start()
+            print(cluster.run("sinfo"), end="")
+            print(f"Run Slurm's commands with: {sys.executable} {sys.argv[0]} enter sinfo")
+        elif arguments == ["down"]:
+            cluster.stop()
+        elif arguments[:1] == ["enter"] and arguments[1:]:
+            return cluster.enter(*arguments[1:])
+        else:
+            print(__doc__)
+            return 2
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
