@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
@@ -112,6 +113,15 @@ class Backend(ABC):
         """Return the values of a tensor [n] on the device; waits for the device."""
         numbers: list[float] = values.tolist()
         return numbers
+
+    def mark(self) -> Any:
+        """Return a time mark at the end of the device's queued work, without waiting for that work."""
+        return time.perf_counter()
+
+    def seconds_between(self, begin: Any, end: Any) -> float | None:
+        """Return the seconds between two marks; None: the device has not reached the second one."""
+        seconds: float = end - begin
+        return seconds
 
     def generator(self, seed: int) -> torch.Generator | None:
         """Return a new random generator of the device; None: the device draws no values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,16 @@ class CudaBackend(Backend):
     def synchronize(self) -> None:
         """Wait for all streams of the device."""
         torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """Return an event, recorded in the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float | None:
+        """Return the seconds between two events; None: the device has not reached the second one."""
+        return begin.elapsed_time(end) / 1000.0 if end.query() else None
 
     def memory_stats(self) -> dict[str, int]:
         """Return the caching allocator's counters, in bytes."""

@@ -180,14 +180,38 @@ class Stopper:
 
 def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
     """Return the stop of the first rank that has one, on every rank: signals and clocks differ. A collective call."""
+    return agree_and_gather(world, device, stop)[0]
+
+
+def agree_and_gather(
+    world: Group, device: torch.device, stop: Stop | None, own: float | None = None
+) -> tuple[Stop | None, list[float]]:
+    """Agree on a stop, and gather one number of each rank in the same reduction; a collective call.
+
+    Args:
+        world: all ranks.
+        device: of the reduced tensor.
+        stop: this rank's reason to stop.
+        own: this rank's number, 0 or more; None on all ranks: nothing is gathered.
+
+    Returns:
+        The stop of the first rank that has one, and the number of each rank.
+    """
     if world.size == 1:
-        return stop
+        return stop, [] if own is None else [own]
     import torch  # here, so that the module imports without it
 
-    any_stop = torch.tensor(0 if stop is None else 1, device=device)
-    world.all_reduce_(any_stop, "max")
-    if not any_stop.item():
-        return None
+    reduced = torch.zeros(1 if own is None else 1 + world.size, device=device)
+    if stop is not None:
+        reduced[0] = 1.0
+    if own is not None:
+        reduced[1 + world.rank] = own
+    world.all_reduce_(reduced, "max")
+    any_stop, *gathered = reduced.tolist()
+    return (_first_stop(world, stop) if any_stop else None), gathered
+
+
+def _first_stop(world: Group, stop: Stop | None) -> Stop:
     stops = world.all_gather_object(None if stop is None else (host_name(), stop))
     rank, (host, first) = next((rank, found) for rank, found in enumerate(stops) if found is not None)
     if first.status == "signal" and rank != 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,8 @@ class RunFacts:
     peak_flops: float | None = None
     """Peak FLOP/s of one device in the dtype of the run; None: unknown."""
     dtype: str = "fp32"
+    hosts: Sequence[str] = ()
+    """Host of each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class IterationReport:
     """Allocated, max_allocated, reserved and max_reserved bytes of the device."""
     timers: Mapping[str, float] = field(default_factory=dict)
     """Seconds of each timer."""
+    rank_seconds: Sequence[float] | None = None
+    """Compute seconds of each rank (compute_time.py) in the last measured iteration; 0: unknown."""
 
     @property
     def tokens(self) -> int:

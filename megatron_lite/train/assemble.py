@@ -19,6 +19,7 @@ from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
+from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import build_reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -31,7 +32,7 @@ from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import rank_parameters, shared_parameters
-from megatron_lite.pipeline.executor import Executor, Messages
+from megatron_lite.pipeline.executor import Executor, Messages, Timed
 from megatron_lite.runs.comparison import config_as_json, continue_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
@@ -123,9 +124,10 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         )
         compare_with_checkpoint(start, config, provenance, data, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
+        compute = ComputeTime(backend, config.metrics.log_interval if mesh.world.size > 1 else 0)
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
-            engine = build_engine(config, mesh, num_sources=num_sources, timers=timers)
+            engine = build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
         if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
             provenance = replace(provenance, skipped_samples=skipped)
             ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
@@ -156,6 +158,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             device=backend.device_name(),
             peak_flops=peak,
             dtype=config.precision.dtype,
+            hosts=mesh.world.all_gather_object(backend.launch.host),
         )
         reporter.start(config, facts)
         for text in data.warnings:  # metrics.jsonl records messages from here on
@@ -168,6 +171,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             state=state,
             reporter=reporter,
             timers=timers,
+            compute=compute,
             throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak),
             progress=progress,
         )
@@ -180,6 +184,7 @@ def build_engine(
     num_sources: int = 0,
     trace: list[Action] | None = None,
     timers: Timers | None = None,
+    compute: ComputeTime | None = None,
 ) -> NativeEngine:
     """Build this rank's stages with their buffers, optimizer and executor.
 
@@ -189,6 +194,7 @@ def build_engine(
         num_sources: data sources of a blend whose losses are reported one by one.
         trace: if given, every action of the executor is appended to it.
         timers: measure the parts of a step and, from level 2 on, of a micro-batch; None: no timing.
+        compute: measures the compute time of this rank; None: it is not measured.
     """
     parallel = config.parallel
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
@@ -225,10 +231,17 @@ def build_engine(
         accumulate=buffers.accumulate,
         deferred=deferred,
         trace=trace,
-        timed=(lambda name: timers(name, 2)) if timers is not None else None,
+        timed=_timing(timers, compute),
     )
     optimizer = Optimizer(config, buffers, mesh)
     return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources, timers)
+
+
+def _timing(timers: Timers | None, compute: ComputeTime | None) -> Timed | None:
+    """Return what the executor measures its actions with; None: nothing."""
+    if timers is None or compute is None:
+        return (lambda name: timers(name, 2)) if timers is not None else None
+    return lambda name: compute.around(name, timers(name, 2))
 
 
 def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer, start: Start) -> RunData:

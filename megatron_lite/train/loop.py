@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +11,8 @@ from typing import Literal
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.spikes import respond_to_spike
-from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree
+from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather
+from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.report import IterationReport, ValidationReport
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -41,15 +43,26 @@ class Run:
     state: RunState
     reporter: Reporter
     timers: Timers
+    compute: ComputeTime
     throughput: Throughput
     progress: Progress
     longest_validation: float = 0.0
     """Seconds of the slowest validation so far, all datasets together; 0: there was none in this job."""
+    rank_seconds: Sequence[float] | None = None
+    """Compute seconds of each rank in the last iteration, if it was measured."""
 
     def agree(self, stop: Stop | None) -> Stop | None:
         """Return the stop of the first rank that has one; a collective call."""
         with self.mesh.backend.phases.enter("agreeing whether to stop"):
             return agree(self.mesh.world, self.mesh.backend.device, stop)
+
+    def agree_after_iteration(self, stop: Stop | None) -> Stop | None:
+        """As agree; also gather the compute time of each rank, if the iteration was measured."""
+        own = self.compute.take() if self.compute.measures else None
+        with self.mesh.backend.phases.enter("agreeing whether to stop"):
+            agreed, gathered = agree_and_gather(self.mesh.world, self.mesh.backend.device, stop, own)
+        self.rank_seconds = gathered or None
+        return agreed
 
     def evaluates(self, split: Split) -> bool:
         """Return whether the run has data and iterations for an evaluation on `split`."""
@@ -95,7 +108,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
                 stop = stopper.after_iteration(run.progress, reserve=state.longest_save)
                 # Reporting a failed background save is a collective call, so the ranks agree on it first.
                 failed_save = Stop("error", "a background save failed")
-                if (agreed := run.agree(failed_save if state.failed else stop)) == failed_save:
+                agreed = run.agree_after_iteration(failed_save if state.failed else stop)
+                if agreed == failed_save:
                     state.finish()
                     agreed = run.agree(stop)
                 stop = agreed
@@ -141,6 +155,7 @@ def _train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
         return None
     data, spikes = run.data.train, run.state.spikes
     assert data is not None, "a run that trains has training data"
+    run.compute.begin(plan.iteration)
     with run.timers("train-step"):
         outcome = run.engine.train_step(plan, run.data.train_reader(plan))
     observed = (plan.iteration, outcome.loss, plan.first_sample, plan.global_batch)
@@ -202,6 +217,7 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         eta_seconds=rates.eta_seconds,
         memory=run.mesh.backend.memory_stats() if config.metrics.log_memory or progress.iteration == 1 else {},
         timers=run.timers.take(),
+        rank_seconds=run.rank_seconds,
     )
 
 

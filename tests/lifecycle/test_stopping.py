@@ -11,7 +11,7 @@ from support.job_commands import SMALL
 from megatron_lite.backend.environment import host_name
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.training import TrainingConfig
-from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, resume_hint
+from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather, resume_hint
 from megatron_lite.schedules.progress import Progress
 
 
@@ -88,6 +88,19 @@ def test_all_ranks_agree_on_the_stop_of_any_rank(on_ranks):
     results = on_ranks(3, agreed, [(), (2,), (1, 2), ()])
     where = [f"rank {rank} (on {host_name()}, rank {rank})" for rank in (2, 1)]
     assert all([stop and stop.message for stop in result] == [None, *where, None] for result in results)
+
+
+def gathered(backend):
+    world = backend.new_group("world", (tuple(range(backend.world_size)),))
+    stop = Stop("signal", "rank 1") if backend.rank == 1 else None
+    first = agree_and_gather(world, backend.device, None, 0.5 + backend.rank)
+    second = agree_and_gather(world, backend.device, stop, 0.25)
+    return first, second[0].message, second[1]
+
+
+def test_a_number_of_each_rank_is_gathered_with_the_agreement(on_ranks):
+    message = f"rank 1 (on {host_name()}, rank 1)"
+    assert on_ranks(2, gathered) == [((None, [0.5, 1.5]), message, [0.25, 0.25])] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

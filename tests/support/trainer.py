@@ -17,7 +17,16 @@ from megatron_lite.cli.main import main
 # Fork starts a job in 0.1 s, an interpreter with torch in 3 s.
 _FORK = multiprocessing.get_context("fork")
 # Fields of metrics.jsonl that depend on time or folder.
-_OF_THE_CLOCK = {"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "eta_seconds", "memory", "timers"}
+_OF_THE_CLOCK = {
+    "time",
+    "seconds",
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "eta_seconds",
+    "memory",
+    "timers",
+} | {"rank_seconds"}
 
 
 @dataclass(frozen=True)
