@@ -80,7 +80,11 @@ class Group(ABC):
 
     @abstractmethod
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-        """Start sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock."""
+        """Start sends and receives, given as (tensor, peer's coordinate), as one batch that cannot deadlock.
+
+        Returns:
+            The Work of each send, then of each receive; NCCL completes all of a batch at once, with one Work.
+        """
 
     @abstractmethod
     def barrier(self) -> None:
@@ -106,14 +110,6 @@ class Group(ABC):
         out = torch.empty((x.shape[0] // self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
         self.reduce_scatter_(out, x.contiguous())
         return out
-
-    def send(self, x: Tensor, coordinate: int) -> Work:
-        """Start to send `x` (contiguous) to a coordinate of the group."""
-        return self.exchange([(x, coordinate)], [])[0]
-
-    def recv_(self, x: Tensor, coordinate: int) -> Work:
-        """Start to receive `x` (contiguous) from a coordinate of the group."""
-        return self.exchange([], [(x, coordinate)])[0]
 
 
 class _Done:
@@ -191,7 +187,8 @@ class ProcessGroup(Group):
         """Start sends and receives as one batch."""
         batch = [dist.P2POp(dist.isend, x, self.ranks[peer], self._process_group) for x, peer in sends]
         batch += [dist.P2POp(dist.irecv, x, self.ranks[peer], self._process_group) for x, peer in receives]
-        return dist.batch_isend_irecv(batch) if batch else []
+        works = dist.batch_isend_irecv(batch) if batch else []
+        return works * len(batch) if len(works) == 1 else works
 
     def barrier(self) -> None:
         """Return once every rank of the group has called it."""

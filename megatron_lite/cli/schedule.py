@@ -40,6 +40,8 @@ def run(argv: list[str]) -> int:
             print(f"rank {rank}: {' '.join(map(str, actions))}")
         print()
     print(f"time {timeline.makespan:g}, bubble {timeline.bubble:.2%}")
+    waits = ", ".join(f"{time:g}" for time in timeline.blocked)
+    print(f"time waiting for inputs after the first action, by rank: {waits}")
     print(f"most activations held at once, by rank: {', '.join(map(str, timeline.peak_activations))}", end="")
     print(f" (each 1/{chunks} of a rank's layers)" if chunks > 1 else "")
     if options.png:

@@ -5,18 +5,21 @@ There is one path for any number of stages: the program for pp = 1 is `0F0 0B0 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_lite.backend.group import Group, Work
 from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.schedules.pipeline import Action
+from megatron_lite.schedules.pipeline import COMPUTE, Action
 
 
 class Batch(Protocol):
@@ -53,7 +56,7 @@ BatchReader = Callable[[int], Batch]
 Timed = Callable[[str], AbstractContextManager[None]]
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 _TIMERS = {"F": "forward-compute", "B": "backward-compute", "W": "weight-gradients"}
-"""Megatron's names of timers, by kind of action; messages are timed together as pipeline-messages."""
+"""Megatron's names of timers, by kind of action; starting and awaiting messages is timed as pipeline-messages."""
 _PHASES = {"F": "forward", "B": "backward", "W": "weight gradients"}
 """Names of actions in failure messages."""
 
@@ -72,21 +75,43 @@ class StepLosses:
 
 
 @dataclass
+class _Received:
+    """Tensor that is being received: valid after wait()."""
+
+    tensor: Tensor
+    work: Work
+
+    def wait(self) -> Tensor:
+        """Return the tensor once the current stream may read it."""
+        self.work.wait()
+        return self.tensor
+
+
+@dataclass
 class _Tensors:
     """Tensors that one action leaves for another, by (stage, micro-batch)."""
 
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Outputs to be sent."""
+    graphs: dict[tuple[int, int], Tensor | GradientEdge] = field(default_factory=dict)
+    """Starting points of backward: the loss, or the graph of an output without the output."""
     gradients: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Gradients of outputs, from the next stage."""
+    received: dict[tuple[str, int, int], _Received] = field(default_factory=dict)
+    """Received tensors that no action has used yet, by (kind of the receive, stage, micro-batch)."""
     batches: dict[int, Batch] = field(default_factory=dict)
 
 
-class Messages:
-    """P2P send/recv of hidden states and their gradients between pipeline ranks: asynchronous send, blocking receive.
+MAX_SENDS = 4
+"""Largest number of sent tensors kept alive; a further send waits for the oldest."""
 
-    The program's order cannot deadlock even if a send blocks until it is received (schedules/lowering.py), so a send is
-    waited for only before the next one. At most one sent tensor is kept alive.
+
+class Messages:
+    """P2P send/recv of hidden states and their gradients between pipeline ranks, asynchronous.
+
+    The program's order cannot deadlock even if a send blocks until it is received (schedules/lowering.py), so any send
+    may be waited for before the next one.
 
     Args:
         group: the pipeline-parallel group.
@@ -96,25 +121,32 @@ class Messages:
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
         self._device = device
-        self._sending: list[tuple[Work, Tensor]] = []
+        self._sending: deque[tuple[Work, Tensor]] = deque()
 
-    def send(self, tensor: Tensor, peer: int) -> None:
-        """Start sending to a coordinate of the group; `tensor` must not change until the next send or finish."""
-        self.finish()
-        tensor = tensor.contiguous()
-        self._sending.append((self._group.send(tensor, peer), tensor))
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[tuple[int, ...], torch.dtype, int]]
+    ) -> list[_Received]:
+        """Start sends and receives as one batch.
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int) -> Tensor:
-        """Return the next tensor that `peer` sends to this rank."""
-        tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        self._group.recv_(tensor, peer).wait()
-        return tensor
+        Args:
+            sends: tensors with the peer's coordinate in the group; they must not change until the batch has ended.
+            receives: shape, dtype and the peer's coordinate of the next tensor that the peer sends to this rank.
+
+        Returns:
+            The tensors to be received, in the order of `receives`.
+        """
+        while len(self._sending) > MAX_SENDS - len(sends) and self._sending:
+            self._sending.popleft()[0].wait()
+        sending = [(tensor.contiguous(), peer) for tensor, peer in sends]
+        receiving = [(torch.empty(shape, dtype=dtype, device=self._device), peer) for shape, dtype, peer in receives]
+        works = self._group.exchange(sending, receiving)
+        self._sending += [(work, tensor) for work, (tensor, _) in zip(works, sending, strict=False)]
+        return [_Received(tensor, work) for work, (tensor, _) in zip(works[len(sending) :], receiving, strict=True)]
 
     def finish(self) -> None:
-        """Wait for the last send."""
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
+        """Wait for all sends."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
 
 
 class Executor:
@@ -170,57 +202,80 @@ class Executor:
             gradient_scale: factor on the gradient of the sum of sample losses: loss scale / global batch.
         """
         losses, tensors = StepLosses(), _Tensors()
-        last_use = {action.microbatch: index for index, action in enumerate(program)}
-        for index, action in enumerate(program):
-            if action.microbatch not in tensors.batches:
-                self._current = "reading data"
-                with self._timed("batch-generator"):
-                    tensors.batches[action.microbatch] = read(action.microbatch)
-            batch = tensors.batches[action.microbatch]
-            self._rng.set_microbatch(iteration, batch.number)
-            name = _PHASES.get(action.kind, "message")
-            self._current = f"{name} of micro-batch {action.microbatch} on stage {action.stage}"
-            with self._timed(_TIMERS.get(action.kind, "pipeline-messages")):
-                if action.kind == "F":
-                    self._forward(action, batch, tensors, losses)
-                elif action.kind == "B":
-                    self._backward(action, tensors, gradient_scale)
-                elif action.kind == "W":
-                    assert self._deferred is not None, "a W action needs deferred weight gradients"
-                    self._deferred.compute((action.stage, action.microbatch), self._accumulate)
-                else:
-                    self._message(action, batch, tensors, seq_length)
-            if last_use[action.microbatch] == index:
-                del tensors.batches[action.microbatch]
+        last_uses = {action.microbatch: action for action in program}
+        for actions in _steps(program):
+            for action in actions:
+                if action.microbatch not in tensors.batches:
+                    self._current = "reading data"
+                    with self._timed("batch-generator"):
+                        tensors.batches[action.microbatch] = read(action.microbatch)
+            first = actions[0]
+            if first.kind in COMPUTE:
+                batch = tensors.batches[first.microbatch]
+                self._rng.set_microbatch(iteration, batch.number)
+                self._wait_for_input(first, tensors)
+                self._current = f"{_PHASES[first.kind]} of micro-batch {first.microbatch} on stage {first.stage}"
+                with self._timed(_TIMERS[first.kind]):
+                    if first.kind == "F":
+                        self._forward(first, batch, tensors, losses)
+                    elif first.kind == "B":
+                        self._backward(first, tensors, gradient_scale)
+                    else:
+                        assert self._deferred is not None, "a W action needs deferred weight gradients"
+                        self._deferred.compute((first.stage, first.microbatch), self._accumulate)
+            else:
+                self._current = f"messages {', '.join(map(str, actions))}"
+                with self._timed("pipeline-messages"):
+                    self._exchange(actions, tensors, seq_length)
+            for action in actions:
+                if last_uses[action.microbatch] == action:
+                    del tensors.batches[action.microbatch]
             if self._trace is not None:
-                self._trace.append(action)
+                self._trace += actions
         self._messages.finish()
         self._current = ""
         return losses
 
+    def _wait_for_input(self, action: Action, tensors: _Tensors) -> None:
+        """Wait for the received tensor that a forward or backward uses first."""
+        message = tensors.received.pop((f"RECV_{action.kind}", action.stage, action.microbatch), None)
+        if message is None:
+            return
+        self._current = f"receiving for micro-batch {action.microbatch} on stage {action.stage}"
+        with self._timed("pipeline-messages"):
+            tensor = message.wait()
+        if action.kind == "F":
+            tensors.inputs[action.stage, action.microbatch] = tensor.requires_grad_(torch.is_grad_enabled())
+        else:
+            tensors.gradients[action.stage, action.microbatch] = tensor
+
     def _forward(self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
-        training, next_is_local = torch.is_grad_enabled(), stage + 1 in self._stages
+        training = torch.is_grad_enabled()
         output = self._stages[stage](tensors.inputs.get(key), batch)
         if stage == self._last_stage:
             samples = self._stages[stage].sample_losses(output, batch)
             losses.samples.append(samples.detach())
             losses.sources.append(batch.sources)
-            output = samples.sum()
-        elif next_is_local:
-            tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(training)
-        if training or not (next_is_local or stage == self._last_stage):
-            tensors.outputs[key] = output
+            if training:
+                tensors.graphs[key] = samples.sum()
+        else:
+            if stage + 1 in self._stages:
+                tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(training)
+            else:
+                tensors.outputs[key] = output.detach()
+            if training:
+                # The graph is kept without the output, whose memory is free once it has been sent.
+                tensors.graphs[key] = get_gradient_edge(output)
         if not training:
             tensors.inputs.pop(key, None)
 
     def _backward(self, action: Action, tensors: _Tensors, gradient_scale: float) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
-        output = tensors.outputs.pop(key)
-        is_last = stage == self._last_stage
-        gradient = torch.full_like(output, gradient_scale) if is_last else tensors.gradients.pop(key)
+        graph = tensors.graphs.pop(key)
+        gradient = torch.full_like(graph, gradient_scale) if isinstance(graph, Tensor) else tensors.gradients.pop(key)
         with nullcontext() if self._deferred is None else self._deferred.collect(key):
-            torch.autograd.backward(output, gradient)
+            torch.autograd.backward(graph, gradient)
         if stage == 0:
             return
         received = tensors.inputs[key]
@@ -229,20 +284,31 @@ class Executor:
             tensors.gradients[stage - 1, action.microbatch] = received.grad
             del tensors.inputs[key]
 
-    def _message(self, action: Action, batch: Batch, tensors: _Tensors, seq_length: int) -> None:
-        assert action.peer is not None
-        key, stage = (action.stage, action.microbatch), self._stages[action.stage]
-        if action.kind == "SEND_F":
-            output = tensors.outputs[key] if torch.is_grad_enabled() else tensors.outputs.pop(key)
-            self._messages.send(output.detach(), action.peer)
-        elif action.kind == "SEND_B":
-            gradient = tensors.inputs.pop(key).grad
-            assert gradient is not None
-            self._messages.send(gradient, action.peer)
-        else:
-            shape = stage.hidden_shape(seq_length, batch.tokens.shape[0])
-            received = self._messages.receive(shape, stage.hidden_dtype, action.peer)
-            if action.kind == "RECV_F":
-                tensors.inputs[key] = received.requires_grad_(torch.is_grad_enabled())
+    def _exchange(self, actions: Sequence[Action], tensors: _Tensors, seq_length: int) -> None:
+        """Start adjacent sends and receives as one batch."""
+        sends, receives = [], []
+        for action in actions:
+            assert action.peer is not None
+            key, stage = (action.stage, action.microbatch), self._stages[action.stage]
+            if action.kind == "SEND_F":
+                sends.append((tensors.outputs.pop(key), action.peer))
+            elif action.kind == "SEND_B":
+                gradient = tensors.inputs.pop(key).grad
+                assert gradient is not None
+                sends.append((gradient, action.peer))
             else:
-                tensors.gradients[key] = received
+                batch_size = tensors.batches[action.microbatch].tokens.shape[0]
+                receives.append((stage.hidden_shape(seq_length, batch_size), stage.hidden_dtype, action.peer))
+        received = self._messages.exchange(sends, receives)
+        receiving = [action for action in actions if action.kind.startswith("RECV")]
+        for action, message in zip(receiving, received, strict=True):
+            tensors.received[action.kind, action.stage, action.microbatch] = message
+
+
+def _steps(program: Sequence[Action]) -> Iterator[list[Action]]:
+    """Yield compute actions alone and adjacent messages together, in order."""
+    for is_compute, actions in groupby(program, key=lambda action: action.kind in COMPUTE):
+        if is_compute:
+            yield from ([action] for action in actions)
+        else:
+            yield list(actions)

@@ -22,7 +22,8 @@ def lower(schedule: Schedule, kind: PipelineKind, chunks: int = 1, costs: Costs 
     """Return the program of every pipeline rank: compute actions with sends and receives between them.
 
     Neighbouring stages on one rank (the two chunks of the last rank under zb-v, all chunks if pp is 1) need no message:
-    the executor passes the tensor on. Messages between two computations are adjacent, so a transport may batch them.
+    the executor passes the tensor on. Messages between two computations are adjacent; the executor starts them as one
+    batch.
 
     Args:
         schedule: result of pipeline_schedule.

@@ -1,16 +1,20 @@
 """Pipeline simulator: start times, bubble, peak activations and deadlocks of a schedule.
 
 There are two transports. The *blocking* transport stalls both ranks of a message until both have reached it and the
-data is transferred (rendezvous, the strictest transport). The *overlapping* transport, as NCCL's, transfers data in
-parallel with computation, one message at a time per rank in list order; a computation waits for its inputs only.
+data is transferred (rendezvous, the strictest transport). The *overlapping* transport is that of the executor on NCCL:
+adjacent messages of a rank are one batch, which starts once the computation before it and the rank's previous batch
+have ended. A message takes its time from the start of both batches that hold it; a batch ends with its last message.
+Computation continues meanwhile: a forward or backward waits only for the batch that holds its input. The executor's
+limit on sends in flight is left out: it only matters where messages take longer than computations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
-from megatron_lite.schedules.pipeline import COMPUTE, Action, Schedule
+from megatron_lite.schedules.pipeline import COMPUTE, Action, ActionKind, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,12 @@ class Timeline:
     def makespan(self) -> float:
         """Time from the first rank's start to the last rank's end."""
         return max((spans[-1].end for spans in self.ranks if spans), default=0.0)
+
+    @property
+    def blocked(self) -> tuple[float, ...]:
+        """Time that each rank waits for inputs between its first and its last action."""
+        pairs = [pairwise(spans) for spans in self.ranks]
+        return tuple(sum(after.start - before.end for before, after in of_rank) for of_rank in pairs)
 
     @property
     def bubble(self) -> float:
@@ -131,60 +141,88 @@ def _run_blocking(program: Schedule, costs: Costs, split: bool) -> list[list[Spa
     return spans
 
 
+@dataclass(eq=False)
+class _Batch:
+    """Adjacent messages of a rank, after `position` computations."""
+
+    messages: list[Action]
+    position: int
+    partners: list[_Batch] = field(default_factory=list)
+    """For each message the batch that holds its other end."""
+    start: float | None = None
+    end: float | None = None
+
+
 def _run_overlapping(program: Schedule, costs: Costs, split: bool) -> list[list[Span]]:
     compute = [[action for action in actions if action.kind in COMPUTE] for actions in program]
-    queues = [[action for action in actions if action.kind not in COMPUTE] for actions in program]
-    clocks, wires = [0.0] * len(program), [0.0] * len(program)
-    at, queued = [0] * len(program), [0] * len(program)
-    needs = [_needs(actions) for actions in program]
-    ready: dict[tuple[int, Action], float] = {}
+    batches = [_batches(actions) for actions in program]
+    inputs = _connect(batches)
     spans: list[list[Span]] = [[] for _ in program]
+    clocks, ended = [0.0] * len(program), [0] * len(program)
     moved = True
     while moved:
         moved = False
-        for rank in range(len(program)):
-            while at[rank] < len(compute[rank]):
-                action = compute[rank][at[rank]]
-                waits = [ready.get((rank, need)) for need in needs[rank][action]]
-                if None in waits:
+        for rank, actions in enumerate(compute):
+            while len(spans[rank]) < len(actions):
+                action = actions[len(spans[rank])]
+                received = inputs[action].end if action in inputs else 0.0
+                if received is None:
                     break
-                start = max([clocks[rank], *(wait for wait in waits if wait is not None)])
-                clocks[rank] = ready[rank, action] = start + costs.of(action, split)
+                start = max(clocks[rank], received)
+                clocks[rank] = start + costs.of(action, split)
                 spans[rank].append(Span(action, start, clocks[rank]))
-                at[rank] += 1
                 moved = True
-            while queued[rank] < len(queues[rank]):
-                message = queues[rank][queued[rank]]
-                produced = ready.get((rank, Action("F" if message.kind == "SEND_F" else "B", *_unit_of(message))))
-                if not message.kind.startswith("SEND") or produced is None or not _meets(message, rank, queues, queued):
+            while ended[rank] < len(batches[rank]):
+                batch = batches[rank][ended[rank]]
+                if batch.start is None and batch.position <= len(spans[rank]):
+                    before = spans[rank][batch.position - 1].end if batch.position else 0.0
+                    previous = batches[rank][ended[rank] - 1].end if ended[rank] else 0.0
+                    batch.start = max(before, previous or 0.0)
+                    moved = True
+                starts = [partner.start for partner in batch.partners if partner.start is not None]
+                if batch.start is None or len(starts) < len(batch.messages):
                     break
-                peer = _peer(message)
-                received = queues[peer][queued[peer]]
-                end = max(wires[rank], wires[peer], produced) + costs.of(message, split)
-                wires[rank] = wires[peer] = ready[peer, received] = end
-                queued[rank] += 1
-                queued[peer] += 1
+                batch.end = max(batch.start, *starts) + costs.comm
+                ended[rank] += 1
                 moved = True
-    if any(done < len(actions) for done, actions in zip([*at, *queued], [*compute, *queues], strict=True)):
-        raise DeadlockError(_stuck([*compute, *queues], [*at, *queued]))
+    if any(len(done) < len(actions) for done, actions in zip(spans, compute, strict=True)) or any(
+        done < len(of_rank) for done, of_rank in zip(ended, batches, strict=True)
+    ):
+        waiting = [[message for batch in of_rank for message in batch.messages[:1]] for of_rank in batches]
+        raise DeadlockError(_stuck([*compute, *waiting], [*map(len, spans), *ended]))
     return spans
 
 
-def _needs(actions: list[Action]) -> dict[Action, list[Action]]:
-    """Return, for each compute action, the receives on the same rank that it depends on."""
-    needs: dict[Action, list[Action]] = {}
-    received: dict[tuple[str, int, int], Action] = {
-        (a.kind, *_unit_of(a)): a for a in actions if a.kind.startswith("RECV")
-    }
-    for action in actions:
-        if action.kind in COMPUTE:
-            message = received.get((f"RECV_{action.kind}", *_unit_of(action)))
-            needs[action] = [message] if message else []
-    return needs
+def _batches(actions: list[Action]) -> list[_Batch]:
+    """Return the batches of adjacent messages of a rank, in order."""
+    found, position = [], 0
+    for is_compute, adjacent in groupby(actions, key=lambda action: action.kind in COMPUTE):
+        if is_compute:
+            position += len(list(adjacent))
+        else:
+            found.append(_Batch(list(adjacent), position))
+    return found
 
 
-def _unit_of(action: Action) -> tuple[int, int]:
-    return action.stage, action.microbatch
+def _connect(batches: list[list[_Batch]]) -> dict[Action, _Batch]:
+    """Fill the partners of batches; return, for each computation with a received input, the batch that holds it."""
+    inputs: dict[Action, _Batch] = {}
+    messages = [(message, batch) for of_rank in batches for batch in of_rank for message in batch.messages]
+    for message, batch in messages:
+        if message.kind == "RECV_F" or message.kind == "RECV_B":
+            inputs[_consumer(message)] = batch
+    for message, batch in messages:
+        if message.kind.startswith("SEND") and (receiver := inputs.get(_consumer(message))) is not None:
+            batch.partners.append(receiver)
+            receiver.partners.append(batch)
+    return inputs
+
+
+def _consumer(message: Action) -> Action:
+    """Return the computation that uses the data of a send or receive."""
+    kind: ActionKind = "F" if message.kind.endswith("F") else "B"
+    step = {"SEND_F": 1, "SEND_B": -1}.get(message.kind, 0)
+    return Action(kind, message.stage + step, message.microbatch)
 
 
 def _peer(action: Action) -> int:
@@ -197,10 +235,8 @@ def _meets(send: Action, rank: int, program: Schedule, position: list[int]) -> b
     peer = _peer(send)
     if position[peer] >= len(program[peer]):
         return False
-    stage = send.stage + (1 if send.kind == "SEND_F" else -1)
-    kind = send.kind.replace("SEND", "RECV")
     other = program[peer][position[peer]]
-    return (other.kind, other.stage, other.microbatch, other.peer) == (kind, stage, send.microbatch, rank)
+    return other.kind.startswith("RECV") and (_consumer(other), other.peer) == (_consumer(send), rank)
 
 
 def _stuck(program: Schedule, position: list[int]) -> str:
