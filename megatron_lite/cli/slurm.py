@@ -1,4 +1,4 @@
-"""CLI command `slurm`: checks and submits batch scripts, and keeps a run going by a chain of jobs."""
+"""CLI command `slurm`: checks and submits batch scripts; chains of jobs are in cli/slurm_chain.py."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megatron_lite.cli import slurm_chain
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.errors import ConfigError
 
-if TYPE_CHECKING:
-    from megatron_lite.ops.chain import Chain, Start
-
-EXIT_ENDED = 3
-"""Exit code of `begin`: the chain has ended, and the job must not train."""
 SUMMARY = "check a Slurm job script without a GPU and submit it, also as a chain of jobs"
 
 
 def run(argv: list[str]) -> int:
-    """Run `slurm submit`, `stop` or `status`; `begin` and `end` are called by the jobs of a chain."""
+    """Run `slurm submit`, or a command of a chain (cli/slurm_chain.py)."""
     own, passed_on = _split(argv)
     options = _parser().parse_args(own)
     if options.command == "submit":
         return _submit(options, passed_on)
-    return _chain(options.command, options.run)
+    return slurm_chain.run_command(options)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -56,48 +51,8 @@ def _parser() -> Parser:
         "--sbatch", default="", metavar="OPTIONS", help="options of sbatch, as '--nodes=8 --time=1:00:00'"
     )
     submit.add_argument("script", type=Path, help="the job script; its own arguments follow")
-    for name, text in (
-        ("status", "show the chain of a run and its jobs"),
-        ("stop", "cancel the jobs of a run's chain"),
-        ("begin", "called by a job of a chain when it begins"),
-        ("end", "called by a job of a chain when its script has ended"),
-    ):
-        commands.add_parser(name, help=text).add_argument("run", type=Path, help="the run's --save folder")
+    slurm_chain.add_commands(commands)
     return parser
-
-
-def _chain(command: str, folder: Path) -> int:
-    from megatron_lite.ops import chain as chains
-
-    if command == "begin":
-        chain, goes_on = chains.begin_job(folder, _current_start())
-        print(_summary(folder, chain), flush=True)
-        return 0 if goes_on else EXIT_ENDED
-    if command == "end":
-        chain = chains.end_job(folder, _current_start())
-    elif command == "stop":
-        chain = chains.stop_chain(folder)
-    else:
-        chain = chains.existing_chain(folder)
-        for past in chain.outcomes:
-            print(f"{past.time}  job {past.start}: {past.status} at iteration {past.iteration:,}: {past.message}")
-    print(_summary(folder, chain))
-    return 0
-
-
-def _current_start() -> Start:
-    from megatron_lite.ops.chain import Start
-
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        raise ConfigError("SLURM_JOB_ID is not set", fix="Run this within a Slurm job")
-    return Start(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
-
-
-def _summary(folder: Path, chain: Chain) -> str:
-    successor = f", job {chain.successor} waits for its end" if chain.successor and chain.state == "active" else ""
-    reason = f": {chain.reason}" if chain.reason else ""
-    return f"chain of {folder}: {chain.state}{reason}; job {chain.job}{successor}"
 
 
 def _submit(options: argparse.Namespace, arguments: list[str]) -> int:

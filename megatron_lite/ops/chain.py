@@ -1,262 +1,244 @@
 """Job chain: Slurm jobs submitted one after the other until a run is complete.
 
-Each job submits its successor when it begins, dependent on its own end (`afterany`). Whatever ends the job, the next
-one starts: no code has to run at the end. A job that Slurm requeues keeps its successor. The end of a job is judged by
-exit_status.json: a complete run cancels the successor; repeated failures without progress delay it, then end the chain.
-`chain.json` in the run's --save folder holds the state.
+Each job submits its successor when it begins, dependent on its own end (`--dependency=afterany`). Of the ways to build
+a chain, this one survives most failures:
+
+- Self-resubmission at the end of a job does not happen if the job is killed: time limit, failed node, preemption.
+- `--dependency=singleton` orders jobs by name and user: two runs of one name wait for each other.
+- `scontrol requeue` needs a live job, and some clusters disable it. Slurm's own requeue, after a failed node or a
+  preemption, keeps job and successor: `afterany` is not satisfied by it. A job that cannot submit another one (limit
+  on submitted jobs, no sbatch on compute nodes) requeues itself at its end.
+
+A job is judged by exit_status.json when its script has ended, or by its successor if it was killed. A complete run
+cancels the successor. A failure delays it; repeated failures without a new checkpoint end the chain. `chain.json` in
+the run's --save folder holds the state; it is changed under a lock. A job that is not the chain's does not train.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
+from megatron_lite.ops.chain_script import SCRIPT_NAME, write_scripts
+from megatron_lite.ops.chain_state import (
+    CHAIN_NAME,
+    Chain,
+    Start,
+    add_outcome,
+    backoff_minutes,
+    existing_chain,
+    locked,
+    outcome_of,
+    read_chain,
+    write_chain,
+)
 from megatron_lite.ops.exclude import exclude_option
 from megatron_lite.ops.job import read_resources
-from megatron_lite.runs.atomic import replace_file
-from megatron_lite.runs.catalog import latest_iteration
-from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
+from megatron_lite.runs.lock import read_owner
+from megatron_lite.runs.process import is_running
 
-CHAIN_NAME = "chain.json"
-SCRIPT_NAME = "chain.slurm"
-FINAL = ("completed", "evaluated", "kill_switch", "exit_flag")
-"""Values of exit_status.json after which no further job is wanted."""
-MAX_FAILURES = 3
-"""Failures in a row at the same saved iteration after which the chain stops."""
-BACKOFF_MINUTES = 2
-"""Delay of the successor after a failure, doubled with each further one."""
-HOST_FAILURES = 2
-"""Failures that began on one host after which its node is excluded."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """One start of a job; a job that Slurm requeues starts again under its number.
-
-    Attributes:
-        job: number of the job.
-        restart: how often it was requeued before.
-    """
-
-    job: str
-    restart: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.job}, restart {self.restart}" if self.restart else self.job
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of one start of a job.
-
-    Attributes:
-        start: the job and its restart, as text.
-        status: of exit_status.json; "killed": it wrote none.
-        message: the error, or how the job ended.
-        iteration: the checkpoint from which the next job resumes; 0: there is none.
-        host: on which an error occurred first.
-        time: UTC, ISO 8601.
-    """
-
-    start: str
-    status: str
-    message: str
-    iteration: int
-    host: str
-    time: str
-
-    @property
-    def failed(self) -> bool:
-        """Whether the job did not end as planned."""
-        return self.status in ("error", "killed")
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Content of chain.json.
-
-    Attributes:
-        script: the user's job script, absolute.
-        arguments: of the script.
-        options: of sbatch.
-        state: active; completed; stopped, for `reason`.
-        reason: why the chain ended.
-        job: the job that runs or ran last, with its restart.
-        successor: the job that waits for its end.
-        outcomes: of earlier jobs, oldest first.
-        excluded: nodes on which no further job runs.
-    """
-
-    script: str
-    arguments: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    state: Literal["active", "completed", "stopped"] = "active"
-    reason: str = ""
-    job: Start = Start("")
-    successor: str = ""
-    outcomes: tuple[Outcome, ...] = ()
-    excluded: tuple[str, ...] = field(default=())
-
-    @property
-    def failures(self) -> int:
-        """Number of failures in a row, the last ones, at the same saved iteration."""
-        count = 0
-        for outcome in reversed(self.outcomes):
-            if not outcome.failed or outcome.iteration != self.outcomes[-1].iteration:
-                break
-            count += 1
-        return count
-
-
-def read_chain(folder: Path) -> Chain | None:
-    """Return the chain of a run; None: it has none.
-
-    Raises:
-        ConfigError: chain.json is damaged.
-    """
-    path = folder / CHAIN_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        outcomes = tuple(Outcome(**outcome) for outcome in content.pop("outcomes"))
-        for name in ("arguments", "options", "excluded"):
-            content[name] = tuple(content[name])
-        return Chain(**content | {"job": Start(**content["job"])}, outcomes=outcomes)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}", fix=f"Remove {path} and submit the job again") from error
+TRAINING_END_SECONDS = 60.0
+"""Time for which the end of a script waits for the end of training: a signal may end the script first."""
 
 
 def start_chain(folder: Path, script: Path, arguments: Sequence[str], options: Sequence[str]) -> str:
     """Submit the first job of a chain; return its number.
 
+    Args:
+        folder: the --save folder of the run.
+        script: the user's job script; the chain's jobs run a copy of it, as sbatch does.
+        arguments: of the script.
+        options: of sbatch.
+
     Raises:
-        ConfigError: a chain for this run is in the queue, or sbatch refuses the job.
+        ConfigError: a job of this run is in the queue, the script cannot be chained, or sbatch refuses it.
     """
-    old = read_chain(folder)
-    if old is not None and old.state == "active":
-        for job in (old.job.job, old.successor):
-            if job and (state := slurm.job_state(job)) is not None:
-                raise ConfigError(
-                    f"A chain for --save {folder} is active: job {job} is {state.lower()}",
-                    rule="One chain at a time may work on a run",
-                    fix=f"End it with `megatron-lite slurm stop {folder}`, or give another --save folder",
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    chain = Chain(str(script.absolute()), tuple(arguments), tuple(options))
-    (folder / SCRIPT_NAME).write_text(_batch_script(folder, chain), encoding="utf-8")
-    job = _submit(folder, chain)
-    _write(folder, chain)
+    _refuse_array(script, options)
+    with locked(folder):
+        old = read_chain(folder)
+        _refuse_second(folder, old)
+        chain = Chain(str(script.absolute()), tuple(arguments), tuple(options))
+        write_scripts(folder, script, arguments)
+        # Written before the job exists: a job of a chain that was not recorded would not train.
+        write_chain(folder, chain)
+        try:
+            job = _submit(folder, chain)
+        except ConfigError:
+            if old is None:
+                (folder / CHAIN_NAME).unlink()
+            else:
+                write_chain(folder, old)
+            raise
+        write_chain(folder, replace(chain, successor=job))
     return job
 
 
-def begin_job(folder: Path, start: Start) -> tuple[Chain, bool]:
-    """Record the start of a job and submit its successor; return whether the job is to train.
+def begin_job(folder: Path, start: Start) -> tuple[Chain, str]:
+    """Record the start of a job and submit its successor.
 
-    A restart of the same job, after Slurm requeued it, keeps the successor that waits for it.
+    A job that Slurm has requeued keeps the successor that waits for its end. A successor that cannot be submitted does
+    not prevent the training: the end of the job tries again.
+
+    Returns:
+        The chain, and why the job must not train; empty: it trains.
     """
-    chain = existing_chain(folder)
-    if chain.job.job:
-        chain = _judge(chain, folder, chain.job)
-    if chain.job.job != start.job:
-        chain = replace(chain, successor="")
-    chain = replace(chain, job=start)
-    if chain.state == "active" and (not chain.successor or slurm.job_state(chain.successor) is None):
-        chain = replace(chain, successor=_submit(folder, chain, after=start.job))
-    _write(folder, chain)
-    return chain, chain.state == "active"
+    with locked(folder, start):
+        chain = existing_chain(folder)
+        if chain.state == "active" and (foreign := _refuse_foreign(chain, start)):
+            return chain, foreign
+        if chain.job.job and chain.job != start:
+            chain = _judged(chain, folder, chain.job, requeued=chain.job.job == start.job)
+        if chain.job.job != start.job:
+            chain = replace(chain, successor="")
+        # Written first: with no room for it, there must be no successor either, which would fail in the same way.
+        chain = write_chain(folder, replace(chain, job=start, warning=""))
+        if chain.state != "active":
+            return chain, f"the chain is {chain.state}: {chain.reason}"
+        try:
+            if not chain.successor or slurm.job_state(chain.successor) is None:
+                chain = replace(chain, successor="")
+                chain = replace(chain, successor=_submit(folder, chain, after=start.job))
+        except ConfigError as error:
+            chain = replace(chain, warning=f"the next job is not submitted yet: {error.problem}")
+        return write_chain(folder, chain), ""
 
 
 def end_job(folder: Path, start: Start) -> Chain:
-    """Judge the end of a job: cancel, delay or leave its successor.
+    """Judge a job whose script has ended; cancel, delay or keep its successor.
 
-    It runs after the job's script, and not at all where the job was killed: then the successor judges.
+    A job that was killed does not call this function: its successor judges it.
     """
-    chain = _judge(existing_chain(folder), folder, start)
-    if chain.state != "active":
+    _wait_for_training(folder, start)
+    with locked(folder, start):
+        chain = write_chain(folder, _judged(existing_chain(folder), folder, start))
+        if chain.state == "active":
+            return write_chain(folder, _prepare_successor(folder, chain, start))
         if chain.successor:
-            slurm.cancel(chain.successor)
-    elif chain.outcomes and chain.outcomes[-1].failed:
-        changes = [f"StartTime=now+{_backoff_minutes(chain)}minutes"]
-        if excluded := _excluded(folder, chain):
-            changes.append(f"ExcNodeList={excluded}")
-        slurm.call("scontrol", "update", f"JobId={chain.successor}", *changes)
-    _write(folder, chain)
+            try:
+                slurm.cancel(chain.successor)
+            except ConfigError as error:  # the successor finds the chain ended, and exits
+                print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        return chain
+
+
+def stop_chain(folder: Path, *, after_current: bool = False) -> Chain:
+    """Cancel the jobs of a chain, the waiting one first.
+
+    Args:
+        folder: the --save folder of the run.
+        after_current: let the running job finish.
+    """
+    with locked(folder):
+        chain = existing_chain(folder)
+        if chain.state == "active":
+            chain = write_chain(folder, replace(chain, state="stopped", reason="stopped by `slurm stop`"))
+        for job in (chain.successor, "" if after_current else chain.job.job):
+            if job:
+                slurm.cancel(job)
     return chain
 
 
-def stop_chain(folder: Path) -> Chain:
-    """Cancel the jobs of a chain, the successor first."""
-    chain = replace(existing_chain(folder), state="stopped", reason="slurm stop")
-    _write(folder, chain)
-    for job in (chain.successor, chain.job.job):
-        if job:
-            slurm.cancel(job)
-    return chain
+def _refuse_array(script: Path, options: Sequence[str]) -> None:
+    components = read_resources(script.read_text(encoding="utf-8"), options)
+    if any("array" in component.options for component in components):
+        raise ConfigError(
+            f"{script} is a job array (--array), which cannot be chained: its tasks would train in one folder",
+            fix="Remove --array, and submit one chain per run with a --save folder of its own",
+        )
 
 
-def existing_chain(folder: Path) -> Chain:
-    """Return the chain of a run.
+def _refuse_second(folder: Path, chain: Chain | None) -> None:
+    """Refuse a chain for a run of which a job is in the queue.
 
     Raises:
-        ConfigError: it has none, or chain.json is damaged.
+        ConfigError: a job of an active chain waits or runs, or another Slurm job trains in the folder.
     """
-    chain = read_chain(folder)
-    if chain is None:
+    if chain is not None:
+        for queued in slurm.queued_jobs(chain.jobs) if chain.jobs else ():
+            raise ConfigError(
+                f"The run {folder} has a chain already: job {queued.job} is {queued.state.lower()}",
+                rule="One chain at a time may work on a run",
+                fix=f"End it with `megatron-lite slurm stop {folder}`, or give another --save folder",
+            )
+    owner = read_owner(folder)
+    trains = owner.process.slurm_job if owner is not None else ""
+    if trains and slurm.job_state(trains) not in (None, "PENDING"):
         raise ConfigError(
-            f"{folder} has no chain ({CHAIN_NAME})", fix="Start one with `megatron-lite slurm submit --chain`"
+            f"Slurm job {trains} trains in --save {folder}",
+            rule="One job at a time may train a run",
+            fix=f"Cancel it (scancel {trains}), or let the chain wait: --sbatch=--dependency=afterany:{trains}",
         )
-    return chain
 
 
-def _judge(chain: Chain, folder: Path, start: Start) -> Chain:
-    """Add the outcome of a start, unless it is known, and decide whether the chain goes on."""
+def _refuse_foreign(chain: Chain, start: Start) -> str:
+    """Return why a job is not the chain's, while a job of the chain is in the queue; empty: it is the chain's.
+
+    sbatch may report a timeout for a job that it has submitted; the chain then has another successor.
+    """
+    if start.job in chain.jobs:
+        return ""
+    try:
+        queued = slurm.queued_jobs(chain.jobs) if chain.jobs else []
+    except ConfigError:
+        queued = []
+    return f"it is not of this chain, whose job {queued[0].job} is {queued[0].state.lower()}" if queued else ""
+
+
+def _wait_for_training(folder: Path, start: Start) -> None:
+    """Wait until the ranks of a job have released the run's lock, or rank 0 has died."""
+    deadline = time.monotonic() + TRAINING_END_SECONDS
+    while time.monotonic() < deadline:
+        owner = read_owner(folder)
+        if owner is None or owner.process.slurm_job != start.job or is_running(owner.process) is False:
+            return
+        time.sleep(0.5)
+
+
+def _judged(chain: Chain, folder: Path, start: Start, *, requeued: bool = False) -> Chain:
+    """Return the chain with the outcome of a start, unless it has ended or has the outcome already."""
     if chain.state != "active" or any(outcome.start == str(start) for outcome in chain.outcomes):
         return chain
-    outcome = _outcome(folder, start)
-    chain = replace(chain, outcomes=(*chain.outcomes, outcome))
-    if outcome.status in FINAL or completed_iteration(folder) is not None:
-        return replace(chain, state="completed", reason=outcome.message)
-    if outcome.failed:
-        on_host = sum(earlier.failed and earlier.host == outcome.host for earlier in chain.outcomes)
-        if outcome.host and on_host >= HOST_FAILURES and outcome.host not in chain.excluded:
-            chain = replace(chain, excluded=(*chain.excluded, outcome.host))
-        if chain.failures >= MAX_FAILURES:
-            reason = (
-                f"{chain.failures} failures in a row at iteration {outcome.iteration:,}; the last: {outcome.message}"
-            )
+    return add_outcome(chain, outcome_of(folder, start, requeued=requeued))
+
+
+def _prepare_successor(folder: Path, chain: Chain, start: Start) -> Chain:
+    """Submit a missing successor; delay one after a failure, and exclude nodes from it. Return the new state."""
+    if not chain.successor:
+        return _submit_late(folder, chain, start)
+    try:
+        if slurm.job_state(chain.successor) is None:
+            reason = f"job {chain.successor}, which waited for the end of job {start.job}, was cancelled"
             return replace(chain, state="stopped", reason=reason)
-    return chain
+        changes = []
+        if chain.outcomes[-1].failed:
+            changes.append(f"StartTime=now+{backoff_minutes(chain)}minutes")
+        if excluded := _excluded(folder, chain):
+            changes.append(f"ExcNodeList={excluded}")
+        if changes:
+            slurm.call("scontrol", "update", f"JobId={chain.successor}", *changes)
+    except ConfigError as error:
+        return replace(chain, warning=f"job {chain.successor} is not delayed: {error.problem}")
+    return replace(chain, warning="")
 
 
-def _outcome(folder: Path, start: Start) -> Outcome:
-    status = read_exit_status(folder)
-    saved = latest_iteration(folder) or 0
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    # The file of an earlier start stays if this one was killed before it began to train.
-    if status is None or not _is_of_start(status, start):
-        return Outcome(str(start), "killed", "the job ended without writing exit_status.json", saved, "", now)
-    host = status.host if status.status == "error" else ""
-    return Outcome(str(start), status.status, status.message, saved, host, now)
-
-
-def _is_of_start(status: ExitStatus, start: Start) -> bool:
-    """Return whether a start of a job wrote an exit status; under torchrun the file does not name the job."""
-    match = re.match(r"Slurm step (\w+)\.\d+, restart (\d+)", status.job)
-    return match is None or (match[1], int(match[2])) == (start.job, start.restart)
-
-
-def _backoff_minutes(chain: Chain) -> int:
-    return BACKOFF_MINUTES * 2 ** max(0, chain.failures - 1)
+def _submit_late(folder: Path, chain: Chain, start: Start) -> Chain:
+    """Submit the successor at the end of a job, or requeue the job itself."""
+    try:
+        return replace(chain, successor=_submit(folder, chain, after=start.job), warning="")
+    except ConfigError as refused:
+        # Slurm ends this job at once, and this program with it.
+        write_chain(folder, replace(chain, warning=f"job {start.job} was requeued: {refused.problem}"))
+        try:
+            slurm.call("scontrol", "requeue", start.job)
+        except ConfigError as error:
+            reason = f"no further job could be submitted ({refused.problem}) and the job not requeued ({error.problem})"
+            return replace(chain, state="stopped", reason=reason)
+        return existing_chain(folder)
 
 
 def _submit(folder: Path, chain: Chain, *, after: str = "") -> str:
@@ -264,54 +246,18 @@ def _submit(folder: Path, chain: Chain, *, after: str = "") -> str:
     if after:
         options.append(f"--dependency=afterany:{after}")
     if chain.failures:
-        options.append(f"--begin=now+{_backoff_minutes(chain)}minutes")
+        options.append(f"--begin=now+{backoff_minutes(chain)}minutes")
     if excluded := _excluded(folder, chain):
         options.append(f"--exclude={excluded}")
     return slurm.submit(options, str(folder.absolute() / SCRIPT_NAME))
 
 
 def _excluded(folder: Path, chain: Chain) -> str:
-    """Return the hosts for --exclude: the user's, the chain's and those of the exclude file."""
-    own = read_resources((folder / SCRIPT_NAME).read_text(encoding="utf-8"), chain.options)[0].options.get(
-        "exclude", ""
-    )
+    """Return the nodes for --exclude: the user's, the chain's and those of the exclude file."""
+    script = (folder / SCRIPT_NAME).read_text(encoding="utf-8")
+    own = read_resources(script, chain.options)[0].options.get("exclude", "")
     try:
         return exclude_option(folder, given=own, further=chain.excluded)
     except ConfigError as error:  # a line written by hand must not end the chain
         print(f"WARNING: {error}", file=sys.stderr, flush=True)
         return ",".join(filter(None, (own, *chain.excluded)))
-
-
-def _batch_script(folder: Path, chain: Chain) -> str:
-    """Return the script of each job: the user's #SBATCH lines, `slurm begin`, the user's script, `slurm end`."""
-    lines = Path(chain.script).read_text(encoding="utf-8").splitlines()
-    header = []
-    for line in lines[1:] if lines[:1] and lines[0].startswith("#!") else lines:
-        if line.strip() and not line.startswith("#"):
-            break
-        if line.startswith("#SBATCH"):
-            header.append(line)
-    program = f"{shlex.quote(sys.executable)} -m megatron_lite slurm"
-    run = shlex.quote(str(folder.absolute()))
-    command = shlex.join(["bash", chain.script, *chain.arguments])
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"# Written by `megatron-lite slurm submit --chain` for {chain.script}.",
-            *header,
-            "#SBATCH --open-mode=append",
-            f"{program} begin {run} || exit 0",
-            f"{command} &",
-            "child=$!",
-            "# Signals that Slurm sends to the batch shell (--signal=B:USR1@600) are meant for the script.",
-            'for name in USR1 USR2 TERM INT HUP; do trap "kill -$name $child 2>/dev/null" "$name"; done',
-            'while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done',
-            f"{program} end {run}",
-            'exit "$code"',
-            "",
-        ]
-    )
-
-
-def _write(folder: Path, chain: Chain) -> None:
-    replace_file(folder / CHAIN_NAME, (json.dumps(asdict(chain), indent=2) + "\n").encode())

@@ -108,6 +108,7 @@ class FolderLock:
         command: the command that this process runs, for messages.
         notify: receives a line about waiting, and about a stale lock that is taken over.
         clock: seconds, from any origin; injected by tests.
+        name: of the lock in the folder.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class FolderLock:
         command: str,
         notify: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
+        name: str = LOCK_NAME,
     ) -> None:
         self.folder = folder
-        self._path = folder / LOCK_NAME
+        self._path = folder / name
         self._process = process
         self._command = command
         self._notify = notify
@@ -256,7 +258,7 @@ class FolderLock:
         token = secrets.token_hex(8)
         name = f"{token}.{int(time.time())}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_name(f"{LOCK_NAME}.{token}")
+        aside = self._path.with_name(f"{self._path.name}.{token}")
         try:
             aside.mkdir()
             _write(aside / name, self._owner(token).encode(), os.O_CREAT | os.O_EXCL)
@@ -292,7 +294,7 @@ class FolderLock:
         seen = _read(self._path)
         if seen is None or seen.name != name:
             return False
-        for left_behind in self.folder.glob(f"{LOCK_NAME}.*"):
+        for left_behind in self.folder.glob(f"{self._path.name}.*"):
             shutil.rmtree(left_behind, ignore_errors=True)  # a process died between preparing and taking
         self._name, self._lost, self._last_beat = name, False, self._clock()
         self._over = threading.Event()

@@ -1,5 +1,6 @@
 """Tests of the job chain with stand-ins for Slurm's programs, which keep a queue in a folder."""
 
+import errno
 import json
 import shlex
 from types import SimpleNamespace
@@ -8,30 +9,44 @@ import pytest
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import chain as module
-from megatron_lite.ops import slurm
-from megatron_lite.ops.chain import Start, begin_job, end_job, read_chain, start_chain, stop_chain
+from megatron_lite.ops import chain_state, slurm
+from megatron_lite.ops.chain import begin_job, end_job, start_chain, stop_chain
+from megatron_lite.ops.chain_script import script_changed
+from megatron_lite.ops.chain_state import MAX_FAILURES, MAX_IDLE, Start, existing_chain, read_chain
 from megatron_lite.runs.exit_status import ExitStatus
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.process import ProcessId, this_process
+
+DOWN = ConfigError("sbatch failed: Unable to contact slurm controller", fix="")
 
 
 @pytest.fixture
 def queue(monkeypatch):
     """A queue: the options of each job that was submitted, the state of each, and other calls."""
 
-    queue = SimpleNamespace(options={}, states={}, calls=[])
+    queue = SimpleNamespace(options={}, states={}, calls=[], final={}, refuse=None, down=False)
 
     def submit(options, script, arguments=()):
+        if queue.refuse is not None:
+            raise queue.refuse
         job = str(100 + len(queue.options))
         queue.options[job], queue.states[job] = list(options), "PENDING"
         return job
 
-    def call(*command):
-        queue.calls.append(command)
-        return ""
+    def job_state(job):
+        if queue.down:
+            raise DOWN
+        return queue.states.get(job)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "job_state", lambda job: queue.states.get(job))
+    monkeypatch.setattr(slurm, "job_state", job_state)
+    monkeypatch.setattr(
+        slurm, "queued_jobs", lambda jobs: [slurm.QueuedJob(job, state) for job in jobs if (state := job_state(job))]
+    )
+    monkeypatch.setattr(slurm, "final_state", lambda job: queue.final.get(job))
     monkeypatch.setattr(slurm, "cancel", lambda job: queue.states.pop(job, None))
-    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setattr(slurm, "call", lambda *command: queue.calls.append(command) or "")
+    monkeypatch.setattr(slurm, "node_names", frozenset)
     return queue
 
 
@@ -46,49 +61,72 @@ def run(tmp_path, queue):
     return folder
 
 
-def ends(folder, status, *, job, restart=0, saved=0, host="n1"):
+def begins(run, queue, job, restart=0):
+    """Start a job as Slurm does; return the chain."""
+    chain, refusal = begin_job(run, Start(job, restart))
+    assert not refusal
+    queue.states[job] = "RUNNING"
+    return chain
+
+
+def ends(run, status, *, job, restart=0, saved=0, host="n1", failed_saves=()):
     """Leave what a training job leaves."""
     text = ExitStatus(
-        status=status, message=f"it was {status}", host=host, job=f"Slurm step {job}.0, restart {restart}.0"
+        status=status,
+        message=f"it was {status}",
+        host=host,
+        failed_saves=failed_saves,
+        job=f"Slurm step {job}.0, restart {restart}.0",
     )
-    (folder / "exit_status.json").write_bytes(text.encode())
-    (folder / "latest_checkpointed_iteration.txt").write_text(f"{saved}\n", encoding="utf-8")
+    (run / "exit_status.json").write_bytes(text.encode())
+    (run / "latest_checkpointed_iteration.txt").write_text(f"{saved}\n", encoding="utf-8")
 
 
-def test_the_script_of_a_chain_wraps_the_users(run, queue):
+def test_the_script_of_a_chain_wraps_a_copy_of_the_users(run, queue):
     lines = (run / "chain.slurm").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("#SBATCH")] == [
         "#SBATCH --nodes=2",
         "#SBATCH --time=20:00:00",
         "#SBATCH --open-mode=append",
     ]
-    assert f"{shlex.join(['bash', str(run.parent / 'job.slurm'), 'a b'])} &" in lines
+    assert f"{shlex.join(['bash', str(run / 'chain_script.slurm'), 'a b'])} &" in lines
     assert queue.options["100"] == ["--partition=long"]
+    script = run.parent / "job.slurm"
+    assert not script_changed(run, str(script))
+    script.write_text("#!/bin/bash\nsrun something else\n")
+    assert script_changed(run, str(script)) and "srun train" in (run / "chain_script.slurm").read_text()
 
 
 def test_each_job_submits_its_successor_until_the_run_is_complete(run, queue):
     for job, saved in (("100", 10), ("101", 20)):
-        chain, goes_on = begin_job(run, Start(job))
-        assert goes_on and f"--dependency=afterany:{job}" in queue.options[chain.successor]
+        chain = begins(run, queue, job)
+        assert f"--dependency=afterany:{job}" in queue.options[chain.successor]
         ends(run, "time_limit", job=job, saved=saved)
         if job == "100":
             end_job(run, Start(job))
-    chain, goes_on = begin_job(run, Start("102"))
-    assert goes_on and [outcome.iteration for outcome in chain.outcomes] == [10, 20]
+    chain = begins(run, queue, "102")
+    assert [outcome.iteration for outcome in chain.outcomes] == [10, 20]
     ends(run, "completed", job="102", saved=30)
     chain = end_job(run, Start("102"))
     assert (chain.state, chain.reason) == ("completed", "it was completed") and "103" not in queue.states
-    assert not begin_job(run, Start("103"))[1], "a successor that started all the same does not train"
+    _, refusal = begin_job(run, Start("103"))
+    assert refusal == "the chain is completed: it was completed", "a successor that started all the same does not train"
+
+
+@pytest.mark.parametrize("status", ["kill_switch", "exit_flag"])
+def test_a_run_that_the_user_ends_stops_the_chain(run, queue, status):
+    begins(run, queue, "100")
+    ends(run, status, job="100", saved=3)
+    assert end_job(run, Start("100")).state == "stopped" and "101" not in queue.states
 
 
 def test_failures_without_progress_delay_and_stop_the_chain(run, queue):
-    for number in range(module.MAX_FAILURES):
+    for number in range(MAX_FAILURES):
         job = str(100 + number)
-        chain, goes_on = begin_job(run, Start(job))
-        assert goes_on
+        begins(run, queue, job)
         ends(run, "error", job=job, saved=7, host=f"n{number}")
         chain = end_job(run, Start(job))
-        if number < module.MAX_FAILURES - 1:
+        if number < MAX_FAILURES - 1:
             assert (
                 "scontrol",
                 "update",
@@ -102,66 +140,250 @@ def test_failures_without_progress_delay_and_stop_the_chain(run, queue):
 def test_progress_between_failures_keeps_the_chain_going(run, queue):
     for number in range(5):
         job = str(100 + number)
-        begin_job(run, Start(job))
+        begins(run, queue, job)
         ends(run, "error", job=job, saved=number + 1, host=f"n{number}")
         chain = end_job(run, Start(job))
     assert chain.state == "active" and chain.failures == 1
 
 
+def test_jobs_that_never_reach_a_save_stop_the_chain(run, queue):
+    for number in range(MAX_IDLE):
+        job = str(100 + number)
+        begins(run, queue, job)
+        ends(run, "time_limit", job=job, saved=5)
+        chain = end_job(run, Start(job))
+    assert chain.state == "stopped"
+    assert chain.reason == "10 jobs in a row without a new checkpoint, at iteration 5; the last: it was time_limit"
+
+
+def test_a_full_disk_stops_the_chain_at_once(run, queue):
+    begins(run, queue, "100")
+    ends(run, "error", job="100", saved=4, failed_saves=[8])
+    chain = end_job(run, Start("100"))
+    assert (chain.state, chain.reason) == ("stopped", "the disk is full: it was error")
+    assert "101" not in queue.states
+
+
+def test_the_state_is_written_to_a_full_disk_by_giving_up_a_reserve(run, queue, monkeypatch):
+    replace_file = chain_state.replace_file
+
+    def full(path, content):
+        if (run / "chain.reserve").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(path, content)
+
+    monkeypatch.setattr(chain_state, "replace_file", full)
+    begins(run, queue, "100")
+    assert read_chain(run).job == Start("100") and not (run / "chain.reserve").exists()
+
+
+def test_a_disk_with_no_room_for_the_state_gets_no_successor(run, queue, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chain_state, "replace_file", full)
+    with pytest.raises(ConfigError, match=r"Cannot write the state of the chain to .*run: No space left.*df -h"):
+        begin_job(run, Start("100"))
+    assert list(queue.options) == ["100"]
+
+
 def test_a_host_that_fails_twice_is_excluded(run, queue):
     for number in range(2):
         job = str(100 + number)
-        begin_job(run, Start(job))
+        begins(run, queue, job)
         ends(run, "error", job=job, saved=number, host="n7")
         chain = end_job(run, Start(job))
     assert chain.excluded == ("n7",) and queue.calls[-1][-1] == "ExcNodeList=n7"
-    chain, _ = begin_job(run, Start("102"))
+    chain = begins(run, queue, "102")
     assert "--exclude=n7" in queue.options[chain.successor]
 
 
-def test_a_job_that_was_killed_is_judged_by_its_successor(run, queue):
-    begin_job(run, Start("100"))
+def test_the_hosts_of_the_exclude_file_and_of_the_user_are_excluded(run, queue, tmp_path):
+    (run / "excluded_nodes.txt").write_text("n3  # slow\n")
+    chain = begins(run, queue, "100")
+    assert "--exclude=n3" in queue.options[chain.successor]
+    (run / "excluded_nodes.txt").write_text("n3  # slow\nn4\n")
+    ends(run, "time_limit", job="100", saved=1)
+    end_job(run, Start("100"))
+    assert queue.calls[-1] == ("scontrol", "update", "JobId=101", "ExcNodeList=n3,n4")
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "failures"),
+    [("NODE_FAIL", "killed", 1), (None, "killed", 1), ("CANCELLED", "cancelled", 0), ("PREEMPTED", "cancelled", 0)],
+)
+def test_a_job_that_was_killed_is_judged_by_its_successor(run, queue, state, status, failures):
+    begins(run, queue, "100")
     ends(run, "error", job="99", saved=4)  # left by a job before the chain
-    queue.states.pop("100", None)
-    chain, goes_on = begin_job(run, Start("101"))
-    assert goes_on and (chain.outcomes[-1].status, chain.outcomes[-1].iteration) == ("killed", 4)
+    queue.states.pop("100")
+    queue.final["100"] = state
+    chain = begins(run, queue, "101")
+    assert (chain.outcomes[-1].status, chain.outcomes[-1].iteration, chain.failures) == (status, 4, failures)
+    assert chain.outcomes[-1].message == f"ended without an exit status{f' (Slurm: {state})' if state else ''}"
 
 
 def test_a_requeued_job_keeps_its_successor(run, queue):
-    chain, _ = begin_job(run, Start("100"))
+    chain = begins(run, queue, "100")
     ends(run, "error", job="100", saved=3)
     end_job(run, Start("100"))
-    again, goes_on = begin_job(run, Start("100", 1))
-    assert goes_on and again.successor == chain.successor == "101" and len(queue.options) == 2
-    ends(run, "time_limit", job="100", restart=1, saved=8)
-    assert [outcome.start for outcome in end_job(run, Start("100", 1)).outcomes] == ["100", "100, restart 1"]
+    again = begins(run, queue, "100", 1)
+    assert again.successor == chain.successor == "101" and len(queue.options) == 2
+    again = begins(run, queue, "100", 2)  # without an exit status
+    ends(run, "time_limit", job="100", restart=2, saved=8)
+    assert [(past.start, past.status) for past in end_job(run, Start("100", 2)).outcomes] == [
+        ("100", "error"),
+        ("100, restart 1", "requeued"),
+        ("100, restart 2", "time_limit"),
+    ]
+
+
+def test_a_job_trains_although_its_successor_cannot_be_submitted_yet(run, queue):
+    queue.refuse = DOWN
+    chain = begins(run, queue, "100")
+    assert chain.warning == "the next job is not submitted yet: sbatch failed: Unable to contact slurm controller"
+    queue.refuse = None
+    ends(run, "time_limit", job="100", saved=3)
+    chain = end_job(run, Start("100"))
+    assert (chain.successor, chain.warning) == ("101", "") and "--dependency=afterany:100" in queue.options["101"]
+
+
+def test_a_job_that_may_submit_no_other_requeues_itself(run, queue, monkeypatch):
+    queue.refuse = ConfigError("sbatch failed: QOSMaxSubmitJobPerUserLimit", fix="")
+    begins(run, queue, "100")
+    ends(run, "time_limit", job="100", saved=3)
+    chain = end_job(run, Start("100"))
+    assert queue.calls[-1] == ("scontrol", "requeue", "100") and chain.state == "active"
+    assert chain.warning == "job 100 was requeued: sbatch failed: QOSMaxSubmitJobPerUserLimit"
+
+    def refuse(*command):
+        raise ConfigError("scontrol failed: Requested operation is presently disabled", fix="")
+
+    monkeypatch.setattr(slurm, "call", refuse)
+    begins(run, queue, "100", 1)
+    ends(run, "time_limit", job="100", restart=1, saved=4)
+    chain = end_job(run, Start("100", 1))
+    assert chain.state == "stopped" and chain.reason == (
+        "no further job could be submitted (sbatch failed: QOSMaxSubmitJobPerUserLimit) and the job not requeued "
+        "(scontrol failed: Requested operation is presently disabled)"
+    )
+
+
+def test_slurm_that_does_not_answer_delays_nothing(run, queue):
+    begins(run, queue, "100")
+    queue.down = True
+    assert begins(run, queue, "100", 1).warning.startswith("the next job is not submitted yet: ")
+    ends(run, "error", job="100", restart=1, saved=3)
+    chain = end_job(run, Start("100", 1))
+    assert chain.state == "active" and "is not delayed: sbatch failed" in chain.warning and chain.successor == "101"
+
+
+def test_cancelling_the_waiting_job_ends_the_chain(run, queue):
+    begins(run, queue, "100")
+    queue.states.pop("101")
+    ends(run, "time_limit", job="100", saved=3)
+    chain = end_job(run, Start("100"))
+    assert chain.state == "stopped" and len(queue.options) == 2
+    assert chain.reason == "job 101, which waited for the end of job 100, was cancelled"
+
+
+def test_a_job_that_is_not_the_chains_does_not_train(run, queue):
+    begins(run, queue, "100")
+    _, refusal = begin_job(run, Start("150"))
+    assert refusal == "it is not of this chain, whose job 100 is running" and len(queue.options) == 2
+    assert read_chain(run).job == Start("100")
+    queue.states.clear()
+    begins(run, queue, "150")  # sbatch chain.slurm by hand, after all jobs were cancelled
 
 
 def test_one_chain_at_a_time_works_on_a_run(run, queue, tmp_path):
-    with pytest.raises(ConfigError, match=r"is active: job 101 is pending.*slurm stop"):
-        begin_job(run, Start("100"))
-        queue.states.pop("100")
+    begins(run, queue, "100")
+    queue.states.pop("100")
+    with pytest.raises(ConfigError, match=r"has a chain already: job 101 is pending.*slurm stop"):
         start_chain(run, tmp_path / "job.slurm", [], [])
-    stop_chain(run)
+    assert stop_chain(run).reason == "stopped by `slurm stop`"
     assert not queue.states and read_chain(run).state == "stopped"
     start_chain(run, tmp_path / "job.slurm", [], [])
-    assert read_chain(run).outcomes == ()
+    assert read_chain(run).outcomes == () and read_chain(run).successor == "102"
+
+
+def test_a_chain_is_refused_while_another_job_trains_in_the_folder(run, queue, tmp_path):
+    stop_chain(run)
+    process = this_process("n1", "77")
+    with FolderLock(run, process=process, command="train"):
+        queue.states["77"] = "RUNNING"
+        with pytest.raises(ConfigError, match=r"Slurm job 77 trains in --save .*--dependency=afterany:77"):
+            start_chain(run, tmp_path / "job.slurm", [], [])
+    start_chain(run, tmp_path / "job.slurm", [], [])
+
+
+def test_stopping_may_leave_the_running_job(run, queue):
+    begins(run, queue, "100")
+    stop_chain(run, after_current=True)
+    assert queue.states == {"100": "RUNNING"}
+    ends(run, "time_limit", job="100", saved=3)
+    chain = end_job(run, Start("100"))
+    assert (chain.state, chain.reason) == ("stopped", "stopped by `slurm stop`")
+
+
+def test_a_job_array_is_refused(run, queue, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a job array \(--array\).*Remove --array"):
+        start_chain(tmp_path / "other", tmp_path / "job.slurm", [], ["--array=1-3"])
+
+
+def test_a_chain_whose_first_job_is_refused_leaves_no_chain(run, queue, tmp_path):
+    queue.refuse = ConfigError("sbatch failed: Invalid partition name specified", fix="")
+    with pytest.raises(ConfigError, match="Invalid partition"):
+        start_chain(tmp_path / "other", tmp_path / "job.slurm", [], [])
+    assert read_chain(tmp_path / "other") is None
+    stop_chain(run)
+    with pytest.raises(ConfigError, match="Invalid partition"):
+        start_chain(run, tmp_path / "job.slurm", [], [])
+    assert read_chain(run).state == "stopped"
+
+
+def test_the_end_of_a_script_waits_for_the_end_of_training(run, queue, monkeypatch):
+    begins(run, queue, "100")
+    lock = FolderLock(run, process=this_process("n1", "100"), command="train")
+    lock.acquire()
+
+    def sleep(seconds):
+        ends(run, "signal", job="100", saved=9)
+        lock.release()
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    assert end_job(run, Start("100")).outcomes[-1].status == "signal"
+
+
+def test_an_expired_lock_of_the_chain_is_taken_over(run, queue, capsys):
+    dead = ProcessId(host="n1", machine=this_process("n1").machine, pid=2**22 + 1, start="1")
+    lock = FolderLock(run, name="chain.lock", process=dead, command="slurm")
+    lock.acquire()
+    lock._over.set()
+    begins(run, queue, "100")
+    assert "taking over the lock" in capsys.readouterr().err
+    lock._lost = True
+
+
+def test_a_command_waits_for_another_on_the_same_chain(run, queue, monkeypatch):
+    lock = FolderLock(run, name="chain.lock", process=this_process("n1"), command="slurm")
+    lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(chain_state, "LOCK_SECONDS", 0.0)
+        with pytest.raises(ConfigError, match=r"Another command has been changing the chain.*run this command again"):
+            stop_chain(run)
+    monkeypatch.setattr(chain_state.time, "sleep", lambda seconds: lock.release())
+    stop_chain(run)
+    assert read_chain(run).state == "stopped"
 
 
 def test_a_damaged_or_absent_chain_is_an_error(run):
     (run / "chain.json").write_text(json.dumps({"script": 3}))
-    with pytest.raises(ConfigError, match=r"Cannot read .*chain\.json.*submit the job again"):
+    with pytest.raises(ConfigError, match=r"Cannot read the chain .*chain\.json.*scancel JOB.*submit the chain again"):
         read_chain(run)
-    with pytest.raises(ConfigError, match=r"has no chain"):
-        end_job(run.parent, Start("1"))
-
-
-def test_hosts_of_the_exclude_file_are_excluded_beside_the_users_own(run, queue, capsys):
-    script = run / "chain.slurm"
-    script.write_text(script.read_text().replace("#SBATCH --nodes=2", "#SBATCH --nodes=2 --exclude=n7"))
-    (run / "excluded_nodes.txt").write_text("n3  # slow\n")
-    begin_job(run, Start("100"))
-    assert "--exclude=n7,n3" in queue.options["101"]
-    (run / "excluded_nodes.txt").write_text("n3 slow\n")
-    begin_job(run, Start("101"))
-    assert "--exclude=n7" in queue.options["102"] and "no host name" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"has no chain.*one of its folders with a chain \(run\)"):
+        existing_chain(run.parent)
+    (run / "chain.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no chain.*Give the run's --save folder, or submit"):
+        existing_chain(run)
+    with pytest.raises(ConfigError, match=r"The folder .*none does not exist"):
+        existing_chain(run / "none")

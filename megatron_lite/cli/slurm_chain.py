@@ -1,0 +1,174 @@
+"""CLI commands `slurm status`, `stop`, `begin` and `end`: show and end a chain; start and finish one of its jobs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megatron_lite.cli.parser import Parser
+    from megatron_lite.ops.chain_state import Chain, Start
+    from megatron_lite.ops.slurm import QueuedJob
+
+
+def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the commands to the parser of `slurm`."""
+    for name, text in (
+        ("status", "show the jobs of a run's chain: how they ended, what runs, what waits"),
+        ("stop", "cancel the jobs of a run's chain"),
+        ("begin", "called by a job of a chain when it begins"),
+        ("end", "called by a job of a chain when its script has ended"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("run", type=Path, help="the run's --save folder")
+        if name == "status":
+            command.add_argument("--json", action="store_true", help="print JSON, for programs")
+        if name == "stop":
+            command.add_argument(
+                "--after-current", action="store_true", help="let the running job finish; cancel the waiting one only"
+            )
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run one of the commands; return its exit code."""
+    from megatron_lite.ops import chain as chains
+    from megatron_lite.ops.chain_script import EXIT_ENDED
+    from megatron_lite.ops.chain_state import existing_chain
+
+    folder = options.run
+    if options.command == "begin":
+        start = _current_start()
+        chain, refusal = chains.begin_job(folder, start)
+        if refusal:
+            print(f"Job {start} does not train: {refusal}")
+            return EXIT_ENDED
+        print(_headline(folder, chain, None), flush=True)
+    elif options.command == "end":
+        print(_headline(folder, chains.end_job(folder, _current_start()), None))
+    elif options.command == "stop":
+        chain = chains.stop_chain(folder, after_current=options.after_current)
+        print(f"The chain of {folder} is {chain.state}: {chain.reason}")
+    else:
+        chain = existing_chain(folder)
+        queue, unknown = _queue(chain)
+        if options.json:
+            print(json.dumps(_as_json(folder, chain, queue), indent=2))
+        else:
+            _print_status(folder, chain, queue, unknown)
+    return 0
+
+
+def _current_start() -> Start:
+    from megatron_lite.ops.chain_state import Start
+
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        raise ConfigError(
+            "SLURM_JOB_ID is not set: this is not a Slurm job",
+            fix="The jobs of a chain call this command; submit one with `megatron-lite slurm submit --chain JOB.slurm`",
+        )
+    return Start(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+
+
+def _queue(chain: Chain) -> tuple[list[QueuedJob] | None, str]:
+    """Return the jobs of a chain that are in the queue; None, and the reason, if Slurm does not answer."""
+    from megatron_lite.ops import slurm
+
+    try:
+        return slurm.queued_jobs(chain.jobs) if chain.jobs else [], ""
+    except ConfigError as error:
+        return None, error.problem
+
+
+def _state(chain: Chain, queue: list[QueuedJob] | None) -> str:
+    """Return the state of a chain; `interrupted` if it is active and no job of it is in the queue."""
+    return "interrupted" if chain.state == "active" and queue == [] else chain.state
+
+
+def _headline(folder: Path, chain: Chain, queue: list[QueuedJob] | None) -> str:
+    state = _state(chain, queue)
+    reason = f": {chain.reason}" if chain.reason else ""
+    if state == "interrupted":
+        reason = (
+            ": none of its jobs is in the queue; they were cancelled, or Slurm has lost them. "
+            f"`megatron-lite slurm submit --chain {chain.script}` starts a new chain, which resumes the run"
+        )
+    elif state == "active" and queue is None:
+        waiting = f", job {chain.successor} waits for its end" if chain.successor else ""
+        reason = f"; job {chain.job}{waiting}"
+    warning = f"\nWarning: {chain.warning}" if chain.warning and state == "active" else ""
+    return f"Chain of {folder}: {state}{reason}{warning}"
+
+
+def _as_json(folder: Path, chain: Chain, queue: list[QueuedJob] | None) -> dict[str, object]:
+    from megatron_lite.ops.chain_script import script_changed
+
+    return {
+        **asdict(chain),
+        "state": _state(chain, queue),
+        "failures": chain.failures,
+        "script_changed": script_changed(folder, chain.script),
+        "queue": None if queue is None else [asdict(job) for job in queue],
+    }
+
+
+def _print_status(folder: Path, chain: Chain, queue: list[QueuedJob] | None, unknown: str) -> None:
+    from rich.console import Console
+
+    from megatron_lite.ops.chain_script import COPY_NAME, script_changed
+
+    print(_headline(folder, chain, queue))
+    if queue is None:
+        print(f"The queue is unknown: {unknown}")
+    if chain.state == "active" and script_changed(folder, chain.script):
+        print(
+            f"{chain.script} has changed since the chain began; its jobs run the copy {folder / COPY_NAME}. To use the "
+            f"new script: `megatron-lite slurm stop {folder}`, then submit it"
+        )
+    if chain.excluded:
+        print(f"Excluded after failures: {', '.join(chain.excluded)}")
+    if chain.outcomes or queue:
+        Console(highlight=False, markup=False).print(_table(chain, queue or []))
+
+
+def _table(chain: Chain, queue: list[QueuedJob]) -> Table:
+    """Return one row for each start of a job that has ended, and one for each job in the queue."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("job", "state", "time", "saved", "host", "message"):
+        table.add_column(column, overflow="fold", justify="right" if column == "saved" else "left")
+    for past in chain.outcomes:
+        ended = _local(datetime.fromisoformat(past.time).timestamp())
+        table.add_row(past.start, past.status, ended, f"{past.iteration:,}", past.host, past.message)
+    for job in queue:
+        number = str(chain.job) if job.job == chain.job.job else job.job
+        if job.state == "PENDING":
+            estimate = f"starts about {_local(job.start)}" if job.start else "no start estimate"
+            table.add_row(number, "pending", "", "", "", f"{estimate} ({_pending_reason(job)})")
+        else:
+            until = f"until {_local(job.end)} at most" if job.end else ""
+            table.add_row(number, job.state.lower(), _local(job.start) if job.start else "", "", job.nodes, until)
+    return table
+
+
+def _pending_reason(job: QueuedJob) -> str:
+    """Return why a job is pending, with what to do about a job that is held."""
+    if job.reason in ("JobHeldUser", "JobHeldAdmin") or "held" in job.reason:
+        return f"{job.reason}: scontrol release {job.job}"
+    return "waits for the end of the job before" if job.reason == "Dependency" else job.reason
+
+
+def _local(seconds: float) -> str:
+    """Return a time in this machine's time zone, without the year."""
+    return datetime.fromtimestamp(seconds, timezone.utc).astimezone().strftime("%m-%d %H:%M")
