@@ -63,6 +63,11 @@ class BackgroundSaver:
             self._thread.join()
 
     @property
+    def in_progress(self) -> bool:
+        """Whether a save has begun that wait() has not returned yet."""
+        return self._thread is not None
+
+    @property
     def failed(self) -> bool:
         """Whether the save in progress has failed on this rank; wait() then raises the error on every rank."""
         return self._error is not None

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_lite.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from megatron_lite.config.run import RunConfig
 
 
 def norm_parameters(model: ModelConfig, channels: int) -> int:
@@ -47,6 +52,13 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
     if rows is None:
         rows = model.vocab_size or model.padded_vocab_size
     return embedding_parameters(model, rows) + model.num_layers * layer_parameters(model) + head_parameters(model, rows)
+
+
+def checkpoint_size(config: RunConfig) -> int:
+    """Return the bytes of a checkpoint: weights, fp32 main parameters, and Adam's two moments in fp32."""
+    full = config.precision.dtype == "fp32"
+    state = (8 if full else 12) if config.checkpoint.save_optimizer else 0
+    return parameter_count(config.model) * ((4 if full else 2) + state)
 
 
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:

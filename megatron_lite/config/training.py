@@ -132,6 +132,22 @@ class TrainingConfig:
     exit_duration_minutes: float = option(
         0.0, Flag("--exit-duration-in-mins", "Save and exit once the job has run this many minutes (0: never).")
     )
+    exit_before_job_end: bool = option(
+        True,
+        Flag(
+            "--exit-before-job-end",
+            "In a Slurm job: save and exit in time for the save to end before the job's time limit.",
+            sets=True,
+        ),
+        Flag("--no-exit-before-job-end", "Ignore the time limit of the Slurm job.", sets=False),
+    )
+    job_end_margin: float = option(
+        30.0,
+        Flag(
+            "--job-end-margin-in-secs",
+            "Seconds between the estimated end of the last save and the time limit of the Slurm job.",
+        ),
+    )
     kill_switch_path: str = option("", Flag("--kill-switch-path", "Save and exit once this file exists."))
     exit_signals: bool = option(
         True,

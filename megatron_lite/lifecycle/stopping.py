@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -12,8 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_lite.backend.environment import host_name
+from megatron_lite.backend.job_end import JobEnd
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.errors import ConfigError
 from megatron_lite.schedules.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from megatron_lite.backend.group import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAVE_SAFETY = 1.5
+"""Time left for a save before the end of the Slurm job, in durations of the slowest save so far."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Stop:
         message: the log line, in Megatron's words where it has them.
         required_change: what must change first, where the next start would stop for the same reason at once; or empty.
         rollback: the rollback to perform, if that is the reason.
+        limit: the flag or option that set the limit, for status time_limit.
     """
 
     status: str
     message: str
     required_change: str = ""
     rollback: Rollback | None = None
+    limit: str = ""
 
 
 class SignalFlag:
@@ -96,6 +103,8 @@ class Stopper:
         config: the limits.
         flag: the signals received; None: signals are not handled.
         started: the clock's value when the job began; None: now.
+        job_end: end of the Slurm job, on the rank that knows it.
+        first_save: seconds to leave for a save before the Slurm job's end while no save of the run was measured.
         clock: seconds, from any origin; injected by tests.
     """
 
@@ -105,13 +114,53 @@ class Stopper:
         flag: SignalFlag | None = None,
         *,
         started: float | None = None,
+        job_end: JobEnd | None = None,
+        first_save: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._flag = flag
         self._clock = clock
         self._started = clock() if started is None else started
+        self._job_end = job_end
+        self._first_save = first_save
         self._iterations_here = 0
+
+    def describe_time_limit(self, *, save: float | None) -> str:
+        """Return a start-up line on when the time limit stops the run, and because of what; empty: there is no limit.
+
+        Args:
+            save: as for after_iteration.
+
+        Raises:
+            ConfigError: the margin is as long as the Slurm job.
+        """
+        limit = 60 * self._config.exit_duration_minutes
+        by_flag = limit - (self._clock() - self._started) - (save or 0.0) if limit else math.inf
+        left = self._job_end.seconds_left() if self._job_end is not None else None
+        if self._job_end is None or left is None:
+            return self._describe_flag(by_flag) if limit else ""
+        margin, budget = self._config.job_end_margin, self._save_budget(save)
+        if margin >= left + (self._clock() - self._started):
+            raise ConfigError(
+                f"No time is left for training in {self._job_end}: --job-end-margin-in-secs {margin:g} keeps all of it "
+                "free",
+                fix="Request a longer --time from sbatch, or give a smaller --job-end-margin-in-secs",
+            )
+        by_slurm = left - margin - budget
+        if by_flag < by_slurm:
+            return self._describe_flag(by_flag)
+        kept = f"{margin + budget:.0f} s for the save and a margin (--job-end-margin-in-secs {margin:g})"
+        if by_slurm <= 0:
+            return (
+                f"WARNING: {self._job_end}, leaves too little time to keep {kept} free: the run stops after one "
+                "iteration. Request a longer --time from sbatch"
+            )
+        return f"  time limit  {_at(by_slurm)}, because of {self._job_end}: {kept} are kept free"
+
+    def _describe_flag(self, left: float) -> str:
+        minutes = self._config.exit_duration_minutes
+        return f"  time limit  {_at(left)}, because of --exit-duration-in-mins {minutes:g}"
 
     def before_iteration(self, progress: Progress) -> Stop | None:
         """Return a reason not to begin the first iteration: one that holds after any restart, or a signal."""
@@ -123,18 +172,19 @@ class Stopper:
             return Stop("exit_flag", message, "with a larger --exit-samples")
         return None
 
-    def after_iteration(self, progress: Progress, *, reserve: float = 0.0) -> Stop | None:
+    def after_iteration(self, progress: Progress, *, save: float | None = 0.0, iteration: float = 0.0) -> Stop | None:
         """Return the reason to stop after an iteration; None: continue.
 
         Args:
             progress: after the iteration.
-            reserve: seconds of the time limit to leave for the save.
+            save: seconds that the save will take, by the slowest one so far; 0: unknown; None: there is no --save.
+            iteration: seconds that the next iteration will take, by recent ones.
         """
         self._iterations_here += 1
         config = self._config
         if stop := self.before_iteration(progress):
             return stop
-        if stop := self._time_limit(reserve, "the save"):
+        if stop := self._time_limit(save=save, step=iteration):
             return stop
         if config.exit_interval and progress.iteration % config.exit_interval == 0:
             return Stop("exit_flag", f"exiting program at iteration {progress.iteration} (--exit-interval)")
@@ -142,24 +192,25 @@ class Stopper:
             return Stop("exit_flag", f"exiting program after {self._iterations_here} iterations (--exit-after-iters)")
         return None
 
-    def before_evaluation(self, *, evaluation: float, save: float) -> Stop | None:
+    def before_evaluation(self, *, evaluation: float, save: float | None) -> Stop | None:
         """Return the reason not to begin an evaluation; None: begin.
 
         Args:
             evaluation: seconds that it is expected to take; 0: unknown.
-            save: seconds that the save after it will take.
+            save: seconds that the save after it will take; 0: unknown; None: none follows.
         """
         if stop := self._requested_stop():
             return stop
-        return self._time_limit(evaluation + save, "the evaluation and the save") if evaluation else None
+        return self._time_limit(save=save, evaluation=evaluation) if evaluation else None
 
-    def in_evaluation(self, *, save: float) -> Stop | None:
+    def in_evaluation(self, *, save: float | None, step: float = 0.0) -> Stop | None:
         """Return the reason to abandon an evaluation between two of its steps; None: continue.
 
         Args:
-            save: seconds that the save after it will take.
+            save: as for before_evaluation.
+            step: seconds that the next step will take.
         """
-        return self._requested_stop() or self._time_limit(save, "the save")
+        return self._requested_stop() or self._time_limit(save=save, step=step)
 
     def _requested_stop(self) -> Stop | None:
         if self._flag is not None and self._flag.received is not None:
@@ -169,13 +220,35 @@ class Stopper:
             return Stop("kill_switch", f"Detected kill switch at {path}. Exiting", f"once {path} is gone")
         return None
 
-    def _time_limit(self, reserve: float, purpose: str) -> Stop | None:
+    def _time_limit(self, *, save: float | None, evaluation: float = 0.0, step: float = 0.0) -> Stop | None:
         limit = self._config.exit_duration_minutes
         minutes = (self._clock() - self._started) / 60.0
-        if not limit or minutes + reserve / 60.0 <= limit:
+        reserve = evaluation + (save or 0.0)
+        purpose = "the evaluation and the save" if evaluation else "the save"
+        if limit and minutes + reserve / 60.0 > limit:
+            left = f", leaving {reserve:.0f} s for {purpose}" if minutes <= limit else ""
+            message = f"exiting program after {minutes:.1f} minutes{left}"
+            return Stop("time_limit", message, limit="--exit-duration-in-mins")
+        if self._job_end is None:
             return None
-        left = f", leaving {reserve:.0f} s for {purpose}" if minutes <= limit else ""
-        return Stop("time_limit", f"exiting program after {minutes:.1f} minutes{left}")
+        needed = self._config.job_end_margin + evaluation + self._save_budget(save)
+        seconds = self._job_end.seconds_left(needed=needed + step)
+        if seconds is None or seconds >= needed + step:
+            return None
+        message = (
+            f"exiting program {max(0.0, seconds):.0f} s before the end of Slurm job {self._job_end.job}, leaving "
+            f"{needed:.0f} s for {purpose} and a margin of {self._config.job_end_margin:g} s"
+        )
+        return Stop("time_limit", message, limit="--time of the Slurm job")
+
+    def _save_budget(self, save: float | None) -> float:
+        """Return the seconds to leave for a save before Slurm kills the job; save: as for before_evaluation."""
+        return 0.0 if save is None else SAVE_SAFETY * save or self._first_save
+
+
+def _at(left: float) -> str:
+    """Return when a time limit takes effect, in so many seconds."""
+    return f"stops by {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time.time() + left))}"
 
 
 def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:

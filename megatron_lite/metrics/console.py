@@ -14,7 +14,7 @@ from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_duration
-from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,9 @@ class ConsoleSink:
     def validation(self, report: ValidationReport) -> None:
         """Print the evaluation."""
         self._write(format_validation(report))
+
+    def saved(self, record: SaveRecord) -> None:
+        """Do nothing: a message reports it."""
 
     def message(self, text: str) -> None:
         """Print the text unchanged."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
-from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.runs.metrics_file import encode, prepare
 
 
@@ -53,6 +53,10 @@ class JsonlSink:
     def validation(self, report: ValidationReport) -> None:
         """Append the evaluation."""
         self._append("validation", _record(report))
+
+    def saved(self, record: SaveRecord) -> None:
+        """Append the save."""
+        self._append("save", dataclasses.asdict(record))
 
     def message(self, text: str) -> None:
         """Append the message with the number of finished iterations."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_duration, format_short
-from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -91,6 +91,9 @@ class ProgressSink:
         if self._task is not None and self._last is not None:
             status = format_status(self._last, self._validation_loss, self._console.width - _BAR - len(" 100%  "))
             self._progress.update(self._task, completed=self._last.iteration, status=status)
+
+    def saved(self, record: SaveRecord) -> None:
+        """Do nothing: a message reports it."""
 
     def message(self, text: str) -> None:
         """Do nothing: the console sink prints messages through `write`."""

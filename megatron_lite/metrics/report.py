@@ -89,3 +89,18 @@ class ValidationReport:
     """True for the evaluation at the end of the run, which a longer run would not have performed."""
     seconds: float = 0.0
     samples: int = 0
+
+
+@dataclass(frozen=True)
+class SaveRecord:
+    """A complete save.
+
+    Attributes:
+        iteration: of the checkpoint.
+        seconds: from the beginning of the save until the checkpoint is complete.
+        size: bytes on disk.
+    """
+
+    iteration: int
+    seconds: float
+    size: int

@@ -12,7 +12,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.console import ConsoleSink, line_writer
 from megatron_lite.metrics.jsonl import JsonlSink
 from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
-from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
 
 
@@ -27,6 +27,9 @@ class Sink(Protocol):
 
     def validation(self, report: ValidationReport) -> None:
         """Handle the evaluation of a dataset."""
+
+    def saved(self, record: SaveRecord) -> None:
+        """Handle a complete save."""
 
     def message(self, text: str) -> None:
         """Handle a message to the user."""
@@ -61,6 +64,11 @@ class Reporter:
         """Handle the evaluation of a dataset."""
         for sink in self._sinks:
             sink.validation(report)
+
+    def saved(self, record: SaveRecord) -> None:
+        """Store a complete save in metrics.jsonl; its log line is a message."""
+        for sink in self._sinks:
+            sink.saved(record)
 
     def message(self, text: str) -> None:
         """Print a message and store it in metrics.jsonl."""

@@ -15,7 +15,7 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.console import perplexity
-from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
 
 MEMORY_TAGS = {
@@ -93,6 +93,9 @@ class TensorboardSink:
                 self._writer.add_scalar(tag, value, report.iteration)
                 self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
         self._writer.flush()
+
+    def saved(self, record: SaveRecord) -> None:
+        """Do nothing: a message reports it."""
 
     def message(self, text: str) -> None:
         """Do nothing: TensorBoard shows no messages."""

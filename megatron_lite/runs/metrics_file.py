@@ -1,8 +1,8 @@
 """metrics.jsonl file format: encoding, reading, and truncation on resume.
 
-Each line is a JSON object whose `kind` is "start", "iteration", "validation" or "message". Floats are written with all
-their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they are the
-strings "NaN", "Infinity" and "-Infinity".
+Each line is a JSON object whose `kind` is "start", "iteration", "validation", "save" or "message". Floats are written
+with all their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they
+are the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file.
     """
     return [record for _, record in _read_lines(path)]
+
+
+def slowest_save(path: Path, newest: int = 20) -> float:
+    """Return the seconds of the slowest of the newest saves of a run; 0: the file has none, or cannot be read.
+
+    Only the records of saves are decoded: the file of a long run has gigabytes.
+    """
+    seconds: deque[float] = deque(maxlen=newest)
+    with suppress(OSError), path.open("rb") as file:
+        for line in file:
+            if b'"save"' in line[:40]:
+                with suppress(ValueError, KeyError, TypeError):
+                    seconds.append(float(decode(line)["seconds"]))
+    return max(seconds, default=0.0)
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

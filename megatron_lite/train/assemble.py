@@ -21,7 +21,7 @@ from megatron_lite.data.serving.loader import Loader
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.report import RunFacts
-from megatron_lite.metrics.reporter import build_reporter
+from megatron_lite.metrics.reporter import build_reporter, metrics_path
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
@@ -36,6 +36,7 @@ from megatron_lite.pipeline.executor import Executor, Messages, Timed
 from megatron_lite.runs.comparison import config_as_json, continue_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
+from megatron_lite.runs.metrics_file import slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
@@ -143,7 +144,12 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             provenance = replace(provenance, data_history=history)
         if data.train is not None:
             data.train.skipped = provenance.skipped_samples
-        state = stack.enter_context(RunState(config, mesh.world, provenance, start, reporter.message, lock))
+        # Rank 0 decides when the time limit stops the run: 256 ranks need not read the file.
+        metrics = metrics_path(config) if mesh.world.rank == 0 else None
+        earlier_save = slowest_save(metrics) if metrics is not None and start.path is not None else 0.0
+        state = stack.enter_context(
+            RunState(config, mesh.world, provenance, start, reporter, earlier_save=earlier_save, lock=lock)
+        )
         if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
             state.spikes.load(loaded.scalars["spikes"])
         peak = backend.peak_flops(DTYPES[config.precision.dtype])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_lite.backend.agreement import broadcast_from_rank0
+from megatron_lite.backend.job_end import find_job_end
+from megatron_lite.config.counts import checkpoint_size
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.spikes import respond_to_spike
@@ -30,6 +35,10 @@ from megatron_lite.train.replica_check import check_replicas
 from megatron_lite.train.state import RunState
 
 Split = Literal["validation", "test"]
+RECENT = 10
+"""Iterations whose longest is taken for the next one's duration; --compile makes the first one long."""
+FIRST_SAVE_SECONDS, FIRST_SAVE_RATE = 10.0, 200e6
+"""Estimated duration of the run's first save: seconds, plus its size at a slow file system's bytes per second."""
 
 
 @dataclass
@@ -46,6 +55,8 @@ class Run:
     compute: ComputeTime
     throughput: Throughput
     progress: Progress
+    recent_iterations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Seconds of the last iterations, whose longest is expected of the next."""
     longest_validation: float = 0.0
     """Seconds of the slowest validation so far, all datasets together; 0: there was none in this job."""
     rank_seconds: Sequence[float] | None = None
@@ -86,8 +97,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
     """
     config, state, reporter, phases = run.config, run.state, run.reporter, run.mesh.backend.phases
     interval = config.training.eval_interval
-    with SignalFlag(announce=run.mesh.world.rank == 0) if config.training.exit_signals else nullcontext() as flag:
-        stopper = Stopper(config.training, flag, started=started)
+    with _stopper(run, started, saves=True) as stopper:
         first_iteration = run.progress.iteration
         stop = run.agree(stopper.before_iteration(run.progress))
         if stop is None and run.progress.validation_due and run.evaluates("validation"):
@@ -96,8 +106,10 @@ def train(run: Run, *, started: float | None = None) -> Stop:
 
         while stop is None and not is_finished(config, run.progress):
             plan = plan_iteration(config, run.progress, replica=run.mesh.dp.rank)
+            begun = time.monotonic()
             with phases.enter(f"iteration {plan.iteration}"):
                 stop = _train_iteration(run, plan)
+            run.recent_iterations.append(time.monotonic() - begun)
             if stop is not None:  # to roll back: what came after the checkpoint is discarded, so it is not saved
                 state.finish()
                 return stop
@@ -105,7 +117,9 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             if interval and plan.iteration % interval == 0 and run.evaluates("validation"):
                 stop = _validate(run, stopper)
             if stop is None:
-                stop = stopper.after_iteration(run.progress, reserve=state.longest_save)
+                stop = stopper.after_iteration(
+                    run.progress, save=state.seconds_to_save, iteration=max(run.recent_iterations)
+                )
                 # Reporting a failed background save is a collective call, so the ranks agree on it first.
                 failed_save = Stop("error", "a background save failed")
                 agreed = run.agree_after_iteration(failed_save if state.failed else stop)
@@ -130,7 +144,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
         state.finish(final=True)
     if stop.status == "time_limit" and run.progress.iteration == first_iteration:
         # An evaluation took all the time, and the next job would begin with the same one.
-        stop = replace(stop, required_change="with a larger --exit-duration-in-mins or a smaller --eval-iters")
+        stop = replace(stop, required_change=f"with a larger {stop.limit} or a smaller --eval-iters")
     return stop
 
 
@@ -139,11 +153,34 @@ def evaluate_only(run: Run, *, started: float | None = None) -> Stop:
 
     Args and returns: as for train.
     """
-    training, is_rank0 = run.config.training, run.mesh.world.rank == 0
-    with SignalFlag(announce=is_rank0, saves=False) if training.exit_signals else nullcontext() as flag:
-        stopper = Stopper(training, flag, started=started)
+    with _stopper(run, started, saves=False) as stopper:
         stop = run.agree(stopper.before_iteration(run.progress)) or _evaluate_at_end(run, stopper)
     return stop or Stop("evaluated", f"evaluation is complete at iteration {run.progress.iteration}")
+
+
+@contextmanager
+def _stopper(run: Run, started: float | None, *, saves: bool) -> Iterator[Stopper]:
+    """Handle signals, find out when the Slurm job ends, and report when the run will stop; a collective call.
+
+    Rank 0 alone asks Slurm; the other ranks learn of its decisions when they agree on a stop.
+    """
+    training, is_rank0 = run.config.training, run.mesh.world.rank == 0
+    with ExitStack() as stack:
+        flag = stack.enter_context(SignalFlag(announce=is_rank0, saves=saves)) if training.exit_signals else None
+        job_end = find_job_end(_print_line) if is_rank0 and training.exit_before_job_end else None
+        if job_end is not None:
+            stack.enter_context(job_end)
+        first_save = FIRST_SAVE_SECONDS + checkpoint_size(run.config) / FIRST_SAVE_RATE
+        stopper = Stopper(training, flag, started=started, job_end=job_end, first_save=first_save)
+        save = run.state.seconds_to_save if saves else None
+        line = broadcast_from_rank0(run.mesh.world, lambda: stopper.describe_time_limit(save=save))
+        if line:
+            run.reporter.message(line)
+        yield stopper
+
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
@@ -229,7 +266,7 @@ def _validate(run: Run, stopper: Stopper) -> Stop | None:
         next job begins with it, on the same samples.
     """
     run.progress = replace(run.progress, validation_due=1)
-    stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=run.state.longest_save))
+    stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=run.state.seconds_to_save))
     stop = stop or _evaluate(run, "validation", stopper)
     if stop is None:
         run.progress = replace(run.progress, validation_due=0)
@@ -242,7 +279,7 @@ def _validate(run: Run, stopper: Stopper) -> Stop | None:
 
 def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
     if run.evaluates("validation"):
-        stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=0.0))
+        stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=None))
         if stop := stop or _evaluate(run, "validation", stopper, at_end=True):
             return stop
     return _evaluate(run, "test", stopper, at_end=True)
@@ -266,20 +303,23 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
     global_batch = final_batch_size(config.batch, config.parallel.dp)
     samples = config.training.eval_iters * global_batch
     count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
-    save = run.state.longest_save if config.checkpoint.save and not at_end else 0.0
+    save = None if at_end else run.state.seconds_to_save
+    longest_step = max(run.recent_iterations, default=0.0)
     begun = time.monotonic()
     with run.mesh.backend.phases.enter(f"evaluation ({split})"):
         for name, loader in loaders.items():
             started = time.perf_counter()
             loss = LossSum(0.0, 0)
             for step in range(config.training.eval_iters):
-                if (stop := run.agree(stopper.in_evaluation(save=save))) is not None:
+                step_begun = time.monotonic()
+                if (stop := run.agree(stopper.in_evaluation(save=save, step=longest_step))) is not None:
                     if at_end:
                         run.reporter.message(f"the evaluation on the {split} data is unfinished")
                     return stop
                 read = run.data.reader(loader, consumed + step * global_batch, config.batch.seq_length)
                 batch = run.engine.eval_step(count, read, config.batch.seq_length)
                 loss = LossSum(loss.sum + batch.sum, loss.count + batch.count)
+                longest_step = max(longest_step, time.monotonic() - step_begun)
             run.state.check_lock()
             run.reporter.validation(
                 ValidationReport(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
 from megatron_lite.lifecycle.spikes import SpikeDetector
+from megatron_lite.metrics.report import SaveRecord
+from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.catalog import iteration_of, read_latest
 from megatron_lite.runs.lock import FolderLock
@@ -28,8 +30,6 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration, is_weights_iteration
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.start import Start
-
-Notify = Callable[[str], None]
 
 
 @dataclass
@@ -53,13 +53,14 @@ class RunState:
         world: all ranks.
         provenance: config and fingerprints of the run, for the manifests.
         start: its start point; a save of that same state is omitted.
-        notify: receives a line about each save.
+        reporter: receives a line and a record about each save.
+        earlier_save: seconds of the slowest save of earlier jobs of the run; 0: none is known.
         lock: of the --save folder, on the rank that holds it; None: it is not verified.
 
     Attributes:
         provenance: as given.
         spikes: detects loss spikes; its state is saved with the rest.
-        longest_save: seconds of the slowest save so far, as an estimate of the next; 0: there was none in this job.
+        longest_save: seconds of the slowest save so far, as an estimate of the next; 0: none is known.
         failed_saves: iterations whose saves failed.
     """
 
@@ -69,16 +70,19 @@ class RunState:
         world: Group,
         provenance: Provenance,
         start: Start,
-        notify: Notify,
+        reporter: Reporter,
+        *,
+        earlier_save: float = 0.0,
         lock: FolderLock | None = None,
     ) -> None:
         self.provenance = provenance
         self.spikes = SpikeDetector(config.training.spike_factor, config.training.spike_patience)
-        self.longest_save = 0.0
+        self.longest_save = earlier_save
         self.failed_saves: list[int] = []
         self._options = config.checkpoint
         self._world = world
-        self._notify = notify
+        self._reporter = reporter
+        self._notify = reporter.message
         self._lock = lock
         root = Path(self._options.save)
         own = start.path is not None and start.path.parent == root
@@ -103,6 +107,13 @@ class RunState:
     def failed(self) -> bool:
         """Return True if a background save has failed on this rank; `finish`, on all ranks, then reports it."""
         return any(saver.failed for saver in self._savers)
+
+    @property
+    def seconds_to_save(self) -> float | None:
+        """Return the seconds that a save now takes, after the one in progress; 0: unknown; None: there is no --save."""
+        if not self._options.save:
+            return None
+        return self.longest_save * (1 + any(saver.in_progress for saver in self._savers))
 
     def check_lock(self, *, now: bool = False) -> None:
         """Verify, on the rank that holds the folder's lock, that it still does; cheap unless `now`.
@@ -226,8 +237,11 @@ class RunState:
         if report is None:
             return
         self.longest_save = max(self.longest_save, report.seconds)
+        iteration = iteration_of(report.path)
+        assert iteration is not None, f"{report.path} is no checkpoint"
+        self._reporter.saved(SaveRecord(iteration, report.seconds, report.size))
         self._notify(
-            f"  successfully saved checkpoint at iteration {iteration_of(report.path):7d} to {report.path.parent} "
+            f"  successfully saved checkpoint at iteration {iteration:7d} to {report.path.parent} "
             f"({format_size(report.size)} in {report.seconds:.2f} s, training paused for "
             f"{report.blocking_seconds:.2f} s)"
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -274,3 +276,28 @@ def test_an_error_is_recorded_with_host_and_rank(corpus, tmp_path, monkeypatch):
     assert (ended["status"], ended["message"]) == ("error", "the controller is on fire")
     assert (ended["iteration"], ended["saved_iteration"]) == (6, 3)
     assert (ended["host"], ended["rank"]) == (os.uname().nodename, 0)
+
+
+def test_a_slurm_jobs_end_stops_the_run(corpus, tmp_path, monkeypatch):
+    save = tmp_path / "run"
+    args = corpus.job(*SHORT, "--save", save, "--load", save)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without squeue
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    refused = command(*args, "--job-end-margin-in-secs", 7200)
+    assert refused.code == 1
+    assert "No time is left for training in Slurm job 7, which ends at" in refused.err
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    result = command(*args, "--job-end-margin-in-secs", 3595)
+    assert result.code == 0
+    assert "WARNING: Slurm job 7, which ends at" in result.out
+    assert "before the end of Slurm job 7, leaving 3605 s for the save and a margin of 3595 s" in result.out
+    assert (status(save)["status"], status(save)["saved_iteration"]) == ("time_limit", 1)
+    seconds = [record for record in records(save) if record["kind"] == "save"]
+    assert [record["iteration"] for record in seconds] == [1]
+    result = command(*args)
+    assert "because of Slurm job 7" in result.out
+    kept = int(re.search(r": (\d+) s for the save and a margin \(--job-end-margin-in-secs 30\) are kept", result.out)[1])
+    assert 30 <= kept < 40, "1.5 times the save of the first job, not the default of 10 s and more"
+    assert status(save)["status"] == "completed"
+    assert "Slurm job" not in command(*args, "--train-iters", 9, "--no-exit-before-job-end").out

@@ -6,6 +6,7 @@ import pytest
 from support.layout_matrix import ITERATIONS, SP, ZERO1, Cell, iterate, mesh_of, put_together, run_cell
 
 from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.runs.comparison import config_as_json
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.train.assemble import build_engine
@@ -42,7 +43,7 @@ def resume(backend, cell, root, iterations):
     start, progress = load_start(start, engine, config, told.append)
     began = progress.iteration
     losses, norms, progress = iterate(config, mesh, engine, progress, iterations)
-    with RunState(config, mesh.world, provenance, start, told.append) as state:
+    with RunState(config, mesh.world, provenance, start, Reporter(())) as state:
         state.save(engine, progress, final=True)
     return began, losses, norms
 

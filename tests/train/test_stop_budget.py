@@ -1,8 +1,15 @@
-"""Time limit: leaves the save as many seconds as the slowest save so far."""
+"""Time limits, by flag and by Slurm: leave the save enough time, by the slowest save so far."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
+import pytest
+
+from megatron_lite.backend.job_end import JobEnd
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.errors import ConfigError
 from megatron_lite.lifecycle.stopping import Stopper
 from megatron_lite.schedules.progress import Progress
 
@@ -13,7 +20,7 @@ def stop_at(seconds, reserve):
     now = 0.0
     stopper = Stopper(LIMIT, started=0.0, clock=lambda: now)
     now = seconds
-    return stopper.after_iteration(Progress(iteration=1), reserve=reserve)
+    return stopper.after_iteration(Progress(iteration=1), save=reserve)
 
 
 def test_the_save_ends_before_the_limit():
@@ -46,3 +53,66 @@ def test_an_evaluation_begins_if_it_ends_in_time_or_its_duration_is_unknown():
     stop = evaluating(320.0, evaluation=200.0, save=90.0)
     assert stop.message == "exiting program after 5.3 minutes, leaving 290 s for the evaluation and the save"
     assert evaluating(599.0, evaluation=0.0, save=90.0) is None
+
+
+SLURM = TrainingConfig(job_end_margin=30)
+
+
+def in_slurm_job(left, *, config=SLURM, asked=None, started=0.0, first_save=40.0):
+    end = JobEnd("7", time.time() + left, ask=lambda: asked and time.time() + asked, notify=lambda text: None)
+    return Stopper(config, started=started, job_end=end, first_save=first_save, clock=lambda: 0.0)
+
+
+def stop_in_slurm_job(left, *, save, iteration=0.0, **options):
+    return in_slurm_job(left, **options).after_iteration(Progress(iteration=1), save=save, iteration=iteration)
+
+
+@pytest.mark.parametrize(
+    ("save", "iteration", "kept"),
+    [(100.0, 0.0, 180.0), (100.0, 20.0, 200.0), (0.0, 0.0, 70.0), (None, 5.0, 35.0)],
+    ids=["measured save", "next iteration", "no save so far", "no --save"],
+)
+def test_the_save_ends_before_the_slurm_job(save, iteration, kept):
+    """The save has 1.5 times the slowest so far, or a default, and 30 s remain after it."""
+    assert stop_in_slurm_job(kept + 5, save=save, iteration=iteration) is None
+    stop = stop_in_slurm_job(kept - 5, save=save, iteration=iteration)
+    assert (stop.status, stop.limit) == ("time_limit", "--time of the Slurm job")
+    assert "before the end of Slurm job 7, leaving" in stop.message
+
+
+def test_a_raised_time_limit_is_noticed_before_the_run_stops():
+    assert stop_in_slurm_job(10, save=1.0, asked=3600) is None
+    assert stop_in_slurm_job(10, save=1.0, asked=None).status == "time_limit"
+
+
+def test_an_evaluation_leaves_time_before_the_end_of_the_slurm_job():
+    assert in_slurm_job(300).before_evaluation(evaluation=100.0, save=100.0) is None
+    stop = in_slurm_job(270).before_evaluation(evaluation=100.0, save=100.0)
+    assert "leaving 280 s for the evaluation and the save and a margin of 30 s" in stop.message
+    assert in_slurm_job(60).in_evaluation(save=None, step=20.0) is None
+    assert in_slurm_job(60).in_evaluation(save=None, step=40.0).status == "time_limit"
+
+
+def test_the_start_line_names_the_earlier_limit():
+    assert Stopper(TrainingConfig()).describe_time_limit(save=1.0) == ""
+    assert (
+        in_slurm_job(3600)
+        .describe_time_limit(save=60.0)
+        .endswith("in 01:00:00: 120 s for the save and a margin (--job-end-margin-in-secs 30) are kept free")
+    )
+    both = replace(SLURM, exit_duration_minutes=10)
+    assert (
+        in_slurm_job(3600, config=both).describe_time_limit(save=60.0).endswith("because of --exit-duration-in-mins 10")
+    )
+    assert "because of Slurm job 7" in in_slurm_job(600, config=both).describe_time_limit(save=60.0)
+
+
+def test_a_job_too_short_for_a_save_is_warned_of_and_one_too_short_for_the_margin_refused():
+    line = in_slurm_job(65).describe_time_limit(save=0.0)
+    assert line.startswith("WARNING: Slurm job 7, which ends at ")
+    assert "too little time to keep 70 s for the save and a margin (--job-end-margin-in-secs 30) free" in line
+    with pytest.raises(ConfigError, match=r"No time is left for training in Slurm job 7, which ends at .* 7200 keeps"):
+        in_slurm_job(3600, config=TrainingConfig(job_end_margin=7200)).describe_time_limit(save=0.0)
+    # A slow start-up counts: the margin fits into the job, and the run stops after one iteration.
+    late = in_slurm_job(20, started=-600.0)
+    assert late.describe_time_limit(save=0.0).startswith("WARNING")
