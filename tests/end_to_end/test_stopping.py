@@ -297,7 +297,9 @@ def test_a_slurm_jobs_end_stops_the_run(corpus, tmp_path, monkeypatch):
     assert [record["iteration"] for record in seconds] == [1]
     result = command(*args)
     assert "because of Slurm job 7" in result.out
-    kept = int(re.search(r": (\d+) s for the save and a margin \(--job-end-margin-in-secs 30\) are kept", result.out)[1])
+    kept = int(
+        re.search(r": (\d+) s for the save and a margin \(--job-end-margin-in-secs 30\) are kept", result.out)[1]
+    )
     assert 30 <= kept < 40, "1.5 times the save of the first job, not the default of 10 s and more"
     assert status(save)["status"] == "completed"
     assert "Slurm job" not in command(*args, "--train-iters", 9, "--no-exit-before-job-end").out
