@@ -14,6 +14,7 @@ from megatron_lite.config.flag import FIELD, Flag, Key, key_of
 from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import read_command
 from megatron_lite.config.names import name_warnings
+from megatron_lite.config.origins import in_given_terms
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.table import SECTIONS, field_metadata, flags_by_field, required_fields
 from megatron_lite.config.values import write_value
@@ -86,7 +87,7 @@ def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRu
     read_command_line(argv, given)
     config = _resolve(given)
     if config is not None and not given.unreadable:
-        given.errors += [error for rule in RULES for error in rule(config)]
+        given.errors += [in_given_terms(error, given) for rule in RULES for error in rule(config)]
     raise_all(given.errors)
     assert config is not None
     return ParsedRun(
@@ -105,7 +106,7 @@ def _resolve(given: Given) -> RunConfig | None:
     if missing:
         if not given.unreadable and not given.unknown:
             given.refuse(
-                f"The shape of the model or batch is not given: no {', '.join(missing)}",
+                f"Required {'flags are' if len(missing) > 1 else 'flag is'} missing: {', '.join(missing)}",
                 fix=f"Add {' '.join(f'{flag} N' for flag in missing)}",
             )
         return None

@@ -93,7 +93,7 @@ def read_amount(arg: str) -> int:
     read_float(digits)  # refuses, with a message, what Decimal alone would accept
     number = Decimal(digits) * (scale or 1)
     if number != int(number):
-        raise ValueError("a whole number after its suffix (2.4B)")
+        raise ValueError("whole numbers of tokens (2.4B is 2,400,000,000)")
     return int(number)
 
 
@@ -107,13 +107,13 @@ def read_step_schedule(text: str, seq_length: int) -> tuple[tuple[int, int], ...
     for entry in re.split(r"[\s,]+", text.strip()):
         threshold, colon, batch = entry.partition(":")
         if not colon:
-            raise ValueError("<tokens>:<batch> pairs, for example 0:16 2.4B:320")
+            raise ValueError("TOKENS:BATCH pairs, as in 0:16 2.4B:320")
         pairs.append((read_amount(threshold) // max(1, seq_length), read_int(batch)))
     pairs.sort()
     if pairs[0][0] != 0:
-        raise ValueError("a first pair that starts at 0 tokens, for example 0:16 2.4B:320")
+        raise ValueError("a first pair that starts at 0 tokens, as in 0:16 2.4B:320")
     if len({start for start, _ in pairs}) != len(pairs):
-        raise ValueError("thresholds that differ by at least one sample")
+        raise ValueError(f"numbers of tokens that differ by at least one sample ({seq_length} tokens: --seq-length)")
     return tuple(pairs)
 
 
@@ -225,7 +225,7 @@ def _resolve_accumulation(given: Given) -> None:
         given.refuse(
             f"{given.origin(FIELD.batch.global_batch_size)} and {origin} contradict each other: micro-batch {micro} x "
             f"{steps} accumulation steps x data-parallel size {replicas} = {size}",
-            fix=f"Remove {origin.split()[0]}",
+            fix=f"Remove {origin.split()[0]}, or use --global-batch-size {size}",
         )
     else:
         given.give(FIELD.batch.global_batch_size, size, origin)
@@ -238,10 +238,11 @@ def _resolve_accumulation(given: Given) -> None:
 def microbatch_divides_batch(config: RunConfig) -> Iterator[ConfigError]:
     """Require a global batch of whole micro-batches; replicas may run uneven numbers of them."""
     batch = config.batch
-    if batch.global_batch_size % batch.micro_batch_size:
+    if not batch.step_schedule and batch.global_batch_size % batch.micro_batch_size:
         yield ConfigError(
-            f"Cannot split the global batch into micro-batches (--global-batch-size {batch.global_batch_size}, "
-            f"--micro-batch-size {batch.micro_batch_size})",
+            f"Cannot split a global batch of {batch.global_batch_size} samples into micro-batches of "
+            f"{batch.micro_batch_size} (--global-batch-size {batch.global_batch_size}, --micro-batch-size "
+            f"{batch.micro_batch_size})",
             fix=f"Use --micro-batch-size {divisors(batch.global_batch_size)}, or --global-batch-size "
             f"{nearest_multiples(batch.global_batch_size, batch.micro_batch_size)}",
         )
@@ -254,9 +255,9 @@ def microbatches_can_be_listed(config: RunConfig) -> Iterator[ConfigError]:
     count = max(sizes) // batch.micro_batch_size // replicas
     if count > MAX_MICRO_BATCHES:
         yield ConfigError(
-            f"A replica would run {count:,} micro-batches in an iteration, more than {MAX_MICRO_BATCHES:,} "
-            f"(--global-batch-size {max(sizes):,}, --micro-batch-size {batch.micro_batch_size:,}, {replicas:,} "
-            "replicas)",
+            f"Each data-parallel replica would run {count:,} micro-batches in an iteration; the limit is "
+            f"{MAX_MICRO_BATCHES:,} (--global-batch-size {max(sizes)}, --micro-batch-size {batch.micro_batch_size}, "
+            f"{replicas:,} replicas)",
             fix="Use a smaller --global-batch-size or a larger --micro-batch-size",
         )
 
@@ -272,15 +273,23 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
         f"example {batch.micro_batch_size} {batch.micro_batch_size} 100_000"
     )
     if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 0:
-        yield ConfigError(f"{flag} needs a positive start and increment, and 0 or more samples", fix=fix)
+        yield ConfigError(
+            f"{flag}: the start batch {ramp.start} and the increment {ramp.increment} must be at least 1, and the "
+            "number "
+            f"of samples {ramp.samples} at least 0",
+            fix=fix,
+        )
         return
     rise = batch.global_batch_size - ramp.start
     if rise < 0 or rise % ramp.increment:
         yield ConfigError(
-            f"The batch ramp-up starts above the global batch ({flag}, --global-batch-size {batch.global_batch_size})"
+            f"The batch ramp-up starts at {ramp.start} samples, above the global batch of {batch.global_batch_size} "
+            f"({flag}, --global-batch-size {batch.global_batch_size})"
             if rise < 0
-            else f"The batch ramp-up does not reach the global batch: their difference of {rise} is not a multiple of "
-            f"the increment {ramp.increment} ({flag}, --global-batch-size {batch.global_batch_size})",
+            else f"The batch ramp-up does not reach the global batch: {batch.global_batch_size} - {ramp.start} = "
+            f"{rise} "
+            f"samples are not a multiple of the increment {ramp.increment} ({flag}, --global-batch-size "
+            f"{batch.global_batch_size})",
             fix=fix,
         )
     if ramp.start % batch.micro_batch_size or ramp.increment % batch.micro_batch_size:
@@ -301,8 +310,8 @@ def step_schedule_is_whole(config: RunConfig) -> Iterator[ConfigError]:
     bad = [size for size in sizes if size < 1 or size % batch.micro_batch_size]
     if bad:
         yield ConfigError(
-            f"Cannot split batches {', '.join(map(str, bad))} of --step-batch-size-schedule into micro-batches "
-            f"(--micro-batch-size {batch.micro_batch_size})",
+            f"Cannot split the batches {', '.join(map(str, bad))} of --step-batch-size-schedule into micro-batches of "
+            f"{batch.micro_batch_size} (--micro-batch-size {batch.micro_batch_size})",
             fix=f"Make each batch of the schedule a multiple of {batch.micro_batch_size}, or lower --micro-batch-size",
         )
     if sizes[-1] != batch.global_batch_size:
@@ -332,7 +341,8 @@ def decreased_batch_is_not_empty(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"--decrease-batch-size-if-needed would round the batch down to 0 (--global-batch-size "
             f"{batch.global_batch_size}, {replicas} replicas of --micro-batch-size {batch.micro_batch_size})",
-            fix="Remove --decrease-batch-size-if-needed: replicas may be idle",
+            fix="Remove --decrease-batch-size-if-needed (some replicas then have no micro-batch), or use "
+            f"--global-batch-size {batch.micro_batch_size * replicas}",
         )
 
 
@@ -343,26 +353,31 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
         return
     lengths = [length for _, length in ramp.stages] or [ramp.start, ramp.step]
     listed = ", ".join(map(str, lengths))
-    if min(lengths) < 1 or max(lengths) > longest or (not ramp.stages and ramp.iterations < 1):
+    outside = [str(length) for length in lengths if not 1 <= length <= longest]
+    if outside:
         yield ConfigError(
-            f"The curriculum has sequence lengths outside 1 to --seq-length {longest}, or no iterations (lengths and "
-            f"step {listed}, {ramp.iterations} iterations)",
-            fix=f"Use --seq-length-warmup START:ITERATIONS:STEP, for example 64:36000:8, "
-            f"with START and STEP up to {longest}; "
-            "or change curriculum_learning in the DeepSpeed JSON",
+            "--seq-length-warmup: the sequence "
+            f"length{'' if ramp.stages else ' or step'}{'s' if len(outside) > 1 else ''} "
+            f"{', '.join(outside)} {'are' if len(outside) > 1 else 'is'} outside 1 to {longest} (--seq-length "
+            f"{longest})",
+            fix=f"Give --seq-length-warmup {'lengths' if ramp.stages else 'a start and step'} from 1 to {longest}",
+        )
+    elif not ramp.stages and ramp.iterations < 1:
+        yield ConfigError(
+            f"--seq-length-warmup rises from {ramp.start} to {longest} tokens over {ramp.iterations} iterations",
+            fix=f"Give it 1 or more iterations, for example --seq-length-warmup {ramp.start}:1000:{ramp.step}",
         )
     elif config.parallel.sequence_parallel and any(length % tp for length in lengths):
         yield ConfigError(
-            f"Cannot split every sequence length of the curriculum over the tensor-parallel ranks (lengths and step "
-            f"{listed}, --tensor-model-parallel-size {tp}, --sequence-parallel)",
-            fix=f"Make each length and the step of the curriculum a multiple of {tp}",
+            f"--seq-length-warmup: --sequence-parallel cannot split every sequence length over {tp} tensor-parallel "
+            f"ranks (lengths and step {listed}, --tensor-model-parallel-size {tp})",
+            fix=f"Make each length and the step a multiple of {tp}, or remove --sequence-parallel",
         )
     firsts = [first for first, _ in ramp.stages]
     if len(set(firsts)) != len(firsts) or firsts != sorted(firsts):
         yield ConfigError(
-            f"The stages of the curriculum need strictly increasing first iterations "
-            f"(got {', '.join(map(str, firsts))})",
-            fix="Give --seq-length-warmup FIRST:LENGTH,… in that order, for example 0:64,1000:512",
+            f"--seq-length-warmup: the first iterations of the stages do not increase ({', '.join(map(str, firsts))})",
+            fix="Give each stage FIRST:LENGTH a first iteration of its own, for example 0:64,1000:512",
         )
 
 

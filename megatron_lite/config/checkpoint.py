@@ -187,9 +187,9 @@ def resolve_save_interval(given: Given) -> None:
     phases = given.run.checkpoint.phases
     if phases and not phases[-1].until and phases[-1].interval != interval:
         given.refuse(
-            f"{origin} and {given.origin(FIELD.checkpoint.phases)} contradict each other",
-            rule="--save-interval is the interval after the last range of --save-schedule",
-            fix="Remove --save-interval, or give the schedule's last range an end",
+            f"{origin} and {given.origin(FIELD.checkpoint.phases)} both give an interval for the end of the run",
+            fix=f"Remove --save-interval, or write the last part of --save-schedule with a last iteration, for example "
+            f"{phases[-1].interval}:10000",
         )
     elif not phases or phases[-1].until:
         given.give(FIELD.checkpoint.phases, (*phases, SavePhase(interval=interval)), origin)
@@ -202,8 +202,9 @@ def saving_has_an_interval(config: RunConfig) -> Iterator[ConfigError]:
     """Require --save-interval or --save-schedule with --save."""
     if config.checkpoint.save and not config.checkpoint.phases:
         yield ConfigError(
-            f"--save {config.checkpoint.save} needs an interval",
-            fix="Give --save-interval N, or --save-schedule, for example 10:100 18:1000 1500",
+            f"--save {config.checkpoint.save} is given, but not how often to save",
+            fix="Add --save-interval 1000 (every 1,000 iterations), or --save-schedule 10:100 18:1000 1500 (every 10 "
+            "iterations to iteration 100, every 18 to 1000, then every 1500)",
         )
 
 
@@ -218,13 +219,17 @@ def _phases_rise(flag: str, phases: tuple[SavePhase, ...]) -> Iterator[ConfigErr
     for phase in phases:
         last = phase is phases[-1] and not phase.until
         if phase.interval < 1 or (phase.until <= previous and not last):
-            after = f" follows a range that ends at iteration {previous}" if previous else " is empty"
+            written = f"{phase.interval}:{phase.until}" if phase.until else f"{phase.interval}"
+            fault = "has an interval below 1"
+            if phase.interval > 0:
+                after = f"iteration {previous}, the end of the range before it" if previous else "iteration 0"
+                fault = f"ends at iteration {phase.until}, not after {after}"
             yield ConfigError(
-                f"{flag}: the range {phase.interval}:{phase.until} (every {phase.interval} iterations up to iteration "
-                f"{phase.until}){after}",
-                rule="Ranges are INTERVAL:END with positive intervals and increasing END; the last may omit END",
-                fix=f"For example {flag} 10:100 18:1000 1500: every 10 to iteration 100, every 18 to 1000, then "
-                "every 1500",
+                f"{flag}: the range {written} {fault}",
+                rule="Each range is INTERVAL:LAST-ITERATION; the last range may be INTERVAL alone",
+                fix=f"Write, for example, {flag} 10:100 18:1000 1500: every 10 iterations to iteration 100, every 18 "
+                "to "
+                "1000, then every 1500",
             )
         previous = max(previous, phase.until)
 
@@ -235,7 +240,8 @@ def one_lr_schedule(config: RunConfig) -> Iterator[ConfigError]:
     if checkpoint.override_schedule and checkpoint.use_checkpoint_schedule:
         yield ConfigError(
             "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler contradict each other",
-            fix="Remove one of them",
+            fix="Remove the first to use the checkpoint's learning-rate schedule, or the second to use the command "
+            "line's",
         )
 
 
@@ -258,13 +264,14 @@ def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError
     checkpoint = config.checkpoint
     if (checkpoint.keep_every or checkpoint.keep_phases) and not checkpoint.keep_last:
         yield ConfigError(
-            "--keep-every and --keep-phase have no effect without --keep-last: every checkpoint is kept",
-            fix="Add --keep-last with the number of newest checkpoints to keep besides, such as 2",
+            f"{'--keep-every' if checkpoint.keep_every else '--keep-phase'} has no effect without --keep-last: without "
+            "it every checkpoint is kept",
+            fix="Add --keep-last N, for example --keep-last 2 to keep the 2 newest checkpoints, too",
         )
     if checkpoint.weights_only_every and not checkpoint.save:
         yield ConfigError(
-            f"--weights-only-every {checkpoint.weights_only_every} needs --save",
-            fix="Add --save FOLDER and --save-interval N",
+            f"--weights-only-every {checkpoint.weights_only_every} has no effect without --save",
+            fix="Add --save FOLDER and --save-interval N, or remove --weights-only-every",
         )
 
 

@@ -12,10 +12,9 @@ from megatron_lite.config.flag import Flag, Key, key_of
 from megatron_lite.config.given import Given
 from megatron_lite.config.help import metavar, plain_type
 from megatron_lite.config.megatron_flags import FAMILIES, Unsupported
-from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.presets import PRESETS, preset_args
 from megatron_lite.config.table import flags_by_spelling, spelling
-from megatron_lite.config.text_file import TextFileError, read_failure, read_text
+from megatron_lite.config.text_file import TextFileError, read_failure, read_fix, read_text
 from megatron_lite.config.values import (
     FALSE_SPELLINGS,
     is_utf8,
@@ -27,6 +26,7 @@ from megatron_lite.config.values import (
 )
 from megatron_lite.errors import ConfigError
 
+SHOWN_MATCHES = 5
 MAX_NESTING = 10
 """Argument files within argument files; more is a circle."""
 COUNTS = {"one": "one value", "three": "three values", "some": "at least one value", "any": ""}
@@ -52,6 +52,11 @@ class Occurrence:
     def text(self) -> str:
         """The flag as written, with its arguments."""
         return " ".join([self.spelled, *self.args])
+
+    @property
+    def origin(self) -> str:
+        """The same, and the preset that stands for it."""
+        return f"{self.text} of --preset {self.preset}" if self.preset else self.text
 
 
 def read_command_line(argv: Sequence[str], given: Given) -> None:
@@ -104,6 +109,11 @@ def refusal(texts: Sequence[str], reason: str, fix: str) -> ConfigError:
     return ConfigError(f"{', '.join(texts)} {'are' if len(texts) > 1 else 'is'} not supported", rule=reason, fix=fix)
 
 
+def split_fault(error: ValueError) -> str:
+    """Return why shlex could not split a text."""
+    return "a quotation mark is not closed" if "quotation" in str(error) else "it ends with a backslash"
+
+
 def require_utf8(args: Iterable[str]) -> None:
     """Refuse arguments that no output could show and no tokenizer encode.
 
@@ -114,7 +124,7 @@ def require_utf8(args: Iterable[str]) -> None:
         if not is_utf8(arg):
             raise ConfigError(
                 f"The argument {shown_bytes(arg)} is not valid UTF-8",
-                fix="Retype it in a UTF-8 terminal or script; if it is a path, rename the file to a UTF-8 name",
+                fix="Retype the argument in a terminal or script in UTF-8; rename a file whose name is not UTF-8",
             )
 
 
@@ -128,9 +138,8 @@ def read_argument_file(arg: str) -> str:
     try:
         return read_text(path)
     except (OSError, TextFileError) as error:
-        fix = f"Make {path} readable text, or write the flags on the command line"
-        if isinstance(error, FileNotFoundError):
-            fix = suggest_path("@", path).replace("Give @ a", "Give @FILE a").replace("@ ", "@")
+        fix = read_fix("@", path, error, "write the flags on the command line")
+        fix = fix.replace("Give @ a", "Give @FILE a").replace("@ ", "@")
         raise ConfigError(f"Argument file {read_failure(arg, error)}", fix=fix) from error
 
 
@@ -157,7 +166,7 @@ def _assign_one(flag: Flag, occurrence: Occurrence, givers: dict[Key, Occurrence
             else:
                 given.notes.append(f"{earlier.text} is overridden by a later {occurrence.text}")
         givers[key] = occurrence
-        given.give_key(key, value, occurrence.text)
+        given.give_key(key, value, occurrence.origin)
 
 
 def _assignments(flag: Flag, args: tuple[str, ...]) -> list[tuple[Key, Any]]:
@@ -188,7 +197,9 @@ def _unreadable(flag: Flag, occurrence: Occurrence, expected: str) -> ConfigErro
     args = [shortened(arg) for arg in occurrence.args]
     text = " ".join([occurrence.spelled, *args]) if args else f"{occurrence.spelled} with nothing after it"
     if expected == "no value":
-        return ConfigError(f"{flag.name} takes no value, but is given as {text}", fix="Remove the value")
+        return ConfigError(
+            f"{flag.name} takes no value, but is given as {text}", fix=f"Write {occurrence.spelled} alone"
+        )
     return ConfigError(f"Cannot read {text}: expected {expected}", fix=_form(flag, occurrence.args))
 
 
@@ -212,8 +223,8 @@ def _of_preset(spelled: str, name: str, given: Given) -> list[Occurrence]:
     if expanded is None:
         nearest = difflib.get_close_matches(name, PRESETS, n=1)
         given.refuse(
-            f"Unknown preset {spelled} {name}",
-            fix=(f"Did you mean {nearest[0]}? " if nearest else "") + f"Presets: {', '.join(PRESETS)}",
+            f"Unknown preset: {spelled} {name}",
+            fix=(f"Did you mean --preset {nearest[0]}? " if nearest else "") + f"Presets: {', '.join(PRESETS)}",
         )
         given.unknown = True
         return []
@@ -235,14 +246,14 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
             continue
         except ValueError as error:  # of shlex
             given.refuse(
-                f"Argument file {arg}: {error}",
-                fix=f"Close the quotes in {arg[1:]}: it is split into arguments as by a shell",
+                f"Cannot split argument file {arg} into arguments: {split_fault(error)}",
+                fix=f"Close the quotation mark in {arg[1:]}, or remove the backslash at its end",
             )
             continue
         if nesting == MAX_NESTING:
             given.refuse(
-                f"Argument files name each other in a circle ({arg}, {nesting} files deep)",
-                fix="Remove the @FILE that leads back",
+                f"Argument files include each other without end ({arg}, {nesting} files deep)",
+                fix=f"Remove from {arg[1:]} the argument @FILE whose file is being read already",
             )
             return
         yield from _expand(args, given, nesting + 1)
@@ -254,11 +265,17 @@ def _group(argv: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]
     for arg in argv:
         if arg.startswith("--") and len(arg) > 2:
             name, equals, value = arg.partition("=")
+            if name == "--":
+                given.refuse(f"{arg!r} has no flag before the =", fix=f"Write the flag: --FLAG={value}")
+                continue
             groups.append((name, [value] if equals else []))
         elif groups:
             groups[-1][1].append(arg)
         else:
-            given.refuse(f"The command line starts with {arg!r} instead of a flag", fix="Write the value's flag first")
+            given.refuse(
+                f"The command line starts with {arg!r} instead of a flag",
+                fix=f"Write the flag before its value (--save {arg}), or remove {arg!r}",
+            )
     return [(name, tuple(args)) for name, args in groups]
 
 
@@ -281,9 +298,19 @@ def _find(spelled: str, args: tuple[str, ...], given: Given) -> Flag | Unsupport
         return flag
     given.unknown = True
     if matches:
-        given.refuse(f"{spelled} is ambiguous: {', '.join(sorted(matches))}", fix="Write the flag in full")
+        listed = sorted(matches)
+        more = f" and {len(listed) - SHOWN_MATCHES} more" if len(listed) > SHOWN_MATCHES else ""
+        given.refuse(
+            f"{spelled} is an abbreviation of several flags: {', '.join(listed[:SHOWN_MATCHES])}{more}",
+            fix="Write the flag in full",
+        )
         return None
     nearest = difflib.get_close_matches(name, rows, n=1, cutoff=0.75)
-    fix = f"Did you mean {rows[nearest[0]].name}?" if nearest else "See --help and docs/arguments.md"
+    fix = "Remove it, or look its name up in --help or docs/arguments.md"
+    if nearest:
+        row = rows[nearest[0]]
+        fix = f"Did you mean {row.name}?"
+        if isinstance(row, Unsupported):
+            fix = f"If {row.name} is meant: {refusal([row.name], row.reason, row.fix) if row.fix else row.reason}"
     given.refuse(f"Unknown flag {spelled}", fix=fix)
     return None

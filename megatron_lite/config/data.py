@@ -42,15 +42,15 @@ class DataGroup:
 
 def read_split(args: Sequence[str]) -> str:
     """Read shares as 949,50,1, "969, 30, 1" or 949/50/1; return them comma-separated."""
-    shares = [share for share in re.split(r"[\s,/]+", " ".join(args).strip()) if share]
+    shares = re.split(r"\s*[,/]\s*|\s+", " ".join(args).strip())
     try:
         numbers = [read_float(share) for share in shares]
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 3 or min(numbers) < 0:
-        raise ValueError("one to three shares, for example 949,50,1")
+        raise ValueError("one to three numbers of at least 0")
     if not any(numbers):
-        raise ValueError("shares that are not all 0, for example 949,50,1")
+        raise ValueError("numbers that are not all 0")
     return ",".join(shares)
 
 
@@ -295,7 +295,10 @@ def resolve_blend_files(given: Given) -> None:
         try:
             given.give(target, read(text), origin)
         except ValueError as error:
-            given.refuse(f"Cannot read {path} ({flag}): expected {error}", fix=f"Write {path} in that form")
+            given.refuse(
+                f'Cannot read "{path}" ({flag}): expected {error}',
+                fix=f"Rewrite {path} in that form, or give the data by {flag.removesuffix('-path')}",
+            )
 
 
 def _read_sources_file(text: str) -> tuple[DataSource, ...]:
@@ -307,8 +310,10 @@ def refuse_uneven_token_loss(given: Given) -> None:
     if given.run.command.per_token_loss and given.run.data.eod_mask_loss:
         given.refuse(
             "--calculate-per-token-loss is not supported together with --eod-mask-loss",
-            rule="Every sample has the same weight in the loss, also with fewer unmasked tokens",
-            fix="Remove one of them",
+            rule="The loss is averaged over the unmasked tokens of each sample, then over samples, so samples with "
+            "many "
+            "end-of-document tokens would count as much as others",
+            fix="Remove --calculate-per-token-loss, or --eod-mask-loss",
         )
 
 
@@ -327,7 +332,10 @@ def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
     }
     given = [name for name, present in kinds.items() if present]
     if len(given) > 1:
-        yield ConfigError(f"{' and '.join(given)} contradict each other", fix=f"Keep one of {', '.join(given)}")
+        yield ConfigError(
+            f"Training data are given more than once: by {' and '.join(given)}",
+            fix=f"Keep one of these: {', '.join(given)}",
+        )
 
 
 def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
@@ -338,9 +346,9 @@ def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
         weights = [source.weight for source in sources if source.weight is not None]
         if weights and (min(weights) < 0 or not any(weights)):
             yield ConfigError(
-                f"The blend has a negative weight, or only weights of 0: "
-                f"{', '.join(f'{source.weight} {source.path}' for source in sources)}",
-                fix="Give a positive number before each path that is to be read, for example 0.3 a 0.7 b",
+                f"The datasets have {'a negative weight' if min(weights) < 0 else 'no weight above 0'}: "
+                f"{', '.join(f'{source.weight:g} {source.path}' for source in sources if source.weight is not None)}",
+                fix="Give a positive weight before each path that is to be read, for example --data-path 0.3 a 0.7 b",
             )
 
 
@@ -349,9 +357,9 @@ def groups_have_names(config: RunConfig) -> Iterator[ConfigError]:
     data = config.data
     if len(data.train_groups) > 1:
         yield ConfigError(
-            f"The training data have {len(data.train_groups)} groups "
+            f"--train-weighted-split-paths has {len(data.train_groups)} groups "
             f"({', '.join(group.name for group in data.train_groups)}) instead of one",
-            fix="Join them into one group of --train-weighted-split-paths, its entries separated by commas",
+            fix="Join them: --train-weighted-split-paths 'NAME: WEIGHT START:END PATH, WEIGHT START:END PATH'",
         )
     for flag, groups in (
         ("--valid-weighted-split-paths", data.valid_groups),

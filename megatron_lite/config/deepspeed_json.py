@@ -50,10 +50,10 @@ WITHOUT_EFFECT = {
 REFUSED = {
     "optimizer": "Remove the entry; use --optimizer, --lr and --weight-decay",
     "scheduler": "Remove the entry; use --lr-decay-style and --lr-warmup-iters",
-    "amp": "Use --fp16 or --bf16",
+    "amp": "Remove the entry; use --fp16 or --bf16",
     "sparse_attention": "Remove the entry: only dense attention is implemented",
     "compression_training": "Remove the entry",
-    "data_efficiency": "Use curriculum_learning with curriculum_type seqlen",
+    "data_efficiency": "Remove the entry; use curriculum_learning with curriculum_type seqlen",
     "progressive_layer_drop": "Remove the entry",
     "eigenvalue": "Remove the entry",
     "quantize_training": "Remove the entry",
@@ -83,7 +83,9 @@ def merge_deepspeed(given: Given) -> None:
     if not command.deepspeed:
         if command.deepspeed_config:
             origin = given.origin(FIELD.command.deepspeed_config)
-            given.refuse(f"{origin} has no effect without --deepspeed", fix="Add --deepspeed, or remove the JSON")
+            given.refuse(
+                f"{origin} has no effect without --deepspeed", fix="Add --deepspeed, or remove --deepspeed_config"
+            )
         return
     if not given.has(FIELD.precision.scaler):
         given.give(FIELD.precision.scaler, "deepspeed", "--deepspeed")
@@ -97,7 +99,7 @@ def merge_deepspeed(given: Given) -> None:
 
 @contextmanager
 def _recorded_error(given: Given) -> Iterator[None]:
-    """Record an error that ends the reading of a section, and go on with the next."""
+    """Record an error that ends the reading of a section, and continue with the next."""
     try:
         yield
     except ConfigError as error:
@@ -114,15 +116,22 @@ def _read(given: Given) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        fix = "Write the entries of DeepSpeed's configuration, which are nested two deep"
+        given.refuse(f"{path} (--deepspeed_config) is nested too deeply to be read as JSON", fix=fix)
+        return {}
+    except ValueError as error:
         given.refuse(
-            f"{path} (--deepspeed_config) is not JSON: {error}",
-            fix="Repair that line: JSON has no _ in numbers, no comments and no trailing commas",
+            f"{path} (--deepspeed_config) is not valid JSON: {error}",
+            fix=f"Repair {path}: JSON has no comments, no comma after the last entry and no _ in numbers",
         )
         return {}
     if not isinstance(entries, dict):
         fix = 'Write, for example, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
-        given.refuse(f"{path} (--deepspeed_config) does not hold a JSON object: {text[:40]!r}", fix=fix)
+        given.refuse(
+            f"{path} (--deepspeed_config) holds a JSON {type(entries).__name__} instead of an object: {text[:40]!r}",
+            fix=fix,
+        )
         return {}
     return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
 
@@ -159,9 +168,16 @@ def _section(entries: dict[str, Any], key: str) -> dict[str, Any]:
 def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
+    entry = key.rpartition(".")[2]
+    if value is None:
+        raise ConfigError(f"{key} is missing in the DeepSpeed JSON", fix=f'Add "{entry}" with a number, such as 1000')
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ConfigError(
+            f"{key} in the DeepSpeed JSON is {shortened(repr(value))}; the limit is {format_number(MAX_NUMBER)}",
+            fix="Write a finite number within the limit, or remove the entry to take DeepSpeed's default",
+        )
     raise ConfigError(
-        f"{key} in the DeepSpeed JSON is {shortened(repr(value))} instead of a number of at most "
-        f"{format_number(MAX_NUMBER)}",
+        f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of a number",
         fix=_number_fix(key, value),
     )
 
@@ -182,18 +198,16 @@ def _number_fix(key: str, value: Any) -> str:
     return f'Write it without quotes, for example "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
 
 
-def _contradiction(given: Given, field: object, flag: str, entry: str) -> None:
-    given.refuse(
-        f"The command line and the DeepSpeed JSON contradict each other: {given.origin(field) or flag} and {entry}",
-        fix=f"Change {flag} or the JSON",
-    )
+def _contradiction(given: Given, origin: str, entry: str, fix: str) -> None:
+    given.refuse(f"The command line and the DeepSpeed JSON contradict each other: {origin} and {entry}", fix=fix)
 
 
 def _take(given: Given, field: T, value: T, entry: str) -> None:
     """Give a field the JSON's value, unless a flag contradicts it."""
     origin = given.origin(field)
     if origin and given.value_of(key_of(field)) != value:
-        _contradiction(given, field, origin.split()[0], entry)
+        fix = f"Remove {origin.split()[0]}, or give the same value in the JSON"
+        _contradiction(given, origin, entry, fix)
     else:
         given.give(field, value, f"{entry} in the DeepSpeed JSON")
 
@@ -202,37 +216,51 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
     fp16 = _section(entries, "fp16")
     bf16 = _section(entries, "bf16" if "bf16" in entries else "bfloat16")
     if fp16.get("enabled") and bf16.get("enabled"):
-        given.refuse("fp16 and bf16 are both enabled in the DeepSpeed JSON", fix="Disable one of them")
+        given.refuse(
+            "fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON",
+            fix="Set one of the two to false",
+        )
         return
     enabled: Dtype = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"
-    asked = given.run.precision.dtype
+    asked, origin = given.run.precision.dtype, given.origin(FIELD.precision.dtype)
     if enabled != "fp32":
-        if given.has(FIELD.precision.dtype) and asked != enabled:
-            _contradiction(given, FIELD.precision.dtype, "--fp16 or --bf16", f"{enabled}.enabled true")
+        if origin and asked != enabled:
+            fix = f"Remove {origin.split()[0]} to train in {enabled}, or set {enabled}.enabled to false in the JSON"
+            _contradiction(given, origin, f"{enabled}.enabled true", fix)
         else:
             given.give(FIELD.precision.dtype, enabled, f"{enabled}.enabled in the DeepSpeed JSON")
     elif {"fp16": fp16, "bf16": bf16}.get(asked, {}).get("enabled") is False:
-        _contradiction(given, FIELD.precision.dtype, f"--{asked}", f"{asked}.enabled false")
-    if origin := given.origin(FIELD.precision.loss_scale):
-        given.notes.append(f"{origin} has no effect: under --deepspeed the JSON's fp16.loss_scale decides (0: dynamic)")
+        fix = f"Remove {origin.split()[0]} to train in fp32, or set {asked}.enabled to true in the JSON"
+        _contradiction(given, origin, f"{asked}.enabled false", fix)
+    if scale_origin := given.origin(FIELD.precision.loss_scale):
+        given.notes.append(
+            f"{scale_origin} has no effect: with --deepspeed the JSON's fp16.loss_scale sets it (0: dynamic)"
+        )
     scale = _number(fp16.get("loss_scale", 0), "fp16.loss_scale")
     given.give(FIELD.precision.loss_scale, float(scale), f"fp16.loss_scale {scale} in the DeepSpeed JSON")
     if not fp16:
         return
+
+    def entry(name: str, value: float) -> str:
+        return f"fp16.{name} {value:g}{'' if name in fp16 else ', the default of DeepSpeed'}"
+
     power = _number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power")
     if abs(power) > MAX_SCALE_POWER:
         given.refuse(
-            f"fp16.initial_scale_power in the DeepSpeed JSON is {power:g}, beyond {MAX_SCALE_POWER}",
-            fix=f"Give it a power up to {MAX_SCALE_POWER}, or remove it for DeepSpeed's {DEFAULT_SCALE_POWER}",
+            f"fp16.initial_scale_power in the DeepSpeed JSON is {power:g}, an initial loss scale of 2^{power:g}, "
+            "beyond "
+            "the range of fp32",
+            fix=f"Write a number from -{MAX_SCALE_POWER} to {MAX_SCALE_POWER}, or remove the entry for DeepSpeed's "
+            f"default {DEFAULT_SCALE_POWER}",
         )
         return
-    _take(given, FIELD.precision.initial_loss_scale, 2.0**power, f"fp16.initial_scale_power {power}")
+    _take(given, FIELD.precision.initial_loss_scale, 2.0**power, entry("initial_scale_power", power))
     window = _whole(fp16.get("loss_scale_window", 1000), "fp16.loss_scale_window")
-    _take(given, FIELD.precision.loss_scale_window, window, f"fp16.loss_scale_window {window}")
+    _take(given, FIELD.precision.loss_scale_window, window, entry("loss_scale_window", window))
     hysteresis = _whole(fp16.get("hysteresis", 2), "fp16.hysteresis")
-    _take(given, FIELD.precision.hysteresis, hysteresis, f"fp16.hysteresis {hysteresis}")
+    _take(given, FIELD.precision.hysteresis, hysteresis, entry("hysteresis", hysteresis))
     least = float(_number(fp16.get("min_loss_scale", 1.0), "fp16.min_loss_scale"))
-    _take(given, FIELD.precision.min_loss_scale, least, f"fp16.min_loss_scale {least}")
+    _take(given, FIELD.precision.min_loss_scale, least, entry("min_loss_scale", least))
     for name in sorted(name for name in fp16.keys() - FP16_KEYS if fp16[name] is not False):
         _refuse_unknown(name, "fp16.", FP16_KEYS, given)
 
@@ -276,16 +304,21 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
     schedule, kind = _section(curriculum, "schedule_config"), curriculum.get("schedule_type", "fixed_linear")
     if curriculum.get("curriculum_type", "seqlen") != "seqlen" or kind not in ("fixed_linear", "fixed_discrete"):
         given.refuse(
-            f"curriculum_learning in the DeepSpeed JSON has curriculum_type {curriculum.get('curriculum_type')} and "
-            f"schedule_type {kind}, which are not supported",
+            "curriculum_learning in the DeepSpeed JSON has curriculum_type "
+            f"{curriculum.get('curriculum_type', 'seqlen')} "
+            f"and schedule_type {kind}; this combination is not supported",
             fix="Use curriculum_type seqlen with schedule_type fixed_linear or fixed_discrete",
         )
         return
     length = given.run.batch.seq_length
     longest = _whole(curriculum.get("max_difficulty", length), "max_difficulty")
     if length and longest != length:
-        entry = f"curriculum_learning.max_difficulty {longest}"
-        _contradiction(given, FIELD.batch.seq_length, "--seq-length", entry)
+        _contradiction(
+            given,
+            given.origin(FIELD.batch.seq_length),
+            f"curriculum_learning.max_difficulty {longest}",
+            fix=f"Set max_difficulty to {length} in the JSON, or use --seq-length {longest}",
+        )
     ramp = _linear(curriculum, schedule) if kind == "fixed_linear" else _staged(schedule)
     _take(given, FIELD.batch.sequence_ramp, ramp, "curriculum_learning")
 
@@ -304,7 +337,10 @@ def _staged(schedule: dict[str, Any]) -> SequenceRamp:
     lengths, ends = schedule.get("difficulty"), schedule.get("max_step")
     if not isinstance(lengths, list) or not isinstance(ends, list) or len(lengths) != len(ends) + 1:
         raise ConfigError(
-            f"fixed_discrete needs one difficulty more than max_step, but has difficulty {lengths}, max_step {ends}",
+            f"curriculum_learning in the DeepSpeed JSON has difficulty {lengths} and max_step {ends}",
+            rule="schedule_type fixed_discrete needs a list of lengths, and a list of the iterations at which all but "
+            "the "
+            "last of them end",
             fix='Write schedule_config like {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
     firsts = [0, *(_whole(end, "max_step") + 1 for end in ends)]

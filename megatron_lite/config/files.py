@@ -11,9 +11,9 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
 TOKENIZERS = (
-    "Give one: --tokenizer-type HuggingFaceTokenizer --tokenizer-model PATH (a tokenizer.json or its folder), "
-    "--vocab-file vocab.json --merge-file merges.txt (GPT-2's BPE), --tokenizer-type SentencePieceTokenizer "
-    "--tokenizer-model X.model, or --tokenizer-type NullTokenizer --vocab-size N for --mock-data"
+    "Add one of these: --tokenizer-type HuggingFaceTokenizer --tokenizer-model PATH (a tokenizer.json or its folder); "
+    "--vocab-file vocab.json --merge-file merges.txt (GPT-2's BPE); --tokenizer-type SentencePieceTokenizer "
+    "--tokenizer-model X.model; or, with --mock-data, --tokenizer-type NullTokenizer --vocab-size N"
 )
 
 
@@ -32,17 +32,21 @@ def missing_files(config: RunConfig) -> list[ConfigError]:
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
         errors.append(
             ConfigError(
-                f"--load {checkpoint.load} does not exist or is not a directory (--exit-on-missing-checkpoint)",
-                fix=f"{suggest_path('--load', checkpoint.load)} Without --exit-on-missing-checkpoint the run would "
-                "start from fresh weights",
+                f"--load {checkpoint.load} {_absence(checkpoint.load)} (--exit-on-missing-checkpoint is given)",
+                fix="Remove --exit-on-missing-checkpoint to start from newly initialized weights, or load an existing "
+                f"folder. {suggest_path('--load', checkpoint.load)}",
             )
         )
     return errors
 
 
-def _missing(flag: str, path: str, what: str, hint: str = "") -> ConfigError:
-    fix = suggest_path(flag, path) if path else f"Give {flag} the path of {what}"
-    return ConfigError(f"{flag} {path} does not exist" if path else f"{flag} is not given", fix=hint + fix)
+def _absence(path: str) -> str:
+    return "is a file, not a folder" if Path(path).is_file() else "does not exist"
+
+
+def _missing(flag: str, path: str, hint: str = "") -> ConfigError:
+    problem = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+    return ConfigError(f"{flag} {path} {problem}", fix=hint + suggest_path(flag, path))
 
 
 def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
@@ -56,13 +60,28 @@ def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[ConfigError]:
         )
     elif tokenizer.type == "GPT2BPETokenizer":
         for flag, path in files.items():
-            if not Path(path).is_file():
-                yield _missing(flag, path, "a file")
+            if not path:
+                (given,) = files.keys() - {flag}
+                yield ConfigError(
+                    f"{given} {files[given]} is given without {flag}",
+                    rule="A GPT-2 tokenizer has two files, vocab.json and merges.txt",
+                    fix=f"Add {flag} with the other file",
+                )
+            elif not Path(path).is_file():
+                yield _missing(flag, path)
     elif tokenizer.type != "NullTokenizer" and not Path(tokenizer.model or "?").exists():
         hub = tokenizer.type == "HuggingFaceTokenizer"
         if not hub or cached_tokenizer(tokenizer.model) is None:
-            download = "A model of the hub is downloaded first with `hf download NAME`. " if hub else ""
-            yield _missing("--tokenizer-model", tokenizer.model, "a file or folder on this machine", download)
+            if not tokenizer.model:
+                yield ConfigError(
+                    f"--tokenizer-type {tokenizer.type} is given without --tokenizer-model",
+                    fix="Add --tokenizer-model with the path of a tokenizer.json or of its folder"
+                    if hub
+                    else "Add --tokenizer-model with the path of a sentencepiece .model file",
+                )
+            else:
+                download = "Download a model of the Hugging Face Hub first: `hf download NAME`. " if hub else ""
+                yield _missing("--tokenizer-model", tokenizer.model, download)
 
 
 def cached_tokenizer(name: str) -> Path | None:
@@ -98,22 +117,23 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
     }
     if not any(groups.values()):
         yield ConfigError(
-            "No data are given: neither --data-path nor --train-weighted-split-paths nor --mock-data",
-            fix="Give --data-path PREFIX, the common prefix of a .bin/.idx pair that `megatron-lite preprocess` "
-            "wrote, or --mock-data for random tokens",
+            "No training data are given: neither --data-path nor --train-weighted-split-paths nor --mock-data",
+            fix="Add --data-path PREFIX, where `megatron-lite preprocess` wrote PREFIX.bin and PREFIX.idx, or "
+            "--mock-data "
+            "for random tokens",
         )
     for flag, sources in groups.items():
         for source in sources:
             absent = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if absent and len(sources) > 1 and _is_number(source.path):
                 yield ConfigError(
-                    f"{flag} has {source.path} where a dataset is expected",
-                    rule="Weights and datasets alternate, or there are no weights",
+                    f"{flag} has the number {source.path} where the path of a dataset is expected",
+                    rule="Weights and paths alternate, or there are paths only",
                     fix=f"Write {flag} WEIGHT PREFIX WEIGHT PREFIX, for example {flag} 0.7 data/a 0.3 data/b",
                 )
             elif absent:
                 yield ConfigError(
                     f'The dataset "{source.path}" ({flag}) does not exist: there is no '
-                    f"{' and no '.join(source.path + suffix for suffix in absent)}",
+                    f"{' and no '.join(f'file {source.path}{suffix}' for suffix in absent)}",
                     fix=suggest_dataset(source.path),
                 )

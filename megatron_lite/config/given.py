@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lite.config.flag import Flag, Key, key_of
-from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import CommandLine
 from megatron_lite.config.table import PARTS, SECTIONS, flags_by_field, required_fields
-from megatron_lite.config.text_file import NOT_REGULAR, REGULAR, TextFileError, read_failure, read_text
+from megatron_lite.config.text_file import TextFileError, read_failure, read_fix, read_text
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_number
 
@@ -70,7 +68,11 @@ class Given:
 
     def origin(self, field: object) -> str:
         """Return what gave the field, as "--bf16" or "--lr 1e-3"; empty: nothing."""
-        return self._values.get(key_of(field), (None, ""))[1]
+        return self.origin_of(key_of(field))
+
+    def origin_of(self, key: Key) -> str:
+        """Return what gave the field with this key; empty: nothing."""
+        return self._values.get(key, (None, ""))[1]
 
     def items(self) -> Iterator[tuple[Key, Any, str]]:
         """Yield every value that was given, with its field and origin."""
@@ -85,14 +87,10 @@ class Given:
         """Return the content of the text file that a flag names; None, after recording an error, if unreadable."""
         try:
             return read_text(path)
-        except OSError as error:
-            fix = f"Give {flag} a readable file" if Path(path).exists() else suggest_path(flag, path)
-            self.missing.append(ConfigError(f"{flag} {read_failure(path, error)}", fix=fix))
-        except TextFileError as error:
-            self.refuse(
-                f"{flag} {read_failure(path, error)}",
-                fix=REGULAR if str(error) == NOT_REGULAR else "Convert the file to UTF-8 text",
-            )
+        except (OSError, TextFileError) as error:
+            fix = read_fix(flag, path, error, f"give another {flag}")
+            errors = self.missing if isinstance(error, OSError) else self.errors
+            errors.append(ConfigError(f"{flag} {read_failure(path, error)}", fix=fix))
         return None
 
     def refuse(self, problem: str, *, fix: str, rule: str = "") -> None:
@@ -101,7 +99,7 @@ class Given:
 
     def refuse_both(self, one: str, other: str) -> None:
         """Record that two flags contradict each other."""
-        self.refuse(f"{one} and {other} contradict each other", fix="Remove one of them")
+        self.refuse(f"{one} and {other} contradict each other", fix="Remove one of the two")
 
     def _section(self, name: str) -> Any:
         values = {key[1]: 0 for key in required_fields() if key[0] == name}

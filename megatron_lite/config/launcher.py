@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.command_line import read_argument_file, require_utf8
+from megatron_lite.config.command_line import read_argument_file, require_utf8, split_fault
 from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.errors import ConfigError
 
@@ -59,8 +59,11 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
     flags = tokens[script:]
     if unexpanded := _unexpanded(flags):
         raise ConfigError(
-            f"The command line contains shell variables or substitutions: {', '.join(unexpanded)}",
-            fix="Replace them by their values, or put `megatron-lite explain` before the command in the job script",
+            f"The command line contains shell variables or substitutions, which are not expanded here: "
+            f"{', '.join(unexpanded)}",
+            fix="Write their values instead, or put `megatron-lite explain` before the command in the job script and "
+            "run "
+            "the script",
         )
     given = any(spelling(token) == "--world-size" for token in flags)
     return TrainingCommand(tuple(flags), None if given else _world_size(tokens[:script]))
@@ -89,7 +92,8 @@ def _split(text: str, *, comments: bool = False) -> list[str]:
             tokens.append(";")
     except ValueError as error:
         raise ConfigError(
-            f"Cannot split the command line {text[:80]!r}: {error}", fix="Add the missing quote"
+            f"Cannot split the command line {text[:80]!r}: {split_fault(error)}",
+            fix="Close the quotation mark, or remove the backslash at the end",
         ) from error
     return [token for token in tokens[:-1] if token.strip(" \t\\")]
 
@@ -186,12 +190,13 @@ def _unexpanded(tokens: Sequence[str]) -> list[str]:
 def _no_script(argv: Sequence[str]) -> ConfigError:
     text = " ".join(argv)
     unexpanded = _unexpanded(argv)
-    fix = "Give either the flags alone, or a full command, for example `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
+    fix = "Give the flags alone, or a full command, for example `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
     if unexpanded:
-        fix = f"Shell variables are not expanded here: replace {' and '.join(unexpanded)} with their values. {fix}"
+        fix = f"Shell variables are not expanded here: write the value of {' and '.join(unexpanded)}. {fix}"
     return ConfigError(
-        f"Cannot find the training arguments in {text[:100]!r}{' …' if len(text) > 100 else ''}: it contains no .py "
-        "script, and its first word is not a flag",
+        f"Cannot find the training flags in {text[:100]!r}{' …' if len(text) > 100 else ''}: it names no Python "
+        "script, "
+        "and does not begin with a flag",
         fix=fix,
     )
 
@@ -244,8 +249,8 @@ def _number(tokens: Sequence[str], *names: str, default: int | None = None) -> i
         return default
     if not value.isdigit() or not int(value):
         raise ConfigError(
-            f"Cannot read the launcher's number of ranks from {names[0]} {value}".rstrip(),
-            fix="Replace the value by a number, or add --world-size N",
+            f"Cannot read the launcher's number of ranks from {names[0]} {value or 'without a value'}",
+            fix=f"Write a number (for example {names[0]} 8), or add --world-size N to the training flags",
         )
     return int(value)
 

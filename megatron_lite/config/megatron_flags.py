@@ -142,19 +142,19 @@ refused: Mixture of experts is not implemented: every layer has one dense MLP. R
 refused: Multi-head latent attention is not implemented. Use --group-query-attention
     --multi-latent-attention --kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale
     --mscale-all-dim --rotary-scaling-factor
-refused: YaRN and Llama 3's rescaling are not implemented. Use --rotary-seq-len-interpolation-factor
+refused: YaRN and Llama 3's rescaling are not implemented. Use --rotary-seq-len-interpolation-factor N (linear)
     --rope-type=rope --use-rope-scaling --rope-scaling-factor
 refused: Windowed and chunked attention are not implemented. Remove the flag
     --window-size --window-attn-skip-freq --attention-chunk-size
 refused: Attention variants with another softmax are not implemented. Remove the flag
     --softmax-type=vanilla
-refused: This activation is not implemented. Use --activation
+refused: This activation is not implemented. Use --activation gelu, gelu_tanh, relu, squared_relu, swiglu or geglu
     --glu-linear-offset=0|0.0 --quick-geglu --onnx-safe --activation-func-clamp-value
-refused: The flag sets another MLP width than here. Use --activation geglu with --ffn-hidden-size
+refused: The flag also changes the width of the MLP. Use --activation geglu with --ffn-hidden-size N
     --geglu
 refused: Sinusoidal and relative positions are not implemented. Use --position-embedding-type learned, rotary or alibi
     --sinusoidal-pos-emb --rpe-num-buckets --rpe-max-distance
-refused: Only LayerNorm and RMSNorm are implemented. Use --normalization
+refused: Only LayerNorm and RMSNorm are implemented. Use --normalization LayerNorm or RMSNorm
     --scalenorm-epsilon
 refused: Only dense attention is implemented. Remove the flag
     --sparsity=none
@@ -169,12 +169,12 @@ refused: Weights are initialized from N(0, --init-method-std). Remove the flag
     --init-method-xavier-uniform --embedding-init-method-std --init-method
 refused: muP is not implemented, and without it a learning rate does not transfer. Choose --lr for this width
     --mup --use-mup --mup-input-mult --mup-output-mult --mup-attn-mult --mup-*
-refused: It is a flag of other models (BERT, T5, retrieval, vision). Remove the flag
+refused: The flag belongs to other models (BERT, T5, retrieval, vision). Remove the flag
     --decoder-seq-length --decoder-num-layers --retriever-seq-length --mask-prob --short-seq-prob --sample-rate
     --bert-no-binary-head --noise-density --mean-noise-span-length --img-dim --patch-dim --num-classes --num-channels
     --ict-head-size --ict-load --bert-load --titles-data-path --evidence-data-path --block-data-path --embedding-path
     --retro-* --retriever-* --biencoder-* --vision-* --dino-*
-refused: Context parallelism is not implemented. Use --sequence-parallel with --tensor-model-parallel-size
+refused: Context parallelism is not implemented. Use --sequence-parallel with --tensor-model-parallel-size N
     --context-parallel-size=1 --hierarchical-context-parallel-sizes=1 --ds-sequence-parallel-size=1
 refused: Parameters are not sharded over replicas. Use --use-distributed-optimizer (ZeRO-1)
     --data-parallel-sharding-strategy=no_shard --outer-dp-sharding-strategy=no_shard
@@ -182,7 +182,7 @@ refused: Parameters are not sharded over replicas. Use --use-distributed-optimiz
     --fsdp-double-buffer --fsdp-manual-registration --megatron-fsdp-grad-comm-dtype --megatron-fsdp-main-grads-dtype
     --megatron-fsdp-main-params-dtype --megatron-fsdp-max-pool-double-buffer --suggested-communication-unit-size
     --megatron-fsdp-* --fsdp-*
-refused: Weights are split over tensor-parallel ranks only. Use --tensor-model-parallel-size
+refused: Weights are split over tensor-parallel ranks only. Use --tensor-model-parallel-size N
     --tensor-parallel-num-weight-shards=1 --gtp-remat-nccl-ub --gtp-expert-remat-nccl-ub --gtp-remat-opt-in-modules
     --gtp-remat-reduce-scatter-with-fp32-accumulation --gtp-*
 refused: Layers are assigned to stages by number. Use --pp-partition-method or --decoder-first-pipeline-num-layers
@@ -197,7 +197,7 @@ refused: Offloading to the CPU is not implemented. Use --checkpoint-activations,
 refused: fp8 and fp4 are not implemented. Use --bf16
     --fp8-format --fp8-recipe --fp8-amax-compute-algo --fp8-amax-history-len --fp8-param-gather --fp4-format
     --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --fp8-* --fp4-*
-refused: All parameters have one learning rate. Remove the flag
+refused: All parameters have the same learning rate. Remove the flag
     --decoupled-lr --decoupled-min-lr --dump-param-to-param-group-map --no-weight-decay-cond-type
 refused: Only the core of attention can be recomputed alone. Use --recompute-granularity selective or full
     --recompute-modules=core_attn
@@ -209,9 +209,9 @@ refused: Error injection is not implemented. Remove the flag
 refused: Non-persistent checkpoints are not implemented. Use --save-schedule and --keep-last
     --non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-global-ckpt-dir
     --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo
-refused: A run saves and stops on SIGTERM, SIGINT and SIGUSR1 only. Send one of them
+refused: A run saves and stops on SIGTERM, SIGINT and SIGUSR1 only. Remove the flag; send the job one of these signals
     --exit-signal=sigterm|sigint|sigusr1
-refused: Only AdamW and SGD are implemented. Use --optimizer
+refused: Only AdamW and SGD are implemented. Use --optimizer adam or sgd
     --onebitadam --sm3 --no-adamw --momentum
 refused: The final learning rate is a rate, not a share of --lr. Use --min-lr (--lr x the ratio)
     --lr-decay-ratio
@@ -228,9 +228,9 @@ refused: Weights are loaded from one folder. Use --load FOLDER --finetune
 refused: Raw text is not read by the trainer. Use tools/preprocess_data.py, then --data-path PREFIX and --split
     --train-data --valid-data --test-data --lazy-loader --loose-json --presplit-sentences --text-key --eval-text-key
     --delim --use-tfrecords --input-data-sizes-file
-refused: Validation has the sequence length and batches of training. Remove the flag
+refused: Validation uses the sequence length and batch size of training. Remove the flag
     --eval-batch-size --eval-seq-length --eval-max-preds-per-seq
-refused: A tokenizer is given by type and files. Use --tokenizer-type with --vocab-file or --tokenizer-model
+refused: A tokenizer is given by its type and files. Use --tokenizer-type with --vocab-file or --tokenizer-model
     --tokenizer-path --tokenizer-model-type --cache-dir
 refused: The surplus of each dataset of a blend is 0.5%. Remove the flag
     --mid-level-dataset-surplus=0.005
@@ -238,17 +238,17 @@ refused: Validation reads --eval-iters batches of each set. Use --valid-weighted
     --full-validation --multiple-validation-sets --eval-global-batch-size --eval-micro-batch-size
 refused: Datasets are read from files only. Copy them to this machine
     --object-storage-cache-path
-refused: Only memory-mapped datasets (MMIDIDX) are supported. Convert older ones with tools/preprocess_data.py
+refused: Only memory-mapped datasets (MMIDIDX) are supported. Preprocess the text again with tools/preprocess_data.py
     --data-impl=mmap|infer --dataset-impl=mmap|infer
 refused: A JSON of blends per split is not supported. Use --train-data-path, --valid-data-path and --test-data-path
     --per-split-data-args-path
 refused: This tokenizer is not supported. Use --tokenizer-type HuggingFaceTokenizer with its tokenizer.json
     --tokenizer-library --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens --use-gigatoken
-refused: It is a flag of tools/preprocess_data.py or tools/merge_datasets.py. Give it to them
+refused: The flag belongs to tools/preprocess_data.py or tools/merge_datasets.py. Remove it here; give it to that script
     --input --output-prefix --json-keys --json-key --append-eod --append-bos --prepend-space --workers --datasets
     --split-sentences --keep-newlines --scratch --partitions --find-optimal-num-workers --workers-to-check
     --max-documents --keep-sequential-samples
-refused: It is a flag of an evaluation script. Use --skip-train to measure the loss
+refused: The flag belongs to an evaluation script. Remove it; use --skip-train to measure the loss
     --task-list --adaptive-seq-len --results-path --intermed-results --micro-bs-multiplier --eval-fp32
     --bootstrap-iters
 refused: The trainer has no inference server. Use `megatron-lite generate`

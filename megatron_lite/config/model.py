@@ -317,8 +317,8 @@ def heads_divide_hidden_size(config: RunConfig) -> Iterator[ConfigError]:
     follows = model.head_dim == model.hidden_size // model.num_attention_heads
     if follows and model.hidden_size % model.num_attention_heads:
         yield ConfigError(
-            f"Cannot split the hidden size over the attention heads (--hidden-size {model.hidden_size}, "
-            f"--num-attention-heads {model.num_attention_heads})",
+            f"Cannot split a hidden size of {model.hidden_size} over {model.num_attention_heads} attention heads "
+            f"(--hidden-size {model.hidden_size}, --num-attention-heads {model.num_attention_heads})",
             fix=f"Use --hidden-size {nearest_multiples(model.hidden_size, model.num_attention_heads)}, another "
             "number of heads, or an explicit head size with --kv-channels",
         )
@@ -339,12 +339,16 @@ def rotated_channels_are_pairs(config: RunConfig) -> Iterator[ConfigError]:
     """Require an even number of rotated channels."""
     model = config.model
     rotated = int(model.head_dim * model.rotary_percent)
+    even = max(2, (rotated + 1) // 2 * 2)
     if model.position_embedding == "rotary" and (rotated % 2 or not rotated):
         yield ConfigError(
-            f"Cannot rotate {rotated} of a head's {model.head_dim} channels (--rotary-percent "
-            f"{model.rotary_percent:g})",
-            rule="Rotary embeddings rotate pairs of channels",
-            fix="Change --rotary-percent, --kv-channels or --num-attention-heads so that the number is even and not 0",
+            f"Rotary embeddings cannot rotate {rotated} of the {model.head_dim} channels of an attention head "
+            f"(--rotary-percent {model.rotary_percent:g})",
+            rule="They rotate pairs of channels, at least one pair",
+            fix=f"Use --rotary-percent {even / model.head_dim:g} ({even} channels), or another head size with "
+            "--kv-channels"
+            if model.head_dim % 2 == 0
+            else "Use an even head size: set --kv-channels",
         )
 
 
@@ -353,8 +357,9 @@ def sequence_fits_positions(config: RunConfig) -> Iterator[ConfigError]:
     model, length = config.model, config.batch.seq_length
     if model.position_embedding == "learned" and length > model.max_position_embeddings:
         yield ConfigError(
-            f"The sequence is longer than the position table (--seq-length {length}, --max-position-embeddings "
-            f"{model.max_position_embeddings})",
+            f"Samples of {length} tokens are longer than the table of {model.max_position_embeddings} learned "
+            "positions "
+            f"(--seq-length {length}, --max-position-embeddings {model.max_position_embeddings})",
             fix=f"Use --max-position-embeddings {length}, or --position-embedding-type rotary",
         )
 
@@ -364,7 +369,7 @@ def one_kind_of_residual(config: RunConfig) -> Iterator[ConfigError]:
     if config.model.parallel_residual and config.model.residual_post_layernorm:
         yield ConfigError(
             "--parallel-residual and --apply-residual-connection-post-layernorm contradict each other",
-            fix="Remove one of them",
+            fix="Remove either flag",
         )
 
 

@@ -204,7 +204,8 @@ def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
             replacements = (flag.split()[0].replace(f"-{other}", f"-{unit}") for flag in wrong)
             yield ConfigError(
                 f"{', '.join(wrong)} cannot be combined with --train-{unit} {length}",
-                rule="The learning-rate schedule has the unit of the run's length",
+                rule=f"The learning-rate schedule is in {'iterations' if unit == 'iters' else unit}, as the length of "
+                "the run",
                 fix=f"Use {', '.join(replacements)} instead",
             )
 
@@ -214,7 +215,7 @@ def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
     lr = config.lr
     if lr.lr <= 0 and not config.training.skip_train:
         yield ConfigError(
-            f"The run has no learning rate (--lr {lr.lr:g})", fix="Give --lr a number above 0, such as 3e-4"
+            f"The learning rate is {lr.lr:g} (--lr {lr.lr:g})", fix="Give --lr a number above 0, such as 3e-4"
         )
         return
     for flag, value in (("--min-lr", lr.min_lr), ("--lr-warmup-init", lr.warmup_init)):
@@ -228,11 +229,11 @@ def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
 def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
     """Require one length of the warm-up, within the decay."""
     lr, training = config.lr, config.training
+    absolute = f"--lr-warmup-iters {lr.warmup_iters}" if lr.warmup_iters else f"--lr-warmup-samples {lr.warmup_samples}"
     if lr.warmup_fraction is not None and (lr.warmup_iters or lr.warmup_samples):
         yield ConfigError(
-            f"Warm-up has two lengths: --lr-warmup-fraction {lr.warmup_fraction:g} and "
-            f"{lr.warmup_iters or lr.warmup_samples}",
-            fix="Remove --lr-warmup-fraction, or --lr-warmup-iters and --lr-warmup-samples",
+            f"The learning-rate warm-up has two lengths: --lr-warmup-fraction {lr.warmup_fraction:g} and {absolute}",
+            fix=f"Remove --lr-warmup-fraction, or {absolute.split()[0]}",
         )
     unit = "samples" if training.train_samples else "iters"
     length = training.train_samples or training.train_iters
@@ -240,7 +241,9 @@ def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
     warmup = lr.warmup_samples if training.train_samples else lr.warmup_iters
     if warmup > decay and not lr.decay_tokens:
         yield ConfigError(
-            f"Warm-up is longer than the decay it is part of (--lr-warmup-{unit} {warmup}, decay over {decay})",
+            f"The learning-rate warm-up is longer than the whole schedule of warm-up and decay (--lr-warmup-{unit} "
+            f"{warmup}, "
+            f"schedule of {decay} {'iterations' if unit == 'iters' else unit})",
             fix=f"Use --lr-warmup-{unit} {decay} or less, or a longer --lr-decay-{unit}",
         )
 
@@ -256,8 +259,13 @@ def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
         unit, phase, decay = "iters", lr.wsd_decay_iters, lr.decay_iters or training.train_iters
     if not 0 < phase <= decay:
         yield ConfigError(
-            f"The decay phase of WSD has {phase} of {decay} {unit} (--lr-wsd-decay-{unit} {phase})",
-            fix=f"Give --lr-wsd-decay-{unit} 1 to {decay}: the length of the last phase, when the rate falls",
+            f"--lr-decay-style WSD (warm-up, stable, decay) needs the length of its decay: --lr-wsd-decay-{unit} "
+            f"{phase}"
+            if not phase
+            else f"The WSD decay is longer than the whole schedule of {decay} "
+            f"{'iterations' if unit == 'iters' else unit} (--lr-wsd-decay-{unit} {phase})",
+            fix=f"Give --lr-wsd-decay-{unit} a number from 1 to {decay}: the last part of the schedule, in which the "
+            "learning rate falls",
         )
 
 
@@ -266,16 +274,25 @@ def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
     optimizer = config.optimizer
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     if optimizer.weight_decay_style == "constant":
-        if start is not None or end is not None:
+        ends = (("--start-weight-decay", start), ("--end-weight-decay", end))
+        if given := [flag for flag, value in ends if value is not None]:
             yield ConfigError(
-                "--start-weight-decay and --end-weight-decay have no effect with --weight-decay-incr-style constant",
-                fix="Use --weight-decay-incr-style linear or cosine, or --weight-decay alone",
+                f"{' and '.join(given)} {'have' if len(given) > 1 else 'has'} no effect with --weight-decay-incr-style "
+                "constant, the default",
+                fix="Add --weight-decay-incr-style linear or cosine, or give --weight-decay instead",
             )
     elif start is None or end is None or end < start:
+        missing = [
+            flag for flag, value in (("--start-weight-decay", start), ("--end-weight-decay", end)) if value is None
+        ]
         yield ConfigError(
-            f"The weight decay does not rise from a start to an end (--start-weight-decay {start}, "
-            f"--end-weight-decay {end}, --weight-decay-incr-style {optimizer.weight_decay_style})",
-            fix="Give both, for example --start-weight-decay 0.01 --end-weight-decay 0.1",
+            f"--weight-decay-incr-style {optimizer.weight_decay_style} raises the weight decay, but "
+            + (
+                f"its start {start:g} is above its end {end:g} (--start-weight-decay, --end-weight-decay)"
+                if start is not None and end is not None
+                else f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not given"
+            ),
+            fix="Give both, the start below the end, for example --start-weight-decay 0.01 --end-weight-decay 0.1",
         )
 
 
@@ -286,7 +303,7 @@ def loss_scale_starts_above_its_minimum(config: RunConfig) -> Iterator[ConfigErr
         yield ConfigError(
             f"The loss scale starts below its minimum (--initial-loss-scale {precision.initial_loss_scale:g}, "
             f"--min-loss-scale {precision.min_loss_scale:g})",
-            fix="Give --min-loss-scale a number above 0 (default 1) and --initial-loss-scale at least that",
+            fix=f"Use --initial-loss-scale {precision.min_loss_scale:g} or more, or a smaller --min-loss-scale",
         )
 
 
@@ -295,7 +312,7 @@ def recompute_fits(config: RunConfig) -> Iterator[ConfigError]:
     recompute, layers = config.recompute, config.model.num_layers
     if recompute.granularity == "full" and recompute.num_layers > layers:
         yield ConfigError(
-            f"Cannot recompute {recompute.num_layers} of {layers} layers (--recompute-num-layers "
+            f"Cannot recompute {recompute.num_layers} layers of a model with {layers} (--recompute-num-layers "
             f"{recompute.num_layers}, --num-layers {layers})",
             fix=f"Use --recompute-num-layers 1 to {layers}",
         )

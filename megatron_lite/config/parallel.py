@@ -12,6 +12,7 @@ from megatron_lite.config.flag import FIELD, Flag, Format, option
 from megatron_lite.config.partition import num_stages
 from megatron_lite.config.values import read_int
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 
 if TYPE_CHECKING:
     from megatron_lite.config.given import Given
@@ -145,8 +146,10 @@ def resolve_zero_stage(given: Given) -> None:
     elif stage:
         given.refuse(
             f"ZeRO stage {stage} is not supported ({origin})",
-            rule="Only the optimizer state is sharded over the replicas; gradients and parameters are not",
-            fix="Use --zero-stage 1, and more tensor or pipeline parallelism if memory is short",
+            rule="Stage 1 is: the optimizer state is sharded over the data-parallel replicas, gradients and "
+            "parameters are "
+            "not",
+            fix="Use stage 1; if memory is short, raise --tensor-model-parallel-size or --pipeline-model-parallel-size",
         )
 
 
@@ -157,7 +160,7 @@ def resolve_world_size(given: Given) -> None:
         if launched is not None and parallel.world_size != launched:
             given.refuse(
                 f"--world-size {parallel.world_size} differs from the {launched} ranks that the launcher started",
-                fix="Remove --world-size",
+                fix=f"Remove --world-size, or start {parallel.world_size} ranks",
             )
         return
     size = launched
@@ -180,9 +183,12 @@ def resolve_virtual_stages(given: Given) -> None:
         layers, stages = run.model.num_layers, run.parallel.pp * chunks
         if layers % stages:
             given.refuse(
-                f"Cannot split {layers} layers into {stages} equal virtual stages ({origin})",
-                fix=f"Use --num-layers {nearest_multiples(layers, stages)}, or another "
-                "--num-virtual-stages-per-pipeline-rank",
+                f"Cannot split {layers} layers into {stages} equal virtual stages, {chunks} on each of "
+                f"{run.parallel.pp} "
+                f"pipeline ranks (--num-layers {layers}, {origin}, --pipeline-model-parallel-size {run.parallel.pp})",
+                fix=f"Use --num-layers {nearest_multiples(layers, stages)}, or a "
+                "--num-virtual-stages-per-pipeline-rank "
+                f"such that it, times {run.parallel.pp}, divides {layers}",
             )
         else:
             given.give(FIELD.parallel.num_layers_per_virtual_stage, layers // stages, origin)
@@ -200,10 +206,11 @@ def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
     replica = parallel.tp * parallel.pp
     if parallel.world_size % replica:
         yield ConfigError(
-            f"Cannot split {parallel.world_size} ranks into replicas of {replica} (--tensor-model-parallel-size "
-            f"{parallel.tp} x --pipeline-model-parallel-size {parallel.pp})",
-            rule="Tensor x pipeline parallel size must divide the world size",
-            fix=f"Start a multiple of {replica} ranks (--world-size, if no launcher does), or change the sizes",
+            f"Cannot split {parallel.world_size:,} ranks into model replicas of {replica:,} ranks "
+            f"(--tensor-model-parallel-size {parallel.tp} x --pipeline-model-parallel-size {parallel.pp})",
+            rule="The number of ranks must be a multiple of tensor x pipeline-parallel size",
+            fix=f"Change the two sizes so that their product is {divisors(parallel.world_size)}, or start "
+            f"{nearest_multiples(parallel.world_size, replica)} ranks",
         )
 
 
@@ -216,7 +223,8 @@ def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
         ("--ffn-hidden-size", model.ffn_hidden_size),
         ("--pad-vocab-size-to", model.padded_vocab_size),
     ):
-        if size % tp:
+        follows_heads = flag == "--num-query-groups" and size == model.num_attention_heads
+        if size % tp and not follows_heads:
             yield ConfigError(
                 f"Cannot split {flag} {size} over {tp} tensor-parallel ranks (--tensor-model-parallel-size {tp})",
                 fix=f"Use --tensor-model-parallel-size {divisors(size)}, or {flag} {nearest_multiples(size, tp)}",
@@ -240,9 +248,9 @@ def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
     stages = num_stages(config.model, parallel)
     if stages > layers:
         yield ConfigError(
-            f"Cannot split {layers} layers over {stages} pipeline stages (--num-layers {layers}, "
+            f"Cannot split {layers} layers over {stages:,} pipeline stages (--num-layers {layers}, "
             f"--pipeline-model-parallel-size {parallel.pp})",
-            fix=f"Use --pipeline-model-parallel-size {layers * parallel.pp // stages} or less, or more layers",
+            fix=f"Use --pipeline-model-parallel-size {max(1, layers * parallel.pp // stages)} or less, or more layers",
         )
 
 
@@ -254,8 +262,8 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
     interleaved = parallel.pipeline_schedule == "interleaved"
     if interleaved and not chunk:
         yield ConfigError(
-            "--pipeline-schedule interleaved needs the size of a model chunk",
-            fix="Add --num-layers-per-virtual-pipeline-stage N: a rank then holds several chunks of N layers each",
+            "--pipeline-schedule interleaved is given without --num-layers-per-virtual-pipeline-stage",
+            fix="Add --num-layers-per-virtual-pipeline-stage N: each rank then holds several chunks of N layers",
         )
     if not chunk:
         return
@@ -266,12 +274,13 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
         )
     if parallel.pp < 2:
         yield ConfigError(
-            f"{flag} needs a pipeline (--pipeline-model-parallel-size {parallel.pp})",
+            f"{flag} has no effect with one pipeline stage (--pipeline-model-parallel-size {parallel.pp})",
             fix="Use --pipeline-model-parallel-size 2 or more, or remove --num-layers-per-virtual-pipeline-stage",
         )
     if layers % (chunk * parallel.pp):
         yield ConfigError(
-            f"Cannot split {layers} layers into equally many chunks of {chunk} on each of {parallel.pp} ranks "
+            f"Cannot give each of {parallel.pp} pipeline ranks the same number of chunks of {chunk} layers, {layers} "
+            "in all "
             f"(--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
             fix=f"Use --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
             if layers % parallel.pp == 0
@@ -285,14 +294,18 @@ def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
     if method in PARTITION_METHODS:
         return
     kind, _, pattern = method.partition(":")
-    try:
-        if kind.lower() == "type" and pattern and re.compile(pattern):
-            return
-    except re.error:
-        pass
+    fault = "is unknown"
+    if kind.lower() == "type":
+        fault = "has no regular expression after the colon"
+        try:
+            if pattern and re.compile(pattern):
+                return
+        except re.error as error:
+            fault = f"has an invalid regular expression: {error}"
     yield ConfigError(
-        f"Unknown --pp-partition-method {method}",
-        fix="Use balanced, uniform, parameters, or type:REGEX as type:transformer|embedding (in quotes for the shell)",
+        f"--pp-partition-method {method} {fault}",
+        fix="Use balanced, uniform, parameters, or, in quotation marks for the shell, 'type:REGEX' with a regular "
+        "expression of layer names, for example 'type:transformer|embedding'",
     )
 
 
@@ -302,25 +315,34 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
     first, last = parallel.first_stage_layers, parallel.last_stage_layers
     if not first and not last:
         return
-    ends = f"--decoder-first-pipeline-num-layers {first}, --decoder-last-pipeline-num-layers {last}"
-    if parallel.pipeline_schedule == "interleaved" or parallel.pp < 2:
+    sizes = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
+    given = [flag for flag, size in sizes.items() if size]
+    ends = ", ".join(f"{flag} {sizes[flag]}" for flag in given)
+    if parallel.pp < 2:
         yield ConfigError(
-            f"Cannot size the first and last stage ({ends}, --pipeline-model-parallel-size {parallel.pp}, "
-            f"--pipeline-schedule {parallel.pipeline_schedule})",
-            rule="This needs at least two stages and no virtual ones",
-            fix="Remove the two flags: layers are then assigned by --pp-partition-method",
+            f"The model has one pipeline stage, whose layers cannot be chosen ({ends}, --pipeline-model-parallel-size "
+            f"{parallel.pp})",
+            fix=f"Use --pipeline-model-parallel-size 2 or more, or remove {' and '.join(given)}",
+        )
+        return
+    if parallel.pipeline_schedule == "interleaved":
+        yield ConfigError(
+            f"The stages of --pipeline-schedule interleaved all have equally many layers ({ends})",
+            fix=f"Remove {' and '.join(given)}, or use --pipeline-schedule 1f1b without virtual stages",
         )
         return
     others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
     rest = layers - first - last
     if rest < others or (not others and rest):
         yield ConfigError(
-            f"Cannot split the {rest} layers between the ends over {others} other stages ({ends}, --num-layers "
-            f"{layers})",
+            f"Cannot assign {layers} layers to {others + len(given)} pipeline stages: the sizes given leave {rest} "
+            "layers "
+            f"for {others} other stages ({ends}, --num-layers {layers})",
             rule="Every stage needs a layer, and every layer a stage",
-            fix=f"Give the ends at most {layers - others} layers in all"
+            fix=f"Give {' and '.join(given)} at most "
+            f"{format_count(layers - others, 'layer')}{' in all' if len(given) > 1 else ''}"
             if others
-            else f"Give the two flags numbers that add up to {layers}",
+            else f"Give the two flags numbers whose sum is {layers}",
         )
 
 

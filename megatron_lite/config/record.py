@@ -24,15 +24,16 @@ def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     fields = {entry.name for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     if unknown := sorted(set(record) - fields):
         raise ConfigError(
-            f"The stored {kind.__name__} has fields of another version: {', '.join(unknown)}",
-            fix="Read it with the megatron_lite that wrote it, or a newer one",
+            f"The stored {kind.__name__} has fields that this version of megatron_lite does not have: "
+            f"{', '.join(unknown)}",
+            fix="Read it with the version of megatron_lite that wrote it, or a newer one",
         )
     try:
         return kind(**{name: _value(hints[name], value) for name, value in record.items()})
     except TypeError as error:
         raise ConfigError(
-            f"The stored {kind.__name__} is incomplete: {error}",
-            fix="Read it with the megatron_lite that wrote it",
+            f"The stored {kind.__name__} lacks fields that this version of megatron_lite needs: {error}",
+            fix="Read it with the version of megatron_lite that wrote it",
         ) from error
 
 

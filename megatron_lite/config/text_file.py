@@ -23,13 +23,19 @@ from megatron_lite.config.text_format import (
     unpacked,
 )
 from megatron_lite.errors import DataError
-
-NOT_REGULAR = "is a pipe, socket or device, not a regular file"
-REGULAR = "Write the contents to a regular file and give its path"
+from megatron_lite.system_errors import reason, remedy
 
 
 class TextFileError(ValueError):
-    """A file exists but is not readable text. The message continues a sentence that begins with the file's name."""
+    """A file exists but is not readable text. The message continues a sentence that begins with the file's name.
+
+    Attributes:
+        fix: what to do, in the imperative and without full stop.
+    """
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        self.fix = fix
+        super().__init__(problem)
 
 
 def read_text(path: str | Path) -> str:
@@ -55,16 +61,22 @@ def decode_text(content: bytes) -> str:
         TextFileError: as `read_text`.
     """
     if foreign := foreign_format(content[:HEAD]):
-        raise TextFileError(f"is {foreign}, not plain UTF-8 text")
+        raise TextFileError(f"is {foreign}, not plain UTF-8 text", fix=_conversion(foreign))
     content = content.removeprefix(BOM)
     place = content.find(b"\x00")
     if place >= 0:
-        raise TextFileError(f"is not text: NUL byte in {_place(content, place)}")
+        raise TextFileError(
+            f"is not text: NUL byte in {_place(content, place)}",
+            fix="Give a text file; this one is binary or damaged",
+        )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, where = content[error.start], _place(content, error.start)
-        raise TextFileError(f"is not UTF-8: byte 0x{byte:02x} in {where}") from None
+        raise TextFileError(
+            f"is not UTF-8: byte 0x{byte:02x} in {where}",
+            fix="Convert the file to UTF-8, for example with iconv -f latin1 -t utf-8 (if latin1 is its encoding)",
+        ) from None
 
 
 def require_text(path: str | Path, flag: str) -> str:
@@ -76,17 +88,29 @@ def require_text(path: str | Path, flag: str) -> str:
     try:
         return read_text(path)
     except (OSError, TextFileError) as error:
-        fix = f"Make it readable UTF-8 text, for example with iconv -f latin1 -t utf-8 {path}, or give another {flag}"
-        if isinstance(error, FileNotFoundError):
-            fix = suggest_path(flag, str(path))
-        elif str(error) == NOT_REGULAR:
-            fix = REGULAR
+        fix = read_fix(flag, str(path), error, f"give another {flag}")
         raise DataError(f"{flag} {read_failure(path, error)}", fix=fix) from error
 
 
 def read_failure(path: str | Path, error: OSError | TextFileError) -> str:
     """Return why `read_text` failed, beginning with the file's name."""
-    return f"{path} {error}" if isinstance(error, TextFileError) else f"{path}: {error.strerror or error}"
+    return f"{path} {error}" if isinstance(error, TextFileError) else f"{path}: {reason(error)}"
+
+
+def read_fix(flag: str, path: str, error: OSError | TextFileError, instead: str) -> str:
+    """Return the fix of an error about a text file that a flag names and that `read_text` could not read.
+
+    Args:
+        flag: the flag, before the path in suggestions.
+        path: the file.
+        error: raised by `read_text`.
+        instead: another way out, in the imperative and without capital letter.
+    """
+    if isinstance(error, FileNotFoundError):
+        return suggest_path(flag, path)
+    if isinstance(error, OSError):
+        return remedy(error, path, instead=instead)
+    return f"{error.fix}, or {instead}"
 
 
 def text_lines(text: str) -> list[str]:
@@ -103,19 +127,37 @@ def _open(path: str | Path) -> IO[bytes]:
     try:
         mode = Path(path).stat().st_mode
     except ValueError as error:  # a NUL byte or half a surrogate pair in the name
-        raise TextFileError(f"has an impossible name: {error}") from None
+        raise TextFileError(f"has an impossible name: {error}", fix="Rename the file to a name in UTF-8") from None
     if not shell and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise TextFileError(NOT_REGULAR)
+        raise TextFileError(
+            "is a pipe, socket or device, not a regular file",
+            fix="Write the contents to a regular file and give its path",
+        )
     return Path(path).open("rb")
+
+
+def _conversion(foreign: str) -> str:
+    """Return how to make UTF-8 text of a file in a foreign format."""
+    if foreign.startswith("UTF-"):
+        return f"Convert the file with iconv -f {foreign.split()[0]} -t utf-8"
+    if "archive" in foreign or "lz4" in foreign or "compress" in foreign:
+        return "Unpack the file and give the text inside"
+    return "Export the text to a plain text file"
 
 
 def _unpack(content: bytes, packing: Packing) -> bytes:
     if library := missing_library(packing):
-        raise TextFileError(f"is compressed with {packing}, and {library} is not installed: unpack the file")
+        raise TextFileError(
+            f"is compressed with {packing}, and the Python module {library} that reads it is not installed",
+            fix=f"Unpack the file ({packing} -d)" + (": pip install zstandard does, too" if packing == "zstd" else ""),
+        )
     try:
         return unpacked(io.BytesIO(content), packing).read()
     except damage_errors(packing) as error:
-        raise TextFileError(f"is compressed with {packing} and truncated or damaged ({error})") from None
+        raise TextFileError(
+            f"is compressed with {packing} and truncated or damaged ({error})",
+            fix="Copy the file again from its source",
+        ) from None
 
 
 def _place(content: bytes, offset: int) -> str:

@@ -165,12 +165,12 @@ def one_length(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"The run has two lengths: --train-iters {training.train_iters} and --train-samples "
             f"{training.train_samples}",
-            fix="Remove one of them",
+            fix="Remove one of the two flags",
         )
     if not training.train_iters and not training.train_samples and not training.skip_train:
         yield ConfigError(
-            "The run has no length: neither --train-iters nor --train-samples is given",
-            fix="Give one of them, or --skip-train to evaluate only",
+            "The length of the run is 0 or not given (--train-iters, --train-samples)",
+            fix="Give --train-iters N or --train-samples N with N above 0, or --skip-train to evaluate only",
         )
 
 
@@ -180,7 +180,8 @@ def repairs_need_checks(config: RunConfig) -> Iterator[ConfigError]:
     if training.on_weight_mismatch == "repair" and not training.weight_check_interval:
         yield ConfigError(
             "--on-weight-mismatch repair has no effect without --check-weight-hash-across-dp-replicas-interval",
-            fix="Add that interval, or remove --on-weight-mismatch",
+            fix="Add --check-weight-hash-across-dp-replicas-interval N (for example 100), or remove "
+            "--on-weight-mismatch",
         )
 
 
@@ -202,14 +203,18 @@ def rollback_needs_spikes_and_saves(config: RunConfig) -> Iterator[ConfigError]:
     training = config.training
     if 0 < training.spike_factor <= 1:
         yield ConfigError(
-            f"--spike-factor {training.spike_factor:g} would classify usual losses as spikes",
-            fix="Use a factor above 1, such as 1.5",
+            f"--spike-factor {training.spike_factor:g} would count usual losses as spikes",
+            rule="A loss above this factor times the median of recent losses counts as a spike",
+            fix="Use a factor above 1, such as --spike-factor 1.5",
         )
-    if training.auto_rollback and not (training.spike_factor and config.checkpoint.save):
+    needed = {"--spike-factor 1.5": training.spike_factor, "--save FOLDER": config.checkpoint.save}
+    missing = [flag for flag, value in needed.items() if not value]
+    if training.auto_rollback and missing:
         yield ConfigError(
-            f"--auto-rollback {training.auto_rollback} needs --spike-factor and --save",
-            rule="It returns to a checkpoint from before a detected loss spike",
-            fix="Add --spike-factor and --save, or remove --auto-rollback",
+            f"--auto-rollback {training.auto_rollback} is given without "
+            f"{' and '.join(flag.split()[0] for flag in missing)}",
+            rule="Automatic rollback loads a checkpoint from before a detected loss spike",
+            fix=f"Add {' and '.join(missing)}, or remove --auto-rollback",
         )
 
 

@@ -23,13 +23,13 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int, fixed: int = 
     if fixed < vocab_size:
         raise ConfigError(
             f"--pad-vocab-size-to {fixed} is smaller than the tokenizer's vocabulary of {vocab_size} tokens",
-            fix=f"Give --pad-vocab-size-to at least {vocab_size}, or leave it out",
+            fix=f"Use --pad-vocab-size-to {-(-vocab_size // tp) * tp} or more, or remove the flag",
         )
     if fixed % tp:
         raise ConfigError(
             f"Cannot split --pad-vocab-size-to {fixed} over {tp} tensor-parallel ranks (--tensor-model-parallel-size "
             f"{tp})",
-            fix=f"Give --pad-vocab-size-to {-(-fixed // tp) * tp}",
+            fix=f"Use --pad-vocab-size-to {-(-fixed // tp) * tp}",
         )
     return fixed
 
@@ -48,7 +48,8 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     if model.vocab_size and model.vocab_size != vocab_size:
         raise ConfigError(
             f"--tokenizer-vocab-size {model.vocab_size} differs from the tokenizer's {vocab_size} tokens",
-            fix="Remove --tokenizer-vocab-size, or use another tokenizer",
+            fix="Remove --tokenizer-vocab-size, or name the tokenizer of that vocabulary in --tokenizer-model or "
+            "--vocab-file",
         )
     padded = padded_vocab_size(
         vocab_size, model.make_vocab_size_divisible_by, config.parallel.tp, model.padded_vocab_size

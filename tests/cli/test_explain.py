@@ -90,7 +90,7 @@ def test_sample_requests_without_data_files(capsys):
 
 
 def test_explain_reports_the_errors_of_the_trainer():
-    with pytest.raises(ConfigError, match="Cannot split the global batch"):
+    with pytest.raises(ConfigError, match="Cannot split a global batch of"):
         run([*SMALL, "--micro-batch-size", "3"])
 
 

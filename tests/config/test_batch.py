@@ -55,12 +55,12 @@ def test_the_micro_batches_of_a_replica_have_a_bound():
     assert found(most, step_schedule=((0, 6 * most), (9, 6))) == []
     for texts in (found(most + 1), found(1, step_schedule=((0, 6 * most + 6), (9, 6)))):
         (text,) = texts
-        assert "1,000,001 micro-batches" in text and "more than 1,000,000 " in text
-        assert "--global-batch-size 6,000,006, --micro-batch-size 2, 3 replicas" in text
+        assert "1,000,001 micro-batches" in text and "the limit is 1,000,000 " in text
+        assert "--global-batch-size 6000006, --micro-batch-size 2, 3 replicas" in text
 
 
 ORDER, REACH, WHOLE = (
-    "positive start and increment",
+    "must be at least 1",
     "does not reach the global batch",
     "Cannot split every batch of the ramp-up",
 )
@@ -76,7 +76,7 @@ ORDER, REACH, WHOLE = (
         ((0, 2, 100), [ORDER]),
         ((2, 0, 100), [ORDER]),
         ((2, 2, -1), [ORDER]),
-        ((10, 2, 100), ["starts above the global batch"]),
+        ((10, 2, 100), ["above the global batch of 8"]),
         ((2, 4, 100), [REACH]),
         ((4, 8, 100), [REACH]),
         ((1, 7, 100), [WHOLE]),  # neither start nor increment
@@ -104,7 +104,7 @@ def test_a_ramp_in_steps_of_one_needs_micro_batches_of_one():
     [
         ((2, 8), []),
         ((8,), []),
-        ((3, 8), ["batches 3 of --step-batch-size-schedule into micro-batches (--micro-batch-size 2)"]),
+        ((3, 8), ["batches 3 of --step-batch-size-schedule into micro-batches of 2 (--micro-batch-size 2)"]),
         ((0, 8), ["batches 0 of"]),
         ((-2, 8), ["batches -2 of"]),
         ((8, 2), ["--global-batch-size 8 differs from the last batch of --step-batch-size-schedule, 2"]),
@@ -144,9 +144,9 @@ def test_a_decreased_batch_keeps_a_micro_batch_for_every_replica():
 
 
 BETWEEN, APART, DIVIDE = (
-    "sequence lengths outside 1 to --seq-length",
-    "need strictly increasing first iterations",
-    "Cannot split every sequence length",
+    "(--seq-length 32)",
+    "the first iterations of the stages do not increase",
+    "cannot split every sequence length",
 )
 
 
@@ -157,7 +157,7 @@ BETWEEN, APART, DIVIDE = (
         ({"start": 32, "iterations": 1, "step": 32}, []),
         ({"start": 0, "iterations": 1, "step": 1}, [BETWEEN]),
         ({"start": 1, "iterations": 1, "step": 0}, [BETWEEN]),
-        ({"start": 1, "iterations": 0, "step": 1}, [BETWEEN]),
+        ({"start": 1, "iterations": 0, "step": 1}, ["over 0 iterations"]),
         ({"start": 33, "iterations": 1, "step": 1}, [BETWEEN]),
         ({"start": 1, "iterations": 1, "step": 33}, [BETWEEN]),
         ({"stages": ((0, 1), (5, 32))}, []),

@@ -88,19 +88,24 @@ def missing_file_errors():
         return [str(error) for error in missing_files(parse_run([*SMALL, *extra]).config)]
 
     Path("x.bin").touch()
-    assert "No data are given" in missing()[-1]
+    assert "No training data are given" in missing()[-1]
     (tokenizer, data) = missing("--data-path", "x")
     for usual in ("--tokenizer-type HuggingFaceTokenizer", "--vocab-file", "--merge-file", "--vocab-size N"):
         assert usual in tokenizer
     assert 'The dataset "x" (--data-path) does not exist' in data
-    assert "no x.idx" in data
-    assert "--data-path has 0.3 where a dataset is expected" in missing("--data-path", "0.7", "x", "0.3")[-1]
+    assert "there is no file x.idx" in data
+    assert (
+        "--data-path has the number 0.3 where the path of a dataset is expected"
+        in missing("--data-path", "0.7", "x", "0.3")[-1]
+    )
     assert "--vocab-file v.json does not exist" in missing("--vocab-file", "v.json")[0]
     assert "--merge-file" in missing("--vocab-file", "v.json")[1]
     model = missing("--mock-data", "--tokenizer-model", "x.model")
     assert "without --tokenizer-type. Add --tokenizer-type SentencePieceTokenizer" in model[0]
     hugging_face = missing("--mock-data", "--tokenizer-type", "PretrainedFromHF", "--tokenizer-model", "absent")
     assert "--tokenizer-model" in hugging_face[0]
+    nameless = missing("--mock-data", "--tokenizer-type", "SentencePieceTokenizer")
+    assert "--tokenizer-type SentencePieceTokenizer is given without --tokenizer-model" in nameless[0]
     null = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "9")
     assert missing(*null) == []
     assert "--load absent does not exist" in missing(*null, "--load", "absent", "--exit-on-missing-checkpoint")[0]
@@ -195,7 +200,8 @@ SUGGESTIONS = {
     "--pipeline-model-parallel-size 4 --num-layers 2": "Use --pipeline-model-parallel-size 2 or less",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --num-layers 8": "stage 1, 2 or 4",
     "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --num-layers 6": "--num-layers 4 or 8",
-    "--decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-size 4": "Give the ends at most 1 layers in all",
+    "--decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-size 4": "Give "
+    "--decoder-first-pipeline-num-layers at most 1 layer",
     "--min-lr 1": "Give --min-lr a number from 0 to 0.001, or raise --lr",
     "--lr-decay-samples 100": "Use --lr-decay-iters instead",
     "--train-iters 0 --train-samples 800 --lr-warmup-iters 2": "Use --lr-warmup-samples instead",
@@ -206,3 +212,19 @@ SUGGESTIONS = {
 @pytest.mark.parametrize("extra", SUGGESTIONS)
 def test_a_fix_computes_what_would_fit(extra):
     assert SUGGESTIONS[extra] in error_of([*SMALL, *extra.split()])
+
+
+def test_flags_in_errors_are_those_of_the_command_line():
+    """Aliases and entries of the DeepSpeed JSON are named as given, and values that were not given as defaults."""
+    alias = error_of([*SMALL, "--model-parallel-size", "3"])
+    assert "(--model-parallel-size 3). Use --model-parallel-size 1, 2 or 4" in alias
+    assert "--pipeline-model-parallel-size 1 by default" in alias
+    preset = error_of([*SMALL, "--preset", "gpt2-124m", "--micro-batch-size", "3"])
+    assert "--micro-batch-size 3" in preset and "of --preset" not in preset
+    preset = error_of([*without(SMALL, "--num-attention-heads"), "--preset", "gpt2-124m"])
+    assert "--num-attention-heads 12 of --preset gpt2-124m" in preset
+    text = '{"train_micro_batch_size_per_gpu": 3}'
+    Path("ds.json").write_text(text, encoding="utf-8")
+    config = ["--deepspeed", "--deepspeed_config", "ds.json"]
+    message = error_of([*without(SMALL, "--micro-batch-size"), *config])
+    assert "train_micro_batch_size_per_gpu 3 in the DeepSpeed JSON). Use train_micro_batch_size_per_gpu 1, 2" in message

@@ -125,17 +125,17 @@ def test_an_argument_file_may_hold_flags_only(tmp_path):
 
 ERRORS = {
     "torchrun --nproc_per_node 8 pretrain_gpt.py $GPT_ARGS --save ${OUT}/a ${DATA_ARGS[@]}": (
-        "shell variables or substitutions: $GPT_ARGS, ${OUT}, ${DATA_ARGS[@]}. Replace them by their values"
+        "which are not expanded here: $GPT_ARGS, ${OUT}, ${DATA_ARGS[@]}. Write their values instead"
     ),
-    "python pretrain_gpt.py --save `pwd`/x": "shell variables or substitutions: `pwd`/x",
-    "python pretrain_gpt.py --seed $(date)": "shell variables or substitutions: $(date)",
-    "srun bash -c '$LAUNCHER --node_rank 0 $CMD'": "replace $LAUNCHER and $CMD with their values",
-    "deepspeed --num_gpus 8 train --num-layers 4": "its first word is not a flag. Give either the flags",
-    "train --num-layers 4": "contains no .py script",
-    "torchrun --nproc_per_node $GPUS pretrain_gpt.py --bf16": "--nproc-per-node $GPUS. Replace the value by a number",
-    "torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py --bf16": "--nnodes 1:4. Replace the value by a number",
-    "torchrun --nproc-per-node gpu pretrain_gpt.py --bf16": "--nproc-per-node gpu. Replace the value by a number",
-    "python pretrain_gpt.py --save 'x": "No closing quotation. Add the missing quote",
+    "python pretrain_gpt.py --save `pwd`/x": "which are not expanded here: `pwd`/x",
+    "python pretrain_gpt.py --seed $(date)": "which are not expanded here: $(date)",
+    "srun bash -c '$LAUNCHER --node_rank 0 $CMD'": "write the value of $LAUNCHER and $CMD",
+    "deepspeed --num_gpus 8 train --num-layers 4": "does not begin with a flag. Give the flags alone",
+    "train --num-layers 4": "names no Python script",
+    "torchrun --nproc_per_node $GPUS pretrain_gpt.py --bf16": "--nproc-per-node $GPUS. Write a number",
+    "torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py --bf16": "--nnodes 1:4. Write a number",
+    "torchrun --nproc-per-node gpu pretrain_gpt.py --bf16": "--nproc-per-node gpu. Write a number",
+    "python pretrain_gpt.py --save 'x": "a quotation mark is not closed. Close the quotation mark",
 }
 
 

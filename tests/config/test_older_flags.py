@@ -120,7 +120,7 @@ REFUSED = {
     "--train-batch-size 32": "--micro-batch-size and --global-batch-size",
     "--train-data wikipedia": "tools/preprocess_data.py",
     "--lazy-loader": "tools/preprocess_data.py",
-    "--eval-batch-size 4": "Validation has the sequence length and batches of training",
+    "--eval-batch-size 4": "Validation uses the sequence length and batch size of training",
     "--cache-dir x": "--tokenizer-type",
     "--tokenizer-model-type bert-large-uncased": "--tokenizer-type",
 }

@@ -20,27 +20,27 @@ BROKEN = {
     "Megatron-DeepSpeed/run_bf16.sh": (
         1,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
-        "must divide the world size",
+        "The number of ranks must be a multiple of tensor x pipeline-parallel size",
     ),
     "Megatron-LM/examples/gpt3/train_gpt3_175b_distributed.sh": (
         8,
         "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16",
-        "must divide the world size",
+        "The number of ranks must be a multiple of tensor x pipeline-parallel size",
     ),
     "bigscience/experiments/gpt2-meg/meg_gpt2_perf_n4.slurm": (
         16,
         "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 8",
-        "must divide the world size",
+        "The number of ranks must be a multiple of tensor x pipeline-parallel size",
     ),
     "bigscience/train/tr11-176B-ml/smaller_models/tr11f-6B3-ml.slurm": (
         8,
         "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 4",
-        "must divide the world size",
+        "The number of ranks must be a multiple of tensor x pipeline-parallel size",
     ),
     "bigscience/train/tr11-176B-ml/tr11-176B-ml.slurm": (
         16,
         "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 12",
-        "must divide the world size",
+        "The number of ranks must be a multiple of tensor x pipeline-parallel size",
     ),
     "bigscience/train/tr8b-104B/tr8b-104B-cl.slurm and -a100-16n": (
         512,

@@ -60,7 +60,7 @@ def test_a_dataset_of_one_split(split):
 @pytest.mark.parametrize("blend", ["0.7 A B", "0.7 A 0.3", "0.7 0.3 A B", "nan A 2 B"])
 def test_weights_that_do_not_alternate_with_datasets(blend):
     errors = missing_files(parse_run([*SMALL, "--data-path", *blend.split()]).config)
-    assert any("Weights and datasets alternate" in str(error) for error in errors)
+    assert any("Weights and paths alternate" in str(error) for error in errors)
 
 
 PATHS = {
@@ -110,8 +110,8 @@ def test_missing_argument_files_and_jsons():
     assert "Did you mean --train-weighted-split-paths-path flags.txt?" in str(parsed.missing[0])
     with pytest.raises(Exception, match=r"Did you mean @flags\.txt\?"):
         parse_run([*SMALL, "@flags.text"])
-    with pytest.raises(Exception, match="Close the quotes in flags"):
+    with pytest.raises(Exception, match="Close the quotation mark in flags"):
         Path("flags.txt").write_text("--save 'x")
         parse_run([*SMALL, "@flags.txt"])
-    with pytest.raises(Exception, match="Make empty readable text"):
+    with pytest.raises(Exception, match='Give a file instead of the folder "empty"'):
         parse_run([*SMALL, "@empty"])

@@ -66,7 +66,7 @@ def test_explicit_flags_beside_a_preset_can_contradict():
 
 
 def test_unknown_presets():
-    with pytest.raises(ConfigError, match=r"Did you mean gpt2-124m\?"):
+    with pytest.raises(ConfigError, match=r"Did you mean --preset gpt2-124m\?"):
         parse_run(["--preset", "gpt2-125m", *REST])
     with pytest.raises(ConfigError, match=r"Cannot read --preset.*: expected one value"):
         parse_run(["--preset", *REST])

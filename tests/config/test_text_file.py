@@ -75,7 +75,7 @@ def test_several_streams_are_read_one_after_another(packing):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(text_format, "_LIBRARIES", {"bz2": "no_such_library"})
     (tmp_path / "text").write_bytes(bz2.compress(b"x"))
-    assert "no_such_library is not installed" in failure(tmp_path / "text")
+    assert "no_such_library that reads it is not installed" in failure(tmp_path / "text")
 
 
 def test_pipes_devices_and_missing_files(tmp_path):

@@ -152,7 +152,7 @@ def test_the_command_with_its_launcher_is_rehearsed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("--world-size 500", "Tensor x pipeline parallel size must divide the world size"),
+        ("--world-size 500", "The number of ranks must be a multiple of tensor x pipeline-parallel size"),
         (
             "--num-attention-heads 5 --kv-channels 160",
             "Cannot split --num-attention-heads 5 over 2 tensor-parallel ranks",
@@ -162,9 +162,9 @@ def test_the_command_with_its_launcher_is_rehearsed(capsys):
         ("--num-layers 3", "Cannot split 3 layers over 4 pipeline stages"),
         (
             "--num-layers-per-virtual-pipeline-stage 3",
-            "Cannot split 40 layers into equally many chunks of 3",
+            "the same number of chunks of 3 layers, 40 in all",
         ),
-        ("--micro-batch-size 3", "Cannot split the global batch into micro-batches"),
+        ("--micro-batch-size 3", "Cannot split a global batch of"),
         ("--seq-length 2047 --sequence-parallel", "tensor-parallel ranks for --sequence-parallel"),
         ("--rank 512", "--rank 512 is outside of the job"),
     ],
