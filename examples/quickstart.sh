@@ -29,7 +29,7 @@ python tools/preprocess_data.py --input "$out/corpus.jsonl" --output-prefix "$ou
 
 train=(
   python pretrain_gpt.py
-  --data-path "$out/python_text_document" --split 95,4,1
+  --data-path "$out/python_text_document" --split "95,4,1"
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$out/tokenizer"
   --num-layers 4 --hidden-size 192 --num-attention-heads 6 --seq-length 128 --max-position-embeddings 128
   --attention-dropout 0 --hidden-dropout 0

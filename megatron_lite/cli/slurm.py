@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lite.cli import slurm_chain
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.ops.submission import Submission
 
 SUMMARY = "check a Slurm job script without a GPU and submit it, also as a chain of jobs"
 
@@ -28,8 +30,8 @@ def run(argv: list[str]) -> int:
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Separate the script's own arguments, which follow its name."""
-    for place, word in enumerate(argv):
-        if place and not word.startswith("-") and Path(word).is_file() and argv[0] == "submit":
+    for place, argument in enumerate(argv):
+        if place and not argument.startswith("-") and Path(argument).is_file() and argv[0] == "submit":
             return argv[: place + 1], argv[place + 1 :]
     return argv, []
 
@@ -39,13 +41,17 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     submit = commands.add_parser(
         "submit",
-        help="check a job script, print its plan, then call sbatch",
-        usage="megatron-lite slurm submit [--dry-run] [--chain] [--step-seconds S] [--sbatch=OPTIONS] SCRIPT [ARG …]",
+        help="check a job script, print the plan, then call sbatch",
+        usage="megatron-lite slurm submit [--dry-run] [--chain] [--verbose] [--step-seconds S] "
+        "[--sbatch=OPTIONS] SCRIPT [ARG …]",
     )
-    submit.add_argument("--dry-run", action="store_true", help="check and print only; needs no Slurm")
+    submit.add_argument("--dry-run", action="store_true", help="check and print the plan; needs no Slurm")
     submit.add_argument("--chain", action="store_true", help="submit further jobs until the run is complete")
+    submit.add_argument("--verbose", action="store_true", help="also print the configuration, as `explain` does")
     submit.add_argument(
-        "--step-seconds", type=real(0, 1e6, above=True), help="seconds of an iteration (default: the run's)"
+        "--step-seconds",
+        type=real(0, 1e6, above=True),
+        help="seconds of an iteration (default: measured in the run, or a rough estimate)",
     )
     submit.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="options of sbatch, as '--nodes=8 --time=1:00:00'"
@@ -56,40 +62,63 @@ def _parser() -> Parser:
 
 
 def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_lite.cli.explain import explain_text
     from megatron_lite.config.arguments import raise_all
     from megatron_lite.ops.job import read_job
-    from megatron_lite.ops.submission import check_job
+    from megatron_lite.ops.partition import read_partitions
+    from megatron_lite.ops.submission import check_job, working_folder
 
-    sbatch = shlex.split(options.sbatch)
-    job = read_job(options.script, environment=dict(os.environ), options=sbatch, arguments=arguments)
-    submission = check_job(job, step_seconds=options.step_seconds)
-    if submission.parsed is not None:
-        print(explain_text(submission.parsed))
-        print()
-    for title, text in submission.facts:
+    given = shlex.split(options.sbatch)
+    job = read_job(options.script, environment=dict(os.environ), options=given, arguments=arguments)
+    partitions = read_partitions()
+    submission = check_job(job, step_seconds=options.step_seconds, partitions=partitions)
+    if options.verbose and submission.parsed is not None:
+        from megatron_lite.cli.explain import explain_text
+
+        with working_folder(job.folder):
+            print(explain_text(submission.parsed), end="\n\n")
+    sbatch = [*job.sbatch_options, *given]
+    for title, text in [*submission.facts, *([("sbatch", shlex.join(sbatch))] if sbatch else [])]:
         print(f"{title:<11} {text}")
     for warning in submission.warnings:
         print(f"Warning     {warning}")
+    away = options.dry_run and partitions is None
+    if away:
+        for error in submission.local_problems:
+            print(f"Not here    {error.problem}")
     sys.stdout.flush()
-    raise_all(submission.problems)
+    raise_all([*submission.problems, *([] if away else submission.local_problems)])
     if options.dry_run:
         print("Not submitted (--dry-run): no problem was found")
+        if away and submission.local_problems:
+            print("            Slurm does not answer here; on the cluster each line `Not here` is an error")
         return 0
-    if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "sbatch is not installed here", fix="Submit from a login node of the cluster, or pass --dry-run"
-        )
-    sys.stdout.flush()
     if options.chain:
         from megatron_lite.ops.chain import start_chain
 
         folder = submission.parsed.config.checkpoint.save if submission.parsed else ""
         if not folder:
             raise ConfigError(
-                "A chain needs a run folder, and the command has no --save", fix="Add --save and --load FOLDER"
+                "A chain needs a run folder, and the job has no training command with --save"
+                if submission.parsed is None
+                else "A chain needs a run folder, and the command has no --save",
+                fix="Submit it without --chain" if submission.parsed is None else "Add --save and --load FOLDER",
             )
         job_id = start_chain(job.folder / folder, options.script, arguments, sbatch)
         print(f"Submitted batch job {job_id}, the first of a chain; `megatron-lite slurm status {folder}` shows it")
         return 0
-    return subprocess.run(["sbatch", *sbatch, str(options.script), *arguments], check=False).returncode
+    from megatron_lite.ops import slurm
+
+    sbatch += _exclude_option(submission)
+    print(f"Submitted batch job {slurm.submit(sbatch, str(options.script), arguments)}")
+    return 0
+
+
+def _exclude_option(submission: Submission) -> list[str]:
+    """Return --exclude with the hosts of the run's exclude file and those that the job itself excludes."""
+    from megatron_lite.ops.exclude import exclude_option
+
+    if not submission.excluded or submission.parsed is None:
+        return []
+    save = submission.job.folder / submission.parsed.config.checkpoint.save
+    hosts = exclude_option(save, given=submission.job.resources.options.get("exclude", ""))
+    return [f"--exclude={hosts}"] if hosts else []

@@ -38,7 +38,7 @@ from megatron_lite.ops.chain_state import (
     write_chain,
 )
 from megatron_lite.ops.exclude import exclude_option
-from megatron_lite.ops.job import read_resources
+from megatron_lite.ops.resources import read_resources
 from megatron_lite.runs.lock import read_owner
 from megatron_lite.runs.process import is_running
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_lite.config.arguments import ParsedRun, parse_run
-from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, ConfigErrors, MegatronLiteError
-from megatron_lite.formatting import format_count, format_duration, format_size
+from megatron_lite.errors import ConfigError, ConfigErrors
+from megatron_lite.formatting import format_count, format_size
+from megatron_lite.ops.duration import step_of, timing_facts, timing_of, timing_problems, timing_warnings
+from megatron_lite.ops.exclude import excluded_hosts
 from megatron_lite.ops.job import Job
-from megatron_lite.runs.exit_status import completed_iteration
+from megatron_lite.ops.partition import Partition, partition_problems
+from megatron_lite.ops.quota import free_space
+from megatron_lite.ops.storage import (
+    Storage,
+    completion_problems,
+    folder_problems,
+    nearest_existing,
+    space_problems,
+    space_warnings,
+    storage_of,
+)
+from megatron_lite.planner.memory import model_state_bytes
+from megatron_lite.planner.summary import RunSummary, summarize
+from megatron_lite.runs.catalog import latest_iteration, list_iterations
 from megatron_lite.runs.lock import read_owner
-from megatron_lite.runs.metrics_file import read_records
 from megatron_lite.schedules.length import last_iteration
-from megatron_lite.schedules.saves import save_iterations
-
-RECENT = 50
-"""Iterations whose median is the measured step time."""
-OPTIMIZER_BYTES = 8
-"""Of a parameter: Adam's two moments in fp32."""
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 
 @dataclass
@@ -37,84 +42,190 @@ class Submission:
 
     Attributes:
         job: the batch script.
-        parsed: the training command's configuration; None: its flags are wrong.
-        problems: why the job cannot work.
-        warnings: what deserves a look.
+        parsed: the training command's configuration; None: its flags are wrong, or the script does not train.
+        problems: reasons why the job cannot work anywhere.
+        local_problems: reasons on this machine: missing files, the --save folder, disk space. Away from the cluster
+            they are no errors.
+        warnings: risks that do not prevent the job.
         facts: lines of the plan, (title, text).
+        excluded: hosts on which the job must not run.
     """
 
     job: Job
     parsed: ParsedRun | None = None
     problems: list[ConfigError] = field(default_factory=list)
+    local_problems: list[ConfigError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
+    excluded: tuple[str, ...] = ()
 
 
-def check_job(job: Job, *, step_seconds: float | None = None) -> Submission:
+def check_job(
+    job: Job, *, step_seconds: float | None = None, partitions: dict[str, Partition] | None = None
+) -> Submission:
     """Check a job without a GPU and without running its programs.
 
     Args:
         job: the batch script.
-        step_seconds: seconds of an iteration; None: the median of the run's last iterations, if it has any.
+        step_seconds: seconds of an iteration; None: measured in the run, or estimated.
+        partitions: of the cluster; None: unknown.
     """
     submission = Submission(job)
-    _note_missing_variables(submission)
-    with _script_files(job) as flags:
-        try:
-            submission.parsed = parse_run(flags, world_size=job.world_size)
-        except ConfigErrors as errors:
-            submission.problems += errors.errors
-        except ConfigError as error:
-            submission.problems.append(error)
+    submission.facts.append(("Job", _job_line(job)))
+    _check_variables(submission)
+    with working_folder(job.folder):
+        if job.command is None:
+            submission.facts += [("Runs", f"{program} (its arguments are not checked)") for program in job.programs]
         else:
-            submission.problems += missing_files(submission.parsed.config)
-    _check_allocation(submission)
-    if submission.parsed is not None:
-        config = submission.parsed.config
-        _check_time(submission, config, step_seconds)
-        _check_folder(submission, config)
-        _check_disk(submission, config)
-    _check_partition(submission)
+            _check_training(submission, step_seconds)
+    if partitions is not None:
+        submission.problems += partition_problems(job, partitions)
     return submission
 
 
 @contextmanager
-def _script_files(job: Job) -> Iterator[list[str]]:
-    """Yield the training flags; files that the script would write lie in a temporary folder meanwhile."""
-    folder = Path.cwd()
-    with tempfile.TemporaryDirectory() as temporary:
-        flags = []
-        for place, word in enumerate(job.command.flags):
-            content = job.evaluation.files.get(os.path.normpath(job.folder / word))
-            if content is not None and not word.startswith("-"):
-                path = Path(temporary) / f"{place}-{Path(word).name}"
-                path.write_text(content, encoding="utf-8")
-                flags.append(str(path))
-            else:
-                flags.append(word)
-        try:
-            if job.folder.is_dir():
-                os.chdir(job.folder)
-            yield flags
-        finally:
+def working_folder(folder: Path) -> Iterator[None]:
+    """Change to the folder of a script for a while, so that its relative paths are resolved as in the job."""
+    before = Path.cwd()
+    try:
+        if folder.is_dir():
             os.chdir(folder)
+        yield
+    finally:
+        os.chdir(before)
 
 
-def _note_missing_variables(submission: Submission) -> None:
-    missing = [name for name in submission.job.evaluation.missing if not name.startswith("SLURM_")]
-    if missing:
-        submission.warnings.append(
-            f"not set, so that nothing stands in their place: {', '.join(f'${name}' for name in missing)}"
+def _check_training(submission: Submission, step_seconds: float | None) -> None:
+    job = submission.job
+    assert job.command is not None
+    try:
+        with _script_files(job, job.command.flags) as flags:
+            submission.parsed = parse_run(flags, world_size=job.world_size)
+    except ConfigErrors as errors:
+        submission.problems += errors.errors
+    except ConfigError as error:
+        submission.problems.append(error)
+    _check_allocation(submission)
+    if submission.parsed is None:
+        return
+    submission.local_problems += [*submission.parsed.missing, *missing_files(submission.parsed.config)]
+    submission.warnings += submission.parsed.warnings
+    try:
+        config, vocabulary = fill_vocabulary(submission.parsed.config)
+    except ConfigError as error:
+        submission.problems.append(error)
+        return
+    summary = summarize(config)
+    submission.facts += _summary_facts(config, summary, vocabulary)
+    folder = Path(config.checkpoint.save) if config.checkpoint.save else None
+    unusable = list(folder_problems(folder)) if folder else []
+    submission.local_problems += unusable
+    existing = list_iterations(folder) if folder and not unusable else []
+    storage = storage_of(config, existing)
+    step = step_of(config, job.resources, step_seconds)
+    timing = timing_of(config, job.resources, storage.checkpoint, step, max(existing, default=0))
+    if timing is None:
+        submission.facts.append(("Time limit", "the partition's"))
+    else:
+        submission.facts += timing_facts(timing)
+        submission.problems += timing_problems(timing, config, storage.checkpoint)
+        submission.warnings += timing_warnings(timing)
+    if folder is None:
+        submission.warnings.append("there is no --save: the job writes no checkpoint")
+    elif not unusable:
+        _check_folder(submission, config, folder, storage)
+
+
+def _check_folder(submission: Submission, config: RunConfig, folder: Path, storage: Storage) -> None:
+    """Check the run in the --save folder, and the space for its checkpoints."""
+    existing = nearest_existing(folder)
+    submission.facts.append(("Saves", _saves_line(config)))
+    submission.problems += completion_problems(config)
+    if (owner := read_owner(folder)) is not None:
+        submission.warnings.append(f"--save {folder} is in use by {owner}: a job that starts before it ends is refused")
+    space = free_space(existing)
+    submission.facts.append(
+        (
+            "Disk",
+            f"{format_count(storage.kept, 'checkpoint')} of {format_size(storage.checkpoint)}: "
+            f"{format_size(storage.total)}; {format_size(space.free)} {space.free_limit} at {existing}",
         )
-    submission.warnings += submission.job.evaluation.notes
+    )
+    submission.local_problems += space_problems(storage, space, existing)
+    submission.warnings += space_warnings(storage, space, existing)
+    submission.excluded = excluded_hosts(folder)
+    if submission.excluded:
+        submission.facts.append(("Excluded", ", ".join(submission.excluded)))
+
+
+@contextmanager
+def _script_files(job: Job, flags: tuple[str, ...]) -> Iterator[list[str]]:
+    """Yield the training flags, with files that the script would write replaced by temporary ones."""
+    with tempfile.TemporaryDirectory() as temporary:
+        replaced = []
+        for place, argument in enumerate(flags):
+            content = job.evaluation.files.get(os.path.normpath(job.folder / argument))
+            if content is not None and not argument.startswith("-"):
+                path = Path(temporary) / f"{place}-{Path(argument).name}"
+                path.write_text(content, encoding="utf-8")
+                argument = str(path)
+            replaced.append(argument)
+        yield replaced
+
+
+def _check_variables(submission: Submission) -> None:
+    """Report variables without a value, sourced files that do not exist, and statements that were not evaluated."""
+    evaluation, job = submission.job.evaluation, submission.job
+    missing = [f"${name}" for name in evaluation.missing if not name.startswith("SLURM")]
+    if missing and evaluation.stops_at_missing:
+        submission.local_problems.append(
+            ConfigError(
+                f"The script uses {', '.join(missing)} without a value",
+                rule="`set -u` ends it there",
+                fix=f"Set it in the script, or run `export {missing[0][1:]}=…` here first (a variable that is set but "
+                "not exported is not passed on)",
+            )
+        )
+    elif missing:
+        submission.warnings.append(
+            f"without a value, so expanded to nothing: {', '.join(missing)}. Set them in the script, or with `export "
+            "NAME=…` here (a variable that is set but not exported is not passed on)"
+        )
+    for name in evaluation.missing_sources:
+        submission.local_problems.append(
+            ConfigError(
+                f"{job.path} sources {name}, which does not exist",
+                rule=f"The script starts in {Path.cwd() / job.resources.options.get('chdir', '')}",
+                fix=f"Submit from the folder to which {name} is relative, or give --sbatch=--chdir=FOLDER"
+                if not name.startswith("/")
+                else "Correct the path, or create the file",
+            )
+        )
+    submission.warnings += evaluation.notes
+
+
+def _job_line(job: Job) -> str:
+    options = job.resources.options
+    gpus = job.resources.gpus_per_node
+    parts = [format_count(job.num_nodes, "node")]
+    if len(job.components) > 1:
+        parts.append(f"in {len(job.components)} components, {format_count(job.num_gpus or 0, 'GPU')}")
+    elif gpus:
+        total = f" = {job.num_gpus} GPUs" if job.num_nodes > 1 else ""
+        parts[0] += f" x {format_count(gpus, 'GPU')}{total}"
+    if array := job.resources.array:
+        parts.append(f"{len(array)} array tasks (checked as task {array[0]})")
+    parts += [f"{name} {options[name]}" for name in ("partition", "account", "qos", "constraint") if options.get(name)]
+    return f"{options.get('job-name', job.path.name)}: {', '.join(parts)}"
 
 
 def _check_allocation(submission: Submission) -> None:
-    """Compare the number of ranks with the GPUs that the job asks for."""
+    """Compare the number of ranks with the GPUs that the job requests."""
     job = submission.job
-    world_size = submission.parsed.config.parallel.world_size if submission.parsed else job.world_size
-    gpus = f"{format_count(job.num_gpus, 'GPU')} on " if job.num_gpus else ""
-    submission.facts.append(("Allocation", f"{gpus}{format_count(job.num_nodes, 'node')}, {world_size} ranks"))
+    parallel = submission.parsed.config.parallel if submission.parsed else None
+    world_size = parallel.world_size if parallel else job.world_size
+    layout = f" = tensor {parallel.tp} x pipeline {parallel.pp} x data {parallel.dp}" if parallel else ""
+    submission.facts.append(("Ranks", f"{world_size}{layout}"))
     if job.num_gpus is None or world_size is None or world_size == job.num_gpus:
         return
     per_node = (
@@ -133,128 +244,27 @@ def _check_allocation(submission: Submission) -> None:
         submission.warnings.append(f"{job.num_gpus - world_size} of the job's {job.num_gpus} GPUs are not used")
 
 
-def _check_time(submission: Submission, config: RunConfig, step_seconds: float | None) -> None:
-    """Compare the time limit with what makes the run save and stop before it."""
-    limit, signal = submission.job.resources.time_limit, submission.job.resources.signal
-    exit_after = config.training.exit_duration_minutes * 60
-    measured = step_seconds or _measured_step(config)
-    if limit is None:
-        submission.facts.append(("Time limit", "the partition's"))
-        return
-    submission.facts.append(("Time limit", format_duration(limit)))
-    if exit_after >= limit:
-        submission.problems.append(
-            ConfigError(
-                f"--exit-duration-in-mins {config.training.exit_duration_minutes:g} is not below the time limit "
-                f"of {limit / 60:g} minutes (--time)",
-                fix=f"Give --exit-duration-in-mins {max(1, int(limit / 60 * 0.95) - 1)} or less, or a longer --time",
-            )
-        )
-    if not exit_after and signal is None:
-        submission.warnings.append(
-            "nothing stops the run before its time limit: add #SBATCH --signal=USR1@600 or --exit-duration-in-mins"
-        )
-    if measured is None:
-        return
-    spare = limit - (exit_after if 0 < exit_after < limit else limit - (signal[1] if signal else 0))
-    iterations = int((limit - spare) / measured)
-    submission.facts.append(("Step", f"{measured:.3g} s an iteration: about {iterations:,} iterations in one job"))
-    interval = min((phase.interval for phase in config.checkpoint.phases if phase.interval), default=0)
-    if iterations < 1 or (not exit_after and signal is None and interval > iterations):
-        submission.problems.append(
-            ConfigError(
-                f"The job ends before its first save: about {iterations:,} iterations of {measured:.3g} s fit into "
-                f"{format_duration(limit)} (--time), and --save-interval is {interval:,}",
-                fix=f"Give --save-interval {max(1, iterations // 2)} or less, #SBATCH --signal=USR1@600, or a longer "
-                "--time",
-            )
-        )
-
-
-def _measured_step(config: RunConfig) -> float | None:
-    """Return the median time of the run's last iterations in seconds; None: it has none."""
-    if not config.checkpoint.save:
-        return None
-    try:
-        records = read_records(Path(config.checkpoint.save) / "metrics.jsonl")
-    except MegatronLiteError:
-        return None
-    seconds = [record["seconds_per_iteration"] for record in records if "seconds_per_iteration" in record]
-    return statistics.median(seconds[-RECENT:]) if seconds else None
-
-
-def _check_folder(submission: Submission, config: RunConfig) -> None:
-    """Check that the --save folder can be written, holds no completed run and no job."""
-    if not config.checkpoint.save:
-        submission.warnings.append("there is no --save: the job leaves nothing behind")
-        return
-    folder = Path(config.checkpoint.save)
-    existing = _nearest_existing(folder)
-    if not os.access(existing, os.W_OK):
-        submission.problems.append(
-            ConfigError(
-                f"--save {folder} cannot be written: no permission for {existing}",
-                fix=f"Give another --save folder, or ask for permission (ls -ld {existing})",
-            )
-        )
-    if (done := completed_iteration(folder)) is not None and done >= last_iteration(config):
-        submission.problems.append(
-            ConfigError(
-                f"The run in --save {folder} is complete: it reached iteration {done:,}",
-                fix="Raise --train-iters or --train-samples, or give another --save folder",
-            )
-        )
-    if (owner := read_owner(folder)) is not None:
-        submission.warnings.append(f"--save {folder} is in use by {owner}: a job that starts before it ends is refused")
-
-
-def _nearest_existing(folder: Path) -> Path:
-    """Return a folder, or the lowest one above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _check_disk(submission: Submission, config: RunConfig) -> None:
-    """Compare the free space below --save with the checkpoints that the run keeps."""
-    checkpoint = config.checkpoint
-    if not checkpoint.save:
-        return
-    weight = 4 if config.precision.dtype == "fp32" else 2
-    main = 0 if config.precision.dtype == "fp32" else 4
-    state = main + OPTIMIZER_BYTES if checkpoint.save_optimizer else 0
-    size = parameter_count(config.model) * (weight + state)
-    saves = sum(len(iterations) for iterations in save_iterations(checkpoint, last_iteration(config))) or 1
-    # While a save is written, the oldest checkpoint is still there.
-    kept = min(saves, checkpoint.keep_last + 1) if checkpoint.keep_last and not checkpoint.keep_every else saves
-    existing = _nearest_existing(Path(checkpoint.save))
-    free = shutil.disk_usage(existing).free
-    submission.facts.append(
-        ("Disk", f"{format_count(kept, 'checkpoint')} of {format_size(size)}, {format_size(free)} free at {existing}")
+def _summary_facts(config: RunConfig, summary: RunSummary, vocabulary: str) -> Iterator[tuple[str, str]]:
+    model, length = summary.model, summary.length
+    yield (
+        "Model",
+        f"{model.name}: {model.exact:,} parameters with {model.vocab_size:,} tokens ({vocabulary}), "
+        f"{config.precision.dtype}",
     )
-    if size > free:
-        submission.problems.append(
-            ConfigError(
-                f"A checkpoint takes {format_size(size)}, and {existing} has {format_size(free)} free",
-                fix="Free space, or give a --save folder on another file system",
-            )
-        )
-    elif kept * size > free:
-        submission.warnings.append(
-            f"{format_count(kept, 'checkpoint')} take {format_size(kept * size)}, and {existing} has "
-            f"{format_size(free)} free: keep fewer with --keep-last N"
-        )
+    yield "Memory", f"{format_size(model_state_bytes(config))} on the fullest rank, without activations"
+    batches = [stage.global_batch for stage in summary.stages]
+    ramp = f"{batches[0]:,} to {batches[-1]:,}" if len(batches) > 1 else f"{batches[-1] if batches else 0:,}"
+    load = Path(config.checkpoint.load) if config.checkpoint.load else None
+    resumed = latest_iteration(load) if load and load.is_dir() and os.access(load, os.R_OK | os.X_OK) else None
+    start = f"; resumes after iteration {resumed:,}" if resumed else ""
+    size = f"{length.samples:,} samples, {length.tokens:,} tokens"
+    yield "Run", f"{length.iterations:,} iterations of batch {ramp}, {size}{start}"
 
 
-def _check_partition(submission: Submission) -> None:
-    """Check that Slurm knows the partition."""
-    asked = submission.job.resources.options.get("partition")
-    if not asked or shutil.which("sinfo") is None:
-        return
-    done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, encoding="utf-8", check=False)
-    known = sorted(set(done.stdout.split()))
-    if done.returncode == 0 and (unknown := [name for name in asked.split(",") if name not in known]):
-        submission.problems.append(
-            ConfigError(
-                f"The cluster has no partition {', '.join(unknown)} (--partition {asked})",
-                fix=f"Give one of {', '.join(known)}",
-            )
-        )
+def _saves_line(config: RunConfig) -> str:
+    last, done, parts = last_iteration(config), 0, []
+    for phase in config.checkpoint.phases:
+        if done < last and phase.interval:
+            done = min(phase.until or last, last)
+            parts.append(f"every {phase.interval:,} to iteration {done:,}")
+    return f"{', '.join(parts) or 'at the end only'} in --save {config.checkpoint.save}"

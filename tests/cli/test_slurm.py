@@ -17,24 +17,36 @@ srun python pretrain_gpt.py --num-layers 4 --hidden-size 32 --num-attention-head
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "job.slurm").write_text(JOB, encoding="utf-8")
+def program(tmp_path, monkeypatch):
+    """Install a program that takes the place of one of Slurm's."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def install(name, text):
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    return install
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, program):
+    """Write the job script; Slurm's controller does not answer."""
+    monkeypatch.chdir(tmp_path)
+    program("sinfo", "exit 1")
+    (tmp_path / "job.slurm").write_text(JOB, encoding="utf-8")
     return "job.slurm"
 
 
 @pytest.fixture
-def sbatch(script, tmp_path):
-    """Install an sbatch that writes down its arguments and fails as asked."""
+def sbatch(script, tmp_path, program):
+    """Install an sbatch that records its arguments, on a cluster with two partitions."""
+    partitions = "echo 'short*|up|4:00:00|16'; echo 'long|up|infinite|2'; echo 'old|drain|infinite|64'"
+    program("sinfo", f'case "$*" in *-N*) echo gpu001 gpu017 ;; *) {partitions} ;; esac')
 
     def install(code=0):
-        program = tmp_path / "bin" / "sbatch"
-        program.write_text(
-            f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\necho Submitted batch job 7\nexit {code}\n', encoding="utf-8"
-        )
-        program.chmod(0o755)
+        program("sbatch", f'echo "$@" >> "{tmp_path}/calls"; echo 7; echo "error: refused" >&2; exit {code}')
 
     return install
 
@@ -43,31 +55,110 @@ def test_a_dry_run_prints_the_plan_and_submits_nothing(script, sbatch, capfd, tm
     sbatch()
     assert main(["slurm", "submit", "--dry-run", script]) == 0
     out = capfd.readouterr().out
-    assert "4 ranks = tensor 2 x pipeline 1 x data 2" in out
-    assert "Allocation  4 GPUs on 2 nodes, 4 ranks" in out and "Time limit  01:00:00" in out
+    assert "Ranks       4 = tensor 2 x pipeline 1 x data 2\n" in out and len(out.splitlines()) < 15
+    assert "Time limit  01:00:00, saves and stops after 00:55:00\n" in out
     assert out.rstrip().endswith("Not submitted (--dry-run): no problem was found")
     assert not (tmp_path / "calls").exists()
+    assert main(["slurm", "submit", "--dry-run", "--verbose", script]) == 0
+    assert "The same command, as parsed:" in capfd.readouterr().out
 
 
 def test_a_job_is_submitted_with_its_options_and_arguments(script, sbatch, capfd, tmp_path):
     sbatch()
     assert main(["slurm", "submit", "--sbatch=--nodes=4 --time=2:00:00", script, "8"]) == 0
     assert "Submitted batch job 7" in capfd.readouterr().out
-    assert (tmp_path / "calls").read_text(encoding="utf-8") == "--nodes=4 --time=2:00:00 job.slurm 8\n"
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "--parsable --nodes=4 --time=2:00:00 job.slurm 8\n"
     sbatch(code=3)
-    assert main(["slurm", "submit", script]) == 3
+    assert main(["slurm", "submit", script]) == 1
+    assert "sbatch failed: error: refused" in capfd.readouterr().err
 
 
 def test_a_job_that_cannot_work_is_refused_with_all_reasons(script, sbatch, capfd, tmp_path):
     sbatch()
-    assert main(["slurm", "submit", "--sbatch=--gpus-per-node=1", script, "4x"]) == 1
+    assert main(["slurm", "submit", "--sbatch=--gpus-per-node=1 --partition=fast", script, "4x"]) == 1
     printed = capfd.readouterr()
     assert "The command starts 4 ranks, but the job has 2 GPUs" in printed.err and "--global-batch-size" in printed.err
+    assert "The cluster has no partition fast (--partition fast). Give one of long, old, short" in printed.err
     assert not (tmp_path / "calls").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--time=5:00:00", "--time 5:00:00 is above the limit of partition short, 04:00:00"),
+        ("--partition=long --nodes=4", "The job requests 4 nodes, and partition long has 2"),
+        ("--partition=old", "--partition old is down or inactive (sinfo -p old)"),
+    ],
+)
+def test_a_job_that_its_partition_cannot_run_is_refused(script, sbatch, capfd, options, problem):
+    sbatch()
+    assert main(["slurm", "submit", f"--sbatch={options}", script, "8"]) == 1
+    assert problem in capfd.readouterr().err
+
+
+def test_missing_files_are_errors_on_the_cluster_only(script, program, capfd, tmp_path):
+    text = JOB.replace("--mock-data", "--data-path data/text_document")
+    (tmp_path / script).write_text(text, encoding="utf-8")
+    assert main(["slurm", "submit", "--dry-run", script]) == 0
+    out = capfd.readouterr().out
+    assert 'Not here    The dataset "data/text_document" (--data-path) does not exist' in out
+    assert "Slurm does not answer here; on the cluster each line `Not here` is an error" in out
+    assert main(["slurm", "submit", script]) == 1
+    assert "does not exist" in capfd.readouterr().err
+    program("sinfo", "echo 'short*|up|4:00:00|16'")
+    assert main(["slurm", "submit", "--dry-run", script]) == 1
+    assert "does not exist" in capfd.readouterr().err
+
+
+def test_site_settings_of_the_script_are_passed_to_sbatch(script, sbatch, tmp_path, capfd):
+    sbatch()
+    (tmp_path / "env.sh").write_text("export SBATCH_ACCOUNT=abc@gpu SBATCH_PARTITION=long\n", encoding="utf-8")
+    (tmp_path / script).write_text(JOB.replace("srun", "source env.sh\nsrun"), encoding="utf-8")
+    assert main(["slurm", "submit", script]) == 0
+    assert "2 nodes x 2 GPUs = 4 GPUs, partition long, account abc@gpu" in capfd.readouterr().out
+    assert main(["slurm", "submit", "--sbatch=--partition=short", script]) == 0
+    first, second = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert first == "--parsable --account=abc@gpu --partition=long job.slurm"
+    assert second == "--parsable --account=abc@gpu --partition=long --partition=short job.slurm", "the last one counts"
+
+
+def test_excluded_hosts_of_the_run_are_passed_to_sbatch(script, sbatch, tmp_path):
+    sbatch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "excluded_nodes.txt").write_text("gpu017\n", encoding="utf-8")
+    assert main(["slurm", "submit", script]) == 0
+    assert main(["slurm", "submit", "--sbatch=--exclude=gpu001", script]) == 0
+    first, second = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    own = "--exclude=gpu001"
+    assert (first, second) == (
+        "--parsable --exclude=gpu017 job.slurm",
+        f"--parsable {own} --exclude=gpu001,gpu017 job.slurm",
+    )
+
+
+def test_a_job_of_another_command_is_submitted_with_the_checks_that_apply(script, sbatch, tmp_path, capfd):
+    sbatch()
+    text = "#!/bin/bash\n#SBATCH --array=3-9:2%2\nmegatron-lite preprocess --input part-$SLURM_ARRAY_TASK_ID.jsonl\n"
+    (tmp_path / script).write_text(text, encoding="utf-8")
+    assert main(["slurm", "submit", script]) == 0
+    out = capfd.readouterr().out
+    assert "Job         job.slurm: 1 node, 4 array tasks (checked as task 3)\n" in out
+    assert "Runs        megatron-lite preprocess --input part-3.jsonl (its arguments are not checked)" in out
+    assert main(["slurm", "submit", "--sbatch=--partition=fast", script]) == 1
+    assert "The cluster has no partition fast" in capfd.readouterr().err
+    assert main(["slurm", "submit", "--chain", script]) == 1
+    assert "the job has no training command with --save. Submit it without --chain" in capfd.readouterr().err
+
+
+def test_a_chain_needs_a_folder(script, sbatch, tmp_path, capfd):
+    sbatch()
+    (tmp_path / script).write_text(JOB.replace("--save run --save-interval 20", ""), encoding="utf-8")
+    assert main(["slurm", "submit", "--chain", script]) == 1
+    assert "the command has no --save. Add --save and --load FOLDER" in capfd.readouterr().err
+
+
 def test_without_slurm_it_says_where_to_submit(script, capfd, monkeypatch):
-    from megatron_lite.cli import slurm
+    from megatron_lite.ops import slurm
 
     which = slurm.shutil.which
     monkeypatch.setattr(

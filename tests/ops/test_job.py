@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.ops.job import parse_time, read_job, read_resources
+from megatron_lite.ops.job import read_job
+from megatron_lite.ops.resources import parse_time, read_resources
 
 SHAPE = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
 
@@ -148,7 +149,7 @@ def test_times_as_slurm_writes_them(days, hours, minutes, seconds):
     [
         ("echo hello\nmodule load x\nsbatch next.slurm", "starts no training command: it starts sbatch"),
         ("", "starts no training command: it starts no program"),
-        ("source ./absent\n$LAUNCH", "absent, which the script sources, is not here"),
+        ("source ./absent\n$LAUNCH", "absent, which the script sources, does not exist"),
         (
             "N=$(python count.py)\nsrun python pretrain_gpt.py --num-layers $N",
             "depend on the output of python count.py",

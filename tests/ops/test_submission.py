@@ -6,11 +6,14 @@ import shlex
 import pytest
 
 from megatron_lite.ops import submission as module
+from megatron_lite.ops.exclude import EXCLUDE_NAME
 from megatron_lite.ops.job import read_job
+from megatron_lite.ops.quota import Space
 from megatron_lite.ops.submission import check_job
 from megatron_lite.runs.metrics_file import encode
 
 HEADER = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --time=1:00:00 --signal=USR1@300\n"
+UNSIGNALLED = HEADER.replace(" --signal=USR1@300", "")
 FLAGS = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 1 --global-batch-size 4 --train-iters 100 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
@@ -20,11 +23,12 @@ FLAGS = (
 
 @pytest.fixture
 def check(tmp_path):
-    def check(more="", header=HEADER, flags=FLAGS, save="run", step_seconds=None):
+    def check(more="", header=HEADER, flags=FLAGS, save=None, step_seconds=None, environment=()):
         path = tmp_path / "job.slurm"
-        saved = f"--save {shlex.quote(str(tmp_path / save))}" if save else ""
+        save = str(tmp_path / "run") if save is None else save
+        saved = f"--save {shlex.quote(save)}" if save else ""
         path.write_text(f"{header}srun python pretrain_gpt.py {flags} {saved} {more}\n", encoding="utf-8")
-        return check_job(read_job(path, environment={}), step_seconds=step_seconds)
+        return check_job(read_job(path, environment=dict(environment)), step_seconds=step_seconds)
 
     return check
 
@@ -33,11 +37,18 @@ def texts(submission):
     return [str(problem) for problem in submission.problems]
 
 
+def local(submission):
+    return [str(problem) for problem in submission.local_problems]
+
+
 def test_a_job_without_a_fault(check):
     found = check("--tensor-model-parallel-size 2")
-    assert texts(found) == [] == found.warnings
-    assert found.parsed.config.parallel.world_size == 4 and found.parsed.config.parallel.dp == 2
-    assert dict(found.facts)["Allocation"] == "4 GPUs on 2 nodes, 4 ranks"
+    assert texts(found) == [] == local(found) == found.warnings
+    facts = dict(found.facts)
+    assert facts["Job"] == "job.slurm: 2 nodes x 2 GPUs = 4 GPUs"
+    assert facts["Ranks"] == "4 = tensor 2 x pipeline 1 x data 2"
+    assert facts["Time limit"] == "01:00:00, saves and stops after 00:55:00"
+    assert facts["Run"] == "100 iterations of batch 4, 400 samples, 12,800 tokens"
 
 
 def test_all_wrong_flags_and_missing_files_are_named(check):
@@ -46,7 +57,7 @@ def test_all_wrong_flags_and_missing_files_are_named(check):
     )
     assert len(found.problems) >= 2 and any("--frobnicate" in text for text in texts(found))
     found = check("--data-path /nowhere/data", flags=FLAGS.replace("--mock-data", ""))
-    assert any("/nowhere/data" in text for text in texts(found))
+    assert texts(found) == [] and any("/nowhere/data" in text for text in local(found))
 
 
 def test_a_layout_that_does_not_fit_the_allocation(check):
@@ -64,25 +75,55 @@ def test_a_layout_that_does_not_fit_the_allocation(check):
 def test_a_time_limit_that_ends_before_the_run_can_save(check, tmp_path):
     (problem,) = texts(check("--exit-duration-in-mins 60"))
     assert "--exit-duration-in-mins 60 is not below the time limit of 60 minutes" in problem
-    header = HEADER.replace(" --signal=USR1@300", "")
-    assert any("nothing stops the run" in warning for warning in check(header=header).warnings)
-    (problem,) = texts(check(header=header, step_seconds=400.0))
+    assert any("nothing stops the run" in warning for warning in check(header=UNSIGNALLED).warnings)
+    (problem,) = texts(check(header=UNSIGNALLED, step_seconds=400.0))
     assert "about 9 iterations of 400 s fit into 01:00:00 (--time), and --save-interval is 20" in problem
     assert texts(check(step_seconds=400.0)) == [], "the signal makes it save"
     (tmp_path / "run").mkdir()
     lines = [encode({"kind": "iteration", "iteration": i, "seconds_per_iteration": 400.0}) for i in range(3)]
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join(lines))
-    assert "first save" in texts(check(header=header))[0], "the time was measured by the run"
+    found = check(header=UNSIGNALLED)
+    assert "first save" in texts(found)[0] and "(measured)" in dict(found.facts)["Step"]
 
 
-def test_a_folder_that_is_full_or_complete(check, tmp_path, monkeypatch):
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+def test_a_time_limit_shorter_than_a_save(check):
+    flags = FLAGS.replace("--hidden-size 32", "--hidden-size 8192").replace("--num-layers 4", "--num-layers 60")
+    header = HEADER.replace("1:00:00", "8")
+    (problem,) = texts(check(flags=flags, header=header))
+    assert problem.startswith("The time limit of 00:08:00 (--time) is shorter than a save: a checkpoint of 54")
+    assert "at an assumed 954 MiB per second" in problem
+    assert any("the last save has 00:05:00 before the time limit" in w for w in check(flags=flags).warnings)
+
+
+def test_the_step_time_is_estimated_for_a_known_gpu(check):
+    header = UNSIGNALLED.replace("--gpus-per-node=2", "--gpus-per-node=a100:2")
+    flags = FLAGS.replace("--hidden-size 32", "--hidden-size 65536").replace("-size 4 ", "-size 512000 ", 1)
+    found = check(header=header, flags=flags)
+    assert "rough estimate: 30% of the A100's 312 TFLOP/s" in dict(found.facts)["Step"]
+    assert any("by the rough estimate the job ends before its first save" in warning for warning in found.warnings)
+    assert not any("first save" in text for text in texts(found)), "an estimate is no reason to refuse a job"
+
+
+def test_a_disk_that_is_full(check, monkeypatch):
+    monkeypatch.setattr(module, "free_space", lambda folder: Space(3 * 10**6, 10**6))
     found = check()
-    assert not found.problems and "5 checkpoints take" in found.warnings[0] and "--keep-last N" in found.warnings[0]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
-    assert "A checkpoint takes" in texts(check())[0]
-    monkeypatch.undo()
+    assert not found.local_problems
+    assert "5 checkpoints take" in found.warnings[0] and "--keep-last N" in found.warnings[0]
+    assert check("--keep-last 1").warnings == [], "at most two at a time"
+    monkeypatch.setattr(module, "free_space", lambda folder: Space(10**5, 10**6, "left of the user's quota"))
+    assert "A checkpoint takes" in local(check())[0] and "left of the user's quota" in local(check())[0]
+    monkeypatch.setattr(module, "free_space", lambda folder: Space(10**12, 3))
+    assert "has room for 3 (free; df -i, lfs quota)" in local(check())[0]
+    monkeypatch.setattr(module, "free_space", lambda folder: Space(10**12, 20))
+    assert "The checkpoints have 35 files" in check().warnings[0]
+
+
+def test_the_embedding_counts_in_the_size_of_a_checkpoint(check):
+    found = check(flags=FLAGS.replace("--vocab-size 100", "--vocab-size 30_000_000"))
+    assert "5 checkpoints of 10.7 GiB" in dict(found.facts)["Disk"]
+
+
+def test_a_run_that_is_complete_or_has_no_folder(check, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "completed_iteration.txt").write_text("100\n")
     assert "is complete: it reached iteration 100" in texts(check())[0]
@@ -90,28 +131,49 @@ def test_a_folder_that_is_full_or_complete(check, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written(check, tmp_path, monkeypatch):
+    assert "--save /proc/run cannot be written" in local(check(save="/proc/run"))[0] or os.access("/proc", os.W_OK)
+    (tmp_path / "file").touch()
+    (problem,) = local(check(save=str(tmp_path / "file" / "run")))
+    assert f"cannot be created: {tmp_path / 'file'} is a file" in problem
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may(path, mode))
-    assert f"cannot be written: no permission for {tmp_path}" in texts(check())[0]
+    assert f"cannot be written: no permission for {tmp_path}" in local(check())[0]
 
 
-def test_a_partition_that_the_cluster_does_not_have(check, tmp_path, monkeypatch):
-    sinfo = tmp_path / "bin" / "sinfo"
-    sinfo.parent.mkdir()
-    sinfo.write_text("#!/bin/sh\nprintf 'long\\nshort\\n'\n")
-    sinfo.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sinfo.parent}:{os.environ['PATH']}")
-    header = HEADER.replace("--time", "--partition=gpu,long --time")
-    assert (
-        "The cluster has no partition gpu (--partition gpu,long). Give one of long, short"
-        in texts(check(header=header))[0]
-    )
+def test_relative_paths_belong_to_the_folder_of_the_script(check, tmp_path, monkeypatch):
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    (tmp_path / "work" / "run" / "completed_iteration.txt").write_text("100\n")
+    monkeypatch.chdir(tmp_path)
+    assert "is complete" in texts(check(header=HEADER + "cd work\n", save="run"))[0]
+    assert "is complete" in texts(check(header=HEADER.replace("--time", "--chdir=work --time"), save="run"))[0]
+    assert texts(check(save="run")) == []
+    assert str(tmp_path) == os.getcwd()  # noqa: PTH109
 
 
 def test_variables_without_a_value_are_named(check):
-    assert "not set, so that nothing stands in their place: $ROOT" in check("--tensorboard-dir x$ROOT").warnings
+    (warning,) = check("--tensorboard-dir x$ROOT").warnings
+    assert warning.startswith("without a value, so expanded to nothing: $ROOT.") and "not exported" in warning
+    (problem,) = local(check("--tensorboard-dir x$ROOT", header=HEADER + "set -eu\n"))
+    assert "The script uses $ROOT without a value. `set -u` ends it there" in problem
+    assert check("--tensorboard-dir x$ROOT", environment={"ROOT": "y"}).warnings == []
+    assert check("--tensorboard-dir x$$-$HOSTNAME-$SLURM_JOB_NODELIST").warnings == [], "bash and Slurm set them"
+
+
+def test_sourced_files_must_exist(check, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (problem,) = local(check(header=HEADER + "source conf/env.sh\n"))
+    assert f"sources conf/env.sh, which does not exist. The script starts in {tmp_path}" in problem
+    (problem,) = local(check(header=HEADER + "source /nowhere/env.sh\n"))
+    assert problem.endswith("Correct the path, or create the file")
 
 
 def test_files_that_the_script_writes_are_read(check):
     header = HEADER + 'cat <<EOT > ds.json\n{"train_micro_batch_size_per_gpu": 7}\nEOT\n'
     assert any("7" in text for text in texts(check("--deepspeed --deepspeed_config ds.json", header=header)))
+
+
+def test_hosts_in_the_exclude_file_of_the_run(check, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / EXCLUDE_NAME).write_text("gpu[017-018]\n", encoding="utf-8")
+    found = check()
+    assert found.excluded == ("gpu017", "gpu018") and dict(found.facts)["Excluded"] == "gpu017, gpu018"

@@ -23,7 +23,6 @@ IGNORED = frozenset(
         "clear",
         "module",
         "conda",
-        "set",
         "shopt",
         "sleep",
         "trap",
@@ -95,9 +94,8 @@ def _source(shell: Shell, arguments: list[str], _: str) -> None:
         return
     text = shell.content(shell.path(arguments[0]))
     if text is None:
-        shell.evaluation.notes.append(
-            f"{arguments[0]}, which the script sources, is not here: its variables are unknown"
-        )
+        shell.evaluation.missing_sources[arguments[0]] = None
+        shell.status = 1
         return
     try:
         shell.run_statements(text, arguments[0])
@@ -146,6 +144,9 @@ def _unset(shell: Shell, arguments: list[str], _: str) -> None:
 
 
 def _set(shell: Shell, arguments: list[str], _: str) -> None:
+    options = "".join(argument for argument in arguments if re.fullmatch(r"[-+][a-z]+", argument))
+    if "nounset" in arguments or re.search(r"-[a-z]*u", options):
+        shell.evaluation.stops_at_missing = "+o" not in arguments and "+u" not in arguments
     if "--" in arguments:
         shell.variables.arguments = arguments[arguments.index("--") + 1 :]
 
@@ -181,8 +182,8 @@ def _command(shell: Shell, arguments: list[str], stdin: str) -> None:
 def _leave(kind: str) -> Callable[[Shell, list[str], str], None]:
     def leave(shell: Shell, arguments: list[str], _: str) -> None:
         number = int(arguments[0]) if arguments and arguments[0].isdigit() else None
-        if kind in ("return", "exit"):
-            shell.status = number or 0
+        if kind in ("return", "exit") and number is not None:
+            shell.status = number
         raise LeaveError(kind, number or 1)
 
     return leave

@@ -7,8 +7,10 @@ text tools without side effects (`cut`, `head`, `basename`, …) are run. Files 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,11 @@ from megatron_lite.ops.shell.words import Node, Variables, WordExpander
 
 MAX_STEPS = 100_000
 MAX_NESTING = 50
+SHELL_VARIABLES = {
+    **{"$": "1", "!": "1", "PPID": "1", "UID": str(os.getuid()), "EUID": str(os.geteuid())},
+    **{"HOSTNAME": socket.gethostname(), "RANDOM": "1", "SECONDS": "0", "LINENO": "1"},
+}
+"""Variables that every bash sets; those of processes and times have fixed values."""
 
 
 def evaluate_script(
@@ -41,10 +48,11 @@ def evaluate_script(
     """
     evaluation = Evaluation()
     variables = Variables(dict(environment), set(environment), arguments=list(arguments), missing=evaluation.missing)
-    variables.values["PWD"] = str(folder or Path.cwd())
+    variables.values |= {"PWD": str(folder or Path.cwd()), "0": name, "BASH_SOURCE": name, **SHELL_VARIABLES}
     shell = Shell(variables, evaluation)
     shell.run_text(text, name)
     evaluation.folder = shell.folder()
+    evaluation.exported = shell.environment()
     return evaluation
 
 
@@ -64,10 +72,14 @@ class Shell(ShellState):
         """Evaluate a script up to its end or `exit`."""
         try:
             self.run_statements(text, name)
-        except LeaveError:
-            pass
+        except LeaveError as leave:
+            if leave.kind == "exit" and self.status:
+                printed = f": {self.evaluation.last_output}" if self.evaluation.last_output else ""
+                self.evaluation.notes.append(f"line {self._line}: the script exits with status {self.status}{printed}")
         except UnknownValueError as error:
-            self.evaluation.notes.append(f"line {self._line}: {error} is known in the job only; evaluation ended there")
+            self.evaluation.notes.append(
+                f"line {self._line}: evaluation stopped, since the value of {error} exists in the job only"
+            )
 
     def run_statements(self, text: str, name: str) -> None:
         """Evaluate the statements of a text in this shell."""
@@ -193,7 +205,7 @@ class Shell(ShellState):
                 return
 
     def _body(self, statements: Sequence[Node]) -> bool:
-        """Run a loop's body; return whether the loop goes on."""
+        """Run a loop's body; return whether the loop continues."""
         try:
             self._run_all(statements)
         except LeaveError as leave:
@@ -266,14 +278,14 @@ class Shell(ShellState):
                 self._assign(assignment)
             return
         saved = {a["Name"]["Value"]: self.variables.values.get(a["Name"]["Value"]) for a in assignments}
-        exported = set(self.variables.exported)
+        added = set(saved) - self.variables.exported
         for assignment in assignments:
             self._assign(assignment)
-            self.variables.exported.add(assignment["Name"]["Value"])
+        self.variables.exported |= added
         try:
             self.execute(arguments, stdin)
         finally:
-            self.variables.exported = exported
+            self.variables.exported -= added
             for name, value in saved.items():
                 if value is None:
                     self.variables.values.pop(name, None)
@@ -299,7 +311,7 @@ class Shell(ShellState):
                 if self._nested(arguments, place):
                     return
                 break
-        self.evaluation.commands.append(StartedCommand((*self._prefix, *arguments), self._line, self.environment()))
+        self.evaluation.commands.append(StartedCommand((*self._prefix, *arguments), self._line))
         self.write(unknown_text(" ".join(arguments[:2])))
 
     def _nested(self, arguments: list[str], place: int) -> bool:
@@ -333,8 +345,7 @@ class Shell(ShellState):
         before = len(self.evaluation.commands)
         Shell(variables, self.evaluation, prefix, self._depth + 1).run_text(text, f"the script of line {line}")
         for i in range(before, len(self.evaluation.commands)):
-            nested = self.evaluation.commands[i]
-            self.evaluation.commands[i] = StartedCommand(nested.arguments, line, nested.environment)
+            self.evaluation.commands[i] = StartedCommand(self.evaluation.commands[i].arguments, line)
         return True
 
     def _call_function(self, body: Node, arguments: list[str], stdin: str) -> None:

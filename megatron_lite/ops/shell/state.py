@@ -19,12 +19,10 @@ class StartedCommand:
     Attributes:
         arguments: after expansion; of `srun bash -c "…"`, the outer command's followed by the inner one's.
         line: of the script.
-        environment: variables that it inherits.
     """
 
     arguments: tuple[str, ...]
     line: int
-    environment: Mapping[str, str]
 
 
 @dataclass
@@ -35,15 +33,23 @@ class Evaluation:
         commands: in the order in which they start.
         files: content of the files that the script writes, by absolute path.
         missing: variables that were expanded without having a value, in order.
-        notes: what could not be evaluated.
+        missing_sources: sourced files that do not exist, as named in the script.
+        notes: statements that could not be evaluated, and why the script ended early.
         folder: the current folder at the end.
+        exported: exported variables at the end.
+        stops_at_missing: the script ends at a variable without a value (set -u).
+        last_output: the text that the script printed last.
     """
 
     commands: list[StartedCommand] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     missing: dict[str, None] = field(default_factory=dict)
+    missing_sources: dict[str, None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folder: str = ""
+    exported: Mapping[str, str] = field(default_factory=dict)
+    stops_at_missing: bool = False
+    last_output: str = ""
 
 
 class LeaveError(Exception):
@@ -66,9 +72,11 @@ class ShellState:
         self.output: list[str] | None = None
 
     def write(self, text: str) -> None:
-        """Append to the output of the command substitution or pipe under way."""
+        """Append to the output of the current command substitution or pipe."""
         if self.output is not None:
             self.output.append(text)
+        elif text.strip():
+            self.evaluation.last_output = text.strip()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that a command inherits."""
@@ -101,7 +109,7 @@ class ShellState:
         return unknown_text(f"content of {name}") if text is None else text
 
     def test_words(self, words: list[str]) -> bool:
-        """Evaluate the words of [ … ] or `test`."""
+        """Evaluate the arguments of [ … ] or `test`."""
         if "-o" in words[1:-1]:
             place = words.index("-o", 1)
             return self.test_words(words[:place]) or self.test_words(words[place + 1 :])

@@ -100,7 +100,7 @@ def test_programs_are_recorded_and_not_run(tmp_path):
         name="job",
     )
     assert [command.arguments[0] for command in found.commands] == ["/bin/touch", "srun"]
-    assert found.commands[1].environment == {"A": "1", "B": "2"} and found.commands[1].line == 4
+    assert found.commands[1].line == 4 and found.exported == {"A": "1"}
     assert not list(tmp_path.iterdir())
 
 
@@ -124,11 +124,11 @@ def test_a_shell_within_a_command_sees_exported_variables_only(tmp_path):
 
 def test_a_script_of_its_own_is_read(tmp_path):
     (tmp_path / "inner.sh").write_text("exec python $1")
-    (tmp_path / "settings").write_text("WHO=me\nreturn 0\nWHO=you")
+    (tmp_path / "settings").write_text("export WHO=me\nreturn 0\nWHO=you")
     found = evaluate_script("source settings\nsrun bash inner.sh $WHO.py", environment={}, folder=tmp_path, name="job")
-    assert found.commands[0].arguments == ("srun", "python", "me.py")
+    assert found.commands[0].arguments == ("srun", "python", "me.py") and found.exported == {"WHO": "me"}
     absent = evaluate_script("source absent\nrun $X", environment={}, folder=tmp_path, name="job")
-    assert "absent" in absent.notes[0] and list(absent.missing) == ["X"]
+    assert list(absent.missing_sources) == ["absent"] and list(absent.missing) == ["X"]
 
 
 def test_bad_scripts_are_errors(tmp_path):

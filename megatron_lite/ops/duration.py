@@ -1,0 +1,178 @@
+"""Time checks before a job is queued: time limit against step time, save interval and duration of a save."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.counts import flops_per_token
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.formatting import format_duration, format_size
+from megatron_lite.ops.resources import Resources
+from megatron_lite.runs.metrics_file import read_records
+from megatron_lite.schedules.batch_size import final_batch_size
+from megatron_lite.schedules.length import last_iteration
+
+RECENT = 50
+"""Number of last iterations whose median is the measured step time."""
+WRITE_RATE = 10**9
+"""Assumed bytes per second of a save, over all nodes."""
+PEAK_FLOPS = {"v100": 125e12, "a100": 312e12, "h100": 989e12, "h200": 989e12, "gh200": 989e12, "mi250": 192e12}
+"""Peak of 16-bit matrix products of one GPU, without sparsity (data sheets), by the name in gres or constraint."""
+UTILIZATION = 0.3
+"""Share of the peak that the estimate of the step time assumes."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Duration of an iteration.
+
+    Attributes:
+        seconds: at the final batch size.
+        source: "measured", "--step-seconds", or the assumptions of the estimate.
+        estimated: computed from FLOPs; errors do not depend on it.
+    """
+
+    seconds: float
+    source: str
+    estimated: bool = False
+
+
+def step_of(config: RunConfig, resources: Resources, given: float | None) -> Step | None:
+    """Return the step time: given, measured in the run's last iterations, or estimated from the GPU's type."""
+    if given is not None:
+        return Step(given, "--step-seconds")
+    if (measured := _measured_step(config)) is not None:
+        return Step(measured, "measured")
+    options = resources.options
+    names = " ".join(options.get(name, "") for name in ("gpus-per-node", "gres", "gpus", "gpus-per-task", "constraint"))
+    gpu = next((gpu for gpu in PEAK_FLOPS if re.search(rf"(?<![a-z0-9]){gpu}(?![0-9])", names.lower())), None)
+    if gpu is None:
+        return None
+    tokens = final_batch_size(config.batch, config.parallel.dp) * config.batch.seq_length
+    speed = config.parallel.world_size * PEAK_FLOPS[gpu] * UTILIZATION
+    seconds = tokens * flops_per_token(config.model, config.batch.seq_length) / speed
+    source = f"rough estimate: {UTILIZATION:.0%} of the {gpu.upper()}'s {PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s"
+    return Step(seconds, source, estimated=True)
+
+
+def _measured_step(config: RunConfig) -> float | None:
+    """Return the median time of the run's last iterations in seconds; None: there are no measurements."""
+    if not config.checkpoint.save:
+        return None
+    try:
+        records = read_records(Path(config.checkpoint.save) / "metrics.jsonl")
+    except MegatronLiteError:
+        return None
+    seconds = [record["seconds_per_iteration"] for record in records if "seconds_per_iteration" in record]
+    return statistics.median(seconds[-RECENT:]) if seconds else None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of a job, and what happens at its end.
+
+    Attributes:
+        limit: time limit in seconds.
+        stop: seconds after which the run saves and stops by itself; None: it trains up to the limit.
+        save: seconds of a save.
+        step: duration of an iteration; None: unknown.
+        interval: the shortest save interval in iterations; 0: no scheduled saves.
+        remaining: iterations up to the end of the run.
+    """
+
+    limit: int
+    stop: float | None
+    save: float
+    step: Step | None
+    interval: int
+    remaining: int
+
+    @property
+    def iterations(self) -> int | None:
+        """Number of iterations in one job; None: the step time is unknown."""
+        if self.step is None:
+            return None
+        return min(self.remaining, max(0, int((self.limit if self.stop is None else self.stop) / self.step.seconds)))
+
+
+def timing_of(
+    config: RunConfig, resources: Resources, checkpoint_size: int, step: Step | None, reached: int
+) -> Timing | None:
+    """Return the timing of a job that resumes after iteration `reached`; None: it has no --time of its own."""
+    limit, signal = resources.time_limit, resources.signal
+    if limit is None:
+        return None
+    stops = [config.training.exit_duration_minutes * 60.0] if config.training.exit_duration_minutes else []
+    if signal is not None:
+        stops.append(float(max(0, limit - signal[1])))
+    phases, save = config.checkpoint.phases, config.checkpoint.save
+    return Timing(
+        limit,
+        min((stop for stop in stops if stop < limit), default=None),
+        checkpoint_size / WRITE_RATE if save else 0.0,
+        step,
+        min((phase.interval for phase in phases if phase.interval), default=0) if save else 0,
+        max(0, last_iteration(config) - reached),
+    )
+
+
+def timing_facts(timing: Timing) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the plan on time."""
+    end = f"saves and stops after {format_duration(timing.stop)}" if timing.stop is not None else "no stop before it"
+    yield "Time limit", f"{format_duration(timing.limit)}, {end}"
+    step, iterations = timing.step, timing.iterations
+    if step is not None and iterations is not None:
+        text = f"{step.seconds:.3g} s an iteration ({step.source}): about {iterations:,} iterations in one job"
+        if iterations and timing.remaining > iterations:
+            text += f", about {-(-timing.remaining // iterations):,} jobs to the end"
+        yield "Step", text
+    else:
+        yield "Step", "duration unknown before the first job; give --step-seconds S to check it"
+
+
+def timing_problems(timing: Timing, config: RunConfig, checkpoint_size: int) -> Iterator[ConfigError]:
+    """Yield an error for each reason why the job ends without a checkpoint of its own."""
+    exit_after, limit = config.training.exit_duration_minutes, timing.limit
+    if exit_after * 60 >= limit:
+        yield ConfigError(
+            f"--exit-duration-in-mins {exit_after:g} is not below the time limit of {limit / 60:g} minutes (--time)",
+            fix=f"Give --exit-duration-in-mins {max(1, int(limit / 60 * 0.95) - 1)} or less, or a longer --time",
+        )
+    if timing.save >= limit:
+        yield ConfigError(
+            f"The time limit of {format_duration(limit)} (--time) is shorter than a save: a checkpoint of "
+            f"{format_size(checkpoint_size)} takes about {format_duration(timing.save)} at an assumed "
+            f"{format_size(WRITE_RATE)} per second",
+            fix="Give a longer --time, or save less with --no-save-optim",
+        )
+    iterations, step = timing.iterations, timing.step
+    if iterations is None or step is None or step.estimated or not timing.interval or timing.remaining <= iterations:
+        return
+    if iterations < 1 or (timing.stop is None and timing.interval > iterations):
+        yield ConfigError(
+            f"The job ends before its first save: about {iterations:,} iterations of {step.seconds:.3g} s fit into "
+            f"{format_duration(limit)} (--time), and --save-interval is {timing.interval:,}",
+            fix=f"Give --save-interval {max(1, iterations // 2)} or less, #SBATCH --signal=USR1@600, or a longer "
+            "--time",
+        )
+
+
+def timing_warnings(timing: Timing) -> Iterator[str]:
+    """Yield a warning for each risk of losing iterations at the time limit."""
+    if timing.stop is None:
+        yield "nothing stops the run before its time limit: add #SBATCH --signal=USR1@600 or --exit-duration-in-mins"
+    elif timing.limit - timing.stop < timing.save < timing.limit:
+        yield (
+            f"the last save has {format_duration(timing.limit - timing.stop)} before the time limit, and takes about "
+            f"{format_duration(timing.save)} at an assumed {format_size(WRITE_RATE)} per second: stop earlier"
+        )
+    step, iterations = timing.step, timing.iterations
+    if step is None or not step.estimated or iterations is None or timing.stop is not None:
+        return
+    if timing.interval > iterations < timing.remaining:
+        yield f"by the rough estimate the job ends before its first save (--save-interval {timing.interval:,})"

@@ -1,0 +1,140 @@
+"""Storage checks before a job is queued: --save folder, size and number of checkpoints, free space and inodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.counts import parameter_count
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count, format_size
+from megatron_lite.ops.quota import Space
+from megatron_lite.runs.exit_status import completed_iteration
+from megatron_lite.runs.retention import expired, retention_of
+from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.saves import save_iterations
+
+MOMENT_BYTES = 8
+"""Bytes per parameter of Adam's two moments in fp32."""
+MAX_COUNTED = 100_000
+"""Scheduled saves up to which the retention policy is applied one by one; of more, all are counted as kept."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Disk usage of a run's checkpoints.
+
+    Attributes:
+        checkpoint: bytes of one checkpoint.
+        kept: checkpoints that exist at the same time at most, beside those that exist now.
+        total: bytes of those, and of the weights of --weights-only-every.
+        files: number of files of those.
+    """
+
+    checkpoint: int
+    kept: int
+    total: int
+    files: int
+
+
+def storage_of(config: RunConfig, existing: list[int]) -> Storage:
+    """Return the disk usage of a run's future checkpoints.
+
+    Args:
+        config: its model.vocab_size should be filled in.
+        existing: iterations of the checkpoints in the --save folder.
+    """
+    options = config.checkpoint
+    is_fp32 = config.precision.dtype == "fp32"
+    parameters = parameter_count(config.model)
+    weights = parameters * (4 if is_fp32 else 2)
+    # With fp32 weights there are no separate main parameters.
+    state = parameters * (MOMENT_BYTES + (0 if is_fp32 else 4)) if options.save_optimizer else 0
+    last = last_iteration(config)
+    kept = _most_kept(options, existing, last)
+    weights_only = last // options.weights_only_every if options.weights_only_every else 0
+    # Each rank writes a file, and rank 0 the manifest and two small files.
+    files = (kept + weights_only) * (config.parallel.world_size + 3)
+    return Storage(weights + state, kept, kept * (weights + state) + weights_only * weights, files)
+
+
+def _most_kept(options: CheckpointConfig, existing: list[int], last: int) -> int:
+    """Return the number of checkpoints that the run adds at most to the existing ones."""
+    newest = max(existing, default=0)
+    ranges = save_iterations(options, last)
+    saves = sum(len(iterations) for iterations in ranges)
+    if not options.keep_last or saves > MAX_COUNTED:
+        return sum(iteration > newest for iteration in chain(*ranges)) if saves <= MAX_COUNTED else saves
+    scheduled = [iteration for iteration in chain(*ranges) if iteration > newest] or [last]
+    everything = {*existing, *scheduled, last}
+    deleted = expired(everything, last, retention_of(options))
+    # While a checkpoint is written, the one that it replaces still exists.
+    return max(1, len(everything) - len(deleted) + 1 - len(existing))
+
+
+def folder_problems(folder: Path) -> Iterator[ConfigError]:
+    """Yield an error if the --save folder cannot be written."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        yield ConfigError(
+            f"--save {folder} cannot be created: {existing} is a file",
+            fix="Give another --save folder, or move the file",
+        )
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield ConfigError(
+            f"--save {folder} cannot be written: no permission for {existing}",
+            fix=f"Give another --save folder, or ask for permission (ls -ld {existing})",
+        )
+
+
+def completion_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """Yield an error if the run in the --save folder is complete."""
+    folder = Path(config.checkpoint.save)
+    done = completed_iteration(folder)
+    if done is not None and done >= last_iteration(config):
+        yield ConfigError(
+            f"The run in --save {folder} is complete: it reached iteration {done:,}",
+            fix="Raise --train-iters or --train-samples, or give another --save folder",
+        )
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return a folder, or the lowest one above it that exists."""
+    # Unlike Path.exists, os.path.exists is False for a path below a folder that the user may not enter.
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # noqa: PTH110
+
+
+def space_problems(storage: Storage, space: Space, existing: Path) -> Iterator[ConfigError]:
+    """Yield an error for each limit that allows not even one checkpoint."""
+    if storage.checkpoint > space.free:
+        yield ConfigError(
+            f"A checkpoint takes {format_size(storage.checkpoint)}, and {existing} has {format_size(space.free)} "
+            f"{space.free_limit}",
+            fix="Free space, or give a --save folder on another file system",
+        )
+    per_save = storage.files // max(1, storage.kept)
+    if space.inodes is not None and per_save > space.inodes:
+        yield ConfigError(
+            f"A checkpoint has {format_count(per_save, 'file')}, and {existing} has room for {space.inodes:,} "
+            f"({space.inode_limit}; df -i, lfs quota)",
+            fix="Delete files, or give a --save folder on another file system",
+        )
+
+
+def space_warnings(storage: Storage, space: Space, existing: Path) -> Iterator[str]:
+    """Yield a warning for each limit that the save schedule exceeds in the course of the run."""
+    if storage.checkpoint <= space.free < storage.total:
+        yield (
+            f"{format_count(storage.kept, 'checkpoint')} take {format_size(storage.total)}, and {existing} has "
+            f"{format_size(space.free)} {space.free_limit}: keep fewer with --keep-last N"
+        )
+    if space.inodes is not None and space.inodes < storage.files:
+        yield (
+            f"The checkpoints have {format_count(storage.files, 'file')}, and {existing} has room for "
+            f"{space.inodes:,} ({space.inode_limit}): keep fewer with --keep-last N"
+        )

@@ -1,0 +1,36 @@
+"""Memory of the model state: weights, gradients and optimizer state of one rank, without activations."""
+
+from __future__ import annotations
+
+from megatron_lite.config.counts import embedding_parameters, head_parameters, layer_parameters
+from megatron_lite.config.partition import stage_layers
+from megatron_lite.config.run import RunConfig
+
+GRADIENT_BYTES = 4
+"""Bytes per parameter of the fp32 gradient buffer."""
+MOMENT_BYTES = 8
+"""Bytes per parameter of Adam's two moments in fp32."""
+
+
+def model_state_bytes(config: RunConfig) -> int:
+    """Return the bytes of weights, gradients and optimizer state on the rank with the most parameters.
+
+    Norms and biases that tensor parallelism replicates are counted as split: they are below 0.1% of the model.
+    Virtual stages are assigned to the ranks in turn.
+    """
+    model, parallel = config.model, config.parallel
+    rows = model.padded_vocab_size or model.vocab_size
+    stages = stage_layers(model, parallel, config.batch.seq_length)
+    parameters = [0] * parallel.pp
+    for stage, layers in enumerate(stages):
+        parameters[stage % parallel.pp] += len(layers) * layer_parameters(model)
+    last = (len(stages) - 1) % parallel.pp
+    parameters[0] += embedding_parameters(model, rows)
+    parameters[last] += head_parameters(model, rows)
+    if model.tied_embeddings and last:
+        parameters[last] += rows * model.hidden_size
+    most = -(-max(parameters) // parallel.tp)
+    is_fp32 = config.precision.dtype == "fp32"
+    optimizer = MOMENT_BYTES + (0 if is_fp32 else 4)
+    sharded = -(-most * optimizer // (parallel.dp if parallel.distributed_optimizer else 1))
+    return most * ((4 if is_fp32 else 2) + GRADIENT_BYTES) + sharded

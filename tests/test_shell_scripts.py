@@ -1,0 +1,76 @@
+"""Tests of all shell scripts of the repository: syntax, shellcheck, and the plan of the job scripts in slurm/."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_lite
+from megatron_lite.cli.main import main
+
+ROOT = Path(megatron_lite.__file__).parent.parent
+SCRIPTS = sorted([*ROOT.glob("slurm/*.slurm"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*.sh"), ROOT / ".ci/run"])
+JOBS = sorted(ROOT.glob("slurm/*.slurm"))
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """Copy the job scripts to a folder without data, on a machine on which Slurm does not answer."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "clone" / "slurm")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sinfo").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (tmp_path / "bin" / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for name in ("SCRATCH", "DATA", "RUNS", "CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_pass_bash_and_shellcheck(path):
+    checker = Path(sys.executable).with_name("shellcheck")
+    for command in (["bash", "-n", path], [checker, "--external-sources", path]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_the_plan_of_each_job_is_printed_in_a_fresh_clone(path, clone, capfd):
+    assert main(["slurm", "submit", "--dry-run", f"slurm/{path.name}"]) == 0
+    printed = capfd.readouterr()
+    assert "Not submitted (--dry-run): no problem was found" in printed.out and not printed.err
+    assert not list(clone.glob("[!s]*")), "nothing was written"
+
+
+def test_the_plan_of_the_13b_job(clone, capfd):
+    assert main(["slurm", "submit", "--dry-run", "slurm/tr1-13b.slurm"]) == 0
+    out = re.sub(r" +", " ", capfd.readouterr().out)
+    assert "64 nodes x 4 GPUs = 256 GPUs" in out and "256 = tensor 2 x pipeline 4 x data 32" in out
+    assert "311,541 iterations of batch 16 to 1,024" in out and "12,853,386,240 parameters" in out
+    assert "every 10 to iteration 100, every 18 to iteration 1,000, every 1,500 to iteration 311,541" in out
+    assert "saves and stops after 19:50:00" in out
+    options = "--nodes=32 --gpus-per-node=8 --ntasks-per-node=8"
+    assert main(["slurm", "submit", "--dry-run", f"--sbatch={options}", "slurm/tr1-13b.slurm"]) == 0
+    assert "32 nodes x 8 GPUs = 256 GPUs" in capfd.readouterr().out
+
+
+def test_a_layout_that_the_nodes_do_not_fit_is_refused(clone, capfd):
+    assert main(["slurm", "submit", "--dry-run", "--sbatch=--nodes=1", "slurm/tr1-13b.slurm"]) == 1
+    error = capfd.readouterr().err
+    assert "--tensor-model-parallel-size 2" in error and "--pipeline-model-parallel-size 4" in error
+
+
+def test_the_site_settings_are_the_only_place_to_edit(clone, capfd):
+    settings = clone / "slurm" / "env.sh"
+    text = settings.read_text(encoding="utf-8").replace(
+        "#export SBATCH_ACCOUNT=project@gpu", "export SBATCH_ACCOUNT=p7"
+    )
+    settings.write_text(text.replace("#export SBATCH_PARTITION=gpu", "export SBATCH_PARTITION=big"), encoding="utf-8")
+    for path in JOBS:
+        assert "#SBATCH --account" not in path.read_text(encoding="utf-8")
+        assert main(["slurm", "submit", "--dry-run", f"slurm/{path.name}"]) == 0
+        assert "account p7" in capfd.readouterr().out
