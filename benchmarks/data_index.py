@@ -2,6 +2,7 @@
 
     python benchmarks/data_index.py                          # 300 million documents and samples: 14 GB of disk
     python benchmarks/data_index.py --documents 3000000      # the same in a few seconds
+    python benchmarks/data_index.py --order closed-form      # --sample-order closed-form: 6 GB of disk
 
 The lengths are synthesised; the .bin is a sparse file, which takes no disk. Run it alone, with one core to itself
 (`taskset -c 0`): the figures are of a single process.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import multiprocessing
 import resource
 import tempfile
 import time
@@ -20,6 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.data import DataConfig, DataSource
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.training import TrainingConfig
 from megatron_lite.data.format.index_format import bin_path, idx_path, pack_header
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.blending import BlendIndex, normalize
@@ -32,7 +39,9 @@ from megatron_lite.data.order.sample_index import (
     order_samples,
     plan_index,
 )
-from megatron_lite.data.serving.dataset import GPTDataset
+from megatron_lite.data.serving.build import build_datasets
+from megatron_lite.data.serving.closed_form import ClosedFormDataset
+from megatron_lite.data.serving.dataset import Dataset, GPTDataset
 from megatron_lite.data.serving.loader import Loader
 
 CHUNK = 1 << 20
@@ -52,16 +61,48 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--mean-length", type=int, default=2200, help="mean tokens of a document")
     parser.add_argument("--folder", default=None, help="where the temporary files go")
+    parser.add_argument("--order", choices=("legacy", "closed-form"), default="legacy")
     options = parser.parse_args()
     samples = options.samples or options.documents
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         prefix = Path(folder) / "synthetic"
         with timed("synthesise the .idx (not counted)"):
-            synthesise(prefix, options.documents, options.mean_length)
+            # In a process of its own: its memory is not this one's peak.
+            process = multiprocessing.Process(target=synthesise, args=(prefix, options.documents, options.mean_length))
+            process.start()
+            process.join()
+        if options.order == "closed-form":
+            serve(first_sample_without_index(prefix, samples, options.seq_length))
+            return
         index_and_serve(prefix, samples, options.seq_length)
         synthesise(prefix, options.documents // 10, options.mean_length)
         against_plain(IndexedDataset(prefix), samples // 10, options.seq_length)
     blend()
+
+
+def first_sample_without_index(prefix: Path, samples: int, length: int) -> Dataset:
+    """Measure the start of a run with --sample-order closed-form: open, check, plan, and read one sample."""
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=50_304),
+        batch=BatchConfig(seq_length=length, micro_batch_size=4, global_batch_size=4),
+        training=TrainingConfig(train_samples=samples, eval_iters=0),
+        data=DataConfig(sources=(DataSource(path=str(prefix)),), index_order="closed-form"),
+    )
+    before, began, worked = set(prefix.parent.iterdir()), time.perf_counter(), time.process_time()
+    datasets = build_datasets(config)
+    train, plan = datasets.train, datasets.plans["train"]["train"]
+    assert train is not None
+    train[0]
+    print(
+        f"FIRST SAMPLE after {time.perf_counter() - began:.3f} s ({time.process_time() - worked:.3f} s of processor), "
+        f"peak memory {1000 * peak_gigabytes():.0f} MB (limits: 1 s, 200 MB); {plan.sources[0].size:,} samples an epoch"
+    )
+    with timed("a sample of the 1,000th epoch"):
+        ClosedFormDataset(plan.sources[0].data, plan.sources[0].bounds, 1001 * plan.sources[0].size, length, 1234)[
+            1000 * plan.sources[0].size
+        ]
+    assert set(prefix.parent.iterdir()) == before, "no file is written"
+    return train
 
 
 def against_plain(data: IndexedDataset, samples: int, length: int) -> None:
@@ -181,7 +222,7 @@ def words_of_shuffle(entries: int) -> float:
     return words
 
 
-def serve(dataset: GPTDataset) -> None:
+def serve(dataset: Dataset) -> None:
     """Measure samples per second of the loader with prefetch."""
     count = min(2000, len(dataset))
     with Loader(dataset, micro_batch=4, global_batch=lambda consumed: 4) as loader:

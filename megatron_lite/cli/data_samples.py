@@ -104,6 +104,8 @@ def build_indices(argv: list[str]) -> int:
     from megatron_lite.cli.data_position import saved_history
 
     _, datasets = _open(config, saved_history(config)[-1])
+    if not config.data.has_index:
+        print("nothing to build: this sample order has no index")
     for text in (*datasets.notices.details, *datasets.notices.warnings):
         print(text)
     sets = {"train": datasets.train, **datasets.valid, **{f"{name} (test)": s for name, s in datasets.test.items()}}

@@ -70,9 +70,11 @@ def _without_files(config: RunConfig, order: DataSegment, problem: MegatronLiteE
         if requests:
             yield f"{SPLIT_NAMES[split]}: {requests[-1]:,} samples"
     least = max((requests[-1] for requests in asked.values() if requests), default=0) * SAMPLE_BYTES
+    memory = (
+        f"the largest sample index takes at least {format_size(least)} of memory; " if config.data.has_index else ""
+    )
     yield (
-        f"the largest sample index takes at least {format_size(least)} of memory; epochs and documents are not "
-        f"counted, since the data cannot be opened here ({problem.description})"
+        f"{memory}epochs and documents are not counted, since the data cannot be opened here ({problem.description})"
     )
 
 

@@ -175,11 +175,13 @@ class DataConfig:
     valid_groups: tuple[DataGroup, ...] = option((), *_group_flags("valid"))
     test_groups: tuple[DataGroup, ...] = option((), *_group_flags("test"))
     mock: bool = option(False, Flag("--mock-data", "Random tokens instead of a dataset.", sets=True))
-    index_order: Literal["legacy", "modern"] = option(
+    index_order: Literal["legacy", "modern", "closed-form"] = option(
         "legacy",
         Flag(
-            "--data-index",
-            "Sample order and rounding of the split: Megatron-DeepSpeed's (legacy) or Megatron-LM's (modern).",
+            "--sample-order",
+            "Order of the samples: Megatron-DeepSpeed's (legacy) or Megatron-LM's (modern), each with its rounding of "
+            "--split, or one that is computed per sample without an index (closed-form).",
+            aliases=("--data-index",),
         ),
     )
     sampling: Literal["concatenated", "slice"] = option(
@@ -213,6 +215,11 @@ class DataConfig:
             most=MAX_PREFETCHED,
         ),
     )
+
+    @property
+    def has_index(self) -> bool:
+        """True if the sample order is an index that is built; the other orders are computed per sample or epoch."""
+        return self.sampling == "concatenated" and self.index_order != "closed-form"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +345,16 @@ def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
+def one_sample_order(config: RunConfig) -> Iterator[ConfigError]:
+    """Require one order of the samples: slices of documents have their own."""
+    if config.data.sampling == "slice" and config.data.index_order == "closed-form":
+        yield ConfigError(
+            "--document-sampling slice and --sample-order closed-form contradict each other",
+            rule="Slices are read in an order of their own, which also needs no index",
+            fix="Remove one of them",
+        )
+
+
 def weights_are_positive(config: RunConfig) -> Iterator[ConfigError]:
     """Require weights of a blend that are not negative, and not all 0."""
     data = config.data
@@ -384,4 +401,4 @@ def tokenizer_has_a_size(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
-RULES = (one_kind_of_data, weights_are_positive, groups_have_names, tokenizer_has_a_size)
+RULES = (one_kind_of_data, one_sample_order, weights_are_positive, groups_have_names, tokenizer_has_a_size)

@@ -52,6 +52,7 @@ def kinds(prefixes):
         "single": DataConfig(sources=(DataSource(path=one),), split="8,1,1"),
         "modern": DataConfig(sources=(DataSource(path=one),), split="8,1,1", index_order="modern"),
         "blend": DataConfig(sources=blend, split="8,1,1"),
+        "closed form": DataConfig(sources=blend, split="8,1,1", index_order="closed-form"),
         "slices": DataConfig(sources=blend, split="8,1,1", sampling="slice"),
         "groups": DataConfig(
             train_groups=(DataGroup(name="t", sources=blend),),
@@ -69,7 +70,7 @@ def spans(dataset, count):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(["single", "modern", "blend", "slices", "groups", "mock"]),
+    kind=st.sampled_from(["single", "modern", "blend", "closed form", "slices", "groups", "mock"]),
     requests=st.lists(st.integers(1, 700), min_size=1, max_size=4, unique=True).map(sorted),
 )
 def test_an_extension_keeps_the_positions_of_earlier_samples(prefixes, kind, requests):

@@ -102,7 +102,7 @@ def test_changed_evaluations_continue_at_the_consumed_position(corpus, tmp_path)
         assert all(f"{loss:.6E}" in again.out for losses in ended for loss in losses.values())
 
 
-@pytest.mark.parametrize("args", [("--data-index", "legacy"), ("--data-index", "modern")])
+@pytest.mark.parametrize("args", [("--sample-order", order) for order in ("legacy", "modern", "closed-form")])
 def test_a_longer_run_finishes_its_epoch_before_repeating_samples(args, corpus, tmp_path):
     save, epoch = tmp_path / "run", epoch_of(corpus)
     short, long = epoch // 8, epoch // 2

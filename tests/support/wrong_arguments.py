@@ -177,6 +177,7 @@ FROM_FLAGS = {
     ),
     "--distributed-timeout-minutes 0": "--distributed-timeout-minutes 0 is out of range. Give",
     # rules of data.py
+    "--document-sampling slice --sample-order closed-form": "--document-sampling slice and --sample-order closed-form",
     "--mock-data --data-path x": "Training data are given more than once: by --data-path and --mock-data. Keep",
     "--global-batch-size 1000000000": "Each data-parallel replica would run 125,000,000 micro-batches in an",
     "--prefetch-microbatches 1000000000": "--prefetch-microbatches 1000000000 is out of range. Give",

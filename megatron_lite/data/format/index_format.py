@@ -79,6 +79,9 @@ class IndexHeader:
     num_sequences: int
     num_document_entries: int
 
+    sizes_at = HEADER.size
+    """Byte offset of the lengths."""
+
     @property
     def pointers_at(self) -> int:
         """Byte offset of the pointers."""
@@ -211,19 +214,38 @@ def check_pointers(
     """
     for low in range(start, end, CHUNK):
         high = min(end, low + CHUNK)
-        lengths = sizes[low:high].astype(np.int64)
-        if lengths.min() < 0:
-            raise damaged_index(prefix, f"sequence {low + int(np.argmin(lengths))} has {lengths.min()} tokens")
-        begins = pointers[low : high + 1].astype(np.int64)
-        ends = begins[: high - low] + lengths * itemsize
-        if begins[0] < 0 or ends[-1] > num_bytes:
-            raise damaged_index(prefix, f"sequences {low} to {high} are bytes {begins[0]} to {ends[-1]} of {num_bytes}")
-        wrong = np.flatnonzero(ends[: begins.shape[0] - 1] != begins[1:])
-        if wrong.size:
-            at = int(wrong[0])
-            raise damaged_index(
-                prefix, f"sequence {low + at} ends at byte {ends[at]}, the next begins at {begins[at + 1]}"
-            )
+        check_block(prefix, sizes[low:high], pointers[low : high + 1], itemsize, num_bytes, low)
+
+
+def check_block(
+    prefix: str, sizes: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int, num_bytes: int, first: int
+) -> None:
+    """Check consecutive sequences as check_pointers does.
+
+    Args:
+        prefix: path of the dataset.
+        sizes: [sequences] lengths in tokens.
+        pointers: [sequences] offsets in bytes, followed by the next sequence's if there is one.
+        itemsize: bytes of a token.
+        num_bytes: size of the .bin.
+        first: number of the first sequence.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    lengths, begins = sizes.astype(np.int64), pointers.astype(np.int64)
+    if lengths.min() < 0:
+        raise damaged_index(prefix, f"sequence {first + int(np.argmin(lengths))} has {lengths.min()} tokens")
+    ends = begins[: lengths.shape[0]] + lengths * itemsize
+    if begins[0] < 0 or ends[-1] > num_bytes:
+        last = first + lengths.shape[0]
+        raise damaged_index(prefix, f"sequences {first} to {last} are bytes {begins[0]} to {ends[-1]} of {num_bytes}")
+    wrong = np.flatnonzero(ends[: begins.shape[0] - 1] != begins[1:])
+    if wrong.size:
+        at = int(wrong[0])
+        raise damaged_index(
+            prefix, f"sequence {first + at} ends at byte {ends[at]}, the next begins at {begins[at + 1]}"
+        )
 
 
 def check_documents(prefix: str, documents: NDArray[np.int64]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import zlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from megatron_lite.data.format.index_format import (
     CHUNK,
     HEADER,
     bin_path,
+    check_block,
     check_documents,
     check_ends,
     check_pointers,
@@ -32,8 +34,14 @@ from megatron_lite.data.format.index_format import (
 from megatron_lite.data.format.token_file import TokenFile, copy_bytes
 from megatron_lite.errors import DataError
 
+Block = tuple[NDArray[np.int32], NDArray[np.int64]]
+"""Lengths in tokens and byte offsets of consecutive sequences."""
+
 BLOCK = 4096
-"""Sequences whose pointers are checked together, on the first access to one of them."""
+"""Sequences whose lengths and pointers are read and checked together."""
+
+BLOCKS_KEPT = 64
+"""Blocks of a large dataset kept in memory (48 KiB each); the least recently used one is dropped first."""
 
 EAGER = 1 << 22
 """Datasets of up to this many sequences are checked completely when they are opened (a few tens of milliseconds)."""
@@ -42,8 +50,8 @@ EAGER = 1 << 22
 class IndexedDataset:
     """Reader of a .bin/.idx pair; the index is memory-mapped, so opening takes constant time.
 
-    Inexpensive checks are made on opening, the others block by block before the first token of a block is returned. An
-    index that does not match its .bin therefore never returns wrong tokens.
+    Inexpensive checks are made on opening, the others block by block before a token of a block is returned. An index
+    that does not match its .bin therefore never returns wrong tokens.
 
     Attributes:
         prefix: path of both files without the suffix.
@@ -71,10 +79,12 @@ class IndexedDataset:
         self.num_bytes = self._tokens.num_bytes
         itemsize = self.dtype.itemsize
         check_ends(self.prefix, self.sizes, self.pointers, self.document_index, itemsize, self.num_bytes)
-        self._checked: NDArray[np.bool_] = np.zeros(-(-count // BLOCK), dtype=np.bool_)
-        if count <= EAGER:
+        self._header = header
+        self._index = TokenFile(idx_path(prefix), np.dtype(np.uint8))
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._is_checked = count <= EAGER
+        if self._is_checked:
             self.check()
-            self._checked[:] = True
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -104,16 +114,50 @@ class IndexedDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)} in {self.prefix}")
-        block = index // BLOCK
-        if not self._checked[block]:
-            self.check(block * BLOCK, min(len(self), (block + 1) * BLOCK))
-            self._checked[block] = True
-        size = int(self.sizes[index])
+        sizes, pointers = self._block(index // BLOCK)
+        size = int(sizes[index % BLOCK])
         count = size - offset if length is None else length
         if offset < 0 or count < 0 or offset + count > size:
             raise IndexError(f"tokens {offset}:{offset + count} of {size} in sequence {index} of {self.prefix}")
-        start = int(self.pointers[index]) + offset * self.dtype.itemsize
+        start = int(pointers[index % BLOCK]) + offset * self.dtype.itemsize
         return self._tokens.read(start, count)
+
+    def count_tokens(self, first: int, last: int) -> int:
+        """Return the number of tokens of sequences [first, last), from two pointers.
+
+        Raises:
+            DataError: the index is damaged around one of them.
+        """
+        if first >= last:
+            return 0
+        sizes, pointers = self._block((last - 1) // BLOCK)
+        end = int(pointers[(last - 1) % BLOCK]) + int(sizes[(last - 1) % BLOCK]) * self.dtype.itemsize
+        return (end - int(self._block(first // BLOCK)[1][first % BLOCK])) // self.dtype.itemsize
+
+    def find_token(self, token: int, first: int, last: int) -> tuple[int, int]:
+        """Return sequence and offset of token number `token` of sequences [first, last), by binary search.
+
+        Raises:
+            DataError: the index is damaged where the search ends.
+        """
+        itemsize = self.dtype.itemsize
+        byte = int(self._block(first // BLOCK)[1][first % BLOCK]) + token * itemsize
+        low, high = first // BLOCK, (last - 1) // BLOCK
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = self._index.read(self._header.pointers_at + 8 * BLOCK * middle, 8).view("<i8")
+            low, high = (middle, high) if found[0] <= byte else (low, middle - 1)
+        pointers = self._block(low)[1]
+        inside = int(np.searchsorted(pointers, byte, side="right")) - 1
+        return low * BLOCK + inside, (byte - int(pointers[inside])) // itemsize
+
+    def length(self, index: int) -> int:
+        """Return the tokens of a sequence.
+
+        Raises:
+            DataError: the index is damaged around it.
+        """
+        return int(self._block(index // BLOCK)[0][index % BLOCK])
 
     def document(self, number: int) -> NDArray[np.generic]:
         """Return all tokens of document `number`, [tokens].
@@ -126,6 +170,28 @@ class IndexedDataset:
             raise damaged_index(self.prefix, f"document {number} is sequences {first} to {last} of {len(self)}")
         parts = [self.get(index) for index in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
+    def _block(self, number: int) -> Block:
+        """Return lengths and pointers of sequences [number * BLOCK, (number + 1) * BLOCK).
+
+        Those of a large dataset are read, not mapped: faults of a mapping read ahead and map up to 2 MiB each.
+
+        Raises:
+            DataError: the index is damaged there.
+        """
+        low, high = number * BLOCK, min(len(self), (number + 1) * BLOCK)
+        if self._is_checked:
+            return self.sizes[low:high], self.pointers[low:high]
+        if number not in self._blocks:
+            sizes = self._index.read(self._header.sizes_at + 4 * low, 4 * (high - low)).view("<i4")
+            entries = min(len(self), high + 1) - low
+            pointers = self._index.read(self._header.pointers_at + 8 * low, 8 * entries).view("<i8")
+            check_block(self.prefix, sizes, pointers, self.dtype.itemsize, self.num_bytes, low)
+            self._blocks[number] = (sizes, pointers[: high - low])
+            if len(self._blocks) > BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
 
     def check(self, start: int = 0, end: int | None = None) -> None:
         """Check the lengths and pointers of sequences [start, end) and, if these are all sequences, all documents.

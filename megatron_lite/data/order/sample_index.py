@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.data.order.spans import Span, take_spans
 from megatron_lite.data.order.split import Order
 from megatron_lite.errors import DataError
 
@@ -186,19 +187,11 @@ class SampleIndex:
         inside = int(np.searchsorted(ends, token, side="right"))
         return block * BLOCK + inside, token - int(ends[inside] - lengths[inside])
 
-    def spans(self, sample: int, sizes: NDArray[np.int32]) -> list[tuple[int, int, int]]:
+    def spans(self, sample: int, sizes: NDArray[np.int32]) -> list[Span]:
         """Return the spans (sequence, offset, length) of sample `sample`, L + 1 tokens in total."""
         position, offset = self.locate(int(self.shuffle[sample]), sizes)
-        left = self.plan.seq_length + 1
-        found = []
-        while left > 0:
-            document = int(self.documents[position])
-            length = min(left, int(sizes[document]) - offset)
-            if length > 0:
-                found.append((document, offset, length))
-                left -= length
-            position, offset = position + 1, 0
-        return found
+        documents = ((int(document), int(sizes[document])) for document in self.documents[position:])
+        return take_spans(documents, offset, self.plan.seq_length + 1)
 
 
 def build_index(plan: IndexPlan, sizes: NDArray[np.int32], prefix: str | Path = "") -> SampleIndex:

@@ -19,7 +19,8 @@ class SourcePlan:
         data: the opened file.
         bounds: first and last (exclusive) sequence of the file that the set reads.
         indices: one for the samples requested when the run began, and one for the additional samples of each later
-            extension of the run; none for orders without an index (--document-sampling slice).
+            extension of the run; none for orders without an index (--sample-order closed-form, --document-sampling
+            slice).
         asked: samples requested of the source in total; None: one epoch.
         epoch_samples: samples of one epoch; with an index, the last one may end in the next epoch.
     """

@@ -18,7 +18,8 @@ from megatron_lite.data.order.index_cache import Notices, cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index
 from megatron_lite.data.order.sample_index import plan_index
 from megatron_lite.data.order.set_plan import SetPlan, SourcePlan
-from megatron_lite.data.order.split import range_bounds, split_bounds
+from megatron_lite.data.order.split import Order, range_bounds, split_bounds
+from megatron_lite.data.serving.closed_form import ClosedFormDataset, samples_per_epoch
 from megatron_lite.data.serving.dataset import (
     BlendedDataset,
     ConcatDataset,
@@ -109,6 +110,8 @@ class _Builder:
 
     def __init__(self, config: RunConfig, vocab_size: int, fingerprint: str) -> None:
         self.config = config
+        # The closed-form order rounds splits and blends as Megatron-LM does.
+        self.generation: Order = "legacy" if config.data.index_order == "legacy" else "modern"
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
         self.opened: dict[str, IndexedDataset] = {}
@@ -163,7 +166,7 @@ class _Builder:
         parts = []
         for source in data.sources:
             opened = self.open(source.path)
-            bounds = split_bounds(data.split, len(opened), data.index_order)
+            bounds = split_bounds(data.split, len(opened), self.generation)
             parts.append(SourcePlan(source, opened, (bounds[number], bounds[number + 1])))
         if all(part.bounds[0] >= part.bounds[1] for part in parts if part.source.weight != 0):
             if number:
@@ -180,7 +183,7 @@ class _Builder:
             opened = self.open(source.path)
             parts.append(SourcePlan(source, opened, range_bounds(source.start, source.end, len(opened))))
         # Names in the caches of Megatron-LM are those of the split, in the caches of Megatron-DeepSpeed the group's.
-        name = split if self.config.data.index_order == "modern" else group.name
+        name = split if self.generation == "modern" else group.name
         plan = SetPlan(split, group.name, requests[-1], tuple(parts), (), name, "")
         return self.cover(plan, requests, blended=len(parts) > 1)
 
@@ -215,7 +218,7 @@ class _Builder:
             size = min(plan.size, sum(sizes))
             return replace(plan, size=size, sources=sources, shares=tuple(normalize(sizes)))
         weights = [weight for weight in given if weight is not None]
-        modern = self.config.data.index_order == "modern"
+        modern = self.generation == "modern"
         shares, _ = blend_counts(weights, 1, modern=modern)
         counts = zip(*(blend_counts(weights, request, modern=modern)[1] for request in requests), strict=True)
         asked = [(part, count) for part, count in zip(parts, counts, strict=True) if part.source.weight]
@@ -240,6 +243,10 @@ class _Builder:
         part = replace(part, asked=requests[-1] if requests else None)
         if config.data.sampling == "slice":
             return replace(part, epoch_samples=float(np.count_nonzero(part.data.sizes[first:last])))
+        if config.data.index_order == "closed-form":
+            return replace(
+                part, epoch_samples=float(samples_per_epoch(part.data, part.bounds, config.batch.seq_length))
+            )
         seed = config.runtime.seed
         first_index = plan_index(
             part.data.sizes,
@@ -247,7 +254,7 @@ class _Builder:
             num_samples=requests[0] if requests else None,
             seq_length=config.batch.seq_length,
             seed=seed,
-            order=config.data.index_order,
+            order=self.generation,
             prefix=prefix,
         )
         indices, covered = [first_index], first_index.total_samples
@@ -274,8 +281,8 @@ class _Builder:
         """Build the dataset of one source, with its indices from a cache where there is one."""
         config, data = self.config, part.data
         if not part.indices:
-            length, seed = config.batch.seq_length, config.runtime.seed
-            return SliceDataset(data, part.bounds, part.asked, length, seed, self.vocab_size)
+            kind = SliceDataset if config.data.sampling == "slice" else ClosedFormDataset
+            return kind(data, part.bounds, part.asked, config.batch.seq_length, config.runtime.seed, self.vocab_size)
         folder, datasets = cache_folder(config.data), list[Dataset]()
         for wanted in part.indices:
             index = find_megatron_index(
@@ -319,5 +326,5 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
     if not vocab_size or not len(data):
         return
     for sequence in np.unique(np.linspace(0, len(data) - 1, PROBES).astype(np.int64)).tolist():
-        size = min(PROBED_TOKENS, int(data.sizes[sequence]))
+        size = min(PROBED_TOKENS, data.length(sequence))
         check_tokens(data.prefix, data.get(sequence, 0, size), vocab_size, f"sequence {sequence}")

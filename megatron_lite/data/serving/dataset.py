@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.blending import BlendIndex
 from megatron_lite.data.order.sample_index import SampleIndex
+from megatron_lite.data.order.spans import Span
 from megatron_lite.errors import DataError
-
-Span = tuple[int, int, int]
-"""(sequence of the file, offset in the sequence, number of tokens)."""
 
 
 class Dataset(Protocol):

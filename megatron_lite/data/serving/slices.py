@@ -8,13 +8,15 @@ of the documents that follow in the order of the epoch, so no sample is padded. 
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.sample_index import too_few_tokens
-from megatron_lite.data.serving.dataset import Span, SpanDataset, out_of_samples
+from megatron_lite.data.order.spans import Span, take_spans
+from megatron_lite.data.serving.dataset import SpanDataset, out_of_samples
 
 EPOCHS_KEPT = 2
 """Permutations kept in memory: near the end of an epoch, samples of two epochs are read."""
@@ -68,14 +70,8 @@ class SliceDataset(SpanDataset):
         wanted = self.seq_length + 1
         spare = int(self.data.sizes[document]) - wanted
         offset = int(np.random.default_rng((self.seed, epoch, document)).integers(0, spare + 1)) if spare > 0 else 0
-        spans = []
-        while wanted:
-            length = min(wanted, int(self.data.sizes[document]) - offset)
-            spans.append((document, offset, length))
-            wanted -= length
-            position, offset = (position + 1) % order.shape[0], 0
-            document = int(order[position])
-        return spans
+        following = (int(order[at % order.shape[0]]) for at in count(position))
+        return take_spans(((number, int(self.data.sizes[number])) for number in following), offset, wanted)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the sequence numbers in the order of `epoch`."""

@@ -45,10 +45,10 @@ def sequences(dataset):
     return {span[0] for sample in range(len(dataset)) for _, span in dataset.spans(sample)}
 
 
-@pytest.mark.parametrize("sampling", ["concatenated", "slice"])
-def test_splits_divide_the_documents(tmp_path, sampling):
+@pytest.mark.parametrize("order", [{}, {"sampling": "slice"}, {"index_order": "closed-form"}])
+def test_splits_divide_the_documents(tmp_path, order):
     prefix = write(tmp_path / "a")
-    sets = build_datasets(config(DataConfig(sources=(DataSource(path=prefix),), split="8,1,1", sampling=sampling)))
+    sets = build_datasets(config(DataConfig(sources=(DataSource(path=prefix),), split="8,1,1", **order)))
     assert len(sets.train) >= 100
     assert len(sets.valid["valid"]) >= (25 // 10 + 1) * 2 * 4
     assert sequences(sets.train) <= set(range(160))
@@ -72,7 +72,7 @@ def test_a_set_without_documents_is_left_out(tmp_path):
     assert build_datasets(config(DataConfig(sources=(source,)), eval_iters=0)).valid == {}
 
 
-@pytest.mark.parametrize("order", ["legacy", "modern"])
+@pytest.mark.parametrize("order", ["legacy", "modern", "closed-form"])
 def test_a_blend_follows_its_weights(tmp_path, order):
     paths = [write(tmp_path / "a", low=0, high=10), write(tmp_path / "b", low=50, high=60, seed=1)]
     sources = (DataSource(path=paths[0], weight=3.0), DataSource(path=paths[1], weight=1.0))
@@ -124,7 +124,7 @@ def test_groups_of_ranges(tmp_path):
     assert sets.test == {}
 
 
-@pytest.mark.parametrize("order", ["legacy", "modern"])
+@pytest.mark.parametrize("order", ["legacy", "modern", "closed-form"])
 def test_a_source_without_documents_for_a_split_is_left_out_of_it(tmp_path, order):
     paths = [write(tmp_path / "a"), write(tmp_path / "b", documents=2), write(tmp_path / "c", seed=1)]
     sources = tuple(DataSource(path=path, weight=weight) for path, weight in zip(paths, (1.0, 2.0, 3.0), strict=True))
