@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.packed_dataset import pack_dataset
 
 EOD = 50256

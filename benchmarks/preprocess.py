@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_lite.config.data import TokenizerConfig
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.run import preprocess

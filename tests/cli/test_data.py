@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_lite.cli.main import main
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import manifest_path
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]

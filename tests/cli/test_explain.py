@@ -7,7 +7,7 @@ from support.job_commands import BIG_RAMP, LLAMA, SMALL
 
 from megatron_lite.cli.explain import run
 from megatron_lite.config.arguments import parse_run
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.errors import ConfigError
 
 

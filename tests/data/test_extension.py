@@ -14,7 +14,7 @@ from megatron_lite.config.data import DataConfig, DataGroup, DataSource
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.order.set_plan import describe_set
 from megatron_lite.data.serving.build import build_datasets, plan_datasets
 from megatron_lite.data.serving.dataset import ConcatDataset, MockDataset

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.format.index_format import bin_path, idx_path
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 

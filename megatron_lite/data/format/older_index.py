@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lite.data.format.index_format import LEGACY_MAGIC, REBUILD, TOKEN_TYPES, bin_path, idx_path, missing_file
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.errors import DataError
 
 HEADER = struct.Struct("<8sQQQQQQ")

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from megatron_lite.data.format.fingerprint import content_fingerprint
 from megatron_lite.data.format.index_format import bin_path
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import (
     DatasetManifest,
     is_complete,

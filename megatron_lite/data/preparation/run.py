@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.format.index_format import smallest_token_type
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import is_complete, manifest_of, manifest_path, require_absent, write_manifest
 from megatron_lite.data.preparation.lines import read_lines
 from megatron_lite.data.preparation.options import PreprocessOptions

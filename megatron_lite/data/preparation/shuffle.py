@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.format.index_format import bin_path, idx_path
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.work_folder import Shard
 
 BUCKET_BYTES = 128 << 20

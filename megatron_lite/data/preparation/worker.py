@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.format.index_format import smallest_token_type
-from megatron_lite.data.format.indexed_dataset import IndexedDatasetWriter
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.batch import Batch, note_outliers
 from megatron_lite.data.preparation.documents import BadLineError, lines_before, parse_line
 from megatron_lite.data.preparation.lines import Line, read_lines

@@ -17,7 +17,8 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.data.format import fingerprint
 from megatron_lite.data.format.fingerprint import content_fingerprint, data_fingerprints, lengths_fingerprint
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
 

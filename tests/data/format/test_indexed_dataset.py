@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_lite.data.format import indexed_dataset
 from megatron_lite.data.format.index_format import smallest_token_type
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.errors import DataError
 
 DOCUMENTS = st.lists(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.order import index_cache
 from megatron_lite.data.order.index_cache import Notices, cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index

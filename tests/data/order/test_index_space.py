@@ -9,7 +9,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.order import index_cache, index_space
 from megatron_lite.data.order.index_cache import Notices, cached_index, write_index
 from megatron_lite.data.order.index_space import available_memory, check_disk, check_memory

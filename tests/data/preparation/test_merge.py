@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.data import TokenizerConfig
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import check_files, manifest_path, read_manifest, write_manifest
 from megatron_lite.data.preparation.merge import find_prefixes, merge_datasets
 from megatron_lite.data.preparation.packed_dataset import pack_dataset

@@ -15,7 +15,8 @@ from megatron_lite.config.data import DataConfig, DataGroup, DataSource
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
-from megatron_lite.data.format.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.serving.build import blend_counts, build_datasets
 from megatron_lite.data.serving.dataset import short_names
 from megatron_lite.errors import DataError
