@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.progress import ProgressDisplay

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.record import from_record
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.runs.manifest import Manifest
 from megatron_lite.tokenizer.base import Tokenizer

@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.parser import whole
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.flag import Flag
 from megatron_lite.config.help import description, metavar
 from megatron_lite.config.table import supported_flags
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.values import MAX_NUMBER, read_as
 from megatron_lite.errors import ConfigError
 

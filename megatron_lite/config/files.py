@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lite.config.data import DataConfig, TokenizerConfig
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.paths import suggest_dataset, suggest_path
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import ConfigError
 
 TOKENIZERS = (

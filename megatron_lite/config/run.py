@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.command import CommandOptions
-from megatron_lite.config.data import DataConfig, TokenizerConfig
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.training import TrainingConfig
 
 

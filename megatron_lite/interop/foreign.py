@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.sources import TensorSource
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,10 @@ from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.rewriting import write_source
 from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
-from megatron_lite.config.data import DataConfig, TokenizerConfig
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.interop.foreign import ForeignModel

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.huggingface import HuggingFaceTokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizer.base import Tokenizer
 

@@ -6,11 +6,11 @@ import torch
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams

@@ -10,9 +10,9 @@ from megatron_lite.backend.group import LocalGroup
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.cli import generate as command
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.generation.generate import generate
 from megatron_lite.generation.restore import restore_model

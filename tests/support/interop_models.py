@@ -9,11 +9,11 @@ from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage

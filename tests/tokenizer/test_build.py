@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece

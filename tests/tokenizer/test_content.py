@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face

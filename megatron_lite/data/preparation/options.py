@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import ConfigError
 
 MIN_UNIT = 2 << 20

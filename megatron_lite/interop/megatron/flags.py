@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_lite.config.arguments import raise_all
 from megatron_lite.config.command_line import read_command_line
-from megatron_lite.config.data import TokenizerConfig
 from megatron_lite.config.flag import FIELD, key_of
 from megatron_lite.config.given import Given
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import ConfigError
 
 _COMMAND = {

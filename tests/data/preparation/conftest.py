@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.progress import ProgressDisplay

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import read_manifest
 from megatron_lite.data.preparation.report import Summary

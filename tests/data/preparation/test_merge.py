@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import check_files, manifest_path, read_manifest, write_manifest

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import normalizers, processors
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.manifest import read_manifest, write_manifest
 from megatron_lite.data.preparation import run, worker
 from megatron_lite.data.preparation.batch import Batch

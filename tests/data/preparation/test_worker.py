@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import TokenizerConfig
+from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.preparation import worker as worker_module
 from megatron_lite.data.preparation.options import PreprocessOptions
