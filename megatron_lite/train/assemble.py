@@ -33,6 +33,7 @@ from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import rank_parameters, shared_parameters
 from megatron_lite.pipeline.executor import Executor, Messages, Timed
+from megatron_lite.runs.code_version import PACKAGE, code_fingerprint, git_revision, source_hashes
 from megatron_lite.runs.comparison import config_as_json, continue_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
@@ -46,13 +47,7 @@ from megatron_lite.train.comparison import compare_runs, open_files
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
-from megatron_lite.train.provenance import (
-    PACKAGE,
-    code_fingerprint,
-    compare_with_checkpoint,
-    git_revision,
-    source_hashes,
-)
+from megatron_lite.train.provenance import compare_with_checkpoint
 from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 

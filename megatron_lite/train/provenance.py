@@ -1,14 +1,9 @@
-"""Run fingerprints of tokenizer, data and code: computed at start, stored in checkpoints, compared at resume."""
+"""Comparison of a run with its checkpoint: tokenizer, data and code fingerprints at resume."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import megatron_lite
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan
 from megatron_lite.runs.comparison import (
@@ -23,37 +18,6 @@ from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.data_order import DataSegment
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.start import Start
-
-PACKAGE = Path(megatron_lite.__file__).parent
-
-
-def source_hashes(package: Path) -> dict[str, str]:
-    """Return a short hash of each source file by its path in the package. The version is the same in edited code."""
-    return {
-        path.relative_to(package).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
-        for path in sorted(package.rglob("*.py"))
-    }
-
-
-def code_fingerprint(sources: Mapping[str, str], revision: str = "") -> str:
-    """Return the hash of all sources, with version and revision as its name (see check_fingerprints)."""
-    digest = hashlib.blake2b(json.dumps(dict(sources)).encode(), digest_size=8).hexdigest()
-    return f"{digest} of megatron_lite {megatron_lite.__version__}" + (
-        f" at git revision {revision}" if revision else ""
-    )
-
-
-def git_revision(package: Path) -> str:
-    """Return the git commit that a package's folder has checked out; empty: none, or git is not installed."""
-    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        repository, commit = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
-        ).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return ""
-    # An installed package may lie inside the repository of another project.
-    return commit[:12] if Path(repository) == package.resolve().parent else ""
 
 
 def compare_with_checkpoint(

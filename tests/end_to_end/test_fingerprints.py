@@ -11,9 +11,9 @@ from support.trainer import checkpoints, command, preprocess
 
 import megatron_lite
 from megatron_lite.config.arguments import parse_run
+from megatron_lite.runs.code_version import PACKAGE, source_hashes
 from megatron_lite.runs.manifest import encode_manifest, read_manifest
 from megatron_lite.train import assemble, comparison
-from megatron_lite.train.provenance import PACKAGE, source_hashes
 
 pytestmark = pytest.mark.slow
 

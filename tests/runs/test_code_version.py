@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 import megatron_lite
-from megatron_lite.train.provenance import PACKAGE, code_fingerprint, git_revision, source_hashes
+from megatron_lite.runs.code_version import PACKAGE, code_fingerprint, git_revision, source_hashes
 
 
 @pytest.fixture
