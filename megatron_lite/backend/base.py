@@ -109,6 +109,14 @@ class Backend(ABC):
     def to_device(self, array: np.ndarray) -> Tensor:
         """Return a tensor on the device with the array's values; on CUDA the copy may still be running."""
 
+    def device_uuid(self) -> str:
+        """Return the device's serial identity as nvidia-smi writes it; empty: it has none."""
+        return ""
+
+    def library_versions(self) -> dict[str, str]:
+        """Return the versions of torch and of the libraries that this backend uses."""
+        return {"torch": str(torch.__version__)}
+
     def to_host(self, values: Tensor) -> list[float]:
         """Return the values of a tensor [n] on the device; waits for the device."""
         numbers: list[float] = values.tolist()

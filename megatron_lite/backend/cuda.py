@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Capabilities, scaled_dot_product_attention
@@ -101,6 +102,16 @@ class CudaBackend(Backend):
     def device_name(self) -> str:
         """Return the driver's name of the device."""
         return torch.cuda.get_device_name(self.device)
+
+    def device_uuid(self) -> str:
+        """Return GPU-… or MIG-…; empty where torch does not give it."""
+        uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
+        return uuid if not uuid or uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+    def library_versions(self) -> dict[str, str]:
+        """Return the versions of torch, CUDA (ROCm) and NCCL."""
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else ""
+        return {**super().library_versions(), "CUDA": torch.version.cuda or torch.version.hip or "", "NCCL": nccl}
 
     def capabilities(self) -> Capabilities:
         """Return the capabilities; bf16 needs Ampere or newer."""

@@ -8,6 +8,10 @@ from typing import Any
 MATRIX_PRODUCT = "matrix product"
 MEMORY_COPY = "memory copy"
 HOST_COPY = "host-to-device copy"
+GPU_STATE, DEVICE, STORAGE, GROUPS = "nvidia-smi", "device", "write test of --save", "process groups"
+"""Steps besides the speeds. From GROUPS on ranks wait for each other."""
+LINK_STEP = "bandwidth of "
+"""Beginning of the steps that measure a mesh axis."""
 UNITS = {MATRIX_PRODUCT: (1e12, "TFLOP/s"), MEMORY_COPY: (1e9, "GB/s"), HOST_COPY: (1e9, "GB/s")}
 """Divisor and unit in which a speed is shown."""
 
@@ -138,6 +142,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
     step: str = ""
     done: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Return whether the current step waits for other ranks."""
+        return self.step == GROUPS or self.step.startswith(LINK_STEP)
 
     @property
     def place(self) -> str:
