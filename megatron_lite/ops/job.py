@@ -27,7 +27,7 @@ class Job:
         components: resources of the job; several of a heterogeneous job.
         evaluation: the commands of the script.
         command: the training command; None: the script runs other commands of megatron_lite.
-        programs: those commands, as text, if there is no training command.
+        programs: those commands, as text, if there is no training command; none if the script ends with an error.
         folder: the current folder at the script's end, to which its relative paths refer.
         sbatch_options: options of sbatch that SBATCH_ variables in the script ask for.
     """
@@ -129,7 +129,7 @@ def _commands(path: Path, evaluation: Evaluation) -> tuple[TrainingCommand | Non
         # An argument before the first command keeps an empty list, or flags alone, from being taken for training flags.
         command = read_command(["script", ";", *arguments[:-1]])
     except ConfigError as error:
-        if others:
+        if others or evaluation.failure:
             return None, tuple(others)
         names = ", ".join(dict.fromkeys(started.arguments[0] for started in evaluation.commands)) or "no program"
         raise ConfigError(

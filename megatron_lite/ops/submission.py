@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from megatron_lite.config.arguments import ParsedRun, parse_run
 from megatron_lite.config.files import missing_files
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, ConfigErrors
-from megatron_lite.formatting import format_count, format_size
+from megatron_lite.formatting import format_count, format_duration, format_size
 from megatron_lite.ops.duration import step_of, timing_facts, timing_of, timing_problems, timing_warnings
 from megatron_lite.ops.exclude import excluded_hosts
 from megatron_lite.ops.job import Job
@@ -34,6 +36,9 @@ from megatron_lite.runs.catalog import latest_iteration, list_iterations
 from megatron_lite.runs.lock import read_owner
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
+
+INPUT_FLAGS = ("--input", "--load", "--text", "--data-path", "--tokenizer-model", "--vocab-file", "--merge-file")
+"""Flags of commands that do not train whose values are files, folders or dataset prefixes to be read."""
 
 
 @dataclass
@@ -75,7 +80,7 @@ def check_job(
     _check_variables(submission)
     with working_folder(job.folder):
         if job.command is None:
-            submission.facts += [("Runs", f"{program} (its arguments are not checked)") for program in job.programs]
+            _check_programs(submission)
         else:
             _check_training(submission, step_seconds)
     if partitions is not None:
@@ -173,6 +178,20 @@ def _script_files(job: Job, flags: tuple[str, ...]) -> Iterator[list[str]]:
         yield replaced
 
 
+def _check_programs(submission: Submission) -> None:
+    """Report commands that do not train, and input files of theirs that do not exist."""
+    for program in submission.job.programs:
+        submission.facts.append(("Runs", program))
+        flag = ""
+        for argument in shlex.split(program):
+            if argument.startswith("--"):
+                flag = argument
+            elif flag in INPUT_FLAGS and not any(Path(argument + suffix).exists() for suffix in ("", ".idx")):
+                submission.local_problems.append(
+                    ConfigError(f"{flag} {argument} does not exist", fix=suggest_path(flag, argument))
+                )
+
+
 def _check_variables(submission: Submission) -> None:
     """Report variables without a value, sourced files that do not exist, and statements that were not evaluated."""
     evaluation, job = submission.job.evaluation, submission.job
@@ -201,6 +220,13 @@ def _check_variables(submission: Submission) -> None:
                 else "Correct the path, or create the file",
             )
         )
+    if evaluation.failure:
+        submission.local_problems.append(
+            ConfigError(
+                f"{job.path} {evaluation.failure}",
+                fix="Provide what the script asks for; `bash -x` shows how it gets there",
+            )
+        )
     submission.warnings += evaluation.notes
 
 
@@ -215,6 +241,8 @@ def _job_line(job: Job) -> str:
         parts[0] += f" x {format_count(gpus, 'GPU')}{total}"
     if array := job.resources.array:
         parts.append(f"{len(array)} array tasks (checked as task {array[0]})")
+    if job.command is None and job.resources.time_limit is not None:
+        parts.append(format_duration(job.resources.time_limit))
     parts += [f"{name} {options[name]}" for name in ("partition", "account", "qos", "constraint") if options.get(name)]
     return f"{options.get('job-name', job.path.name)}: {', '.join(parts)}"
 

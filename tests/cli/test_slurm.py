@@ -140,14 +140,25 @@ def test_a_job_of_another_command_is_submitted_with_the_checks_that_apply(script
     sbatch()
     text = "#!/bin/bash\n#SBATCH --array=3-9:2%2\nmegatron-lite preprocess --input part-$SLURM_ARRAY_TASK_ID.jsonl\n"
     (tmp_path / script).write_text(text, encoding="utf-8")
+    assert main(["slurm", "submit", script]) == 1
+    assert "--input part-3.jsonl does not exist" in capfd.readouterr().err
+    (tmp_path / "part-3.jsonl").touch()
     assert main(["slurm", "submit", script]) == 0
     out = capfd.readouterr().out
     assert "Job         job.slurm: 1 node, 4 array tasks (checked as task 3)\n" in out
-    assert "Runs        megatron-lite preprocess --input part-3.jsonl (its arguments are not checked)" in out
+    assert "Runs        megatron-lite preprocess --input part-3.jsonl" in out
     assert main(["slurm", "submit", "--sbatch=--partition=fast", script]) == 1
     assert "The cluster has no partition fast" in capfd.readouterr().err
     assert main(["slurm", "submit", "--chain", script]) == 1
     assert "the job has no training command with --save. Submit it without --chain" in capfd.readouterr().err
+
+
+def test_a_script_that_ends_with_an_error_is_refused(script, sbatch, tmp_path, capfd):
+    sbatch()
+    text = "#!/bin/bash\nshopt -s nullglob\nfiles=(*.jsonl)\n[ ${#files[@]} -gt 0 ] || { echo no files >&2; exit 2; }\n"
+    (tmp_path / script).write_text(f"{text}megatron-lite preprocess --input *.jsonl\n", encoding="utf-8")
+    assert main(["slurm", "submit", script]) == 1
+    assert "job.slurm exits with status 2 in line 4: no files. Provide what the script" in capfd.readouterr().err
 
 
 def test_a_chain_needs_a_folder(script, sbatch, tmp_path, capfd):

@@ -23,7 +23,6 @@ IGNORED = frozenset(
         "clear",
         "module",
         "conda",
-        "shopt",
         "sleep",
         "trap",
         "ulimit",
@@ -151,6 +150,11 @@ def _set(shell: Shell, arguments: list[str], _: str) -> None:
         shell.variables.arguments = arguments[arguments.index("--") + 1 :]
 
 
+def _shopt(shell: Shell, arguments: list[str], _: str) -> None:
+    if "nullglob" in arguments:
+        shell.variables.nullglob = "-s" in arguments
+
+
 def _shift(shell: Shell, arguments: list[str], _: str) -> None:
     count = int(arguments[0]) if arguments and arguments[0].isdigit() else 1
     shell.status = int(count > len(shell.variables.arguments))
@@ -219,6 +223,7 @@ BUILTINS: dict[str, Callable[[Shell, list[str], str], None]] = {
     "unset": _unset,
     "set": _set,
     "shift": _shift,
+    "shopt": _shopt,
     "cat": _cat,
     "test": _test,
     "[": _test,

@@ -75,7 +75,7 @@ class Shell(ShellState):
         except LeaveError as leave:
             if leave.kind == "exit" and self.status:
                 printed = f": {self.evaluation.last_output}" if self.evaluation.last_output else ""
-                self.evaluation.notes.append(f"line {self._line}: the script exits with status {self.status}{printed}")
+                self.evaluation.failure = f"exits with status {self.status} in line {self._line}{printed}"
         except UnknownValueError as error:
             self.evaluation.notes.append(
                 f"line {self._line}: evaluation stopped, since the value of {error} exists in the job only"

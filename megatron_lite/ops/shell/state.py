@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_lite.ops.shell.text import matches, unknown_text
+from megatron_lite.ops.shell.text import matches, unknown_sources, unknown_text
 from megatron_lite.ops.shell.words import Node, WordExpander
 
 
@@ -34,7 +34,8 @@ class Evaluation:
         files: content of the files that the script writes, by absolute path.
         missing: variables that were expanded without having a value, in order.
         missing_sources: sourced files that do not exist, as named in the script.
-        notes: statements that could not be evaluated, and why the script ended early.
+        notes: statements that could not be evaluated.
+        failure: where and why the script ends with an error; empty: it does not.
         folder: the current folder at the end.
         exported: exported variables at the end.
         stops_at_missing: the script ends at a variable without a value (set -u).
@@ -46,6 +47,7 @@ class Evaluation:
     missing: dict[str, None] = field(default_factory=dict)
     missing_sources: dict[str, None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    failure: str = ""
     folder: str = ""
     exported: Mapping[str, str] = field(default_factory=dict)
     stops_at_missing: bool = False
@@ -75,7 +77,7 @@ class ShellState:
         """Append to the output of the current command substitution or pipe."""
         if self.output is not None:
             self.output.append(text)
-        elif text.strip():
+        elif text.strip() and not unknown_sources(text):
             self.evaluation.last_output = text.strip()
 
     def environment(self) -> dict[str, str]:

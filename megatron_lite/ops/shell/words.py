@@ -40,6 +40,7 @@ class Variables:
         associative: names of associative arrays.
         arguments: positional parameters, from $1.
         missing: names that were expanded without having a value.
+        nullglob: a glob without a match is removed, instead of being kept as it is.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Variables:
     associative: set[str] = field(default_factory=set)
     arguments: list[str] = field(default_factory=list)
     missing: dict[str, None] = field(default_factory=dict)
+    nullglob: bool = False
 
     def text(self, name: str) -> str | None:
         """Return a variable's text (of an array: element 0), or None if it is not set."""
@@ -133,11 +135,11 @@ class WordExpander:
 
     def _globbed(self, parts: list[tuple[str, bool]]) -> list[str]:
         text = "".join(piece for piece, _ in parts)
-        if any(not quoted and re.search(r"[*?\[]", piece) for piece, quoted in parts):
+        if any(not quoted and re.search(r"[*?]|\[.+\]", piece) for piece, quoted in parts):
             pattern = "".join(glob.escape(piece) if quoted else piece for piece, quoted in parts)
             folder = self.variables.text("PWD") or "."
             found = sorted(glob.glob(pattern, root_dir=folder))  # noqa: PTH207 (a pattern may be absolute)
-            return found or [text]
+            return found or ([] if self.variables.nullglob else [text])
         return [text]
 
     def _segments(self, part: Node, quoted: bool) -> Iterator[Segment]:
