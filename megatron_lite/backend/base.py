@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,14 @@ class Backend(ABC):
     def mark(self) -> Any:
         """Return a time mark at the end of the device's queued work, without waiting for that work."""
         return time.perf_counter()
+
+    def record_memory_history(self, on: bool) -> bool:
+        """Start or stop recording the allocator's history; return whether the device has one."""
+        return False
+
+    def dump_memory_history(self, path: Path) -> None:
+        """Write a snapshot of the memory with its history, on a device that records one."""
+        raise NotImplementedError
 
     def seconds_between(self, begin: Any, end: Any) -> float | None:
         """Return the seconds between two marks; None: the device has not reached the second one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,15 @@ class CudaBackend(Backend):
     def seconds_between(self, begin: Any, end: Any) -> float | None:
         """Return the seconds between two events; None: the device has not reached the second one."""
         return begin.elapsed_time(end) / 1000.0 if end.query() else None
+
+    def record_memory_history(self, on: bool) -> bool:
+        """Start or stop recording allocations with their stack traces."""
+        torch.cuda.memory._record_memory_history("all" if on else None)
+        return True
+
+    def dump_memory_history(self, path: Path) -> None:
+        """Write a snapshot for pytorch.org/memory_viz."""
+        torch.cuda.memory._dump_snapshot(str(path))
 
     def memory_stats(self) -> dict[str, int]:
         """Return the caching allocator's counters, in bytes."""

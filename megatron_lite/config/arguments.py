@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_lite.config import batch, checkpoint, data, model, optimizer, parallel, runtime, tokenizer, training
+from megatron_lite.config import (
+    batch,
+    checkpoint,
+    data,
+    model,
+    optimizer,
+    parallel,
+    profiling,
+    runtime,
+    tokenizer,
+    training,
+)
 from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.command_line import read_command_line
 from megatron_lite.config.deepspeed_json import merge_deepspeed
@@ -41,6 +52,7 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *tokenizer.RULES,
     *checkpoint.RULES,
+    *profiling.RULES,
 )
 
 

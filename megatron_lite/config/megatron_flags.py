@@ -44,7 +44,6 @@ no effect: use --checkpoint-activations for recomputation, --sequence-parallel t
     --memory-centric-tiled-linear --tile-factor --no-clone-scatter-output-in-embedding
 no effect: the allocator's cache and Python's garbage collector keep their settings
     --empty-unused-memory-level --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
-    --record-memory-history --memory-snapshot-path
 no effect: the optimizer's moments stay in fp32: more memory, the same update or a more exact one
     --use-bnb-optimizer --use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype --main-grads-dtype
     --main-params-dtype
@@ -108,10 +107,10 @@ no effect: no such tool is supported; loss, times and memory are in metrics.json
     --otel-span-groups
 no effect: messages that concern all ranks are printed once, and every error names its rank
     --log-level --log-level-replica --logging-level --verbose
-no effect: no profiler is supported; --timing-log-level measures the parts of an iteration, without barriers
-    --barrier-with-L1-time --no-barrier-with-level-1-timing --timing-log-option --profile --profile-step-start
-    --profile-step-end --profile-ranks --use-pytorch-profiler --pytorch-profiler-collect-shapes
-    --pytorch-profiler-collect-callstack --nvtx-ranges
+no effect: --timing-log-level measures the parts of an iteration, without barriers
+    --barrier-with-L1-time --no-barrier-with-level-1-timing --timing-log-option
+no effect: --profile always uses PyTorch's profiler, whose trace names the kernels
+    --use-pytorch-profiler --nvtx-ranges
 no effect: data are read by a thread, which receives no signals
     --exit-signal-handler-dataloader
 no effect: checkpoints are kept unless --keep-last is given

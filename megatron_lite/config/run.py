@@ -12,6 +12,7 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.profiling import ProfileConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.training import TrainingConfig
@@ -33,6 +34,7 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property

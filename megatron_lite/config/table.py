@@ -28,6 +28,7 @@ GROUPS = {
     "tokenizer": "Tokenizer",
     "checkpoint": "Checkpoints",
     "metrics": "Reports",
+    "profile": "Profiler",
     "runtime": "Machine",
 }
 """Heading of --help by section, in the order of the page."""

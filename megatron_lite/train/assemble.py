@@ -20,6 +20,7 @@ from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.compute_time import ComputeTime
+from megatron_lite.metrics.profiler import Profiler
 from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import build_reporter, metrics_path
 from megatron_lite.metrics.throughput import Throughput
@@ -162,6 +163,11 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             hosts=mesh.world.all_gather_object(backend.launch.host),
         )
         reporter.start(config, facts)
+        if config.profile.on and progress.iteration >= config.profile.last:
+            reporter.message(
+                f"WARNING: no iteration is profiled: training continues after iteration {progress.iteration}, and "
+                f"--profile-step-end is {config.profile.last}"
+            )
         for text in data.warnings:  # metrics.jsonl records messages from here on
             reporter.message(f"WARNING: {text}")
         yield Run(
@@ -173,6 +179,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             reporter=reporter,
             timers=timers,
             compute=compute,
+            profiler=stack.enter_context(Profiler(config, backend, mesh.world, reporter)),
             throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak),
             progress=progress,
         )

@@ -18,6 +18,7 @@ from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.spikes import respond_to_spike
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather
 from megatron_lite.metrics.compute_time import ComputeTime
+from megatron_lite.metrics.profiler import Profiler
 from megatron_lite.metrics.report import IterationReport, ValidationReport
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
@@ -53,6 +54,7 @@ class Run:
     reporter: Reporter
     timers: Timers
     compute: ComputeTime
+    profiler: Profiler
     throughput: Throughput
     progress: Progress
     recent_iterations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -106,6 +108,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
 
         while stop is None and not is_finished(config, run.progress):
             plan = plan_iteration(config, run.progress, replica=run.mesh.dp.rank)
+            run.profiler.before_iteration(plan.iteration)
             begun = time.monotonic()
             with phases.enter(f"iteration {plan.iteration}"):
                 stop = _train_iteration(run, plan)
@@ -113,6 +116,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             if stop is not None:  # to roll back: what came after the checkpoint is discarded, so it is not saved
                 state.finish()
                 return stop
+            run.profiler.after_iteration(plan.iteration)
             check_replicas(run.engine, config.training, plan.iteration, run.mesh.backend, reporter)
             if interval and plan.iteration % interval == 0 and run.evaluates("validation"):
                 stop = _validate(run, stopper)

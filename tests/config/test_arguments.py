@@ -178,6 +178,7 @@ def _changed(kind, value):
 
 
 SPECIAL = {
+    "profile.ranks": (0, 7),
     "model.num_attention_heads": 8,
     "model.num_query_groups": 2,
     "model.position_embedding": "alibi",
@@ -307,3 +308,8 @@ def test_compile_with_dropout_is_warned_of():
     (warning,) = parse_run([*SMALL, "--compile", "--attention-dropout", "0"]).warnings
     assert "--hidden-dropout 0 would avoid it" in warning and "--attention-dropout" not in warning
     assert not parse_run(SMALL).warnings
+
+
+def test_profiled_iterations():
+    profile = parse_run([*SMALL, "--profile", "--profile-ranks", "0", "--profile-step-start", "4"]).config.profile
+    assert (profile.trace, profile.after, profile.last, profile.ranks) == (True, 4, 12, (0,))

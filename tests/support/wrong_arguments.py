@@ -1,6 +1,10 @@
 """Wrong flags and DeepSpeed JSONs added to a sound command line, each with the beginning of its error."""
 
 FROM_FLAGS = {
+    # profiler
+    "--profile --profile-step-start 12": "--profile-step-end 12 is not above --profile-step-start 12. The iterations",
+    "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",
+    "--profile --profile-ranks -1": "ranks, for example 0 7",
     # command line
     "--train-itres 5": "Unknown flag --train-itres. Did you mean --train-iters?",
     "--=3": "'--=3' has no flag before the =. Write the flag: --FLAG=3",
