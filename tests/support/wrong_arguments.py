@@ -2,7 +2,7 @@
 
 FROM_FLAGS = {
     # profiler
-    "--profile --profile-step-start 12": "--profile-step-end 12 is not above --profile-step-start 12. The iterations",
+    "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
     "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",
     "--profile --profile-ranks -1": "ranks, for example 0 7",
     # command line
