@@ -37,14 +37,15 @@ def run(argv: list[str]) -> int:
     curve = read_curve(path, options.title)
     if not options.no_terminal:
         width = options.width or min(120, shutil.get_terminal_size().columns)
-        print(draw_terminal(curve, width, unicode=_has_braille(sys.stdout.encoding)), end="")
+        print(draw_terminal(curve, width, unicode=has_braille(sys.stdout.encoding)), end="")
     if options.svg:
         _write(options.svg, draw_svg(curve))
         print(f"loss curve written to {options.svg}")
     return 0
 
 
-def _has_braille(encoding: str | None) -> bool:
+def has_braille(encoding: str | None) -> bool:
+    """Return whether an output encoding has the characters of the drawing."""
     try:
         "⠒●│└─".encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

@@ -35,6 +35,7 @@ COMMANDS = (
     "rollback",
     "schedule",
     "slurm",
+    "watch",
     "curve",
 )
 EXIT_FAILURE = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_lite.errors import DataError
 from megatron_lite.formatting import format_parameters
-from megatron_lite.runs.metrics_file import read_records
+from megatron_lite.runs.metrics_file import loss_point, read_records
 
 Points = Sequence[tuple[float, float]]
 
@@ -41,15 +41,9 @@ def read_curve(path: Path, title: str = "") -> LossCurve:
     parameters = 0
     for record in read_records(path):
         parameters = record.get("parameters", parameters)
-        loss = record.get("losses", {}).get("lm loss", math.nan)
-        if not math.isfinite(loss):
-            continue
-        if record["kind"] == "iteration":
-            train.append((float(record["iteration"]), float(loss)))
-        elif record["kind"] == "validation" and record.get("split", "validation") == "validation":
-            validation.setdefault(record.get("name", "validation"), []).append(
-                (float(record["iteration"]), float(loss))
-            )
+        if (point := loss_point(record)) is not None:
+            series, *place = point
+            (validation.setdefault(series, []) if series else train).append((place[0], place[1]))
     if not train and not validation:
         raise DataError(
             f"No finite loss in {path}",

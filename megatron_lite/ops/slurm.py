@@ -72,6 +72,11 @@ def call(*command: str, pause: float = 1.0, attempts: int = ATTEMPTS) -> str:
     return done.stdout
 
 
+def is_installed() -> bool:
+    """Return whether Slurm's programs are on this machine."""
+    return shutil.which("squeue") is not None
+
+
 def submit(options: Sequence[str], script: str, arguments: Sequence[str] = ()) -> str:
     """Submit a batch script; return the number of the job."""
     return call("sbatch", "--parsable", *options, script, *arguments).strip().split(";")[0]

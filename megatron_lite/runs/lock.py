@@ -333,13 +333,41 @@ class FolderLock:
         )
 
 
-def read_owner(folder: Path) -> Owner | None:
-    """Return the owner of a folder's lock, stale or not; None: it is free, or changes its owner now."""
+@dataclass(frozen=True)
+class LockState:
+    """A lock, as a process sees it that does not take part.
+
+    Attributes:
+        owner: who holds it.
+        heartbeat: time of the last heartbeat by the owner's clock, in seconds since 1970.
+    """
+
+    owner: Owner
+    heartbeat: int
+
+    def is_held(self, now: float) -> bool:
+        """Return whether the owner seems to run: by its process on this machine, else by its last heartbeat.
+
+        Args:
+            now: seconds since 1970. Clocks of machines differ, so that twice the PATIENCE is allowed.
+        """
+        running = is_running(self.owner.process)
+        return now - self.heartbeat <= 2 * PATIENCE * self.owner.heartbeat_seconds if running is None else running
+
+
+def read_lock(folder: Path) -> LockState | None:
+    """Return a folder's lock, stale or not; None: it is free, or changes its owner now."""
     try:
         seen = _read(folder / LOCK_NAME)
     except OSError:
         return None
-    return seen.owner if seen is not None else None
+    return LockState(seen.owner, seen.beat) if seen is not None and seen.owner is not None else None
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """Return the owner of a folder's lock, stale or not; None: it is free, or changes its owner now."""
+    lock = read_lock(folder)
+    return None if lock is None else lock.owner
 
 
 def _read(path: Path) -> _Seen | None:

@@ -63,6 +63,21 @@ def slowest_save(path: Path, newest: int = 20) -> float:
     return max(seconds, default=0.0)
 
 
+def loss_point(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """Return series, iteration and loss of a record; None: it has no finite loss that belongs in a curve.
+
+    The series is "" for the training loss, else the name of the validation dataset ("validation" for a single one).
+    """
+    loss = record.get("losses", {}).get("lm loss", math.nan)
+    if not math.isfinite(loss):
+        return None
+    if record["kind"] == "iteration":
+        return "", float(record["iteration"]), float(loss)
+    if record["kind"] == "validation" and record.get("split", "validation") == "validation":
+        return record.get("name", "validation"), float(record["iteration"]), float(loss)
+    return None
+
+
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return complete lines without their newline, each with its record."""
     try:

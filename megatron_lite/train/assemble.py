@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.counts import parameter_count
@@ -160,7 +161,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             device=backend.device_name(),
             peak_flops=peak,
             dtype=config.precision.dtype,
-            hosts=mesh.world.all_gather_object(backend.launch.host),
+            hosts=mesh.world.all_gather_object(backend.launch.host or host_name()),
         )
         reporter.start(config, facts)
         if config.profile.on and progress.iteration >= config.profile.last:
