@@ -108,9 +108,19 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
         return 0
     from megatron_lite.ops import slurm
 
-    sbatch += _exclude_option(submission)
+    sbatch += [*_exclude_option(submission), *_comment_option(submission)]
     print(f"Submitted batch job {slurm.submit(sbatch, str(options.script), arguments)}")
     return 0
+
+
+def _comment_option(submission: Submission) -> list[str]:
+    """Return --comment with the run's folder, by which `watch` finds a queued job; none if the job has a comment."""
+    from megatron_lite.ops.watch_job import run_comment
+
+    save = submission.parsed.config.checkpoint.save if submission.parsed is not None else ""
+    if not save or "comment" in submission.job.resources.options:
+        return []
+    return [f"--comment={run_comment(submission.job.folder / save)}"]
 
 
 def _exclude_option(submission: Submission) -> list[str]:

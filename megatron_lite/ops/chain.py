@@ -27,6 +27,7 @@ from megatron_lite.ops import slurm
 from megatron_lite.ops.chain_script import SCRIPT_NAME, write_scripts
 from megatron_lite.ops.chain_state import (
     CHAIN_NAME,
+    STOPPED_BY_USER,
     Chain,
     Start,
     add_outcome,
@@ -136,7 +137,7 @@ def stop_chain(folder: Path, *, after_current: bool = False) -> Chain:
     with locked(folder):
         chain = existing_chain(folder)
         if chain.state == "active":
-            chain = write_chain(folder, replace(chain, state="stopped", reason="stopped by `slurm stop`"))
+            chain = write_chain(folder, replace(chain, state="stopped", reason=STOPPED_BY_USER))
         for job in (chain.successor, "" if after_current else chain.job.job):
             if job:
                 slurm.cancel(job)

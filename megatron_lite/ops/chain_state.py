@@ -36,6 +36,8 @@ COMPLETE = ("completed", "evaluated")
 """Values of exit_status.json after which the chain is complete."""
 ENDING = ("kill_switch", "exit_flag")
 """Values of exit_status.json with which the user ends the run."""
+STOPPED_BY_USER = "stopped by `slurm stop`"
+"""Reason of a chain that `slurm stop` has ended."""
 MAX_FAILURES = 3
 """Failures in a row at the same saved iteration after which the chain stops."""
 MAX_IDLE = 10

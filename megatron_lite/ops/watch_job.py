@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
-from megatron_lite.ops.chain import FINAL, Chain, read_chain
+from megatron_lite.ops.chain_state import COMPLETE, ENDING, STOPPED_BY_USER, Chain, read_chain
 from megatron_lite.ops.slurm import QueuedJob
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.lock import LockState, read_lock
@@ -158,12 +158,15 @@ def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence
     if (iteration := completed_iteration(folder)) is not None:
         return made("completed", f"complete at iteration {iteration:,}", wanted=False)
     if chain is not None and chain.state == "stopped":
-        reason = chain.reason if status is None else f"{chain.reason}; the last job: {status.status}: {status.message}"
-        return made("stopped", f"the chain is stopped: {reason}", wanted=chain.reason != "slurm stop")
+        reason = chain.reason if status is None or status.message in chain.reason else f"{chain.reason}{last}"
+        by_user = chain.reason == STOPPED_BY_USER or (status is not None and status.status in ENDING)
+        return made("stopped", f"the chain is stopped: {reason}", wanted=not by_user)
     if status is not None:
-        state = "completed" if status.status in ("completed", "evaluated") else "stopped"
+        state = "completed" if status.status in COMPLETE else "stopped"
         where = f" on {status.host}, rank {status.rank}" if status.rank is not None else ""
-        return made(state, f"{status.status}{where}: {status.message}", wanted=status.status not in FINAL)
+        return made(
+            state, f"{status.status}{where}: {status.message}", wanted=status.status not in (*COMPLETE, *ENDING)
+        )
     return _without_exit_status(folder, lock, numbers, queue, made)
 
 

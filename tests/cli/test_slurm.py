@@ -6,6 +6,7 @@ import os
 import pytest
 
 from megatron_lite.cli.main import main
+from megatron_lite.ops.watch_job import run_comment
 
 JOB = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --time=1:00:00 --signal=USR1@300
@@ -39,6 +40,17 @@ def script(tmp_path, monkeypatch, program):
     return "job.slurm"
 
 
+# The comment holds a folder of the test; it is recorded in a file of its own.
+_RECORD = """
+line=
+for word; do case "$word" in --comment=*) echo "$word" > "{folder}/comment" ;; *) line="$line $word" ;; esac; done
+echo "${{line# }}" >> "{folder}/calls"
+echo 7
+echo "error: refused" >&2
+exit {code}
+"""
+
+
 @pytest.fixture
 def sbatch(script, tmp_path, program):
     """Install an sbatch that records its arguments, on a cluster with two partitions."""
@@ -46,7 +58,7 @@ def sbatch(script, tmp_path, program):
     program("sinfo", f'case "$*" in *-N*) echo gpu001 gpu017 ;; *) {partitions} ;; esac')
 
     def install(code=0):
-        program("sbatch", f'echo "$@" >> "{tmp_path}/calls"; echo 7; echo "error: refused" >&2; exit {code}')
+        program("sbatch", _RECORD.format(folder=tmp_path, code=code))
 
     return install
 
@@ -68,6 +80,10 @@ def test_a_job_is_submitted_with_its_options_and_arguments(script, sbatch, capfd
     assert main(["slurm", "submit", "--sbatch=--nodes=4 --time=2:00:00", script, "8"]) == 0
     assert "Submitted batch job 7" in capfd.readouterr().out
     assert (tmp_path / "calls").read_text(encoding="utf-8") == "--parsable --nodes=4 --time=2:00:00 job.slurm 8\n"
+    assert (tmp_path / "comment").read_text(encoding="utf-8") == f"--comment={run_comment(tmp_path / 'run')}\n"
+    (tmp_path / "comment").unlink()
+    assert main(["slurm", "submit", "--sbatch=--comment=mine", script, "8"]) == 0
+    assert (tmp_path / "comment").read_text(encoding="utf-8") == "--comment=mine\n"
     sbatch(code=3)
     assert main(["slurm", "submit", script]) == 1
     assert "sbatch failed: error: refused" in capfd.readouterr().err
