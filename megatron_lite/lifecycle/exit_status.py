@@ -22,7 +22,8 @@ from megatron_lite.errors import CheckpointError, failed_rank
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, ExitStatus, completed_iteration, read_bytes
-from megatron_lite.runs.lock import FolderLock, read_owner
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.lock_file import read_owner
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ATTEMPTS, _PAUSE = 5, 0.2

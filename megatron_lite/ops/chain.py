@@ -40,7 +40,7 @@ from megatron_lite.ops.chain_state import (
 )
 from megatron_lite.ops.exclude import exclude_option
 from megatron_lite.ops.resources import read_resources
-from megatron_lite.runs.lock import read_owner
+from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.process import is_running
 
 TRAINING_END_SECONDS = 60.0

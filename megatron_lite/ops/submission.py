@@ -33,7 +33,7 @@ from megatron_lite.ops.storage import (
 from megatron_lite.planner.memory import model_state_bytes
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations
-from megatron_lite.runs.lock import read_owner
+from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 

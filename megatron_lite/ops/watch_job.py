@@ -15,7 +15,7 @@ from megatron_lite.ops import slurm
 from megatron_lite.ops.chain_state import COMPLETE, ENDING, STOPPED_BY_USER, Chain, read_chain
 from megatron_lite.ops.slurm import QueuedJob
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
-from megatron_lite.runs.lock import LockState, read_lock
+from megatron_lite.runs.lock_file import LockState, read_lock
 from megatron_lite.runs.process import is_stopped
 
 State = Literal[

@@ -19,84 +19,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.lock_file import LOCK_NAME, PATIENCE, Owner, SeenLock, read_lock_file
 from megatron_lite.runs.process import ProcessId, is_running, is_stopped
 
-LOCK_NAME = "job.lock"
 HEARTBEAT_SECONDS = 15.0
-PATIENCE = 3
-"""Heartbeat intervals without a change after which the lock of another machine is stale."""
 POLL_SECONDS = 0.5
 """Seconds between two reads of a lock that may be stale."""
 
-_READ_ATTEMPTS = 4
 _RULE = "One job at a time may write to a --save folder"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Owner:
-    """Owner of a lock.
-
-    Attributes:
-        token: random identifier of this acquisition.
-        process: the process that holds the lock.
-        command: the command that it runs, for messages.
-        since: when it took the lock, UTC by its own clock, ISO 8601.
-        heartbeat_seconds: its heartbeat interval.
-    """
-
-    token: str
-    process: ProcessId
-    command: str
-    since: str
-    heartbeat_seconds: float
-
-    def encode(self) -> bytes:
-        """Return the content of the lock's file."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
-
-    @classmethod
-    def decode(cls, content: bytes) -> Owner | None:
-        """Inverse of encode; None: the content is incomplete, or of another version."""
-        try:
-            values = json.loads(content)
-            return cls(**{**values, "process": ProcessId(**values["process"])})
-        except (ValueError, TypeError, KeyError):
-            return None
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A lock as read from the disk; `owner` is None during a change of owner, or if the content is damaged."""
-
-    name: str
-    owner: Owner | None
-
-    @property
-    def token(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def beat(self) -> int:
-        number = self.name.partition(".")[2]
-        return int(number) if number.isdecimal() else 0
-
-    def __str__(self) -> str:
-        if self.owner is None:
-            return f"a job that cannot be identified ({self.name})"
-        beat = datetime.fromtimestamp(self.beat, timezone.utc).isoformat(timespec="seconds")
-        return f"{self.owner.process} ({self.owner.command}, since {self.owner.since}, last heartbeat {beat})"
 
 
 class FolderLock:
@@ -127,7 +67,7 @@ class FolderLock:
         self._command = command
         self._notify = notify
         self._clock = clock
-        self._first: tuple[_Seen, float] | None = None
+        self._first: tuple[SeenLock, float] | None = None
         self._notified = ""
         self._name = ""
         self._last_beat = 0.0
@@ -159,7 +99,7 @@ class FolderLock:
         Raises:
             CheckpointError, OSError: as acquire.
         """
-        seen = _read(self._path)
+        seen = read_lock_file(self._path)
         if seen is None:
             return self._take_free()
         now = self._clock()
@@ -206,7 +146,7 @@ class FolderLock:
                     self._beat()
         if not self._lost:
             return
-        seen = _read(self._path)
+        seen = read_lock_file(self._path)
         who = f"it is held by {seen}" if seen is not None else "it was removed"
         raise CheckpointError(
             f"This job has lost the lock {self._path}: {who}",
@@ -245,7 +185,7 @@ class FolderLock:
             heartbeat_seconds=HEARTBEAT_SECONDS,
         )
 
-    def _is_stale(self, seen: _Seen) -> bool:
+    def _is_stale(self, seen: SeenLock) -> bool:
         """Return True if a single read shows that a lock is stale."""
         if seen.owner is None:
             return False
@@ -274,7 +214,7 @@ class FolderLock:
                 raise
         return self._begin(name)
 
-    def _take_over(self, seen: _Seen) -> bool:
+    def _take_over(self, seen: SeenLock) -> bool:
         token = secrets.token_hex(8)
         name = f"{token}.{max(seen.beat + 1, int(time.time()))}"
         try:
@@ -291,7 +231,7 @@ class FolderLock:
 
     def _begin(self, name: str) -> bool:
         """Verify the lock that was just taken, and start to send heartbeats."""
-        seen = _read(self._path)
+        seen = read_lock_file(self._path)
         if seen is None or seen.name != name:
             return False
         for left_behind in self.folder.glob(f"{self._path.name}.*"):
@@ -323,7 +263,7 @@ class FolderLock:
             return  # the file server is unavailable or full; the next heartbeat tries again
         self._name, self._last_beat = name, self._clock()
 
-    def _refusal(self, seen: _Seen) -> CheckpointError:
+    def _refusal(self, seen: SeenLock) -> CheckpointError:
         stopped = seen.owner is not None and is_running(seen.owner.process) and is_stopped(seen.owner.process)
         paused = " That process is stopped (as by SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
         return CheckpointError(
@@ -331,74 +271,6 @@ class FolderLock:
             rule=_RULE,
             fix=f"Wait until that job has ended, end it, or give another --save folder.{paused} Nothing was written",
         )
-
-
-@dataclass(frozen=True)
-class LockState:
-    """A lock, as a process sees it that does not take part.
-
-    Attributes:
-        owner: who holds it.
-        heartbeat: time of the last heartbeat by the owner's clock, in seconds since 1970.
-    """
-
-    owner: Owner
-    heartbeat: int
-
-    def is_held(self, now: float) -> bool:
-        """Return whether the owner seems to run: by its process on this machine, else by its last heartbeat.
-
-        Args:
-            now: seconds since 1970. Clocks of machines differ, so that twice the PATIENCE is allowed.
-        """
-        running = is_running(self.owner.process)
-        return now - self.heartbeat <= 2 * PATIENCE * self.owner.heartbeat_seconds if running is None else running
-
-
-def read_lock(folder: Path) -> LockState | None:
-    """Return a folder's lock, stale or not; None: it is free, or changes its owner now."""
-    try:
-        seen = _read(folder / LOCK_NAME)
-    except OSError:
-        return None
-    return LockState(seen.owner, seen.beat) if seen is not None and seen.owner is not None else None
-
-
-def read_owner(folder: Path) -> Owner | None:
-    """Return the owner of a folder's lock, stale or not; None: it is free, or changes its owner now."""
-    lock = read_lock(folder)
-    return None if lock is None else lock.owner
-
-
-def _read(path: Path) -> _Seen | None:
-    """Read a lock; None: it is free.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    seen = None
-    for _ in range(_READ_ATTEMPTS):
-        names = _files(path)
-        if names is None:
-            return None
-        # A heartbeat between listing and reading gives the file another name, and a listing may miss it altogether.
-        with contextlib.suppress(FileNotFoundError):
-            for name in names[:1]:
-                owner = Owner.decode((path / name).read_bytes())
-                seen = _Seen(name, owner if owner is not None and owner.token == name.partition(".")[0] else None)
-        if seen is not None and seen.owner is not None:
-            return seen
-        time.sleep(0.02)
-    return seen
-
-
-def _files(path: Path) -> list[str] | None:
-    """Return the files of a lock: one, or none while it is taken or released; None: there is no lock."""
-    try:
-        # NFS keeps removed files that are open under names that start with a dot.
-        return [name for name in (entry.name for entry in path.iterdir()) if not name.startswith(".")]
-    except FileNotFoundError:
-        return None
 
 
 def _write(path: Path, content: bytes, flags: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.trainer import Job, checkpoints, command, iterations, status
 
 from megatron_lite.runs import lock, process
-from megatron_lite.runs.lock import LOCK_NAME, read_owner
+from megatron_lite.runs.lock_file import LOCK_NAME, read_owner
 
 pytestmark = pytest.mark.slow
 

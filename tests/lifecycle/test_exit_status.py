@@ -17,7 +17,8 @@ from megatron_lite.lifecycle import exit_status
 from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.catalog import set_latest
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, completed_iteration, read_exit_status
-from megatron_lite.runs.lock import LOCK_NAME, FolderLock
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.lock_file import LOCK_NAME
 
 HOST = "gpu-0"
 

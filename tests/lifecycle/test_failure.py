@@ -13,7 +13,8 @@ import pytest
 from support.job_commands import SMALL
 
 from megatron_lite.runs.exit_status import read_exit_status
-from megatron_lite.runs.lock import LOCK_NAME, FolderLock
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.lock_file import LOCK_NAME
 from megatron_lite.runs.process import this_process
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from megatron_lite.ops.slurm import QueuedJob
 from megatron_lite.ops.watch import RunWatch, rank_times
 from megatron_lite.ops.watch_job import QUEUE_SECONDS, STATES, Queue, run_comment
 from megatron_lite.runs.exit_status import ExitStatus
-from megatron_lite.runs.lock import HEARTBEAT_SECONDS, LOCK_NAME, Owner
+from megatron_lite.runs.lock import HEARTBEAT_SECONDS
+from megatron_lite.runs.lock_file import LOCK_NAME, Owner
 from megatron_lite.runs.metrics_file import encode
 from megatron_lite.runs.process import ProcessId, this_process
 

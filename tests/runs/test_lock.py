@@ -15,7 +15,8 @@ import pytest
 
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs import lock as lock_module
-from megatron_lite.runs.lock import LOCK_NAME, FolderLock, Owner, read_owner
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.lock_file import LOCK_NAME, Owner, read_owner
 from megatron_lite.runs.process import is_running, start_of, this_process
 
 FORK = multiprocessing.get_context("fork")
