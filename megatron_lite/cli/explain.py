@@ -55,7 +55,7 @@ def _record(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> dict[str
 
 
 def _missing(parsed: ParsedRun) -> list[str]:
-    return [str(error) for error in (*parsed.missing, *missing_files(parsed.config))]
+    return [str(error) for error in missing_files(parsed.config, parsed.missing)]
 
 
 def _lines(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> Iterator[str]:

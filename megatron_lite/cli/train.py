@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
             return 0
         errors, wanted = [*parsed.missing], parsed.config.parallel.world_size
         if launch.world_size == 1:  # several ranks compare which files they have after the rendezvous
-            errors += missing_files(parsed.config)
+            errors = missing_files(parsed.config, parsed.missing)
         if launch.world_size != wanted:
             errors.append(
                 ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
@@ -16,6 +16,11 @@ TOKENIZERS = (
     "--vocab-file vocab.json --merge-file merges.txt (GPT-2's BPE); --tokenizer-type SentencePieceTokenizer "
     "--tokenizer-model X.model; or, with --mock-data, --tokenizer-type NullTokenizer --vocab-size N"
 )
+LISTS_OF_DATASETS = (
+    "--data-args-path ",
+    *(f"--{split}-weighted-split-paths-path " for split in ("train", "valid", "test")),
+)
+"""Flags of files that list datasets."""
 
 
 def _is_number(text: str) -> bool:
@@ -26,9 +31,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def missing_files(config: RunConfig) -> list[ConfigError]:
-    """Return an error for each file that a run of `config` needs and that does not exist, naming the flag."""
-    errors = [*missing_tokenizer(config.tokenizer), *_missing_data(config.data)]
+def missing_files(config: RunConfig, unread: Sequence[ConfigError] = ()) -> list[ConfigError]:
+    """Return an error for each file that a run of `config` needs and that does not exist, naming the flag.
+
+    Args:
+        config: of the run.
+        unread: errors of files that parsing could not read (ParsedRun.missing), which are returned, too.
+    """
+    errors = [*unread, *missing_tokenizer(config.tokenizer)]
+    # Without the file that lists the datasets, there are none in the config.
+    if not any(error.problem.startswith(LISTS_OF_DATASETS) for error in unread):
+        errors += _missing_data(config.data)
     checkpoint = config.checkpoint
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
         errors.append(

@@ -113,7 +113,11 @@ def _check_training(submission: Submission, step_seconds: float | None) -> None:
     _check_allocation(submission)
     if submission.parsed is None:
         return
-    submission.local_problems += [*submission.parsed.missing, *missing_files(submission.parsed.config)]
+    for missing in missing_files(submission.parsed.config, submission.parsed.missing):
+        if maker := _maker(job, missing):
+            submission.warnings.append(f"{missing.problem}; `{maker}` may write it before training")
+        else:
+            submission.local_problems.append(missing)
     submission.warnings += submission.parsed.warnings
     try:
         config, vocabulary = fill_vocabulary(submission.parsed.config)
@@ -161,6 +165,15 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
     submission.excluded = excluded_hosts(folder)
     if submission.excluded:
         submission.facts.append(("Excluded", ", ".join(submission.excluded)))
+
+
+def _maker(job: Job, error: ConfigError) -> str:
+    """Return the earlier program of the script that names a missing file among its arguments; empty: none does."""
+    for started in job.evaluation.commands:
+        program = " ".join(started.arguments[:2])
+        if any("." in path and path in error.problem for path in started.arguments[2:] if not path.startswith("-")):
+            return "" if job.command and job.command.flags[-1:] == started.arguments[-1:] else program
+    return ""
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.shell.assignments import assign, declare
 from megatron_lite.ops.shell.builtins import BUILTINS, IGNORED, PURE_TOOLS
 from megatron_lite.ops.shell.parse import parse_script
 from megatron_lite.ops.shell.state import Evaluation, LeaveError, ShellState, StartedCommand
@@ -148,7 +149,8 @@ class Shell(ShellState):
         elif kind == "FuncDecl":
             self.functions[command["Name"]["Value"]] = command["Body"]
         elif kind == "DeclClause":
-            self._declare(command)
+            self.status = 0
+            declare(self.words, command)
         elif kind == "TestClause":
             self.status = int(not self.test_tree(command["X"]))
         elif kind == "ArithmCmd":
@@ -224,63 +226,18 @@ class Shell(ShellState):
                 self._run_all(item.get("Stmts"))
                 return
 
-    def _declare(self, command: Node) -> None:
-        variant = command["Variant"]["Value"]
-        assignments, options = [], ""
-        for argument in command.get("Args") or ():
-            if argument.get("Naked") and not argument.get("Name"):
-                for text in self.words.fields(argument["Value"]):
-                    options += text if text.startswith("-") else ""
-            else:
-                assignments.append(argument)
-        for assignment in assignments:
-            name = assignment["Name"]["Value"]
-            if "A" in options:
-                self.variables.associative.add(name)
-            if not assignment.get("Naked"):
-                self._assign(assignment)
-            if variant == "export" or "x" in options:
-                self.variables.exported.add(name)
-        self.status = 0
-
-    def _assign(self, assignment: Node) -> None:
-        name, values = assignment["Name"]["Value"], self.variables.values
-        append = bool(assignment.get("Append"))
-        if (array := assignment.get("Array")) is not None:
-            old = values.get(name)
-            elements = (
-                dict(old) if append and isinstance(old, dict) else {"0": old} if append and isinstance(old, str) else {}
-            )
-            for element in array.get("Elems") or ():
-                if element.get("Index"):
-                    elements[self.words.index(name, element["Index"])] = self.words.text(element.get("Value"))
-                    continue
-                for text in self.words.fields(element["Value"]):
-                    elements[str(max((int(key) for key in elements), default=-1) + 1)] = text
-            values[name] = elements
-            return
-        text = self.words.text(assignment.get("Value"))
-        if index := assignment.get("Index"):
-            old = values.get(name)
-            elements = dict(old) if isinstance(old, dict) else {} if old is None else {"0": old}
-            key = self.words.index(name, index)
-            elements[key] = elements.get(key, "") + text if append else text
-            values[name] = elements
-        else:
-            values[name] = (self.variables.text(name) or "") + text if append else text
-
     def _call(self, command: Node, stdin: str) -> None:
         arguments = [text for word in command.get("Args") or () for text in self.words.fields(word)]
         assignments = command.get("Assigns") or ()
         self.status = 0
         if not arguments:
             for assignment in assignments:
-                self._assign(assignment)
+                assign(self.words, assignment)
             return
         saved = {a["Name"]["Value"]: self.variables.values.get(a["Name"]["Value"]) for a in assignments}
         added = set(saved) - self.variables.exported
         for assignment in assignments:
-            self._assign(assignment)
+            assign(self.words, assignment)
         self.variables.exported |= added
         try:
             self.execute(arguments, stdin)
@@ -306,6 +263,11 @@ class Shell(ShellState):
 
     def _start(self, arguments: list[str], stdin: str) -> None:
         """Record a command, or those that a shell within it starts."""
+        if arguments[0].startswith("--"):
+            self.evaluation.notes.append(
+                f"line {self._line}: the flag {arguments[0]} is taken for a program, since a line end before it ends "
+                'the command; end that line with a backslash (also in the text of bash -c "…")'
+            )
         for place, argument in enumerate(arguments):
             if Path(argument).name in ("bash", "sh") and place + 1 < len(arguments):
                 if self._nested(arguments, place):
