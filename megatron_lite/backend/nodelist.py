@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_lite.errors import ConfigError
 
@@ -37,6 +37,28 @@ def expand_counts(counts: str) -> list[int]:
             )
         numbers += [int(match[1])] * int(match[2] or 1)
     return numbers
+
+
+def ranks_by_node(variables: Mapping[str, str], world_size: int) -> dict[str, int]:
+    """Return the number of ranks that each node of the Slurm step, or of the allocation, is to have.
+
+    Args:
+        variables: environment of a rank.
+        world_size: of the job; another number of tasks means that each task starts the same number of ranks.
+
+    Returns:
+        Ranks by node; empty: not under Slurm, or the numbers do not fit.
+    """
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or ""
+    counts = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+    try:
+        hosts = expand_nodes(nodes) if nodes else []
+        tasks = expand_counts(counts) if counts else [1] * len(hosts)
+    except ConfigError:
+        return {}
+    if not hosts or len(tasks) != len(hosts) or world_size % sum(tasks):
+        return {}
+    return {host: count * world_size // sum(tasks) for host, count in zip(hosts, tasks, strict=True)}
 
 
 def _groups(nodelist: str) -> list[str]:

@@ -23,6 +23,7 @@ COMMANDS = (
     "train",
     "explain",
     "rehearse",
+    "doctor",
     "generate",
     "evaluate",
     "preprocess",

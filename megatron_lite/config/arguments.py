@@ -26,7 +26,7 @@ from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import read_command
 from megatron_lite.config.names import name_warnings
 from megatron_lite.config.origins import in_given_terms
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.run import CommandLine, RunConfig
 from megatron_lite.config.table import SECTIONS, field_metadata, flags_by_field, required_fields
 from megatron_lite.config.values import write_value
 from megatron_lite.errors import ConfigError, ConfigErrors
@@ -109,6 +109,24 @@ def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRu
         (*given.warnings, *name_warnings(config)),
         tuple(given.missing),
     )
+
+
+def parse_layout(argv: Sequence[str], *, world_size: int | None = None) -> CommandLine:
+    """Read the flags of a training command line that need no model: layout, device, folders.
+
+    Args:
+        argv: training flags, which may leave out the shape of the model and batch: these fields are 0 then.
+        world_size: ranks that the launcher started; None: unknown.
+
+    Raises:
+        ConfigError, ConfigErrors: flags are wrong.
+    """
+    given = Given(world_size)
+    read_command_line(argv, given)
+    for resolve in parallel.RESOLVERS:
+        resolve(given)
+    raise_all(given.errors)
+    return given.run
 
 
 def _resolve(given: Given) -> RunConfig | None:

@@ -20,7 +20,7 @@ from megatron_lite.errors import ConfigError
 OPERATORS = frozenset({"|", "||", "|&", "&", "&&", ";"})
 REDIRECTION = re.compile(r"(\d*|&)(>>?|<)(&\d|.*)")
 UNEXPANDED = re.compile(r"\$\{[^}]*\}|\$\(.*|\$[\w@*#?]+|`.*")
-OWN_COMMANDS = frozenset({"train", "explain", "rehearse"})
+OWN_COMMANDS = frozenset({"train", "explain", "rehearse", "doctor"})
 LAUNCHER_MODULES = ("torch.distributed.", "deepspeed", "accelerate", "cProfile")
 """Beginnings of modules that `python -m` starts before the training script."""
 

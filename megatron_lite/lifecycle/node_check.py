@@ -22,6 +22,7 @@ from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.interruptible import first_line, run_interruptibly
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.lifecycle.node_speeds import (
@@ -46,6 +47,7 @@ from megatron_lite.ops.doctor.report import (
     MATRIX_PRODUCT,
     MEMORY_COPY,
     STORAGE,
+    Gpu,
     Report,
 )
 from megatron_lite.ops.doctor.storage import probe_storage
@@ -85,24 +87,51 @@ class CheckPlan:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
 
+def plan_of(flags: RunConfig, *, timeout: float, expected: Mapping[str, int] | None = None) -> CheckPlan:
+    """Return the check of a training command.
+
+    Args:
+        flags: layout, device and --save; the model and batch set the size of messages, if they are given.
+        timeout: see CheckPlan.
+        expected: see CheckPlan.
+    """
+    hidden_states = flags.batch.seq_length * flags.batch.micro_batch_size * flags.model.hidden_size
+    size = hidden_states * (4 if flags.precision.dtype == "fp32" else 2)
+    return CheckPlan(
+        runtime=flags.runtime,
+        parallel=flags.parallel,
+        save=flags.checkpoint.save,
+        activation_bytes=size or CheckPlan.activation_bytes,
+        timeout=timeout,
+        expected=expected or {},
+    )
+
+
 def fast_check(plan: CheckPlan) -> CheckPlan:
     """Return the plan with shorter measurements: half a minute at most, if all ranks start together."""
     return replace(plan, speed_seconds=1.0, written_bytes=2**26, write_seconds=5.0)
 
 
 def check_nodes(
-    launch: Launch, plan: CheckPlan, *, product: Product = torch.mm, clock: Clock = time.time
-) -> tuple[Verdict, dict[int, Report]]:
+    launch: Launch,
+    plan: CheckPlan,
+    *,
+    show: Callable[[Verdict, Mapping[int, Report]], None],
+    product: Product = torch.mm,
+    clock: Clock = time.time,
+) -> Verdict:
     """Measure this rank and return the verdict on all; a collective call that needs no process group.
 
     Args:
         launch: this rank's place in the job.
         plan: extent of the check.
+        show: called on rank 0 with the verdict and the reports of all ranks, before the other ranks have the verdict: a
+            launcher ends all ranks once one of them fails.
         product: the matrix product to measure.
         clock: this host's clock, in seconds.
 
     Returns:
-        The verdict, equal on all ranks; the reports, on rank 0 those of all ranks, else this rank's own.
+        The verdict, equal on all ranks.
 
     Raises:
         TrainingError: rank 0 cannot be reached, or has ended.
@@ -113,7 +142,8 @@ def check_nodes(
     if launch.world_size == 1:
         _Measurement(launch, plan, report, lambda: None, began + plan.timeout, product).run({}, None)
         verdict = judge({0: report}, thresholds=plan.thresholds, seconds=time.monotonic() - began)
-        return verdict, {0: report}
+        show(verdict, {0: report})
+        return verdict
     with ExitStack() as stack:
         hub = stack.enter_context(Hub(launch, clock=clock)) if launch.rank == 0 else None
         port = None if hub is None else hub.port
@@ -128,7 +158,7 @@ def check_nodes(
         measurement = _Measurement(launch, plan, report, lambda: spoke.send(report), deadline, product)
         measurement.run(hosts, None if start["missing"] else address)
         if hub is None:
-            return _read_verdict(spoke.expect("verdict", deadline + GRACE)), {launch.rank: report}
+            return _read_verdict(spoke.expect("verdict", deadline + GRACE))
         hub.wait_reports(deadline)
         for rank, host in hub.hosts.items():  # of a rank that ended before its first report
             hub.reports.setdefault(rank, Report(rank=rank, local_rank=0, host=host))
@@ -141,8 +171,9 @@ def check_nodes(
             lost=hub.lost,
             thresholds=plan.thresholds,
         )
+        show(verdict, hub.reports)
         hub.broadcast(verdict=asdict(verdict))
-        return verdict, hub.reports
+        return verdict
 
 
 def _start_when_joined(hub: Hub, deadline: float) -> None:
@@ -190,6 +221,7 @@ class _Measurement:
         self._deadline = deadline - min(5.0, 0.1 * plan.timeout)
         self._product = product
         self._hangs = False
+        self._gpus: dict[str, Gpu] = {}
 
     def run(self, hosts: Mapping[int, str], address: str | None) -> None:
         """Run all steps.

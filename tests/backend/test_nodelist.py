@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_lite.backend.nodelist import expand_counts, expand_nodes
+from megatron_lite.backend.nodelist import expand_counts, expand_nodes, ranks_by_node
 from megatron_lite.errors import ConfigError
 
 
@@ -42,3 +42,18 @@ def test_counts_per_node_are_expanded(counts, expected):
 def test_invalid_counts_are_refused(counts):
     with pytest.raises(ConfigError, match="SLURM_STEP_TASKS_PER_NODE"):
         expand_counts(counts)
+
+
+@pytest.mark.parametrize(
+    ("variables", "world_size", "ranks"),
+    [
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 4, {"n1": 2, "n2": 2}),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 8, {"n1": 4, "n2": 4}),
+        ({"SLURM_JOB_NODELIST": "n1,n2"}, 4, {"n1": 2, "n2": 2}),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 3, {}),
+        ({"SLURM_JOB_NODELIST": "n[1-"}, 2, {}),
+        ({}, 2, {}),
+    ],
+)
+def test_ranks_by_node(variables, world_size, ranks):
+    assert ranks_by_node(variables, world_size) == ranks

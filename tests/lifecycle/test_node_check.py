@@ -19,7 +19,7 @@ from megatron_lite.ops.doctor.verdict import Thresholds
 
 FORK = multiprocessing.get_context("fork")
 # On a machine that other tests load, only injected slowness is to be found.
-LOOSE = Thresholds(cpu_speed=0.05, link_speed=0.0, write_speed=0.0, rename=60.0, shm=0, free_space=0, inodes=0)
+LOOSE = Thresholds(cpu_speed=0.05, cpu_link_speed=0.0, write_speed=0.0, rename=60.0, shm=0, free_space=0, inodes=0)
 
 
 def plan(**settings):
@@ -45,11 +45,19 @@ def hanging_product(a, b):
 
 def rank(launch, check, queue, settings):
     product, ahead = settings.get("product", torch.mm), settings.get("ahead", 0.0)
-    verdict, reports = check_nodes(launch, check, product=product, clock=lambda: time.time() + ahead)
-    queue.put((launch.rank, verdict, reports))
+    shown = {}
+    clock = lambda: time.time() + ahead  # noqa: E731
+    verdict = check_nodes(launch, check, show=lambda _, found: shown.update(found), product=product, clock=clock)
+    queue.put((launch.rank, verdict, shown))
     queue.close()
     queue.join_thread()
     os._exit(0)
+
+
+def run_alone(check, **settings):
+    shown = {}
+    verdict = check_nodes(Launch(host="n0"), check, show=lambda _, found: shown.update(found), **settings)
+    return verdict, shown
 
 
 def run_ranks(folder, check, *, world_size=2, settings=None, started=None, hosts=None):
@@ -85,7 +93,7 @@ def run_ranks(folder, check, *, world_size=2, settings=None, started=None, hosts
 
 
 def test_one_rank(tmp_path):
-    verdict, reports = check_nodes(Launch(host="n0"), plan(save=str(tmp_path / "run")))
+    verdict, reports = run_alone(plan(save=str(tmp_path / "run")))
     assert verdict.problems == () and set(reports[0].speeds) == {MATRIX_PRODUCT, MEMORY_COPY}
     assert reports[0].storage.path == str(tmp_path) and list(tmp_path.iterdir()) == []
     assert {"python", "torch", "megatron_lite"} <= set(reports[0].versions)
@@ -160,19 +168,19 @@ def test_a_layout_that_needs_more_ranks(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written():
-    verdict, _ = check_nodes(Launch(host="n0"), plan(save="/proc/run"))
+    verdict, _ = run_alone(plan(save="/proc/run"))
     (finding,) = verdict.problems
     assert finding.kind == "write test of --save" and "n0 rank 0: write test of --save failed" in finding.text
     assert verdict.excluded == {}, "it is the folder's fault"
 
 
 def test_a_full_disk():
-    verdict, _ = check_nodes(Launch(host="n0"), replace(plan(save="/dev/shm"), thresholds=Thresholds(shm=0)))
+    verdict, _ = run_alone(replace(plan(save="/dev/shm"), thresholds=Thresholds(shm=0)))
     assert not [finding for finding in verdict.problems if finding.kind != "full --save"]
 
 
 def test_wrong_results_are_found():
     drawn = iter(range(10**6))
-    verdict, _ = check_nodes(Launch(host="n0"), plan(), product=lambda a, b: torch.full((2, 2), float(next(drawn))))
+    verdict, _ = run_alone(plan(), product=lambda a, b: torch.full((2, 2), float(next(drawn))))
     (finding,) = verdict.problems
     assert "computes wrong results" in finding.text and set(verdict.excluded) == {"n0"}

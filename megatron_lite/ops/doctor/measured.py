@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from megatron_lite.formatting import format_ranges, format_size
-from megatron_lite.ops.doctor.report import MATRIX_PRODUCT, UNITS, Report
+from megatron_lite.ops.doctor.report import MATRIX_PRODUCT, UNITS, Report, format_rate
 from megatron_lite.ops.doctor.verdict import Problem, Thresholds, name_hosts
 
 
@@ -22,7 +22,7 @@ def model_of(report: Report) -> str:
 
 def slow_devices(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Problem]:
     """Name ranks that are slower than the upper median of ranks with the same device."""
-    for name, (divisor, unit) in UNITS.items():
+    for name, unit in UNITS.items():
         alike: dict[str, list[Report]] = {}
         for report in ranks:
             if name in report.speeds:
@@ -34,8 +34,8 @@ def slow_devices(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
                 if speed < limit * usual:
                     yield Problem(
                         kind=f"slow {name}",
-                        text=f"{report.place}: {name} at {speed / divisor:.3g} {unit}, {speed / usual:.2f} of the "
-                        f"median {usual / divisor:.3g} (at least {limit:g})",
+                        text=f"{report.place}: {name} at {format_rate(speed, unit)}, {speed / usual:.2f} of the "
+                        f"median {format_rate(usual, unit)} (at least {limit:g})",
                         fix="Report the node: check its clocks, cooling and power (nvidia-smi -q -d PERFORMANCE)"
                         if report.uuid
                         else "End other processes on this host, or check its clock frequency",
@@ -64,8 +64,9 @@ def slow_storage(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
         if storage.write_speed < limits.write_speed * usual:
             yield Problem(
                 kind="slow --save",
-                text=f"{report.host}: writes to --save at {storage.write_speed / 1e6:.3g} MB/s, "
-                f"{storage.write_speed / usual:.2f} of the median {usual / 1e6:.3g} (at least {limits.write_speed:g})",
+                text=f"{report.host}: writes to --save at {format_rate(storage.write_speed, 'B/s')}, "
+                f"{storage.write_speed / usual:.2f} of the median {format_rate(usual, 'B/s')} (at least "
+                f"{limits.write_speed:g})",
                 fix="Report the node: check its mount of the file system",
                 hosts=(report.host,),
                 excludes=True,
@@ -80,17 +81,16 @@ def slow_storage(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
                 severity="warning",
             )
     report, storage = found[0]
-    space = storage.free if storage.quota_left is None else min(storage.free, storage.quota_left)
-    files = [count for count in (storage.free_inodes, storage.quota_files_left) if count is not None]
     left = []
-    if space < limits.free_space:
-        left.append(f"{format_size(space)} (at least {format_size(limits.free_space)})")
-    if files and min(files) < limits.inodes:
-        left.append(f"{min(files):,} files (at least {limits.inodes:,})")
+    if storage.free < limits.free_space:
+        least = format_size(limits.free_space)
+        left.append(f"{format_size(storage.free)} {storage.free_limit} (at least {least})")
+    if storage.inodes is not None and storage.inodes < limits.inodes:
+        left.append(f"{storage.inodes:,} files {storage.inode_limit} (at least {limits.inodes:,})")
     if left:
         yield Problem(
             kind="full --save",
-            text=f"free space or quota of {storage.path} leave {' and '.join(left)}",
+            text=f"{storage.path} has {' and '.join(left)}",
             fix="Remove files there, ask for a larger quota, or give --save another folder",
             hosts=(report.host,),
         )
@@ -118,18 +118,19 @@ def wrong_clocks(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
 def slow_links(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Problem]:
     """Name groups that are slower than the upper quartile of their axis; a host whose links are all slow is bad."""
     hosts = {report.rank: report.host for report in ranks}
+    share = limits.link_speed if any(report.uuid for report in ranks) else limits.cpu_link_speed
     for (axis, operation), groups in group_bandwidths(ranks).items():
         # One bad host slows two of three links between three hosts.
         usual = sorted(groups.values())[math.ceil(0.75 * len(groups)) - 1]
-        slow = [group for group, bandwidth in groups.items() if bandwidth < limits.link_speed * usual]
+        slow = [group for group, bandwidth in groups.items() if bandwidth < share * usual]
         at = {group: tuple(dict.fromkeys(hosts.get(rank, "?") for rank in group)) for group in groups}
         for group in slow:
             guilty = tuple(host for host in at[group] if _is_guilty(host, at, slow))
             yield Problem(
                 kind=f"slow {axis} links",
                 text=f"ranks {format_ranges(group)} ({name_hosts(at[group])}): {operation} over {axis} at "
-                f"{groups[group] / 1e9:.3g} GB/s, {groups[group] / usual:.2f} of the upper quartile "
-                f"{usual / 1e9:.3g} (at least {limits.link_speed:g})",
+                f"{format_rate(groups[group], 'B/s')}, {groups[group] / usual:.2f} of the upper quartile "
+                f"{format_rate(usual, 'B/s')} (at least {share:g})",
                 fix="Report the node: check its network or NVLink (nvidia-smi nvlink -s, ibstat)",
                 hosts=guilty or at[group],
                 excludes=bool(guilty),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_lite.formatting import format_short
+
 MATRIX_PRODUCT = "matrix product"
 MEMORY_COPY = "memory copy"
 HOST_COPY = "host-to-device copy"
@@ -12,8 +14,18 @@ GPU_STATE, DEVICE, STORAGE, GROUPS = "nvidia-smi", "device", "write test of --sa
 """Steps besides the speeds. From GROUPS on ranks wait for each other."""
 LINK_STEP = "bandwidth of "
 """Beginning of the steps that measure a mesh axis."""
-UNITS = {MATRIX_PRODUCT: (1e12, "TFLOP/s"), MEMORY_COPY: (1e9, "GB/s"), HOST_COPY: (1e9, "GB/s")}
-"""Divisor and unit in which a speed is shown."""
+UNITS = {MATRIX_PRODUCT: "FLOP/s", MEMORY_COPY: "B/s", HOST_COPY: "B/s"}
+"""Units of the speeds."""
+
+
+def format_rate(value: float, unit: str) -> str:
+    """Return a rate with three digits and its unit.
+
+    >>> format_rate(2.5e9, "B/s"), format_rate(999, "B/s")
+    ('2.5 GB/s', '999 B/s')
+    """
+    number = format_short(value)
+    return f"{number.rstrip('kMGT')} {number.lstrip('0123456789.')}{unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +63,17 @@ class Storage:
         path: the folder, or the lowest existing one above it.
         write_speed: of one large file with fsync, bytes/s.
         rename_seconds: to create, rename and remove one small file.
-        free: bytes on the file system.
-        free_inodes: files that can still be created; None: without a limit.
-        quota_left: bytes up to the user's quota; None: unknown or without a limit.
-        quota_files_left: files up to the user's quota; None: unknown or without a limit.
+        free, free_limit: bytes that the user may still write, and whether the file system or a quota limits them.
+        inodes, inode_limit: the same of files; None: without a limit.
     """
 
     path: str
     write_speed: float
     rename_seconds: float
     free: int
-    free_inodes: int | None = None
-    quota_left: int | None = None
-    quota_files_left: int | None = None
+    free_limit: str = "free"
+    inodes: int | None = None
+    inode_limit: str = "free"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +124,7 @@ class Report:
         uuid: of the GPU; empty on a CPU.
         peak_flops: of the data sheet; None: unknown.
         gpu: by nvidia-smi; None: it is not installed, or the device is no GPU.
-        speeds: by name, in FLOP/s or bytes/s (see UNITS).
+        speeds: by name, see UNITS.
         links: bandwidths of the groups of this rank.
         node: on the first rank of a host.
         storage: on the first rank of a host, with --save.

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 from megatron_lite.ops.doctor.report import Storage
+from megatron_lite.ops.quota import free_space
+from megatron_lite.ops.storage import nearest_existing
 
 BLOCK = 8 * 2**20
 """Bytes of one write."""
 SMALL_FILES = 20
-QUOTA_SECONDS = 10.0
-"""Time limit of quota and lfs."""
-
-
-def existing_folder(folder: Path) -> Path:
-    """Return a folder, or the lowest one above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+"""Small files whose latency is averaged."""
 
 
 def probe_storage(folder: Path, *, size: int, seconds: float) -> Storage:
@@ -35,18 +28,17 @@ def probe_storage(folder: Path, *, size: int, seconds: float) -> Storage:
     Raises:
         OSError: a file cannot be written; the text names the cause.
     """
-    path = existing_folder(folder)
+    path = nearest_existing(folder)
     speed = _write_speed(path, size, seconds)
-    state = os.statvfs(path)
-    quota = read_quota(path)
+    space = free_space(path)
     return Storage(
         path=str(path),
         write_speed=speed,
         rename_seconds=_rename_seconds(path),
-        free=state.f_bavail * state.f_frsize,
-        free_inodes=state.f_favail if state.f_files else None,
-        quota_left=quota[0],
-        quota_files_left=quota[1],
+        free=space.free,
+        free_limit=space.free_limit,
+        inodes=space.inodes,
+        inode_limit=space.inode_limit,
     )
 
 
@@ -78,57 +70,3 @@ def _rename_seconds(folder: Path) -> float:
             name.unlink(missing_ok=True)
             renamed.unlink(missing_ok=True)
     return (time.monotonic() - began) / SMALL_FILES
-
-
-def read_quota(path: Path) -> tuple[int | None, int | None]:
-    """Return bytes and files that the user's quota leaves at a path; None: unknown or without a limit."""
-    user = str(os.getuid())
-    for command in (["lfs", "quota", "-q", "-u", user, str(path)], ["quota", "-w", "-p", "-u"]):
-        if shutil.which(command[0]) is None:
-            continue
-        try:
-            done = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=QUOTA_SECONDS, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        found = parse_quota(done.stdout, _mount(path))
-        if found != (None, None):
-            return found
-    return None, None
-
-
-def parse_quota(text: str, mount: str) -> tuple[int | None, int | None]:
-    """Read the output of `lfs quota -q` or `quota -w -p`.
-
-    Args:
-        text: lines of file system, used KiB, soft limit, hard limit, grace time, used files, soft limit, hard limit.
-        mount: mount point or device of the folder; a line of another file system is ignored.
-    """
-    # `lfs` breaks the line after a long path.
-    for line in re.sub(r"^(\s*/\S*)\s*\n", r"\1 ", text, flags=re.MULTILINE).splitlines():
-        words = line.split()
-        if len(words) < 8 or not words[1].rstrip("*").isdigit():
-            continue
-        if words[0] not in mount.split() and not any(place.startswith(f"{words[0]}/") for place in mount.split()):
-            continue
-        left = []
-        for used, soft, hard in (words[1:4], words[5:8]):
-            limit = int(hard) or int(soft) if hard.isdigit() and soft.isdigit() else 0
-            left.append(limit - int(used.rstrip("*")) if limit else None)
-        return None if left[0] is None else left[0] * 1024, left[1]
-    return None, None
-
-
-def _mount(path: Path) -> str:
-    """Return device and mount point of a path, and the path."""
-    point = path
-    while not point.is_mount() and point != point.parent:
-        point = point.parent
-    device = ""
-    try:
-        lines = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
-        device = next((line.split()[0] for line in reversed(lines) if line.split()[1] == str(point)), "")
-    except OSError:
-        pass
-    return f"{device} {point} {path}"

@@ -18,7 +18,8 @@ class Thresholds:
     Attributes:
         gpu_speed: smallest share of the median speed of a GPU.
         cpu_speed: the same of a CPU, whose cores other processes may use.
-        link_speed: smallest share of the median bandwidth of the groups of an axis.
+        link_speed: smallest share of the upper quartile of the bandwidths of an axis's groups.
+        cpu_link_speed: the same between CPU ranks, whose cores carry the messages.
         write_speed: smallest share of the median write speed of --save.
         peak: share of the data sheet's matrix speed below which a GPU gets a warning.
         free_memory: smallest share of a GPU's memory that is free at the start.
@@ -32,6 +33,7 @@ class Thresholds:
     gpu_speed: float = 0.85
     cpu_speed: float = 0.5
     link_speed: float = 0.5
+    cpu_link_speed: float = 0.1
     write_speed: float = 0.25
     peak: float = 0.4
     free_memory: float = 0.9

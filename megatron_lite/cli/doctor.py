@@ -1,0 +1,162 @@
+"""CLI command `doctor`: checks devices, links, storage and clocks of all nodes, and writes bad ones to a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.backend.environment import Launch, read_launch
+from megatron_lite.backend.nodelist import ranks_by_node
+from megatron_lite.cli.parser import Parser, real
+from megatron_lite.config.arguments import parse_layout
+from megatron_lite.config.launcher import read_command
+from megatron_lite.config.run import CommandLine
+from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.ops.exclude import EXCLUDE_HOURS, EXCLUDE_NAME, exclude_hosts, forgive_hosts, read_exclusions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megatron_lite.ops.doctor.report import Report
+    from megatron_lite.ops.doctor.verdict import Verdict
+
+SUMMARY = "check GPUs, links, storage and clocks of one node or, under srun, of all"
+USAGE = """megatron-lite doctor [OPTION …] [FLAG [VALUE] …]
+       srun megatron-lite doctor [OPTION …] [FLAG [VALUE] … | pretrain_gpt.py FLAG [VALUE] …]
+       megatron-lite doctor --forgive HOST --save FOLDER"""
+EPILOG = """Flags are those of pretrain_gpt.py: --tensor-model-parallel-size and --pipeline-model-parallel-size set
+the axes to measure, --save, --device; of a whole training command the rest sets the size of the messages. Exit
+code: 0 no problem, 1 problems."""
+
+
+def run(argv: list[str]) -> int:
+    """Check the nodes of this job, or this one; return 0 if there is no problem."""
+    options, rest = _parser().parse_known_args(_joined(argv))
+    launch = read_launch()
+    try:
+        flags = _flags(rest, launch)
+        exclude_file = _exclude_file(options, flags)
+        if options.forgive:
+            return _forgive(options.forgive, exclude_file)
+        return _check(options, flags, launch, exclude_file)
+    except MegatronLiteError as error:
+        # Every rank has read the same arguments.
+        error.silent = error.silent or (launch.rank != 0 and not error.shared)
+        raise
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="megatron-lite doctor",
+        description=SUMMARY[0].upper() + SUMMARY[1:] + ".",
+        usage=USAGE,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE to stdout")
+    parser.add_argument("--timeout", type=real(10, 3600), default=180.0, help="seconds after which it ends (180)")
+    parser.add_argument("--fast", action="store_true", help="measure for a shorter time, as --check-nodes does")
+    parser.add_argument("--exclude-file", type=Path, metavar="FILE", help=f"of bad hosts (--save/{EXCLUDE_NAME})")
+    parser.add_argument(
+        "--exclude-hours",
+        type=real(0, above=True),
+        default=EXCLUDE_HOURS,
+        help=f"time after which entries expire ({EXCLUDE_HOURS:g})",
+    )
+    parser.add_argument("--forgive", action="append", metavar="HOST", help="remove a host from the exclude file")
+    return parser
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """Join --json with a following file name; another argument after it belongs to the training command."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--json":
+            joins = word.endswith(".json")
+            words[-1:] = [f"--json={word}"] if joins else ["--json=-", word]
+        else:
+            words.append(word)
+    return words
+
+
+def _flags(rest: list[str], launch: Launch) -> CommandLine:
+    started = None if launch.launcher == "python" else launch.world_size
+    if not rest:
+        return parse_layout([], world_size=started)
+    command = read_command(rest)
+    return parse_layout(command.flags, world_size=command.world_size if started is None else started)
+
+
+def _exclude_file(options: argparse.Namespace, flags: CommandLine) -> Path | None:
+    if options.exclude_file is not None:
+        path: Path = options.exclude_file
+        return path
+    return Path(flags.checkpoint.save) / EXCLUDE_NAME if flags.checkpoint.save else None
+
+
+def _forgive(hosts: list[str], path: Path | None) -> int:
+    """Remove hosts from the exclude file."""
+    if path is None:
+        raise ConfigError("--forgive without an exclude file", fix="Add --save FOLDER of the run, or --exclude-file")
+    listed = [entry.host for entry in read_exclusions(path)]
+    if unknown := [host for host in hosts if host not in listed]:
+        raise ConfigError(
+            f"{path} does not exclude {', '.join(unknown)}",
+            fix=f"Give one of {', '.join(listed)}" if listed else "Give the --save folder of the run that excludes it",
+        )
+    print(f"{path}: removed {', '.join(forgive_hosts(path, hosts))}")
+    return 0
+
+
+def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, exclude_file: Path | None) -> int:
+    from rich.console import Console
+
+    from megatron_lite.lifecycle.node_check import check_nodes, fast_check, plan_of
+    from megatron_lite.ops.doctor.show import json_record, print_check
+
+    def show(verdict: Verdict, reports: Mapping[int, Report]) -> None:
+        written = _write_excluded(verdict, exclude_file, options.exclude_hours)
+        record = json_record(verdict, reports, exclude_file=exclude_file, written=written)
+        if options.json == "-":
+            print(json.dumps(record, indent=2))
+        else:
+            print_check(verdict, reports, Console(soft_wrap=True))
+        sys.stdout.flush()
+        if options.json not in (None, "-"):
+            _write_json(Path(options.json), record)
+
+    plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(os.environ, launch.world_size))
+    verdict = check_nodes(launch, fast_check(plan) if options.fast else plan, show=show)
+    # torchrun ends all ranks once one has failed, and reports each as a failure.
+    return 1 if verdict.problems and launch.rank == 0 else 0
+
+
+def _write_excluded(verdict: Verdict, path: Path | None, hours: float) -> list[str]:
+    """Append the bad hosts to the exclude file, and say so on stderr."""
+    if not verdict.excluded:
+        return []
+    hosts = ", ".join(verdict.excluded)
+    if path is None:
+        print(f"not excluded: {hosts} (no --save and no --exclude-file)", file=sys.stderr)
+        return []
+    try:
+        exclude_hosts(path, verdict.excluded, hours=hours)
+    except OSError as error:
+        print(f"WARNING: cannot write {path}: {error.strerror}; not excluded: {hosts}", file=sys.stderr)
+        return []
+    print(f"{path}: excluded {hosts} for {hours:g} hours (undo: doctor --forgive HOST)", file=sys.stderr)
+    return list(verdict.excluded)
+
+
+def _write_json(path: Path, record: dict[str, object]) -> None:
+    try:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write --json {path}: {error.strerror}", fix="Give a file in a folder that you may write to"
+        ) from error
