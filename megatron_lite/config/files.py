@@ -146,8 +146,8 @@ def _missing_data(data: DataConfig) -> Iterator[ConfigError]:
                     fix=f"Write {flag} WEIGHT PREFIX WEIGHT PREFIX, for example {flag} 0.7 data/a 0.3 data/b",
                 )
             elif absent:
+                missing = " and no ".join(f'"{source.path}{suffix}"' for suffix in absent)
                 yield ConfigError(
-                    f'The dataset "{source.path}" ({flag}) does not exist: there is no '
-                    f"{' and no '.join(f'file {source.path}{suffix}' for suffix in absent)}",
+                    f'The dataset "{source.path}" ({flag}) does not exist: there is no {missing}',
                     fix=suggest_dataset(source.path),
                 )

@@ -26,13 +26,13 @@ def suggest_dataset(prefix: str) -> str:
     if path.is_dir():
         inside = _prefixes(path)
         if not inside:
-            return f"There is no .idx in {prefix}: make a dataset with `megatron-lite preprocess`"
-        return f"Give a dataset in it: {_listed([str(path / name) for name in inside])}"
+            return f"Make a dataset with `megatron-lite preprocess`: there is no .idx file in {prefix}"
+        return f"Give a dataset of that folder: {_listed([str(path / name) for name in inside])}"
     if path.suffix in (".bin", ".idx"):
         return f"Give the common prefix of both files: {prefix[: -len(path.suffix)]}"
     halves = {suffix for suffix in (".bin", ".idx") if Path(prefix + suffix).is_file()}
     if len(halves) == 1:
-        return f"A dataset is both files: copy the other one, too, beside {prefix}{halves.pop()}, or preprocess again"
+        return f"Copy it to the folder of {prefix}{halves.pop()}, or preprocess the corpus again"
     if path.is_file() and path.suffix in RAW_TEXT:
         return f"Make a dataset of that text with `megatron-lite preprocess --input {prefix} --output-prefix …`"
     names = _prefixes(path.parent)

@@ -93,7 +93,7 @@ def missing_file_errors():
     for usual in ("--tokenizer-type HuggingFaceTokenizer", "--vocab-file", "--merge-file", "--vocab-size N"):
         assert usual in tokenizer
     assert 'The dataset "x" (--data-path) does not exist' in data
-    assert "there is no file x.idx" in data
+    assert 'there is no "x.idx"' in data
     assert (
         "--data-path has the number 0.3 where the path of a dataset is expected"
         in missing("--data-path", "0.7", "x", "0.3")[-1]

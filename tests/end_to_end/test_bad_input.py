@@ -46,7 +46,7 @@ def part(prefix, suffix):
 def test_a_missing_file_of_a_dataset(suffix, corpus, dataset, tmp_path):
     part(dataset, suffix).unlink()
     result = command(*corpus.job(*SAVING, "--save", tmp_path / "run", data=dataset))
-    assert_explained(result, "--data-path", f"no {dataset}{suffix}", kind="ConfigError")
+    assert_explained(result, "--data-path", f'no "{dataset}{suffix}"', kind="ConfigError")
     assert not (tmp_path / "run").exists()
 
 

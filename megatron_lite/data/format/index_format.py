@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_lite.config.paths import suggest_dataset
 from megatron_lite.errors import DataError
+from megatron_lite.system_errors import reason, remedy
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -53,7 +54,7 @@ def type_code(dtype: np.dtype) -> int:
         if known == dtype:
             return code
     names = ", ".join(known.name for known in TOKEN_TYPES.values())
-    raise DataError(f"Cannot store tokens of type {dtype}", fix=f"Use {names}")
+    raise DataError(f"Cannot store tokens of type {dtype}", fix=f"Use one of these types: {names}")
 
 
 def pack_header(dtype: np.dtype, num_sequences: int, num_document_entries: int) -> bytes:
@@ -114,49 +115,61 @@ def read_header(prefix: str | Path) -> IndexHeader:
             head = file.read(HEADER.size)
     except OSError as error:
         raise DataError(
-            f"Cannot read {path}: {error}", fix=f"Make it readable, for example with chmod u+r {path}"
+            f"Cannot read {path}: {reason(error)}", fix=remedy(error, path, instead="give another dataset")
         ) from error
     _check_magic(path, head)
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
     if version != VERSION:
-        raise DataError(f"{path} has version {version}, this program reads version {VERSION}", fix=REBUILD)
+        raise DataError(f"{path} has format version {version}; only version {VERSION} can be read", fix=REBUILD)
     if code not in TOKEN_TYPES:
-        raise DataError(f"{path} has the unknown dtype code {code}; known codes are {sorted(TOKEN_TYPES)}", fix=REBUILD)
+        raise DataError(
+            f"{path} has the unknown token type {code} in its header (known: "
+            f"{', '.join(map(str, sorted(TOKEN_TYPES)))})",
+            fix=REBUILD,
+        )
     header = IndexHeader(TOKEN_TYPES[code], num_sequences, num_document_entries)
     actual = path.stat().st_size
     if actual == header.size + num_sequences != header.size:
-        raise DataError(f"{path} is a multimodal dataset (it has modes)", fix="Preprocess the text alone")
+        raise DataError(
+            f"{path} is the index of a multimodal dataset; only text datasets can be read",
+            fix="Preprocess the text of the corpus alone with `megatron-lite preprocess`",
+        )
     if actual != header.size:
         raise DataError(
-            f"{path} has {actual} bytes, its {num_sequences} sequences and {num_document_entries} document entries "
-            f"need {header.size}",
+            f"{path} is truncated or damaged: it has {actual:,} bytes, but by its header ({num_sequences:,} sequences, "
+            f"{num_document_entries:,} document entries) it needs {header.size:,}",
             fix=REBUILD,
         )
     if num_document_entries < 1:
-        raise DataError(f"{path} has no document index", fix=REBUILD)
+        raise DataError(f"{path} is damaged: its header states 0 document entries", fix=REBUILD)
     return header
 
 
 def _check_magic(path: Path, head: bytes) -> None:
     if head.startswith(LEGACY_MAGIC):
         raise DataError(
-            f"{path} is of the older lazy/cached format (TNTIDX), which training does not read",
+            f"{path} has the older format of Megatron's --data-impl lazy or cached (TNTIDX), which training does not "
+            "read",
             fix="Convert it once with `megatron-lite data convert OLD_PREFIX NEW_PREFIX`",
         )
     if not MAGIC.startswith(head[: len(MAGIC)]):
         raise DataError(
-            f"{path} is not a dataset index: it starts with {head[: len(MAGIC)]!r} instead of MMIDIDX",
-            fix="Give --data-path the common prefix of a .bin/.idx pair written by tools/preprocess_data.py",
+            f"{path} is not the index of a dataset: it begins with the bytes {head[: len(MAGIC)]!r} instead of MMIDIDX",
+            fix="Give the common prefix of a .bin and an .idx file that `megatron-lite preprocess` wrote",
         )
     if len(head) < HEADER.size:
-        raise DataError(f"{path} ends after {len(head)} bytes, its header has {HEADER.size}", fix=REBUILD)
+        raise DataError(
+            f"{path} is truncated: it has {len(head)} bytes, its header alone needs {HEADER.size}", fix=REBUILD
+        )
 
 
 def missing_file(prefix: str | Path, missing: Path) -> DataError:
     """Return the error for a missing .bin or .idx, with the nearest prefix that exists."""
     name = str(prefix)
     if Path(name).is_dir():
-        return DataError(f"{name} is a folder, not the common prefix of a .bin and .idx", fix=suggest_dataset(name))
+        return DataError(
+            f"{name} is a folder, not the common prefix of a .bin and an .idx file", fix=suggest_dataset(name)
+        )
     return DataError(f"{missing} does not exist", fix=suggest_dataset(name))
 
 
@@ -195,7 +208,12 @@ def check_ends(
         raise damaged_index(prefix, f"the first sequence begins at byte {pointers[0]}")
     needed = int(pointers[-1]) + int(sizes[-1]) * itemsize if count else 0
     if needed != num_bytes:
-        raise DataError(f"{bin_path(prefix)} has {num_bytes} bytes, its .idx describes {needed}", fix=REBUILD)
+        raise DataError(
+            f"{bin_path(prefix)} and its .idx do not belong together, or one is truncated: the .bin has {num_bytes:,} "
+            "bytes, "
+            f"the .idx describes {needed:,}",
+            fix=REBUILD,
+        )
 
 
 def check_pointers(

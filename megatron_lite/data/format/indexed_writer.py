@@ -26,6 +26,7 @@ from megatron_lite.data.format.index_format import (
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.token_file import copy_bytes
 from megatron_lite.errors import DataError
+from megatron_lite.system_errors import reason, remedy
 
 BUFFERED = 4096
 """Lengths, or document boundaries, kept in memory before they are written to their temporary file."""
@@ -129,7 +130,7 @@ class IndexedDatasetWriter:
             raise DataError(
                 f"Cannot append {prefix} with tokens of type {other.dtype.name} to {self.prefix} with tokens of type "
                 f"{self.dtype.name}",
-                fix="Preprocess both with the same tokenizer",
+                fix="Preprocess one of the two again with the tokenizer of the other",
             )
         other.check()
         self._spill()
@@ -194,9 +195,9 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if given.size and (given.min() < limits.min or given.max() > limits.max):
             raise DataError(
-                f"Document {self.num_documents} has tokens from {given.min()} to {given.max()}, the stored type "
+                f"Document {self.num_documents} has token ids from {given.min()} to {given.max()}; the dataset's token type "
                 f"{self.dtype.name} holds {limits.min} to {limits.max}",
-                fix="Preprocess with the tokenizer whose vocabulary the type was chosen for",
+                fix="Use the tokenizer whose vocabulary size the token type was chosen for",
             )
         return given.astype(self.dtype)
 
@@ -238,8 +239,8 @@ class IndexedDatasetWriter:
             yield
         except OSError as error:
             raise DataError(
-                f"Cannot write the dataset {self.prefix}: {error.strerror or error}",
-                fix="Free some space, or write to another folder",
+                f"Cannot write the dataset {self.prefix}: {reason(error)}",
+                fix=remedy(error, self.prefix, instead="give another output prefix", writing=True),
             ) from error
 
 
@@ -262,5 +263,7 @@ def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
         file.close()
         if not is_locked:
             raise DataError(
-                f"Cannot write {prefix}: another process is writing it", fix="Wait until it ends, or give another name"
+                f"Cannot write the dataset {prefix}: another process is writing it",
+                fix="Wait until that process ends, or give another output prefix",
+            
             )

@@ -13,6 +13,7 @@ from megatron_lite.data.format.index_format import bin_path, idx_path
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
+from megatron_lite.system_errors import reason, remedy
 
 FORMAT = 1
 READ_BYTES = 1 << 22
@@ -103,10 +104,14 @@ def read_manifest(prefix: str | Path) -> DatasetManifest | None:
         return DatasetManifest(**{**saved, **pieces})
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise DataError(f"Cannot read the dataset manifest {path}: {reason(error)}", fix=remedy(error, path)) from error
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"Cannot read the dataset manifest {path}: {type(error).__name__}: {error}",
-            fix="Remove it to use the dataset without its checks, or preprocess again",
+            f"The dataset manifest {path} is damaged: {problem}",
+            fix=f"Delete {path} to use the dataset without its checksums and tokenizer check, or preprocess the corpus "
+            "again",
         ) from error
 
 
@@ -133,7 +138,7 @@ def require_absent(prefix: str | Path) -> None:
         if path.exists():
             raise DataError(
                 f"Refusing to overwrite {path}, which was made by another command or version, or from other input",
-                fix="Pass --overwrite, or give another name",
+                fix="Pass --overwrite to replace it, or give another output prefix",
             )
 
 
@@ -195,9 +200,11 @@ def check_manifest(prefix: str | Path, fingerprint: str) -> DatasetManifest | No
     made_with = str(manifest.tokenizer.get("fingerprint", ""))
     if fingerprint and made_with and made_with != fingerprint:
         raise DataError(
-            f"{prefix} was made with {manifest.tokenizer.get('type', 'a tokenizer')} of fingerprint {made_with}, the "
-            f"run's tokenizer has {fingerprint}",
-            fix="Give the tokenizer files that the dataset was made with, or preprocess it again",
+            f"The dataset {prefix} was made with another tokenizer than the run's: a "
+            f"{manifest.tokenizer.get('type', 'tokenizer')} with fingerprint {made_with}; the run's has {fingerprint}",
+            fix="Give --tokenizer-model, or --vocab-file and --merge-file, with which the dataset was made, or "
+            "preprocess "
+            "the corpus again",
         )
     return manifest
 
@@ -205,5 +212,5 @@ def check_manifest(prefix: str | Path, fingerprint: str) -> DatasetManifest | No
 def _mismatch(path: Path, problem: str) -> DataError:
     return DataError(
         f"{path} does not match its manifest: {problem}",
-        fix="Copy the dataset again from an intact copy, or preprocess again",
+        fix="Copy the dataset again from an intact copy, or preprocess the corpus again",
     )

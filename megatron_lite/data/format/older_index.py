@@ -57,4 +57,4 @@ def convert_older(prefix: str | Path, output: str | Path) -> int:
 
 
 def _not_convertible(prefix: str | Path, problem: str) -> DataError:
-    return DataError(f"Cannot convert {prefix} as a dataset of the older format: {problem}", fix=REBUILD)
+    return DataError(f"Cannot convert the dataset {prefix} of the older format (TNTIDX): {problem}", fix=REBUILD)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_lite.data.format.index_format import REBUILD
 from megatron_lite.errors import DataError
+from megatron_lite.system_errors import reason, remedy
 
 NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM})
 """Errors of copy_file_range where the kernel or file system does not support it."""
@@ -59,7 +60,8 @@ class TokenFile:
             raise unreadable_tokens(f"{self.path} at byte {start}", error) from error
         if len(found) < num_bytes:
             raise DataError(
-                f"{self.path} ends at byte {start + len(found)}, it had {self.num_bytes} bytes when it was opened",
+                f"{self.path} was truncated while it was read: it ends at byte {start + len(found):,} and had "
+                f"{self.num_bytes:,} bytes when it was opened",
                 fix=REBUILD,
             )
         return np.frombuffer(found, dtype=self.dtype)
@@ -68,8 +70,8 @@ class TokenFile:
 def unreadable_tokens(place: str, error: OSError) -> DataError:
     """Return the error for a token file that cannot be read at `place`."""
     return DataError(
-        f"Cannot read {place}: {error.strerror}",
-        fix="Check that its file system responds, then start again from the latest checkpoint",
+        f"Cannot read {place}: {reason(error)}",
+        fix=f"{remedy(error, place)}; then resume from the latest checkpoint (--load)",
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_count
 
 EPOCHS_KEPT = 2
 """Permutations kept in memory: near the end of an epoch, samples of two epochs are read."""
@@ -40,9 +41,10 @@ class CyclicOrder:
         self.bucket = size // (micro_batch * dp) * micro_batch
         if not self.bucket:
             raise DataError(
-                f"--dataloader-type cyclic has {size} samples in an epoch, fewer than one micro-batch of {micro_batch} "
-                f"for each of {dp} replicas",
-                fix="Use --dataloader-type single, more text, or a smaller --micro-batch-size",
+                f"The dataset is too small for --dataloader-type cyclic: an epoch of {format_count(size, 'sample')} "
+                "has less than "
+                f"one micro-batch of {micro_batch} for each of {format_count(dp, 'replica')}",
+                fix="Use --dataloader-type single, a larger dataset, or a smaller --micro-batch-size",
             )
         self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 

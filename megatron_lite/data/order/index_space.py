@@ -33,7 +33,7 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
         return
     raise DataError(
         f'Cannot build {describe_index(plan)} of "{prefix}": it takes '
-        f"{format_size(plan.build_bytes)} of memory to build, {format_size(free)} are available",
+        f"{format_size(plan.build_bytes)} of memory, and {format_size(free)} are free",
         fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
     )
 
@@ -48,7 +48,7 @@ def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None
     if needed > free:
         raise DataError(
             f'Cannot write {describe_index(plan)} of "{prefix}": its files take {format_size(needed)}, '
-            f"{format_size(free)} are free on the disk of {folder}",
+            f'and {format_size(free)} are free on the disk of "{folder}"',
             fix=f"Give --data-cache-path a folder with enough space, free disk space, or "
             f"{shorten[:1].lower()}{shorten[1:]}",
         )

@@ -149,9 +149,10 @@ def plan_index(
 def too_few_tokens(prefix: str, bounds: tuple[int, int], tokens: int, seq_length: int) -> DataError:
     """Return the error for a range of sequences that holds less than one sample."""
     return DataError(
-        f"Sequences {bounds[0]} to {bounds[1]} of {prefix} hold {tokens} tokens, too few for a sample of {seq_length} "
-        "+ 1 tokens",
-        fix="Give more text, another --split, or a smaller --seq-length",
+        f"Sequences {bounds[0]:,} to {bounds[1]:,} of the dataset {prefix} hold {tokens:,} tokens, less than one "
+        "sample of "
+        f"{seq_length:,} + 1 tokens (--seq-length {seq_length})",
+        fix="Use a larger dataset, a --split with a larger share for this set, or a smaller --seq-length",
     )
 
 

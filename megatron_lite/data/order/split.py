@@ -23,8 +23,8 @@ def parse_split(split: str, order: Order) -> tuple[float, float, float]:
         shares = []
     if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise ConfigError(
-            f"Cannot read shares of training, validation and test documents from --split {split!r}",
-            fix="Give up to three numbers, none negative and not all zero, for example --split 949,50,1",
+            f"Cannot read --split {split!r} as shares of training, validation and test documents",
+            fix="Give one to three numbers of at least 0, not all 0, for example --split 949,50,1",
         )
     shares += [0.0] * (3 - len(shares))
     total = sum(shares)

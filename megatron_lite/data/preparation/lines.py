@@ -12,6 +12,7 @@ from megatron_lite.config.text_format import BUFFER, damage_errors, unpacked
 from megatron_lite.data.preparation.options import MAX_LINE
 from megatron_lite.data.preparation.sources import Unit
 from megatron_lite.errors import DataError
+from megatron_lite.system_errors import reason, remedy
 
 TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
 """Parquet types of text, and the type of a column without any value."""
@@ -50,15 +51,18 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
         else:
             yield from _read_compressed(unit, max_line)
     except OSError as error:
-        raise DataError(f"Cannot read {unit.source.path} to its end: {error}", fix=COPY_AGAIN) from error
+        raise DataError(
+            f"Cannot read {unit.source.path} to its end: {reason(error)}",
+            fix=remedy(error, unit.source.path, instead="leave the file out of --input"),
+        ) from error
 
 
-COPY_AGAIN = "Copy the file again from an undamaged copy (or compress it again), or leave it out of --input"
+COPY_AGAIN = "Copy or compress the file again, or leave it out of --input"
 
 
 def _damaged(unit: Unit, error: BaseException) -> DataError:
     return DataError(
-        f"{unit.source.path} ({unit.source.num_bytes} bytes) is truncated or damaged: {str(error).rstrip('.')}",
+        f"{unit.source.path} ({unit.source.num_bytes:,} bytes) is truncated or damaged: {str(error).rstrip('.')}",
         fix=COPY_AGAIN,
     )
 
@@ -138,7 +142,7 @@ def _require_column(path: str, schema: Any, key: str) -> None:
     kinds = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in kinds]
     if len(kinds) != 1 or str(kinds[0]) not in TEXT_COLUMNS:
         raise DataError(
-            f"{path} has no single column of strings named {key} (--json-keys); its columns are "
+            f'{path} has no column of strings named "{key}" (--json-keys {key}); its columns are '
             + ", ".join(f"{field.name} ({field.type})" for field in schema),
-            fix="Name its text columns with --json-keys, or write them as strings",
+            fix="Give --json-keys the name of a column of strings, or convert the column to strings",
         )

@@ -39,18 +39,22 @@ def find_prefixes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(
             f"--input {folder} {'is not a directory' if folder.exists() else 'does not exist'}",
-            fix="Give a folder, or --datasets PREFIX …",
+            fix="Give --input a folder with datasets, or name them: --datasets PREFIX PREFIX",
         )
     bins = {path.stem for path in folder.glob("*.bin")}
     indices = {path.stem for path in folder.glob("*.idx")}
     if single := sorted(bins ^ indices):
         raise DataError(
-            f"Datasets in {folder} are incomplete: "
-            + ", ".join(f"{name}{'.idx' if name in bins else '.bin'} is missing" for name in single[:3]),
-            fix="Complete the pairs, or name the datasets to merge with --datasets",
+            f"Datasets in --input {folder} are incomplete: "
+            + ", ".join(f"{name}{'.idx' if name in bins else '.bin'} is missing" for name in single[:3])
+            + (f", and {len(single) - 3} more" if len(single) > 3 else ""),
+            fix="Copy the missing files there, or name the datasets to merge with --datasets PREFIX PREFIX",
         )
     if not bins:
-        raise DataError(f"{folder} has no .bin/.idx datasets", fix="Name the datasets to merge with --datasets")
+        raise DataError(
+            f"--input {folder} contains no dataset (.bin and .idx files)",
+            fix="Give another folder, or name the datasets to merge with --datasets PREFIX PREFIX",
+        )
     return [str(folder / name) for name in sorted(bins)]
 
 
@@ -69,7 +73,10 @@ def merge_datasets(
         DataError: an input is missing or damaged, they differ in token type or tokenizer, or `output` exists.
     """
     if any(Path(prefix).absolute() == Path(output).absolute() for prefix in prefixes):
-        raise DataError(f"{output} is both an input and the output of the merge", fix="Give another --output-prefix")
+        raise DataError(
+            f"{output} is both an input and the output (--output-prefix) of the merge",
+            fix="Give another --output-prefix",
+        )
     if not overwrite:
         require_absent(output)
     warnings: list[str] = []

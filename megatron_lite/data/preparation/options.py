@@ -53,24 +53,40 @@ class PreprocessOptions:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.workers >= 1, "--workers", self.workers, "at least 1"),
-            (self.sample is None or 0 < self.sample <= 1, "--sample-documents", self.sample, "above 0, at most 1"),
-            (self.min_tokens >= 0, "--min-tokens", self.min_tokens, "not negative"),
-            (self.min_chars >= 0, "--min-chars", self.min_chars, "not negative"),
+            (self.workers >= 1, "--workers", self.workers, "a number of at least 1"),
+            (
+                self.sample is None or 0 < self.sample <= 1,
+                "--sample-documents",
+                self.sample,
+                "a number above 0 and at most 1",
+            ),
+            (self.min_tokens >= 0, "--min-tokens", self.min_tokens, "a number of at least 0"),
+            (self.min_chars >= 0, "--min-chars", self.min_chars, "a number of at least 0"),
             (
                 self.max_tokens is None or self.max_tokens >= max(1, self.min_tokens),
                 "--max-tokens",
                 self.max_tokens,
-                "at least 1 and at least --min-tokens",
+                f"a number of at least {max(1, self.min_tokens)}" + (" (--min-tokens)" if self.min_tokens > 1 else ""),
             ),
-            (len(set(self.json_keys)) == len(self.json_keys) > 0, "--json-keys", self.json_keys, "names, each once"),
-            (self.max_line_bytes >= 1, "--max-line-mb", self.max_line_bytes >> 20, "at least 1"),
-            (self.unit_bytes is None or self.unit_bytes >= 1, "--unit-bytes", self.unit_bytes, "at least 1"),
-            (self.seed >= 0, "--seed", self.seed, "not negative"),
+            (
+                len(set(self.json_keys)) == len(self.json_keys) > 0,
+                "--json-keys",
+                self.json_keys,
+                "one or more names, each once",
+            ),
+            (self.max_line_bytes >= 1, "--max-line-mb", self.max_line_bytes >> 20, "a number of at least 1"),
+            (
+                self.unit_bytes is None or self.unit_bytes >= 1,
+                "--unit-bytes",
+                self.unit_bytes,
+                "a number of at least 1",
+            ),
+            (self.seed >= 0, "--seed", self.seed, "a number of at least 0"),
         )
         for holds, flag, value, rule in rules:
             if not holds:
-                raise ConfigError(f"Invalid {flag} {value}", fix=f"Give a {flag} that is {rule}")
+                given = " ".join(value) if isinstance(value, (list, tuple)) else value
+                raise ConfigError(f"{flag} {given} is invalid", fix=f"Give {flag} {rule}")
 
     def prefix(self, key: str) -> str:
         """Return the path of the dataset of one key."""

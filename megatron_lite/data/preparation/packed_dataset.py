@@ -169,9 +169,10 @@ def _check_document_ends(data: IndexedDataset, eod: int) -> None:
         tokens = data.document(number)
         if tokens.shape[0] and int(tokens[-1]) != eod:
             raise DataError(
-                f"Cannot pack {data.prefix}: document {number} ends with token {tokens[-1]}, the end-of-document token "
-                f"is {eod}",
-                fix="Preprocess with --append-eod, or give the tokenizer that the dataset was made with",
+                f"Cannot pack {data.prefix}: document {number:,} ends with token {tokens[-1]} instead of the "
+                "tokenizer's "
+                f"end-of-document token {eod}",
+                fix="Preprocess the corpus with --append-eod, or give the tokenizer that the dataset was made with",
             )
 
 
@@ -188,17 +189,22 @@ def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwri
         DataError: the dataset cannot be packed into `output`.
     """
     if seq_length < 1:
-        raise DataError(f"Cannot pack sequences of --seq-length {seq_length}", fix="Give the model's --seq-length")
+        raise DataError(
+            f"Cannot pack documents into sequences of {seq_length} tokens (--seq-length {seq_length})",
+            fix="Give the --seq-length of the model to be trained",
+        )
     if Path(data.prefix).absolute() == Path(output).absolute():
-        raise DataError(f"{output} is both the input and the output of packing", fix="Give another output path")
+        raise DataError(f"{output} is both the input and the output of packing", fix="Give another output prefix")
     if Path(output).is_dir():
         raise DataError(
-            f"{output} is a directory",
-            rule="A dataset is identified by the path prefix that its .bin and .idx files share",
-            fix=f"Give a prefix inside that directory, for example {Path(output) / 'packed'}",
+            f"The output {output} is a folder, not the common prefix of a .bin and an .idx file",
+            fix=f"Give a prefix inside that folder, for example {Path(output) / 'packed'}",
         )
     if not data.num_tokens:
-        raise DataError(f"{data.prefix} has no tokens to pack", fix="Preprocess it again from text")
+        raise DataError(
+            f"The dataset {data.prefix} contains no tokens to pack",
+            fix="Give another dataset, or preprocess a corpus with text",
+        )
     manifest = read_manifest(data.prefix)
     if manifest is not None and manifest.packed_length:
         raise DataError(
@@ -211,6 +217,7 @@ def _check_arguments(data: IndexedDataset, output: str, seq_length: int, overwri
     free, needed = shutil.disk_usage(folder).free, max(data.num_bytes, seq_length * data.dtype.itemsize)
     if free < needed:
         raise DataError(
-            f"The packed dataset needs at least {format_size(needed)}, {format_size(free)} are free in {folder}",
-            fix="Free some space, or write to another folder",
+            f"The packed dataset needs at least {format_size(needed)}, and {format_size(free)} are free on the disk of "
+            f'"{folder}"',
+            fix="Free space there, or give an output prefix on another disk",
         )

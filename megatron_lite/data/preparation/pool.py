@@ -114,10 +114,15 @@ class Pool(Generic[Task, Event]):
 def _died(process: BaseProcess) -> DataError:
     process.join(5)
     code = process.exitcode
-    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exited with {code}"
+    how = (
+        f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        if code and code < 0
+        else f"ended with exit code {code}"
+    )
     return DataError(
         f"Worker process {process.pid} {how} before its work was done",
-        fix="If memory ran out, give fewer --workers; the same command continues where this one stopped",
+        fix="Give the same command again: it continues where this one stopped. If memory ran out (dmesg names killed "
+        "processes), give fewer --workers",
     )
 
 

@@ -27,18 +27,21 @@ class SentenceSplitter:
             punkt, data = (importlib.import_module(f"nltk.{name}") for name in ("tokenize.punkt", "data"))
             tokenizer = punkt.PunktTokenizer
         except (ImportError, AttributeError) as error:
-            problem = "is older than 3.9" if isinstance(error, AttributeError) else "is not installed"
+            old = isinstance(error, AttributeError)
+            problem = "is older than version 3.9" if old else "is not installed"
             raise DataError(
-                f"The nltk library, which --split-sentences needs, {problem}", fix=install_extra("sentences")
+                f"The nltk library, which --split-sentences needs, {problem}",
+                fix="Upgrade it: pip install -U nltk" if old else install_extra("sentences"),
             ) from error
         try:
             self._punkt: Any = tokenizer(language)
         except (LookupError, ValueError, OSError) as error:
             raise DataError(
-                f"nltk's punkt data for --split-sentences are missing: there is no folder tokenizers/punkt_tab/"
-                f"{language} in any of {', '.join(data.path)}",
-                fix="Run python -m nltk.downloader punkt_tab; without a network, run it elsewhere and copy its "
-                "nltk_data folder to one of these, or set NLTK_DATA to the folder",
+                f"nltk's data for --split-sentences in the language {language} are missing: there is no folder "
+                f"tokenizers/punkt_tab/{language} in any of these folders: {', '.join(data.path)}",
+                fix="Run `python -m nltk.downloader punkt_tab` (without a network, on another machine, and copy its "
+                "folder "
+                "nltk_data to one of these folders), or give a language that punkt_tab has, such as english",
             ) from error
         if keep_newlines:
             self._punkt._lang_vars = _newline_keeping_variables(punkt)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.text_format import HEAD, PARQUET, Packing, foreign_format, missing_library, packing_of
 from megatron_lite.config.values import is_utf8, shown_bytes
 from megatron_lite.data.preparation.options import MAX_UNIT, MIN_UNIT, UNITS
 from megatron_lite.errors import DataError, install_extra
+from megatron_lite.system_errors import reason, remedy
 
 Kind = Literal["text", "parquet"] | Packing
 KINDS: dict[str, Kind] = {
@@ -60,14 +62,14 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             its format is not installed, or a compressed file is empty.
     """
     if not inputs:
-        raise DataError("No --input is given", fix="Give --input FILE …")
+        raise DataError("No input file is given (--input)", fix="Give --input FILE, one or more paths or globs")
     paths = [path for name in inputs for path in _expand(name)]
     seen: dict[str, str] = {}
     for path in paths:
         absolute = os.path.normpath(Path(path).absolute())
         if absolute in seen:
             other = f", also as {seen[absolute]}" if seen[absolute] != path else ""
-            raise DataError(f"{path} is given more than once{other}", fix="Name it once in --input")
+            raise DataError(f"{path} is given more than once{other}", fix="Name the file once in --input")
         seen[absolute] = path
     return [_source(Path(path)) for path in paths]
 
@@ -79,7 +81,9 @@ def _expand(name: str) -> list[str]:
     if not found:
         raise DataError(
             f"--input {name} {'matches no file' if glob.has_magic(name) else 'does not exist'}",
-            fix="Give the paths of the files, or a glob in quotes",
+            fix=suggest_path("--input", name)
+            if not glob.has_magic(name)
+            else "Give a glob that matches files, or their paths",
         )
     return found
 
@@ -88,15 +92,17 @@ def _source(path: Path) -> Source:
     if not is_utf8(str(path)):
         raise DataError(
             f"The name of an --input file is not UTF-8: {shown_bytes(str(path))} (matched by a glob)",
-            fix="Rename the file to a name in UTF-8, for example with `convmv -t utf8`",
+            fix="Rename the file to a name in UTF-8, for example with convmv -f latin1 -t utf8 --notest FILE",
         )
     if path.is_dir():
-        raise DataError(f"--input {path} is a folder", fix=f"Name its files, for example '{path}/*.jsonl'")
+        raise DataError(
+            f"--input {path} is a folder", fix=f"Name the files in it, for example --input '{path}/*.jsonl'"
+        )
     if not path.is_file():
         raise DataError(
             f"--input {path} is a pipe or a device",
             rule="Workers read input files at several positions",
-            fix="Write its content to a file and give the file to --input",
+            fix="Write the content to a file and give that file to --input",
         )
     try:
         with path.open("rb") as file:
@@ -104,8 +110,8 @@ def _source(path: Path) -> Source:
             status = path.stat()
     except OSError as error:
         raise DataError(
-            f"Cannot read --input {path}: {error.strerror}",
-            fix=f"Make it readable, for example with chmod u+r {path}",
+            f"Cannot read --input {path}: {reason(error)}",
+            fix=remedy(error, path, instead="leave the file out of --input"),
         ) from error
     kind = _kind(path, head)
     if kind == "parquet":
@@ -114,17 +120,26 @@ def _source(path: Path) -> Source:
         library = "" if kind == "text" else missing_library(kind)
     if library:
         raise DataError(
-            f"Cannot read the {kind} file {path}: the {library} library is not installed",
-            fix="Decompress the file, or use a Python that was built with this library"
+            f"Cannot read the {kind} file {path}: the Python module {library} is not installed",
+            fix="Decompress the file, or use a Python that was built with this module"
             if library.startswith("_")
             else install_extra("data"),
         )
     if kind != "text" and not status.st_size:
         raise DataError(
-            f"{path} is truncated: it has no bytes, fewer than an empty {path.suffix} file",
+            f"{path} is truncated: it has 0 bytes, and even an empty {path.suffix} file has some",
             fix="Copy or compress the file again, or leave it out of --input",
         )
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
+
+
+def _conversion(foreign: str, path: Path) -> str:
+    """Return how to convert a file in an unsupported format."""
+    if foreign.startswith("UTF-"):
+        return f"Convert the file: iconv -f {foreign.split()[0]} -t UTF-8 {path}"
+    if any(word in foreign for word in ("archive", "lz4", "compress")):
+        return "Unpack it and give the files inside to --input"
+    return "Convert the file to JSON lines or Parquet"
 
 
 def _kind(path: Path, head: bytes) -> Kind:
@@ -141,8 +156,9 @@ def _kind(path: Path, head: bytes) -> Kind:
     if kind == "text" and (foreign := foreign_format(head)):
         raise DataError(
             f"--input {path} is {foreign}",
-            rule="Supported are UTF-8 JSON lines, plain or compressed (gzip, bz2, xz, zstd), and Parquet files",
-            fix="Convert it: iconv -t UTF-8 for text, unpack an archive",
+            rule="Input files are JSON lines in UTF-8, plain or compressed with gzip, bz2, xz or zstd, or Parquet "
+            "files",
+            fix=_conversion(foreign, path),
         )
     return kind
 

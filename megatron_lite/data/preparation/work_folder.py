@@ -21,6 +21,7 @@ from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sources import Source
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
+from megatron_lite.system_errors import reason, remedy
 
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
 FORMAT = 2
@@ -89,8 +90,8 @@ class WorkFolder:
             self._remove_unfinished()
         except OSError as error:
             raise DataError(
-                f"Cannot write to {self.path}: {error.strerror or error}",
-                fix="Give another --output-prefix, or free some space",
+                f"Cannot write to {self.path}: {reason(error)}",
+                fix=remedy(error, self.path, instead="give another --output-prefix", writing=True),
             ) from error
 
     @staticmethod
@@ -111,7 +112,7 @@ class WorkFolder:
             lock.close()
             raise DataError(
                 f"Another preprocessing run is using {self.path}",
-                fix="Wait until it ends, or give another --output-prefix",
+                fix="Wait until that run ends, or give another --output-prefix",
             )
         return lock
 

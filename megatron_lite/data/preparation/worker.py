@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite import system_errors
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.batch import Batch, note_outliers
@@ -59,8 +60,10 @@ def build_job(options: PreprocessOptions, folder: Path, tokenizer: Tokenizer | N
             mark_finished(folder, task.number, FinishedUnit(shards, report))
         except OSError as error:
             raise DataError(
-                f"Cannot write shards to {folder}: {error.strerror or error}",
-                fix="Free some space, then give the same command again: it continues",
+                f"Cannot write to {folder}: {system_errors.reason(error)}",
+                fix=f"{system_errors.remedy(error, folder, writing=True)}; then give the same command again: it "
+                "continues where "
+                "it stopped",
             ) from error
 
     return job
@@ -261,7 +264,7 @@ class UnitWorker:
     def _reject(self, number: int, reason: str, unit: Unit, report: UnitReport) -> None:
         if not self.options.skip_bad_lines:
             raise DataError(
-                f"Bad line {unit.source.path}:{lines_before(unit) + number}: {reason}",
+                f"Cannot read line {lines_before(unit) + number} of {unit.source.path}: {reason}",
                 fix="Repair the line, or pass --skip-bad-lines to leave out and count such lines",
             )
         report.reject(number, reason)

@@ -136,10 +136,14 @@ class _Builder:
             sets += [self.from_group(group, split, asked) for group in groups[split] if asked]
             found[split] = {plan.name: plan for plan in sets}
         if requests["train"] and not found["train"]:
-            reason = f"--split {data.split!r} assigns none to training" if data.sources else "no dataset is given"
+            if data.sources:
+                raise DataError(
+                    f"There are no documents to train on: the first share of --split {data.split} is 0",
+                    fix="Give --split a first share above 0, for example --split 949,50,1, or --skip-train",
+                )
             raise DataError(
-                f"There are no documents to train on: {reason}",
-                fix="Give --data-path (or --mock-data) and a --split whose first share is not 0",
+                "There are no documents to train on: no training dataset is given",
+                fix="Give --data-path PREFIX, --train-data-path PREFIX or --mock-data",
             )
         return found
 
@@ -199,8 +203,9 @@ class _Builder:
         for part in plan.sources if parts else ():
             if part.bounds[0] >= part.bounds[1] and part.source.weight != 0:
                 self.notices.warnings.append(
-                    f"{part.data.prefix} has no documents for {plan.name} ({len(part.data)} sequences in total): left "
-                    "out, its share goes to the other sources"
+                    f"the dataset {part.data.prefix} ({len(part.data):,} sequences) is too small to give the "
+                    f"{plan.name} set a "
+                    "document: the other datasets of the set take its share"
                 )
         parts = parts or plan.sources
         given = [part.source.weight for part in parts]
@@ -209,9 +214,9 @@ class _Builder:
             sizes = [part.size for part in sources]
             if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
-                    f"The datasets hold {sum(sizes)} samples, the {plan.name} split needs {plan.size}",
-                    rule="Datasets without weights are read once, those with weights again from their beginning",
-                    fix="Write a weight before each path of --data-path, for example 0.3 a 0.7 b, or train for fewer "
+                    f"The datasets of the {plan.name} set hold {sum(sizes):,} samples, and the run needs {plan.size:,}",
+                    rule="Several datasets without weights are read once; with weights they are repeated as needed",
+                    fix="Write a weight before each path, for example --data-path 0.3 a 0.7 b, or train for fewer "
                     "iterations",
                 )
             # Validation and test restart at the end of their data.
@@ -237,8 +242,11 @@ class _Builder:
         config, (first, last), prefix = self.config, part.bounds, part.data.prefix
         if first >= last:
             raise DataError(
-                f"{name} has no documents of {prefix}: its range is sequences {first} to {last}",
-                fix="Change --split or the source's START:END, or leave the source out of the blend",
+                f"The {name} set gets no documents of the dataset {prefix}: its part, from sequence {first:,} to "
+                f"{last:,}, is empty",
+                fix="Give the set a larger share (--split, or START:END of the weighted paths), use a larger dataset, "
+                "or leave "
+                "the dataset out",
             )
         part = replace(part, asked=requests[-1] if requests else None)
         if config.data.sampling == "slice":
@@ -305,7 +313,7 @@ def blend_counts(weights: Sequence[float], wanted: int, *, modern: bool) -> tupl
     if not math.isfinite(sum(weights)) or min(weights) < 0 or sum(weights) <= 0:
         raise DataError(
             f"Cannot blend datasets with the weights {list(weights)}",
-            fix="Give weights in --data-path that are at least 0 and not all 0",
+            fix="Give weights of at least 0, not all 0, for example --data-path 0.3 a 0.7 b",
         )
     if modern:
         shares = normalize(weights)

@@ -102,8 +102,9 @@ def check_tokens(prefix: str, tokens: NDArray[np.generic], vocab_size: int, wher
     wrong = values[(values < 0) | (values >= vocab_size)]
     if wrong.size:
         raise DataError(
-            f"{prefix} holds token id {wrong[0]} ({where}), the vocabulary has {vocab_size} entries",
-            fix="Give the tokenizer that the dataset was made with, or preprocess it again with this one",
+            f"The dataset {prefix} contains token id {wrong[0]} ({where}), but the vocabulary has {vocab_size:,} "
+            "entries",
+            fix="Give the tokenizer that the dataset was made with, or preprocess the corpus again with this one",
         )
 
 
@@ -261,7 +262,9 @@ def out_of_samples(sample: int, size: int, sources: Sequence[str]) -> DataError:
     Every set is built to cover the run, so the number comes from a command line, or from a bug.
     """
     return DataError(
-        f"Sample {sample} of {', '.join(sources)} was requested, but its index has the samples 0 to {size - 1}",
-        fix="Start the run again with --load: its datasets then cover all of its samples. If the error repeats, report "
-        "it with the command",
+        f"Sample {sample:,} of the dataset {', '.join(sources)} was requested, but its index has the samples 0 to "
+        f"{size - 1:,}",
+        fix="Resume the run with --load: its index then covers all samples that it needs. If the error comes again, "
+        "report "
+        "it with the command as a bug",
     )
