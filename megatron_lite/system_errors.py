@@ -38,6 +38,8 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
             return f'Free space on the disk of "{existing.absolute()}" (df -h)'
         case errno.EDQUOT:
             return f'Delete files to get below the disk quota of "{existing.absolute()}" (quota -s)'
+        case errno.EFBIG:
+            return "Raise the limit of file sizes (ulimit -f)"
         case errno.EACCES | errno.EPERM:
             return f'Give this user permission to {"write to" if writing else "read"} "{existing.absolute()}" (ls -ld)'
         case errno.EROFS:

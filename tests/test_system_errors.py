@@ -21,6 +21,7 @@ REMEDIES = {
     errno.EISDIR: "Give a file instead of the folder",
     errno.ENOTEMPTY: "Empty the folder",
     errno.EMFILE: "ulimit -n",
+    errno.EFBIG: "ulimit -f",
     errno.ENAMETOOLONG: "Use a shorter path",
     errno.ELOOP: "Remove the symbolic link",
     errno.EXDEV: "on the same file system",

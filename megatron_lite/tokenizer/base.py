@@ -64,7 +64,7 @@ class Tokenizer(ABC):
         """
         raise DataError(
             f"{type(self).__name__} has no beginning-of-text token, which --prepend-bos adds",
-            fix="Leave --prepend-bos out",
+            fix="Remove --prepend-bos, or use another --tokenizer-type",
         )
 
     @abstractmethod
@@ -118,9 +118,10 @@ def find_bos(vocabulary: dict[str, int], declared: str = "") -> int:
         if name in vocabulary:
             return vocabulary[name]
     raise DataError(
-        f"There is no beginning-of-text token for --prepend-bos: the vocabulary of {len(vocabulary)} tokens has none "
-        f"of {', '.join(names)}",
-        fix="Leave --prepend-bos out, or declare bos_token in tokenizer_config.json",
+        f"The tokenizer has no beginning-of-text token for --prepend-bos: its vocabulary of {len(vocabulary):,} "
+        "tokens has "
+        f"none of these: {', '.join(names)}",
+        fix="Remove --prepend-bos, or declare the token as bos_token in tokenizer_config.json",
     )
 
 
@@ -140,9 +141,12 @@ def find_eod(vocabulary: dict[str, int], wanted: str, declared: str = "") -> int
         if name in vocabulary:
             return vocabulary[name]
     raise DataError(
-        f"The end-of-document token is unknown: the vocabulary of {len(vocabulary)} tokens has none of "
-        + ", ".join(names),
-        fix="Give the name of the end-of-document token with --eod-token",
+        f"The vocabulary of {len(vocabulary):,} tokens has no token {wanted} (--eod-token {wanted})"
+        if wanted
+        else f"The tokenizer's end-of-document token is unknown: its vocabulary of {len(vocabulary):,} tokens has "
+        "none of "
+        f"the usual names ({', '.join(names)})",
+        fix="Give --eod-token the name of the vocabulary's end-of-document token",
     )
 
 

@@ -16,9 +16,9 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     if config.vocab_extra_ids and config.type in ("GPT2BPETokenizer", "NullTokenizer"):
         raise ConfigError(
-            f"Cannot add --vocab-extra-ids {config.vocab_extra_ids} to a tokenizer of --tokenizer-type {config.type}",
-            rule="Only Hugging Face and sentencepiece tokenizers have extra ids",
-            fix="Leave --vocab-extra-ids out, or choose another --tokenizer-type",
+            f"--tokenizer-type {config.type} does not support --vocab-extra-ids {config.vocab_extra_ids}",
+            rule="HuggingFaceTokenizer and SentencePieceTokenizer do",
+            fix="Remove --vocab-extra-ids, or use one of these two for --tokenizer-type",
         )
     if config.type == "NullTokenizer":
         from megatron_lite.tokenizer.null import NullTokenizer

@@ -201,9 +201,10 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 def _too_long(text: str) -> DataError:
     return DataError(
-        f"Cannot encode a text of {len(text):,} characters: it has too few places at which to split it into pieces of "
-        f"at most {MAX_WHOLE:,} characters, such as the ends of words",
-        fix="Remove the document, or break the long run of characters with spaces or line breaks",
+        f"Cannot encode a text of {len(text):,} characters: a run of more than {MAX_WHOLE:,} characters has no space "
+        "or "
+        "other place at which the tokenizer splits text",
+        fix="Remove the text from the input, or break the run with spaces or line breaks",
     )
 
 

@@ -143,15 +143,18 @@ class HuggingFaceTokenizer(Tokenizer):
             text.encode("utf-8")
             if len(text) > MAX_SLOW:
                 raise DataError(
-                    f"Cannot encode a text of {len(text):,} characters (maximum {MAX_SLOW:,} without tiktoken)",
-                    fix=f"Leave it out, or split it. For a byte-level BPE such as GPT-2's: {install_extra('fast')}",
+                    f"Cannot encode a text of {len(text):,} characters: the tokenizers library takes at most "
+                    f"{MAX_SLOW:,}",
+                    fix="Split the text, or remove it from the input. A byte-level BPE such as GPT-2's encodes longer "
+                    "texts "
+                    f"with tiktoken. {install_extra('fast')}",
                 )
         try:
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception
             raise DataError(
                 f"The tokenizer cannot encode a text: {error}",
-                fix="Leave the text out, or give a tokenizer with an unknown token or byte fallback",
+                fix="Remove the text from the input, or use a tokenizer that has an unknown token or byte fallback",
             ) from error
         # Some pre-tokenizers turn an empty text into a space.
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
@@ -222,11 +225,11 @@ def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
 
     for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not path or not Path(path).is_file():
-            problem = f"{flag} {path} is not a file" if path else f"{flag} is not given"
+            problem = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
             raise DataError(
-                problem,
-                rule="GPT2BPETokenizer needs vocab.json and merges.txt",
-                fix="Give --vocab-file and --merge-file, or choose another --tokenizer-type",
+                f"{flag} {path} {problem}" if path else f"{flag} is not given",
+                rule="--tokenizer-type GPT2BPETokenizer reads a vocab.json and a merges.txt",
+                fix="Give --vocab-file vocab.json and --merge-file merges.txt, or use another --tokenizer-type",
             )
     vocabulary = _read_vocabulary(vocab_file)
     merges = _read_merges(merge_file)
@@ -234,14 +237,17 @@ def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
         library = hf.Tokenizer(hf.models.BPE(vocabulary, merges))
     except Exception as error:  # the library raises plain Exception
         raise DataError(
-            f"{vocab_file} and {merge_file} do not belong to one tokenizer: {error}",
-            fix="Give the two files of one tokenizer to --vocab-file and --merge-file",
+            f"{vocab_file} and {merge_file} do not belong to the same tokenizer: {error}",
+            fix="Give --vocab-file and --merge-file the two files of the same tokenizer",
         ) from error
     absent = [symbol for symbol in fast.byte_of_symbol() if symbol not in vocabulary]
     if absent:
         raise DataError(
-            f"{vocab_file} lacks {len(absent)} of 256 bytes ({' '.join(absent[:5])} …), so text would be lost",
-            fix="Use the vocab.json of a byte-level BPE, such as one of tools/train_tokenizer.py",
+            f"{vocab_file} is not the vocabulary of a byte-level BPE: it has no tokens for {len(absent)} of the 256 "
+            "byte values "
+            f"({' '.join(absent[:5])} …), so some text could not be encoded",
+            fix="Give --vocab-file the vocab.json of a byte-level BPE, such as GPT-2's or one that "
+            "tools/train_tokenizer.py wrote",
         )
     library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = hf.decoders.ByteLevel()
@@ -277,8 +283,8 @@ def _read_merges(path: str) -> list[tuple[str, str]]:
 
 def _unreadable(place: str, reason: str) -> DataError:
     return DataError(
-        f"Cannot read {place} as a file of a GPT2BPETokenizer: {reason}",
-        fix="Give the two files of one tokenizer to --vocab-file and --merge-file",
+        f"Cannot read {place} as a file of a GPT-2 tokenizer: {reason}",
+        fix="Give --vocab-file the vocab.json and --merge-file the merges.txt of the same tokenizer",
     )
 
 
@@ -312,7 +318,7 @@ def read_hugging_face(
         except Exception as error:  # the library raises plain Exception
             raise DataError(
                 f"{path} is not a valid Hugging Face tokenizer file: {error}",
-                fix="It may be truncated: copy it again, or give --tokenizer-model another file or its directory",
+                fix="Copy the file again, or give --tokenizer-model another tokenizer.json",
             ) from error
         eos, bos = _declared(path.parent) if path.name == "tokenizer.json" else ("", "")
     if extra_ids:
@@ -331,18 +337,26 @@ def _tokenizer_json(name: str) -> Path | None:
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             return None
         if any(path.glob("*.model")):
-            fix = "Its sentencepiece model needs --tokenizer-type SentencePieceTokenizer"
+            fix = f"Use --tokenizer-type SentencePieceTokenizer --tokenizer-model {next(path.glob('*.model'))}"
         else:
-            fix = "Save one with save_pretrained of a fast tokenizer, or give another --tokenizer-model"
-        raise DataError(f"{path} has neither a tokenizer.json nor vocab.json and merges.txt", fix=fix)
+            fix = (
+                "Write a tokenizer.json there (in transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)), "
+                "or "
+                "give another --tokenizer-model"
+            )
+        raise DataError(
+            f"The folder {path} (--tokenizer-model) has neither a tokenizer.json nor a vocab.json and merges.txt",
+            fix=fix,
+        )
     cached = cached_tokenizer(name)
     if cached is None:
         raise DataError(
-            f"--tokenizer-model {name} is not a tokenizer.json, a directory containing one, or a model in the "
-            "local Hugging Face cache"
+            f"--tokenizer-model {name} is neither a file or folder nor a model in the local Hugging Face cache"
             if name
-            else "--tokenizer-model is not given, which HuggingFaceTokenizer needs",
-            fix="Give --tokenizer-model PATH; download a model of the hub with `hf download NAME`",
+            else "--tokenizer-type HuggingFaceTokenizer is given without --tokenizer-model",
+            fix="Give --tokenizer-model the path of a tokenizer.json or of its folder; download a model of the "
+            "Hugging Face "
+            "Hub first with `hf download NAME`",
         )
     return cached
 
@@ -356,6 +370,8 @@ def _declared(folder: Path) -> tuple[str, str]:
         declared = json.loads(require_text(path, "--tokenizer-model"))
         eos, bos = (declared.get(key) or "" for key in ("eos_token", "bos_token"))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"Cannot read {path} as a JSON object: {error}", fix=f"Repair or remove {path}") from error
+        raise DataError(
+            f"{path} is not a valid JSON object: {error}", fix=f"Copy {path} again, or remove it"
+        ) from error
     eos, bos = (str(token.get("content", "") if isinstance(token, dict) else token) for token in (eos, bos))
     return eos, bos

@@ -17,7 +17,8 @@ class NullTokenizer(Tokenizer):
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ConfigError(
-                f"NullTokenizer needs a --vocab-size of at least 1, not {size}", fix="Give --vocab-size N, N ≥ 1"
+                f"--tokenizer-type NullTokenizer has --vocab-size {size}",
+                fix="Give --vocab-size N, the number of token ids of the data, at least 1",
             )
         self._size = size
 
@@ -43,9 +44,11 @@ class NullTokenizer(Tokenizer):
             return [int(word) for word in words]
         number = bad.isascii() and bad.isdigit()
         raise DataError(
-            f"NullTokenizer cannot encode {bad[:40]!r}: it accepts token ids from 0 to {self._size}, separated by "
-            f"whitespace (--vocab-size {self._size})",
-            fix=f"Give {'a larger --vocab-size' if number else 'text of token ids'}, or another --tokenizer-type",
+            f"NullTokenizer cannot encode {bad[:40]!r}: it reads token ids from 0 to {self._size}, separated by spaces "
+            f"(--vocab-size {self._size})",
+            fix="Use a larger --vocab-size, or ids within it"
+            if number
+            else "Write token ids instead of text, or use another --tokenizer-type",
         )
 
     def _is_token(self, word: str) -> bool:

@@ -25,18 +25,19 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: str, *, eod_token: str = "", extra_ids: int = 0) -> None:
         library = import_sentencepiece()
         if not path or not Path(path).is_file():
-            problem = f"--tokenizer-model {path} is not a file" if path else "--tokenizer-model is not given"
+            problem = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
             raise DataError(
-                problem,
-                rule="SentencePieceTokenizer needs a .model file",
-                fix="Give the path of a sentencepiece model to --tokenizer-model",
+                f"--tokenizer-model {path} {problem}"
+                if path
+                else "--tokenizer-type SentencePieceTokenizer is given without --tokenizer-model",
+                fix="Give --tokenizer-model the path of a sentencepiece .model file",
             )
         try:
             self._library: Any = library.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"Cannot read {path} as a sentencepiece model: {error}",
-                fix="Give the path of a sentencepiece model to --tokenizer-model",
+                fix="Give --tokenizer-model a sentencepiece .model file, or copy the file again if it is damaged",
             ) from error
         pieces = [self._library.id_to_piece(i) for i in range(self._library.get_piece_size())]
         self._tokens = pieces + [f"<extra_id_{i}>" for i in range(extra_ids)]
@@ -111,7 +112,7 @@ def import_sentencepiece() -> Any:
         import sentencepiece
     except ImportError as error:
         raise DataError(
-            "The sentencepiece library, which SentencePieceTokenizer needs, is not installed",
+            "The sentencepiece library, which --tokenizer-type SentencePieceTokenizer needs, is not installed",
             fix=install_extra("sentencepiece"),
         ) from error
     return sentencepiece

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.formatting import format_count
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.tokenizer.sentencepiece import import_sentencepiece
 
@@ -48,8 +49,9 @@ def train_byte_level_bpe(
 
     if vocab_size < 256 + len(special_tokens):
         raise ConfigError(
-            f"--vocab-size {vocab_size} is too small for 256 bytes and {len(special_tokens)} special tokens",
-            fix=f"Give a --vocab-size of at least {256 + len(special_tokens)}",
+            f"--vocab-size {vocab_size} is too small for the 256 byte values and "
+            f"{format_count(len(special_tokens), 'special token')}",
+            fix=f"Use --vocab-size {256 + len(special_tokens)} or more",
         )
     library = hf.Tokenizer(hf.models.BPE())
     library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -110,10 +112,11 @@ def train_sentencepiece(
             minloglevel=2,
         )
         replace_file(path, model.getvalue())
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         raise ConfigError(
-            f"sentencepiece cannot train a model of --vocab-size {vocab_size} on this text: {str(error)[-300:]}",
-            fix="Give a smaller --vocab-size or more text",
+            f"sentencepiece cannot train a model of --vocab-size {vocab_size} on this text: "
+            f"{str(error)[-300:].rstrip('.')}",
+            fix="Use a smaller --vocab-size, or more text",
         ) from error
     return int(library.SentencePieceProcessor(model_file=str(path)).get_piece_size())
 
@@ -130,6 +133,6 @@ def _require_text(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if empty:
         raise DataError(
-            "The input has no document with text to train a tokenizer on",
-            fix="Give --input files with text under --json-keys",
+            "The input contains no text to train a tokenizer on",
+            fix="Give --input files with text under the key of --json-keys",
         )

@@ -173,7 +173,10 @@ def test_verify_continues_after_a_damaged_dataset(prefix, tmp_path, capsys):
     assert main(["data", "verify", str(tmp_path), prefix]) == 1
     said = capsys.readouterr()
     assert f"{prefix}: OK" in said.out
-    assert f"is a folder, not the common prefix of a .bin and .idx. Give a dataset in it: {prefix}" in said.err
+    assert (
+        f"is a folder, not the common prefix of a .bin and an .idx file. Give a dataset of that folder: {prefix}"
+        in said.err
+    )
     assert main(["data", "inspect", prefix, "--picture", str(tmp_path / "absent" / "lengths.svg")]) == 1
     assert "--picture" in capsys.readouterr().err
 

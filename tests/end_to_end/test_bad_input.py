@@ -58,7 +58,7 @@ def test_a_truncated_file_of_a_dataset(suffix, manifest, bytes_left, corpus, dat
     if not manifest:
         part(dataset, ".manifest.json").unlink()
     result = command(*corpus.job(*SAVING, data=dataset))
-    assert_explained(result, part(dataset, suffix), f" {bytes_left} bytes", kind="DataError")
+    assert_explained(result, part(dataset, suffix), f" {bytes_left:,} bytes", kind="DataError")
     assert "again" in result.err
 
 
@@ -69,7 +69,7 @@ def test_an_index_of_another_dataset(corpus, dataset, tmp_path):
     shutil.copy(f"{other}_text_document.idx", part(dataset, ".idx"))
     part(dataset, ".manifest.json").unlink()
     result = command(*corpus.job(*SAVING, data=dataset))
-    assert_explained(result, part(dataset, ".bin"), "its .idx describes", kind="DataError")
+    assert_explained(result, part(dataset, ".bin"), "the .idx describes", kind="DataError")
 
 
 def test_an_index_of_another_order_of_the_same_documents(corpus, dataset):
@@ -85,7 +85,9 @@ def test_a_token_outside_the_vocabulary(place, corpus, dataset):
     tokens[place] = 301
     tokens.tofile(part(dataset, ".bin"))
     result = command(*corpus.job(*SAVING, data=dataset))
-    assert_explained(result, dataset, "id 301", "the vocabulary has 300", "preprocess it again", kind="DataError")
+    assert_explained(
+        result, dataset, "id 301", "the vocabulary has 300", "preprocess the corpus again", kind="DataError"
+    )
 
 
 def test_a_token_outside_the_vocabulary_found_during_training(corpus, dataset, tmp_path):
@@ -140,7 +142,7 @@ def test_a_tokenizer_other_than_that_of_the_data(corpus, tmp_path):
     args = ("train-tokenizer", "--input", corpus.text, "--output", other, "--vocab-size", 290)
     assert command(*args).code == 0
     result = command(*corpus.job(*SAVING, "--tokenizer-model", other))
-    assert_explained(result, corpus.data[0], "fingerprint", "preprocess it again", kind="DataError")
+    assert_explained(result, corpus.data[0], "fingerprint", "preprocess the corpus again", kind="DataError")
 
 
 def limit_files(size):
@@ -172,7 +174,7 @@ def test_full_disk_for_a_dataset(corpus, start, tmp_path):
     args = ("preprocess", "--input", corpus.text, "--output-prefix", tmp_path / "out", "--append-eod")
     args += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus.tokenizer)
     result = start(args, partial(limit_files, 8_000)).wait()
-    assert_explained(result, tmp_path / "out", "space", kind="DataError")
+    assert_explained(result, tmp_path / "out", "ulimit -f", kind="DataError")
     assert not list(tmp_path.glob("out_*"))
     assert command(*args).code == 0
     assert command(*corpus.job(*SAVING, data=tmp_path / "out_text_document")).code == 0

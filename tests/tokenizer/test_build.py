@@ -20,7 +20,7 @@ def test_null():
     assert tokenizer.decode([3, 1]) == "3 1"
     with pytest.raises(DataError, match="cannot encode '101'"):
         tokenizer.encode("3 101")
-    with pytest.raises(DataError, match="accepts token ids from 0 to 100"):
+    with pytest.raises(DataError, match="reads token ids from 0 to 100"):
         tokenizer.encode("3 " + "0" * 5000)
     with pytest.raises(ConfigError, match="--vocab-size"):
         build_tokenizer(TokenizerConfig(type="NullTokenizer"))
@@ -52,15 +52,15 @@ def test_sentencepiece(each, tmp_path):
         train_sentencepiece(texts, tmp_path / "other.model", vocab_size=100_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sp.model"]
     (tmp_path / "bad.model").write_bytes(b"x")
-    for path, message in ((tmp_path / "bad.model", "Cannot read"), (tmp_path / "absent", "not a file")):
+    for path, message in ((tmp_path / "bad.model", "Cannot read"), (tmp_path / "absent", "does not exist")):
         with pytest.raises(DataError, match=message):
             build_tokenizer(TokenizerConfig(type="SentencePieceTokenizer", model=str(path)))
 
 
 def test_training_needs_text_and_a_large_enough_vocabulary(tmp_path):
-    with pytest.raises(DataError, match="no document"):
+    with pytest.raises(DataError, match="contains no text"):
         train_byte_level_bpe([], tmp_path, vocab_size=300)
-    with pytest.raises(ConfigError, match="at least 257"):
+    with pytest.raises(ConfigError, match="--vocab-size 257 or more"):
         train_byte_level_bpe(["a"], tmp_path, vocab_size=256)
     assert train_byte_level_bpe(["ab ab"], tmp_path, vocab_size=1000, special_tokens=["<end>", "<pad>"]) == 259
 

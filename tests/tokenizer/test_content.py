@@ -71,7 +71,7 @@ def test_beginning_of_text_token(bpe_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(b'\xef\xbb\xbf{"bos_token": {"content": "<go>"}}')
     tokenizer = read_hugging_face(str(tmp_path))
     assert tokenizer.token(tokenizer.bos) == "<go>"
-    with pytest.raises(DataError, match=r"for --prepend-bos: .* has none of <s>, <\|begin_of_text\|>"):
+    with pytest.raises(DataError, match=r"for --prepend-bos: .* has none of these: <s>, <\|begin_of_text\|>"):
         _ = read_hugging_face(str(bpe_folder)).bos
     with pytest.raises(DataError, match="NullTokenizer has no beginning-of-text token"):
         _ = build_tokenizer(TokenizerConfig(type="NullTokenizer", vocab_size=9)).bos

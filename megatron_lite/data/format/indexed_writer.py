@@ -195,7 +195,8 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if given.size and (given.min() < limits.min or given.max() > limits.max):
             raise DataError(
-                f"Document {self.num_documents} has token ids from {given.min()} to {given.max()}; the dataset's token type "
+                f"Document {self.num_documents} has token ids from {given.min()} to {given.max()}; the dataset's "
+                "token type "
                 f"{self.dtype.name} holds {limits.min} to {limits.max}",
                 fix="Use the tokenizer whose vocabulary size the token type was chosen for",
             )
@@ -265,5 +266,4 @@ def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
             raise DataError(
                 f"Cannot write the dataset {prefix}: another process is writing it",
                 fix="Wait until that process ends, or give another output prefix",
-            
             )

@@ -124,6 +124,6 @@ def iterate_texts(
             except BadLineError as error:
                 if not skip_bad:
                     raise DataError(
-                        f"Cannot read line {line.number} of {unit.source.path}: {error}",
+                        f"Bad line {unit.source.path}:{line.number}: {error}",
                         fix="Repair the line, or pass --skip-bad-lines to leave out such lines",
                     ) from error

@@ -142,7 +142,7 @@ def _require_column(path: str, schema: Any, key: str) -> None:
     kinds = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in kinds]
     if len(kinds) != 1 or str(kinds[0]) not in TEXT_COLUMNS:
         raise DataError(
-            f'{path} has no column of strings named "{key}" (--json-keys {key}); its columns are '
+            f'{path} has no single column of strings named "{key}" (--json-keys {key}); its columns are '
             + ", ".join(f"{field.name} ({field.type})" for field in schema),
             fix="Give --json-keys the name of a column of strings, or convert the column to strings",
         )

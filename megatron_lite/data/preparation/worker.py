@@ -264,7 +264,7 @@ class UnitWorker:
     def _reject(self, number: int, reason: str, unit: Unit, report: UnitReport) -> None:
         if not self.options.skip_bad_lines:
             raise DataError(
-                f"Cannot read line {lines_before(unit) + number} of {unit.source.path}: {reason}",
+                f"Bad line {unit.source.path}:{lines_before(unit) + number}: {reason}",
                 fix="Repair the line, or pass --skip-bad-lines to leave out and count such lines",
             )
         report.reject(number, reason)

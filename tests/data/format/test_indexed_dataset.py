@@ -157,10 +157,10 @@ def test_parts_of_a_sequence(tmp_path):
     [
         (lambda folder: (folder / "a.idx").unlink(), r"a\.idx does not"),
         (lambda folder: (folder / "a.bin").unlink(), r"a\.bin does not"),
-        (lambda folder: (folder / "a.bin").write_bytes(b"\0" * 4), "has 4 bytes, its .idx describes 6"),
-        (lambda folder: (folder / "a.idx").write_bytes(b""), "ends after 0 bytes"),
+        (lambda folder: (folder / "a.bin").write_bytes(b"\0" * 4), "the .bin has 4 bytes, the .idx describes 6"),
+        (lambda folder: (folder / "a.idx").write_bytes(b""), "it has 0 bytes"),
         (lambda folder: (folder / "a.idx").write_bytes(b"TNTIDX\0\0" + b"\0" * 40), "megatron-lite data convert"),
-        (lambda folder: (folder / "a.idx").write_bytes(b'{"text": "no"}' * 9), "starts with"),
+        (lambda folder: (folder / "a.idx").write_bytes(b'{"text": "no"}' * 9), "begins with the bytes"),
     ],
 )
 def test_a_damaged_pair_is_refused(tmp_path, damage, message):
@@ -172,7 +172,12 @@ def test_a_damaged_pair_is_refused(tmp_path, damage, message):
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
-    [(9, b"\2", "version 2"), (17, b"\6", "code 6"), (18, b"\xff" * 8, "bytes"), (26, b"\0" * 8, "bytes")],
+    [
+        (9, b"\2", "version 2"),
+        (17, b"\6", "unknown token type 6"),
+        (18, b"\xff" * 8, "bytes"),
+        (26, b"\0" * 8, "bytes"),
+    ],
 )
 def test_a_header_of_another_dataset_type_is_refused(tmp_path, at, value, message):
     write(tmp_path / "a", [[[1, 2, 3]]])
@@ -201,7 +206,7 @@ def test_the_error_of_a_missing_prefix_suggests_an_existing_one(tmp_path):
 
 def test_a_token_outside_the_type_is_refused_without_leaving_files(tmp_path):
     with (
-        pytest.raises(DataError, match="Document 1 has tokens from 1 to 70000"),
+        pytest.raises(DataError, match="Document 1 has token ids from 1 to 70000"),
         IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer,
     ):
         writer.add_document([5])
@@ -247,7 +252,7 @@ def test_a_bin_truncated_while_open_is_a_data_error(tmp_path):
     write(tmp_path / "a", [[[1, 2, 3, 4]]])
     dataset = IndexedDataset(tmp_path / "a")
     (tmp_path / "a.bin").write_bytes(b"\1\0")
-    with pytest.raises(DataError, match="ends at byte 2, it had 8"):
+    with pytest.raises(DataError, match="ends at byte 2 and had 8"):
         dataset.get(0)
 
 

@@ -56,7 +56,7 @@ def test_index_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
         check_memory(HUGE, "corpus", "Give a smaller --train-iters")
     text = str(caught.value)
     assert '4,000,000,000 samples, 10,666,667 epochs of 45 documents of "corpus"' in text
-    assert f"takes {format_size(HUGE.build_bytes)} of memory to build, 9.31 GiB are available" in text
+    assert f"takes {format_size(HUGE.build_bytes)} of memory, and 9.31 GiB are free" in text
     assert "Give a smaller --train-iters" in text
     assert "About 1,000,000,000 samples fit" in text
     monkeypatch.setattr(index_space, "available_memory", lambda: 10 * HUGE.build_bytes)
@@ -68,7 +68,9 @@ def test_index_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
 def test_index_larger_than_the_disk_is_refused_with_both_sizes(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))
-    with pytest.raises(DataError, match=r"take 1[67].*GiB, 954 MiB are free on .*Give --data-cache-path a folder with"):
+    with pytest.raises(
+        DataError, match=r"take 1[67].*GiB, and 954 MiB are free on .*Give --data-cache-path a folder with"
+    ):
         check_disk(HUGE, "corpus", tmp_path, "Give a smaller --train-iters")
 
 
@@ -76,7 +78,7 @@ def test_refused_index_leaves_no_files_and_a_cached_one_needs_no_memory(data, tm
     monkeypatch.setattr(index_cache, "WORTH_KEEPING", 0)
     plan = plan_for(data, 5000, 8)
     monkeypatch.setattr(index_space, "available_memory", lambda: 1000)
-    with pytest.raises(DataError, match=r"takes 49 KiB of memory to build, 0.977 KiB are available"):
+    with pytest.raises(DataError, match=r"takes 49 KiB of memory, and 0.977 KiB are free"):
         cached_index(plan, data, tmp_path / "cache", Notices())
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     monkeypatch.undo()

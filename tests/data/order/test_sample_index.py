@@ -135,7 +135,7 @@ def test_one_epoch_without_a_number_of_samples():
 
 @pytest.mark.parametrize(("sizes", "wanted"), [([0, 0], 5), ([3, 2], None)])
 def test_too_few_tokens_are_refused(sizes, wanted):
-    with pytest.raises(DataError, match="too few for a sample of 8"):
+    with pytest.raises(DataError, match="less than one sample of 8"):
         plan_index(
             np.array(sizes, dtype=np.int32),
             (0, 2),

@@ -149,8 +149,8 @@ def test_packing_is_deterministic_and_overwrites_nothing(folder):
         (lambda: pack_dataset(data, data.prefix, 8, TOKENIZER, overwrite=True), "both the input and the output"),
         (lambda: pack_dataset(IndexedDataset(output), str(folder / "again"), 8, TOKENIZER), "already packed"),
         (lambda: pack_dataset(data, str(folder / "other"), 0, TOKENIZER), "--seq-length 0"),
-        (lambda: pack_dataset(data, str(folder), 16, TOKENIZER), "is a directory"),
-        (lambda: pack_dataset(data, str(folder / "other"), 16, {**TOKENIZER, "eod": 5}), "end-of-document token is 5"),
+        (lambda: pack_dataset(data, str(folder), 16, TOKENIZER), "is a folder, not the common prefix"),
+        (lambda: pack_dataset(data, str(folder / "other"), 16, {**TOKENIZER, "eod": 5}), "end-of-document token 5"),
     ):
         with pytest.raises(DataError, match=message):
             call()

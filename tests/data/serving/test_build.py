@@ -133,7 +133,7 @@ def test_a_source_without_documents_for_a_split_is_left_out_of_it(tmp_path, orde
     assert sets.train.sources == ("a", "b", "c")
     assert sets.valid["valid"].sources == ("a", "c")
     assert sum(sets.valid["valid"].source(sample) for sample in range(24)) == 18, "weights 1 and 3 of 4"
-    assert f"{paths[1]} has no documents for valid (2 sequences in total): left out" in str(sets.notices.warnings)
+    assert f"{paths[1]} (2 sequences) is too small to give the valid set a document" in str(sets.notices.warnings)
     assert "for train" not in str(sets.notices.warnings)
 
 
@@ -145,7 +145,9 @@ def test_a_set_for_which_no_source_has_documents(tmp_path):
     assert (sets.valid, sets.test) == ({}, {})
     assert "assigns no documents to valid" in str(sets.notices.warnings)
     late = DataGroup(name="late", sources=(DataSource(path=empty, weight=1.0, start=0.9, end=1.0),) * 2)
-    with pytest.raises(DataError, match=r"late has no documents of .*: its range is sequences 2 to 2"):
+    with pytest.raises(
+        DataError, match=r"The late set gets no documents of the dataset .*from sequence 2 to 2, is empty"
+    ):
         build_datasets(config(DataConfig(sources=sources, valid_groups=(late,))))
 
 
@@ -173,7 +175,7 @@ def test_an_id_missed_at_the_start_is_refused_when_it_is_read(tmp_path, monkeypa
     prefix = write(tmp_path / "a", low=200, high=201)
     monkeypatch.setattr("megatron_lite.data.serving.build.check_vocabulary", lambda *_: None)
     train = build_datasets(config(DataConfig(sources=(DataSource(path=prefix),)))).train
-    with pytest.raises(DataError, match=r"holds token id 200 \(sequence \d+"):
+    with pytest.raises(DataError, match=r"contains token id 200 \(sequence \d+"):
         train[0]
 
 

@@ -46,7 +46,7 @@ def test_every_epoch_reads_each_range_of_the_split_once(folder, sizes, cut, leng
     first, last = sorted(min(bound, len(sizes)) for bound in cut)
     tokens = list(range(sum(sizes[:first]), sum(sizes[:last])))
     if len(tokens) <= length:
-        with pytest.raises(DataError, match=f"hold {len(tokens)} tokens, too few for a sample of {length}"):
+        with pytest.raises(DataError, match=f"hold {len(tokens)} tokens, less than one sample of {length}"):
             ClosedFormDataset(data, (first, last), None, length, seed)
         return
     epoch = len(ClosedFormDataset(data, (first, last), None, length, seed))
