@@ -81,7 +81,7 @@ def test_bad_files(bpe_folder, tmp_path):
     merges = str(bpe_folder / "merges.txt")
     with pytest.raises(DataError, match="--vocab-file is not given"):
         read_gpt2("", merges)
-    with pytest.raises(DataError, match="absent.json does not exist"):
+    with pytest.raises(DataError, match=r"absent\.json does not exist"):
         read_gpt2(str(tmp_path / "absent.json"), merges)
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(DataError, match=r"Cannot read .*vocab.json .*: Expecting property name"):

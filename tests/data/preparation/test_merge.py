@@ -92,7 +92,7 @@ def test_damage_is_found_by_the_manifest(make):
     write_manifest(prefix, dataclasses.replace(manifest, tokens=1))
     assert read_manifest(prefix).tokens == 1
     manifest_path(prefix).write_text("{")
-    with pytest.raises(DataError, match="The dataset manifest .* is damaged: Expecting"):
+    with pytest.raises(DataError, match=r"The dataset manifest .* is damaged: Expecting"):
         read_manifest(prefix)
 
 
