@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 
@@ -39,16 +40,17 @@ def expand_counts(counts: str) -> list[int]:
     return numbers
 
 
-def ranks_by_node(variables: Mapping[str, str], world_size: int) -> dict[str, int]:
+def ranks_by_node(world_size: int, environment: Mapping[str, str] | None = None) -> dict[str, int]:
     """Return the number of ranks that each node of the Slurm step, or of the allocation, is to have.
 
     Args:
-        variables: environment of a rank.
         world_size: of the job; another number of tasks means that each task starts the same number of ranks.
+        environment: variables of a rank; None: the process's own.
 
     Returns:
         Ranks by node; empty: not under Slurm, or the numbers do not fit.
     """
+    variables = os.environ if environment is None else environment
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or ""
     counts = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from megatron_lite.config.arguments import parse_layout
 from megatron_lite.config.launcher import read_command
 from megatron_lite.config.run import CommandLine
 from megatron_lite.errors import ConfigError, MegatronLiteError
-from megatron_lite.ops.exclude import EXCLUDE_HOURS, EXCLUDE_NAME, exclude_hosts, forgive_hosts, read_exclusions
+from megatron_lite.ops.exclude import EXCLUDE_HOURS, EXCLUDE_NAME, forgive_hosts, read_exclusions, record_bad_hosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -120,7 +119,7 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
     from megatron_lite.ops.doctor.show import json_record, print_check
 
     def show(verdict: Verdict, reports: Mapping[int, Report]) -> None:
-        written = _write_excluded(verdict, exclude_file, options.exclude_hours)
+        written = record_bad_hosts(exclude_file, verdict.excluded, hours=options.exclude_hours)
         record = json_record(verdict, reports, exclude_file=exclude_file, written=written)
         if options.json == "-":
             print(json.dumps(record, indent=2))
@@ -130,27 +129,10 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
         if options.json not in (None, "-"):
             _write_json(Path(options.json), record)
 
-    plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(os.environ, launch.world_size))
+    plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(launch.world_size))
     verdict = check_nodes(launch, fast_check(plan) if options.fast else plan, show=show)
     # torchrun ends all ranks once one has failed, and reports each as a failure.
     return 1 if verdict.problems and launch.rank == 0 else 0
-
-
-def _write_excluded(verdict: Verdict, path: Path | None, hours: float) -> list[str]:
-    """Append the bad hosts to the exclude file, and say so on stderr."""
-    if not verdict.excluded:
-        return []
-    hosts = ", ".join(verdict.excluded)
-    if path is None:
-        print(f"not excluded: {hosts} (no --save and no --exclude-file)", file=sys.stderr)
-        return []
-    try:
-        exclude_hosts(path, verdict.excluded, hours=hours)
-    except OSError as error:
-        print(f"WARNING: cannot write {path}: {error.strerror}; not excluded: {hosts}", file=sys.stderr)
-        return []
-    print(f"{path}: excluded {hosts} for {hours:g} hours (undo: doctor --forgive HOST)", file=sys.stderr)
-    return list(verdict.excluded)
 
 
 def _write_json(path: Path, record: dict[str, object]) -> None:

@@ -37,6 +37,15 @@ class RuntimeConfig:
         ),
         may_differ="nodes may have different numbers of cores",
     )
+    check_nodes: bool = option(
+        False,
+        Flag(
+            "--check-nodes",
+            "Before training, check the nodes as `megatron-lite doctor --fast` does; bad ones are excluded and end the "
+            "job.",
+            sets=True,
+        ),
+    )
     dry_run: bool = option(False, Flag("--dry-run", "Check and explain the command, then exit.", sets=True))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -131,6 +132,29 @@ def exclude_hosts(
         file.write((start + "".join(lines)).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def record_bad_hosts(path: Path | None, reasons: Mapping[str, str], *, hours: float = EXCLUDE_HOURS) -> tuple[str, ...]:
+    """Append hosts to the exclude file as exclude_hosts does, and report it on stderr; return the appended ones.
+
+    A file that cannot be written is reported only: the reason is often the same as that of the check.
+    """
+    if not reasons:
+        return ()
+    hosts = ", ".join(reasons)
+    written: tuple[str, ...] = ()
+    if path is None:
+        text = f"not excluded: {hosts} (no --save and no --exclude-file)"
+    else:
+        try:
+            exclude_hosts(path, reasons, hours=hours)
+            text = f"{path}: excluded {hosts} for {hours:g} hours (undo: megatron-lite doctor --forgive HOST)"
+            written = tuple(reasons)
+        except OSError as error:
+            text = f"WARNING: cannot write {path}: {error.strerror}; not excluded: {hosts}"
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+    return written
 
 
 def forgive_hosts(path: Path, hosts: Collection[str]) -> tuple[str, ...]:

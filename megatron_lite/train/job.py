@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_lite.metrics.rewind import rewind
 from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.rollback import RollbackReport, roll_back
 from megatron_lite.train.assemble import assembled, machine
+from megatron_lite.train.check_nodes import check_job_nodes
 from megatron_lite.train.loop import evaluate_only, train
 
 _LOCK_TURN = 5.0
@@ -38,10 +40,11 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
         MegatronLiteError: as `assembled` and `train`.
     """
     with ExitStack() as stack:
+        notices = check_job_nodes(config) if config.runtime.check_nodes and backend is None else []
         backend = backend or stack.enter_context(machine(config, record.abort))
         world = backend.new_group("world", partitions(AXES, config.parallel))
         _acquire_lock(record, world)
-        while (rollback := _run_once(config, backend, record, started).rollback) is not None:
+        while (rollback := _run_once(config, backend, record, started, notices).rollback) is not None:
             iteration = rollback.iteration
             record.begin(lambda iteration=iteration: iteration)  # type: ignore[misc]
             config = _roll_back(config, rollback, world, record)
@@ -64,9 +67,11 @@ def _acquire_lock(record: ExitRecord, world: Group) -> None:
     record.start(token)
 
 
-def _run_once(config: RunConfig, backend: Backend, record: ExitRecord, started: float) -> Stop:
+def _run_once(config: RunConfig, backend: Backend, record: ExitRecord, started: float, notices: Sequence[str]) -> Stop:
     """Train until the run ends, stops or is to be rolled back; return why."""
     with assembled(config, backend, record.lock) as run:
+        for text in notices:
+            run.reporter.message(text)
         trains = not config.training.skip_train
         record.begin(lambda: run.progress.iteration, run.state.failed_saves, trains=trains)
         stop = train(run, started=started) if trains else evaluate_only(run, started=started)

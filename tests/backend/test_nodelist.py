@@ -56,4 +56,4 @@ def test_invalid_counts_are_refused(counts):
     ],
 )
 def test_ranks_by_node(variables, world_size, ranks):
-    assert ranks_by_node(variables, world_size) == ranks
+    assert ranks_by_node(world_size, variables) == ranks

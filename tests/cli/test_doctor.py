@@ -50,7 +50,7 @@ def test_problems_have_exit_code_1(capsys):
 
 
 def test_a_bad_host_is_excluded_and_forgiven(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(node_check, "query_gpus", lambda: raise_(OSError("nvidia-smi failed: no driver")))
+    monkeypatch.setattr(node_check, "query_gpus", lambda: raise_(OSError("no driver")))
     arguments = ["doctor", "--fast", "--save", str(tmp_path)]
     assert main(arguments) == 1
     assert "excluded" in capsys.readouterr().err

@@ -63,10 +63,10 @@ def _query(option: str, names: Sequence[str]) -> list[dict[str, str]]:
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"nvidia-smi did not answer within {SECONDS:g} s") from error
+        raise OSError(f"no answer within {SECONDS:g} s") from error
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise OSError(f"nvidia-smi failed: {lines[0]}")
+        raise OSError(lines[0])
     rows = [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 

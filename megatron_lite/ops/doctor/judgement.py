@@ -58,6 +58,7 @@ def judge(
         num_hosts=len(hosts),
         num_ranks=len(ranks),
         seconds=seconds,
+        first_ranks={report.host: report.rank for report in reversed(ranks)},
     )
 
 

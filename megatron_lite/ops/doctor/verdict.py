@@ -74,6 +74,7 @@ class Verdict:
         excluded: reason by bad host.
         num_hosts, num_ranks: that took part.
         seconds: the whole check.
+        first_ranks: the lowest rank of each host.
     """
 
     findings: tuple[Problem, ...] = ()
@@ -81,6 +82,7 @@ class Verdict:
     num_hosts: int = 1
     num_ranks: int = 1
     seconds: float = 0.0
+    first_ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[Problem, ...]:

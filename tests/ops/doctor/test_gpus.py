@@ -63,11 +63,11 @@ def test_an_old_driver_without_the_states(nvidia_smi):
 
 def test_a_driver_that_does_not_answer(nvidia_smi, monkeypatch):
     nvidia_smi(("query-gpu", NO_DRIVER, 9))
-    with pytest.raises(OSError, match="nvidia-smi failed: NVIDIA-SMI has failed because"):
+    with pytest.raises(OSError, match="NVIDIA-SMI has failed because"):
         query_gpus()
     nvidia_smi()
     monkeypatch.setattr(gpus, "SECONDS", 0.2)
-    with pytest.raises(OSError, match=r"did not answer within 0\.2 s"):
+    with pytest.raises(OSError, match=r"no answer within 0\.2 s"):
         query_gpus()
 
 
