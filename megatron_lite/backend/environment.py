@@ -14,7 +14,9 @@ from megatron_lite.backend.nodelist import expand_counts, expand_nodes
 from megatron_lite.errors import ConfigError
 from megatron_lite.runs.process import ProcessId, machine_id, start_of, this_process
 
-Launcher = Literal["torchrun", "slurm", "mpirun", "python"]
+Launcher = Literal["torchrun", "slurm", "mpirun", "task", "python"]
+RANKS_PER_TASK, RANK_IN_TASK = "MEGATRON_LITE_RANKS_PER_TASK", "MEGATRON_LITE_RANK_IN_TASK"
+"""Variables of a rank that another process of this program started (task_ranks.py): how many, and which of them."""
 
 PORT_RANGE = range(20000, 32768)
 """Derived ports: below the range from which Linux draws the ports of outgoing connections."""
@@ -116,7 +118,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         _refuse_incomplete(variables)
         launch = Launch()
     launch = replace(
-        launch,
+        _in_task(launch, variables),
         host=host_name(variables),
         slurm_job=variables.get("SLURM_JOB_ID", ""),
         slurm_restarts=_integer(variables, "SLURM_RESTART_COUNT", default=0),
@@ -129,6 +131,29 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             fix="Start the job with torchrun, srun or mpirun; for a single process, unset RANK and WORLD_SIZE",
         )
     return launch
+
+
+def _in_task(launch: Launch, variables: Mapping[str, str]) -> Launch:
+    """Return the place of a rank that a task started: the ranks of task 0, then those of task 1, and so on."""
+    if RANKS_PER_TASK not in variables:
+        return launch
+    count, index = _integer(variables, RANKS_PER_TASK), _integer(variables, RANK_IN_TASK)
+    job = launch.job or f"task {_parent()}"
+    return replace(
+        launch,
+        rank=launch.rank * count + index,
+        world_size=launch.world_size * count,
+        local_rank=launch.local_rank * count + index,
+        local_world_size=launch.local_world_size * count,
+        launcher="task",
+        init_method=launch.init_method or _tcp("127.0.0.1", _derived_ports(job)),
+        job=job,
+    )
+
+
+def _parent() -> str:
+    """Return the identity of the process that started this one."""
+    return f"{os.getppid()}, started {start_of(os.getppid())} on {machine_id()}"
 
 
 def _refuse_incomplete(variables: Mapping[str, str]) -> None:
@@ -164,7 +189,9 @@ def _start_id(variables: Mapping[str, str]) -> str:
     if job and step:
         return f"Slurm step {job}.{step}, restart {requeued or 0}.{restarted or 0}"
     if "TORCHELASTIC_RUN_ID" in variables:
-        return f"torchrun {os.getppid()}, started {start_of(os.getppid())} on {machine_id()}, restart {restarted or 0}"
+        return f"torchrun {_parent()}, restart {restarted or 0}"
+    if RANKS_PER_TASK in variables:
+        return f"task {_parent()}"
     return ""
 
 

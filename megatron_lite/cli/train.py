@@ -7,8 +7,10 @@ import sys
 import time
 
 from megatron_lite.backend.environment import Launch, host_name, read_launch
-from megatron_lite.config.arguments import asks_for_help, parse_run, raise_all, save_folder
+from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visible_gpus
+from megatron_lite.config.arguments import asks_for_help, is_dry_run, parse_run, raise_all, save_folder
 from megatron_lite.config.files import missing_files
+from megatron_lite.config.launcher import ranks_per_task
 from megatron_lite.errors import ConfigError
 from megatron_lite.lifecycle.exit_status import ExitRecord
 
@@ -30,11 +32,22 @@ def run(argv: list[str]) -> int:
         if launch.rank == 0:
             print(help_text(width=min(100, shutil.get_terminal_size().columns)))
         return 0
+    count = _ranks_to_start(argv, launch) if broken is None else 1
+    if count > 1 and launch.launcher == "torchrun":
+        broken = ConfigError(
+            f"--ranks-per-task {count} under torchrun, which starts all ranks itself",
+            fix="Remove --ranks-per-task, or replace torchrun by srun with one task for each node",
+        )
+    elif count > 1 and not is_dry_run(argv):
+        return start_ranks([sys.executable, "-m", "megatron_lite", "train", *argv], launch, count)
+    if launch.launcher == "task":
+        end_with_parent()
+    world_size = None if launch.launcher == "python" and count == 1 else launch.world_size * count
     # From here on, every error is written to exit_status.json.
     with ExitRecord(save_folder(argv), launch) as record:
         if broken is not None:
             raise broken
-        parsed = parse_run(argv, world_size=None if launch.launcher == "python" else launch.world_size)
+        parsed = parse_run(argv, world_size=world_size)
         if parsed.config.runtime.dry_run:
             if launch.rank == 0:
                 from megatron_lite.cli.explain import explain_text
@@ -48,8 +61,8 @@ def run(argv: list[str]) -> int:
             errors.append(
                 ConfigError(
                     f"The flags describe a run of {wanted} ranks, and this is a single process",
-                    fix=f"Start it with `torchrun --nproc-per-node {wanted} pretrain_gpt.py …` or srun, or add "
-                    "--dry-run to print the plan",
+                    fix=f"Add --ranks-per-task {wanted} to start them all on this machine, start it with torchrun or "
+                    "srun, or add --dry-run to print the plan",
                 )
             )
         raise_all(errors)
@@ -67,3 +80,11 @@ def run(argv: list[str]) -> int:
         record.begin(lambda: complete.iteration, trains=False)
         record.end("completed", f"training was complete after {complete.iteration} iterations: nothing was done")
         return 0
+
+
+def _ranks_to_start(argv: list[str], launch: Launch) -> int:
+    """Return the number of ranks that this process has to start; 1: it is a rank itself."""
+    if launch.launcher == "task":
+        return 1
+    tasks_per_node = launch.local_world_size if launch.launcher == "slurm" else 0
+    return ranks_per_task(argv, tasks_per_node=tasks_per_node, num_gpus=visible_gpus())

@@ -85,6 +85,13 @@ def save_folder(argv: Sequence[str]) -> str:
     return "" if given.run.runtime.dry_run else given.run.checkpoint.save
 
 
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Return whether a training command line has --dry-run, however wrong the rest is."""
+    given = Given()
+    read_command_line(argv, given)
+    return given.run.runtime.dry_run
+
+
 def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRun:
     """Read a training command line.
 

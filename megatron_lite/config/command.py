@@ -134,3 +134,13 @@ class CommandOptions:
             group="Checkpoints",
         ),
     )
+    ranks_per_task: int = option(
+        0,
+        Flag(
+            "--ranks-per-task",
+            "Ranks that each task of srun or mpirun starts itself (0: if srun starts one task a node, one for each "
+            "visible GPU, else one); on a single machine it replaces the launcher.",
+            most=4096,
+            group="Parallelism",
+        ),
+    )

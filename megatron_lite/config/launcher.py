@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.command_line import read_argument_file, require_utf8, split_fault
+from megatron_lite.config.command_line import read_argument_file, read_command_line, require_utf8, split_fault
+from megatron_lite.config.given import Given
 from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.errors import ConfigError
 
@@ -32,10 +33,13 @@ class TrainingCommand:
     Attributes:
         flags: the arguments after the training script, without those of the shell.
         world_size: ranks that the launcher starts; None: unknown, or --world-size is among the flags.
+        tasks: tasks that srun starts, each of which may start several ranks (ranks_per_task); 0: srun without their
+            number; None: another launcher, or none.
     """
 
     flags: tuple[str, ...]
     world_size: int | None
+    tasks: int | None = None
 
 
 def read_command(argv: Sequence[str]) -> TrainingCommand:
@@ -66,7 +70,26 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
             "the script",
         )
     given = any(spelling(token) == "--world-size" for token in flags)
-    return TrainingCommand(tuple(flags), None if given else _world_size(tokens[:script]))
+    world_size, by_srun = _started(tokens[:script])
+    ranks = ranks_per_task(flags, tasks_per_node=0, num_gpus=0)
+    tasks = (world_size or 0) if by_srun else None
+    return TrainingCommand(tuple(flags), None if given or world_size is None else world_size * ranks, tasks)
+
+
+def ranks_per_task(flags: Sequence[str], *, tasks_per_node: int, num_gpus: int) -> int:
+    """Return the number of ranks that each task of a launcher starts itself.
+
+    Args:
+        flags: training flags; mistakes in them are ignored.
+        tasks_per_node: tasks that srun starts on a node; 0: srun does not start this one.
+        num_gpus: GPUs that the task sees.
+    """
+    given = Given()
+    read_command_line(flags, given)
+    asked = given.run.command.ranks_per_task
+    if asked or tasks_per_node != 1 or given.run.runtime.device == "cpu":
+        return asked or 1
+    return max(1, num_gpus)
 
 
 def _opened(argv: Sequence[str]) -> list[str]:
@@ -201,23 +224,27 @@ def _no_script(argv: Sequence[str]) -> ConfigError:
     )
 
 
-def _world_size(launchers: Sequence[str]) -> int | None:
-    """Return the ranks that the launcher nearest to the script starts; None if its options do not set them."""
+def _started(launchers: Sequence[str]) -> tuple[int | None, bool]:
+    """Return the processes that the launcher nearest to the script starts, and whether it is srun.
+
+    None: its options do not set their number.
+    """
     for place in reversed(range(len(launchers))):
         name = PurePosixPath(launchers[place]).name
         options = launchers[place + 1 :]
         if name == "torchrun" or name.startswith("torch.distributed."):
-            return _product(_number(options, "--nproc-per-node", default=1), _number(options, "--nnodes", default=1))
+            per_node, nodes = _number(options, "--nproc-per-node", default=1), _number(options, "--nnodes", default=1)
+            return _product(per_node, nodes), False
         if name in ("deepspeed", "deepspeed.launcher.runner"):
-            return _deepspeed_ranks(options)
+            return _deepspeed_ranks(options), False
         if name == "accelerate" or name.startswith("accelerate."):
-            return _number(options, "--num-processes", "-n")
+            return _number(options, "--num-processes", "-n"), False
         if name in ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "aprun", "jsrun", "ibrun"):
-            return _number(options, "-np", "--np", "-n")
+            return _number(options, "-np", "--np", "-n"), False
         if name == "srun":
             nodes, each = _number(options, "--nodes", "-N"), _number(options, "--ntasks-per-node")
-            return _number(options, "--ntasks", "-n") or _product(nodes, each)
-    return None
+            return _number(options, "--ntasks", "-n") or _product(nodes, each), True
+    return None, False
 
 
 def _deepspeed_ranks(options: Sequence[str]) -> int | None:

@@ -6,6 +6,7 @@ Imports no torch, so that a job which fails to import it still leaves an exit st
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,10 @@ _ATTEMPTS, _PAUSE = 5, 0.2
 """Attempts, and seconds between them, of a rank that fails early to get the lock, which others hold briefly."""
 SIGNAL_PATIENCE = 5.0
 """Seconds that the main thread has to run the handler of a signal."""
+
+REPEAT_SECONDS = 0.5
+"""Seconds within which a second SIGINT counts as the first: a terminal sends Ctrl-C's signal to all processes of a job,
+and the process that started the ranks (task_ranks.py, torchrun) forwards it to them, too."""
 
 
 class ExitRecord:
@@ -62,6 +67,7 @@ class ExitRecord:
         self._waited = self._written = False
         self._handlers: dict[signal.Signals, Any] = {}
         self._received: signal.Signals | None = None
+        self._interrupted = -math.inf
         self._later: threading.Timer | None = None
         self._watch = _SignalWatch(self._die, self._end_at_once)
 
@@ -166,6 +172,9 @@ class ExitRecord:
     def _die(self, number: int, frame: FrameType | None) -> None:
         self._watch.handled()
         if number == signal.SIGINT:
+            before, self._interrupted = self._interrupted, time.monotonic()
+            if self._interrupted - before < REPEAT_SECONDS:
+                return
             raise KeyboardInterrupt
         if sys.exc_info()[0] is not None:
             # An error may be ending the job; the signal takes effect if the error is handled.

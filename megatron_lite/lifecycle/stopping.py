@@ -17,6 +17,7 @@ from megatron_lite.backend.job_end import JobEnd
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.lifecycle.exit_status import REPEAT_SECONDS
 from megatron_lite.schedules.progress import Progress
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Stop:
 class SignalFlag:
     """Records the first SIGTERM, SIGINT or SIGUSR1 instead of ending the process, so that the step can be finished.
 
-    A context manager that restores the old handlers on exit. A second SIGINT raises KeyboardInterrupt at once.
+    A context manager that restores the old handlers on exit. A second SIGINT, more than REPEAT_SECONDS later, raises
+    KeyboardInterrupt at once.
 
     Args:
         announce: print a line when a signal arrives (rank 0). If only another rank receives one, the line with which
@@ -73,6 +75,7 @@ class SignalFlag:
         self._saves = saves
         self._old: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
 
     def __enter__(self) -> SignalFlag:
         for number in SIGNALS:
@@ -85,8 +88,10 @@ class SignalFlag:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
+            if time.monotonic() - self._received_at < REPEAT_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
         if not self._announce:
             return
         then = "saving and stopping" if self._saves else "stopping"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.launcher import OWN_COMMANDS, TrainingCommand, read_command
+from megatron_lite.config.launcher import OWN_COMMANDS, TrainingCommand, ranks_per_task, read_command
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.resources import Resources, job_environment, read_resources, variable_options
 from megatron_lite.ops.shell.evaluate import evaluate_script
@@ -58,12 +58,17 @@ class Job:
 
     @property
     def world_size(self) -> int | None:
-        """Number of ranks: those of the launcher, else one for each task; None: --world-size is among the flags."""
-        if self.command is None:
+        """Number of ranks: of the launcher, or of all tasks; None: --world-size is among the flags."""
+        command = self.command
+        if command is None:
             return None
-        if self.command.world_size is not None or "--world-size" in self.command.flags:
-            return self.command.world_size
-        return sum(component.tasks_per_node * component.nodes for component in self.components)
+        if (command.world_size is not None and command.tasks is None) or "--world-size" in command.flags:
+            return command.world_size
+        tasks = command.tasks or sum(component.tasks_per_node * component.nodes for component in self.components)
+        # The only task that srun starts on a node starts a rank for each GPU.
+        per_node = 0 if command.tasks is None else -(-tasks // self.num_nodes)
+        gpus = self.resources.gpus_per_node or 0
+        return tasks * ranks_per_task(command.flags, tasks_per_node=per_node, num_gpus=gpus)
 
 
 def read_job(

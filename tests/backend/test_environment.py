@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_lite.backend.environment import PORT_RANGE, read_launch
+from megatron_lite.backend.environment import PORT_RANGE, RANK_IN_TASK, RANKS_PER_TASK, read_launch
 from megatron_lite.errors import ConfigError
 
 STEP = {
@@ -228,3 +228,26 @@ def test_a_host_has_one_name_whatever_starts_the_job(launcher):
 def test_the_slurm_job_is_read_under_any_launcher():
     process = read_launch({**ELASTIC, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}).process
     assert (process.slurm_job, process.slurm_restarts) == ("7", 3)
+
+
+def test_ranks_that_a_task_of_srun_started():
+    task = {**STEP, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    task |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", RANKS_PER_TASK: "4"}
+    launches = [read_launch({**task, RANK_IN_TASK: str(index)}) for index in range(4)]
+    assert [launch.rank for launch in launches] == [4, 5, 6, 7]
+    assert [launch.local_rank for launch in launches] == [0, 1, 2, 3]
+    assert {(launch.world_size, launch.local_world_size, launch.launcher) for launch in launches} == {(8, 4, "task")}
+    other_task = {**task, "SLURM_PROCID": "0", "SLURM_NODEID": "0", RANK_IN_TASK: "0"}
+    rank0 = read_launch(other_task)
+    assert (rank0.rank, rank0.init_method, rank0.job) == (0, launches[0].init_method, launches[0].job)
+    assert rank0.init_method.startswith("tcp://gpu07:")
+    assert {launch.start_id for launch in launches} == {rank0.start_id} != {""}
+
+
+def test_ranks_that_a_single_process_started():
+    launches = [read_launch({RANKS_PER_TASK: "2", RANK_IN_TASK: str(index)}) for index in range(2)]
+    assert [(launch.rank, launch.world_size) for launch in launches] == [(0, 2), (1, 2)]
+    assert launches[0].init_method == launches[1].init_method != ""
+    assert launches[0].init_method.startswith("tcp://127.0.0.1:")
+    assert launches[0].start_id == launches[1].start_id != ""
+    assert {launch.job for launch in launches} == {launches[0].job} != {""}

@@ -6,7 +6,7 @@ import pytest
 from support.job_commands import FAMOUS, SMALL
 
 from megatron_lite.config.arguments import parse_command, parse_run
-from megatron_lite.config.launcher import read_command
+from megatron_lite.config.launcher import ranks_per_task, read_command
 from megatron_lite.errors import ConfigError
 
 # (what stands before the flags, with {} for the flags where they stand inside; the ranks that it says)
@@ -148,3 +148,23 @@ def test_unreadable_commands(command):
 
 def test_empty_command_line():
     check([], [], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tasks_per_node", "num_gpus", "ranks"),
+    [
+        ("", 1, 8, 8),
+        ("--device cuda", 1, 4, 4),
+        ("", 8, 8, 1),
+        ("", 1, 0, 1),
+        ("--device cpu", 1, 8, 1),
+        ("", 0, 8, 1),
+        ("--ranks-per-task 2", 1, 8, 2),
+        ("--ranks-per-task 2 --device cpu", 4, 0, 2),
+        ("--ranks-per-task=3", 0, 0, 3),
+        ("--ranks-per-task 1", 1, 8, 1),
+    ],
+)
+def test_ranks_that_a_task_starts(flags, tasks_per_node, num_gpus, ranks):
+    """The only task of a node starts a rank for each GPU, unless a flag gives their number; 0 tasks: not under srun."""
+    assert ranks_per_task(flags.split(), tasks_per_node=tasks_per_node, num_gpus=num_gpus) == ranks

@@ -289,3 +289,30 @@ def test_an_unknown_address_ends_all_at_once(ranks):
     assert [process.code() for process in job] == [1, 1]
     assert "'no-such-host.invalid' cannot be resolved on" in job[0].text and "Set MASTER_ADDR" in job[0].text
     assert job[1].text == "" and len(job[0].text.splitlines()) == 1
+
+
+def test_one_process_starts_both_ranks(ranks, tmp_path):
+    (job,) = ranks([*TRAIN, "--save", tmp_path / "run", "--ranks-per-task", 2], [{}])
+    assert job.code() == 0, job.text
+    assert "starting 2 ranks: 0 to 1 of 2" in job.text
+    assert job.text.count("training is complete after 2 iterations") == 1
+    assert "machine     2 ranks" in job.text
+    assert status(tmp_path / "run")["status"] == "completed"
+
+
+def test_the_ranks_of_one_process_print_an_error_once(ranks, tmp_path):
+    (job,) = ranks([*TRAIN, "--ranks-per-task", 2, "--tensor-model-parallel-size", 3], [{}])
+    assert job.code() == 1
+    assert job.text.count("ConfigError") == 1, job.text
+
+
+def test_torchrun_starts_all_ranks_itself(ranks, tmp_path):
+    (job,) = ranks([*TRAIN, "--ranks-per-task", 2], by_hand(1))
+    assert job.code() == 1
+    assert "--ranks-per-task 2 under torchrun, which starts all ranks itself" in job.text
+
+
+def test_a_dry_run_counts_the_ranks_that_a_task_starts(ranks):
+    (job,) = ranks([*TRAIN, "--ranks-per-task", 2, "--dry-run"], step(0, 2)[:1])
+    assert job.code() == 0
+    assert "4 ranks" in job.text, job.text

@@ -16,6 +16,7 @@ import pytest
 from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
 
 from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.lifecycle.exit_status import REPEAT_SECONDS
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.train import state
 
@@ -30,8 +31,9 @@ def signal_after(number, iteration, times=1):
 
     def report_and_send(self, values):
         if values.iteration == iteration:
-            for _ in range(times):
+            for time_left in range(times, 0, -1):
                 os.kill(os.getpid(), number)
+                time.sleep(REPEAT_SECONDS * (time_left > 1))
         report(self, values)
 
     Reporter.iteration = report_and_send

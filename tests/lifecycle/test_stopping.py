@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 from support.job_commands import SMALL
@@ -11,6 +12,7 @@ from support.job_commands import SMALL
 from megatron_lite.backend.environment import host_name
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.lifecycle.exit_status import REPEAT_SECONDS
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather, resume_hint
 from megatron_lite.schedules.progress import Progress
 
@@ -120,6 +122,8 @@ def test_a_signal_ends_the_run_after_the_iteration_and_handlers_are_restored(num
 def test_a_second_interrupt_stops_at_once():
     with SignalFlag():
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, forwarded by a launcher
+        time.sleep(REPEAT_SECONDS)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -167,3 +167,25 @@ def test_scripts_that_cannot_work(tmp_path, text, match):
 def test_a_script_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="Cannot read the job script"):
         read_job(tmp_path / "absent.slurm", environment={})
+
+
+@pytest.mark.parametrize(
+    ("options", "launcher", "flags", "ranks"),
+    [
+        ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun", "", 8),
+        ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun -N2 --ntasks-per-node=1", "", 8),
+        ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun -n 1", "", 4),
+        ("--nodes=2 --ntasks-per-node=4 --gres=gpu:4", "srun", "", 8),
+        ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun", "--device cpu", 2),
+        ("--nodes=2 --ntasks-per-node=1", "srun", "--ranks-per-task 3", 6),
+        ("--nodes=1 --ntasks-per-node=1 --gres=gpu:4", "", "", 1),
+        ("--nodes=1 --ntasks-per-node=1 --gres=gpu:4", "", "--ranks-per-task 4", 4),
+        ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "torchrun --nnodes 2 --nproc-per-node 4", "", 8),
+    ],
+)
+def test_ranks_that_a_task_starts_are_counted(options, launcher, flags, ranks, tmp_path):
+    """One task a node under srun starts a rank for each GPU; without srun a process is one rank."""
+    path = tmp_path / "job.slurm"
+    program = "pretrain_gpt.py" if "torchrun" in launcher else "python pretrain_gpt.py"
+    path.write_text(f"#!/bin/bash\n#SBATCH {options}\n{launcher} {program} {SHAPE} {flags}\n", encoding="utf-8")
+    assert read_job(path, environment={}).world_size == ranks
