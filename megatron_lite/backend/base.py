@@ -66,6 +66,8 @@ class Backend(ABC):
 
     name: str
     device: torch.device
+    loss_chunk = 256
+    """Tokens whose logits are computed at once for the loss: as few as matrix products are efficient with."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch

@@ -46,6 +46,7 @@ class CudaBackend(Backend):
     """Backend of one GPU: the only visible one, or the one with the number of the local rank."""
 
     name = "cuda"
+    loss_chunk = 4096
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)

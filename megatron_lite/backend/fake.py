@@ -31,6 +31,7 @@ class FakeBackend(Backend):
     """
 
     name = "fake"
+    loss_chunk = 4096
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(Launch(rank=rank, world_size=world_size))

@@ -15,7 +15,7 @@ no effect: --compile fuses kernels within the layers: the same formula, rounded 
     --scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --bias-dropout-fusion
     --no-masked-softmax-fusion --masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion
     --no-rope-fusion --no-persist-layer-norm --disable-mem-efficient-ln --abort-on-unmet-fused-kernel-constraints
-no effect: the loss is computed in fp32 from all logits, outside the graph of --compile
+no effect: projection and loss are always computed together, in chunks of the sequence
     --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-linear-cross-entropy
 no effect: weight gradients are added to fp32 buffers after each matrix product
     --no-gradient-accumulation-fusion

@@ -20,7 +20,6 @@ from megatron_lite.errors import ConfigError, TrainingError
 from megatron_lite.formatting import format_perplexity
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def text_loss(
     stride = stride or seq_length
     ids = np.asarray(tokens).astype(np.int64)
     _check(ids, seq_length, stride, stage.config)
-    device, tp = stage.sharding.backend.device, stage.sharding.tp
+    head, device = stage.output_layer, stage.sharding.backend.device
+    assert head is not None, "the stage is the whole model"
     text = torch.from_numpy(ids).to(device)
     total, count = 0.0, 0
     was_training = stage.training
@@ -108,8 +108,8 @@ def text_loss(
         for group in _groups(list(windows(len(ids), seq_length, stride)), batch_size):
             inputs = torch.stack([text[window.start : window.end] for window in group])
             labels = torch.stack([text[window.start + 1 : window.end + 1] for window in group])
-            logits = stage(None, MicroBatch(tokens=inputs, labels=labels))
-            losses = vocab_parallel_cross_entropy(logits, labels.t(), stage.config.vocab_size, tp)
+            hidden = stage(None, MicroBatch(tokens=inputs, labels=labels))
+            losses = head.token_losses(hidden, labels.t())
             before = count
             for column, window in enumerate(group):
                 fresh = losses[window.fresh - window.start :, column]

@@ -155,6 +155,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: 
 def _next_logits(stage: GPTStage, fed: list[list[int]], cache: KVCache) -> Tensor:
     """Run a forward pass for tokens [b, t]; return the logits of the next token, [b, V'], gathered over tp."""
     tokens = torch.tensor(fed, dtype=torch.int64, device=stage.sharding.backend.device)
-    last = stage(None, MicroBatch(tokens=tokens, labels=tokens), cache)[-1]
+    last = stage.logits(None, MicroBatch(tokens=tokens, labels=tokens), cache)[-1]
     tp = stage.sharding.tp
     return last if tp.size == 1 else tp.all_gather(last.t().contiguous()).t()

@@ -65,7 +65,7 @@ def streamed_logits(
         for entry in stage.named_parameters_global():
             entry.param.zero_()  # the padding rows
             entry.local().copy_(source.read(entry.name, entry.rectangle))
-        x = stage(x, batch)
+        x = stage(x, batch) if stage.output_layer is None else stage.logits(x, batch)
         progress(layer + 1, model.num_layers)
     assert x is not None
     return x[..., : model.vocab_size].transpose(0, 1).contiguous()

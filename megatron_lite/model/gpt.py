@@ -20,7 +20,7 @@ from megatron_lite.model.head import WORD_EMBEDDINGS, Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
-from megatron_lite.parallel.gemm import DeferredWeightGradients
+from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
@@ -118,7 +118,7 @@ class GPTStage(nn.Module):
             cache: keys and values of the tokens before these; those of these tokens are appended.
 
         Returns:
-            Hidden states shaped like x; from the last stage logits [s, b, V/tp].
+            Hidden states shaped like x; from the last stage those that the head projects to logits.
         """
         start = 0 if cache is None else cache.length
         length = batch.tokens.shape[1]
@@ -128,12 +128,23 @@ class GPTStage(nn.Module):
         x = self.decoder(x, self._context(batch, cache, x.device))
         if cache is not None:
             cache.advance(length)
-        return x if self.output_layer is None else self.output_layer(x)
+        return x
 
-    def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the mean token loss of each sample, [b] fp32, from logits [s, b, V/tp] (see Head)."""
+    def logits(self, x: Tensor | None, batch: MicroBatch, cache: KVCache | None = None) -> Tensor:
+        """Run the last stage and the head; return logits [s, b, V/tp]. Arguments as for forward."""
+        assert self.output_layer is not None, "only the last stage has the head"
+        logits: Tensor = self.output_layer(self(x, batch, cache))
+        return logits
+
+    def sample_losses(
+        self, x: Tensor, batch: MicroBatch, gradient_scale: Tensor | float = 1.0, accumulate: Accumulate | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mean token loss of each sample, [b] fp32, and the gradient of the last stage's output `x`.
+
+        Arguments as for Head.sample_losses.
+        """
         assert self.output_layer is not None, "only the last stage computes the loss"
-        return self.output_layer.sample_losses(logits, batch)
+        return self.output_layer.sample_losses(x, batch, gradient_scale, accumulate)
 
     def named_parameters_global(self) -> list[NamedParameter]:
         """Return the stage's parameters with their global names, each tensor once, in the order of the model."""
@@ -155,8 +166,13 @@ class GPTStage(nn.Module):
         return KVCache(self.layer_numbers, shape, self.sharding.dtype, self.sharding.backend.device)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Run forward through torch.compile (called with these arguments); the first call of forward compiles."""
+        """Run forward and the loss's kernels through torch.compile (called with these arguments).
+
+        The first call compiles. The loss is no part of the graph: it adds to the gradient of the head's weight.
+        """
         super().compile(*args, **kwargs)
+        if self.output_layer is not None:
+            self.output_layer.cross_entropy.compile(*args, **kwargs)
 
     def _context(self, batch: MicroBatch, cache: KVCache | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""

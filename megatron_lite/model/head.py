@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import MicroBatch
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_lite.parallel.cross_entropy import LinearCrossEntropy
+from megatron_lite.parallel.gemm import Accumulate
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.parameters import NamedParameter, vocabulary_parameter
 from megatron_lite.parallel.tensor_parallel import column_parallel_linear
@@ -36,36 +38,51 @@ class Head(nn.Module):
         self.sharding = sharding
         rows = config.padded_vocab_size // sharding.tp.size
         self.weight = sharding.empty(rows, config.hidden_size) if table is None else table
-        # Autograd adds the gradients of a table's two uses in one stage before its hooks run: the embedding's entry
-        # counts for both, unless the head's weight gradient is a deferred product.
-        self.passes = 0 if table is not None and sharding.deferred is None else 1
+        self.cross_entropy = LinearCrossEntropy(
+            config.vocab_size, sharding.tp, sharding.split_sequence, sharding.backend.loss_chunk
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, h] (sequence parallel: [s/tp, b, h]) -> logits [s, b, V/tp]."""
-        sharding = self.sharding
-        return column_parallel_linear(x, self.weight, None, sharding.tp, sharding.split_sequence, sharding.deferred)
+        return column_parallel_linear(x, self.weight, None, self.sharding.tp, self.sharding.split_sequence)
 
-    def sample_losses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+    def token_losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each token, [s, b] fp32, without gradients: `x` as for forward, `labels` [s, b]."""
+        return self.cross_entropy.losses(x, self.weight, labels)
+
+    def sample_losses(
+        self, x: Tensor, batch: MicroBatch, gradient_scale: Tensor | float, accumulate: Accumulate | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the mean token loss of each sample, without masked tokens; 0 for a sample without any other.
 
         The loss of a job is (sum, count) of these over all samples of the global batch, the same for any micro-batch
-        size and layout. The logits are overwritten (see vocab_parallel_cross_entropy).
+        size and layout.
 
         Args:
-            logits: [s, b, V/tp].
+            x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]).
             batch: labels [b, s], and their mask.
+            gradient_scale: factor on the sum of the samples' losses, whose gradients are computed.
+            accumulate: adds the gradient of the weight; None: evaluation, without gradients.
 
         Returns:
-            [b] fp32, the same on every tp rank.
+            [b] fp32, the same on every tp rank, and the gradient of the hidden states, shaped like x.
         """
-        labels = batch.labels.t()
-        losses = vocab_parallel_cross_entropy(logits, labels, self.config.vocab_size, self.sharding.tp)
-        if batch.loss_mask is None:
-            return losses.mean(0)
-        mask = batch.loss_mask.t()
-        return (losses * mask).sum(0) / mask.sum(0).clamp(min=1.0)
+        labels, mask = batch.labels.t(), None if batch.loss_mask is None else batch.loss_mask.t()
+        if mask is None:
+            shares = torch.full(labels.shape, 1 / labels.shape[0], dtype=torch.float32, device=x.device)
+        else:
+            shares = mask / mask.sum(0).clamp(min=1.0)
+        gradient = None
+        if accumulate is None:
+            losses = self.token_losses(x, labels)
+        else:
+            losses, gradient = self.cross_entropy.losses_and_gradients(
+                x, self.weight, labels, shares * gradient_scale, accumulate
+            )
+        # As a mean: shares that add up to 1 with rounding errors would change the loss.
+        return (losses.mean(0) if mask is None else (losses * mask).sum(0) / mask.sum(0).clamp(min=1.0)), gradient
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """Yield the weight, without padding rows, under the embedding's name if tied, else under the module's."""
         name = WORD_EMBEDDINGS if self.config.tied_embeddings else f"{name}.weight"
-        yield vocabulary_parameter(name, self.weight, self.config.vocab_size, self.sharding.tp, self.passes)
+        yield vocabulary_parameter(name, self.weight, self.config.vocab_size, self.sharding.tp)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
+from megatron_lite.parallel.gemm import add_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedParameter
 
@@ -138,6 +139,19 @@ class ParameterBuffers:
         """Add a gradient that did not pass through autograd's accumulation; it counts as one arrival."""
         self.gradient(param).add_(gradient)
         self._reduction.arrived(param)
+
+    def accumulate_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True) -> None:
+        """Add gradientᵀ x to the gradient of a weight; see parallel/gemm.py.
+
+        Args:
+            weight: [o, i].
+            gradient: [..., o], of the product's output.
+            x: [..., i], the product's input.
+            last: it counts as the arrival of the weight's gradient. False: more of this micro-batch follows.
+        """
+        add_weight_gradient_(self.gradient(weight), gradient, x)
+        if last:
+            self._reduction.arrived(weight)
 
     def reduce(self) -> None:
         """Complete every shard's gradients: sums over replicas, sequence parts and copies of shared parameters."""

@@ -1,83 +1,196 @@
-"""Vocabulary-parallel cross-entropy: next-token loss over logits that are split over tp and padded.
+"""Linear cross-entropy: output projection to the vocabulary and next-token loss, chunk by chunk along the sequence.
 
-Letters: s sequence, b micro-batch, V padded vocabulary, tp size of the tensor-parallel group.
+The gradient of a chunk's logits is computed with its loss, in place, and multiplied into the gradients of hidden states
+and weight before the next chunk, so that only one chunk's logits exist at a time. The idea is that of Liger Kernel's
+fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2); the vocabulary may be split over tp.
+
+Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of the tensor-parallel group, c tokens of a
+chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.function import Function
+from torch import Tensor, nn
 
-from megatron_lite.backend.group import Group
+from megatron_lite.backend.group import Group, Work
+from megatron_lite.parallel.gemm import Accumulate, input_gradient, linear
+
+_BLOCKS = 9
+"""Parts of a chunk that eager kernels work on one after the other: they need temporary tensors of a part's size in
+fp32. At 9 parts these are less than a quarter of a chunk's logits in bf16."""
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, group: Group) -> Tensor:
-    """Return -log softmax(logits)[label] over the columns without padding, in fp32.
+@dataclass
+class LinearCrossEntropy:
+    """Cross-entropy of logits x Wᵀ, without the padded columns; all logits at once are never in memory.
 
-    Backward turns the saved probabilities into the gradient in place, so that one fp32 tensor [s, b, V/tp] suffices; a
-    second backward is an error. Padded columns of `logits` are overwritten with -inf.
-
-    Args:
-        logits: [s, b, V/tp]; this rank's columns of the padded vocabulary.
-        labels: [s, b] int64, below vocab_size.
-        vocab_size: number of columns without padding.
+    Attributes:
+        vocab_size: rows without padding, over all ranks.
         group: the tensor-parallel group.
-
-    Returns:
-        [s, b] fp32, the same on every rank.
+        split_sequence: whether hidden states are split over the group along the sequence.
+        chunk: c.
     """
-    first = logits.shape[-1] * group.rank
-    if first + logits.shape[-1] > vocab_size:
-        # exp(-inf) = 0: the functions below need no case for padding.
-        logits.detach()[..., max(0, vocab_size - first) :].fill_(float("-inf"))
-    if group.size == 1:
-        return _CrossEntropy.apply(logits, labels)
-    return _VocabParallelCrossEntropy.apply(logits, labels, first, group)
 
+    vocab_size: int
+    group: Group
+    split_sequence: bool
+    chunk: int
+    _statistics: Callable[..., Tensor] = field(default_factory=lambda: _in_blocks(_statistics))
+    _to_gradient_: Callable[..., Tensor] = field(default_factory=lambda: _in_blocks(_to_gradient_))
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        index = labels.unsqueeze(-1)
-        ctx.save_for_backward(log_probs, index)
-        ctx.dtype = logits.dtype
-        return -log_probs.gather(-1, index).squeeze(-1)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the kernels through torch.compile (called with these arguments), which needs no temporary tensors."""
+        self._statistics = torch.compile(_statistics, *args, **kwargs)
+        self._to_gradient_ = torch.compile(_to_gradient_, *args, **kwargs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        log_probs, index = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        # d loss / d logits = softmax - onehot(label)
-        grad_logits = log_probs.exp_().mul_(grad)
-        return grad_logits.scatter_add_(-1, index, -grad).to(ctx.dtype), None
+    @torch.no_grad()
+    def losses(self, x: Tensor, weight: nn.Parameter, labels: Tensor) -> Tensor:
+        """Return -log softmax(x Wᵀ)[label] of each token.
 
+        Args:
+            x: [s, b, h]; with split_sequence [s/tp, b, h].
+            weight: [V/tp, h], this rank's rows of the padded vocabulary.
+            labels: [s, b] int64, below vocab_size.
 
-class _VocabParallelCrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Group) -> Tensor:
+        Returns:
+            [s, b] in fp32 (fp64 for fp64), the same on every rank.
+        """
+        return self._run(x, weight, labels)
+
+    @torch.no_grad()
+    def losses_and_gradients(
+        self, x: Tensor, weight: nn.Parameter, labels: Tensor, token_weights: Tensor, accumulate: Accumulate
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses, and the gradient of their weighted sum with respect to `x`.
+
+        Args:
+            x: [s, b, h]; with split_sequence [s/tp, b, h].
+            weight: [V/tp, h], this rank's rows of the padded vocabulary.
+            labels: [s, b] int64, below vocab_size.
+            token_weights: [s, b] fp32, factors of the losses in the sum.
+            accumulate: adds the gradient of the weight.
+
+        Returns:
+            [s, b] as for losses, and a tensor like `x`.
+        """
+        gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return self._run(x, weight, labels, (token_weights, gradient, accumulate)), gradient
+
+    def _run(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        labels: Tensor,
+        training: tuple[Tensor, Tensor, Accumulate] | None = None,
+    ) -> Tensor:
+        """Return the losses; in training, given (token weights, gradient of x to fill, accumulate), the gradients."""
+        group, rows = self.group, weight.shape[0]
+        parts = group.size if self.split_sequence else 1
+        length, samples, _ = x.shape
+        # Position i of `x` is position j * length + i of the sequence on rank j: a chunk has the same positions of
+        # every rank's part, so that its gradient is reduce-scattered without a copy.
+        labels = labels.unflatten(0, (parts, length))
+        losses = torch.empty(labels.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        step = max(1, self.chunk // (parts * samples))
+        for start in range(0, length, step):
+            own = slice(start, min(start + step, length))
+            inputs = group.all_gather(x[own]) if parts > 1 else x[own]
+            column = labels[:, own].flatten().unsqueeze(-1) - rows * group.rank
+            elsewhere = (column < 0) | (column >= rows)
+            chunk = _Chunk(linear(inputs.flatten(0, 1), weight), column.masked_fill_(elsewhere, 0), elsewhere)
+            self._mask_padding(chunk.logits)
+            combined = self._combine(self._statistics(*chunk))
+            losses[:, own] = _losses(*combined).view(parts, -1, samples)
+            if training is not None:
+                token_weights, gradient, accumulate = training
+                token_weights = token_weights.unflatten(0, (parts, length))[:, own].flatten().unsqueeze(-1)
+                self._to_gradient_(*chunk, *combined, token_weights)
+                work = self._reduce(input_gradient(chunk.logits, weight).view(inputs.shape), gradient[own])
+                accumulate(weight, chunk.logits, inputs, last=own.stop == length)  # overlaps with the reduction
+                if work is not None:
+                    work.wait()
+            del chunk  # before the next one is allocated
+        return losses.flatten(0, 1)
+
+    def _mask_padding(self, logits: Tensor) -> None:
+        """Set the padded columns to -inf: exp(-inf) = 0, so that the kernels need no case for padding."""
         columns = logits.shape[-1]
-        maximum = logits.amax(dim=-1, keepdim=True).float()
-        group.all_reduce_(maximum, op="max")
-        shifted = logits.float() - maximum
-        index = (labels - first).unsqueeze(-1)
-        elsewhere = (index < 0) | (index >= columns)
-        index = index.masked_fill(elsewhere, 0)
-        target = shifted.gather(-1, index).masked_fill_(elsewhere, 0)
-        probs = shifted.exp_()
-        sums = torch.cat((probs.sum(dim=-1, keepdim=True), target), dim=-1)  # one collective for both
-        group.all_reduce_(sums)
-        total, target = sums.unbind(-1)
-        ctx.save_for_backward(probs.div_(total.unsqueeze(-1)), index, elsewhere)
-        ctx.dtype = logits.dtype
-        return total.log() - target
+        end = self.vocab_size - columns * self.group.rank
+        if end < columns:
+            logits[:, max(0, end) :].fill_(float("-inf"))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probs, index, elsewhere = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        grad_logits = probs.mul_(grad).scatter_add_(-1, index, (-grad).masked_fill(elsewhere, 0))
-        return grad_logits.to(ctx.dtype), None, None, None
+    def _combine(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return [c, 1] each over all columns: maximum, sum of exp(logit - maximum), label's logit; one collective."""
+        if self.group.size == 1:
+            maximum, total, target = statistics.unsqueeze(-1).unbind(0)
+            return maximum, total, target
+        of_ranks = self.group.all_gather(statistics.unsqueeze(0)).unsqueeze(-1)
+        maxima, totals, targets = of_ranks.unbind(1)
+        maximum = maxima.amax(0)
+        return maximum, (totals * (maxima - maximum).exp_()).sum(0), targets.sum(0)
+
+    def _reduce(self, summand: Tensor, out: Tensor) -> Work | None:
+        """Start to sum a chunk's gradient over the ranks into `out`; their columns are different."""
+        if self.split_sequence and self.group.size > 1:
+            return self.group.reduce_scatter_(out, summand, async_op=True)
+        out.copy_(summand)
+        return self.group.all_reduce_(out, async_op=True)
+
+
+class _Chunk(NamedTuple):
+    """Logits [c, V/tp] of a chunk, and [c, 1] the column of each label, or that it is another rank's."""
+
+    logits: Tensor
+    column: Tensor
+    elsewhere: Tensor
+
+
+def _losses(maximum: Tensor, total: Tensor, target: Tensor) -> Tensor:
+    return total.log() + (maximum - target)
+
+
+def _in_blocks(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the kernel applied to one block of rows at a time; its results are joined along their last dim."""
+
+    def run(*args: Tensor) -> Tensor:
+        rows = -(-args[0].shape[0] // _BLOCKS)
+        parts = [kernel(*block) for block in zip(*(arg.split(rows) for arg in args), strict=True)]
+        return torch.cat(parts, dim=-1)
+
+    return run
+
+
+def _statistics(logits: Tensor, column: Tensor, elsewhere: Tensor) -> Tensor:
+    """Return [3, c]: the maximum of each row, the sum of exp(logit - maximum), the label's logit (elsewhere: 0)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # The maximum is finite even if all of a rank's columns are padding: inf - inf would be NaN.
+    maximum = logits.amax(-1, keepdim=True).to(dtype).clamp_(min=torch.finfo(dtype).min)
+    total = (logits - maximum).exp_().sum(-1)
+    target = logits.gather(-1, column).to(dtype).masked_fill_(elsewhere, 0)
+    return torch.stack((maximum.squeeze(-1), total, target.squeeze(-1)))
+
+
+def _to_gradient_(
+    logits: Tensor,
+    column: Tensor,
+    elsewhere: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    target: Tensor,
+    token_weights: Tensor,
+) -> Tensor:
+    """Overwrite logits [c, V/tp] with d loss / d logits = (softmax - onehot(label)) times the token's weight.
+
+    The arguments are [c, 1]. Returns an empty tensor.
+    """
+    torch.mul((logits - maximum).exp_(), token_weights / total, out=logits)
+    # Computed in fp32: in bf16, softmax - 1 would be rounded to a few bits.
+    at_label = ((target - maximum).exp_() / total - 1) * token_weights
+    at_label = torch.where(elsewhere, logits.gather(-1, column), at_label.to(logits.dtype))
+    logits.scatter_(-1, column, at_label)
+    return logits.new_empty(0)

@@ -9,9 +9,9 @@ Letters: i input channels, o output channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,17 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.group import Group
 
-Accumulate = Callable[[nn.Parameter, Tensor], None]
-"""Adds a gradient to its parameter's buffer (ParameterBuffers.accumulate)."""
 Key = tuple[int, int]
 """(stage, micro-batch)."""
+_ROWS = 16384
+"""Output channels of a temporary weight gradient: all of a layer's, a part of the vocabulary's."""
+
+
+class Accumulate(Protocol):
+    """Adds the weight gradient gradientᵀ x to the weight's buffer (ParameterBuffers.accumulate_product)."""
+
+    def __call__(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True) -> None:
+        """Add the product; `last`: no other product of this micro-batch follows for the weight."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,6 +48,20 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """Return gradientᵀ x: `gradient` [..., o], `x` [..., i] -> [o, i], summed over the leading dims."""
     return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def add_weight_gradient_(out: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """Add gradientᵀ x to `out` [o, i] in fp32: `gradient` [..., o], `x` [..., i].
+
+    In fp32 the product accumulates into `out` itself. Otherwise it is a temporary tensor in the dtype of `x`, of a
+    bounded number of rows at a time.
+    """
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    if x.dtype == out.dtype:
+        out.addmm_(gradient.t(), x)
+        return
+    for rows, part in zip(out.split(_ROWS), gradient.split(_ROWS, dim=-1), strict=True):
+        rows.add_(weight_gradient(part, x))
 
 
 class _Product(NamedTuple):
@@ -92,4 +113,4 @@ class DeferredWeightGradients:
         products = self._products.pop(key)
         while products:
             weight, gradient, x, gather = products.popleft()
-            accumulate(weight, weight_gradient(gradient, x if gather is None else gather.all_gather(x)))
+            accumulate(weight, gradient, x if gather is None else gather.all_gather(x))

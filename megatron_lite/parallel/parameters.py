@@ -34,8 +34,8 @@ class NamedParameter:
     """Replicated over tp, but each rank computes the gradient of its part of the sequence (or of the heads), so that
     gradients are summed over tp."""
     passes: int = 1
-    """Gradients that arrive per micro-batch: one for each backward pass that reaches the parameter, and one for each
-    deferred product."""
+    """Gradients that arrive per micro-batch: one for each backward pass that reaches the parameter, and one for the
+    head's product."""
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """Return the parameter, or a tensor shaped like it (gradient, moment), without padding: a view.
@@ -53,9 +53,7 @@ class NamedParameter:
         return padded.view(shape)
 
 
-def vocabulary_parameter(
-    name: str, param: nn.Parameter, vocab_size: int, group: Group, passes: int = 1
-) -> NamedParameter:
+def vocabulary_parameter(name: str, param: nn.Parameter, vocab_size: int, group: Group) -> NamedParameter:
     """Return the named parameter of a [V/tp, h] table: this rank's rows of (vocab_size, h), none if all are padding."""
     rows, hidden = param.shape
     first = min(rows * group.rank, vocab_size)
@@ -65,7 +63,6 @@ def vocabulary_parameter(
         global_shape=(vocab_size, hidden),
         tp_dim=0,
         rectangle=Rectangle((first, 0), (min(rows * (group.rank + 1), vocab_size) - first, hidden)),
-        passes=passes,
     )
 
 

@@ -34,13 +34,19 @@ class Batch(Protocol):
 
 
 class Stage(Protocol):
-    """Consecutive layers of the model. Letters: s sequence, b micro-batch, h hidden, V vocabulary."""
+    """Consecutive layers of the model. Letters: s sequence, b micro-batch, h hidden."""
 
     def __call__(self, x: Tensor | None, batch: Any, /) -> Tensor:
-        """Hidden states [s, b, h] (first stage: None) -> hidden states [s, b, h]; last stage: logits [s, b, V]."""
+        """Hidden states [s, b, h] (first stage: None) -> hidden states [s, b, h]."""
 
-    def sample_losses(self, logits: Tensor, batch: Any, /) -> Tensor:
-        """Return the mean token loss of each sample, [b] fp32, from the last stage's logits."""
+    def sample_losses(
+        self, x: Tensor, batch: Any, gradient_scale: Tensor | float, accumulate: Accumulate | None, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mean token loss of each sample, [b] fp32, from the last stage's hidden states.
+
+        With `accumulate`, the gradient of the sum of losses times `gradient_scale` is computed too: that of the head's
+        weight is accumulated, that of the hidden states is returned.
+        """
 
     def hidden_shape(self, length: int, batch_size: int) -> tuple[int, int, int]:
         """Return the shape of hidden states between stages, for samples of `length` tokens."""
@@ -94,10 +100,10 @@ class _Tensors:
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Outputs to be sent."""
-    graphs: dict[tuple[int, int], Tensor | GradientEdge] = field(default_factory=dict)
-    """Starting points of backward: the loss, or the graph of an output without the output."""
+    graphs: dict[tuple[int, int], GradientEdge] = field(default_factory=dict)
+    """Starting points of backward: the graph of an output without the output."""
     gradients: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Gradients of outputs, from the next stage."""
+    """Gradients of outputs, from the next stage; of the last stage's, from the loss."""
     received: dict[tuple[str, int, int], _Received] = field(default_factory=dict)
     """Received tensors that no action has used yet, by (kind of the receive, stage, micro-batch)."""
     batches: dict[int, Batch] = field(default_factory=dict)
@@ -157,7 +163,7 @@ class Executor:
         num_stages: stages of the whole pipeline; the last one computes the loss.
         rng: dropout streams.
         messages: to and from the ranks of neighbouring stages.
-        accumulate: adds a gradient that a W action computed to its parameter's buffer.
+        accumulate: adds the gradient of the head's weight, and those that W actions compute, to their buffers.
         deferred: weight gradients that B actions defer to W actions; None: the schedule does not split backward.
         trace: list that receives each action once it is done; None: no trace.
         timed: returns a context manager that measures a named part of the work; None: no timing.
@@ -217,9 +223,9 @@ class Executor:
                 self._current = f"{_PHASES[first.kind]} of micro-batch {first.microbatch} on stage {first.stage}"
                 with self._timed(_TIMERS[first.kind]):
                     if first.kind == "F":
-                        self._forward(first, batch, tensors, losses)
+                        self._forward(first, batch, tensors, losses, gradient_scale)
                     elif first.kind == "B":
-                        self._backward(first, tensors, gradient_scale)
+                        self._backward(first, tensors)
                     else:
                         assert self._deferred is not None, "a W action needs deferred weight gradients"
                         self._deferred.compute((first.stage, first.microbatch), self._accumulate)
@@ -249,33 +255,34 @@ class Executor:
         else:
             tensors.gradients[action.stage, action.microbatch] = tensor
 
-    def _forward(self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses) -> None:
+    def _forward(
+        self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses, gradient_scale: float
+    ) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
         training = torch.is_grad_enabled()
         output = self._stages[stage](tensors.inputs.get(key), batch)
         if stage == self._last_stage:
-            samples = self._stages[stage].sample_losses(output, batch)
-            losses.samples.append(samples.detach())
+            samples, gradient = self._stages[stage].sample_losses(
+                output.detach(), batch, gradient_scale, self._accumulate if training else None
+            )
+            losses.samples.append(samples)
             losses.sources.append(batch.sources)
-            if training:
-                tensors.graphs[key] = samples.sum()
+            if gradient is not None:
+                tensors.gradients[key] = gradient
+        elif stage + 1 in self._stages:
+            tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(training)
         else:
-            if stage + 1 in self._stages:
-                tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(training)
-            else:
-                tensors.outputs[key] = output.detach()
-            if training:
-                # The graph is kept without the output, whose memory is free once it has been sent.
-                tensors.graphs[key] = get_gradient_edge(output)
+            tensors.outputs[key] = output.detach()
+        if training:
+            # The graph is kept without the output, whose memory is free once it has been sent or the loss is computed.
+            tensors.graphs[key] = get_gradient_edge(output)
         if not training:
             tensors.inputs.pop(key, None)
 
-    def _backward(self, action: Action, tensors: _Tensors, gradient_scale: float) -> None:
+    def _backward(self, action: Action, tensors: _Tensors) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
-        graph = tensors.graphs.pop(key)
-        gradient = torch.full_like(graph, gradient_scale) if isinstance(graph, Tensor) else tensors.gradients.pop(key)
         with nullcontext() if self._deferred is None else self._deferred.collect(key):
-            torch.autograd.backward(graph, gradient)
+            torch.autograd.backward(tensors.graphs.pop(key), tensors.gradients.pop(key))
         if stage == 0:
             return
         received = tensors.inputs[key]

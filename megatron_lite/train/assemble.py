@@ -237,7 +237,7 @@ def build_engine(
         num_stages=len(layers),
         rng=rng,
         messages=Messages(mesh.pp, mesh.backend.device),
-        accumulate=buffers.accumulate,
+        accumulate=buffers.accumulate_product,
         deferred=deferred,
         trace=trace,
         timed=_timing(timers, compute),

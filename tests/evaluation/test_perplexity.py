@@ -57,7 +57,7 @@ def token_losses(stage, tokens):
     stage.eval()
     row = torch.tensor([tokens])
     with torch.no_grad():
-        logits = stage(None, MicroBatch(tokens=row[:, :-1], labels=row[:, 1:]))
+        logits = stage.logits(None, MicroBatch(tokens=row[:, :-1], labels=row[:, 1:]))
     return F.cross_entropy(logits[:, 0, :VOCAB], row[0, 1:], reduction="none")
 
 

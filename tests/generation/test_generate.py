@@ -31,7 +31,7 @@ def without_cache(stage, prompt, count, sampling, seed, eod=None):
     with torch.no_grad():
         while len(new) < count:
             row = torch.tensor([tokens])
-            logits = stage(None, MicroBatch(tokens=row, labels=row))[-1]
+            logits = stage.logits(None, MicroBatch(tokens=row, labels=row))[-1]
             uniform = torch.rand(1, generator=generator, dtype=torch.float64)
             token = int(choose(logits, sampling, stage.config.vocab_size, uniform))
             if token == eod:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.stage_backward import run_backward
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,10 +54,8 @@ def with_a_mask(stage, lengths):
 def results(stage, batch):
     """Return the loss, the logits and every gradient."""
     stage.zero_grad()
-    logits = stage(None, batch)
-    loss = stage.sample_losses(logits.clone(), batch).sum()
-    loss.backward()
-    return [loss.detach(), logits.detach(), *(p.param.grad.clone() for p in stage.named_parameters_global())]
+    logits, loss = stage.logits(None, batch), run_backward(stage, batch)
+    return [loss, logits.detach(), *(p.param.grad.clone() for p in stage.named_parameters_global())]
 
 
 def assert_equal_to_the_mask(stage, batch, lengths):
@@ -131,8 +130,7 @@ def split_over(backend, parallel, changes, lengths):
     stage = GPTStage(config, range(2), mesh, rng)
     tokens = torch.randint(0, 101, (3, 17), generator=torch.Generator().manual_seed(5))
     batch = with_documents(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), lengths)
-    loss = stage.sample_losses(stage(None, batch), batch).sum()
-    loss.backward()
+    loss = run_backward(stage, batch)
     squares = sum(p.param.grad.square().sum() for p in stage.named_parameters_global() if "qkv.weight" in p.name)
     return loss.item(), squares.item()
 
@@ -190,7 +188,7 @@ def test_no_tensor_grows_with_the_square_of_the_sequence(make_stage, make_batch)
     batch, largest = with_documents(make_batch(size, length), lengths), {}
     for name, way in (("documents", nullcontext()), ("mask", with_a_mask(stage, lengths))):
         with way, Largest() as mode:
-            stage.sample_losses(stage(None, batch), batch).sum().backward()
+            run_backward(stage, batch)
         largest[name] = mode.elements
     assert largest["documents"] == size * length * stage.config.padded_vocab_size  # the logits
     assert largest["mask"] >= size * length * length

@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from support.stage_backward import run_backward
 from torch.nn import functional as F
 
 from megatron_lite.config.batch import BatchConfig
@@ -32,21 +33,22 @@ def test_sample_losses_are_masked_means(make_stage, make_batch):
     mask = (torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < 0.6).float()
     mask[2] = 0
     batch = make_batch(3, loss_mask=mask)
-    logits = stage(None, batch)
+    logits = stage.logits(None, batch)
     tokens = F.cross_entropy(logits[..., :101].permute(1, 2, 0), batch.labels, reduction="none")
     expected = [(tokens[n] * mask[n]).sum() / mask[n].sum() for n in (0, 1)]
-    torch.testing.assert_close(stage.sample_losses(logits, batch), torch.stack([*expected, torch.tensor(0.0)]))
-    torch.testing.assert_close(stage.sample_losses(logits, batch).sum(), sum(expected))
+    losses, gradient = stage.sample_losses(stage(None, batch), batch)
+    torch.testing.assert_close(losses, torch.stack([*expected, torch.tensor(0.0)]))
+    assert gradient is None
 
 
 def test_micro_batches_add_up_to_the_batch(make_stage, make_batch):
     stage, batch = make_stage(init_std=0.3), make_batch(4)
-    stage.sample_losses(stage(None, batch), batch).sum().backward()
+    run_backward(stage, batch)
     whole = gradients(stage)
     stage.zero_grad()
     for n in range(4):
         one = dataclasses.replace(batch, tokens=batch.tokens[n : n + 1], labels=batch.labels[n : n + 1])
-        stage.sample_losses(stage(None, one), one).sum().backward()
+        run_backward(stage, one)
     for name, gradient in gradients(stage).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5)
 
@@ -56,8 +58,7 @@ def test_padded_vocabulary_does_not_change_the_loss(make_stage, make_batch):
     batch, results = make_batch(), []
     for padded in (101, 104, 256):
         stage = make_stage(padded_vocab_size=padded)
-        loss = stage.sample_losses(stage(None, batch), batch).sum()
-        loss.backward()
+        loss = run_backward(stage, batch)
         table = stage.embedding.word_embeddings.weight
         assert not table.data[101:].any() and not table.grad[101:].any()
         results.append((loss.item(), table.grad[:101].clone()))
@@ -81,11 +82,11 @@ def test_attention_stays_within_documents(make_stage, make_batch, fp64, position
     documents = Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups)
     positions = torch.cat((torch.arange(cut), torch.arange(16 - cut)))
     packed = dataclasses.replace(batch, documents=documents, position_ids=positions.unsqueeze(0))
-    together = stage(None, packed)
+    together = stage.logits(None, packed)
     for part in (slice(0, cut), slice(cut, 16)):
-        alone = stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, part]))
+        alone = stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[:, part]))
         torch.testing.assert_close(together[part], alone, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(stage(None, batch)[cut:], together[cut:], atol=1e-3)
+    assert not torch.allclose(stage.logits(None, batch)[cut:], together[cut:], atol=1e-3)
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "rotary", "alibi", "none"])
@@ -93,11 +94,11 @@ def test_kv_cache_does_not_change_logits(make_stage, make_batch, fp64, position_
     stage = make_stage(position_embedding=position_embedding, num_query_groups=2, init_std=0.3).eval()
     batch = make_batch(2, 12)
     with torch.no_grad():
-        whole = stage(None, batch)
+        whole = stage.logits(None, batch)
         cache = stage.new_cache(2, 12)
         steps = []
         for first, last in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):  # a prompt, single tokens, several at once
-            steps.append(stage(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
+            steps.append(stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
             assert cache.length == last
         torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-6, atol=1e-6)
 
@@ -156,11 +157,9 @@ def test_two_stages_equal_one(make_stage, make_batch, tied):
     hidden = first(None, batch)
     assert tuple(hidden.shape) == first.hidden_shape(16, 2) and hidden.dtype == first.hidden_dtype
     received = hidden.detach().requires_grad_()
-    loss = last.sample_losses(last(received, batch), batch).sum()
-    loss.backward()
+    loss = run_backward(last, batch, received)
     hidden.backward(received.grad)
-    expected = whole.sample_losses(whole(None, batch), batch).sum()
-    expected.backward()
+    expected = run_backward(whole, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     shared = shared_stages(whole.config, 2)
     assert shared == ({"embedding.word_embeddings.weight": (0, 1)} if tied else {})
@@ -203,7 +202,7 @@ def test_zero_centered_norm_and_residual_after_norm(make_stage, make_batch):
     batch = make_batch()
     plain, centered = make_stage(), make_stage(zero_centered_norm=True)
     assert centered.decoder.final_norm.weight.eq(0).all()
-    torch.testing.assert_close(plain(None, batch), centered(None, batch))
+    torch.testing.assert_close(plain.logits(None, batch), centered.logits(None, batch))
     layer = make_stage(residual_post_layernorm=True).decoder.layers["0"]
     x = torch.randn(16, 2, 64)
     a = layer.input_norm(x)
@@ -234,9 +233,7 @@ def test_half_precision_trains_near_fp32(make_stage, make_batch, dtype, position
     batch, losses = make_batch(), []
     for type_ in ("fp32", dtype):
         stage = make_stage(dtype=type_, init_std=0.1, zero_centered_norm=fp32_residual, **changes)
-        logits = stage(None, batch)
-        loss = stage.sample_losses(logits, batch).sum()
-        loss.backward()
+        logits, loss = stage.logits(None, batch), run_backward(stage, batch)
         assert logits.dtype == DTYPES[type_] and loss.dtype == torch.float32
         assert all(p.grad.dtype == DTYPES[type_] and p.grad.isfinite().all() for p in stage.parameters())
         losses.append(loss.item())
@@ -264,7 +261,7 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
     for stage in (eager, compiled):
         for number in range(2):
             step = dataclasses.replace(batch, number=number)
-            stage.sample_losses(stage(None, step), step).sum().backward()
+            run_backward(stage, step)
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.stage_backward import add_to_grad
 from torch import nn
 
 from megatron_lite.backend.group import LocalGroup
@@ -29,9 +30,9 @@ def test_deferred_weight_gradients_equal_backward(again):
     inputs = torch.randn(2, 3, 5, 4)
     done = []
 
-    def accumulate(weight, gradient):
+    def accumulate(weight, gradient, x):
         done.append(weight)
-        weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        add_to_grad(weight, gradient, x)
 
     for number, x in enumerate(inputs):
         plain, split = x.clone().requires_grad_(), x.clone().requires_grad_()

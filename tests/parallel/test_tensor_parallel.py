@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.stage_backward import run_backward
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
@@ -58,10 +59,8 @@ def run(backend, parallel, model, recompute=None, masked=True):
     """Return loss, logits and gradients of one step; gradients as (name, global shape, offset, tensor)."""
     stage = make_stage(backend, parallel, model, recompute)
     batch = make_batch(masked)
-    logits = stage(None, batch)
-    first = logits.detach().clone()
-    loss = stage.sample_losses(logits, batch).sum()
-    loss.backward()
+    logits = stage.logits(None, batch).detach()
+    loss = run_backward(stage, batch)
     gradients = []
     for p in stage.named_parameters_global():
         if p.sequence_parallel:  # as the optimizer does
@@ -70,7 +69,7 @@ def run(backend, parallel, model, recompute=None, masked=True):
         shape = p.rectangle.shape
         if shape[0] < p.param.shape[0] and len(shape) == p.param.dim():
             assert not p.param.data[shape[0] :].any() and not p.param.grad[shape[0] :].any()
-    return loss.item(), first, gradients
+    return loss.item(), logits, gradients
 
 
 def assemble(results):
@@ -140,9 +139,7 @@ def steps(backend, parallel, model, compiled):
     losses = []
     for iteration in range(3):
         stage.embedding.rng.set_microbatch(iteration, 0)
-        loss = stage.sample_losses(stage(None, make_batch()), make_batch()).sum()
-        loss.backward()
-        losses.append(loss.item())
+        losses.append(run_backward(stage, make_batch()).item())
     return losses, [p.param.grad for p in stage.named_parameters_global()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.stage_backward import add_to_grad
 from support.tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
@@ -19,7 +20,7 @@ def executor(stages, trace=None):
         num_stages=len(stages),
         rng=streams,
         messages=Messages(LocalGroup("pp"), torch.device("cpu")),
-        accumulate=lambda param, gradient: param.grad.add_(gradient),
+        accumulate=add_to_grad,
         trace=trace,
     )
     return made, streams

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.stage_backward import add_to_grad
 from support.tiny_pipeline import Scale, Streams, batches
 
 from megatron_lite.backend.group import LocalGroup
@@ -139,7 +140,7 @@ class Rank:
             num_stages=stages,
             rng=self.streams,
             messages=Messages(self.mailbox, torch.device("cpu")),
-            accumulate=lambda weight, gradient: weight.grad.add_(gradient),
+            accumulate=add_to_grad,
             deferred=self.deferred,
             trace=self.trace,
             timed=self.measure,

@@ -115,7 +115,8 @@ def logits_on_rank(backend, parallel, load, tokens):
         x = torch.empty(stage.hidden_shape(tokens.shape[1], tokens.shape[0]))
         mesh.pp.recv_(x, mesh.pp.rank - 1).wait()
     with torch.no_grad():
-        x = stage(x, MicroBatch(tokens=tokens, labels=tokens))
+        batch = MicroBatch(tokens=tokens, labels=tokens)
+        x = stage(x, batch) if stage.output_layer is None else stage.logits(x, batch)
     if mesh.pp.rank < parallel.pp - 1:
         mesh.pp.send(x, mesh.pp.rank + 1).wait()
         return None

@@ -28,8 +28,9 @@ class Scale(nn.Module):
         x = batch.tokens.t().unsqueeze(-1).float() if x is None else x
         return x * self.weight
 
-    def sample_losses(self, logits, batch):
-        return logits.squeeze(-1).mean(0)
+    def sample_losses(self, x, batch, gradient_scale, accumulate):
+        gradient = None if accumulate is None else torch.full_like(x, gradient_scale / len(x))
+        return x.squeeze(-1).mean(0), gradient
 
     def hidden_shape(self, length, batch_size):
         return length, batch_size, 1

@@ -108,12 +108,12 @@ class Expected:
                 self.add("tp", kind, m, ACTIVATION)
         if self.stages - 1 in self.own:
             if cell.sequence_parallel:
-                self.add("tp", "all_gather", 2 * m, ACTIVATION)
+                self.add("tp", "all_gather", m, ACTIVATION)
                 self.add("tp", "reduce_scatter", m, ACTIVATION)
             else:
                 self.add("tp", "all_reduce", m, ACTIVATION)
-            self.add("tp", "all_reduce", m, LENGTH * FP32)  # the loss: each token's largest logit,
-            self.add("tp", "all_reduce", m, 2 * LENGTH * FP32)  # then the sum of exponentials and the label's logit
+            # The loss: each token's largest logit, sum of exponentials and label's logit, of every rank's columns.
+            self.add("tp", "all_gather", m, 3 * cell.tp * LENGTH * FP32)
         if cell.sequence_parallel:
             self.add("tp", "all_reduce", 1, 0)  # partial_parameters
 
