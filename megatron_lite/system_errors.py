@@ -44,7 +44,7 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
             return f'Give this user permission to {"write to" if writing else "read"} "{existing.absolute()}" (ls -ld)'
         case errno.EROFS:
             return f'Make the disk of "{existing.absolute()}" writable, which is mounted read-only'
-        case errno.ENOENT if writing:
+        case errno.ENOENT if writing and not target.parent.exists():
             return f'Create the folder "{target.parent}"'
         case errno.EEXIST | errno.ENOTDIR:
             blocking = existing if not existing.is_dir() else target

@@ -21,6 +21,7 @@ from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.save import deduplicate, size_to_write
 from megatron_lite.checkpoint.writing import CheckpointWriter, SaveReport, SaveRequest
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_ranges
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
 _POLL_SECONDS = 0.02
@@ -184,16 +185,18 @@ class BackgroundSaver:
                 share = writer.share(rank)
                 if share is not None and share.error:
                     raise _MissingShareError(
-                        f"Rank {rank} could not write its part of the checkpoint: {share.error}",
+                        f"Rank {rank} could not write its part of the checkpoint: {share.error.rstrip('.')}",
                         fix="Earlier checkpoints are untouched",
                     )
                 if share is not None:
                     missing.discard(rank)
             if missing and (self._abandoned.is_set() or time.monotonic() > deadline):
                 raise _MissingShareError(
-                    f"Ranks {sorted(missing)} have not reported their part of the checkpoint in {writer.folder} after "
-                    f"{self._patience:.0f} s",
-                    fix="Check whether all hosts see the same --save folder and whether those ranks still run",
+                    f"The parts of {'rank' if len(missing) == 1 else 'ranks'} {format_ranges(sorted(missing))} of the "
+                    "checkpoint in "
+                    f"{writer.folder} are missing after {self._patience:.0f} s",
+                    fix="Make sure that --save is the same shared folder on every host, and that those ranks are "
+                    "running",
                 )
             if missing:
                 time.sleep(_POLL_SECONDS)

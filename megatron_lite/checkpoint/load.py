@@ -21,6 +21,7 @@ from megatron_lite.checkpoint.names import is_model_tensor, is_superseded, sourc
 from megatron_lite.checkpoint.reading import CheckpointReader, ReadPlan
 from megatron_lite.checkpoint.verify import check_sizes, verify_parts
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_shape
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.runs.catalog import iteration_of, list_checkpoints
 from megatron_lite.runs.manifest import CorruptCheckpointError, Manifest, SavedPart
@@ -134,22 +135,28 @@ def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
         raise CheckpointError(
             f'Checkpoint {reader.path} does not contain the tensor "{tensor.name}", which this run needs'
             + (f'; the nearest name is "{near[0]}"' if near else ""),
-            fix=f"Use the model flags it was saved with (`megatron-lite checkpoint inspect {reader.path}` prints them)"
-            + ("" if is_model_tensor(tensor.name) else ", or leave optimizer state out with --no-load-optim"),
+            fix=f"Use the model flags with which it was saved: `megatron-lite checkpoint inspect {reader.path}` "
+            "prints them"
+            + (
+                ""
+                if is_model_tensor(tensor.name)
+                else ". To load the weights without optimizer state, add --no-load-optim"
+            ),
         )
     info = reader.tensors[source]
     if info.shape != tuple(tensor.global_shape):
         raise CheckpointError(
-            f'The shape of the tensor "{tensor.name}" is {tuple(tensor.global_shape)} in this run and '
-            f"{info.shape} in {reader.path}",
-            fix="Use the model sizes it was saved with; parallel sizes may change freely",
+            f'The tensor "{tensor.name}" has the shape {format_shape(tensor.global_shape)} in this run and '
+            f'{format_shape(info.shape)} in the checkpoint "{reader.path}"',
+            fix="Use the sizes of the model (--num-layers, --hidden-size, …) with which it was saved: `megatron-lite "
+            f"checkpoint inspect {reader.path}` prints them. Parallel sizes may differ",
         )
     if getattr(torch, info.dtype).is_floating_point != tensor.dtype.is_floating_point:
         raise CheckpointError(
             f'The tensor "{tensor.name}" has the dtype {str(tensor.dtype).removeprefix("torch.")} in this run and '
-            f"{info.dtype} in {reader.path}",
+            f'{info.dtype} in the checkpoint "{reader.path}"',
             rule="Integers and floating-point numbers are not converted into each other",
-            fix="Load a checkpoint of the same kind of model",
+            fix="Load a checkpoint of the same model, written by the same version of megatron_lite",
         )
     return source
 
@@ -160,6 +167,8 @@ def _check_none_left_over(saved: Sequence[str], run: Collection[str], path: Path
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(
-            f"This run has no {', '.join(left[:_SHOWN])}{more}, which {path} contains",
-            fix="Give the model the options it was saved with; to take the weights only, add --no-load-optim",
+            f"The checkpoint {path} contains tensors that this run does not have: {', '.join(left[:_SHOWN])}{more}",
+            fix="Use the model and optimizer flags with which it was saved: `megatron-lite checkpoint inspect "
+            f"{path}` prints "
+            "them. To load the weights without optimizer state, add --no-load-optim",
         )

@@ -107,9 +107,10 @@ class ReadPlan:
                         records.setdefault(key, _Record(other, dtype, [])).wanted.append(piece)
                 if found != wanted.numel:
                     raise CheckpointError(
-                        f"The checkpoint is incomplete: {source} has {found} of {wanted.numel} elements that this rank "
-                        "needs",
-                        fix="Load another iteration",
+                        f"The checkpoint {folder} is incomplete: it contains {found:,} of the {wanted.numel:,} "
+                        "elements of the "
+                        f"tensor {source} that this rank needs",
+                        fix="Load another iteration with --load-iteration",
                     )
         # In the order in which they lie on the disk.
         self._records = {key: records[key] for key in sorted(records)}

@@ -96,8 +96,9 @@ def average(
     """
     if len(paths) < 2:
         raise CheckpointError(
-            f"Cannot average {', '.join(map(str, paths)) or 'no checkpoint'}: at least two checkpoints are needed",
-            fix="Name two or more, such as RUN/iter_0000100 RUN/iter_0000200",
+            f"Averaging needs at least two checkpoints, and {len(paths)} is given: "
+            f"{', '.join(map(str, paths)) or 'none'}",
+            fix="Name two or more, for example RUN/iter_0000100 RUN/iter_0000200",
         )
     sources = [CheckpointReader(path) for path in paths]
     last = sources[-1].manifest
@@ -108,9 +109,10 @@ def average(
         if shapes != wanted:
             names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
             raise CheckpointError(
-                f"Cannot average {path} and {paths[-1]}: they differ in the shape or presence of the tensors "
-                f"{', '.join(repr(name) for name in names[:5])}",
-                fix="Average checkpoints of one model, saved in one precision",
+                f"Cannot average {path} and {paths[-1]}: they are checkpoints of different models, in which these "
+                "tensors are "
+                f"missing or have other shapes: {', '.join(names[:5])}",
+                fix="Give checkpoints of the same model",
             )
 
     return _rewrite(paths, output, last, _Mean(sources, weights), file_size, progress)
@@ -165,18 +167,23 @@ def _rewrite(
     request = SaveRequest(output, manifest.iteration, manifest.scalars, manifest.provenance)
     if output.resolve() in {source.resolve().parent for source in sources}:
         raise CheckpointError(
-            f"--output {output} is the folder that contains {', '.join(str(path) for path in sources)}",
-            rule="A checkpoint is rewritten into another folder",
+            f"--output {output} is the folder of "
+            f"{', '.join(str(path) for path in sources if path.resolve().parent == output.resolve())}, "
+            "from which the command reads",
             fix="Give --output another folder",
         )
     if iteration_of(output) is not None:
         raise CheckpointError(
-            f"--output {output} names a checkpoint, but --output is the folder in which it is created",
-            fix=f"Give --output {output.parent}: the result, iter_{manifest.iteration:07d}, is created inside it",
+            f"--output {output} has the name of a single checkpoint, but --output is the folder in which checkpoints "
+            "are "
+            "created",
+            fix=f"Give --output a folder such as {output.parent}; the result is iter_{manifest.iteration:07d} inside "
+            "it",
         )
     if request.path.exists():
         raise CheckpointError(
-            f"{request.path} exists already", fix="Give --output another folder, or remove that checkpoint first"
+            f"The result, {request.path}, exists already",
+            fix="Give --output another folder, or delete that checkpoint first",
         )
     return write_source(request, tensors, file_size, progress)
 

@@ -144,5 +144,5 @@ def _incomplete(name: str, problem: str) -> CheckpointError:
     return CheckpointError(
         f'Cannot save the tensor "{name}": {problem}',
         rule="Each element of a tensor must be saved exactly once",
-        fix="This is a bug in megatron_lite: please report it with the command line, whose parallel sizes matter",
+        fix="Report this as a bug of megatron_lite, with the command line",
     )

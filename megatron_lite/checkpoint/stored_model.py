@@ -41,8 +41,9 @@ def stored_model(manifest: Manifest, path: Path) -> StoredModel:
     missing = [part for part in ("model", "tokenizer", "precision") if part not in stored]
     if missing:
         raise CheckpointError(
-            f"The manifest of {path} has no config of {', '.join(missing)}",
-            fix="Load a checkpoint that training wrote",
+            f"The checkpoint {path} does not describe its model: its manifest.json has no config of "
+            f"{', '.join(missing)}",
+            fix="Give a checkpoint that `megatron-lite train` or `megatron-lite import` wrote",
         )
     return StoredModel(
         from_record(ModelConfig, stored["model"]),
@@ -61,6 +62,8 @@ def require_tokenizer(tokenizer: Tokenizer, manifest: Manifest, path: Path) -> N
     wanted = manifest.provenance.fingerprints.get("tokenizer")
     if wanted and wanted != tokenizer.fingerprint():
         raise ConfigError(
-            f"{path} was trained with the tokenizer {wanted}, and the given one is {tokenizer.fingerprint()}",
-            fix="Give the run's own files with --vocab-file and --merge-file, or --tokenizer-model",
+            f"The model of {path} was trained with another tokenizer: its fingerprint is {wanted}, that of the "
+            "tokenizer given "
+            f"is {tokenizer.fingerprint()}",
+            fix="Give the tokenizer of that training with --tokenizer-model, or --vocab-file and --merge-file",
         )

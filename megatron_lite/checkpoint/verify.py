@@ -88,5 +88,5 @@ def _unreadable(path: Path, error: OSError) -> CorruptCheckpointError:
 
 def _corrupt(problem: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(
-        problem, fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically"
+        problem, fix="Load an earlier iteration (--load-iteration), or add --fallback-on-corrupt to do so automatically"
     )

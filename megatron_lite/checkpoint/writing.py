@@ -6,6 +6,7 @@ torch reads such a folder without this package. Each record is a part of its fil
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -48,12 +49,16 @@ from megatron_lite.runs.manifest import (
 )
 from megatron_lite.runs.retention import KEEP_ALL, Retention, delete_expired
 from megatron_lite.runs.turnover import make_visible, remove_stale
+from megatron_lite.system_errors import reason, remedy
 
 _DCP_METADATA = ".metadata"
 _BUFFER = 1 << 20
 _HEADERS = 1 << 12
 """Upper bound of a record's bytes beyond its elements."""
-_MAKE_ROOM = "Earlier checkpoints are untouched. Make room, keep fewer with --keep-last, or give another --save"
+_MAKE_ROOM = (
+    "Free space there, keep fewer checkpoints with --keep-last, or give another --save. Earlier checkpoints are "
+    "untouched"
+)
 
 
 def no_check() -> None:
@@ -249,8 +254,9 @@ class CheckpointWriter:
             free = shutil.disk_usage(request.root).free
             if free < needed:
                 raise CheckpointError(
-                    f"No room for the checkpoint of iteration {request.iteration}: it takes {format_size(needed)}, "
-                    f"{request.root} has {format_size(free)} free",
+                    f"The disk has no room for the checkpoint of iteration {request.iteration}: it needs "
+                    f"{format_size(needed)}, and "
+                    f'{format_size(free)} are free in "{request.root}"',
                     fix=_MAKE_ROOM,
                 )
             folder = request.path.with_name(f"{request.path.name}.partial-{secrets.token_hex(4)}")
@@ -308,24 +314,26 @@ class CheckpointWriter:
 
     def _failure(self, error: OSError, needed: int) -> CheckpointError:
         request = self._request
-        problem = (
-            f"Cannot write the checkpoint of iteration {request.iteration} in {request.root}: {error.strerror or error}"
-        )
+        problem = f"Cannot write the checkpoint of iteration {request.iteration} in {request.root}: {reason(error)}"
         if error.filename:
             problem += f" ({error.filename})"
         if isinstance(error, FileNotFoundError) and ".partial-" in str(error.filename):
             return CheckpointError(
-                f"{problem}: another process removed the partial checkpoint",
-                rule="Only one job at a time may save in a folder",
-                fix="Check whether another job runs with the same --save, or whether hosts see different folders there",
+                f"{problem}: another process deleted the unfinished checkpoint, or this host does not see it",
+                rule="Only one job at a time may save in a folder, which all hosts share",
+                fix="End other jobs with the same --save, and make sure that --save is the same shared folder on "
+                "every host",
             )
         try:
-            problem += f"; {format_size(shutil.disk_usage(request.root).free)} are free there"
+            problem += f"; {format_size(shutil.disk_usage(request.root).free)} are free on its disk"
         except OSError:
             problem += "; the folder itself cannot be read"
         if needed:
-            problem += f", this rank writes {format_size(needed)}"
-        return CheckpointError(problem, fix=_MAKE_ROOM)
+            problem += f", and this rank needs {format_size(needed)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return CheckpointError(problem, fix=_MAKE_ROOM)
+        fix = remedy(error, request.root, instead="give another --save", writing=True)
+        return CheckpointError(problem, fix=f"{fix}. Earlier checkpoints are untouched")
 
 
 class _ChecksummedFile(io.BufferedWriter):

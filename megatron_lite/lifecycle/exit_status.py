@@ -25,6 +25,7 @@ from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.runs.exit_status import COMPLETED_NAME, EXIT_STATUS_NAME, ExitStatus, completed_iteration, read_bytes
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.lock_file import read_owner
+from megatron_lite.system_errors import reason, remedy
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ATTEMPTS, _PAUSE = 5, 0.2
@@ -326,8 +327,8 @@ class _SignalWatch:
 def not_writable(save: Path, error: OSError) -> CheckpointError:
     """Return the error for a --save folder that cannot be created or written to."""
     return CheckpointError(
-        f"Cannot write to --save {save}: {error.strerror}",
-        fix="Give --save a folder that you may write to, or change its permissions",
+        f"Cannot write to --save {save}: {reason(error)}",
+        fix=remedy(error, save, instead="give another --save", writing=True),
     )
 
 

@@ -61,8 +61,10 @@ def report_failures(backend: Backend, parallel: ParallelConfig, on_abort: OnAbor
 
     def ended_by(first: Failure, error: BaseException) -> TrainingError:
         ended = TrainingError(
-            f"The job ended because a rank failed: {first.text}; {name} was in {phase_of(error)}",
-            fix="See that rank's output. With --save and --load, the same command resumes from the last checkpoint",
+            f"The job ended because a rank failed: {first.text.rstrip('.')}; {name} was in {phase_of(error)}",
+            fix="Read the output of the failed rank for its cause. With --save and --load, the same command then "
+            "resumes from the "
+            "latest checkpoint",
         )
         ended.shared, ended.silent = True, not first.is_printed_by(backend.rank, backend.local_rank)
         return ended

@@ -16,6 +16,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.foreign import foreign_error
 from megatron_lite.runs.manifest import MANIFEST_NAME, CorruptCheckpointError, read_manifest
+from megatron_lite.system_errors import reason, remedy
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 REPLACED = ".replaced"
@@ -156,8 +157,9 @@ def find_checkpoint(
         if named is not None and path.is_dir():
             if iteration not in (0, named):
                 raise CheckpointError(
-                    f"--load {path} and --load-iteration {iteration} name different iterations",
-                    fix=f"Give --load {path.parent}, or leave --load-iteration out",
+                    f"--load {path} is the checkpoint of one iteration, and --load-iteration {iteration} asks for "
+                    "another",
+                    fix=f"Remove --load-iteration, or give --load {path.parent}",
                 )
             return _require_complete(path)
         if iteration:
@@ -169,8 +171,8 @@ def find_checkpoint(
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
-            f"Cannot read --load {load}: {error.strerror}{where}",
-            fix="Give a folder that was the --save of a run, or one of its iter_… folders",
+            f"Cannot read --load {load}: {reason(error)}{where}",
+            fix=remedy(error, load, instead="give --load the --save folder of a run, or one of its iter_… folders"),
         ) from error
 
 
@@ -186,16 +188,17 @@ def _find_latest(root: Path, fallback: bool, notify: Callable[[str], None]) -> P
         if (foreign := foreign_error(root)) is not None:
             raise foreign
         complete = list_checkpoints(root)
-        problem = f"{root / LATEST_NAME} contains {text[:40]!r} instead of an iteration"
+        problem = f"{root / LATEST_NAME} contains {text[:40]!r} instead of the number of an iteration"
         if fallback and complete and text != "release":  # Megatron's name of a checkpoint without an iteration
             notify(f"{problem}: loading the newest complete checkpoint, {complete[-1].name}")
             return complete[-1]
         raise CheckpointError(
-            f"{problem}, and the folder holds {_names(complete)}",
-            fix=f"Write {iteration_of(complete[-1])} into it, or add --load-iteration {iteration_of(complete[-1])}; "
-            "training loads the newest one under --fallback-on-corrupt"
+            f"{problem}; complete checkpoints in that folder: {_names(complete)}",
+            fix=f"Write {iteration_of(complete[-1])} into that file, add --load-iteration "
+            f"{iteration_of(complete[-1])}, or add "
+            "--fallback-on-corrupt to load the newest complete checkpoint"
             if complete
-            else "Give --load the --save folder of a run, or leave --load out to start from fresh weights",
+            else "Give --load the --save folder of a run, or remove --load to start from newly initialized weights",
         )
     wanted = locate(root, iteration)
     # The others are examined only if needed: each has a manifest of megabytes and a file for every rank.
@@ -222,13 +225,16 @@ def _require_complete(checkpoint: Path) -> Path:
     if (foreign := foreign_error(where)) is not None:
         raise foreign
     if others:
-        fix = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to load the last complete one"
+        fix = "Choose one of these with --load-iteration, or add --fallback-on-corrupt to load the newest complete one"
     elif not checkpoint.is_dir():
-        fix = "Give --load the --save folder of a run, or leave --load out to start from fresh weights"
+        fix = "Give --load the --save folder of a run, or remove --load to start from newly initialized weights"
     else:
-        fix = "If the folder was copied here, copy it again in full; otherwise leave --load out to start afresh"
-    raise kind(f"Cannot load {checkpoint.name}: {problem}; {checkpoint.parent} holds {_names(others)}", fix=fix)
+        fix = "Copy the folder again if it was copied here; otherwise remove --load to train from scratch"
+    raise kind(
+        f"Cannot load {checkpoint.name}: {problem}; complete checkpoints in {checkpoint.parent}: {_names(others)}",
+        fix=fix,
+    )
 
 
 def _names(checkpoints: list[Path]) -> str:
-    return ", ".join(entry.name for entry in checkpoints) or "no complete checkpoint"
+    return ", ".join(entry.name for entry in checkpoints) or "none"

@@ -9,16 +9,16 @@ from typing import Any
 
 from megatron_lite.config.optimizer import LrConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.config.table import field_metadata
+from megatron_lite.config.table import field_metadata, flags_by_field
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.manifest import Manifest, Provenance
 from megatron_lite.schedules.data_order import DataSegment, extend_history, history_of_config
 from megatron_lite.schedules.progress import Progress
 
-_ABSENT = "nothing"
+_ABSENT = "not stored"
 _FILES_SHOWN = 10
 """Changed source files that a warning lists."""
-_OVERRIDE, _USE = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+_OVERRIDE, _USE = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 _WEIGHT_DECAY = ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_style")
 # Rows of the learned position table, where there is one.
 _TABLE = frozenset({"max_position_embeddings"})
@@ -33,7 +33,7 @@ class Difference:
     current: Any
 
     def __str__(self) -> str:
-        return f"{self.path}: {_show(self.saved)} in the checkpoint, {_show(self.current)} now"
+        return f"{_flag(self.path)}: {_show(self.saved)} in the checkpoint, {_show(self.current)} now"
 
 
 def config_as_json(config: RunConfig) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     broken = [d for d in found if d.path.split(".")[1] not in may_change and _ABSENT not in (d.saved, d.current)]
     if broken:
         raise CheckpointError(
-            f"The model differs from the checkpoint's:\n{describe(broken)}\n",
-            fix="Use the model flags the checkpoint was saved with",
+            f"The model of this command is not that of the checkpoint:\n{describe(broken)}\n",
+            fix="Give these flags the values of the checkpoint",
         )
 
 
@@ -122,10 +122,14 @@ def check_fingerprints(
     refused = [difference for difference in changed if _kind(difference.path) not in accepted]
     if refused:
         effect = f"  {data_effect}\n" if data_effect and changes_data(refused) else ""
+        kinds = sorted({_kind(difference.path) for difference in refused})
+        accept = sorted({_kind(difference.path) for difference in changed})
         raise CheckpointError(
-            f"The run began with another tokenizer or other data:\n{describe(refused)}\n{effect}",
-            fix="Give the ones with which it began, or accept the change with --accept-changed "
-            + " ".join(sorted({_kind(difference.path) for difference in changed})),
+            f"The {' and '.join(kinds)} of this command differ{'' if len(kinds) > 1 or kinds == ['data'] else 's'} "
+            "from those with "
+            f"which the checkpoint was trained:\n{describe(refused)}\n{effect}",
+            fix=f"Give the same {' and '.join(kinds)} as before, or accept the change with --accept-changed "
+            f"{' '.join(accept)}",
         )
     return changed
 
@@ -195,8 +199,8 @@ def resume_schedule(
     Args:
         saved: the checkpoint's config.
         current: the command line's.
-        override: --override-opt_param-scheduler.
-        use_checkpoint: --use-checkpoint-opt_param-scheduler.
+        override: --override-opt-param-scheduler.
+        use_checkpoint: --use-checkpoint-opt-param-scheduler.
 
     Returns:
         The config, and the resolved differences, to be printed.
@@ -205,15 +209,20 @@ def resume_schedule(
         CheckpointError: the schedules differ and no flag gives precedence, or both flags are given.
     """
     if override and use_checkpoint:
-        raise CheckpointError(f"{_OVERRIDE} and {_USE} are both given", fix="Leave one of them out")
+        raise CheckpointError(
+            f"{_OVERRIDE} and {_USE} contradict each other",
+            fix="Remove the first to use the checkpoint's schedule, or the second to use the command line's",
+        )
     differences = schedule_differences(saved, current)
     if not differences or override:
         return current, differences
     if not use_checkpoint:
         raise CheckpointError(
-            f"The learning-rate or weight-decay schedule differs from the checkpoint's:\n{describe(differences)}\n",
-            fix=f"Add {_OVERRIDE} to use the command line's (a decay then stretches to the new length), or {_USE} to "
-            "use the checkpoint's (after its end the run stays at the final rate)",
+            f"The learning-rate or weight-decay schedule of this command differs from the checkpoint's:\n"
+            f"{describe(differences)}\n",
+            fix=f"Add {_OVERRIDE} to use the command line's schedule (a decay is stretched to its new length), or "
+            f"{_USE} to use the "
+            "checkpoint's (after its last iteration, the learning rate stays at its final value)",
         )
     lr = replace(
         saved.lr,
@@ -276,5 +285,12 @@ def _compare(saved: Any, current: Any, path: str) -> Iterator[Difference]:
         yield Difference(path, saved, current)
 
 
+def _flag(path: str) -> str:
+    """Return the flag of a config field; the path of one without a flag, and of what is not in the config."""
+    section, _, field = path.partition(".")
+    declared = flags_by_field().get((section, field), ())
+    return next((flag.name for flag in declared if flag.takes_value), declared[0].name if declared else path)
+
+
 def _show(value: Any) -> str:
-    return value if value == _ABSENT else json.dumps(value)
+    return value if isinstance(value, str) else "not given" if value is None else json.dumps(value)

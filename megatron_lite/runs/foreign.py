@@ -85,14 +85,14 @@ def foreign_error(load: Path) -> CheckpointError | None:
     if found is None or found.kind is Kind.MEGATRON_LITE:
         return None
     finetune = (
-        "and --finetune"
+        " --finetune"
         if found.kind is Kind.HUGGING_FACE
-        else "(and --finetune if its optimizer's state does not come along)"
+        else ", with --finetune if it is imported without optimizer state"
     )
     return CheckpointError(
-        f"{found.folder} is {found.title}: it holds {found.file.relative_to(found.folder)}",
-        rule="--load takes checkpoints that megatron_lite wrote",
-        fix=f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW {finetune}",
+        f"{found.folder} is {found.title}, as the file {found.file.relative_to(found.folder)} shows",
+        rule="--load reads checkpoints of megatron_lite",
+        fix=f"Import it with `megatron-lite import {found.folder} --output NEW`, then give --load NEW{finetune}",
     )
 
 

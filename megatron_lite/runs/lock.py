@@ -147,13 +147,15 @@ class FolderLock:
         if not self._lost:
             return
         seen = read_lock_file(self._path)
-        who = f"it is held by {seen}" if seen is not None else "it was removed"
+        who = f"{seen} holds it now" if seen is not None else "the file was removed"
         raise CheckpointError(
             f"This job has lost the lock {self._path}: {who}",
-            rule=f"A job that was paused for longer than {PATIENCE * HEARTBEAT_SECONDS:.0f} s loses its lock, as one "
-            "does whose folder was moved or cleared",
-            fix="This job stops without writing to the folder. Let the other job train, or end it and run the same "
-            "command again, which resumes from the last checkpoint",
+            rule=f"A job loses its lock if it is paused for longer than {PATIENCE * HEARTBEAT_SECONDS:.0f} s, or if "
+            "its folder is "
+            "moved or emptied",
+            fix="This job stops without writing to the folder. If no other job trains there, run the same command "
+            "again: it "
+            "resumes from the latest checkpoint",
         )
 
     def release(self) -> None:
@@ -265,11 +267,11 @@ class FolderLock:
 
     def _refusal(self, seen: SeenLock) -> CheckpointError:
         stopped = seen.owner is not None and is_running(seen.owner.process) and is_stopped(seen.owner.process)
-        paused = " That process is stopped (as by SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
+        paused = " That process is suspended (SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
         return CheckpointError(
             f"{self.folder} is in use by {seen}",
             rule=_RULE,
-            fix=f"Wait until that job has ended, end it, or give another --save folder.{paused} Nothing was written",
+            fix=f"Wait until that job has ended, end it, or give another --save.{paused} Nothing was written",
         )
 
 

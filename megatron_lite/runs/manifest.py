@@ -14,6 +14,7 @@ from megatron_lite.config.record import from_record
 from megatron_lite.errors import CheckpointError
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.schedules.data_order import DataSegment
+from megatron_lite.system_errors import reason, remedy
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -129,8 +130,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"Scalars or config of a checkpoint cannot be written as JSON: {error}",
-            fix="Save plain numbers, strings, lists and dicts, and tensors as tensors",
+            f"The state of this run cannot be stored in a checkpoint's manifest.json: {error}",
+            fix="Report this as a bug; in code of your own, save numbers, strings, lists and dicts as scalars, and "
+            "tensors as "
+            "tensors",
         ) from error
     body = ("{\n" + ",\n".join(lines)).encode()
     return body + _TAIL.format(zlib.crc32(body)).encode()
@@ -146,15 +149,18 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     body, tail = data[:-_TAIL_LENGTH], data[-_TAIL_LENGTH:]
     if tail != _TAIL.format(zlib.crc32(body)).encode():
         raise CorruptCheckpointError(
-            f"{path} is damaged: its {len(data)} bytes do not match its checksum",
-            fix="Load an earlier iteration, or add --fallback-on-corrupt to do so automatically",
+            f"{path} is damaged: its {len(data):,} bytes do not match their checksum",
+            fix="Load an earlier iteration (--load-iteration), or add --fallback-on-corrupt to do so automatically",
         )
     content = json.loads(data)
     if content.get("format") != "megatron_lite" or content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {content.get('format')!r} version {content.get('format_version')}; this program reads "
+            f"{path} has format {content.get('format')!r} version {content.get('format_version')}; this version of "
+            "megatron_lite reads "
             f"{'' if content.get('format') == 'megatron_lite' else 'format megatron_lite '}version {FORMAT_VERSION}",
-            fix="Load it with the megatron_lite that wrote it",
+            fix="Load it with the version of megatron_lite that wrote it"
+            if content.get("format") == "megatron_lite"
+            else "Give a checkpoint that megatron_lite wrote",
         )
     provenance = content["provenance"]
     return Manifest(
@@ -185,8 +191,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read {path}: {error.strerror}",
-            fix="Give a checkpoint folder that --save wrote; `megatron-lite checkpoint list` shows them",
+            f"Cannot read {path}: {reason(error)}",
+            fix=remedy(
+                error,
+                path,
+                instead="give the folder iter_… of a checkpoint (`megatron-lite checkpoint list RUN` lists those of a "
+                "run)",
+            ),
         ) from error
     return decode_manifest(data, path)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
+from megatron_lite.system_errors import reason, remedy
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -84,8 +85,12 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
-            f"Cannot read the metrics file {path}: {error.strerror}",
-            fix="Give the path of a run's metrics.jsonl: it is in the folder of --save, or at --metrics-file",
+            f"Cannot read the metrics file {path}: {reason(error)}",
+            fix=remedy(
+                error,
+                path,
+                instead="give the metrics.jsonl of a run: it is in the folder of --save, or where --metrics-file was",
+            ),
         ) from error
     kept: list[tuple[bytes, dict[str, Any]]] = []
     broken: tuple[int, bytes] | None = None
@@ -107,9 +112,10 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _damaged(path: Path, number: int, line: bytes) -> DataError:
     return DataError(
-        f"{path} is not a metrics file, or is damaged: line {number} ({line[:40]!r}) is no JSON object with the key "
+        f"{path} is not a metrics file, or it is damaged: line {number} ({line[:40]!r}) is not a JSON object with the "
+        "key "
         '"kind"',
-        fix="Give the path of a run's metrics.jsonl; if it is one, restore or delete the line",
+        fix="Give the metrics.jsonl of a run; if it is one, delete that line",
     )
 
 

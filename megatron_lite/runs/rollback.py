@@ -67,7 +67,9 @@ def roll_back(
         found = ", ".join(path.name for path in list_checkpoints(root)) or "none"
         raise CheckpointError(
             f"Cannot roll back to iteration {iteration}: {problem}; complete checkpoints in {root}: {found}",
-            fix="Give --to the iteration of one of these",
+            fix="Give --to the iteration of one of these checkpoints"
+            if found != "none"
+            else "Give --save a folder with complete checkpoints",
         )
     manifest = read_manifest(checkpoint)
     skipped = merged([*manifest.provenance.skipped_samples, *_checked(checkpoint, manifest, skip)])
@@ -105,8 +107,12 @@ def _checked(checkpoint: Path, manifest: Manifest, skip: tuple[int, int] | None)
     known = any(a <= first and end <= b for a, b in manifest.provenance.skipped_samples)
     if not 0 <= first < end or (first < reached and not known):
         raise CheckpointError(
-            f"Cannot skip samples {first}-{end - 1}: {checkpoint.name} has reached sample {reached}",
-            fix=f"Roll back to an earlier checkpoint, or skip samples from {reached} on",
+            f"Cannot skip the samples {first:,} to {end - 1:,}: {checkpoint.name} was saved at sample {reached:,}, "
+            "after the first "
+            "of them"
+            if first < reached
+            else f"Cannot skip the samples {first:,} to {end - 1:,}: the range is empty",
+            fix=f"Roll back to an earlier checkpoint, or skip a range that begins at sample {reached} or later",
         )
     return [skip]
 

@@ -150,8 +150,8 @@ def already_complete(config: RunConfig) -> Completed | None:
     text = (
         f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command has "
         f"{last_iteration(config)} iterations. Nothing was done. To continue training, give a larger {length}, and "
-        "--override-opt_param-scheduler to stretch the learning rate's decay to it or "
-        "--use-checkpoint-opt_param-scheduler to stay at the final rate; to evaluate again, add --skip-train."
+        "--override-opt-param-scheduler to stretch the learning rate's decay to it or "
+        "--use-checkpoint-opt-param-scheduler to stay at the final rate; to evaluate again, add --skip-train."
     )
     return Completed(completed, text)
 

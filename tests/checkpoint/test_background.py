@@ -152,7 +152,7 @@ def test_a_missing_rank_is_named(tmp_path, on_ranks, monkeypatch):
         if world.rank == 1:
             monkeypatch.setattr(CheckpointWriter, "close", lambda *_: time.sleep(0.6))
         saver.save(SaveRequest(tmp_path, 1, {}, Provenance()), halves(world, 1.0))
-        with pytest.raises(CheckpointError, match=r"Ranks \[1\] have not reported .* after 0 s"):
+        with pytest.raises(CheckpointError, match=r"The parts of rank 1 of the checkpoint .* are missing after 0 s"):
             saver.wait()
 
     on_ranks(2, run)

@@ -127,7 +127,7 @@ def test_average(kit, tmp_path, capsys):
 def test_average_of_different_models_is_refused(kit, tmp_path):
     kit.save(tmp_path / "a", 1, {"w": torch.zeros(3)})
     kit.save(tmp_path / "b", 1, {"w": torch.zeros(4)})
-    with pytest.raises(CheckpointError, match="differ in the shape or presence of the tensors 'w'"):
+    with pytest.raises(CheckpointError, match="missing or have other shapes: w"):
         call("average", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c")
     with pytest.raises(CheckpointError, match="at least two"):
         call("average", tmp_path / "a", "--output", tmp_path / "c")
@@ -138,7 +138,7 @@ def test_reshard(kit, root, tmp_path):
     assert call("diff", root, tmp_path / "copy", "--values") == 0
     assert call("reshard", root, "--output", tmp_path / "weights", "--weights-only") == 0
     assert not any(n.startswith("optimizer") for n in read_manifest(find_checkpoint(str(tmp_path / "weights"))).tensors)
-    with pytest.raises(CheckpointError, match="into another folder"):
+    with pytest.raises(CheckpointError, match="from which the command reads"):
         call("reshard", root, "--output", root)
 
 

@@ -30,7 +30,7 @@ def test_a_save_without_room_is_refused_before_writing(kit, tmp_path, monkeypatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**21, 2**21))
     monkeypatch.setattr(writing.CheckpointWriter, "add_tensors", None)
-    with pytest.raises(CheckpointError, match=r"iteration 2: it takes 4 MiB, .* has 2 MiB free\. Earlier"):
+    with pytest.raises(CheckpointError, match=r"iteration 2: it needs 4 MiB, and 2 MiB are free .*Earlier"):
         kit.save(tmp_path, 2, {"w": torch.zeros(2**20)})
     assert names(tmp_path) == BEFORE
 
@@ -49,7 +49,9 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
             return super().write(data)
 
     monkeypatch.setattr(writing, "FileIO", FullDisk)
-    with pytest.raises(CheckpointError, match=r"iteration 2 in .*No space left on device; .* [KMGT]iB are free there"):
+    with pytest.raises(
+        CheckpointError, match=r"iteration 2 in .*No space left on device; .* [KMGT]iB are free on its disk"
+    ):
         kit.save(tmp_path, 2, {f"w{number}": torch.zeros(10_000) for number in range(10)})
     assert names(tmp_path) == BEFORE
     verify_checkpoint(find_checkpoint(str(tmp_path)))

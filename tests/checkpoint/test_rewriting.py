@@ -82,7 +82,7 @@ def test_each_record_is_read_once(path, tmp_path, monkeypatch):
 
 def test_an_existing_checkpoint_is_not_replaced(path, tmp_path):
     reshard(path, tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"iter_0000003 exists already.*Give --output another folder, or remove"):
+    with pytest.raises(CheckpointError, match=r"iter_0000003, exists already.*Give --output another folder, or delete"):
         reshard(path, tmp_path / "new")
     verify_checkpoint(tmp_path / "new" / "iter_0000003")
 
@@ -90,14 +90,14 @@ def test_an_existing_checkpoint_is_not_replaced(path, tmp_path):
 def test_the_folder_of_a_source_is_refused_as_output(kit, path, tmp_path):
     other = kit.save(tmp_path / "other", 4, {**MIXED, **MAIN}).path
     for folder in (path.parent, other.parent):
-        with pytest.raises(CheckpointError, match="into another folder"):
+        with pytest.raises(CheckpointError, match="from which the command reads"):
             average([path, other], folder)
 
 
 def test_a_checkpoint_is_refused_as_output(kit, path, tmp_path):
     other = kit.save(tmp_path, 5).path
     before = sorted(other.iterdir())
-    with pytest.raises(CheckpointError, match=r"iter_0000005 names a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"iter_0000005 has the name of a single checkpoint"):
         reshard(path, other)
     assert sorted(other.iterdir()) == before
 

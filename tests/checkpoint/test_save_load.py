@@ -131,14 +131,14 @@ def test_an_extra_tensor_is_named(kit, tmp_path):
     path = kit.save(tmp_path, 1, tensors).path
     fewer = kit.zeros_like(tensors)
     del fewer["decoder.final_norm.bias"]
-    with pytest.raises(CheckpointError, match=r"This run has no decoder\.final_norm\.bias"):
+    with pytest.raises(CheckpointError, match=r"tensors that this run does not have: decoder\.final_norm\.bias"):
         load_checkpoint(path, kit.held(fewer), kit.world)
     assert fewer["optimizer.step"] == 0
 
 
 def test_a_wrong_shape_is_reported_with_both_shapes(kit, tmp_path):
     path = kit.save(tmp_path, 1, {"w": torch.zeros(4, 8)}).path
-    with pytest.raises(CheckpointError, match=r"is \(4, 9\) in this run and \(4, 8\) in"):
+    with pytest.raises(CheckpointError, match=r"the shape 4 x 9 in this run and 4 x 8 in"):
         load_checkpoint(path, kit.held({"w": torch.zeros(4, 9)}), kit.world)
 
 
@@ -221,7 +221,7 @@ def test_a_hole_or_an_overlap_fails_the_save(kit, tmp_path):
 
 
 def test_scalars_that_are_not_json_fail_the_save(kit, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+    with pytest.raises(CheckpointError, match="cannot be stored in a checkpoint"):
         save_checkpoint(SaveRequest(tmp_path, 1, {"x": object()}, Provenance()), kit.held(kit.tensors()), kit.world)
     assert list(tmp_path.iterdir()) == []
 

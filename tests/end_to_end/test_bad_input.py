@@ -261,8 +261,8 @@ def test_a_save_that_holds_a_longer_run(corpus, finished):
 def test_a_checkpoint_of_another_model(corpus, finished):
     args = ("--load", finished, "--num-layers", 3, "--normalization", "RMSNorm")
     result = command(*corpus.job(*SAVING, *args))
-    expected = '\n  model.normalization: "LayerNorm" in the checkpoint, "RMSNorm" now\n  model.num_layers: 2 in the'
-    assert_explained(result, expected, "Use the model flags the checkpoint was saved with", kind="CheckpointError")
+    expected = "\n  --normalization: LayerNorm in the checkpoint, RMSNorm now\n  --num-layers: 2 in the"
+    assert_explained(result, expected, "Give these flags the values of the checkpoint", kind="CheckpointError")
 
 
 def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):

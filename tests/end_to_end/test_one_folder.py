@@ -175,7 +175,7 @@ def test_a_paused_job_without_lock_stops_without_writing(world, corpus, start, t
     os.kill(job.process.pid, signal.SIGCONT)
     result = job.wait()
     assert result.code == 1
-    assert "has lost the lock" in result.err and "it was removed" in result.err
+    assert "has lost the lock" in result.err and "the file was removed" in result.err
     assert content(save) == before
 
 

@@ -203,7 +203,7 @@ def test_invalid_rollbacks_are_errors(corpus, tmp_path):
     before = (save / "iter_0000003" / "manifest.json").read_bytes()
     for args, text in (
         (("--to", 4), "complete checkpoints in"),
-        (("--to", 3, "--skip-samples", "8-20"), "has reached sample 12"),
+        (("--to", 3, "--skip-samples", "8-20"), "was saved at sample 12"),
         (("--to", 3, "--skip-samples", "20-8"), "is not a range of samples"),
     ):
         result = command("rollback", save, *args)

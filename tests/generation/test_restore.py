@@ -68,7 +68,7 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
 
 
 def test_another_tokenizer_is_refused(tmp_path, save, stage):
-    with pytest.raises(ConfigError, match="was trained with the tokenizer"):
+    with pytest.raises(ConfigError, match="was trained with another tokenizer"):
         restore_model(str(save(tmp_path, stage, fingerprint="sha256:other")), 0, CPU)
 
 

@@ -163,14 +163,14 @@ def test_damage_in_the_middle_is_named(tmp_path):
     write(path, 0, [1, 2, 3], end=False).close()
     lines = path.read_bytes().splitlines(True)
     path.write_bytes(b"".join([*lines[:2], b'{"kind": "iter\n', *lines[2:]]))
-    with pytest.raises(DataError, match=r"m\.jsonl is not a metrics file, or is damaged: line 3 "):
+    with pytest.raises(DataError, match=r"m\.jsonl is not a metrics file, or it is damaged: line 3 "):
         prepare(path, 2)
 
 
 def test_a_foreign_file_is_never_truncated(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes\nof two lines\n")
-    with pytest.raises(DataError, match=r"notes\.txt is not a metrics file, or is damaged: line 1 "):
+    with pytest.raises(DataError, match=r"notes\.txt is not a metrics file, or it is damaged: line 1 "):
         prepare(path, 5)
     assert path.read_text(encoding="utf-8") == "my notes\nof two lines\n"
 

@@ -48,9 +48,11 @@ def test_the_latest_is_loaded_even_if_a_person_moved_it_back(root):
 def test_by_folder_and_by_iteration(root):
     assert find_checkpoint(str(root / "iter_0000010")).name == "iter_0000010"
     assert find_checkpoint(str(root), 20).name == "iter_0000020"
-    with pytest.raises(CheckpointError, match=r"iter_0000021 does not exist.*holds iter_0000010, iter_0000020"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000021 does not exist; complete checkpoints in .*: iter_0000010, iter_0000020"
+    ):
         find_checkpoint(str(root), 21)
-    with pytest.raises(CheckpointError, match="name different iterations"):
+    with pytest.raises(CheckpointError, match="is the checkpoint of one iteration"):
         find_checkpoint(str(root / "iter_0000010"), 20)
     (root / "iter_0000010" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000010.manifest\.json: No such file"):
@@ -72,9 +74,7 @@ def test_a_missing_latest_file_is_reported(root):
 
 def test_where_no_checkpoint_is_complete_none_is_offered(kit, tmp_path):
     (kit.save(tmp_path, 10).path / "__0_0.distcp").unlink()
-    with pytest.raises(
-        CorruptCheckpointError, match=r"missing; .* holds no complete checkpoint\. If the folder was copied here"
-    ):
+    with pytest.raises(CorruptCheckpointError, match=r"missing; complete .*: none\. Copy the folder again"):
         find_checkpoint(str(tmp_path))
 
 
@@ -85,7 +85,7 @@ def test_a_missing_latest_checkpoint_is_an_error_without_fallback(root, lost):
         (root / "iter_0000020" / lost).unlink()
     else:
         shutil.rmtree(root / "iter_0000020")
-    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'not exist'}.*holds iter_0000010, iter_123"):
+    with pytest.raises(CheckpointError, match=rf"iter_0000020.*{lost or 'not exist'}.*: iter_0000010, iter_123"):
         find_checkpoint(str(root))
     told = []
     assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_0000010"
@@ -103,7 +103,7 @@ def test_a_damaged_latest_file_is_an_error_without_fallback(root, content):
     assert "instead of an iteration" in latest_problem(root)
     told = []
     assert find_checkpoint(str(root), fallback=True, notify=told.append).name == "iter_12345678"
-    assert "instead of an iteration: loading the newest complete checkpoint, iter_12345678" in told[0]
+    assert "instead of the number of an iteration: loading the newest complete checkpoint, iter_12345678" in told[0]
 
 
 def test_a_latest_file_with_a_byte_order_mark_is_read(root):

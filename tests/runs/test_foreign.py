@@ -199,11 +199,11 @@ def test_checkpoints_of_our_own_are_loaded_beside_others(kit, tmp_path):
 def test_a_text_file_that_names_no_iteration_says_what_to_write(kit, tmp_path):
     kit.save(tmp_path, 600)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon")
-    with pytest.raises(CheckpointError, match="Write 600 into it, or add --load-iteration 600"):
+    with pytest.raises(CheckpointError, match="Write 600 into that file, add --load-iteration 600"):
         find_checkpoint(str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "latest_checkpointed_iteration.txt").write_text("soon")
-    with pytest.raises(CheckpointError, match="leave --load out to start from fresh weights"):
+    with pytest.raises(CheckpointError, match="remove --load to start from newly initialized weights"):
         find_checkpoint(str(tmp_path / "empty"))
 
 

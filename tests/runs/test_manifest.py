@@ -92,13 +92,25 @@ def test_a_truncated_manifest_is_detected(length):
     ("old", "new", "found"),
     [
         (b'"megatron_lite"', b'"something_else"', "'something_else' version 2"),
-        (b'"format_version": 2', b'"format_version": 3', "'megatron_lite' version 3; this program reads version 2"),
-        (b'"format_version": 2', b'"format_version": 1', "'megatron_lite' version 1; this program reads version 2"),
-        (b'"format": "megatron_lite",\n', b"", "None version 2; this program reads format megatron_lite version 2"),
+        (
+            b'"format_version": 2',
+            b'"format_version": 3',
+            "'megatron_lite' version 3; this version of megatron_lite reads version 2",
+        ),
+        (
+            b'"format_version": 2',
+            b'"format_version": 1',
+            "'megatron_lite' version 1; this version of megatron_lite reads version 2",
+        ),
+        (
+            b'"format": "megatron_lite",\n',
+            b"",
+            "None version 2; this version of megatron_lite reads format megatron_lite version 2",
+        ),
     ],
 )
 def test_other_formats_and_versions_are_named_and_not_called_damage(old, new, found):
-    with pytest.raises(CheckpointError, match="this program reads") as caught:
+    with pytest.raises(CheckpointError, match="this version of megatron_lite reads") as caught:
         decode_manifest(closed(BODY.replace(old, new)), PATH)
     assert f"{PATH} has format {found}" in str(caught.value)
     assert not isinstance(caught.value, CorruptCheckpointError)
@@ -106,7 +118,7 @@ def test_other_formats_and_versions_are_named_and_not_called_damage(old, new, fo
 
 @pytest.mark.parametrize("value", [object(), {1: object()}, b"bytes"])
 def test_values_that_are_not_json_are_refused(value):
-    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+    with pytest.raises(CheckpointError, match="cannot be stored in a checkpoint"):
         encode_manifest(replace(MANIFEST, scalars={"x": value}))
 
 
