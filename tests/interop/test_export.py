@@ -380,6 +380,7 @@ def test_streamed_logits_are_the_models(layers, make_checkpoint):
     from megatron_lite.model.batch import MicroBatch
 
     with torch.no_grad():
-        whole = restored.stage.eval()(None, MicroBatch(tokens=tokens, labels=tokens))[..., :VOCAB].transpose(0, 1)
+        logits = restored.stage.eval().logits(None, MicroBatch(tokens=tokens, labels=tokens))
+    whole = logits[..., :VOCAB].transpose(0, 1)
     streamed = streamed_logits(restored.config.model, CheckpointReader(load / "iter_0000007"), tokens)
     torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-6)
