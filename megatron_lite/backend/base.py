@@ -26,7 +26,7 @@ from megatron_lite.backend.phases import Phases
 from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_server import RendezvousServer
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.errors import MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,29 @@ def scaled_dot_product_attention(
         enable_gqa=k.shape[2] != q.shape[2],
     )
     return out.permute(2, 0, 1, 3)
+
+
+def claim_device(store: Any, launch: Launch, device_id: str) -> None:
+    """Record in the job's store that this rank uses a device.
+
+    Args:
+        store: of all ranks.
+        launch: this rank.
+        device_id: what tells the device from others of the host, such as its UUID; empty: nothing is recorded.
+
+    Raises:
+        ConfigError: another rank uses the device.
+    """
+    if not device_id:
+        return
+    owner = int(store.compare_set(f"device/{launch.host}/{device_id}", "", str(launch.rank)))
+    if owner != launch.rank:
+        raise ConfigError(
+            f"Ranks {owner} and {launch.rank} on {launch.host} have the same GPU ({device_id})",
+            rule="Each rank needs a GPU of its own",
+            fix=f"Start at most as many ranks on a node as it has GPUs ({launch.local_world_size} were started there), "
+            "or give each task its own GPU (srun --gpus-per-task=1)",
+        )
 
 
 class Backend(ABC):
@@ -160,9 +183,14 @@ class Backend(ABC):
             return LocalGroup(axis, self.rank)
         return new_process_group(axis, partition, self.rank, self._group_backend(), self._timeout)
 
-    def shutdown(self) -> None:
-        """Leave torch.distributed, without a collective, since other ranks may have failed."""
-        if dist.is_initialized():
+    def shutdown(self, *, failed: bool = False) -> None:
+        """Leave torch.distributed, without a collective.
+
+        Args:
+            failed: an error ends the job. NCCL's groups are then left to the end of the process: to destroy them waits
+                for collectives that failed ranks will not join, and exit_status.json is not written yet.
+        """
+        if dist.is_initialized() and not failed:
             dist.destroy_process_group()
         if self._server is not None:
             self._server.close()
@@ -245,6 +273,10 @@ class Backend(ABC):
     def _group_backend(self) -> str | None:
         return None
 
+    def _device_id(self) -> str:
+        """Return what tells this rank's device from others of the host; empty: ranks may share it."""
+        return ""
+
     def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
         """Join the other ranks of the job, and create the process group of all ranks.
 
@@ -269,6 +301,7 @@ class Backend(ABC):
             rendezvous.run(lambda: self._connect(host, port))
             # Ranks with different kinds of device, hence different transports, would wait for each other forever.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
+            claim_device(self._store, self.launch, self._device_id())
             rendezvous.run(lambda: self._init_process_group(backend, device_id))
             rendezvous.finish()
         self._server = rendezvous.server

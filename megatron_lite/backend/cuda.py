@@ -39,11 +39,10 @@ _PEAK_TFLOPS = (
     ("V100", 125.0),
     ("T4", 65.0),
 )
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 class CudaBackend(Backend):
-    """Backend of one GPU: the only visible one, or the one with the number of the local rank."""
+    """Backend of one GPU: the one with the number of the local rank, counted among those that the process sees."""
 
     name = "cuda"
     loss_chunk = 4096
@@ -51,16 +50,13 @@ class CudaBackend(Backend):
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
         visible = torch.cuda.device_count()
-        # With one GPU per rank from the launcher (srun --gpus-per-task=1), each rank's GPU is number 0.
-        own = visible == 1 and (launch.launcher == "slurm" or any(os.environ.get(name) for name in _VISIBLE))
-        index = 0 if own else launch.local_rank
-        if index >= visible:
+        if not visible:
             raise ConfigError(
-                f"No GPU for local rank {launch.local_rank} on {launch.host}, which has {visible} visible GPUs",
-                rule="Every rank of a node needs a GPU of its own",
-                fix="Start at most that many ranks a node (torchrun --nproc-per-node), or train with --device cpu",
+                f"Rank {launch.rank} on {launch.host} sees no GPU",
+                fix="Request GPUs (--gpus-per-node), check CUDA_VISIBLE_DEVICES, or train with --device cpu",
             )
-        self.device = torch.device("cuda", index)
+        # A task may see its own GPUs only (srun --gpus-per-task), numbered from 0; claim_device finds shared ones.
+        self.device = torch.device("cuda", launch.local_rank % visible)
         torch.cuda.set_device(self.device)
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -147,3 +143,6 @@ class CudaBackend(Backend):
 
     def _group_backend(self) -> str | None:
         return "nccl"
+
+    def _device_id(self) -> str:
+        return str(torch.cuda.get_device_properties(self.device).uuid)

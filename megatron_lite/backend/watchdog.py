@@ -254,11 +254,15 @@ class Watchdog:
         os._exit(1)
 
     def _linger(self) -> None:
-        """Keep rank 0's process, which may hold the store, until every rank has read the first failure."""
+        """Wait until every rank has read the first failure.
+
+        Rank 0's process may hold the store. The end of another rank makes NCCL abort its peers' processes, before they
+        know which rank has failed.
+        """
         deadline = time.monotonic() + self._timeouts.grace
         readers = self._world_size - (self._failure is not None and self._failure.lost)
         with contextlib.suppress(Exception):
-            while self._rank == 0 and time.monotonic() < deadline and self._store.add("read", 0) < readers:
+            while time.monotonic() < deadline and self._store.add("read", 0) < readers:
                 time.sleep(0.02)
 
     def _check_heartbeats(self) -> None:

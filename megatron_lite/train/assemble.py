@@ -67,7 +67,7 @@ def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Back
     """
     with ExitStack() as stack:
         backend = select_backend(config.runtime, config.parallel)
-        stack.callback(backend.shutdown)
+        stack.push(lambda kind, error, trace: backend.shutdown(failed=error is not None))
         stack.enter_context(report_failures(backend, config.parallel, on_abort))
         stack.enter_context(warnings_once(backend))
         yield backend

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_lite.backend.base import claim_device
 from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
@@ -64,42 +65,45 @@ def test_a_rendezvous_timeout_names_this_rank(tmp_path):
         select_backend(RuntimeConfig(device="cpu", num_threads=1), parallel, launch)
 
 
-@pytest.mark.parametrize(
-    ("visible", "local_rank", "launcher", "variable", "index"),
-    [
-        (4, 3, "torchrun", "", 3),
-        (4, 3, "slurm", "", 3),
-        (1, 3, "slurm", "", 0),
-        (1, 0, "torchrun", "", 0),
-        (1, 3, "torchrun", "6", 0),
-        (1, 3, "mpirun", "GPU-9c1f", 0),
-    ],
-)
-def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one(
-    visible, local_rank, launcher, variable, index, monkeypatch
-):
-    """With srun --gpus-per-task=1 every task has one visible GPU, device 0."""
-    chosen = gpus(monkeypatch, visible, variable)
-    launch = Launch(local_rank=local_rank, local_world_size=4, launcher=launcher)
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(4, 3, 3), (1, 3, 0), (1, 0, 0), (4, 5, 1)])
+def test_a_rank_uses_the_gpu_of_its_local_rank_among_those_that_it_sees(visible, local_rank, index, monkeypatch):
+    """With srun --gpus-per-task=1 every task sees one GPU, number 0; with =4, ranks 4 to 7 see numbers 0 to 3."""
+    chosen = gpus(monkeypatch, visible)
+    launch = Launch(local_rank=local_rank, local_world_size=8)
     backend = CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
     assert backend.device == torch.device("cuda", index) == chosen[-1]
 
 
-@pytest.mark.parametrize(("visible", "variable"), [(2, "0,1"), (1, ""), (0, "")])
-def test_ranks_without_a_gpu_of_their_own_are_refused(visible, variable, monkeypatch):
-    gpus(monkeypatch, visible, variable)
-    launch = Launch(local_rank=2, local_world_size=4, launcher="torchrun", host="n1")
-    with pytest.raises(ConfigError, match=f"local rank 2 on n1, which has {visible} visible GPUs"):
-        CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
+def test_a_rank_that_sees_no_gpu_is_refused(monkeypatch):
+    gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError, match="Rank 2 on n1 sees no GPU"):
+        CudaBackend(RuntimeConfig(), ParallelConfig(), Launch(rank=2, world_size=4, host="n1"))
 
 
-def gpus(monkeypatch, visible, variable):
+def test_ranks_that_share_a_gpu_are_refused():
+    store = torch.distributed.HashStore()
+    for rank, host, device in ((0, "n1", "GPU-a"), (1, "n1", "GPU-b"), (2, "n2", "GPU-a"), (3, "n2", "")):
+        claim_device(store, Launch(rank=rank, host=host), device)
+    claim_device(store, Launch(rank=4, host="n2"), "")
+    with pytest.raises(
+        ConfigError, match=r"Ranks 1 and 5 on n1 have the same GPU \(GPU-b\).* \(3 were started there\)"
+    ):
+        claim_device(store, Launch(rank=5, host="n1", local_world_size=3), "GPU-b")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_groups_are_destroyed_unless_an_error_ends_the_job(failed, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("destroyed"))
+    select_backend(CPU, ParallelConfig(), Launch()).shutdown(failed=failed)
+    assert calls == ([] if failed else ["destroyed"])
+
+
+def gpus(monkeypatch, visible):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if variable:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     return chosen
 
 
