@@ -68,15 +68,15 @@ class Resources:
             for part in self.options.get(name, "").split(","):
                 pieces = part.split(":")
                 if name == "gpus-per-node" and part:
-                    return _integer("--gpus-per-node", pieces[-1])
+                    return _count("--gpus-per-node", pieces[-1]) or None
                 if pieces[0] in ("gpu", "gres/gpu"):
                     count = re.sub(r"\(.*", "", pieces[-1])
-                    return int(count) if count.isdigit() else 1
+                    return (int(count) if count.isdigit() else 1) or None
         if total := self.options.get("gpus"):
-            return -(-_integer("--gpus", total.split(":")[-1]) // self.nodes)
+            return -(-_count("--gpus", total.split(":")[-1]) // self.nodes) or None
         if per_task := self.options.get("gpus-per-task"):
             tasks = self._number("ntasks-per-node") or -(-(self._number("ntasks") or 1) // self.nodes)
-            return _integer("--gpus-per-task", per_task.split(":")[-1]) * tasks
+            return _count("--gpus-per-task", per_task.split(":")[-1]) * tasks or None
         return None
 
     @property
@@ -207,6 +207,10 @@ def job_environment(components: Sequence[Resources]) -> dict[str, str]:
     if gpus := first.gpus_per_node:
         values |= {"SLURM_GPUS_ON_NODE": str(gpus), "SLURM_GPUS_PER_NODE": str(gpus)}
     return values
+
+
+def _count(name: str, text: str) -> int:
+    return 0 if text == "0" else _integer(name, text)
 
 
 def _integer(name: str, text: str) -> int:

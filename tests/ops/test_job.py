@@ -126,6 +126,7 @@ def test_components_of_a_heterogeneous_job_add_up():
         ("#SBATCH --nodes=2-4 --gpus=8", 2, 1, 4),
         ("#SBATCH --nodes 2 --gres=gpu:v100:4,nvme:1 --ntasks-per-gpu=1", 2, 4, 4),
         ("#SBATCH --gres gpu --exclusive", 1, 1, 1),
+        ("#SBATCH --gpus-per-node=0 --ntasks-per-node=2", 1, 2, None),
         ("# comment\n\n#SBATCH --nodes=3\necho\n#SBATCH --nodes=5", 3, 1, None),
     ],
 )
