@@ -52,7 +52,7 @@ def test_the_plan_of_the_13b_job(clone, capfd):
     assert "64 nodes x 4 GPUs = 256 GPUs" in out and "256 = tensor 2 x pipeline 4 x data 32" in out
     assert "311,541 iterations of batch 16 to 1,024" in out and "12,853,386,240 parameters" in out
     assert "every 10 to iteration 100, every 18 to iteration 1,000, every 1,500 to iteration 311,541" in out
-    assert "saves and stops after 19:50:00" in out
+    assert "saves and stops after 19:44:20; 00:15:10 for a save (assumed for 168 GiB" in out
     options = "--nodes=32 --gpus-per-node=8 --ntasks-per-node=8"
     assert main(["slurm", "submit", "--dry-run", f"--sbatch={options}", "slurm/tr1-13b.slurm"]) == 0
     assert "32 nodes x 8 GPUs = 256 GPUs" in capfd.readouterr().out

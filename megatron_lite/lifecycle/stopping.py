@@ -19,6 +19,7 @@ from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.lifecycle.exit_status import REPEAT_SECONDS
 from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.saves import SAVE_SAFETY
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from megatron_lite.backend.group import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAVE_SAFETY = 1.5
-"""Time left for a save before the end of the Slurm job, in durations of the slowest save so far."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
 
@@ -14,6 +13,7 @@ from megatron_lite.metrics.jsonl import JsonlSink
 from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
+from megatron_lite.runs.metrics_file import metrics_path
 
 
 class Sink(Protocol):
@@ -93,13 +93,6 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def metrics_path(config: RunConfig) -> Path | None:
-    """Return the path of metrics.jsonl; None without --metrics-file and --save."""
-    if config.metrics.metrics_file:
-        return Path(config.metrics.metrics_file)
-    return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
 
 
 def build_reporter(config: RunConfig, stream: TextIO, *, active: bool = True) -> Reporter:

@@ -6,21 +6,19 @@ import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_lite.config.counts import flops_per_token
+from megatron_lite.config.counts import checkpoint_size, flops_per_token
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.formatting import format_duration, format_size
 from megatron_lite.ops.resources import Resources
-from megatron_lite.runs.metrics_file import read_records
+from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.saves import FIRST_SAVE_RATE, SAVE_SAFETY, save_budget
 
 RECENT = 50
 """Number of last iterations whose median is the measured step time."""
-WRITE_RATE = 10**9
-"""Assumed bytes per second of a save, over all nodes."""
 PEAK_FLOPS = {"v100": 125e12, "a100": 312e12, "h100": 989e12, "h200": 989e12, "gh200": 989e12, "mi250": 192e12}
 """Peak of 16-bit matrix products of one GPU, without sparsity (data sheets), by the name in gres or constraint."""
 UTILIZATION = 0.3
@@ -62,10 +60,11 @@ def step_of(config: RunConfig, resources: Resources, given: float | None) -> Ste
 
 def _measured_step(config: RunConfig) -> float | None:
     """Return the median time of the run's last iterations in seconds; None: there are no measurements."""
-    if not config.checkpoint.save:
+    path = metrics_path(config)
+    if path is None:
         return None
     try:
-        records = read_records(Path(config.checkpoint.save) / "metrics.jsonl")
+        records = read_records(path)
     except MegatronLiteError:
         return None
     seconds = [record["seconds_per_iteration"] for record in records if "seconds_per_iteration" in record]
@@ -78,8 +77,9 @@ class Timing:
 
     Attributes:
         limit: time limit in seconds.
-        stop: seconds after which the run saves and stops by itself; None: it trains up to the limit.
-        save: seconds of a save.
+        stop: seconds after which the run saves and stops; None: it trains up to the limit.
+        save: seconds to keep free for a save; 0: there is no --save.
+        save_source: measured or assumed.
         step: duration of an iteration; None: unknown.
         interval: the shortest save interval in iterations; 0: no scheduled saves.
         remaining: iterations up to the end of the run.
@@ -88,6 +88,7 @@ class Timing:
     limit: int
     stop: float | None
     save: float
+    save_source: str
     step: Step | None
     interval: int
     remaining: int
@@ -100,23 +101,33 @@ class Timing:
         return min(self.remaining, max(0, int((self.limit if self.stop is None else self.stop) / self.step.seconds)))
 
 
-def timing_of(
-    config: RunConfig, resources: Resources, checkpoint_size: int, step: Step | None, reached: int
-) -> Timing | None:
+def timing_of(config: RunConfig, resources: Resources, step: Step | None, reached: int) -> Timing | None:
     """Return the timing of a job that resumes after iteration `reached`; None: it has no --time of its own."""
-    limit, signal = resources.time_limit, resources.signal
+    limit, signal, training = resources.time_limit, resources.signal, config.training
     if limit is None:
         return None
-    stops = [config.training.exit_duration_minutes * 60.0] if config.training.exit_duration_minutes else []
+    size, save, source = checkpoint_size(config), 0.0, ""
+    if config.checkpoint.save:
+        metrics = metrics_path(config)
+        slowest = slowest_save(metrics) if metrics is not None else 0.0
+        save = save_budget(slowest, size)
+        source = (
+            f"{SAVE_SAFETY:g} times the slowest measured save"
+            if slowest
+            else f"assumed for {format_size(size)} at {format_size(FIRST_SAVE_RATE)} per second"
+        )
+    stops = [training.exit_duration_minutes * 60.0] if training.exit_duration_minutes else []
     if signal is not None:
-        stops.append(float(max(0, limit - signal[1])))
-    phases, save = config.checkpoint.phases, config.checkpoint.save
+        stops.append(float(limit - signal[1]))
+    if training.exit_before_job_end:
+        stops.append(limit - training.job_end_margin - save)
     return Timing(
         limit,
-        min((stop for stop in stops if stop < limit), default=None),
-        checkpoint_size / WRITE_RATE if save else 0.0,
+        max(0.0, min(stops)) if min(stops, default=limit) < limit else None,
+        save,
+        source,
         step,
-        min((phase.interval for phase in phases if phase.interval), default=0) if save else 0,
+        min((phase.interval for phase in config.checkpoint.phases if phase.interval), default=0) if save else 0,
         max(0, last_iteration(config) - reached),
     )
 
@@ -124,7 +135,8 @@ def timing_of(
 def timing_facts(timing: Timing) -> Iterator[tuple[str, str]]:
     """Yield the lines of the plan on time."""
     end = f"saves and stops after {format_duration(timing.stop)}" if timing.stop is not None else "no stop before it"
-    yield "Time limit", f"{format_duration(timing.limit)}, {end}"
+    kept = f"; {format_duration(timing.save)} for a save ({timing.save_source})" if timing.save else ""
+    yield "Time limit", f"{format_duration(timing.limit)}, {end}{kept}"
     step, iterations = timing.step, timing.iterations
     if step is not None and iterations is not None:
         text = f"{step.seconds:.3g} s an iteration ({step.source}): about {iterations:,} iterations in one job"
@@ -135,7 +147,7 @@ def timing_facts(timing: Timing) -> Iterator[tuple[str, str]]:
         yield "Step", "duration unknown before the first job; give --step-seconds S to check it"
 
 
-def timing_problems(timing: Timing, config: RunConfig, checkpoint_size: int) -> Iterator[ConfigError]:
+def timing_problems(timing: Timing, config: RunConfig) -> Iterator[ConfigError]:
     """Yield an error for each reason why the job ends without a checkpoint of its own."""
     exit_after, limit = config.training.exit_duration_minutes, timing.limit
     if exit_after * 60 >= limit:
@@ -145,31 +157,37 @@ def timing_problems(timing: Timing, config: RunConfig, checkpoint_size: int) -> 
         )
     if timing.save >= limit:
         yield ConfigError(
-            f"The time limit of {format_duration(limit)} (--time) is shorter than a save: a checkpoint of "
-            f"{format_size(checkpoint_size)} takes about {format_duration(timing.save)} at an assumed "
-            f"{format_size(WRITE_RATE)} per second",
+            f"The time limit of {format_duration(limit)} (--time) is shorter than a save: "
+            f"{format_duration(timing.save)}, {timing.save_source}",
             fix="Give a longer --time, or save less with --no-save-optim",
+        )
+    elif timing.stop == 0:
+        yield ConfigError(
+            f"No time is left for training: the time limit of {format_duration(limit)} (--time) is needed for the save "
+            f"({format_duration(timing.save)}, {timing.save_source}) and the margins before it (--signal, "
+            "--job-end-margin-in-secs)",
+            fix="Give a longer --time, or an earlier stop in smaller margins",
         )
     iterations, step = timing.iterations, timing.step
     if iterations is None or step is None or step.estimated or not timing.interval or timing.remaining <= iterations:
         return
-    if iterations < 1 or (timing.stop is None and timing.interval > iterations):
+    if (timing.stop and iterations < 1) or (timing.stop is None and timing.interval > iterations):
         yield ConfigError(
             f"The job ends before its first save: about {iterations:,} iterations of {step.seconds:.3g} s fit into "
             f"{format_duration(limit)} (--time), and --save-interval is {timing.interval:,}",
-            fix=f"Give --save-interval {max(1, iterations // 2)} or less, #SBATCH --signal=USR1@600, or a longer "
-            "--time",
+            fix=f"Give --save-interval {max(1, iterations // 2)} or less, remove --no-exit-before-job-end, or give a "
+            "longer --time",
         )
 
 
 def timing_warnings(timing: Timing) -> Iterator[str]:
     """Yield a warning for each risk of losing iterations at the time limit."""
     if timing.stop is None:
-        yield "nothing stops the run before its time limit: add #SBATCH --signal=USR1@600 or --exit-duration-in-mins"
-    elif timing.limit - timing.stop < timing.save < timing.limit:
+        yield "nothing stops the run before its time limit: remove --no-exit-before-job-end"
+    elif 0 < timing.limit - timing.stop < timing.save < timing.limit:
         yield (
-            f"the last save has {format_duration(timing.limit - timing.stop)} before the time limit, and takes about "
-            f"{format_duration(timing.save)} at an assumed {format_size(WRITE_RATE)} per second: stop earlier"
+            f"the last save has {format_duration(timing.limit - timing.stop)} before the time limit, and takes "
+            f"{format_duration(timing.save)} ({timing.save_source}): stop earlier"
         )
     step, iterations = timing.step, timing.iterations
     if step is None or not step.estimated or iterations is None or timing.stop is not None:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.counts import parameter_count
+from megatron_lite.config.counts import checkpoint_size, parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count, format_size
@@ -19,8 +19,6 @@ from megatron_lite.runs.retention import expired, retention_of
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.saves import save_iterations
 
-MOMENT_BYTES = 8
-"""Bytes per parameter of Adam's two moments in fp32."""
 MAX_COUNTED = 100_000
 """Scheduled saves up to which the retention policy is applied one by one; of more, all are counted as kept."""
 
@@ -50,17 +48,14 @@ def storage_of(config: RunConfig, existing: list[int]) -> Storage:
         existing: iterations of the checkpoints in the --save folder.
     """
     options = config.checkpoint
-    is_fp32 = config.precision.dtype == "fp32"
-    parameters = parameter_count(config.model)
-    weights = parameters * (4 if is_fp32 else 2)
-    # With fp32 weights there are no separate main parameters.
-    state = parameters * (MOMENT_BYTES + (0 if is_fp32 else 4)) if options.save_optimizer else 0
+    size = checkpoint_size(config)
+    weights = parameter_count(config.model) * (4 if config.precision.dtype == "fp32" else 2)
     last = last_iteration(config)
     kept = _most_kept(options, existing, last)
     weights_only = last // options.weights_only_every if options.weights_only_every else 0
     # Each rank writes a file, and rank 0 the manifest and two small files.
     files = (kept + weights_only) * (config.parallel.world_size + 3)
-    return Storage(weights + state, kept, kept * (weights + state) + weights_only * weights, files)
+    return Storage(size, kept, kept * size + weights_only * weights, files)
 
 
 def _most_kept(options: CheckpointConfig, existing: list[int], last: int) -> int:

@@ -132,12 +132,12 @@ def _check_training(submission: Submission, step_seconds: float | None) -> None:
     existing = list_iterations(folder) if folder and not unusable else []
     storage = storage_of(config, existing)
     step = step_of(config, job.resources, step_seconds)
-    timing = timing_of(config, job.resources, storage.checkpoint, step, max(existing, default=0))
+    timing = timing_of(config, job.resources, step, max(existing, default=0))
     if timing is None:
         submission.facts.append(("Time limit", "the partition's"))
     else:
         submission.facts += timing_facts(timing)
-        submission.problems += timing_problems(timing, config, storage.checkpoint)
+        submission.problems += timing_problems(timing, config)
         submission.warnings += timing_warnings(timing)
     if folder is None:
         submission.warnings.append("there is no --save: the job writes no checkpoint")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.system_errors import reason, remedy
@@ -48,6 +49,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file.
     """
     return [record for _, record in _read_lines(path)]
+
+
+def metrics_path(config: RunConfig) -> Path | None:
+    """Return the path of metrics.jsonl; None without --metrics-file and --save."""
+    if config.metrics.metrics_file:
+        return Path(config.metrics.metrics_file)
+    return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
 
 
 def slowest_save(path: Path, newest: int = 20) -> float:

@@ -6,6 +6,21 @@ from collections.abc import Sequence
 
 from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
 
+SAVE_SAFETY = 1.5
+"""Time left for a save before the end of a job, as a multiple of the slowest measured one."""
+FIRST_SAVE_SECONDS, FIRST_SAVE_RATE = 10.0, 200e6
+"""Assumed duration of the run's first save: seconds, plus its size at a slow file system's bytes per second."""
+
+
+def save_budget(slowest: float, checkpoint_size: int) -> float:
+    """Return the seconds to leave for a save before the end of a job.
+
+    Args:
+        slowest: seconds of the slowest measured save; 0: none was measured.
+        checkpoint_size: bytes of a checkpoint.
+    """
+    return SAVE_SAFETY * slowest if slowest else FIRST_SAVE_SECONDS + checkpoint_size / FIRST_SAVE_RATE
+
 
 def falls_on(phases: Sequence[SavePhase], iteration: int) -> bool:
     """Return whether `iteration` is due in a schedule of phases.

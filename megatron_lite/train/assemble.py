@@ -23,7 +23,7 @@ from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.profiler import Profiler
 from megatron_lite.metrics.report import RunFacts
-from megatron_lite.metrics.reporter import build_reporter, metrics_path
+from megatron_lite.metrics.reporter import build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
@@ -39,7 +39,7 @@ from megatron_lite.runs.code_version import PACKAGE, code_fingerprint, git_revis
 from megatron_lite.runs.comparison import config_as_json, continue_history
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
-from megatron_lite.runs.metrics_file import slowest_save
+from megatron_lite.runs.metrics_file import metrics_path, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage

@@ -8,8 +8,8 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
+from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import RunData

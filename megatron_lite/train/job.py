@@ -15,9 +15,9 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.lifecycle.stopping import Rollback, Stop, resume_hint
-from megatron_lite.metrics.reporter import metrics_path
 from megatron_lite.metrics.rewind import rewind
 from megatron_lite.runs.catalog import latest_iteration
+from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.runs.rollback import RollbackReport, roll_back
 from megatron_lite.train.assemble import assembled, machine
 from megatron_lite.train.check_nodes import check_job_nodes

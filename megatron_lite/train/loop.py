@@ -30,6 +30,7 @@ from megatron_lite.schedules.learning_rate import learning_rate
 from megatron_lite.schedules.length import is_finished, last_iteration, skipped_samples, tokens_at
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
+from megatron_lite.schedules.saves import save_budget
 from megatron_lite.train.batches import RunData
 from megatron_lite.train.engine import Engine, LossSum, StepOutcome
 from megatron_lite.train.replica_check import check_replicas
@@ -38,8 +39,6 @@ from megatron_lite.train.state import RunState
 Split = Literal["validation", "test"]
 RECENT = 10
 """Iterations whose longest is taken for the next one's duration; --compile makes the first one long."""
-FIRST_SAVE_SECONDS, FIRST_SAVE_RATE = 10.0, 200e6
-"""Estimated duration of the run's first save: seconds, plus its size at a slow file system's bytes per second."""
 
 
 @dataclass
@@ -174,7 +173,7 @@ def _stopper(run: Run, started: float | None, *, saves: bool) -> Iterator[Stoppe
         job_end = find_job_end(_print_line) if is_rank0 and training.exit_before_job_end else None
         if job_end is not None:
             stack.enter_context(job_end)
-        first_save = FIRST_SAVE_SECONDS + checkpoint_size(run.config) / FIRST_SAVE_RATE
+        first_save = save_budget(0.0, checkpoint_size(run.config))
         stopper = Stopper(training, flag, started=started, job_end=job_end, first_save=first_save)
         save = run.state.seconds_to_save if saves else None
         line = broadcast_from_rank0(run.mesh.world, lambda: stopper.describe_time_limit(save=save))

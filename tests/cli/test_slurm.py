@@ -68,7 +68,7 @@ def test_a_dry_run_prints_the_plan_and_submits_nothing(script, sbatch, capfd, tm
     assert main(["slurm", "submit", "--dry-run", script]) == 0
     out = capfd.readouterr().out
     assert "Ranks       4 = tensor 2 x pipeline 1 x data 2\n" in out and len(out.splitlines()) < 15
-    assert "Time limit  01:00:00, saves and stops after 00:55:00\n" in out
+    assert "Time limit  01:00:00, saves and stops after 00:55:00; " in out
     assert out.rstrip().endswith("Not submitted (--dry-run): no problem was found")
     assert not (tmp_path / "calls").exists()
     assert main(["slurm", "submit", "--dry-run", "--verbose", script]) == 0

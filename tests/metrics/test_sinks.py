@@ -11,9 +11,9 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
-from megatron_lite.metrics.reporter import Reporter, build_reporter, metrics_path
+from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
-from megatron_lite.runs.metrics_file import read_records
+from megatron_lite.runs.metrics_file import metrics_path, read_records
 
 FACTS = RunFacts(parameters=100, train_iterations=4, world_size=8)
 
