@@ -160,7 +160,7 @@ def _refuse_second(folder: Path, chain: Chain | None) -> None:
         ConfigError: a job of an active chain waits or runs, or another Slurm job trains in the folder.
     """
     if chain is not None:
-        for queued in slurm.queued_jobs(chain.jobs) if chain.jobs else ():
+        for queued in _in_queue(chain)[:1]:
             raise ConfigError(
                 f"The run {folder} has a chain already: job {queued.job} is {queued.state.lower()}",
                 rule="One chain at a time may work on a run",
@@ -184,10 +184,16 @@ def _refuse_foreign(chain: Chain, start: Start) -> str:
     if start.job in chain.jobs:
         return ""
     try:
-        queued = slurm.queued_jobs(chain.jobs) if chain.jobs else []
+        queued = _in_queue(chain)
     except ConfigError:
         queued = []
     return f"it is not of this chain, whose job {queued[0].job} is {queued[0].state.lower()}" if queued else ""
+
+
+def _in_queue(chain: Chain) -> list[slurm.QueuedJob]:
+    """Return the jobs of a chain that are in the queue, waiting ones last."""
+    jobs = slurm.queued_jobs(chain.jobs) if chain.jobs else []
+    return sorted(jobs, key=lambda job: job.state == "PENDING")
 
 
 def _wait_for_training(folder: Path, start: Start) -> None:

@@ -45,18 +45,28 @@ def _batch_script(folder: Path, script: Path, arguments: Sequence[str]) -> str:
 # Written by `megatron-lite slurm submit --chain` for {script.absolute()}.
 {chr(10).join(header)}
 #SBATCH --open-mode=append
+
 {program} begin {run}
 code=$?
 if [ "$code" = {EXIT_ENDED} ]; then exit 0; elif [ "$code" != 0 ]; then exit "$code"; fi
+
 {shlex.join(["bash", str(folder / COPY_NAME), *arguments])} &
 child=$!
 # Signals that Slurm sends to the batch shell (--signal=B:USR1@600) are passed on to the script.
-for name in USR1 USR2 INT HUP; do trap "kill -$name $child 2>/dev/null" "$name"; done
+trap 'kill -USR1 "$child"' USR1
+trap 'kill -USR2 "$child"' USR2
+trap 'kill -INT "$child"' INT
+trap 'kill -HUP "$child"' HUP
 # With SIGTERM (time limit, scancel, preemption) Slurm ends the script, too, perhaps before the training has saved: the
 # next job judges this one.
 ended=
 trap 'ended=1' TERM
-while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done
+while :; do
+  wait "$child"
+  code=$?
+  kill -0 "$child" 2>/dev/null || break
+done
+
 if [ -z "$ended" ]; then {program} end {run}; fi
 exit "$code"
 """
