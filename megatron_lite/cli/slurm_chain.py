@@ -68,15 +68,21 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def _current_start() -> Start:
+    """Return this job's start, and remove the job's variables, which sbatch would export to the next job.
+
+    That job would take SLURM_RESTART_COUNT for its own, since Slurm sets it for requeued jobs only.
+    """
     from megatron_lite.ops.chain_state import Start
 
-    job = os.environ.get("SLURM_JOB_ID")
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
     if not job:
         raise ConfigError(
             "SLURM_JOB_ID is not set: this is not a Slurm job",
             fix="The jobs of a chain call this command; submit one with `megatron-lite slurm submit --chain JOB.slurm`",
         )
-    return Start(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+        del os.environ[name]
+    return Start(job, int(restarts or 0))
 
 
 def _queue(chain: Chain) -> tuple[list[QueuedJob] | None, str]:

@@ -14,7 +14,10 @@ from megatron_lite.errors import ConfigError
 
 ATTEMPTS = 5
 """Calls while slurmctld does not answer, with doubled pauses from one second."""
-UNREACHABLE = re.compile(r"Unable to contact|Socket timed out|Connection refused|temporarily unable", re.IGNORECASE)
+UNREACHABLE = re.compile(
+    r"Unable to contact|Socket timed out|Connection refused|temporarily unable|Zero Bytes were|standby mode",
+    re.IGNORECASE,
+)
 
 _QUEUE_FORMAT = "%i|%T|%r|%S|%e|%N|%k|%j"
 """Fields of squeue; the name is the last, because it may contain the separator."""

@@ -35,6 +35,9 @@ class Owner:
     since: str
     heartbeat_seconds: float
 
+    def __str__(self) -> str:
+        return f"{self.process} ({self.command}, since {self.since})"
+
     def encode(self) -> bytes:
         """Return the content of the lock's file."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
@@ -71,7 +74,7 @@ class SeenLock:
         if self.owner is None:
             return f"a job that cannot be identified ({self.name})"
         beat = datetime.fromtimestamp(self.beat, timezone.utc).isoformat(timespec="seconds")
-        return f"{self.owner.process} ({self.owner.command}, since {self.owner.since}, last heartbeat {beat})"
+        return f"{self.owner}, last heartbeat {beat}"
 
 
 @dataclass(frozen=True)

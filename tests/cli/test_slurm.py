@@ -267,3 +267,20 @@ def test_status_without_slurm_shows_the_ended_jobs(chain, capsys, tmp_path, monk
 def test_the_commands_of_a_job_are_refused_outside_of_one(chain, capsys, tmp_path):
     assert main(["slurm", "begin", str(tmp_path / "run")]) == 1
     assert "SLURM_JOB_ID is not set: this is not a Slurm job" in capsys.readouterr().err
+
+
+def test_the_next_job_inherits_no_variables_of_this_one(chain, tmp_path, monkeypatch):
+    from megatron_lite.ops import chain as module
+    from megatron_lite.ops.chain_state import Start, read_chain
+
+    seen = []
+
+    def begin_job(folder, start):
+        seen.append((start, sorted(name for name in os.environ if name.startswith("SLURM_"))))
+        return read_chain(folder), ""
+
+    monkeypatch.setattr(module, "begin_job", begin_job)
+    for name, value in (("JOB_ID", "42"), ("RESTART_COUNT", "1"), ("NTASKS", "8"), ("CONF", "slurm.conf")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert main(["slurm", "begin", str(tmp_path / "run")]) == 0
+    assert seen == [(Start("42", 1), ["SLURM_CONF"])]

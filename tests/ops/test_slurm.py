@@ -1,12 +1,13 @@
 """Tests of reading recorded output of Slurm's programs."""
 
+import os
 from datetime import datetime
 
 import pytest
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
-from megatron_lite.ops.slurm import QueuedJob, final_state, queued_jobs, read_queue
+from megatron_lite.ops.slurm import QueuedJob, final_state, queued_jobs, read_queue, submit
 
 SQUEUE = """\
 4711|RUNNING|None|2026-11-26T20:00:00|2026-11-27T16:00:00|n[01-32]|run:/scratch/tr1|tr1|13B
@@ -76,3 +77,56 @@ def test_a_job_that_has_left_the_queue_is_not_an_error(monkeypatch):
 def test_the_final_state_of_a_job(monkeypatch, outputs, state):
     fake(monkeypatch, outputs)
     assert final_state("7") == state
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """Return a function that installs an sbatch which prints the given lines to stderr, one for each call."""
+
+    def install(*errors):
+        (tmp_path / "errors").write_text("".join(f"{error}\n" for error in errors), encoding="utf-8")
+        program = tmp_path / "sbatch"
+        program.write_text(
+            f"#!/bin/sh\nerror=$(head -n 1 {tmp_path}/errors)\nsed -i 1d {tmp_path}/errors\n"
+            '[ -n "$error" ] || { echo "77;cluster"; exit 0; }\necho "$error" >&2; exit 1\n',
+            encoding="utf-8",
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(slurm.time, "sleep", pauses.append)
+
+    pauses = []
+    install.pauses = pauses
+    return install
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
+        "sbatch: error: Batch job submission failed: Slurm backup controller in standby mode",
+    ],
+)
+def test_a_controller_that_does_not_answer_is_asked_again(sbatch, error):
+    sbatch(error, error)
+    assert submit([], "job.slurm") == "77"
+    assert sbatch.pauses == [1.0, 2.0]
+    sbatch(*[error] * 5)
+    with pytest.raises(ConfigError, match=r"sbatch failed: .*Run it by hand: sbatch --parsable job\.slurm"):
+        submit([], "job.slurm")
+    assert sbatch.pauses[2:] == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_a_refusal_is_final(sbatch):
+    sbatch("sbatch: error: Batch job submission failed: Invalid node name specified")
+    with pytest.raises(ConfigError, match="Invalid node name specified"):
+        submit([], "job.slurm")
+    assert sbatch.pauses == []
+
+
+def test_a_missing_program_is_named(monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="squeue is not installed here"):
+        queued_jobs(["1"])
