@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 
@@ -37,7 +38,7 @@ class CpuBackend(Backend):
 
     def seed(self, value: int) -> None:
         """Seed torch's default CPU generator (not numpy's, nor other devices')."""
-        torch.default_generator.manual_seed(value)
+        seed_generator(self.device, value)
 
     def synchronize(self) -> None:
         """Do nothing: CPU operations have finished when they return."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Capabilities, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
@@ -65,7 +66,7 @@ class CudaBackend(Backend):
 
     def seed(self, value: int) -> None:
         """Seed this device's default generator, without synchronization."""
-        torch.cuda.default_generators[self.device.index].manual_seed(value)
+        seed_generator(self.device, value)
 
     def synchronize(self) -> None:
         """Wait for all streams of the device."""

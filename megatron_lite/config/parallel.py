@@ -78,7 +78,9 @@ class ParallelConfig:
     overlap_param_gather: bool = option(
         True,
         Flag(
-            "--overlap-param-gather", "Gather parameters (ZeRO-1) during forward; no effect with --compile.", sets=True
+            "--overlap-param-gather",
+            "Gather parameters (ZeRO-1) during forward; no effect with --compile stage.",
+            sets=True,
         ),
         Flag("--no-overlap-param-gather", "Gather parameters (ZeRO-1) before forward.", sets=False),
     )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_lite.config.flag import Flag, option
+from megatron_lite.config.flag import FIELD, Flag, Format, option
 from megatron_lite.config.values import MAX_SEED
 
 if TYPE_CHECKING:
     from megatron_lite.config.given import Given
+
+
+Compile = Literal["off", "auto", "layer", "stage"]
+"""What torch.compile compiles; auto: --compile without a value, resolved to layer or stage."""
+
+
+def read_compile(args: Sequence[str]) -> Compile:
+    """Read the value of --compile, which may be missing."""
+    if not args:
+        return "auto"
+    for kind in ("off", "layer", "stage"):
+        if [kind] == [arg.lower() for arg in args]:
+            return kind
+    raise ValueError("layer, stage, off, or no value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +37,16 @@ class RuntimeConfig:
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
     seed: int = option(1234, Flag("--seed", "Seed of weights, dropout and data order.", most=MAX_SEED))
-    compile: bool = option(
-        False, Flag("--compile", "torch.compile each stage; dropout breaks the compiled graph.", sets=True)
+    compile: Compile = option(
+        "off",
+        Flag(
+            "--compile",
+            "torch.compile the layers one by one (layer: one graph for all, gradients reduced during backward), or "
+            "each pipeline stage as one graph (stage). Without a value: stage on one device, layer on several.",
+            format=Format(
+                metavar="[layer|stage|off]", example="layer", read=read_compile, write=lambda kind: [kind], count="any"
+            ),
+        ),
     )
     deterministic: bool = option(
         False, Flag("--deterministic-mode", "Refuse kernels that are not bit-for-bit reproducible.", sets=True)
@@ -49,16 +72,11 @@ class RuntimeConfig:
     dry_run: bool = option(False, Flag("--dry-run", "Check and explain the command, then exit.", sets=True))
 
 
-def warn_of_compiled_dropout(given: Given) -> None:
-    """Warn that dropout breaks the graph of --compile."""
-    model = given.run.model
-    rates = {"--attention-dropout 0": model.attention_dropout, "--hidden-dropout 0": model.hidden_dropout}
-    dropped = [flag for flag, rate in rates.items() if rate > 0]
-    if given.run.runtime.compile and dropped:
-        given.warnings.append(
-            "--compile gains less with dropout, whose random numbers break the compiled graph at each place: "
-            f"{' and '.join(dropped)} would avoid it"
-        )
+def resolve_compile(given: Given) -> None:
+    """Choose what --compile without a value compiles."""
+    if given.run.runtime.compile == "auto":
+        kind: Compile = "stage" if given.run.parallel.world_size == 1 else "layer"
+        given.give(FIELD.runtime.compile, kind, given.origin(FIELD.runtime.compile))
 
 
-RESOLVERS = (warn_of_compiled_dropout,)
+RESOLVERS = (resolve_compile,)

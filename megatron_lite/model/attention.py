@@ -17,7 +17,7 @@ from megatron_lite.model.batch import Documents
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import RotaryTable
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
-from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.random import RngStreams, layer_number
 from megatron_lite.parallel.recompute import recomputed
 
 
@@ -91,6 +91,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         assert config.num_query_groups % sharding.tp.size == 0, (config.num_query_groups, sharding.tp)
         self.layer = layer
+        self.layer_number = layer_number(layer)
         self.rng = rng
         self.backend = sharding.backend
         self.split = sharding.tp.size > 1
@@ -135,7 +136,7 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
         """Attention within each sample or document: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         if self.dropout > 0 and self.training:
-            self.rng.reseed("attention", self.layer, self.split)
+            q = self.rng.seeded(q, "attention", self.layer_number, self.split)
         if documents is None:
             return self._attention(q, k, v, mask)
         return self._document_attention(q, k, v, mask, documents)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import LearnedPositions
 from megatron_lite.parallel.layers import Sharding, VocabParallelEmbedding
-from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.random import RngStreams, layer_number
 
 EMBEDDING_LAYER = -1
 """Layer number of the embedding in dropout streams."""
@@ -30,6 +29,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rng: RngStreams) -> None:
         super().__init__()
+        self.layer = layer_number(EMBEDDING_LAYER)
         self.rng = rng
         self.dropout = config.hidden_dropout
         self.split = sharding.split_sequence
@@ -58,6 +58,5 @@ class Embedding(nn.Module):
         if self.fp32_residual:
             x = x.to(torch.float32)
         if self.dropout > 0 and self.training:
-            self.rng.reseed("embedding", EMBEDDING_LAYER, self.split)
-            x = F.dropout(x, self.dropout)
+            x = self.rng.dropout(x, self.dropout, "embedding", self.layer, self.split)
         return x

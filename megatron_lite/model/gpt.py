@@ -5,6 +5,7 @@ Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of th
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class Decoder(nn.Module):
             for layer in layers:
                 x = layer(x, context)
         return x if self.final_norm is None else self.final_norm(x)
+
+
+COMPILE_OPTIONS: dict[str, Any] = {"options": {"fallback_random": True}}
+"""Arguments of torch.compile."""
 
 
 class GPTStage(nn.Module):
@@ -166,13 +171,31 @@ class GPTStage(nn.Module):
         return KVCache(self.layer_numbers, shape, self.sharding.dtype, self.sharding.backend.device)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Run forward and the loss's kernels through torch.compile (called with these arguments).
+        """Run forward, as one graph, and the loss's kernels through torch.compile; the first call compiles.
 
-        The first call compiles. The loss is no part of the graph: it adds to the gradient of the head's weight.
+        The loss is no part of the graph: it adds to the gradient of the head's weight.
+
+        Args: of torch.compile; by default dropout's random numbers come from torch's kernels, whose seeds are set in
+            the graph (parallel/random.py).
         """
-        super().compile(*args, **kwargs)
+        super().compile(*args, **(kwargs or COMPILE_OPTIONS))
+        self._compile_loss(**kwargs)
+
+    def compile_layers(self, **kwargs: Any) -> None:
+        """Run the forward of each layer through torch.compile: one graph for training and one for evaluation.
+
+        Hooks of layers run outside of the graphs, so that parameters are gathered and gradients reduced layer by layer.
+
+        Args: as for compile.
+        """
+        compiled = torch.compile(TransformerLayer.forward, **(kwargs or COMPILE_OPTIONS))
+        for layer in self.decoder.layers.values():
+            layer.forward = MethodType(compiled, layer)
+        self._compile_loss(**kwargs)
+
+    def _compile_loss(self, **kwargs: Any) -> None:
         if self.output_layer is not None:
-            self.output_layer.cross_entropy.compile(*args, **kwargs)
+            self.output_layer.cross_entropy.compile(**(kwargs or COMPILE_OPTIONS))
 
     def _context(self, batch: MicroBatch, cache: KVCache | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""

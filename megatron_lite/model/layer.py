@@ -15,7 +15,7 @@ from megatron_lite.config.model import Activation, ModelConfig
 from megatron_lite.model.attention import AttentionContext, SelfAttention
 from megatron_lite.model.norms import Norm
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
-from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.random import RngStreams, layer_number
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class TransformerLayer(nn.Module):
         self, config: ModelConfig, layer: int, sharding: Sharding, rng: RngStreams, recompute_core: bool
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = layer_number(layer)
         self.rng = rng
         self.dropout = config.hidden_dropout
         self.split = sharding.split_sequence
@@ -97,17 +97,18 @@ class TransformerLayer(nn.Module):
         """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
         normed = self.input_norm(x)
         if self.parallel:
-            beside = self._add(x, self.mlp(self.pre_mlp_norm(x)), "mlp")
-            return self._add(beside, self.self_attention(normed, context), "proj")
+            attended = self.self_attention(normed, context)
+            # After attention: its dropout uses the generator between its seed and its end.
+            beside = self._add(x, self.mlp(self.pre_mlp_norm(x)), "mlp", after=attended)
+            return self._add(beside, attended, "proj")
         x = self._add(normed if self.residual_after_norm else x, self.self_attention(normed, context), "proj")
         normed = self.pre_mlp_norm(x)
         return self._add(normed if self.residual_after_norm else x, self.mlp(normed), "mlp")
 
-    def _add(self, residual: Tensor, branch: Tensor, site: str) -> Tensor:
+    def _add(self, residual: Tensor, branch: Tensor, site: str, after: Tensor | None = None) -> Tensor:
         """Return the residual plus the branch after dropout."""
         if self.dropout > 0 and self.training:
-            self.rng.reseed(site, self.layer, self.split)
-            branch = F.dropout(branch, self.dropout)
+            branch = self.rng.dropout(branch, self.dropout, site, self.layer, self.split, after)
         return residual + branch
 
 

@@ -100,7 +100,7 @@ def rehearse_ranks(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[Ran
             schedule only repeats, with more than two micro-batches per pipeline stage, are skipped except the last.
     """
     # Compilation would compile for this machine, not for the job's.
-    config = replace(config, runtime=replace(config.runtime, compile=False))
+    config = replace(config, runtime=replace(config.runtime, compile="off"))
     stages = batch_stages(config)
     mode = MetaTensorMode()
     with mode:

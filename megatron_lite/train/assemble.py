@@ -227,10 +227,13 @@ def build_engine(
         shard=parallel.distributed_optimizer,
         overlap=parallel.overlap_grad_reduce,
     )
-    if config.runtime.compile:
-        for stage in stages.values():
+    for stage in stages.values():
+        if config.runtime.compile == "stage":
             stage.compile()
-    elif parallel.overlap_param_gather:
+        elif config.runtime.compile == "layer":
+            stage.compile_layers()
+    # A graph of a stage cannot hold a wait.
+    if parallel.overlap_param_gather and config.runtime.compile != "stage":
         buffers.overlap_gather(unit for stage in stages.values() for unit in stage.units)
     executor = Executor(
         stages,

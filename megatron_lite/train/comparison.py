@@ -70,7 +70,7 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             f"{', '.join(sorted(able.dtypes))}",
             fix="Use another precision or another --device",
         )
-    if config.runtime.compile and not able.compile:
+    if config.runtime.compile != "off" and not able.compile:
         raise ConfigError(
             f"{backend.device_name()} does not support --compile (torch.compile)", fix="Leave --compile out"
         )

@@ -47,8 +47,8 @@ def _model(config: RunConfig, size: ModelSize) -> str:
 def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
     parallel = config.parallel
     text = f"{backend.device_name()}, {config.precision.dtype}"
-    if config.runtime.compile:
-        text += ", compiled (in the first iteration, which takes a while)"
+    if config.runtime.compile != "off":
+        text += f", compiled by {config.runtime.compile} (in the first iteration, which takes a while)"
     if parallel.world_size == 1:
         return text
     zero = ", optimizer split over replicas" if parallel.distributed_optimizer else ""

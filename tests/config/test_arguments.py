@@ -178,6 +178,7 @@ def _changed(kind, value):
 
 
 SPECIAL = {
+    "runtime.compile": "layer",
     "profile.ranks": (0, 7),
     "model.num_attention_heads": 8,
     "model.num_query_groups": 2,
@@ -303,11 +304,12 @@ def test_a_single_interval_is_written_as_one():
     assert "--save-schedule" not in words
 
 
-def test_compile_with_dropout_is_warned_of():
-    assert not parse_run([*SMALL, "--compile", "--attention-dropout", "0", "--hidden-dropout", "0"]).warnings
-    (warning,) = parse_run([*SMALL, "--compile", "--attention-dropout", "0"]).warnings
-    assert "--hidden-dropout 0 would avoid it" in warning and "--attention-dropout" not in warning
-    assert not parse_run(SMALL).warnings
+def test_compile_without_a_value_depends_on_the_number_of_ranks():
+    assert parse_run(SMALL).config.runtime.compile == "off"
+    assert parse_run([*SMALL, "--compile"]).config.runtime.compile == "stage"
+    assert parse_run([*SMALL, "--compile", "--bf16"], world_size=2).config.runtime.compile == "layer"
+    for kind in ("off", "layer", "stage"):
+        assert parse_run([*SMALL, "--compile", kind.upper()]).config.runtime.compile == kind
 
 
 def test_profiled_iterations():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partialmethod
 from itertools import pairwise
 
 import pytest
 from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records
 
 from megatron_lite.metrics.curve import read_curve
-from megatron_lite.model.gpt import GPTStage
+from megatron_lite.model import gpt
 
 pytestmark = pytest.mark.slow
 
@@ -51,16 +50,17 @@ def test_every_model_trains_and_resumes(model, corpus, tmp_path):
     assert_same_run(whole, broken)
 
 
-def test_a_compiled_model_trains_equally_and_resumes(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["layer", "stage"])
+def test_a_compiled_model_trains_equally_and_resumes(kind, corpus, tmp_path, monkeypatch):
     """--compile without code generation, which takes a minute."""
-    monkeypatch.setattr(GPTStage, "compile", partialmethod(GPTStage.compile, backend="aot_eager"))
+    monkeypatch.setattr(gpt, "COMPILE_OPTIONS", {"backend": "aot_eager", "fullgraph": True})
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     args = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
     assert command(*args, "--save", plain).code == 0
-    resumed = (*args, "--compile", "--save", compiled, "--load", compiled)
+    resumed = (*args, "--compile", kind, "--save", compiled, "--load", compiled)
     result = command(*resumed, "--exit-after-iters", 2)
     assert result.code == 0
-    assert "compiled" in result.out
+    assert f"compiled by {kind}" in result.out
     assert command(*resumed).code == 0
     losses = [[record["losses"]["lm loss"] for record in measured(folder)] for folder in (plain, compiled)]
     assert len(losses[0]) == 4

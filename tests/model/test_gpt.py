@@ -20,6 +20,7 @@ from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
 from megatron_lite.model.layer import ACTIVATIONS
+from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
@@ -128,12 +129,18 @@ def first_stage(backend, parallel):
         RngStreams(7, backend, mesh.tp.rank),
     )
     tokens = torch.zeros(3, 16, dtype=torch.long)
-    with mock.patch.object(RngStreams, "reseed") as reseed:
+    with mock.patch.object(RngStreams, "_reseed") as reseed:
         x = stage(None, MicroBatch(tokens, tokens))
     assert (tuple(x.shape), x.dtype) == (stage.hidden_shape(16, 3), stage.hidden_dtype)
     partial = [p.name.split(".", 4)[-1] for p in stage.named_parameters_global() if p.sequence_parallel]
     keys = None if parallel.sequence_parallel else stage.new_cache(3, 16).extend(0, *torch.ones(2, 16, 3, 1, 16))[0]
-    return tuple(x.shape), str(x.dtype), partial, [call.args for call in reseed.call_args_list], keys
+    return (
+        tuple(x.shape),
+        str(x.dtype),
+        partial,
+        [(site, int(layer), split) for site, layer, split in (call.args for call in reseed.call_args_list)],
+        keys,
+    )
 
 
 def test_first_stage_of_one_process_and_of_two_ranks(on_ranks, mesh):
@@ -254,9 +261,11 @@ def test_dropout_reseeds_only_in_training_and_where_it_is_on(mesh, make_stage, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [None, RecomputeConfig(granularity="full")])
-def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
+@pytest.mark.parametrize("changes", [{}, {"parallel_residual": True}], ids=["gpt2", "parallel residual"])
+def test_a_compiled_stage_computes_the_same_with_dropout(make_stage, make_batch, recompute, changes):
     batch = make_batch()
-    eager, compiled = make_stage(recompute=recompute), make_stage(recompute=recompute)
+    changes = {"hidden_dropout": 0.2, "attention_dropout": 0.2, **changes}
+    eager, compiled = make_stage(recompute=recompute, **changes), make_stage(recompute=recompute, **changes)
     compiled.compile(backend="aot_eager", fullgraph=True)
     for stage in (eager, compiled):
         for number in range(2):
@@ -265,6 +274,69 @@ def test_a_compiled_stage_computes_the_same(make_stage, make_batch, recompute):
     theirs = gradients(eager)
     for name, gradient in gradients(compiled).items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def counting_backend(graphs):
+    """Return a backend of torch.compile that counts the graphs and runs them eagerly."""
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    return compile_graph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [None, RecomputeConfig(granularity="full")])
+def test_compiled_layers_share_one_graph_for_training_and_one_for_evaluation(make_stage, make_batch, recompute):
+    torch.compiler.reset()
+    batch, graphs = make_batch(), []
+    changes = {"num_layers": 11, "hidden_dropout": 0.2, "attention_dropout": 0.2}
+    eager, compiled = (make_stage(layers=range(10), recompute=recompute, **changes) for _ in range(2))
+    compiled.compile_layers(backend=counting_backend(graphs), fullgraph=True)
+    for number in range(3):
+        losses = []
+        for stage in (eager, compiled):
+            stage.embedding.rng.set_microbatch(number, 0)
+            losses.append(stage(None, batch).square().mean())
+            losses[-1].backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    assert len(graphs) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(None, batch), eager.eval()(None, batch), rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2
+    theirs = gradients(eager)
+    for name, gradient in gradients(compiled).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_gradients_of_compiled_layers_arrive_layer_by_layer(make_stage, make_batch):
+    """Reductions of the last layers' gradients can begin while backward of the first ones runs."""
+    stage, batch, order = make_stage(layers=range(4), num_layers=5), make_batch(), []
+    stage.compile_layers(backend="aot_eager")
+    for number, layer in stage.decoder.layers.items():
+        for param in layer.parameters():
+            param.register_post_accumulate_grad_hook(lambda _, number=number: order.append(int(number)))
+    stage(None, batch).sum().backward()
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [2, 5])
+def test_deferred_weight_gradients_cut_a_layer_at_its_linear_layers(num_layers, mesh, make_config, make_batch):
+    """Zero-bubble schedules: the number of graphs is that of one layer, whatever the depth."""
+    torch.compiler.reset()
+    model = make_config(num_layers=num_layers + 1)
+    config = RunConfig(model=model, batch=BatchConfig(seq_length=48, micro_batch_size=1))
+    deferred, graphs = DeferredWeightGradients(), []
+    stage = GPTStage(config, range(num_layers), mesh, RngStreams(7, mesh.backend), deferred)
+    stage.compile_layers(backend=counting_backend(graphs))
+    batch = make_batch()
+    with deferred.collect((0, 0)):
+        stage(None, batch).sum().backward()
+    assert len(graphs) == 11
 
 
 def test_units_are_the_modules_of_forward_in_order(make_stage):

@@ -8,7 +8,7 @@ from megatron_lite.config.layout import AXES, coordinates, partitions, rank_of, 
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.parallel.mesh import build_mesh
-from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.random import RngStreams, layer_number
 
 
 def test_rank_order_equals_megatron():
@@ -44,7 +44,7 @@ def test_dropout_streams_repeat_per_site_and_differ_between_sites():
     def draw(tp_rank=0, split=False, site="mlp", layer=3, position=(7, 2)):
         streams = RngStreams(1234, backend, tp_rank)
         streams.set_microbatch(*position)
-        streams.reseed(site, layer, split)
+        streams.seeded(torch.ones(1), site, layer_number(layer), split)
         return torch.rand(4).tolist()
 
     assert draw() == draw() == draw(tp_rank=1)

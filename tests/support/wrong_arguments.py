@@ -1,6 +1,7 @@
 """Wrong flags and DeepSpeed JSONs added to a sound command line, each with the beginning of its error."""
 
 FROM_FLAGS = {
+    "--compile all": "layer, stage, off, or no value",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
     "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",
