@@ -37,6 +37,7 @@ COMMANDS = (
     "schedule",
     "slurm",
     "watch",
+    "sync",
     "curve",
 )
 EXIT_FAILURE = 1

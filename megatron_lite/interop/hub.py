@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from megatron_lite.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 ATTEMPTS = 5
+UPLOAD_GROUP = 8
+"""Files that are uploaded together; between groups the progress is reported."""
 FIRST_WAIT = 1.0
 MAIN = "main"
 PUBLIC = "https://huggingface.co"
@@ -24,6 +27,7 @@ class Hub:
 
     Args:
         name: USER/NAME.
+        flag: that gave the name, for errors.
         private: whether it is made private, if it does not exist.
         notify: called with a message for every retry.
         sleep: waits; injected by tests.
@@ -36,6 +40,7 @@ class Hub:
         self,
         name: str,
         *,
+        flag: str = "--push-to",
         private: bool = False,
         notify: Callable[[str], None] = lambda text: None,
         sleep: Callable[[float], None] = time.sleep,
@@ -50,8 +55,8 @@ class Hub:
                 raise HFValidationError("it is not USER/NAME")
         except HFValidationError as error:
             raise ConfigError(
-                f"--push-to {name}: {error}",
-                rule="--push-to takes USER/NAME or ORGANIZATION/NAME",
+                f"{flag} {name}: {error}",
+                rule=f"{flag} takes USER/NAME or ORGANIZATION/NAME",
                 fix="Use letters, digits, - _ and ., at most 96 characters",
             ) from error
         if not get_token():
@@ -66,6 +71,7 @@ class Hub:
             # Xet is the public hub's own storage; mirrors and servers of companies (HF_ENDPOINT) take plain HTTP.
             constants.HF_HUB_DISABLE_XET = True
         self.name = name
+        self._flag = flag
         self._private = private
         self._notify = notify
         self._sleep = sleep
@@ -93,8 +99,8 @@ class Hub:
         if role == "read" or owner not in writable:
             problem = "may only read" if role == "read" else f"belongs to {who['name']}, who cannot write to {owner}"
             raise ConfigError(
-                f"--push-to {self.name}: the token {problem}",
-                rule="--push-to must name a repository that the token can write to",
+                f"{self._flag} {self.name}: the token {problem}",
+                rule=f"{self._flag} must name a repository that the token can write to",
                 fix=f"Push to {who['name']}/{self.name.partition('/')[2]}, or set HF_TOKEN to another token",
             )
 
@@ -128,20 +134,46 @@ class Hub:
         Raises:
             CheckpointError: the hub refuses it, or cannot be reached after several attempts. The branch is unchanged.
         """
-        from huggingface_hub import CommitOperationAdd
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return self.commit({path.relative_to(folder).as_posix(): path for path in files}, revision, message)
+
+    def commit(
+        self,
+        files: Mapping[str, Path],
+        revision: str,
+        message: str,
+        *,
+        deleted: Sequence[str] = (),
+        uploaded: Callable[[Sequence[str]], None] = lambda names: None,
+    ) -> str:
+        """Change files of a revision by one commit.
+
+        Args:
+            files: to upload, by their path in the repository.
+            revision: the branch, made if it does not exist.
+            message: of the commit.
+            deleted: paths of files to delete.
+            uploaded: called with the paths that are uploaded; an error that it raises prevents the commit.
+
+        Returns, raises: as push.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         self._retried(
             f"creating {self.name}", lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True)
         )
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-
-        def operations() -> list[Any]:
-            return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-
-        # The large files go first, so that a branch is made only when its commit can follow at once.
-        self._retried(
-            "uploading the large files", lambda: self._api.preupload_lfs_files(self.name, additions=operations())
+        additions = self._retried(
+            "reading the files", lambda: [CommitOperationAdd(name, path) for name, path in files.items()]
         )
+        # The large files go first, so that a branch is made only when its commit can follow at once.
+        for start in range(0, len(additions), UPLOAD_GROUP):
+            group = additions[start : start + UPLOAD_GROUP]
+            self._retried(
+                "uploading the large files",
+                partial(self._api.preupload_lfs_files, self.name, additions=group),
+            )
+            uploaded([addition.path_in_repo for addition in group])
+        operations = [*additions, *(CommitOperationDelete(name) for name in deleted)]
         if revision != MAIN:
             self._retried(
                 f"creating revision {revision}",
@@ -150,7 +182,7 @@ class Hub:
         done = self._retried(
             f"committing to {revision}",
             lambda: self._api.create_commit(
-                self.name, operations=operations(), commit_message=message, revision=revision
+                self.name, operations=operations, commit_message=message, revision=revision
             ),
         )
         return str(done.commit_url)
@@ -183,7 +215,10 @@ def _is_transient(error: BaseException | None) -> bool:
         return status in (408, 429) or status >= 500
     if type(error).__module__.partition(".")[0] in _TRANSPORTS:
         return True
-    # huggingface_hub wraps what happens to one file of several.
+    # huggingface_hub closes its connections after a failure, also those that another thread uses.
+    if isinstance(error, RuntimeError) and "client has been closed" in str(error):
+        return True
+    # It wraps what happens to one file of several.
     return isinstance(error, RuntimeError) and _is_transient(error.__cause__)
 
 

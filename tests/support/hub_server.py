@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return 200, {}
             case ["preupload", _]:
                 files = json.loads(body)["files"]
-                large = [one["path"].endswith(".safetensors") for one in files]
+                large = [one["path"].endswith((".safetensors", ".distcp")) for one in files]
                 return 200, {
                     "files": [
                         {"path": one["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
@@ -170,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
                 title = value["summary"]
             elif entry["key"] == "file":
                 files[value["path"]] = b64decode(value["content"])
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
         oid = hashlib.sha1(repr(sorted(files.items())).encode() + title.encode()).hexdigest()
