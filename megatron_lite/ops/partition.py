@@ -54,7 +54,7 @@ def parse_partitions(text: str) -> dict[str, Partition]:
         if len(columns) != 4:
             continue
         name, state, limit, nodes = columns
-        seconds = None if limit.upper() in UNLIMITED else parse_time(limit, origin="sinfo's time limit")
+        seconds = None if limit.upper() in (*UNLIMITED, "N/A") else parse_time(limit)
         earlier = found.get(name.rstrip("*"))
         found[name.rstrip("*")] = Partition(
             int(nodes) + (earlier.nodes if earlier else 0), seconds, name.endswith("*"), state == "up"

@@ -155,7 +155,7 @@ def _read_options(arguments: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def parse_time(text: str, *, origin: str = "--time") -> int:
+def parse_time(text: str) -> int:
     """Return the seconds of a Slurm time: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN or D-H:MIN:SEC.
 
     Raises:
@@ -164,7 +164,7 @@ def parse_time(text: str, *, origin: str = "--time") -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         raise ConfigError(
-            f"{origin} {text} is no time limit", fix="Give for example 20:00:00 (hours, minutes, seconds) or 2-12"
+            f"--time {text} is no time limit", fix="Give for example 20:00:00 (hours, minutes, seconds) or 2-12"
         )
     days, *parts = match.groups()
     first, second, third = (int(part or 0) for part in parts)
