@@ -74,3 +74,71 @@ def test_the_site_settings_are_the_only_place_to_edit(clone, capfd):
         assert "#SBATCH --account" not in path.read_text(encoding="utf-8")
         assert main(["slurm", "submit", "--dry-run", f"slurm/{path.name}"]) == 0
         assert "account p7" in capfd.readouterr().out
+
+
+@pytest.fixture
+def run_job(clone):
+    """Run a job script in bash; programs of the job only record their arguments. Return them and the result."""
+    for name in ("srun", "sbatch", "megatron-lite", "hf"):
+        path = clone.parent / "bin" / name
+        path.write_text(f'#!/bin/sh\necho {name} "$@" >> "{clone.parent}/calls"; echo 77\n', encoding="utf-8")
+        path.chmod(0o755)
+
+    def run_job(name, *arguments, **variables):
+        defaults = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin"}
+        (clone.parent / "calls").write_text("", encoding="utf-8")
+        done = subprocess.run(
+            ["bash", f"slurm/{name}.slurm", *arguments],
+            **{"cwd": clone, "env": defaults | variables, "capture_output": True, "encoding": "utf-8", "check": False},
+        )
+        return (clone.parent / "calls").read_text(encoding="utf-8").splitlines(), done
+
+    return run_job
+
+
+def test_each_array_task_tokenizes_its_share_and_the_first_submits_the_merge(clone, run_job):
+    (clone / "data" / "raw").mkdir(parents=True)
+    for number in range(5):
+        (clone / "data" / "raw" / f"{number}.jsonl.gz").touch()
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_COUNT": "2"}
+    (merge, first), done = run_job("preprocess", SLURM_ARRAY_TASK_ID="0", **array)
+    assert done.returncode == 0, done.stderr
+    assert "--array=0 " in merge and "--dependency=afterok:70 " in merge and merge.endswith("preprocess.slurm merge")
+    assert re.findall(r"(\d)\.jsonl\.gz", first) == ["0", "2", "4"] and "corpus.parts/part-00000 " in first
+    (second,), _ = run_job("preprocess", SLURM_ARRAY_TASK_ID="1", **array)
+    assert re.findall(r"(\d)\.jsonl\.gz", second) == ["1", "3"] and "part-00001 " in second
+    calls, _ = run_job("preprocess", SLURM_ARRAY_TASK_ID="0", SLURM_RESTART_COUNT="1", **array)
+    assert len(calls) == 1, "a requeued task does not submit the merge again"
+    (merged,), _ = run_job("preprocess", "merge", SLURM_ARRAY_TASK_ID="0", **array)
+    assert merged.startswith("megatron-lite merge --input ") and merged.endswith("corpus_text_document --overwrite")
+
+
+def test_preprocessing_without_input_ends_with_an_error(run_job):
+    calls, done = run_job("preprocess", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1", SLURM_ARRAY_JOB_ID="1")
+    assert done.returncode == 1 and "no file matches" in done.stderr and not calls
+
+
+def test_training_jobs_pass_the_arguments_that_the_plan_shows(clone, run_job, capfd):
+    for name in ("train", "tr1-13b"):
+        (call,), done = run_job(name)
+        assert done.returncode == 0, done.stderr
+        flags = call.partition("pretrain_gpt.py ")[2]
+        assert main(["explain", *flags.split(), *([] if name == "train" else ["--world-size", "256"])]) == 0
+        assert "iterations" in capfd.readouterr().out
+    assert (clone / "runs" / "tr1-13b" / "ds_config.7.json").is_file()
+
+
+def test_evaluation_and_export(clone, run_job):
+    (clone / "runs" / "gpt-1.3b").mkdir(parents=True)
+    (call,), done = run_job("evaluate", "5000")
+    assert done.returncode == 0 and "--load-iteration 5000" in call and "--text" in call and "--data-path" not in call
+    assert (clone / "runs" / "gpt-1.3b" / "evaluation.json").read_text(encoding="utf-8") == "77\n"
+    (export,), done = run_job("export_and_push")
+    assert "--evaluation " in export and "On a login node: bash slurm/export_and_push.slurm push" in done.stdout
+    (push,), _ = run_job("export_and_push", "push")
+    assert push.startswith("hf upload USER/gpt-1.3b ")
+    settings = clone / "slurm" / "env.sh"
+    text = settings.read_text(encoding="utf-8").replace("TRANSFER_PARTITION=\n", "TRANSFER_PARTITION=archive\n")
+    settings.write_text(text, encoding="utf-8")
+    (_, later), _ = run_job("export_and_push")
+    assert "--partition=archive" in later and later.endswith("export_and_push.slurm push")
