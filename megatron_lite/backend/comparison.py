@@ -249,10 +249,10 @@ def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: L
             missing = [rank for key, rank in keys.items() if not store.check([key])]
             more = f" and {len(missing) - MAX_HOSTS} more" if len(missing) > MAX_HOSTS else ""
             raise TrainingError(
-                f"The check that all ranks have equal settings timed out: rank {launch.rank} of {launch.world_size} "
-                f"on {launch.host} waited {seconds:g} s for the {comparison.topic} of "
-                f"{', '.join(missing[:MAX_HOSTS])}{more}",
-                fix="Look for an error in the output of these ranks",
+                f"The check that all ranks have the same {comparison.topic} timed out after {seconds:g} s: rank "
+                f"{launch.rank} "
+                f"of {launch.world_size} on {launch.host} received nothing from {', '.join(missing[:MAX_HOSTS])}{more}",
+                fix=f"Read the output of {'this rank' if len(missing) == 1 else 'these ranks'} for an error",
             )
         time.sleep(pause)
         pause = min(0.1, 1.5 * pause)

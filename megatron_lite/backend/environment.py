@@ -126,9 +126,10 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     )
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
-            f"The rank {launch.rank} is out of range for the world size {launch.world_size} (valid: 0 to "
-            f"{launch.world_size - 1}; set by {launch.launcher})",
-            fix="Start the job with torchrun, srun or mpirun; for a single process, unset RANK and WORLD_SIZE",
+            f"The environment variables of {launch.launcher} set rank {launch.rank} of {launch.world_size}; ranks are "
+            "0 to "
+            f"{launch.world_size - 1}",
+            fix="Start the job with torchrun, srun or mpirun, or, for a single process, unset RANK and WORLD_SIZE",
         )
     return launch
 
@@ -172,10 +173,12 @@ def _refuse_incomplete(variables: Mapping[str, str]) -> None:
     }
     if found := [f"{name}={variables[name]}" for name, is_set in half.items() if is_set]:
         raise ConfigError(
-            f"The launcher's variables are incomplete: {', '.join(found)} alone",
-            rule="A job of several ranks needs both the rank and the world size",
-            fix="Set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, start with torchrun, srun or mpirun, or unset it "
-            "to train with one rank",
+            f"The environment of this process is that of a launcher, but incomplete: {', '.join(found)} is set and "
+            "the rest is "
+            "missing",
+            rule="A job of several ranks needs both its rank and its world size",
+            fix="Start the job with torchrun, srun or mpirun; or, to train with one rank, unset "
+            + " and ".join(setting.partition("=")[0] for setting in found),
         )
 
 
@@ -200,8 +203,10 @@ def _from_torchrun(variables: Mapping[str, str]) -> Launch:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
     if world_size > 1 and missing:
         raise ConfigError(
-            f"No rendezvous address: WORLD_SIZE={world_size} without {' and '.join(missing)}",
-            fix="Start with torchrun, which sets them, or set them to the host of rank 0 and a free port on it",
+            f"WORLD_SIZE={world_size} is set without {' and '.join(missing)}, so the ranks cannot find each other",
+            fix="Start the job with torchrun, which sets them, or set MASTER_ADDR to the host of rank 0 and "
+            "MASTER_PORT to a free "
+            "port on it",
         )
     address, job = variables.get("MASTER_ADDR", ""), variables.get("TORCHELASTIC_RUN_ID", "")
     ports: tuple[int, ...] = (_port(variables),) if world_size > 1 else ()
@@ -227,9 +232,10 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
     address = variables.get("MASTER_ADDR", "")
     if het and not address:
         raise ConfigError(
-            "MASTER_ADDR is not set in a step over several components of a heterogeneous job "
-            f"({step_size} of {variables['SLURM_NTASKS']} tasks in this component)",
-            fix="Set MASTER_ADDR to the first host of the first component",
+            "MASTER_ADDR is not set, and cannot be derived in a Slurm step over several components of a heterogeneous "
+            "job "
+            f"({step_size} of {variables['SLURM_NTASKS']} tasks are in this component)",
+            fix="Set MASTER_ADDR to the first host of the first component in the job script",
         )
     nodes = expand_nodes(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost")
     node = variables.get("SLURMD_NODENAME", "")
@@ -283,10 +289,9 @@ def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
         name = next((name for name in options if name in variables), None)
         if name is None:
             raise ConfigError(
-                f"{names.rank}={rank} and {names.size}={world_size} without {' or '.join(options)}",
+                f"{names.rank}={rank} and {names.size}={world_size} are set without {' or '.join(options)}",
                 rule="The rank within the node is needed to choose a device",
-                fix="Start with an mpirun that sets it, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
-                "MASTER_ADDR and MASTER_PORT",
+                fix="Start the job with an mpirun that sets it, or with torchrun or srun",
             )
         local.append(_integer(variables, name))
     address = variables.get("MASTER_ADDR") or ("127.0.0.1" if local[1] == world_size else "")
@@ -297,10 +302,12 @@ def _from_mpi(names: _MpiVariables, variables: Mapping[str, str]) -> Launch:
     missing += [] if variables.get("MASTER_PORT") or job else ["MASTER_PORT"]
     if missing:
         error = ConfigError(
-            f"No rendezvous address: mpirun started {local[1]} of {world_size} ranks on this node, and no "
-            f"{' and no '.join(missing)} is set",
-            fix="Give every rank MASTER_ADDR, the host of rank 0, and MASTER_PORT, a free port on it (Open MPI: mpirun "
-            "-x MASTER_ADDR=host; MPICH and Intel MPI: mpiexec -genv MASTER_ADDR host)",
+            f"mpirun started {local[1]} of {world_size} ranks on this node without {' and '.join(missing)}, so the "
+            "ranks of "
+            "different nodes cannot find each other",
+            fix="Set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port on it, for all ranks (Open MPI: "
+            "mpirun -x "
+            "MASTER_ADDR=host -x MASTER_PORT=29500; MPICH and Intel MPI: mpiexec -genv MASTER_ADDR host …)",
         )
         # The ranks of a node have the same variables: one of them prints the error.
         error.silent = local[0] != 0
@@ -349,7 +356,7 @@ def _tcp(address: str, ports: tuple[int, ...]) -> str:
 def _port(variables: Mapping[str, str]) -> int:
     port = _integer(variables, "MASTER_PORT")
     if not 0 < port < 65536:
-        raise ConfigError(f"MASTER_PORT={port} is not a port", fix="Choose one from 1024 to 65535")
+        raise ConfigError(f"MASTER_PORT={port} is not a port", fix="Set MASTER_PORT to a free port from 1024 to 65535")
     return port
 
 
@@ -361,5 +368,6 @@ def _integer(variables: Mapping[str, str], name: str, default: int | None = None
         return int(text or "")
     except ValueError:
         raise ConfigError(
-            f"{name}={text!r} is not a whole number", fix="Start the job with torchrun, srun or mpirun"
+            f"The environment variable {name} is {text!r} instead of a whole number",
+            fix=f"Start the job with torchrun, srun or mpirun, or unset {name} to train with one rank",
         ) from None

@@ -146,5 +146,5 @@ class StubGroup(Group):
     def _error(self, call: str) -> TrainingError:
         return TrainingError(
             f"Invalid collective: coordinate {self.rank} of a {self.axis} group {call}",
-            fix="This is a bug of megatron_lite: please report it with the command",
+            fix="Report this as a bug of megatron_lite, with the command line",
         )

@@ -33,8 +33,8 @@ def expand_counts(counts: str) -> list[int]:
         match = _COUNT.fullmatch(part.strip())
         if match is None:
             raise ConfigError(
-                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not a list of counts such as 2(x3),1",
-                fix="Start the job with srun, which sets it",
+                f"The environment variable SLURM_STEP_TASKS_PER_NODE is {counts!r} instead of a list such as 2(x3),1",
+                fix="Start the job with srun, which sets this variable",
             )
         numbers += [int(match[1])] * int(match[2] or 1)
     return numbers
@@ -98,6 +98,6 @@ def _numbers(ranges: str, nodelist: str) -> Iterator[str]:
 def _malformed(nodelist: str) -> ConfigError:
     return ConfigError(
         f"Cannot read the Slurm node list {nodelist!r}",
-        rule="It consists of host names with ranges in brackets, such as gpu[07-09,12],head",
+        rule="It must consist of host names with ranges in brackets, such as gpu[07-09,12],head",
         fix="Set MASTER_ADDR to the host of rank 0, or start the job with srun, which sets SLURM_STEP_NODELIST",
     )

@@ -138,8 +138,9 @@ class Rendezvous:
         raise TrainingError(
             f"Rank {self._launch.rank} of {self._launch.world_size} on {self._host} cannot connect to the other ranks: "
             f"{first_line(cause)}",
-            fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes (a host name may "
-            "resolve to 127.0.1.1), and open the ports above 1024 between them",
+            fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface between the nodes (ip address "
+            "lists "
+            "them), and open the ports above 1024 between the nodes",
         ) from cause
 
     def finish(self) -> None:
@@ -178,7 +179,7 @@ class Rendezvous:
         else:
             rule = ""
             problem = "Stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
-            fix = "See that rank's output"
+            fix = "Read the output of that rank"
         return StartFailure(rank=self._launch.rank, host=self._host, problem=problem, rule=rule, fix=fix)
 
     def _resolve(self) -> list[Address]:
@@ -190,8 +191,9 @@ class Rendezvous:
             found = run_interruptibly(lambda: look_up(host.strip("[]")))
         except OSError as failure:
             error = ConfigError(
-                f"MASTER_ADDR {host!r} cannot be resolved on {self._host} ({failure.strerror})",
-                fix="Set MASTER_ADDR to the address of the host of rank 0",
+                f"The host name MASTER_ADDR={host} cannot be resolved on {self._host} ({failure.strerror})",
+                fix="Set MASTER_ADDR to the name or IP address of the host of rank 0, as this host knows it (getent "
+                "hosts NAME)",
             )
             # Every rank has this error: one rank per node prints it.
             error.silent = self._launch.local_rank != 0
@@ -225,8 +227,9 @@ class Rendezvous:
         while not self._ask_all(addresses or read_port(self._file)):
             if self.server is not None:
                 raise ConfigError(
-                    f"MASTER_ADDR ({self._address.rpartition(':')[0]}) is not the host of rank 0, which runs on "
-                    f"{self._host}: {self._address} answers: {self._reason}",
+                    f"MASTER_ADDR={self._address.rpartition(':')[0]} is not the host of rank 0, which runs on "
+                    f"{self._host}: "
+                    f"connecting to {self._address} failed ({self._reason})",
                     fix=f"Set MASTER_ADDR={self._host}",
                 )
             if time.monotonic() > self._deadline:
@@ -234,8 +237,9 @@ class Rendezvous:
                     f"Rendezvous timed out after {self._seconds:g} s: rank {self._launch.rank} of "
                     f"{self._launch.world_size} on {self._host} did not find rank 0 at {self._address} "
                     f"({self._reason})",
-                    fix="See the output of rank 0, check MASTER_ADDR and MASTER_PORT, or raise "
-                    "--rendezvous-timeout-minutes if nodes start slowly",
+                    fix="Read the output of rank 0; make sure that MASTER_ADDR and MASTER_PORT are the host and port "
+                    "of rank 0 of this job; "
+                    "raise --rendezvous-timeout-minutes if nodes start slowly",
                 )
                 error.silent = not self._prints_without_rank0()
                 raise error
@@ -321,7 +325,7 @@ class Rendezvous:
                 host="",
                 problem=f"Rank 0 at {self._address} ended before all ranks had joined",
                 rule="",
-                fix="See the output of rank 0",
+                fix="Read the output of rank 0",
                 printed=False,
             )
         )
@@ -353,12 +357,13 @@ class Rendezvous:
             found = f"rank {self._launch.rank} on {self._host} received no message from rank 0 at {self._address}"
         elif missing:
             found = f"{self._launch.world_size - len(missing)} of {self._launch.world_size} ranks joined at "
-            found += f"{self._address}, missing: rank{'s' * (len(missing) > 1)} {format_ranges(missing)}"
+            found += f"{self._address}; missing: rank{'s' * (len(missing) > 1)} {format_ranges(missing)}"
         else:
             found = f"all ranks joined at {self._address}, but some cannot connect to the others"
+        output = f"rank{'s' * (len(missing) > 1)} {format_ranges(missing)}" if missing else "all ranks"
         return TrainingError(
             f"Rendezvous timed out after {self._seconds:g} s: {found}",
-            fix="See the output of the missing ranks, or raise --rendezvous-timeout-minutes if nodes start slowly",
+            fix=f"Read the output of {output}, or raise --rendezvous-timeout-minutes if nodes start slowly",
         )
 
     def _notice_due(self) -> float:

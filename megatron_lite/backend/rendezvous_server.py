@@ -192,7 +192,7 @@ class RendezvousServer:
                 host=member.host,
                 problem=f"Rank {member.rank} on {member} ended before all ranks had joined",
                 rule="",
-                fix="See that rank's output",
+                fix=f"Read the output of rank {member.rank}",
                 printed=False,
             )
         )
@@ -237,11 +237,13 @@ class RendezvousServer:
             rule = "All ranks of a job must be started with the same world size"
             problem = f"Rank {member.rank} on {member} was started with a world size of {member.world_size}, rank 0 on "
             problem += f"{self._owner} with {self._owner.world_size}"
-            fix = "Start all with the same number of ranks, or give each of two jobs another MASTER_PORT"
+            fix = "Start all ranks with the same world size; if these are two jobs, give each another MASTER_PORT"
         elif known is not None and (known.host, known.pid) != (member.host, member.pid):
             rule = "Every rank of a job is one process"
             problem = f"Rank {member.rank} was started twice: on {known} and on {member}"
-            fix = "Start each rank once, end what is left of an earlier start, or give each of two jobs another "
+            fix = (
+                "Start each rank once, and end processes of an earlier start; if these are two jobs, give each another "
+            )
             fix += "MASTER_PORT"
         else:
             return None

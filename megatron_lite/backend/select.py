@@ -11,6 +11,7 @@ from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 
 
 def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch | None = None) -> Backend:
@@ -27,8 +28,10 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
     launch = launch or read_launch()
     if launch.world_size != parallel.world_size:
         raise ConfigError(
-            f"{launch.launcher} started {launch.world_size} ranks, but --world-size is {parallel.world_size}",
-            fix="Leave out --world-size (the launcher's number is used), or start that many ranks",
+            f"{launch.launcher} started {format_count(launch.world_size, 'rank')}, but --world-size "
+            "is "
+            f"{parallel.world_size}",
+            fix=f"Remove --world-size, or start {format_count(parallel.world_size, 'rank')}",
         )
     if runtime.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -39,7 +42,8 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         return CpuBackend(runtime, parallel, launch)
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"No GPU for --device cuda: torch {torch.__version__} finds none",
-            fix="Check nvidia-smi and that torch is a CUDA build, or train with --device cpu",
+            f"--device cuda is given, but PyTorch {torch.__version__} finds no GPU",
+            fix="Install a CUDA build of PyTorch, and make sure that nvidia-smi lists a GPU on this host; or use "
+            "--device cpu",
         )
     return CudaBackend(runtime, parallel, launch)

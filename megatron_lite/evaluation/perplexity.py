@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import ConfigError, TrainingError
-from megatron_lite.formatting import format_perplexity
+from megatron_lite.formatting import format_count, format_perplexity
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 
@@ -121,29 +121,37 @@ def text_loss(
         stage.train(was_training)
     if not math.isfinite(total):
         raise TrainingError(
-            f"The loss of the text is not finite: {total} over {count} tokens",
-            fix="Load an earlier checkpoint with --load-iteration; the weights of this one are damaged",
+            f"The loss of the text is {total} over {count:,} tokens: the weights of this checkpoint contain NaN or "
+            "infinity, or "
+            "overflow",
+            fix="Load an earlier checkpoint with --load-iteration",
         )
     return TextLoss(total, count)
 
 
 def _check(ids: NDArray[np.int64], seq_length: int, stride: int, model: ModelConfig) -> None:
-    if len(ids) < 2 or not 1 <= stride <= seq_length:
+    if len(ids) < 2:
         raise ConfigError(
-            f"Cannot evaluate {len(ids)} tokens with --stride {stride} and --seq-length {seq_length}",
-            rule="A text needs at least 2 tokens, and the stride must be from 1 to the sequence length",
-            fix="Give more text, or change --stride or --seq-length",
+            f"The text has {format_count(len(ids), 'token')}, and a loss needs at least 2",
+            fix="Give a longer text",
+        )
+    if not 1 <= stride <= seq_length:
+        raise ConfigError(
+            f"--stride {stride} is outside 1 to {seq_length} (--seq-length {seq_length})",
+            fix=f"Use --stride 1 to {seq_length}, for example --stride {max(1, seq_length // 2)}",
         )
     if model.position_embedding == "learned" and seq_length > model.max_position_embeddings:
         raise ConfigError(
-            f"--seq-length {seq_length} exceeds the {model.max_position_embeddings} learned positions of the model",
+            f"--seq-length {seq_length} is longer than the model's table of {model.max_position_embeddings} learned "
+            "positions",
             fix=f"Use --seq-length {model.max_position_embeddings} or less",
         )
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= model.vocab_size:
         raise ConfigError(
-            f"The text has token ids from {least} to {most}, the model's vocabulary has {model.vocab_size} entries",
-            fix="Use a text, or a dataset preprocessed with the tokenizer of the model's training",
+            f"The text has token ids from {least} to {most}, but the model's vocabulary has {model.vocab_size:,} "
+            "entries",
+            fix="Give the tokenizer with which the model was trained, or a dataset that was preprocessed with it",
         )
 
 

@@ -66,8 +66,10 @@ def generate(
         logits = _next_logits(stage, fed, cache)
         if not torch.isfinite(logits).all():
             raise TrainingError(
-                "The model computed NaN or infinite logits for the prompts",
-                fix="Load an earlier checkpoint with --load-iteration; the weights of this one are damaged",
+                "The model computed NaN or infinite logits for the prompts: the weights of this checkpoint contain "
+                "NaN or "
+                "infinity, or overflow",
+                fix="Load an earlier checkpoint with --load-iteration",
             )
         while fed := rows.take(logits, cache.length, sampling, stage.config.vocab_size):
             logits = _next_logits(stage, fed, cache)
@@ -134,20 +136,22 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: 
         if not prompt:
             raise ConfigError(
                 f"Prompt {number} of {len(prompts)} has no tokens",
-                fix="Add text to the prompt, or start with the end-of-document token",
+                fix="Write text in the prompt",
             )
         if max(prompt) >= model.vocab_size or min(prompt) < 0:
             raise ConfigError(
-                f"Prompt {number} has token ids from {min(prompt)} to {max(prompt)}, outside the model's vocabulary of "
-                f"{model.vocab_size} entries",
-                fix="Use the tokenizer of the model's training (--tokenizer-type and --tokenizer-model)",
+                f"Prompt {number} has token ids from {min(prompt)} to {max(prompt)}, but the model's vocabulary has "
+                f"{model.vocab_size:,} entries",
+                fix="Give the tokenizer with which the model was trained (--tokenizer-type, --tokenizer-model)",
             )
     longest = max(len(prompt) for prompt in prompts)
     if model.position_embedding == "learned" and longest + max_new_tokens > model.max_position_embeddings:
         raise ConfigError(
-            f"A prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the "
-            f"{model.max_position_embeddings} learned positions of the model",
-            fix=f"Lower --max-new-tokens to {max(0, model.max_position_embeddings - longest)} or shorten the prompt",
+            f"A prompt of {longest} tokens and --max-new-tokens {max_new_tokens} need more than the model's "
+            f"{model.max_position_embeddings} learned positions",
+            fix=f"Use --max-new-tokens {model.max_position_embeddings - longest} or less, or a shorter prompt"
+            if longest < model.max_position_embeddings
+            else f"Use a prompt of fewer than {model.max_position_embeddings} tokens",
         )
 
 

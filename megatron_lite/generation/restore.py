@@ -67,8 +67,8 @@ def restore_model(
     path = find_checkpoint(load, iteration, notify=notify)
     if path is None:
         raise CheckpointError(
-            f"No checkpoint found in --load {load}",
-            fix="Give --load the --save folder of a run; `megatron-lite checkpoint list` shows its checkpoints",
+            f"--load {load} {'contains no checkpoint' if Path(load).is_dir() else 'does not exist'}",
+            fix="Give --load the --save folder of a run, or the folder iter_… of one of its checkpoints",
         )
     manifest = read_manifest(path)
     config = _config(manifest, path, runtime, tokenizer or {})

@@ -32,17 +32,17 @@ class Sampling:
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(
                 f"--temperature {self.temperature} is out of range: it must be 0 (greedy) or more",
-                fix="Use --temperature 0.8; lower values repeat more, higher values make more mistakes",
+                fix="Use, for example, --temperature 0.8",
             )
         if self.top_k < 0:
             raise ConfigError(
                 f"--top-k {self.top_k} is out of range: it must be 0 (all tokens) or more",
-                fix="Use --top-k 40, or remove it",
+                fix="Use, for example, --top-k 40, or remove --top-k",
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
                 f"--top-p {self.top_p} is out of range: it must be above 0 and at most 1 (all tokens)",
-                fix="Use --top-p 0.9, or remove it",
+                fix="Use, for example, --top-p 0.9, or remove --top-p",
             )
 
     @property

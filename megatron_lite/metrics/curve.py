@@ -46,8 +46,8 @@ def read_curve(path: Path, title: str = "") -> LossCurve:
             (validation.setdefault(series, []) if series else train).append((place[0], place[1]))
     if not train and not validation:
         raise DataError(
-            f"No finite loss in {path}",
-            fix="Wait until the run has finished an iteration, or give the metrics.jsonl of another run",
+            f"The metrics file {path} contains no finite loss",
+            fix="Wait until the run has logged an iteration, or give the metrics.jsonl of another run",
         )
     title = title or ("Loss" if not parameters else f"Loss of a GPT with {format_parameters(parameters)} parameters")
     return LossCurve(title, tuple(train), {name: tuple(points) for name, points in validation.items()})

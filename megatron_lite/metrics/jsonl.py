@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -15,6 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.runs.metrics_file import encode, prepare
+from megatron_lite.system_errors import reason, remedy
 
 
 class JsonlSink:
@@ -85,9 +85,8 @@ class JsonlSink:
             yield
         except OSError as error:
             raise TrainingError(
-                f"Cannot write the metrics file {self._path}: {error.strerror}",
-                fix=("Free disk space, or give" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Give")
-                + " another path with --metrics-file",
+                f"Cannot write the metrics file {self._path}: {reason(error)}",
+                fix=remedy(error, self._path, instead="give another path with --metrics-file", writing=True),
             ) from error
 
 

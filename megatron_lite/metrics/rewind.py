@@ -73,7 +73,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Any]]:
         from tensorboard.compat.proto.event_pb2 import Event
     except ImportError as error:
         raise ConfigError(
-            "Cannot truncate TensorBoard event files: the package tensorboard is not installed",
+            "Rolling back would truncate TensorBoard event files, but the package tensorboard is not installed",
             fix=install_extra("tensorboard"),
         ) from error
 

@@ -17,6 +17,7 @@ from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.console import perplexity
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
+from megatron_lite.system_errors import reason, remedy
 
 MEMORY_TAGS = {
     "reserved": "mem-reserved-bytes",
@@ -36,15 +37,15 @@ def open_writer(folder: str, queue_size: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            f"Cannot write --tensorboard-dir {folder}: importing tensorboard failed ({error})",
+            f"Cannot write to --tensorboard-dir {folder}: importing tensorboard failed ({error})",
             fix=f"{install_extra('tensorboard')}, or remove --tensorboard-dir",
         ) from error
     try:
         return SummaryWriter(log_dir=folder, max_queue=queue_size)
     except OSError as error:
         raise ConfigError(
-            f"Cannot write to --tensorboard-dir {folder}: {error.strerror}",
-            fix="Give --tensorboard-dir a writable folder, or change the permissions",
+            f"Cannot write to --tensorboard-dir {folder}: {reason(error)}",
+            fix=remedy(error, folder, instead="give another --tensorboard-dir", writing=True),
         ) from error
 
 

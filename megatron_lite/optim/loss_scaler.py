@@ -80,8 +80,9 @@ class DynamicScaler(LossScaler):
 
     def _diverged(self, overflows: str) -> TrainingError:
         return TrainingError(
-            f"The run has diverged: {overflows} in fp16 at a loss scale of {self.scale:g}, which is --min-loss-scale",
-            fix="Resume from an earlier checkpoint (--load-iteration) with a lower --lr, or use --bf16",
+            f"The run has diverged: {overflows} in fp16, and the loss scale is at its minimum of {self.scale:g} "
+            "(--min-loss-scale)",
+            fix="Resume from an earlier checkpoint (--load-iteration) with a lower --lr, or train with --bf16",
         )
 
 

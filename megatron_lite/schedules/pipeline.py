@@ -92,14 +92,16 @@ def pipeline_schedule(kind: PipelineKind, pp: int, num_microbatches: int, chunks
 def _check(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int) -> None:
     if pp < 1 or num_microbatches < 0 or chunks < 1:
         raise ConfigError(
-            f"Cannot schedule {num_microbatches} micro-batches over {pp} pipeline ranks with {chunks} chunks per rank",
-            fix="Use --pp and --chunks of at least 1, and --microbatches of at least 0",
+            f"Cannot schedule {num_microbatches} micro-batches over {pp} pipeline ranks with {chunks} model chunks on "
+            "each "
+            f"(--microbatches {num_microbatches}, --pp {pp}, --chunks {chunks})",
+            fix="Give --pp and --chunks numbers of at least 1, and --microbatches a number of at least 0",
         )
     if chunks > 1 and kind != "interleaved" and num_chunks(kind) != chunks:
         raise ConfigError(
-            f"The pipeline schedule {kind} does not support {chunks} model chunks per rank",
-            rule="Only interleaved supports any number; zb-v always has 2, the other schedules 1",
-            fix="Use the interleaved schedule, or remove --num-layers-per-virtual-pipeline-stage (--chunks)",
+            f"The pipeline schedule {kind} does not support {chunks} model chunks on each rank",
+            rule="The schedule interleaved supports any number, zb-v has 2, and the others have 1",
+            fix="Use the schedule interleaved, or remove --chunks",
         )
 
 

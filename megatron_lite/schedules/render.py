@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.schedules.simulate import Span, Timeline
+from megatron_lite.system_errors import reason, remedy
 
 MAX_COLUMNS = 2000
 _COLOURS = {"F": "#5b8ff9", "B": "#f6bd16", "W": "#61c8a6"}
@@ -75,8 +76,10 @@ def save_picture(timeline: Timeline, path: Path, title: str) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Cannot write the image --png {path}: {getattr(error, 'strerror', None) or error}",
-            fix="Use another path for --png, ending in .png, .svg or .pdf",
+            f"Cannot write the image --png {path}: {reason(error)}",
+            fix=remedy(error, path, instead="give another path with --png", writing=True)
+            if isinstance(error, OSError)
+            else "Give --png a path that ends in .png, .svg or .pdf",
         ) from error
 
 

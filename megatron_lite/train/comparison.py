@@ -66,18 +66,20 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
     able, precision = backend.capabilities(), config.precision
     if precision.dtype not in able.dtypes:
         raise ConfigError(
-            f"{backend.device_name()} cannot compute in --{precision.dtype}; it supports "
+            f"{backend.device_name()} does not support {precision.dtype}, in which the run computes; it supports "
             f"{', '.join(sorted(able.dtypes))}",
-            fix="Use another precision or another --device",
+            fix=f"Use {' or '.join(f'--{dtype}' for dtype in sorted(able.dtypes))}, or another --device",
         )
     if config.runtime.compile != "off" and not able.compile:
         raise ConfigError(
-            f"{backend.device_name()} does not support --compile (torch.compile)", fix="Leave --compile out"
+            f"{backend.device_name()} does not support --compile (torch.compile)",
+            fix="Remove --compile, or use another --device",
         )
     if able.max_world is not None and config.parallel.world_size > able.max_world:
         raise ConfigError(
-            f"--device {backend.name} spans at most {able.max_world} ranks; the job has {config.parallel.world_size}",
-            fix="Start fewer ranks or use another --device",
+            f"--device {backend.name} supports at most {able.max_world} ranks, and the job has "
+            f"{config.parallel.world_size}",
+            fix=f"Start at most {able.max_world} ranks, or use another --device",
         )
 
 

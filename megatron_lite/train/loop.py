@@ -368,10 +368,12 @@ def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> Training
     numbers = data.list_samples(plan.first_sample, plan.global_batch)
     same = list(positions) == list(data.samples(plan.first_sample, plan.global_batch))
     return TrainingError(
-        f"Iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
+        f"The loss or gradient is not finite: iteration {plan.iteration} has loss {outcome.loss} and gradient norm "
+        f"{outcome.grad_norm}, on samples "
         f"{positions[0]} to {positions[-1]}" + ("" if same else f" (numbers {numbers} of the training data)"),
-        fix=f"Its step was not applied, and no checkpoint holds it. `megatron-lite data samples --iteration "
-        f"{plan.iteration}` with this command's flags shows these samples. Resume from the last checkpoint (--load) "
-        f"with a lower --lr or longer warm-up, or skip the samples with --skip-train-iteration-range "
-        f"{plan.iteration}-{plan.iteration}",
+        fix="Resume from the latest checkpoint (--load) with a lower --lr or a longer warm-up, or skip the samples "
+        "with "
+        f"--skip-train-iteration-range {plan.iteration}-{plan.iteration}. `megatron-lite data samples --iteration "
+        f"{plan.iteration}` with the flags of this command shows them. The step was not applied, and no checkpoint "
+        "contains it",
     )

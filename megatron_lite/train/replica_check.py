@@ -46,14 +46,15 @@ def check_replicas(
             found = f"{_describe(left, hosts)}, also after a repair"
         equal, rank = iteration - training.weight_check_interval, left[0].differing[0]
         start = (
-            f"a checkpoint of iteration {equal} or earlier (--load-iteration): later ones may hold such weights"
+            f"a checkpoint of iteration {equal} or earlier (--load-iteration), since later ones may contain wrong "
+            "weights"
             if equal > 0
-            else "fresh weights: checkpoints so far may hold such weights"
+            else "newly initialized weights, since all checkpoints may contain wrong weights"
         )
         error = TrainingError(
-            f"After iteration {iteration}, {found}",
-            fix="Nothing was saved after this iteration. Exclude the device that differs (its memory may be faulty) "
-            f"and resume from {start}. --on-weight-mismatch repair continues with the weights of the other replicas",
+            f"Weights that all data-parallel replicas should share differ after iteration {iteration}: {found}",
+            fix="Exclude the host whose device differs from the others (its memory may be faulty), and resume from "
+            f"{start}. --on-weight-mismatch repair continues with the weights of the other replicas",
         )
         error.shared, error.silent = True, engine.world.rank != 0
         raise error from FailedRank(hosts[rank], rank)

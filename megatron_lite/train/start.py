@@ -97,9 +97,12 @@ def _find_start(config: RunConfig, notify: Notify) -> Start:
     if path is None and options.load:
         if options.exit_on_missing:
             raise CheckpointError(
-                f"--load {options.load} {'holds no checkpoint' if Path(options.load).is_dir() else 'does not exist'} "
-                "(--exit-on-missing-checkpoint)",
-                fix="Give --load the --save folder of a run, or leave --exit-on-missing-checkpoint out to start afresh",
+                f"--load {options.load} "
+                f"{'contains no checkpoint' if Path(options.load).is_dir() else 'does not exist'} "
+                "(--exit-on-missing-checkpoint is given)",
+                fix="Give --load the --save folder of a run, or remove --exit-on-missing-checkpoint to start from "
+                "newly initialized "
+                "weights",
             )
         # Usual if --load is --save: the command that starts a run also resumes it.
         warning = "" if options.in_one_folder else "WARNING: "
@@ -243,13 +246,13 @@ def _refuse_to_overwrite(config: RunConfig, start: Path | None) -> None:
     if not later:
         return
     options = config.checkpoint
-    anew = "--finetune" if options.finetune else "--reset-iteration" if options.reset_progress else ""
+    restart = "--finetune" if options.finetune else "--reset-iteration" if options.reset_progress else ""
     if start is None or start.parent != root:
-        go_on = f"Add --load {root}" + (f" and leave {anew} out" if anew else "")
+        resume = f"Add --load {root}" + (f" and remove {restart}" if restart else "")
     else:
-        go_on = f"Leave {anew or '--load-iteration'} out"
+        resume = f"Remove {restart or '--load-iteration'}"
     raise CheckpointError(
-        f"--save {root} holds {later[-1].name}, and this run starts at iteration {begins}",
+        f"--save {root} contains the checkpoint {later[-1].name}, and this run starts at iteration {begins}",
         rule="A run does not overwrite later checkpoints",
-        fix=f"{go_on} to resume from the latest, move the later checkpoints away, or give another --save",
+        fix=f"{resume} to resume from the latest checkpoint, move the later checkpoints away, or give another --save",
     )

@@ -226,7 +226,11 @@ class RunState:
                 f"the newest complete checkpoint is of iteration {newest}" if newest else "there is no checkpoint yet"
             )
             if final or self._options.on_failed_save == "stop":
-                hint = "" if final else ". --on-failed-save continue continues to the next save instead"
+                hint = (
+                    ""
+                    if final
+                    else ". With --on-failed-save continue, training continues and saves again at the next interval"
+                )
                 raise CheckpointError(f"{error.problem} ({left})", rule=error.rule, fix=f"{error.fix}{hint}") from error
             self._notify(
                 f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training continues without it "

@@ -100,7 +100,7 @@ def test_ranks_of_one_node_use_the_loopback_address():
 
 def test_a_step_over_components_of_a_heterogeneous_job_needs_an_address():
     step = STEP | {"SLURM_HET_SIZE": "2", "SLURM_NTASKS": "12", "SLURM_PROCID": "9", "SLURM_HET_JOB_ID": "40000"}
-    with pytest.raises(ConfigError, match=r"8 of 12 tasks in this component.*first host of the first component"):
+    with pytest.raises(ConfigError, match=r"8 of 12 tasks are in this component.*first host of the first component"):
         read_launch(step)
     launch = read_launch(step | {"MASTER_ADDR": "gpu01", "PMI_RANK": "9", "PMI_SIZE": "12"})
     assert (launch.rank, launch.world_size, launch.launcher) == (9, 12, "slurm") and "40000.0" in launch.job
@@ -151,12 +151,12 @@ def test_an_mpirun_inside_a_step_takes_precedence(variables):
 
 def test_mpi_on_several_nodes_needs_master_addr_and_port():
     variables = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    with pytest.raises(ConfigError, match="1 of 2 ranks on this node, and no MASTER_ADDR") as caught:
+    with pytest.raises(ConfigError, match="1 of 2 ranks on this node without MASTER_ADDR") as caught:
         read_launch(variables)
     assert not caught.value.silent
     launch = read_launch(variables | {"MASTER_ADDR": "head"})
     assert launch.init_method.startswith("tcp://head:") and "prterun-n1-77@1" in launch.job
-    with pytest.raises(ConfigError, match="no MASTER_PORT"):
+    with pytest.raises(ConfigError, match="without MASTER_PORT"):
         read_launch(HYDRA | {"MPI_LOCALNRANKS": "1", "MASTER_ADDR": "head"})
     launch = read_launch(HYDRA | {"MPI_LOCALNRANKS": "1", "MASTER_ADDR": "head", "MASTER_PORT": "4711"})
     assert launch.init_method == "tcp://head:4711"
@@ -172,19 +172,19 @@ def test_one_rank_of_mpi_needs_no_address():
     [
         (
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            r"rank 2 is out of range for the world size 2",
+            r"set rank 2 of 2; ranks are 0 to 1",
         ),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without MASTER_ADDR and MASTER_PORT"),
-        ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK='zero'"),
-        ({"RANK": "1"}, "RANK=1 alone"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 alone"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 alone"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 alone"),
-        ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "x"}, "PMIX_RANK=1 alone"),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK=1 and PMI_SIZE=2 without MPI_LOCALRANKID or"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is 'zero'"),
+        ({"RANK": "1"}, "RANK=1 is set and the rest"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 is set and the rest"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set and the rest"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 is set and the rest"),
+        ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "x"}, "PMIX_RANK=1 is set and the rest"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK=1 and PMI_SIZE=2 are set without MPI_LOCALRANKID or"),
         (TORCHRUN | {"MASTER_PORT": "123456"}, "MASTER_PORT=123456"),
         (STEP | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, "rank 5 of 8 by SLURM_PROCID and"),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, r"SLURM_STEP_TASKS_PER_NODE='4\(x'"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, r"SLURM_STEP_TASKS_PER_NODE is '4\(x'"),
         (STEP | {"SLURM_STEP_NODELIST": "gpu[07-"}, r"'gpu\[07-'"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_world_of_another_size_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
 def test_cuda_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="No GPU for --device cuda"):
+    with pytest.raises(ConfigError, match="--device cuda is given, but PyTorch"):
         select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch())
 
 

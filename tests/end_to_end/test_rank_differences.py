@@ -137,7 +137,7 @@ def test_a_device_without_the_precision_on_one_rank(corpus, ranks):
             CpuBackend.capabilities = lambda self: Capabilities(dtypes=frozenset({"fp32", "fp16"}))
 
     text = said(ranks(job(corpus, "--bf16"), job(corpus, "--bf16"), prepare=prepare))
-    assert re.search(rf"rank 1 \({HOST}\): .* cannot compute in --bf16", text)
+    assert re.search(rf"rank 1 \({HOST}\): .* does not support bf16", text)
 
 
 def test_a_blend_of_other_sources(corpus, ranks, tmp_path):

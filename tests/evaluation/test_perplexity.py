@@ -107,7 +107,7 @@ def test_dropout_is_off_and_the_mode_is_restored(stage, text):
 
 @pytest.mark.parametrize(("length", "stride"), [(1, 0), (10, 17), (10, -1)])
 def test_invalid_texts_and_strides_are_refused(stage, text, length, stride):
-    with pytest.raises(ConfigError, match="Cannot evaluate"):
+    with pytest.raises(ConfigError, match=r"loss needs at least 2|--stride .* is outside 1 to 16"):
         text_loss(stage, text[:length], 16, stride=stride)
 
 
@@ -118,9 +118,9 @@ def test_progress_adds_up(stage, text):
 
 
 def test_tokens_and_windows_out_of_range_are_refused(stage):
-    with pytest.raises(ConfigError, match="ids from 3 to 51, the model's vocabulary has 51"):
+    with pytest.raises(ConfigError, match="ids from 3 to 51, but the model's vocabulary has 51"):
         text_loss(stage, [3, 51], 16)
-    with pytest.raises(ConfigError, match="exceeds the 64 learned positions"):
+    with pytest.raises(ConfigError, match="longer than the model's table of 64 learned positions"):
         text_loss(stage, [1, 2, 3], 65)
 
 
@@ -130,7 +130,7 @@ def test_a_non_finite_loss_is_an_error(stage, text):
     try:
         with torch.no_grad():
             weight[text[3]] = math.nan
-        with pytest.raises(TrainingError, match="loss of the text is not finite"):
+        with pytest.raises(TrainingError, match="loss of the text is nan"):
             text_loss(stage, text, 16)
     finally:
         with torch.no_grad():

@@ -118,7 +118,7 @@ def test_no_prompts_and_no_tokens(stage):
 def test_the_last_position_can_be_used_and_no_more(stage):
     full = generate(stage, [[1] * 20], max_new_tokens=12, sampling=GREEDY, seeds=[0], eod=None)
     assert len(full[0]) == 12
-    with pytest.raises(ConfigError, match=r"32 learned positions of the model\. Lower --max-new-tokens to 12"):
+    with pytest.raises(ConfigError, match=r"32 learned positions\. Use --max-new-tokens 12 or less"):
         generate(stage, [[1] * 20], max_new_tokens=13, sampling=GREEDY, seeds=[0], eod=None)
 
 

@@ -63,7 +63,7 @@ def test_half_precision_becomes_fp32_on_a_cpu(tmp_path, save, stage):
 
 
 def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="No checkpoint found in --load"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         restore_model(str(tmp_path), 0, CPU)
 
 

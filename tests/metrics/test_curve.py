@@ -42,7 +42,7 @@ def test_reads_finite_training_and_validation_losses(metrics):
 def test_a_run_without_a_loss_is_an_error(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(encode({"kind": "start", "iteration": 0}))
-    with pytest.raises(DataError, match="No finite loss in"):
+    with pytest.raises(DataError, match="contains no finite loss"):
         read_curve(path)
 
 

@@ -103,7 +103,7 @@ def test_megatrons_scaler_ends_a_run_of_skipped_steps():
     history = [True] * (2 + MAX_OVERFLOWS - 1) + [False] + [True] * (MAX_OVERFLOWS - 1)
     for overflow in history:  # two reach the minimum; one without overflow resets the count
         ours.update(overflow)
-    with pytest.raises(TrainingError, match=rf"{MAX_OVERFLOWS} iterations in a row .* --min-loss-scale.*--bf16"):
+    with pytest.raises(TrainingError, match=rf"{MAX_OVERFLOWS} iterations in a row .*--min-loss-scale.*--bf16"):
         ours.update(True)
 
 

@@ -89,5 +89,5 @@ def test_impossible_sizes_are_refused(pp, m, chunks):
 
 @pytest.mark.parametrize(("kind", "chunks"), [("1f1b", 2), ("zb-h1", 2), ("zb-v", 3)])
 def test_unsupported_chunks_are_refused(kind, chunks):
-    with pytest.raises(ConfigError, match=r"does not support \d model chunks per rank"):
+    with pytest.raises(ConfigError, match=r"does not support \d model chunks on each rank"):
         pipeline_schedule(kind, 4, 8, chunks)
