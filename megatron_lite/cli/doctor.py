@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.nodelist import ranks_by_node
+from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visible_gpus
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.config.arguments import parse_layout
-from megatron_lite.config.launcher import read_command
+from megatron_lite.config.launcher import TrainingCommand, ranks_per_task, read_command
 from megatron_lite.config.run import CommandLine
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.ops.exclude import EXCLUDE_HOURS, EXCLUDE_NAME, forgive_hosts, read_exclusions, record_bad_hosts
@@ -28,8 +29,8 @@ USAGE = """megatron-lite doctor [OPTION …] [FLAG [VALUE] …]
        srun megatron-lite doctor [OPTION …] [FLAG [VALUE] … | pretrain_gpt.py FLAG [VALUE] …]
        megatron-lite doctor --forgive HOST --save FOLDER"""
 EPILOG = """Flags are those of pretrain_gpt.py: --tensor-model-parallel-size and --pipeline-model-parallel-size set
-the axes to measure, --save, --device; of a whole training command the rest sets the size of the messages. Exit
-code: 0 no problem, 1 problems."""
+the axes to measure; --save, --device and --ranks-per-task have effect, too. The model and batch of a whole training
+command set the size of the messages. Exit code: 0 no problem, 1 problems."""
 
 
 def run(argv: list[str]) -> int:
@@ -37,15 +38,31 @@ def run(argv: list[str]) -> int:
     options, rest = _parser().parse_known_args(_joined(argv))
     launch = read_launch()
     try:
-        flags = _flags(rest, launch)
+        command = read_command(rest) if rest else TrainingCommand((), None)
+        count = _ranks_to_start(command, launch)
+        started = launch.world_size * count
+        known = started if started > 1 or launch.launcher != "python" else command.world_size
+        flags = parse_layout(command.flags, world_size=known)
         exclude_file = _exclude_file(options, flags)
         if options.forgive:
             return _forgive(options.forgive, exclude_file)
+        if count > 1:
+            return start_ranks([sys.executable, "-m", "megatron_lite", "doctor", *argv], launch, count)
+        if launch.launcher == "task":
+            end_with_parent()
         return _check(options, flags, launch, exclude_file)
     except MegatronLiteError as error:
         # Every rank has read the same arguments.
         error.silent = error.silent or (launch.rank != 0 and not error.shared)
         raise
+
+
+def _ranks_to_start(command: TrainingCommand, launch: Launch) -> int:
+    """Return the number of ranks that this process has to start, one for each GPU; 1: it is a rank itself."""
+    if launch.launcher in ("task", "torchrun"):
+        return 1
+    tasks_per_node = {"slurm": launch.local_world_size, "python": 1}.get(launch.launcher, 0)
+    return ranks_per_task(command.flags, tasks_per_node=tasks_per_node, num_gpus=visible_gpus())
 
 
 def _parser() -> Parser:
@@ -81,14 +98,6 @@ def _joined(argv: list[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _flags(rest: list[str], launch: Launch) -> CommandLine:
-    started = None if launch.launcher == "python" else launch.world_size
-    if not rest:
-        return parse_layout([], world_size=started)
-    command = read_command(rest)
-    return parse_layout(command.flags, world_size=command.world_size if started is None else started)
 
 
 def _exclude_file(options: argparse.Namespace, flags: CommandLine) -> Path | None:

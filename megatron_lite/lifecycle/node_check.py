@@ -271,7 +271,7 @@ class _Measurement:
         except MegatronLiteError as error:
             self._report.failures[name] = error.description
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
-            self._report.failures[name] = first_line(error)
+            self._report.failures[name] = getattr(error, "strerror", None) or first_line(error)
         return None
 
     def _speed(self, name: str, measure: Callable[[], float]) -> None:

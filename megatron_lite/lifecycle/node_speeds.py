@@ -18,8 +18,9 @@ from megatron_lite.ops.doctor.report import Link
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
-GPU_SIDE, CPU_SIDE = 8192, 768
-"""Rows and columns of the matrices."""
+GPU_SIDE, CPU_SIDE = 8192, 384
+"""Rows and columns of the matrices. A product on a CPU takes less than a time slice: other processes on the host slow
+down only some of them."""
 GPU_COPY, CPU_COPY = 2**30, 2**26
 """Bytes of a memory copy."""
 HOST_COPY_BYTES = 2**28

@@ -31,7 +31,7 @@ class Thresholds:
     """
 
     gpu_speed: float = 0.85
-    cpu_speed: float = 0.5
+    cpu_speed: float = 0.4
     link_speed: float = 0.5
     cpu_link_speed: float = 0.1
     write_speed: float = 0.25
