@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +62,6 @@ class Optimizer:
         shards = buffers.shards
         self._config = config
         self._buffers = buffers
-        self._backend = mesh.backend
         # A shard's own values are its main parameters if they are fp32.
         values = [shard.values.detach() for shard in shards]
         self._mains = [own if own.dtype == torch.float32 else own.float() for own in values]
@@ -81,50 +79,52 @@ class Optimizer:
         """Return the factor on the loss of the next iteration."""
         return self._scaler.scale
 
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        self._buffers.zero_grad()
-
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float) -> StepResult:
+    def step(self, lr: float, weight_decay: float, loss_is_finite: Tensor | None = None) -> Tensor:
         """Update the parameters with the reduced gradients; a collective call, after ParameterBuffers.reduce.
 
-        The gradients are unscaled and clipped in place.
+        Nothing is read on the host: whether the step is applied is decided on the device. The update unscales and clips
+        the gradients as it reads them, in place.
 
         Args:
             lr: learning rate.
             weight_decay: of the parameters that have weight decay.
+            loss_is_finite: bool scalar on the device; False prevents the step as a non-finite gradient does.
+
+        Returns:
+            [n] float64 on the device: the values of the step, for `settle`.
         """
         metrics, optimizer = self._config.metrics, self._config.optimizer
         gradients = [shard.gradients for shard in self._buffers.shards]
         sums = [self._sums.squares(gradients)]
         if metrics.log_num_zeros:
             sums.append(self._sums.zeros(gradients))
-        # Waits for the device: whether to step is decided on the host.
-        squares, *zeros = self._backend.to_host(self._sums.over_ranks(sums))
-        scale = self._scaler.scale
-        norm = math.sqrt(squares) / scale
-        finite = math.isfinite(norm)
-        self._scaler.update(overflow=not finite)
-        applied = finite or not (self._config.precision.dtype == "fp16" or optimizer.check_for_nan)
-        if applied:
-            factor = clip_coefficient(norm, optimizer.clip_grad) / scale
-            if factor != 1.0:
-                for gradient in gradients:
-                    gradient.mul_(factor)
-            self._rule.step(lr, weight_decay)
-            self._copy_mains_to_parameters()
-        params_norm = None
+        squares, *values = self._sums.over_ranks(sums)
+        norm = squares.sqrt() / self._scaler.scale
+        finite = norm.isfinite()
+        applies = finite if loss_is_finite is None else finite & loss_is_finite
+        if not (self._config.precision.dtype == "fp16" or optimizer.check_for_nan):
+            applies = torch.ones_like(finite)
+        divisor = None
+        if optimizer.clip_grad > 0 or self._scaler.scale != 1.0:
+            divisor = self._scaler.scale / clip_coefficient(norm, optimizer.clip_grad)
+        self._rule.step(lr, weight_decay, divisor, applies)
+        self._copy_mains_to_parameters()
         if metrics.log_params_norm:
-            total = self._sums.over_ranks([self._sums.squares(self._mains)])
-            params_norm = math.sqrt(self._backend.to_host(total)[0])
-        return StepResult(
-            applied=applied,
-            finite=finite,
-            grad_norm=norm,
-            num_zeros=int(zeros[0]) if zeros else None,
-            params_norm=params_norm,
-        )
+            values.append(self._sums.over_ranks([self._sums.squares(self._mains)])[0].sqrt())
+        return torch.stack([applies.double(), finite.double(), norm, *values])
+
+    def settle(self, values: Sequence[float]) -> StepResult:
+        """Adapt the loss scale and the count of steps to a step; return its result.
+
+        Args:
+            values: the values that `step` returned, read on the host. Steps are settled in their order.
+        """
+        applied, finite, norm, *more = values
+        self._scaler.update(overflow=not finite)
+        self._rule.applied += int(applied)
+        zeros = int(more.pop(0)) if self._config.metrics.log_num_zeros else None
+        return StepResult(bool(applied), bool(finite), norm, zeros, more[0] if more else None)
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return this rank's share of the state as views, to be saved from or loaded into.
@@ -165,7 +165,7 @@ class Optimizer:
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Restore the result of state_scalars; the state of a loss scaler of another kind is ignored."""
-        self._rule.applied = int(scalars["step"])
+        self._rule.load(int(scalars["step"]))
         scaler = scalars["loss_scaler"]
         if scaler["kind"] == self._scaler.kind:
             self._scaler.load(scaler)
@@ -191,9 +191,9 @@ class Optimizer:
         return GlobalTensor(name, parameter.global_shape, state.dtype, pieces, write, replica)
 
 
-def clip_coefficient(norm: float, max_norm: float) -> float:
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Return the factor that clips gradients of a norm (Megatron's and torch's rule); max_norm 0: no clipping."""
     if max_norm <= 0:
-        return 1.0
+        return torch.ones_like(norm)
     coefficient = max_norm / (norm + 1e-6)
-    return coefficient if coefficient < 1 else 1.0
+    return torch.where(coefficient < 1, coefficient, 1.0)  # 1 for a NaN

@@ -19,9 +19,10 @@ class UpdateRule:
         config: kind of rule and hyperparameters.
         mains: flat fp32 main parameters, with their gradients in `.grad`.
         decays: for each main parameter, whether weight decay applies.
-        fused: whether to use torch's fused kernels.
+        fused: whether to use torch's fused kernels. Others (of meta tensors) neither scale gradients nor skip steps.
 
     Attributes:
+        applied: number of steps so far, used by Adam's bias correction.
         moments: for each main parameter, its state by its name in checkpoints.
     """
 
@@ -38,7 +39,8 @@ class UpdateRule:
         self._groups = [group for group in self._groups if group["params"]]
         self._mains = tuple(mains)
         self._steps: list[Tensor] = []
-        self._applied = 0
+        self._fused = fused
+        self.applied = 0
         if config.kind == "adam":
             betas = (config.adam_beta1, config.adam_beta2)
             self._rule: torch.optim.Optimizer = torch.optim.AdamW(
@@ -58,27 +60,29 @@ class UpdateRule:
                 self._rule.state[main]["step"] = step
                 self._steps.append(step)
 
-    @property
-    def applied(self) -> int:
-        """Return the number of steps so far, used by Adam's bias correction."""
-        return self._applied
-
-    @applied.setter
-    def applied(self, steps: int) -> None:
-        self._applied = steps
+    def load(self, applied: int) -> None:
+        """Restore the number of steps so far."""
+        self.applied = applied
         for step in self._steps:
-            step.fill_(steps)
+            step.fill_(applied)
 
-    def step(self, lr: float, weight_decay: float) -> None:
-        """Update the main parameters.
+    def step(self, lr: float, weight_decay: float, divisor: Tensor | None, applies: Tensor) -> None:
+        """Update the main parameters, in one pass over them, their gradients and moments.
+
+        The caller counts the step in `applied` once it knows that it was applied.
 
         Args:
             lr: learning rate.
             weight_decay: of the parameters with weight decay; 0 for the others. AdamW's is decoupled from the gradient,
                 SGD's is added to the gradient.
+            divisor: scalar on the device that gradients are divided by, in place; None: 1.
+            applies: bool scalar on the device. False: parameters, moments and Adam's step count stay as they are.
         """
         for group in self._rule.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        if self._fused:
+            # Inputs of the fused kernels for mixed precision; torch's GradScaler passes them in the same way.
+            self._rule.grad_scale = None if divisor is None else divisor.float()  # type: ignore[attr-defined]
+            self._rule.found_inf = 1.0 - applies.float()  # type: ignore[attr-defined]
         self._rule.step()
-        self._applied += 1

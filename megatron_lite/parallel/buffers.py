@@ -1,7 +1,7 @@
 """Flat buffers of one rank: contiguous storage of parameters and fp32 gradients, divided into buckets.
 
 Backward accumulates into the buffers, collectives work on ranges of them, and the optimizer updates them as a few long
-tensors. On one fp32 process `param.grad` is a view of the buffer: no hook, no copy, no collective.
+tensors. The first gradient of an iteration overwrites that of the iteration before, so that buffers are never zeroed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
-from megatron_lite.parallel.gemm import add_weight_gradient_
+from megatron_lite.parallel.gemm import accumulate_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedParameter
 
@@ -66,7 +66,7 @@ class Shard:
 class ParameterBuffers:
     """Flat buffers that hold a rank's parameters and accumulate their gradients.
 
-    One iteration is: zero_grad; begin; the backward passes; reduce; the optimizer's step on `shards`; gather.
+    One iteration is: begin; the backward passes; reduce; the optimizer's step on `shards`; gather.
 
     Replicas may run different numbers of backward passes, or none: every replica takes part in every reduction, in one
     fixed order. A bucket is reduced as soon as it and all before it have all their gradients, at the latest by reduce.
@@ -106,6 +106,7 @@ class ParameterBuffers:
             if any(has_decay(p) is decay for p in self.parameters)
         ]
         self.shards = self._shards()
+        self._written: set[int] = set()
         self._gradients = {
             id(slot.parameter.param): _view(buffer.gradients, slot)
             for buffer in self.buffers
@@ -121,23 +122,26 @@ class ParameterBuffers:
         )
         values = [(bucket, buffer.values) for bucket, buffer in buckets]
         self._gather = ParameterGather(values, dp) if self.sharded else None
-        self._attach()
-
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        for buffer in self.buffers:
-            buffer.gradients.zero_()
+        for parameter in self.parameters:
+            parameter.param.register_post_accumulate_grad_hook(self._move_gradient)
 
     def begin(self, backwards: int) -> None:
-        """Announce the number of micro-batches that this rank runs backward for (0 is valid).
+        """Begin an iteration with a number of micro-batches that this rank runs backward for (0 is valid).
 
-        Without this call reductions do not overlap with backward: all of them start in reduce.
+        Gradients of the iteration before are invalid from here on. Without this call reductions do not overlap with
+        backward: all of them start in reduce.
         """
+        self._written.clear()
+        if backwards == 0:
+            self._zero_unwritten()
         self._reduction.begin(backwards)
 
     def accumulate(self, param: nn.Parameter, gradient: Tensor) -> None:
         """Add a gradient that did not pass through autograd's accumulation; it counts as one arrival."""
-        self.gradient(param).add_(gradient)
+        if self._is_first(param):
+            self.gradient(param).copy_(gradient)
+        else:
+            self.gradient(param).add_(gradient)
         self._reduction.arrived(param)
 
     def accumulate_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True) -> None:
@@ -149,16 +153,13 @@ class ParameterBuffers:
             x: [..., i], the product's input.
             last: it counts as the arrival of the weight's gradient. False: more of this micro-batch follows.
         """
-        add_weight_gradient_(self.gradient(weight), gradient, x)
+        accumulate_weight_gradient_(self.gradient(weight), gradient, x, first=self._is_first(weight))
         if last:
             self._reduction.arrived(weight)
 
     def reduce(self) -> None:
         """Complete every shard's gradients: sums over replicas, sequence parts and copies of shared parameters."""
-        if self.dtype == torch.float32:
-            for parameter in self.parameters:
-                # If .grad was set to None (nn.Module.zero_grad does), training would silently change nothing.
-                assert parameter.param.grad is self.gradient(parameter.param), f"{parameter.name} lost its gradient"
+        self._zero_unwritten()
         self.finish_gather()
         self._reduction.finish()
         self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
@@ -202,12 +203,13 @@ class ParameterBuffers:
         )
         device = parameters[0].param.device
         values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
-        gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
         for bucket in buckets:
             for slot in bucket.slots:
                 view = _view(values, slot)
                 view.copy_(slot.parameter.param.data)
                 slot.parameter.param.data = view
+        # Only now, when the parameters' own memory is free.
+        gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
         return FlatBuffer(decay, tuple(buckets), values, gradients)
 
     def _buckets_by_completion(self) -> list[tuple[Bucket, FlatBuffer]]:
@@ -235,16 +237,17 @@ class ParameterBuffers:
                 shards.append(Shard(buffer.decay, values, gradients, tuple(pieces)))
         return shards
 
-    def _attach(self) -> None:
-        """Make backward accumulate into the buffers, and register the hooks that need to see each gradient."""
+    def _is_first(self, param: nn.Parameter) -> bool:
+        """Return whether the parameter has no gradient of this iteration yet, and record that it has one now."""
+        first = id(param) not in self._written
+        self._written.add(id(param))
+        return first
+
+    def _zero_unwritten(self) -> None:
+        """Zero the gradients of parameters that no backward pass of this iteration reached."""
         for parameter in self.parameters:
-            param = parameter.param
-            if self.dtype == torch.float32:
-                param.grad = self.gradient(param)
-                if self._reduction.overlap:
-                    param.register_post_accumulate_grad_hook(self._reduction.arrived)
-            else:
-                param.register_post_accumulate_grad_hook(self._move_gradient)
+            if self._is_first(parameter.param):
+                self.gradient(parameter.param).zero_()
 
     def _move_gradient(self, param: Tensor) -> None:
         assert isinstance(param, nn.Parameter) and param.grad is not None

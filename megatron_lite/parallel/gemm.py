@@ -50,18 +50,25 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-def add_weight_gradient_(out: Tensor, gradient: Tensor, x: Tensor) -> None:
-    """Add gradientᵀ x to `out` [o, i] in fp32: `gradient` [..., o], `x` [..., i].
+def accumulate_weight_gradient_(out: Tensor, gradient: Tensor, x: Tensor, *, first: bool) -> None:
+    """Add gradientᵀ x to `out`.
 
     In fp32 the product accumulates into `out` itself. Otherwise it is a temporary tensor in the dtype of `x`, of a
     bounded number of rows at a time.
+
+    Args:
+        out: [o, i] fp32.
+        gradient: [..., o], of the product's output.
+        x: [..., i], the product's input.
+        first: overwrite `out`, whose values are of an earlier iteration.
     """
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if x.dtype == out.dtype:
-        out.addmm_(gradient.t(), x)
+        torch.addmm(out, gradient.t(), x, beta=0 if first else 1, out=out)
         return
     for rows, part in zip(out.split(_ROWS), gradient.split(_ROWS, dim=-1), strict=True):
-        rows.add_(weight_gradient(part, x))
+        product = weight_gradient(part, x)
+        rows.copy_(product) if first else rows.add_(product)
 
 
 class _Product(NamedTuple):

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
@@ -75,7 +76,6 @@ class NativeEngine:
         """Run forwards and backwards, reduce gradients and step; without a step if the loss is not finite."""
         for stage in self._stages.values():
             stage.train()
-        self._optimizer.zero_grad()
         self._buffers.begin(plan.microbatches)
         loss_scale = self._optimizer.loss_scale
         phases = self._mesh.backend.phases
@@ -89,17 +89,18 @@ class NativeEngine:
             )
         with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
             self._buffers.reduce()
-        loss, by_source = self._reduce(losses)
-        mean = loss.mean
-        if not math.isfinite(mean) and self._config.stops_at_nan:
-            return StepOutcome(mean, by_source, applied=False, finite=False, grad_norm=math.nan, loss_scale=loss_scale)
+        sums = self._reduce(losses)
+        loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
         with phases.enter("optimizer"), self._timers("optimizer"):
-            result = self._optimizer.step(plan.learning_rate, plan.weight_decay)
+            step = self._optimizer.step(plan.learning_rate, plan.weight_decay, loss_is_finite)
+        values = self._mesh.backend.to_host(torch.cat((sums.flatten(), step)))
+        loss, by_source = self._losses(values[: sums.numel()])
+        result = self._optimizer.settle(values[sums.numel() :])
         return StepOutcome(
-            loss=mean,
+            loss=loss.mean,
             source_losses=by_source,
             applied=result.applied,
-            finite=result.finite and math.isfinite(mean),
+            finite=result.finite and math.isfinite(loss.mean),
             grad_norm=result.grad_norm,
             loss_scale=loss_scale,
             num_zeros=result.num_zeros,
@@ -115,7 +116,7 @@ class NativeEngine:
             losses = self._executor.run(
                 self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
             )
-        return self._reduce(losses)[0]
+        return self._losses(self._mesh.backend.to_host(self._reduce(losses).flatten()))[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return parameters under their own names, and the optimizer's state."""
@@ -155,10 +156,12 @@ class NativeEngine:
             schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
         return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
 
-    def _reduce(self, losses: StepLosses) -> tuple[LossSum, dict[int, float]]:
-        """Return the loss over all replicas, and the mean loss of each data source; a collective call."""
+    def _reduce(self, losses: StepLosses) -> Tensor:
+        """Return sums (row 0) and counts (row 1) of the losses of all samples (column 0) and of data source n (1 + n).
+
+        A collective call over all replicas; the result is float64 on the device.
+        """
         device = self._mesh.backend.device
-        # Sums in row 0, counts in row 1; of all samples in column 0, of data source n in column 1 + n.
         sums = torch.zeros(2, 1 + self._num_sources, dtype=torch.float64, device=device)
         # All tp ranks of the last stage have the same losses: the first contributes them.
         for samples, sources in zip(losses.samples, losses.sources, strict=True) if self._mesh.tp.rank == 0 else ():
@@ -168,7 +171,10 @@ class NativeEngine:
                 pairs = torch.stack((samples.double(), torch.ones_like(samples, dtype=torch.float64)))
                 sums.index_add_(1, 1 + torch.tensor(sources, device=device), pairs)
         self._mesh.world.all_reduce_(sums)
-        values = self._mesh.backend.to_host(sums.flatten())
+        return sums
+
+    def _losses(self, values: Sequence[float]) -> tuple[LossSum, dict[int, float]]:
+        """Return the loss over all replicas, and the mean loss of each data source, from _reduce's values."""
         totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
         means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
         return LossSum(totals[0], int(counts[0])), means

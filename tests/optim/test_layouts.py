@@ -106,12 +106,11 @@ def step(kit, mesh, shard=False, bucket_megabytes=160, single=False):
     optimizer = Optimizer(kit.config(**REPORTS), buffers, mesh)
     results = []
     for _ in range(2):
-        buffers.zero_grad()
         buffers.begin(1)
         for spec, parameter, copy in held:
             buffers.accumulate(parameter.param, contributions(spec, mesh, copy, single))
         buffers.reduce()
-        results.append(optimizer.step(lr=0.1, weight_decay=0.1))
+        results.append(optimizer.settle(optimizer.step(lr=0.1, weight_decay=0.1).tolist()))
     params = [(p.name, p.rectangle.offset, p.local().detach().numpy().copy()) for p in parameters]
     writers = [(t.name, sum(piece.tensor.numel() for piece in t.pieces)) for t in optimizer.state_tensors() if t.write]
     return [(r.grad_norm, r.num_zeros, r.params_norm) for r in results], params, writers

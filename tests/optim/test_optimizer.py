@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_lite.optim.optimizer import Optimizer, clip_coefficient
 from megatron_lite.parallel.buffers import ParameterBuffers
@@ -25,14 +27,17 @@ def backward(module, step, scale=1.0, parts=1):
         (scale * (module(tokens).float() - 3 * target).square().mean()).backward()
 
 
+def take_step(optimizer, lr, weight_decay):
+    return optimizer.settle(optimizer.step(lr, weight_decay).tolist())
+
+
 def train(module, buffers, optimizer, steps, parts=1):
     results = []
     for step in steps:
-        buffers.zero_grad()
         buffers.begin(parts)
         backward(module, step, optimizer.loss_scale, parts)
         buffers.reduce()
-        results.append(optimizer.step(lr=0.01 / (1 + step), weight_decay=0.1 * (1 + step)))
+        results.append(take_step(optimizer, lr=0.01 / (1 + step), weight_decay=0.1 * (1 + step)))
     return results
 
 
@@ -80,15 +85,16 @@ def test_sgd_equals_torchs(kit, momentum):
 
 def test_clipping_scales_gradients_as_torch_does(kit):
     ours, plain = model(), model()
-    _, optimizer = kit.build(ours, clip_grad=0.1)
+    buffers, optimizer = kit.build(ours, clip_grad=0.1)
     backward(ours, 0)
     backward(plain, 0)
     norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1).item()
-    assert optimizer.step(0.0, 0.0).grad_norm == pytest.approx(norm, rel=1e-6)
+    assert take_step(optimizer, 0.0, 0.0).grad_norm == pytest.approx(norm, rel=1e-6)
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8)
-    assert clip_coefficient(2.0, 1.0) == 1 / (2 + 1e-6)
-    assert clip_coefficient(0.5, 1.0) == clip_coefficient(5.0, 0.0) == 1.0
+        torch.testing.assert_close(buffers.gradient(a), b.grad, rtol=1e-5, atol=1e-8)
+    norms = torch.tensor([2.0, 0.5, math.nan], dtype=torch.float64)
+    assert clip_coefficient(norms, 1.0).tolist() == [1 / (2 + 1e-6), 1.0, 1.0]
+    assert clip_coefficient(norms, 0.0).tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,10 +105,10 @@ def test_low_precision_steps_fp32_main_parameters(kit, dtype):
     buffers, optimizer = kit.build(ours, dtype=name, initial_loss_scale=2.0**8)
     # One step is far below bf16's resolution of the norm's weights (1.0); the main parameters add them up.
     for step in range(40):
-        buffers.zero_grad()
+        buffers.begin(1)
         backward(ours, step, optimizer.loss_scale)
         buffers.reduce()
-        assert optimizer.step(lr=1e-4, weight_decay=0.0).applied
+        assert take_step(optimizer, lr=1e-4, weight_decay=0.0).applied
     mains = {t.name: t for t in optimizer.state_tensors() if t.name.startswith("optimizer.main_param.")}
     assert len(mains) == 7
     for (name, param), before in zip(ours.named_parameters(), start, strict=True):
@@ -129,7 +135,7 @@ def test_fp16_skips_an_overflow_and_lowers_the_scale(kit, poison):
     before = [param.clone() for param in ours.parameters()]
     state = [piece.tensor.clone() for t in optimizer.state_tensors() for piece in t.pieces]
     buffers.gradient(ours[4].bias)[3] = poison
-    result = optimizer.step(lr=0.1, weight_decay=0.1)
+    result = take_step(optimizer, lr=0.1, weight_decay=0.1)
     assert not result.applied and not result.finite and not math.isfinite(result.grad_norm)
     assert optimizer.loss_scale == 2.0**9 and optimizer.state_scalars()["step"] == 2
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
@@ -146,7 +152,7 @@ def test_a_non_finite_gradient_is_reported_and_not_applied(kit, dtype, check):
     buffers, optimizer = kit.build(ours, dtype=dtype, check_for_nan=check)
     backward(ours, 0)
     buffers.gradient(ours[1].weight)[0, 0] = math.nan
-    result = optimizer.step(lr=0.1, weight_decay=0.0)
+    result = take_step(optimizer, lr=0.1, weight_decay=0.0)
     assert not result.finite and result.applied is not check
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True)) is check
 
@@ -198,7 +204,7 @@ def padded(kit, **parts):
 def test_padded_rows_stay_zero_and_are_not_saved(kit):
     weight, buffers, optimizer = padded(kit, log_num_zeros=True, log_params_norm=True)
     buffers.gradient(weight)[0, :4] = 1.0
-    result = optimizer.step(lr=0.1, weight_decay=0.1)
+    result = take_step(optimizer, lr=0.1, weight_decay=0.1)
     assert result.num_zeros == 2
     assert not weight[1:].any() and weight[0].all()
     assert result.params_norm == pytest.approx(weight.norm().item())
@@ -213,6 +219,40 @@ def test_statistics_are_reported_only_on_request(kit):
     result = train(ours, buffers, optimizer, range(1))[0]
     assert result.num_zeros is None and result.params_norm is None
     buffers, optimizer = kit.build(ours, log_num_zeros=True)
-    buffers.zero_grad()
-    ours[0].weight.grad[3] = 1.0
-    assert optimizer.step(0.0, 0.0).num_zeros == sum(p.numel() for p in ours.parameters()) - 8
+    buffers.gradient(ours[0].weight)[3] = 1.0
+    assert take_step(optimizer, 0.0, 0.0).num_zeros == sum(p.numel() for p in ours.parameters()) - 8
+
+
+class Passes(TorchDispatchMode):
+    """Records the operations that read or write a tensor of at least `elements` elements."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.names = elements, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.numel() >= self.elements for tensor in tensors) and not func.is_view:
+            self.names.append(func.__name__.partition(".")[0])
+        return out
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_an_iteration_passes_over_the_buffers_for_norm_update_and_copy_only(kit, name, kind):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).to(dtype)
+    parts = {"kind": kind, "dtype": name, "clip_grad": 0.01, "initial_loss_scale": 16.0}
+    buffers, optimizer = kit.build(module, **parts)
+    with Passes(3 * 64 * 64) as passes:
+        for _ in range(2):
+            passes.names.clear()
+            buffers.begin(2)
+            for _ in range(2):
+                module(torch.randn(8, 64, dtype=dtype)).float().square().sum().backward()
+            buffers.reduce()
+            values = optimizer.step(0.01, 0.1)
+    update = {"adam": "_fused_adamw_", "sgd": "_fused_sgd_"}[kind]
+    assert passes.names == ["linalg_vector_norm", update, *(["copy_"] if name != "fp32" else [])]
+    assert optimizer.settle(values.tolist()).applied

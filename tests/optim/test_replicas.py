@@ -30,7 +30,6 @@ def train(kit, mesh, buffers=None, dtype="fp32", units=(), **parts):
     results = []
     for iteration, count in enumerate(MICROBATCHES):
         mine = range(mesh.dp.rank, count, mesh.dp.size)
-        held.zero_grad()
         held.begin(len(mine))
         for number in mine:
             draw = torch.Generator().manual_seed(100 * iteration + number)
@@ -38,7 +37,7 @@ def train(kit, mesh, buffers=None, dtype="fp32", units=(), **parts):
             loss = (module(tokens).float() - target).square().mean() / count
             (loss * optimizer.loss_scale).backward()
         held.reduce()
-        result = optimizer.step(lr=0.01, weight_decay=0.1)
+        result = optimizer.settle(optimizer.step(lr=0.01, weight_decay=0.1).tolist())
         results.append((result.applied, result.grad_norm, result.num_zeros, result.params_norm))
     held.finish_gather()
     params = {name: param.detach().float().numpy().copy() for name, param in module.named_parameters()}

@@ -14,7 +14,7 @@ from megatron_lite.backend.group import LocalGroup
 from megatron_lite.config.layout import partitions
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.parallel.cross_entropy import LinearCrossEntropy
-from megatron_lite.parallel.gemm import add_weight_gradient_
+from megatron_lite.parallel.gemm import accumulate_weight_gradient_
 
 VOCAB, PADDED, LENGTH, SAMPLES, HIDDEN = 45, 64, 8, 3, 16
 
@@ -137,7 +137,7 @@ def test_peak_memory_is_one_chunk_of_logits(dtype):
     labels = torch.randint(0, vocab - 47, (length, samples))
 
     def accumulate(weight, gradient, x, *, last=True):
-        add_weight_gradient_(total, gradient, x)
+        accumulate_weight_gradient_(total, gradient, x, first=False)
 
     with LiveBytes() as mode:
         function = LinearCrossEntropy(vocab - 47, LocalGroup("tp"), False, chunk)
