@@ -167,7 +167,7 @@ def _cat(shell: Shell, arguments: list[str], stdin: str) -> None:
 
 
 def _test(shell: Shell, arguments: list[str], _: str) -> None:
-    shell.status = int(not shell.test_words(arguments[:-1] if arguments[-1:] == ["]"] else arguments))
+    shell.status = int(not shell.test_arguments(arguments[:-1] if arguments[-1:] == ["]"] else arguments))
 
 
 def _date(shell: Shell, arguments: list[str], _: str) -> None:
@@ -240,4 +240,4 @@ BUILTINS: dict[str, Callable[[Shell, list[str], str], None]] = {
     "return": _leave("return"),
     "exit": _leave("exit"),
 }
-"""Effects by name: of the shell, the arguments and the standard input."""
+"""Implementations by name; each takes the shell, the command's arguments and its standard input."""

@@ -110,19 +110,19 @@ class ShellState:
         text = self.content(self.path(name))
         return unknown_text(f"content of {name}") if text is None else text
 
-    def test_words(self, words: list[str]) -> bool:
+    def test_arguments(self, arguments: list[str]) -> bool:
         """Evaluate the arguments of [ … ] or `test`."""
-        if "-o" in words[1:-1]:
-            place = words.index("-o", 1)
-            return self.test_words(words[:place]) or self.test_words(words[place + 1 :])
-        if "-a" in words[1:-1]:
-            place = words.index("-a", 1)
-            return self.test_words(words[:place]) and self.test_words(words[place + 1 :])
-        if len(words) > 1 and words[0] == "!":
-            return not self.test_words(words[1:])
-        if len(words) == 2:
-            return self.unary_test(words[0], words[1])
-        return self.compare(*words) if len(words) == 3 else bool(words and words[0])
+        if "-o" in arguments[1:-1]:
+            place = arguments.index("-o", 1)
+            return self.test_arguments(arguments[:place]) or self.test_arguments(arguments[place + 1 :])
+        if "-a" in arguments[1:-1]:
+            place = arguments.index("-a", 1)
+            return self.test_arguments(arguments[:place]) and self.test_arguments(arguments[place + 1 :])
+        if len(arguments) > 1 and arguments[0] == "!":
+            return not self.test_arguments(arguments[1:])
+        if len(arguments) == 2:
+            return self.unary_test(arguments[0], arguments[1])
+        return self.compare(*arguments) if len(arguments) == 3 else bool(arguments and arguments[0])
 
     def unary_test(self, op: str, text: str) -> bool:
         """Evaluate `-f FILE`, `-z TEXT` and the like."""

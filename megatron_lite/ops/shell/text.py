@@ -13,11 +13,11 @@ UNKNOWN = re.compile("\ue000(.*?)\ue001", re.DOTALL)
 
 
 class UnknownValueError(Exception):
-    """A value is needed that only the running job can have."""
+    """A value is needed that exists in the running job only."""
 
 
 def unknown_text(source: str) -> str:
-    """Return the marker of a value that is known in the running job only, named after its source."""
+    """Return the marker of a value that exists in the running job only, with the name of its source."""
     without_blanks = re.sub(r"\s+", "\u00a0", source.strip())
     return f"\ue000{without_blanks}\ue001"
 
@@ -45,7 +45,7 @@ def decode_ansi(text: str) -> str:
 
 
 def brace_choices(text: str) -> list[str]:
-    """Return the texts that the {a,b} and {1..4} of a literal stand for."""
+    """Return the texts to which the {a,b} and {1..4} of a literal expand."""
     match = next((match for match in BRACES.finditer(text) if "," in match[1] or RANGE.fullmatch(match[1])), None)
     if match is None:
         return [text]

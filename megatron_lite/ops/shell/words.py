@@ -1,8 +1,8 @@
 """Bash word expansion: parameters, arrays, arithmetic, quotes, braces and globs, on the syntax tree of shfmt.
 
 The tree is the JSON that `shfmt --to-json` prints (https://pkg.go.dev/mvdan.cc/sh/v3/syntax names its nodes).
-A value that only the running job can have, as the output of `scontrol`, is a marker that names its source
-(`unknown_text`), so that a caller sees which argument depends on it.
+A value that exists in the running job only, as the output of `scontrol`, is replaced by a marker with the name of its
+source (`unknown_text`), so that a caller sees which argument depends on it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Variables:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a word; `items` of "$@" become words of their own."""
+    """A part of a word; the `items` of "$@" become separate fields."""
 
     text: str
     quoted: bool
@@ -83,7 +83,7 @@ class WordExpander:
         self._parse_arithmetic = parse_arithmetic
 
     def fields(self, word: Node) -> list[str]:
-        """Return the words that one word of the script becomes."""
+        """Return the fields to which a word of the script expands."""
         fields: list[str] = []
         for braced in _braces(word.get("Parts", [])):
             fields += self._split([segment for part in braced for segment in self._segments(part, False)])
@@ -246,7 +246,7 @@ class WordExpander:
         """Evaluate an arithmetic expression.
 
         Raises:
-            UnknownValueError: an operand is known in the running job only.
+            UnknownValueError: an operand exists in the running job only.
         """
         kind = tree["Type"]
         if kind == "Word":
