@@ -67,7 +67,13 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_lite.ops.partition import read_partitions
     from megatron_lite.ops.submission import check_job, working_folder
 
-    given = shlex.split(options.sbatch)
+    try:
+        given = shlex.split(options.sbatch)
+    except ValueError as error:
+        raise ConfigError(
+            f"Cannot split --sbatch={options.sbatch} into options: {str(error).lower()}",
+            fix="Close the quote, for example --sbatch='--nodes=8 --comment=\"two words\"'",
+        ) from error
     job = read_job(options.script, environment=dict(os.environ), options=given, arguments=arguments)
     partitions = read_partitions()
     submission = check_job(job, step_seconds=options.step_seconds, partitions=partitions)
@@ -83,8 +89,8 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"Warning     {warning}")
     away = options.dry_run and partitions is None
     if away:
-        for error in submission.local_problems:
-            print(f"Not here    {error.problem}")
+        for missing in submission.local_problems:
+            print(f"Not here    {missing.description}")
     sys.stdout.flush()
     raise_all([*submission.problems, *([] if away else submission.local_problems)])
     if options.dry_run:

@@ -77,6 +77,7 @@ def check_job(
     """
     submission = Submission(job)
     submission.facts.append(("Job", _job_line(job)))
+    submission.problems += _script_problems(job)
     _check_variables(submission)
     with working_folder(job.folder):
         if job.command is None:
@@ -86,6 +87,29 @@ def check_job(
     if partitions is not None:
         submission.problems += partition_problems(job, partitions)
     return submission
+
+
+def _script_problems(job: Job) -> Iterator[ConfigError]:
+    """Yield an error for each reason why sbatch or bash would refuse the script itself."""
+    content = job.path.read_bytes()
+    if not content.startswith(b"#!"):
+        yield ConfigError(
+            f"{job.path} has no interpreter line, and sbatch refuses such a script", fix="Begin it with #!/bin/bash"
+        )
+    if b"\r\n" in content:
+        yield ConfigError(
+            f"{job.path} has the line ends of Windows, and sbatch refuses such a script",
+            fix=f"Convert it: sed -i 's/\\r$//' {job.path}",
+        )
+    one_at_a_time = job.resources.options.get("array", "").endswith("%1")
+    if job.command and len(job.resources.array) > 1 and not one_at_a_time and b"SLURM_ARRAY" not in content:
+        yield ConfigError(
+            f"The {len(job.resources.array)} tasks of the array (--array={job.resources.options['array']}) start the "
+            "same training command at the same time",
+            rule="One job at a time may write to a --save folder",
+            fix="Use $SLURM_ARRAY_TASK_ID in the flags and in --save, limit the array to one task at a time "
+            "(--array=…%1), or submit the job with --chain instead of --array",
+        )
 
 
 @contextmanager

@@ -177,6 +177,11 @@ def test_a_script_that_ends_with_an_error_is_refused(script, sbatch, tmp_path, c
     assert "job.slurm exits with status 2 in line 4: no files. Provide what the script" in capfd.readouterr().err
 
 
+def test_options_with_an_open_quote(script, capfd):
+    assert main(["slurm", "submit", "--sbatch=--comment='x", script]) == 1
+    assert "Cannot split --sbatch=--comment='x into options: no closing quotation" in capfd.readouterr().err
+
+
 def test_a_chain_needs_a_folder(script, sbatch, tmp_path, capfd):
     sbatch()
     (tmp_path / script).write_text(JOB.replace("--save run --save-interval 20", ""), encoding="utf-8")

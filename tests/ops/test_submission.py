@@ -179,6 +179,23 @@ def test_sourced_files_must_exist(check, tmp_path, monkeypatch):
     assert problem.endswith("Correct the path, or create the file")
 
 
+def test_scripts_that_sbatch_refuses(check, tmp_path):
+    (problem,) = texts(check(header=HEADER.removeprefix("#!/bin/bash\n")))
+    assert "has no interpreter line" in problem and problem.endswith("Begin it with #!/bin/bash")
+    path = tmp_path / "dos.slurm"
+    path.write_bytes(b"#!/bin/bash\r\nmegatron-lite merge\r\n")
+    (problem,) = texts(check_job(read_job(path, environment={})))
+    assert "has the line ends of Windows" in problem and problem.endswith(rf"sed -i 's/\r$//' {path}")
+
+
+def test_an_array_of_the_same_training_command(check):
+    array = HEADER.replace("--time", "--array=1-4 --time")
+    (problem,) = texts(check(header=array))
+    assert problem.startswith("The 4 tasks of the array (--array=1-4) start the same training command at the same time")
+    assert texts(check(header=array.replace("1-4", "1-4%1"))) == []
+    assert texts(check("--seed $SLURM_ARRAY_TASK_ID", header=array)) == []
+
+
 def test_files_that_the_script_writes_are_read(check):
     header = HEADER + 'cat <<EOT > ds.json\n{"train_micro_batch_size_per_gpu": 7}\nEOT\n'
     assert any("7" in text for text in texts(check("--deepspeed --deepspeed_config ds.json", header=header)))

@@ -1,7 +1,7 @@
 """Bash statement evaluator: records the commands that a job script would start, fully expanded.
 
 shfmt (pip package shfmt-py) parses the script; assignments, arrays, conditions, loops, functions and here-documents are
-evaluated here as bash does. Other programs are recorded, and a marker of an unknown value takes the place of their output.
+evaluated here as bash does. Other programs are recorded, and their output is replaced by a marker of an unknown value.
 Text tools without side effects (`cut`, `head`, `basename`, …) are run. Files that the script writes are kept in memory.
 """
 
