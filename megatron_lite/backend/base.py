@@ -152,6 +152,10 @@ class Backend(ABC):
         """Return a time mark at the end of the device's queued work, without waiting for that work."""
         return time.perf_counter()
 
+    def settings(self) -> list[str]:
+        """Return what the backend chose for its device, for the start-up lines."""
+        return []
+
     def record_memory_history(self, on: bool) -> bool:
         """Start or stop recording the allocator's history; return whether the device has one."""
         return False

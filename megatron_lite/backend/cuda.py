@@ -42,6 +42,11 @@ _PEAK_TFLOPS = (
 )
 
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+"""Settings of the caching allocator where the environment has none."""
+
+
 class CudaBackend(Backend):
     """Backend of one GPU: the one with the number of the local rank, counted among those that the process sees."""
 
@@ -61,8 +66,13 @@ class CudaBackend(Backend):
         torch.cuda.set_device(self.device)
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self._settings = _configure(runtime)
         if launch.world_size > 1:
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
+
+    def settings(self) -> list[str]:
+        """Return the choices of TF32, attention kernel and allocator."""
+        return self._settings
 
     def seed(self, value: int) -> None:
         """Seed this device's default generator, without synchronization."""
@@ -147,3 +157,22 @@ class CudaBackend(Backend):
 
     def _device_id(self) -> str:
         return str(torch.cuda.get_device_properties(self.device).uuid)
+
+
+def _configure(runtime: RuntimeConfig) -> list[str]:
+    """Set PyTorch's TF32, attention and allocator options; return them for the start-up lines."""
+    torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
+    lines = [f"fp32 products in {'TF32' if runtime.tf32 else 'full precision (--allow-tf32: TF32)'}"]
+    if runtime.attention != "auto":
+        switches = torch.backends.cuda
+        switches.enable_flash_sdp(runtime.attention == "flash")
+        switches.enable_mem_efficient_sdp(False)
+        switches.enable_cudnn_sdp(runtime.attention == "fused")
+    kernel = {"auto": "PyTorch's choice", "flash": "FlashAttention", "fused": "cuDNN", "unfused": "separate products"}
+    lines.append(f"attention by {kernel[runtime.attention]}")
+    # Ramp-up, validation and generation change the sizes of tensors: segments that grow keep memory from fragmenting.
+    given = next((os.environ[name] for name in _ALLOCATOR if os.environ.get(name)), "")
+    if not given:
+        torch.cuda.memory._set_allocator_settings(ALLOCATOR_SETTINGS)
+    lines.append(f"allocator: {given or ALLOCATOR_SETTINGS}")
+    return lines

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _TABLE = """
 no effect: PyTorch chooses the kernels for the device
-    --attention-backend --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
+    --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
     --transformer-impl --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu --use-mcore-models
     --use-legacy-models --spec --enable-experimental --fused-single-qkv-rope --use-te-activation-func
     --disable-jit-fuser

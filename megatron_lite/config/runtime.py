@@ -48,6 +48,22 @@ class RuntimeConfig:
             ),
         ),
     )
+    attention: Literal["auto", "flash", "fused", "unfused"] = option(
+        "auto",
+        Flag(
+            "--attention-backend",
+            "Attention kernel on a GPU: PyTorch's choice, FlashAttention, cuDNN's (fused), or separate products.",
+            choices={"local": "unfused"},
+        ),
+    )
+    tf32: bool = option(
+        False,
+        Flag(
+            "--allow-tf32",
+            "Compute fp32 matrix products in TF32 on a GPU: faster, with 10 bits of mantissa.",
+            sets=True,
+        ),
+    )
     deterministic: bool = option(
         False, Flag("--deterministic-mode", "Refuse kernels that are not bit-for-bit reproducible.", sets=True)
     )

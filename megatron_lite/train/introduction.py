@@ -24,6 +24,7 @@ def introduction(config: RunConfig, backend: Backend, data: RunData, start: Star
     lines = [
         ("model", _model(config, summary.model)),
         ("machine", _machine(config, backend, summary.layout)),
+        *((("device", "; ".join(settings)),) if (settings := backend.settings()) else ()),
         ("batch", _batch(config)),
         ("length", _length(config, summary.length)),
         *_data(config, data),

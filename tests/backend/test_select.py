@@ -71,7 +71,7 @@ def test_a_rank_uses_the_gpu_of_its_local_rank_among_those_that_it_sees(visible,
     chosen = gpus(monkeypatch, visible)
     launch = Launch(local_rank=local_rank, local_world_size=8)
     backend = CudaBackend(RuntimeConfig(), ParallelConfig(), launch)
-    assert backend.device == torch.device("cuda", index) == chosen[-1]
+    assert backend.device == torch.device("cuda", index) == chosen[0]
 
 
 def test_a_rank_that_sees_no_gpu_is_refused(monkeypatch):
@@ -104,7 +104,38 @@ def gpus(monkeypatch, visible):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", lambda text: chosen.append(text))
     return chosen
+
+
+@pytest.fixture
+def switches(monkeypatch):
+    """Return what is set in torch, by name."""
+    found = {}
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: found.update(fp32=value))
+    for name in ("flash", "mem_efficient", "cudnn"):
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", lambda on, name=name: found.update({name: on}))
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    return found
+
+
+def test_settings_of_a_gpu(monkeypatch, switches):
+    chosen = gpus(monkeypatch, 1)
+    lines = CudaBackend(RuntimeConfig(), ParallelConfig(), Launch()).settings()
+    assert switches == {"fp32": "highest"} and "expandable_segments:True" in chosen
+    assert lines[1:] == ["attention by PyTorch's choice", "allocator: expandable_segments:True"]
+    lines = CudaBackend(RuntimeConfig(attention="fused", tf32=True), ParallelConfig(), Launch()).settings()
+    assert switches == {"fp32": "high", "flash": False, "mem_efficient": False, "cudnn": True}
+    assert lines[:2] == ["fp32 products in TF32", "attention by cuDNN"]
+
+
+def test_the_allocator_settings_of_the_environment_are_kept(monkeypatch, switches):
+    chosen = gpus(monkeypatch, 1)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    lines = CudaBackend(RuntimeConfig(), ParallelConfig(), Launch()).settings()
+    assert lines[-1] == "allocator: max_split_size_mb:128"
+    assert "expandable_segments:True" not in chosen
 
 
 @pytest.mark.gpu

@@ -178,6 +178,7 @@ def _changed(kind, value):
 
 
 SPECIAL = {
+    "runtime.attention": "fused",
     "runtime.compile": "layer",
     "profile.ranks": (0, 7),
     "model.num_attention_heads": 8,
