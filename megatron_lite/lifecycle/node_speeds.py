@@ -25,7 +25,7 @@ GPU_COPY, CPU_COPY = 2**30, 2**26
 """Bytes of a memory copy."""
 HOST_COPY_BYTES = 2**28
 REPETITIONS = 5
-"""Timed repetitions of a collective, after two that are not timed."""
+"""Timed repetitions, at least; of a collective exactly, after two that are not timed."""
 
 
 def matrix_speed(backend: Backend, *, seconds: float, product: Product = torch.mm) -> float:
@@ -163,16 +163,17 @@ def rounds(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def _best_seconds(backend: Backend, run: Callable[[], object], seconds: float) -> float:
-    """Return the shortest time of a repetition in the second half of `seconds`."""
+    """Return the shortest time of the repetitions in the second half of `seconds`, of at least REPETITIONS."""
     run()
     backend.synchronize()
-    began, best = time.monotonic(), float("inf")
-    while (now := time.monotonic()) < began + seconds or best == float("inf"):
+    times: list[float] = []
+    began = time.monotonic()
+    while (now := time.monotonic()) < began + seconds or len(times) < REPETITIONS:
         run()
         backend.synchronize()
         if now >= began + seconds / 2:
-            best = min(best, time.monotonic() - now)
-    return max(best, 1e-9)
+            times.append(time.monotonic() - now)
+    return max(min(times), 1e-9)
 
 
 def _best_of(backend: Backend, run: Callable[[], object]) -> float:

@@ -30,18 +30,22 @@ def slow_devices(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
         for reports in alike.values():
             usual = statistics.median_high(report.speeds[name] for report in reports)
             for report in reports:
-                speed, limit = report.speeds[name], limits.gpu_speed if report.uuid else limits.cpu_speed
-                if speed < limit * usual:
-                    yield Problem(
-                        kind=f"slow {name}",
-                        text=f"{report.place}: {name} at {format_rate(speed, unit)}, {speed / usual:.2f} of the "
-                        f"median {format_rate(usual, unit)} (at least {limit:g})",
-                        fix="Report the node: check its clocks, cooling and power (nvidia-smi -q -d PERFORMANCE)"
-                        if report.uuid
-                        else "End other processes on this host, or check its clock frequency",
-                        hosts=(report.host,),
-                        excludes=True,
-                    )
+                speed, gpu = report.speeds[name], bool(report.uuid)
+                limit = limits.gpu_speed if gpu else limits.cpu_warning
+                if speed >= limit * usual:
+                    continue
+                is_bad = gpu or speed < limits.cpu_speed * usual
+                yield Problem(
+                    kind=f"slow {name}",
+                    text=f"{report.place}: {name} at {format_rate(speed, unit)}, {speed / usual:.2f} of the median "
+                    f"{format_rate(usual, unit)} (at least {limit:g})",
+                    fix="Report the node: check its clocks, cooling and power (nvidia-smi -q -d PERFORMANCE)"
+                    if gpu
+                    else "End other processes on this host, or check its clock frequency",
+                    hosts=(report.host,),
+                    severity="problem" if is_bad else "warning",
+                    excludes=is_bad,
+                )
     for report in ranks:
         if report.peak_flops and report.speeds.get(MATRIX_PRODUCT, report.peak_flops) < limits.peak * report.peak_flops:
             share = report.speeds[MATRIX_PRODUCT] / report.peak_flops

@@ -72,6 +72,17 @@ def test_of_two_ranks_the_slower_one_is_the_outlier():
     assert set(judge(ranks).excluded) == {"n0"}
 
 
+@pytest.mark.parametrize(("share", "severity"), [(0.6, None), (0.3, "warning"), (0.05, "problem")])
+def test_a_slow_cpu_may_be_shared(share, severity):
+    ranks = replace_peak(reports())
+    for report in ranks.values():
+        report.uuid, report.gpu = "", None
+    ranks[3].speeds[MATRIX_PRODUCT] *= share
+    verdict = judge(ranks)
+    assert [finding.severity for finding in verdict.findings] == ([severity] if severity else [])
+    assert set(verdict.excluded) == ({"n1"} if severity == "problem" else set())
+
+
 def test_other_devices_are_not_compared():
     ranks = reports()
     ranks[7].device, ranks[7].speeds[MATRIX_PRODUCT] = "NVIDIA A100", 250e12
