@@ -32,6 +32,8 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         command.add_argument("run", type=Path, help="the run's --save folder")
         if name == "status":
             command.add_argument("--json", action="store_true", help="print JSON, for programs")
+        if name == "end":
+            command.add_argument("--exit-code", type=int, default=0, help="exit code of the script")
         if name == "stop":
             command.add_argument(
                 "--after-current", action="store_true", help="let the running job finish; cancel the waiting one only"
@@ -53,7 +55,7 @@ def run_command(options: argparse.Namespace) -> int:
             return EXIT_ENDED
         print(_headline(folder, chain, None), flush=True)
     elif options.command == "end":
-        print(_headline(folder, chains.end_job(folder, _current_start()), None))
+        print(_headline(folder, chains.end_job(folder, _current_start(), options.exit_code), None))
     elif options.command == "stop":
         chain = chains.stop_chain(folder, after_current=options.after_current)
         print(f"The chain of {folder} is {chain.state}: {chain.reason}")

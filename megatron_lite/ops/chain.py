@@ -109,14 +109,20 @@ def begin_job(folder: Path, start: Start) -> tuple[Chain, str]:
         return write_chain(folder, chain), ""
 
 
-def end_job(folder: Path, start: Start) -> Chain:
+def end_job(folder: Path, start: Start, exit_code: int = 0) -> Chain:
     """Judge a job whose script has ended; cancel, delay or keep its successor.
 
     A job that was killed does not call this function: its successor judges it.
+
+    Args:
+        folder: the --save folder of the run.
+        start: the job and its restart.
+        exit_code: of the script.
     """
     _wait_for_training(folder, start)
     with locked(folder, start):
-        chain = write_chain(folder, _judged(existing_chain(folder), folder, start))
+        how = f"the job script ended with exit code {exit_code}, and the training wrote no exit status"
+        chain = write_chain(folder, _judged(existing_chain(folder), folder, start, how=how))
         if chain.state == "active":
             return write_chain(folder, _prepare_successor(folder, chain, start))
         if chain.successor:
@@ -206,11 +212,11 @@ def _wait_for_training(folder: Path, start: Start) -> None:
         time.sleep(0.5)
 
 
-def _judged(chain: Chain, folder: Path, start: Start, *, requeued: bool = False) -> Chain:
+def _judged(chain: Chain, folder: Path, start: Start, *, how: str = "", requeued: bool = False) -> Chain:
     """Return the chain with the outcome of a start, unless it has ended or has the outcome already."""
     if chain.state != "active" or any(outcome.start == str(start) for outcome in chain.outcomes):
         return chain
-    return add_outcome(chain, outcome_of(folder, start, requeued=requeued))
+    return add_outcome(chain, outcome_of(folder, start, how=how, requeued=requeued))
 
 
 def _prepare_successor(folder: Path, chain: Chain, start: Start) -> Chain:

@@ -67,6 +67,6 @@ while :; do
   kill -0 "$child" 2>/dev/null || break
 done
 
-if [ -z "$ended" ]; then {program} end {run}; fi
+if [ -z "$ended" ]; then {program} end --exit-code "$code" {run}; fi
 exit "$code"
 """

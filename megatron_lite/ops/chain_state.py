@@ -237,12 +237,13 @@ def locked(folder: Path, start: Start | None = None) -> Iterator[None]:
         lock.release()
 
 
-def outcome_of(folder: Path, start: Start, *, requeued: bool = False) -> Outcome:
+def outcome_of(folder: Path, start: Start, *, how: str = "", requeued: bool = False) -> Outcome:
     """Return how a start of a job ended, from exit_status.json, else from Slurm.
 
     Args:
         folder: the --save folder.
         start: the job and its restart.
+        how: how it ended, where there is no exit_status.json; empty: Slurm is asked.
         requeued: Slurm has started the same job again.
     """
     status = read_exit_status(folder)
@@ -255,6 +256,8 @@ def outcome_of(folder: Path, start: Start, *, requeued: bool = False) -> Outcome
         return Outcome(str(start), status.status, status.message, saved, host, now, full)
     if requeued:
         return Outcome(str(start), "requeued", "requeued by Slurm before it wrote an exit status", saved, "", now)
+    if how:
+        return Outcome(str(start), "killed", how, saved, "", now)
     state = slurm.final_state(start.job) if start.job else None
     kind = "cancelled" if state in ("CANCELLED", "PREEMPTED") else "killed"
     text = f"ended without an exit status{f' (Slurm: {state})' if state else ''}"

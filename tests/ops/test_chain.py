@@ -387,3 +387,10 @@ def test_a_damaged_or_absent_chain_is_an_error(run):
         existing_chain(run)
     with pytest.raises(ConfigError, match=r"The folder .*none does not exist"):
         existing_chain(run / "none")
+
+
+def test_a_script_that_ends_without_training_is_a_failure(run, queue):
+    begins(run, queue, "100")
+    outcome = end_job(run, Start("100"), 127).outcomes[-1]
+    assert outcome.failed
+    assert outcome.message == "the job script ended with exit code 127, and the training wrote no exit status"

@@ -140,8 +140,9 @@ class ChainedRun:
         changes = [start for place, start in enumerate(starts) if place == 0 or starts[place - 1] != start]
         assert len(changes) == len(set(changes)), f"interleaved: {changes}"
         log = (self.cluster.folder / "log" / "jobcomp.txt").read_text(encoding="utf-8")
-        pattern = rf"Name={self.name} .*?StartTime=(\S+) EndTime=(\S+)"
-        times = sorted(match.groups() for match in re.finditer(pattern, log) if match[1] != "Unknown")
+        # A job that was cancelled before it started has no nodes.
+        pattern = rf"Name={self.name} .*?StartTime=(\S+) EndTime=(\S+) NodeList=n\["
+        times = sorted(match.groups() for match in re.finditer(pattern, log))
         assert len(times) >= len(changes)
         assert all(end <= start for (_, end), (start, _) in pairwise(times)), times
 

@@ -204,7 +204,6 @@ class Cluster:
                 f"SlurmdLogFile={folder}/log/slurmd.%n.log",
                 "SlurmdTimeout=10",
                 "SlurmctldTimeout=10",
-                "KillWait=5",
                 "MessageTimeout=10",
                 "SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2",
                 "JobCompType=jobcomp/filetxt",
