@@ -2,6 +2,7 @@
 
 import os
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,10 @@ SQUEUE = """\
 4712|PENDING|Dependency|N/A|N/A||(null)|tr1
 4713_4|PENDING|Resources|2026-11-27T02:30:00|2026-11-27T04:30:00||(null)|shards
 """
+
+
+RECORDED = Path(__file__).with_name("slurm_22_05")
+"""Output of Slurm 22.05 on the cluster of tests/slurm/cluster.py."""
 
 
 def fake(monkeypatch, outputs):
@@ -130,3 +135,28 @@ def test_a_missing_program_is_named(monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="squeue is not installed here"):
         queued_jobs(["1"])
+
+
+def test_recorded_output_of_squeue():
+    jobs = {job.name: job for job in read_queue((RECORDED / "squeue.txt").read_text(encoding="utf-8"))}
+    assert {name: (job.state, job.reason) for name, job in jobs.items()} == {
+        "running": ("RUNNING", "None"),
+        "successor": ("PENDING", "Dependency"),
+        "resources": ("PENDING", "Resources"),
+        "held": ("PENDING", "JobHeldUser"),
+        "delayed": ("PENDING", "BeginTime"),
+        "toolarge": ("PENDING", "PartitionNodeLimit"),
+        "shards": ("PENDING", "Priority"),
+    }
+    assert (jobs["running"].nodes, jobs["running"].comment) == ("n[1-2]", "run:/scratch/gpt")
+    assert jobs["resources"].start == seconds("2026-11-27T00:13:06") and jobs["delayed"].end is None
+    assert jobs["shards"].job == "8_[1-3%1]"
+
+
+def test_recorded_output_of_scontrol(monkeypatch):
+    disabled = ConfigError("sacct failed: Slurm accounting storage is disabled", fix="")
+    fake(
+        monkeypatch,
+        {"sacct": disabled, "scontrol": (RECORDED / "scontrol_show_job.txt").read_text(encoding="utf-8")},
+    )
+    assert final_state("7") == "CANCELLED"
