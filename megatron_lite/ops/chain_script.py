@@ -50,17 +50,18 @@ def _batch_script(folder: Path, script: Path, arguments: Sequence[str]) -> str:
 code=$?
 if [ "$code" = {EXIT_ENDED} ]; then exit 0; elif [ "$code" != 0 ]; then exit "$code"; fi
 
-{shlex.join(["bash", str(folder / COPY_NAME), *arguments])} &
-child=$!
 # Signals that Slurm sends to the batch shell (--signal=B:USR1@600) are passed on to the script.
-trap 'kill -USR1 "$child"' USR1
-trap 'kill -USR2 "$child"' USR2
-trap 'kill -INT "$child"' INT
-trap 'kill -HUP "$child"' HUP
+child=
+trap '[ -z "$child" ] || kill -USR1 "$child"' USR1
+trap '[ -z "$child" ] || kill -USR2 "$child"' USR2
+trap '[ -z "$child" ] || kill -INT "$child"' INT
+trap '[ -z "$child" ] || kill -HUP "$child"' HUP
 # With SIGTERM (time limit, scancel, preemption) Slurm ends the script, too, perhaps before the training has saved: the
 # next job judges this one.
 ended=
 trap 'ended=1' TERM
+{shlex.join(["bash", str(folder / COPY_NAME), *arguments])} &
+child=$!
 while :; do
   wait "$child"
   code=$?
