@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -227,21 +227,16 @@ def _from_torchrun(variables: Mapping[str, str]) -> Launch:
 
 def _from_slurm(variables: Mapping[str, str]) -> Launch:
     step_size = _integer(variables, "SLURM_STEP_NUM_TASKS")
-    # A step over several components of a heterogeneous job numbers its tasks through, but counts each component's.
+    # Old versions of Slurm number the tasks of a step over several components through, but count each component's.
     het = "SLURM_HET_SIZE" in variables and _integer(variables, "SLURM_NTASKS", default=step_size) > step_size
-    address = variables.get("MASTER_ADDR", "")
-    if het and not address:
-        raise ConfigError(
-            "MASTER_ADDR is not set, and cannot be derived in a Slurm step over several components of a heterogeneous "
-            "job "
-            f"({step_size} of {variables['SLURM_NTASKS']} tasks are in this component)",
-            fix="Set MASTER_ADDR to the first host of the first component in the job script",
-        )
     nodes = expand_nodes(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost")
     node = variables.get("SLURMD_NODENAME", "")
-    if not address:
-        # The name of a node may not resolve on the node itself.
-        address = "127.0.0.1" if variables.get("SLURM_STEP_NUM_NODES") == "1" else nodes[0]
+    address = variables.get("MASTER_ADDR", "")
+    if not address and not het and variables.get("SLURM_STEP_NUM_NODES") == "1":
+        address = "127.0.0.1"  # the name of a node may not resolve on the node itself
+    if not address and "SLURM_HET_SIZE" in variables:
+        address = _first_het_host(variables, nodes, all_nodes=not het)
+    address = address or nodes[0]
     job_id = variables.get("SLURM_HET_JOB_ID" if het else "SLURM_JOB_ID") or variables.get("SLURM_JOB_ID", "0")
     step_id = variables.get("SLURM_STEP_ID") or variables.get("SLURM_STEPID", "0")
     job = f"Slurm step {job_id}.{step_id}, restart {variables.get('SLURM_RESTART_COUNT', '0')}"
@@ -256,6 +251,32 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
         init_method=_tcp(address, (_port(variables),) if variables.get("MASTER_PORT") else _derived_ports(job)),
         job=job,
     )
+
+
+def _first_het_host(variables: Mapping[str, str], nodes: Sequence[str], *, all_nodes: bool) -> str:
+    """Return the host of rank 0 of a step in a heterogeneous job: the first node of the step's first component.
+
+    Args:
+        variables: of a task.
+        nodes: of the step, sorted by name across its components; or of this component.
+        all_nodes: whether `nodes` are those of the whole step.
+
+    Raises:
+        ConfigError: the variables do not show which components the step has.
+    """
+    groups = range(_integer(variables, "SLURM_HET_SIZE"))
+    lists = [variables.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", "") for group in groups]
+    hosts = [host for nodelist in lists if nodelist for host in expand_nodes(nodelist)]
+    if all_nodes:
+        return next((host for host in hosts if host in nodes), nodes[0])
+    tasks = sum(_integer(variables, f"SLURM_NTASKS_HET_GROUP_{group}", default=0) for group in groups)
+    if not hosts or tasks != _integer(variables, "SLURM_NTASKS"):
+        raise ConfigError(
+            "MASTER_ADDR is not set, and cannot be derived in a Slurm step over several components of a heterogeneous "
+            f"job ({variables['SLURM_STEP_NUM_TASKS']} of {variables['SLURM_NTASKS']} tasks are in this component)",
+            fix="Set MASTER_ADDR to the first host of the first component in the job script",
+        )
+    return hosts[0]
 
 
 def _mpirun_in_step(names: _MpiVariables, variables: Mapping[str, str]) -> bool:

@@ -98,6 +98,25 @@ def test_ranks_of_one_node_use_the_loopback_address():
     assert launch.init_method.startswith("tcp://127.0.0.1:")
 
 
+def test_rank_0_of_a_heterogeneous_job_is_on_its_first_component():
+    """Slurm 22 sorts the nodes of the step by name: its first node may belong to the second component."""
+    step = STEP | {"SLURM_HET_SIZE": "2", "SLURM_STEP_TASKS_PER_NODE": "6,2", "SLURMD_NODENAME": "gpu08"}
+    step |= {"SLURM_JOB_NODELIST_HET_GROUP_0": "gpu[08-09]", "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu07"}
+    launch = read_launch(step)
+    assert launch.init_method.startswith("tcp://gpu08:")
+    assert (launch.world_size, launch.local_world_size) == (8, 2)
+    second = step | {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_NUM_NODES": "1"}
+    assert read_launch(second).init_method.startswith("tcp://127.0.0.1:")
+
+
+def test_an_old_slurm_counts_the_tasks_of_one_component():
+    step = STEP | {"SLURM_HET_SIZE": "2", "SLURM_NTASKS": "12", "SLURM_STEP_NUM_NODES": "1"}
+    step |= {"SLURM_JOB_NODELIST_HET_GROUP_0": "a[1-2]", "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu[07-08]"}
+    step |= {"SLURM_NTASKS_HET_GROUP_0": "4", "SLURM_NTASKS_HET_GROUP_1": "8"}
+    launch = read_launch(step)
+    assert launch.init_method.startswith("tcp://a1:") and launch.world_size == 12
+
+
 def test_a_step_over_components_of_a_heterogeneous_job_needs_an_address():
     step = STEP | {"SLURM_HET_SIZE": "2", "SLURM_NTASKS": "12", "SLURM_PROCID": "9", "SLURM_HET_JOB_ID": "40000"}
     with pytest.raises(ConfigError, match=r"8 of 12 tasks are in this component.*first host of the first component"):
