@@ -195,8 +195,8 @@ class Rendezvous:
                 fix="Set MASTER_ADDR to the name or IP address of the host of rank 0, as this host knows it (getent "
                 "hosts NAME)",
             )
-            # Every rank has this error: one rank per node prints it.
-            error.silent = self._launch.local_rank != 0
+            # Every rank has this error: one of those that a launcher has started on this node prints it.
+            error.silent = self._launch.local_rank != 0 and bool(self._launch.job)
             raise error from failure
         return [(address, int(port)) for port in ports.split(",") for address in found]
 

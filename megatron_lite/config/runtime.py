@@ -33,7 +33,7 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto",
-        Flag("--device", "Kind of device; auto uses a GPU if there is one."),
+        Flag("--device", "Kind of device; auto uses a GPU if there is one.", choices={"gpu": "cuda"}),
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
     seed: int = option(1234, Flag("--seed", "Seed of weights, dropout and data order.", most=MAX_SEED))

@@ -29,6 +29,7 @@ class JsonlSink:
         self._path = path
         self._notify = notify
         self._iteration = 0
+        self._early: list[tuple[str, float]] = []  # messages before start()
         # Unbuffered: a signal handler may write in the middle of another write.
         self._file: FileIO | None = None
 
@@ -44,6 +45,8 @@ class JsonlSink:
         self._append(
             "start", {"iteration": facts.start_iteration, **facts_of_run, "config": dataclasses.asdict(config)}
         )
+        for text, seconds in self._early:
+            self._append("message", {"iteration": self._iteration, "text": text, "time": seconds})
 
     def iteration(self, report: IterationReport) -> None:
         """Append the iteration."""
@@ -59,8 +62,11 @@ class JsonlSink:
         self._append("save", dataclasses.asdict(record))
 
     def message(self, text: str) -> None:
-        """Append the message with the number of finished iterations."""
-        self._append("message", {"iteration": self._iteration, "text": text})
+        """Append the message with the number of finished iterations; one before start() follows the start record."""
+        if self._file is None:
+            self._early.append((text, time.time()))
+        else:
+            self._append("message", {"iteration": self._iteration, "text": text})
 
     def stopping(self) -> None:
         """Do nothing: no record is buffered."""
@@ -72,8 +78,7 @@ class JsonlSink:
             self._file = None
 
     def _append(self, kind: str, values: Mapping[str, Any]) -> None:
-        if self._file is None:  # messages before start() are printed on the console only
-            return
+        assert self._file is not None, "start() comes first"
         with self._explained():
             line = encode({"kind": kind, "time": time.time(), **values})
             while line:  # a full disk accepts a part of the line before it raises an error

@@ -169,7 +169,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
                 f"WARNING: no iteration is profiled: training continues after iteration {progress.iteration}, and "
                 f"--profile-step-end is {config.profile.last}"
             )
-        for text in data.warnings:  # metrics.jsonl records messages from here on
+        for text in data.warnings:
             reporter.message(f"WARNING: {text}")
         yield Run(
             config=config,

@@ -110,6 +110,7 @@ def test_curriculum():
         ("--activations-checkpoint-method block", "recompute.method", "block"),
         ("--recompute-activations", "recompute.granularity", "selective"),
         ("--no-bias-gelu-fusion", "model.activation", "gelu"),
+        ("--device gpu", "runtime.device", "cuda"),
         ("--position-embedding-type rope", "model.position_embedding", "rotary"),
         ("--position-embedding-type rope --no-position-embedding", "model.position_embedding", "rotary"),
         ("--no-position-embedding", "model.position_embedding", "none"),

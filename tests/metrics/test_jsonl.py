@@ -200,6 +200,18 @@ def test_lines_are_written_before_the_file_is_closed(tmp_path):
     sink.close()
 
 
+def test_messages_before_the_start_follow_it(tmp_path):
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path)
+    sink.message("WARNING: other data")
+    assert not path.exists()
+    sink.start(CONFIG, facts(start=4))
+    sink.close()
+    start, message = read_records(path)
+    assert (start["kind"], message["kind"], message["text"]) == ("start", "message", "WARNING: other data")
+    assert message["iteration"] == 4 and message["time"] <= start["time"]
+
+
 def test_a_missing_file_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read_records(tmp_path / "none.jsonl")

@@ -182,7 +182,7 @@ def test_metrics_are_in_the_save_folder(tmp_path):
     assert metrics_path(config(save="out", metrics_file="here.jsonl")).as_posix() == "here.jsonl"
     run_on(io.StringIO(), config(save=tmp_path, progress_bar=False))
     kinds = [record["kind"] for record in read_records(tmp_path / "metrics.jsonl")]
-    assert kinds == ["start", *["iteration"] * 4, "validation"]
+    assert kinds == ["start", "message", *["iteration"] * 4, "validation"]
 
 
 def test_a_rank_that_does_not_report_writes_nothing(tmp_path):
