@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_lite.errors import ConfigError
 
@@ -176,13 +177,13 @@ def parse_time(text: str) -> int:
 
 
 def job_environment(components: Sequence[Resources]) -> dict[str, str]:
-    """Return the variables that Slurm sets in a job; a variable with the job's number has its own name as value.
+    """Return the variables that Slurm sets in a job; those of the job's number and nodes have their own name as value.
 
     Of a job array they are those of its first task.
     """
     first = components[0]
     nodes = sum(component.nodes for component in components)
-    values = {name: name for name in ("SLURM_JOB_ID", "SLURM_JOBID")}
+    values = {name: name for name in ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_JOB_NODELIST", "SLURM_NODELIST")}
     if array := first.array:
         values |= {
             "SLURM_ARRAY_JOB_ID": "SLURM_ARRAY_JOB_ID",
@@ -197,6 +198,7 @@ def job_environment(components: Sequence[Resources]) -> dict[str, str]:
     values |= {
         "SLURM_NTASKS_PER_NODE": str(first.tasks_per_node),
         "SLURM_CPUS_PER_TASK": first.options.get("cpus-per-task", "1"),
+        "SLURM_SUBMIT_DIR": str(Path.cwd()),
         "SLURM_JOB_NAME": first.options.get("job-name", "job"),
         "SLURM_JOB_PARTITION": first.options.get("partition", ""),
         "SLURM_RESTART_COUNT": "0",

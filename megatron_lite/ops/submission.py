@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
+OWN_FOLDER = re.compile(r"^[^#\n]*dirname[^\n]*\$\{?(0|BASH_SOURCE)\b", re.MULTILINE)
 INPUT_FLAGS = ("--input", "--load", "--text", "--data-path", "--tokenizer-model", "--vocab-file", "--merge-file")
 """Flags of commands that do not train whose values are files, folders or dataset prefixes to be read."""
 
@@ -263,6 +265,11 @@ def _check_variables(submission: Submission) -> None:
                 f"{job.path} {evaluation.failure}",
                 fix="Provide what the script asks for; `bash -x` shows how it gets there",
             )
+        )
+    if OWN_FOLDER.search(job.path.read_text(encoding="utf-8")):
+        submission.warnings.append(
+            "the script computes a path from $0: sbatch runs a copy of it in Slurm's spool folder. Use "
+            "$SLURM_SUBMIT_DIR, or a path relative to the folder of submission"
         )
     submission.warnings += evaluation.notes
 

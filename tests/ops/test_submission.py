@@ -196,6 +196,13 @@ def test_an_array_of_the_same_training_command(check):
     assert texts(check("--seed $SLURM_ARRAY_TASK_ID", header=array)) == []
 
 
+def test_paths_computed_from_the_script_are_reported(check, tmp_path):
+    (tmp_path / "env.sh").touch()
+    found = check(header=HEADER + 'source "$(dirname "$0")/env.sh"\n')
+    assert found.local_problems == [] and "spool folder" in found.warnings[0]
+    assert check(header=HEADER + "# dirname $0\n").warnings == []
+
+
 def test_files_that_the_script_writes_are_read(check):
     header = HEADER + 'cat <<EOT > ds.json\n{"train_micro_batch_size_per_gpu": 7}\nEOT\n'
     assert any("7" in text for text in texts(check("--deepspeed --deepspeed_config ds.json", header=header)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.ops.shell.state import LeaveError
-from megatron_lite.ops.shell.text import unknown_text
+from megatron_lite.ops.shell.text import unknown_sources, unknown_text
 
 if TYPE_CHECKING:
     from megatron_lite.ops.shell.evaluate import Shell
@@ -101,6 +101,12 @@ def _source(shell: Shell, arguments: list[str], _: str) -> None:
     except LeaveError as leave:
         if leave.kind != "return":
             raise
+
+
+def _eval(shell: Shell, arguments: list[str], _: str) -> None:
+    text = " ".join(arguments)
+    if not unknown_sources(text):
+        shell.run_statements(text, "eval")
 
 
 def _read(shell: Shell, arguments: list[str], stdin: str) -> None:
@@ -213,7 +219,7 @@ BUILTINS: dict[str, Callable[[Shell, list[str], str], None]] = {
     "pwd": _prints(lambda shell, _: shell.folder()),
     "source": _source,
     ".": _source,
-    "eval": lambda shell, arguments, _: shell.run_statements(" ".join(arguments), "eval"),
+    "eval": _eval,
     "exec": _command,
     "command": _command,
     "builtin": _command,

@@ -27,7 +27,14 @@ MAX_STEPS = 100_000
 MAX_NESTING = 50
 SHELL_VARIABLES = {
     **{"$": "1", "!": "1", "PPID": "1", "UID": str(os.getuid()), "EUID": str(os.geteuid())},
-    **{"HOSTNAME": socket.gethostname(), "RANDOM": "1", "SECONDS": "0", "LINENO": "1"},
+    **{
+        "HOSTNAME": socket.gethostname(),
+        "RANDOM": "1",
+        "SECONDS": "0",
+        "LINENO": "1",
+        "-": "hB",
+        "OSTYPE": "linux-gnu",
+    },
 }
 """Variables that every bash sets; those of processes and times have fixed values."""
 
@@ -136,8 +143,10 @@ class Shell(ShellState):
             self._call(command, stdin)
         elif kind == "BinaryCmd":
             self._binary(command, stdin)
-        elif kind in ("Block", "Subshell"):
+        elif kind == "Block":
             self._run_all(command.get("Stmts"), stdin)
+        elif kind == "Subshell":
+            self._in_subshell(lambda: self._run_all(command.get("Stmts"), stdin))
         elif kind == "IfClause":
             self._if(command)
         elif kind == "ForClause":
@@ -162,10 +171,34 @@ class Shell(ShellState):
 
     def _binary(self, command: Node, stdin: str) -> None:
         if command["Op"] in ("|", "|&"):
-            output = self._captured(lambda: self._run(command["X"], stdin))
-            self._run(command["Y"], output)
-        elif (self._run(command["X"], stdin) == 0) == (command["Op"] == "&&"):
+            output = self._captured(lambda: self._in_subshell(lambda: self._run(command["X"], stdin)))
+            self._in_subshell(lambda: self._run(command["Y"], output))
+            return
+        missing = dict(self.evaluation.missing_sources)
+        succeeded = self._run(command["X"], stdin) == 0
+        if command["Op"] == "||":
+            # `source FILE || …` handles a file that does not exist.
+            self.evaluation.missing_sources = missing
+        if succeeded == (command["Op"] == "&&"):
             self._run(command["Y"], stdin)
+
+    def _in_subshell(self, action: Callable[[], int]) -> int:
+        """Run an action as in a subshell: its variables, folder and functions are discarded, and exit ends it only."""
+        variables, functions = self.variables, dict(self.functions)
+        values, exported = dict(variables.values), set(variables.exported)
+        arguments, nullglob = variables.arguments, variables.nullglob
+        try:
+            action()
+        except LeaveError:
+            pass
+        finally:
+            # In place: an assignment whose value contains the subshell holds the dictionary.
+            variables.values.clear()
+            variables.values |= values
+            variables.exported, variables.arguments, variables.nullglob = exported, arguments, nullglob
+            self.functions = functions
+        self.variables.values["?"] = str(self.status)
+        return self.status
 
     def _if(self, clause: Node) -> None:
         while clause:
@@ -328,7 +361,7 @@ class Shell(ShellState):
         statements = part.get("Stmts") or []
         if len(statements) == 1 and not statements[0].get("Cmd") and statements[0].get("Redirs"):
             return self.read(self.words.text(statements[0]["Redirs"][0]["Word"]))
-        return self._captured(lambda: self._run_all(statements))
+        return self._captured(lambda: self._in_subshell(lambda: self._run_all(statements)))
 
     def _captured(self, action: Callable[[], int | None]) -> str:
         outer, self.output = self.output, []

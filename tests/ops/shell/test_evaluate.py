@@ -42,6 +42,9 @@ SCRIPTS = {
     "here-documents": 'v=1\nshow "$(cat <<EOT\nv $v $((1+1)) \\$v\nEOT\n)" "$(cat <<\'EOT\'\nv $v\nEOT\n)"',
     "files": 'cat <<EOT > cfg.json\n{"a": $((2*3))}\nEOT\necho more >> cfg.json\nshow "$(cat cfg.json)" "$(<cfg.json)"',
     "current folder": "mkdir -p sub; cd sub; show $(basename `pwd`); cd ..; show $(basename $PWD)",
+    "subshells": 'a=1; (cd /; a=2; export e=5; exit 3; show no); show $? $a "[$e]"; show $(basename "$PWD")',
+    "subshells of substitutions": "d=$(cd / && pwd); show $d $(basename $PWD); x=$(y=5; echo $y; exit 4); show $x [$y]",
+    "subshells of pipes": 'echo a b | read p q; show "[$p]"; echo c | { read r; show "$r"; }; show "[$r]"',
     "eval": 'v=3; eval "show ev$v"',
 }
 
@@ -129,6 +132,18 @@ def test_a_script_of_its_own_is_read(tmp_path):
     assert found.commands[0].arguments == ("srun", "python", "me.py") and found.exported == {"WHO": "me"}
     absent = evaluate_script("source absent\nrun $X", environment={}, folder=tmp_path, name="job")
     assert list(absent.missing_sources) == ["absent"] and list(absent.missing) == ["X"]
+
+
+def test_sources_that_may_be_absent(tmp_path):
+    found = evaluate_script(
+        "source absent || true\n[ -f other ] && source other\nrun", environment={}, folder=tmp_path, name="job"
+    )
+    assert found.missing_sources == {} and [command.arguments for command in found.commands] == [("run",)]
+
+
+def test_output_of_a_program_is_not_evaluated(tmp_path):
+    found = evaluate_script('eval "$(conda shell.bash hook)"\nrun', environment={}, folder=tmp_path, name="job")
+    assert [command.arguments[0] for command in found.commands] == ["run"] and not found.notes
 
 
 def test_bad_scripts_are_errors(tmp_path):
