@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.json and not options.once:
         parser.error("--json is a form of --once: add --once")
-    if not any(folder.is_dir() for folder in options.runs):
+    if options.once and not any(folder.is_dir() for folder in options.runs):
         raise ConfigError(
             f"No run folder exists: {', '.join(str(folder) for folder in options.runs)}",
             fix="Give the --save folder of a run, which its first job creates",
@@ -213,7 +214,8 @@ def _print(console: Console, views: Sequence[View]) -> None:
 
     unicode = has_braille(sys.stdout.encoding)
     for number in range(len(views)):
-        shown = views if number == 0 else [views[number]]
+        # The table and the alerts of all runs come first.
+        shown = views if number == 0 else [replace(views[number], alerts=())]
         console.print(screen(shown, 0, width=console.width, height=ONCE_HEIGHT, unicode=unicode))
 
 

@@ -61,7 +61,7 @@ def screen(views: Sequence[View], selected: int, *, width: int, height: int, uni
     """
     parts: list[RenderableType] = []
     if len(views) > 1:
-        parts += [_overview(views, selected, unicode=unicode), Text()]
+        parts += [_overview(views, selected, width=width, unicode=unicode), Text()]
     view = views[selected]
     rows = list(details(view.status))
     alerts = [Text(f"ALERT {alert.message}", style="bold red") for shown in views for alert in shown.alerts]
@@ -114,25 +114,26 @@ def details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
         yield "ranks", _ranks(status), ""
 
 
-def _overview(views: Sequence[View], selected: int, *, unicode: bool) -> Table:
+def _overview(views: Sequence[View], selected: int, *, width: int, unicode: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=True)
     table.add_column("", width=1)
-    table.add_column("run", ratio=1, no_wrap=True, overflow="ellipsis")
-    for title in ("state", "iteration", "loss", "tokens/s", "ETA", "saved"):
+    table.add_column("run", ratio=1, no_wrap=True, overflow="ellipsis", min_width=8)
+    titles = ("state", "iteration", "loss", "ETA", "tokens/s", "saved")[: 6 if width >= 76 else 4]
+    for title in titles:
         table.add_column(title, no_wrap=True, justify="left" if title == "state" else "right")
     names = _short_names([view.status.run for view in views])
     for number, (name, view) in enumerate(zip(names, views, strict=True)):
         status, speed = view.status, view.status.tokens_per_second
-        table.add_row(
-            ("▶" if unicode else ">") if number == selected else "",
-            Text(name),
+        cells = (
             Text(status.job.state, style="bold red" if view.alerts else COLORS.get(status.job.state, "")),
             "" if status.iteration is None else f"{status.iteration:,}",
             "" if status.loss is None else f"{status.loss:.4f}",
-            "" if speed is None or status.job.state != "running" else format_short(speed),
             "" if status.eta is None else _time(status.eta),
+            "" if speed is None or status.job.state != "running" else format_short(speed),
             "" if status.checkpoint_age is None else _time(status.checkpoint_age),
         )
+        mark = ("▶" if unicode else ">") if number == selected else ""
+        table.add_row(mark, Text(name), *cells[: len(titles)])
     return table
 
 

@@ -69,6 +69,7 @@ class RunStatus:
         last_spike: time of the last one, seconds since 1970, and the log message.
         rollbacks: rollbacks of the run, automatic or not.
         ranks: compute time of each rank; empty: not measured.
+        started: when the last job began to train, in seconds since 1970.
         world_size: ranks of the last job.
         parameters: of the model.
         device: name of the device.
@@ -100,6 +101,7 @@ class RunStatus:
     last_spike: tuple[float, str] | None = None
     rollbacks: int = 0
     ranks: Sequence[RankTime] = ()
+    started: float | None = None
     world_size: int | None = None
     parameters: int | None = None
     device: str = ""
@@ -164,6 +166,7 @@ class RunWatch:
             last_spike=spikes[-1] if spikes else None,
             rollbacks=self._rollbacks(),
             ranks=rank_times(metrics.rank_seconds, start),
+            started=start.get("time"),
             world_size=start.get("world_size"),
             parameters=start.get("parameters"),
             device=start.get("device", ""),

@@ -34,6 +34,8 @@ SPIKE_SECONDS = 2 * 3600.0
 """Time for which a recorded spike is an alert: an hourly check sees it once at least."""
 SAVE_MARGIN = 1.1
 """Free space for the next save, relative to the size of the last."""
+MESSAGE_LENGTH = 300
+"""Characters of an error that an alert repeats."""
 _NAN = re.compile(r"has loss (nan|inf|-inf)")
 
 
@@ -59,7 +61,7 @@ class Alert:
     Attributes:
         kind: see KINDS.
         message: one line with the run's folder and values.
-        subject: what of the run, if a kind can hold of several things: an iteration, a host, the end of a job.
+        subject: what of the run, if a kind can hold of several things: a spike, a host, the start of a job.
     """
 
     kind: str
@@ -99,7 +101,10 @@ def _not_running(status: RunStatus) -> _Finding:
     job = status.job
     # If Slurm does not answer, a job may be queued.
     holds = job.state not in ACTIVE and job.wanted and not job.queue_problem
-    return "not-running", f"not running and not queued: {job.state}: {job.reason}" if holds else "", job.ended
+    # Killed at first, and stopped when another rank has reported the failure: the end of the same start.
+    started = f"{status.started:.0f}" if status.started else ""
+    text = f"not running and not queued: {job.state}: {_first_sentence(job.reason)}"
+    return "not-running", text if holds else "", started
 
 
 def _stalled(status: RunStatus, limits: Thresholds) -> _Finding:
@@ -113,7 +118,7 @@ def _nan(status: RunStatus) -> _Finding:
     if status.loss is not None and not math.isfinite(status.loss):
         return "nan", f"the loss is {status.loss} at iteration {status.iteration:,}", ""
     ended = status.job.state not in ACTIVE and _NAN.search(status.job.reason)
-    return "nan", f"the job ended: {status.job.reason}" if ended else "", status.job.ended
+    return "nan", f"the job ended: {_first_sentence(status.job.reason)}" if ended else "", status.job.ended
 
 
 def _spike(status: RunStatus, losses: Sequence[float], limits: Thresholds, now: float) -> _Finding:
@@ -136,6 +141,12 @@ def _disk(status: RunStatus) -> _Finding:
         return "disk", "", ""
     keeps = ", and the run keeps all checkpoints" if status.keeps_all else ""
     return "disk", f"{format_size(free)} free, a save takes {format_size(size)}{keeps}", ""
+
+
+def _first_sentence(text: str) -> str:
+    """Return what happened; the rest of an error says what to do."""
+    sentence = text.partition(". ")[0]
+    return sentence if len(sentence) <= MESSAGE_LENGTH else f"{sentence[:MESSAGE_LENGTH]}…"
 
 
 def _slow_ranks(status: RunStatus, limits: Thresholds) -> list[_Finding]:

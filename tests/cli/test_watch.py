@@ -101,6 +101,15 @@ def test_several_runs(tmp_path, capsys):
     assert f"ALERT {runs[1]}: not running and not queued" in re.sub(r"\s+", " ", text)
 
 
+def test_a_narrow_screen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    runs = [str(make_run(tmp_path / name)) for name in ("first-run", "second-run")]
+    assert main(["watch", "--once", *runs]) == 0
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 60
+    assert re.search(r"first-run +completed", text) and "tokens/s" not in text.splitlines()[0]
+
+
 def test_json(tmp_path, capsys):
     run = make_run(tmp_path / "run", status="error")
     assert main(["watch", "--once", "--json", str(run)]) == EXIT_ALERT
