@@ -135,8 +135,11 @@ class Backend(ABC):
     def to_device(self, array: np.ndarray) -> Tensor:
         """Return a tensor on the device with the array's values; on CUDA the copy may still be running."""
 
+    def use_in_thread(self) -> None:  # noqa: B027  (one device needs no choice)
+        """Make this device the current one of the calling thread; a new thread has the machine's first device."""
+
     def device_uuid(self) -> str:
-        """Return the device's serial identity as nvidia-smi writes it; empty: it has none."""
+        """Return the identity of the device as nvidia-smi writes it; empty: it has none, and ranks may share it."""
         return ""
 
     def library_versions(self) -> dict[str, str]:
@@ -277,10 +280,6 @@ class Backend(ABC):
     def _group_backend(self) -> str | None:
         return None
 
-    def _device_id(self) -> str:
-        """Return what tells this rank's device from others of the host; empty: ranks may share it."""
-        return ""
-
     def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
         """Join the other ranks of the job, and create the process group of all ranks.
 
@@ -305,7 +304,7 @@ class Backend(ABC):
             rendezvous.run(lambda: self._connect(host, port))
             # Ranks with different kinds of device, hence different transports, would wait for each other forever.
             self.compare(MACHINES, machine_values(self.name, self.device_name()))
-            claim_device(self._store, self.launch, self._device_id())
+            claim_device(self._store, self.launch, self.device_uuid())
             rendezvous.run(lambda: self._init_process_group(backend, device_id))
             rendezvous.finish()
         self._server = rendezvous.server

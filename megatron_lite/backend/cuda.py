@@ -121,6 +121,10 @@ class CudaBackend(Backend):
         """Return the driver's name of the device."""
         return torch.cuda.get_device_name(self.device)
 
+    def use_in_thread(self) -> None:
+        """Make this GPU the current one of the calling thread."""
+        torch.cuda.set_device(self.device)
+
     def device_uuid(self) -> str:
         """Return GPU-… or MIG-…; empty where torch does not give it."""
         uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
@@ -154,9 +158,6 @@ class CudaBackend(Backend):
 
     def _group_backend(self) -> str | None:
         return "nccl"
-
-    def _device_id(self) -> str:
-        return str(torch.cuda.get_device_properties(self.device).uuid)
 
 
 def _configure(runtime: RuntimeConfig) -> list[str]:

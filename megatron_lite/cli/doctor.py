@@ -75,11 +75,14 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE to stdout")
-    parser.add_argument("--timeout", type=real(10, 3600), default=180.0, help="seconds after which it ends (180)")
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=real(10, 3600), default=180.0, help="longest duration (180)"
+    )
     parser.add_argument("--fast", action="store_true", help="measure for a shorter time, as --check-nodes does")
     parser.add_argument("--exclude-file", type=Path, metavar="FILE", help=f"of bad hosts (--save/{EXCLUDE_NAME})")
     parser.add_argument(
         "--exclude-hours",
+        metavar="HOURS",
         type=real(0, above=True),
         default=EXCLUDE_HOURS,
         help=f"time after which entries expire ({EXCLUDE_HOURS:g})",

@@ -222,6 +222,7 @@ class _Measurement:
         self._product = product
         self._hangs = False
         self._gpus: dict[str, Gpu] = {}
+        self._device: Backend | None = None
 
     def run(self, hosts: Mapping[int, str], address: str | None) -> None:
         """Run all steps.
@@ -230,9 +231,14 @@ class _Measurement:
             hosts: of the ranks that joined.
             address: for the rendezvous of the process groups; None: ranks are missing, or there is one rank.
         """
-        report, plan = self._report, self._plan
+        report, plan, world = self._report, self._plan, self._launch.world_size
+        if world < plan.parallel.world_size:
+            report.notes.append(
+                f"{world} of the job's {plan.parallel.world_size} ranks were checked: start the check with srun or "
+                "torchrun on all nodes"
+            )
         self._step(GPU_STATE, self._read_gpus)
-        local: Backend | None = self._step(DEVICE, self._open_device)
+        self._device = local = self._step(DEVICE, self._open_device)
         if local is not None:
             seconds = plan.speed_seconds
             self._speed(MATRIX_PRODUCT, lambda: matrix_speed(local, seconds=seconds, product=self._product))
@@ -243,7 +249,7 @@ class _Measurement:
             self._step(STORAGE, self._probe_storage, limit=3 * plan.write_seconds + 10)
         if address is not None:
             self._measure_links(hosts, address)
-        elif address is None and self._launch.world_size > 1:
+        elif address is None and world > 1:
             report.notes.append("links were not measured: ranks are missing")
         report.step, report.done = "", True
         self._send()
@@ -264,7 +270,7 @@ class _Measurement:
         self._send()
         seconds = max(0.1, min(limit, self._deadline - time.monotonic()))
         try:
-            return run_interruptibly(call, seconds=seconds)
+            return run_interruptibly(lambda: self._on_device(call), seconds=seconds)
         except TimeoutError:
             self._hangs = True
             self._report.failures[name] = f"no end within {seconds:.0f} s"
@@ -273,6 +279,13 @@ class _Measurement:
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             self._report.failures[name] = getattr(error, "strerror", None) or first_line(error)
         return None
+
+    def _on_device(self, call: Callable[[], Any]) -> Any:
+        """Return the result of `call`, made in a new thread."""
+        if self._device is not None:
+            # Else pinned memory would belong to the first GPU, for which every rank would open a context.
+            self._device.use_in_thread()
+        return call()
 
     def _speed(self, name: str, measure: Callable[[], float]) -> None:
         if (speed := self._step(name, measure)) is not None:
@@ -300,7 +313,11 @@ class _Measurement:
 
     def _probe_storage(self) -> None:
         plan = self._plan
-        self._report.storage = probe_storage(Path(plan.save), size=plan.written_bytes, seconds=plan.write_seconds)
+        try:
+            storage = probe_storage(Path(plan.save), size=plan.written_bytes, seconds=plan.write_seconds)
+        except OSError as error:
+            raise RuntimeError(f"{error.strerror or error} (--save {plan.save})") from error
+        self._report.storage = storage
 
     def _measure_links(self, hosts: Mapping[int, str], address: str) -> None:
         """Measure each axis of the mesh, and the links between neighbouring hosts."""
@@ -337,7 +354,8 @@ class _Measurement:
             sizes,
             world_size=self._launch.world_size,
             rendezvous_timeout_minutes=minutes,
-            distributed_timeout_minutes=minutes,
+            # NCCL ends the process after this time: the step's own limit comes first.
+            distributed_timeout_minutes=3 * minutes,
         )
 
     def _connect(self, sizes: ParallelConfig, address: str) -> Backend:

@@ -40,7 +40,8 @@ def test_a_training_command_gives_layout_and_sizes(tmp_path, capsys):
     command = "torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 "
     command += "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --tensor-model-parallel-size 2"
     assert main(["doctor", "--fast", "--json", f"{command} --device cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_ranks"] == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["num_ranks"] == 1 and "1 of the job's 8 ranks were checked" in record["ranks"][0]["notes"][0]
 
 
 def test_problems_have_exit_code_1(capsys):
@@ -50,20 +51,20 @@ def test_problems_have_exit_code_1(capsys):
 
 
 def test_a_bad_host_is_excluded_and_forgiven(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(node_check, "query_gpus", lambda: raise_(OSError("no driver")))
-    arguments = ["doctor", "--fast", "--save", str(tmp_path)]
+    monkeypatch.setattr(node_check, "matrix_speed", lambda *_, **__: raise_(ValueError("wrong results")))
+    arguments = ["doctor", "--fast", "--device=cpu", "--save", str(tmp_path)]
     assert main(arguments) == 1
     assert "excluded" in capsys.readouterr().err
     (line,) = (tmp_path / "excluded_nodes.txt").read_text().splitlines()
     host = line.split()[0]
-    assert "nvidia-smi failed: no driver" in line
+    assert "matrix product failed: wrong results" in line
     assert main(["doctor", "--forgive", "other", "--save", str(tmp_path)]) == 1
     assert f"does not exclude other. Give one of {host}" in capsys.readouterr().err
     assert main(["doctor", "--forgive", host, "--save", str(tmp_path)]) == 0
     assert (tmp_path / "excluded_nodes.txt").read_text() == ""
     assert main(["doctor", "--forgive", host, "--save", str(tmp_path)]) == 1
     assert "Give the --save folder of the run that excludes it" in capsys.readouterr().err
-    assert main(arguments[:2]) == 1
+    assert main(arguments[:3]) == 1
     assert "(no --save and no --exclude-file)" in capsys.readouterr().err
     assert main([*arguments, "--exclude-file", "/proc/none/file"]) == 1
     assert "WARNING: cannot write /proc/none/file" in capsys.readouterr().err

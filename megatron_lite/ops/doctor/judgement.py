@@ -10,8 +10,9 @@ from megatron_lite.ops.doctor.measured import model_of, slow_devices, slow_links
 from megatron_lite.ops.doctor.report import DEVICE, GPU_STATE, GROUPS, LINK_STEP, MATRIX_PRODUCT, STORAGE, Report
 from megatron_lite.ops.doctor.verdict import Problem, Severity, Thresholds, Verdict, name_hosts
 
-HARDWARE = frozenset({"ECC errors", "memory repair", "GPU driver", MATRIX_PRODUCT})
-"""Kinds for which the only host of a job is excluded too."""
+HARDWARE = frozenset({"ECC errors", "memory repair", MATRIX_PRODUCT})
+"""Kinds for which a host is excluded whatever the other hosts have, also the only one of a job. A GPU that torch or
+nvidia-smi does not find may be a fault of the container or of the environment."""
 
 
 def judge(

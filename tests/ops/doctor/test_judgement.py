@@ -169,6 +169,14 @@ def test_equal_failures_of_communication_are_one_problem():
     assert finding.text == "ranks 0-7 (n0, n1, n2, n3): process groups failed: connection refused"
 
 
+def test_a_gpu_that_torch_does_not_find():
+    ranks = reports(2, 1)
+    ranks[1].failures["device"] = "torch finds no GPU"
+    assert set(judge(ranks).excluded) == {"n1"}
+    ranks[0].failures["device"] = "torch finds no GPU"
+    assert judge(ranks).excluded == {}, "a fault of the environment"
+
+
 def test_different_versions_name_the_minority():
     ranks = reports()
     for rank in (0, 1):
