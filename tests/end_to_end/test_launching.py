@@ -287,7 +287,7 @@ def test_an_unknown_address_ends_all_at_once(ranks):
     torchrun = {"MASTER_ADDR": "no-such-host.invalid", "TORCHELASTIC_RUN_ID": "gpt"}
     job = ranks(TRAIN, [{**mine, **torchrun} for mine in by_hand(2)])
     assert [process.code() for process in job] == [1, 1]
-    assert "'no-such-host.invalid' cannot be resolved on" in job[0].text and "Set MASTER_ADDR" in job[0].text
+    assert "MASTER_ADDR=no-such-host.invalid cannot be resolved on" in job[0].text and "Set MASTER_ADDR" in job[0].text
     assert job[1].text == "" and len(job[0].text.splitlines()) == 1
 
 
