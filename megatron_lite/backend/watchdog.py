@@ -123,6 +123,7 @@ class Watchdog:
         self._store_released = threading.Event()  # the thread uses the store no longer
         self._ending = False  # the main thread is ending the process
         self._failure: Failure | None = None
+        self._failed_first = False
         self._acknowledged = False
         self._beats = 0
         self._stalls_printed = 0
@@ -149,6 +150,7 @@ class Watchdog:
         with contextlib.suppress(Exception):
             first = Failure(*json.loads(self._store.get("failed")))
             self._acknowledge()
+        self._failed_first = first.rank == self._rank
         return first
 
     def end(self) -> None:
@@ -254,16 +256,20 @@ class Watchdog:
         os._exit(1)
 
     def _linger(self) -> None:
-        """Wait until every rank has read the first failure.
+        """On rank 0 and the rank that failed first, wait until every rank has read the failure.
 
-        Rank 0's process may hold the store. The end of another rank makes NCCL abort its peers' processes, before they
-        know which rank has failed.
+        Rank 0's process may hold the store. The end of the failed rank makes NCCL abort its peers' processes, before
+        they know which rank has failed.
         """
+        if self._rank != 0 and not self._failed_first:
+            return
         deadline = time.monotonic() + self._timeouts.grace
         readers = self._world_size - (self._failure is not None and self._failure.lost)
         with contextlib.suppress(Exception):
             while time.monotonic() < deadline and self._store.add("read", 0) < readers:
                 time.sleep(0.02)
+            if self._rank == 0:
+                time.sleep(0.1)  # the failed rank reads the count, too, and prints a stack if the store has closed
 
     def _check_heartbeats(self) -> None:
         keys = [f"beat/{rank}" for rank in self._watched]
