@@ -40,6 +40,7 @@ from megatron_lite.ops.chain_state import (
 )
 from megatron_lite.ops.exclude import exclude_option
 from megatron_lite.ops.resources import read_resources
+from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.process import is_running
 
@@ -97,7 +98,9 @@ def begin_job(folder: Path, start: Start) -> tuple[Chain, str]:
         if chain.job.job != start.job:
             chain = replace(chain, successor="")
         # Written first: with no room for it, there must be no successor either, which would fail in the same way.
-        chain = write_chain(folder, replace(chain, job=start, warning=""))
+        exit_status = read_exit_status(folder)
+        earlier_exit = exit_status.time if exit_status is not None else ""
+        chain = write_chain(folder, replace(chain, job=start, warning="", earlier_exit=earlier_exit))
         if chain.state != "active":
             return chain, f"the chain is {chain.state}: {chain.reason}"
         try:
@@ -216,7 +219,7 @@ def _judged(chain: Chain, folder: Path, start: Start, *, how: str = "", requeued
     """Return the chain with the outcome of a start, unless it has ended or has the outcome already."""
     if chain.state != "active" or any(outcome.start == str(start) for outcome in chain.outcomes):
         return chain
-    return add_outcome(chain, outcome_of(folder, start, how=how, requeued=requeued))
+    return add_outcome(chain, outcome_of(folder, start, earlier_exit=chain.earlier_exit, how=how, requeued=requeued))
 
 
 def _prepare_successor(folder: Path, chain: Chain, start: Start) -> Chain:

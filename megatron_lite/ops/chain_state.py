@@ -109,6 +109,7 @@ class Chain:
         outcomes: of earlier jobs, oldest first.
         excluded: nodes on which no further job runs.
         warning: a call of Slurm that failed.
+        earlier_exit: time in the exit_status.json that was there when the job began; empty: there was none.
     """
 
     script: str
@@ -121,6 +122,7 @@ class Chain:
     outcomes: tuple[Outcome, ...] = ()
     excluded: tuple[str, ...] = ()
     warning: str = ""
+    earlier_exit: str = ""
 
     @property
     def jobs(self) -> tuple[str, ...]:
@@ -237,12 +239,13 @@ def locked(folder: Path, start: Start | None = None) -> Iterator[None]:
         lock.release()
 
 
-def outcome_of(folder: Path, start: Start, *, how: str = "", requeued: bool = False) -> Outcome:
+def outcome_of(folder: Path, start: Start, *, earlier_exit: str = "", how: str = "", requeued: bool = False) -> Outcome:
     """Return how a start of a job ended, from exit_status.json, else from Slurm.
 
     Args:
         folder: the --save folder.
         start: the job and its restart.
+        earlier_exit: as in Chain.
         how: how it ended, where there is no exit_status.json; empty: Slurm is asked.
         requeued: Slurm has started the same job again.
     """
@@ -250,7 +253,7 @@ def outcome_of(folder: Path, start: Start, *, how: str = "", requeued: bool = Fa
     saved = latest_iteration(folder) or 0
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     # The file of an earlier start stays if this one was killed before it began to train.
-    if status is not None and _is_of_start(status, start):
+    if status is not None and _is_of_start(status, start, earlier_exit):
         host = status.host if status.status == "error" else ""
         full = status.status == "error" and max(status.failed_saves, default=0) > saved and not _has_room(folder, saved)
         return Outcome(str(start), status.status, status.message, saved, host, now, full)
@@ -290,10 +293,10 @@ def backoff_minutes(chain: Chain) -> int:
     return BACKOFF_MINUTES * 2 ** max(0, chain.failures - 1)
 
 
-def _is_of_start(status: ExitStatus, start: Start) -> bool:
-    """Return whether a start of a job wrote an exit status; under torchrun the file does not name the job."""
+def _is_of_start(status: ExitStatus, start: Start, earlier_exit: str) -> bool:
+    """Return whether a start of a job wrote an exit status; under torchrun, the file does not name the job."""
     match = re.match(r"Slurm step (\w+)\.\d+, restart (\d+)", status.job)
-    return match is None or (match[1], int(match[2])) == (start.job, start.restart)
+    return (match[1], int(match[2])) == (start.job, start.restart) if match else status.time != earlier_exit
 
 
 def _has_room(folder: Path, saved: int) -> bool:

@@ -394,3 +394,20 @@ def test_a_script_that_ends_without_training_is_a_failure(run, queue):
     outcome = end_job(run, Start("100"), 127).outcomes[-1]
     assert outcome.failed
     assert outcome.message == "the job script ended with exit code 127, and the training wrote no exit status"
+
+
+def test_an_exit_status_without_a_job_counts_once(run, queue):
+    """Under torchrun exit_status.json does not name the Slurm job."""
+
+    def leave(time):
+        status = ExitStatus(status="time_limit", message="", time=time, job="torchrun 7, started 1 on n1, restart 0")
+        (run / "exit_status.json").write_bytes(status.encode())
+
+    leave("2026-11-26T20:00:00")  # before the chain
+    begins(run, queue, "100")
+    assert end_job(run, Start("100"), 1).outcomes[-1].status == "killed"
+    begins(run, queue, "101")
+    leave("2026-11-26T21:00:00")
+    assert end_job(run, Start("101")).outcomes[-1].status == "time_limit"
+    begins(run, queue, "102")
+    assert end_job(run, Start("102"), 127).outcomes[-1].status == "killed"
