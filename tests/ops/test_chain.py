@@ -1,7 +1,6 @@
 """Tests of the job chain with stand-ins for Slurm's programs, which keep a queue in a folder."""
 
 import errno
-import json
 import shlex
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from megatron_lite.ops import chain as module
 from megatron_lite.ops import chain_state, slurm
 from megatron_lite.ops.chain import begin_job, end_job, start_chain, stop_chain
 from megatron_lite.ops.chain_script import script_changed
-from megatron_lite.ops.chain_state import MAX_FAILURES, MAX_IDLE, Start, existing_chain, read_chain
+from megatron_lite.ops.chain_state import MAX_FAILURES, Start, read_chain
 from megatron_lite.runs.exit_status import ExitStatus
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.process import ProcessId, this_process
@@ -135,25 +134,6 @@ def test_failures_without_progress_delay_and_stop_the_chain(run, queue):
             ) in queue.calls
     assert chain.state == "stopped" and "3 failures in a row at iteration 7; the last: it was error" in chain.reason
     assert chain.successor not in queue.states
-
-
-def test_progress_between_failures_keeps_the_chain_going(run, queue):
-    for number in range(5):
-        job = str(100 + number)
-        begins(run, queue, job)
-        ends(run, "error", job=job, saved=number + 1, host=f"n{number}")
-        chain = end_job(run, Start(job))
-    assert chain.state == "active" and chain.failures == 1
-
-
-def test_jobs_that_never_reach_a_save_stop_the_chain(run, queue):
-    for number in range(MAX_IDLE):
-        job = str(100 + number)
-        begins(run, queue, job)
-        ends(run, "time_limit", job=job, saved=5)
-        chain = end_job(run, Start(job))
-    assert chain.state == "stopped"
-    assert chain.reason == "10 jobs in a row without a new checkpoint, at iteration 5; the last: it was time_limit"
 
 
 def test_a_full_disk_stops_the_chain_at_once(run, queue):
@@ -374,19 +354,6 @@ def test_a_command_waits_for_another_on_the_same_chain(run, queue, monkeypatch):
     monkeypatch.setattr(chain_state.time, "sleep", lambda seconds: lock.release())
     stop_chain(run)
     assert read_chain(run).state == "stopped"
-
-
-def test_a_damaged_or_absent_chain_is_an_error(run):
-    (run / "chain.json").write_text(json.dumps({"script": 3}))
-    with pytest.raises(ConfigError, match=r"Cannot read the chain .*chain\.json.*scancel JOB.*submit the chain again"):
-        read_chain(run)
-    with pytest.raises(ConfigError, match=r"has no chain.*one of its folders with a chain \(run\)"):
-        existing_chain(run.parent)
-    (run / "chain.json").unlink()
-    with pytest.raises(ConfigError, match=r"has no chain.*Give the run's --save folder, or submit"):
-        existing_chain(run)
-    with pytest.raises(ConfigError, match=r"The folder .*none does not exist"):
-        existing_chain(run / "none")
 
 
 def test_a_script_that_ends_without_training_is_a_failure(run, queue):
