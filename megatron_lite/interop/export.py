@@ -19,6 +19,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.record import from_record
 from megatron_lite.errors import CheckpointError, MegatronLiteError
+from megatron_lite.formatting import format_shape
 from megatron_lite.interop.architectures.base import Architecture
 from megatron_lite.interop.architectures.registry import architecture_for
 from megatron_lite.interop.huggingface import describe_config
@@ -165,8 +166,8 @@ def checkpoint_to_export(load: str, iteration: int) -> Path:
     path = find_checkpoint(load, iteration)
     if path is None:
         raise CheckpointError(
-            f"{load} holds no checkpoint" if Path(load).is_dir() else f"{load} does not exist",
-            fix="Give the folder that a run was given with --save, or one of its iter_… folders",
+            f"{load} contains no checkpoint" if Path(load).is_dir() else f"{load} does not exist",
+            fix="Give the --save folder of a run, or one of its iter_… folders",
         )
     return path
 
@@ -186,8 +187,13 @@ def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], pat
         saved = weights.tensors.get(name)
         if saved is None or saved.shape != shape:
             raise CheckpointError(
-                f"{path} has {'no' if saved is None else f'{saved.shape} for'} {name}, the model has {shape}",
-                fix="Export another iteration; `megatron-lite checkpoint inspect --tensors` shows what this one holds",
+                f"The checkpoint {path} does not contain the weight {name} of its model"
+                if saved is None
+                else f"The weight {name} in {path} has the shape {format_shape(saved.shape)}, but its model has "
+                f"{format_shape(shape)}",
+                fix="Export another iteration (--iteration); `megatron-lite checkpoint inspect --tensors` lists the "
+                "tensors of "
+                "this one",
             )
 
 
@@ -238,9 +244,10 @@ def _tokenizer(stored: StoredModel, manifest: Manifest, path: Path, options: Exp
     tokenizer = build_tokenizer(replace(stored.tokenizer, **options.tokenizer))
     if tokenizer.vocab_size > stored.model.vocab_size:
         raise CheckpointError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, {path} has {stored.model.vocab_size} rows",
-            rule="The vocabulary must hold every token of the tokenizer",
-            fix="Give the run's own tokenizer, or leave it out with --no-tokenizer",
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, more than the {stored.model.vocab_size:,} rows of "
+            "the embedding in "
+            f"{path}",
+            fix="Give the tokenizer with which the model was trained, or export without one (--no-tokenizer)",
         )
     require_tokenizer(tokenizer, manifest, path)
     return tokenizer

@@ -52,18 +52,19 @@ class Hub:
         try:
             tools.validate_repo_id(name)
             if name.count("/") != 1:
-                raise HFValidationError("it is not USER/NAME")
+                raise HFValidationError("there is no single / in it")
         except HFValidationError as error:
             raise ConfigError(
-                f"{flag} {name}: {error}",
-                rule=f"{flag} takes USER/NAME or ORGANIZATION/NAME",
-                fix="Use letters, digits, - _ and ., at most 96 characters",
+                f"{flag} {name} is not the name of a repository on the Hugging Face Hub: {str(error).rstrip('.')}",
+                fix=f"Give {flag} USER/NAME or ORGANIZATION/NAME, with letters, digits, - _ and . only, at most 96 "
+                "characters",
             ) from error
         if not get_token():
             raise ConfigError(
-                "HF_TOKEN is not set, and no token is stored on this machine",
-                rule="Pushing to the hub needs a token",
-                fix="Create one with write access in the hub's settings, then set HF_TOKEN or run `hf auth login`",
+                f"{flag} needs an access token of the Hugging Face Hub, but HF_TOKEN is not set and none is stored on "
+                "this machine",
+                fix="Create a token with write access in the settings of the Hub, then set HF_TOKEN or run `hf auth "
+                "login`",
             )
         tools.disable_progress_bars()
         constants: Any = importlib.import_module("huggingface_hub.constants")
@@ -89,19 +90,24 @@ class Hub:
         except CheckpointError as error:
             if isinstance(error.__cause__, Exception) and _status(error.__cause__) in (401, 403):
                 raise ConfigError(
-                    f"{self._api.endpoint} refuses the token",
-                    fix="Create a new token with write access, and set HF_TOKEN",
+                    f"{self._api.endpoint} rejects the access token",
+                    fix="Create a new token with write access in the settings of the Hub, and set HF_TOKEN to it",
                 ) from error
             raise
         owner = self.name.partition("/")[0]
         writable = {who["name"]} | {one["name"] for one in who.get("orgs", []) if one.get("roleInOrg") != "read"}
         role = who.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read" or owner not in writable:
-            problem = "may only read" if role == "read" else f"belongs to {who['name']}, who cannot write to {owner}"
+            problem = (
+                "has read access only" if role == "read" else f"belongs to {who['name']}, who cannot write to {owner}"
+            )
             raise ConfigError(
-                f"{self._flag} {self.name}: the token {problem}",
-                rule=f"{self._flag} must name a repository that the token can write to",
-                fix=f"Push to {who['name']}/{self.name.partition('/')[2]}, or set HF_TOKEN to another token",
+                f"Cannot push to {self._flag} {self.name}: the access token {problem}",
+                fix="Set HF_TOKEN to a token with write access"
+                if role == "read"
+                else f"Use {self._flag} {who['name']}/{self.name.partition('/')[2]}, or set HF_TOKEN to a token that "
+                "can write to "
+                f"{owner}",
             )
 
     def revisions(self) -> set[str]:
@@ -225,8 +231,10 @@ def _is_transient(error: BaseException | None) -> bool:
 def _failed(what: str, endpoint: str, error: Exception, attempts: int) -> CheckpointError:
     tried = f" after {attempts} attempts" if attempts > 1 else ""
     return CheckpointError(
-        f"{what} at {endpoint} failed{tried}: {_text(error)}",
-        fix="Give the same command again: what has arrived is not sent twice",
+        f"{what[:1].upper()}{what[1:]} at {endpoint} failed{tried}: {_text(error).rstrip('.')}",
+        fix="Give the token write access to the repository (HF_TOKEN), then give the same command again"
+        if _status(error) in (401, 403)
+        else "Give the same command again: files that have arrived are not sent twice",
     )
 
 

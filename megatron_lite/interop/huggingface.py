@@ -53,9 +53,9 @@ def open_model(
     keys.finish(ignored_keys)
     if model.position_embedding == "learned" and seq_length > model.max_position_embeddings:
         raise CheckpointError(
-            f"--seq-length {seq_length}, {folder} has {model.max_position_embeddings} positions",
-            rule="The sequence must not be longer than the position table",
-            fix="Give a shorter --seq-length",
+            f"--seq-length {seq_length} is longer than the table of {model.max_position_embeddings} learned positions "
+            f"in {folder}",
+            fix=f"Use --seq-length {model.max_position_embeddings} or less",
         )
     settings = find_tokenizer(folder)
     notes: list[str] = []
@@ -77,9 +77,9 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, folder: Path, notes: list[str])
     size = tokenizer.vocab_size
     if size > rows:
         raise CheckpointError(
-            f"The tokenizer of {folder} has {size} tokens, its config says vocab_size={rows}",
-            rule="The vocabulary must hold every token of the tokenizer",
-            fix="Use the tokenizer that the model was trained with",
+            f"The tokenizer in {folder} has {size:,} tokens, more than the model's vocabulary (vocab_size={rows} in "
+            "config.json)",
+            fix="Replace the tokenizer files in the folder by those with which the model was trained",
         )
     if size < rows:
         notes.append(
@@ -121,9 +121,12 @@ def _without_copy(
     difference = next(compare_sources(*both), None)
     if difference is None or not difference.equal:
         raise CheckpointError(
-            f"{folder} says tie_word_embeddings, but {architecture.head} is not equal to {entry.theirs[0]}",
-            rule="A tied head must be the embedding's table",
-            fix='Set "tie_word_embeddings": false in config.json if the model has a head of its own',
+            f"config.json in {folder} has tie_word_embeddings=true, but the weights {architecture.head} and "
+            f"{entry.theirs[0]} "
+            "differ",
+            fix='Set "tie_word_embeddings": false in config.json if the model has an output layer of its own; '
+            "otherwise "
+            "download the weights again",
         )
     return _Renamed(source, {name: name for name in source.tensors if name != architecture.head})
 

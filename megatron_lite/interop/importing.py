@@ -89,21 +89,21 @@ def find_source(folder: Path, kind: Kind | None) -> Recognised:
     found = recognise(folder)
     if found is None:
         raise CheckpointError(
-            f"{folder} {'holds no checkpoint of a known kind' if folder.is_dir() else 'is not a folder'}",
-            fix="Give a Hugging Face folder with config.json and weights, or a folder that Megatron-LM or DeepSpeed "
-            "saved",
+            f"{folder} "
+            f"{'contains no checkpoint of a known format' if folder.is_dir() else 'is not an existing folder'}",
+            fix="Give a Hugging Face folder with config.json and weights, or a checkpoint folder of Megatron-LM or "
+            "Megatron-DeepSpeed",
         )
     if found.kind is Kind.MEGATRON_LITE:
         raise CheckpointError(
-            f"{folder} is {found.title}",
-            fix=f"Use --load {folder} directly",
+            f"{folder} is {found.title}, which needs no import",
+            fix=f"Give --load {folder} to the training command",
         )
     if kind not in (None, found.kind):
         assert kind is not None
         raise CheckpointError(
-            f"--from {kind.value}, but {folder} is {found.title}",
-            rule="--from must be the kind of the source",
-            fix=f"Leave --from out, or give --from {found.kind.value}",
+            f"--from {kind.value} is given, but {folder} is {found.title}",
+            fix=f"Remove --from, or give --from {found.kind.value}",
         )
     return found
 
@@ -140,8 +140,8 @@ def _check_options(source: Recognised, options: ImportOptions) -> None:
     given = [name for name, value in unused.items() if value]
     if given:
         raise ConfigError(
-            f"{', '.join(given)} is of no use: {source.folder} is {source.title}",
-            fix="Leave it out",
+            f"{', '.join(given)} {'do' if len(given) > 1 else 'does'} not apply: {source.folder} is {source.title}",
+            fix=f"Remove {' and '.join(given)}",
         )
 
 

@@ -119,7 +119,10 @@ def comparable(path: Path, found: Recognised | None, options: ImportOptions, voc
         return Comparable(found.folder, _fields(asdict(foreign.model)), foreign.tensors)
     checkpoint = find_checkpoint(str(path))
     if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint", fix="Give another folder")
+        raise CheckpointError(
+            f"{path} contains no checkpoint",
+            fix="Give the --save folder of a run, or a folder that `megatron-lite import` reads",
+        )
     reader = CheckpointReader(checkpoint)
     names = [name for name in reader.tensors if not name.startswith(OPTIMIZER_PREFIX)]
     model = asdict(stored_model(reader.manifest, checkpoint).model)

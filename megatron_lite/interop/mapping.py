@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_shape
 from megatron_lite.interop.transforms import Rows, Same, Shape, Transform
 from megatron_lite.parallel.tensors import narrow
 from megatron_lite.rectangle import Rectangle
@@ -106,14 +107,14 @@ class ImportedTensors:
         if missing:
             near = difflib.get_close_matches(missing[0], left, n=1)
             raise CheckpointError(
-                f"{self._where} has no {_listed(missing)}" + (f"; the nearest name is {near[0]}" if near else ""),
-                fix="Download it again; its config.json and its weights may be of different models",
+                f"{self._where} does not contain {_listed(missing)}, which the model needs"
+                + (f"; the nearest name is {near[0]}" if near else ""),
+                fix="Download or copy the folder again: its config and its weights may be of different models",
             )
         if left:
             raise CheckpointError(
-                f"{self._where} also holds {_listed(left)}",
-                rule="Every tensor of the source must have a place in the model",
-                fix="Import the plain language model; adapters, other heads and quantized weights are not supported",
+                f"{self._where} contains tensors that the model does not have: {_listed(left)}",
+                fix="Import a plain language model; adapters, other heads and quantized weights are not supported",
             )
 
 
@@ -169,21 +170,21 @@ def _finite(tensor: Tensor, name: str, where: Path) -> Tensor:
     if not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax()):
         return tensor
     raise CheckpointError(
-        f"{name} in {where} holds {int(tensor.isfinite().logical_not().sum())} NaN or infinite values",
-        rule="Weights must be finite numbers",
-        fix="Use an earlier checkpoint, or download the files again",
+        f"The tensor {name} in {where} contains {int(tensor.isfinite().logical_not().sum()):,} NaN or infinite values",
+        fix="Use an earlier checkpoint, or copy or download the files again",
     )
 
 
 def _check_tensor(name: str, info: TensorInfo, shape: Shape, where: Path) -> None:
     if info.shape != shape:
         raise CheckpointError(
-            f"{name} in {where} is {info.shape}, the config implies {shape}",
-            fix="Download it again; its config and its weights may be of different models",
+            f"The tensor {name} in {where} has the shape {format_shape(info.shape)}, but the config requires "
+            f"{format_shape(shape)}",
+            fix="Download or copy the folder again: its config and its weights may be of different models",
         )
     if info.dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise CheckpointError(
-            f"{name} in {where} is {info.dtype}, not a plain floating-point number",
+            f"The tensor {name} in {where} has the dtype {info.dtype}, which is not a floating-point type",
             fix="Use an unquantized version of the model",
         )
 

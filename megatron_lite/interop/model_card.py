@@ -23,6 +23,7 @@ from megatron_lite.interop.verify import Verification
 from megatron_lite.metrics.curve import read_curve
 from megatron_lite.metrics.curve_svg import draw_svg
 from megatron_lite.runs.manifest import Manifest
+from megatron_lite.system_errors import reason, remedy
 
 CARD = "README.md"
 PICTURE = "loss.svg"
@@ -78,9 +79,12 @@ def read_evaluation(path: Path) -> list[Mapping[str, Any]]:
         return [{"name": str(one["name"]), **one} for one in texts]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: {getattr(error, 'strerror', None) or repr(error)}",
-            rule="--evaluation must name the output of `megatron-lite evaluate --json`",
-            fix="Redirect that command's output into a file, and give this",
+            f"Cannot read --evaluation {path}: {reason(error)}"
+            if isinstance(error, OSError)
+            else f"--evaluation {path} is not the output of `megatron-lite evaluate --json`",
+            fix=remedy(error, path, instead="give another file")
+            if isinstance(error, OSError)
+            else "Write that output to a file (megatron-lite evaluate … --json > evaluation.json), and give the file",
         ) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
 from megatron_lite.runs.atomic import sync_folder
+from megatron_lite.system_errors import reason, remedy
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that only writing raises."""
@@ -29,9 +30,8 @@ def check_output(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise CheckpointError(
-            f"{output} exists already",
-            rule="--output must be a new folder",
-            fix="Give another --output, or remove it first",
+            f"--output {output} exists already",
+            fix=f"Give --output a new or empty folder, or delete {output} first",
         )
 
 
@@ -96,8 +96,10 @@ def _check_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise CheckpointError(
-            f"{output} takes {format_size(needed)}, {output.parent} has {format_size(free)} free",
-            fix="Make room, or give another --output",
+            f"The disk has no room for --output {output}: it needs {format_size(needed)}, and {format_size(free)} are "
+            "free in "
+            f'"{output.parent}"',
+            fix="Free space there, or give an --output on another disk",
         )
 
 
@@ -110,6 +112,7 @@ def _unwritable(output: Path, error: OSError, needed: int) -> CheckpointError:
     except OSError:
         free = ""
     return CheckpointError(
-        f"Cannot write {output}: {error.strerror or error}{where}{free}",
-        fix="Nothing is left of it. Make room, change the permissions of the folder above it, or give another --output",
+        f"Cannot write --output {output}: {reason(error)}{where}{free}",
+        fix=f"{remedy(error, output, instead='give another --output', writing=True)}. The unfinished output was "
+        "deleted",
     )

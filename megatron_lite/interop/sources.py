@@ -19,6 +19,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.unpickling import read_torch_file
 from megatron_lite.parallel.tensors import narrow
 from megatron_lite.rectangle import Rectangle
+from megatron_lite.system_errors import reason, remedy
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -69,9 +70,8 @@ class PickleFile:
         content = read_torch_file(path)
         if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
-                f"{path} holds {_described(content)}",
-                rule="A weights file must hold tensors by name",
-                fix="Give the file that save_pretrained or torch.save(model.state_dict()) wrote",
+                f"{path} contains {_described(content)} instead of a dict of tensors by name",
+                fix="Give a file that save_pretrained or torch.save(model.state_dict()) wrote",
             )
         self._path = path
         self.tensors = {name: info_of(tensor) for name, tensor in content.items()}
@@ -106,17 +106,19 @@ class FolderSource:
             for tensor in file.tensors:
                 if files is not None and files.get(tensor) != file_name:
                     raise CheckpointError(
-                        f"{folder / file_name} holds {tensor}, which the index lists "
-                        + (f"in {files[tensor]}" if tensor in files else "nowhere"),
-                        rule="The index must list every tensor of its files, each with the file that holds it",
-                        fix="Download the folder again; index and files are of different models",
+                        f"The index does not belong to the weights: {folder / file_name} contains the tensor "
+                        f"{tensor}, which the index "
+                        + (f"lists in {files[tensor]}" if tensor in files else "does not list"),
+                        fix="Download the folder again",
                     )
                 self._file_of[tensor] = file
         for tensor, file_name in (files or {}).items():
             if tensor not in self._file_of:
                 raise CheckpointError(
-                    f"{folder / file_name} has no {tensor}",
-                    fix="Download the folder again; index and files are of different models",
+                    f"The index does not belong to the weights: it lists the tensor {tensor} in {folder / file_name}, "
+                    "which does not "
+                    "contain it",
+                    fix="Download the folder again",
                 )
         self._tensors = {name: file.tensors[name] for name, file in self._file_of.items()}
 
@@ -147,8 +149,9 @@ def open_hugging_face(folder: Path) -> TensorSource:
             files = _read_index(folder / index)
             return FolderSource(folder, sorted(set(files.values())), open_file, files)
     raise CheckpointError(
-        f"{folder} has none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {PICKLES}, {PICKLES_INDEX}",
-        fix="Download the whole repository, or give its snapshot folder",
+        f"{folder} contains no weights: there is none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {PICKLES}, "
+        f"{PICKLES_INDEX}",
+        fix="Download the whole repository (hf download NAME), or give the folder that contains the weights",
     )
 
 
@@ -166,11 +169,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it contains no JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a readable JSON object: {getattr(error, 'strerror', None) or error}",
-            fix="Download or write the file again",
+            f"Cannot read {path}: {reason(error)}"
+            if isinstance(error, OSError)
+            else f"{path} is not a JSON object: {error}",
+            fix=remedy(error, path, instead="download the file again")
+            if isinstance(error, OSError)
+            else "Download or write the file again",
         ) from error
     return content
 
@@ -179,15 +186,14 @@ def _read_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(
-            f"{path} has no weight_map of tensor names and file names",
+            f"{path} has no weight_map, which lists the file of each tensor",
             fix="Download the file again",
         )
     outside = sorted({name for name in files.values() if Path(name).name != name or name in ("", ".", "..")})
     if outside:
         raise CheckpointError(
-            f"{path} names {outside[0]}",
-            rule="An index must name files of its own folder",
-            fix="Do not use this folder: a downloaded model has no reason to read files elsewhere",
+            f"{path} names the file {outside[0]}, which is outside the model's folder",
+            fix="Do not use this model unless you trust its source: it may be made to read other files",
         )
     return files
 
@@ -196,7 +202,7 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing",
-            fix="Download it; a download that was interrupted goes on when it is repeated",
+            fix="Download the model again (hf download NAME continues an interrupted download)",
         )
     return path
 
@@ -222,13 +228,16 @@ def _info(file: Any, name: str, path: Path) -> TensorInfo:
     dtype = part.get_dtype()
     if dtype not in _SAFETENSORS_DTYPES:
         raise CheckpointError(
-            f"{name} in {path} is {dtype}, a dtype that torch does not have",
+            f"The tensor {name} in {path} has the dtype {dtype}, which PyTorch does not have",
             fix="Use an unquantized version of the model",
         )
     return TensorInfo(tuple(part.get_shape()), _SAFETENSORS_DTYPES[dtype])
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, OSError) and error.errno is not None:
+        fix = remedy(error, path, instead="download the file again")
+        return CheckpointError(f"Cannot read {path}: {reason(error)}", fix=fix)
     return CheckpointError(f"{path} is damaged: {error}", fix="Copy or download the file again")
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.reading import BytesView
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.pickle_names import STUBBED
+from megatron_lite.system_errors import reason, remedy
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First pickle of a legacy file (torch.serialization.MAGIC_NUMBER)."""
@@ -191,9 +192,10 @@ class _Unpickler(pickle.Unpickler):
             return self._stubs.setdefault(full, type("Stub", (Stub,), {"name": full}))
         raise CheckpointError(
             f"{self._path} names {full}, which was not executed",
-            rule="A pickle may name tensors and plain values only",
-            fix="Do not load the file with other programs unless you trust its source; if the name is harmless, save "
-            "the file again without that object, or the weights as safetensors",
+            rule="Only tensors and plain Python values are read from a pickle, since others could run code",
+            fix="If you trust the source of the file, save it again without that object, or the weights as "
+            "safetensors; "
+            "otherwise do not load it with any program",
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -269,7 +271,8 @@ def _explained(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        fix = remedy(error, path, instead="copy or download the file again")
+        raise CheckpointError(f"Cannot read {path}: {reason(error)}", fix=fix) from error
     except Exception as error:  # a damaged pickle raises whatever its next byte happens to mean
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
 
@@ -393,7 +396,5 @@ def _is_aligned(part: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _unreadable(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a whole file of torch.save: {problem}",
-        fix="Copy or download the file again",
-    )
+    problem = f"{path} is truncated, or not a file that torch.save wrote: {problem.rstrip('.')}"
+    return CheckpointError(problem, fix="Copy or download the file again")

@@ -63,9 +63,8 @@ def require_transformers(command: str) -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
-            "transformers is not installed",
-            rule=f"{command} compares the logits with those of transformers",
-            fix=f"{install_extra('hf')}, or add --no-verify to go without the comparison",
+            f"transformers is not installed, with which {command} compares the logits of the model",
+            fix=f"{install_extra('hf')}, or add --no-verify to skip the comparison",
         )
 
 
@@ -121,8 +120,8 @@ def run_apart(folder: Path, request: Path) -> None:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
         raise CheckpointError(
             f"transformers cannot load {folder}: {last[0]}",
-            fix="Run `python -m megatron_lite.interop.transformers_logits` on the folder for the whole traceback, or "
-            "add --no-verify",
+            fix="Install a current transformers (pip install -U transformers), or add --no-verify to skip the "
+            "comparison",
         )
 
 
@@ -159,22 +158,22 @@ def verify_logits(
         result = json.loads((Path(request) / "result.json").read_text(encoding="utf-8"))
     if result["problem"]:
         raise CheckpointError(
-            f"{folder}: {result['problem']}",
-            rule="transformers must find every weight of the model, and no other",
-            fix="Please report it with the model's config",
+            f"transformers loads the weights in {folder} incompletely: {result['problem']}",
+            fix="Report this as a bug of megatron_lite, with the config of the model",
         )
     if not result["largest"] <= tolerance * max(1.0, result["scale"]):  # NaN is not
         raise CheckpointError(
             f"The logits differ from those of transformers: the largest difference is {result['largest']:.3g}, the "
             f"largest logit {result['scale']:.3g}, on {tokens.numel()} tokens of {text}; tolerance "
             f"{tolerance:g} x the largest logit",
-            fix="The conversion was discarded. Please report it; --tolerance accepts a larger difference",
+            fix="Accept a larger difference with --tolerance if the model computes in low precision; otherwise report "
+            "this as a bug. "
+            "The conversion was discarded",
         )
     if result["tokenizer"]:
         raise CheckpointError(
-            f"A built-in text becomes {result['tokenizer']}",
-            rule="The folder's tokenizer must give the same tokens in transformers",
-            fix="Add --no-tokenizer, and add the tokenizer's files by hand",
+            f"The exported tokenizer gives other tokens in transformers: a test text becomes {result['tokenizer']}",
+            fix="Export without the tokenizer (--no-tokenizer), and copy its original files into the folder",
         )
     return Verification(result["largest"], result["scale"], tokens.numel(), text)
 

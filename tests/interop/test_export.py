@@ -194,7 +194,7 @@ PROPERTIES = {
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_the_property_at_fault_is_named(name):
     fields, named = PROPERTIES[name]
-    with pytest.raises(ConfigError, match="expressible") as caught:
+    with pytest.raises(ConfigError, match="No class of transformers computes") as caught:
         architecture_for(run_config(**fields).model)
     assert named in str(caught.value)
 
@@ -283,7 +283,7 @@ def test_output_exists(make_checkpoint, tmp_path):
     load = make_checkpoint()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="--output must be a new folder"):
+    with pytest.raises(CheckpointError, match=r"exists already\. Give --output a new or empty folder"):
         export(load, tmp_path / "out")
     assert bytes_of(tmp_path / "out") == {"mine.txt": b"dear"}
     (tmp_path / "empty").mkdir()
@@ -307,7 +307,7 @@ def test_not_finite(make_checkpoint, tmp_path):
 
     manifest = source.manifest
     write_source(SaveRequest(tmp_path / "bad", 7, manifest.scalars, manifest.provenance), WithNaN())
-    with pytest.raises(CheckpointError, match=f"{bad} in .* holds 4096 NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=f"{bad} in .* contains 4,096 NaN or infinite values"):
         export(tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -316,7 +316,7 @@ def test_no_room(make_checkpoint, tmp_path, monkeypatch):
     load = make_checkpoint()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1000))
-    with pytest.raises(CheckpointError, match=r"out takes .* has 0\.977 KiB free"):
+    with pytest.raises(CheckpointError, match=r"out: it needs .* and 0\.977 KiB are free"):
         export(load, tmp_path / "out")
     monkeypatch.undo()
     from megatron_lite.interop import safetensors_writer
@@ -327,7 +327,7 @@ def test_no_room(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_writer.os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         export_checkpoint(plan_export(str(load), 0, NO_CHECK), tmp_path / "out")
-    assert "Nothing is left" in str(caught.value)
+    assert "The unfinished output was deleted" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
 
 
@@ -346,7 +346,7 @@ def test_what_a_killed_export_left_goes(make_checkpoint, tmp_path):
 
 def test_nothing_to_export(tmp_path, make_checkpoint):
     (tmp_path / "none").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         plan_export(str(tmp_path / "none"), 0, ExportOptions())
     with pytest.raises(CheckpointError, match="does not exist"):
         plan_export(str(tmp_path / "nowhere"), 0, ExportOptions())
@@ -358,7 +358,7 @@ def test_a_checkpoint_without_a_weight(make_checkpoint, tmp_path):
     manifest = read_manifest(path.parent)
     config = {**manifest.provenance.config, "model": {**manifest.provenance.config["model"], "num_layers": 5}}
     path.write_bytes(encode_manifest(replace(manifest, provenance=Provenance(config))))
-    with pytest.raises(CheckpointError, match=r"has no decoder\.layers\.4"):
+    with pytest.raises(CheckpointError, match=r"does not contain the weight decoder\.layers\.4"):
         plan_export(str(load), 0, ExportOptions())
 
 

@@ -19,7 +19,7 @@ def test_optimizer_state_of_other_weights(original, refused, imported, tmp_path)
     state["optimizer.main_param.decoder.final_norm.weight"] += 1
     edit = with_adam(state, model, 1, 1, 3)
     write_classic(tmp_path / "m", state, model, args=arguments(model), edit=edit)
-    refused(tmp_path / "m", "final_norm.weight differs from its weight by 1.*--weights-only", *SIZE)
+    refused(tmp_path / "m", "final_norm.weight differs from its weight by up to 1.*--weights-only", *SIZE)
     assert not imported(tmp_path / "m", tmp_path / "ck", *SIZE, weights_only=True)[0].goes_on
 
 

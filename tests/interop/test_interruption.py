@@ -96,8 +96,8 @@ def test_no_room_while_writing(name, words, tmp_path):
 
     ended = Job(tmp_path, words(name), prepare).wait()
     assert ended.code == 1
-    assert f"Cannot write {tmp_path / 'new' / 'out'}: File too large" in ended.err
-    assert "Nothing is left of it. Make room" in ended.err
+    assert f"Cannot write --output {tmp_path / 'new' / 'out'}: File too large" in ended.err
+    assert "Raise the limit of file sizes" in ended.err
     assert entries(tmp_path / "new") == []
 
 

@@ -73,7 +73,7 @@ def test_diff_takes_what_a_file_does_not_say(original, make_checkpoint, make_fol
             assert "same model and tensor shapes" in out
     result = command("checkpoint", "diff", tmp_path / "m", tmp_path / "n", *flags, "--num-layers", 5)
     assert result.code == 1
-    assert "num_layers is 5 by --num-layers 5, and 4 by the tensors" in result.err
+    assert "num_layers has two different values: 5 by --num-layers 5, and 4 by the tensors" in result.err
     folder = make_folder("gpt2", n_positions=64, **gpt2)
     for first, second in ((tmp_path / "original", tmp_path / "original"), (folder, tmp_path / "original")):
         result = command("checkpoint", "diff", first, second, "--num-layers", 4)

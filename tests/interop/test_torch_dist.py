@@ -51,15 +51,15 @@ def test_damage(original, imported, tmp_path):
     chunks, places = metadata.state_dict_metadata[name].chunks, metadata.storage_data
     metadata.state_dict_metadata[name].chunks = []
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    refused("its chunks 0")
+    refused("its parts have 0")
     metadata.state_dict_metadata[name].chunks = chunks
     for index, info in places.items():
         if index.fqn == name:
             info.relative_path = "../secret"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    refused(r"\.metadata names \.\./secret")
+    refused(r"\.metadata of the checkpoint names the file \.\./secret")
     (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    refused("must describe its tensors")
+    refused("does not describe tensors")
     (folder / ".metadata").write_bytes(pickle.dumps(torch.hub.load))
     refused("torch.hub.load, which was not executed")
     (folder / ".metadata").unlink()

@@ -97,17 +97,16 @@ class ConfigKeys:
         given = {name: self.content[name] for name in names if self.content.get(name) is not None}
         if len(set(map(repr, given.values()))) > 1:
             raise CheckpointError(
-                f"{self.path} says {' and '.join(f'{name}={value!r}' for name, value in given.items())}",
-                rule="Two spellings of a setting must agree",
-                fix="Keep the one with which transformers gives the published results, and remove the other",
+                f"{self.path} gives one setting two different values: "
+                f"{' and '.join(f'{name}={value!r}' for name, value in given.items())}",
+                fix="Delete the wrong one of the two from the file: the published model has only one of these values",
             )
         if given:
             return next(iter(given.values()))
         if default is _ABSENT:
             raise CheckpointError(
-                f"{self.path} has no {' or '.join(names)}",
-                rule="config.json must state the model's sizes",
-                fix="Download the file again; it may be of another kind of model",
+                f"{self.path} does not state {' or '.join(names)}, which the model needs",
+                fix="Download config.json again, or import another model if this one has no such setting",
             )
         return default
 
@@ -144,19 +143,21 @@ class ConfigKeys:
         """
         for name, (allowed, meaning) in REFUSED_UNLESS.items():
             if name not in self._seen and name in self.content and self.content[name] not in allowed:
-                raise self.unsupported(name, self.content[name], f"{meaning} is not supported")
+                raise self.unsupported(name, self.content[name], f"there is no support for {meaning}")
         known = self._seen | HARMLESS.keys() | REFUSED_UNLESS.keys() | set(extra)
         unknown = sorted(name for name in self.content if name not in known and self.content[name] is not None)
         if unknown:
             raise CheckpointError(
-                f"{self.path} has {', '.join(f'{name}={self.content[name]!r}' for name in unknown)}",
-                rule="Every key of config.json must be known, for it may change what the model computes",
-                fix=f"If they change nothing, add --ignore-config-keys {' '.join(unknown)}",
+                f"{self.path} has settings that this importer does not know: "
+                f"{', '.join(f'{name}={self.content[name]!r}' for name in unknown)}",
+                rule="An unknown setting may change what the model computes",
+                fix="If these settings do not change the model's outputs, add --ignore-config-keys "
+                f"{' '.join(unknown)}",
             )
 
     def unsupported(self, name: str, value: Any, because: str) -> CheckpointError:
         """Return the error for a setting that this program's model cannot have."""
         return CheckpointError(
-            f"{self.path} says {name}={value!r}: {because}",
-            fix="Import another model; with this setting the model would compute other logits here",
+            f"{self.path} has {name}={value!r}: {because}",
+            fix="Import another model, without this setting: megatron_lite would compute other outputs than it",
         )

@@ -27,16 +27,16 @@ def architecture_of_config(keys: ConfigKeys) -> Architecture:
     found = [one for one in ARCHITECTURES if one.model_type == model_type]
     if not found:
         raise CheckpointError(
-            f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
-            rule="The model must be of a supported architecture",
-            fix=f"Supported are {', '.join(f'{one.model_type} ({one.name})' for one in ARCHITECTURES)}",
+            f"The architecture of {keys.path} is not supported: model_type={model_type!r}, architectures={classes!r}",
+            fix="Import a model of one of these: "
+            + ", ".join(f"{one.model_type} ({one.name})" for one in ARCHITECTURES),
         )
     expected = {found[0].name, found[0].name.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
     if classes and not expected & set(classes):
         raise CheckpointError(
-            f"{keys.path} says model_type={model_type!r}, architectures={classes!r}",
-            rule="A config.json's model_type and architectures must agree",
-            fix=f'Import a causal language model; if it is one, set architectures to ["{found[0].name}"] in the file',
+            f"{keys.path} is not the config of a causal language model: model_type={model_type!r}, "
+            f"architectures={classes!r}",
+            fix=f'Import a causal language model; if this is one, set architectures to ["{found[0].name}"] in the file',
         )
     return found[0]
 
@@ -54,8 +54,8 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     candidates = [one for one in ARCHITECTURES if one.exports and wanted in ("", one.name)]
     if not candidates:
         raise ConfigError(
-            f"--architecture {wanted} is not a class that models are exported as",
-            fix=f"Choose one of {', '.join(EXPORTED)}, or leave it out",
+            f"Models cannot be exported as --architecture {wanted}",
+            fix=f"Use one of {', '.join(EXPORTED)}, or remove --architecture to have the class chosen",
         )
     problems = {one.name: list(one.problems(model)) for one in candidates}
     for one in candidates:
@@ -64,8 +64,12 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     nearest = min(problems.values(), key=len)
     listed = "\n".join(f"  {name} cannot have {', '.join(found)}" for name, found in problems.items())
     raise ConfigError(
-        f"The model is not expressible as a class of transformers:\n{listed}\n",
-        fix=f"A model without {', '.join(nearest)} could be exported"
+        f"No class of transformers computes this model:\n{listed}\n"
         if not wanted
-        else "Leave --architecture out to have the class chosen",
+        else f"--architecture {wanted} does not compute this model:\n{listed}\n",
+        fix="Use `megatron-lite export --to megatron`; to transformers, only a model trained without "
+        f"{', '.join(nearest)} can "
+        "be exported"
+        if not wanted
+        else "Remove --architecture to have the class chosen",
     )

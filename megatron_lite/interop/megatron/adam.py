@@ -194,6 +194,6 @@ def _scaler(state: Mapping[str, Any] | None) -> dict[str, Any]:
 def _unfit(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path} {problem}",
-        rule="The optimizer's state must be that of Adam over the model's parameters",
+        rule="Only the optimizer state of Adam, for all parameters of the model, can be imported",
         fix=WEIGHTS_ONLY,
     )

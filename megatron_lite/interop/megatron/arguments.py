@@ -51,9 +51,10 @@ class Evidence:
         before = self._known.setdefault(field, (value, origin))
         if before[0] != value:
             raise CheckpointError(
-                f"{field} is {before[0]!r} by {before[1]}, and {value!r} by {origin}",
-                rule="The checkpoint and the command line must describe one model",
-                fix="Leave out the flag that is wrong; a file that contradicts itself was put together from two",
+                f"{field} has two different values: {before[0]!r} by {before[1]}, and {value!r} by {origin}",
+                fix="Remove or change the flag that is wrong; if no flag is involved, copy the checkpoint again, "
+                "whose files are of "
+                "different models",
             )
 
     def add_argument(self, field: str, *names: str) -> None:
@@ -79,7 +80,7 @@ class Evidence:
         """
         if field not in self._known:
             raise CheckpointError(
-                f"{self.where} does not say {field}",
+                f"{self.where} does not state {field}, which the import needs",
                 fix=f"Add {flag}",
             )
         return self._known[field][0]
@@ -204,9 +205,9 @@ def model_config(evidence: Evidence, notes: list[str]) -> ModelConfig:
     model = ModelConfig(**known)
     if model.hidden_size % model.num_attention_heads and "head_dim" not in known:
         raise CheckpointError(
-            f"{model.num_attention_heads} heads, hidden size {model.hidden_size}",
-            rule="Attention heads must divide the hidden size",
-            fix=f"Give a --num-attention-heads that divides {model.hidden_size}, or --kv-channels",
+            f"Cannot split a hidden size of {model.hidden_size} over {model.num_attention_heads} attention heads",
+            fix=f"Give --num-attention-heads a divisor of {model.hidden_size}, or the size of a head with "
+            "--kv-channels",
         )
     if model.embed_layernorm and model.norm_epsilon != DEEPSPEED_EMBEDDING_EPSILON:
         raise unsupported(

@@ -109,9 +109,13 @@ def arrangement_of(ours: str, model: ModelConfig, version: float, *, gate_first:
     if ".self_attention.qkv." in ours and version < 2:
         if model.num_query_groups != model.num_attention_heads:
             raise CheckpointError(
-                f"The file has checkpoint version {version:g} and {model.num_query_groups} query groups",
-                rule="Grouped queries came with checkpoint version 3.0",
-                fix="Leave --num-query-groups and --checkpoint-version out, unless the file was converted by hand",
+                f"The checkpoint has {model.num_query_groups} query groups and checkpoint_version {version:g}, of "
+                "which the order of the "
+                "QKV rows is not defined",
+                rule="Grouped-query attention exists in checkpoints of version 3.0 only",
+                fix="Remove --num-query-groups and --checkpoint-version if they are given; otherwise save the "
+                "checkpoint again "
+                "with a current Megatron-LM",
             )
         return ThirdsLast(model.head_dim) if version == 1 else HeadsLast(model.head_dim)
     if ".mlp.fc1." in ours and model.gated:

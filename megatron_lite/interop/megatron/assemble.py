@@ -133,10 +133,11 @@ def _with_head(found: Found, evidence: Evidence) -> Parts:
         return {**found.parts, head: copy}
     if not equal:
         raise CheckpointError(
-            f"{copy[0].where} holds another table than {embedding[0].where if embedding else found.folder}",
-            rule="A tied head must be the embedding's table",
-            fix="Add --untie-embeddings-and-output-weights if the model has a head of its own; otherwise the files "
-            "are of different checkpoints",
+            f"The model has tied embeddings, but the output layer in {copy[0].where} differs from the embedding in "
+            f"{embedding[0].where if embedding else found.folder}",
+            fix="Add --untie-embeddings-and-output-weights if the model has an output layer of its own; otherwise "
+            "copy the folder "
+            "again, whose files are of different checkpoints",
         )
     return found.parts
 
@@ -189,9 +190,8 @@ def _note_vocabulary(found: Found, parts: Parts, evidence: Evidence, stated: Sta
     size = evidence.get("vocab_size")
     if size is not None and words and size > rows:
         raise CheckpointError(
-            f"The tokenizer has {size} tokens, {found.folder} has {rows} rows",
-            rule="The vocabulary must hold every token of the tokenizer",
-            fix=f"Give --vocab-size {rows} or less, or the tokenizer that the model was trained with",
+            f"The vocabulary has {size:,} tokens, more than the {rows:,} rows of the embedding in {found.folder}",
+            fix=f"Give the tokenizer with which the model was trained, or --vocab-size {rows} or less",
         )
 
 
@@ -227,12 +227,14 @@ def _settle_copies(joined: Mapping[str, Joined], choices: Choices, notes: list[s
     differing = differing_copies(joined)
     if not differing:
         return
-    found = f"{len(differing)} replicated {what} differ between tensor-parallel ranks: {describe_copies(differing)}"
+    found = (
+        f"Tensor-parallel ranks differ in {what} that they should share ({len(differing)} tensors): "
+        f"{describe_copies(differing)}"
+    )
     if not choices.replicated:
         raise CheckpointError(
             found,
-            rule="What every tensor-parallel rank holds must be equal on all of them",
-            fix="Take their mean with --replicated average, or rank 0's with --replicated first",
+            fix="Import their mean with --replicated average, or the values of rank 0 with --replicated first",
         )
     how = "their mean is taken" if choices.replicated == "average" else "rank 0's are taken"
     notes.append(f"{found}; {how}")
@@ -301,9 +303,10 @@ class _CheckedMain:
         weight = self._weights.read(name.removeprefix(MAIN_PREFIX), rectangle)
         if not torch.allclose(main, weight.to(main.dtype), rtol=_CLOSE, atol=_CLOSE**2):
             raise CheckpointError(
-                f"{name} differs from its weight by {float((main - weight).abs().max()):.3g}",
-                rule="The optimizer's main parameters must be those of the model's weights",
-                fix="The files are of different iterations; import the weights alone with --weights-only",
+                f"The optimizer state does not belong to the weights: {name} differs from its weight by up to "
+                f"{float((main - weight).abs().max()):.3g}",
+                fix="Import the weights alone with --weights-only, or copy the folder again, whose files are of "
+                "different iterations",
             )
         return main
 

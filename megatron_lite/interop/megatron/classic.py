@@ -86,9 +86,9 @@ def read_classic(folder: Path, *, version: float | None = None, with_optimizer: 
     found_version = version_of(first.content, where, version, 0.0 if scheme is LEGACY else CURRENT_VERSION)
     if scheme is not LEGACY and found_version < 2:
         raise CheckpointError(
-            f"{where} has such names and checkpoint_version {found_version:g}",
-            rule="megatron-core's names came with checkpoint version 3.0",
-            fix="The file contradicts itself; leave --checkpoint-version out, or convert it again",
+            f"{where} has the tensor names of megatron-core, but checkpoint_version {found_version:g}",
+            rule="megatron-core writes checkpoints of version 3.0",
+            fix="Remove --checkpoint-version if it is given; otherwise convert the checkpoint again",
         )
     parts, head_copy = _joined(ranks, scheme)
     notes: list[str] = []
@@ -121,17 +121,19 @@ def _files(folder: Path) -> list[tuple[tuple[int, int], Path]]:
             continue
         if match[3] is not None:
             raise CheckpointError(
-                f"{entry} is of an expert-parallel run",
-                rule="A model must have one MLP a layer",
+                f"{entry} is of an expert-parallel run, and mixture of experts is not supported",
                 fix="Import a model without experts",
             )
         key = (int(match[1]), int(match[2] or 0))
         there = [entry / name for name in _MODEL_FILES if (entry / name).is_file()]
         if not there or key in found:
             raise CheckpointError(
-                f"{entry} has no {FILE}" if not there else f"{entry} and {found[key].parent} are of one rank",
-                rule="Every model-parallel rank must have its one file",
-                fix="Copy the folder again",
+                f"{entry} does not contain {FILE}"
+                if not there
+                else f"{entry} and {found[key].parent} are of the same model-parallel rank",
+                fix="Copy the checkpoint folder again"
+                if not there
+                else "Delete the one that is not of this checkpoint",
             )
         found[key] = there[0]
     return sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
@@ -150,8 +152,9 @@ def _check_layout(folder: Path, ranks: Sequence[Rank], arguments: Mapping[str, A
             if (number, stage) not in there:
                 name = f"mp_rank_{number:02d}" + (f"_{stage:03d}" if pp > 1 else "")
                 raise CheckpointError(
-                    f"{folder / name / FILE} is missing (tensor-parallel size {tp}, pipeline size {pp})",
-                    fix="Copy it as well",
+                    f"{folder / name / FILE} is missing (the checkpoint has tensor-parallel size {tp} and "
+                    f"pipeline-parallel size {pp})",
+                    fix="Copy this file, too",
                 )
 
 
@@ -160,8 +163,9 @@ def _check_same(first: Rank, rank: Rank) -> None:
     for name in ("iteration", "checkpoint_version"):
         if first.content.get(name) != rank.content.get(name):
             raise CheckpointError(
-                f"{name} is {first.content.get(name)} in {first.path}, {rank.content.get(name)} in {rank.path}",
-                fix="Copy the folder again",
+                f"The files are of different checkpoints: {name} is {first.content.get(name)} in {first.path}, and "
+                f"{rank.content.get(name)} in {rank.path}",
+                fix="Copy the folder again from one checkpoint",
             )
 
 
@@ -171,9 +175,8 @@ def chunks_of(rank: Rank) -> list[Mapping[str, Any]]:
     chunks = [found[number] for number in sorted(found) if isinstance(found[number], Mapping)]
     if not chunks or sorted(found) != list(range(len(chunks))):
         raise CheckpointError(
-            f"{rank.path} holds {', '.join(map(str, rank.content)) or 'nothing'}",
-            rule="A rank's file must hold its model",
-            fix="Give a checkpoint of a GPT that Megatron-LM saved",
+            f"{rank.path} contains no model, but {', '.join(map(str, rank.content)) or 'nothing'}",
+            fix="Give the checkpoint of a GPT that Megatron-LM saved",
         )
     return chunks
 
@@ -188,8 +191,10 @@ def _numbered(ranks: Sequence[Rank]) -> tuple[list[Rank], int]:
     counts = {len(chunks[key]) for key in chunks}
     if len(counts) > 1:
         raise CheckpointError(
-            f"Ranks in {ranks[0].path.parent.parent} hold {min(counts)} and {max(counts)} model chunks",
-            fix="The files are of different checkpoints: copy the folder again",
+            f"The files in {ranks[0].path.parent.parent} are of different checkpoints: some ranks have {min(counts)} "
+            "model chunks, "
+            f"others {max(counts)}",
+            fix="Copy the folder again from one checkpoint",
         )
     begin, total = {}, 0
     for chunk in range(counts.pop()):
@@ -199,8 +204,10 @@ def _numbered(ranks: Sequence[Rank]) -> tuple[list[Rank], int]:
             if len(set(sizes.values())) > 1:
                 counted = ", ".join(f"{size} in {path}" for path, size in sizes.items())
                 raise CheckpointError(
-                    f"Tensor-parallel ranks of one stage hold different numbers of layers: {counted}",
-                    fix="The files are of different checkpoints: copy the folder again",
+                    "The files are of different checkpoints: tensor-parallel ranks of one stage have different "
+                    "numbers of layers "
+                    f"({counted})",
+                    fix="Copy the folder again from one checkpoint",
                 )
             total += next(iter(sizes.values()))
     numbered = []
@@ -219,8 +226,9 @@ def _layers(chunk: Sequence[tuple[str, Tensor]], rank: Rank) -> int:
     numbers = {layer[1] for name, _ in chunk if (layer := split_layer(name))}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(
-            f"{rank.path} has layers {', '.join(map(str, sorted(numbers)))}, which are not numbered from 0",
-            fix="Copy the folder again, or convert it to Megatron-LM's classic format",
+            f"The layers of a pipeline stage should be numbered from 0, but {rank.path} has the layers "
+            f"{', '.join(map(str, sorted(numbers)))}",
+            fix="Copy the folder again, or save the checkpoint again with Megatron-LM (--ckpt-format torch)",
         )
     return len(numbers)
 
@@ -245,18 +253,19 @@ def _joined(ranks: Sequence[Rank], scheme: Scheme) -> tuple[dict[str, list[Part]
     for (name, stage), found in by_name.items():
         if len(found) != tp:
             raise CheckpointError(
-                f"{name} of pipeline stage {stage} is in {len(found)} of {tp} files: "
-                + ", ".join(part.where for part in found),
-                rule="Every tensor-parallel rank must hold a part of each tensor",
-                fix="The files are of different checkpoints: copy the folder again",
+                f"The files are of different checkpoints: the tensor {name} of pipeline stage {stage} is in "
+                f"{len(found)} of {tp} "
+                "tensor-parallel ranks' files (" + ", ".join(part.where for part in found) + ")",
+                fix="Copy the folder again from one checkpoint",
             )
         if name in scheme.head_copies:
             copy = found
         elif name in parts:
             raise CheckpointError(
-                f"{name} is in {parts[name][0].where} and in {found[0].where}",
-                rule="A tensor must lie on one pipeline stage",
-                fix="The files are of different checkpoints: copy the folder again",
+                f"The files are of different checkpoints: the tensor {name} is on two pipeline stages, in "
+                f"{parts[name][0].where} and "
+                f"in {found[0].where}",
+                fix="Copy the folder again from one checkpoint",
             )
         else:
             parts[name] = found

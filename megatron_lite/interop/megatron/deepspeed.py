@@ -68,9 +68,10 @@ def read_rank_files(folder: Path) -> RankFiles:
     for number, content in contents.items():
         if 0 in contents and content.get("iteration") != contents[0].get("iteration"):
             raise CheckpointError(
-                f"iteration is {contents[0].get('iteration')} in {paths[0]}, {content.get('iteration')} in "
-                f"{paths[number]}",
-                fix="Copy the folder again",
+                f"The files are of different checkpoints: iteration is {contents[0].get('iteration')} in {paths[0]}, "
+                "and "
+                f"{content.get('iteration')} in {paths[number]}",
+                fix="Copy the folder again from one checkpoint",
             )
     return RankFiles(contents, paths)
 
@@ -152,15 +153,14 @@ def _layer_tensors(
         raise CheckpointError(
             f"{folder / _layer_name(number, rank)} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + f" ({layers} layers, tensor-parallel size {tp})",
-            rule="Layer files are 01 (embedding), 03 … (layers) and, after a gap of one, the final norm's",
-            fix="Copy it as well",
+            + f" (the checkpoint has {layers} layers and tensor-parallel size {tp})",
+            fix="Copy this file, too" if len(missing) == 1 else "Copy the folder again",
         )
     left = sorted(numbers - set(expected))
     if left:
         raise CheckpointError(
-            f"{folder / _layer_name(left[0], 0)} is not a layer file of a model with {layers} layers",
-            fix="Copy the folder again; it holds files of different models",
+            f"{folder / _layer_name(left[0], 0)} does not belong to a model with {layers} layers",
+            fix="Copy the folder again, which contains files of different models",
         )
     by_rank: list[dict[str, tuple[Tensor, str]]] = [{} for _ in range(tp)]
     for (number, rank), path in files.items():
@@ -182,10 +182,9 @@ def _module_tensors(folder: Path, ranks: RankFiles) -> list[dict[str, tuple[Tens
         module = ranks.contents.get(number, {}).get("module")
         if not isinstance(module, Mapping):
             raise CheckpointError(
-                f"{folder} has no layer_… files, and mp_rank_{number:02d}_model_states.pt "
-                + ("has no module" if number in ranks.contents else "is missing"),
-                rule="A DeepSpeed checkpoint must hold layer files, or each rank's module",
-                fix="Copy the folder again",
+                f"{folder} has no weights: there are no files layer_…, and mp_rank_{number:02d}_model_states.pt "
+                + ("has no entry module" if number in ranks.contents else "is missing"),
+                fix="Copy the whole checkpoint folder again",
             )
         path = ranks.paths[number]
         by_rank.append({name: (tensor, str(path)) for name, tensor in flatten(module, path)})
@@ -202,18 +201,20 @@ def _joined(by_rank: Sequence[Mapping[str, tuple[Tensor, str]]]) -> dict[str, li
         lacking = next((tensors for tensors in by_rank if name not in tensors), None)
         if lacking is not None:
             raise CheckpointError(
-                f"{name.partition('.')[2]} is in {by_rank[0][name][1]}, another rank's file lacks it",
-                rule="Every tensor-parallel rank must hold a part of each tensor",
-                fix="The files are of different checkpoints: copy the folder again",
+                f"The files are of different checkpoints: the tensor {name.partition('.')[2]} is in "
+                f"{by_rank[0][name][1]}, but not in "
+                "the file of another tensor-parallel rank",
+                fix="Copy the folder again from one checkpoint",
             )
         parts[name] = [mapped(*tensors[name]) for tensors in by_rank]
     for tensors in by_rank[1:]:
         more = sorted(tensors.keys() - parts.keys())
         if more:
             raise CheckpointError(
-                f"{more[0].partition('.')[2]} is in {tensors[more[0]][1]}, another rank's file lacks it",
-                rule="Every tensor-parallel rank must hold a part of each tensor",
-                fix="The files are of different checkpoints: copy the folder again",
+                f"The files are of different checkpoints: the tensor {more[0].partition('.')[2]} is in "
+                f"{tensors[more[0]][1]}, but not "
+                "in the file of another tensor-parallel rank",
+                fix="Copy the folder again from one checkpoint",
             )
     return parts
 

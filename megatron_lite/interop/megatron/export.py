@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.tiles import tiles
+from megatron_lite.config.divisors import divisors
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.interop.export import Weights, checkpoint_to_export, require_weights
@@ -122,8 +123,7 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
     found = list(problems(model, scheme))
     if found:
         raise CheckpointError(
-            f"{scheme.title} has no {'; no '.join(found)}",
-            rule="The format must be able to express the model",
+            f"The model cannot be exported in {scheme.title}, which does not support {', '.join(found)}",
             fix="Use another --to or --naming, or --to hf",
         )
     for name, value, size, flag in (
@@ -133,7 +133,7 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
     ):
         if size < 1 or value % size:
             raise ConfigError(
-                f"{flag} {size} does not divide {value} {name}", fix=f"Give a {flag} that divides {value}"
+                f"Cannot split {value} {name} over {size} ranks ({flag} {size})", fix=f"Use {flag} {divisors(value)}"
             )
     layouts = parameter_layouts(model)
     weights = Weights(reader, tuple(layouts), options.dtype)
@@ -347,7 +347,6 @@ def _read_back(plan: MegatronExport, folder: Path, advance: Advance) -> None:
         )
         if not same:
             raise CheckpointError(
-                f"{name} in {folder} is another tensor than in {plan.path}",
-                rule="What was written must be what was saved",
-                fix="Report this: it is a fault of the exporter",
+                f"The export is not correct: the tensor {name} in {folder} differs from that in {plan.path}",
+                fix="Give the command again; if the error comes again, report it as a bug of megatron_lite",
             )

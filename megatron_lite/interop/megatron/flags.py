@@ -62,8 +62,11 @@ def read_model_flags(words: Sequence[str]) -> Stated:
     ]
     if others:
         given.refuse(
-            f"{', '.join(others)} cannot be given to an import, which takes flags of the model and its tokenizer",
-            fix="Remove them; give them to the run that trains on the imported model",
+            f"{', '.join(others)} {'do' if len(others) > 1 else 'does'} not apply to an import, which takes flags of "
+            "the model and "
+            "its tokenizer",
+            fix=f"Remove {' and '.join(origin.split()[0] for origin in others)} here, and give it to the training "
+            "command",
         )
     raise_all(given.errors)
     model = {key[1]: (value, origin) for key, value, origin in given.items() if key[0] == "model"}
@@ -92,4 +95,4 @@ def read_model_flags(words: Sequence[str]) -> Stated:
 def _agree(model: dict[str, tuple[Any, str]], size: int, origin: str) -> None:
     other = model.setdefault("vocab_size", (size, origin))
     if other[0] != size:
-        raise ConfigError(f"{other[1]} and {origin} contradict each other", fix="Remove one of them")
+        raise ConfigError(f"{other[1]} and {origin} contradict each other", fix="Remove one of the two")

@@ -230,7 +230,7 @@ def judge_arguments(arguments: Mapping[str, Any], where: str, ignored: Collectio
     for name, (allowed, meaning) in UNSUPPORTED.items():
         value = arguments.get(name)
         if not _is_among(value, (None, *allowed)):
-            raise unsupported(where, name, value, f"{meaning} is not supported")
+            raise unsupported(where, name, value, f"there is no support for {meaning}")
     _refuse_unknown(
         {name: value for name, value in arguments.items() if not _is_known(name) and not _is_among(value, _OFF)},
         where,
@@ -248,7 +248,7 @@ def judge_deepspeed_config(config: Any, where: str, ignored: Collection[str] = (
         return
     for name, meaning in DEEPSPEED_UNSUPPORTED.items():
         if _asks_for_something(config.get(name)):
-            raise unsupported(where, f"ds_config.{name}", config[name], f"{meaning} is not supported")
+            raise unsupported(where, f"ds_config.{name}", config[name], f"there is no support for {meaning}")
     known = DEEPSPEED_HARMLESS | DEEPSPEED_UNSUPPORTED.keys()
     unknown = {name: value for name, value in config.items() if name not in known and _asks_for_something(value)}
     _refuse_unknown(unknown, where, ignored)
@@ -257,8 +257,8 @@ def judge_deepspeed_config(config: Any, where: str, ignored: Collection[str] = (
 def unsupported(where: str, name: str, value: Any, because: str) -> CheckpointError:
     """Return the error for a setting that changes the function and is not supported."""
     return CheckpointError(
-        f"{where} says {name}={value!r}: {because}",
-        fix="Import another model; with this setting the model would compute other logits here",
+        f"{where} has {name}={value!r}: {because}",
+        fix="Import another model, without this setting: megatron_lite would compute other outputs than it",
     )
 
 
@@ -312,7 +312,8 @@ def _refuse_unknown(found: Mapping[str, Any], where: str, ignored: Collection[st
     left = {name: value for name, value in sorted(found.items()) if name not in ignored}
     if left:
         raise CheckpointError(
-            f"{where} has {', '.join(f'{name}={value!r}' for name, value in left.items())}",
-            rule="Every setting must be known, for it may change what the model computes",
-            fix=f"If they change nothing, add --ignore-config-keys {' '.join(left)}",
+            f"{where} has settings that this importer does not know: "
+            f"{', '.join(f'{name}={value!r}' for name, value in left.items())}",
+            rule="An unknown setting may change what the model computes",
+            fix=f"If these settings do not change the model's outputs, add --ignore-config-keys {' '.join(left)}",
         )

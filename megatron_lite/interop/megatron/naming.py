@@ -54,8 +54,8 @@ class Scheme:
             prefix = ""
         if module is None:
             raise CheckpointError(
-                f"{self.title} has no name for {ours}",
-                fix="Use another format, or --naming local",
+                f"{self.title} has no name for the tensor {ours}",
+                fix="Use another --to, or --naming local",
             )
         separator = "" if module.endswith("_") else "."
         return prefix + module.format(final=final_norm_file(num_layers)) + separator + ours.rpartition(".")[2]

@@ -56,15 +56,17 @@ def _global_batch_size(found: Found, stated: Stated, evidence: Evidence) -> int:
     size = args.get("global_batch_size")
     if size is not None and stated.global_batch_size not in (0, size):
         raise CheckpointError(
-            f"args.global_batch_size of {found.where} is {size}, --global-batch-size {stated.global_batch_size}",
-            rule="The checkpoint and the command line must describe one run",
-            fix="Leave --global-batch-size out",
+            f"--global-batch-size {stated.global_batch_size} differs from the checkpoint's, which is {size} "
+            "(global_batch_size in "
+            f"{found.where})",
+            fix="Remove --global-batch-size",
         )
     size = size or stated.global_batch_size
     if not size:
         raise CheckpointError(
-            f"{found.where} says neither consumed_train_samples nor global_batch_size",
-            rule="A run can be resumed only if the number of samples that it has consumed is known",
-            fix=f"Add --global-batch-size N. Or: {WEIGHTS_ONLY.lower()}",
+            f"{found.where} states neither consumed_train_samples nor global_batch_size, so the number of samples "
+            "that the run has "
+            "consumed is unknown",
+            fix=f"Add --global-batch-size N, or {WEIGHTS_ONLY[:1].lower()}{WEIGHTS_ONLY[1:]}",
         )
     return int(size)

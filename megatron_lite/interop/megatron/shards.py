@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_shape
 from megatron_lite.interop.megatron.arrangements import Arrangement
 from megatron_lite.interop.transforms import Shape
 from megatron_lite.parallel.tensors import narrow
@@ -223,7 +224,8 @@ def _check_parts(name: str, joined: Joined) -> None:
     for part in joined.parts[1:]:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
             raise CheckpointError(
-                f"{name} is {first.shape} {first.dtype} in {first.where}, {part.shape} {part.dtype} in {part.where}",
-                rule="The tensor-parallel parts of a tensor must have one shape and dtype",
-                fix="The files are of different checkpoints: copy the folder again",
+                f"The files are of different checkpoints: the part of the tensor {name} is {format_shape(first.shape)} "
+                f"({str(first.dtype).removeprefix('torch.')}) in {first.where}, and {format_shape(part.shape)} "
+                f"({str(part.dtype).removeprefix('torch.')}) in {part.where}",
+                fix="Copy the folder again from one checkpoint",
             )

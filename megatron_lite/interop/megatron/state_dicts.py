@@ -30,9 +30,9 @@ def flatten(content: Mapping[Any, Any], where: Path, prefix: str = "") -> Iterat
             yield canonical(name), value
         else:
             raise CheckpointError(
-                f"{name} in {where} is a {type(value).__name__}",
-                rule="A model's state dict must hold tensors",
-                fix="Import a checkpoint of a plain GPT",
+                f"The entry {name} of the model in {where} is of the Python type {type(value).__name__} instead of a "
+                "tensor",
+                fix="Import the checkpoint of a plain GPT",
             )
 
 
@@ -40,9 +40,8 @@ def mapping_of(content: Any, where: Path) -> Mapping[str, Any]:
     """Return a file's content, which must be a dict."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{where} holds a {type(content).__name__}",
-            rule="A checkpoint's file must hold a dict",
-            fix="Give a folder that Megatron-LM or DeepSpeed saved",
+            f"{where} is not a file of a checkpoint: it contains a Python {type(content).__name__} instead of a dict",
+            fix="Give a checkpoint folder of Megatron-LM or Megatron-DeepSpeed",
         )
     return content
 
@@ -70,16 +69,16 @@ def version_of(content: Mapping[str, Any], where: str, stated: float | None, def
     found = content.get("checkpoint_version")
     if found is not None and stated is not None and float(found) != stated:
         raise CheckpointError(
-            f"{where} has checkpoint_version {found}, --checkpoint-version is {stated:g}",
-            rule="The checkpoint and the command line must describe one model",
-            fix="Leave --checkpoint-version out",
+            f"--checkpoint-version {stated:g} differs from checkpoint_version {found} in {where}",
+            fix="Remove --checkpoint-version",
         )
     version = default if found is None and stated is None else stated if found is None else found
     if not isinstance(version, (int, float)) or float(version) not in VERSIONS:
         raise CheckpointError(
-            f"{where} has checkpoint_version {version!r}",
-            rule="The checkpoint version must be known, for it decides the order of the QKV rows",
-            fix=f"Versions {', '.join(f'{known:g}' for known in VERSIONS)} are read",
+            f"{where} has the unknown checkpoint_version {version!r}",
+            rule="The version decides the order of the QKV rows",
+            fix=f"Import a checkpoint of version {', '.join(f'{known:g}' for known in VERSIONS)}"
+            + ("" if found is not None else ", or give its version with --checkpoint-version"),
         )
     return float(version)
 

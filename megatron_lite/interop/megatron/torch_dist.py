@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.formatting import format_shape
 from megatron_lite.interop.megatron.arrangements import CURRENT_VERSION
 from megatron_lite.interop.megatron.found import Found
 from megatron_lite.interop.megatron.naming import CORE_TE, NO_PARAMETERS, detect, split_layer
@@ -33,6 +34,7 @@ from megatron_lite.interop.sources import read_json
 from megatron_lite.interop.unpickling import Stub, map_file, read_pickle, read_torch_file, read_torch_record
 from megatron_lite.parallel.tensors import narrow
 from megatron_lite.rectangle import Rectangle
+from megatron_lite.system_errors import reason, remedy
 
 _OTHERS = re.compile(r"(optimizer|rng_state|opt_param_scheduler|rerun_state_machine|args|iteration)\b.*")
 """Keys that are no weights; the optimizer's are in the shapes of its buckets, which depend on the layout."""
@@ -73,9 +75,8 @@ def read_torch_dist(folder: Path, *, version: float | None = None, with_optimize
         backend = read_json(folder / "metadata.json").get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{folder / 'metadata.json'} says sharded_backend={backend!r}",
-                rule="A distributed checkpoint must be of the backend torch_dist",
-                fix="Convert it with Megatron-LM's --ckpt-convert-format torch",
+                f"{folder / 'metadata.json'} has sharded_backend={backend!r}; only torch_dist can be read",
+                fix="Convert the checkpoint with Megatron-LM's --ckpt-convert-format torch",
             )
     common_path = folder / "common.pt"
     common = mapping_of(read_torch_file(common_path), common_path) if common_path.is_file() else {}
@@ -122,17 +123,16 @@ def _read_metadata(folder: Path) -> dict[str, _Stored]:
         found = {name: _stored(name, entry, places) for name, entry in tensors.items() if "size" in (entry.state or {})}
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{path}: {type(error).__name__}: {error}",
-            rule="A distributed checkpoint's .metadata must describe its tensors",
-            fix="Copy the folder again",
+            f"{path} is damaged, or does not describe tensors: {type(error).__name__}: {error}",
+            fix="Copy the checkpoint folder again",
         ) from error
     for name, tensor in found.items():
         covered = sum(chunk.rectangle.numel for chunk in tensor.chunks)
         if covered != prod(tensor.shape):
             raise CheckpointError(
-                f"{name} in {path} has {prod(tensor.shape)} elements, its chunks {covered}",
-                rule="The chunks of a tensor must cover it",
-                fix="Copy the folder again",
+                f"{path} is damaged: the tensor {name} has {prod(tensor.shape):,} elements, but its parts have "
+                f"{covered:,}",
+                fix="Copy the checkpoint folder again",
             )
     return found
 
@@ -145,9 +145,9 @@ def _stored(name: str, entry: Stub, places: Mapping[tuple[str, tuple[int, ...]],
         place = places[name, offset]
         if Path(place["relative_path"]).name != place["relative_path"]:
             raise CheckpointError(
-                f".metadata names {place['relative_path']}",
-                rule="A checkpoint must name files of its own folder",
-                fix="Do not use this folder: a checkpoint has no reason to read files elsewhere",
+                f".metadata of the checkpoint names the file {place['relative_path']}, which is outside the "
+                "checkpoint's folder",
+                fix="Do not use this checkpoint unless you trust its source: it may be made to read other files",
             )
         chunks.append(_Chunk(Rectangle(offset, shape), place["relative_path"], place["offset"], place["length"]))
     return _Stored(tuple(entry.state["size"]), dtype, tuple(chunks))
@@ -190,16 +190,17 @@ class _Files:
                 self._mapped[chunk.file] = map_file(path)
             except OSError as error:
                 raise CheckpointError(
-                    f"{path}: {error.strerror or error}",
-                    fix="Copy it as well",
+                    f"Cannot read {path}: {reason(error)}",
+                    fix=remedy(error, path, instead="copy this file again"),
                 ) from error
         data = self._mapped[chunk.file]
         tensor = read_torch_record(path, data[chunk.start : chunk.start + chunk.length])
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.rectangle.shape:
             raise CheckpointError(
-                f"{path} at {chunk.start} holds no tensor of shape {chunk.rectangle.shape}",
-                rule="A record must hold the tensor that .metadata describes",
-                fix="Copy the folder again",
+                f"{path} is damaged: at byte {chunk.start:,} there is no tensor of the shape "
+                f"{format_shape(chunk.rectangle.shape)}, "
+                "which .metadata states",
+                fix="Copy the checkpoint folder again",
             )
         return tensor
 

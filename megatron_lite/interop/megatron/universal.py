@@ -48,9 +48,8 @@ def read_universal(folder: Path, *, version: float | None = None, with_optimizer
     numbers = [int(match[1]) for name in parts if (match := _NUMBERED.fullmatch(name))]
     if not numbers:
         raise CheckpointError(
-            f"{folder / 'zero'} holds {', '.join(names[:3]) or 'none'}",
-            rule="A universal checkpoint must hold a folder for each parameter",
-            fix="Copy the folder again",
+            f"{folder / 'zero'} has no folder of a layer's parameter, but {', '.join(names[:3]) or 'no folder at all'}",
+            fix="Copy the universal checkpoint again, or convert it again with DeepSpeed's ds_to_universal.py",
         )
     notes: list[str] = []
     adam = _adam(folder, names, ranks, notes) if with_optimizer else None
@@ -84,9 +83,8 @@ def _parts(folder: Path, name: str, kind: str, args: Mapping[str, object]) -> li
     tensor = mapping_of(read_torch_file(path), path).get("param")
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
-            f"{path} holds {type(tensor).__name__}",
-            rule="A universal checkpoint's file must hold a tensor as `param`",
-            fix="Copy the folder again",
+            f"{path} does not contain a tensor as its entry param, but {type(tensor).__name__}",
+            fix="Copy the universal checkpoint again, or convert it again with DeepSpeed's ds_to_universal.py",
         )
     tp = args.get("tensor_model_parallel_size") if args.get("glu_activation") else 1
     if isinstance(tp, int) and tp > 1 and _GATED.fullmatch(name):

@@ -83,8 +83,8 @@ def _check_files(folder: Path, files: Mapping[tuple[int, int], Path], ranks: Map
             if (number, rank) not in files:
                 name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
                 raise CheckpointError(
-                    f"{folder / name} is missing ({dp} data-parallel ranks, {mp} model-parallel ranks)",
-                    fix=f"Copy it as well. Or: {WEIGHTS_ONLY.lower()}",
+                    f"{folder / name} is missing (the checkpoint has {dp} data-parallel and {mp} model-parallel ranks)",
+                    fix=f"Copy this file, too, or {WEIGHTS_ONLY[:1].lower()}{WEIGHTS_ONLY[1:]}",
                 )
 
 
@@ -207,6 +207,6 @@ def _scaler(state: Mapping[str, Any]) -> dict[str, Any]:
 def _unfit(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path} {problem}",
-        rule="The optimizer's state must be that of Adam under ZeRO-1 over the model's parameters",
+        rule="Only the optimizer state of Adam under ZeRO stage 1, for all parameters of the model, can be imported",
         fix=WEIGHTS_ONLY,
     )
