@@ -18,7 +18,7 @@ from megatron_lite.config.arguments import to_argv
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
-from megatron_lite.ops.watch_metrics import MetricsReader
+from megatron_lite.ops.watch_metrics import METRICS_NAME, MetricsReader, metrics_path
 from megatron_lite.runs.catalog import LATEST_NAME, is_complete, latest_iteration, list_iterations, locate
 from megatron_lite.runs.manifest import MANIFEST_NAME, read_manifest
 from megatron_lite.runs.rollback import WEIGHTS_FOLDER
@@ -118,9 +118,10 @@ def select_logs(run: Path, patterns: Sequence[str]) -> Batch:
     Raises:
         ConfigError: a pattern matches no file.
     """
-    reader = MetricsReader(run / "metrics.jsonl")
+    reader = MetricsReader(metrics_path(run))
     reader.refresh()
-    files = [_log(path, path.name) for path in sorted(run.iterdir()) if _is_log(path)]
+    files = [_log(reader.path, METRICS_NAME)] if reader.path.is_file() else []
+    files += [_log(path, path.name) for path in sorted(run.iterdir()) if _is_log(path)]
     folders = {run / name: name for name in LOG_FOLDERS}
     config = reader.start.get("config", {})
     if written := config.get("metrics", {}).get("tensorboard_dir", ""):

@@ -16,7 +16,7 @@ from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.ops.watch_job import ACTIVE, JobStatus, Queue, job_status
-from megatron_lite.ops.watch_metrics import MetricsReader
+from megatron_lite.ops.watch_metrics import MetricsReader, metrics_path
 from megatron_lite.runs.catalog import latest_iteration, locate
 from megatron_lite.runs.manifest import MANIFEST_NAME, read_manifest
 from megatron_lite.runs.rollback import ROLLBACKS_NAME
@@ -125,7 +125,7 @@ class RunWatch:
         self, folder: Path, queue: Queue, *, jobs: Sequence[str] = (), clock: Callable[[], float] = time.time
     ) -> None:
         self.folder = folder
-        self.metrics = MetricsReader(folder / "metrics.jsonl")
+        self.metrics = MetricsReader(metrics_path(folder))
         self._queue = queue
         self._jobs = jobs
         self._clock = clock
@@ -134,6 +134,8 @@ class RunWatch:
 
     def observe(self) -> RunStatus:
         """Return the run's status now."""
+        if not self.metrics.path.exists():
+            self.metrics.path = metrics_path(self.folder)
         now, metrics = self._clock(), self.metrics
         metrics.refresh()
         job = job_status(self.folder, self._queue, last_record=metrics.last_time, jobs=self._jobs, now=now)

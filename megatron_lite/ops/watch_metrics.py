@@ -8,8 +8,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_lite.errors import CheckpointError
+from megatron_lite.runs.catalog import latest_iteration, locate
+from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.metrics_file import decode, loss_point
 
+METRICS_NAME = "metrics.jsonl"
 SPIKE = re.compile(r"WARNING: loss spike: the loss rose to (\S+) in iterations (\d+) to (\d+)")
 """Message of lifecycle/spikes.py."""
 CHUNK = 16 * 2**20
@@ -21,6 +25,19 @@ MEASUREMENTS = 3
 """Measurements of the ranks' compute times that are kept: one slow iteration makes no straggler."""
 MAX_POINTS = 40_000
 _ITERATION = b'{"kind": "iteration"'
+
+
+def metrics_path(run: Path) -> Path:
+    """Return the metrics file of a run: in its folder, or at the --metrics-file that its latest checkpoint records."""
+    path = run / METRICS_NAME
+    if path.exists() or (iteration := latest_iteration(run)) is None:
+        return path
+    try:
+        config = read_manifest(locate(run, iteration)).provenance.config
+    except CheckpointError:
+        return path
+    given = config.get("metrics", {}).get("metrics_file", "")
+    return Path(given) if given else path
 
 
 class MetricsReader:

@@ -13,6 +13,7 @@ from megatron_lite.ops.watch_job import QUEUE_SECONDS, STATES, Queue, run_commen
 from megatron_lite.runs.exit_status import ExitStatus
 from megatron_lite.runs.lock import HEARTBEAT_SECONDS
 from megatron_lite.runs.lock_file import LOCK_NAME, Owner
+from megatron_lite.runs.manifest import Manifest, Provenance, encode_manifest
 from megatron_lite.runs.metrics_file import encode
 from megatron_lite.runs.process import ProcessId, this_process
 
@@ -205,6 +206,17 @@ def test_values_of_a_run(cluster, folder):
     assert (status.rollbacks, status.eta, status.train_iterations) == (2, None, 100)
     assert status.free > 0 and status.to_json()["loss"] == "NaN"
     assert status.to_json()["job"]["state"] == "killed"
+
+
+def test_metrics_in_another_file(cluster, folder, tmp_path):
+    metrics(folder, start(), iteration(7))
+    (folder / "metrics.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    provenance = Provenance(config={"metrics": {"metrics_file": str(tmp_path / "elsewhere.jsonl")}})
+    (folder / "iter_0000005").mkdir()
+    (folder / "iter_0000005/manifest.json").write_bytes(encode_manifest(Manifest(5, {}, {}, {}, provenance, {})))
+    assert observe(folder).iteration is None
+    (folder / "latest_checkpointed_iteration.txt").write_text("5\n")
+    assert observe(folder).iteration == 7
 
 
 def test_a_latest_file_without_its_checkpoint(cluster, folder):
