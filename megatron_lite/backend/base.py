@@ -36,6 +36,8 @@ class Capabilities:
     dtypes: frozenset[str] = frozenset({"fp32", "bf16", "fp16"})
     fused_adam: bool = True
     compile: bool = True
+    fp8: bool = True
+    """Matrix products of 8-bit values, or their emulation."""
     max_world: int | None = None
     """Largest number of ranks; None: no limit."""
 

@@ -136,9 +136,10 @@ class CudaBackend(Backend):
         return {**super().library_versions(), "CUDA": torch.version.cuda or torch.version.hip or "", "NCCL": nccl}
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities; bf16 needs Ampere or newer."""
+        """Return the capabilities; bf16 needs Ampere or newer, fp8 Ada or Hopper."""
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())))
+        fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
+        return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())), fp8=fp8)
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy through pinned memory, so that the host does not wait."""

@@ -10,6 +10,7 @@ from megatron_lite.config import (
     batch,
     checkpoint,
     data,
+    fp8,
     model,
     optimizer,
     parallel,
@@ -38,6 +39,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
     *parallel.RESOLVERS,
     *model.RESOLVERS,
     *optimizer.RESOLVERS,
+    *fp8.RESOLVERS,
     *runtime.RESOLVERS,
     *checkpoint.RESOLVERS,
     *data.RESOLVERS,
@@ -53,6 +55,7 @@ RULES: tuple[Rule, ...] = (
     *tokenizer.RULES,
     *checkpoint.RULES,
     *profiling.RULES,
+    *fp8.RULES,
 )
 
 

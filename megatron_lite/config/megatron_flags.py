@@ -193,9 +193,10 @@ refused: Offloading to the CPU is not implemented. Use --checkpoint-activations,
     --optimizer-offload-fraction --cpu-offloading-num-layers --fine-grained-activation-offloading
     --fine-grained-offloading-max-inflight-offloads --activation-offload-fraction --offload-modules
     --min-offloaded-tensor-size --delta-offload-bytes-across-pp-ranks --cpu-offloading-*
-refused: fp8 and fp4 are not implemented. Use --bf16
-    --fp8-format --fp8-recipe --fp8-amax-compute-algo --fp8-amax-history-len --fp8-param-gather --fp4-format
-    --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --fp8-* --fp4-*
+refused: Parameters stay in bf16, and fp4 is not implemented. Use --fp8-format without this flag
+    --fp8-param-gather --fp4-format --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --fp8-* --fp4-*
+no effect: scales are those of the present values; no history of maxima is kept
+    --fp8-amax-compute-algo --fp8-amax-history-len --fp8-margin --fp8-interval
 refused: All parameters have the same learning rate. Remove the flag
     --decoupled-lr --decoupled-min-lr --dump-param-to-param-group-map --no-weight-decay-cond-type
 refused: Only the core of attention can be recomputed alone. Use --recompute-granularity selective or full

@@ -8,6 +8,7 @@ from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.command import CommandOptions
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.fp8 import Fp8Config
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
@@ -29,6 +30,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

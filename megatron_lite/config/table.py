@@ -21,6 +21,7 @@ GROUPS = {
     "lr": "Learning rate",
     "optimizer": "Optimizer",
     "precision": "Precision",
+    "fp8": "FP8",
     "recompute": "Recomputation",
     "parallel": "Parallelism",
     "command": "DeepSpeed",

@@ -5,6 +5,7 @@ Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.attention import AttentionContext, KVCache
 from megatron_lite.model.batch import MicroBatch
@@ -21,6 +21,7 @@ from megatron_lite.model.head import WORD_EMBEDDINGS, Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
+from megatron_lite.parallel.fp8 import fp8_of
 from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.mesh import Mesh
@@ -35,16 +36,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Decoder(nn.Module):
     """Layers of a stage, keyed by their numbers in the whole model, and the final norm after the last layer."""
 
-    def __init__(
-        self, config: ModelConfig, layers: range, sharding: Sharding, rng: RngStreams, recompute: RecomputeConfig
-    ) -> None:
+    def __init__(self, run: RunConfig, layers: range, sharding: Sharding, rng: RngStreams) -> None:
         super().__init__()
-        selective = recompute.granularity == "selective"
+        config = run.model
+        selective = run.recompute.granularity == "selective"
+        in_fp8 = replace(sharding, fp8=fp8_of(run.fp8))
         self.layers = nn.ModuleDict(
-            {str(layer): TransformerLayer(config, layer, sharding, rng, selective) for layer in layers}
+            {
+                str(layer): TransformerLayer(
+                    config, layer, in_fp8 if run.fp8.covers(layer, config.num_layers) else sharding, rng, selective
+                )
+                for layer in layers
+            }
         )
         self.final_norm = hidden_norm(config, sharding) if layers.stop == config.num_layers else None
-        self.units = recompute_units(len(layers), recompute)
+        self.units = recompute_units(len(layers), run.recompute)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
@@ -90,7 +96,7 @@ class GPTStage(nn.Module):
         self.embedding = Embedding(model, sharding, rng) if layers.start == 0 else None
         self.mask = AttentionMask(model, sharding)
         self.rotary = RotaryEmbedding(model) if model.position_embedding == "rotary" else None
-        self.decoder = Decoder(model, layers, sharding, rng, config.recompute)
+        self.decoder = Decoder(config, layers, sharding, rng)
         self.output_layer: Head | None = None
         if layers.stop == model.num_layers:
             embedding = self.embedding if model.tied_embeddings else None

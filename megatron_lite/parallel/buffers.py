@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
+from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import accumulate_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedParameter
@@ -144,7 +145,9 @@ class ParameterBuffers:
             self.gradient(param).add_(gradient)
         self._reduction.arrived(param)
 
-    def accumulate_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True) -> None:
+    def accumulate_product(
+        self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True, fp8: Fp8 | None = None
+    ) -> None:
         """Add gradientᵀ x to the gradient of a weight; see parallel/gemm.py.
 
         Args:
@@ -152,8 +155,9 @@ class ParameterBuffers:
             gradient: [..., o], of the product's output.
             x: [..., i], the product's input.
             last: it counts as the arrival of the weight's gradient. False: more of this micro-batch follows.
+            fp8: formats of the product; None: the dtype of `x`.
         """
-        accumulate_weight_gradient_(self.gradient(weight), gradient, x, first=self._is_first(weight))
+        accumulate_weight_gradient_(self.gradient(weight), gradient, x, first=self._is_first(weight), fp8=fp8)
         if last:
             self._reduction.arrived(weight)
 

@@ -1,7 +1,6 @@
 """Matrix products (GEMM) of linear layers: forward, input gradient, weight gradient, deferred weight gradients.
 
-Every large product of the model goes through this module: another implementation (fp8, a weight gradient fused with its
-accumulation) replaces the three functions below.
+Every large product of the model goes through this module, in the dtype of its operands or in fp8 (parallel/fp8.py).
 
 Letters: i input channels, o output channels.
 """
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.backend.group import Group
+from megatron_lite.parallel.fp8 import Fp8
 
 Key = tuple[int, int]
 """(stage, micro-batch)."""
@@ -28,29 +28,40 @@ _ROWS = 16384
 class Accumulate(Protocol):
     """Adds the weight gradient gradientᵀ x to the weight's buffer (ParameterBuffers.accumulate_product)."""
 
-    def __call__(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True) -> None:
+    def __call__(
+        self, weight: nn.Parameter, gradient: Tensor, x: Tensor, /, *, last: bool = True, fp8: Fp8 | None = None
+    ) -> None:
         """Add the product; `last`: no other product of this micro-batch follows for the weight."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp8: Fp8 | None = None) -> Tensor:
     """Return x Wᵀ + b: `x` [..., i], `weight` [o, i], `bias` [o] -> [..., o].
 
-    Called outside of an autograd function, torch computes the gradients with products of its own.
+    Called outside of an autograd function, without fp8, torch computes the gradients with products of its own.
     """
-    return F.linear(x, weight, bias)
+    if fp8 is None:
+        return F.linear(x, weight, bias)
+    y = fp8.product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
-def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+def input_gradient(gradient: Tensor, weight: Tensor, fp8: Fp8 | None = None) -> Tensor:
     """Return gradient W: `gradient` [..., o], `weight` [o, i] -> [..., i]."""
-    return torch.matmul(gradient, weight)
+    if fp8 is None:
+        return torch.matmul(gradient, weight)
+    product = fp8.product(gradient.flatten(0, -2), weight.t(), gradient=True)
+    return product.unflatten(0, gradient.shape[:-1])
 
 
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(gradient: Tensor, x: Tensor, fp8: Fp8 | None = None) -> Tensor:
     """Return gradientᵀ x: `gradient` [..., o], `x` [..., i] -> [o, i], summed over the leading dims."""
-    return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), gradient=True)
 
 
-def accumulate_weight_gradient_(out: Tensor, gradient: Tensor, x: Tensor, *, first: bool) -> None:
+def accumulate_weight_gradient_(
+    out: Tensor, gradient: Tensor, x: Tensor, *, first: bool, fp8: Fp8 | None = None
+) -> None:
     """Add gradientᵀ x to `out`.
 
     In fp32 the product accumulates into `out` itself. Otherwise it is a temporary tensor in the dtype of `x`, of a
@@ -61,13 +72,14 @@ def accumulate_weight_gradient_(out: Tensor, gradient: Tensor, x: Tensor, *, fir
         gradient: [..., o], of the product's output.
         x: [..., i], the product's input.
         first: overwrite `out`, whose values are of an earlier iteration.
+        fp8: formats of the product; None: the dtype of `x`.
     """
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if x.dtype == out.dtype:
         torch.addmm(out, gradient.t(), x, beta=0 if first else 1, out=out)
         return
     for rows, part in zip(out.split(_ROWS), gradient.split(_ROWS, dim=-1), strict=True):
-        product = weight_gradient(part, x)
+        product = weight_gradient(part, x, fp8)
         rows.copy_(product) if first else rows.add_(product)
 
 
@@ -78,6 +90,7 @@ class _Product(NamedTuple):
     gradient: Tensor
     x: Tensor
     gather: Group | None
+    fp8: Fp8 | None
 
 
 class DeferredWeightGradients:
@@ -101,7 +114,14 @@ class DeferredWeightGradients:
         finally:
             self._open = None
 
-    def defer(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, gather: Group | None = None) -> None:
+    def defer(
+        self,
+        weight: nn.Parameter,
+        gradient: Tensor,
+        x: Tensor,
+        gather: Group | None = None,
+        fp8: Fp8 | None = None,
+    ) -> None:
         """Store the operands of one weight gradient.
 
         Args:
@@ -110,14 +130,15 @@ class DeferredWeightGradients:
             x: [..., i], the layer's input.
             gather: group that splits the sequence: `x` is all-gathered over it when the product is computed; None: `x`
                 has the whole sequence.
+            fp8: formats of the product; None: the dtype of `x`.
         """
         assert self._open is not None, "backward of a stage with deferred weight gradients must run inside collect()"
-        self._open.append(_Product(weight, gradient, x, gather))
+        self._open.append(_Product(weight, gradient, x, gather, fp8))
 
     @torch.no_grad()
     def compute(self, key: Key, accumulate: Accumulate) -> None:
         """Compute the weight gradients stored under `key`, in the order of backward, and accumulate each."""
         products = self._products.pop(key)
         while products:
-            weight, gradient, x, gather = products.popleft()
-            accumulate(weight, gradient, x if gather is None else gather.all_gather(x))
+            weight, gradient, x, gather, fp8 = products.popleft()
+            accumulate(weight, gradient, x if gather is None else gather.all_gather(x), fp8=fp8)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
+from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter, vocabulary_parameter
 from megatron_lite.parallel.tensor_parallel import (
@@ -37,6 +38,8 @@ class Sharding:
     backend: Backend
     deferred: DeferredWeightGradients | None = None
     """Stores the operands of weight gradients; None: backward computes them."""
+    fp8: Fp8 | None = None
+    """Formats of the products of linear layers; None: the dtype."""
 
     @property
     def split_sequence(self) -> bool:
@@ -72,7 +75,7 @@ class ColumnParallelLinear(nn.Module):
         """`x` [s, b, in] (sequence parallel: [s/tp, b, in]) -> [s, b, out/tp]."""
         sharding = self.sharding
         return column_parallel_linear(
-            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred
+            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, sharding.fp8
         )
 
     def named(self, name: str) -> Iterator[NamedParameter]:
@@ -115,7 +118,9 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, in/tp] -> [s, b, out] (sequence parallel: [s/tp, b, out])."""
         sharding = self.sharding
-        return row_parallel_linear(x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred)
+        return row_parallel_linear(
+            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, sharding.fp8
+        )
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """Yield the parameters under the module's global name."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from megatron_lite.backend.group import Group, Work
+from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import DeferredWeightGradients, input_gradient, linear, weight_gradient
 
 _Deferral = tuple[DeferredWeightGradients, nn.Parameter]
@@ -30,6 +31,7 @@ def column_parallel_linear(
     group: Group,
     sequence_parallel: bool,
     deferred: DeferredWeightGradients | None = None,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """Return x Wᵀ + b, where each rank holds some rows of W (output channels).
 
@@ -40,6 +42,7 @@ def column_parallel_linear(
         group: the tensor-parallel group.
         sequence_parallel: whether `x` is split along the sequence; it is all-gathered first.
         deferred: stores the weight gradient's operands; None: backward computes the weight gradient.
+        fp8: formats of the products; None: the dtype of `x`.
 
     Returns:
         [s, b, o/tp].
@@ -47,11 +50,11 @@ def column_parallel_linear(
     if deferred is not None:
         # The weight is detached: autograd would otherwise call the weight's hooks without a gradient.
         return _outside_graph(
-            _ColumnParallelLinear, x, weight.detach(), bias, group, sequence_parallel, (deferred, weight)
+            _ColumnParallelLinear, x, weight.detach(), bias, group, sequence_parallel, (deferred, weight), fp8
         )
-    if group.size == 1:
+    if group.size == 1 and fp8 is None:
         return linear(x, weight, bias)
-    return _ColumnParallelLinear.apply(x, weight, bias, group, sequence_parallel, None)
+    return _ColumnParallelLinear.apply(x, weight, bias, group, sequence_parallel, None, fp8)
 
 
 def row_parallel_linear(
@@ -61,6 +64,7 @@ def row_parallel_linear(
     group: Group,
     sequence_parallel: bool,
     deferred: DeferredWeightGradients | None = None,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """Return x Wᵀ + b, where each rank holds some columns of W (input channels): the sum of every rank's product.
 
@@ -71,16 +75,17 @@ def row_parallel_linear(
         group: the tensor-parallel group.
         sequence_parallel: whether the result is split along the sequence.
         deferred: as for column_parallel_linear.
+        fp8: as for column_parallel_linear.
 
     Returns:
         [s, b, o], the same on every rank; under sequence parallelism this rank's [s/tp, b, o].
     """
     if deferred is not None:
-        y = _outside_graph(_RowParallelLinear, x, weight.detach(), group, sequence_parallel, (deferred, weight))
-    elif group.size == 1:
+        y = _outside_graph(_RowParallelLinear, x, weight.detach(), group, sequence_parallel, (deferred, weight), fp8)
+    elif group.size == 1 and fp8 is None:
         return linear(x, weight, bias)
     else:
-        y = _RowParallelLinear.apply(x, weight, group, sequence_parallel, None)
+        y = _RowParallelLinear.apply(x, weight, group, sequence_parallel, None, fp8)
     return y if bias is None else y + bias
 
 
@@ -121,11 +126,12 @@ class _ColumnParallelLinear(Function):
         group: Group,
         sequence_parallel: bool,
         deferral: _Deferral | None,
+        fp8: Fp8 | None,
     ) -> Tensor:
         # Only this rank's part of x is saved; backward gathers it again. That is the memory sequence parallelism saves.
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.sequence_parallel, ctx.deferral = group, sequence_parallel, deferral
-        return linear(group.all_gather(x) if sequence_parallel else x, weight, bias)
+        ctx.group, ctx.sequence_parallel, ctx.deferral, ctx.fp8 = group, sequence_parallel, deferral, fp8
+        return linear(group.all_gather(x) if sequence_parallel else x, weight, bias, fp8)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,13 +142,13 @@ class _ColumnParallelLinear(Function):
         overlap = not torch.compiler.is_compiling()
         if ctx.deferral is not None:
             deferred, parameter = ctx.deferral
-            deferred.defer(parameter, grad, x, group if sequence_parallel else None)
+            deferred.defer(parameter, grad, x, group if sequence_parallel else None, ctx.fp8)
         gathered, gathering = x, None
         if sequence_parallel and needs_weight:
             x = x.contiguous()
             gathered = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
             gathering = group.all_gather_(gathered, x, async_op=overlap)
-        grad_x = input_gradient(grad, weight) if needs_x else None
+        grad_x = input_gradient(grad, weight, ctx.fp8) if needs_x else None
         _wait(gathering)
         reducing = None
         if grad_x is not None and sequence_parallel:
@@ -151,20 +157,26 @@ class _ColumnParallelLinear(Function):
         elif grad_x is not None:
             reducing = group.all_reduce_(grad_x, async_op=overlap)
         # These overlap with the reduction of grad_x.
-        grad_weight = weight_gradient(grad, gathered) if needs_weight else None
+        grad_weight = weight_gradient(grad, gathered, ctx.fp8) if needs_weight else None
         grad_bias = grad.sum(dim=(0, 1)) if needs_bias else None
         _wait(reducing)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class _RowParallelLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferral: _Deferral | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        group: Group,
+        sequence_parallel: bool,
+        deferral: _Deferral | None,
+        fp8: Fp8 | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.sequence_parallel, ctx.deferral = group, sequence_parallel, deferral
-        y = linear(x, weight)
+        ctx.group, ctx.sequence_parallel, ctx.deferral, ctx.fp8 = group, sequence_parallel, deferral, fp8
+        y = linear(x, weight, fp8=fp8)
         if sequence_parallel:
             return group.reduce_scatter(y)
         group.all_reduce_(y)
@@ -175,12 +187,12 @@ class _RowParallelLinear(Function):
         x, weight = ctx.saved_tensors
         if ctx.sequence_parallel:
             grad = ctx.group.all_gather(grad)
-        grad_x = input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_x = input_gradient(grad, weight, ctx.fp8) if ctx.needs_input_grad[0] else None
         if ctx.deferral is not None:
             deferred, parameter = ctx.deferral
-            deferred.defer(parameter, grad, x)
-        grad_weight = weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None, None
+            deferred.defer(parameter, grad, x, fp8=ctx.fp8)
+        grad_weight = weight_gradient(grad, x, ctx.fp8) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _ReduceFromGroup(Function):

@@ -75,6 +75,12 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             f"{backend.device_name()} does not support --compile (torch.compile)",
             fix="Remove --compile, or use another --device",
         )
+    if config.fp8.format != "off" and not able.fp8:
+        raise ConfigError(
+            f"{backend.device_name()} has no fp8 matrix products (--fp8-format {config.fp8.format})",
+            rule="A GPU of compute capability 8.9 or higher has them",
+            fix="Remove --fp8-format",
+        )
     if able.max_world is not None and config.parallel.world_size > able.max_world:
         raise ConfigError(
             f"--device {backend.name} supports at most {able.max_world} ranks, and the job has "

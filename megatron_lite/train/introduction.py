@@ -48,6 +48,9 @@ def _model(config: RunConfig, size: ModelSize) -> str:
 def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
     parallel = config.parallel
     text = f"{backend.device_name()}, {config.precision.dtype}"
+    if config.fp8.format != "off":
+        emulated = "" if backend.name == "cuda" else ", emulated"
+        text += f" with fp8 products ({config.fp8.format}, {config.fp8.recipe}{emulated})"
     if config.runtime.compile != "off":
         text += f", compiled by {config.runtime.compile} (in the first iteration, which takes a while)"
     if parallel.world_size == 1:

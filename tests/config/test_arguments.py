@@ -179,6 +179,8 @@ def _changed(kind, value):
 
 
 SPECIAL = {
+    "fp8.format": "hybrid",
+    "fp8.recipe": "rowwise",
     "runtime.attention": "fused",
     "runtime.compile": "layer",
     "profile.ranks": (0, 7),
@@ -227,6 +229,7 @@ SPECIAL = {
     "runtime.device": "cpu",
 }
 COMPANIONS = {
+    "fp8.format": {"precision": {"dtype": "bf16"}, "batch": {"micro_batch_size": 2}},
     "training.train_samples": {"training": {"train_iters": 0}},
     "lr.decay_samples": {"training": {"train_iters": 0, "train_samples": 800}},
     "lr.warmup_samples": {"training": {"train_iters": 0, "train_samples": 800}},

@@ -30,9 +30,9 @@ def test_deferred_weight_gradients_equal_backward(again):
     inputs = torch.randn(2, 3, 5, 4)
     done = []
 
-    def accumulate(weight, gradient, x):
+    def accumulate(weight, gradient, x, **options):
         done.append(weight)
-        add_to_grad(weight, gradient, x)
+        add_to_grad(weight, gradient, x, **options)
 
     for number, x in enumerate(inputs):
         plain, split = x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -7,6 +7,7 @@ from support.stage_backward import run_backward
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.fp8 import Fp8Config
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -34,13 +35,14 @@ def make_batch(masked=False):
     return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask)
 
 
-def make_stage(backend, parallel, model, recompute=None):
+def make_stage(backend, parallel, model, recompute=None, fp8=None):
     mesh = build_mesh(backend, parallel)
     config = RunConfig(
         model=ModelConfig(**model),
         batch=BatchConfig(seq_length=16, micro_batch_size=3),
         parallel=parallel,
         recompute=recompute or RecomputeConfig(),
+        fp8=fp8 or Fp8Config(),
     )
     rng = RngStreams(5, backend, mesh.tp.rank)
     rng.set_microbatch(3, 1)
@@ -55,9 +57,9 @@ def make_stage(backend, parallel, model, recompute=None):
     return stage
 
 
-def run(backend, parallel, model, recompute=None, masked=True):
+def run(backend, parallel, model, recompute=None, masked=True, fp8=None):
     """Return loss, logits and gradients of one step; gradients as (name, global shape, offset, tensor)."""
-    stage = make_stage(backend, parallel, model, recompute)
+    stage = make_stage(backend, parallel, model, recompute, fp8)
     batch = make_batch(masked)
     logits = stage.logits(None, batch).detach()
     loss = run_backward(stage, batch)
@@ -130,6 +132,24 @@ def test_recomputation_with_dropout_is_bit_exact(on_ranks, recompute, tp):
     assert kept[0] == again[0]
     for (name, _, _, one), (_, _, _, two) in zip(kept[2], again[2], strict=True):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_fp8_with_tensor_and_sequence_parallelism(on_ranks, recipe):
+    """Other parts of the operands have other scales: the results are those of one device up to fp8's rounding."""
+    fp8, parallel = (
+        Fp8Config(format="hybrid", recipe=recipe),
+        ParallelConfig(world_size=2, tp=2, sequence_parallel=True),
+    )
+    plain = run(alone(), ParallelConfig(), GPT2)
+    whole = run(alone(), ParallelConfig(), GPT2, fp8=fp8)
+    split = on_ranks(2, run, parallel, GPT2, None, True, fp8)
+    assert whole[0] != plain[0]
+    assert [result[0] for result in split] == pytest.approx([whole[0]] * 2, rel=0.01)
+    expected = {name: part for name, _, _, part in plain[2]}
+    for found in (assemble(split), {name: part for name, _, _, part in whole[2]}):
+        for name, gradient in found.items():
+            assert (gradient - expected[name]).norm() <= 0.3 * expected[name].norm(), name
 
 
 def steps(backend, parallel, model, compiled):

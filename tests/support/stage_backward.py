@@ -3,9 +3,9 @@
 from megatron_lite.parallel.gemm import weight_gradient
 
 
-def add_to_grad(weight, gradient, x, *, last=True):
+def add_to_grad(weight, gradient, x, *, last=True, fp8=None):
     """Add a weight gradient to `weight.grad`, as ParameterBuffers.accumulate_product adds it to a buffer."""
-    product = weight_gradient(gradient, x)
+    product = weight_gradient(gradient, x, fp8)
     weight.grad = product if weight.grad is None else weight.grad.add_(product)
 
 

@@ -2,6 +2,9 @@
 
 FROM_FLAGS = {
     "--compile all": "layer, stage, off, or no value",
+    # fp8
+    "--fp8-format hybrid": "--fp8-format hybrid is combined with fp32 parameters. Everything except the matrix",
+    "--bf16 --fp8-format e4m3 --ffn-hidden-size 100": "multiples of 16, and the MLP width per rank is 100",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
     "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",
