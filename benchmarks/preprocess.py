@@ -1,6 +1,6 @@
-"""Preprocessing benchmark: against the tokenizer library alone, the design of Megatron's tools, and more workers.
+"""Preprocessing benchmark: against the tokenizer libraries alone, the design of Megatron's tools, and more workers.
 
-    python benchmarks/preprocess.py                 rates and ratios, about three minutes
+    python benchmarks/preprocess.py                 rates and ratios, about two minutes
     python benchmarks/preprocess.py --memory        peak memory at 200 MB and 2 GB of input, about four minutes
 
 The text is this Python's standard library. Rates are of text (UTF-8), best of `--repeats`, in turns in one process;
@@ -44,7 +44,7 @@ MEMORY_TEXT = 4e6
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, default=400, help="text that our fast sides read (400)")
+    parser.add_argument("--mb", type=float, default=1000, help="text that the fast sides read (1000)")
     parser.add_argument("--slow-mb", type=float, default=30, help="text that the slow sides read (30)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--vocab-file", default="", help="vocab.json; without it a BPE of 8192 is trained")
@@ -94,20 +94,23 @@ class Side(NamedTuple):
 def compare_rates(texts: list[str], few: list[str], config: TokenizerConfig, folder: Path, repeats: int) -> None:
     """Measure the variants in turns and print rates and ratios; slow variants read the `few` texts."""
     all_of_it, part = write_corpus(texts, folder / "corpus.jsonl"), write_corpus(few, folder / "part.jsonl")
-    quarter, third = texts[: len(texts) // 4], few[: len(few) // 3]
+    third = few[: len(few) // 3]
     third_of_it = write_corpus(third, folder / "third.jsonl")
-    tokenizer, plain = (
-        read_gpt2(config.vocab_file, config.merge_file, use_fast=use_fast) for use_fast in (True, False)
+    giga, tik, plain = (
+        read_gpt2(config.vocab_file, config.merge_file, encoders=encoders)
+        for encoders in (("gigatoken",), ("tiktoken",), ())
     )
-    fast = tokenizer._fast
-    if fast is None:
-        raise SystemExit("tiktoken is not installed, or this vocabulary is not for it")
+    gigatoken, tiktoken = giga.fast, tik.fast
+    if gigatoken is None or tiktoken is None:
+        raise SystemExit("gigatoken or tiktoken is not installed, or this vocabulary is not for it")
     slow = replace(config, fast=False)
     much, little = megabytes_of(texts), megabytes_of(few)
     sides = {
+        "gigatoken, 1 thread": Side(
+            lambda: in_batches(lambda batch: list(map(gigatoken._library.encode, batch)), texts), much
+        ),
         "tiktoken, batch, 1 thread": Side(
-            lambda: in_batches(lambda batch: fast._library.encode_ordinary_batch(batch, num_threads=1), quarter),
-            megabytes_of(quarter),
+            lambda: in_batches(lambda batch: tiktoken._library.encode_ordinary_batch(batch, num_threads=1), few), little
         ),
         "preprocess, 1 worker": Side(lambda: ours(all_of_it, config, folder, 1), much),
         "preprocess, 2 workers": Side(lambda: ours(all_of_it, config, folder, 2), much),
@@ -122,10 +125,13 @@ def compare_rates(texts: list[str], few: list[str], config: TokenizerConfig, fol
             side.run()
             wall[name] = max(wall[name], side.megabytes / (time.perf_counter() - began))
             cpu[name] = max(cpu[name], side.megabytes / (sum(os.times()[:4]) - worked))
-    print(f"{much:.0f} MB of text, {len(texts)} documents, vocabulary {tokenizer.vocab_size}")
+    print(f"{much:.0f} MB of text, {len(texts)} documents, vocabulary {plain.vocab_size}")
     print(f"  {'':34s}    MB   MB/s   MB per CPU second")
     for name, side in sides.items():
         print(f"  {name:34s} {side.megabytes:5.0f} {wall[name]:6.2f} {cpu[name]:6.2f}")
+    one = cpu["preprocess, 1 worker"]
+    print(f"  {'1 worker, MB per CPU second':34s} {one:6.1f}  (at least 100: {'yes' if one >= 100 else 'NO'})")
+    print(f"  {'1 worker / gigatoken alone':34s} {one / cpu['gigatoken, 1 thread']:6.2f}")
     for title, ours_is, other, rates, goal in (
         ("1 worker / tiktoken alone", "preprocess, 1 worker", "tiktoken, batch, 1 thread", cpu, 0.9),
         ("the same with tokenizers", "preprocess, 1 worker, tokenizers", "tokenizers, batch, 1 thread", cpu, 0.9),

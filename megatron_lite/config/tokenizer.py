@@ -67,7 +67,9 @@ class TokenizerConfig:
     fast: bool = option(
         True,
         Flag(
-            "--no-fast-tokenizer", "Encode with the tokenizer's own library instead of tiktoken (same ids).", sets=False
+            "--no-fast-tokenizer",
+            "Encode with the tokenizer's own library instead of gigatoken or tiktoken (same ids).",
+            sets=False,
         ),
     )
 

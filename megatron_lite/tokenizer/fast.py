@@ -6,18 +6,19 @@ the order of token ids. Both give the same ids if every token is a byte or has e
 order of merges, and the bytes of every token merge to this token: a state of BPE is determined by its bytes, so no
 other pair that forms the token can ever be adjacent (the argument of Berglund & van der Merwe, "Formalizing BPE
 Tokenization", for the rules up to each merge). The fast encoder is used only under these conditions, which `build` and
-huggingface.py check; tests compare ids over all of Unicode.
+`build_for` check; tests compare ids over all of Unicode.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from megatron_lite.tokenizer.base import TokenBatch
 
 if TYPE_CHECKING:
     import tiktoken
+    import tokenizers
 
 Ids = npt.NDArray[np.uint32]
 GROUP = 1 << 20
@@ -62,6 +64,31 @@ def byte_of_symbol() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def build_for(library: tokenizers.Tokenizer) -> FastByteBpe | None:
+    """Return the tiktoken encoder of a byte-level BPE like GPT-2's; None for other tokenizers."""
+    import tokenizers as hf
+
+    if not isinstance(library.model, hf.models.BPE):
+        return None
+    spec: dict[str, Any] = json.loads(library.to_str())
+    model, cutter = spec["model"], spec["pre_tokenizer"]
+    plain_model = not any(
+        model.get(key) for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    )
+    byte_level = (
+        cutter is not None
+        and cutter["type"] == "ByteLevel"
+        and not cutter["add_prefix_space"]
+        and cutter.get("use_regex", True)
+    )
+    if not (plain_model and byte_level and spec["normalizer"] is None):
+        return None
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    if not all(len(library.model.tokenize(left + right)) == 1 for left, right in merges):
+        return None
+    return build(model["vocab"], merges)
 
 
 def build(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> FastByteBpe | None:
@@ -119,12 +146,10 @@ class FastByteBpe:
             np.add.at(lengths, [text for text, _ in group], batch.lengths)
         return TokenBatch(np.concatenate(ids), lengths)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of one text; raises the errors of `encode_flat`."""
-        if len(text) > MAX_PIECE:
-            return self.encode_flat([text]).ids.tolist()
-        text.encode("utf-8")
-        return self._library.encode_ordinary(text)
+    @staticmethod
+    def is_uncertain(text: str) -> bool:
+        """Return False: both libraries classify all characters alike."""
+        return False
 
     def _encode_group(self, group: Sequence[str]) -> TokenBatch:
         """Return the ids of a group of short pieces, or of a single long one."""

@@ -1,4 +1,4 @@
-"""Hugging Face and GPT-2 tokenizers: encoding with the `tokenizers` library, or with tiktoken if the ids are the same.
+"""Hugging Face and GPT-2 tokenizers: encoding with the `tokenizers` library, or a faster one that gives the same ids.
 
 `read_gpt2` reads vocab.json + merges.txt, `read_hugging_face` tokenizer.json.
 """
@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_lite.config.files import cached_tokenizer
 from megatron_lite.config.text_file import require_text, text_lines
 from megatron_lite.errors import DataError, install_extra
-from megatron_lite.tokenizer import fast
+from megatron_lite.tokenizer import fast, gigatoken_bpe
 from megatron_lite.tokenizer.base import (
     EOD_NAMES,
     TokenBatch,
@@ -30,13 +33,17 @@ from megatron_lite.tokenizer.base import (
 if TYPE_CHECKING:
     import tokenizers
 
+FastEncoder = gigatoken_bpe.GigatokenBpe | fast.FastByteBpe
+ENCODERS = ("gigatoken", "tiktoken")
+"""Libraries that encode faster than `tokenizers`, in order of preference."""
+
 MAX_ID = 1 << 31
 MAX_SLOW = 1 << 24
 """Maximum characters of a text that is encoded with the `tokenizers` library (up to 130 bytes of memory each)."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Tokenizer of the `tokenizers` library, encoding with tiktoken if the ids are the same.
+    """Tokenizer of the `tokenizers` library, encoding with a faster library if the ids are the same.
 
     Args:
         library: the tokenizer; truncation, padding and BPE dropout are disabled, and the template of its post-processor
@@ -44,7 +51,8 @@ class HuggingFaceTokenizer(Tokenizer):
         eod_token: name of the end-of-document token; empty: `declared_eod`, or else the common names.
         declared_eod: name of the end-of-sequence token in the tokenizer's files.
         declared_bos: name of the beginning-of-sequence token in the tokenizer's files.
-        use_fast: encode with tiktoken if the ids are provably the same.
+        encoders: faster libraries to encode with, in order of preference; the first one that is installed and suits the
+            tokenizer is used.
     """
 
     def __init__(
@@ -54,7 +62,7 @@ class HuggingFaceTokenizer(Tokenizer):
         eod_token: str = "",
         declared_eod: str = "",
         declared_bos: str = "",
-        use_fast: bool = True,
+        encoders: Sequence[str] = ENCODERS,
     ) -> None:
         library.no_truncation()
         library.no_padding()
@@ -67,7 +75,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self._vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
         self.unknown = _unknown_id(library)
         self._added = tuple(token.content for token in library.get_added_tokens_decoder().values())
-        self._fast = fast_encoder(library) if use_fast else None
+        self._holds_added = re.compile("|".join(map(re.escape, self._added))).search if self._added else None
+        self._encoders = tuple(encoders)
+
+    @functools.cached_property
+    def fast(self) -> FastEncoder | None:
+        """The faster encoder, built when it is first needed; None: there is none, or it could give other ids."""
+        builders: dict[str, Callable[[tokenizers.Tokenizer], FastEncoder | None]] = {
+            "gigatoken": gigatoken_bpe.build,
+            "tiktoken": fast.build_for,
+        }
+        return next((found for name in self._encoders if (found := builders[name](self._library)) is not None), None)
 
     @property
     def vocab_size(self) -> int:
@@ -86,17 +104,39 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text; added tokens in the text become their ids."""
-        if self._fast is not None and not self._holds_added(text):
-            return self._fast.encode(text)
-        return self._encode_with_library([text])[0]
+        return self.encode_flat([text]).ids.tolist()
 
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
         """Return the concatenated ids of many texts."""
-        if self._fast is not None:
-            return super().encode_flat(texts) if any(map(self._holds_added, texts)) else self._fast.encode_flat(texts)
-        encoded = [np.array(ids, np.uint32) for ids in self._encode_with_library(texts)]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return TokenBatch(np.concatenate([np.empty(0, np.uint32), *encoded]), lengths)
+        if self.fast is None:
+            return TokenBatch.of(self._encode_with_library(texts))
+        holds_added, is_uncertain = self._holds_added, self.fast.is_uncertain
+        others = [
+            i
+            for i, text in enumerate(texts)
+            if (holds_added is not None and holds_added(text)) or (not text.isascii() and is_uncertain(text))
+        ]
+        if not others:
+            return self.fast.encode_flat(texts)
+        by_library = dict(zip(others, self._encode_with_library([texts[i] for i in others]), strict=True))
+        batch = self.fast.encode_flat([text for i, text in enumerate(texts) if i not in by_library])
+        rest = iter(np.split(batch.ids, np.cumsum(batch.lengths)[:-1]))
+        return TokenBatch.of([by_library[i] if i in by_library else next(rest) for i in range(len(texts))])
+
+    def compare_encoders(self, texts: Sequence[str]) -> str:
+        """Return the difference between the ids of the faster encoder and the library's; empty: none."""
+        if self.fast is None:
+            return ""
+        for text, expected in zip(texts, self._encode_with_library(texts), strict=True):
+            found = self.encode_flat([text]).ids
+            if not np.array_equal(found, expected):
+                same = min(len(found), len(expected))
+                at = int(np.argmax(np.append(found[:same] != expected[:same], True)))
+                return (
+                    f"{type(self.fast).__name__} encodes a text as {found[at : at + 4].tolist()} …, the tokenizers "
+                    f"library as {expected[at : at + 4].tolist()} …, after {at} equal tokens"
+                )
+        return ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, including special tokens."""
@@ -134,10 +174,7 @@ class HuggingFaceTokenizer(Tokenizer):
             library.add_special_tokens([self.token(self.eod)])
         path.write_text(library.to_str(pretty=True), encoding="utf-8")
 
-    def _holds_added(self, text: str) -> bool:
-        return any(token in text for token in self._added)
-
-    def _encode_with_library(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_with_library(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         for text in texts:
             # Before the library, which would take 130 bytes a character, and replace half of a surrogate pair.
             text.encode("utf-8")
@@ -157,7 +194,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 fix="Remove the text from the input, or use a tokenizer that has an unknown token or byte fallback",
             ) from error
         # Some pre-tokenizers turn an empty text into a space.
-        return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
+        return [
+            np.array(encoding.ids if text else [], np.uint32) for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
 
 def _unknown_id(library: tokenizers.Tokenizer) -> int | None:
@@ -183,41 +222,15 @@ def _template_start(processor: dict[str, Any] | None) -> str:
     return ""
 
 
-def fast_encoder(library: tokenizers.Tokenizer) -> fast.FastByteBpe | None:
-    """Return the tiktoken encoder of a byte-level BPE like GPT-2's; None for other tokenizers."""
-    import tokenizers as hf
-
-    if not isinstance(library.model, hf.models.BPE):
-        return None
-    spec: dict[str, Any] = json.loads(library.to_str())
-    model, cutter = spec["model"], spec["pre_tokenizer"]
-    plain_model = not any(
-        model.get(key) for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    )
-    byte_level = (
-        cutter is not None
-        and cutter["type"] == "ByteLevel"
-        and not cutter["add_prefix_space"]
-        and cutter.get("use_regex", True)
-    )
-    added = spec["added_tokens"]
-    if not (
-        plain_model and byte_level and spec["normalizer"] is None and len(added) <= 16  # each is searched in every text
-    ):
-        return None
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    if not all(len(library.model.tokenize(left + right)) == 1 for left, right in merges):
-        return None
-    return fast.build(model["vocab"], merges)
-
-
-def read_gpt2(vocab_file: str, merge_file: str, *, eod_token: str = "", use_fast: bool = True) -> HuggingFaceTokenizer:
+def read_gpt2(
+    vocab_file: str, merge_file: str, *, eod_token: str = "", encoders: Sequence[str] = ENCODERS
+) -> HuggingFaceTokenizer:
     """Read GPT-2's byte-level BPE. `<|endoftext|>` in a text is encoded as plain text, as in Megatron.
 
     Raises:
         DataError: a file is missing or damaged, or the vocabulary lacks a byte.
     """
-    return HuggingFaceTokenizer(_gpt2_library(vocab_file, merge_file), eod_token=eod_token, use_fast=use_fast)
+    return HuggingFaceTokenizer(_gpt2_library(vocab_file, merge_file), eod_token=eod_token, encoders=encoders)
 
 
 def _gpt2_library(vocab_file: str, merge_file: str) -> tokenizers.Tokenizer:
@@ -289,7 +302,7 @@ def _unreadable(place: str, reason: str) -> DataError:
 
 
 def read_hugging_face(
-    name: str, *, eod_token: str = "", extra_ids: int = 0, use_fast: bool = True
+    name: str, *, eod_token: str = "", extra_ids: int = 0, encoders: Sequence[str] = ENCODERS
 ) -> HuggingFaceTokenizer:
     """Read a tokenizer.json from a file, a folder, or a model in Hugging Face's local cache.
 
@@ -297,7 +310,7 @@ def read_hugging_face(
         name: the file, folder or model name (--tokenizer-model, --tokenizer-name-or-path).
         eod_token: name of the end-of-document token; empty: the name in the folder's files, or else the common names.
         extra_ids: number of `<extra_id_N>` tokens to append (--vocab-extra-ids).
-        use_fast: encode with tiktoken if the ids are provably the same.
+        encoders: see HuggingFaceTokenizer.
 
     Raises:
         DataError: the file does not exist, or cannot be read.
@@ -323,7 +336,7 @@ def read_hugging_face(
         eos, bos = _declared(path.parent) if path.name == "tokenizer.json" else ("", "")
     if extra_ids:
         library.add_special_tokens([f"<extra_id_{i}>" for i in range(extra_ids)])
-    return HuggingFaceTokenizer(library, eod_token=eod_token, declared_eod=eos, declared_bos=bos, use_fast=use_fast)
+    return HuggingFaceTokenizer(library, eod_token=eod_token, declared_eod=eos, declared_bos=bos, encoders=encoders)
 
 
 def _tokenizer_json(name: str) -> Path | None:

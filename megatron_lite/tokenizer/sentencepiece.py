@@ -74,9 +74,7 @@ class SentencePieceTokenizer(Tokenizer):
         for text in texts:
             text.encode("utf-8")
         encoded = self._library.encode(list(texts), num_threads=1, add_bos=False, add_eos=False)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = [np.array(one, np.uint32) for one in encoded]
-        return TokenBatch(np.concatenate([np.empty(0, np.uint32), *ids]), lengths)
+        return TokenBatch.of([np.array(one, np.uint32) for one in encoded])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; extra ids appear as `<extra_id_N>`."""

@@ -12,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
-from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
+from megatron_lite.tokenizer.huggingface import ENCODERS, read_gpt2, read_hugging_face
 from megatron_lite.tokenizer.training import train_sentencepiece
 
 TEXT = "the cat sat on the mat"
@@ -46,9 +46,9 @@ def with_template(request, bpe_folder, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("use_fast", [True, False])
-def test_no_template_truncation_or_padding(with_template, bpe_folder, each, use_fast):
-    tokenizer = read_hugging_face(str(with_template), use_fast=use_fast)
+@pytest.mark.parametrize("encoders", [ENCODERS, ("tiktoken",), ()])
+def test_no_template_truncation_or_padding(with_template, bpe_folder, each, encoders):
+    tokenizer = read_hugging_face(str(with_template), encoders=encoders)
     plain = read_gpt2(str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt"))
     texts = ["", TEXT, "a", "the cat<|endoftext|>sat", ""]
     assert tokenizer.encode(TEXT) == plain.encode(TEXT)
@@ -60,7 +60,7 @@ def test_no_template_truncation_or_padding(with_template, bpe_folder, each, use_
 
 def test_a_template_does_not_disable_the_fast_encoder(with_template):
     pytest.importorskip("tiktoken")
-    assert read_hugging_face(str(with_template))._fast is not None
+    assert read_hugging_face(str(with_template)).fast is not None
 
 
 def test_beginning_of_text_token(bpe_folder, tmp_path):
@@ -109,18 +109,18 @@ def test_segmentation_is_not_random(bpe_folder, tmp_path):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    for use_fast in (True, False):
-        tokenizer = read_hugging_face(str(tmp_path), use_fast=use_fast)
+    for encoders in (ENCODERS, ("tiktoken",), ()):
+        tokenizer = read_hugging_face(str(tmp_path), encoders=encoders)
         assert {tuple(tokenizer.encode(TEXT)) for _ in range(9)} == {
             tuple(read_hugging_face(str(bpe_folder)).encode(TEXT))
         }
 
 
-@pytest.mark.parametrize("use_fast", [True, False])
-def test_special_tokens_in_a_text_are_encoded_by_both_hugging_face_formats(bpe_folder, tmp_path, use_fast):
+@pytest.mark.parametrize("encoders", [ENCODERS, ("tiktoken",), ()])
+def test_special_tokens_in_a_text_are_encoded_by_both_hugging_face_formats(bpe_folder, tmp_path, encoders):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((bpe_folder / name).read_bytes())
-    whole, parts = (read_hugging_face(str(folder), use_fast=use_fast) for folder in (bpe_folder, tmp_path))
+    whole, parts = (read_hugging_face(str(folder), encoders=encoders) for folder in (bpe_folder, tmp_path))
     text = "the cat<|endoftext|>sat"
     assert whole.eod in whole.encode(text)
     assert parts.encode(text) == whole.encode(text)
@@ -173,6 +173,6 @@ def test_rules_hash_differs_if_ids_can_differ(bpe_folder, tmp_path):
 
 
 def test_empty_batches(bpe_folder):
-    for use_fast in (True, False):
-        batch = read_hugging_face(str(bpe_folder), use_fast=use_fast).encode_flat([])
+    for encoders in (ENCODERS, ("tiktoken",), ()):
+        batch = read_hugging_face(str(bpe_folder), encoders=encoders).encode_flat([])
         assert batch.ids.dtype == np.uint32 and batch.ids.shape == batch.lengths.shape == (0,)

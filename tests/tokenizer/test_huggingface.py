@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_lite.errors import DataError
-from megatron_lite.tokenizer.huggingface import read_gpt2, read_hugging_face
+from megatron_lite.tokenizer.huggingface import ENCODERS, read_gpt2, read_hugging_face
 
 SAMPLES = ["", " ", "the cat", "naïve 東京 🙂 don't", "a\n\n  b \t c", "\x00\x01", "the cat<|endoftext|>sat"]
 
@@ -16,10 +16,10 @@ def gpt2(folder, **kwargs):
     return read_gpt2(str(folder / "vocab.json"), str(folder / "merges.txt"), **kwargs)
 
 
-@pytest.mark.parametrize("use_fast", [True, False])
-def test_round_trip(bpe_folder, each, use_fast):
-    tokenizer = gpt2(bpe_folder, use_fast=use_fast)
-    assert (tokenizer._fast is not None) == use_fast
+@pytest.mark.parametrize("encoders", [ENCODERS, ("tiktoken",), ()])
+def test_round_trip(bpe_folder, each, encoders):
+    tokenizer = gpt2(bpe_folder, encoders=encoders)
+    assert (tokenizer.fast is not None) == bool(encoders)
     for text in SAMPLES:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert each(tokenizer, SAMPLES) == [tokenizer.encode(text) for text in SAMPLES]
@@ -69,8 +69,8 @@ def test_eod_names(bpe_folder, tmp_path):
 
 
 def test_half_a_surrogate_pair_is_refused(bpe_folder):
-    for use_fast in (True, False):
-        tokenizer = gpt2(bpe_folder, use_fast=use_fast)
+    for encoders in (ENCODERS, ("tiktoken",), ()):
+        tokenizer = gpt2(bpe_folder, encoders=encoders)
         with pytest.raises(UnicodeEncodeError):
             tokenizer.encode("\ud800")
         with pytest.raises(UnicodeEncodeError):

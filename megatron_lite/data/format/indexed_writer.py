@@ -193,7 +193,8 @@ class IndexedDatasetWriter:
         if given.dtype == self.dtype:
             return np.ascontiguousarray(given)
         limits = np.iinfo(self.dtype)
-        if given.size and (given.min() < limits.min or given.max() > limits.max):
+        # Unsigned tokens have no minimum to check.
+        if given.size and (given.max() > limits.max or (given.dtype.kind != "u" and given.min() < limits.min)):
             raise DataError(
                 f"Document {self.num_documents} has token ids from {given.min()} to {given.max()}; the dataset's "
                 "token type "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,9 @@ from megatron_lite.tokenizer.base import TokenBatch
 WINDOW = 4096
 REPETITIVE_BELOW = 0.02
 """A document is repetitive if WINDOW tokens in its middle have fewer distinct tokens than this share."""
+
+FEW = 256
+"""Tokens of the window that are counted first."""
 
 UNKNOWN_ABOVE = 0.05
 """Share of unknown tokens above which a document is reported."""
@@ -29,7 +31,7 @@ class Batch:
         sequences: [documents] sequences of each document, 0 for an empty one.
     """
 
-    ids: npt.NDArray[np.uint32]
+    ids: npt.NDArray[np.integer]
     lengths: npt.NDArray[np.int64]
     sequences: npt.NDArray[np.int64]
 
@@ -56,29 +58,33 @@ class Batch:
         sequences = np.repeat(documents, self.sequences)
         return Batch(self.ids[np.repeat(sequences, self.lengths)], self.lengths[sequences], self.sequences[documents])
 
-    def with_bos(self, bos: int) -> Batch:
-        """Return the batch with `bos` before the first sequence of every document that is not empty."""
-        filled = self.sequences > 0
-        first = (np.cumsum(self.sequences) - self.sequences)[filled]
-        starts = np.cumsum(self.lengths) - self.lengths
-        lengths = self.lengths.copy()
-        lengths[first] += 1
-        return Batch(np.insert(self.ids, starts[first], np.uint32(bos)), lengths, self.sequences)
+    def with_ends(self, bos: int | None, eod: int | None, dtype: np.dtype) -> Batch:
+        """Return the batch with `bos` before and `eod` after every document that is not empty; None: without.
 
-    def with_eod(self, eod: int) -> Batch:
-        """Return the batch with `eod` after the last sequence of every document that is not empty."""
+        The ids are of type `dtype`, if it holds them.
+        """
+        if (bos is None and eod is None) or self.ids.max(initial=0) > np.iinfo(dtype).max:
+            return self
         filled = self.sequences > 0
         last = np.cumsum(self.sequences)[filled] - 1
+        first = last - self.sequences[filled] + 1
+        ends = np.cumsum(self.lengths)
+        starts = (ends - self.lengths)[first].tolist()
+        before, after = ([] if token is None else [np.array([token], dtype)] for token in (bos, eod))
+        # Slices are copied several times as fast as a mask selects.
+        parts = [
+            part
+            for start, end in zip(starts, ends[last].tolist(), strict=True)
+            for part in (*before, self.ids[start:end], *after)
+        ]
+        ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
         lengths = self.lengths.copy()
-        lengths[last] += 1
-        ids = np.full(len(self.ids) + len(last), eod, np.uint32)
-        text = np.ones(len(ids), np.bool_)
-        text[np.cumsum(lengths)[last] - 1] = False
-        ids[text] = self.ids
+        lengths[first] += len(before)
+        lengths[last] += len(after)
         return Batch(ids, lengths, self.sequences)
 
 
-def note_outliers(batch: Batch, lines: Sequence[int], unknown: int | None, report: UnitReport) -> None:
+def note_outliers(batch: Batch, lines: npt.NDArray[np.int64], unknown: int | None, report: UnitReport) -> None:
     """Add the longest, most repetitive and most unknown documents of a batch to a report.
 
     Args:
@@ -91,15 +97,19 @@ def note_outliers(batch: Batch, lines: Sequence[int], unknown: int | None, repor
     if not len(tokens):
         return
     at = int(np.argmax(tokens))
-    report.note("longest", Example(lines[at], float(tokens[at]), f"({int(tokens[at]):,} tokens)"))
+    report.note("longest", Example(int(lines[at]), float(tokens[at]), f"({int(tokens[at]):,} tokens)"))
     ends = np.cumsum(tokens)
-    for i in np.flatnonzero(tokens >= WINDOW).tolist():
-        middle = int(ends[i] - tokens[i] // 2)
-        window = batch.ids[middle - WINDOW // 2 : middle + WINDOW // 2]
-        distinct = int(np.count_nonzero(np.bincount(window)))
+    long = np.flatnonzero(tokens >= WINDOW)
+    starts = ends[long] - tokens[long] // 2 - WINDOW // 2
+    # The first tokens of a window are distinct enough in nearly all documents. Many windows are sorted at once, by the
+    # lower half of each id, which can only make them less distinct.
+    few = np.sort(batch.ids[starts[:, None] + np.arange(FEW)].astype(np.uint16), axis=1)
+    varied = 1 + np.count_nonzero(few[:, 1:] != few[:, :-1], axis=1) >= REPETITIVE_BELOW * WINDOW
+    for i, start in zip(long[~varied].tolist(), starts[~varied].tolist(), strict=True):
+        distinct = int(np.count_nonzero(np.bincount(batch.ids[start : start + WINDOW])))
         if distinct < REPETITIVE_BELOW * WINDOW:
             text = f"({distinct:,} distinct tokens among {WINDOW:,} in its middle)"
-            report.note("repetitive", Example(lines[i], 1.0 - distinct / WINDOW, text))
+            report.note("repetitive", Example(int(lines[i]), 1.0 - distinct / WINDOW, text))
     if unknown is None:
         return
     documents = np.searchsorted(ends, np.flatnonzero(batch.ids == unknown), side="right")
@@ -107,4 +117,4 @@ def note_outliers(batch: Batch, lines: Sequence[int], unknown: int | None, repor
     counts = np.bincount(documents, minlength=len(tokens))
     for i in np.flatnonzero(counts > tokens * UNKNOWN_ABOVE).tolist():
         share = counts[i] / tokens[i]
-        report.note("with_unknown", Example(lines[i], float(share), f"({share:.0%} of its tokens)"))
+        report.note("with_unknown", Example(int(lines[i]), float(share), f"({share:.0%} of its tokens)"))

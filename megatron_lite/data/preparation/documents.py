@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.preparation.lines import Line, read_lines
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.data.preparation.lines import Line, LineBatch, read_lines
 from megatron_lite.data.preparation.sources import Unit, find_sources, plan_units
 from megatron_lite.errors import DataError
 
@@ -38,6 +44,99 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 class BadLineError(ValueError):
     """A line without a document; the message is the reason in a few words."""
+
+
+@dataclass
+class ParsedBatch:
+    """Documents of a batch of lines.
+
+    Attributes:
+        rows: [documents] indices of their lines in the batch.
+        texts: [JSON keys][documents] texts.
+        blank: number of blank lines.
+        bad: index and reason of each line without a document.
+    """
+
+    texts: list[list[str]]
+    rows: list[int] = field(default_factory=list)
+    blank: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+class BatchParser:
+    """Parser of batches of JSON lines.
+
+    orjson, if it is installed, reads the lines in which it cannot hide an error: those that it accepts, and in which
+    each key occurs once. It would keep the last of several values of a key. `parse_line` reads all others, so the
+    documents and the reasons are those of `parse_line`.
+
+    Args:
+        keys: names of the texts.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = tuple(keys)
+        self._load: Callable[[bytes], Any] | None = None
+        # A key that JSON can write with a short escape, or only with bytes above 127, is looked for by `parse_line`.
+        if importlib.util.find_spec("orjson") and all(re.fullmatch(r"[ !#-.0-\[\]-~]*", key) for key in keys):
+            self._load = importlib.import_module("orjson").loads
+        self._names = [f'"{key}"'.encode() for key in keys]
+        self._fields = [re.compile(re.escape(name) + rb"\s*:") for name in self._names]
+        codes = "|".join(sorted({f"{ord(character):02x}" for character in "".join(keys)}))
+        self._escaped = re.compile(rf"\\u00(?:{codes})".encode(), re.IGNORECASE if re.search("[a-f]", codes) else 0)
+
+    def parse(self, batch: LineBatch, chosen: npt.NDArray[np.bool_]) -> ParsedBatch:
+        """Return the documents of the lines of a mask, [lines]."""
+        return (self._parse_all(batch) if chosen.all() else None) or self._parse_each(batch, chosen)
+
+    def _parse_all(self, batch: LineBatch) -> ParsedBatch | None:
+        """Return the documents if every line has one that orjson can read; otherwise None."""
+        load = self._load
+        if load is None or batch.too_long or not self._is_once(batch.block, len(batch.contents)):
+            return None
+        try:
+            entries = list(map(load, batch.contents))
+            columns = [[entry[key] for entry in entries] for key in self.keys]
+        except (ValueError, KeyError, TypeError):
+            return None
+        if not all(type(text) is str for column in columns for text in column):
+            return None
+        return ParsedBatch(columns, list(range(len(batch.contents))))
+
+    def _parse_each(self, batch: LineBatch, chosen: npt.NDArray[np.bool_]) -> ParsedBatch:
+        parsed = ParsedBatch([[] for _ in self.keys])
+        for row in np.flatnonzero(chosen).tolist():
+            try:
+                texts = self._parse_one(batch, row) or parse_line(batch.line(row), self.keys)
+            except BadLineError as error:
+                parsed.bad.append((row, str(error)))
+                continue
+            if texts is None:
+                parsed.blank += 1
+                continue
+            parsed.rows.append(row)
+            for column, text in zip(parsed.texts, texts, strict=True):
+                column.append(text)
+        return parsed
+
+    def _parse_one(self, batch: LineBatch, row: int) -> list[str] | None:
+        """Return the texts of a line if orjson can read it; otherwise None."""
+        content = batch.contents[row]
+        if self._load is None or row in batch.too_long or not self._is_once(content, 1):
+            return None
+        try:
+            entry = self._load(content)
+            texts = [entry[key] for key in self.keys]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return texts if all(type(text) is str for text in texts) else None
+
+    def _is_once(self, content: bytes, lines: int) -> bool:
+        """Return whether each key occurs once in each of `lines` lines, if it occurs in each, and never escaped."""
+        for name, pair in zip(self._names, self._fields, strict=True):
+            if content.count(name) > lines and len(pair.findall(content)) > lines:
+                return False
+        return self._escaped.search(content) is None
 
 
 def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:

@@ -20,6 +20,10 @@ SHOWN = 200
 """Bytes kept of a line that is too long."""
 
 
+BATCH_BYTES = 1 << 20
+"""Bytes of the lines of a batch, of which the last one may be longer."""
+
+
 class Line(NamedTuple):
     """One line of a unit, as undecoded bytes."""
 
@@ -28,12 +32,45 @@ class Line(NamedTuple):
     content: bytes
     too_long: bool
     """The line exceeds the maximum; `content` is its beginning."""
+
+
+class LineBatch(NamedTuple):
+    """Consecutive lines of a unit."""
+
+    first: int
+    """Number of the first line, from 1 within the unit (compressed files: within the file)."""
+    block: bytes
+    """The lines with their line breaks; the beginning only of a line that is too long."""
+    contents: list[bytes]
+    """The lines without line breaks."""
+    too_long: frozenset[int]
+    """Indices in `contents` of the lines that exceed the maximum, of which it has the beginning."""
     position: int
     """Bytes of the file that have been read so far, from the start of the unit."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the lines that were read, with their line breaks; of a line that is too long, its beginning."""
+        if not self.too_long:
+            return len(self.block)
+        return sum(len(self.line(index).content) for index in range(len(self.contents)))
+
+    def line(self, index: int) -> Line:
+        """Return line `index` of the batch, with its line break."""
+        content = self.contents[index]
+        is_last = index == len(self.contents) - 1
+        ending = b"" if index in self.too_long or (is_last and not self.block.endswith(b"\n")) else b"\n"
+        return Line(self.first + index, content + ending, index in self.too_long)
+
 
 def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -> Iterator[Line]:
-    """Yield the lines that begin in a unit, including blank ones.
+    """Yield the lines of `read_batches` one by one."""
+    for batch in read_batches(unit, json_keys, max_line):
+        yield from map(batch.line, range(len(batch.contents)))
+
+
+def read_batches(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -> Iterator[LineBatch]:
+    """Yield the lines that begin in a unit, including blank ones, in batches of about BATCH_BYTES.
 
     Args:
         unit: the unit.
@@ -67,53 +104,78 @@ def _damaged(unit: Unit, error: BaseException) -> DataError:
     )
 
 
-def _read_text(unit: Unit, max_line: int) -> Iterator[Line]:
-    with Path(unit.source.path).open("rb", buffering=BUFFER) as file:
+def _read_text(unit: Unit, max_line: int) -> Iterator[LineBatch]:
+    # Blocks are larger than the buffer, and are then read into their own memory.
+    with Path(unit.source.path).open("rb", buffering=BUFFER >> 4) as file:
         if unit.start:  # a line that begins before the unit belongs to the previous one
             file.seek(unit.start - 1)
             while file.tell() < unit.end and not file.readline(min(BUFFER, unit.end - file.tell())).endswith(b"\n"):
                 pass
-        position, number = file.tell(), 0
+        position, first = file.tell(), 1
         while position < unit.end:
-            number += 1
-            content, too_long, size = _read_line(file, max_line)
+            block, cut, size = _read_block(file, min(BATCH_BYTES, unit.end - position), max_line)
             if not size:
                 return
             position += size
-            yield Line(number, content, too_long, min(position, unit.end) - unit.start)
+            batch = _split(block, cut, first, max_line, min(position, unit.end) - unit.start)
+            first += len(batch.contents)
+            yield batch
 
 
-def _read_line(file: IO[bytes], max_line: int) -> tuple[bytes, bool, int]:
-    """Return the next line (cut if longer than `max_line`), whether it was cut, and its bytes in the file."""
-    content = file.readline(max_line + 1)
-    size = len(content)
-    too_long = size > max_line and not content.endswith(b"\n")
-    if too_long:
-        content = content[:SHOWN]
-        while (rest := file.readline(BUFFER)) and not rest.endswith(b"\n"):
-            size += len(rest)
-        size += len(rest)
-    return content, too_long, size
-
-
-def _read_compressed(unit: Unit, max_line: int) -> Iterator[Line]:
-    number, compression = 0, unit.source.kind
+def _read_compressed(unit: Unit, max_line: int) -> Iterator[LineBatch]:
+    first, compression = 1, unit.source.kind
     assert compression != "text" and compression != "parquet"
     try:
         with Path(unit.source.path).open("rb") as raw, unpacked(raw, compression) as file:
             while True:
-                content, too_long, size = _read_line(file, max_line)
+                block, cut, size = _read_block(file, BATCH_BYTES, max_line)
                 if not size:
                     return
-                number += 1
-                yield Line(number, content, too_long, raw.tell())
+                batch = _split(block, cut, first, max_line, raw.tell())
+                first += len(batch.contents)
+                yield batch
     except damage_errors(compression) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the disk
         raise _damaged(unit, error) from error
 
 
-def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterator[Line]:
+def _read_block(file: IO[bytes], count: int, max_line: int) -> tuple[bytes, bool, int]:
+    """Read `count` bytes, and the rest of the line in which they end.
+
+    Returns:
+        The lines, whether the last one is the beginning of a line that is too long, and their bytes in the file.
+    """
+    block = file.read(count)
+    size = len(block)
+    if not block or block.endswith(b"\n"):
+        return block, False, size
+    start = block.rfind(b"\n") + 1
+    rest = file.readline(max(0, max_line - (size - start)) + 1)
+    size += len(rest)
+    if rest.endswith(b"\n") or size - start <= max_line:
+        return block + rest, False, size
+    block = block[:start] + (block[start:] + rest)[:SHOWN]
+    while (rest := file.readline(BUFFER)) and not rest.endswith(b"\n"):
+        size += len(rest)
+    return block, True, size + len(rest)
+
+
+def _split(block: bytes, cut: bool, first: int, max_line: int, position: int) -> LineBatch:
+    """Return the lines of a block; `cut`: the last one is the beginning of a line that is too long."""
+    contents = block.split(b"\n")
+    if not contents[-1]:
+        contents.pop()
+    too_long = {len(contents) - 1} if cut else set()
+    if max(map(len, contents), default=0) > max_line:
+        for index, content in enumerate(contents):
+            if len(content) > max_line:
+                contents[index] = content[:SHOWN]
+                too_long.add(index)
+    return LineBatch(first, block, contents, frozenset(too_long), position)
+
+
+def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterator[LineBatch]:
     """Yield the rows as JSON lines, which are then parsed like those of other files."""
     import pyarrow
     import pyarrow.parquet
@@ -124,12 +186,11 @@ def _read_parquet(unit: Unit, json_keys: Sequence[str], max_line: int) -> Iterat
                 _require_column(unit.source.path, file.schema_arrow, key)
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=list(json_keys)):
-                for row in batch.to_pylist():
-                    number += 1
-                    done = unit.num_bytes * number // max(1, file.metadata.num_rows)
-                    content = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                    too_long = len(content) > max_line
-                    yield Line(number, content[:SHOWN] if too_long else content, too_long, done)
+                rows = [json.dumps(row, ensure_ascii=False) for row in batch.to_pylist()]
+                block = "\n".join(rows).encode("utf-8", "surrogatepass")
+                done = unit.num_bytes * (number + len(rows)) // max(1, file.metadata.num_rows)
+                yield _split(block, cut=False, first=number + 1, max_line=max_line, position=done)
+                number += len(rows)
     except pyarrow.ArrowException as error:
         raise _damaged(unit, error) from error
 

@@ -8,14 +8,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import is_complete, manifest_of, manifest_path, require_absent, write_manifest
-from megatron_lite.data.preparation.lines import read_lines
+from megatron_lite.data.preparation.lines import read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Pool
 from megatron_lite.data.preparation.progress import ProgressDisplay
@@ -31,7 +31,7 @@ from megatron_lite.tokenizer.build import build_tokenizer
 _Pool = Pool[Task, Step]
 
 PROBED_LINES = 1000
-"""Lines from which the mean size of a document is estimated."""
+"""Lines, at least, from which the mean size of a document is estimated."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,15 @@ def measure_worker_counts(
 
 
 def _bytes_of(options: PreprocessOptions, documents: int) -> int:
-    """Return the estimated bytes of input of a number of documents, from the first PROBED_LINES lines."""
+    """Return the estimated bytes of input of a number of documents, from the first lines."""
     sources = find_sources(options.inputs)
     total = sum(source.num_bytes for source in sources)
     for unit in plan_units(sources, unit_bytes=1 << 62):
-        lines = list(islice(read_lines(unit, options.json_keys), PROBED_LINES))
+        lines = 0
+        for batch in read_batches(unit, options.json_keys):
+            lines += len(batch.contents)
+            if lines >= PROBED_LINES:
+                break
         if lines:
-            return max(1, min(total, lines[-1].position * documents // len(lines)))
+            return max(1, min(total, batch.position * documents // lines))
     return max(1, total)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from megatron_lite import system_errors
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.batch import Batch, note_outliers
-from megatron_lite.data.preparation.documents import BadLineError, lines_before, parse_line
-from megatron_lite.data.preparation.lines import Line, read_lines
+from megatron_lite.data.preparation.documents import BatchParser, lines_before
+from megatron_lite.data.preparation.lines import LineBatch, read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Job
 from megatron_lite.data.preparation.report import UnitReport
@@ -28,9 +28,8 @@ from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
 
-BATCH_BYTES = 1 << 20
-BATCH_LINES = 2000
-
+COMPARED = 1 << 16
+"""Characters of the first documents of each process whose ids are compared with those of the tokenizer's library."""
 
 Task = Unit | Bucket
 
@@ -77,22 +76,25 @@ def _sort(shard: Shard) -> Shard:
 
 
 @dataclass
-class _Parsed:
-    """Parsed documents that are not tokenized yet.
+class _Documents:
+    """Documents of a batch of lines that are not tokenized yet.
 
     Attributes:
         lines: [documents] line numbers.
-        texts: [documents][JSON keys] texts.
-        order: [documents] sort keys of the shuffle.
-        seen: lines read.
-        num_bytes: bytes read.
+        texts: [JSON keys][documents] texts.
+        order: [documents] sort keys of the shuffle; zeros without --shuffle.
     """
 
-    lines: list[int] = field(default_factory=list)
-    texts: list[list[str]] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    seen: int = 0
-    num_bytes: int = 0
+    lines: npt.NDArray[np.int64]
+    texts: list[list[str]]
+    order: npt.NDArray[np.uint64]
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> _Documents:
+        """Return the documents of a mask, [documents]."""
+        if kept.all():
+            return self
+        chosen = np.flatnonzero(kept).tolist()
+        return _Documents(self.lines[kept], [[column[i] for i in chosen] for column in self.texts], self.order[kept])
 
 
 class _Draws:
@@ -102,9 +104,9 @@ class _Draws:
         self._sample = np.random.PCG64(np.random.SeedSequence([seed, unit, 0]))
         self._order = np.random.PCG64(np.random.SeedSequence([seed, unit, 1]))
 
-    def next(self) -> tuple[float, int]:
-        """Return a number in [0, 1) for sampling, and a 64-bit sort key for the shuffle."""
-        return float(self._sample.random_raw()) / 2.0**64, int(self._order.random_raw())
+    def next(self, lines: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]:
+        """Return numbers in [0, 1) for sampling, [lines], and 64-bit sort keys for the shuffle, [lines]."""
+        return self._sample.random_raw(lines).astype(np.float64) / 2.0**64, self._order.random_raw(lines)
 
 
 class UnitWorker:
@@ -116,6 +118,8 @@ class UnitWorker:
         self.dtype = smallest_token_type(tokenizer.vocab_size)
         self.eod = tokenizer.eod if options.append_eod else None
         self.bos = tokenizer.bos if options.prepend_bos else None
+        self.parser = BatchParser(options.json_keys)
+        self._unchecked = COMPARED
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
     def run(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
@@ -135,14 +139,15 @@ class UnitWorker:
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(IndexedDatasetWriter(name, self.dtype)) for name in names]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
-            before, checksums = 0, [0] * len(names)
-            for parsed, position in self._batches(unit, report):
-                for i, (batch, order) in enumerate(self._encode(parsed, unit, report)):
+            before, checksums, draws = 0, [0] * len(names), _Draws(self.options.seed, unit.number)
+            for lines in read_batches(unit, self.options.json_keys, self.options.max_line_bytes):
+                documents = self._parse(lines, draws, unit, report)
+                for i, (batch, order) in enumerate(self._encode(documents, unit, report)):
                     checksums[i] = writers[i].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[i])
                     if orders:
                         orders[i].write(order.tobytes())
-                yield Step(parsed.seen, parsed.num_bytes, position - before)
-                before = position
+                yield Step(len(lines.contents), lines.num_bytes, lines.position - before)
+                before = lines.position
         yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
         report.documents = writers[0].num_documents
         report.tokens = sum(writer.num_tokens for writer in writers)
@@ -151,96 +156,87 @@ class UnitWorker:
             for name, writer, checksum in zip(names, writers, checksums, strict=True)
         ], report
 
-    def _batches(self, unit: Unit, report: UnitReport) -> Iterator[tuple[_Parsed, int]]:
-        """Yield parsed documents in batches of bounded size, each with the position in the file."""
-        parsed = _Parsed()
-        draws = _Draws(self.options.seed, unit.number)
-        draw = self.options.shuffle or self.options.sample is not None
-        position = 0
-        for line in read_lines(unit, self.options.json_keys, self.options.max_line_bytes):
-            position = line.position
-            if parsed.lines and parsed.num_bytes + len(line.content) > BATCH_BYTES:
-                yield parsed, position
-                parsed = _Parsed()
-            parsed.seen += 1
-            parsed.num_bytes += len(line.content)
-            sample, order = draws.next() if draw else (0.0, 0)
-            if self.options.sample is not None and sample >= self.options.sample:
-                report.not_sampled += 1
-            else:
-                self._parse(line, order, parsed, unit, report)
-            if parsed.seen == BATCH_LINES:
-                yield parsed, position
-                parsed = _Parsed()
-        if parsed.seen:
-            yield parsed, position
-
-    def _parse(self, line: Line, order: int, parsed: _Parsed, unit: Unit, report: UnitReport) -> None:
-        try:
-            texts = parse_line(line, self.options.json_keys)
-        except BadLineError as error:
-            self._reject(line.number, str(error), unit, report)
-            return
-        if texts is None:
-            report.blank += 1
-        elif min(map(len, texts)) < self.options.min_chars:
-            report.too_few_chars += 1
-        else:
-            parsed.lines.append(line.number)
-            parsed.texts.append(texts)
-            parsed.order.append(order)
+    def _parse(self, lines: LineBatch, draws: _Draws, unit: Unit, report: UnitReport) -> _Documents:
+        """Return the documents of a batch of lines; the other lines are counted, or an error."""
+        report.lines += len(lines.contents)
+        report.text_bytes += lines.num_bytes
+        order = np.zeros(len(lines.contents), np.uint64)
+        sampled = np.ones(len(lines.contents), np.bool_)
+        if self.options.shuffle or self.options.sample is not None:
+            sample, order = draws.next(len(lines.contents))
+            sampled = sample < (self.options.sample if self.options.sample is not None else 1.0)
+            report.not_sampled += int(np.count_nonzero(~sampled))
+        parsed = self.parser.parse(lines, sampled)
+        for row, reason in parsed.bad:
+            self._reject(lines.first + row, reason, unit, report)
+        report.blank += parsed.blank
+        rows = np.array(parsed.rows, np.int64)
+        documents = _Documents(lines.first + rows, parsed.texts, order[rows])
+        if self.options.min_chars:
+            shortest = np.min([[len(text) for text in column] for column in parsed.texts], axis=0)
+            report.too_few_chars += int(np.count_nonzero(shortest < self.options.min_chars))
+            documents = documents.keep(shortest >= self.options.min_chars)
+        return documents
 
     def _encode(
-        self, parsed: _Parsed, unit: Unit, report: UnitReport
+        self, documents: _Documents, unit: Unit, report: UnitReport
     ) -> Iterator[tuple[Batch, npt.NDArray[np.uint64]]]:
         """Yield the documents to write and their sort keys, [documents], for each JSON key."""
-        report.lines += parsed.seen
-        report.text_bytes += parsed.num_bytes
-        if not parsed.lines:
+        if not len(documents.lines):
             return
-        batches = self._tokenize(parsed, unit, report)
-        if not parsed.lines:
+        self._compare_encoders(documents, unit)
+        documents, batches = self._tokenize(documents, unit, report)
+        if not len(documents.lines):
             return
         kept = self._filter(batches, report)
-        lines, order = np.array(parsed.lines)[kept], np.array(parsed.order, np.uint64)[kept]
+        documents = documents.keep(kept)
         for key, batch in enumerate(batches):
-            report.document_bytes += sum(
-                _utf8_bytes(texts[key]) for texts, keep in zip(parsed.texts, kept, strict=True) if keep
-            )
+            report.document_bytes += sum(map(_utf8_bytes, documents.texts[key]))
             batch = batch.keep(kept)
-            note_outliers(batch, lines.tolist(), self.tokenizer.unknown, report)
-            if self.bos is not None:
-                batch = batch.with_bos(self.bos)
-            if self.eod is not None:
-                batch = batch.with_eod(self.eod)
+            note_outliers(batch, documents.lines, self.tokenizer.unknown, report)
+            batch = batch.with_ends(self.bos, self.eod, self.dtype)
             filled = batch.sequences > 0
             report.empty += int(np.count_nonzero(~filled))
             keep = filled if self.options.empty_documents == "skip" else np.ones_like(filled)
-            yield batch.keep(keep), order[keep]
+            yield batch.keep(keep), documents.order[keep]
 
-    def _tokenize(self, parsed: _Parsed, unit: Unit, report: UnitReport) -> list[Batch]:
-        """Return the tokens of all documents for each JSON key; a document that the tokenizer refuses is a bad line."""
+    def _compare_encoders(self, documents: _Documents, unit: Unit) -> None:
+        """Compare the ids of a fast encoder with the library's on the first documents of the process.
+
+        Raises:
+            DataError: they differ.
+        """
+        left = self._unchecked
+        for line, texts in zip(documents.lines.tolist(), zip(*documents.texts, strict=True), strict=True):
+            if left <= 0:
+                break
+            left -= sum(map(len, texts))
+            if sum(map(len, texts)) <= COMPARED and (difference := self.tokenizer.compare_encoders(texts)):
+                raise DataError(
+                    f"Cannot encode {unit.source.path}:{lines_before(unit) + line} reliably: {difference}",
+                    fix="Pass --no-fast-tokenizer, which encodes with the tokenizers library alone",
+                )
+        self._unchecked = left
+
+    def _tokenize(self, documents: _Documents, unit: Unit, report: UnitReport) -> tuple[_Documents, list[Batch]]:
+        """Return the tokens of the documents for each JSON key; one that the tokenizer refuses is a bad line."""
         try:
-            return [self._tokenize_key([texts[key] for texts in parsed.texts]) for key in self._keys]
+            return documents, [self._tokenize_key(column) for column in documents.texts]
         except DataError:
-            for i in reversed(range(len(parsed.lines))):
-                reason = self._refused_by_tokenizer(parsed.texts[i])
-                if reason:
-                    self._reject(parsed.lines[i], reason, unit, report)
-                    del parsed.lines[i], parsed.texts[i], parsed.order[i]
-            return [self._tokenize_key([texts[key] for texts in parsed.texts]) for key in self._keys]
+            reasons = [self._refused_by_tokenizer(texts) for texts in zip(*documents.texts, strict=True)]
+            for i in reversed(range(len(reasons))):
+                if reasons[i]:
+                    self._reject(int(documents.lines[i]), reasons[i], unit, report)
+            documents = documents.keep(np.array([not reason for reason in reasons], np.bool_))
+            return documents, [self._tokenize_key(column) for column in documents.texts]
 
-    def _refused_by_tokenizer(self, texts: list[str]) -> str:
+    def _refused_by_tokenizer(self, texts: Sequence[str]) -> str:
         try:
             for text in texts:
                 self.tokenizer.encode(text)
         except DataError as error:
             return error.problem
         return ""
-
-    @property
-    def _keys(self) -> range:
-        return range(len(self.options.json_keys))
 
     def _tokenize_key(self, texts: list[str]) -> Batch:
         if self.splitter is None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.preparation import lines as lines_module
 from megatron_lite.data.preparation import worker as worker_module
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.sources import Source, Unit
@@ -109,29 +110,21 @@ def test_text_is_counted_in_utf_8_bytes(work):
     assert report.text_bytes == sum(len(json.dumps({"text": text}) + "\n") for text in ("é", "東a"))
 
 
-def test_batches_have_a_maximum_of_lines(work, monkeypatch):
-    monkeypatch.setattr(worker_module, "BATCH_LINES", 2)
+def test_batches_end_with_the_line_that_reaches_their_size(work, monkeypatch):
+    line = len(json.dumps({"text": "a"}) + "\n")
+    monkeypatch.setattr(lines_module, "BATCH_BYTES", line + 1)
     worker, (documents,), _ = work("a", "b", "c", "d", "e")
     assert worker.tokenizer.batches == [["a", "b"], ["c", "d"], ["e"]]
     assert texts(documents) == ["a", "b", "c", "d", "e"]
     assert [step.documents for step in worker.steps] == [2, 2, 1, 0]
+    monkeypatch.setattr(lines_module, "BATCH_BYTES", line)
     worker, _, _ = work("a", "b")
-    assert worker.tokenizer.batches == [["a", "b"]]
-
-
-def test_batches_have_a_maximum_of_bytes(work, monkeypatch):
-    line = len(json.dumps({"text": "a"}) + "\n")
-    monkeypatch.setattr(worker_module, "BATCH_BYTES", 2 * line)
-    worker, _, _ = work("a", "b", "c")
-    assert worker.tokenizer.batches == [["a", "b"], ["c"]]
-    monkeypatch.setattr(worker_module, "BATCH_BYTES", 2 * line - 1)
-    worker, _, _ = work("a", "b", "c")
-    assert worker.tokenizer.batches == [["a"], ["b"], ["c"]], "a line that is too long is a batch of its own"
-    assert [(step.documents, step.text_bytes) for step in worker.steps] == [(1, line)] * 3 + [(0, 0)]
+    assert worker.tokenizer.batches == [["a"], ["b"]]
+    assert [(step.documents, step.text_bytes) for step in worker.steps] == [(1, line)] * 2 + [(0, 0)]
 
 
 def test_steps_add_up_to_the_unit(work, monkeypatch):
-    monkeypatch.setattr(worker_module, "BATCH_LINES", 2)
+    monkeypatch.setattr(lines_module, "BATCH_BYTES", 20)
     worker, _, report = work("a", "b", b"", "d", b"", b"")
     assert sum(step.input_bytes for step in worker.steps) == worker.num_bytes
     assert all(step.input_bytes >= 0 for step in worker.steps)
@@ -235,12 +228,17 @@ def test_sort_keys_are_written_next_to_the_shard(work):
 def test_draws_are_the_same_on_every_machine():
     """Shuffled and sampled datasets are reproducible: the draws of a seed and unit never change."""
     draws = worker_module._Draws(1234, 2)
-    found = [draws.next(), draws.next()]
-    assert found == [(0.838364010947949, 9569277611926616451), (0.511052751597662, 9831360783065826574)]
+    sample, order = draws.next(1)
+    more, others = draws.next(1)
+    assert [*sample, *more] == [0.838364010947949, 0.511052751597662]
+    assert [*order.tolist(), *others.tolist()] == [9569277611926616451, 9831360783065826574]
+    assert worker_module._Draws(1234, 2).next(2)[0].tolist() == [*sample, *more]
 
 
 def test_a_document_whose_draw_equals_the_share_is_left_out(work, monkeypatch):
-    monkeypatch.setattr(worker_module._Draws, "next", lambda self: (0.5, 0))
+    monkeypatch.setattr(
+        worker_module._Draws, "next", lambda self, lines: (np.full(lines, 0.5), np.zeros(lines, np.uint64))
+    )
     assert work("a", sample=0.5)[1] == [[]]
     assert work("a", sample=0.51)[1] == [[[97]]]
 
