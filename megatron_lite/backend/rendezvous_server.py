@@ -134,7 +134,7 @@ class RendezvousServer:
         self._known: dict[int, Member] = {}
         self._ready: set[int] = set()
         self._informed: set[int] = set()
-        _allow_files(4 * member.world_size + 512)  # one connection here, and three to the store
+        allow_files(4 * member.world_size + 512)  # one connection here, and three to the store
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -264,7 +264,7 @@ class RendezvousServer:
                 connection.send(**message)
 
 
-def _allow_files(number: int) -> None:
+def allow_files(number: int) -> None:
     """Raise the process's limit of open files to `number`, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < number:

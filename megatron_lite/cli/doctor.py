@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +131,8 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
     from megatron_lite.lifecycle.node_check import check_nodes, fast_check, plan_of
     from megatron_lite.ops.doctor.show import json_record, print_check
 
+    json_file = _json_file(options.json)
+
     def show(verdict: Verdict, reports: Mapping[int, Report]) -> None:
         written = record_bad_hosts(exclude_file, verdict.excluded, hours=options.exclude_hours)
         record = json_record(verdict, reports, exclude_file=exclude_file, written=written)
@@ -138,8 +141,8 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
         else:
             print_check(verdict, reports, Console(soft_wrap=True))
         sys.stdout.flush()
-        if options.json not in (None, "-"):
-            _write_json(Path(options.json), record)
+        if json_file is not None:
+            json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(launch.world_size))
     verdict = check_nodes(launch, fast_check(plan) if options.fast else plan, show=show)
@@ -147,10 +150,15 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
     return 1 if verdict.problems and launch.rank == 0 else 0
 
 
-def _write_json(path: Path, record: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+def _json_file(name: str | None) -> Path | None:
+    """Return the file of --json, and check before the measurements that it can be written."""
+    if name in (None, "-"):
+        return None
+    path = Path(str(name))
+    reason = "its folder does not exist" if not path.parent.is_dir() else "no permission"
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(
-            f"Cannot write --json {path}: {error.strerror}", fix="Give a file in a folder that you may write to"
-        ) from error
+            f"Cannot write --json {path}: {'it is a folder' if path.is_dir() else reason}",
+            fix="Give a file in a folder that you may write to",
+        )
+    return path

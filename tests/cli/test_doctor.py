@@ -80,7 +80,8 @@ def raise_(error):
         (["--forgive", "n1"], "--forgive without an exclude file"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--save", "x", "--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size"),
-        (["--device", "cpu", "--fast", "--json=/proc/none.json"], "Cannot write --json /proc/none.json"),
+        (["--json", "/none/such.json"], "Cannot write --json /none/such.json: its folder does not exist"),
+        (["--json=/proc"], "Cannot write --json /proc: it is a folder"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

@@ -14,7 +14,7 @@ from megatron_lite.backend.environment import Launch
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.lifecycle.node_check import CheckPlan, check_nodes
-from megatron_lite.ops.doctor.report import GROUPS, MATRIX_PRODUCT, MEMORY_COPY
+from megatron_lite.ops.doctor.report import GROUPS, HOST_COPY, MATRIX_PRODUCT, MEMORY_COPY
 from megatron_lite.ops.doctor.verdict import Thresholds
 
 FORK = multiprocessing.get_context("fork")
@@ -187,3 +187,11 @@ def test_wrong_results_are_found():
     verdict, _ = run_alone(plan(), product=lambda a, b: torch.full((2, 2), float(next(drawn))))
     (finding,) = verdict.problems
     assert "computes wrong results" in finding.text and set(verdict.excluded) == {"n0"}
+
+
+@pytest.mark.gpu
+def test_one_gpu():
+    verdict, reports = run_alone(CheckPlan(runtime=RuntimeConfig(device="cuda"), speed_seconds=1.0))
+    assert [finding for finding in verdict.problems if "occupied" not in finding.kind] == []
+    assert set(reports[0].speeds) == {MATRIX_PRODUCT, MEMORY_COPY, HOST_COPY}
+    assert reports[0].uuid.startswith(("GPU-", "MIG-")) and {"CUDA", "NCCL"} <= set(reports[0].versions)

@@ -26,7 +26,15 @@ from types import TracebackType
 from typing import Any
 
 from megatron_lite.backend.environment import Launch
-from megatron_lite.backend.rendezvous_server import Connection, Member, bind, look_up, read_port, write_port
+from megatron_lite.backend.rendezvous_server import (
+    Connection,
+    Member,
+    allow_files,
+    bind,
+    look_up,
+    read_port,
+    write_port,
+)
 from megatron_lite.errors import TrainingError
 from megatron_lite.formatting import format_ranges
 from megatron_lite.ops.doctor.report import Report
@@ -70,6 +78,7 @@ class Hub:
         self.offsets: dict[int, float] = {}
         self.reports: dict[int, Report] = {}
         self.lost: set[int] = set()
+        allow_files(launch.world_size + 512)
         listener = _listen(launch)
         self.port: int = listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
