@@ -95,6 +95,9 @@ def find_job_end(notify: Callable[[str], None], environment: Mapping[str, str] |
     job = variables.get("SLURM_JOB_ID")
     if not job:
         return None
+    if array := variables.get("SLURM_ARRAY_JOB_ID"):
+        # The number of one of an array's jobs is that of the array, too, and squeue lists all its jobs for it.
+        job = f"{array}_{variables.get('SLURM_ARRAY_TASK_ID', '')}"
     given = variables.get("SLURM_JOB_END_TIME", "")
     end = _limited(float(given)) if given.isdecimal() else _ask_squeue(job, variables)
     return JobEnd(job, end, ask=lambda: _ask_squeue(job, variables), notify=notify)

@@ -237,7 +237,10 @@ class RendezvousServer:
             rule = "All ranks of a job must be started with the same world size"
             problem = f"Rank {member.rank} on {member} was started with a world size of {member.world_size}, rank 0 on "
             problem += f"{self._owner} with {self._owner.world_size}"
-            fix = "Start all ranks with the same world size; if these are two jobs, give each another MASTER_PORT"
+            fix = (
+                "Start all ranks with the same world size (--ranks-per-task N, or one task for each GPU, if nodes have "
+                "different numbers of GPUs); if these are two jobs, give each another MASTER_PORT"
+            )
         elif known is not None and (known.host, known.pid) != (member.host, member.pid):
             rule = "Every rank of a job is one process"
             problem = f"Rank {member.rank} was started twice: on {known} and on {member}"

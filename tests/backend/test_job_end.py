@@ -38,12 +38,18 @@ def test_slurms_variable_is_read_first(squeue):
     assert find({**variables, "SLURM_JOB_END_TIME": str(NOW + 600)}).end == NOW + 600
 
 
-def test_squeue_is_asked_in_unix_time_and_without_the_users_options(squeue, monkeypatch):
+def test_squeue_is_asked_in_unix_time_and_without_the_users_options(squeue):
     check = "assert os.environ['SLURM_TIME_FORMAT'] == '%s' and 'SQUEUE_STATES' not in os.environ\n"
     check += "assert sys.argv[1:] == ['--noheader', '--jobs', '7', '--format', '%e']\n"
     # A heterogeneous job has a line for each component.
     variables = squeue(f"{check}print({NOW + 900}); print({NOW + 600})")
     assert find({**variables, "SQUEUE_STATES": "PENDING", "SLURM_TIME_FORMAT": "relative"}).end == NOW + 600
+
+
+def test_one_job_of_an_array_is_asked_for(squeue):
+    variables = squeue(f"assert sys.argv[3] == '5_2'; print({NOW + 600})")
+    found = find({**variables, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"})
+    assert (found.job, found.end) == ("5_2", NOW + 600)
 
 
 @pytest.mark.parametrize("answer", ["print('N/A')", "print('NONE')", "sys.exit(1)", "time.sleep(60)"])
