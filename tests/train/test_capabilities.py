@@ -19,8 +19,8 @@ from megatron_lite.train.comparison import check_capabilities
     [
         ({"fp8": False}, {"fp8": Fp8Config(format="e4m3")}, r"Card has no fp8 matrix products \(--fp8-format e4m3\)"),
         ({"compile": False}, {"compile": "layer"}, "Card does not support --compile"),
-        ({"dtypes": frozenset({"fp16"})}, {}, "Card cannot compute in --fp32; it supports fp16"),
-        ({"max_world": 1}, {"world": 2}, "spans at most 1 rank"),
+        ({"dtypes": frozenset({"fp16"})}, {}, "Card does not support fp32, .* supports fp16"),
+        ({"max_world": 1}, {"world": 2}, "at most 1 rank"),
     ],
 )
 def test_what_a_device_lacks_is_refused(able, changes, message):
