@@ -94,15 +94,16 @@ def begin_job(folder: Path, start: Start) -> tuple[Chain, str]:
         if chain.state == "active" and (foreign := _refuse_foreign(chain, start)):
             return chain, foreign
         if chain.job.job and chain.job != start:
-            chain = _judged(chain, folder, chain.job, requeued=chain.job.job == start.job)
-        if chain.job.job != start.job:
-            chain = replace(chain, successor="")
-        # Written first: with no room for it, there must be no successor either, which would fail in the same way.
-        exit_status = read_exit_status(folder)
-        earlier_exit = exit_status.time if exit_status is not None else ""
-        chain = write_chain(folder, replace(chain, job=start, warning="", earlier_exit=earlier_exit))
+            requeued = chain.job.job == start.job
+            chain = write_chain(folder, _judged(chain, folder, chain.job, requeued=requeued))
         if chain.state != "active":
             return chain, f"the chain is {chain.state}: {chain.reason}"
+        if chain.job.job != start.job:
+            chain = replace(chain, successor="")
+        exit_status = read_exit_status(folder)
+        earlier_exit = exit_status.time if exit_status is not None else ""
+        # Written first: with no room for it, there must be no successor either, which would fail in the same way.
+        chain = write_chain(folder, replace(chain, job=start, warning="", earlier_exit=earlier_exit))
         try:
             if not chain.successor or slurm.job_state(chain.successor) is None:
                 chain = replace(chain, successor="")

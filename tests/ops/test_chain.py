@@ -108,8 +108,8 @@ def test_each_job_submits_its_successor_until_the_run_is_complete(run, queue):
     ends(run, "completed", job="102", saved=30)
     chain = end_job(run, Start("102"))
     assert (chain.state, chain.reason) == ("completed", "it was completed") and "103" not in queue.states
-    _, refusal = begin_job(run, Start("103"))
-    assert refusal == "the chain is completed: it was completed", "a successor that started all the same does not train"
+    chain, refusal = begin_job(run, Start("103"))  # Slurm started it before it was cancelled
+    assert refusal == "the chain is completed: it was completed" and chain.job == Start("102")
 
 
 @pytest.mark.parametrize("status", ["kill_switch", "exit_flag"])
@@ -264,6 +264,14 @@ def test_cancelling_the_waiting_job_ends_the_chain(run, queue):
     chain = end_job(run, Start("100"))
     assert chain.state == "stopped" and len(queue.options) == 2
     assert chain.reason == "job 101, which waited for the end of job 100, was cancelled"
+
+
+def test_a_chain_may_end_when_its_next_job_begins(run, queue):
+    begins(run, queue, "100")
+    ends(run, "completed", job="100", saved=5)  # and the node fails before the script has ended
+    _, refusal = begin_job(run, Start("101"))
+    assert refusal == "the chain is completed: it was completed"
+    assert len(queue.options) == 2 and read_chain(run).state == "completed"
 
 
 def test_a_job_that_is_not_the_chains_does_not_train(run, queue):
