@@ -98,8 +98,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         found = [given] if single else sorted(p for p in existing(given).iterdir() if iteration_of(p) is not None)
         if not found:
             raise CheckpointError(
-                f"No checkpoint found in '{given}' ({given.absolute()})",
-                fix="Give the directory that the run passed to --save, or one of its iter_NNNNNNN directories",
+                f'The folder "{given.absolute()}" contains no checkpoint',
+                fix="Give the --save folder of a run, or one of its iter_… folders",
             )
         paths += found
         if not single and (problem := latest_problem(given)) is not None:

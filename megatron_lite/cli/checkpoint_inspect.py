@@ -145,9 +145,10 @@ def _diff_kinds(options: argparse.Namespace, kinds: Sequence[Recognised | None],
 
 def _useless(flags: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"{' '.join(flags)} has no effect: both checkpoints store the configuration of their model",
-        rule="Flags of the model complete checkpoints of Megatron-LM and DeepSpeed",
-        fix="Leave it out",
+        f"{' '.join(flags)} {'have' if len(flags) > 1 else 'has'} no effect: both checkpoints store the configuration "
+        "of "
+        "their model",
+        fix=f"Remove {' '.join(flags)}: flags of the model apply to checkpoints of Megatron-LM and DeepSpeed",
     )
 
 
@@ -245,8 +246,8 @@ def existing(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} {'is not a directory' if folder.exists() else 'does not exist'}",
-            fix="Give the directory that the run passed to --save",
+            f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}",
+            fix="Give the --save folder of a run",
         )
     return folder
 
@@ -262,7 +263,7 @@ def one_checkpoint(given: Path) -> Path:
     found = find_checkpoint(str(existing(given)))
     if found is None:
         raise CheckpointError(
-            f"No checkpoint found in '{given}' ({given.absolute()})",
-            fix="Give the directory that the run passed to --save, or one of its iter_NNNNNNN directories",
+            f'The folder "{given.absolute()}" contains no checkpoint',
+            fix="Give the --save folder of a run, or one of its iter_… folders",
         )
     return found

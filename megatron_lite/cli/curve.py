@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.errors import ConfigError
+from megatron_lite.system_errors import reason, remedy
 
 SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and as an SVG file"
 
@@ -59,6 +60,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"Cannot write --svg {path}: {error.strerror}",
-            fix="Use another path for --svg",
+            f"Cannot write --svg {path}: {reason(error)}",
+            fix=remedy(error, path, instead="give another path with --svg", writing=True),
         ) from error

@@ -13,6 +13,7 @@ from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, given_tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.system_errors import reason, remedy
 
 if TYPE_CHECKING:
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
@@ -96,7 +97,8 @@ def inspect(argv: list[str]) -> int:
             options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
         except OSError as error:
             raise DataError(
-                f"Cannot write --picture {options.picture}: {error.strerror}", fix="Give another path after --picture"
+                f"Cannot write --picture {options.picture}: {reason(error)}",
+                fix=remedy(error, options.picture, instead="give another path with --picture", writing=True),
             ) from error
         print(f"  image: {options.picture}")
     from megatron_lite.data.format.manifest import check_manifest

@@ -72,13 +72,16 @@ def _tokenizer_entry(options: argparse.Namespace) -> dict[str, Any]:
         }
     if manifest is None:
         raise DataError(
-            f"The end-of-document token of {prefix} is unknown: the dataset has no manifest",
-            fix="Give the tokenizer, for example --vocab-file and --merge-file",
+            f"The end-of-document token of the dataset {prefix} is unknown: it has no manifest, and no tokenizer is "
+            "given",
+            fix="Give the tokenizer with which the dataset was made: --tokenizer-model PATH, or --vocab-file and "
+            "--merge-file",
         )
     if manifest.tokenizer.get("eod") is None:
         raise DataError(
-            f"Cannot pack {prefix}: its documents have no end-of-document token (made without --append-eod)",
-            fix="Preprocess again with --append-eod",
+            f"Cannot pack the dataset {prefix}: it was made without --append-eod, so its documents do not end with an "
+            "end-of-document token",
+            fix="Preprocess the corpus again with --append-eod",
         )
     return manifest.tokenizer
 

@@ -69,9 +69,10 @@ def find_position(config: RunConfig, iteration: int) -> Position:
     segment = next((one for one in reversed(history) if one.iteration < iteration), None)
     if segment is None:
         raise DataError(
-            f"The checkpoints in {config.checkpoint.load} do not record the data of iteration {iteration}, which is "
-            f"before iteration {latest.iteration}",
-            fix="Leave --load out, and give the flags that the run had at that iteration",
+            f"The checkpoints in {config.checkpoint.load} do not record the data of iteration {iteration}: their "
+            "records "
+            f"begin later (the latest checkpoint is of iteration {latest.iteration})",
+            fix="Remove --load, and give the flags that the run had at that iteration",
         )
     starts = [Progress(iteration=segment.iteration, consumed_train_samples=segment.consumed)]
     if earlier := saved[: len(saved) - len(later)]:
@@ -102,6 +103,6 @@ def _config_of(segment: DataSegment, config: RunConfig) -> tuple[RunConfig, tupl
     if replaced := fingerprint_differences(segment.fingerprints, data_fingerprints(then)):
         raise DataError(
             f"The datasets have changed since the run read them:\n{describe(replaced)}\n",
-            fix="Give the flags and files that the run had at that iteration",
+            fix="Give --data-path, and the tokenizer, the files that the run had at that iteration",
         )
     return then, (f"read from other data, or in another order, than given by these flags:\n{describe(changed)}",)

@@ -85,7 +85,7 @@ def _require_iteration(config: RunConfig, iteration: int, consumed: int, count: 
     if iteration > last if not samples or config.training.train_tokens else consumed + count > samples:
         raise ConfigError(
             f"--iteration {iteration} is out of range: with these flags the run has {last:,} iterations",
-            fix=f"Give 1 to {last}, or the --train-iters or --train-samples of the run",
+            fix=f"Give --iteration 1 to {last}, or the --train-iters or --train-samples of the run",
         )
 
 

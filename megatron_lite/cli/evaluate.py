@@ -137,11 +137,11 @@ def _measure(model: TrainedModel, item: _Input, options: argparse.Namespace, seq
 def _read(path: str) -> str:
     text = require_text(path, "--text")
     if not text:
-        raise DataError(f"The file --text {path} is empty", fix="Give another file")
+        raise DataError(f"The file --text {path} is empty", fix="Give --text a file with text")
     if Path(path).suffix == ".jsonl":
         raise ConfigError(
-            f"Cannot evaluate --text {path}: --text takes plain text, and the file is JSON lines",
-            fix="Preprocess it with `megatron-lite preprocess`, and give the dataset with --data-path",
+            f"Cannot evaluate --text {path}: --text reads plain text, and this file is named as JSON lines",
+            fix="Preprocess the file with `megatron-lite preprocess`, and give the dataset with --data-path",
         )
     return text
 

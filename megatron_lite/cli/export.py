@@ -144,9 +144,8 @@ def _push_revisions(options: argparse.Namespace, hub: Hub | None) -> int:
     found = list_checkpoints(Path(options.load))
     if not found:
         raise ConfigError(
-            f"{options.load} holds no complete checkpoint",
-            rule="--revisions-from-run needs a run with checkpoints",
-            fix="Give the folder that the run was given with --save",
+            f"{options.load} contains no complete checkpoint for --revisions-from-run to export",
+            fix="Give the --save folder of a run",
         )
     plans = [_plan(options, iteration_of(path) or 0) for path in found]
     there = hub.revisions() if hub is not None else set()

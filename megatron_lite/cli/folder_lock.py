@@ -12,6 +12,7 @@ from megatron_lite.backend.environment import read_launch
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.rollback import WEIGHTS_FOLDER
+from megatron_lite.system_errors import reason, remedy
 
 
 @contextmanager
@@ -31,8 +32,8 @@ def holding(folder: Path, command: str) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write to {error.filename or root}: {error.strerror}",
-            fix="Free disk space, change the permissions, or give another folder",
+            f"Cannot write to {error.filename or root}: {reason(error)}",
+            fix=remedy(error, root, instead="give another folder", writing=True),
         ) from error
     try:
         yield

@@ -130,7 +130,7 @@ def _read_stdin() -> str:
             return decode_text(raw.read())
         return sys.stdin.read()
     except TextFileError as error:
-        raise DataError(f"Cannot read the prompt: standard input {error}", fix="Convert it to UTF-8") from error
+        raise DataError(f"Cannot read the prompt: standard input {error}", fix=error.fix) from error
 
 
 def _end_of_document(tokenizer: Tokenizer) -> int | None:

@@ -20,11 +20,14 @@ def run(argv: list[str]) -> int:
     from megatron_lite.data.preparation.merge import find_prefixes, merge_datasets
 
     if args.multimodal:
-        raise ConfigError("Cannot merge --multimodal datasets: only text is supported", fix="Leave --multimodal out")
+        raise ConfigError(
+            "--multimodal datasets cannot be merged: only text datasets are supported", fix="Remove --multimodal"
+        )
     prefixes = [*args.datasets, *(find_prefixes(Path(args.input)) if args.input else [])]
     if not prefixes:
         raise ConfigError(
-            "There are no datasets to merge: neither --datasets nor --input was given", fix="Give --datasets PREFIX …"
+            "There are no datasets to merge: neither --datasets nor --input is given",
+            fix="Give --datasets PREFIX PREFIX, or --input FOLDER",
         )
     with TokenProgress("merge", sum(IndexedDataset(prefix).num_tokens for prefix in prefixes)) as progress:
         merged = merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite, advance=progress.advance)

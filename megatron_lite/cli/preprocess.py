@@ -25,8 +25,8 @@ def run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     if args.dataset_impl not in ("mmap", "infer"):
         raise ConfigError(
-            f"Cannot write datasets of --dataset-impl {args.dataset_impl}, only mmap",
-            fix="Leave --dataset-impl out; every Megatron since 2021 reads mmap",
+            f"Datasets of --dataset-impl {args.dataset_impl} cannot be written, only those of mmap",
+            fix="Remove --dataset-impl: every Megatron since 2021 reads mmap",
         )
     # Threads of the tokenizer library would compete with the worker processes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

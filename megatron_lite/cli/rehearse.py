@@ -47,8 +47,8 @@ def run(argv: list[str]) -> int:
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(
-            f"--rank {outside[0]} is outside of the job (--world-size {config.parallel.world_size})",
-            fix=f"Give --rank 0 to {config.parallel.world_size - 1}, or the job's --world-size",
+            f"--rank {outside[0]} does not exist in a job of {config.parallel.world_size} ranks (--world-size)",
+            fix=f"Give --rank a number from 0 to {config.parallel.world_size - 1}, or the --world-size of the job",
         )
     # Imported here because these modules import torch.
     from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks

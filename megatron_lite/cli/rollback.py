@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.config.values import read_int, shortened
 from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.system_errors import reason, remedy
 
 if TYPE_CHECKING:
     from megatron_lite.runs.rollback import RollbackReport
@@ -42,8 +43,8 @@ def run(argv: list[str]) -> int:
                 print(line)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot roll back, for {error.filename or root} cannot be changed: {error.strerror}",
-            fix="Make the folder writable, make room if the disk is full, and give the same command again to finish",
+            f"The rollback is not complete, because {error.filename or root} cannot be changed: {reason(error)}",
+            fix=f"{remedy(error, root, writing=True)}; then give the same command again to complete it",
         ) from error
     return 0
 
@@ -67,8 +68,9 @@ def _range(text: str) -> tuple[int, int]:
     if begin >= end:
         raise ConfigError(
             f"--skip-samples {shortened(text)} is not a range of samples",
-            fix="Give the first and the last sample to skip, for example 1024-2047: the log line of the loss spike "
-            "(WARNING: loss spike) and the command below it print them",
+            fix="Give the first and the last sample to skip, for example --skip-samples 1024-2047: the warning of the "
+            "loss spike in "
+            "the log states them",
         )
     return begin, end
 

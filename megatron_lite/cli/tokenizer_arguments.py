@@ -78,7 +78,9 @@ def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
         else:
             raise ConfigError(
                 "No tokenizer is given",
-                fix="Give --vocab-file and --merge-file (GPT-2), or --tokenizer-model PATH (tokenizer.json or .model)",
+                fix="Add --tokenizer-model PATH (a tokenizer.json or a sentencepiece .model), or --vocab-file "
+                "vocab.json --merge-file "
+                "merges.txt (GPT-2)",
             )
     return TokenizerConfig(**given)
 

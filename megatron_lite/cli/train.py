@@ -12,6 +12,7 @@ from megatron_lite.config.arguments import asks_for_help, is_dry_run, parse_run,
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.launcher import ranks_per_task
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 from megatron_lite.lifecycle.exit_status import ExitRecord
 
 SUMMARY = "train a GPT; takes Megatron's command line"
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
     count = _ranks_to_start(argv, launch) if broken is None else 1
     if count > 1 and launch.launcher == "torchrun":
         broken = ConfigError(
-            f"--ranks-per-task {count} under torchrun, which starts all ranks itself",
+            f"--ranks-per-task {count} is given, but torchrun starts all ranks itself",
             fix="Remove --ranks-per-task, or replace torchrun by srun with one task for each node",
         )
     elif count > 1 and not is_dry_run(argv):
@@ -60,9 +61,11 @@ def run(argv: list[str]) -> int:
         if launch.world_size != wanted:
             errors.append(
                 ConfigError(
-                    f"The flags describe a run of {wanted} ranks, and this is a single process",
-                    fix=f"Add --ranks-per-task {wanted} to start them all on this machine, start it with torchrun or "
-                    "srun, or add --dry-run to print the plan",
+                    f"The flags describe a run of {wanted} ranks, but the launcher started "
+                    f"{format_count(launch.world_size, 'rank')}",
+                    fix=f"Add --ranks-per-task {wanted} to start them all on this machine, start {wanted} ranks with "
+                    "torchrun or "
+                    "srun, or add --dry-run to check the command only",
                 )
             )
         raise_all(errors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.cli.tokenizer_arguments import MAX_IDS
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.system_errors import reason, remedy
 
 SUMMARY = "train a byte-level BPE or sentencepiece tokenizer on text"
 
@@ -21,12 +22,13 @@ def run(argv: list[str]) -> int:
 
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file, not a folder", fix="Give another --output")
+        raise ConfigError(f"--output {folder} is a file, not a folder", fix="Give --output the path of a new folder")
     written = [path for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path := folder / name).exists()]
     if written and not args.overwrite:
         raise ConfigError(
-            f"--output {folder} has a tokenizer ({written[0].name}), which datasets may have been made with",
-            fix="Give another --output, or --overwrite",
+            f"--output {folder} contains a tokenizer already ({written[0].name}), with which datasets may have been "
+            "made",
+            fix="Give another --output, or add --overwrite to replace it",
         )
     texts = iterate_texts(args.input, args.json_keys, max_bytes=args.max_mb * 1_000_000, skip_bad=args.skip_bad_lines)
     try:
@@ -52,7 +54,10 @@ def run(argv: list[str]) -> int:
             )
             use = ["--vocab-file", str(folder / "vocab.json"), "--merge-file", str(folder / "merges.txt")]
     except OSError as error:
-        raise DataError(f"Cannot write the tokenizer to {folder}: {error}", fix="Give another --output") from error
+        raise DataError(
+            f"Cannot write the tokenizer to {folder}: {reason(error)}",
+            fix=remedy(error, folder, instead="give another --output", writing=True),
+        ) from error
     print(f"  {size:,} tokens" + (f" (--vocab-size {args.vocab_size:,})" if size != args.vocab_size else ""))
     print(f"  {shlex.join(use)}")
     return 0

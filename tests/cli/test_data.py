@@ -136,7 +136,7 @@ def test_pack_prints_statistics_and_training_reads_its_sequences(prefix, tmp_pat
         for number in range(data.num_documents):
             writer.add_document([*data.document(number).tolist(), 100])
     assert main(["data", "pack", marked, packed, "--seq-length", "16"]) == 1
-    assert "the dataset has no manifest" in capsys.readouterr().err
+    assert "it has no manifest" in capsys.readouterr().err
     args = ["data", "pack", marked, packed, "--seq-length", "16", *NULL]
     assert main(args) == 0
     out = capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_a_trained_tokenizer_is_not_replaced_unasked(corpus, tmp_path, capsys):
     assert main(args) == 0
     before = (tmp_path / "t" / "tokenizer.json").read_bytes()
     assert main([*args[:-1], "258"]) == 1
-    assert "has a tokenizer (tokenizer.json)" in capsys.readouterr().err
+    assert "contains a tokenizer already (tokenizer.json)" in capsys.readouterr().err
     assert (tmp_path / "t" / "tokenizer.json").read_bytes() == before
     use = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "t")]
     assert main(["preprocess", "--input", str(corpus), "--output-prefix", str(tmp_path / "out"), *use]) == 0

@@ -113,9 +113,9 @@ def test_a_checkpoint_deleted_during_the_upload_is_replaced_by_the_next(server, 
 
 def test_no_network_no_token_and_foreign_names(server, run, capsys, monkeypatch, tmp_path):
     assert main(["sync", str(run), "--to", "eve/gpt"]) == 1
-    assert "--to eve/gpt: the token belongs to ada" in capsys.readouterr().err
+    assert "--to eve/gpt: the access token belongs to ada" in capsys.readouterr().err
     assert main(["sync", str(run), "--to", "hf:gpt"]) == 1
-    assert "--to takes USER/NAME" in capsys.readouterr().err
+    assert "Give --to USER/NAME" in capsys.readouterr().err
     server.faults = lambda method, path: "cut"
     assert main(["sync", str(run), "--to", "ada/gpt"]) == 1
     assert "asking who the token belongs to" in (error := capsys.readouterr().err) and "after 5 attempts" in error

@@ -309,7 +309,7 @@ def test_the_ranks_of_one_process_print_an_error_once(ranks, tmp_path):
 def test_torchrun_starts_all_ranks_itself(ranks, tmp_path):
     (job,) = ranks([*TRAIN, "--ranks-per-task", 2], by_hand(1))
     assert job.code() == 1
-    assert "--ranks-per-task 2 under torchrun, which starts all ranks itself" in job.text
+    assert "--ranks-per-task 2 is given, but torchrun starts all ranks itself" in job.text
 
 
 def test_a_dry_run_counts_the_ranks_that_a_task_starts(ranks):

@@ -203,4 +203,4 @@ def test_flags_that_do_not_go_together(words, found, tmp_path):
 def test_a_run_without_checkpoints(server, tmp_path):
     result = command("export", tmp_path, "--push-to", "ada/gpt", "--revisions-from-run")
     assert result.code == 1
-    assert "holds no complete checkpoint" in result.err
+    assert "contains no complete checkpoint" in result.err
