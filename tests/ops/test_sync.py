@@ -53,7 +53,7 @@ def run(tmp_path):
     (made / "alerts.json").write_text("{}")
     (made / "tensorboard").mkdir()
     event = struct.pack("<Q", 5) + b"1234" + b"abcde" + b"1234"
-    (made / "tensorboard" / "events.out.tfevents.1").write_bytes(event * 3 + event[:10])
+    (made / "tensorboard" / "events.out.tfevents.1").write_bytes(event * 3 + event[:15])
     return made
 
 
@@ -225,6 +225,23 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_the_next(run
     assert [path.name for path in to.glob("iter_*")] == ["iter_0000030"]
     assert notes == ["iter_0000020 was deleted or replaced by the run while it was being copied"]
     assert (to / "latest_checkpointed_iteration.txt").read_text() == "30\n"
+
+
+def test_a_checkpoint_that_is_saved_again_meanwhile_is_not_mixed(run, tmp_path, monkeypatch):
+    to, again = tmp_path / "copy", []
+    real = FolderDestination._copy
+
+    def copies(self, file, target, advance):
+        if not again and file.name.endswith("rank1.distcp"):
+            again.append(True)
+            shutil.rmtree(run / "iter_0000020")
+            save(run, 20, content=b"others!")
+        return real(self, file, target, advance)
+
+    monkeypatch.setattr(FolderDestination, "_copy", copies)
+    copy(run, to)
+    for name in ("rank0.distcp", "rank1.distcp"):
+        assert (to / "iter_0000020" / name).read_bytes().startswith(b"others!")
 
 
 def test_another_save_of_the_iteration_replaces_the_copy(run, tmp_path):
