@@ -188,7 +188,10 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
     )
     submission.local_problems += space_problems(storage, space, existing)
     submission.warnings += space_warnings(storage, space, existing)
-    submission.excluded = excluded_hosts(folder)
+    try:
+        submission.excluded = excluded_hosts(folder)
+    except ConfigError as error:
+        submission.local_problems.append(error)
     if submission.excluded:
         submission.facts.append(("Excluded", ", ".join(submission.excluded)))
 
@@ -235,6 +238,14 @@ def _check_variables(submission: Submission) -> None:
     """Report variables without a value, sourced files that do not exist, and statements that were not evaluated."""
     evaluation, job = submission.job.evaluation, submission.job
     missing = [f"${name}" for name in evaluation.missing if not name.startswith("SLURM")]
+    if positional := [name for name in missing if name[1:].isdigit()]:
+        missing = [name for name in missing if name not in positional]
+        problem = f"The script uses its arguments {', '.join(positional)}, which are not given"
+        fix = f"Give them after its name: megatron-lite slurm submit {job.path} ARGUMENT …"
+        if evaluation.stops_at_missing:
+            submission.local_problems.append(ConfigError(problem, rule="`set -u` ends it there", fix=fix))
+        else:
+            submission.warnings.append(f"{problem}, so expanded to nothing. {fix}")
     if missing and evaluation.stops_at_missing:
         submission.local_problems.append(
             ConfigError(

@@ -171,6 +171,26 @@ def test_variables_without_a_value_are_named(check):
     assert check("--tensorboard-dir x$$-$HOSTNAME-$SLURM_JOB_NODELIST").warnings == [], "bash and Slurm set them"
 
 
+def test_arguments_that_are_not_given_are_named(check):
+    assert (
+        check("--tensorboard-dir x$1 --lr ${2:-1e-3}")
+        .warnings[0]
+        .startswith(
+            "The script uses its arguments $1, which are not given, so expanded to nothing. Give them after its name: "
+        )
+    )
+    (problem,) = local(check("--tensorboard-dir x$1", header=HEADER + "set -u\n"))
+    assert problem.startswith(
+        "The script uses its arguments $1, which are not given. `set -u` ends it there. Give them"
+    )
+
+
+def test_a_damaged_exclude_file_is_one_of_the_reasons(check, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / EXCLUDE_NAME).write_bytes(b"\xff\xfe")
+    assert any(EXCLUDE_NAME in problem for problem in local(check()))
+
+
 def test_sourced_files_must_exist(check, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (problem,) = local(check(header=HEADER + "source conf/env.sh\n"))
