@@ -43,6 +43,8 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.json and not options.once:
         parser.error("--json is a form of --once: add --once")
+    if files := [str(path) for path in options.runs if path.is_file()]:
+        raise ConfigError(f"{files[0]} is a file", fix="Give the --save folder of a run")
     if options.once and not any(folder.is_dir() for folder in options.runs):
         raise ConfigError(
             f"No run folder exists: {', '.join(str(folder) for folder in options.runs)}",
@@ -61,11 +63,12 @@ def run(argv: list[str]) -> int:
 
     queue = Queue()
     watches = [RunWatch(folder, queue, jobs=options.job) for folder in options.runs]
-    records = [AlertRecord(folder, _warn) for folder in options.runs] if command else []
+    notes: list[str] = []
+    records = [AlertRecord(folder, notes.append) for folder in options.runs] if command else []
     limits = Thresholds(
         stall_minutes=options.stall_minutes, spike_factor=options.spike_factor, slow_ratio=options.slow_ratio
     )
-    observer = _Observer(watches, records, limits, command)
+    observer = _Observer(watches, records, limits, command, notes)
     if options.once:
         return _once(observer, as_json=options.json)
     _live(observer, options.interval)
@@ -132,15 +135,22 @@ class _Observer:
         records: the sent alerts of each run; empty: no alert is sent.
         limits: thresholds of the alerts.
         command: program and arguments of --alert.
+        notes: receives warnings about alerts.
     """
 
     def __init__(
-        self, watches: Sequence[RunWatch], records: Sequence[AlertRecord], limits: Thresholds, command: Sequence[str]
+        self,
+        watches: Sequence[RunWatch],
+        records: Sequence[AlertRecord],
+        limits: Thresholds,
+        command: Sequence[str],
+        notes: list[str],
     ) -> None:
         self._watches = watches
         self._records = records
         self._limits = limits
         self._command = command
+        self._notes = notes
 
     def observe(self) -> list[View]:
         """Return the runs as they are now, after new alerts were sent."""
@@ -156,6 +166,12 @@ class _Observer:
         for record, view in zip(self._records, views, strict=bool(self._records)):
             record.update(view.alerts, lambda alert, run=view.status.run: self._send(alert, run))  # type: ignore[misc]
         return views
+
+    def take_notes(self) -> list[str]:
+        """Return and forget the warnings."""
+        taken = list(self._notes)
+        self._notes.clear()
+        return taken
 
     def _send(self, alert: Alert, run: str) -> bool:
         variables = {
@@ -175,11 +191,11 @@ class _Observer:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            _warn(f"WARNING: --alert {shlex.join(self._command)} failed, and is repeated: {error}")
+            self._notes.append(f"WARNING: --alert {shlex.join(self._command)} failed, and is repeated: {error}")
             return False
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            _warn(
+            self._notes.append(
                 f"WARNING: --alert {shlex.join(self._command)} failed ({done.returncode}: {last[0]}), and is repeated"
             )
         return done.returncode == 0
@@ -187,6 +203,7 @@ class _Observer:
 
 def _once(observer: _Observer, *, as_json: bool) -> int:
     views = observer.observe()
+    _warn(observer)
     if as_json:
         runs = [
             {
@@ -225,6 +242,7 @@ def _live(observer: _Observer, interval: float) -> None:
         while True:
             console.print(time.strftime("%Y-%m-%d %H:%M:%S"))
             _print(console, observer.observe())
+            _warn(observer)
             sys.stdout.flush()
             time.sleep(interval)
     _full_screen(observer, interval, console)
@@ -240,6 +258,7 @@ def _full_screen(observer: _Observer, interval: float, console: Console) -> None
     with _single_keys() as keys, Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
         while True:
             views = observer.observe()
+            notes = observer.take_notes()
             until = time.monotonic() + interval
             while True:
                 live.update(
@@ -249,7 +268,7 @@ def _full_screen(observer: _Observer, interval: float, console: Console) -> None
                         width=console.width,
                         height=console.height,
                         unicode=unicode,
-                        keys=SEVERAL_KEYS if len(views) > 1 else KEYS,
+                        keys="\n".join([*notes, SEVERAL_KEYS if len(views) > 1 else KEYS]),
                     ),
                     refresh=True,
                 )
@@ -295,5 +314,6 @@ def _wait(seconds: float) -> str:
     return ""
 
 
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _warn(observer: _Observer) -> None:
+    for text in observer.take_notes():
+        print(text, file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ def screen(views: Sequence[View], selected: int, *, width: int, height: int, uni
     view = views[selected]
     rows = list(details(view.status))
     alerts = [Text(f"ALERT {alert.message}", style="bold red") for shown in views for alert in shown.alerts]
-    used = len(parts) + (len(views) + 1) * (len(views) > 1) + 2 + bool(keys)
+    used = len(parts) + (len(views) + 1) * (len(views) > 1) + 2 + keys.count("\n") + bool(keys)
     used += sum(1 + len(text) // max(20, width - 12) for _, text, _ in rows)
     used += sum(1 + len(alert.plain) // max(20, width) for alert in alerts)
     parts += [*alerts, Text(view.status.run, style="bold", overflow="fold"), _grid(rows)]

@@ -188,13 +188,14 @@ class RunWatch:
         found: dict[str, Any] = {"keeps_all": config is None or not config.checkpoint.keep_last}
         if config is not None and config.checkpoint.save:
             found["next_save"] = _next_save(config, iteration)
-        saved = latest_iteration(self.folder)
-        if saved is None:
-            return found
-        path = locate(self.folder, saved)
+        saved = None
         try:
+            saved = latest_iteration(self.folder)
+            if saved is None:
+                return found
+            path = locate(self.folder, saved)
             changed = (path / MANIFEST_NAME).stat().st_mtime
-        except OSError:  # it is being replaced, or was removed
+        except OSError:  # it is being replaced, or was removed, or the folder is not readable
             return {**found, "checkpoint": saved}
         key = path, int(changed)
         if key not in self._sizes:

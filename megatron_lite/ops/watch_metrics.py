@@ -30,11 +30,11 @@ _ITERATION = b'{"kind": "iteration"'
 def metrics_path(run: Path) -> Path:
     """Return the metrics file of a run: in its folder, or at the --metrics-file that its latest checkpoint records."""
     path = run / METRICS_NAME
-    if path.exists() or (iteration := latest_iteration(run)) is None:
-        return path
     try:
+        if path.exists() or (iteration := latest_iteration(run)) is None:
+            return path
         config = read_manifest(locate(run, iteration)).provenance.config
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return path
     given = config.get("metrics", {}).get("metrics_file", "")
     return Path(given) if given else path

@@ -124,6 +124,8 @@ def test_mistakes(tmp_path, capsys):
     assert main(["watch", str(tmp_path / "a"), "--once"]) == 1
     assert "No run folder exists" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
+    assert main(["watch", str(run / "metrics.jsonl")]) == 1
+    assert "metrics.jsonl is a file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["watch", str(run), "--json"])
     assert "add --once" in capsys.readouterr().err
