@@ -25,6 +25,13 @@ def soon(seconds=20.0):
     return time.monotonic() + seconds
 
 
+def wait_for(condition):
+    deadline = soon()
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def take_part(launch, *, ahead=0.0, done=True, end=None):
     """Run a rank in a thread up to the verdict, or to its end after the start."""
     results = []
@@ -61,8 +68,7 @@ def test_missing_lost_and_late_ranks(launches):
         assert hub.wait_joined(soon(1.0)) == [2]
         hub.broadcast(start={})
         ended.join(20)
-        while hub.lost != {1} or 0 not in hub.reports:
-            time.sleep(0.01)
+        wait_for(lambda: hub.lost == {1} and 0 in hub.reports)
         began = time.monotonic()
         hub.wait_reports(soon(0.2))  # rank 0 never completes
         assert time.monotonic() - began < 10
@@ -111,8 +117,7 @@ def test_a_rank_that_was_started_twice(launches):
     with Hub(launches[0]) as hub, Spoke(launches[1], soon()) as spoke:
         answering = threading.Thread(target=lambda: spoke.expect("start", soon()), daemon=True)
         answering.start()
-        while 1 not in hub.hosts:
-            time.sleep(0.01)
+        wait_for(lambda: 1 in hub.hosts)
         with pytest.raises(TrainingError, match="was started twice"):
             Spoke(launches[1], soon(-1))
         hub.broadcast(start={})
