@@ -45,11 +45,11 @@ class Cluster:
         """Variables for Slurm's commands."""
         return {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def start(self) -> None:
-        """Start all daemons and wait until every node is idle.
+    def check(self) -> None:
+        """Check that a cluster can be started.
 
         Raises:
-            RuntimeError: a program is missing, or the nodes did not come up; it names the logs.
+            RuntimeError: a program is missing, or this is not root.
         """
         programs = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
         if missing := [name for name in programs if shutil.which(name, path=PATH) is None]:
@@ -59,6 +59,14 @@ class Cluster:
             )
         if os.geteuid() != 0:
             raise RuntimeError("The Slurm cluster makes network and process namespaces, which needs root: use sudo")
+
+    def start(self) -> None:
+        """Start all daemons and wait until every node is idle.
+
+        Raises:
+            RuntimeError: as check, or the nodes did not come up; it names the logs.
+        """
+        self.check()
         self.stop()
         for name in ("state", "log", "run", "munge"):
             (self.folder / name).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Fixtures of the tests on a Slurm cluster: the cluster, a dataset, and the run without interruption."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,7 +17,17 @@ SMALL_DISK = Path("/tmp/megatron_lite_slurm_disk")
 
 
 @pytest.fixture(scope="session")
-def small_disk():
+def stopped_cluster():
+    """The cluster, of which no other test session makes use; where Slurm cannot start, the tests fail."""
+    cluster = Cluster(FOLDER, prefix="mltest")
+    cluster.check()
+    with FOLDER.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def small_disk(stopped_cluster):
     """A file system with room for two checkpoints."""
     subprocess.run(("umount", "--lazy", SMALL_DISK), check=False, capture_output=True)
     SMALL_DISK.mkdir(exist_ok=True)
@@ -27,13 +38,12 @@ def small_disk():
 
 
 @pytest.fixture(scope="session")
-def cluster(small_disk):
-    """A running cluster; where Slurm cannot start, the tests fail. Nodes see the disks mounted before they start."""
-    cluster = Cluster(FOLDER, prefix="mltest")
-    cluster.start()
+def cluster(stopped_cluster, small_disk):
+    """The running cluster. Nodes see the disks that are mounted before they start."""
+    stopped_cluster.start()
     os.environ["PYTHONPATH"] = str(ROOT)
-    yield cluster
-    cluster.stop()
+    yield stopped_cluster
+    stopped_cluster.stop()
 
 
 @pytest.fixture(scope="session")
