@@ -41,6 +41,15 @@ class Job:
     sbatch_options: tuple[str, ...]
 
     @property
+    def is_started_once(self) -> bool:
+        """Whether the batch script itself starts the training command, without srun or another launcher."""
+        if self.command is None or self.command.tasks is not None or self.command.world_size is not None:
+            return False
+        flags = self.command.flags
+        programs = [c.arguments[0] for c in self.evaluation.commands if c.arguments[-len(flags) :] == flags]
+        return bool(programs) and PurePosixPath(programs[0]).name.startswith("python")
+
+    @property
     def resources(self) -> Resources:
         """Resources of the first component."""
         return self.components[0]

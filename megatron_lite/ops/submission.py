@@ -137,6 +137,15 @@ def _check_training(submission: Submission, step_seconds: float | None) -> None:
     except ConfigError as error:
         submission.problems.append(error)
     _check_allocation(submission)
+    tasks = sum(component.tasks_per_node * component.nodes for component in job.components)
+    if tasks > 1 and job.is_started_once:
+        submission.problems.append(
+            ConfigError(
+                f"The batch script starts the training command once, and the job has {tasks} tasks",
+                rule="Commands of the batch script run on the first node only",
+                fix="Write srun before the command; it starts one task for each GPU",
+            )
+        )
     if submission.parsed is None:
         return
     for missing in missing_files(submission.parsed.config, submission.parsed.missing):

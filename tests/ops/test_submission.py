@@ -199,6 +199,16 @@ def test_sourced_files_must_exist(check, tmp_path, monkeypatch):
     assert problem.endswith("Correct the path, or create the file")
 
 
+def test_a_command_without_a_launcher(tmp_path):
+    path = tmp_path / "job.slurm"
+    for start, refused in (("python -u", True), ("srun python", False), ("mpirun python", False), ("torchrun", False)):
+        path.write_text(f"{HEADER}{start} pretrain_gpt.py {FLAGS}\n", encoding="utf-8")
+        problems = [text for text in texts(check_job(read_job(path, environment={}))) if "starts the training" in text]
+        assert len(problems) == refused, start
+    path.write_text(f"#!/bin/bash\npython pretrain_gpt.py {FLAGS}\n", encoding="utf-8")
+    assert texts(check_job(read_job(path, environment={}))) == []
+
+
 def test_scripts_that_sbatch_refuses(check, tmp_path):
     (problem,) = texts(check(header=HEADER.removeprefix("#!/bin/bash\n")))
     assert "has no interpreter line" in problem and problem.endswith("Begin it with #!/bin/bash")
