@@ -316,3 +316,11 @@ def test_a_dry_run_counts_the_ranks_that_a_task_starts(ranks):
     (job,) = ranks([*TRAIN, "--ranks-per-task", 2, "--dry-run"], step(0, 2)[:1])
     assert job.code() == 0
     assert "4 ranks" in job.text, job.text
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(1, 4), (2, 2)])
+def test_the_only_task_of_a_node_starts_a_rank_for_each_gpu(tasks, count, ranks):
+    variables = {**step(0, tasks)[0], "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    (job,) = ranks([*TRAIN, "--device", "auto", "--dry-run"], [variables])
+    assert job.code() == 0
+    assert f"{count} ranks" in job.text, job.text
