@@ -154,7 +154,7 @@ class Stopper:
         by_slurm = left - margin - budget
         if by_flag < by_slurm:
             return self._describe_flag(by_flag)
-        kept = f"{margin + budget:.0f} s for the save and a margin (--job-end-margin-in-secs {margin:g})"
+        kept = f"{budget:.0f} s for the save and {margin:g} s after it (--job-end-margin-in-secs)"
         if by_slurm <= 0:
             return (
                 f"WARNING: {self._job_end}, leaves too little time to keep {kept} free: the run stops after one "
@@ -235,13 +235,14 @@ class Stopper:
             return Stop("time_limit", message, limit="--exit-duration-in-mins")
         if self._job_end is None:
             return None
-        needed = self._config.job_end_margin + evaluation + self._save_budget(save)
-        seconds = self._job_end.seconds_left(needed=needed + step)
-        if seconds is None or seconds >= needed + step:
+        reserve, margin = evaluation + self._save_budget(save), self._config.job_end_margin
+        needed = reserve + margin + step
+        seconds = self._job_end.seconds_left(needed=needed)
+        if seconds is None or seconds >= needed:
             return None
         message = (
             f"exiting program {max(0.0, seconds):.0f} s before the end of Slurm job {self._job_end.job}, leaving "
-            f"{needed:.0f} s for {purpose} and a margin of {self._config.job_end_margin:g} s"
+            f"{reserve:.0f} s for {purpose} and {margin:g} s after it (--job-end-margin-in-secs)"
         )
         return Stop("time_limit", message, limit="--time of the Slurm job")
 

@@ -88,7 +88,7 @@ def test_a_raised_time_limit_is_noticed_before_the_run_stops():
 def test_an_evaluation_leaves_time_before_the_end_of_the_slurm_job():
     assert in_slurm_job(300).before_evaluation(evaluation=100.0, save=100.0) is None
     stop = in_slurm_job(270).before_evaluation(evaluation=100.0, save=100.0)
-    assert "leaving 280 s for the evaluation and the save and a margin of 30 s" in stop.message
+    assert "leaving 250 s for the evaluation and the save and 30 s after it" in stop.message
     assert in_slurm_job(60).in_evaluation(save=None, step=20.0) is None
     assert in_slurm_job(60).in_evaluation(save=None, step=40.0).status == "time_limit"
 
@@ -98,7 +98,7 @@ def test_the_start_line_names_the_earlier_limit():
     assert (
         in_slurm_job(3600)
         .describe_time_limit(save=60.0)
-        .endswith("in 01:00:00: 120 s for the save and a margin (--job-end-margin-in-secs 30) are kept free")
+        .endswith("in 01:00:00: 90 s for the save and 30 s after it (--job-end-margin-in-secs) are kept free")
     )
     both = replace(SLURM, exit_duration_minutes=10)
     assert (
@@ -110,7 +110,7 @@ def test_the_start_line_names_the_earlier_limit():
 def test_a_job_too_short_for_a_save_is_warned_of_and_one_too_short_for_the_margin_refused():
     line = in_slurm_job(65).describe_time_limit(save=0.0)
     assert line.startswith("WARNING: Slurm job 7, which ends at ")
-    assert "too little time to keep 70 s for the save and a margin (--job-end-margin-in-secs 30) free" in line
+    assert "too little time to keep 40 s for the save and 30 s after it (--job-end-margin-in-secs) free" in line
     with pytest.raises(
         ConfigError, match=r"Slurm job 7, which ends at .* leaves no time for training: .* 7200 reserves"
     ):
