@@ -124,7 +124,7 @@ def our_step(args: argparse.Namespace) -> Step:
 
     def step(tokens: Tensor) -> Tensor:
         batch = MicroBatch(tokens[:, :-1], tokens[:, 1:])
-        return torch.tensor(engine.train_step(plan, lambda number: batch).loss)
+        return torch.tensor(engine.train_step(plan, lambda number: batch).outcome().loss)
 
     return step
 

@@ -7,7 +7,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_server import RendezvousServer
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
+
+Reading = Callable[[], list[float]]
+"""Waits for values of the device that are being copied to the host, and returns them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ class Backend(ABC):
 
     name: str
     device: torch.device
+    asynchronous = False
+    """Whether the device works behind the host, which must not wait for it within an iteration."""
     loss_chunk = 256
     """Tokens whose logits are computed at once for the loss: as few as matrix products are efficient with."""
 
@@ -148,10 +153,9 @@ class Backend(ABC):
         """Return the versions of torch and of the libraries that this backend uses."""
         return {"torch": str(torch.__version__)}
 
-    def to_host(self, values: Tensor) -> list[float]:
-        """Return the values of a tensor [n] on the device; waits for the device."""
-        numbers: list[float] = values.tolist()
-        return numbers
+    def read_later(self, values: Tensor) -> Reading:
+        """Start to copy a tensor [n] to the host; the result waits until that is done, not for later work."""
+        return values.tolist
 
     def mark(self) -> Any:
         """Return a time mark at the end of the device's queued work, without waiting for that work."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.backend.base import Backend, Capabilities, scaled_dot_product_attention
+from megatron_lite.backend.base import Backend, Capabilities, Reading, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
@@ -51,6 +51,7 @@ class CudaBackend(Backend):
     """Backend of one GPU: the one with the number of the local rank, counted among those that the process sees."""
 
     name = "cuda"
+    asynchronous = True
     loss_chunk = 4096
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
@@ -145,6 +146,19 @@ class CudaBackend(Backend):
         """Copy through pinned memory, so that the host does not wait."""
         host = torch.from_numpy(array if array.flags.writeable else array.copy())
         return host.pin_memory().to(self.device, non_blocking=True)
+
+    def read_later(self, values: Tensor) -> Reading:
+        """Copy to pinned memory; the result waits for an event behind the copy."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            numbers: list[float] = host.tolist()
+            return numbers
+
+        return read
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.accounting import Transfer, counted
-from megatron_lite.backend.base import Backend, Capabilities
+from megatron_lite.backend.base import Backend, Capabilities, Reading
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
 from megatron_lite.errors import TrainingError
@@ -64,9 +64,9 @@ class FakeBackend(Backend):
         """Return a meta tensor of the array's shape and dtype."""
         return torch.from_numpy(array).to(self.device)
 
-    def to_host(self, values: Tensor) -> list[float]:
+    def read_later(self, values: Tensor) -> Reading:
         """Return zeros: meta tensors have no values."""
-        return [0.0] * values.numel()
+        return lambda: [0.0] * values.numel()
 
     def generator(self, seed: int) -> torch.Generator | None:
         """Return None: meta tensors draw no values."""

@@ -22,8 +22,6 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import SAVE_SAFETY
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_lite.backend.group import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -256,19 +254,18 @@ def _at(left: float) -> str:
     return f"stops by {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time.time() + left))}"
 
 
-def agree(world: Group, device: torch.device, stop: Stop | None) -> Stop | None:
+def agree(world: Group, stop: Stop | None) -> Stop | None:
     """Return the stop of the first rank that has one, on every rank: signals and clocks differ. A collective call."""
-    return agree_and_gather(world, device, stop)[0]
+    return agree_and_gather(world, stop)[0]
 
 
-def agree_and_gather(
-    world: Group, device: torch.device, stop: Stop | None, own: float | None = None
-) -> tuple[Stop | None, list[float]]:
+def agree_and_gather(world: Group, stop: Stop | None, own: float | None = None) -> tuple[Stop | None, list[float]]:
     """Agree on a stop, and gather one number of each rank in the same reduction; a collective call.
+
+    The reduction is of host memory (gloo), so that it does not wait for the device.
 
     Args:
         world: all ranks.
-        device: of the reduced tensor.
         stop: this rank's reason to stop.
         own: this rank's number, 0 or more; None on all ranks: nothing is gathered.
 
@@ -279,7 +276,7 @@ def agree_and_gather(
         return stop, [] if own is None else [own]
     import torch  # here, so that the module imports without it
 
-    reduced = torch.zeros(1 if own is None else 1 + world.size, device=device)
+    reduced = torch.zeros(1 if own is None else 1 + world.size)
     if stop is not None:
         reduced[0] = 1.0
     if own is not None:

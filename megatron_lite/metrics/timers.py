@@ -32,6 +32,11 @@ class Timers:
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
 
+    @property
+    def on(self) -> bool:
+        """Return whether any block is measured."""
+        return self._level > 0
+
     def __call__(self, name: str, level: int = 1) -> AbstractContextManager[None]:
         """Return a context manager that adds its duration to `name`, if `level` is measured."""
         return _OFF if level > self._level else _Block(self, name)

@@ -7,6 +7,7 @@ when the hysteresis, the number of overflows that it takes to halve the scale, i
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -77,6 +78,15 @@ class DynamicScaler(LossScaler):
         self._window = window
         self._full_hysteresis = hysteresis
         self._hysteresis = hysteresis
+
+    def after(self, overflow: bool) -> float:
+        """Return the scale that `update` would set."""
+        following = copy.copy(self)
+        try:
+            following.update(overflow)
+        except TrainingError:
+            return self.scale  # raised by update itself
+        return following.scale
 
     def _diverged(self, overflows: str) -> TrainingError:
         return TrainingError(

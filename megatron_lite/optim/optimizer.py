@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.optim.element_sums import ElementSums
-from megatron_lite.optim.loss_scaler import build_loss_scaler
+from megatron_lite.optim.loss_scaler import DynamicScaler, build_loss_scaler
 from megatron_lite.optim.update_rule import UpdateRule
 from megatron_lite.parallel.buffers import ParameterBuffers, ShardPiece
 from megatron_lite.parallel.mesh import Mesh
@@ -28,6 +28,7 @@ class StepResult:
         applied: whether parameters were updated.
         finite: whether all gradients were finite. If not, the step is an overflow in fp16, to which the loss scale
             adapts; in bf16 and fp32 it is an error that the caller raises.
+        loss_scale: factor on the loss of this iteration.
         grad_norm: 2-norm of all gradients, unscaled and before clipping.
         num_zeros: number of gradient elements equal to zero; None: not requested.
         params_norm: 2-norm of all parameters after the step; None: not requested.
@@ -35,6 +36,7 @@ class StepResult:
 
     applied: bool
     finite: bool
+    loss_scale: float
     grad_norm: float
     num_zeros: int | None = None
     params_norm: float | None = None
@@ -70,21 +72,22 @@ class Optimizer:
         fused = mesh.backend.capabilities().fused_adam
         self._rule = UpdateRule(config.optimizer, self._mains, [shard.decay for shard in shards], fused=fused)
         self._scaler = build_loss_scaler(config.precision)
+        self._next_scale: Tensor | None = None
         self._sums = ElementSums(shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.group("tp", "pp"))
         # Index and number of the replicas that hold the same state.
         self._replica = (0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size)
 
     @property
-    def loss_scale(self) -> float:
-        """Return the factor on the loss of the next iteration."""
-        return self._scaler.scale
+    def loss_scale(self) -> Tensor | float:
+        """Return the factor on the loss of the next iteration; a scalar on the device while a step is not settled."""
+        return self._scaler.scale if self._next_scale is None else self._next_scale
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, loss_is_finite: Tensor | None = None) -> Tensor:
         """Update the parameters with the reduced gradients; a collective call, after ParameterBuffers.reduce.
 
         Nothing is read on the host: whether the step is applied is decided on the device. The update unscales and clips
-        the gradients as it reads them, in place.
+        the gradients as it reads them, in place. With a dynamic loss scale the step before must be settled.
 
         Args:
             lr: learning rate.
@@ -108,6 +111,10 @@ class Optimizer:
         divisor = None
         if optimizer.clip_grad > 0 or self._scaler.scale != 1.0:
             divisor = self._scaler.scale / clip_coefficient(norm, optimizer.clip_grad)
+        if isinstance(self._scaler, DynamicScaler):
+            assert self._next_scale is None, "the loss scale of this step is unknown: settle the step before it"
+            scales = [torch.full_like(norm, self._scaler.after(overflow)) for overflow in (False, True)]
+            self._next_scale = torch.where(finite, scales[0], scales[1])
         self._rule.step(lr, weight_decay, divisor, applies)
         self._copy_mains_to_parameters()
         if metrics.log_params_norm:
@@ -121,10 +128,11 @@ class Optimizer:
             values: the values that `step` returned, read on the host. Steps are settled in their order.
         """
         applied, finite, norm, *more = values
+        self._next_scale, scale = None, self._scaler.scale
         self._scaler.update(overflow=not finite)
         self._rule.applied += int(applied)
         zeros = int(more.pop(0)) if self._config.metrics.log_num_zeros else None
-        return StepResult(bool(applied), bool(finite), norm, zeros, more[0] if more else None)
+        return StepResult(bool(applied), bool(finite), scale, norm, zeros, more[0] if more else None)
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return this rank's share of the state as views, to be saved from or loaded into.

@@ -21,6 +21,9 @@ from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.schedules.pipeline import COMPUTE, Action
 
+Scale = Tensor | float
+"""A factor, or a scalar on the device."""
+
 
 class Batch(Protocol):
     """Micro-batch of b samples, as far as the executor reads it."""
@@ -40,7 +43,7 @@ class Stage(Protocol):
         """Hidden states [s, b, h] (first stage: None) -> hidden states [s, b, h]."""
 
     def sample_losses(
-        self, x: Tensor, batch: Any, gradient_scale: Tensor | float, accumulate: Accumulate | None, /
+        self, x: Tensor, batch: Any, gradient_scale: Scale, accumulate: Accumulate | None, /
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mean token loss of each sample, [b] fp32, from the last stage's hidden states.
 
@@ -195,7 +198,7 @@ class Executor:
         return self._current
 
     def run(
-        self, program: Sequence[Action], read: BatchReader, *, iteration: int, seq_length: int, gradient_scale: float
+        self, program: Sequence[Action], read: BatchReader, *, iteration: int, seq_length: int, gradient_scale: Scale
     ) -> StepLosses:
         """Run the program; gradients are accumulated into the parameters' buffers.
 
@@ -256,7 +259,7 @@ class Executor:
             tensors.gradients[action.stage, action.microbatch] = tensor
 
     def _forward(
-        self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses, gradient_scale: float
+        self, action: Action, batch: Batch, tensors: _Tensors, losses: StepLosses, gradient_scale: Scale
     ) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
         training = torch.is_grad_enabled()

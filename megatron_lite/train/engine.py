@@ -54,6 +54,18 @@ class StepOutcome:
     params_norm: float | None = None
 
 
+class PendingStep(Protocol):
+    """Training iteration whose work is enqueued on the device."""
+
+    def outcome(self) -> StepOutcome:
+        """Wait for the iteration, and return its result; to be called once, in the order of the iterations."""
+
+
+Rates = Callable[[], tuple[float, float]]
+"""Returns learning rate and weight decay of a step. It is called just before the step is enqueued: fp16 first needs the
+outcome of the step before."""
+
+
 class Engine(Protocol):
     """Trains and evaluates one rank's share of the model."""
 
@@ -61,8 +73,17 @@ class Engine(Protocol):
     def world(self) -> Group:
         """All ranks that the engine spans."""
 
-    def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
-        """Run one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step."""
+    def train_step(self, plan: IterationPlan, read: BatchReader, rates: Rates | None = None) -> PendingStep:
+        """Enqueue one iteration: this replica's micro-batches, the gradient reduction and the optimizer's step.
+
+        No value of the device is read. With fp16 the outcome of the iteration before must be taken before the
+        optimizer's step, at the latest in `rates`; otherwise before the next iteration's outcome.
+
+        Args:
+            plan: of the iteration.
+            read: reads this replica's micro-batches.
+            rates: learning rate and weight decay; None: the plan's.
+        """
 
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
         """Run forwards only, on this replica's micro-batches; return the loss over all replicas."""

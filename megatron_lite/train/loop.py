@@ -14,25 +14,23 @@ from megatron_lite.backend.agreement import broadcast_from_rank0
 from megatron_lite.backend.job_end import find_job_end
 from megatron_lite.config.counts import checkpoint_size
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import TrainingError
-from megatron_lite.lifecycle.spikes import respond_to_spike
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather
 from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.profiler import Profiler
-from megatron_lite.metrics.report import IterationReport, ValidationReport
+from megatron_lite.metrics.report import ValidationReport
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.schedules.batch_size import final_batch_size
-from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
-from megatron_lite.schedules.learning_rate import learning_rate
-from megatron_lite.schedules.length import is_finished, last_iteration, skipped_samples, tokens_at
+from megatron_lite.schedules.iteration import plan_iteration
+from megatron_lite.schedules.length import is_finished
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import save_budget
 from megatron_lite.train.batches import RunData
-from megatron_lite.train.engine import Engine, LossSum, StepOutcome
+from megatron_lite.train.engine import Engine, LossSum
+from megatron_lite.train.iterations import InFlight, settle, train_iteration
 from megatron_lite.train.replica_check import check_replicas
 from megatron_lite.train.state import RunState
 
@@ -56,6 +54,10 @@ class Run:
     profiler: Profiler
     throughput: Throughput
     progress: Progress
+    """After all iterations begun; the one in flight counts as applied."""
+    in_flight: InFlight | None = None
+    last_settled: float = 0.0
+    """time.perf_counter() when the outcome of an iteration was last read."""
     recent_iterations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     """Seconds of the last iterations, whose longest is expected of the next."""
     longest_validation: float = 0.0
@@ -66,13 +68,13 @@ class Run:
     def agree(self, stop: Stop | None) -> Stop | None:
         """Return the stop of the first rank that has one; a collective call."""
         with self.mesh.backend.phases.enter("agreeing whether to stop"):
-            return agree(self.mesh.world, self.mesh.backend.device, stop)
+            return agree(self.mesh.world, stop)
 
     def agree_after_iteration(self, stop: Stop | None) -> Stop | None:
         """As agree; also gather the compute time of each rank, if the iteration was measured."""
         own = self.compute.take() if self.compute.measures else None
         with self.mesh.backend.phases.enter("agreeing whether to stop"):
-            agreed, gathered = agree_and_gather(self.mesh.world, self.mesh.backend.device, stop, own)
+            agreed, gathered = agree_and_gather(self.mesh.world, stop, own)
         self.rank_seconds = gathered or None
         return agreed
 
@@ -109,19 +111,24 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             plan = plan_iteration(config, run.progress, replica=run.mesh.dp.rank)
             run.profiler.before_iteration(plan.iteration)
             begun = time.monotonic()
+            evaluates = bool(interval) and plan.iteration % interval == 0 and run.evaluates("validation")
             with phases.enter(f"iteration {plan.iteration}"):
-                stop = _train_iteration(run, plan)
+                stop = train_iteration(run, plan)
+                if stop is None and (evaluates or state.is_due(run.progress) or is_finished(config, run.progress)):
+                    stop = settle(run)
             run.recent_iterations.append(time.monotonic() - begun)
             if stop is not None:  # to roll back: what came after the checkpoint is discarded, so it is not saved
                 state.finish()
                 return stop
             run.profiler.after_iteration(plan.iteration)
             check_replicas(run.engine, config.training, plan.iteration, run.mesh.backend, reporter)
-            if interval and plan.iteration % interval == 0 and run.evaluates("validation"):
+            if evaluates:
                 stop = _validate(run, stopper)
             if stop is None:
+                # A device that works behind the host may still have an iteration to do.
+                ahead = 2 if run.mesh.backend.asynchronous else 1
                 stop = stopper.after_iteration(
-                    run.progress, save=state.seconds_to_save, iteration=max(run.recent_iterations)
+                    run.progress, save=state.seconds_to_save, iteration=ahead * max(run.recent_iterations)
                 )
                 # Reporting a failed background save is a collective call, so the ranks agree on it first.
                 failed_save = Stop("error", "a background save failed")
@@ -134,6 +141,10 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             if finished and stop is not None and stop.status == "exit_flag":
                 stop = None  # the run ends here anyway, with its last evaluations
             if stop is not None:
+                with phases.enter(f"iteration {plan.iteration}"):
+                    if (rollback := settle(run)) is not None:
+                        state.finish()
+                        return rollback
                 reporter.stopping()
             with phases.enter(f"saving iteration {plan.iteration}"):
                 state.save_if_due(run.engine, run.progress, last=stop is not None or finished)
@@ -184,81 +195,6 @@ def _stopper(run: Run, started: float | None, *, saves: bool) -> Iterator[Stoppe
 
 def _print_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
-    """Train one iteration, advance run.progress and report; return a Stop if the run is to be rolled back."""
-    config, started = run.config, time.perf_counter()
-    if plan.skip:
-        run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=False)
-        run.reporter.message(f"Skipped iteration {plan.iteration} due to --skip-train-iteration-range flag.")
-        return None
-    data, spikes = run.data.train, run.state.spikes
-    assert data is not None, "a run that trains has training data"
-    run.compute.begin(plan.iteration)
-    with run.timers("train-step"):
-        outcome = run.engine.train_step(plan, run.data.train_reader(plan))
-    observed = (plan.iteration, outcome.loss, plan.first_sample, plan.global_batch)
-    spike, error = None, None
-    if not outcome.finite and config.stops_at_nan:
-        error = _not_finite(run, plan, outcome)
-        if config.training.auto_rollback:
-            spike = spikes.not_finite(*observed)
-    else:
-        # A process that was paused must not report to a folder that another job has taken over.
-        run.state.check_lock()
-        run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=outcome.applied)
-        if not outcome.applied:
-            run.reporter.message(_overflow_message(config, plan, outcome))
-        run.reporter.iteration(_report(run, plan, outcome, time.perf_counter() - started))
-        spike = spikes.observe(*observed)
-    stop = None
-    if spike is not None:
-        run.state.finish()  # a save under way may be the checkpoint to roll back to
-        stop = respond_to_spike(spike, config, run.mesh.world, data, run.reporter)
-    if stop is None and error is not None:
-        raise error
-    return stop
-
-
-def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float) -> IterationReport:
-    config, progress, train_data = run.config, run.progress, run.data.train
-    assert train_data is not None
-    last = last_iteration(config)
-    rates = run.throughput.measure(
-        seconds=seconds,
-        tokens=plan.tokens,
-        seq_length=plan.seq_length,
-        remaining_tokens=max(0, tokens_at(config, last) - progress.consumed_train_tokens),
-    )
-    losses = {"lm loss": outcome.loss}
-    losses |= {f"lm loss {train_data.names[source]}": loss for source, loss in outcome.source_losses.items()}
-    return IterationReport(
-        iteration=progress.iteration,
-        train_iterations=last,
-        consumed_train_samples=progress.consumed_train_samples,
-        consumed_train_tokens=progress.consumed_train_tokens,
-        skipped_train_samples=skipped_samples(config, progress.iteration),
-        losses=losses,
-        # As in Megatron's log: the rate of the next iteration, because Megatron's scheduler has stepped by now.
-        learning_rate=learning_rate(config, progress),
-        global_batch_size=plan.global_batch,
-        seq_length=plan.seq_length,
-        loss_scale=outcome.loss_scale,
-        grad_norm=outcome.grad_norm,
-        num_zeros=outcome.num_zeros,
-        params_norm=outcome.params_norm,
-        skipped=0 if outcome.applied else 1,
-        nan=0 if outcome.finite else 1,
-        seconds=seconds,
-        tokens_per_second=rates.tokens_per_second,
-        tflops_per_device=rates.tflops_per_device,
-        mfu=rates.mfu,
-        eta_seconds=rates.eta_seconds,
-        memory=run.mesh.backend.memory_stats() if config.metrics.log_memory or progress.iteration == 1 else {},
-        timers=run.timers.take(),
-        rank_seconds=run.rank_seconds,
-    )
 
 
 def _validate(run: Run, stopper: Stopper) -> Stop | None:
@@ -343,37 +279,3 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
             run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
     run.timers.take()  # the evaluation's forwards do not count in the next iteration
     return None
-
-
-def _overflow_message(config: RunConfig, plan: IterationPlan, outcome: StepOutcome) -> str:
-    text = (
-        f"iteration {plan.iteration}: the gradients overflowed in fp16 at a loss scale of {outcome.loss_scale:g}, so "
-        "its step is skipped"
-    )
-    precision = config.precision
-    if precision.loss_scale:
-        return f"{text}; --loss-scale keeps the scale constant, and without it the scale adapts"
-    if outcome.loss_scale <= precision.min_loss_scale:
-        return (
-            f"{text}. The scale is at its minimum (--min-loss-scale): unless this passes soon the run has diverged, "
-            "and should resume from an earlier checkpoint (--load-iteration) with a lower --lr"
-        )
-    return text
-
-
-def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> TrainingError:
-    data = run.data.train
-    assert data is not None
-    positions = data.positions(plan.first_sample, plan.global_batch)
-    numbers = data.list_samples(plan.first_sample, plan.global_batch)
-    same = list(positions) == list(data.samples(plan.first_sample, plan.global_batch))
-    return TrainingError(
-        f"The loss or gradient is not finite: iteration {plan.iteration} has loss {outcome.loss} and gradient norm "
-        f"{outcome.grad_norm}, on samples "
-        f"{positions[0]} to {positions[-1]}" + ("" if same else f" (numbers {numbers} of the training data)"),
-        fix="Resume from the latest checkpoint (--load) with a lower --lr or a longer warm-up, or skip the samples "
-        "with "
-        f"--skip-train-iteration-range {plan.iteration}-{plan.iteration}. `megatron-lite data samples --iteration "
-        f"{plan.iteration}` with the flags of this command shows them. The step was not applied, and no checkpoint "
-        "contains it",
-    )

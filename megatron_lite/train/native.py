@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lite.backend.base import Reading
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.timers import Timers
@@ -23,7 +25,7 @@ from megatron_lite.pipeline.executor import Executor, StepLosses
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import Action, pipeline_schedule
-from megatron_lite.train.engine import BatchReader, LossSum, StepOutcome
+from megatron_lite.train.engine import BatchReader, LossSum, PendingStep, Rates, StepOutcome
 
 
 class NativeEngine:
@@ -72,12 +74,11 @@ class NativeEngine:
         """This rank's parameters and their gradients."""
         return self._buffers
 
-    def train_step(self, plan: IterationPlan, read: BatchReader) -> StepOutcome:
-        """Run forwards and backwards, reduce gradients and step; without a step if the loss is not finite."""
+    def train_step(self, plan: IterationPlan, read: BatchReader, rates: Rates | None = None) -> PendingStep:
+        """Enqueue forwards, backwards, gradient reduction and step; no step is applied if the loss is not finite."""
         for stage in self._stages.values():
             stage.train()
         self._buffers.begin(plan.microbatches)
-        loss_scale = self._optimizer.loss_scale
         phases = self._mesh.backend.phases
         with phases.enter(self._executor), self._timers("forward-backward"):
             losses = self._executor.run(
@@ -85,27 +86,17 @@ class NativeEngine:
                 read,
                 iteration=plan.iteration,
                 seq_length=plan.seq_length,
-                gradient_scale=loss_scale / plan.global_batch,
+                gradient_scale=self._optimizer.loss_scale / plan.global_batch,
             )
         with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
             self._buffers.reduce()
         sums = self._reduce(losses)
         loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
         with phases.enter("optimizer"), self._timers("optimizer"):
-            step = self._optimizer.step(plan.learning_rate, plan.weight_decay, loss_is_finite)
-        values = self._mesh.backend.to_host(torch.cat((sums.flatten(), step)))
-        loss, by_source = self._losses(values[: sums.numel()])
-        result = self._optimizer.settle(values[sums.numel() :])
-        return StepOutcome(
-            loss=loss.mean,
-            source_losses=by_source,
-            applied=result.applied,
-            finite=result.finite and math.isfinite(loss.mean),
-            grad_norm=result.grad_norm,
-            loss_scale=loss_scale,
-            num_zeros=result.num_zeros,
-            params_norm=result.params_norm,
-        )
+            lr, weight_decay = (plan.learning_rate, plan.weight_decay) if rates is None else rates()
+            step = self._optimizer.step(lr, weight_decay, loss_is_finite)
+        reading = self._mesh.backend.read_later(torch.cat((sums.flatten(), step)))
+        return _NativeStep(reading, sums.numel(), self._optimizer)
 
     @torch.no_grad()
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
@@ -116,7 +107,7 @@ class NativeEngine:
             losses = self._executor.run(
                 self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
             )
-        return self._losses(self._mesh.backend.to_host(self._reduce(losses).flatten()))[0]
+        return _losses(self._mesh.backend.read_later(self._reduce(losses).flatten())())[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return parameters under their own names, and the optimizer's state."""
@@ -173,8 +164,34 @@ class NativeEngine:
         self._mesh.world.all_reduce_(sums)
         return sums
 
-    def _losses(self, values: Sequence[float]) -> tuple[LossSum, dict[int, float]]:
-        """Return the loss over all replicas, and the mean loss of each data source, from _reduce's values."""
-        totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
-        means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
-        return LossSum(totals[0], int(counts[0])), means
+
+@dataclass
+class _NativeStep:
+    """Enqueued iteration: values of losses, [num_losses], and of the optimizer's step."""
+
+    reading: Reading
+    num_losses: int
+    optimizer: Optimizer
+
+    def outcome(self) -> StepOutcome:
+        """Wait for the values, and settle the optimizer's step."""
+        values = self.reading()
+        loss, by_source = _losses(values[: self.num_losses])
+        result = self.optimizer.settle(values[self.num_losses :])
+        return StepOutcome(
+            loss=loss.mean,
+            source_losses=by_source,
+            applied=result.applied,
+            finite=result.finite and math.isfinite(loss.mean),
+            grad_norm=result.grad_norm,
+            loss_scale=result.loss_scale,
+            num_zeros=result.num_zeros,
+            params_norm=result.params_norm,
+        )
+
+
+def _losses(values: Sequence[float]) -> tuple[LossSum, dict[int, float]]:
+    """Return the loss over all replicas, and the mean loss of each data source, from _reduce's values."""
+    totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
+    means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
+    return LossSum(totals[0], int(counts[0])), means

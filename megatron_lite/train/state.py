@@ -124,6 +124,13 @@ class RunState:
         if self._lock is not None:
             self._lock.verify(now=now)
 
+    def is_due(self, progress: Progress) -> bool:
+        """Return whether the schedule requires a save after an iteration."""
+        options, iteration = self._options, progress.iteration
+        return bool(options.save) and (
+            is_save_iteration(options, iteration) or is_weights_iteration(options, iteration)
+        )
+
     def save_if_due(self, engine: Engine, progress: Progress, *, last: bool) -> None:
         """Save after an iteration, if the schedule or the end of the job requires it; a collective call.
 

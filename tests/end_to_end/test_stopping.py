@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.lifecycle.exit_status import REPEAT_SECONDS
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.train import state
+from megatron_lite.train.native import NativeEngine
 
 pytestmark = pytest.mark.slow
 
@@ -26,17 +27,18 @@ SHORT = ("--train-iters", 8, "--save-interval", 3, "--eval-interval", 4)
 
 
 def signal_after(number, iteration, times=1):
-    """Make the process send itself a signal when an iteration is reported, before its end."""
-    report = Reporter.iteration
+    """Make the process send itself a signal in an iteration, before its end."""
+    step = NativeEngine.train_step
 
-    def report_and_send(self, values):
-        if values.iteration == iteration:
+    def step_and_send(self, plan, read, rates):
+        pending = step(self, plan, read, rates)
+        if plan.iteration == iteration:
             for time_left in range(times, 0, -1):
                 os.kill(os.getpid(), number)
                 time.sleep(REPEAT_SECONDS * (time_left > 1))
-        report(self, values)
+        return pending
 
-    Reporter.iteration = report_and_send
+    NativeEngine.train_step = step_and_send
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

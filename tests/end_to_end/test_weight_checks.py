@@ -25,13 +25,13 @@ def flip_after(iteration, on):
 
         step = NativeEngine.train_step
 
-        def broken(self, plan, read):
-            outcome = step(self, plan, read)
+        def broken(self, plan, read, rates):
+            pending = step(self, plan, read, rates)
             if rank == on and plan.iteration == iteration:
                 self.buffers.finish_gather()
                 (parameter,) = (p for p in self.buffers.parameters if p.name == NAME)
                 parameter.param.data.view(-1).view(torch.int32)[7] ^= 1 << 4
-            return outcome
+            return pending
 
         NativeEngine.train_step = broken
 

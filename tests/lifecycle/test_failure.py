@@ -35,7 +35,7 @@ what, rank, *words = sys.argv[1:]
 mine = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == int(rank)
 train_step, step = NativeEngine.train_step, UpdateRule.step
 
-def wrapped(self, plan, read):
+def wrapped(self, plan, read, rates=None):
     if mine and plan.iteration == 3:
         if what == "sleep":
             time.sleep(600)
@@ -46,7 +46,7 @@ def wrapped(self, plan, read):
         if mine:
             raise ValueError("the optimizer is broken")
         time.sleep(600)
-    return train_step(self, plan, read)
+    return train_step(self, plan, read, rates)
 
 def broken(self, *args):
     if mine and what == "raise":

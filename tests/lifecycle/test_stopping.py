@@ -81,8 +81,7 @@ def test_a_limit_that_is_reached_already_stops_before_the_first_iteration(tmp_pa
 def agreed(backend, stopping):
     world = backend.new_group("world", (tuple(range(backend.world_size)),))
     return [
-        agree(world, backend.device, Stop("signal", f"rank {backend.rank}") if backend.rank in ranks else None)
-        for ranks in stopping
+        agree(world, Stop("signal", f"rank {backend.rank}") if backend.rank in ranks else None) for ranks in stopping
     ]
 
 
@@ -95,8 +94,8 @@ def test_all_ranks_agree_on_the_stop_of_any_rank(on_ranks):
 def gathered(backend):
     world = backend.new_group("world", (tuple(range(backend.world_size)),))
     stop = Stop("signal", "rank 1") if backend.rank == 1 else None
-    first = agree_and_gather(world, backend.device, None, 0.5 + backend.rank)
-    second = agree_and_gather(world, backend.device, stop, 0.25)
+    first = agree_and_gather(world, None, 0.5 + backend.rank)
+    second = agree_and_gather(world, stop, 0.25)
     return first, second[0].message, second[1]
 
 

@@ -253,6 +253,6 @@ def test_an_iteration_passes_over_the_buffers_for_norm_update_and_copy_only(kit,
                 module(torch.randn(8, 64, dtype=dtype)).float().square().sum().backward()
             buffers.reduce()
             values = optimizer.step(0.01, 0.1)
+            assert optimizer.settle(values.tolist()).applied
     update = {"adam": "_fused_adamw_", "sgd": "_fused_sgd_"}[kind]
     assert passes.names == ["linalg_vector_norm", update, *(["copy_"] if name != "fp32" else [])]
-    assert optimizer.settle(values.tolist()).applied

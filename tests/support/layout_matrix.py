@@ -232,7 +232,7 @@ def iterate(config, mesh, engine, progress, iterations):
     for _ in range(iterations):
         plan = plan_iteration(config, progress, replica=mesh.dp.rank)
         read = reader(mesh, plan.first_sample, config.batch.micro_batch_size, config.data.reset_attention_mask)
-        outcome = engine.train_step(plan, read)
+        outcome = engine.train_step(plan, read).outcome()
         progress = progress.advance(plan.global_batch, plan.tokens, outcome.applied)
         losses.append(outcome.loss)
         norms.append(outcome.grad_norm)
