@@ -159,11 +159,12 @@ def _table(chain: Chain, queue: list[QueuedJob]) -> Table:
     for past in chain.outcomes:
         ended = _local(datetime.fromisoformat(past.time).timestamp())
         table.add_row(past.start, past.status, ended, f"{past.iteration:,}", past.host, past.message)
-    for job in queue:
+    for job in sorted(queue, key=lambda job: job.state == "PENDING"):
         number = str(chain.job) if job.job == chain.job.job else job.job
         if job.state == "PENDING":
             estimate = f"starts about {_local(job.start)}" if job.start else "no start estimate"
-            table.add_row(number, "pending", "", "", "", f"{estimate} ({_pending_reason(job)})")
+            reason = f" ({_pending_reason(job)})" if job.reason != "None" else ""  # Slurm has not looked at it yet
+            table.add_row(number, "pending", "", "", "", estimate + reason)
         else:
             until = f"until {_local(job.end)} at most" if job.end else ""
             table.add_row(number, job.state.lower(), _local(job.start) if job.start else "", "", job.nodes, until)

@@ -93,7 +93,7 @@ def begin_job(folder: Path, start: Start) -> tuple[Chain, str]:
         chain = existing_chain(folder)
         if chain.state == "active" and (foreign := _refuse_foreign(chain, start)):
             return chain, foreign
-        if chain.job.job and chain.job != start:
+        if chain.state == "active" and chain.job.job and chain.job != start:
             requeued = chain.job.job == start.job
             chain = write_chain(folder, _judged(chain, folder, chain.job, requeued=requeued))
         if chain.state != "active":
@@ -217,8 +217,8 @@ def _wait_for_training(folder: Path, start: Start) -> None:
 
 
 def _judged(chain: Chain, folder: Path, start: Start, *, how: str = "", requeued: bool = False) -> Chain:
-    """Return the chain with the outcome of a start, unless it has ended or has the outcome already."""
-    if chain.state != "active" or any(outcome.start == str(start) for outcome in chain.outcomes):
+    """Return the chain with the outcome of a start, unless it has the outcome already."""
+    if any(outcome.start == str(start) for outcome in chain.outcomes):
         return chain
     return add_outcome(chain, outcome_of(folder, start, earlier_exit=chain.earlier_exit, how=how, requeued=requeued))
 

@@ -270,6 +270,8 @@ def outcome_of(folder: Path, start: Start, *, earlier_exit: str = "", how: str =
 def add_outcome(chain: Chain, outcome: Outcome) -> Chain:
     """Return the chain with a further outcome, ended where no further job is wanted."""
     chain = replace(chain, outcomes=(*chain.outcomes, outcome))
+    if chain.state != "active":
+        return chain
     if outcome.status in COMPLETE:
         return replace(chain, state="completed", reason=outcome.message)
     if outcome.status in ENDING:

@@ -311,6 +311,7 @@ def test_stopping_may_leave_the_running_job(run, queue):
     ends(run, "time_limit", job="100", saved=3)
     chain = end_job(run, Start("100"))
     assert (chain.state, chain.reason) == ("stopped", "stopped by `slurm stop`")
+    assert [outcome.status for outcome in chain.outcomes] == ["time_limit"]
 
 
 def test_a_job_array_is_refused(run, queue, tmp_path):
