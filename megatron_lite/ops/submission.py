@@ -276,7 +276,7 @@ def _check_variables(submission: Submission) -> None:
                 rule=f"The script starts in {Path.cwd() / job.resources.options.get('chdir', '')}",
                 fix=f"Submit from the folder to which {name} is relative, or give --sbatch=--chdir=FOLDER"
                 if not name.startswith("/")
-                else "Correct the path, or create the file",
+                else "Create the file, or source one that exists",
             )
         )
     if evaluation.failure:

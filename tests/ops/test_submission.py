@@ -196,7 +196,7 @@ def test_sourced_files_must_exist(check, tmp_path, monkeypatch):
     (problem,) = local(check(header=HEADER + "source conf/env.sh\n"))
     assert f"sources conf/env.sh, which does not exist. The script starts in {tmp_path}" in problem
     (problem,) = local(check(header=HEADER + "source /nowhere/env.sh\n"))
-    assert problem.endswith("Correct the path, or create the file")
+    assert problem.endswith("Create the file, or source one that exists")
 
 
 def test_a_command_without_a_launcher(tmp_path):
