@@ -39,10 +39,12 @@ def judge(
     limits = thresholds or Thresholds()
     ranks = [reports[rank] for rank in sorted(reports)]
     hosts = list(dict.fromkeys(report.host for report in ranks))
+    unfinished = list(_unfinished(ranks, set(lost)))
     findings = [
         *_missing(ranks, missing, expected or {}, join_seconds),
-        *_unfinished(ranks, set(lost)),
-        *_failures(ranks),
+        *unfinished,
+        # Ranks that waited for a lost one are no problem of their own.
+        *_failures(ranks, communication=not any(finding.excludes for finding in unfinished)),
         *_versions(ranks),
         *_gpu_states(ranks, limits),
         *slow_devices(ranks, limits),
@@ -117,10 +119,15 @@ def _unfinished(ranks: Sequence[Report], lost: set[int]) -> Iterator[Problem]:
         hosts = tuple(dict.fromkeys(report.host for report in waiting))
         yield Problem(
             kind="hanging communication",
-            text=f"ranks {format_ranges([report.rank for report in waiting])} ({name_hosts(hosts)}) hang in: {steps}",
+            text=f"{_name_ranks(waiting)} hang in: {steps}",
             fix="Set NCCL_DEBUG=INFO, and check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the cables of these hosts",
             hosts=hosts,
         )
+
+
+def _name_ranks(ranks: Sequence[Report]) -> str:
+    numbers = format_ranges([report.rank for report in ranks])
+    return f"rank{'s' * (len(ranks) > 1)} {numbers} ({name_hosts(report.host for report in ranks)})"
 
 
 _FAILURE_FIXES = {
@@ -130,13 +137,13 @@ _FAILURE_FIXES = {
 }
 
 
-def _failures(ranks: Sequence[Report]) -> Iterator[Problem]:
-    """Name failed steps; equal failures of communication are one problem."""
-    communication: dict[tuple[str, str], list[Report]] = {}
+def _failures(ranks: Sequence[Report], *, communication: bool) -> Iterator[Problem]:
+    """Name failed steps; equal failures of communication are one problem, and left out without `communication`."""
+    waited: dict[tuple[str, str], list[Report]] = {}
     for report in ranks:
         for step, text in report.failures.items():
             if step == GROUPS or step.startswith(LINK_STEP):
-                communication.setdefault((step, text), []).append(report)
+                waited.setdefault((step, text), []).append(report)
                 continue
             yield Problem(
                 kind={GPU_STATE: "GPU driver", DEVICE: "GPU driver"}.get(step, step),
@@ -145,12 +152,11 @@ def _failures(ranks: Sequence[Report]) -> Iterator[Problem]:
                 hosts=(report.host,),
                 excludes=True,
             )
-    for (step, text), failed in communication.items():
+    for (step, text), failed in waited.items() if communication else ():
         hosts = tuple(dict.fromkeys(report.host for report in failed))
         yield Problem(
             kind="communication",
-            text=f"ranks {format_ranges([report.rank for report in failed])} ({name_hosts(hosts)}): {step} failed: "
-            f"{text}",
+            text=f"{_name_ranks(failed)}: {step} failed: {text}",
             fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, and NCCL_DEBUG=INFO",
             hosts=hosts,
         )

@@ -153,6 +153,14 @@ def test_a_hanging_rank_is_named_and_those_that_wait_for_it_are_not():
     assert set(verdict.excluded) == {"n1"}
 
 
+def test_ranks_that_waited_for_a_lost_one_are_no_problem():
+    ranks = reports()
+    for report in ranks.values():
+        report.failures[GROUPS] = "no end within 16 s"
+    ranks[2].failures, ranks[2].done, ranks[2].step = {}, False, MATRIX_PRODUCT
+    assert texts(judge(ranks, lost=[2])) == ["n1 rank 2 (GPU-2) ended in: matrix product"]
+
+
 def test_ranks_that_hang_in_communication():
     ranks = reports()
     for rank in (4, 5):
