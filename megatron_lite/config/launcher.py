@@ -70,8 +70,8 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
             "the script",
         )
     given = any(spelling(token) == "--world-size" for token in flags)
-    world_size, by_srun = _started(tokens[:script])
-    ranks = ranks_per_task(flags, tasks_per_node=0, num_gpus=0)
+    world_size, by_srun, gpus = _started(tokens[:script])
+    ranks = ranks_per_task(flags, tasks_per_node=1 if gpus else 0, num_gpus=gpus)
     tasks = (world_size or 0) if by_srun else None
     return TrainingCommand(tuple(flags), None if given or world_size is None else world_size * ranks, tasks)
 
@@ -224,27 +224,40 @@ def _no_script(argv: Sequence[str]) -> ConfigError:
     )
 
 
-def _started(launchers: Sequence[str]) -> tuple[int | None, bool]:
+def _started(launchers: Sequence[str]) -> tuple[int | None, bool, int]:
     """Return the processes that the launcher nearest to the script starts, and whether it is srun.
 
-    None: its options do not set their number.
+    Returns:
+        Number of processes (None: the options do not set it), whether srun starts them, and the GPUs of each task
+        that srun starts alone on a node (0: other tasks, or no such option).
     """
     for place in reversed(range(len(launchers))):
         name = PurePosixPath(launchers[place]).name
         options = launchers[place + 1 :]
         if name == "torchrun" or name.startswith("torch.distributed."):
             per_node, nodes = _number(options, "--nproc-per-node", default=1), _number(options, "--nnodes", default=1)
-            return _product(per_node, nodes), False
+            return _product(per_node, nodes), False, 0
         if name in ("deepspeed", "deepspeed.launcher.runner"):
-            return _deepspeed_ranks(options), False
+            return _deepspeed_ranks(options), False, 0
         if name == "accelerate" or name.startswith("accelerate."):
-            return _number(options, "--num-processes", "-n"), False
+            return _number(options, "--num-processes", "-n"), False, 0
         if name in ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "aprun", "jsrun", "ibrun"):
-            return _number(options, "-np", "--np", "-n"), False
+            return _number(options, "-np", "--np", "-n"), False, 0
         if name == "srun":
             nodes, each = _number(options, "--nodes", "-N"), _number(options, "--ntasks-per-node")
-            return _number(options, "--ntasks", "-n") or _product(nodes, each), True
-    return None, False
+            tasks = _number(options, "--ntasks", "-n") or _product(nodes, each)
+            alone = each == 1 or (tasks is not None and tasks == (nodes or 1))
+            return tasks, True, _gpus_of_node(options) if alone else 0
+    return None, False, 0
+
+
+def _gpus_of_node(options: Sequence[str]) -> int:
+    """Return the GPUs of a node by srun's `--gpus-per-node a100:8` or `--gres=gpu:8`; 0: neither is given."""
+    for name in ("--gpus-per-node", "--gpus-per-task", "--gres"):
+        given = (_option(options, name) or "").split(":")
+        if given[-1].isdigit() and (name != "--gres" or given[0] == "gpu"):
+            return int(given[-1])
+    return 0
 
 
 def _deepspeed_ranks(options: Sequence[str]) -> int | None:

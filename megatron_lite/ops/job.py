@@ -71,7 +71,8 @@ class Job:
         command = self.command
         if command is None:
             return None
-        if (command.world_size is not None and command.tasks is None) or "--world-size" in command.flags:
+        # Unequal where srun's own options determine the ranks of a task.
+        if command.world_size not in (None, command.tasks) or "--world-size" in command.flags:
             return command.world_size
         tasks = command.tasks or sum(component.tasks_per_node * component.nodes for component in self.components)
         # The only task that srun starts on a node starts a rank for each GPU.

@@ -176,6 +176,7 @@ def test_a_script_that_cannot_be_read(tmp_path):
         ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun", "", 8),
         ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun -N2 --ntasks-per-node=1", "", 8),
         ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun -n 1", "", 4),
+        ("--nodes=2 --ntasks-per-node=1", "srun -N2 --ntasks-per-node=1 --gpus-per-node=4", "", 8),
         ("--nodes=2 --ntasks-per-node=4 --gres=gpu:4", "srun", "", 8),
         ("--nodes=2 --ntasks-per-node=1 --gres=gpu:4", "srun", "--device cpu", 2),
         ("--nodes=2 --ntasks-per-node=1", "srun", "--ranks-per-task 3", 6),
