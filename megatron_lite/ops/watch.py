@@ -35,7 +35,7 @@ class RankTime:
         rank: its number.
         host: its node.
         seconds: median of its last measurements.
-        ratio: to the median of the ranks with the same pipeline stage.
+        ratio: to the median of the other ranks with the same pipeline stage.
     """
 
     rank: int
@@ -222,8 +222,8 @@ class RunWatch:
 def rank_times(measurements: Sequence[Sequence[float]], start: Mapping[str, Any]) -> list[RankTime]:
     """Return the compute time of each rank, in order of ranks.
 
-    Pipeline stages have different work, so a rank is compared with the ranks of its own stage, unless it is the only
-    one there.
+    Pipeline stages have different work, so a rank is compared with the other ranks of its own stage, or with all
+    ranks if it is the only one there.
 
     Args:
         measurements: the last ones, each with the seconds of every rank; 0: unknown.
@@ -240,10 +240,12 @@ def rank_times(measurements: Sequence[Sequence[float]], start: Mapping[str, Any]
     found = []
     for rank, own in enumerate(seconds):
         first = rank // per_stage * per_stage
-        peers = [value for value in seconds[first : first + per_stage] if value > 0]
+        others = [
+            value for peer, value in enumerate(seconds[first : first + per_stage], first) if value > 0 and peer != rank
+        ]
         if own > 0:
             host = hosts[rank] if rank < len(hosts) else ""
-            found.append(RankTime(rank=rank, host=host, seconds=own, ratio=own / median(peers)))
+            found.append(RankTime(rank=rank, host=host, seconds=own, ratio=own / median(others) if others else 1.0))
     return found
 
 

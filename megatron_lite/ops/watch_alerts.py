@@ -24,7 +24,7 @@ KINDS = {
     "nan": "the loss of the last iteration is not finite, or ended the job",
     "spike": "the loss is above --spike-factor times the median of the iterations before, or the run recorded a spike",
     "disk": "the free disk space does not suffice for the next saves",
-    "slow-rank": "a rank computes longer than --slow-ratio times the median of its pipeline stage",
+    "slow-rank": "a rank computes longer than --slow-ratio times the median of the other ranks of its pipeline stage",
 }
 SPIKE_ITERATIONS = 3
 """Iterations in a row with a high loss that are a spike."""

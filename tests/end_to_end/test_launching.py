@@ -13,7 +13,9 @@ import pytest
 from support.trainer import status
 
 from megatron_lite.backend import rendezvous
+from megatron_lite.backend.environment import host_name
 from megatron_lite.cli.main import main
+from megatron_lite.runs.metrics_file import read_records
 from megatron_lite.train import assemble
 
 pytestmark = pytest.mark.slow
@@ -145,6 +147,11 @@ def test_mpirun_starts_one_job(ranks, tmp_path):
     assert [process.code() for process in job] == [0, 0], job[0].text + job[1].text
     assert "training is complete after 2 iterations" in job[1].text
     assert "training is complete" not in job[0].text, "the last rank reports for both"
+    start, *_, last = (
+        one for one in read_records(tmp_path / "run/metrics.jsonl") if one["kind"] in ("start", "iteration")
+    )
+    assert start["hosts"] == [host_name()] * 2
+    assert len(last["rank_seconds"]) == 2 and min(last["rank_seconds"]) > 0, "compute time of each rank"
 
 
 @pytest.mark.parametrize("waiting", [0, 1])

@@ -234,5 +234,5 @@ def test_ranks_are_compared_with_their_pipeline_stage():
     found = rank_times(times, {"hosts": [f"n{rank}" for rank in range(8)], "config": {"parallel": {"pp": 2}}})
     assert [rank.ratio for rank in found] == [1, 1, 1, 2.0, 1, 1, 1, 1] and found[3].host == "n3"
     alone = rank_times([[1.0, 2.0, 3.0]], {"config": {"parallel": {"pp": 3}}})
-    assert [rank.ratio for rank in alone] == [0.5, 1.0, 1.5]
+    assert [rank.ratio for rank in alone] == [0.4, 1.0, 2.0]
     assert rank_times([], {}) == [] and rank_times([[0.0, 0.0]], {}) == []
