@@ -168,7 +168,5 @@ def vocabulary_fingerprint(tokens: Iterable[tuple[int, str]]) -> str:
     Segmentation rules are not included: the same vocabulary read from vocab.json and from tokenizer.json has the same
     fingerprint.
     """
-    digest = hashlib.sha256()
-    for token_id, token in sorted(tokens):
-        digest.update(f"{token_id}\t{token}\n".encode("utf-8", "surrogatepass"))
-    return f"sha256:{digest.hexdigest()}"
+    lines = "".join(f"{token_id}\t{token}\n" for token_id, token in sorted(tokens))
+    return rules_hash(lines.encode("utf-8", "surrogatepass"))

@@ -80,8 +80,9 @@ class BatchParser:
         # A key that JSON can write with a short escape, or only with bytes above 127, is looked for by `parse_line`.
         if importlib.util.find_spec("orjson") and all(re.fullmatch(r"[ !#-.0-\[\]-~]*", key) for key in keys):
             self._load = importlib.import_module("orjson").loads
-        self._names = [f'"{key}"'.encode() for key in keys]
-        self._fields = [re.compile(re.escape(name) + rb"\s*:") for name in self._names]
+        # findall of a plain pattern is faster than bytes.count.
+        self._names = [re.compile(re.escape(f'"{key}"'.encode())) for key in keys]
+        self._fields = [re.compile(name.pattern + rb"\s*:") for name in self._names]
         codes = "|".join(sorted({f"{ord(character):02x}" for character in "".join(keys)}))
         self._escaped = re.compile(rf"\\u00(?:{codes})".encode(), re.IGNORECASE if re.search("[a-f]", codes) else 0)
 
@@ -134,7 +135,7 @@ class BatchParser:
     def _is_once(self, content: bytes, lines: int) -> bool:
         """Return whether each key occurs once in each of `lines` lines, if it occurs in each, and never escaped."""
         for name, pair in zip(self._names, self._fields, strict=True):
-            if content.count(name) > lines and len(pair.findall(content)) > lines:
+            if len(name.findall(content)) > lines and len(pair.findall(content)) > lines:
                 return False
         return self._escaped.search(content) is None
 
