@@ -42,8 +42,10 @@ no effect: use --checkpoint-activations for recomputation, --sequence-parallel t
     --partition-activations --contigious-checkpointing --contiguous-checkpointing --checkpoint-in-cpu
     --synchronize-each-layer --profile-backward --scattered-embeddings --split-transformers
     --memory-centric-tiled-linear --tile-factor --no-clone-scatter-output-in-embedding
-no effect: the allocator's cache and Python's garbage collector keep their settings
-    --empty-unused-memory-level --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
+no effect: the allocator's cache keeps its settings
+    --empty-unused-memory-level
+no effect: Python's garbage is always collected between iterations, every --manual-gc-interval of them
+    --manual-gc --manual-gc-eval --no-manual-gc-eval
 no effect: the optimizer's moments stay in fp32: more memory, the same update or a more exact one
     --use-bnb-optimizer --use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype --main-grads-dtype
     --main-params-dtype

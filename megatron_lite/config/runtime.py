@@ -48,6 +48,14 @@ class RuntimeConfig:
             ),
         ),
     )
+    manual_gc_interval: int = option(
+        100,
+        Flag(
+            "--manual-gc-interval",
+            "Iterations from one collection of Python's garbage to the next, at the same time on all ranks (0: "
+            "whenever Python chooses).",
+        ),
+    )
     attention: Literal["auto", "flash", "fused", "unfused"] = option(
         "auto",
         Flag(

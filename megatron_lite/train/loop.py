@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import deque
@@ -100,7 +101,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
     """
     config, state, reporter, phases = run.config, run.state, run.reporter, run.mesh.backend.phases
     interval = config.training.eval_interval
-    with _stopper(run, started, saves=True) as stopper:
+    collects = config.runtime.manual_gc_interval
+    with _stopper(run, started, saves=True) as stopper, _frozen_garbage(disable=collects > 0):
         first_iteration = run.progress.iteration
         stop = run.agree(stopper.before_iteration(run.progress))
         if stop is None and run.progress.validation_due and run.evaluates("validation"):
@@ -116,6 +118,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
                 stop = train_iteration(run, plan)
                 if stop is None and (evaluates or state.is_due(run.progress) or is_finished(config, run.progress)):
                     stop = settle(run)
+            if collects and plan.iteration % collects == 0:
+                gc.collect()
             run.recent_iterations.append(time.monotonic() - begun)
             if stop is not None:  # to roll back: what came after the checkpoint is discarded, so it is not saved
                 state.finish()
@@ -191,6 +195,26 @@ def _stopper(run: Run, started: float | None, *, saves: bool) -> Iterator[Stoppe
         if line:
             run.reporter.message(line)
         yield stopper
+
+
+@contextmanager
+def _frozen_garbage(*, disable: bool) -> Iterator[None]:
+    """Exclude the objects that exist from garbage collection; with `disable`, leave its times to the caller.
+
+    A full collection passes over all objects of the process, for tenths of a second, and on each rank at another time:
+    in an iteration, all ranks would wait for each of them.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    if disable:
+        gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _print_line(text: str) -> None:
