@@ -60,7 +60,7 @@ class CudaBackend(Backend):
         if not visible:
             raise ConfigError(
                 f"Rank {launch.rank} on {launch.host} sees no GPU",
-                fix="Request GPUs (sbatch --gpus-per-node), correct CUDA_VISIBLE_DEVICES, or train with --device cpu",
+                fix="Request GPUs (sbatch --gpus-per-node), unset CUDA_VISIBLE_DEVICES, or train with --device cpu",
             )
         # A task may see its own GPUs only (srun --gpus-per-task), numbered from 0; claim_device finds shared ones.
         self.device = torch.device("cuda", launch.local_rank % visible)

@@ -230,8 +230,8 @@ def _nodes(ranks: Sequence[Report], num_hosts: int, limits: Thresholds) -> Itera
             yield Problem(
                 kind="loopback address",
                 text=f"{report.host}: its own name resolves to {node.loopback}, an address that no other host reaches",
-                fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, or correct "
-                "/etc/hosts",
+                fix="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, or map "
+                "the name to the network address in /etc/hosts",
                 hosts=(report.host,),
                 severity="warning",
             )
