@@ -169,7 +169,7 @@ class Profiler:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._trace is not None:
                 self._trace.stop()
-                found = summarize(_intervals(self._trace, self._backend.device), seconds)
+                found = summarize(intervals_of(self._trace, self._backend.device), seconds)
                 messages.append(table(found, f"profile of rank {rank}, {iterations}"))
                 path = self._folder / f"rank{rank}-{numbers}.json.gz"
                 aside = path.with_name(f"{rank}.partial.json.gz")  # gzip by the name's end
@@ -201,7 +201,7 @@ class Profiler:
         return path.with_name(f"{path.stem}-rank{rank}{path.suffix}")
 
 
-def _intervals(trace: profile, device: torch.device) -> list[Interval]:
+def intervals_of(trace: profile, device: torch.device) -> list[Interval]:
     """Return the kernels of an accelerator, or the own times of operators of a CPU, in seconds."""
     events: Sequence[Any] = trace.events() or []
     if device.type != "cpu":
