@@ -63,7 +63,7 @@ def new_prefix(folder: Path, number: int) -> Path:
 
 def mark_finished(folder: Path, number: int, unit: FinishedUnit) -> None:
     """Record that a unit is finished."""
-    replace_file(folder / f"{number:06d}.json", json.dumps(asdict(unit), indent=1).encode())
+    replace_file(folder / f"{number:06d}.json", json.dumps(asdict(unit)).encode())
 
 
 class WorkFolder:
