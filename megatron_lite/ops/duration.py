@@ -139,7 +139,7 @@ def timing_facts(timing: Timing) -> Iterator[tuple[str, str]]:
     yield "Time limit", f"{format_duration(timing.limit)}, {end}{kept}"
     step, iterations = timing.step, timing.iterations
     if step is not None and iterations is not None:
-        text = f"{step.seconds:.3g} s an iteration ({step.source}): about {iterations:,} iterations in one job"
+        text = f"{_seconds(step.seconds)} s an iteration ({step.source}): about {iterations:,} iterations in one job"
         if iterations and timing.remaining > iterations:
             text += f", about {-(-timing.remaining // iterations):,} jobs to the end"
         yield "Step", text
@@ -173,8 +173,8 @@ def timing_problems(timing: Timing, config: RunConfig) -> Iterator[ConfigError]:
         return
     if (timing.stop and iterations < 1) or (timing.stop is None and timing.interval > iterations):
         yield ConfigError(
-            f"The job ends before its first save: about {iterations:,} iterations of {step.seconds:.3g} s fit into "
-            f"{format_duration(limit)} (--time), and --save-interval is {timing.interval:,}",
+            f"The job ends before its first save: about {iterations:,} iterations of {_seconds(step.seconds)} s fit "
+            f"into {format_duration(limit)} (--time), and --save-interval is {timing.interval:,}",
             fix=f"Give --save-interval {max(1, iterations // 2)} or less, remove --no-exit-before-job-end, or give a "
             "longer --time",
         )
@@ -194,3 +194,7 @@ def timing_warnings(timing: Timing) -> Iterator[str]:
         return
     if timing.interval > iterations < timing.remaining:
         yield f"by the rough estimate the job ends before its first save (--save-interval {timing.interval:,})"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"

@@ -82,7 +82,7 @@ def test_a_time_limit_that_ends_before_the_run_can_save(check, tmp_path):
     assert texts(check(unstopped, step_seconds=400.0)) == [], "the signal makes it save"
     assert texts(check(header=UNSIGNALLED, step_seconds=400.0)) == [], "it stops before Slurm's limit"
     (problem,) = texts(check(step_seconds=4000.0))
-    assert "The job ends before its first save: about 0 iterations of 4e+03 s" in problem
+    assert "The job ends before its first save: about 0 iterations of 4,000 s" in problem
     (tmp_path / "run").mkdir()
     lines = [encode({"kind": "iteration", "iteration": i, "seconds_per_iteration": 400.0}) for i in range(3)]
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join(lines))
