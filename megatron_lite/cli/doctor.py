@@ -114,7 +114,10 @@ def _exclude_file(options: argparse.Namespace, flags: CommandLine) -> Path | Non
 def _forgive(hosts: list[str], path: Path | None) -> int:
     """Remove hosts from the exclude file."""
     if path is None:
-        raise ConfigError("--forgive without an exclude file", fix="Add --save FOLDER of the run, or --exclude-file")
+        raise ConfigError(
+            "--forgive is given, but no exclude file from which to remove hosts",
+            fix="Add --save FOLDER of the run, or --exclude-file",
+        )
     listed = [entry.host for entry in read_exclusions(path)]
     if unknown := [host for host in hosts if host not in listed]:
         raise ConfigError(

@@ -63,5 +63,5 @@ def run(options: argparse.Namespace) -> int:
     )
     print("read again, every weight is the same bit for bit; the optimizer's state is not exported")
     if options.to == "megatron":
-        print(f"to go on in Megatron-LM: --load {options.output} --no-load-optim --no-load-rng, or --finetune")
+        print(f"to continue in Megatron-LM: --load {options.output} --no-load-optim --no-load-rng, or --finetune")
     return 0

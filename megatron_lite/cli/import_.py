@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     model = replace(report.config.model, vocab_size=0, padded_vocab_size=0)
     words = to_argv(replace(report.config, model=model))
     if report.goes_on:
-        print("the optimizer's state was imported: give the run its own flags, and it goes on where it was saved")
+        print("the optimizer's state was imported: give the run its own flags, and it continues where it was saved")
     anew = "" if report.goes_on else " --finetune"
     print(f"to train on: pretrain_gpt.py --load {report.path}{anew} \\\n  {_lines(words)}")
     print(f"to try it:   megatron-lite generate --load {report.path}")
@@ -96,7 +96,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--weights-only",
         action="store_true",
-        help="leave the optimizer's state of Megatron-LM and DeepSpeed out: a run on it starts anew",
+        help="import no optimizer state of Megatron-LM or DeepSpeed; training on it starts at iteration 0",
     )
     add_verification(parser)
     add_foreign_arguments(parser.add_argument_group("what the files leave open"))

@@ -291,8 +291,8 @@ def one_sample_order(config: RunConfig) -> Iterator[ConfigError]:
     if config.data.sampling == "slice" and config.data.index_order == "closed-form":
         yield ConfigError(
             "--document-sampling slice and --sample-order closed-form contradict each other",
-            rule="Slices are read in an order of their own, which also needs no index",
-            fix="Remove one of them",
+            rule="--document-sampling slice has a sample order of its own",
+            fix="Remove one of the two flags",
         )
 
 

@@ -117,7 +117,7 @@ def _read(given: Given) -> dict[str, Any]:
     try:
         entries = json.loads(text)
     except RecursionError:
-        fix = "Write the entries of DeepSpeed's configuration, which are nested two deep"
+        fix = "Remove the excess brackets: a DeepSpeed configuration is at most a few levels deep"
         given.refuse(f"{path} (--deepspeed_config) is nested too deeply to be read as JSON", fix=fix)
         return {}
     except ValueError as error:

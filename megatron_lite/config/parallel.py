@@ -148,9 +148,8 @@ def resolve_zero_stage(given: Given) -> None:
     elif stage:
         given.refuse(
             f"ZeRO stage {stage} is not supported ({origin})",
-            rule="Stage 1 is: the optimizer state is sharded over the data-parallel replicas, gradients and "
-            "parameters are "
-            "not",
+            rule="Only stage 1 is: the optimizer state is sharded over the replicas, gradients and parameters are "
+            "whole on each",
             fix="Use stage 1; if memory is short, raise --tensor-model-parallel-size or --pipeline-model-parallel-size",
         )
 

@@ -145,7 +145,8 @@ class Stopper:
         margin, budget = self._config.job_end_margin, self._save_budget(save)
         if margin >= left + (self._clock() - self._started):
             raise ConfigError(
-                f"{self._job_end} leaves no time for training: --job-end-margin-in-secs {margin:g} reserves all of it",
+                f"No time is left for training in {self._job_end}: --job-end-margin-in-secs {margin:g} reserves all "
+                "of it",
                 fix="Submit the job with a longer time limit (sbatch --time), or use a smaller "
                 "--job-end-margin-in-secs",
             )

@@ -128,7 +128,7 @@ def check_fingerprints(
             f"The {' and '.join(kinds)} of this command differ{'' if len(kinds) > 1 or kinds == ['data'] else 's'} "
             "from those with "
             f"which the checkpoint was trained:\n{describe(refused)}\n{effect}",
-            fix=f"Give the same {' and '.join(kinds)} as before, or accept the change with --accept-changed "
+            fix=f"Use the {' and '.join(kinds)} of the checkpoint, or accept the change with --accept-changed "
             f"{' '.join(accept)}",
         )
     return changed

@@ -33,7 +33,7 @@ from megatron_lite.train.start import Start
 
 
 @dataclass
-class _Lane:
+class _SaveTarget:
     """Saves to one folder: synchronous, or one at a time in the background.
 
     Attributes:
@@ -87,8 +87,8 @@ class RunState:
         root = Path(self._options.save)
         own = start.path is not None and start.path.parent == root
         begun = iteration_of(start.path) if own and start.path is not None else None
-        self._whole = _Lane(root, self._new_saver(), begun)
-        self._weights = _Lane(root / WEIGHTS_FOLDER, self._new_saver())
+        self._full = _SaveTarget(root, self._new_saver(), begun)
+        self._weights = _SaveTarget(root / WEIGHTS_FOLDER, self._new_saver())
 
     def __enter__(self) -> RunState:
         for saver in self._savers:
@@ -159,16 +159,16 @@ class RunState:
         Raises:
             CheckpointError: this save, or the one before it in the background, failed.
         """
-        lane = self._whole
-        if not self._options.save or lane.last == progress.iteration:
+        target = self._full
+        if not self._options.save or target.last == progress.iteration:
             return
         tensors = engine.state_tensors()
         if not self._options.save_optimizer:
             tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
-        self._settle(lane, final=False)
-        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {lane.root}")
+        self._settle(target, final=False)
+        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {target.root}")
         retention = retention_of(self._options, self.spikes.ranges())
-        self._write(lane, engine, progress, tensors, retention, final=final)
+        self._write(target, engine, progress, tensors, retention, final=final)
 
     def finish(self, *, final: bool = False) -> None:
         """Wait for the saves under way, if there are any; a collective call.
@@ -176,12 +176,12 @@ class RunState:
         Raises:
             CheckpointError: one failed, and --on-failed-save is stop.
         """
-        for lane in (self._whole, self._weights):
-            self._settle(lane, final=final)
+        for target in (self._full, self._weights):
+            self._settle(target, final=final)
 
     @property
     def _savers(self) -> Sequence[BackgroundSaver]:
-        return [lane.saver for lane in (self._whole, self._weights) if lane.saver is not None]
+        return [target.saver for target in (self._full, self._weights) if target.saver is not None]
 
     def _new_saver(self) -> BackgroundSaver | None:
         return BackgroundSaver(self._world) if self._options.asynchronous else None
@@ -195,7 +195,7 @@ class RunState:
 
     def _write(
         self,
-        lane: _Lane,
+        target: _SaveTarget,
         engine: Engine,
         progress: Progress,
         tensors: Sequence[GlobalTensor],
@@ -205,30 +205,30 @@ class RunState:
     ) -> None:
         scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.spikes.state()}
         check = partial(self.check_lock, now=True)
-        request = SaveRequest(lane.root, progress.iteration, scalars, self.provenance, retention, check)
-        lane.last = progress.iteration
-        with self._handling_failure(lane, final=final):
-            if lane.saver is None:
+        request = SaveRequest(target.root, progress.iteration, scalars, self.provenance, retention, check)
+        target.last = progress.iteration
+        with self._handling_failure(target, final=final):
+            if target.saver is None:
                 self._report(save_checkpoint(request, tensors, self._world))
             else:
-                blocked = lane.saver.save(request, tensors)
+                blocked = target.saver.save(request, tensors)
                 self._notify(f"  copied in {blocked:.2f} s; written in the background")
 
-    def _settle(self, lane: _Lane, *, final: bool) -> None:
-        """Wait for the lane's save under way, if there is one."""
-        if lane.saver is not None:
-            with self._handling_failure(lane, final=final):
-                self._report(lane.saver.wait())
+    def _settle(self, target: _SaveTarget, *, final: bool) -> None:
+        """Wait for the target's save under way, if there is one."""
+        if target.saver is not None:
+            with self._handling_failure(target, final=final):
+                self._report(target.saver.wait())
 
     @contextmanager
-    def _handling_failure(self, lane: _Lane, *, final: bool) -> Iterator[None]:
-        """Turn a failure of the lane's last save, which all ranks raise, into an error or a warning."""
+    def _handling_failure(self, target: _SaveTarget, *, final: bool) -> Iterator[None]:
+        """Turn a failure of the target's last save, which all ranks raise, into an error or a warning."""
         try:
             yield
         except CheckpointError as error:
-            newest = read_latest(self._whole.root)
-            assert lane.last is not None, "a save that fails has begun"
-            self.failed_saves.append(lane.last)
+            newest = read_latest(self._full.root)
+            assert target.last is not None, "a save that fails has begun"
+            self.failed_saves.append(target.last)
             left = (
                 f"the newest complete checkpoint is of iteration {newest}" if newest else "there is no checkpoint yet"
             )
@@ -240,7 +240,8 @@ class RunState:
                 )
                 raise CheckpointError(f"{error.problem} ({left})", rule=error.rule, fix=f"{error.fix}{hint}") from error
             self._notify(
-                f"WARNING: the save of iteration {lane.last} to {lane.root} FAILED, and training continues without it "
+                f"WARNING: the save of iteration {target.last} to {target.root} FAILED, and training continues "
+                "without it "
                 f"(--on-failed-save continue); {left}. {error}"
             )
 

@@ -77,7 +77,7 @@ def raise_(error):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--forgive", "n1"], "--forgive without an exclude file"),
+        (["--forgive", "n1"], "--forgive is given, but no exclude file"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--save", "x", "--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size"),
         (["--json", "/none/such.json"], "Cannot write --json /none/such.json: its folder does not exist"),

@@ -44,7 +44,7 @@ FROM_FLAGS = {
     "--accept-changed weights": "Cannot read --accept-changed weights: expected some of tokenizer, data, code.",
     "--input x.jsonl": "--input x.jsonl is not supported. The flag belongs to tools/preprocess_data.py or",
     # resolvers
-    "--zero-stage 3": "ZeRO stage 3 is not supported (--zero-stage 3). Stage 1 is: the optimizer state is",
+    "--zero-stage 3": "ZeRO stage 3 is not supported (--zero-stage 3). Only stage 1 is: the optimizer state is",
     "--zero-stage 0 --use-distributed-optimizer": (
         "--zero-stage 0 and --use-distributed-optimizer contradict each other."
     ),

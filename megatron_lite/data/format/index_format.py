@@ -120,7 +120,10 @@ def read_header(prefix: str | Path) -> IndexHeader:
     _check_magic(path, head)
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
     if version != VERSION:
-        raise DataError(f"{path} has format version {version}; only version {VERSION} can be read", fix=REBUILD)
+        raise DataError(
+            f"{path} has format version {version}; only version {VERSION} can be read",
+            fix="Preprocess the corpus again with `megatron-lite preprocess`",
+        )
     if code not in TOKEN_TYPES:
         raise DataError(
             f"{path} has the unknown token type {code} in its header (known: "
@@ -257,7 +260,11 @@ def check_block(
     ends = begins[: lengths.shape[0]] + lengths * itemsize
     if begins[0] < 0 or ends[-1] > num_bytes:
         last = first + lengths.shape[0]
-        raise damaged_index(prefix, f"sequences {first} to {last} are bytes {begins[0]} to {ends[-1]} of {num_bytes}")
+        raise damaged_index(
+            prefix,
+            f"it places sequences {first} to {last} at bytes {begins[0]:,} to {ends[-1]:,}, and the .bin has "
+            f"{num_bytes:,}",
+        )
     wrong = np.flatnonzero(ends[: begins.shape[0] - 1] != begins[1:])
     if wrong.size:
         at = int(wrong[0])

@@ -60,7 +60,7 @@ def read_adam(ranks: Sequence[Rank], folder: Path, notes: list[str]) -> AdamStat
     steps = set()
     for rank, state in zip(ranks, states, strict=True):
         if state is None:
-            raise _unfit(rank.path, "has no optimizer state, other ranks' files have")
+            raise _unfit(rank.path, "has no optimizer state, but the files of other ranks have")
         inner = _inner(state, rank.path)
         distributed = rank.path.parent / _DISTRIBUTED
         if inner.get("state"):
@@ -74,7 +74,12 @@ def read_adam(ranks: Sequence[Rank], folder: Path, notes: list[str]) -> AdamStat
                 tensors.setdefault(kind, {}).setdefault(name, []).append(part)
         steps |= _steps(inner)
     if len(steps) != 1:
-        raise _unfit(folder, f"says steps {', '.join(map(str, sorted(steps))) or 'nowhere'}, one count is needed")
+        found = (
+            f"different numbers of optimizer steps ({', '.join(map(str, sorted(steps)))})"
+            if steps
+            else "no number of steps"
+        )
+        raise _unfit(folder, f"has {found}")
     return AdamState(tensors, steps.pop(), _scaler(states[0]))
 
 
@@ -139,7 +144,9 @@ def _names_of_group(rank: Rank, shapes: Sequence[tuple[int, ...]], number: int) 
     for names in candidates:
         if [tuple(rank.tensors[name].shape) for name in names] == list(shapes):
             return names
-    raise _unfit(rank.path, f"has an optimizer group {number} of {len(shapes)} tensors, which no parameters match")
+    raise _unfit(
+        rank.path, f"has an optimizer group {number} of {len(shapes)} tensors that do not match the parameters"
+    )
 
 
 def _flat(rank: Rank, path: Path) -> dict[str, dict[str, Part]]:
@@ -152,18 +159,20 @@ def _flat(rank: Rank, path: Path) -> dict[str, dict[str, Part]]:
     if isinstance(content, (list, tuple)) and len(content) == 1:
         content = content[0]
     if not isinstance(content, Mapping) or not content.get("buckets_coalesced"):
-        raise _unfit(path, "has one tensor a bucket; the form with coalesced buckets is read")
+        raise _unfit(path, "has optimizer state with one tensor a bucket; only coalesced buckets can be read")
     found: dict[str, dict[str, Part]] = {}
     for number, names in enumerate(rank.chunks):
         buffers = list(dict(content.get(number) or {}).values())
         if len(buffers) != 1:
-            raise _unfit(path, f"has {len(buffers)} buffers of model chunk {number}, one is needed")
+            raise _unfit(path, f"has {len(buffers)} buffers of model chunk {number} instead of one")
         sizes = {name: prod(rank.tensors[name].shape) for name in names}
         for theirs, kind in _DISTRIBUTED_KINDS.items():
             flat = buffers[0].get(theirs)
             if not isinstance(flat, Tensor) or flat.numel() != sum(sizes.values()):
                 size = flat.numel() if isinstance(flat, Tensor) else "no"
-                raise _unfit(path, f"has {size} elements of {theirs} for {sum(sizes.values())} of the model")
+                raise _unfit(
+                    path, f"has {size:,} elements of {theirs} for a model with {sum(sizes.values()):,} parameters"
+                )
             flat, begin = flat.view(-1), 0
             for name in reversed(names):
                 part = flat[begin : begin + sizes[name]].view(rank.tensors[name].shape)

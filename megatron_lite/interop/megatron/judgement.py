@@ -65,7 +65,6 @@ UNSUPPORTED: Mapping[str, tuple[Collection[Any], str]] = {
     "use_mup": (_OFF, "muP's multipliers"),
     "mup": (_OFF, "muP's multipliers"),
     "qk_l2_norm": (_OFF, "an L2 norm of queries and keys"),
-    "spec": (_OFF, "a layer specification of its own"),
     "decoder_num_layers": (_OFF, "an encoder and a decoder"),
     "retro_add_retriever": (_OFF, "retrieval"),
     "add_retriever": (_OFF, "retrieval"),

@@ -77,8 +77,8 @@ def version_of(content: Mapping[str, Any], where: str, stated: float | None, def
         raise CheckpointError(
             f"{where} has the unknown checkpoint_version {version!r}",
             rule="The version decides the order of the QKV rows",
-            fix=f"Import a checkpoint of version {', '.join(f'{known:g}' for known in VERSIONS)}"
-            + ("" if found is not None else ", or give its version with --checkpoint-version"),
+            fix=f"Import a checkpoint of version {', '.join(f'{known:g}' for known in VERSIONS[:-1])} or "
+            f"{VERSIONS[-1]:g}" + ("" if found is not None else ", or give its version with --checkpoint-version"),
         )
     return float(version)
 

@@ -136,7 +136,7 @@ def test_lazy_checks_find_a_shifted_block(tmp_path, monkeypatch, shift):
     monkeypatch.setattr(indexed_dataset, "EAGER", 0)
     monkeypatch.setattr(indexed_dataset, "BLOCK", 8)
     dataset = IndexedDataset(tmp_path / "a")
-    with pytest.raises(DataError, match="sequences 16 to 24 are bytes"):
+    with pytest.raises(DataError, match="places sequences 16 to 24 at bytes"):
         dataset.get(20)
 
 
