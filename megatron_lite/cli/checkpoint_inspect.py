@@ -145,9 +145,7 @@ def _diff_kinds(options: argparse.Namespace, kinds: Sequence[Recognised | None],
 
 def _useless(flags: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"{' '.join(flags)} {'have' if len(flags) > 1 else 'has'} no effect: both checkpoints store the configuration "
-        "of "
-        "their model",
+        f"{' '.join(flags)} has no effect: both checkpoints store the configuration of their model",
         fix=f"Remove {' '.join(flags)}: flags of the model apply to checkpoints of Megatron-LM and DeepSpeed",
     )
 
@@ -246,7 +244,7 @@ def existing(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}",
+            f'"{folder}" {"is a file, not a folder" if folder.exists() else "does not exist"}',
             fix="Give the --save folder of a run",
         )
     return folder

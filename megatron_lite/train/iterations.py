@@ -178,8 +178,7 @@ def _not_finite(run: Run, plan: IterationPlan, outcome: StepOutcome) -> Training
     numbers = data.list_samples(plan.first_sample, plan.global_batch)
     same = list(positions) == list(data.samples(plan.first_sample, plan.global_batch))
     return TrainingError(
-        f"The loss or gradient is not finite: iteration {plan.iteration} has loss {outcome.loss} and gradient norm "
-        f"{outcome.grad_norm}, on samples "
+        f"Iteration {plan.iteration} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, on samples "
         f"{positions[0]} to {positions[-1]}" + ("" if same else f" (numbers {numbers} of the training data)"),
         fix="Resume from the latest checkpoint (--load) with a lower --lr or a longer warm-up, or skip the samples "
         "with "

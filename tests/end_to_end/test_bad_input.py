@@ -250,10 +250,15 @@ def test_a_save_that_holds_a_longer_run(corpus, finished):
 
     before = content()
     result = command(*corpus.job(*SAVING, "--save", finished))
-    assert_explained(result, f"--save {finished} holds iter_0000003", f"Add --load {finished}", kind="CheckpointError")
+    assert_explained(
+        result,
+        f"--save {finished} contains the checkpoint iter_0000003",
+        f"Add --load {finished}",
+        kind="CheckpointError",
+    )
     args = ("--save", finished, "--load", finished, "--load-iteration", 1)
     result = command(*corpus.job(*SAVING, *args))
-    assert_explained(result, "starts at iteration 1", "Leave --load-iteration out", kind="CheckpointError")
+    assert_explained(result, "starts at iteration 1", "Remove --load-iteration", kind="CheckpointError")
     assert content() == before
     assert status(finished)["status"] == "error", "the last job was refused"
 

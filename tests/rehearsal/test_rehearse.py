@@ -166,7 +166,7 @@ def test_the_command_with_its_launcher_is_rehearsed(capsys):
         ),
         ("--micro-batch-size 3", "Cannot split a global batch of"),
         ("--seq-length 2047 --sequence-parallel", "tensor-parallel ranks for --sequence-parallel"),
-        ("--rank 512", "--rank 512 is outside of the job"),
+        ("--rank 512", "--rank 512 does not exist in a job of"),
     ],
 )
 def test_wrong_layouts_of_the_13b_model_are_refused(big, arguments, problem):

@@ -101,7 +101,7 @@ def _source(path: Path) -> Source:
     if not path.is_file():
         raise DataError(
             f"--input {path} is a pipe or a device",
-            rule="Workers read input files at several positions",
+            rule="An input must be a regular file, which several workers read in parts",
             fix="Write the content to a file and give that file to --input",
         )
     try:

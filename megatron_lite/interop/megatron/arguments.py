@@ -80,7 +80,7 @@ class Evidence:
         """
         if field not in self._known:
             raise CheckpointError(
-                f"{self.where} does not state {field}, which the import needs",
+                f"{self.where} does not state {field}",
                 fix=f"Add {flag}",
             )
         return self._known[field][0]
