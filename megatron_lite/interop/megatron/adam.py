@@ -74,12 +74,12 @@ def read_adam(ranks: Sequence[Rank], folder: Path, notes: list[str]) -> AdamStat
                 tensors.setdefault(kind, {}).setdefault(name, []).append(part)
         steps |= _steps(inner)
     if len(steps) != 1:
-        found = (
+        stated = (
             f"different numbers of optimizer steps ({', '.join(map(str, sorted(steps)))})"
             if steps
             else "no number of steps"
         )
-        raise _unfit(folder, f"has {found}")
+        raise _unfit(folder, f"has {stated}")
     return AdamState(tensors, steps.pop(), _scaler(states[0]))
 
 

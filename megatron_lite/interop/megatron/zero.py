@@ -68,12 +68,12 @@ def read_zero(folder: Path, ranks: Mapping[int, Mapping[str, Any]], tp: int, not
                         ours = canonical(name.replace(_TIED, f"{EMBEDDING_FILE}."))
                         tensors.setdefault(kind, {}).setdefault(ours, []).append(part)
     if len(steps) != 1:
-        found = (
+        stated = (
             f"different numbers of optimizer steps ({', '.join(map(str, sorted(steps)))})"
             if steps
             else "no number of steps"
         )
-        raise _unfit(folder, f"has {found}")
+        raise _unfit(folder, f"has {stated}")
     return AdamState(tensors, steps.pop(), scaler)
 
 
