@@ -1,4 +1,4 @@
-"""Entry point at Megatron's path: `megatron-lite merge`, also without installation."""
+"""Script at Megatron-LM's path tools/merge_datasets.py: runs `megatron-lite merge` without installing the package."""
 
 import sys
 from pathlib import Path

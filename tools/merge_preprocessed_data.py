@@ -1,4 +1,4 @@
-"""Entry point at Megatron's path: `megatron-lite merge`, also without installation."""
+"""Script at the older path tools/merge_preprocessed_data.py: runs `megatron-lite merge` without installation."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Entry point at Megatron's path: `megatron-lite preprocess`, also without installation."""
+"""Script at Megatron's path tools/preprocess_data.py: runs `megatron-lite preprocess` without installation."""
 
 import sys
 from pathlib import Path

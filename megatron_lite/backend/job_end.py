@@ -1,4 +1,4 @@
-"""End of the Slurm job: read from SLURM_JOB_END_TIME or squeue, and asked again during training.
+"""End time of the current Slurm job: from SLURM_JOB_END_TIME or squeue, queried again during training.
 
 Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Start of several ranks by one task: one process for each GPU of the task's node, signals forwarded.
+"""Local launcher within a Slurm task: starts one rank process for each GPU of the node and forwards signals.
 
 For `srun --ntasks-per-node 1` and for a single machine without a launcher. Imports no torch: the starting process
 only waits.

@@ -84,7 +84,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--exclude-hours",
         metavar="HOURS",
-        type=real(0, above=True),
+        type=real(0, 10 * 8760, above=True),
         default=EXCLUDE_HOURS,
         help=f"time after which entries expire ({EXCLUDE_HOURS:g})",
     )

@@ -1,4 +1,4 @@
-"""CLI commands `slurm status`, `stop`, `begin` and `end`: show and end a chain; start and finish one of its jobs."""
+"""CLI commands `slurm status` and `slurm stop` of a job chain; `slurm begin` and `end`, which its jobs call."""
 
 from __future__ import annotations
 

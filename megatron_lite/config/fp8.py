@@ -41,11 +41,6 @@ class Fp8Config:
         1, Flag("--num-layers-at-end-in-bf16", "Last layers that --first-last-layers-bf16 leaves in bf16.")
     )
 
-    def covers(self, layer: int, num_layers: int) -> bool:
-        """Return whether a layer's products are in fp8."""
-        inner = not self.bf16_ends or self.bf16_start <= layer < num_layers - self.bf16_end
-        return self.format != "off" and inner
-
 
 def note_scaling(given: Given) -> None:
     """Say which scaling is used where Megatron's default is another one."""

@@ -1,4 +1,4 @@
-"""Origin of values in errors: names flags as the user gave them (alias, preset, DeepSpeed JSON), and marks defaults."""
+"""Flag names in error messages: names each flag as the user gave it (alias, preset, DeepSpeed JSON), marks defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import procedure: streams a ForeignModel's tensors into a native checkpoint and checks the logits."""
+"""Checkpoint import: streams the tensors of a foreign checkpoint into a native one and checks the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor mapping engine: applies a table of names and transforms lazily, for import and export.
+"""Tensor mapping engine: renames and transforms tensors lazily by a mapping table, for import and export.
 
 A table is a list of entries: a tensor of ours, the tensors of theirs that hold the same numbers, and the transform
 between them. ImportedTensors shows a foreign source under our names, ExportedTensors a source of ours under theirs;

@@ -1,4 +1,4 @@
-"""Tensor names, shapes and logits of a model that is never built whole: one layer is in memory at a time."""
+"""Layer-by-layer model: tensor names, shapes and logits with one layer in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Node check of a job: measures every rank, and returns the verdict of rank 0 on all of them.
+"""Node check of a job: measures every rank; rank 0 judges the reports, and all ranks receive its verdict.
 
 Nothing waits without a limit: a rank that is missing, ends or hangs is named after the time-out, with the reports of
 the others.

@@ -1,4 +1,4 @@
-"""Compute time of one rank: data reading, forward and backward of an iteration, without waiting for other ranks.
+"""Busy time of one rank: measures data reading, forward and backward of an iteration, without waiting for other ranks.
 
 All ranks finish an iteration together, so its duration shows no straggler. The actions of the pipeline executor exclude
 messages and the gradient reduction; collectives of tensor parallelism are included, so that the ranks of one tensor-

@@ -40,15 +40,10 @@ class Decoder(nn.Module):
         super().__init__()
         config = run.model
         selective = run.recompute.granularity == "selective"
-        in_fp8 = replace(sharding, fp8=fp8_of(run.fp8))
-        self.layers = nn.ModuleDict(
-            {
-                str(layer): TransformerLayer(
-                    config, layer, in_fp8 if run.fp8.covers(layer, config.num_layers) else sharding, rng, selective
-                )
-                for layer in layers
-            }
-        )
+        self.layers = nn.ModuleDict()
+        for layer in layers:
+            of_layer = replace(sharding, fp8=fp8_of(run.fp8, layer, config.num_layers))
+            self.layers[str(layer)] = TransformerLayer(config, layer, of_layer, rng, selective)
         self.final_norm = hidden_norm(config, sharding) if layers.stop == config.num_layers else None
         self.units = recompute_units(len(layers), run.recompute)
 

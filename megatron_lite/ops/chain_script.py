@@ -1,4 +1,4 @@
-"""Batch script of a chain's jobs: the user's #SBATCH lines, `slurm begin`, the user's script, `slurm end`."""
+"""Batch script writer of a Slurm job chain: the user's #SBATCH lines, `slurm begin`, the script, `slurm end`."""
 
 from __future__ import annotations
 

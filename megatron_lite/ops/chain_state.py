@@ -1,4 +1,4 @@
-"""Chain state (chain.json): format, lock, outcomes of jobs and the decision whether a chain continues."""
+"""State of a Slurm job chain (chain.json): format, lock, outcomes of its jobs, and the decision to submit another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm batch script: requested resources and the training command that the script starts."""
+"""Reader of a Slurm batch script: the resources that it requests and the training command that it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alerts of `megatron-lite watch`: the rules, and the record by which each alert is sent once until it clears."""
+"""Alerts of `megatron-lite watch`: their rules, and a record of sent alerts that prevents repetitions."""
 
 from __future__ import annotations
 

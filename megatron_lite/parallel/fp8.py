@@ -1,4 +1,4 @@
-"""FP8 matrix products: operands scaled to the range of an 8-bit format, products of their rounded values.
+"""FP8 matrix products of linear layers: operands scaled and rounded to 8 bits; emulated where the device has none.
 
 Formats of Micikevicius et al. 2022 (arXiv:2209.05433): e4m3 has 3 bits of mantissa and values to 448, e5m2 has 2 bits
 and values to 57,344, for gradients. Scales are computed from the operands themselves, on the device. GPUs multiply the
@@ -49,8 +49,11 @@ class Fp8:
         )
 
 
-def fp8_of(config: Fp8Config) -> Fp8:
-    """Return the formats and the scaling of a run."""
+def fp8_of(config: Fp8Config, layer: int, num_layers: int) -> Fp8 | None:
+    """Return the formats and the scaling of a layer's products; None: they are in bf16."""
+    inner = not config.bf16_ends or config.bf16_start <= layer < num_layers - config.bf16_end
+    if config.format == "off" or not inner:
+        return None
     gradients = torch.float8_e5m2 if config.format == "hybrid" else torch.float8_e4m3fn
     return Fp8(gradients, rowwise=config.recipe == "rowwise")
 

@@ -1,4 +1,4 @@
-"""Lock file of a folder: its owner and heartbeat, and reading them without taking part in the lock."""
+"""Lock file of a folder: its format (owner, heartbeat), and reading it without acquiring the lock."""
 
 from __future__ import annotations
 

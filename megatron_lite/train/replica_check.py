@@ -1,4 +1,4 @@
-"""Schedule of the replica comparison: runs it every N iterations, stops or repairs on a mismatch."""
+"""Periodic check that data-parallel replicas are bitwise equal: every N iterations; stops or repairs on a mismatch."""
 
 from __future__ import annotations
 

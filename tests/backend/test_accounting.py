@@ -22,8 +22,8 @@ def test_bytes_sent_are_those_of_a_ring():
     assert group.all_gather(x).shape == (32, 3)
     assert group.reduce_scatter(x).shape == (2, 3)
     group.broadcast_(x)
-    group.send(x, 2).wait()
-    group.recv_(x, 0).wait()
+    group.exchange([(x, 2)], [])
+    group.exchange([], [(x, 0)])
     group.barrier()
     size = 8 * 3 * 2
     sent = {kind: (total.calls, total.size, total.sent) for (_, kind), total in totals(backend.traffic).items()}
@@ -54,8 +54,8 @@ def test_a_group_of_one_rank_sends_nothing():
         (lambda group, x: group.all_gather_(x, x), "4 parts of 24 elements and a whole of 24"),
         (lambda group, x: group.reduce_scatter_(x[:4], x), "4 parts of 12 elements and a whole of 24"),
         (lambda group, x: group.all_gather_(x, x[:2].half()), "between torch.float32 and torch.float16"),
-        (lambda group, x: group.send(x, 4), "a peer at coordinate 4 of 4"),
-        (lambda group, x: group.send(x, 1), "to itself"),
+        (lambda group, x: group.exchange([(x, 4)], []), "a peer at coordinate 4 of 4"),
+        (lambda group, x: group.exchange([(x, 1)], []), "to itself"),
     ],
 )
 def test_a_call_that_no_transport_can_do_is_an_error(call, message):

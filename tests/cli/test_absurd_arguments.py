@@ -37,6 +37,9 @@ COMMAND_LINES = {
     "rollback": ["--to", "1"],
     "schedule": [],
     "slurm submit": ["x"],
+    "doctor": [],
+    "watch": ["x"],
+    "sync": ["x", "--to", "y"],
     "curve": ["x"],
 }
 """Required arguments of each command."""

@@ -55,7 +55,7 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
     assert [result.code for result in results] == [1, 1], results
     assert results[0].err.count("TrainingError") == 1 and "TrainingError" not in results[1].err
     where = f"{NAME} on rank 1 ({socket.gethostname()}), unlike rank 0"
-    assert f"After iteration 4, 1 replicated parameter differs between ranks: {where}" in results[0].err
+    assert f"differ after iteration 4: 1 replicated parameter differs between ranks: {where}" in results[0].err
     assert "from a checkpoint of iteration 2 or earlier" in results[0].err
     assert checkpoints(save) == ["iter_0000002"]
     ended = status(save)

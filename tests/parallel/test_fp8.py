@@ -56,8 +56,8 @@ def test_rows_have_scales_of_their_own():
 
 
 def test_formats_of_gradients():
-    assert fp8_of(Fp8Config(format="hybrid")).gradients == torch.float8_e5m2
-    assert fp8_of(Fp8Config(format="e4m3", recipe="rowwise")) == Fp8(torch.float8_e4m3fn, rowwise=True)
+    assert fp8_of(Fp8Config(format="hybrid"), 0, 4) == Fp8(torch.float8_e5m2, rowwise=False)
+    assert fp8_of(Fp8Config(format="e4m3", recipe="rowwise"), 0, 4) == Fp8(torch.float8_e4m3fn, rowwise=True)
 
 
 def two_layers(x, weights, fp8, deferred=None):
@@ -109,7 +109,7 @@ def test_a_compiled_layer_is_one_graph():
 
 def test_ends_in_bf16():
     fp8 = Fp8Config(format="hybrid")
-    assert all(fp8.covers(layer, 4) for layer in range(4))
+    assert all(fp8_of(fp8, layer, 4) for layer in range(4))
     ends = replace(fp8, bf16_ends=True, bf16_end=2)
-    assert [ends.covers(layer, 5) for layer in range(5)] == [False, True, True, False, False]
-    assert not Fp8Config().covers(0, 4)
+    assert [fp8_of(ends, layer, 5) is not None for layer in range(5)] == [False, True, True, False, False]
+    assert fp8_of(Fp8Config(), 0, 4) is None

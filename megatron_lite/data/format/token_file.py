@@ -1,4 +1,4 @@
-"""Token file (.bin) access: random reads, and whole-file copies that the operating system makes."""
+"""Token file (.bin) access: random reads, and whole-file copies by copy_file_range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample-index cache of this project: written once per node, memory-mapped afterwards.
+"""Sample-index cache in megatron_lite's own format: written once per node, memory-mapped afterwards.
 
 Only indices that take about a second to build are written; smaller ones are built by each process and leave no files.
 """

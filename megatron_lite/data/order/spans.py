@@ -1,4 +1,4 @@
-"""Spans of a sample: token ranges of consecutive documents of a stream."""
+"""Document boundaries within a sample: the token range of each document that makes up a part of it."""
 
 from __future__ import annotations
 

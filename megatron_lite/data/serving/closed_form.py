@@ -1,4 +1,4 @@
-"""Closed-form sample order (--sample-order closed-form): consecutive token ranges in an order computed per sample.
+"""Closed-form sample order (--sample-order closed-form): a sample's token range follows from its number.
 
 The documents of a split, in the order of the file, are cut every seq_length tokens. Sample i of an epoch is range
 perm(i), where `perm` is a keyed permutation with another key in each epoch. A sample follows from (seed, epoch, i) and

@@ -1,4 +1,4 @@
-"""ForeignModel builder: model config, renamed tensors and training state from a reader's raw content."""
+"""Builder of a foreign model: config, renamed tensors and training state of a Megatron-LM or DeepSpeed checkpoint."""
 
 from __future__ import annotations
 

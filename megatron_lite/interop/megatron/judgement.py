@@ -1,4 +1,4 @@
-"""Import settings check: sorts a foreign checkpoint's Megatron args and DeepSpeed keys by used, harmless, refused.
+"""Check of a foreign checkpoint's settings at import: classifies each Megatron arg and DeepSpeed key.
 
 An argument that the project's own flag table accepts and that is not of the model cannot change what a trained model
 computes; the tables here add the names that have no flag here. What is in no table is refused by name, unless its value

@@ -1,4 +1,4 @@
-"""Entry point for Megatron-LM and DeepSpeed checkpoints: selects the reader and returns a ForeignModel."""
+"""Opening of a Megatron-LM or DeepSpeed checkpoint for import: detects the format and runs its reader."""
 
 from __future__ import annotations
 

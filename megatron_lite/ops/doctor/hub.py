@@ -1,4 +1,4 @@
-"""Report hub: connects all ranks of a node check with rank 0, without torch, and collects their reports.
+"""Report collection of a node check: TCP connections of all ranks to rank 0, without torch.
 
 The ranks need no process group: a rank that is missing, hangs or ends is named, and the reports of the others are
 kept. Messages are JSON objects, one per line, as in backend/rendezvous_server.py, whose address the hub uses until

@@ -1,4 +1,4 @@
-"""Node check rules for measurements: outliers of speeds, --save folder, clocks and links.
+"""Node check rules for measurements: flags slow devices and links, wrong clocks and an unusable --save folder.
 
 A speed is compared with the upper median of the ranks with the same device: at most half of them can be outliers, and
 of two the faster one is the reference.
