@@ -87,4 +87,4 @@ class TrainingError(MegatronLiteError):
 
 def install_extra(name: str) -> str:
     """Return the instruction to install an extra of setup.py, for the fix of an error."""
-    return f"Install the extra {name}: pip install -e '.[{name}]' in the folder of the clone"
+    return f"Install it with pip install -e '.[{name}]' in the folder of the clone"

@@ -46,6 +46,8 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
             return f'Make the disk of "{existing.absolute()}" writable, which is mounted read-only'
         case errno.ENOENT if writing and not target.parent.exists():
             return f'Create the folder "{target.parent}"'
+        case errno.ENOTDIR if not writing:
+            return f'Use a path that does not lead through the file "{existing}"'
         case errno.EEXIST | errno.ENOTDIR:
             blocking = existing if not existing.is_dir() else target
             return f'Rename or remove the file "{blocking}", where a folder is needed'

@@ -48,3 +48,9 @@ def test_without_a_known_cause_the_other_way_out_is_the_remedy(tmp_path):
     assert remedy(failure(errno.ENOENT), "x", instead="give another --load") == "Give another --load"
     assert reason(failure(errno.ENOSPC)) == "No space left on device" and reason(ValueError("odd")) == "odd"
     assert "quotation" not in remedy(failure(errno.EACCES), "a\0b", writing=False)
+
+
+def test_a_read_path_through_a_file_is_explained(tmp_path):
+    (tmp_path / "file").touch()
+    error = failure(errno.ENOTDIR, tmp_path / "file" / "inside")
+    assert remedy(error, "") == f'Use a path that does not lead through the file "{tmp_path / "file"}"'

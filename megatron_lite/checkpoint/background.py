@@ -191,12 +191,12 @@ class BackgroundSaver:
                 if share is not None:
                     missing.discard(rank)
             if missing and (self._abandoned.is_set() or time.monotonic() > deadline):
+                ranks = f"{'rank' if len(missing) == 1 else 'ranks'} {format_ranges(sorted(missing))}"
                 raise _MissingShareError(
-                    f"The parts of {'rank' if len(missing) == 1 else 'ranks'} {format_ranges(sorted(missing))} of the "
-                    "checkpoint in "
-                    f"{writer.folder} are missing after {self._patience:.0f} s",
-                    fix="Make sure that --save is the same shared folder on every host, and that those ranks are "
-                    "running",
+                    f"The parts of {ranks} of the checkpoint in {writer.folder} are missing after "
+                    f"{self._patience:.0f} s",
+                    fix="Make sure that --save is the same shared folder on every host, and look for an earlier error "
+                    f"of {ranks} in the job's output",
                 )
             if missing:
                 time.sleep(_POLL_SECONDS)

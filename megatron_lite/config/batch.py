@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_lite.config.divisors import divisors, nearest_multiples
@@ -270,13 +271,12 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
     flag = f"--rampup-batch-size {ramp.start} {ramp.increment} {ramp.samples}"
     fix = (
         "Use --rampup-batch-size START INCREMENT SAMPLES such that START + n x INCREMENT is --global-batch-size, for "
-        f"example {batch.micro_batch_size} {batch.micro_batch_size} 100_000"
+        f"example {batch.micro_batch_size} {batch.micro_batch_size} 100000"
     )
     if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 0:
         yield ConfigError(
             f"{flag}: the start batch {ramp.start} and the increment {ramp.increment} must be at least 1, and the "
-            "number "
-            f"of samples {ramp.samples} at least 0",
+            f"number of samples {ramp.samples} at least 0",
             fix=fix,
         )
         return
@@ -287,8 +287,7 @@ def rampup_reaches_the_batch(config: RunConfig) -> Iterator[ConfigError]:
             f"({flag}, --global-batch-size {batch.global_batch_size})"
             if rise < 0
             else f"The batch ramp-up does not reach the global batch: {batch.global_batch_size} - {ramp.start} = "
-            f"{rise} "
-            f"samples are not a multiple of the increment {ramp.increment} ({flag}, --global-batch-size "
+            f"{rise} samples are not a multiple of the increment {ramp.increment} ({flag}, --global-batch-size "
             f"{batch.global_batch_size})",
             fix=fix,
         )
@@ -352,7 +351,6 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
     if ramp is None:
         return
     lengths = [length for _, length in ramp.stages] or [ramp.start, ramp.step]
-    listed = ", ".join(map(str, lengths))
     outside = [str(length) for length in lengths if not 1 <= length <= longest]
     if outside:
         yield ConfigError(
@@ -367,17 +365,27 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
             f"--seq-length-warmup rises from {ramp.start} to {longest} tokens over {ramp.iterations} iterations",
             fix=f"Give it 1 or more iterations, for example --seq-length-warmup {ramp.start}:1000:{ramp.step}",
         )
-    elif config.parallel.sequence_parallel and any(length % tp for length in lengths):
+    elif config.parallel.sequence_parallel:
+        yield from _lengths_can_be_split(ramp, longest, tp)
+    for (before, _), (first, _) in pairwise(ramp.stages):
+        if first <= before:
+            yield ConfigError(
+                f"--seq-length-warmup: a stage that starts at iteration {first} follows one that starts at {before}",
+                fix="List the stages FIRST:LENGTH by increasing first iteration, for example 0:64,1000:512",
+            )
+            return
+
+
+def _lengths_can_be_split(ramp: SequenceRamp, longest: int, tp: int) -> Iterator[ConfigError]:
+    """Require lengths that tensor-parallel ranks can share; those of a linear curriculum are multiples of its step."""
+    first = max(ramp.step, ramp.start - ramp.start % ramp.step)
+    lengths = [length for _, length in ramp.stages] or [first, first + ramp.step]
+    origin = "" if ramp.stages else f" (from {ramp.start} in steps of {ramp.step})"
+    for odd in [length for length in lengths if length % tp and length <= longest][:1]:
         yield ConfigError(
-            f"--seq-length-warmup: --sequence-parallel cannot split every sequence length over {tp} tensor-parallel "
-            f"ranks (lengths and step {listed}, --tensor-model-parallel-size {tp})",
-            fix=f"Make each length and the step a multiple of {tp}, or remove --sequence-parallel",
-        )
-    firsts = [first for first, _ in ramp.stages]
-    if len(set(firsts)) != len(firsts) or firsts != sorted(firsts):
-        yield ConfigError(
-            f"--seq-length-warmup: the first iterations of the stages do not increase ({', '.join(map(str, firsts))})",
-            fix="Give each stage FIRST:LENGTH a first iteration of its own, for example 0:64,1000:512",
+            f"--seq-length-warmup gives sequence length {odd}{origin}, which --sequence-parallel cannot split over "
+            f"{tp} tensor-parallel ranks (--tensor-model-parallel-size {tp})",
+            fix=f"Make {'each length' if ramp.stages else 'the step'} a multiple of {tp}, or omit --sequence-parallel",
         )
 
 

@@ -59,8 +59,8 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
         return
     if config.precision.dtype != "bf16":
         yield ConfigError(
-            f"--fp8-format {config.fp8.format} is combined with {config.precision.dtype} parameters",
-            rule="Everything except the matrix products is computed in bf16",
+            f"--fp8-format {config.fp8.format} needs --bf16, because all but the matrix products is computed in bf16; "
+            f"the parameters are {config.precision.dtype}",
             fix="Add --bf16, or remove --fp8-format",
         )
     width = model.num_attention_heads * model.head_dim

@@ -264,7 +264,14 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
     if interleaved and not chunk:
         yield ConfigError(
             "--pipeline-schedule interleaved is given without --num-layers-per-virtual-pipeline-stage",
-            fix="Add --num-layers-per-virtual-pipeline-stage N: each rank then holds several chunks of N layers",
+            fix="Use --pipeline-schedule 1f1b: a pipeline of one stage (--pipeline-model-parallel-size 1) has no "
+            "other schedule"
+            if parallel.pp < 2
+            else f"Add --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}: the layers of a "
+            "chunk, of which each rank holds several"
+            if layers % parallel.pp == 0
+            else f"Use --num-layers {nearest_multiples(layers, parallel.pp)} and add "
+            "--num-layers-per-virtual-pipeline-stage N, or use --pipeline-schedule 1f1b",
         )
     if not chunk:
         return

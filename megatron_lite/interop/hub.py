@@ -52,12 +52,12 @@ class Hub:
         try:
             tools.validate_repo_id(name)
             if name.count("/") != 1:
-                raise HFValidationError("there is no single / in it")
+                raise HFValidationError("it must contain exactly one /, as in USER/NAME")
         except HFValidationError as error:
             raise ConfigError(
                 f"{flag} {name} is not the name of a repository on the Hugging Face Hub: {str(error).rstrip('.')}",
-                fix=f"Give {flag} USER/NAME or ORGANIZATION/NAME, with letters, digits, - _ and . only, at most 96 "
-                "characters",
+                fix=f"Give {flag} USER/NAME or ORGANIZATION/NAME, in which NAME has at most 96 characters: letters, "
+                "digits, ., - and _",
             ) from error
         if not get_token():
             raise ConfigError(

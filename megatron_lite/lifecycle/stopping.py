@@ -145,8 +145,8 @@ class Stopper:
         margin, budget = self._config.job_end_margin, self._save_budget(save)
         if margin >= left + (self._clock() - self._started):
             raise ConfigError(
-                f"No time is left for training in {self._job_end}: --job-end-margin-in-secs {margin:g} reserves all "
-                "of it",
+                f"Slurm job {self._job_end.job} ends in {left:.0f} s (at {_clock(left)}), and --job-end-margin-in-secs "
+                f"{margin:g} reserves all of it, so no time is left for training",
                 fix="Submit the job with a longer time limit (sbatch --time), or use a smaller "
                 "--job-end-margin-in-secs",
             )
@@ -252,7 +252,12 @@ class Stopper:
 
 def _at(left: float) -> str:
     """Return when a time limit takes effect, in so many seconds."""
-    return f"stops by {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time.time() + left))}"
+    return f"stops by {_clock(left)}"
+
+
+def _clock(left: float) -> str:
+    """Return the local time in so many seconds."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
 
 
 def agree(world: Group, stop: Stop | None) -> Stop | None:

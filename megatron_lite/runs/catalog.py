@@ -153,6 +153,11 @@ def find_checkpoint(
     """
     try:
         path = Path(load)
+        if path.is_file():
+            raise CheckpointError(
+                f"--load {path} is a file, not a folder",
+                fix="Give --load the --save folder of a run, or one of its iter_… folders",
+            )
         named = iteration_of(path)
         if named is not None and path.is_dir():
             if iteration not in (0, named):

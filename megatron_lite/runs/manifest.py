@@ -130,13 +130,28 @@ def encode_manifest(manifest: Manifest) -> bytes:
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The state of this run cannot be stored in a checkpoint's manifest.json: {error}",
-            fix="Report this as a bug; in code of your own, save numbers, strings, lists and dicts as scalars, and "
-            "tensors as "
-            "tensors",
+            f"The state of this run cannot be stored in a checkpoint's manifest.json, which is JSON: {_fault(content)}",
+            fix="If code of your own saves this entry, save numbers, strings, lists and dicts as scalars, and tensors "
+            "as tensors; otherwise report a bug of megatron_lite",
         ) from error
     body = ("{\n" + ",\n".join(lines)).encode()
     return body + _TAIL.format(zlib.crc32(body)).encode()
+
+
+def _fault(content: Any, name: str = "") -> str:
+    """Return the first entry that is not JSON, and its type."""
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inner:
+        place = f"{name}.{key}" if name else str(key)
+        if not isinstance(key, str | int | float | None):
+            return f"the key {place} is of type {type(key).__name__}"
+        try:
+            json.dumps(value)
+        except TypeError:
+            return _fault(value, place)
+        except ValueError:
+            return f"{place} contains itself"
+    return f"{name} is of type {type(content).__name__}"
 
 
 def decode_manifest(data: bytes, path: Path) -> Manifest:

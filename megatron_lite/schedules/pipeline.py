@@ -90,13 +90,9 @@ def pipeline_schedule(kind: PipelineKind, pp: int, num_microbatches: int, chunks
 
 
 def _check(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int) -> None:
-    if pp < 1 or num_microbatches < 0 or chunks < 1:
-        raise ConfigError(
-            f"Cannot schedule {num_microbatches} micro-batches over {pp} pipeline ranks with {chunks} model chunks on "
-            "each "
-            f"(--microbatches {num_microbatches}, --pp {pp}, --chunks {chunks})",
-            fix="Give --pp and --chunks numbers of at least 1, and --microbatches a number of at least 0",
-        )
+    for flag, number, least in (("--pp", pp, 1), ("--chunks", chunks, 1), ("--microbatches", num_microbatches, 0)):
+        if number < least:
+            raise ConfigError(f"Cannot schedule with {flag} {number}", fix=f"Give {flag} a number of at least {least}")
     if chunks > 1 and kind != "interleaved" and num_chunks(kind) != chunks:
         raise ConfigError(
             f"The pipeline schedule {kind} does not support {chunks} model chunks on each rank",

@@ -19,6 +19,11 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "<BOS>", "<|startof
 """Common names of the beginning-of-text token, in the order in which they are tried."""
 
 
+def describe_text(text: str) -> str:
+    """Return the length and the beginning of a text, for errors."""
+    return f"the text of {len(text):,} characters that begins with {text[:30]!r}"
+
+
 class TokenBatch(NamedTuple):
     """Concatenated token ids of several texts, `ids` [tokens], and the number of tokens of each, `lengths` [texts]."""
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.errors import DataError
-from megatron_lite.tokenizer.base import TokenBatch
+from megatron_lite.tokenizer.base import TokenBatch, describe_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -226,10 +226,9 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 def _too_long(text: str) -> DataError:
     return DataError(
-        f"Cannot encode a text of {len(text):,} characters: a run of more than {MAX_WHOLE:,} characters has no space "
-        "or "
-        "other place at which the tokenizer splits text",
-        fix="Remove the text from the input, or break the run with spaces or line breaks",
+        f"Cannot encode {describe_text(text)}: a run of more than {MAX_WHOLE:,} characters has no space or other place "
+        "at which the tokenizer splits text",
+        fix="Break this run with spaces or line breaks, or remove it from the input",
     )
 
 

@@ -24,6 +24,7 @@ from megatron_lite.tokenizer.base import (
     EOD_NAMES,
     TokenBatch,
     Tokenizer,
+    describe_text,
     find_bos,
     find_eod,
     rules_hash,
@@ -174,24 +175,30 @@ class HuggingFaceTokenizer(Tokenizer):
             library.add_special_tokens([self.token(self.eod)])
         path.write_text(library.to_str(pretty=True), encoding="utf-8")
 
+    def _is_refused(self, text: str) -> bool:
+        try:
+            self._library.encode(text, add_special_tokens=False)
+        except Exception:  # the library raises plain Exception
+            return True
+        return False
+
     def _encode_with_library(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         for text in texts:
             # Before the library, which would take 130 bytes a character, and replace half of a surrogate pair.
             text.encode("utf-8")
             if len(text) > MAX_SLOW:
                 raise DataError(
-                    f"Cannot encode a text of {len(text):,} characters: the tokenizers library takes at most "
-                    f"{MAX_SLOW:,}",
-                    fix="Split the text, or remove it from the input. A byte-level BPE such as GPT-2's encodes longer "
-                    "texts "
-                    f"with tiktoken. {install_extra('fast')}",
+                    f"Cannot encode {describe_text(text)}: the tokenizers library takes at most {MAX_SLOW:,} at once",
+                    fix="Split this text, or remove it from the input. If the tokenizer is a byte-level BPE such as "
+                    f"GPT-2's, tiktoken encodes texts of any length. {install_extra('fast')}",
                 )
         try:
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception
+            refused = next(filter(self._is_refused, texts), texts[0])
             raise DataError(
-                f"The tokenizer cannot encode a text: {error}",
-                fix="Remove the text from the input, or use a tokenizer that has an unknown token or byte fallback",
+                f"The tokenizer cannot encode {describe_text(refused)}: {error}",
+                fix="Use a tokenizer that has an unknown token or byte fallback, or remove this text from the input",
             ) from error
         # Some pre-tokenizers turn an empty text into a space.
         return [
@@ -277,7 +284,9 @@ def _read_vocabulary(path: str) -> dict[str, int]:
         raise _unreadable(path, "it is not a JSON object of tokens and ids")
     for token, number in vocabulary.items():
         if type(number) is not int or not 0 <= number < MAX_ID:
-            raise _unreadable(path, f"the id of {token[:40]!r} is {str(number)[:40]}")
+            raise _unreadable(
+                path, f"the id of {token[:40]!r} is {str(number)[:40]}, not a whole number from 0 to {MAX_ID - 1:,}"
+            )
     return vocabulary
 
 
@@ -297,7 +306,8 @@ def _read_merges(path: str) -> list[tuple[str, str]]:
 def _unreadable(place: str, reason: str) -> DataError:
     return DataError(
         f"Cannot read {place} as a file of a GPT-2 tokenizer: {reason}",
-        fix="Give --vocab-file the vocab.json and --merge-file the merges.txt of the same tokenizer",
+        fix="If this is the intended file, it is damaged: copy or download it again. Otherwise give --vocab-file the "
+        "vocab.json and --merge-file the merges.txt of one GPT-2 tokenizer",
     )
 
 

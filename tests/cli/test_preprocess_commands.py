@@ -139,7 +139,7 @@ def test_a_trained_tokenizer_is_not_replaced_unasked(corpus, tmp_path, capsys):
     assert main(["preprocess", "--input", str(corpus), "--output-prefix", str(tmp_path / "out"), *use]) == 0
     assert main([*args[:-1], "258", "--overwrite"]) == 0
     assert main(["data", "inspect", str(tmp_path / "out_text_document"), *use]) == 0
-    assert "WARNING" in (text := capsys.readouterr().err) and "was made with another tokenizer than the run's" in text
+    assert "WARNING" in (text := capsys.readouterr().err) and "was made with another vocabulary than that of" in text
 
 
 def test_abbreviations_of_several_spellings_of_one_flag():

@@ -145,8 +145,8 @@ def test_a_decreased_batch_keeps_a_micro_batch_for_every_replica():
 
 BETWEEN, APART, DIVIDE = (
     "(--seq-length 32)",
-    "the first iterations of the stages do not increase",
-    "cannot split every sequence length",
+    "--seq-length-warmup: ",
+    "which --sequence-parallel cannot split over 4",
 )
 
 
@@ -179,7 +179,9 @@ def test_curricula(ramp, found):
     ("ramp", "divides"),
     [
         ({"start": 8, "iterations": 9, "step": 4}, True),
-        ({"start": 6, "iterations": 9, "step": 4}, False),
+        ({"start": 6, "iterations": 9, "step": 4}, True),
+        ({"start": 6, "iterations": 9, "step": 6}, False),
+        ({"start": 32, "iterations": 9, "step": 32}, True),
         ({"start": 8, "iterations": 9, "step": 2}, False),
         ({"stages": ((0, 8), (5, 32))}, True),
         ({"stages": ((0, 8), (5, 30))}, False),

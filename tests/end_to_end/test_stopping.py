@@ -290,7 +290,7 @@ def test_a_slurm_jobs_end_stops_the_run(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     refused = command(*args, "--job-end-margin-in-secs", 7200)
     assert refused.code == 1
-    assert "No time is left for training in Slurm job 7, which ends at" in refused.err
+    assert "--job-end-margin-in-secs 7200 reserves all of it" in refused.err
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     result = command(*args, "--job-end-margin-in-secs", 3595)
     assert result.code == 0

@@ -59,7 +59,7 @@ def test_consumed_samples(original, imported, refused, tmp_path):
         state |= {f"optimizer.{kind}.{n}": t.clone() for n, t in list(state.items()) if "optimizer" not in n}
     args = arguments(model, consumed_train_samples="absent", global_batch_size="absent")
     write_classic(tmp_path / "m", state, model, args=args, edit=with_adam(state, model, 1, 1, 3))
-    refused(tmp_path / "m", "--global-batch-size N", *SIZE)
+    refused(tmp_path / "m", "--global-batch-size with the value of the run", *SIZE)
     _, source = imported(tmp_path / "m", tmp_path / "ck", *SIZE, "--global-batch-size", "8")
     scalars = read_manifest(source.path).scalars
     expected = {"iteration": 7, "consumed_train_samples": 56, "consumed_train_tokens": 56 * 32}

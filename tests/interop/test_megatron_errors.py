@@ -47,7 +47,7 @@ def test_a_public_file_without_args(original, imported, same, refused, tmp_path)
         (("--position-embedding-type", "rope"), "position_embedding has two different values: 'rotary'"),
         (("--untie-embeddings-and-output-weights",), "tied_embeddings has two different values: False"),
         (("--ffn-hidden-size", "99"), "ffn_hidden_size has two different values: 99"),
-        (("--vocab-size", "4000"), "4,000 tokens, more than the 96 rows"),
+        (("--vocab-size", "4000"), r"4,000 tokens \(--vocab-size 4000\), more than the 96 rows"),
     ):
         kept = [word for word in FLAGS if flags[0] not in FLAGS or word not in FLAGS[FLAGS.index(flags[0]) :][:2]]
         refused(tmp_path / "m", text, *kept, *flags)
@@ -88,7 +88,7 @@ def test_args_that_change_the_function_are_refused_by_name(name, value, original
     state, model, _, _ = original()
     args = arguments(model, core=True, **{name: value})
     write_classic(tmp_path / "m", state, model, naming="core", args=args)
-    refused(tmp_path / "m", f"says {name}=", *SIZE)
+    refused(tmp_path / "m", f"has {name}=", *SIZE)
 
 
 def test_the_embedding_norm_has_an_epsilon_of_its_own(original, refused, tmp_path):

@@ -3,7 +3,7 @@
 FROM_FLAGS = {
     "--compile all": "layer, stage, off, or no value",
     # fp8
-    "--fp8-format hybrid": "--fp8-format hybrid is combined with fp32 parameters. Everything except the matrix",
+    "--fp8-format hybrid": "--fp8-format hybrid needs --bf16, because all but the matrix products",
     "--bf16 --fp8-format e4m3 --ffn-hidden-size 100": "multiples of 16, and the MLP width per rank is 100",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
@@ -121,9 +121,9 @@ FROM_FLAGS = {
     "--seq-length-warmup 8:0:8": "--seq-length-warmup rises from 8 to 32 tokens over 0 iterations. Give it",
     "--seq-length-warmup 64:10": "--seq-length-warmup: the sequence length or step 64 is outside 1 to 32",
     "--seq-length-warmup 8:10:8 --sequence-parallel --tensor-model-parallel-size 4 --seq-length-warmup 6:10:2": (
-        "--seq-length-warmup: --sequence-parallel cannot split every sequence"
+        "--seq-length-warmup gives sequence length 6 (from 6 in steps of 2)"
     ),
-    "--seq-length-warmup 0:8,5:16,5:32": "--seq-length-warmup: the first iterations of the stages do not",
+    "--seq-length-warmup 0:8,5:16,5:32": "--seq-length-warmup: a stage that starts at iteration 5 follows one that",
     # rules of training.py and optimizer.py
     "--train-samples 800": "The run has two lengths: --train-iters 100 and --train-samples 800. Remove one of",
     "--train-iters 0": "The length of the run is 0 or not given (--train-iters, --train-samples). Give",

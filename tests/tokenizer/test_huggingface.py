@@ -89,7 +89,7 @@ def test_bad_files(bpe_folder, tmp_path):
     for content, message in (
         ("[]", "not a JSON object"),
         ('{"a": 1.5}', "the id of 'a' is 1.5"),
-        ('{"a": 99999999999}', "the id of 'a'"),
+        ('{"a": 99999999999}', "the id of 'a' is 99999999999, not a whole number from 0 to 2,147,483,647"),
         ("\xff", "not UTF-8"),
     ):
         (tmp_path / "vocab.json").write_bytes(content.encode("latin-1"))

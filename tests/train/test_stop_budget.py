@@ -112,7 +112,7 @@ def test_a_job_too_short_for_a_save_is_warned_of_and_one_too_short_for_the_margi
     assert line.startswith("WARNING: Slurm job 7, which ends at ")
     assert "too little time to keep 40 s for the save and 30 s after it (--job-end-margin-in-secs) free" in line
     with pytest.raises(
-        ConfigError, match=r"No time is left for training in Slurm job 7, which ends at .* 7200 reserves"
+        ConfigError, match=r"Slurm job 7 ends in 3600 s \(at .*\), and --job-end-margin-in-secs 7200 reserves"
     ):
         in_slurm_job(3600, config=TrainingConfig(job_end_margin=7200)).describe_time_limit(save=0.0)
     # A slow start-up counts: the margin fits into the job, and the run stops after one iteration.

@@ -16,6 +16,8 @@ from megatron_lite.runs.atomic import replace_file
 from megatron_lite.system_errors import reason, remedy
 
 FORMAT = 1
+_SHOWN = len("sha256:") + 12
+"""Characters of a fingerprint in errors."""
 READ_BYTES = 1 << 22
 SMALL_INDEX = 1 << 24
 """Bytes of an index that is read in a few milliseconds; up to this size, its checksum is always compared."""
@@ -200,11 +202,11 @@ def check_manifest(prefix: str | Path, fingerprint: str) -> DatasetManifest | No
     made_with = str(manifest.tokenizer.get("fingerprint", ""))
     if fingerprint and made_with and made_with != fingerprint:
         raise DataError(
-            f"The dataset {prefix} was made with another tokenizer than the run's: a "
-            f"{manifest.tokenizer.get('type', 'tokenizer')} with fingerprint {made_with}; the run's has {fingerprint}",
-            fix="Give --tokenizer-model, or --vocab-file and --merge-file, with which the dataset was made, or "
-            "preprocess "
-            "the corpus again",
+            f"The dataset {prefix} was made with another vocabulary than that of this command's tokenizer: a "
+            f"{manifest.tokenizer.get('type', 'tokenizer')} of {manifest.tokenizer.get('vocab_size', 0):,} tokens with "
+            f"the fingerprint {made_with[:_SHOWN]}… ({manifest_path(prefix)}), which here is {fingerprint[:_SHOWN]}…",
+            fix="Give the tokenizer with which the dataset was made (--tokenizer-model, or --vocab-file and "
+            "--merge-file), or preprocess the corpus again with this one",
         )
     return manifest
 

@@ -38,8 +38,12 @@ def convert_older(prefix: str | Path, output: str | Path) -> int:
     entries = 2 * (num_arrays + 1) + num_sizes + num_documents
     if version != 1 or code not in TOKEN_TYPES or itemsize != TOKEN_TYPES[code].itemsize:
         raise _not_convertible(prefix, f"it has version {version}, type code {code}, {itemsize} bytes a token")
-    if len(content) != HEADER.size + 8 * entries or num_sizes != num_arrays or num_documents < 1:
-        raise _not_convertible(prefix, f"its index has {len(content)} bytes for {entries} entries")
+    if len(content) != (expected := HEADER.size + 8 * entries):
+        raise _not_convertible(prefix, f"its index has {len(content):,} bytes instead of {expected:,} by its header")
+    if num_sizes != num_arrays or num_documents < 1:
+        raise _not_convertible(
+            prefix, f"its header states {num_arrays} arrays, {num_sizes} sizes and {num_documents} document entries"
+        )
     arrays = np.frombuffer(content, dtype="<i8", offset=HEADER.size)
     offsets = arrays[num_arrays + 1 : 2 * (num_arrays + 1)]
     documents = arrays[2 * (num_arrays + 1) + num_sizes :]

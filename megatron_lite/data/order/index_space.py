@@ -15,6 +15,8 @@ PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
 """Share of the available memory that building an index may take."""
+MANY_EPOCHS = 1000
+"""Epochs that no run makes of the right dataset."""
 
 
 def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
@@ -34,7 +36,7 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
     raise DataError(
         f'Cannot build {describe_index(plan)} of "{prefix}": it takes '
         f"{format_size(plan.build_bytes)} of memory, and {format_size(free)} are free",
-        fix=f"{shorten}, or use a machine with more memory{_fitting(plan, free)}",
+        fix=f"{_question(plan, prefix)}{shorten}{_fitting(plan, free)}, or use a machine with more memory",
     )
 
 
@@ -49,7 +51,7 @@ def check_disk(plan: IndexPlan, prefix: str, folder: Path, shorten: str) -> None
         raise DataError(
             f'Cannot write {describe_index(plan)} of "{prefix}": its files take {format_size(needed)}, '
             f'and {format_size(free)} are free on the disk of "{folder}"',
-            fix=f"Give --data-cache-path a folder with enough space, free disk space, or "
+            fix=f"{_question(plan, prefix)}Give --data-cache-path a folder with enough space, free disk space, or "
             f"{shorten[:1].lower()}{shorten[1:]}",
         )
 
@@ -67,12 +69,21 @@ def available_memory() -> int | None:
 
 
 def _fitting(plan: IndexPlan, free: int) -> str:
-    """Return a sentence with the number of samples that fit, rounded down to two digits."""
+    """Return the share of the requested samples that fits, and their number, both rounded down to two digits."""
     if plan.num_samples is None:
         return ""
     fitting = int(plan.num_samples * USABLE * free / plan.build_bytes)
     unit = 10 ** max(0, len(str(fitting)) - 2)
-    return f". About {fitting // unit * unit:,} samples fit"
+    fitting = fitting // unit * unit
+    return (
+        f" such that at most {fitting:,} samples are requested, {fitting / plan.num_samples:.2g} of the present number"
+    )
+
+
+def _question(plan: IndexPlan, prefix: str) -> str:
+    """Return a sentence on the likely mistake, a wrong dataset, if each document is read very often."""
+    many = plan.epochs >= MANY_EPOCHS
+    return f'Check that "{prefix}" is the intended dataset, which is small for this run. If it is: ' if many else ""
 
 
 def _limits() -> Iterator[int]:

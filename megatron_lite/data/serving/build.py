@@ -242,11 +242,10 @@ class _Builder:
         config, (first, last), prefix = self.config, part.bounds, part.data.prefix
         if first >= last:
             raise DataError(
-                f"The {name} set gets no documents of the dataset {prefix}: its part, from sequence {first:,} to "
-                f"{last:,}, is empty",
-                fix="Give the set a larger share (--split, or START:END of the weighted paths), use a larger dataset, "
-                "or leave "
-                "the dataset out",
+                f'The set "{name}" gets nothing of the dataset {prefix}: its share '
+                f"{part.source.start:g}:{part.source.end:g} of {len(part.data):,} sequences rounds to none",
+                fix="Give it a larger share START:END of this dataset, use a larger dataset, or leave the dataset out "
+                "of the set",
             )
         part = replace(part, asked=requests[-1] if requests else None)
         if config.data.sampling == "slice":

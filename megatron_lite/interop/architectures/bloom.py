@@ -35,7 +35,7 @@ class Bloom(Architecture):
         yield from requires(
             model,
             {
-                "embed_layernorm": (True, "no --embed-layernorm"),
+                "embed_layernorm": (True, "missing --embed-layernorm"),
                 "activation": ("gelu_tanh", f"--activation {model.activation}"),
                 "ffn_hidden_size": (4 * model.hidden_size, f"--ffn-hidden-size {model.ffn_hidden_size}"),
                 "parallel_residual": (False, "--parallel-residual"),

@@ -20,7 +20,7 @@ from megatron_lite.interop.architectures.base import (
     read_tied,
     requires,
 )
-from megatron_lite.interop.architectures.keys import ConfigKeys
+from megatron_lite.interop.architectures.keys import DOWNLOAD, ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import JoinedQKV, Transposed
 from megatron_lite.model.head import WORD_EMBEDDINGS
@@ -55,7 +55,7 @@ class GPT2(Architecture):
         keys.require("scale_attn_by_inverse_layer_idx", (False,), "scores are not scaled by layer here", default=False)
         keys.require("reorder_and_upcast_attn", (False,), "attention is computed in the model's dtype", default=False)
         if "n_ctx" in keys.content and keys.content["n_ctx"] != keys.content.get("n_positions"):
-            raise keys.unsupported("n_ctx", keys.content["n_ctx"], "it is not n_positions")
+            raise keys.unsupported("n_ctx", keys.content["n_ctx"], "it differs from n_positions", fix=DOWNLOAD)
         keys.pass_over("n_ctx", *(name for name in keys.content if name.startswith("summary_")))
         return ModelConfig(
             num_layers=keys.number("n_layer", "num_hidden_layers"),

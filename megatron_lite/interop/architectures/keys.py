@@ -9,6 +9,8 @@ from typing import Any
 from megatron_lite.errors import CheckpointError
 
 _ABSENT: Any = object()
+OTHER_MODEL = "Import a model that was trained without this setting: the outputs of this one would be wrong"
+DOWNLOAD = "Download config.json again"
 
 HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(("architectures", "model_type"), "chosen by, see registry.py"),
@@ -114,7 +116,7 @@ class ConfigKeys:
         """Return a positive whole number."""
         value = self.take(*names, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.unsupported(names[0], value, "a positive whole number is needed")
+            raise self.unsupported(names[0], value, "a positive whole number is needed", fix=DOWNLOAD)
         return value
 
     def require(self, name: str, allowed: Collection[Any], meaning: str, *, default: Any) -> Any:
@@ -152,12 +154,9 @@ class ConfigKeys:
                 f"{', '.join(f'{name}={self.content[name]!r}' for name in unknown)}",
                 rule="An unknown setting may change what the model computes",
                 fix="If these settings do not change the model's outputs, add --ignore-config-keys "
-                f"{' '.join(unknown)}",
+                f"{' '.join(unknown)}; otherwise import a model that was trained without them",
             )
 
-    def unsupported(self, name: str, value: Any, because: str) -> CheckpointError:
-        """Return the error for a setting that this program's model cannot have."""
-        return CheckpointError(
-            f"{self.path} has {name}={value!r}: {because}",
-            fix="Import another model, without this setting: megatron_lite would compute other outputs than it",
-        )
+    def unsupported(self, name: str, value: Any, because: str, *, fix: str = "") -> CheckpointError:
+        """Return the error for a setting that this program's model cannot have; `fix` is for a damaged file."""
+        return CheckpointError(f"{self.path} has {name}={value!r}: {because}", fix=fix or OTHER_MODEL)

@@ -169,9 +169,9 @@ class Qwen2(Llama):
         if model.qk_layernorm:
             yield "--qk-layernorm"
         if model.linear_bias:
-            yield "biases beside those of queries, keys and values (no --disable-bias-linear)"
+            yield "biases beside those of queries, keys and values (missing --disable-bias-linear)"
         if not model.qkv_bias:
-            yield "no --add-qkv-bias"
+            yield "missing --add-qkv-bias"
         if model.head_dim * model.num_attention_heads != model.hidden_size:
             yield f"heads of {model.head_dim} channels (--kv-channels)"
 
@@ -196,9 +196,9 @@ class Qwen3(Llama):
         """Yield what the class cannot express."""
         yield from _common_problems(model)
         if not model.qk_layernorm:
-            yield "no --qk-layernorm"
+            yield "missing --qk-layernorm"
         if model.linear_bias or model.qkv_bias:
-            yield "biases (no --disable-bias-linear, or --add-qkv-bias)"
+            yield "biases (missing --disable-bias-linear, or --add-qkv-bias)"
 
     def read_config(self, keys: ConfigKeys) -> ModelConfig:
         """Return the model of a Qwen3Config."""

@@ -61,15 +61,17 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     for one in candidates:
         if not problems[one.name]:
             return one
-    nearest = min(problems.values(), key=len)
-    listed = "\n".join(f"  {name} cannot have {', '.join(found)}" for name, found in problems.items())
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    differences = ", ".join(problems[nearest])
+    able = [one.name for one in ARCHITECTURES if one.exports and not list(one.problems(model))]
+    if wanted:
+        raise ConfigError(
+            f"--architecture {wanted} does not compute this model, because of {differences}",
+            fix=f"Use --architecture {able[0]}" if able else "Use `megatron-lite export --to megatron`",
+        )
+    listed = "\n".join(f"  {name}: {', '.join(found)}" for name, found in problems.items())
     raise ConfigError(
-        f"No class of transformers computes this model:\n{listed}\n"
-        if not wanted
-        else f"--architecture {wanted} does not compute this model:\n{listed}\n",
-        fix="Use `megatron-lite export --to megatron`; to transformers, only a model trained without "
-        f"{', '.join(nearest)} can "
-        "be exported"
-        if not wanted
-        else "Remove --architecture to have the class chosen",
+        f"No class of transformers computes this model; the nearest, {nearest}, fails only on {differences}. Each "
+        f"class fails on:\n{listed}\n",
+        fix=f"Use `megatron-lite export --to megatron`, or train a model that {nearest} can compute",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.interop.architectures.keys import ConfigKeys
+from megatron_lite.interop.architectures.keys import DOWNLOAD, ConfigKeys
 
 _KNOWN = ("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
 
@@ -28,13 +28,19 @@ def read_rope(keys: ConfigKeys, *, theta: str = "rope_theta", share: str = "", p
         unknown = [key for key in value if key not in _KNOWN and value[key] is not None]
         kind = _kind(value)
         if kind not in ("default", "linear"):
-            raise keys.unsupported(name, value, f"rope_type {kind} is not supported, only default and linear are")
+            raise keys.unsupported(
+                name,
+                value,
+                f"rope_type {kind} is not implemented, so the outputs of this model would be wrong, also without the "
+                "setting",
+                fix="Import a model with rope_type default or linear",
+            )
         if unknown:
-            raise keys.unsupported(name, value, f"{', '.join(unknown)} cannot be set")
+            raise keys.unsupported(name, value, f"{', '.join(unknown)} is not implemented")
     scaling = new or old
     linear = _kind(scaling) == "linear"
     if new and old and (_kind(new), new.get("factor")) != (_kind(old), old.get("factor")):
-        raise keys.unsupported("rope_scaling", old, f"rope_parameters says {new!r}")
+        raise keys.unsupported("rope_scaling", old, f"rope_parameters is {new!r}", fix=DOWNLOAD)
     found = _one(keys, "partial_rotary_factor", new, old, rotated, percent)
     if not share and found != 1.0:
         raise keys.unsupported("partial_rotary_factor", found, "this architecture rotates whole heads")
@@ -54,7 +60,7 @@ def _one(keys: ConfigKeys, name: str, new: dict[str, Any], old: dict[str, Any], 
     """Return a value that may stand in three places, which must agree."""
     given = {float(value) for value in (new.get(name), old.get(name), apart) if value is not None}
     if len(given) > 1:
-        raise keys.unsupported(name, sorted(given), "the config states several values")
+        raise keys.unsupported(name, sorted(given), "the config states several values", fix=DOWNLOAD)
     return given.pop() if given else default
 
 

@@ -52,9 +52,7 @@ class Evidence:
         if before[0] != value:
             raise CheckpointError(
                 f"{field} has two different values: {before[0]!r} by {before[1]}, and {value!r} by {origin}",
-                fix="Remove or change the flag that is wrong; if no flag is involved, copy the checkpoint again, "
-                "whose files are of "
-                "different models",
+                fix="Remove or change the flag that is wrong; if no flag is involved, copy the whole checkpoint again",
             )
 
     def add_argument(self, field: str, *names: str) -> None:
@@ -67,6 +65,10 @@ class Evidence:
     def get(self, field: str, default: Any = None) -> Any:
         """Return a field's value."""
         return self._known.get(field, (default, ""))[0]
+
+    def origin(self, field: str) -> str:
+        """Return the source of a known field: a flag or a file."""
+        return self._known[field][1]
 
     def has(self, field: str) -> bool:
         """Return whether a source states a field."""

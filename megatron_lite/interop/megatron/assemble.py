@@ -15,7 +15,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.foreign import ForeignModel
 from megatron_lite.interop.mapping import Entry, ImportedTensors
-from megatron_lite.interop.megatron.adam import MAIN
+from megatron_lite.interop.megatron.adam import MAIN, WEIGHTS_ONLY
 from megatron_lite.interop.megatron.arguments import Evidence, model_config, read_arguments
 from megatron_lite.interop.megatron.arrangements import arrangement_of
 from megatron_lite.interop.megatron.flags import Stated
@@ -189,9 +189,17 @@ def _note_vocabulary(found: Found, parts: Parts, evidence: Evidence, stated: Sta
         evidence.add("vocab_size", rows, f"the tensors of {found.folder}")
     size = evidence.get("vocab_size")
     if size is not None and words and size > rows:
+        origin = evidence.origin("vocab_size")
+        if stated.tokenizer is not None:
+            fix = "Give the tokenizer with which the model was trained"
+        elif origin == found.where:
+            fix = "Copy the checkpoint again: its files contradict each other"
+        else:
+            fix = f"Give {origin.split()[0]} the number of tokens of the model's tokenizer, which is at most {rows}"
         raise CheckpointError(
-            f"The vocabulary has {size:,} tokens, more than the {rows:,} rows of the embedding in {found.folder}",
-            fix=f"Give the tokenizer with which the model was trained, or --vocab-size {rows} or less",
+            f"The vocabulary has {size:,} tokens ({origin}), more than the {rows:,} rows of the embedding in "
+            f"{found.folder}",
+            fix=fix,
         )
 
 
@@ -305,8 +313,8 @@ class _CheckedMain:
             raise CheckpointError(
                 f"The optimizer state does not belong to the weights: {name} differs from its weight by up to "
                 f"{float((main - weight).abs().max()):.3g}",
-                fix="Import the weights alone with --weights-only, or copy the folder again, whose files are of "
-                "different iterations",
+                rule="Either the weights were changed after training, or the files are of different iterations",
+                fix=f"{WEIGHTS_ONLY}, or copy the whole folder again",
             )
         return main
 

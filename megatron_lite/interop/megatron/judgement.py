@@ -257,7 +257,7 @@ def unsupported(where: str, name: str, value: Any, because: str) -> CheckpointEr
     """Return the error for a setting that changes the function and is not supported."""
     return CheckpointError(
         f"{where} has {name}={value!r}: {because}",
-        fix="Import another model, without this setting: megatron_lite would compute other outputs than it",
+        fix="Import a model that was trained without this setting: the outputs of this one would be wrong",
     )
 
 
@@ -314,5 +314,6 @@ def _refuse_unknown(found: Mapping[str, Any], where: str, ignored: Collection[st
             f"{where} has settings that this importer does not know: "
             f"{', '.join(f'{name}={value!r}' for name, value in left.items())}",
             rule="An unknown setting may change what the model computes",
-            fix=f"If these settings do not change the model's outputs, add --ignore-config-keys {' '.join(left)}",
+            fix=f"If these settings do not change the model's outputs, add --ignore-config-keys {' '.join(left)}; "
+            "otherwise import a model that was trained without them",
         )

@@ -65,8 +65,9 @@ def _global_batch_size(found: Found, stated: Stated, evidence: Evidence) -> int:
     if not size:
         raise CheckpointError(
             f"{found.where} states neither consumed_train_samples nor global_batch_size, so the number of samples "
-            "that the run has "
-            "consumed is unknown",
-            fix=f"Add --global-batch-size N, or {WEIGHTS_ONLY[:1].lower()}{WEIGHTS_ONLY[1:]}",
+            "that the run has consumed is unknown",
+            rule="It is the iteration times the global batch size",
+            fix="Add --global-batch-size with the value of the run that wrote the checkpoint, or "
+            f"{WEIGHTS_ONLY[:1].lower()}{WEIGHTS_ONLY[1:]}",
         )
     return int(size)

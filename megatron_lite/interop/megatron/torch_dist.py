@@ -75,8 +75,10 @@ def read_torch_dist(folder: Path, *, version: float | None = None, with_optimize
         backend = read_json(folder / "metadata.json").get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{folder / 'metadata.json'} has sharded_backend={backend!r}; only torch_dist can be read",
-                fix="Convert the checkpoint with Megatron-LM's --ckpt-convert-format torch",
+                f"{folder / 'metadata.json'} has sharded_backend={backend!r}; of the distributed formats, only "
+                "torch_dist can be read",
+                fix=f"Convert the checkpoint with a version of Megatron-LM that reads {backend}: --load "
+                f"{folder.parent} --ckpt-convert-format torch --ckpt-convert-save FOLDER",
             )
     common_path = folder / "common.pt"
     common = mapping_of(read_torch_file(common_path), common_path) if common_path.is_file() else {}

@@ -62,7 +62,7 @@ def test_unsupported_formats_are_named(tmp_path, content, name):
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_bytes(bz2.compress(b"x"))
-    for library, advice in (("zstandard", "Install the extra data"), ("_bz2", "built with this module")):
+    for library, advice in (("zstandard", ".[data]"), ("_bz2", "built with this module")):
         monkeypatch.setattr(sources, "missing_library", lambda _, library=library: library)
         with pytest.raises(
             DataError, match=rf"Cannot read the bz2 file .*: the Python module {library} is not installed.*{advice}"

@@ -146,7 +146,7 @@ def test_a_set_for_which_no_source_has_documents(tmp_path):
     assert "assigns no documents to valid" in str(sets.notices.warnings)
     late = DataGroup(name="late", sources=(DataSource(path=empty, weight=1.0, start=0.9, end=1.0),) * 2)
     with pytest.raises(
-        DataError, match=r"The late set gets no documents of the dataset .*from sequence 2 to 2, is empty"
+        DataError, match=r'The set "late" gets nothing of the dataset .*: its share 0.9:1 of 2 sequences rounds to none'
     ):
         build_datasets(config(DataConfig(sources=sources, valid_groups=(late,))))
 
