@@ -59,7 +59,7 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
         return
     if config.precision.dtype != "bf16":
         yield ConfigError(
-            f"--fp8-format {config.fp8.format} needs --bf16, because all but the matrix products is computed in bf16; "
+            f"--fp8-format {config.fp8.format} needs --bf16, because everything but the matrix products is in bf16; "
             f"the parameters are {config.precision.dtype}",
             fix="Add --bf16, or remove --fp8-format",
         )

@@ -267,8 +267,8 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
             fix="Use --pipeline-schedule 1f1b: a pipeline of one stage (--pipeline-model-parallel-size 1) has no "
             "other schedule"
             if parallel.pp < 2
-            else f"Add --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}: the layers of a "
-            "chunk, of which each rank holds several"
+            else f"Add --num-layers-per-virtual-pipeline-stage N with N = {divisors(layers // parallel.pp)}: each "
+            f"rank then holds {layers // parallel.pp} / N chunks of N layers"
             if layers % parallel.pp == 0
             else f"Use --num-layers {nearest_multiples(layers, parallel.pp)} and add "
             "--num-layers-per-virtual-pipeline-stage N, or use --pipeline-schedule 1f1b",

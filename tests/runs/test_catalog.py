@@ -59,6 +59,12 @@ def test_by_folder_and_by_iteration(root):
         find_checkpoint(str(root / "iter_0000010"))
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file is a file, not a folder\. Give --load the --save folder"):
+        find_checkpoint(str(tmp_path / "file"))
+
+
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     assert find_checkpoint(str(tmp_path / "missing")) is None
     (tmp_path / "iter_0000001.partial-0a0b0c0d").mkdir()

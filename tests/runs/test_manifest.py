@@ -124,6 +124,15 @@ def test_values_that_are_not_json_are_refused(value):
         encode_manifest(replace(MANIFEST, scalars={"x": value}))
 
 
+def test_an_entry_that_contains_itself_is_named():
+    entry = {}
+    entry["inner"] = entry
+    with pytest.raises(CheckpointError, match=r"is JSON: scalars contains itself"):
+        encode_manifest(replace(MANIFEST, scalars={"x": entry}))
+    with pytest.raises(CheckpointError, match=r"the key scalars\.x\.\(1, 2\) is of type tuple"):
+        encode_manifest(replace(MANIFEST, scalars={"x": {(1, 2): 3}}))
+
+
 def test_reading_from_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: No such file"):
         read_manifest(tmp_path)

@@ -3,7 +3,7 @@
 FROM_FLAGS = {
     "--compile all": "layer, stage, off, or no value",
     # fp8
-    "--fp8-format hybrid": "--fp8-format hybrid needs --bf16, because all but the matrix products",
+    "--fp8-format hybrid": "--fp8-format hybrid needs --bf16, because everything but the matrix products",
     "--bf16 --fp8-format e4m3 --ffn-hidden-size 100": "multiples of 16, and the MLP width per rank is 100",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",

@@ -36,7 +36,7 @@ def check_memory(plan: IndexPlan, prefix: str, shorten: str) -> None:
     raise DataError(
         f'Cannot build {describe_index(plan)} of "{prefix}": it takes '
         f"{format_size(plan.build_bytes)} of memory, and {format_size(free)} are free",
-        fix=f"{_question(plan, prefix)}{shorten}{_fitting(plan, free)}, or use a machine with more memory",
+        fix=f"{_question(plan, prefix)}{shorten}{_fitting(plan, free)}; or use a machine with more memory",
     )
 
 
@@ -69,21 +69,19 @@ def available_memory() -> int | None:
 
 
 def _fitting(plan: IndexPlan, free: int) -> str:
-    """Return the share of the requested samples that fits, and their number, both rounded down to two digits."""
+    """Return the number of samples that fit, rounded down to two digits, after a comma; empty: unknown."""
     if plan.num_samples is None:
         return ""
     fitting = int(plan.num_samples * USABLE * free / plan.build_bytes)
     unit = 10 ** max(0, len(str(fitting)) - 2)
     fitting = fitting // unit * unit
-    return (
-        f" such that at most {fitting:,} samples are requested, {fitting / plan.num_samples:.2g} of the present number"
-    )
+    return f": about {fitting:,} samples fit, {100 * fitting / plan.num_samples:.2g} % of those requested"
 
 
 def _question(plan: IndexPlan, prefix: str) -> str:
     """Return a sentence on the likely mistake, a wrong dataset, if each document is read very often."""
     many = plan.epochs >= MANY_EPOCHS
-    return f'Check that "{prefix}" is the intended dataset, which is small for this run. If it is: ' if many else ""
+    return f'Check that "{prefix}" is the intended dataset, which is small for this run. ' if many else ""
 
 
 def _limits() -> Iterator[int]:

@@ -58,7 +58,10 @@ def test_index_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
     assert '4,000,000,000 samples, 10,666,667 epochs of 45 documents of "corpus"' in text
     assert f"takes {format_size(HUGE.build_bytes)} of memory, and 9.31 GiB are free" in text
     assert 'Check that "corpus" is the intended dataset' in text
-    assert "Give a smaller --train-iters such that at most 1,000,000,000 samples are requested, 0.25 of" in text
+    assert (
+        "Give a smaller --train-iters: about 1,000,000,000 samples fit, 25 % of those requested; or use a machine"
+        in text
+    )
     monkeypatch.setattr(index_space, "available_memory", lambda: 10 * HUGE.build_bytes)
     check_memory(HUGE, "corpus", "")
     monkeypatch.setattr(index_space, "available_memory", lambda: None)
