@@ -369,11 +369,11 @@ def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
         yield from _lengths_can_be_split(ramp, longest, tp)
     for (before, _), (first, _) in pairwise(ramp.stages):
         if first <= before:
+            text = f"two stages start at iteration {first}" if first == before else f"stage {first} follows {before}"
             yield ConfigError(
-                f"--seq-length-warmup: a stage that starts at iteration {first} follows one that starts at {before}",
+                f"--seq-length-warmup: {text}",
                 fix="List the stages FIRST:LENGTH by increasing first iteration, for example 0:64,1000:512",
             )
-            return
 
 
 def _lengths_can_be_split(ramp: SequenceRamp, longest: int, tp: int) -> Iterator[ConfigError]:

@@ -123,7 +123,7 @@ FROM_FLAGS = {
     "--seq-length-warmup 8:10:8 --sequence-parallel --tensor-model-parallel-size 4 --seq-length-warmup 6:10:2": (
         "--seq-length-warmup gives sequence length 6 (from 6 in steps of 2)"
     ),
-    "--seq-length-warmup 0:8,5:16,5:32": "--seq-length-warmup: a stage that starts at iteration 5 follows one that",
+    "--seq-length-warmup 0:8,5:16,5:32": "--seq-length-warmup: two stages start at iteration 5. List the stages",
     # rules of training.py and optimizer.py
     "--train-samples 800": "The run has two lengths: --train-iters 100 and --train-samples 800. Remove one of",
     "--train-iters 0": "The length of the run is 0 or not given (--train-iters, --train-samples). Give",
