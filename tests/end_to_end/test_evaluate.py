@@ -84,7 +84,7 @@ def test_the_table_fits_a_terminal(run, tmp_path):
         (("--text", "{folder}/text", "--prepend-bos"), 1, "no beginning-of-text token for --prepend-bos"),
         (("--text", "{folder}/x.jsonl"), 1, "megatron-lite preprocess"),
         (("--data-path", "nowhere"), 1, "nowhere.idx"),
-        (("--text", "{folder}/text", "--seq-length", 64), 1, "exceeds the 16 learned positions"),
+        (("--text", "{folder}/text", "--seq-length", 64), 1, "table of 16 learned positions"),
         (("--text", "{folder}/text", "--stride", 17), 1, "is outside 1 to"),
         (("--text", "{folder}/text", "--batch-size", 0), 2, "--batch-size: '0' is not a whole number from 1"),
     ],

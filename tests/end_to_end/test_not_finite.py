@@ -26,7 +26,7 @@ def test_fp32_and_bf16_stop_with_iteration_and_samples(precision, corpus, tmp_pa
     result = command(*corpus.job(*RUN, *DIVERGING, *precision, "--save", save))
     assert result.code == 1
     assert "Traceback" not in result.err
-    found = re.search(r"TrainingError: .* iteration (\d+) has loss (\S+) .*, on samples (\d+) to (\d+)\b", result.err)
+    found = re.search(r"TrainingError: Iteration (\d+) has loss (\S+) .*, on samples (\d+) to (\d+)\b", result.err)
     assert found, result.err
     iteration = int(found[1])
     assert not math.isfinite(float(found[2]))
@@ -75,7 +75,7 @@ def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
     args = corpus.job(*RUN, "--save", save, "--load", save)
     with monkeypatch.context() as patch:
         patch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))
-        assert "iteration 4 has loss" in command(*args).err
+        assert "Iteration 4 has loss" in command(*args).err
     result = command(*args, "--skip-train-iteration-range", "4-4")
     assert result.code == 0
     assert "Skipped iteration 4 due to --skip-train-iteration-range" in result.out
@@ -138,7 +138,7 @@ def test_a_corrupted_weight_is_met_at_the_first_iteration(corpus, tmp_path):
     corrupt(poisoned / "iter_0000002", save_checkpoint)
     result = command(*corpus.job(*RUN, "--load", poisoned))
     assert result.code == 1
-    assert "iteration 3 has loss nan" in result.err
+    assert "Iteration 3 has loss nan" in result.err
 
 
 def corrupt(checkpoint, save_checkpoint):
