@@ -37,10 +37,13 @@ def test_tokens_sequences_and_documents_are_kept(tmp_path, code, dtype):
     assert data.document_index.tolist() == [0, 2, 2, 3]
 
 
-@pytest.mark.parametrize("change", [{"cut": 8}, {"code": 7}, {"dtype": np.int64}])
-def test_a_damaged_index_is_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [({"cut": 8}, "168 bytes instead of 176"), ({"code": 7}, "type code 7"), ({"dtype": np.int64}, "8 bytes a token")],
+)
+def test_a_damaged_index_is_refused(tmp_path, change, fault):
     write_older(tmp_path / "old", DOCUMENTS, **change)
-    with pytest.raises(DataError, match="older format"):
+    with pytest.raises(DataError, match=f"older format.*{fault}"):
         convert_older(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new.idx").exists()
 
