@@ -62,7 +62,7 @@ class TokenFile:
             raise DataError(
                 f"{self.path} was truncated while it was read: it ends at byte {start + len(found):,} and had "
                 f"{self.num_bytes:,} bytes when it was opened",
-                rule="Another process has replaced or is writing it",
+                rule="The likely cause is another process that is still writing it",
                 fix=f"Let that process end, for example `megatron-lite preprocess` or a copy, and start this command "
                 f"again. If there is none: {REBUILD[:1].lower()}{REBUILD[1:]}",
             )
