@@ -113,12 +113,12 @@ def logits_on_rank(backend, parallel, load, tokens):
     x = None
     if mesh.pp.rank:
         x = torch.empty(stage.hidden_shape(tokens.shape[1], tokens.shape[0]))
-        mesh.pp.recv_(x, mesh.pp.rank - 1).wait()
+        mesh.pp.exchange([], [(x, mesh.pp.rank - 1)])[0].wait()
     with torch.no_grad():
         batch = MicroBatch(tokens=tokens, labels=tokens)
         x = stage(x, batch) if stage.output_layer is None else stage.logits(x, batch)
     if mesh.pp.rank < parallel.pp - 1:
-        mesh.pp.send(x, mesh.pp.rank + 1).wait()
+        mesh.pp.exchange([(x, mesh.pp.rank + 1)], [])[0].wait()
         return None
     parts = mesh.tp.all_gather_object(x)
     return torch.cat(parts, -1)[..., : config.model.vocab_size].transpose(0, 1)

@@ -262,7 +262,8 @@ def unsupported(where: str, name: str, value: Any, because: str) -> CheckpointEr
 
 
 def _is_known(name: str) -> bool:
-    return (
+    # --spec has no effect here, but it names the code that built the layers of a foreign model.
+    return name != "spec" and (
         name in USED
         or name in UNSUPPORTED
         or name in _CONDITIONAL_NAMES
