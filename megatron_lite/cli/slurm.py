@@ -63,6 +63,7 @@ def _parser() -> Parser:
 
 def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_lite.config.arguments import raise_all
+    from megatron_lite.ops.chain_checks import check_run
     from megatron_lite.ops.job import read_job
     from megatron_lite.ops.partition import read_partitions
     from megatron_lite.ops.submission import check_job, working_folder
@@ -77,6 +78,8 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
     job = read_job(options.script, environment=dict(os.environ), options=given, arguments=arguments)
     partitions = read_partitions()
     submission = check_job(job, step_seconds=options.step_seconds, partitions=partitions)
+    away = options.dry_run and partitions is None
+    check_run(submission, chain=options.chain, ask_slurm=not away)
     if options.verbose and submission.parsed is not None:
         from megatron_lite.cli.explain import explain_text
 
@@ -87,7 +90,6 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"{title:<11} {text}")
     for warning in submission.warnings:
         print(f"Warning     {warning}")
-    away = options.dry_run and partitions is None
     if away:
         for missing in submission.local_problems:
             print(f"Not here    {missing.description}")
@@ -101,14 +103,8 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.chain:
         from megatron_lite.ops.chain import start_chain
 
-        folder = submission.parsed.config.checkpoint.save if submission.parsed else ""
-        if not folder:
-            raise ConfigError(
-                "A chain needs a run folder, and the job has no training command with --save"
-                if submission.parsed is None
-                else "A chain needs a run folder, and the command has no --save",
-                fix="Submit it without --chain" if submission.parsed is None else "Add --save and --load FOLDER",
-            )
+        assert submission.parsed is not None
+        folder = submission.parsed.config.checkpoint.save
         job_id = start_chain(job.folder / folder, options.script, arguments, sbatch)
         print(f"Submitted batch job {job_id}, the first of a chain; `megatron-lite slurm status {folder}` shows it")
         return 0

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
+from megatron_lite.ops.chain_checks import jobs_in_queue, queue_problems
 from megatron_lite.ops.chain_script import SCRIPT_NAME, write_scripts
 from megatron_lite.ops.chain_state import (
     CHAIN_NAME,
@@ -58,12 +59,14 @@ def start_chain(folder: Path, script: Path, arguments: Sequence[str], options: S
         options: of sbatch.
 
     Raises:
-        ConfigError: a job of this run is in the queue, the script cannot be chained, or sbatch refuses it.
+        ConfigError: a job of this run is in the queue, or sbatch refuses the script.
     """
-    _refuse_array(script, options)
+    dependency = read_resources(script.read_text(encoding="utf-8"), options)[0].options.get("dependency", "")
     with locked(folder):
+        # Checked before the submission as well; another one may have been faster.
+        for problem in queue_problems(folder, chain=True, dependency=dependency):
+            raise problem
         old = read_chain(folder)
-        _refuse_second(folder, old)
         chain = Chain(str(script.absolute()), tuple(arguments), tuple(options))
         write_scripts(folder, script, arguments)
         # Written before the job exists: a job of a chain that was not recorded would not train.
@@ -154,38 +157,6 @@ def stop_chain(folder: Path, *, after_current: bool = False) -> Chain:
     return chain
 
 
-def _refuse_array(script: Path, options: Sequence[str]) -> None:
-    components = read_resources(script.read_text(encoding="utf-8"), options)
-    if any("array" in component.options for component in components):
-        raise ConfigError(
-            f"{script} is a job array (--array), which cannot be chained: its tasks would train in one folder",
-            fix="Remove --array, and submit one chain per run with a --save folder of its own",
-        )
-
-
-def _refuse_second(folder: Path, chain: Chain | None) -> None:
-    """Refuse a chain for a run of which a job is in the queue.
-
-    Raises:
-        ConfigError: a job of an active chain waits or runs, or another Slurm job trains in the folder.
-    """
-    if chain is not None:
-        for queued in _in_queue(chain)[:1]:
-            raise ConfigError(
-                f"The run {folder} has a chain already: job {queued.job} is {queued.state.lower()}",
-                rule="One chain at a time may work on a run",
-                fix=f"End it with `megatron-lite slurm stop {folder}`, or give another --save folder",
-            )
-    owner = read_owner(folder)
-    trains = owner.process.slurm_job if owner is not None else ""
-    if trains and slurm.job_state(trains) not in (None, "PENDING"):
-        raise ConfigError(
-            f"Slurm job {trains} trains in --save {folder}",
-            rule="One job at a time may train a run",
-            fix=f"Cancel it (scancel {trains}), or let the chain wait: --sbatch=--dependency=afterany:{trains}",
-        )
-
-
 def _refuse_foreign(chain: Chain, start: Start) -> str:
     """Return why a job is not the chain's, while a job of the chain is in the queue; empty: it is the chain's.
 
@@ -194,16 +165,10 @@ def _refuse_foreign(chain: Chain, start: Start) -> str:
     if start.job in chain.jobs:
         return ""
     try:
-        queued = _in_queue(chain)
+        queued = jobs_in_queue(chain)
     except ConfigError:
         queued = []
     return f"it is not of this chain, whose job {queued[0].job} is {queued[0].state.lower()}" if queued else ""
-
-
-def _in_queue(chain: Chain) -> list[slurm.QueuedJob]:
-    """Return the jobs of a chain that are in the queue, waiting ones last."""
-    jobs = slurm.queued_jobs(chain.jobs) if chain.jobs else []
-    return sorted(jobs, key=lambda job: job.state == "PENDING")
 
 
 def _wait_for_training(folder: Path, start: Start) -> None:

@@ -189,6 +189,39 @@ def test_a_chain_needs_a_folder(script, sbatch, tmp_path, capfd):
     assert "the command has no --save. Add --save and --load FOLDER" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "options", "problem"),
+    [
+        ("", [], "The command has --save run and no --load: the second job of a chain could not resume"),
+        ("--load base", [], "The command has --load base and --save run: each job of a chain would begin from --load"),
+        ("--load ./run --finetune", [], "--finetune is given: each job of a chain would begin at the same iteration"),
+        ("--load run", ["--sbatch=--array=1-3%1"], "job.slurm is a job array (--array), which cannot be chained"),
+    ],
+)
+def test_a_chain_that_could_not_resume_is_refused_in_a_dry_run_too(script, capfd, tmp_path, more, options, problem):
+    (tmp_path / script).write_text(JOB.replace("--save run", f"--save run {more}"), encoding="utf-8")
+    for dry_run in (["--dry-run"], []):
+        assert main(["slurm", "submit", *dry_run, "--chain", *options, script]) == 1
+        assert problem in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_that_chooses_what_to_load_can_be_chained(script, tmp_path, capfd):
+    choice = "[ -f run/latest_checkpointed_iteration.txt ] && L=run || L=base\nsrun"
+    text = JOB.replace("srun", choice).replace("--save run", "--save run --load $L")
+    (tmp_path / script).write_text(text, encoding="utf-8")
+    assert main(["slurm", "submit", "--dry-run", "--chain", script]) == 0
+
+
+def test_jobs_beside_an_active_chain_are_refused_in_a_dry_run_too(chain, script, sbatch, tmp_path, capfd):
+    sbatch()
+    (tmp_path / script).write_text(JOB.replace("--save run", "--save run --load run"), encoding="utf-8")
+    for options in (["--dry-run", "--chain"], ["--chain"], ["--dry-run"], []):
+        assert main(["slurm", "submit", *options, script]) == 1
+        assert f"megatron-lite slurm stop {tmp_path / 'run'}" in capfd.readouterr().err
+    assert not (tmp_path / "calls").exists()
+
+
 def test_without_slurm_it_says_where_to_submit(script, capfd, monkeypatch):
     from megatron_lite.ops import slurm
 

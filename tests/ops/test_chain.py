@@ -2,7 +2,6 @@
 
 import errno
 import shlex
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,47 +16,6 @@ from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.process import ProcessId, this_process
 
 DOWN = ConfigError("sbatch failed: Unable to contact slurm controller", fix="")
-
-
-@pytest.fixture
-def queue(monkeypatch):
-    """A queue: the options of each job that was submitted, the state of each, and other calls."""
-
-    queue = SimpleNamespace(options={}, states={}, calls=[], final={}, refuse=None, down=False)
-
-    def submit(options, script, arguments=()):
-        if queue.refuse is not None:
-            raise queue.refuse
-        job = str(100 + len(queue.options))
-        queue.options[job], queue.states[job] = list(options), "PENDING"
-        return job
-
-    def job_state(job):
-        if queue.down:
-            raise DOWN
-        return queue.states.get(job)
-
-    monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "job_state", job_state)
-    monkeypatch.setattr(
-        slurm, "queued_jobs", lambda jobs: [slurm.QueuedJob(job, state) for job in jobs if (state := job_state(job))]
-    )
-    monkeypatch.setattr(slurm, "final_state", lambda job: queue.final.get(job))
-    monkeypatch.setattr(slurm, "cancel", lambda job: queue.states.pop(job, None))
-    monkeypatch.setattr(slurm, "call", lambda *command: queue.calls.append(command) or "")
-    monkeypatch.setattr(slurm, "node_names", frozenset)
-    return queue
-
-
-@pytest.fixture
-def run(tmp_path, queue):
-    script = tmp_path / "job.slurm"
-    script.write_text(
-        "#!/bin/bash\n#SBATCH --nodes=2\n# a comment\n#SBATCH --time=20:00:00\n\nsrun train\n#SBATCH --not=this\n"
-    )
-    folder = tmp_path / "run"
-    assert start_chain(folder, script, ["a b"], ["--partition=long"]) == "100"
-    return folder
 
 
 def begins(run, queue, job, restart=0):
@@ -283,27 +241,6 @@ def test_a_job_that_is_not_the_chains_does_not_train(run, queue):
     begins(run, queue, "150")  # sbatch chain.slurm by hand, after all jobs were cancelled
 
 
-def test_one_chain_at_a_time_works_on_a_run(run, queue, tmp_path):
-    begins(run, queue, "100")
-    queue.states.pop("100")
-    with pytest.raises(ConfigError, match=r"has a chain already: job 101 is pending.*slurm stop"):
-        start_chain(run, tmp_path / "job.slurm", [], [])
-    assert stop_chain(run).reason == "stopped by `slurm stop`"
-    assert not queue.states and read_chain(run).state == "stopped"
-    start_chain(run, tmp_path / "job.slurm", [], [])
-    assert read_chain(run).outcomes == () and read_chain(run).successor == "102"
-
-
-def test_a_chain_is_refused_while_another_job_trains_in_the_folder(run, queue, tmp_path):
-    stop_chain(run)
-    process = this_process("n1", "77")
-    with FolderLock(run, process=process, command="train"):
-        queue.states["77"] = "RUNNING"
-        with pytest.raises(ConfigError, match=r"Slurm job 77 trains in --save .*--dependency=afterany:77"):
-            start_chain(run, tmp_path / "job.slurm", [], [])
-    start_chain(run, tmp_path / "job.slurm", [], [])
-
-
 def test_stopping_may_leave_the_running_job(run, queue):
     begins(run, queue, "100")
     stop_chain(run, after_current=True)
@@ -312,11 +249,6 @@ def test_stopping_may_leave_the_running_job(run, queue):
     chain = end_job(run, Start("100"))
     assert (chain.state, chain.reason) == ("stopped", "stopped by `slurm stop`")
     assert [outcome.status for outcome in chain.outcomes] == ["time_limit"]
-
-
-def test_a_job_array_is_refused(run, queue, tmp_path):
-    with pytest.raises(ConfigError, match=r"is a job array \(--array\).*Remove --array"):
-        start_chain(tmp_path / "other", tmp_path / "job.slurm", [], ["--array=1-3"])
 
 
 def test_a_chain_whose_first_job_is_refused_leaves_no_chain(run, queue, tmp_path):
