@@ -252,7 +252,7 @@ def _wait(store: Any, keys: Mapping[str, str], comparison: Comparison, launch: L
                 f"The check that all ranks have the same {comparison.topic} timed out after {seconds:g} s: rank "
                 f"{launch.rank} "
                 f"of {launch.world_size} on {launch.host} received nothing from {', '.join(missing[:MAX_HOSTS])}{more}",
-                fix=f"Read the output of {'this rank' if len(missing) == 1 else 'these ranks'} for an error",
+                fix=f"Read the output of {', '.join(missing[:MAX_HOSTS])}{more} for an error",
             )
         time.sleep(pause)
         pause = min(0.1, 1.5 * pause)

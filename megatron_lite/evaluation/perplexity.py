@@ -150,7 +150,7 @@ def _check(ids: NDArray[np.int64], seq_length: int, stride: int, model: ModelCon
     if least < 0 or most >= model.vocab_size:
         raise ConfigError(
             f"The text has token ids from {least} to {most}, but the model's vocabulary has {model.vocab_size:,} "
-            "entries",
+            f"entries (ids 0 to {model.vocab_size - 1})",
             fix="Give the tokenizer with which the model was trained, or a dataset that was preprocessed with it",
         )
 

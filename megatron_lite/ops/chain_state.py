@@ -24,6 +24,7 @@ from megatron_lite.runs.exit_status import ExitStatus, read_exit_status
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.process import this_process
+from megatron_lite.system_errors import reason
 
 CHAIN_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
@@ -165,9 +166,19 @@ def read_chain(folder: Path) -> Chain | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"Cannot read the chain {path}: {error}",
-            fix=f"Cancel its jobs (squeue --me, scancel JOB), remove {path} and submit the chain again",
+            f"Cannot read the chain {path}: {_damage(error)}",
+            fix="Restore the file if it was edited. Otherwise cancel the chain's jobs (squeue --me, scancel JOB), "
+            f"remove {path} and submit the chain again: the run continues from its last checkpoint",
         ) from error
+
+
+def _damage(error: BaseException) -> str:
+    """Return why chain.json cannot be read."""
+    if isinstance(error, KeyError):
+        return f"the entry {error} is missing"
+    if isinstance(error, ValueError):
+        return f"it is not valid JSON ({error})"
+    return reason(error) if isinstance(error, OSError) else f"its entries are not those of a chain ({error})"
 
 
 def existing_chain(folder: Path) -> Chain:

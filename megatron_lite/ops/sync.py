@@ -16,6 +16,7 @@ from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import LATEST_NAME, iteration_of, latest_iteration
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.process import ProcessId
+from megatron_lite.system_errors import reason, remedy
 
 RECORD_NAME = "record.json"
 STATE_FOLDER = ".sync"
@@ -103,7 +104,10 @@ def make_plan(selection: Selection, destination: Destination) -> Plan:
         CheckpointError: a checkpoint that was named is missing or incomplete.
     """
     if not selection.run.is_dir():
-        raise ConfigError(f"{selection.run} is not a folder", fix="Give the --save folder of a run")
+        raise ConfigError(
+            f"{selection.run} {'is not a folder' if selection.run.exists() else 'does not exist'}",
+            fix="Give the --save folder of a run",
+        )
     record = _read_record(destination)
     _check_source(selection, destination, record)
     checkpoints = select_checkpoints(selection.run, selection.checkpoints, weights=selection.weights)
@@ -213,8 +217,8 @@ def _locked(destination: Destination, process: ProcessId, notify: Callable[[str]
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write to {error.filename or destination.state}: {error.strerror}",
-            fix="Free space or change the permissions; nothing was copied",
+            f"Cannot write to {error.filename or destination.state}: {reason(error)}; nothing was copied",
+            fix=remedy(error, destination.state, instead="give another destination", writing=True),
         ) from error
     try:
         yield

@@ -175,7 +175,10 @@ def select_checkpoints(run: Path, which: str, *, weights: bool = False) -> list[
             complete = [number for number in list_iterations(run) if is_complete(locate(run, number))]
             raise CheckpointError(
                 f"--checkpoints {which}: {run} has no complete checkpoint of iteration {iteration:,}",
-                fix=f"Give some of {', '.join(map(str, complete))}" if complete else "Give --checkpoints none",
+                fix=f"Give some of {', '.join(map(str, complete))}, the complete checkpoints of the folder"
+                if complete
+                else "The folder has no complete checkpoint: give --checkpoints none, or the --save folder of a run "
+                "that has one",
             )
     if weights:
         below = run / WEIGHTS_FOLDER

@@ -39,7 +39,7 @@ def test_every_argument_with_another_value(of_model):
             continue
         changed = {**DEFAULTS, name: not default if isinstance(default, bool) else "another"}
         if of_model and name not in USED:
-            with pytest.raises(CheckpointError, match=f"file has {name}="):
+            with pytest.raises(CheckpointError, match=f"file has .*{name}="):
                 judge_arguments(changed, "file")
         else:
             judge_arguments(changed, "file")

@@ -307,7 +307,7 @@ def test_mistakes_about_the_run(run, tmp_path):
     to = tmp_path / "copy"
     (tmp_path / "empty").mkdir()
     for source, options, message in (
-        (tmp_path / "none", {}, "is not a folder"),
+        (tmp_path / "none", {}, "does not exist"),
         (tmp_path / "empty", {}, "holds neither metrics, logs nor checkpoints"),
         (run, {"checkpoints": "newest"}, "neither latest, none or kept nor a list"),
         (run, {"checkpoints": "10,15"}, "no complete checkpoint of iteration 15"),

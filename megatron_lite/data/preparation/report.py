@@ -148,6 +148,19 @@ class Summary:
         first = "".join(f"; {place} {what}" for _, place, what in self.places["bad_lines"][:1])
         return f"no tokens are left of {self.total.lines:,} lines of input" + (f" ({lost}{first})" if lost else "")
 
+    def remedy_of_empty(self) -> str:
+        """Return what to do about the most frequent of these reasons."""
+        lost = self._dropped()
+        remedies = {
+            "bad lines skipped": "Give --input files of JSON lines: an object on each line, strings in double quotes",
+            "not in the sample": "Give a larger --sample-documents",
+            "below --min-chars": "Lower --min-chars",
+            "below --min-tokens": "Lower --min-tokens",
+            "above --max-tokens": "Raise --max-tokens",
+        }
+        main = max(lost, key=lambda name: lost[name], default="")
+        return remedies.get(main, "Give --input files with text under the key of --json-keys")
+
     def _dropped(self) -> dict[str, int]:
         """Return the counts of dropped or altered documents that are not zero."""
         total = self.total

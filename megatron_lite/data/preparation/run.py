@@ -130,8 +130,7 @@ class _Run:
         if not any(shard.num_bytes for one in done for shard in one.shards):
             raise DataError(
                 f"The dataset would be empty: {summary.explain_empty()}",
-                fix="Give --input files with text under the key of --json-keys, or lower the limits of the filters "
-                "named above",
+                fix=summary.remedy_of_empty(),
             )
         if self.options.shuffle:
             buckets = plan_buckets(len(units), [one.shards for one in done])
