@@ -116,13 +116,18 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _comment_option(submission: Submission) -> list[str]:
-    """Return --comment with the run's folder, by which `watch` finds a queued job; none if the job has a comment."""
+    """Return --comment with the run's folder, by which `watch` finds a queued job; none if the job has a comment.
+
+    The tasks of an array that use their index train different runs, and have one comment.
+    """
     from megatron_lite.ops.watch_job import run_comment
 
     save = submission.parsed.config.checkpoint.save if submission.parsed is not None else ""
-    if not save or "comment" in submission.job.resources.options:
+    job = submission.job
+    differ = job.resources.array and b"SLURM_ARRAY" in job.path.read_bytes()
+    if not save or differ or "comment" in job.resources.options:
         return []
-    return [f"--comment={run_comment(submission.job.folder / save)}"]
+    return [f"--comment={run_comment(job.folder / save)}"]
 
 
 def _exclude_option(submission: Submission) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -19,7 +19,7 @@ UNREACHABLE = re.compile(
     re.IGNORECASE,
 )
 
-_QUEUE_FORMAT = "%i|%T|%r|%S|%e|%N|%k|%j"
+_QUEUE_FORMAT = "%i|%A|%T|%r|%S|%e|%N|%k|%j"
 """Fields of squeue; the name is the last, because it may contain the separator."""
 
 
@@ -28,7 +28,7 @@ class QueuedJob:
     """A job in Slurm's queue.
 
     Attributes:
-        job: its number.
+        job: its number; of an array task, that of the array and the task's index: 8_3, or 8_[1-3] for several.
         state: PENDING, RUNNING, COMPLETING, …
         reason: why it is pending: Priority, Resources, Dependency, BeginTime, …; "None" while it runs.
         start: when it started, or Slurm's estimate, in seconds since 1970; None: unknown.
@@ -36,6 +36,7 @@ class QueuedJob:
         nodes: its nodes, as n[1-4]; empty while it is pending.
         comment: text given with sbatch --comment.
         name: the job's name.
+        number: the value of SLURM_JOB_ID in the job; differs from `job` for an array task.
     """
 
     job: str
@@ -46,6 +47,17 @@ class QueuedJob:
     nodes: str = ""
     comment: str = ""
     name: str = ""
+    number: str = ""
+
+    @property
+    def is_array_task(self) -> bool:
+        """Return whether the job is a task of a job array."""
+        return "_" in self.job
+
+    def is_one_of(self, numbers: Collection[str]) -> bool:
+        """Return whether the job's number is among `numbers`, in either notation."""
+        # Pending tasks that are listed together, 8_[1-3], have the array's number; so has one task that ran.
+        return self.job in numbers or ("[" not in self.job and self.number in numbers)
 
 
 def call(*command: str, pause: float = 1.0, attempts: int = ATTEMPTS) -> str:
@@ -125,12 +137,11 @@ def read_queue(text: str) -> list[QueuedJob]:
     """Return the jobs in the output of squeue -h -o _QUEUE_FORMAT."""
     found = []
     for line in text.splitlines():
-        if line.count("|") >= 7:
-            job, state, reason, start, end, nodes, comment, name = line.split("|", 7)
+        if line.count("|") >= 8:
+            job, number, state, reason, start, end, nodes, comment, name = line.split("|", 8)
+            comment = comment.replace("(null)", "")
             found.append(
-                QueuedJob(
-                    job, state, reason, _read_time(start), _read_time(end), nodes, comment.replace("(null)", ""), name
-                )
+                QueuedJob(job, state, reason, _read_time(start), _read_time(end), nodes, comment, name, number)
             )
     return found
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +32,10 @@ from megatron_lite.ops.storage import (
     space_warnings,
     storage_of,
 )
+from megatron_lite.ops.watch_job import Queue, folder_user
 from megatron_lite.planner.memory import model_state_bytes
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations
-from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -185,8 +186,10 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
     existing = nearest_existing(folder)
     submission.facts.append(("Saves", _saves_line(config)))
     submission.problems += completion_problems(config)
-    if (owner := read_owner(folder)) is not None:
-        submission.warnings.append(f"--save {folder} is in use by {owner}: a job that starts before it ends is refused")
+    if (lock := folder_user(folder, Queue(), time.time())) is not None:
+        submission.warnings.append(
+            f"--save {folder} is in use by {lock.owner}: a job that starts before it ends is refused"
+        )
     space = free_space(existing)
     submission.facts.append(
         (

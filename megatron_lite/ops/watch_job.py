@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from megatron_lite.ops.chain_state import COMPLETE, ENDING, STOPPED_BY_USER, Cha
 from megatron_lite.ops.slurm import QueuedJob
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.lock_file import LockState, read_lock
-from megatron_lite.runs.process import is_stopped
+from megatron_lite.runs.process import is_running, is_stopped
 
 State = Literal[
     "running", "starting", "paused", "busy", "queued", "waiting", "completed", "stopped", "killed", "empty", "missing"
@@ -37,6 +38,10 @@ STATES = {
 ACTIVE = ("running", "starting", "paused", "busy", "queued", "waiting")
 QUEUE_SECONDS = 30.0
 """Seconds between two calls of squeue: clusters ask their users not to poll it."""
+_RESUMED = ("time_limit", "signal")
+"""Exit statuses after which the next task of an array may continue the run."""
+_UNFINISHED = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING", "STOPPED")
+"""States of a job in Slurm's records that are not its end."""
 _JOB = re.compile(r"Slurm step (\w+)\.")
 _WAITS = ("Dependency", "BeginTime", "JobHeldUser", "JobHeldAdmin")
 
@@ -81,19 +86,27 @@ class Queue:
         self._ends: dict[str, str | None] = {}
 
     def jobs(self, numbers: Sequence[str], comment: str) -> tuple[list[QueuedJob], str]:
-        """Return the queued jobs with one of these numbers or with this comment, and why the queue is unknown."""
+        """Return the queued jobs with one of these numbers or with this comment, and why the queue is unknown.
+
+        Args:
+            numbers: of jobs.
+            comment: of sbatch --comment; empty: none is looked for.
+        """
         own, problem = self._ask(frozenset())
-        found = [job for job in own if job.job in numbers or job.comment == comment]
-        missing = frozenset(numbers) - {job.job for job in found}
+        found = [job for job in own if job.is_one_of(numbers) or (comment and job.comment == comment)]
+        missing = frozenset(number for number in numbers if not any(job.is_one_of([number]) for job in found))
         if missing and not problem and slurm.is_installed():
             others, problem = self._ask(missing)  # of another user
             found += others
         return found, problem
 
     def end_of(self, job: str) -> str | None:
-        """Return how a job ended, as Slurm says; None: it has no record."""
+        """Return how a job ended, as Slurm says; None: it has no record, or the job has not ended."""
         if job not in self._ends:
-            self._ends[job] = slurm.final_state(job) if slurm.is_installed() else None
+            state = slurm.final_state(job) if slurm.is_installed() else None
+            if state in _UNFINISHED:
+                return None
+            self._ends[job] = state
         return self._ends[job]
 
     def _ask(self, numbers: frozenset[str]) -> tuple[tuple[QueuedJob, ...], str]:
@@ -115,6 +128,48 @@ def run_comment(folder: Path) -> str:
     return f"megatron-lite {folder.absolute()}"
 
 
+def folder_user(folder: Path, queue: Queue, now: float) -> LockState | None:
+    """Return the lock of a run's folder if its owner seems to run; None: the folder is free.
+
+    Args:
+        folder: the --save folder.
+        queue: Slurm's queue.
+        now: seconds since 1970.
+    """
+    lock = read_lock(folder)
+    if lock is None:
+        return None
+    queued, problem = queue.jobs([lock.owner.process.slurm_job], "") if lock.owner.process.slurm_job else ([], "")
+    in_use = _is_in_use(folder, lock, read_exit_status(folder), queue, None if problem else queued, now)
+    return lock if in_use else None
+
+
+def _is_in_use(
+    folder: Path,
+    lock: LockState,
+    status: ExitStatus | None,
+    queue: Queue,
+    queued: Sequence[QueuedJob] | None,
+    now: float,
+) -> bool:
+    """Return whether the owner of a lock seems to run.
+
+    The heartbeat of a process that was killed on another machine stays recent for two minutes, so an exit status that
+    is newer than the lock, and Slurm's queue, take precedence over it.
+    """
+    if not lock.is_held(now):
+        return False
+    if is_running(lock.owner.process):
+        return True
+    if status is not None and _seconds(status.time) >= _seconds(lock.owner.since):
+        return False
+    job = lock.owner.process.slurm_job
+    if not job or queued is None or not slurm.is_installed() or any(entry.is_one_of([job]) for entry in queued):
+        return True
+    # Clusters may hide other users' jobs from squeue; Slurm's record of the end is required for these.
+    return queue.end_of(job) is None and folder.stat().st_uid != os.getuid()
+
+
 def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence[str] = (), now: float) -> JobStatus:
     """Return the state of the job of a run.
 
@@ -128,6 +183,11 @@ def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence
     lock, status, chain = read_lock(folder), read_exit_status(folder), _chain(folder)
     numbers = _numbers(lock, status, chain, jobs)
     queued, problem = queue.jobs(numbers, run_comment(folder))
+    in_use = lock is not None and _is_in_use(folder, lock, status, queue, None if problem else queued, now)
+    # The tasks of an array share the comment, although each may train a run of its own.
+    is_over = lock is not None or (status.status not in _RESUMED if status is not None else last_record > 0)
+    if is_over or completed_iteration(folder) is not None:
+        queued = [job for job in queued if not job.is_array_task or job.is_one_of(numbers)]
     active = next((job for job in queued if job.state != "PENDING"), None)
     pending = next((job for job in queued if job.state == "PENDING"), None)
 
@@ -146,7 +206,7 @@ def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence
             queue_problem=problem,
         )
 
-    if lock is not None and lock.is_held(now):
+    if lock is not None and in_use:
         return made(*_of_lock(lock, trained=last_record >= since))
     if active is not None:
         verb = "starts or ends" if active.state == "RUNNING" else f"is {active.state.lower()}"

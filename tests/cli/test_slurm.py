@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,11 @@ def test_a_job_is_submitted_with_its_options_and_arguments(script, sbatch, capfd
     (tmp_path / "comment").unlink()
     assert main(["slurm", "submit", "--sbatch=--comment=mine", script, "8"]) == 0
     assert (tmp_path / "comment").read_text(encoding="utf-8") == "--comment=mine\n"
+    (tmp_path / "comment").unlink()
+    text = Path(script).read_text(encoding="utf-8") + "echo $SLURM_ARRAY_TASK_ID\n"
+    Path(script).write_text(text, encoding="utf-8")
+    assert main(["slurm", "submit", "--sbatch=--array=0-2", script, "8"]) == 0
+    assert not (tmp_path / "comment").exists(), "its tasks train different runs"
     sbatch(code=3)
     assert main(["slurm", "submit", script]) == 1
     assert "sbatch failed: error: refused" in capfd.readouterr().err

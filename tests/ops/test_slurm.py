@@ -11,9 +11,9 @@ from megatron_lite.ops import slurm
 from megatron_lite.ops.slurm import QueuedJob, final_state, queued_jobs, read_queue, submit
 
 SQUEUE = """\
-4711|RUNNING|None|2026-11-26T20:00:00|2026-11-27T16:00:00|n[01-32]|run:/scratch/tr1|tr1|13B
-4712|PENDING|Dependency|N/A|N/A||(null)|tr1
-4713_4|PENDING|Resources|2026-11-27T02:30:00|2026-11-27T04:30:00||(null)|shards
+4711|4711|RUNNING|None|2026-11-26T20:00:00|2026-11-27T16:00:00|n[01-32]|run:/scratch/tr1|tr1|13B
+4712|4712|PENDING|Dependency|N/A|N/A||(null)|tr1
+4713_4|4720|PENDING|Resources|2026-11-27T02:30:00|2026-11-27T04:30:00||(null)|shards
 """
 
 
@@ -48,9 +48,12 @@ def test_the_queue_is_read():
         "n[01-32]",
         "run:/scratch/tr1",
         "tr1|13B",
+        "4711",
     )
     assert (second.reason, second.start, second.comment) == ("Dependency", None, "")
     assert (third.job, third.start) == ("4713_4", seconds("2026-11-27T02:30:00"))
+    assert third.is_array_task and third.is_one_of(["4720"]) and third.is_one_of(["4713_4"])
+    assert not third.is_one_of(["4713"]) and not QueuedJob("8_[1-3]", "PENDING", number="8").is_one_of(["8"])
 
 
 def test_a_job_that_has_left_the_queue_is_not_an_error(monkeypatch):

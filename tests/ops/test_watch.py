@@ -9,7 +9,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
 from megatron_lite.ops.slurm import QueuedJob
 from megatron_lite.ops.watch import RunWatch, rank_times
-from megatron_lite.ops.watch_job import QUEUE_SECONDS, STATES, Queue, run_comment
+from megatron_lite.ops.watch_job import QUEUE_SECONDS, STATES, Queue, folder_user, run_comment
 from megatron_lite.runs.exit_status import ExitStatus
 from megatron_lite.runs.lock import HEARTBEAT_SECONDS
 from megatron_lite.runs.lock_file import LOCK_NAME, Owner
@@ -98,6 +98,7 @@ def state(folder, **values):
 
 def test_a_job_on_another_machine_runs_while_its_heartbeat_is_recent(cluster, folder):
     lock(folder, elsewhere())
+    cluster.queue = [QueuedJob("4711", "RUNNING")]
     assert state(folder) == "starting"
     metrics(folder, start(), iteration(7))
     cluster.queue = [
@@ -119,6 +120,57 @@ def test_a_stale_lock_is_a_killed_job_and_slurm_says_why(cluster, folder):
         and "Slurm says NODE_FAIL" in job.reason
         and job.wanted
     )
+
+
+def test_an_exit_status_and_slurm_outweigh_a_recent_heartbeat(cluster, folder, monkeypatch):
+    lock(folder, elsewhere())
+    metrics(folder, start(), iteration(7))
+    cluster.queue = [QueuedJob("4711", "RUNNING")]
+    record = ExitStatus(status="error", message="a rank was killed", time="2027-01-15T07:00:00+00:00")
+    (folder / "exit_status.json").write_bytes(record.encode())
+    assert (state(folder), folder_user(folder, Queue(), NOW) is None) == ("running", False), "of an earlier job"
+    ended(folder, "error")
+    cluster.queue = [QueuedJob("12", "PENDING", "Dependency", comment=run_comment(folder))]
+    job = observe(folder).job
+    assert job.state == "waiting" and "the last job: error" in job.reason and job.next is None
+    assert folder_user(folder, Queue(), NOW) is None
+    (folder / "exit_status.json").unlink()
+    assert (state(folder), folder_user(folder, Queue(), NOW)) == ("waiting", None), "squeue does not list its job"
+    cluster.queue = [QueuedJob("8_2", "RUNNING", number="4711")]
+    assert state(folder) == "running", "an array task is listed with the array's number"
+    cluster.queue = []
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert state(folder) == "running", "Slurm may hide other users' jobs"
+    cluster.ends = {"4711": "RUNNING"}
+    assert state(folder) == "running"
+    cluster.ends = {"4711": "CANCELLED"}
+    assert state(folder) == "killed"
+    monkeypatch.undo()
+    monkeypatch.setattr(slurm, "is_installed", lambda: False)
+    assert state(folder) == "running" and folder_user(folder, Queue(), NOW) is not None
+
+
+def test_a_task_of_an_array_does_not_hide_an_earlier_run(cluster, folder):
+    cluster.queue = [
+        QueuedJob("4_1", "RUNNING", comment=run_comment(folder), number="5"),
+        QueuedJob("4_[2-3]", "PENDING", "Resources", comment=run_comment(folder), number="4"),
+    ]
+    assert state(folder) == "starting", "no task has trained yet"
+    ended(folder, "error", job="Slurm step 4.0, restart 0.0")
+    assert state(folder) == "stopped"
+    ended(folder, "time_limit", job="Slurm step 3.0, restart 0.0")
+    assert state(folder) == "starting", "the array may continue the run"
+    (folder / "completed_iteration.txt").write_text("100\n")
+    assert state(folder) == "completed"
+    (folder / "completed_iteration.txt").unlink()
+    ended(folder, "error", job="Slurm step 5.0, restart 0.0")
+    assert state(folder) == "starting", "the task itself"
+    (folder / "exit_status.json").unlink()
+    metrics(folder, start(), iteration(7))
+    assert state(folder) == "killed"
+    lock(folder, elsewhere("4"))
+    cluster.ends = {"4": "FAILED"}
+    assert state(folder) == "killed"
 
 
 def test_a_process_of_this_machine_counts_itself(cluster, folder):
