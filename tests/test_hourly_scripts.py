@@ -29,12 +29,12 @@ def hourly(tmp_path):
     (tmp_path / "queue").touch()
     (tmp_path / "run").mkdir()
 
-    def run(script, *arguments, job=False, code=0):
+    def run(script, *arguments, job=False, code=0, folder="run"):
         environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "QUEUE": str(tmp_path / "queue"), "CODE": str(code)}
         if job:
             environment["SLURM_JOB_ID"] = "7"
         return subprocess.run(
-            ["bash", f"slurm/{script}.slurm", str(tmp_path / "run"), *arguments],
+            ["bash", f"slurm/{script}.slurm", str(tmp_path / folder), *arguments],
             cwd=tmp_path / "clone",
             env=environment,
             capture_output=True,
@@ -70,7 +70,7 @@ def test_one_job_an_hour_until_the_run_is_complete(hourly, script, arguments):
     last = hourly(script, *arguments, job=True)
     assert "is complete" in last.stdout and lines(folder / "queue") == ["RUNNING"]
     assert (
-        len(lines(folder / "queue.work")) == 3
+        len([line for line in lines(folder / "queue.work") if "--dry-run" not in line]) == 3
         and f"--name={name} --state=PENDING" in lines(folder / "queue.cancelled")[0]
     )
 
@@ -83,6 +83,29 @@ def test_failures_do_not_end_the_watchdog(hourly):
 
 def test_the_last_copy_is_repeated_until_it_succeeds(hourly):
     (hourly.folder / "run" / "completed_iteration.txt").write_text("9\n")
-    assert hourly("hub_sync", job=True, code=1).returncode == 1
+    assert hourly("hub_sync", "ada/gpt", job=True, code=1).returncode == 1
     assert len(lines(hourly.folder / "queue")) == 1
-    assert hourly("hub_sync", job=True).returncode == 0 and lines(hourly.folder / "queue") == []
+    assert hourly("hub_sync", "ada/gpt", job=True).returncode == 0 and lines(hourly.folder / "queue") == []
+
+
+@pytest.mark.parametrize("job", [False, True])
+@pytest.mark.parametrize(("script", "arguments"), [("watchdog", ()), ("hub_sync", ("ada/gpt",))])
+def test_a_run_folder_that_does_not_exist(hourly, script, arguments, job):
+    done = hourly(script, *arguments, job=job, folder="none")
+    assert done.returncode == 1 and f"the run folder {hourly.folder / 'none'} does not exist" in done.stderr
+    assert f"bash slurm/{script}.slurm RUN" in done.stderr
+    assert not lines(hourly.folder / "queue") and not lines(hourly.folder / "queue.work")
+
+
+@pytest.mark.parametrize("job", [False, True])
+def test_the_placeholder_of_the_repository(hourly, job):
+    for arguments in ((), ("USER/mine",), ("hf:USER/mine",)):
+        done = hourly("hub_sync", *arguments, job=job)
+        assert done.returncode == 1 and "is a placeholder" in done.stderr
+    assert "NAME/mine" in done.stderr and not lines(hourly.folder / "queue")
+
+
+def test_a_copy_that_cannot_succeed_is_not_submitted(hourly):
+    assert hourly("hub_sync", "ada/gpt", code=1).returncode == 1
+    (work,) = lines(hourly.folder / "queue.work")
+    assert "--to ada/gpt" in work and "--dry-run" in work and not lines(hourly.folder / "queue")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.backend.environment import read_launch
 from megatron_lite.cli.parser import Parser
+from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count, format_size
 
 if TYPE_CHECKING:
     from megatron_lite.ops.sync import Destination, Plan
 
 SUMMARY = "copy logs and checkpoints of a run to a folder or a Hugging Face repository"
+_FOLDER_STARTS = ("/", "./", "../", "~")
 _REPOSITORY = re.compile(r"[^/\s.~][^/\s]*/[^/\s]+")
 
 
@@ -59,11 +62,7 @@ def run(argv: list[str]) -> int:
         logs=tuple(options.logs),
         delete=options.delete,
     )
-    to = options.to.removeprefix("hf:")
-    if to != options.to or (_REPOSITORY.fullmatch(to) and not Path(to).is_dir()):
-        destination = _hub(to, options.run, private=options.private, offline=options.dry_run)
-    else:
-        destination = _folder(Path(to).expanduser(), options.run, checksum=options.checksum)
+    destination = _destination(options)
     if options.dry_run:
         _print(make_plan(selection, destination), destination)
         return 0
@@ -73,10 +72,38 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _folder(folder: Path, run: Path, *, checksum: bool) -> Destination:
+def _destination(options: argparse.Namespace) -> Destination:
+    """Return the folder or the repository of --to.
+
+    Raises:
+        ConfigError: it is neither, or a placeholder; or as Hub and Hub.check_access.
+    """
     from megatron_lite.ops.sync_folder import FolderDestination
 
-    return FolderDestination(folder, run, checksum=checksum)
+    given = options.to
+    to = given.removeprefix("hf:")
+    if to == given and to and (to.startswith(_FOLDER_STARTS) or Path(to).exists()):
+        try:
+            folder = Path(to).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--to {to}: this machine has no user {to[1:].partition('/')[0]}",
+                fix="Give the path without ~, or --to ~/DIR for a folder of your own",
+            ) from error
+        return FolderDestination(folder, options.run, checksum=options.checksum)
+    name = to.strip("/").rpartition("/")[2] or "NAME"
+    if to == given and not _REPOSITORY.fullmatch(to):
+        raise ConfigError(
+            f"--to {given or repr(given)} is neither a folder that exists nor a repository USER/NAME",
+            fix=f"Give --to ./{to.strip('/') or name} for a new folder, or --to USER/{name} for a repository of the "
+            "Hugging Face Hub",
+        )
+    if to.startswith("USER/"):
+        raise ConfigError(
+            f"--to {given} names no repository: USER is a placeholder",
+            fix=f"Give --to NAME/{name} with your user name on the Hugging Face Hub, or a folder, as --to ./{name}",
+        )
+    return _hub(to, options.run, private=options.private, offline=options.dry_run)
 
 
 def _hub(name: str, run: Path, *, private: bool, offline: bool) -> Destination:

@@ -147,6 +147,7 @@ def stop_chain(folder: Path, *, after_current: bool = False) -> Chain:
         folder: the --save folder of the run.
         after_current: let the running job finish.
     """
+    existing_chain(folder)  # the lock would create the folder
     with locked(folder):
         chain = existing_chain(folder)
         if chain.state == "active":

@@ -150,20 +150,49 @@ class Chain:
 
 
 def read_chain(folder: Path) -> Chain | None:
-    """Return the chain of a run; None: it has none.
+    """Return the chain of a run; None: it has none, or chain.json was copied from another folder.
 
     Raises:
         ConfigError: chain.json is damaged.
     """
+    chain, recorded = _read(folder)
+    return None if _is_other(folder, recorded) else chain
+
+
+def existing_chain(folder: Path) -> Chain:
+    """Return the chain of a run.
+
+    Raises:
+        ConfigError: it has none, chain.json was copied from another folder, or is damaged.
+    """
+    chain, recorded = _read(folder)
+    submit = "submit the run with `megatron-lite slurm submit --chain JOB.slurm`"
+    if _is_other(folder, recorded):
+        raise ConfigError(
+            f"{folder / CHAIN_NAME} is a copy: it describes the jobs of the run {recorded}",
+            fix=f"Give {recorded}; if {folder} is to be a run of its own, or was moved from there, {submit}",
+        )
+    if chain is not None:
+        return chain
+    if not folder.is_dir():
+        raise ConfigError(f"The folder {folder} does not exist", fix="Give the --save folder of a run")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CHAIN_NAME}"))
+    fix = f"Give one of its folders with a chain ({', '.join(below)})" if below else "Give the run's --save folder"
+    raise ConfigError(f"{folder} has no chain ({CHAIN_NAME})", fix=f"{fix}, or {submit}")
+
+
+def _read(folder: Path) -> tuple[Chain | None, str]:
+    """Return the content of chain.json, and the folder for which it was written; empty: unknown."""
     path = folder / CHAIN_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        recorded = str(content.pop("folder", ""))
         outcomes = tuple(Outcome(**outcome) for outcome in content.pop("outcomes"))
         for name in ("arguments", "options", "excluded"):
             content[name] = tuple(content[name])
-        return Chain(**content | {"job": Start(**content["job"])}, outcomes=outcomes)
+        return Chain(**content | {"job": Start(**content["job"])}, outcomes=outcomes), recorded
     except FileNotFoundError:
-        return None
+        return None, ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"Cannot read the chain {path}: {_damage(error)}",
@@ -181,21 +210,14 @@ def _damage(error: BaseException) -> str:
     return reason(error) if isinstance(error, OSError) else f"its entries are not those of a chain ({error})"
 
 
-def existing_chain(folder: Path) -> Chain:
-    """Return the chain of a run.
-
-    Raises:
-        ConfigError: it has none, or chain.json is damaged.
-    """
-    chain = read_chain(folder)
-    if chain is not None:
-        return chain
-    if not folder.is_dir():
-        raise ConfigError(f"The folder {folder} does not exist", fix="Give the --save folder of a run")
-    below = sorted(path.parent.name for path in folder.glob(f"*/{CHAIN_NAME}"))
-    submit = "submit the run with `megatron-lite slurm submit --chain JOB.slurm`"
-    fix = f"Give one of its folders with a chain ({', '.join(below)})" if below else "Give the run's --save folder"
-    raise ConfigError(f"{folder} has no chain ({CHAIN_NAME})", fix=f"{fix}, or {submit}")
+def _is_other(folder: Path, recorded: str) -> bool:
+    """Return whether a recorded folder is another one; its path may differ where a link leads to it."""
+    if recorded in ("", str(folder.absolute())):
+        return False
+    try:
+        return not folder.samefile(recorded)
+    except OSError:
+        return True
 
 
 def write_chain(folder: Path, chain: Chain) -> Chain:
@@ -204,7 +226,7 @@ def write_chain(folder: Path, chain: Chain) -> Chain:
     Raises:
         ConfigError: the folder cannot be written to.
     """
-    content = (json.dumps(asdict(chain), indent=2) + "\n").encode()
+    content = (json.dumps({"folder": str(folder.absolute()), **asdict(chain)}, indent=2) + "\n").encode()
     _with_reserve(folder, lambda: replace_file(folder / CHAIN_NAME, content))
     return chain
 

@@ -64,11 +64,13 @@ class Plan:
     Attributes:
         copies: the files to copy, by batch.
         unchanged: number of files that the destination has already.
+        unrecorded: size and stamp of those that an interrupted sync copied without recording them, by name.
         deleted: copies to delete.
     """
 
     copies: list[tuple[Batch, list[SyncFile]]] = field(default_factory=list)
     unchanged: int = 0
+    unrecorded: dict[str, list[int]] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
 
     @property
@@ -119,13 +121,18 @@ def make_plan(selection: Selection, destination: Destination) -> Plan:
         )
     plan, files = Plan(), record["files"]
     for batch in batches:
-        new = [file for file in batch.files if not destination.is_current(file, files.get(file.name))]
+        new = []
+        for file in batch.files:
+            if not destination.is_current(file, files.get(file.name)):
+                new.append(file)
+            elif file.name not in files:
+                plan.unrecorded[file.name] = [file.size, file.stamp]
         plan.unchanged += len(batch.files) - len(new)
         if new:
             plan.copies.append((batch, new))
     if selection.delete:
         kept = {file.name for batch in batches for file in batch.files} | {LATEST_NAME}
-        plan.deleted = sorted(set(files) - kept)
+        plan.deleted = sorted({*files, *plan.unrecorded} - kept)
     return plan
 
 
@@ -153,9 +160,14 @@ def sync(
     plan = make_plan(selection, destination)
     with _locked(destination, process, notify):
         record, copied, size = _read_record(destination), 0, 0
+        _check_source(selection, destination, record)  # another sync may have ended since the plan was made
         record["source"] = str(selection.run.resolve())
+        # Before the first file: a destination with files but no record is refused, so an interrupted sync could not
+        # be continued.
+        _write_record(destination, record, notify)
         for attempt in range(ATTEMPTS):
             done, total = 0, plan.size
+            record["files"].update(plan.unrecorded)
 
             def advance(count: int, total: int = total) -> None:
                 nonlocal done
@@ -168,7 +180,7 @@ def sync(
                     made = destination.put(batch, files, advance)
                 except SourceGone:
                     gone = True
-                    notify(f"{batch.title} was deleted or replaced by the run while it was being copied")
+                    notify(f"{batch.title}: the run deleted or replaced files while they were being copied")
                     continue
                 copied, size = copied + len(made), size + sum(entry[0] for entry in made.values())
                 record["files"].update(made)

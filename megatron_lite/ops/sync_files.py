@@ -18,6 +18,10 @@ from megatron_lite.config.arguments import to_argv
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
+from megatron_lite.ops.chain_script import SCRIPT_NAME
+from megatron_lite.ops.chain_state import CHAIN_NAME, RESERVE_NAME
+from megatron_lite.ops.exclude import EXCLUDE_NAME
+from megatron_lite.ops.watch_alerts import ALERTS_NAME
 from megatron_lite.ops.watch_metrics import METRICS_NAME, MetricsReader, metrics_path
 from megatron_lite.runs.catalog import LATEST_NAME, is_complete, latest_iteration, list_iterations, locate
 from megatron_lite.runs.manifest import MANIFEST_NAME, read_manifest
@@ -25,8 +29,11 @@ from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
 LOG_FOLDERS = ("tensorboard", "logs", "wandb")
 """Folders of a run that are copied besides the one of --tensorboard-dir."""
-LOCAL_NAMES = ("alerts.json", "chain.reserve", LATEST_NAME)
-"""Files of a run that concern its own folder only; the latest checkpoint of the copy may be another one."""
+LOCAL_NAMES = (ALERTS_NAME, CHAIN_NAME, SCRIPT_NAME, RESERVE_NAME, EXCLUDE_NAME, LATEST_NAME)
+"""Files with the state of the run's own folder and jobs: a command given the copy must not act on these jobs.
+
+`latest_checkpointed_iteration.txt` is generated, since the latest checkpoint of the copy may be another one.
+"""
 TEXT_SUFFIXES = (".jsonl", ".log", ".out", ".err", ".txt", "")
 QUIET_SECONDS = 60.0
 """Time without a change after which an incomplete last line is copied: nobody is writing it any more."""

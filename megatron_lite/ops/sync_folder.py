@@ -170,7 +170,7 @@ class FolderDestination:
     def _failed(self, error: OSError, batch: Batch) -> CheckpointError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return CheckpointError(
-                f"{self.folder} is full: {batch.title} was not copied completely",
+                f"{self.folder} is full: the copy of {batch.title} is incomplete",
                 fix="Free space and run the same command again: it continues with the files that are missing",
             )
         return CheckpointError(

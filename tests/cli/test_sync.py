@@ -107,8 +107,40 @@ def test_a_checkpoint_deleted_during_the_upload_is_replaced_by_the_next(server, 
 
     server.faults = faults
     assert main(["sync", str(run), "--to", "ada/gpt"]) == 0
-    assert "iter_0000010 was deleted or replaced" in capsys.readouterr().err
+    assert "iter_0000010: the run deleted or replaced files" in capsys.readouterr().err
     assert server.titles("ada/gpt")[1:] == ["logs", "iter_0000020", "latest checkpoint: iteration 20"]
+
+
+@pytest.mark.parametrize(
+    ("to", "problem", "fix"),
+    [
+        (
+            "nc1",
+            "--to nc1 is neither a folder that exists nor a repository",
+            "--to ./nc1 for a new folder, or --to USER/nc1",
+        ),
+        ("a/b/c", "--to a/b/c is neither", "--to ./a/b/c for a new folder, or --to USER/c"),
+        ("", "--to '' is neither", "--to ./NAME for a new folder, or --to USER/NAME"),
+        ("~nobody-here/x", "this machine has no user nobody-here", "the path without ~"),
+        ("USER/gpt", "USER is a placeholder", "--to NAME/gpt with your user name"),
+        ("hf:USER/gpt", "USER is a placeholder", "--to NAME/gpt with your user name"),
+    ],
+)
+def test_names_that_are_neither_a_folder_nor_a_repository(run, tmp_path, monkeypatch, capsys, to, problem, fix):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", str(run), "--to", to]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert problem in error and fix in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_dry_run_to_a_repository_needs_a_token(run, monkeypatch, capsys, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert main(["sync", str(run), "--to", "ada/gpt", "--dry-run"]) == 1
+    assert "HF_TOKEN is not set" in capsys.readouterr().err
 
 
 def test_no_network_no_token_and_foreign_names(server, run, capsys, monkeypatch, tmp_path):

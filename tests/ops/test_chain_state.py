@@ -1,10 +1,12 @@
 """Tests of the state of a chain: when it continues, and errors of its file."""
 
 import json
+import shutil
 
 import pytest
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.chain import stop_chain
 from megatron_lite.ops.chain_state import (
     MAX_IDLE,
     Chain,
@@ -49,6 +51,26 @@ def test_the_state_is_read_as_it_was_written(tmp_path):
     write_chain(tmp_path, chain)
     assert read_chain(tmp_path) == chain
     assert [str(Start("7")), str(Start("7", 2))] == ["7", "7, restart 2"]
+
+
+def test_a_copied_chain_is_not_the_chain_of_the_copy(tmp_path):
+    run, copy, link = tmp_path / "run", tmp_path / "copy", tmp_path / "link"
+    run.mkdir()
+    link.symlink_to(run)
+    chain = write_chain(run, after(("error", 10)))
+    shutil.copytree(run, copy)
+    assert read_chain(run) == read_chain(link) == chain and read_chain(copy) is None
+    with pytest.raises(ConfigError, match=rf"copy.chain\.json is a copy: .* the run {run}.*Give {run}; if .*--chain"):
+        existing_chain(copy)
+    with pytest.raises(ConfigError, match="is a copy"):
+        stop_chain(copy)
+    assert [path.name for path in copy.iterdir()] == ["chain.json"], "nothing was written"
+    run.rename(tmp_path / "moved")
+    assert read_chain(tmp_path / "moved") is None
+    content = json.loads((copy / "chain.json").read_text())
+    del content["folder"]
+    (copy / "chain.json").write_text(json.dumps(content))
+    assert read_chain(copy) == chain, "files of earlier versions do not name the folder"
 
 
 def test_a_damaged_or_absent_chain_is_an_error(tmp_path):

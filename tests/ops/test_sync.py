@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.ops import sync as sync_module
 from megatron_lite.ops import sync_files, sync_folder
 from megatron_lite.ops.sync import Selection, make_plan, sync
 from megatron_lite.ops.sync_folder import FolderDestination
@@ -50,7 +51,9 @@ def run(tmp_path):
     (made / "iter_0000030.partial-ab").mkdir()
     (made / "iter_0000030.partial-ab" / "rank0.distcp").write_bytes(b"half")
     (made / "rolled-back-1" / "iter_0000015").mkdir(parents=True)
-    (made / "alerts.json").write_text("{}")
+    for name in ("alerts.json", "chain.json", "chain.slurm", "chain.reserve", "excluded_nodes.txt"):
+        (made / name).write_text("{}")
+    (made / "chain.lock").mkdir()
     (made / "tensorboard").mkdir()
     event = struct.pack("<Q", 5) + b"1234" + b"abcde" + b"1234"
     (made / "tensorboard" / "events.out.tfevents.1").write_bytes(event * 3 + event[:15])
@@ -208,6 +211,65 @@ def test_a_copy_that_was_killed_is_continued_and_never_seen_half(run, tmp_path, 
     assert is_complete(to / "iter_0000020") and not [name for name in content(to) if "sync-tmp" in name]
 
 
+@pytest.mark.parametrize("last", ["metrics.jsonl", "exit_status.json"])
+def test_a_first_sync_that_was_killed_during_the_logs_is_continued(run, tmp_path, monkeypatch, last):
+    to = tmp_path / "copy"
+    real = FolderDestination._copy
+
+    def dies(self, file, target, advance):
+        made = real(self, file, target, advance)
+        if file.name == last:
+            with pytest.raises(ConfigError, match=r"Another sync to .* runs"):
+                copy(run, to)
+            raise Killed
+        return made
+
+    monkeypatch.setattr(FolderDestination, "_copy", dies)
+    with pytest.raises(Killed):
+        copy(run, to)
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    save(other, 5)
+    with pytest.raises(ConfigError, match="holds the copy of another run"):
+        copy(other, to)
+    copy(run, to)
+    assert is_complete(to / "iter_0000020")
+    (run / last).unlink()
+    copy(run, to, delete=True)
+    assert not (to / last).exists(), "what the killed sync copied counts as copied"
+
+
+def test_a_checkpoint_that_appeared_just_before_the_kill_is_named(run, tmp_path, monkeypatch):
+    to = tmp_path / "copy"
+    real = sync_folder.make_visible
+
+    def dies(partial, final):
+        real(partial, final)
+        raise Killed
+
+    monkeypatch.setattr(sync_folder, "make_visible", dies)
+    with pytest.raises(Killed):
+        copy(run, to)
+    monkeypatch.undo()
+    assert copy(run, to).endswith("latest checkpoint there: iteration 20")
+
+
+def test_another_run_takes_the_folder_between_plan_and_lock(run, tmp_path, monkeypatch):
+    to, other = tmp_path / "copy", tmp_path / "other"
+    save(other, 5)
+    real = sync_module.make_plan
+
+    def late(selection, destination):
+        plan = real(selection, destination)
+        monkeypatch.undo()
+        copy(other, to)
+        return plan
+
+    monkeypatch.setattr(sync_module, "make_plan", late)
+    with pytest.raises(ConfigError, match="holds the copy of another run"):
+        copy(run, to)
+
+
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_the_next(run, tmp_path, monkeypatch, when):
     to, notes, deleted = tmp_path / "copy", [], []
@@ -223,7 +285,7 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_the_next(run
     monkeypatch.setattr(FolderDestination, "_copy", copies)
     copy(run, to, notes=notes)
     assert [path.name for path in to.glob("iter_*")] == ["iter_0000030"]
-    assert notes == ["iter_0000020 was deleted or replaced by the run while it was being copied"]
+    assert notes == ["iter_0000020: the run deleted or replaced files while they were being copied"]
     assert (to / "latest_checkpointed_iteration.txt").read_text() == "30\n"
 
 
@@ -266,7 +328,7 @@ def test_a_full_destination(run, tmp_path, monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(sync_folder.os, "utime", full)
-    with pytest.raises(CheckpointError, match=r"is full: .* was not copied completely.*continues"):
+    with pytest.raises(CheckpointError, match=r"is full: the copy of logs is incomplete.*continues"):
         copy(run, tmp_path / "other")
     assert "sync-tmp" not in str(content(tmp_path / "other"))
 
