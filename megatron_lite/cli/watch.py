@@ -7,10 +7,11 @@ import os
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ SUMMARY = "watch runs live: job, loss, speed, checkpoints, slow ranks; alerts"
 EXIT_ALERT = 3
 """Exit code of --once if an alert holds."""
 COMMAND_SECONDS = 60
-"""Time that the command of --alert may take."""
+"""Time after which the command of --alert is killed."""
 ONCE_HEIGHT = 30
 """Rows of a report that is not shown on a full screen."""
 KEYS = "q quit"
@@ -45,11 +46,6 @@ def run(argv: list[str]) -> int:
         parser.error("--json is a form of --once: add --once")
     if files := [str(path) for path in options.runs if path.is_file()]:
         raise ConfigError(f"{files[0]} is a file", fix="Give the --save folder of a run")
-    if options.once and not any(folder.is_dir() for folder in options.runs):
-        raise ConfigError(
-            f"No run folder exists: {', '.join(str(folder) for folder in options.runs)}",
-            fix="Give the --save folder of a run, which its first job creates",
-        )
     command = shlex.split(options.alert)
     if command and shutil.which(command[0]) is None:
         raise ConfigError(
@@ -100,7 +96,8 @@ def _parser() -> Parser:
         "--alert",
         default="",
         metavar="COMMAND",
-        help="run COMMAND MESSAGE for each alert once until it clears; MEGATRON_LITE_ALERT holds the message, "
+        help="after the report, run COMMAND MESSAGE for each alert once until it clears, for at most "
+        f"{COMMAND_SECONDS} s; MEGATRON_LITE_ALERT holds the message, "
         "MEGATRON_LITE_ALERT_KIND its kind and MEGATRON_LITE_RUN the folder",
     )
     parser.add_argument(
@@ -153,7 +150,7 @@ class _Observer:
         self._notes = notes
 
     def observe(self) -> list[View]:
-        """Return the runs as they are now, after new alerts were sent."""
+        """Return the runs as they are now."""
         from megatron_lite.cli.watch_screen import View
         from megatron_lite.ops.watch_alerts import find_alerts
 
@@ -163,9 +160,12 @@ class _Observer:
             losses = [record.get("losses", {}).get("lm loss", float("nan")) for record in watch.metrics.recent]
             alerts = find_alerts(status, losses, self._limits, time.time())
             views.append(View(status, watch.metrics.curve, alerts))
+        return views
+
+    def send(self, views: Sequence[View]) -> None:
+        """Run the command of --alert for the alerts that are new; call it after the report was shown."""
         for record, view in zip(self._records, views, strict=bool(self._records)):
             record.update(view.alerts, lambda alert, run=view.status.run: self._send(alert, run))  # type: ignore[misc]
-        return views
 
     def take_notes(self) -> list[str]:
         """Return and forget the warnings."""
@@ -180,30 +180,47 @@ class _Observer:
             "MEGATRON_LITE_RUN": run,
         }
         try:
-            done = subprocess.run(
-                [*self._command, alert.message],
-                env={**os.environ, **variables},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=COMMAND_SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            self._notes.append(f"WARNING: --alert {shlex.join(self._command)} failed, and is repeated: {error}")
-            return False
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            failure = _run_command([*self._command, alert.message], {**os.environ, **variables})
+        except OSError as error:
+            failure = f"failed ({error.strerror})"
+        if failure:
             self._notes.append(
-                f"WARNING: --alert {shlex.join(self._command)} failed ({done.returncode}: {last[0]}), and is repeated"
+                f"WARNING: --alert {shlex.join(self._command)} {failure}; it is run again at the next check"
             )
-        return done.returncode == 0
+        return not failure
+
+
+def _run_command(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Run a command for at most COMMAND_SECONDS; return how it failed, empty if it did not.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        # Killed with its children: one that keeps stderr open would hold up this process.
+        start_new_session=True,
+    )
+    with process:
+        try:
+            _, text = process.communicate(timeout=COMMAND_SECONDS)
+        except BaseException as error:  # the time limit, or Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"did not end within {COMMAND_SECONDS} s and was killed"
+    last = text.strip().splitlines()[-1:] or ["no message"]
+    return f"failed ({process.returncode}: {last[0]})" if process.returncode else ""
 
 
 def _once(observer: _Observer, *, as_json: bool) -> int:
     views = observer.observe()
-    _warn(observer)
     if as_json:
         runs = [
             {
@@ -215,6 +232,7 @@ def _once(observer: _Observer, *, as_json: bool) -> int:
         print(json.dumps({"time": time.time(), "runs": runs}, indent=2, ensure_ascii=False))
     else:
         _print(_console(), views)
+    _send(observer, views)
     return EXIT_ALERT if any(view.alerts for view in views) else 0
 
 
@@ -241,9 +259,9 @@ def _live(observer: _Observer, interval: float) -> None:
     if not console.is_terminal or console.is_dumb_terminal:
         while True:
             console.print(time.strftime("%Y-%m-%d %H:%M:%S"))
-            _print(console, observer.observe())
-            _warn(observer)
-            sys.stdout.flush()
+            views = observer.observe()
+            _print(console, views)
+            _send(observer, views)
             time.sleep(interval)
     _full_screen(observer, interval, console)
 
@@ -255,23 +273,22 @@ def _full_screen(observer: _Observer, interval: float, console: Console) -> None
     from megatron_lite.cli.watch_screen import screen
 
     unicode, selected = has_braille(sys.stdout.encoding), 0
+    notes: list[str] = []
+
+    def show() -> None:
+        keys = "\n".join([*notes, SEVERAL_KEYS if len(views) > 1 else KEYS])
+        shown = screen(views, selected, width=console.width, height=console.height, unicode=unicode, keys=keys)
+        live.update(shown, refresh=True)
+
     with _single_keys() as keys, Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
         while True:
             views = observer.observe()
+            show()
+            observer.send(views)
             notes = observer.take_notes()
             until = time.monotonic() + interval
             while True:
-                live.update(
-                    screen(
-                        views,
-                        selected,
-                        width=console.width,
-                        height=console.height,
-                        unicode=unicode,
-                        keys="\n".join([*notes, SEVERAL_KEYS if len(views) > 1 else KEYS]),
-                    ),
-                    refresh=True,
-                )
+                show()
                 # A resized terminal is redrawn within a second.
                 left = until - time.monotonic()
                 key = keys(min(1.0, max(0.0, left)))
@@ -314,6 +331,9 @@ def _wait(seconds: float) -> str:
     return ""
 
 
-def _warn(observer: _Observer) -> None:
+def _send(observer: _Observer, views: Sequence[View]) -> None:
+    """Send the alerts after the report, and print the warnings."""
+    sys.stdout.flush()
+    observer.send(views)
     for text in observer.take_notes():
         print(text, file=sys.stderr, flush=True)

@@ -250,7 +250,7 @@ def _without_exit_status(
     folder: Path, lock: LockState | None, numbers: Sequence[str], queue: Queue, made: Callable[..., JobStatus]
 ) -> JobStatus:
     if not folder.is_dir():
-        return made("missing", "the folder does not exist")
+        return made("missing", "the folder does not exist; the first job of a run creates its --save folder")
     if lock is not None:
         end = queue.end_of(lock.owner.process.slurm_job) if lock.owner.process.slurm_job else None
         slurms = f", and Slurm says {end}" if end else ""

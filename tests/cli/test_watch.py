@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.cli import watch
 from megatron_lite.cli.main import main
 from megatron_lite.cli.watch import EXIT_ALERT
 from megatron_lite.ops import slurm
@@ -121,8 +122,6 @@ def test_json(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path, capsys):
-    assert main(["watch", str(tmp_path / "a"), "--once"]) == 1
-    assert "No run folder exists" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     assert main(["watch", str(run / "metrics.jsonl")]) == 1
     assert "metrics.jsonl is a file" in capsys.readouterr().err
@@ -131,6 +130,32 @@ def test_mistakes(tmp_path, capsys):
     assert "add --once" in capsys.readouterr().err
     assert main(["watch", str(run), "--once", "--alert", "/no/such program"]) == 1
     assert "is not an executable program" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_reported_and_sent(tmp_path, capsys):
+    run, log = tmp_path / "none", tmp_path / "log"
+    command = ["watch", "--once", "--json", str(run), "--alert", f"sh -c 'echo \"$0\" > {log}'"]
+    assert main(command) == EXIT_ALERT
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["job"]["state"] == "missing" and not run.exists()
+    assert log.read_text().startswith(f"{run}: not running and not queued: missing: the folder does not exist")
+    assert main(["watch", "--once", str(run)]) == EXIT_ALERT
+    assert "the folder does not exist" in words(capsys)
+
+
+def test_an_alert_command_that_hangs_is_killed_after_the_report(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(watch, "COMMAND_SECONDS", 0.5)
+    run = make_run(tmp_path / "run", status="error")
+    began = tmp_path / "began"
+    # The child of the shell would keep its output open.
+    assert main(["watch", "--once", str(run), "--alert", f"sh -c 'sleep 600 & touch {began}; wait'"]) == EXIT_ALERT
+    printed = capfd.readouterr()
+    assert "ALERT" in printed.out and began.exists() and not (run / "alerts.json").exists()
+    assert "did not end within 0.5 s and was killed; it is run again at the next check" in printed.err
+    shown = []
+    monkeypatch.setattr(watch, "_run_command", lambda *_: shown.append(capfd.readouterr().out) or "")
+    assert main(["watch", "--once", str(run), "--alert", "true"]) == EXIT_ALERT
+    assert "ALERT" in shown[0], "the report comes first"
 
 
 def test_an_empty_folder(tmp_path, capsys):
@@ -150,7 +175,10 @@ def test_the_alert_command_gets_the_message_once(tmp_path, capsys):
     script.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     (run / "alerts.json").unlink()
     assert main(["watch", "--once", str(run), "--alert", f"'{script}'"]) == EXIT_ALERT
-    assert "(3: broken), and is repeated" in capsys.readouterr().err and not (run / "alerts.json").exists()
+    assert (
+        "failed (3: broken); it is run again at the next check" in capsys.readouterr().err
+        and not (run / "alerts.json").exists()
+    )
 
 
 class Terminal:
