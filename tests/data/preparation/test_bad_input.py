@@ -112,7 +112,7 @@ def test_empty_corpus(make, tmp_path):
     with pytest.raises(DataError, match="no tokens are left of 0 lines"):
         make(inputs=(str(tmp_path / "in.jsonl"),))
     (tmp_path / "in.jsonl").write_bytes(GOOD)
-    with pytest.raises(DataError, match=r"no tokens are left of 1 lines.*filters"):
+    with pytest.raises(DataError, match=r"no tokens are left of 1 lines.*Lower --min-tokens"):
         make(inputs=(str(tmp_path / "in.jsonl"),), min_tokens=1000)
     (tmp_path / "in.jsonl").write_bytes(b"{\n\n[]")
     with pytest.raises(
