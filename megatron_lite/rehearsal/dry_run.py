@@ -144,7 +144,7 @@ def _rehearse_rank(
                     backend.traffic.clear()
                     mode.reset_peak()
                     before = mode.live
-                    engine.train_step(plan, _reader(config, plan))
+                    engine.train_step(plan, _reader(config, plan)).outcome()
                     seen[key] = IterationRecord(tuple(backend.traffic), mode.peak - before)
             if report.error:
                 break
