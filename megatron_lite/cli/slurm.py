@@ -22,7 +22,7 @@ SUMMARY = "check a Slurm job script without a GPU and submit it, also as a chain
 def run(argv: list[str]) -> int:
     """Run `slurm submit`, or a command of a chain (cli/slurm_chain.py)."""
     own, passed_on = _split(argv)
-    options = _parser().parse_args(own)
+    options = _parser(own[0] if own else "").parse_args(own)
     if options.command == "submit":
         return _submit(options, passed_on)
     return slurm_chain.run_command(options)
@@ -36,7 +36,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv, []
 
 
-def _parser() -> Parser:
+def _parser(called: str) -> Parser:
     parser = Parser(prog="megatron-lite slurm", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
     commands = parser.add_subparsers(dest="command", required=True)
     submit = commands.add_parser(
@@ -57,7 +57,7 @@ def _parser() -> Parser:
         "--sbatch", default="", metavar="OPTIONS", help="options of sbatch, as '--nodes=8 --time=1:00:00'"
     )
     submit.add_argument("script", type=Path, help="the job script; its own arguments follow")
-    slurm_chain.add_commands(commands)
+    slurm_chain.add_commands(commands, called)
     return parser
 
 

@@ -20,14 +20,20 @@ if TYPE_CHECKING:
     from megatron_lite.ops.slurm import QueuedJob
 
 
-def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Add the commands to the parser of `slurm`."""
+INTERNAL = ("begin", "end")
+"""Commands that the jobs of a chain call, not users."""
+
+
+def add_commands(commands: argparse._SubParsersAction[Parser], called: str) -> None:
+    """Add the commands to the parser of `slurm`; an internal one only if it is called, so that no help offers it."""
     for name, text in (
         ("status", "show the jobs of a run's chain: how they ended, what runs, what waits"),
         ("stop", "cancel the jobs of a run's chain"),
         ("begin", "called by a job of a chain when it begins"),
         ("end", "called by a job of a chain when its script has ended"),
     ):
+        if name in INTERNAL and name != called:
+            continue
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("run", type=Path, help="the run's --save folder")
         if name == "status":
@@ -58,10 +64,12 @@ def run_command(options: argparse.Namespace) -> int:
         print(_headline(folder, chains.end_job(folder, _current_start(), options.exit_code), None))
     elif options.command == "stop":
         chain = chains.stop_chain(folder, after_current=options.after_current)
-        print(f"The chain of {folder} is {chain.state}: {chain.reason}")
+        print(_headline(folder, chain, _queue(chain)[0]))
     else:
         chain = existing_chain(folder)
         queue, unknown = _queue(chain)
+        if queue is not None:
+            chain = chains.settled_chain(folder, queue)
         if options.json:
             print(json.dumps(_as_json(folder, chain, queue), indent=2))
         else:
@@ -105,14 +113,18 @@ def _state(chain: Chain, queue: list[QueuedJob] | None) -> str:
 def _headline(folder: Path, chain: Chain, queue: list[QueuedJob] | None) -> str:
     state = _state(chain, queue)
     reason = f": {chain.reason}" if chain.reason else ""
+    in_queue = {job.job for job in queue or []}
     if state == "interrupted":
         reason = (
             ": none of its jobs is in the queue; they were cancelled, or Slurm has lost them. "
             f"`megatron-lite slurm submit --chain {chain.script}` starts a new chain, which resumes the run"
         )
     elif state == "active" and queue is None:
-        waiting = f", job {chain.successor} waits for its end" if chain.successor else ""
-        reason = f"; job {chain.job}{waiting}"
+        jobs = [("last started: job", str(chain.job)), ("next: job", chain.successor)]
+        reason = "".join(f"; {text} {job}" for text, job in jobs if job)
+    elif chain.job.job in in_queue and chain.successor not in in_queue and (chain.successor or state != "active"):
+        ended = f": job {chain.successor}, which waited for its end, is not in the queue" if state == "active" else ""
+        reason += f"; no job follows job {chain.job}{ended}"
     warning = f"\nWarning: {chain.warning}" if chain.warning and state == "active" else ""
     return f"Chain of {folder}: {state}{reason}{warning}"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,31 @@ def end_job(folder: Path, start: Start, exit_code: int = 0) -> Chain:
         return chain
 
 
+def settled_chain(folder: Path, queue: Sequence[slurm.QueuedJob]) -> Chain:
+    """Return a chain of which no waiting job will judge the last one; its outcome is recorded here.
+
+    A job that was ended by scancel does not call end_job. After the end of the chain, or without a successor, nobody
+    else would record how it ended.
+
+    Args:
+        folder: the --save folder of the run.
+        queue: the chain's jobs in Slurm's queue.
+    """
+    chain = existing_chain(folder)
+    in_queue = {job.job for job in queue}
+    if not chain.job.job or chain.job.job in in_queue or (chain.state == "active" and in_queue):
+        return chain
+    settled = _judged(chain, folder, chain.job)
+    if settled.state == "active" and chain.successor and slurm.final_state(chain.successor) == "CANCELLED":
+        settled = replace(settled, state="stopped", reason=_without_successor(chain, chain.job))
+    if settled != chain:
+        # Of another user's run, or on a full disk, the result is shown only.
+        with suppress(ConfigError), locked(folder):
+            if existing_chain(folder) == chain:
+                write_chain(folder, settled)
+    return settled
+
+
 def stop_chain(folder: Path, *, after_current: bool = False) -> Chain:
     """Cancel the jobs of a chain, the waiting one first.
 
@@ -195,8 +221,7 @@ def _prepare_successor(folder: Path, chain: Chain, start: Start) -> Chain:
         return _submit_late(folder, chain, start)
     try:
         if slurm.job_state(chain.successor) is None:
-            reason = f"job {chain.successor}, which waited for the end of job {start.job}, was cancelled"
-            return replace(chain, state="stopped", reason=reason)
+            return replace(chain, state="stopped", reason=_without_successor(chain, start))
         changes = []
         if chain.outcomes[-1].failed:
             changes.append(f"StartTime=now+{backoff_minutes(chain)}minutes")
@@ -207,6 +232,10 @@ def _prepare_successor(folder: Path, chain: Chain, start: Start) -> Chain:
     except ConfigError as error:
         return replace(chain, warning=f"job {chain.successor} is not delayed: {error.problem}")
     return replace(chain, warning="")
+
+
+def _without_successor(chain: Chain, start: Start) -> str:
+    return f"job {chain.successor}, which waited for the end of job {start.job}, was cancelled"
 
 
 def _submit_late(folder: Path, chain: Chain, start: Start) -> Chain:

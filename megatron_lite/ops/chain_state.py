@@ -22,6 +22,7 @@ from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import latest_iteration, locate
 from megatron_lite.runs.exit_status import ExitStatus, read_exit_status
 from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.process import this_process
 from megatron_lite.system_errors import reason
@@ -37,7 +38,7 @@ COMPLETE = ("completed", "evaluated")
 """Values of exit_status.json after which the chain is complete."""
 ENDING = ("kill_switch", "exit_flag")
 """Values of exit_status.json with which the user ends the run."""
-STOPPED_BY_USER = "stopped by `slurm stop`"
+STOPPED_BY_USER = "cancelled with `slurm stop`"
 """Reason of a chain that `slurm stop` has ended."""
 MAX_FAILURES = 3
 """Failures in a row at the same saved iteration after which the chain stops."""
@@ -177,8 +178,15 @@ def existing_chain(folder: Path) -> Chain:
     if not folder.is_dir():
         raise ConfigError(f"The folder {folder} does not exist", fix="Give the --save folder of a run")
     below = sorted(path.parent.name for path in folder.glob(f"*/{CHAIN_NAME}"))
-    fix = f"Give one of its folders with a chain ({', '.join(below)})" if below else "Give the run's --save folder"
-    raise ConfigError(f"{folder} has no chain ({CHAIN_NAME})", fix=f"{fix}, or {submit}")
+    problem, fix = f"{folder} has no chain ({CHAIN_NAME})", "Give the run's --save folder"
+    owner = read_owner(folder)
+    job = owner.process.slurm_job if owner is not None else ""
+    if below:
+        fix = f"Give one of its folders with a chain ({', '.join(below)})"
+    elif job or latest_iteration(folder) or read_exit_status(folder):
+        problem += f"; Slurm job {job} trains in it" if job else ": its jobs were submitted without --chain"
+        fix = f"See its state with `megatron-lite watch {folder}`, end a job with `scancel {job or 'JOB'}`"
+    raise ConfigError(problem, fix=f"{fix}, or {submit}")
 
 
 def _read(folder: Path) -> tuple[Chain | None, str]:

@@ -288,10 +288,43 @@ def test_status_as_json(chain, capsys, tmp_path):
     assert [job["job"] for job in status["queue"]] == ["42", "43"] and status["outcomes"][1]["host"] == "n7"
 
 
-def test_a_chain_without_a_job_in_the_queue_is_interrupted(chain, capsys, tmp_path):
+def test_a_chain_without_a_job_in_the_queue_is_interrupted(chain, capsys, tmp_path, monkeypatch):
+    from megatron_lite.ops import slurm
+
     chain.clear()
+    monkeypatch.setattr(slurm, "final_state", lambda job: None)
     assert main(["slurm", "status", str(tmp_path / "run")]) == 0
     assert "interrupted: none of its jobs is in the queue" in capsys.readouterr().out
+
+
+def test_status_says_that_no_job_follows(chain, capsys, tmp_path):
+    waiting = chain.pop()
+    assert main(["slurm", "status", str(tmp_path / "run")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "active; no job follows job 42: job 43, which waited for its end, is not in the queue" in text
+    chain.append(waiting)
+    assert main(["slurm", "status", str(tmp_path / "run")]) == 0
+    assert "no job follows" not in capsys.readouterr().out
+
+
+def test_the_commands_for_jobs_are_not_offered_to_users(capsys):
+    with pytest.raises(SystemExit):
+        main(["slurm", "--help"])
+    assert "{submit,status,stop}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["slurm", "halt"])
+    assert "(choose from 'submit', 'status', 'stop')" in capsys.readouterr().err.replace(
+        "choose from submit, status, stop", "choose from 'submit', 'status', 'stop'"
+    )
+
+
+def test_a_run_without_a_chain_names_watch_and_scancel(tmp_path, capsys):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n", encoding="utf-8")
+    for command in ("status", "stop"):
+        assert main(["slurm", command, str(tmp_path)]) == 1
+        text = capsys.readouterr().err
+        assert "its jobs were submitted without --chain" in text
+        assert f"`megatron-lite watch {tmp_path}`, end a job with `scancel JOB`" in text
 
 
 def test_status_without_slurm_shows_the_ended_jobs(chain, capsys, tmp_path, monkeypatch):
@@ -304,7 +337,9 @@ def test_status_without_slurm_shows_the_ended_jobs(chain, capsys, tmp_path, monk
     monkeypatch.setattr(slurm, "queued_jobs", refuse)
     assert main(["slurm", "status", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "active; job 42, job 43 waits for its end" in out and "The queue is unknown: squeue is not installed" in out
+    assert (
+        "active; last started: job 42; next: job 43" in out and "The queue is unknown: squeue is not installed" in out
+    )
     assert "CUDA error" in out
 
 

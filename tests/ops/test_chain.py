@@ -8,7 +8,7 @@ import pytest
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import chain as module
 from megatron_lite.ops import chain_state, slurm
-from megatron_lite.ops.chain import begin_job, end_job, start_chain, stop_chain
+from megatron_lite.ops.chain import begin_job, end_job, settled_chain, start_chain, stop_chain
 from megatron_lite.ops.chain_script import script_changed
 from megatron_lite.ops.chain_state import MAX_FAILURES, Start, read_chain
 from megatron_lite.runs.exit_status import ExitStatus
@@ -247,7 +247,7 @@ def test_stopping_may_leave_the_running_job(run, queue):
     assert queue.states == {"100": "RUNNING"}
     ends(run, "time_limit", job="100", saved=3)
     chain = end_job(run, Start("100"))
-    assert (chain.state, chain.reason) == ("stopped", "stopped by `slurm stop`")
+    assert (chain.state, chain.reason) == ("stopped", "cancelled with `slurm stop`")
     assert [outcome.status for outcome in chain.outcomes] == ["time_limit"]
 
 
@@ -319,3 +319,27 @@ def test_an_exit_status_without_a_job_counts_once(run, queue):
     assert end_job(run, Start("101")).outcomes[-1].status == "time_limit"
     begins(run, queue, "102")
     assert end_job(run, Start("102"), 127).outcomes[-1].status == "killed"
+
+
+def test_a_job_that_slurm_stop_has_ended_is_judged(run, queue):
+    begins(run, queue, "100")
+    stop_chain(run)
+    still = [slurm.QueuedJob("100", "COMPLETING")]
+    assert settled_chain(run, still).outcomes == ()
+    ends(run, "signal", job="100", saved=7)
+    chain = settled_chain(run, [])
+    assert [(past.start, past.status, past.iteration) for past in chain.outcomes] == [("100", "signal", 7)]
+    assert chain == read_chain(run) == settled_chain(run, [])
+
+
+@pytest.mark.parametrize(
+    ("final", "state", "reason"),
+    [("CANCELLED", "stopped", "job 101, which waited for the end of job 100, was cancelled"), (None, "active", "")],
+)
+def test_a_chain_whose_jobs_were_all_cancelled(run, queue, final, state, reason):
+    begins(run, queue, "100")
+    assert settled_chain(run, [slurm.QueuedJob("101", "PENDING")]).outcomes == (), "its successor judges it"
+    queue.final["101"] = final
+    ends(run, "signal", job="100", saved=7)
+    chain = settled_chain(run, [])
+    assert (chain.state, chain.reason, chain.outcomes[-1].status) == (state, reason, "signal")

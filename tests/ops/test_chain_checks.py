@@ -17,7 +17,7 @@ def test_one_chain_at_a_time_works_on_a_run(run, queue, tmp_path):
     queue.states.pop("100")
     with pytest.raises(ConfigError, match=r"has a chain already: job 101 is pending.*slurm stop"):
         start_chain(run, tmp_path / "job.slurm", [], [])
-    assert stop_chain(run).reason == "stopped by `slurm stop`"
+    assert stop_chain(run).reason == "cancelled with `slurm stop`"
     assert not queue.states and read_chain(run).state == "stopped"
     start_chain(run, tmp_path / "job.slurm", [], [])
     assert read_chain(run).outcomes == () and read_chain(run).successor == "102"

@@ -100,7 +100,7 @@ def test_stop(new_run):
     run.wait_for_iteration(2)
     with pytest.raises(RuntimeError, match=r"has a chain already: job \d+ is running"):
         run.submit()
-    assert "is stopped: stopped by `slurm stop`" in run.slurm("stop", run.save)
+    assert "stopped: cancelled with `slurm stop`" in run.slurm("stop", run.save)
     run.wait_until_ended()
     assert len({tick[:2] for tick in run.ticks()}) == 1
     status = run.status()
