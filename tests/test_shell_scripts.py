@@ -135,10 +135,15 @@ def test_evaluation_and_export(clone, run_job):
     assert (clone / "runs" / "gpt-1.3b" / "evaluation.json").read_text(encoding="utf-8") == "77\n"
     (export,), done = run_job("export_and_push")
     assert "--evaluation " in export and "On a login node: bash slurm/export_and_push.slurm push" in done.stdout
-    (push,), _ = run_job("export_and_push", "push")
-    assert push.startswith("hf upload USER/gpt-1.3b ")
-    settings = clone / "slurm" / "env.sh"
+    settings, script = clone / "slurm" / "env.sh", clone / "slurm" / "export_and_push.slurm"
+    calls, done = run_job("export_and_push", "push")
+    assert not calls and done.returncode == 1 and "REPOSITORY=USER/gpt-1.3b" in done.stderr
     text = settings.read_text(encoding="utf-8").replace("TRANSFER_PARTITION=\n", "TRANSFER_PARTITION=archive\n")
     settings.write_text(text, encoding="utf-8")
+    calls, done = run_job("export_and_push")
+    assert not calls and "is a placeholder" in done.stderr, "nothing is exported that could not be pushed"
+    script.write_text(script.read_text(encoding="utf-8").replace("=USER/", "=ada/"), encoding="utf-8")
+    (push,), _ = run_job("export_and_push", "push")
+    assert push.startswith("hf upload ada/gpt-1.3b ")
     (_, later), _ = run_job("export_and_push")
     assert "--partition=archive" in later and later.endswith("export_and_push.slurm push")
