@@ -35,7 +35,7 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
     existing = next((part for part in (target, *target.parents) if _exists(part)), Path())
     match code:
         case errno.ENOSPC:
-            return f'Free space on the disk of "{existing.absolute()}" (df -h)'
+            return f'Free space on the disk of "{existing.absolute()}" (df -h, df -i, quota -s)'
         case errno.EDQUOT:
             return f'Delete files to get below the disk quota of "{existing.absolute()}" (quota -s)'
         case errno.EFBIG:

@@ -65,8 +65,8 @@ class FakeBackend(Backend):
         return torch.from_numpy(array).to(self.device)
 
     def read_later(self, values: Tensor) -> Reading:
-        """Return zeros: meta tensors have no values."""
-        return lambda: [0.0] * values.numel()
+        """Return ones: meta tensors have no values, and a finite flag of 0 would mean an overflow."""
+        return lambda: [1.0] * values.numel()
 
     def generator(self, seed: int) -> torch.Generator | None:
         """Return None: meta tensors draw no values."""

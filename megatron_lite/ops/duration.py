@@ -166,7 +166,7 @@ def timing_problems(timing: Timing, config: RunConfig) -> Iterator[ConfigError]:
             f"No time is left for training: the time limit of {format_duration(limit)} (--time) is needed for the save "
             f"({format_duration(timing.save)}, {timing.save_source}) and the margins before it (--signal, "
             "--job-end-margin-in-secs)",
-            fix="Give a longer --time, or an earlier stop in smaller margins",
+            fix="Give a longer --time, or smaller margins (--signal, --job-end-margin-in-secs)",
         )
     iterations, step = timing.iterations, timing.step
     if iterations is None or step is None or step.estimated or not timing.interval or timing.remaining <= iterations:

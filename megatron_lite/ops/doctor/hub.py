@@ -212,6 +212,7 @@ class Spoke:
         self._launch = launch
         self._clock = clock
         self._messages: list[dict[str, Any]] = []
+        self._refused = False
         self._reason = "no answer"
         self._connection = self._connect(deadline, port)
 
@@ -279,7 +280,9 @@ class Spoke:
                 error = TrainingError(
                     f"Rank {self._launch.rank} on {self._launch.host} does not reach rank 0 at "
                     f"{self._launch.init_method} ({self._reason})",
-                    fix="Check the network interface of this host and the firewall, or raise --timeout if rank 0 "
+                    fix="Start every rank of the check once, with an address of its own (MASTER_PORT, --rdzv-id)"
+                    if self._refused
+                    else "Check the network interface of this host and the firewall, or raise --timeout if rank 0 "
                     "starts late",
                 )
                 error.shared, error.silent = True, self._launch.local_rank != 0
@@ -313,6 +316,7 @@ class Spoke:
             answer = self._messages.pop(0)
             if "joined" in answer:
                 return connection
+            self._refused = True
             self._reason = answer.get("refused") or "another job uses the address"
         except OSError as error:
             self._reason = error.strerror or str(error) or type(error).__name__
