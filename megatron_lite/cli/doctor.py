@@ -17,6 +17,7 @@ from megatron_lite.config.arguments import parse_layout
 from megatron_lite.config.launcher import TrainingCommand, ranks_per_task, read_command
 from megatron_lite.config.run import CommandLine
 from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.formatting import format_count
 from megatron_lite.ops.exclude import EXCLUDE_HOURS, EXCLUDE_NAME, forgive_hosts, read_exclusions, record_bad_hosts
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_lite.ops.doctor.report import Report
     from megatron_lite.ops.doctor.verdict import Verdict
 
+TRAINER = "pretrain_gpt.py"
 SUMMARY = "check GPUs, links, storage and clocks of one node or, under srun, of all"
 USAGE = """megatron-lite doctor [OPTION …] [FLAG [VALUE] …]
        srun megatron-lite doctor [OPTION …] [FLAG [VALUE] … | pretrain_gpt.py FLAG [VALUE] …]
@@ -47,6 +49,7 @@ def run(argv: list[str]) -> int:
         exclude_file = _exclude_file(options, flags)
         if options.forgive:
             return _forgive(options.forgive, exclude_file)
+        _check_command(command, flags, known)
         if count > 1:
             return start_ranks([sys.executable, "-m", "megatron_lite", "doctor", *argv], launch, count)
         if launch.launcher == "task":
@@ -128,6 +131,25 @@ def _forgive(hosts: list[str], path: Path | None) -> int:
     return 0
 
 
+def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | None) -> None:
+    """Raise an error if the training script does not exist, or the layout does not fit the ranks."""
+    script = Path(command.script)
+    # The documentation's name stands for the trainer in any folder.
+    if script.suffix == ".py" and not script.is_file() and (script.is_absolute() or script.name != TRAINER):
+        raise ConfigError(
+            f"The training script {script} does not exist",
+            fix=f"Give the path of the script that trains, {TRAINER}, or the flags alone",
+        )
+    tp, pp = flags.parallel.tp, flags.parallel.pp
+    if ranks is not None and ranks % (tp * pp):
+        raise ConfigError(
+            f"{format_count(ranks, 'rank')} cannot hold --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp}",
+            rule="The number of ranks is a multiple of their product",
+            fix=f"Start the check on all nodes of the job, or give sizes whose product divides {ranks}",
+        )
+
+
 def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, exclude_file: Path | None) -> int:
     from rich.console import Console
 
@@ -148,7 +170,16 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
             json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(launch.world_size))
-    verdict = check_nodes(launch, fast_check(plan) if options.fast else plan, show=show)
+    fast = fast_check(plan)
+    needed, needed_fast = (made.needed_seconds(launch.world_size) for made in (plan, fast))
+    if options.timeout < (needed_fast if options.fast else needed):
+        enough = f"--fast --timeout {max(needed_fast, options.timeout):g}"
+        raise ConfigError(
+            f"--timeout {options.timeout:g} is not enough time: the measurements may take "
+            f"{needed_fast if options.fast else needed} s",
+            fix=f"Give {enough}" if options.fast else f"Give --timeout {needed} or more, or {enough}",
+        )
+    verdict = check_nodes(launch, fast if options.fast else plan, show=show)
     # torchrun ends all ranks once one has failed, and reports each as a failure.
     return 1 if verdict.problems and launch.rank == 0 else 0
 

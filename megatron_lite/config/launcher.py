@@ -35,11 +35,13 @@ class TrainingCommand:
         world_size: ranks that the launcher starts; None: unknown, or --world-size is among the flags.
         tasks: tasks that srun starts, each of which may start several ranks (ranks_per_task); 0: srun without their
             number; None: another launcher, or none.
+        script: the training script, module or command; empty: flags alone.
     """
 
     flags: tuple[str, ...]
     world_size: int | None
     tasks: int | None = None
+    script: str = ""
 
 
 def read_command(argv: Sequence[str]) -> TrainingCommand:
@@ -73,7 +75,8 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
     world_size, by_srun, gpus = _started(tokens[:script])
     ranks = ranks_per_task(flags, tasks_per_node=1 if gpus else 0, num_gpus=gpus)
     tasks = (world_size or 0) if by_srun else None
-    return TrainingCommand(tuple(flags), None if given or world_size is None else world_size * ranks, tasks)
+    started = None if given or world_size is None else world_size * ranks
+    return TrainingCommand(tuple(flags), started, tasks, script=tokens[script - 1] if script else "")
 
 
 def ranks_per_task(flags: Sequence[str], *, tasks_per_node: int, num_gpus: int) -> int:

@@ -6,6 +6,7 @@ the others.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -85,6 +86,17 @@ class CheckPlan:
     write_seconds: float = 15.0
     expected: Mapping[str, int] = field(default_factory=dict)
     thresholds: Thresholds = field(default_factory=Thresholds)
+
+    @property
+    def step_seconds(self) -> float:
+        """Time within which a measurement ends on a healthy but busy host."""
+        return 5 + 2 * self.speed_seconds
+
+    def needed_seconds(self, world_size: int) -> int:
+        """Return the smallest time-out with which healthy hosts finish the check."""
+        seconds = 10 + 4 * self.speed_seconds + (self.write_seconds if self.save else 0)
+        # A third of the time is for the ranks to join.
+        return math.ceil(seconds if world_size == 1 else 1.5 * (seconds + 10))
 
 
 def plan_of(flags: RunConfig, *, timeout: float, expected: Mapping[str, int] | None = None) -> CheckPlan:
@@ -257,7 +269,7 @@ class _Measurement:
     def _step(self, name: str, call: Callable[[], Any], *, limit: float = float("inf")) -> Any:
         """Return the result of a step; None: it failed, which the report records.
 
-        Nothing runs after a step that hangs.
+        Nothing runs after a step that hangs. A step for which too little of the check's time was left is unmeasured.
 
         Args:
             name: of the step.
@@ -273,7 +285,10 @@ class _Measurement:
             return run_interruptibly(lambda: self._on_device(call), seconds=seconds)
         except TimeoutError:
             self._hangs = True
-            self._report.failures[name] = f"no end within {seconds:.0f} s"
+            if seconds < min(limit, self._plan.step_seconds):
+                self._report.unmeasured = name
+            else:
+                self._report.failures[name] = f"no end within {seconds:.0f} s"
         except MegatronLiteError as error:
             self._report.failures[name] = error.description
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
@@ -321,14 +336,8 @@ class _Measurement:
 
     def _measure_links(self, hosts: Mapping[int, str], address: str) -> None:
         """Measure each axis of the mesh, and the links between neighbouring hosts."""
-        plan, report, world = self._plan, self._report, self._launch.world_size
+        plan, report = self._plan, self._report
         sizes = plan.parallel
-        if world % (sizes.tp * sizes.pp):
-            report.notes.append(
-                f"axes were not measured: {world} ranks cannot hold tp {sizes.tp} x pp {sizes.pp}; start the check on "
-                "all nodes of the job"
-            )
-            sizes = ParallelConfig()
         backend: Backend | None = self._step(GROUPS, lambda: self._connect(sizes, address))
         if backend is None:
             return

@@ -82,6 +82,18 @@ def raise_(error):
         (["--save", "x", "--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size"),
         (["--json", "/none/such.json"], "Cannot write --json /none/such.json: its folder does not exist"),
         (["--json=/proc"], "Cannot write --json /proc: it is a folder"),
+        (["/no/train.py", "--num-layers", "2"], "The training script /no/train.py does not exist. Give the path"),
+        (["no/train.py", "--num-layers", "2"], "The training script no/train.py does not exist"),
+        (
+            ["--device=cpu", "--tensor-model-parallel-size", "3", "--ranks-per-task", "2"],
+            "2 ranks cannot hold --tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1",
+        ),
+        (
+            ["--device=cpu", "--timeout", "10"],
+            "--timeout 10 is not enough time: the measurements may take 26 s. Give --timeout 26 or more, or --fast "
+            "--timeout 11",
+        ),
+        (["--device=cpu", "--timeout", "10", "--fast"], "may take 11 s. Give --fast --timeout 11"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

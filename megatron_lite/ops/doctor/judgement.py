@@ -45,6 +45,7 @@ def judge(
         *unfinished,
         # Ranks that waited for a lost one are no problem of their own.
         *_failures(ranks, communication=not any(finding.excludes for finding in unfinished)),
+        *_unmeasured(ranks),
         *_versions(ranks),
         *_gpu_states(ranks, limits),
         *slow_devices(ranks, limits),
@@ -122,6 +123,17 @@ def _unfinished(ranks: Sequence[Report], lost: set[int]) -> Iterator[Problem]:
             text=f"{_name_ranks(waiting)} hang in: {steps}",
             fix="Set NCCL_DEBUG=INFO, and check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the cables of these hosts",
             hosts=hosts,
+        )
+
+
+def _unmeasured(ranks: Sequence[Report]) -> Iterator[Problem]:
+    """Report that the time was over before the measurements were; no host is at fault."""
+    if short := [report for report in ranks if report.unmeasured]:
+        steps = ", ".join(dict.fromkeys(report.unmeasured for report in short))
+        yield Problem(
+            kind="not enough time",
+            text=f"{_name_ranks(short)}: the time of the check was over in: {steps}; later steps were not measured",
+            fix="Give `megatron-lite doctor` a longer --timeout, or --fast",
         )
 
 

@@ -131,6 +131,7 @@ class Report:
         clock_offset: seconds by which the host's clock is ahead of rank 0's.
         failures: error text by step.
         notes: what was not measured, and why.
+        unmeasured: the step at which the time of the whole check was over; empty: there was enough.
         step: the last step that began.
         done: whether all steps have ended.
     """
@@ -150,6 +151,7 @@ class Report:
     clock_offset: float = 0.0
     failures: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unmeasured: str = ""
     step: str = ""
     done: bool = False
 
