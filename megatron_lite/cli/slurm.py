@@ -109,8 +109,11 @@ def _submit(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"Submitted batch job {job_id}, the first of a chain; `megatron-lite slurm status {folder}` shows it")
         return 0
     from megatron_lite.ops import slurm
+    from megatron_lite.ops.resources import without_option
 
-    sbatch += [*_exclude_option(submission), *_comment_option(submission)]
+    if excluded := _exclude_option(submission):
+        sbatch = [*without_option(sbatch, "exclude"), *excluded]
+    sbatch += _comment_option(submission)
     print(f"Submitted batch job {slurm.submit(sbatch, str(options.script), arguments)}")
     return 0
 

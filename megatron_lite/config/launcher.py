@@ -44,15 +44,21 @@ class TrainingCommand:
     script: str = ""
 
 
-def read_command(argv: Sequence[str]) -> TrainingCommand:
+class NoScriptError(ConfigError):
+    """A command line names no training script."""
+
+
+def read_command(argv: Sequence[str], *, gpus_per_node: int | None = None) -> TrainingCommand:
     """Find the training flags in a command line: flags alone, or the whole command that starts a job.
 
     Args:
         argv: arguments, of which the first may hold a whole command in quotes, or be @FILE for the command in a file.
+        gpus_per_node: GPUs of a node, for each of which `torchrun --nproc-per-node gpu` starts a rank; None: unknown.
 
     Raises:
-        ConfigError: quotes are not closed, there is no training script, shell variables are left among its flags, or
-            the launcher's number of ranks is no number and there is no --world-size.
+        NoScriptError: there is no training script.
+        ConfigError: quotes are not closed, shell variables are left among the flags, or the launcher's number of ranks
+            is no number and there is no --world-size.
     """
     commands = [(tokens, _script(tokens)) for tokens in _commands(_opened(argv))]
     if not any(script is not None for _, script in commands):
@@ -72,7 +78,12 @@ def read_command(argv: Sequence[str]) -> TrainingCommand:
             "the script",
         )
     given = any(spelling(token) == "--world-size" for token in flags)
-    world_size, by_srun, gpus = _started(tokens[:script])
+    try:
+        world_size, by_srun, gpus = _started(tokens[:script], gpus_per_node)
+    except ConfigError:
+        if not given:
+            raise
+        world_size, by_srun, gpus = None, False, 0
     ranks = ranks_per_task(flags, tasks_per_node=1 if gpus else 0, num_gpus=gpus)
     tasks = (world_size or 0) if by_srun else None
     started = None if given or world_size is None else world_size * ranks
@@ -213,13 +224,13 @@ def _unexpanded(tokens: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(match.group() for token in tokens for match in UNEXPANDED.finditer(token)))
 
 
-def _no_script(argv: Sequence[str]) -> ConfigError:
+def _no_script(argv: Sequence[str]) -> NoScriptError:
     text = " ".join(argv)
     unexpanded = _unexpanded(argv)
     fix = "Give the flags alone, or a full command, for example `torchrun --nproc-per-node 8 pretrain_gpt.py …`"
     if unexpanded:
         fix = f"Shell variables are not expanded here: write the value of {' and '.join(unexpanded)}. {fix}"
-    return ConfigError(
+    return NoScriptError(
         f"Cannot find the training flags in {text[:100]!r}{' …' if len(text) > 100 else ''}: it names no Python "
         "script, "
         "and does not begin with a flag",
@@ -227,7 +238,7 @@ def _no_script(argv: Sequence[str]) -> ConfigError:
     )
 
 
-def _started(launchers: Sequence[str]) -> tuple[int | None, bool, int]:
+def _started(launchers: Sequence[str], gpus_per_node: int | None) -> tuple[int | None, bool, int]:
     """Return the processes that the launcher nearest to the script starts, and whether it is srun.
 
     Returns:
@@ -238,8 +249,8 @@ def _started(launchers: Sequence[str]) -> tuple[int | None, bool, int]:
         name = PurePosixPath(launchers[place]).name
         options = launchers[place + 1 :]
         if name == "torchrun" or name.startswith("torch.distributed."):
-            per_node, nodes = _number(options, "--nproc-per-node", default=1), _number(options, "--nnodes", default=1)
-            return _product(per_node, nodes), False, 0
+            per_node = _torchrun_ranks(options, gpus_per_node)
+            return _product(per_node, _number(options, "--nnodes", default=1)), False, 0
         if name in ("deepspeed", "deepspeed.launcher.runner"):
             return _deepspeed_ranks(options), False, 0
         if name == "accelerate" or name.startswith("accelerate."):
@@ -261,6 +272,21 @@ def _gpus_of_node(options: Sequence[str]) -> int:
         if given[-1].isdigit() and (name != "--gres" or given[0] == "gpu"):
             return int(given[-1])
     return 0
+
+
+def _torchrun_ranks(options: Sequence[str], gpus_per_node: int | None) -> int | None:
+    """Return the ranks of a node: `gpu` is one for each GPU, `auto` the same, or one for each core without GPUs."""
+    value = _option(options, "--nproc-per-node")
+    if value in ("gpu", "auto") and gpus_per_node:
+        return gpus_per_node
+    if value in ("gpu", "auto", "cpu"):
+        kind = "core" if value == "cpu" else "GPU"
+        raise ConfigError(
+            f"--nproc-per-node {value} starts a rank for each {kind} of a node, and their number is unknown here",
+            fix="Write a number (for example --nproc-per-node 8), add --world-size N to the training flags"
+            + ("" if value == "cpu" else ", or, in a job script, request GPUs with #SBATCH --gpus-per-node"),
+        )
+    return _number(options, "--nproc-per-node", default=1)
 
 
 def _deepspeed_ranks(options: Sequence[str]) -> int | None:

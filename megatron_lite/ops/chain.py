@@ -41,7 +41,7 @@ from megatron_lite.ops.chain_state import (
     write_chain,
 )
 from megatron_lite.ops.exclude import exclude_option
-from megatron_lite.ops.resources import read_resources
+from megatron_lite.ops.resources import read_resources, without_option
 from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.process import is_running
@@ -260,7 +260,7 @@ def _submit(folder: Path, chain: Chain, *, after: str = "") -> str:
     if chain.failures:
         options.append(f"--begin=now+{backoff_minutes(chain)}minutes")
     if excluded := _excluded(folder, chain):
-        options.append(f"--exclude={excluded}")
+        options = [*without_option(options, "exclude"), f"--exclude={excluded}"]
     return slurm.submit(options, str(folder.absolute() / SCRIPT_NAME))
 
 

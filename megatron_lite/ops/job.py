@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.launcher import OWN_COMMANDS, TrainingCommand, ranks_per_task, read_command
+from megatron_lite.config.launcher import OWN_COMMANDS, NoScriptError, TrainingCommand, ranks_per_task, read_command
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.resources import Resources, job_environment, read_resources, variable_options
 from megatron_lite.ops.shell.evaluate import evaluate_script
@@ -124,11 +124,13 @@ def read_job(
     if sbatch_options:
         components = read_resources(text, [*sbatch_options, *options], variables=environment)
         evaluation = evaluate(components)
-    command, programs = _commands(path, evaluation)
+    command, programs = _commands(path, evaluation, components[0].gpus_per_node)
     return Job(path, components, evaluation, command, programs, Path(evaluation.folder), sbatch_options)
 
 
-def _commands(path: Path, evaluation: Evaluation) -> tuple[TrainingCommand | None, tuple[str, ...]]:
+def _commands(
+    path: Path, evaluation: Evaluation, gpus_per_node: int | None
+) -> tuple[TrainingCommand | None, tuple[str, ...]]:
     """Return the training command, or None and the other commands of megatron_lite."""
     arguments: list[str] = []
     others: list[str] = []
@@ -142,8 +144,8 @@ def _commands(path: Path, evaluation: Evaluation) -> tuple[TrainingCommand | Non
     notes = f" ({'; '.join(reasons)})" if reasons else ""
     try:
         # An argument before the first command keeps an empty list, or flags alone, from being taken for training flags.
-        command = read_command(["script", ";", *arguments[:-1]])
-    except ConfigError as error:
+        command = read_command(["script", ";", *arguments[:-1]], gpus_per_node=gpus_per_node)
+    except NoScriptError as error:
         if others or evaluation.failure:
             return None, tuple(others)
         names = ", ".join(dict.fromkeys(started.arguments[0] for started in evaluation.commands)) or "no program"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_lite.backend.nodelist import expand_nodes
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count, format_duration
+from megatron_lite.ops import slurm
+from megatron_lite.ops.exclude import EXCLUDE_NAME
 from megatron_lite.ops.job import Job
 from megatron_lite.ops.resources import UNLIMITED, parse_time
 
@@ -99,4 +103,35 @@ def partition_problems(job: Job, partitions: dict[str, Partition]) -> Iterator[C
             f"The job requests {format_count(job.num_nodes, 'node')}, and partition {shown} has {most:,}",
             rule="Slurm would leave the job in the queue (PartitionNodeLimit)",
             fix=f"Give --nodes={most} or fewer, or another partition",
+        )
+
+
+def exclusion_problems(
+    job: Job, partitions: Mapping[str, Partition], excluded: Collection[str], save: Path
+) -> Iterator[ConfigError]:
+    """Yield an error if the nodes that the exclude file leaves are too few.
+
+    Args:
+        job: the batch script.
+        partitions: of the cluster, by name.
+        excluded: hosts in the exclude file.
+        save: the --save folder, which has the exclude file.
+    """
+    given = job.resources.options.get("exclude", "")
+    own = set(expand_nodes(given)) if given and "/" not in given else set()
+    asked = job.resources.options.get("partition")
+    names = asked.split(",") if asked else [name for name, partition in partitions.items() if partition.is_default]
+    nodes = {name: known for name in names if (known := slurm.node_names(name))}
+    if not nodes or job.num_nodes > max(map(len, nodes.values())):
+        return
+    left = {name: known - {*excluded, *own} for name, known in nodes.items()}
+    widest = max(left, key=lambda name: len(left[name]))
+    if job.num_nodes > len(left[widest]):
+        bad = sorted(nodes[widest] & {*excluded})
+        also = f" and --exclude {given}" if own else ""
+        fewer = f", or give --nodes={len(left[widest])}" if left[widest] else ""
+        yield ConfigError(
+            f"The job requests {format_count(job.num_nodes, 'node')}, and {save / EXCLUDE_NAME}{also} leaves "
+            f"{len(left[widest]):,} of {len(nodes[widest]):,} in partition {widest}: {', '.join(bad)} is excluded",
+            fix=f"Allow a node again with `megatron-lite doctor --forgive {(bad or ['NODE'])[0]} --save {save}`{fewer}",
         )

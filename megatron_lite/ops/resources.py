@@ -156,6 +156,23 @@ def _read_options(arguments: Sequence[str]) -> dict[str, str]:
     return options
 
 
+def without_option(options: Sequence[str], name: str) -> list[str]:
+    """Return options of sbatch without one of them, in either spelling and with its value."""
+    kept: list[str] = []
+    skips_value = False
+    for argument in options:
+        is_long, is_option = argument.startswith("--"), argument.startswith("-")
+        found = argument[2:].partition("=")[0] if is_long else SHORT_OPTIONS.get(argument[1:2], "")
+        if is_option and found == name:
+            skips_value = "=" not in argument if is_long else len(argument) == 2
+        elif is_option or not skips_value:
+            skips_value = False
+            kept.append(argument)
+        else:
+            skips_value = False
+    return kept
+
+
 def parse_time(text: str) -> int:
     """Return the seconds of a Slurm time: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN or D-H:MIN:SEC.
 

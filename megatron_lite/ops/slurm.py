@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -82,8 +83,12 @@ def call(*command: str, pause: float = 1.0, attempts: int = ATTEMPTS) -> str:
         if attempt < attempts - 1:
             time.sleep(pause * 2**attempt)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ConfigError(f"{' '.join(command[:1])} failed: {reason[0]}", fix=f"Run it by hand: {' '.join(command)}")
+        # The cause may be in any line: the last one is often only a reference to --help.
+        lines = [
+            line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.split("\n")
+        ]
+        reason = "; ".join(dict.fromkeys(filter(None, lines))) or f"exit code {done.returncode}"
+        raise ConfigError(f"{command[0]} failed: {reason}", fix=f"Run it by hand: {shlex.join(command)}")
     return done.stdout
 
 
@@ -107,10 +112,10 @@ def job_state(job: str) -> str | None:
         raise
 
 
-def node_names() -> frozenset[str]:
-    """Return the names of the cluster's nodes; none if Slurm does not answer."""
+def node_names(partition: str = "") -> frozenset[str]:
+    """Return the names of the nodes of a partition, or of the cluster; none if Slurm does not answer."""
     try:
-        return frozenset(call("sinfo", "-h", "-N", "-o", "%N").split())
+        return frozenset(call("sinfo", "-h", "-N", *(["-p", partition] if partition else []), "-o", "%N").split())
     except ConfigError:
         return frozenset()
 

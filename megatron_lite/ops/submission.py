@@ -21,7 +21,7 @@ from megatron_lite.formatting import format_count, format_duration, format_size
 from megatron_lite.ops.duration import step_of, timing_facts, timing_of, timing_problems, timing_warnings
 from megatron_lite.ops.exclude import excluded_hosts
 from megatron_lite.ops.job import Job
-from megatron_lite.ops.partition import Partition, partition_problems
+from megatron_lite.ops.partition import Partition, exclusion_problems, partition_problems
 from megatron_lite.ops.quota import free_space
 from megatron_lite.ops.storage import (
     Storage,
@@ -88,7 +88,11 @@ def check_job(
         else:
             _check_training(submission, step_seconds)
     if partitions is not None:
-        submission.problems += partition_problems(job, partitions)
+        unusable = list(partition_problems(job, partitions))
+        submission.problems += unusable
+        if submission.excluded and submission.parsed is not None and not unusable:
+            save = job.folder / submission.parsed.config.checkpoint.save
+            submission.problems += exclusion_problems(job, partitions, submission.excluded, save)
     return submission
 
 
@@ -185,7 +189,7 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
     """Check the run in the --save folder, and the space for its checkpoints."""
     existing = nearest_existing(folder)
     submission.facts.append(("Saves", _saves_line(config)))
-    submission.problems += completion_problems(config)
+    submission.problems += [_of_task(submission.job, problem) for problem in completion_problems(config)]
     if (lock := folder_user(folder, Queue(), time.time())) is not None:
         submission.warnings.append(
             f"--save {folder} is in use by {lock.owner}: a job that starts before it ends is refused"
@@ -206,6 +210,25 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
         submission.local_problems.append(error)
     if submission.excluded:
         submission.facts.append(("Excluded", ", ".join(submission.excluded)))
+
+
+def _of_task(job: Job, error: ConfigError) -> ConfigError:
+    """Return the error of a complete run; of an array with a run for each task, with the task and the other ones."""
+    first, *others = job.resources.array or (0,)
+    if not others or b"SLURM_ARRAY" not in job.path.read_bytes():
+        return error
+    spans: list[list[int]] = []
+    for index in others:
+        if spans and index == spans[-1][-1] + 1:
+            spans[-1][1:] = [index]
+        else:
+            spans.append([index])
+    limit = "".join(job.resources.options["array"].partition("%")[1:])
+    rest = ",".join("-".join(map(str, span)) for span in spans) + limit
+    return ConfigError(
+        f"Task {first} of the array: {error.problem}",
+        fix=f"Submit the other tasks with --sbatch=--array={rest}. Otherwise: {error.fix}",
+    )
 
 
 def _maker(job: Job, error: ConfigError) -> str:

@@ -56,7 +56,7 @@ exit {code}
 def sbatch(script, tmp_path, program):
     """Install an sbatch that records its arguments, on a cluster with two partitions."""
     partitions = "echo 'short*|up|4:00:00|16'; echo 'long|up|infinite|2'; echo 'old|drain|infinite|64'"
-    program("sinfo", f'case "$*" in *-N*) echo gpu001 gpu017 ;; *) {partitions} ;; esac')
+    program("sinfo", f'case "$*" in *-N*) echo gpu001 gpu002 gpu003 gpu017 ;; *) {partitions} ;; esac')
 
     def install(code=0):
         program("sbatch", _RECORD.format(folder=tmp_path, code=code))
@@ -92,7 +92,7 @@ def test_a_job_is_submitted_with_its_options_and_arguments(script, sbatch, capfd
     assert not (tmp_path / "comment").exists(), "its tasks train different runs"
     sbatch(code=3)
     assert main(["slurm", "submit", script]) == 1
-    assert "sbatch failed: error: refused" in capfd.readouterr().err
+    assert "sbatch failed: refused" in capfd.readouterr().err
 
 
 def test_a_job_that_cannot_work_is_refused_with_all_reasons(script, sbatch, capfd, tmp_path):
@@ -151,11 +151,20 @@ def test_excluded_hosts_of_the_run_are_passed_to_sbatch(script, sbatch, tmp_path
     assert main(["slurm", "submit", script]) == 0
     assert main(["slurm", "submit", "--sbatch=--exclude=gpu001", script]) == 0
     first, second = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
-    own = "--exclude=gpu001"
-    assert (first, second) == (
-        "--parsable --exclude=gpu017 job.slurm",
-        f"--parsable {own} --exclude=gpu001,gpu017 job.slurm",
+    assert first == "--parsable --exclude=gpu017 job.slurm"
+    assert second == "--parsable --exclude=gpu001,gpu017 job.slurm"
+
+
+def test_an_exclude_file_that_leaves_too_few_nodes_is_named(script, program, tmp_path, capfd):
+    program("sinfo", 'case "$*" in *-N*) echo gpu001 gpu017 ;; *) echo "short*|up|4:00:00|2" ;; esac')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "excluded_nodes.txt").write_text("gpu017\ngpu999\n", encoding="utf-8")
+    assert main(["slurm", "submit", "--dry-run", script]) == 1
+    text = capfd.readouterr().err
+    assert "requests 2 nodes, and run/excluded_nodes.txt leaves 1 of 2 in partition short: gpu017 is excluded" in (
+        text.replace(f"{tmp_path}/", "")
     )
+    assert "doctor --forgive gpu017 --save" in text and "or give --nodes=1" in text
 
 
 def test_a_job_of_another_command_is_submitted_with_the_checks_that_apply(script, sbatch, tmp_path, capfd):

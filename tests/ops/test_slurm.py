@@ -163,3 +163,15 @@ def test_recorded_output_of_scontrol(monkeypatch):
         {"sacct": disabled, "scontrol": (RECORDED / "scontrol_show_job.txt").read_text(encoding="utf-8")},
     )
     assert final_state("7") == "CANCELLED"
+
+
+def test_all_lines_of_an_error_are_shown(tmp_path, monkeypatch):
+    program = tmp_path / "sbatch"
+    program.write_text(
+        "#!/bin/sh\necho \"sbatch: unrecognized option '--bogus'\" >&2\necho 'Try --help' >&2\nexit 1\n",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=r"sbatch failed: unrecognized option '--bogus'; Try --help\. Run it by hand"):
+        slurm.submit(["--bogus"], "job.slurm")

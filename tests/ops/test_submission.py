@@ -5,10 +5,12 @@ import shlex
 
 import pytest
 
+from megatron_lite.errors import ConfigError
 from megatron_lite.ops import submission as module
 from megatron_lite.ops.exclude import EXCLUDE_NAME
 from megatron_lite.ops.job import read_job
 from megatron_lite.ops.quota import Space
+from megatron_lite.ops.resources import without_option
 from megatron_lite.ops.submission import check_job
 from megatron_lite.runs.metrics_file import encode
 
@@ -243,3 +245,29 @@ def test_hosts_in_the_exclude_file_of_the_run(check, tmp_path):
     (tmp_path / "run" / EXCLUDE_NAME).write_text("gpu[017-018]\n", encoding="utf-8")
     found = check()
     assert found.excluded == ("gpu017", "gpu018") and dict(found.facts)["Excluded"] == "gpu017, gpu018"
+
+
+def test_a_complete_task_of_an_array_is_named_with_the_other_tasks(check, tmp_path):
+    (tmp_path / "run0").mkdir()
+    (tmp_path / "run0" / "completed_iteration.txt").write_text("100\n")
+    array = HEADER.replace("--time", "--array=0-3,5%2 --time")
+    (problem,) = texts(check(save="", more=f"--save {tmp_path}/run$SLURM_ARRAY_TASK_ID", header=array))
+    assert problem.startswith("Task 0 of the array: The run in --save ") and "--sbatch=--array=1-3,5%2. " in problem
+
+
+def test_torchrun_with_a_rank_for_each_gpu(tmp_path):
+    path = tmp_path / "job.slurm"
+    for value, header, expected in (("gpu", HEADER, "4"), ("auto", HEADER, "4"), ("cpu", HEADER, None)):
+        text = f"{header}srun torchrun --nnodes=2 --nproc_per_node={value} pretrain_gpt.py {FLAGS}\n"
+        path.write_text(text.replace("--ntasks-per-node=2", "--ntasks-per-node=1"), encoding="utf-8")
+        if expected is not None:
+            assert dict(check_job(read_job(path, environment={})).facts)["Ranks"].startswith(expected)
+            path.write_text(path.read_text().replace("--gpus-per-node=2", ""), encoding="utf-8")
+        with pytest.raises(ConfigError, match=rf"--nproc-per-node {value} starts a rank for each .*--world-size N"):
+            read_job(path, environment={})
+        path.write_text(path.read_text().replace("--lr 1e-3", "--lr 1e-3 --world-size 8"), encoding="utf-8")
+        assert read_job(path, environment={}).command is not None
+
+
+def test_an_option_is_removed_in_either_spelling():
+    assert without_option(["--exclude=a", "-x", "b", "-xc", "--exclude", "d", "--nodes=2"], "exclude") == ["--nodes=2"]
