@@ -184,10 +184,11 @@ def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence
     numbers = _numbers(lock, status, chain, jobs)
     queued, problem = queue.jobs(numbers, run_comment(folder))
     in_use = lock is not None and _is_in_use(folder, lock, status, queue, None if problem else queued, now)
-    # The tasks of an array share the comment, although each may train a run of its own.
+    # The tasks of an array share the comment, and --job holds for all runs, although each may train a run of its own.
     is_over = lock is not None or (status.status not in _RESUMED if status is not None else last_record > 0)
     if is_over or completed_iteration(folder) is not None:
-        queued = [job for job in queued if not job.is_array_task or job.is_one_of(numbers)]
+        own = _numbers(lock, status, chain, ())
+        queued = [job for job in queued if not job.is_array_task or job.is_one_of(own)]
     active = next((job for job in queued if job.state != "PENDING"), None)
     pending = next((job for job in queued if job.state == "PENDING"), None)
 
@@ -208,10 +209,10 @@ def job_status(folder: Path, queue: Queue, *, last_record: float, jobs: Sequence
 
     if lock is not None and in_use:
         return made(*_of_lock(lock, trained=last_record >= since))
+    last = f"; the last job: {status.status}: {status.message}" if status is not None else ""
     if active is not None:
         verb = "starts or ends" if active.state == "RUNNING" else f"is {active.state.lower()}"
-        return made("starting", f"job {active.job} {verb} on {active.nodes or 'its nodes'}")
-    last = f"; the last job: {status.status}: {status.message}" if status is not None else ""
+        return made("starting", f"job {active.job} {verb} on {active.nodes or 'its nodes'}{last}")
     if pending is not None:
         state: State = "waiting" if pending.reason in _WAITS else "queued"
         return made(state, f"job {pending.job} is pending ({pending.reason}){last}")

@@ -134,6 +134,10 @@ def test_an_exit_status_and_slurm_outweigh_a_recent_heartbeat(cluster, folder, m
     job = observe(folder).job
     assert job.state == "waiting" and "the last job: error" in job.reason and job.next is None
     assert folder_user(folder, Queue(), NOW) is None
+    cluster.queue = [QueuedJob("4711", "COMPLETING"), *cluster.queue]
+    job = observe(folder).job
+    assert (job.state, job.next.job) == ("starting", "12") and "the last job: error" in job.reason
+    cluster.queue = cluster.queue[1:]
     (folder / "exit_status.json").unlink()
     assert (state(folder), folder_user(folder, Queue(), NOW)) == ("waiting", None), "squeue does not list its job"
     cluster.queue = [QueuedJob("8_2", "RUNNING", number="4711")]
@@ -157,7 +161,8 @@ def test_a_task_of_an_array_does_not_hide_an_earlier_run(cluster, folder):
     ]
     assert state(folder) == "starting", "no task has trained yet"
     ended(folder, "error", job="Slurm step 4.0, restart 0.0")
-    assert state(folder) == "stopped"
+    assert state(folder) == state(folder, jobs=["4_1"]) == "stopped"
+    assert state(folder.parent / "none", jobs=["4_1"]) == "starting"
     ended(folder, "time_limit", job="Slurm step 3.0, restart 0.0")
     assert state(folder) == "starting", "the array may continue the run"
     (folder / "completed_iteration.txt").write_text("100\n")
