@@ -55,7 +55,7 @@ def _record(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> dict[str
 
 
 def _missing(parsed: ParsedRun) -> list[str]:
-    return [str(error) for error in missing_files(parsed.config, parsed.missing)]
+    return [str(error) for error in missing_files(parsed.config, parsed.missing, parsed.spellings)]
 
 
 def _lines(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> Iterator[str]:

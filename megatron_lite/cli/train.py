@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
             return 0
         errors, wanted = [*parsed.missing], parsed.config.parallel.world_size
         if launch.world_size == 1:  # several ranks compare which files they have after the rendezvous
-            errors = missing_files(parsed.config, parsed.missing)
+            errors = missing_files(parsed.config, parsed.missing, parsed.spellings)
         if launch.world_size != wanted:
             errors.append(
                 ConfigError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from megatron_lite.config import (
@@ -26,7 +26,7 @@ from megatron_lite.config.flag import FIELD, Flag, Key, key_of
 from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import read_command
 from megatron_lite.config.names import name_warnings
-from megatron_lite.config.origins import in_given_terms
+from megatron_lite.config.origins import given_spellings, in_given_terms
 from megatron_lite.config.run import CommandLine, RunConfig
 from megatron_lite.config.table import SECTIONS, field_metadata, flags_by_field, required_fields
 from megatron_lite.config.values import write_value
@@ -68,12 +68,14 @@ class ParsedRun:
         notes: aliases translated, prefixes expanded, flags without effect; for one rank to print once.
         warnings: what is allowed, but probably not meant.
         missing: files that flags name and that do not exist: fatal to a run, not to an explanation.
+        spellings: aliases by which flags were given, by the flag's usual name.
     """
 
     config: RunConfig
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     missing: tuple[ConfigError, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -118,6 +120,7 @@ def parse_run(argv: Sequence[str], *, world_size: int | None = None) -> ParsedRu
         tuple(dict.fromkeys(given.notes)),
         (*given.warnings, *name_warnings(config)),
         tuple(given.missing),
+        given_spellings(given),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.origins import with_spellings
 from megatron_lite.config.paths import suggest_dataset, suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
@@ -31,12 +32,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def missing_files(config: RunConfig, unread: Sequence[ConfigError] = ()) -> list[ConfigError]:
+def missing_files(
+    config: RunConfig, unread: Sequence[ConfigError] = (), spellings: Mapping[str, str] | None = None
+) -> list[ConfigError]:
     """Return an error for each file that a run of `config` needs and that does not exist, naming the flag.
 
     Args:
         config: of the run.
         unread: errors of files that parsing could not read (ParsedRun.missing), which are returned, too.
+        spellings: aliases by which flags were given (ParsedRun.spellings), for the errors.
     """
     errors = [*unread, *missing_tokenizer(config.tokenizer)]
     # Without the file that lists the datasets, there are none in the config.
@@ -51,7 +55,7 @@ def missing_files(config: RunConfig, unread: Sequence[ConfigError] = ()) -> list
                 f"folder. {suggest_path('--load', checkpoint.load)}",
             )
         )
-    return errors
+    return [with_spellings(error, spellings or {}) for error in errors]
 
 
 def _absence(path: str) -> str:

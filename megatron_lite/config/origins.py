@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from megatron_lite.config.flag import Flag
 from megatron_lite.config.given import Given
@@ -22,6 +23,22 @@ def in_given_terms(error: ConfigError, given: Given) -> ConfigError:
             if flag.takes_value and not flag.also and flag.name in problem:
                 problem, fix = _renamed(problem, fix, flag, given.origin_of(key))
     return error if problem == error.problem else ConfigError(problem, fix=fix, rule=error.rule)
+
+
+def given_spellings(given: Given) -> dict[str, str]:
+    """Return the flags that were given by an alias: the alias by the flag's usual name."""
+    names = [origin.partition(" ")[0] for _, _, origin in given.items()]
+    rows = [(name, flags_by_spelling().get(spelling(name))) for name in names]
+    return {row.name: name for name, row in rows if row is not None and spelling(name) != row.name}
+
+
+def with_spellings(error: ConfigError, spellings: Mapping[str, str]) -> ConfigError:
+    """Return the error with flags named as they were given (given_spellings)."""
+    problem, fix = error.problem, error.fix
+    for name, spelled in spellings.items():
+        alone = rf"(?<![\w-]){re.escape(name)}(?![\w-])"
+        problem, fix = re.sub(alone, spelled, problem), re.sub(alone, spelled, fix)
+    return ConfigError(problem, fix=fix, rule=error.rule)
 
 
 def _renamed(problem: str, fix: str, flag: Flag, origin: str) -> tuple[str, str]:

@@ -153,7 +153,7 @@ def _check_training(submission: Submission, step_seconds: float | None) -> None:
         )
     if submission.parsed is None:
         return
-    for missing in missing_files(submission.parsed.config, submission.parsed.missing):
+    for missing in missing_files(submission.parsed.config, submission.parsed.missing, submission.parsed.spellings):
         if maker := _maker(job, missing):
             submission.warnings.append(f"{missing.problem}; `{maker}` may write it before training")
         else:

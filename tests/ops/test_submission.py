@@ -271,3 +271,9 @@ def test_torchrun_with_a_rank_for_each_gpu(tmp_path):
 
 def test_an_option_is_removed_in_either_spelling():
     assert without_option(["--exclude=a", "-x", "b", "-xc", "--exclude", "d", "--nodes=2"], "exclude") == ["--nodes=2"]
+
+
+def test_missing_files_are_named_by_the_flag_that_was_given(check):
+    flags = FLAGS.replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
+    (problem,) = local(check("--tokenizer-type HFTokenizer --tokenizer-name-or-path /nowhere/t.json", flags=flags))
+    assert problem.startswith("--tokenizer-name-or-path /nowhere/t.json does not exist")
