@@ -60,14 +60,45 @@ def read_command(argv: Sequence[str], *, gpus_per_node: int | None = None) -> Tr
         ConfigError: quotes are not closed, shell variables are left among the flags, or the launcher's number of ranks
             is no number and there is no --world-size.
     """
-    commands = [(tokens, _script(tokens)) for tokens in _commands(_opened(argv))]
-    if not any(script is not None for _, script in commands):
-        raise _no_script(argv)
     # Of `cd … && python tools/x.py … && torchrun pretrain_gpt.py …`, take the command with the most training flags.
-    tokens, script = max(
-        ((tokens, script) for tokens, script in commands if script is not None),
-        key=lambda command: sum(map(_is_training_flag, command[0][command[1] :])),
-    )
+    return _training_command(*max(_scripts(argv), key=lambda command: _flag_count(*command)), gpus_per_node)
+
+
+def read_commands(argv: Sequence[str], *, gpus_per_node: int | None = None) -> list[TrainingCommand]:
+    """Find all commands in a command line that start the same script as read_command's, in order, each once.
+
+    Args:
+        argv: as for read_command.
+        gpus_per_node: as for read_command.
+
+    Raises:
+        NoScriptError, ConfigError: as read_command.
+    """
+    found = list(_scripts(argv))
+    tokens, script = max(found, key=lambda command: _flag_count(*command))
+    program = PurePosixPath(tokens[script - 1]).name
+    training = [
+        (own, place)
+        for own, place in found
+        if (own is tokens and place == script)
+        or (PurePosixPath(own[place - 1]).name == program and _flag_count(own, place))
+    ]
+    return list(dict.fromkeys(_training_command(own, place, gpus_per_node) for own, place in training))
+
+
+def _scripts(argv: Sequence[str]) -> list[tuple[list[str], int]]:
+    """Return the commands that start a script, each with the index of the first token after it."""
+    found = [(tokens, script) for tokens in _commands(_opened(argv)) if (script := _script(tokens)) is not None]
+    if not found:
+        raise _no_script(argv)
+    return found
+
+
+def _flag_count(tokens: Sequence[str], script: int) -> int:
+    return sum(map(_is_training_flag, tokens[script:]))
+
+
+def _training_command(tokens: list[str], script: int, gpus_per_node: int | None) -> TrainingCommand:
     flags = tokens[script:]
     if unexpanded := _unexpanded(flags):
         raise ConfigError(

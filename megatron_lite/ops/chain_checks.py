@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lite.config.arguments import save_folder
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
 from megatron_lite.ops.chain_state import Chain, read_chain
@@ -102,6 +103,13 @@ def _chain_problems(submission: Submission) -> Iterator[ConfigError]:
     if not save:
         yield ConfigError(
             "A chain needs a run folder, and the command has no --save", fix="Add --save and --load FOLDER"
+        )
+        return
+    folders = [save, *(save_folder(command.flags) for command in job.further)]
+    if len(set(folders)) > 1:
+        yield ConfigError(
+            f"The script trains several runs (--save {', '.join(dict.fromkeys(folders))}), and a chain continues one",
+            fix="Write a script for each run, or pass the folder as an argument, and submit one chain per run",
         )
         return
     rule = "Each job of a chain resumes from the last checkpoint of the one before"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_lite.config.launcher import OWN_COMMANDS, NoScriptError, TrainingCommand, ranks_per_task, read_command
+from megatron_lite.config.launcher import OWN_COMMANDS, NoScriptError, TrainingCommand, ranks_per_task, read_commands
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.resources import Resources, job_environment, read_resources, variable_options
 from megatron_lite.ops.shell.evaluate import evaluate_script
@@ -30,6 +30,7 @@ class Job:
         programs: those commands, as text, if there is no training command; none if the script ends with an error.
         folder: the current folder at the script's end, to which its relative paths refer.
         sbatch_options: options of sbatch that SBATCH_ variables in the script ask for.
+        further: other training commands with the same program, in order: those of a loop, for example.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Job:
     programs: tuple[str, ...]
     folder: Path
     sbatch_options: tuple[str, ...]
+    further: tuple[TrainingCommand, ...] = ()
 
     @property
     def is_started_once(self) -> bool:
@@ -124,14 +126,15 @@ def read_job(
     if sbatch_options:
         components = read_resources(text, [*sbatch_options, *options], variables=environment)
         evaluation = evaluate(components)
-    command, programs = _commands(path, evaluation, components[0].gpus_per_node)
-    return Job(path, components, evaluation, command, programs, Path(evaluation.folder), sbatch_options)
+    commands, programs = _commands(path, evaluation, components[0].gpus_per_node)
+    command, folder = (commands[0] if commands else None), Path(evaluation.folder)
+    return Job(path, components, evaluation, command, programs, folder, sbatch_options, tuple(commands[1:]))
 
 
 def _commands(
     path: Path, evaluation: Evaluation, gpus_per_node: int | None
-) -> tuple[TrainingCommand | None, tuple[str, ...]]:
-    """Return the training command, or None and the other commands of megatron_lite."""
+) -> tuple[list[TrainingCommand], tuple[str, ...]]:
+    """Return the training commands, or none and the other commands of megatron_lite."""
     arguments: list[str] = []
     others: list[str] = []
     for started in evaluation.commands:
@@ -144,22 +147,23 @@ def _commands(
     notes = f" ({'; '.join(reasons)})" if reasons else ""
     try:
         # An argument before the first command keeps an empty list, or flags alone, from being taken for training flags.
-        command = read_command(["script", ";", *arguments[:-1]], gpus_per_node=gpus_per_node)
+        commands = read_commands(["script", ";", *arguments[:-1]], gpus_per_node=gpus_per_node)
     except NoScriptError as error:
         if others or evaluation.failure:
-            return None, tuple(others)
+            return [], tuple(others)
         names = ", ".join(dict.fromkeys(started.arguments[0] for started in evaluation.commands)) or "no program"
         raise ConfigError(
             f"{path} starts no training command: it starts {names}{notes}",
             fix="Name pretrain_gpt.py with its flags in the script, for example `srun python pretrain_gpt.py FLAGS`",
         ) from error
-    if unknown := [source for argument in command.flags for source in unknown_sources(argument)]:
+    flags = [argument for command in commands for argument in command.flags]
+    if unknown := [source for argument in flags for source in unknown_sources(argument)]:
         raise ConfigError(
             f"Training flags in {path} depend on the output of {', '.join(dict.fromkeys(unknown))}{notes}",
             rule="The script is read without running its programs",
             fix="Set the value in the script, or in the environment of this command",
         )
-    return command, ()
+    return commands, ()
 
 
 def _is_other_program(arguments: Sequence[str]) -> bool:

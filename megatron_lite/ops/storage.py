@@ -13,6 +13,7 @@ from megatron_lite.config.counts import checkpoint_size, parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count, format_size
+from megatron_lite.ops.job import Job
 from megatron_lite.ops.quota import Space
 from megatron_lite.runs.exit_status import completed_iteration
 from megatron_lite.runs.retention import expired, retention_of
@@ -96,6 +97,25 @@ def completion_problems(config: RunConfig) -> Iterator[ConfigError]:
             f"The run in --save {folder} is complete: it reached iteration {done:,}",
             fix="Raise --train-iters or --train-samples, or give another --save folder",
         )
+
+
+def of_array_task(job: Job, error: ConfigError) -> ConfigError:
+    """Return the error of a complete run; of an array with a run for each task, with the task and the other ones."""
+    first, *others = job.resources.array or (0,)
+    if not others or b"SLURM_ARRAY" not in job.path.read_bytes():
+        return error
+    spans: list[list[int]] = []
+    for index in others:
+        if spans and index == spans[-1][-1] + 1:
+            spans[-1][1:] = [index]
+        else:
+            spans.append([index])
+    limit = "".join(job.resources.options["array"].partition("%")[1:])
+    rest = ",".join("-".join(map(str, span)) for span in spans) + limit
+    return ConfigError(
+        f"Task {first} of the array: {error.problem}",
+        fix=f"Submit the other tasks with --sbatch=--array={rest}. Otherwise: {error.fix}",
+    )
 
 
 def nearest_existing(folder: Path) -> Path:

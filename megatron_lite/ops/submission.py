@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_lite.config.arguments import ParsedRun, parse_run
@@ -28,6 +28,7 @@ from megatron_lite.ops.storage import (
     completion_problems,
     folder_problems,
     nearest_existing,
+    of_array_task,
     space_problems,
     space_warnings,
     storage_of,
@@ -57,6 +58,7 @@ class Submission:
         warnings: risks that do not prevent the job.
         facts: lines of the plan, (title, text).
         excluded: hosts on which the job must not run.
+        complete: the error of a run that is complete; a problem if the script trains no other run.
     """
 
     job: Job
@@ -66,6 +68,7 @@ class Submission:
     warnings: list[str] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     excluded: tuple[str, ...] = ()
+    complete: list[ConfigError] = field(default_factory=list)
 
 
 def check_job(
@@ -87,6 +90,7 @@ def check_job(
             _check_programs(submission)
         else:
             _check_training(submission, step_seconds)
+            _check_further(submission, step_seconds)
     if partitions is not None:
         unusable = list(partition_problems(job, partitions))
         submission.problems += unusable
@@ -185,11 +189,38 @@ def _check_training(submission: Submission, step_seconds: float | None) -> None:
         _check_folder(submission, config, folder, storage)
 
 
+def _check_further(submission: Submission, step_seconds: float | None) -> None:
+    """Check the further training commands of a script, and judge runs that are complete."""
+    job = submission.job
+    finished = [submission.complete]
+    if job.further:
+        submission.facts.append(("Commands", f"{len(job.further) + 1}, all checked; the plan is that of the first one"))
+    for number, command in enumerate(job.further, start=2):
+        other = Submission(replace(job, command=command, further=()))
+        _check_training(other, step_seconds)
+        finished.append(other.complete)
+        pairs = ((submission.problems, other.problems), (submission.local_problems, other.local_problems))
+        for mine, its in pairs:
+            known = {str(error) for error in mine}
+            mine += [
+                ConfigError(f"Training command {number}: {error.problem}", rule=error.rule, fix=error.fix)
+                for error in its
+                if str(error) not in known
+            ]
+        submission.warnings += [
+            f"training command {number}: {w}" for w in other.warnings if w not in submission.warnings
+        ]
+    if all(finished):
+        submission.problems += submission.complete
+    else:
+        submission.warnings += [error.problem for errors in finished for error in errors]
+
+
 def _check_folder(submission: Submission, config: RunConfig, folder: Path, storage: Storage) -> None:
     """Check the run in the --save folder, and the space for its checkpoints."""
     existing = nearest_existing(folder)
     submission.facts.append(("Saves", _saves_line(config)))
-    submission.problems += [_of_task(submission.job, problem) for problem in completion_problems(config)]
+    submission.complete += [of_array_task(submission.job, problem) for problem in completion_problems(config)]
     if (lock := folder_user(folder, Queue(), time.time())) is not None:
         submission.warnings.append(
             f"--save {folder} is in use by {lock.owner}: a job that starts before it ends is refused"
@@ -210,25 +241,6 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
         submission.local_problems.append(error)
     if submission.excluded:
         submission.facts.append(("Excluded", ", ".join(submission.excluded)))
-
-
-def _of_task(job: Job, error: ConfigError) -> ConfigError:
-    """Return the error of a complete run; of an array with a run for each task, with the task and the other ones."""
-    first, *others = job.resources.array or (0,)
-    if not others or b"SLURM_ARRAY" not in job.path.read_bytes():
-        return error
-    spans: list[list[int]] = []
-    for index in others:
-        if spans and index == spans[-1][-1] + 1:
-            spans[-1][1:] = [index]
-        else:
-            spans.append([index])
-    limit = "".join(job.resources.options["array"].partition("%")[1:])
-    rest = ",".join("-".join(map(str, span)) for span in spans) + limit
-    return ConfigError(
-        f"Task {first} of the array: {error.problem}",
-        fix=f"Submit the other tasks with --sbatch=--array={rest}. Otherwise: {error.fix}",
-    )
 
 
 def _maker(job: Job, error: ConfigError) -> str:

@@ -221,6 +221,13 @@ def test_a_chain_that_could_not_resume_is_refused_in_a_dry_run_too(script, capfd
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chain_of_several_runs_is_refused(script, tmp_path, capfd):
+    line = JOB[JOB.index("srun") :].replace("--save run", "--save run --load run")
+    (tmp_path / script).write_text(JOB[: JOB.index("srun")] + line + line.replace(" run", " other"), encoding="utf-8")
+    assert main(["slurm", "submit", "--dry-run", "--chain", script]) == 1
+    assert "The script trains several runs (--save run, other), and a chain continues one" in capfd.readouterr().err
+
+
 def test_a_script_that_chooses_what_to_load_can_be_chained(script, tmp_path, capfd):
     choice = "[ -f run/latest_checkpointed_iteration.txt ] && L=run || L=base\nsrun"
     text = JOB.replace("srun", choice).replace("--save run", "--save run --load $L")

@@ -277,3 +277,22 @@ def test_missing_files_are_named_by_the_flag_that_was_given(check):
     flags = FLAGS.replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
     (problem,) = local(check("--tokenizer-type HFTokenizer --tokenizer-name-or-path /nowhere/t.json", flags=flags))
     assert problem.startswith("--tokenizer-name-or-path /nowhere/t.json does not exist")
+
+
+def test_all_training_commands_of_a_script_are_checked(tmp_path):
+    path = tmp_path / "job.slurm"
+    loop = f"for i in 1 2 3; do srun python pretrain_gpt.py {FLAGS} --save {tmp_path}/run$i --seed $i; done\n"
+    path.write_text(HEADER + loop, encoding="utf-8")
+    found = check_job(read_job(path, environment={}))
+    assert texts(found) == [] and dict(found.facts)["Commands"].startswith("3, all checked; the plan is that")
+    (tmp_path / "run2").mkdir()
+    (tmp_path / "run2" / "completed_iteration.txt").write_text("100\n")
+    found = check_job(read_job(path, environment={}))
+    assert texts(found) == [] and any("run2 is complete" in warning for warning in found.warnings)
+    bad = f"srun python pretrain_gpt.py {FLAGS} --save {tmp_path}/last --tensor-model-parallel-size 3\n"
+    path.write_text(HEADER + loop + bad, encoding="utf-8")
+    problems = texts(check_job(read_job(path, environment={})))
+    assert all(problem.startswith("Training command 4: ") for problem in problems)
+    assert any("--tensor-model-parallel-size 3" in problem for problem in problems)
+    path.write_text(HEADER + bad.replace("-size 3", "-size 2") * 2, encoding="utf-8")
+    assert "Commands" not in dict(check_job(read_job(path, environment={})).facts), "the same command twice"
