@@ -105,6 +105,23 @@ def test_stop(new_run):
     assert len({tick[:2] for tick in run.ticks()}) == 1
     status = run.status()
     assert (status["state"], status["queue"]) == ("stopped", [])
+    (outcome,) = status["outcomes"]
+    assert outcome["status"] == "signal" and outcome["iteration"] > 0
+
+
+def test_jobs_cancelled_one_by_one(new_run):
+    run = new_run("cancelled")
+    run.submit(pace=0.5)
+    run.wait_for_iteration(2)
+    waiting, running = run.chain.successor, run.chain.job.job
+    with pytest.raises(RuntimeError, match=r"has an active chain, which the job would disturb: job \d+ is running"):
+        run.slurm("submit", run.script)
+    run.cluster.run("scancel", waiting)
+    run.wait_for(lambda: "no job follows" in run.slurm("status", run.save), "cancelled job", 30)
+    run.cluster.run("scancel", running)
+    run.wait_for(lambda: run.status()["state"] == "stopped", "end of the chain", 60)
+    assert run.status()["reason"] == f"job {waiting}, which waited for the end of job {running}, was cancelled"
+    assert run.outcomes == ["signal"]
 
 
 def test_killed_rank(killed_rank, expected):
