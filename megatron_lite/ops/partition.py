@@ -132,6 +132,6 @@ def exclusion_problems(
         fewer = f", or give --nodes={len(left[widest])}" if left[widest] else ""
         yield ConfigError(
             f"The job requests {format_count(job.num_nodes, 'node')}, and {save / EXCLUDE_NAME}{also} leaves "
-            f"{len(left[widest]):,} of {len(nodes[widest]):,} in partition {widest}: {', '.join(bad)} is excluded",
+            f"{len(left[widest]):,} of {len(nodes[widest]):,} in partition {widest} (excluded: {', '.join(bad)})",
             fix=f"Allow a node again with `megatron-lite doctor --forgive {(bad or ['NODE'])[0]} --save {save}`{fewer}",
         )

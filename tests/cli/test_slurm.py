@@ -161,7 +161,7 @@ def test_an_exclude_file_that_leaves_too_few_nodes_is_named(script, program, tmp
     (tmp_path / "run" / "excluded_nodes.txt").write_text("gpu017\ngpu999\n", encoding="utf-8")
     assert main(["slurm", "submit", "--dry-run", script]) == 1
     text = capfd.readouterr().err
-    assert "requests 2 nodes, and run/excluded_nodes.txt leaves 1 of 2 in partition short: gpu017 is excluded" in (
+    assert "requests 2 nodes, and run/excluded_nodes.txt leaves 1 of 2 in partition short (excluded: gpu017)" in (
         text.replace(f"{tmp_path}/", "")
     )
     assert "doctor --forgive gpu017 --save" in text and "or give --nodes=1" in text
