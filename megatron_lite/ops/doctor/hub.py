@@ -349,8 +349,9 @@ def _listen(launch: Launch) -> socket.socket:
     for port in ports:
         with suppress(OSError):
             return bind(int(port))
+    listed = format_ranges(sorted(map(int, ports)))
+    subject = f"ports {listed} of rank 0 are" if len(ports) > 1 else f"port {listed} of rank 0 is"
     raise TrainingError(
-        f"The port{'s' * (len(ports) > 1)} {format_ranges(sorted(map(int, ports)))} of rank 0 are in use on "
-        f"{launch.host}",
+        f"The {subject} in use on {launch.host}",
         fix="Set MASTER_PORT to a free port, the same for all ranks",
     )

@@ -93,7 +93,7 @@ def test_another_program_at_the_port(launches):
 def test_all_ports_of_rank_0_in_use(launches):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(TrainingError, match=f"{port} of rank 0 are in use on n0"):
+        with pytest.raises(TrainingError, match=f"{port} of rank 0 is in use on n0"):
             Hub(replace(launches[0], init_method=f"tcp://127.0.0.1:{port}"))
 
 
