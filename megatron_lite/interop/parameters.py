@@ -1,4 +1,4 @@
-"""Layer-by-layer model: tensor names, shapes and logits with one layer in memory at a time."""
+"""Low-memory model evaluation: tensor names and shapes of a model, and its logits with one layer in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch script writer of a Slurm job chain: the user's #SBATCH lines, `slurm begin`, the script, `slurm end`."""
+"""Batch script writer of a Slurm job chain: the user's script between commands that record its start and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training iterations in flight: an iteration is enqueued before the outcome of the one before is read and reported.
+"""Asynchronous training iterations: enqueues each one before the results of the previous one are read.
 
 The device thus always has work while the host waits, reports and prepares. Whoever needs the outcome of every iteration
 (a save, an evaluation, the end) settles the last one first.

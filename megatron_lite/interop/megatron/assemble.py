@@ -1,4 +1,4 @@
-"""Builder of a foreign model: config, renamed tensors and training state of a Megatron-LM or DeepSpeed checkpoint."""
+"""Conversion of a Megatron-LM or DeepSpeed checkpoint's content: model config, renamed tensors and training state."""
 
 from __future__ import annotations
 
