@@ -170,5 +170,5 @@ def _check_none_left_over(saved: Sequence[str], run: Collection[str], path: Path
             f"The checkpoint {path} contains tensors that this run does not have: {', '.join(left[:_SHOWN])}{more}",
             fix="Use the model and optimizer flags with which it was saved: `megatron-lite checkpoint inspect "
             f"{path}` prints "
-            "them. To load the weights without optimizer state, add --no-load-optim",
+            "them. If only optimizer state is left over, --no-load-optim loads the weights without it",
         )

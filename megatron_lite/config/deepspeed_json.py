@@ -170,7 +170,9 @@ def _number(value: Any, key: str) -> float:
         return value
     entry = key.rpartition(".")[2]
     if value is None:
-        raise ConfigError(f"{key} is missing in the DeepSpeed JSON", fix=f'Add "{entry}" with a number, such as 1000')
+        raise ConfigError(
+            f"{key} is missing in the DeepSpeed JSON", fix=f'Add "{entry}" there with a number, such as 1000'
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise ConfigError(
             f"{key} in the DeepSpeed JSON is {shortened(repr(value))}; the limit is {format_number(MAX_NUMBER)}",
@@ -327,8 +329,10 @@ def _linear(curriculum: dict[str, Any], schedule: dict[str, Any]) -> SequenceRam
     step = schedule.get("difficulty_step", SequenceRamp().step)
     return SequenceRamp(
         start=_whole(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty"),
-        iterations=_whole(schedule.get("total_curriculum_step"), "total_curriculum_step"),
-        step=_whole(step, "difficulty_step"),
+        iterations=_whole(
+            schedule.get("total_curriculum_step"), "curriculum_learning.schedule_config.total_curriculum_step"
+        ),
+        step=_whole(step, "curriculum_learning.schedule_config.difficulty_step"),
     )
 
 
@@ -343,6 +347,6 @@ def _staged(schedule: dict[str, Any]) -> SequenceRamp:
             "last of them end",
             fix='Write schedule_config like {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
-    firsts = [0, *(_whole(end, "max_step") + 1 for end in ends)]
-    sizes = [_whole(length, "difficulty") for length in lengths]
+    firsts = [0, *(_whole(end, "curriculum_learning.schedule_config.max_step") + 1 for end in ends)]
+    sizes = [_whole(length, "curriculum_learning.schedule_config.difficulty") for length in lengths]
     return SequenceRamp(stages=tuple(zip(firsts, sizes, strict=True)))

@@ -65,19 +65,24 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
         )
     width = model.num_attention_heads * model.head_dim
     sizes = {
-        "the hidden size": model.hidden_size,
-        "the attention width per rank": width // tp,
-        "the query, key and value channels per rank": (width + 2 * model.num_query_groups * model.head_dim) // tp,
-        "the MLP width per rank": model.ffn_hidden_size // tp,
-        "the tokens of a micro-batch": batch.micro_batch_size * batch.seq_length,
+        "the hidden size": (model.hidden_size, "--hidden-size"),
+        "the attention width per rank": (width // tp, "--kv-channels or the tensor-parallel size"),
+        "the number of query, key and value channels per rank": (
+            (width + 2 * model.num_query_groups * model.head_dim) // tp,
+            "--kv-channels or the tensor-parallel size",
+        ),
+        "the MLP width per rank": (model.ffn_hidden_size // tp, "--ffn-hidden-size or the tensor-parallel size"),
+        "the number of tokens of a micro-batch": (
+            batch.micro_batch_size * batch.seq_length,
+            "--micro-batch-size or --seq-length",
+        ),
     }
-    if odd := {name: size for name, size in sizes.items() if size % ALIGNMENT}:
-        name, size = next(iter(odd.items()))
-        yield ConfigError(
-            f"fp8 products need sizes that are multiples of {ALIGNMENT}, and {name} is {size} (--fp8-format)",
-            fix="Change --hidden-size, --ffn-hidden-size, --kv-channels, --micro-batch-size or --seq-length, or remove "
-            "--fp8-format",
-        )
+    for name, (size, flags) in sizes.items():
+        if size % ALIGNMENT:
+            yield ConfigError(
+                f"fp8 products need sizes that are multiples of {ALIGNMENT}, and {name} is {size} (--fp8-format)",
+                fix=f"Change {flags}, or remove --fp8-format",
+            )
 
 
 RESOLVERS = (note_scaling,)

@@ -28,12 +28,23 @@ def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
             f"{', '.join(unknown)}",
             fix="Read it with the version of megatron_lite that wrote it, or a newer one",
         )
+    required = {
+        entry.name
+        for entry in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if entry.init and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(record)):
+        raise ConfigError(
+            f"The stored {kind.__name__} lacks {', '.join(missing)}: its file was edited, or another version wrote it",
+            fix="Restore the file (a checkpoint's manifest.json), or read it with the version of megatron_lite that "
+            "wrote it",
+        )
     try:
         return kind(**{name: _value(hints[name], value) for name, value in record.items()})
     except TypeError as error:
         raise ConfigError(
-            f"The stored {kind.__name__} lacks fields that this version of megatron_lite needs: {error}",
-            fix="Read it with the version of megatron_lite that wrote it",
+            f"The stored {kind.__name__} has a value of a wrong type: {error}",
+            fix="Restore the file (a checkpoint's manifest.json), which was edited",
         ) from error
 
 

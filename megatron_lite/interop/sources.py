@@ -193,7 +193,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if outside:
         raise CheckpointError(
             f"{path} names the file {outside[0]}, which is outside the model's folder",
-            fix="Do not use this model unless you trust its source: it may be made to read other files",
+            fix="Do not use this model: it may be made to read other files. Download it again from its author",
         )
     return files
 

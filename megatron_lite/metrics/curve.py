@@ -47,7 +47,8 @@ def read_curve(path: Path, title: str = "") -> LossCurve:
     if not train and not validation:
         raise DataError(
             f"The metrics file {path} contains no finite loss",
-            fix="Wait until the run has logged an iteration, or give the metrics.jsonl of another run",
+            fix="Wait until the run has logged an iteration; if its losses are NaN, give the metrics.jsonl of another "
+            "run",
         )
     title = title or ("Loss" if not parameters else f"Loss of a GPT with {format_parameters(parameters)} parameters")
     return LossCurve(title, tuple(train), {name: tuple(points) for name, points in validation.items()})

@@ -149,7 +149,7 @@ def _stored(name: str, entry: Stub, places: Mapping[tuple[str, tuple[int, ...]],
             raise CheckpointError(
                 f".metadata of the checkpoint names the file {place['relative_path']}, which is outside the "
                 "checkpoint's folder",
-                fix="Do not use this checkpoint unless you trust its source: it may be made to read other files",
+                fix="Do not use this checkpoint: it may be made to read other files. Copy it again from its run",
             )
         chunks.append(_Chunk(Rectangle(offset, shape), place["relative_path"], place["offset"], place["length"]))
     return _Stored(tuple(entry.state["size"]), dtype, tuple(chunks))
