@@ -1,5 +1,6 @@
 """Fixtures and settings for all tests."""
 
+import atexit
 import os
 
 import pytest
@@ -29,6 +30,16 @@ def plain_environment():
                 patch.delenv(name)
         patch.setenv("COLUMNS", "80")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exit_code_of_pytest():
+    """Keep pytest's exit code: a call or a job that failed in this process would set its own at the exit."""
+    yield
+    from megatron_lite.backend import interruptible
+
+    atexit.unregister(interruptible._end_if_running)
+    atexit.unregister(interruptible.end_at_once)
 
 
 @pytest.fixture(scope="session")
