@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_vs_plain import PlainGPT2
+from step_vs_plain import PlainGPT2, gpt2_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_lite.backend.base import Backend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
@@ -38,6 +37,7 @@ from megatron_lite.config.counts import flops_per_token
 from megatron_lite.config.fp8 import Fp8Config
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import LrConfig, PrecisionConfig
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.training import TrainingConfig
@@ -71,16 +71,7 @@ class Shape:
 
     def model(self) -> ModelConfig:
         """Return the architecture, without dropout."""
-        return ModelConfig(
-            num_layers=self.layers,
-            hidden_size=self.hidden,
-            num_attention_heads=self.heads,
-            max_position_embeddings=self.seq,
-            vocab_size=self.vocab,
-            padded_vocab_size=self.vocab,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-        )
+        return gpt2_model(self.layers, self.hidden, self.heads, self.seq, self.vocab)
 
     def micro_batch_tokens(self, device: torch.device) -> list[Tensor]:
         """Return random tokens [b, s + 1] of each micro-batch."""
@@ -120,8 +111,8 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def our_step(shape: Shape, device: torch.device, fp8: str, compiled: bool) -> tuple[Step, Backend]:
-    """Return a function that runs a run's training step, and the backend."""
+def our_step(shape: Shape, device: torch.device, fp8: str, compiled: bool) -> Step:
+    """Return a function that runs a run's training step."""
     config = RunConfig(
         model=shape.model(),
         batch=BatchConfig(
@@ -144,7 +135,7 @@ def our_step(shape: Shape, device: torch.device, fp8: str, compiled: bool) -> tu
         if len(pending) > 1:  # as the training loop does: an outcome is read while the next step runs
             pending.pop(0).outcome()
 
-    return step, backend
+    return step
 
 
 def plain_step(shape: Shape, device: torch.device, backend: str) -> Step:
@@ -181,7 +172,7 @@ def measure(result: Result, shape: Shape, device: torch.device, compile_backend:
         step = (
             plain_step(shape, device, compile_backend)
             if result.side == PLAIN
-            else our_step(shape, device, *OURS[result.side])[0]
+            else our_step(shape, device, *OURS[result.side])
         )
         for _ in range(3):
             step()
@@ -246,7 +237,8 @@ def run(
         if result.problem:
             continue
         if time.perf_counter() > deadline:
-            result.problem = result.problem if result.seconds else "left out: no time was left"
+            if not result.seconds:
+                result.problem = "left out: no time was left"
             continue
         print(f"measuring {shape.name}: {result.side}", file=sys.stderr, flush=True)
         measure(result, shape, device, compile_backend, steps)
@@ -293,9 +285,7 @@ def main() -> int:
     shapes = SHAPES[: args.shapes]
     minutes = args.minutes - (time.perf_counter() - started) / 60
     results = run(shapes, device, steps=args.steps, minutes=minutes)
-    peak = select_backend(RuntimeConfig(device="cuda"), RunConfig(
-        model=SHAPES[0].model(), batch=BatchConfig(seq_length=1, micro_batch_size=1)
-    ).parallel, Launch()).peak_flops(torch.bfloat16)  # fmt: skip
+    peak = select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch()).peak_flops(torch.bfloat16)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     print(f"{card}\ntests marked gpu: {tests}\n\n{report(results, shapes, peak)}")
     if args.json:

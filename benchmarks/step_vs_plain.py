@@ -99,19 +99,24 @@ def plain_step(args: argparse.Namespace, device: torch.device) -> Step:
     return step
 
 
+def gpt2_model(layers: int, hidden: int, heads: int, length: int, vocab: int) -> ModelConfig:
+    """Return the architecture of PlainGPT2."""
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        vocab_size=vocab,
+        padded_vocab_size=vocab,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
 def our_step(args: argparse.Namespace) -> Step:
     """Return a function that runs the training step of a run: executor, gradient buffers, clipping, optimizer, loss."""
     config = RunConfig(
-        model=ModelConfig(
-            num_layers=args.layers,
-            hidden_size=args.hidden,
-            num_attention_heads=args.heads,
-            max_position_embeddings=args.seq,
-            vocab_size=args.vocab,
-            padded_vocab_size=args.vocab,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-        ),
+        model=gpt2_model(args.layers, args.hidden, args.heads, args.seq, args.vocab),
         batch=BatchConfig(seq_length=args.seq, micro_batch_size=args.batch, global_batch_size=args.batch),
         training=TrainingConfig(train_iters=10**6),
         lr=LrConfig(lr=1e-4, style="constant"),

@@ -165,10 +165,11 @@ class Profiler:
         """Return the messages of this rank."""
         self._backend.synchronize()
         seconds, rank, messages = time.perf_counter() - self._started, self._world.rank, []
+        if self._trace is not None:
+            self._trace.stop()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._trace is not None:
-                self._trace.stop()
                 found = summarize(intervals_of(self._trace, self._backend.device), seconds)
                 messages.append(table(found, f"profile of rank {rank}, {iterations}"))
                 path = self._folder / f"rank{rank}-{numbers}.json.gz"
