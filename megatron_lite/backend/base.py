@@ -68,7 +68,7 @@ def claim_device(store: Any, launch: Launch, device_id: str) -> None:
     Args:
         store: of all ranks.
         launch: this rank.
-        device_id: what tells the device from others of the host, such as its UUID; empty: nothing is recorded.
+        device_id: identity of the device within its host, such as its UUID; empty: nothing is recorded.
 
     Raises:
         ConfigError: another rank uses the device.

@@ -259,7 +259,7 @@ class Watchdog:
         """On rank 0 and the rank that failed first, wait until every rank has read the failure.
 
         Rank 0's process may hold the store. The end of the failed rank makes NCCL abort its peers' processes, before
-        they know which rank has failed.
+        these have received the description of the failure.
         """
         if self._rank != 0 and not self._failed_first:
             return
