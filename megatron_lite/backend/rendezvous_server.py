@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -116,53 +117,42 @@ class Connection:
         self.socket.close()
 
 
-class RendezvousServer:
-    """Registers the ranks of one job until it begins, and refuses every later process.
+class ConnectionServer(ABC):
+    """Thread that accepts connections and handles their messages.
 
     Args:
         listener: a listening socket, which the server closes.
-        member: rank 0, in whose process the server runs.
+        name: of the thread, which starts at once: a subclass sets its own state first.
     """
 
-    def __init__(self, listener: socket.socket, member: Member) -> None:
+    def __init__(self, listener: socket.socket, name: str) -> None:
         self.port: int = listener.getsockname()[1]
-        self.token = uuid.uuid4().hex
-        self.begun = False
-        self.failure: StartFailure | None = None
-        self._owner = member
-        self._members: dict[int, Connection] = {}
-        self._known: dict[int, Member] = {}
-        self._ready: set[int] = set()
-        self._informed: set[int] = set()
-        allow_files(4 * member.world_size + 512)  # one connection here, and three to the store
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def missing(self) -> list[int]:
-        """Return the ranks that have not joined yet."""
-        return sorted(set(range(self._owner.world_size)) - set(self._known))
-
-    def wait_until_reported(self, seconds: float) -> None:
-        """Return once the failure was sent to every other rank, or after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and len(self._informed - {0}) < self._owner.world_size - 1:
-            time.sleep(0.01)
-
     def close(self) -> None:
-        """Stop listening and close all connections."""
+        """Stop listening, end the thread and close all connections, so that the port can be bound again."""
         self._closing = True
         with suppress(OSError):
             # Wakes the thread, which closes all connections.
             socket.create_connection(("127.0.0.1", self.port), 1.0).close()
-        self._thread.join(1.0)
+        self._thread.join(2.0)
+
+    @abstractmethod
+    def _handle(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Handle one message; an OSError, TypeError, KeyError or ValueError closes the connection."""
+
+    @abstractmethod
+    def _dropped(self, member: Member) -> None:
+        """Handle the end of a rank's connection."""
 
     def _run(self) -> None:
         while not self._closing:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(1.0):
                 if key.fileobj is self._listener:
                     with suppress(OSError):
                         accepted, _ = self._listener.accept()
@@ -177,14 +167,45 @@ class RendezvousServer:
         try:
             for message in connection.read():
                 self._handle(connection, message)
-        except (OSError, TypeError, KeyError):  # closed, or not a rank
-            self._drop(connection)
+        except (OSError, TypeError, KeyError, ValueError):  # closed, or not a rank
+            self._selector.unregister(connection)
+            connection.close()
+            if connection.member is not None:
+                self._dropped(connection.member)
 
-    def _drop(self, connection: Connection) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        member = connection.member
-        if member is None or self._members.pop(member.rank, None) is None or self.begun:
+
+class RendezvousServer(ConnectionServer):
+    """Registers the ranks of one job until it begins, and refuses every later process.
+
+    Args:
+        listener: a listening socket, which the server closes.
+        member: rank 0, in whose process the server runs.
+    """
+
+    def __init__(self, listener: socket.socket, member: Member) -> None:
+        self.token = uuid.uuid4().hex
+        self.begun = False
+        self.failure: StartFailure | None = None
+        self._owner = member
+        self._members: dict[int, Connection] = {}
+        self._known: dict[int, Member] = {}
+        self._ready: set[int] = set()
+        self._informed: set[int] = set()
+        allow_files(4 * member.world_size + 512)  # one connection here, and three to the store
+        super().__init__(listener, "rendezvous")
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not joined yet."""
+        return sorted(set(range(self._owner.world_size)) - set(self._known))
+
+    def wait_until_reported(self, seconds: float) -> None:
+        """Return once the failure was sent to every other rank, or after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and len(self._informed - {0}) < self._owner.world_size - 1:
+            time.sleep(0.01)
+
+    def _dropped(self, member: Member) -> None:
+        if self._members.pop(member.rank, None) is None or self.begun:
             return
         self._fail(
             StartFailure(

@@ -14,7 +14,6 @@ the training job needs it.
 from __future__ import annotations
 
 import os
-import selectors
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ from typing import Any
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.rendezvous_server import (
     Connection,
+    ConnectionServer,
     Member,
     allow_files,
     bind,
@@ -54,7 +54,7 @@ def _identity(launch: Launch) -> str:
     return f"{launch.job} node check"
 
 
-class Hub:
+class Hub(ConnectionServer):
     """Server of rank 0; a context manager.
 
     Args:
@@ -73,19 +73,12 @@ class Hub:
         self._members: dict[int, Connection] = {}
         self._round_trips: dict[int, float] = {}
         self._sent: dict[int, tuple[int, float, float]] = {}
-        self._closing = False
         self.hosts: dict[int, str] = {}
         self.offsets: dict[int, float] = {}
         self.reports: dict[int, Report] = {}
         self.lost: set[int] = set()
         allow_files(launch.world_size + 512)
-        listener = _listen(launch)
-        self.port: int = listener.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._listener = listener
-        self._thread = threading.Thread(target=self._run, name="node check", daemon=True)
-        self._thread.start()
+        super().__init__(_listen(launch), "node check")
 
     def wait_joined(self, deadline: float) -> list[int]:
         """Wait for all ranks; return those that are missing at the deadline (time.monotonic())."""
@@ -101,13 +94,6 @@ class Hub:
         for connection in list(self._members.values()):
             with suppress(OSError):
                 connection.send(**message)
-
-    def close(self) -> None:
-        """End the thread and close all connections, so that the port can be bound again."""
-        self._closing = True
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
-        self._thread.join(2.0)
 
     def __enter__(self) -> Hub:
         return self
@@ -125,31 +111,11 @@ class Hub:
             while not condition() and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(min(left, 1.0))
 
-    def _run(self) -> None:
-        while not self._closing:
-            for key, _ in self._selector.select(1.0):
-                if key.fileobj is self._listener:
-                    with suppress(OSError):
-                        accepted, _ = self._listener.accept()
-                        self._selector.register(Connection(accepted), selectors.EVENT_READ)
-                else:
-                    self._serve(key.fileobj)  # type: ignore[arg-type]
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-        self._selector.close()
-
-    def _serve(self, connection: Connection) -> None:
-        try:
-            for message in connection.read():
-                self._handle(connection, message)
-        except (OSError, TypeError, KeyError, ValueError):  # closed, or not a rank
-            self._selector.unregister(connection)
-            connection.close()
-            if connection.member is not None:
-                with self._changed:
-                    self._members.pop(connection.member.rank, None)
-                    self.lost.add(connection.member.rank)
-                    self._changed.notify_all()
+    def _dropped(self, member: Member) -> None:
+        with self._changed:
+            self._members.pop(member.rank, None)
+            self.lost.add(member.rank)
+            self._changed.notify_all()
 
     def _handle(self, connection: Connection, message: dict[str, Any]) -> None:
         if "hello" in message:
