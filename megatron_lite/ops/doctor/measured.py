@@ -1,7 +1,8 @@
 """Node check rules for measurements: flags slow devices and links, wrong clocks and an unusable --save folder.
 
 A speed is compared with the upper median of the ranks with the same device: at most half of them can be outliers, and
-of two the faster one is the reference.
+of two the faster one is the reference. Slow ranks without a GPU get warnings only: other processes may use the cores,
+memory and disk of their host, and training there is slow, not wrong.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ def slow_devices(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
             usual = statistics.median_high(report.speeds[name] for report in reports)
             for report in reports:
                 speed, gpu = report.speeds[name], bool(report.uuid)
-                limit = limits.gpu_speed if gpu else limits.cpu_warning
+                limit = limits.gpu_speed if gpu else limits.cpu_speed
                 if speed >= limit * usual:
                     continue
-                is_bad = gpu or speed < limits.cpu_speed * usual
                 yield Problem(
                     kind=f"slow {name}",
                     text=f"{report.place}: {name} at {format_rate(speed, unit)}, {speed / usual:.2f} of the median "
@@ -43,8 +43,8 @@ def slow_devices(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
                     if gpu
                     else "End other processes on this host, or check its clock frequency",
                     hosts=(report.host,),
-                    severity="problem" if is_bad else "warning",
-                    excludes=is_bad,
+                    severity="problem" if gpu else "warning",
+                    excludes=gpu,
                 )
     for report in ranks:
         if report.peak_flops and report.speeds.get(MATRIX_PRODUCT, report.peak_flops) < limits.peak * report.peak_flops:
@@ -73,7 +73,8 @@ def slow_storage(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
                 f"{limits.write_speed:g})",
                 fix="Report the node: check its mount of the file system",
                 hosts=(report.host,),
-                excludes=True,
+                severity="problem" if report.uuid else "warning",
+                excludes=bool(report.uuid),
             )
         if storage.rename_seconds > limits.rename:
             yield Problem(
@@ -122,7 +123,8 @@ def wrong_clocks(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Proble
 def slow_links(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Problem]:
     """Name groups that are slower than the upper quartile of their axis; a host whose links are all slow is bad."""
     hosts = {report.rank: report.host for report in ranks}
-    share = limits.link_speed if any(report.uuid for report in ranks) else limits.cpu_link_speed
+    gpus = any(report.uuid for report in ranks)
+    share = limits.link_speed if gpus else limits.cpu_link_speed
     for (axis, operation), groups in group_bandwidths(ranks).items():
         # One bad host slows two of three links between three hosts.
         usual = sorted(groups.values())[math.ceil(0.75 * len(groups)) - 1]
@@ -137,7 +139,8 @@ def slow_links(ranks: Sequence[Report], limits: Thresholds) -> Iterator[Problem]
                 f"{format_rate(usual, 'B/s')} (at least {share:g})",
                 fix="Report the node: check its network or NVLink (nvidia-smi nvlink -s, ibstat)",
                 hosts=guilty or at[group],
-                excludes=bool(guilty),
+                severity="problem" if gpus else "warning",
+                excludes=gpus and bool(guilty),
             )
 
 

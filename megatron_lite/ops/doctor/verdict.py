@@ -17,8 +17,7 @@ class Thresholds:
 
     Attributes:
         gpu_speed: smallest share of the median speed of a GPU.
-        cpu_speed: the same of a CPU, whose cores and memory other processes may use.
-        cpu_warning: share below which a CPU gets a warning.
+        cpu_speed: the same of a CPU.
         link_speed: smallest share of the upper quartile of the bandwidths of an axis's groups.
         cpu_link_speed: the same between CPU ranks, whose cores carry the messages.
         write_speed: smallest share of the median write speed of --save.
@@ -32,8 +31,7 @@ class Thresholds:
     """
 
     gpu_speed: float = 0.85
-    cpu_speed: float = 0.1
-    cpu_warning: float = 0.5
+    cpu_speed: float = 0.5
     link_speed: float = 0.5
     cpu_link_speed: float = 0.1
     write_speed: float = 0.25

@@ -72,15 +72,31 @@ def test_of_two_ranks_the_slower_one_is_the_outlier():
     assert set(judge(ranks).excluded) == {"n0"}
 
 
-@pytest.mark.parametrize(("share", "severity"), [(0.6, None), (0.3, "warning"), (0.05, "problem")])
-def test_a_slow_cpu_may_be_shared(share, severity):
+def cpu_reports():
     ranks = replace_peak(reports())
     for report in ranks.values():
         report.uuid, report.gpu = "", None
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("share", "kinds"), [(0.6, []), (0.3, ["slow matrix product"]), (0.01, ["slow matrix product"])]
+)
+def test_a_slow_cpu_may_be_shared(share, kinds):
+    ranks = cpu_reports()
     ranks[3].speeds[MATRIX_PRODUCT] *= share
     verdict = judge(ranks)
-    assert [finding.severity for finding in verdict.findings] == ([severity] if severity else [])
-    assert set(verdict.excluded) == ({"n1"} if severity == "problem" else set())
+    assert [finding.kind for finding in verdict.findings] == kinds and verdict.problems == ()
+    assert verdict.excluded == {}
+
+
+def test_links_and_disk_of_a_cpu_host_may_be_shared():
+    rows = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    ranks = add_links(cpu_reports(), [link("tp", row, 1e6 if row == (4, 5) else 1e9) for row in rows])
+    ranks[2].storage = replace(ranks[2].storage, write_speed=1e6)
+    verdict = judge(ranks)
+    assert [finding.kind for finding in verdict.findings] == ["slow --save", "slow tp links"]
+    assert verdict.problems == () and verdict.excluded == {}
 
 
 def test_other_devices_are_not_compared():
