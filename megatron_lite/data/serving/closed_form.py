@@ -12,7 +12,7 @@ from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.permutation import permute, round_keys
 from megatron_lite.data.order.sample_index import too_few_tokens
 from megatron_lite.data.order.spans import Span, take_spans
-from megatron_lite.data.serving.dataset import SpanDataset, out_of_samples
+from megatron_lite.data.serving.dataset import SpanDataset
 
 
 def samples_per_epoch(data: IndexedDataset, bounds: tuple[int, int], seq_length: int) -> int:
@@ -61,14 +61,12 @@ class ClosedFormDataset(SpanDataset):
     def __len__(self) -> int:
         return self.size
 
-    def find(self, sample: int) -> list[Span]:
+    def locate(self, sample: int) -> list[Span]:
         """Return the spans of a sample.
 
         Raises:
-            DataError: the sample does not exist, or the index is damaged.
+            DataError: the index is damaged.
         """
-        if not 0 <= sample < self.size:
-            raise out_of_samples(sample, self.size, self.sources)
         epoch, number = divmod(sample, self.epoch_samples)
         token = permute(number, self.epoch_samples, round_keys(self.seed, epoch)) * self.seq_length
         document, offset = self.data.find_token(token, *self.bounds)

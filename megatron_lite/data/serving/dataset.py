@@ -43,7 +43,7 @@ class Dataset(Protocol):
 
 
 class SpanDataset:
-    """Base of datasets on one .bin/.idx pair; subclasses define the spans of a sample (`find`).
+    """Base of datasets on one .bin/.idx pair; subclasses define their length and the spans of a sample (`locate`).
 
     Args:
         data: the .bin/.idx pair.
@@ -65,19 +65,27 @@ class SpanDataset:
 
     def spans(self, sample: int) -> list[tuple[str, Span]]:
         """Return the spans of a sample's tokens, each with the prefix of its dataset."""
-        return [(self.data.prefix, span) for span in self.find(sample)]
+        return [(self.data.prefix, span) for span in self._find(sample)]
 
-    def find(self, sample: int) -> list[Span]:
-        """Return the spans of a sample."""
+    def __len__(self) -> int:
         raise NotImplementedError
+
+    def locate(self, sample: int) -> list[Span]:
+        """Return the spans of sample number 0 <= sample < len(self)."""
+        raise NotImplementedError
+
+    def _find(self, sample: int) -> list[Span]:
+        if not 0 <= sample < len(self):
+            raise out_of_samples(sample, len(self), self.sources)
+        return self.locate(sample)
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
         """Return the tokens of a sample, [L + 1].
 
         Raises:
-            DataError: the index is damaged at the sample, or a token id is outside the vocabulary.
+            DataError: the sample does not exist, the index is damaged there, or a token id is outside the vocabulary.
         """
-        spans = self.find(sample)
+        spans = self._find(sample)
         parts = [self.data.get(sequence, offset, length) for sequence, offset, length in spans]
         tokens = np.concatenate(parts).astype(np.int64)
         if self.vocab_size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
@@ -118,10 +126,8 @@ class GPTDataset(SpanDataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def find(self, sample: int) -> list[Span]:
+    def locate(self, sample: int) -> list[Span]:
         """Return the spans of a sample."""
-        if not 0 <= sample < len(self):
-            raise out_of_samples(sample, len(self), self.sources)
         return self.index.spans(sample, self.data.sizes)
 
 

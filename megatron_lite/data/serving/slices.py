@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.sample_index import too_few_tokens
 from megatron_lite.data.order.spans import Span, take_spans
-from megatron_lite.data.serving.dataset import SpanDataset, out_of_samples
+from megatron_lite.data.serving.dataset import SpanDataset
 
 EPOCHS_KEPT = 2
 """Permutations kept in memory: near the end of an epoch, samples of two epochs are read."""
@@ -60,10 +60,8 @@ class SliceDataset(SpanDataset):
     def __len__(self) -> int:
         return self.size
 
-    def find(self, sample: int) -> list[Span]:
+    def locate(self, sample: int) -> list[Span]:
         """Return the spans of a sample."""
-        if not 0 <= sample < self.size:
-            raise out_of_samples(sample, self.size, self.sources)
         epoch, position = divmod(sample, self._documents.shape[0])
         order = self._order(epoch)
         document = int(order[position])
