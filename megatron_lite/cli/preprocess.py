@@ -8,6 +8,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.input_arguments import INPUT_HELP, add_plain_text_argument
 from megatron_lite.cli.parser import Parser, real, seed, whole
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, tokenizer_config
 from megatron_lite.errors import ConfigError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_lite.data.preparation.options import PreprocessOptions
     from megatron_lite.data.preparation.progress import ProgressDisplay
 
-SUMMARY = "tokenize text (jsonl, compressed or not, .parquet) into a .bin/.idx dataset"
+SUMMARY = "tokenize text (jsonl, parquet, folders and archives of .txt files) into a .bin/.idx dataset"
 INTERRUPTED = 130
 
 
@@ -85,21 +86,24 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
+        help=INPUT_HELP,
     )
+    add_plain_text_argument(group)
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys to tokenize, one dataset each (text)"
     )
     group.add_argument("--split-sentences", action="store_true", help="store each sentence as a sequence (uses nltk)")
     group.add_argument("--keep-newlines", action="store_true", help="keep the line breaks between sentences")
     group.add_argument("--lang", default="english", help="language of --split-sentences (english)")
-    group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines without a document")
+    group.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out and count lines and files without a document"
+    )
     group.add_argument(
         "--max-line-mb",
         type=whole(1, 1 << 20),
         default=256,
         metavar="N",
-        help="longer lines are bad lines; limits memory (256)",
+        help="longer lines or .txt files are bad; limits memory (256)",
     )
 
 
@@ -107,6 +111,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, metavar="PATH", help="files are PATH_KEY_document.bin, .idx")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    group.add_argument("--prepend-eod", action="store_true", help="begin every document with the end-of-document token")
     group.add_argument(
         "--prepend-bos", action="store_true", help="begin every document with the beginning-of-text token (LLaMA)"
     )
@@ -121,7 +126,19 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("filtering and order")
-    group.add_argument("--min-tokens", type=whole(), default=0, metavar="N", help="drop shorter documents")
+    group.add_argument(
+        "--min-tokens",
+        "--min-document-tokens",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="drop shorter documents, or join them with --join-short",
+    )
+    group.add_argument(
+        "--join-short",
+        action="store_true",
+        help="join documents shorter than --min-tokens with the following ones instead of dropping them",
+    )
     group.add_argument("--max-tokens", type=whole(1), metavar="N", help="drop longer documents")
     group.add_argument("--min-chars", type=whole(), default=0, metavar="N", help="drop documents of fewer characters")
     group.add_argument(
@@ -186,7 +203,9 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
         output_prefix=args.output_prefix,
         tokenizer=tokenizer_config(args),
         json_keys=tuple(args.json_keys),
+        plain_text=args.plain_text,
         append_eod=args.append_eod,
+        prepend_eod=args.prepend_eod,
         prepend_bos=args.prepend_bos,
         empty_documents=args.empty_documents,
         split_sentences=args.split_sentences,
@@ -195,6 +214,7 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
         skip_bad_lines=args.skip_bad_lines,
         max_line_bytes=args.max_line_mb << 20,
         min_tokens=args.min_tokens,
+        join_short=args.join_short,
         max_tokens=args.max_tokens,
         min_chars=args.min_chars,
         sample=args.sample_documents,

@@ -6,7 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.cli.input_arguments import INPUT_HELP, add_plain_text_argument
+from megatron_lite.cli.parser import Parser, real, seed, whole
 from megatron_lite.cli.tokenizer_arguments import MAX_IDS
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.system_errors import reason, remedy
@@ -17,7 +18,7 @@ SUMMARY = "train a byte-level BPE or sentencepiece tokenizer on text"
 def run(argv: list[str]) -> int:
     """Train a tokenizer, write its files, and print the flags that select it."""
     args = build_parser().parse_args(argv)
-    from megatron_lite.data.preparation.documents import iterate_texts
+    from megatron_lite.data.preparation.documents import Sample, iterate_texts
     from megatron_lite.tokenizer.training import train_byte_level_bpe, train_sentencepiece
 
     folder = Path(args.output)
@@ -30,7 +31,14 @@ def run(argv: list[str]) -> int:
             "made",
             fix="Give another --output, or add --overwrite to replace it",
         )
-    texts = iterate_texts(args.input, args.json_keys, max_bytes=args.max_mb * 1_000_000, skip_bad=args.skip_bad_lines)
+    texts = iterate_texts(
+        args.input,
+        args.json_keys,
+        plain_text=args.plain_text,
+        sample=Sample(args.sample_files, args.sample_documents, args.seed),
+        max_bytes=args.max_mb * 1_000_000,
+        skip_bad=args.skip_bad_lines,
+    )
     try:
         if args.tokenizer_type == "SentencePieceTokenizer":
             path = folder / "tokenizer.model"
@@ -70,13 +78,8 @@ def build_parser() -> Parser:
         description="Train a tokenizer on text files. A byte-level BPE is written as tokenizer.json and as GPT-2's "
         "vocab.json and merges.txt, with the end-of-document token last.",
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files or globs: .jsonl, .gz, .bz2, .xz, .zst, .parquet",
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    add_plain_text_argument(parser)
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys of the texts (text)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder of the tokenizer's files")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer in --output")
@@ -110,7 +113,21 @@ def build_parser() -> Parser:
         metavar="N",
         help="maximum amount of text to read (1000)",
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines without a document")
+    parser.add_argument(
+        "--sample-files",
+        type=whole(1),
+        metavar="N",
+        help="read N files, chosen at random from those given and those in folders",
+    )
+    parser.add_argument(
+        "--sample-documents",
+        type=real(0.0, 1.0, above=True),
+        default=1.0,
+        metavar="SHARE",
+        help="read a random share of the documents (1)",
+    )
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of the samples (1234)")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines and files without a document")
     parser.add_argument(
         "--workers", type=whole(1, 1024), default=1, metavar="N", help="number of threads (sentencepiece)"
     )

@@ -142,6 +142,25 @@ def test_a_trained_tokenizer_is_not_replaced_unasked(corpus, tmp_path, capsys):
     assert "WARNING" in (text := capsys.readouterr().err) and "was made with another vocabulary than that of" in text
 
 
+def test_a_folder_of_text_files(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(20):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"the cat {number} sat")
+    args = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "t"), "--vocab-size", "300"]
+    assert train_tokenizer.run([*args, "--sample-files", "5", "--sample-documents", "0.9", "--seed", "1"]) == 0
+    args = ["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "out"), "--prepend-eod"]
+    args += ["--tokenizer-model", str(tmp_path / "t"), "--min-document-tokens", "30", "--join-short"]
+    assert preprocess.run(args) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "input 20 files" in text and "joined" in text
+    assert IndexedDataset(tmp_path / "out_text_document").sizes.min() >= 30
+    lines = tmp_path / "lines"
+    lines.write_text("one line\nand another")
+    args = ["--input", str(lines), "--output-prefix", str(tmp_path / "b"), "--tokenizer-model", str(tmp_path / "t")]
+    assert preprocess.run([*args, "--plain-text", "line"]) == 0
+    assert len(IndexedDataset(tmp_path / "b_text_document")) == 2
+
+
 def test_abbreviations_of_several_spellings_of_one_flag():
     args = preprocess.build_parser().parse_args(["--input", "x", "--output-prefix", "y", "--merge", "merges.txt"])
     assert args.tokenizer_merge_file == "merges.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,21 +84,51 @@ class Batch:
         lengths[last] += len(after)
         return Batch(ids, lengths, self.sequences)
 
+    def followed_by(self, other: Batch) -> Batch:
+        """Return the batch of these documents and those of `other`."""
+        return Batch(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.lengths, other.lengths]),
+            np.concatenate([self.sequences, other.sequences]),
+        )
 
-def note_outliers(batch: Batch, lines: npt.NDArray[np.int64], unknown: int | None, report: UnitReport) -> None:
+    def part(self, first: int, last: int) -> Batch:
+        """Return the batch of documents [first, last)."""
+        start, end = int(self.sequences[:first].sum()), int(self.sequences[:last].sum())
+        tokens = slice(int(self.lengths[:start].sum()), int(self.lengths[:end].sum()))
+        return Batch(self.ids[tokens], self.lengths[start:end], self.sequences[first:last])
+
+    def joined(self, starts: Sequence[int], *, one_sequence: bool) -> Batch:
+        """Return the batch with documents joined: each from one of `starts` (the first is 0) to the next."""
+        if not len(starts):
+            return self
+        if not one_sequence:
+            return Batch(self.ids, self.lengths, np.add.reduceat(self.sequences, starts))
+        tokens = np.add.reduceat(self.document_tokens, starts)
+        return Batch(self.ids, tokens[tokens > 0], (tokens > 0).astype(np.int64))
+
+
+def note_outliers(
+    batch: Batch, lines: npt.NDArray[np.int64], files: Sequence[str] | None, unknown: int | None, report: UnitReport
+) -> None:
     """Add the longest, most repetitive and most unknown documents of a batch to a report.
 
     Args:
         batch: documents before BOS and EOD tokens are added.
         lines: [documents] line number of each document.
+        files: [documents] path of each document, if they are files.
         unknown: id of the unknown token, if the vocabulary has one.
         report: receives the examples.
     """
     tokens = batch.document_tokens
     if not len(tokens):
         return
+
+    def note(kind: str, at: int, score: float, what: str) -> None:
+        report.note(kind, Example(int(lines[at]), score, what, files[at] if files else ""))
+
     at = int(np.argmax(tokens))
-    report.note("longest", Example(int(lines[at]), float(tokens[at]), f"({int(tokens[at]):,} tokens)"))
+    note("longest", at, float(tokens[at]), f"({int(tokens[at]):,} tokens)")
     ends = np.cumsum(tokens)
     long = np.flatnonzero(tokens >= WINDOW)
     starts = ends[long] - tokens[long] // 2 - WINDOW // 2
@@ -109,7 +140,7 @@ def note_outliers(batch: Batch, lines: npt.NDArray[np.int64], unknown: int | Non
         distinct = int(np.count_nonzero(np.bincount(batch.ids[start : start + WINDOW])))
         if distinct < REPETITIVE_BELOW * WINDOW:
             text = f"({distinct:,} distinct tokens among {WINDOW:,} in its middle)"
-            report.note("repetitive", Example(int(lines[i]), 1.0 - distinct / WINDOW, text))
+            note("repetitive", i, 1.0 - distinct / WINDOW, text)
     if unknown is None:
         return
     documents = np.searchsorted(ends, np.flatnonzero(batch.ids == unknown), side="right")
@@ -117,4 +148,4 @@ def note_outliers(batch: Batch, lines: npt.NDArray[np.int64], unknown: int | Non
     counts = np.bincount(documents, minlength=len(tokens))
     for i in np.flatnonzero(counts > tokens * UNKNOWN_ABOVE).tolist():
         share = counts[i] / tokens[i]
-        report.note("with_unknown", Example(int(lines[i]), float(share), f"({share:.0%} of its tokens)"))
+        note("with_unknown", i, float(share), f"({share:.0%} of its tokens)")

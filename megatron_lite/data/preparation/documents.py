@@ -1,4 +1,4 @@
-"""JSON line parser: extracts the texts of a document, or the reason for rejecting the line."""
+"""Document parser: extracts the texts of a JSON line, a line or a file, or the reason for rejecting it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.preparation.lines import Line, LineBatch, read_lines
+from megatron_lite.config.text_format import BOM
+from megatron_lite.data.preparation.lines import Line, LineBatch, read_batches
+from megatron_lite.data.preparation.options import PlainText
 from megatron_lite.data.preparation.sources import Unit, find_sources, plan_units
 from megatron_lite.errors import DataError
 
@@ -140,6 +142,28 @@ class BatchParser:
         return self._escaped.search(content) is None
 
 
+def parse_plain(batch: LineBatch, chosen: npt.NDArray[np.bool_]) -> ParsedBatch:
+    """Return the documents of plain text, each a line or a file; blank lines are left out, empty files are not."""
+    parsed = ParsedBatch([[]])
+    for row in np.flatnonzero(chosen).tolist():
+        content = batch.contents[row].removeprefix(BOM)
+        if row in batch.too_long:
+            parsed.bad.append((row, "longer than --max-line-mb"))
+            continue
+        if batch.names is None:
+            content = content.removesuffix(b"\r")
+            if not content.strip():
+                parsed.blank += 1
+                continue
+        try:
+            parsed.texts[0].append(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            parsed.bad.append((row, f"not UTF-8 at byte {error.start}"))
+            continue
+        parsed.rows.append(row)
+    return parsed
+
+
 def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     """Return the texts under `keys` of one JSON line; None for a blank line.
 
@@ -149,8 +173,7 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     if line.too_long:
         raise BadLineError("longer than --max-line-mb")
     content = line.content
-    if content.startswith(b"\xef\xbb\xbf"):
-        content = content[3:]
+    content = content.removeprefix(BOM)
     if not content.strip():
         return None
     try:
@@ -199,31 +222,77 @@ def lines_before(unit: Unit) -> int:
 
 
 def iterate_texts(
-    inputs: Sequence[str], json_keys: Sequence[str] = ("text",), *, max_bytes: int | None = None, skip_bad: bool = False
+    inputs: Sequence[str],
+    json_keys: Sequence[str] = ("text",),
+    *,
+    plain_text: PlainText | None = None,
+    sample: Sample | None = None,
+    max_bytes: int | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[str]:
     """Yield the texts under `json_keys` of every document, for tokenizer training.
 
     Args:
         inputs: paths and globs.
         json_keys: keys of the texts.
-        max_bytes: stop after this many bytes of lines; None: read all.
+        plain_text: form of the documents of files that are plain text; None: files are JSON lines.
+        sample: random choice of files and documents; None: all.
+        max_bytes: stop after this many bytes of lines and files; None: read all.
         skip_bad: leave out lines without a document.
 
     Raises:
         DataError: an input is missing or damaged, or a line holds no document (without `skip_bad`).
     """
-    left = max_bytes
-    for unit in plan_units(find_sources(inputs), unit_bytes=1 << 62):
-        for line in read_lines(unit, json_keys):
+    sources, sample = find_sources(inputs, plain_text), sample or Sample()
+    units = sample.units(plan_units(sources, unit_bytes=1 << 62))
+    parser, draws, left = BatchParser(json_keys), np.random.PCG64(sample.seed), max_bytes
+    for unit in units:
+        for batch in read_batches(unit, json_keys):
+            chosen = draws.random_raw(len(batch.contents)) < sample.documents * 2.0**64
             if left is not None:
-                left -= len(line.content)
-                if left < 0:
-                    return
-            try:
-                yield from parse_line(line, json_keys) or []
-            except BadLineError as error:
-                if not skip_bad:
-                    raise DataError(
-                        f"Bad line {unit.source.path}:{line.number}: {error}",
-                        fix="Repair the line, or pass --skip-bad-lines to leave out such lines",
-                    ) from error
+                sizes = np.fromiter(map(len, batch.contents), np.int64, len(batch.contents)) + 1
+                read = np.cumsum(sizes * chosen)
+                chosen &= read <= left
+                left -= int(read[-1]) if len(read) else 0
+            parsed = parser.parse(batch, chosen) if unit.source.document == "json" else parse_plain(batch, chosen)
+            if parsed.bad and not skip_bad:
+                row, reason = parsed.bad[0]
+                place = batch.names[row] if batch.names else f"{unit.source.path}:{batch.first + row}"
+                kind = "file" if batch.names else "line"
+                raise DataError(
+                    f"Bad {kind} {place}: {reason}",
+                    fix=f"Repair the {kind}, or pass --skip-bad-lines to leave out such {kind}s",
+                )
+            for texts in zip(*parsed.texts, strict=True):
+                yield from texts
+            if left is not None and left < 0:
+                return
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Random choice of the documents that a tokenizer is trained on.
+
+    Attributes:
+        files: number of files to read, of those given and of those in folders; None: all. An archive is one file.
+        documents: share of the documents of these files.
+        seed: seed of the choice.
+    """
+
+    files: int | None = None
+    documents: float = 1.0
+    seed: int = 1234
+
+    def units(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units, one for each input, with the chosen files."""
+        counts = [len(unit.paths) for unit in units]
+        if self.files is None or self.files >= sum(counts):
+            return list(units)
+        chosen = np.zeros(sum(counts), np.bool_)
+        chosen[np.random.RandomState(self.seed).permutation(len(chosen))[: self.files]] = True
+        kept = []
+        for unit, mask in zip(units, np.split(chosen, np.cumsum(counts)[:-1]), strict=True):
+            files = unit.files.split("\0")
+            if mask.any():
+                kept.append(replace(unit, files="\0".join(files[i] for i in np.flatnonzero(mask).tolist())))
+        return kept

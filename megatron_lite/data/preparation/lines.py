@@ -1,4 +1,4 @@
-"""Line reader: lines of plain and compressed files (gzip, bz2, xz, zstd), rows of Parquet files."""
+"""Document reader: lines of plain and compressed files, rows of Parquet files, files of folders and archives."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import IO, Any, NamedTuple
 
 from megatron_lite.config.text_format import BUFFER, damage_errors, unpacked
 from megatron_lite.data.preparation.options import MAX_LINE
-from megatron_lite.data.preparation.sources import Unit
+from megatron_lite.data.preparation.sources import Unit, packing_in
+from megatron_lite.data.preparation.text_files import COPY_AGAIN, SHOWN, TextFile, read_text_files
 from megatron_lite.errors import DataError
 from megatron_lite.system_errors import reason, remedy
 
 TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
 """Parquet types of text, and the type of a column without any value."""
-SHOWN = 200
-"""Bytes kept of a line that is too long."""
-
 
 BATCH_BYTES = 1 << 20
 """Bytes of the lines of a batch, of which the last one may be longer."""
@@ -47,10 +45,16 @@ class LineBatch(NamedTuple):
     """Indices in `contents` of the lines that exceed the maximum, of which it has the beginning."""
     position: int
     """Bytes of the file that have been read so far, from the start of the unit."""
+    names: list[str] | None = None
+    """Paths of the files, if `contents` are those of files instead of lines; `block` is empty then."""
+    ignored: int = 0
+    """Number of other files, which are no .txt files."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the lines that were read, with their line breaks; of a line that is too long, its beginning."""
+        if self.names is not None:
+            return sum(map(len, self.contents))
         if not self.too_long:
             return len(self.block)
         return sum(len(self.line(index).content) for index in range(len(self.contents)))
@@ -70,31 +74,31 @@ def read_lines(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -
 
 
 def read_batches(unit: Unit, json_keys: Sequence[str], max_line: int = MAX_LINE) -> Iterator[LineBatch]:
-    """Yield the lines that begin in a unit, including blank ones, in batches of about BATCH_BYTES.
+    """Yield the lines that begin in a unit, including blank ones, or its files, in batches of about BATCH_BYTES.
 
     Args:
         unit: the unit.
         json_keys: columns to read of a Parquet file.
-        max_line: maximum number of bytes of a line; only the beginning of a longer one is returned.
+        max_line: maximum number of bytes of a line or file; only the beginning of a longer one is returned.
 
     Raises:
         DataError: the file cannot be read to its end: it is truncated, damaged, or the disk fails.
     """
     try:
-        if unit.source.kind == "parquet":
+        if unit.source.document == "file":
+            yield from _read_files(unit, max_line)
+        elif unit.source.kind == "parquet":
             yield from _read_parquet(unit, json_keys, max_line)
         elif unit.source.kind == "text":
             yield from _read_text(unit, max_line)
         else:
             yield from _read_compressed(unit, max_line)
     except OSError as error:
+        path = error.filename or unit.source.path
         raise DataError(
-            f"Cannot read {unit.source.path} to its end: {reason(error)}",
-            fix=remedy(error, unit.source.path, instead="leave the file out of --input"),
+            f"Cannot read {path} to its end: {reason(error)}",
+            fix=remedy(error, path, instead="leave the file out of --input"),
         ) from error
-
-
-COPY_AGAIN = "Copy or compress the file again, or leave it out of --input"
 
 
 def _damaged(unit: Unit, error: BaseException) -> DataError:
@@ -102,6 +106,53 @@ def _damaged(unit: Unit, error: BaseException) -> DataError:
         f"{unit.source.path} ({unit.source.num_bytes:,} bytes) is truncated or damaged: {str(error).rstrip('.')}",
         fix=COPY_AGAIN,
     )
+
+
+def _read_files(unit: Unit, max_bytes: int) -> Iterator[LineBatch]:
+    """Yield the .txt files of a folder or an archive, or a file that is one document."""
+    # A file that was given itself is a document whatever its suffix.
+    inner = {"folder": "", "archive": "", "text": ".txt"}.get(unit.source.kind, ".txt.gz")
+    batch, done = _FileBatch(), 0
+    for path in unit.paths:
+        with Path(path).open("rb") as raw:
+            for file in read_text_files(path, raw, max_bytes, inner):
+                batch.add(file)
+                if batch.num_bytes >= BATCH_BYTES:
+                    yield batch.take(done + raw.tell())
+            done += raw.tell()
+    yield batch.take(done)
+
+
+class _FileBatch:
+    """Files of the next batch."""
+
+    def __init__(self) -> None:
+        self._first = 1
+        self._start()
+
+    def _start(self) -> None:
+        self.num_bytes = self._ignored = 0
+        self._contents, self._names, self._too_long = list[bytes](), list[str](), set[int]()
+
+    def add(self, file: TextFile) -> None:
+        """Add a file."""
+        if file.content is None:
+            self._ignored += 1
+            return
+        if file.too_long:
+            self._too_long.add(len(self._contents))
+        self._contents.append(file.content)
+        self._names.append(file.name)
+        self.num_bytes += len(file.content)
+
+    def take(self, position: int) -> LineBatch:
+        """Return the batch at this position of the unit, and begin the next one."""
+        batch = LineBatch(
+            self._first, b"", self._contents, frozenset(self._too_long), position, self._names, self._ignored
+        )
+        self._first += len(self._contents)
+        self._start()
+        return batch
 
 
 def _read_text(unit: Unit, max_line: int) -> Iterator[LineBatch]:
@@ -123,8 +174,8 @@ def _read_text(unit: Unit, max_line: int) -> Iterator[LineBatch]:
 
 
 def _read_compressed(unit: Unit, max_line: int) -> Iterator[LineBatch]:
-    first, compression = 1, unit.source.kind
-    assert compression != "text" and compression != "parquet"
+    first, compression = 1, packing_in(unit.source.kind)
+    assert compression is not None
     try:
         with Path(unit.source.path).open("rb") as raw, unpacked(raw, compression) as file:
             while True:

@@ -12,6 +12,9 @@ MIN_UNIT = 2 << 20
 MAX_UNIT = 256 << 20
 MAX_LINE = 256 << 20
 """Default maximum of bytes of a line: a document takes 7 to 13 times the size of its line in memory."""
+PlainText = Literal["file", "line"]
+"""Form of the documents of plain text files: each file, or each line of a file."""
+
 UNITS = 256
 """Number of units that the input is divided into, within the bounds MIN_UNIT and MAX_UNIT of a unit's bytes."""
 
@@ -21,12 +24,16 @@ class PreprocessOptions:
     """Options of one preprocessing run."""
 
     inputs: tuple[str, ...]
-    """Paths and globs of JSON lines (plain, gzip, bz2, xz, zstd) and Parquet files, read in this order."""
+    """Paths and globs, read in this order: JSON lines (plain, gzip, bz2, xz, zstd), Parquet, folders and archives of
+    .txt files."""
     output_prefix: str
     """Files are `{output_prefix}_{key}_{document|sentence}.bin`, `.idx` and `.manifest.json`."""
     tokenizer: TokenizerConfig
     json_keys: tuple[str, ...] = ("text",)
+    plain_text: PlainText | None = None
+    """Form of the documents of files that are plain text instead of JSON lines."""
     append_eod: bool = False
+    prepend_eod: bool = False
     prepend_bos: bool = False
     empty_documents: Literal["skip", "keep"] = "skip"
     """Documents without tokens: skip (Megatron-DeepSpeed), or keep as a document without sequences (Megatron-LM)."""
@@ -35,6 +42,8 @@ class PreprocessOptions:
     language: str = "english"
     skip_bad_lines: bool = False
     min_tokens: int = 0
+    join_short: bool = False
+    """Join documents below `min_tokens` with those after them instead of dropping them."""
     max_tokens: int | None = None
     min_chars: int = 0
     sample: float | None = None
@@ -87,6 +96,22 @@ class PreprocessOptions:
             if not holds:
                 given = " ".join(value) if isinstance(value, (list, tuple)) else value
                 raise ConfigError(f"{flag} {given} is invalid", fix=f"Give {flag} {rule}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.prepend_eod and self.prepend_bos:
+            raise ConfigError(
+                "--prepend-eod and --prepend-bos both choose the token that begins every document",
+                fix="Remove one of them",
+            )
+        if self.join_short and not self.min_tokens:
+            raise ConfigError("--join-short has no length below which documents are joined", fix="Add --min-tokens N")
+        if self.join_short and len(self.json_keys) > 1:
+            raise ConfigError(
+                f"--join-short joins documents of one key; --json-keys {' '.join(self.json_keys)} has "
+                f"{len(self.json_keys)}",
+                fix="Preprocess each key in a command of its own",
+            )
 
     def prefix(self, key: str) -> str:
         """Return the path of the dataset of one key."""
@@ -98,7 +123,9 @@ class PreprocessOptions:
         The number of workers has no influence. `skip_bad_lines` and `max_line_bytes` are left out so that a run which
         stopped at a bad line can be continued with other values: its finished units have no bad lines.
         """
-        return {
+        added = {"plain_text": self.plain_text, "prepend_eod": self.prepend_eod, "join_short": self.join_short}
+        # Options of later versions are left out unless they are given: the plans of older datasets stay the same.
+        return {name: value for name, value in added.items() if value} | {
             "json_keys": list(self.json_keys),
             "append_eod": self.append_eod,
             "prepend_bos": self.prepend_bos,

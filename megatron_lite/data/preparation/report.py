@@ -14,11 +14,13 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Example:
-    """Line number of a bad line or an outlier, with its score and description."""
+    """Place of a bad line or an outlier, with its score and description."""
 
     line: int
     score: float
     what: str
+    file: str = ""
+    """Path of the document, if it is a file."""
 
 
 @dataclass
@@ -26,6 +28,11 @@ class UnitReport:
     """Counts of one unit or the sum over units; line numbers are relative to the unit."""
 
     lines: int = 0
+    """Lines and files read."""
+    files: int = 0
+    """Files of these, each one document."""
+    ignored: int = 0
+    """Files of folders and archives that are no .txt files."""
     blank: int = 0
     bad: int = 0
     not_sampled: int = 0
@@ -36,6 +43,10 @@ class UnitReport:
     too_few_chars: int = 0
     too_few_tokens: int = 0
     too_many_tokens: int = 0
+    joined: int = 0
+    """Documents appended to the document before (--join-short)."""
+    short: int = 0
+    """Documents below --min-tokens in spite of --join-short."""
     document_bytes: int = 0
     """UTF-8 bytes of the texts in the output, of all keys."""
     text_bytes: int = 0
@@ -50,13 +61,13 @@ class UnitReport:
     repetitive: list[Example] = field(default_factory=list)
     with_unknown: list[Example] = field(default_factory=list)
 
-    def reject(self, line: int, reason: str) -> None:
-        """Count a bad line, and record the first KEPT_EXAMPLES."""
+    def reject(self, line: int, reason: str, file: str = "") -> None:
+        """Count a bad line or file, and record the first KEPT_EXAMPLES."""
         self.bad += 1
         kind = reason.split(":")[0].split(" at ")[0]
         self.reasons[kind] = self.reasons.get(kind, 0) + 1
         if len(self.bad_lines) < KEPT_EXAMPLES:
-            self.bad_lines.append(Example(line, 0.0, reason))
+            self.bad_lines.append(Example(line, 0.0, reason, file))
 
     def note(self, kind: str, example: Example) -> None:
         """Record an example if its score is among the highest of its kind."""
@@ -92,7 +103,7 @@ class Summary:
     )
     """(score, file:line, description) of each kind of example, highest score first."""
     empty_inputs: list[str] = field(default_factory=list)
-    """Input files without a line."""
+    """Inputs without a line or file."""
 
     def add(self, report: UnitReport, path: str, lines_before: int) -> None:
         """Add the report of a unit of the file `path`, before which the file has `lines_before` lines."""
@@ -104,7 +115,7 @@ class Summary:
             examples: list[Example] = getattr(report, kind)
             limit = 1 if kind == "longest" else KEPT_EXAMPLES
             kept = self.places[kind]
-            kept.extend((one.score, f"{path}:{lines_before + one.line}", one.what) for one in examples)
+            kept.extend((one.score, one.file or f"{path}:{lines_before + one.line}", one.what) for one in examples)
             kept.sort(key=lambda one: -one[0])
             del kept[limit:]
 
@@ -122,7 +133,7 @@ class Summary:
         rows = [
             ("documents", f"{total.documents:,}"),
             ("tokens", f"{total.tokens:,}"),
-            ("input lines", f"{total.lines:,} ({total.text_bytes / 1e6:,.1f} MB)"),
+            ("input", f"{self._read()} ({total.text_bytes / 1e6:,.1f} MB)"),
             ("bytes per token", f"{per_token:.2f}"),
         ]
         rows += [(name, f"{count:,}") for name, count in self._dropped().items()]
@@ -146,7 +157,7 @@ class Summary:
         """Return the reasons why the output has no tokens."""
         lost = ", ".join(f"{name} {count:,}" for name, count in self._dropped().items())
         first = "".join(f"; {place} {what}" for _, place, what in self.places["bad_lines"][:1])
-        return f"no tokens are left of {self.total.lines:,} lines of input" + (f" ({lost}{first})" if lost else "")
+        return f"no tokens are left of {self._read()} of input" + (f" ({lost}{first})" if lost else "")
 
     def remedy_of_empty(self) -> str:
         """Return what to do about the most frequent of these reasons."""
@@ -155,17 +166,25 @@ class Summary:
             "bad lines skipped": "Give --input files of JSON lines: an object on each line, strings in double quotes",
             "not in the sample": "Give a larger --sample-documents",
             "below --min-chars": "Lower --min-chars",
-            "below --min-tokens": "Lower --min-tokens",
+            "below --min-tokens": "Lower --min-tokens, or add --join-short",
+            "files ignored": "Give --input a folder or an archive with .txt files; name files of other formats",
             "above --max-tokens": "Raise --max-tokens",
         }
         main = max(lost, key=lambda name: lost[name], default="")
         return remedies.get(main, "Give --input files with text under the key of --json-keys")
+
+    def _read(self) -> str:
+        """Return the number of lines and files read."""
+        lines, files = self.total.lines - self.total.files, self.total.files
+        read = [f"{count:,} {name}" for count, name in ((lines, "lines"), (files, "files")) if count]
+        return " and ".join(read) or "0 lines"
 
     def _dropped(self) -> dict[str, int]:
         """Return the counts of dropped or altered documents that are not zero."""
         total = self.total
         counts = {
             "empty inputs": len(self.empty_inputs),
+            "files ignored": total.ignored,
             "bad lines skipped": total.bad,
             "blank lines": total.blank,
             "empty documents": total.empty,
@@ -173,6 +192,8 @@ class Summary:
             "below --min-chars": total.too_few_chars,
             "below --min-tokens": total.too_few_tokens,
             "above --max-tokens": total.too_many_tokens,
+            "joined": total.joined,
+            "still short": total.short,
             "unknown tokens": total.unknown,
         }
         return {name: count for name, count in counts.items() if count}

@@ -24,8 +24,8 @@ from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.data.preparation.shuffle import plan_buckets
 from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units, unit_size
 from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder, plan_hash
-from megatron_lite.data.preparation.worker import Step, Task, build_job
-from megatron_lite.errors import DataError
+from megatron_lite.data.preparation.worker import Step, Task, build_job, first_token
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
 _Pool = Pool[Task, Step]
@@ -50,7 +50,8 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
     Raises:
         DataError: the input or the tokenizer is missing or damaged, a line is bad, or the output cannot be written.
     """
-    sources = find_sources(options.inputs)
+    sources = find_sources(options.inputs, options.plain_text)
+    _check_keys(options, sources)
     units = plan_units(sources, options.unit_bytes, options.limit_bytes)
     with contextlib.closing(progress), _start_workers(options, min(options.workers, len(units))) as pool:
         run = _Run(options, sources, units, pool, progress)
@@ -69,6 +70,17 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
         finally:
             folder.release()
     return Result(run.prefixes, summary.text())
+
+
+def _check_keys(options: PreprocessOptions, sources: Sequence[Source]) -> None:
+    """Check that every source has a text for each JSON key."""
+    plain = next((source for source in sources if source.document != "json"), None)
+    if plain is not None and len(options.json_keys) > 1:
+        raise ConfigError(
+            f"--json-keys {' '.join(options.json_keys)} names {len(options.json_keys)} texts of each document; "
+            f"--input {plain.path} is plain text, with one",
+            fix=f"Preprocess {plain.path} in a command of its own, with one key, which is part of the dataset's name",
+        )
 
 
 def _start_workers(options: PreprocessOptions, count: int) -> contextlib.AbstractContextManager[_Pool | None]:
@@ -106,7 +118,7 @@ class _Run:
             "fingerprint": tokenizer.fingerprint(),
             "rules": tokenizer.rules(),
             "vocab_size": tokenizer.vocab_size,
-            "bos": tokenizer.bos if options.prepend_bos else None,
+            "bos": first_token(options, tokenizer),
             "eod": tokenizer.eod if options.append_eod else None,
         }
         if options.split_sentences:
@@ -182,6 +194,7 @@ def _summarize(sources: Sequence[Source], units: Sequence[Unit], done: Sequence[
         path = unit.source.path
         summary.add(one.report, path, lines[path])
         lines[path] += one.report.lines
+    summary.total.ignored += sum(source.listing.ignored for source in sources if source.listing is not None)
     summary.empty_inputs = [path for path, count in lines.items() if not count]
     return summary
 
@@ -210,7 +223,7 @@ def measure_worker_counts(
 
 def _bytes_of(options: PreprocessOptions, documents: int) -> int:
     """Return the estimated bytes of input of a number of documents, from the first lines."""
-    sources = find_sources(options.inputs)
+    sources = find_sources(options.inputs, options.plain_text)
     total = sum(source.num_bytes for source in sources)
     for unit in plan_units(sources, unit_bytes=1 << 62):
         lines = 0

@@ -1,23 +1,33 @@
-"""Input files of preprocessing, and their division into units of work by byte ranges."""
+"""Inputs of preprocessing (files, folders, archives), and their division into units of work by byte ranges."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_lite.config.paths import suggest_path
-from megatron_lite.config.text_format import HEAD, PARQUET, Packing, foreign_format, missing_library, packing_of
+from megatron_lite.config.text_format import (
+    HEAD,
+    PARQUET,
+    Packing,
+    damage_errors,
+    foreign_format,
+    missing_library,
+    packing_of,
+    unpacked,
+)
 from megatron_lite.config.values import is_utf8, shown_bytes
-from megatron_lite.data.preparation.options import MAX_UNIT, MIN_UNIT, UNITS
+from megatron_lite.data.preparation.options import MAX_UNIT, MIN_UNIT, UNITS, PlainText
+from megatron_lite.data.preparation.text_files import RENAME, FolderListing, is_archive, list_folder
 from megatron_lite.errors import DataError, install_extra
 from megatron_lite.system_errors import reason, remedy
 
-Kind = Literal["text", "parquet"] | Packing
+Kind = Literal["text", "parquet", "folder", "archive"] | Packing
 KINDS: dict[str, Kind] = {
     ".gz": "gzip",
     ".bz2": "bz2",
@@ -25,28 +35,52 @@ KINDS: dict[str, Kind] = {
     ".lzma": "xz",
     ".zst": "zstd",
     ".parquet": "parquet",
+    ".tar": "archive",
 }
 """Formats by file suffix, for files whose first bytes do not identify the format."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Input file; the modification time detects changes between an interrupted run and its continuation."""
+    """Input file or folder; the modification time detects changes between an interrupted run and its continuation."""
 
     path: str
     kind: Kind
     num_bytes: int
     changed_ns: int
+    """Modification time; of a folder, a hash of the names, sizes and times of its files."""
+    document: Literal["json", "line", "file"] = "json"
+    """Form of a document: a JSON line (or a row of Parquet), a line, or a file."""
+    listing: FolderListing | None = field(default=None, repr=False, compare=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the documents of the source depend on."""
+        plain = {} if self.document == "json" else {"document": self.document}
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "num_bytes": self.num_bytes,
+            "changed_ns": self.changed_ns,
+        } | plain
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Unit of work: the lines that begin in bytes [start, end) of a file, or all lines of a compressed file."""
+    """Unit of work: lines that begin in bytes [start, end) of a file, all lines of a compressed file, or some files."""
 
     number: int
     source: Source
     start: int
     end: int
+    files: str = ""
+    """Of a folder: the paths of the files, relative to it and separated by NUL."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Files that the unit reads."""
+        if self.source.kind != "folder":
+            return [self.source.path]
+        return [f"{self.source.path}/{name}" for name in self.files.split("\0")]
 
     @property
     def num_bytes(self) -> int:
@@ -54,12 +88,24 @@ class Unit:
         return self.end - self.start
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def packing_in(kind: Kind) -> Packing | None:
+    """Return the compression format of a kind of file; None for other formats."""
+    match kind:
+        case "gzip" | "bz2" | "xz" | "zstd":
+            return kind
+    return None
+
+
+def find_sources(inputs: Sequence[str], plain_text: PlainText | None = None) -> list[Source]:
     """Return the files of paths and globs in the order given; the files of a glob are sorted by name.
 
+    Args:
+        inputs: paths and globs of files and folders.
+        plain_text: form of the documents of files that are plain text; None: files are JSON lines.
+
     Raises:
-        DataError: a path does not exist or is a folder, a glob matches nothing, a file is given twice, the library for
-            its format is not installed, or a compressed file is empty.
+        DataError: a path does not exist or is a folder without text files, a glob matches nothing, a file is given
+            twice, the library for its format is not installed, or a compressed file is empty.
     """
     if not inputs:
         raise DataError("No input file is given (--input)", fix="Give --input FILE, one or more paths or globs")
@@ -71,7 +117,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             other = f", also as {seen[absolute]}" if seen[absolute] != path else ""
             raise DataError(f"{path} is given more than once{other}", fix="Name the file once in --input")
         seen[absolute] = path
-    return [_source(Path(path)) for path in paths]
+    return [_source(Path(path), plain_text) for path in paths]
 
 
 def _expand(name: str) -> list[str]:
@@ -88,16 +134,16 @@ def _expand(name: str) -> list[str]:
     return found
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path, plain_text: PlainText | None) -> Source:
     if not is_utf8(str(path)):
         raise DataError(
             f"The name of an --input file is not UTF-8: {shown_bytes(str(path))} (matched by a glob)",
-            fix="Rename the file to a name in UTF-8, for example with convmv -f latin1 -t utf8 --notest FILE",
+            fix=RENAME,
         )
     if path.is_dir():
-        raise DataError(
-            f"--input {path} is a folder", fix=f"Name the files in it, for example --input '{path}/*.jsonl'"
-        )
+        listing = list_folder(path)
+        _check_plain_text(path, "folder", plain_text)
+        return Source(str(path), "folder", sum(listing.sizes), listing.digest, "file", listing)
     if not path.is_file():
         raise DataError(
             f"--input {path} is a pipe or a device",
@@ -117,7 +163,7 @@ def _source(path: Path) -> Source:
     if kind == "parquet":
         library = "" if importlib.util.find_spec("pyarrow") else "pyarrow"
     else:
-        library = "" if kind == "text" else missing_library(kind)
+        library = missing_library(packing) if (packing := packing_in(kind)) else ""
     if library:
         raise DataError(
             f"Cannot read the {kind} file {path}: the Python module {library} is not installed",
@@ -130,7 +176,42 @@ def _source(path: Path) -> Source:
             f"{path} is truncated: it has 0 bytes, and even an empty {path.suffix} file has some",
             fix="Copy or compress the file again, or leave it out of --input",
         )
-    return Source(str(path), kind, status.st_size, status.st_mtime_ns)
+    if (packing := packing_in(kind)) and is_archive(_unpacked_head(path, packing)):
+        kind = "archive"
+    _check_plain_text(path, kind, plain_text)
+    document = "file" if kind == "archive" else plain_text or "json"
+    return Source(str(path), kind, status.st_size, status.st_mtime_ns, document)
+
+
+def _unpacked_head(path: Path, packing: Packing) -> bytes:
+    """Return the first bytes of a compressed file's content; none if it is damaged: an error when it is read."""
+    try:
+        with path.open("rb") as raw, unpacked(raw, packing) as file:
+            return file.read(HEAD)
+    except damage_errors(packing):
+        return b""
+
+
+def _check_plain_text(path: Path, kind: Kind, plain_text: PlainText | None) -> None:
+    """Check that --plain-text has a meaning for an input.
+
+    Raises:
+        DataError: the documents of the input have another form.
+    """
+    if plain_text is None or (kind in ("folder", "archive") and plain_text == "file"):
+        return
+    form = {
+        "folder": "a folder, of which each .txt file is a document",
+        "archive": "an archive, of which each .txt file is a document",
+        "parquet": "a Parquet file, of which each row is a document",
+    }.get(kind)
+    if form is None:
+        return
+    raise DataError(
+        f"--plain-text {plain_text} does not apply to --input {path}, {form}",
+        fix=f"Preprocess {path} without --plain-text"
+        + (f", or name its files: --input '{path}/*.txt'" if kind == "folder" else ""),
+    )
 
 
 def _conversion(foreign: str, path: Path) -> str:
@@ -152,12 +233,14 @@ def _kind(path: Path, head: bytes) -> Kind:
         return "parquet"
     if (packing := packing_of(head)) is not None:
         return packing
+    if is_archive(head):
+        return "archive"
     kind = KINDS.get(path.suffix.lower(), "text")
     if kind == "text" and (foreign := foreign_format(head)):
         raise DataError(
             f"--input {path} is {foreign}",
-            rule="Input files are JSON lines in UTF-8, plain or compressed with gzip, bz2, xz or zstd, or Parquet "
-            "files",
+            rule="Input files are JSON lines or text in UTF-8, plain or compressed with gzip, bz2, xz or zstd, tar "
+            "archives of .txt files, or Parquet files",
             fix=_conversion(foreign, path),
         )
     return kind
@@ -175,10 +258,20 @@ def plan_units(sources: Sequence[Source], unit_bytes: int | None = None, limit: 
     left = sum(source.num_bytes for source in sources) if limit is None else limit
     units: list[Unit] = []
     for source in sources:
-        step = size if source.kind == "text" else max(1, source.num_bytes)
-        for start in range(0, source.num_bytes, step):
-            end = min(start + step, source.num_bytes)
+        bare, start = replace(source, listing=None), 0  # units are sent to workers
+        for files, num_bytes in _parts(source, size):
             if left > 0:
-                units.append(Unit(len(units), source, start, end))
-            left -= end - start
+                units.append(Unit(len(units), bare, start, start + num_bytes, files))
+            start += num_bytes
+            left -= num_bytes
     return units
+
+
+def _parts(source: Source, size: int) -> Iterator[tuple[str, int]]:
+    """Yield the files (of a folder) and the bytes of each unit of a source."""
+    if source.listing is not None:
+        yield from source.listing.parts(size)
+        return
+    step = size if source.kind == "text" and source.document != "file" else max(1, source.num_bytes)
+    for start in range(0, source.num_bytes, step):
+        yield "", min(step, source.num_bytes - start)

@@ -49,7 +49,7 @@ def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     """Return a hash of everything that the bytes of the output and the division into units depend on."""
     content = {
         "format": FORMAT,
-        "sources": [asdict(source) for source in sources],
+        "sources": [source.identity() for source in sources],
         "flags": options.identity() | {"unit_bytes": unit_bytes},
         "tokenizer": tokenizer,
     }

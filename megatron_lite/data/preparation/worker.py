@@ -15,7 +15,8 @@ from megatron_lite import system_errors
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.batch import Batch, note_outliers
-from megatron_lite.data.preparation.documents import BatchParser, lines_before
+from megatron_lite.data.preparation.documents import BatchParser, lines_before, parse_plain
+from megatron_lite.data.preparation.joining import ShortDocumentJoiner
 from megatron_lite.data.preparation.lines import LineBatch, read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Job
@@ -80,12 +81,14 @@ class _Documents:
     """Documents of a batch of lines that are not tokenized yet.
 
     Attributes:
-        lines: [documents] line numbers.
+        lines: [documents] line numbers, or numbers of files.
+        files: [documents] paths, if they are files.
         texts: [JSON keys][documents] texts.
         order: [documents] sort keys of the shuffle; zeros without --shuffle.
     """
 
     lines: npt.NDArray[np.int64]
+    files: list[str] | None
     texts: list[list[str]]
     order: npt.NDArray[np.uint64]
 
@@ -94,7 +97,13 @@ class _Documents:
         if kept.all():
             return self
         chosen = np.flatnonzero(kept).tolist()
-        return _Documents(self.lines[kept], [[column[i] for i in chosen] for column in self.texts], self.order[kept])
+        files = None if self.files is None else [self.files[i] for i in chosen]
+        texts = [[column[i] for i in chosen] for column in self.texts]
+        return _Documents(self.lines[kept], files, texts, self.order[kept])
+
+    def file(self, index: int) -> str:
+        """Return the path of a document that is a file; empty for a line."""
+        return "" if self.files is None else self.files[index]
 
 
 class _Draws:
@@ -117,7 +126,7 @@ class UnitWorker:
         self.tokenizer = tokenizer
         self.dtype = smallest_token_type(tokenizer.vocab_size)
         self.eod = tokenizer.eod if options.append_eod else None
-        self.bos = tokenizer.bos if options.prepend_bos else None
+        self.first = first_token(options, tokenizer)
         self.parser = BatchParser(options.json_keys)
         self._unchecked = COMPARED
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
@@ -140,14 +149,23 @@ class UnitWorker:
             writers = [stack.enter_context(IndexedDatasetWriter(name, self.dtype)) for name in names]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
             before, checksums, draws = 0, [0] * len(names), _Draws(self.options.seed, unit.number)
+
+            def write(key: int, batch: Batch, order: npt.NDArray[np.uint64]) -> None:
+                checksums[key] = writers[key].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[key])
+                if orders:
+                    orders[key].write(order.tobytes())
+
+            joiner = self._new_joiner()
             for lines in read_batches(unit, self.options.json_keys, self.options.max_line_bytes):
                 documents = self._parse(lines, draws, unit, report)
-                for i, (batch, order) in enumerate(self._encode(documents, unit, report)):
-                    checksums[i] = writers[i].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[i])
-                    if orders:
-                        orders[i].write(order.tobytes())
+                for key, (batch, counts, order) in enumerate(self._encode(documents, unit, report)):
+                    write(key, *((batch, order) if joiner is None else joiner.add(batch, counts, order)))
                 yield Step(len(lines.contents), lines.num_bytes, lines.position - before)
                 before = lines.position
+            if joiner is not None:
+                if (last := joiner.finish()) is not None:
+                    write(0, *last)
+                report.joined, report.short = joiner.joined, joiner.short
         yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
         report.documents = writers[0].num_documents
         report.tokens = sum(writer.num_tokens for writer in writers)
@@ -156,9 +174,16 @@ class UnitWorker:
             for name, writer, checksum in zip(names, writers, checksums, strict=True)
         ], report
 
+    def _new_joiner(self) -> ShortDocumentJoiner | None:
+        if not self.options.join_short:
+            return None
+        return ShortDocumentJoiner(self.options.min_tokens, one_sequence=not self.options.split_sentences)
+
     def _parse(self, lines: LineBatch, draws: _Draws, unit: Unit, report: UnitReport) -> _Documents:
-        """Return the documents of a batch of lines; the other lines are counted, or an error."""
+        """Return the documents of a batch of lines or files; the others are counted, or an error."""
         report.lines += len(lines.contents)
+        report.files += len(lines.names or ())
+        report.ignored += lines.ignored
         report.text_bytes += lines.num_bytes
         order = np.zeros(len(lines.contents), np.uint64)
         sampled = np.ones(len(lines.contents), np.bool_)
@@ -166,12 +191,13 @@ class UnitWorker:
             sample, order = draws.next(len(lines.contents))
             sampled = sample < (self.options.sample if self.options.sample is not None else 1.0)
             report.not_sampled += int(np.count_nonzero(~sampled))
-        parsed = self.parser.parse(lines, sampled)
+        parsed = self.parser.parse(lines, sampled) if unit.source.document == "json" else parse_plain(lines, sampled)
         for row, reason in parsed.bad:
-            self._reject(lines.first + row, reason, unit, report)
+            self._reject(lines.first + row, lines.names[row] if lines.names else "", reason, unit, report)
         report.blank += parsed.blank
         rows = np.array(parsed.rows, np.int64)
-        documents = _Documents(lines.first + rows, parsed.texts, order[rows])
+        files = None if lines.names is None else [lines.names[row] for row in parsed.rows]
+        documents = _Documents(lines.first + rows, files, parsed.texts, order[rows])
         if self.options.min_chars:
             shortest = np.min([[len(text) for text in column] for column in parsed.texts], axis=0)
             report.too_few_chars += int(np.count_nonzero(shortest < self.options.min_chars))
@@ -180,8 +206,8 @@ class UnitWorker:
 
     def _encode(
         self, documents: _Documents, unit: Unit, report: UnitReport
-    ) -> Iterator[tuple[Batch, npt.NDArray[np.uint64]]]:
-        """Yield the documents to write and their sort keys, [documents], for each JSON key."""
+    ) -> Iterator[tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.uint64]]]:
+        """Yield for each JSON key: documents to write, tokens of their texts and sort keys, [documents] each."""
         if not len(documents.lines):
             return
         self._compare_encoders(documents, unit)
@@ -193,12 +219,13 @@ class UnitWorker:
         for key, batch in enumerate(batches):
             report.document_bytes += sum(map(_utf8_bytes, documents.texts[key]))
             batch = batch.keep(kept)
-            note_outliers(batch, documents.lines, self.tokenizer.unknown, report)
-            batch = batch.with_ends(self.bos, self.eod, self.dtype)
+            note_outliers(batch, documents.lines, documents.files, self.tokenizer.unknown, report)
+            counts = batch.document_tokens
+            batch = batch.with_ends(self.first, self.eod, self.dtype)
             filled = batch.sequences > 0
             report.empty += int(np.count_nonzero(~filled))
             keep = filled if self.options.empty_documents == "skip" else np.ones_like(filled)
-            yield batch.keep(keep), documents.order[keep]
+            yield batch.keep(keep), counts[keep], documents.order[keep]
 
     def _compare_encoders(self, documents: _Documents, unit: Unit) -> None:
         """Compare the ids of a fast encoder with the library's on the first documents of the process.
@@ -207,13 +234,14 @@ class UnitWorker:
             DataError: they differ.
         """
         left = self._unchecked
-        for line, texts in zip(documents.lines.tolist(), zip(*documents.texts, strict=True), strict=True):
+        for i, texts in enumerate(zip(*documents.texts, strict=True)):
             if left <= 0:
                 break
             left -= sum(map(len, texts))
             if sum(map(len, texts)) <= COMPARED and (difference := self.tokenizer.compare_encoders(texts)):
+                place = documents.file(i) or f"{unit.source.path}:{lines_before(unit) + int(documents.lines[i])}"
                 raise DataError(
-                    f"Cannot encode {unit.source.path}:{lines_before(unit) + line} reliably: {difference}",
+                    f"Cannot encode {place} reliably: {difference}",
                     fix="Pass --no-fast-tokenizer, which encodes with the tokenizers library alone",
                 )
         self._unchecked = left
@@ -226,7 +254,7 @@ class UnitWorker:
             reasons = [self._refused_by_tokenizer(texts) for texts in zip(*documents.texts, strict=True)]
             for i in reversed(range(len(reasons))):
                 if reasons[i]:
-                    self._reject(int(documents.lines[i]), reasons[i], unit, report)
+                    self._reject(int(documents.lines[i]), documents.file(i), reasons[i], unit, report)
             documents = documents.keep(np.array([not reason for reason in reasons], np.bool_))
             return documents, [self._tokenize_key(column) for column in documents.texts]
 
@@ -248,7 +276,8 @@ class UnitWorker:
     def _filter(self, batches: list[Batch], report: UnitReport) -> npt.NDArray[np.bool_]:
         """Return the mask of documents within --min-tokens and --max-tokens under every JSON key, [documents]."""
         tokens = [batch.document_tokens for batch in batches]
-        few = np.logical_or.reduce([counts < self.options.min_tokens for counts in tokens])
+        least = 0 if self.options.join_short else self.options.min_tokens
+        few = np.logical_or.reduce([counts < least for counts in tokens])
         many = np.zeros_like(few)
         if self.options.max_tokens is not None:
             many = np.logical_or.reduce([counts > self.options.max_tokens for counts in tokens]) & ~few
@@ -257,13 +286,22 @@ class UnitWorker:
         kept: npt.NDArray[np.bool_] = ~(few | many)
         return kept
 
-    def _reject(self, number: int, reason: str, unit: Unit, report: UnitReport) -> None:
+    def _reject(self, number: int, file: str, reason: str, unit: Unit, report: UnitReport) -> None:
+        """Count a bad line or file, or raise it as an error."""
         if not self.options.skip_bad_lines:
+            kind = "file" if file else "line"
             raise DataError(
-                f"Bad line {unit.source.path}:{lines_before(unit) + number}: {reason}",
-                fix="Repair the line, or pass --skip-bad-lines to leave out and count such lines",
+                f"Bad {kind} {file or f'{unit.source.path}:{lines_before(unit) + number}'}: {reason}",
+                fix=f"Repair the {kind}, or pass --skip-bad-lines to leave out and count such {kind}s",
             )
-        report.reject(number, reason)
+        report.reject(number, reason, file)
+
+
+def first_token(options: PreprocessOptions, tokenizer: Tokenizer) -> int | None:
+    """Return the token that begins every document; None if there is none."""
+    if options.prepend_eod:
+        return tokenizer.eod
+    return tokenizer.bos if options.prepend_bos else None
 
 
 def _utf8_bytes(text: str) -> int:
