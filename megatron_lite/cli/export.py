@@ -20,6 +20,7 @@ from megatron_lite.formatting import format_size
 if TYPE_CHECKING:
     from megatron_lite.interop.export import ExportPlan, ExportReport
     from megatron_lite.interop.hub import Hub
+    from megatron_lite.runs.evaluations import Evaluation
 
 SUMMARY = "export a checkpoint as a Hugging Face model (and push it), or as Megatron-LM or DeepSpeed files"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -114,7 +115,7 @@ def _card_writer(plan: ExportPlan, options: argparse.Namespace, output: Path) ->
         model=plan.stored.model,
         manifest=plan.manifest,
         metrics=Path(metrics) if metrics else plan.path.parent / "metrics.jsonl",
-        evaluation=options.evaluation,
+        evaluations=_evaluations(plan, options),
         seq_length=plan.stored.seq_length,
         dtype=str(plan.dtype).removeprefix("torch."),
     )
@@ -124,6 +125,16 @@ def _card_writer(plan: ExportPlan, options: argparse.Namespace, output: Path) ->
             write_card(folder, facts, verification)
 
     return write
+
+
+def _evaluations(plan: ExportPlan, options: argparse.Namespace) -> list[Evaluation]:
+    """Return the results of --evaluation and those that are recorded in the folder of the run."""
+    from megatron_lite.interop.model_card import read_evaluation
+    from megatron_lite.runs.evaluations import checkpoint_identity, read_evaluations
+
+    identity = checkpoint_identity(plan.path)
+    recorded = [one for one in read_evaluations(plan.path.parent) if one.checkpoint == identity]
+    return [*recorded, *(read_evaluation(options.evaluation) if options.evaluation is not None else ())]
 
 
 def _push(report: ExportReport, plan: ExportPlan, options: argparse.Namespace, hub: Hub | None, revision: str) -> None:

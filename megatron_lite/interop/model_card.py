@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_lite.formatting import format_parameters
 from megatron_lite.interop.verify import Verification
 from megatron_lite.metrics.curve import read_curve
 from megatron_lite.metrics.curve_svg import draw_svg
+from megatron_lite.runs.evaluations import Evaluation
 from megatron_lite.runs.manifest import Manifest
 from megatron_lite.system_errors import reason, remedy
 
@@ -39,7 +40,7 @@ class CardFacts:
         model: the model.
         manifest: the checkpoint's.
         metrics: the run's metrics.jsonl; it need not exist.
-        evaluation: output of `megatron-lite evaluate --json`, if there is any.
+        evaluations: results of `megatron-lite evaluate` on the checkpoint.
         seq_length: tokens of a sequence.
         dtype: of the weights.
     """
@@ -49,7 +50,7 @@ class CardFacts:
     model: ModelConfig
     manifest: Manifest
     metrics: Path
-    evaluation: Path | None
+    evaluations: Sequence[Evaluation]
     seq_length: int
     dtype: str
 
@@ -59,7 +60,6 @@ def write_card(folder: Path, facts: CardFacts, verification: Verification | None
 
     Raises:
         OSError: no room, no permission.
-        DataError: the evaluation cannot be read.
     """
     picture = _curve(facts)
     if picture:
@@ -68,16 +68,15 @@ def write_card(folder: Path, facts: CardFacts, verification: Verification | None
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_evaluation(path: Path) -> list[Mapping[str, Any]]:
-    """Return the texts of an evaluation that `megatron-lite evaluate --json` printed.
+def read_evaluation(path: Path) -> list[Evaluation]:
+    """Return the results that `megatron-lite evaluate --json` printed for one checkpoint.
 
     Raises:
         DataError: the file holds something else.
     """
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))["texts"]
-        return [{"name": str(one["name"]), **one} for one in texts]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [_evaluation_of(record) for record in json.loads(path.read_text(encoding="utf-8"))["results"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"Cannot read --evaluation {path}: {reason(error)}"
             if isinstance(error, OSError)
@@ -86,6 +85,12 @@ def read_evaluation(path: Path) -> list[Mapping[str, Any]]:
             if isinstance(error, OSError)
             else "Write that output to a file (megatron-lite evaluate … --json > evaluation.json), and give the file",
         ) from error
+
+
+def _evaluation_of(record: Mapping[str, Any]) -> Evaluation:
+    metrics = {name: value for name, value in record.items() if isinstance(value, float)}
+    settings = {name: record[name] for name in ("seq_length", "stride", "num_fewshot", "limit") if name in record}
+    return Evaluation(task=str(record["task"]), name=str(record["name"]), settings=settings, metrics=metrics)
 
 
 def _front_matter() -> Iterator[str]:
@@ -189,11 +194,12 @@ def _curve(facts: CardFacts) -> str:
 
 
 def _evaluation(facts: CardFacts) -> Iterator[str]:
-    rows: list[tuple[str, ...]] = []
-    if facts.evaluation is not None:
-        for one in read_evaluation(facts.evaluation):
-            figures = (_figure(one.get(key)) for key in ("loss", "perplexity", "bits_per_byte"))
-            rows.append((_without_folders(one["name"]), *figures))
+    rows: dict[tuple[str, str], str] = {}
+    for one in facts.evaluations:
+        for name, value in one.metrics.items():
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = one.metrics.get(f"{name}_stderr")
+                rows[_without_folders(one.title), name] = _figure(value) + (f" ± {error:.4f}" if error else "")
     try:
         validation = read_curve(facts.metrics).validation
     except MegatronLiteError:
@@ -201,15 +207,15 @@ def _evaluation(facts: CardFacts) -> Iterator[str]:
     for name, points in validation.items():
         reached = [loss for iteration, loss in points if iteration <= facts.manifest.iteration]
         if reached:
-            rows.append((name, _figure(reached[-1]), "", ""))
+            rows[name, "loss"] = _figure(reached[-1])
     if not rows:
         return
-    yield from ("", "## Evaluation", "", "| text | loss | perplexity | bits/byte |", "|---|---|---|---|")
-    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield from ("", "## Evaluation", "", "| text or task | metric | value |", "|---|---|---|")
+    yield from (f"| {title} | {metric.replace('_', ' ')} | {value} |" for (title, metric), value in rows.items())
 
 
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+def _figure(value: float) -> str:
+    return f"{value:.4f}"
 
 
 def _command(record: Mapping[str, Any]) -> Iterator[str]:

@@ -23,6 +23,8 @@ class LossCurve:
     train: tuple[tuple[float, float], ...]
     validation: dict[str, tuple[tuple[float, float], ...]]
     """Series by dataset name; "validation" for a single dataset."""
+    quantity: str = "lm loss"
+    """Name of the values, for the vertical axis."""
 
     @property
     def series(self) -> list[Points]:

@@ -24,7 +24,7 @@ def draw_svg(curve: LossCurve) -> str:
         f"role='img' aria-label='{escape(curve.title, quote=True)}' {FONT}>",
         f"<rect width='{WIDTH}' height='{HEIGHT}' fill='#ffffff'/>",
         f"<text x='{LEFT}' y='32' font-size='19' font-weight='600' fill='#111827'>{escape(curve.title)}</text>",
-        *_axes(across, up),
+        *_axes(across, up, curve.quantity),
     ]
     legend: list[tuple[str, str]] = []
     if curve.train:
@@ -46,7 +46,7 @@ def _place(x: float, y: float, across: Axis, up: Axis) -> tuple[float, float]:
     )
 
 
-def _axes(across: Axis, up: Axis) -> list[str]:
+def _axes(across: Axis, up: Axis, quantity: str) -> list[str]:
     parts = []
     for tick in up.ticks:
         _, y = _place(across.low, tick, across, up)
@@ -71,7 +71,7 @@ def _axes(across: Axis, up: Axis) -> list[str]:
     )
     parts.append(
         f"<text transform='translate(22 {middle:.1f}) rotate(-90)' font-size='14' fill='#374151' "
-        "text-anchor='middle'>lm loss</text>"
+        f"text-anchor='middle'>{escape(quantity)}</text>"
     )
     return parts
 

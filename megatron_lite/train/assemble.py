@@ -13,8 +13,10 @@ from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.counts import parameter_count
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
@@ -55,20 +57,21 @@ from megatron_lite.train.state import RunState
 
 
 @contextmanager
-def machine(config: RunConfig, on_abort: OnAbort | None = None) -> Iterator[Backend]:
+def machine(runtime: RuntimeConfig, parallel: ParallelConfig, on_abort: OnAbort | None = None) -> Iterator[Backend]:
     """Open this rank's device and its connections to the other ranks; a context manager that closes them.
 
     Args:
-        config: the run.
+        runtime: device and threads.
+        parallel: world size and timeouts.
         on_abort: called before another rank's failure ends this process from a thread; see report_failures.
 
     Raises:
         ConfigError: the device does not exist or cannot run the configuration.
     """
     with ExitStack() as stack:
-        backend = select_backend(config.runtime, config.parallel)
+        backend = select_backend(runtime, parallel)
         stack.push(lambda kind, error, trace: backend.shutdown(failed=error is not None))
-        stack.enter_context(report_failures(backend, config.parallel, on_abort))
+        stack.enter_context(report_failures(backend, parallel, on_abort))
         stack.enter_context(warnings_once(backend))
         yield backend
 
@@ -89,7 +92,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         CheckpointError: the checkpoint of --load is damaged or belongs to another run.
     """
     with ExitStack() as stack:
-        backend = backend or stack.enter_context(machine(config))
+        backend = backend or stack.enter_context(machine(config.runtime, config.parallel))
         # Before the mesh: ranks that differ in its sizes would wait for each other forever.
         sources = source_hashes(PACKAGE)
         reads_data = compare_runs(config, code_fingerprint(sources), backend)

@@ -41,7 +41,7 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
     """
     with ExitStack() as stack:
         notices = check_job_nodes(config) if config.runtime.check_nodes and backend is None else []
-        backend = backend or stack.enter_context(machine(config, record.abort))
+        backend = backend or stack.enter_context(machine(config.runtime, config.parallel, record.abort))
         world = backend.new_group("world", partitions(AXES, config.parallel))
         _acquire_lock(record, world)
         while (rollback := _run_once(config, backend, record, started, notices).rollback) is not None:

@@ -31,9 +31,10 @@ def test_metrics_of_texts_and_datasets(run, corpus, tmp_path):
     text = tmp_path / "held-out.txt"
     text.write_text("abc dé\r\nabc\n" * 5, newline="")
     found = figures(run, "--text", text, "--data-path", corpus.data[0], "--data-path", corpus.data[1])
-    assert (found["iteration"], found["seq_length"], found["stride"]) == (60, 16, 16)
-    written, *datasets = found["texts"]
-    assert written["name"] == str(text)
+    assert found["iteration"] == 60
+    written, *datasets = found["results"]
+    assert (written["task"], written["name"]) == ("text", str(text))
+    assert (written["seq_length"], written["stride"]) == (16, 16)
     assert (written["bytes"], written["words"]) == (65, 15), "bytes of the file, its line ends as they are"
     total = written["loss"] * written["tokens"]
     assert written["bits_per_byte"] == pytest.approx(total / 65 / math.log(2))
@@ -48,20 +49,75 @@ def test_metrics_of_texts_and_datasets(run, corpus, tmp_path):
 def test_window_options_and_limit(run, corpus):
     plain = figures(run, "--data-path", corpus.data[0], "--limit", 500)
     overlapping = figures(run, "--data-path", corpus.data[0], "--limit", 500, "--overlapping-eval", 4)
-    assert plain["texts"][0]["tokens"] == overlapping["texts"][0]["tokens"] == 500
-    assert overlapping["stride"] == 4
-    assert overlapping["texts"][0]["loss"] != plain["texts"][0]["loss"]
-    short = figures(run, "--data-path", corpus.data[0], "--limit", 500, "--seq-length", 2, "--batch-size", 3)
-    assert short["texts"][0]["loss"] != plain["texts"][0]["loss"]
+    (plain,), (overlapping,) = plain["results"], overlapping["results"]
+    assert plain["tokens"] == overlapping["tokens"] == 500
+    assert (plain["stride"], overlapping["stride"]) == (16, 4)
+    assert overlapping["loss"] != plain["loss"]
+    sweep = figures(run, "--data-path", corpus.data[0], "--limit", 500, "--seq-length", 2, 8, 16, "--batch-size", 3)
+    losses = [one["loss"] for one in sweep["results"]]
+    assert [one["seq_length"] for one in sweep["results"]] == [2, 8, 16]
+    assert losses[0] != losses[1] and losses[2] == pytest.approx(plain["loss"], rel=1e-5)
 
 
-def test_wikitext_is_detokenized_and_counted_as_published(run, tmp_path):
-    text = tmp_path / "wiki.txt"
-    text.write_text(" \n = Abc = \n \n a hard @-@ shelled abc , of 0 @.@ 7 kg \n")
-    (plain,), (joined,) = (figures(run, "--text", text, *args)["texts"] for args in ((), ("--wikitext",)))
-    assert joined["tokens"] < plain["tokens"]
-    assert joined["bytes"] == plain["bytes"] == len(text.read_bytes())
-    assert (plain["words"], joined["words"]) == (14, 18), "four ends of lines"
+def test_published_corpora(run, tmp_path):
+    """Each corpus is normalized by the counts of its file."""
+    files = {
+        "wikitext": " \n = Abc = \n \n a hard @-@ shelled abc , of 0 @.@ 7 kg \n",
+        "ptb": " a abc was n't N \n",
+        "enwik8": "abc dé",
+        "text8": " abc def",
+        "lambada": '{"text": "abc def ab"}\n{"text": "a b, c d."}\n',
+        "documents": '{"text": "abc"}\n{"text": "de f", "meta": {"pile_set_name": "B"}}\n',
+    }
+    args = []
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        args += [f"--{name}", tmp_path / name]
+    found = {one["task"]: one for one in figures(run, *args)["results"]}
+    assert set(found) == set(files)
+    for name, words in (("wikitext", 18), ("ptb", 6)):
+        one = found[name]
+        assert one["words"] == words and one["bytes"] == len(files[name].encode())
+        assert one["word_perplexity"] == pytest.approx(math.exp(one["loss"] * one["tokens"] / words))
+    for name, characters in (("enwik8", 7), ("text8", 8)):
+        bits = found[name]["loss"] * found[name]["tokens"] / characters / math.log(2)
+        assert found[name]["bits_per_character"] == pytest.approx(bits)
+    assert found["lambada"]["passages"] == 2 and 0 <= found["lambada"]["accuracy"] <= 1
+    documents = found["documents"]
+    assert documents["parts"]["B"]["bytes"] == 4 and documents["bytes"] == 7
+    bits = [documents["parts"][name]["bits_per_byte"] for name in ("", "B")]
+    assert documents["mean_bits_per_byte"] == pytest.approx(sum(bits) / 2)
+    assert documents["bits_per_byte"] == pytest.approx((3 * bits[0] + 4 * bits[1]) / 7)
+    table = evaluate(run, *args)
+    assert table.code == 0 and all(len(line) <= 80 for line in table.out.splitlines() if str(tmp_path) not in line)
+
+
+def test_all_checkpoints_are_evaluated_once(corpus, tmp_path):
+    run, text = tmp_path / "run", tmp_path / "text"
+    job = corpus.job("--train-iters", 3, "--lr", 1e-2, "--save", run, "--save-interval", 1, "--log-interval", 3)
+    assert command(*job).code == 0
+    text.write_text("abc def " * 5)
+    alone = figures(run, "--text", text, "--load-iteration", 2)["results"]
+    (tmp_path / "lambada").write_text("abc def\n")
+    args = ("--all-checkpoints", "--text", text, "--lambada", tmp_path / "lambada", "--svg", tmp_path / "curves")
+    first = evaluate(run, *args)
+    assert first.code == 0, first
+    assert [f"(iteration {n})" in first.err for n in (1, 2, 3)] == [True] * 3
+    assert first.out.splitlines()[2].split() == ["iteration", "(1)", "(2)"]
+    assert "+----" in first.out and (tmp_path / "curves" / "accuracy.svg").read_text().startswith("<svg")
+    second = evaluate(run, *args)
+    assert second.out == first.out and "(iteration" not in second.err, "nothing is loaded"
+    found = figures(run, *args)["checkpoints"]
+    assert [one["iteration"] for one in found] == [1, 2, 3]
+    assert found[1]["results"][0] == alone[0]
+    # A new task or checkpoint is added, and a damaged checkpoint is passed over.
+    (file,) = (run / "iter_0000002").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    third = evaluate(run, *args, "--seq-length", 8)
+    assert third.code == 1 and "skipped iter_0000002" in third.err
+    assert "(iteration 1)" in third.err and "(iteration 3)" in third.err
 
 
 def test_the_table_fits_a_terminal(run, tmp_path):
@@ -70,19 +126,23 @@ def test_the_table_fits_a_terminal(run, tmp_path):
     result = evaluate(run, "--text", text)
     assert result.code == 0
     assert "loaded" in result.err and "loaded" not in result.out
-    assert all(len(line) <= 80 for line in result.out.splitlines() if line != str(text))
+    assert all(len(line) <= 80 for line in result.out.splitlines() if not line.startswith(str(text)))
 
 
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ((), 2, "give --text FILE or --data-path PREFIX"),
+        ((), 2, "give --text FILE, --data-path PREFIX or --lambada FILE"),
+        (("--text", "{folder}/text", "--svg", "x"), 2, "--svg is an option of --all-checkpoints"),
+        (("--text", "{folder}/text", "--all-checkpoints", "--load-iteration", 60), 1, "names a single one"),
+        (("--text", "{folder}/text", "--tensor-model-parallel-size", 2), 1, "1 rank cannot hold"),
+        (("--text8", "{folder}/x.jsonl"), 1, "letters a to z and spaces"),
         (("--text", "nowhere"), 1, "nowhere: No such file"),
         (("--text", "."), 1, "Is a directory"),
         (("--text", "{folder}/empty"), 1, "is empty"),
         (("--text", "{folder}/latin1"), 1, "UTF-8"),
         (("--text", "{folder}/text", "--prepend-bos"), 1, "no beginning-of-text token for --prepend-bos"),
-        (("--text", "{folder}/x.jsonl"), 1, "megatron-lite preprocess"),
+        (("--text", "{folder}/x.jsonl"), 1, "--documents"),
         (("--data-path", "nowhere"), 1, "nowhere.idx"),
         (("--text", "{folder}/text", "--seq-length", 64), 1, "table of 16 learned positions"),
         (("--text", "{folder}/text", "--stride", 17), 1, "is outside 1 to"),

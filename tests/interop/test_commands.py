@@ -49,7 +49,7 @@ def test_a_trained_model_to_hugging_face_and_back(corpus, tmp_path, apart, trans
         "0.001 to 0, linear",
         "![loss curve](loss.svg)",
         "| validation | ",
-        "text | ",
+        "| text (window 16) | bits per byte | ",
         "pretrain_gpt.py --save-interval 2",
         "license: fill in",
         "Checked at export: logits equal",
@@ -139,7 +139,7 @@ def test_wrong_words(tmp_path, make_folder, gpt2):
     assert command("import", tmp_path, "--output", tmp_path / "x", "--from", "onnx").code == 2
     assert command("import", tmp_path, "--output", tmp_path / "x", "--seq-length", 0).code == 2
     evaluation = tmp_path / "evaluation.json"
-    for text in ("{}", "[", '{"texts": [{}]}'):
+    for text in ("{}", "[", '{"results": [{}]}', '{"results": [3]}'):
         evaluation.write_text(text, encoding="utf-8")
         result = command("export", tmp_path, "--output", tmp_path / "x", "--evaluation", evaluation)
         assert "is not the output of `megatron-lite evaluate --json`" in result.err

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.evaluation.wikitext import detokenize, num_words
+from megatron_lite.evaluation.detokenizers import detokenize_penn_treebank, detokenize_wikitext, num_words
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,26 @@ from megatron_lite.evaluation.wikitext import detokenize, num_words
         ("at 5 ° C", "at 5°C"),
     ],
 )
-def test_detokenization(apart, together):
-    assert detokenize(apart) == together
+def test_wikitext(apart, together):
+    assert detokenize_wikitext(apart) == together
 
 
+@pytest.mark.parametrize(
+    ("apart", "together"),
+    [
+        (" no it was n't black monday \n but while", "no it wasn't black monday\nbut while"),
+        ("the new york stock exchange did n't fall", "the new york stock exchange didn't fall"),
+        ("it 's N N of $ N billion", "it's 1 1 of $1 billion"),
+        ("rose N \n # N <unk>", "rose 1\n#1 <unk>"),
+    ],
+)
+def test_penn_treebank(apart, together):
+    assert detokenize_penn_treebank(apart) == together
+
+
+@pytest.mark.parametrize("detokenize", [detokenize_wikitext, detokenize_penn_treebank])
 @given(st.text(alphabet="ab \n.,'\"()=@-"))
-def test_no_word_is_lost(text):
+def test_no_word_is_lost(detokenize, text):
     assert [c for c in detokenize(text) if c in "ab"] == [c for c in text if c in "ab"]
 
 

@@ -1,0 +1,91 @@
+"""Arguments of the command `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lite.cli.model_arguments import add_model_arguments
+from megatron_lite.cli.parser import Parser, whole
+
+_FILES = {
+    "text": "plain UTF-8 text files, one document each",
+    "wikitext": "WikiText-2 or 103 (wiki.test.raw): detokenized; perplexity per word of the file, as published",
+    "ptb": "Penn Treebank (ptb.test.txt): detokenized; perplexity per word of the file",
+    "enwik8": "bits per character; of the whole file the last 5,000,000 bytes, the test split",
+    "text8": "the same for text8",
+    "lambada": "LAMBADA: accuracy and perplexity of the last word; OpenAI's JSON lines or the original plain text",
+    "documents": 'JSON lines with "text", scored one by one: bits per byte, also of each meta.pile_set_name',
+}
+
+
+def evaluate_parser() -> Parser:
+    """Return the parser of `megatron-lite evaluate`."""
+    parser = Parser(
+        prog="megatron-lite evaluate",
+        description="Evaluate checkpoints on texts and published corpora. The "
+        "checkpoint gives architecture and tokenizer. Results are printed and recorded in evaluations.jsonl of the "
+        "run. Everything is read from files of this machine. torchrun, srun or --ranks-per-task start several ranks.",
+    )
+    add_model_arguments(parser)
+    checkpoints = parser.add_argument_group("checkpoints of a run")
+    checkpoints.add_argument(
+        "--all-checkpoints",
+        action="store_true",
+        help="evaluate every checkpoint of --load; those that are recorded are not evaluated again",
+    )
+    checkpoints.add_argument("--again", action="store_true", help="evaluate recorded checkpoints again")
+    checkpoints.add_argument("--svg", type=Path, metavar="DIR", help="write a curve of each metric to this folder")
+    texts = parser.add_argument_group("texts")
+    for name, text in _FILES.items():
+        texts.add_argument(f"--{name}", nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    texts.add_argument(
+        "--data-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PREFIX",
+        help="dataset prefixes, without .bin and .idx",
+    )
+    texts.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="begin each text with the beginning-of-text token, as the training data (preprocess --prepend-bos)",
+    )
+    texts.add_argument(
+        "--limit",
+        type=whole(1),
+        metavar="N",
+        help="only the first N tokens of a dataset, passages or documents (default: all)",
+    )
+    windows = parser.add_argument_group("windows and output")
+    windows.add_argument(
+        "--seq-length",
+        type=whole(1),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="tokens per window (default: as in training); several: each of them",
+    )
+    windows.add_argument(
+        "--stride",
+        "--overlapping-eval",
+        type=whole(1),
+        metavar="N",
+        help="distance between starts of windows (default: seq-length, no overlap); a smaller stride gives tokens more "
+        "context at higher cost",
+    )
+    windows.add_argument(
+        "--batch-size", type=whole(1, 1_000_000), default=4, metavar="N", help="windows per batch (default: 4)"
+    )
+    windows.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    ranks = parser.add_argument_group("several ranks")
+    ranks.add_argument("--tensor-model-parallel-size", type=whole(1, 4096), default=1, metavar="N", help="default: 1")
+    ranks.add_argument("--pipeline-model-parallel-size", type=whole(1, 4096), default=1, metavar="N", help="default: 1")
+    ranks.add_argument(
+        "--ranks-per-task",
+        type=whole(1, 4096),
+        default=1,
+        metavar="N",
+        help="start N ranks on this machine, or in each task of srun; those beyond the two sizes share the work",
+    )
+    return parser

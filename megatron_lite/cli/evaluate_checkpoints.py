@@ -1,0 +1,240 @@
+"""Evaluation of checkpoints on rank 0: reads inputs, runs the jobs, records and prints the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lite.checkpoint.stored_model import stored_model
+from megatron_lite.cli.curve import has_braille
+from megatron_lite.cli.model_arguments import note
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.runs.catalog import find_checkpoint, iteration_of, list_checkpoints
+from megatron_lite.runs.evaluations import (
+    Evaluation,
+    append_evaluations,
+    checkpoint_identity,
+    job_key,
+    read_evaluations,
+)
+from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.system_errors import reason, remedy
+
+if TYPE_CHECKING:
+    from megatron_lite.cli.evaluate_ranks import ModelRanks
+    from megatron_lite.evaluation.jobs import Job, ScoreSpans, Windows
+    from megatron_lite.evaluation.scoring import Score, Span
+
+CORPORA = ("text", "wikitext", "ptb", "enwik8", "text8")
+INPUTS = (*CORPORA, "lambada", "documents", "data_path")
+"""Options that name something to evaluate."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Checkpoints and jobs.
+
+    Attributes:
+        checkpoints: in ascending order of iterations.
+        jobs: for each checkpoint.
+    """
+
+    checkpoints: list[Path]
+    jobs: list[Job]
+
+
+def make_plan(options: argparse.Namespace) -> EvaluationPlan:
+    """Find the checkpoints and read all inputs.
+
+    Raises:
+        MegatronLiteError: something is missing, or of another format.
+    """
+    from megatron_lite.evaluation.jobs import Windows
+    from megatron_lite.evaluation.scoring import check_length
+
+    checkpoints = _checkpoints(options)
+    path = checkpoints[-1]
+    stored = stored_model(read_manifest(path), path)
+    windows = [
+        Windows(length, options.stride or length, options.prepend_bos, options.limit)
+        for length in options.seq_length or [stored.seq_length]
+    ]
+    for one in windows:
+        check_length(one.seq_length, stored.model)
+    return EvaluationPlan(checkpoints, [make_job(one) for make_job in _job_makers(options) for one in windows])
+
+
+def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argparse.Namespace) -> int:
+    """Run the jobs on each checkpoint; record and print the results.
+
+    Returns:
+        0, or 1 if a checkpoint of several could not be loaded.
+    """
+    recorded: dict[tuple[str, str, str], Evaluation] = {}
+    if options.all_checkpoints and not options.again:
+        recorded = {one.key: one for one in read_evaluations(plan.checkpoints[0].parent)}
+    results: list[Evaluation] = []
+    failed = 0
+    for path in plan.checkpoints:
+        try:
+            identity = checkpoint_identity(path)
+            found = {job: recorded.get((identity, *job_key(job.task, job.settings))) for job in plan.jobs}
+            missing = [job for job, known in found.items() if known is None]
+            if missing:
+                _load(ranks, path)
+        except (CheckpointError, OSError) as error:
+            if not options.all_checkpoints:
+                raise
+            note(f"skipped {path.name}: {error if path.exists() else 'it was deleted meanwhile'}")
+            failed += path.exists()
+            continue
+        results += [found[job] or _measured(job, path, identity, ranks) for job in plan.jobs]
+    _print(results, plan, options)
+    return 1 if failed else 0
+
+
+def _checkpoints(options: argparse.Namespace) -> list[Path]:
+    load = options.load
+    if not options.all_checkpoints:
+        path = find_checkpoint(load, options.load_iteration, notify=note)
+        if path is None:
+            raise _no_checkpoint(load)
+        return [path]
+    if options.load_iteration or iteration_of(Path(load)) is not None:
+        raise ConfigError(
+            "--all-checkpoints evaluates all checkpoints of a run, and "
+            + (f"--load-iteration {options.load_iteration}" if options.load_iteration else f"--load {load}")
+            + " names a single one",
+            fix="Remove --load-iteration, and give --load the --save folder of the run"
+            if options.load_iteration
+            else f"Give --load {Path(load).parent}, or remove --all-checkpoints",
+        )
+    found = list_checkpoints(Path(load))
+    if not found:
+        raise _no_checkpoint(load)
+    return found
+
+
+def _no_checkpoint(load: str) -> CheckpointError:
+    return CheckpointError(
+        f"--load {load} {'contains no checkpoint' if Path(load).is_dir() else 'does not exist'}",
+        fix="Give --load the --save folder of a run, or the folder iter_… of one of its checkpoints",
+    )
+
+
+def _job_makers(options: argparse.Namespace) -> list[Callable[[Windows], Job]]:
+    """Read the inputs; return for each a function that makes its job for given windows."""
+    from megatron_lite.evaluation import jobs
+    from megatron_lite.evaluation.corpora import READERS, read_documents
+    from megatron_lite.evaluation.lambada import read_lambada
+
+    makers: list[Callable[[Windows], Job]] = []
+    for name in CORPORA:
+        makers += [partial(jobs.corpus_job, READERS[name](path)) for path in getattr(options, name)]
+    makers += [partial(jobs.dataset_job, prefix) for prefix in options.data_path]
+    makers += [partial(jobs.lambada_job, read_lambada(path)) for path in options.lambada]
+    makers += [partial(jobs.documents_job, read_documents(path)) for path in options.documents]
+    return makers
+
+
+def _load(ranks: ModelRanks, path: Path) -> None:
+    """Load a checkpoint, and say where."""
+    model = ranks.load(path)
+    try:
+        _ = model.tokenizer.eod
+    except DataError:
+        note("the tokenizer has no end-of-document token: the first token of a text is not predicted")
+    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.backend.device}")
+
+
+def _measured(job: Job, path: Path, identity: str, ranks: ModelRanks) -> Evaluation:
+    """Run a job on the loaded checkpoint and record the result in the folder of the run."""
+    found = job.measure(ranks.model.tokenizer, _with_progress(ranks, job))
+    result = Evaluation(
+        task=job.task,
+        name=job.name,
+        settings=job.settings,
+        metrics=found.metrics,
+        parts=found.parts,
+        iteration=ranks.model.iteration,
+        checkpoint=identity,
+    )
+    try:
+        append_evaluations(path.parent, [result])
+    except OSError as error:
+        note(f"the result is not recorded in {path.parent}: {reason(error)}")
+    return result
+
+
+def _with_progress(ranks: ModelRanks, job: Job) -> ScoreSpans:
+    """Return the function that scores spans, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    def score(spans: Sequence[Span]) -> list[Score]:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        console = Console(stderr=True)
+        with Progress(
+            *columns,
+            TextColumn("tokens"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as bar:
+            task = bar.add_task(Path(job.name).name, total=sum(span.end - span.start for span in spans))
+            return ranks.score(spans, lambda count: bar.advance(task, count))
+
+    return score
+
+
+def _print(results: Sequence[Evaluation], plan: EvaluationPlan, options: argparse.Namespace) -> None:
+    from megatron_lite.evaluation.report import curves, format_checkpoints, format_results, json_record
+    from megatron_lite.metrics.curve_svg import draw_svg
+    from megatron_lite.metrics.curve_terminal import draw_terminal
+
+    drawn = curves(results) if options.all_checkpoints else {}
+    if options.json:
+        records = [
+            {
+                "checkpoint": str(path),
+                "iteration": iteration_of(path),
+                "results": [json_record(one) for one in results if one.iteration == iteration_of(path)],
+            }
+            for path in plan.checkpoints
+        ]
+        print(json.dumps({"checkpoints": records} if options.all_checkpoints else records[0], indent=2))
+    elif options.all_checkpoints:
+        print(format_checkpoints(results))
+        width = min(120, shutil.get_terminal_size().columns)
+        for curve in drawn.values():
+            print()
+            print(draw_terminal(curve, width, unicode=has_braille(sys.stdout.encoding)), end="")
+    else:
+        print(format_results(results))
+    if options.svg:
+        for metric, curve in drawn.items():
+            _write(options.svg / f"{metric.replace('/', '-').replace(' ', '-')}.svg", draw_svg(curve))
+        note(
+            f"curves written to {options.svg}"
+            if drawn
+            else "no curve written: there is a single checkpoint, or no finite value"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"Cannot write --svg {path}: {reason(error)}",
+            fix=remedy(error, path, instead="give another folder with --svg", writing=True),
+        ) from error

@@ -1,0 +1,98 @@
+"""Ranks of an evaluation: rank 0 reads texts and prints results, and calls the other ranks for the model's work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.backend.base import Backend
+from megatron_lite.config.layout import AXES, partitions
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.errors import MegatronLiteError
+from megatron_lite.evaluation.scoring import OnTokens, Score, Scorer, Span
+from megatron_lite.generation.restore import TrainedModel, load_weights, restore_model
+
+
+class ModelRanks:
+    """Model of a run's checkpoints over all ranks of the job.
+
+    Rank 0 calls load and score, each of which runs on all ranks, and finally close. The other ranks call
+    serve. All errors of these methods are raised by every rank.
+
+    Args:
+        backend: of this rank.
+        runtime: device and threads.
+        parallel: layout.
+        tokenizer: fields of TokenizerConfig that replace the manifest's.
+        batch_size: spans per batch.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        runtime: RuntimeConfig,
+        parallel: ParallelConfig,
+        tokenizer: Mapping[str, Any],
+        batch_size: int,
+    ) -> None:
+        self._backend = backend
+        self._runtime = runtime
+        self._parallel = parallel
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._world = backend.new_group("world", partitions(AXES, parallel))
+        self._model: TrainedModel | None = None
+
+    @property
+    def model(self) -> TrainedModel:
+        """Return the model of the checkpoint that was loaded last."""
+        assert self._model is not None, "load comes first"
+        return self._model
+
+    def load(self, checkpoint: Path) -> TrainedModel:
+        """Load a checkpoint; the model is built at the first call.
+
+        Raises:
+            MegatronLiteError: as restore_model and load_weights.
+        """
+        self._send("_load", checkpoint)
+        self._load(checkpoint)
+        return self.model
+
+    def score(self, spans: Sequence[Span], on_tokens: OnTokens | None = None) -> list[Score]:
+        """Score spans; see Scorer.score."""
+        self._send("_score", spans)
+        return self._score(spans, on_tokens)
+
+    def serve(self) -> None:
+        """Run the calls of rank 0 until it closes."""
+        while (call := self._world.all_gather_object(None)[0]) is not None:
+            name, arguments = call
+            with suppress(MegatronLiteError):  # rank 0 raises it too, and decides whether the job ends
+                getattr(self, name)(*arguments)
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._world.all_gather_object(None)
+
+    def _send(self, name: str, *arguments: Any) -> None:
+        self._world.all_gather_object((name, arguments))
+
+    def _load(self, checkpoint: Path) -> None:
+        if self._model is not None:
+            self._model = load_weights(self._model, checkpoint)
+            return
+        self._model = restore_model(
+            str(checkpoint),
+            0,
+            self._runtime,
+            parallel=self._parallel,
+            backend=self._backend,
+            tokenizer=self._tokenizer,
+        )
+
+    def _score(self, spans: Sequence[Span], on_tokens: OnTokens | None = None) -> list[Score]:
+        return Scorer(self.model.stage, self.model.mesh, self._batch_size).score(spans, on_tokens)
