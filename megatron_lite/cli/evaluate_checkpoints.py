@@ -59,6 +59,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     from megatron_lite.evaluation.jobs import Windows
     from megatron_lite.evaluation.scoring import check_length
 
+    makers = _job_makers(options)
     checkpoints = _checkpoints(options)
     path = checkpoints[-1]
     stored = stored_model(read_manifest(path), path)
@@ -68,7 +69,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     ]
     for one in windows:
         check_length(one.seq_length, stored.model)
-    return EvaluationPlan(checkpoints, [make_job(one) for make_job in _job_makers(options) for one in windows])
+    return EvaluationPlan(checkpoints, [make_job(one) for make_job in makers for one in windows])
 
 
 def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argparse.Namespace) -> int:
