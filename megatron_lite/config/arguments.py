@@ -11,7 +11,7 @@ from megatron_lite.config import (
     checkpoint,
     data,
     fp8,
-    model,
+    model_rules,
     optimizer,
     parallel,
     profiling,
@@ -37,7 +37,7 @@ Rule = Callable[[RunConfig], Iterator[ConfigError]]
 RESOLVERS: tuple[Callable[[Given], None], ...] = (
     merge_deepspeed,
     *parallel.RESOLVERS,
-    *model.RESOLVERS,
+    *model_rules.RESOLVERS,
     *optimizer.RESOLVERS,
     *fp8.RESOLVERS,
     *runtime.RESOLVERS,
@@ -46,7 +46,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
 )
 """Derive fields from others, in this order: DeepSpeed's JSON first, since others depend on its values."""
 RULES: tuple[Rule, ...] = (
-    *model.RULES,
+    *model_rules.RULES,
     *batch.RULES,
     *training.RULES,
     *optimizer.RULES,

@@ -82,7 +82,7 @@ FROM_FLAGS = {
     "--save-schedule ten": "Write --save-schedule INTERVAL:LAST …, for example --save-schedule 10:100 18:1000 1500",
     "--log-interval 1.5": "Write --log-interval N, for example --log-interval 100",
     "--rampup-batch-size 2 x 3": "for example --rampup-batch-size 16 16 5_000_000",
-    # rules of model.py
+    # rules of model_rules.py
     "--num-layers 0": "--num-layers 0 is out of range. Give --num-layers a number from 1 to 100,000",
     "--init-method-std -1": "--init-method-std -1 is out of range. Give --init-method-std a number of at least 0",
     "--hidden-size 66": "Cannot split a hidden size of 66 over 4 attention heads (--hidden-size 66",
