@@ -10,6 +10,7 @@ from megatron_lite.cli.explain_data import data_lines, data_record
 from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_command, to_argv
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -62,6 +63,9 @@ def _lines(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> Iterator[
     model, layout, length = summary.model, summary.layout, summary.length
     config = parsed.config
     yield f"Model       {model.name}: {model.exact:,} parameters, {model.without_embedding:,} without the embedding"
+    if (sharing := describe_sharing(config.model)) or config.model.embedding_size:
+        size = config.model.embedding_size
+        yield f"            {config.model.num_layers} layers{sharing}" + (f", embedding {size:,}" if size else "")
     yield f"            vocabulary {model.vocab_size:,} padded to {model.padded_vocab_size:,} ({vocabulary})"
     yield f"            {model.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward"
     sharding = ", optimizer state split over replicas" if layout.distributed_optimizer else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sharing import PARTS, owner_layer
 
 if TYPE_CHECKING:
     from megatron_lite.config.run import RunConfig
@@ -15,30 +17,50 @@ def norm_parameters(model: ModelConfig, channels: int) -> int:
     return channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def layer_parameters(model: ModelConfig) -> int:
-    """Return the parameters of one transformer layer."""
+def layer_parameters(model: ModelConfig) -> dict[str, int]:
+    """Return the parameters of one transformer layer, by its parts."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.head_dim
     qkv = queries + 2 * model.num_query_groups * model.head_dim
     up = 2 * ffn if model.gated else ffn
-    weights = hidden * qkv + queries * hidden + hidden * up + ffn * hidden
-    biases = (qkv if model.qkv_bias else 0) + (2 * hidden + up if model.linear_bias else 0)
-    norms = 2 * norm_parameters(model, hidden)
+    attention, mlp = hidden * qkv + queries * hidden, hidden * up + ffn * hidden
+    if model.qkv_bias:
+        attention += qkv
+    if model.linear_bias:
+        attention, mlp = attention + hidden, mlp + up + hidden
     if model.qk_layernorm:
-        norms += 2 * norm_parameters(model, model.head_dim)
-    return weights + biases + norms
+        attention += 2 * norm_parameters(model, model.head_dim)
+    norm = norm_parameters(model, hidden)
+    return {"input_norm": norm, "self_attention": attention, "pre_mlp_norm": norm, "mlp": mlp}
+
+
+def stored_parameters(model: ModelConfig, layers: Iterable[int]) -> dict[int, int]:
+    """Return the parameters that some layers use, by the number of the layer under which they are stored.
+
+    Each is counted once, however many of the layers share it.
+    """
+    layers, counts = tuple(layers), layer_parameters(model)
+    stored: dict[int, int] = {}
+    for part in PARTS:
+        for owner in dict.fromkeys(owner_layer(model, part, layer) for layer in layers):
+            stored[owner] = stored.get(owner, 0) + counts[part]
+    return stored
 
 
 def embedding_parameters(model: ModelConfig, rows: int) -> int:
     """Return the parameters before the first layer, with `rows` rows in the word embedding."""
     positions = model.max_position_embeddings if model.position_embedding == "learned" else 0
-    norm = norm_parameters(model, model.hidden_size) if model.embed_layernorm else 0
-    return (rows + positions) * model.hidden_size + norm
+    width, hidden = model.embedding_width, model.hidden_size
+    norm = norm_parameters(model, width) if model.embed_layernorm else 0
+    projection = (width + model.linear_bias) * hidden if model.embedding_size else 0
+    return (rows + positions) * width + norm + projection
 
 
 def head_parameters(model: ModelConfig, rows: int) -> int:
-    """Return the parameters after the last layer: final norm, and output layer unless it is tied to the embedding."""
-    return norm_parameters(model, model.hidden_size) + (0 if model.tied_embeddings else rows * model.hidden_size)
+    """Return the parameters after the last layer: final norm, projection, and output layer unless it is tied."""
+    width, hidden = model.embedding_width, model.hidden_size
+    projection = (hidden + model.linear_bias) * width if model.embedding_size else 0
+    return norm_parameters(model, hidden) + projection + (0 if model.tied_embeddings else rows * width)
 
 
 def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
@@ -51,7 +73,8 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
     """
     if rows is None:
         rows = model.vocab_size or model.padded_vocab_size
-    return embedding_parameters(model, rows) + model.num_layers * layer_parameters(model) + head_parameters(model, rows)
+    layers = sum(stored_parameters(model, range(model.num_layers)).values())
+    return embedding_parameters(model, rows) + layers + head_parameters(model, rows)
 
 
 def checkpoint_size(config: RunConfig) -> int:
@@ -72,8 +95,13 @@ def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:
 
 
 def head_forward_flops(model: ModelConfig) -> int:
-    """Return the forward FLOPs of the output layer for one token."""
-    return 2 * model.hidden_size * (model.padded_vocab_size or model.vocab_size)
+    """Return the forward FLOPs of the output layer, and of the projection before it, for one token."""
+    return 2 * model.embedding_width * (model.padded_vocab_size or model.vocab_size) + projection_flops(model)
+
+
+def projection_flops(model: ModelConfig) -> int:
+    """Return the FLOPs of one projection between a factorized embedding and the hidden size, for one token."""
+    return 2 * model.embedding_size * model.hidden_size
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
@@ -83,4 +111,5 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     For a GPT-2 (heads × head_dim = h, ffn 4h) this is eq. 3 of Narayanan et al. 2021 with three passes instead of
     four: 72 l h² (1 + s / 6h + V / 12lh).
     """
-    return 3 * (model.num_layers * layer_forward_flops(model, seq_length) + head_forward_flops(model))
+    layers = model.num_layers * layer_forward_flops(model, seq_length)
+    return 3 * (projection_flops(model) + layers + head_forward_flops(model))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lite.config.flag import FIELD, Flag, Format, flags, option
+from megatron_lite.config.sharing import SHARING
 
 PositionEmbedding = Literal["learned", "rotary", "alibi", "none"]
 Normalization = Literal["LayerNorm", "RMSNorm"]
@@ -153,6 +154,24 @@ class ModelConfig:
     fp32_residual: bool = option(
         False, Flag("--fp32-residual-connection", "Keep the residual stream in fp32.", sets=True), may_change=True
     )
+    share_layers: str = option(
+        "",
+        Flag(
+            "--share-layers",
+            "Share parameters between layers (ALBERT): one set for all layers, one for each of GROUPS groups of "
+            "consecutive layers, or one attention or MLP for all layers.",
+            format=SHARING,
+        ),
+    )
+    embedding_size: int = option(
+        0,
+        Flag(
+            "--embedding-size",
+            "Channels of the word and position embeddings and of the output layer, with linear layers to and from the "
+            "hidden size (ALBERT's factorized embedding; 0: the hidden size).",
+            most=10**7,
+        ),
+    )
     activation: Activation = option(
         "gelu_tanh",
         Flag("--activation", "Activation of the MLP."),
@@ -247,6 +266,11 @@ class ModelConfig:
         if not self.ffn_hidden_size:
             width = 4 * self.hidden_size
             derive(self, "ffn_hidden_size", max(64, width * 2 // 3 // 64 * 64) if self.gated else width)
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of a row of the embeddings: --embedding-size, or the hidden size."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def gated(self) -> bool:

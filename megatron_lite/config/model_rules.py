@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD
+from megatron_lite.config.sharing import num_groups
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,10 +128,36 @@ def one_kind_of_residual(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
+def groups_divide_layers(config: RunConfig) -> Iterator[ConfigError]:
+    """Require groups of equally many layers."""
+    layers, groups = config.model.num_layers, num_groups(config.model)
+    if groups and layers % groups:
+        yield ConfigError(
+            f"Cannot divide {layers} layers into {groups} groups that share parameters (--share-layers {groups}, "
+            f"--num-layers {layers})",
+            fix=f"Use --share-layers {divisors(layers)}",
+        )
+
+
+def embedding_is_narrower(config: RunConfig) -> Iterator[ConfigError]:
+    """Require a factorized embedding that is narrower than the hidden size."""
+    model = config.model
+    if model.embedding_size >= model.hidden_size:
+        yield ConfigError(
+            f"The embedding is not narrower than the layers (--embedding-size {model.embedding_size}, --hidden-size "
+            f"{model.hidden_size})",
+            rule="A factorized embedding saves parameters only below the hidden size",
+            fix=f"Use an --embedding-size below {model.hidden_size}, or remove the flag for an embedding of the hidden "
+            "size",
+        )
+
+
 RULES = (
     heads_divide_hidden_size,
     groups_divide_heads,
     rotated_channels_are_pairs,
     sequence_fits_positions,
     one_kind_of_residual,
+    groups_divide_layers,
+    embedding_is_narrower,
 )

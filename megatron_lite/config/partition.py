@@ -48,7 +48,7 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_length: int =
     if method == "parameters":
         rows = model.padded_vocab_size or model.vocab_size
         ends = embedding_parameters(model, rows)
-        return _by_weight([ends, *[layer_parameters(model)] * layers, ends], stages)
+        return _by_weight([ends, *[sum(layer_parameters(model).values())] * layers, ends], stages)
     pattern = method.partition(":")[2]
     weights = [
         int(re.search(pattern, name, re.IGNORECASE) is not None)

@@ -15,6 +15,7 @@ def _positions(length: int) -> str:
 
 _NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 _GPT2 = _positions(1024)
+_ALGPT2 = f"{_GPT2} --share-layers all"
 _BLOOM = f"{_positions(2048)} --position-embedding-type alibi --embed-layernorm {_NO_DROPOUT}"
 _GROWN = f"{_positions(2048)} --position-embedding-type alibi"
 _LLAMA = (
@@ -44,6 +45,14 @@ PRESETS: Mapping[str, str] = {
     "gpt2-350m": _sizes(24, 1024, 16, _GPT2),
     "gpt2-774m": _sizes(36, 1280, 20, _GPT2),
     "gpt2-1.5b": _sizes(48, 1600, 25, _GPT2),
+    # ALBERT-style GPT-2: one set of parameters for all layers, factorized embedding.
+    "algpt2": _sizes(12, 768, 12, f"{_ALGPT2} --embedding-size 128"),
+    "algpt2-e256": _sizes(12, 768, 12, f"{_ALGPT2} --embedding-size 256"),
+    "algpt2-e512": _sizes(12, 768, 12, f"{_ALGPT2} --embedding-size 512"),
+    "algpt2-shared": _sizes(12, 768, 12, _ALGPT2),
+    "algpt2-medium": _sizes(24, 1024, 16, f"{_ALGPT2} --embedding-size 128"),
+    "algpt2-large": _sizes(36, 1280, 20, f"{_ALGPT2} --embedding-size 128"),
+    "algpt2-xl": _sizes(48, 1600, 25, f"{_ALGPT2} --embedding-size 128"),
     # BigScience's first 13B run (tr1-13B-base).
     "tr1-13b": _sizes(40, 5120, 32, f"--ffn-hidden-size 20480 {_positions(2048)}"),
     # Models grown by duplicating layers.

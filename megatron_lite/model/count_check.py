@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_lite.config.counts import embedding_parameters, head_parameters, layer_parameters
+from megatron_lite.config.counts import embedding_parameters, head_parameters, stored_parameters
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.parameters import NamedParameter
 
@@ -13,13 +13,13 @@ def check_count(stage: GPTStage) -> None:
     """Check that each layer, the embedding and the head of a stage have as many parameters as config/counts.py says.
 
     Global shapes are counted, so that the check needs no other rank. A tied head on a stage of its own has the name of
-    the embedding's table, and is counted there.
+    the embedding's table, and is counted there; shared layers are counted once, under the first of them.
 
     Raises:
         AssertionError: a part has another number of parameters, or a parameter has no global name.
     """
     parameters = stage.named_parameters_global()
-    named = {id(parameter.param) for parameter in parameters}
+    named = {id(param) for parameter in parameters for param in parameter.uses}
     if unnamed := [
         f"{name} {tuple(param.shape)}" for name, param in stage.named_parameters() if id(param) not in named
     ]:
@@ -28,7 +28,8 @@ def check_count(stage: GPTStage) -> None:
             f"{', '.join(unnamed)}. Give their module a method `named`, as those of parallel/layers.py have one."
         )
     model = stage.config
-    expected = {f"layer {layer}": ("layer_parameters", layer_parameters(model)) for layer in stage.layer_numbers}
+    layers = stored_parameters(model, stage.layer_numbers)
+    expected = {f"layer {layer}": ("layer_parameters", count) for layer, count in layers.items()}
     if stage.embedding is not None:
         expected["embedding"] = ("embedding_parameters", embedding_parameters(model, model.vocab_size))
     if stage.output_layer is not None:

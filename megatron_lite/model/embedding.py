@@ -1,6 +1,7 @@
-"""Embedding of the first stage: token embedding, optional norm (BLOOM), learned positions, dropout.
+"""Embedding of the first stage: token embedding, optional norm (BLOOM), learned positions, projection, dropout.
 
-Letters: s sequence, b micro-batch, h hidden, tp size of the tensor-parallel group.
+Letters: s sequence, b micro-batch, h hidden, E channels of a factorized embedding (otherwise h), tp size of the
+tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import LearnedPositions
-from megatron_lite.parallel.layers import Sharding, VocabParallelEmbedding
+from megatron_lite.parallel.layers import ReplicatedLinear, Sharding, VocabParallelEmbedding
 from megatron_lite.parallel.random import RngStreams, layer_number
 
 EMBEDDING_LAYER = -1
@@ -19,7 +20,10 @@ EMBEDDING_LAYER = -1
 
 
 class Embedding(nn.Module):
-    """Token embedding with optional learned positions, norm and dropout.
+    """Token embedding with optional learned positions, norm, projection and dropout.
+
+    A factorized embedding (ALBERT, Lan et al. 2019, arXiv:1909.11942, section 3.1) has E channels, which a linear layer
+    projects to h.
 
     Args:
         config: the model.
@@ -35,16 +39,21 @@ class Embedding(nn.Module):
         self.split = sharding.split_sequence
         self.fp32_residual = config.fp32_residual
         self.word_embeddings = VocabParallelEmbedding(
-            config.vocab_size, config.padded_vocab_size, config.hidden_size, sharding
+            config.vocab_size, config.padded_vocab_size, config.embedding_width, sharding
         )
         self.position_embeddings = (
-            LearnedPositions(config.max_position_embeddings, config.hidden_size, sharding)
+            LearnedPositions(config.max_position_embeddings, config.embedding_width, sharding)
             if config.position_embedding == "learned"
             else None
         )
         self.norm = (
-            Norm(config.hidden_size, config, sharding, partial=sharding.split_sequence, kind="LayerNorm")
+            Norm(config.embedding_width, config, sharding, partial=sharding.split_sequence, kind="LayerNorm")
             if config.embed_layernorm
+            else None
+        )
+        self.projection = (
+            ReplicatedLinear(config.embedding_size, config.hidden_size, sharding, bias=config.linear_bias)
+            if config.embedding_size
             else None
         )
 
@@ -55,6 +64,8 @@ class Embedding(nn.Module):
             x = self.norm(x)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(tokens.shape[1], start, position_ids)
+        if self.projection is not None:
+            x = self.projection(x)
         if self.fp32_residual:
             x = x.to(torch.float32)
         if self.dropout > 0 and self.training:

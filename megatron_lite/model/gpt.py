@@ -5,6 +5,7 @@ Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sharing import PARTS, owner_layer, shared_modules, stored_name
 from megatron_lite.model.attention import AttentionContext, KVCache
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
@@ -23,27 +25,37 @@ from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
 from megatron_lite.parallel.fp8 import fp8_of
 from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
-from megatron_lite.parallel.layers import Sharding
+from megatron_lite.parallel.layers import ReplicatedLinear, Sharding
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.recompute import recompute_units, run_units
-from megatron_lite.parallel.shared import merge_parameters
+from megatron_lite.parallel.shared import merge_parameters, share_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decoder(nn.Module):
-    """Layers of a stage, keyed by their numbers in the whole model, and the final norm after the last layer."""
+    """Layers of a stage, keyed by their numbers in the whole model, and the final norm after the last layer.
+
+    Layers that share parameters (config/sharing.py) are modules of their own, with the same tensors.
+    """
 
     def __init__(self, run: RunConfig, layers: range, sharding: Sharding, rng: RngStreams) -> None:
         super().__init__()
         config = run.model
         selective = run.recompute.granularity == "selective"
         self.layers = nn.ModuleDict()
+        owners: dict[tuple[str, int], nn.Module] = {}
         for layer in layers:
             of_layer = replace(sharding, fp8=fp8_of(run.fp8, layer, config.num_layers))
-            self.layers[str(layer)] = TransformerLayer(config, layer, of_layer, rng, selective)
+            built = TransformerLayer(config, layer, of_layer, rng, selective)
+            self.layers[str(layer)] = built
+            for part in PARTS:
+                module = getattr(built, part)
+                owner = owners.setdefault((part, owner_layer(config, part, layer)), module)
+                if owner is not module:
+                    share_parameters(module, owner)
         self.final_norm = hidden_norm(config, sharding) if layers.stop == config.num_layers else None
         self.units = recompute_units(len(layers), run.recompute)
 
@@ -92,8 +104,13 @@ class GPTStage(nn.Module):
         self.mask = AttentionMask(model, sharding)
         self.rotary = RotaryEmbedding(model) if model.position_embedding == "rotary" else None
         self.decoder = Decoder(config, layers, sharding, rng)
+        self.output_projection: ReplicatedLinear | None = None
         self.output_layer: Head | None = None
         if layers.stop == model.num_layers:
+            if model.embedding_size:
+                self.output_projection = ReplicatedLinear(
+                    model.hidden_size, model.embedding_size, sharding, bias=model.linear_bias
+                )
             embedding = self.embedding if model.tied_embeddings else None
             self.output_layer = Head(model, sharding, None if embedding is None else embedding.word_embeddings.weight)
         initialize(self.named_parameters_global(), model, config.runtime.seed, mesh.backend)
@@ -101,7 +118,7 @@ class GPTStage(nn.Module):
     @property
     def units(self) -> list[nn.Module]:
         """Return the modules that read their parameters in their own forward only, in the order of forward."""
-        parts = [self.embedding, *self.decoder.layers.values(), self.decoder.final_norm]
+        parts = [self.embedding, *self.decoder.layers.values(), self.decoder.final_norm, self.output_projection]
         return [part for part in parts if part is not None]
 
     @property
@@ -124,7 +141,8 @@ class GPTStage(nn.Module):
             cache: keys and values of the tokens before these; those of these tokens are appended.
 
         Returns:
-            Hidden states shaped like x; from the last stage those that the head projects to logits.
+            Hidden states shaped like x; from the last stage those that the head projects to logits, with as many
+            channels as the embedding.
         """
         start = 0 if cache is None else cache.length
         length = batch.tokens.shape[1]
@@ -132,6 +150,8 @@ class GPTStage(nn.Module):
             x = self.embedding(batch.tokens, start, batch.position_ids)
         assert x is not None, "a stage without the embedding needs hidden states"
         x = self.decoder(x, self._context(batch, cache, x.device))
+        if self.output_projection is not None:
+            x = self.output_projection(x)
         if cache is not None:
             cache.advance(length)
         return x
@@ -158,7 +178,7 @@ class GPTStage(nn.Module):
             parameter
             for name, module in self.named_modules()
             if hasattr(module, "named")
-            for parameter in module.named(name)
+            for parameter in module.named(stored_name(self.config, name))
         )
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
@@ -206,6 +226,19 @@ class GPTStage(nn.Module):
         return AttentionContext(rotary, self.mask(length, start), batch.documents, cache)
 
 
-def shared_stages(config: ModelConfig, num_stages: int) -> dict[str, tuple[int, ...]]:
-    """Return the stages that hold each shared parameter, by global name, the owner first: the tied table's two ends."""
-    return {WORD_EMBEDDINGS: (0, num_stages - 1)} if config.tied_embeddings and num_stages > 1 else {}
+def shared_stages(config: ModelConfig, stages: Sequence[range]) -> dict[str, tuple[int, ...]]:
+    """Return the stages that hold each module that several stages share, by global name, the owner first.
+
+    These are the two ends of a tied table, and shared layers.
+
+    Args:
+        config: the model.
+        stages: layers of every stage.
+    """
+    last = len(stages) - 1
+    holders: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (0, last)} if config.tied_embeddings and last else {}
+    for name, layers in shared_modules(config).items():
+        found = tuple(stage for stage, own in enumerate(stages) if any(layer in layers for layer in own))
+        if len(found) > 1:
+            holders[name] = found
+    return holders

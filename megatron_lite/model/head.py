@@ -1,6 +1,7 @@
 """Head of the model: output projection to the vocabulary, and the loss.
 
-Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of the tensor-parallel group.
+Letters: s sequence, b micro-batch, E channels of the embedding (h, the hidden size, unless it is factorized), V padded
+vocabulary, tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
 class Head(nn.Module):
-    """Output projection, with a weight [V/tp, h] of its own or the embedding's table (tied), and the loss.
+    """Output projection, with a weight [V/tp, E] of its own or the embedding's table (tied), and the loss.
 
     Args:
         config: the model.
@@ -37,13 +38,13 @@ class Head(nn.Module):
         self.config = config
         self.sharding = sharding
         rows = config.padded_vocab_size // sharding.tp.size
-        self.weight = sharding.empty(rows, config.hidden_size) if table is None else table
+        self.weight = sharding.empty(rows, config.embedding_width) if table is None else table
         self.cross_entropy = LinearCrossEntropy(
             config.vocab_size, sharding.tp, sharding.split_sequence, sharding.backend.loss_chunk
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [s, b, h] (sequence parallel: [s/tp, b, h]) -> logits [s, b, V/tp]."""
+        """`x` [s, b, E] (sequence parallel: [s/tp, b, E]) -> logits [s, b, V/tp]."""
         return column_parallel_linear(x, self.weight, None, self.sharding.tp, self.sharding.split_sequence)
 
     def token_losses(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class Head(nn.Module):
         size and layout.
 
         Args:
-            x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]).
+            x: hidden states [s, b, E] (sequence parallel: [s/tp, b, E]).
             batch: labels [b, s], and their mask.
             gradient_scale: factor on the sum of the samples' losses, whose gradients are computed.
             accumulate: adds the gradient of the weight; None: evaluation, without gradients.

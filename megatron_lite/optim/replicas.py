@@ -50,8 +50,8 @@ class Mismatch:
 class Replicas:
     """Comparison and repair of parameters that several ranks hold.
 
-    These are: all parameters, over the data-parallel replicas; parameters replicated over tp; and shared parameters,
-    over the pipeline stages that hold them.
+    These are: all parameters, over the data-parallel replicas; parameters replicated over tp; and parameters of
+    shared modules, over the pipeline stages that hold them.
 
     Args:
         mesh: this rank's groups.
@@ -84,7 +84,7 @@ class Replicas:
             (mesh.tp.partition, [p for p in parameters if p.tp_dim is None]),
         ]
         for name, shared in self._buffers.shared.items():
-            classes.append((shared.group.partition, [p for p in parameters if p.name == name]))
+            classes.append((shared.group.partition, self._buffers.members[name]))
         index = {id(parameter): number for number, parameter in enumerate(parameters)}
         totals = torch.stack([self._hash(hashes[[index[id(p)] for p in chosen]]) for _, chosen in classes])
         by_rank: list[list[int]] = mesh.world.all_gather(totals.view(1, -1)).tolist()

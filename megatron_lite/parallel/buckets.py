@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Bucket:
 
 
 def lay_out(
-    parameters: Sequence[NamedParameter], *, bucket_elements: int, parts: int, alone: Collection[str] = ()
+    parameters: Sequence[NamedParameter], *, bucket_elements: int, parts: int, apart: Mapping[str, str] | None = None
 ) -> list[Bucket]:
     """Lay out one buffer, in buckets that follow each other without gaps.
 
@@ -54,8 +54,9 @@ def lay_out(
         parameters: of one buffer, in the order of the forward pass.
         bucket_elements: size at which a bucket is closed.
         parts: every bucket's length is a multiple of this times the alignment, so that it splits evenly.
-        alone: names of parameters with a bucket of their own. A parameter shared by several stages needs one: its
-            copies are in buffers of different layout, and every replica must hold the same slice of each copy.
+        apart: modules whose parameters have buckets of their own, by name of the parameter. A module shared by several
+            stages needs them: its copies are in buffers of different layout, and every replica must hold the same slice
+            of each copy. The parameters of a module follow each other.
     """
     buckets: list[Bucket] = []
     slots: list[Slot] = []
@@ -68,12 +69,15 @@ def lay_out(
             buckets.append(Bucket(tuple(slots), begin, stop))
             slots, begin, end = [], stop, stop
 
+    apart = apart or {}
+    module: str | None = None
     for parameter in reversed(parameters):
-        if parameter.name in alone:
+        if apart.get(parameter.name) != module:
             close()
+        module = apart.get(parameter.name)
         slots.append(Slot(parameter, end))
         end += _round_up(parameter.param.numel(), ALIGNMENT)
-        if parameter.name in alone or end - begin >= bucket_elements:
+        if end - begin >= bucket_elements:
             close()
     close()
     return buckets
@@ -105,9 +109,10 @@ class GradientReduction:
         self._dp, self._scatter = dp, scatter
         self._buckets = tuple(buckets)
         self._bucket_of = {
-            id(slot.parameter.param): number
+            id(param): number
             for number, (bucket, _) in enumerate(self._buckets)
             for slot in bucket.slots
+            for param in slot.parameter.uses
         }
         self._per_backward = [sum(slot.parameter.passes for slot in bucket.slots) for bucket, _ in self._buckets]
         self._missing: list[int] | None = None
@@ -171,9 +176,10 @@ class ParameterGather:
     def overlap_with(self, units: Iterable[nn.Module]) -> None:
         """Let each unit's forward wait for the unit's own parameters; start() waits only for parameters of no unit."""
         bucket_of = {
-            id(slot.parameter.param): number
+            id(param): number
             for number, (bucket, _) in enumerate(self._buckets)
             for slot in bucket.slots
+            for param in slot.parameter.uses
         }
         covered: set[int] = set()
         for unit in units:

@@ -17,7 +17,7 @@ from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterG
 from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import accumulate_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.shared import SharedParameter
+from megatron_lite.parallel.shared import SharedModule, belongs_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class ParameterBuffers:
         parameters: of this rank, in the order of the forward pass; all of one dtype.
         dp: replicas that gradients are summed over.
         tp: group over which gradients of `sequence_parallel` parameters are summed as well.
-        shared: parameters that several stages hold; their gradients are summed over the stages' ranks.
+        shared: modules that several stages hold; their gradients are summed over the stages' ranks.
         bucket_megabytes: size of a bucket's fp32 gradients.
         shard: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os): each replica gets the reduced gradients of its
             slice of each bucket only, updates those parameters, and gathers the others.
@@ -89,13 +89,15 @@ class ParameterBuffers:
         *,
         dp: Group,
         tp: Group,
-        shared: Mapping[str, SharedParameter] | None = None,
+        shared: Mapping[str, SharedModule] | None = None,
         bucket_megabytes: int = 160,
         shard: bool = False,
         overlap: bool = True,
     ) -> None:
         self.parameters = tuple(parameters)
         self.shared = shared or {}
+        self.members = {name: [p for p in self.parameters if belongs_to(p.name, name)] for name in self.shared}
+        """Parameters of this rank in each shared module."""
         self.sharded = shard and dp.size > 1
         self._dp, self._tp = dp, tp
         dtypes = {parameter.param.dtype for parameter in self.parameters}
@@ -108,11 +110,14 @@ class ParameterBuffers:
         ]
         self.shards = self._shards()
         self._written: set[int] = set()
+        # Aliases of a parameter have one view of the gradients in common.
         self._gradients = {
-            id(slot.parameter.param): _view(buffer.gradients, slot)
+            id(param): gradient
             for buffer in self.buffers
             for bucket in buffer.buckets
             for slot in bucket.slots
+            for gradient in [_view(buffer.gradients, slot)]
+            for param in slot.parameter.uses
         }
         buckets = self._buckets_by_completion()
         self._reduction = GradientReduction(
@@ -124,7 +129,8 @@ class ParameterBuffers:
         values = [(bucket, buffer.values) for bucket, buffer in buckets]
         self._gather = ParameterGather(values, dp) if self.sharded else None
         for parameter in self.parameters:
-            parameter.param.register_post_accumulate_grad_hook(self._move_gradient)
+            for param in parameter.uses:
+                param.register_post_accumulate_grad_hook(self._move_gradient)
 
     def begin(self, backwards: int) -> None:
         """Begin an iteration with a number of micro-batches that this rank runs backward for (0 is valid).
@@ -168,7 +174,7 @@ class ParameterBuffers:
         self._reduction.finish()
         self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
         for name, entry in self.shared.items():
-            self._sum_over(entry.group, [p for p in self.parameters if p.name == name])
+            self._sum_over(entry.group, self.members[name])
 
     def gather(self) -> None:
         """Start gathering the parameters that other replicas updated (ZeRO-1); without ZeRO-1 do nothing.
@@ -203,7 +209,12 @@ class ParameterBuffers:
             parameters,
             bucket_elements=bucket_elements,
             parts=self._dp.size if self.sharded else 1,
-            alone=[name for name, entry in self.shared.items() if len(entry.ranks) > 1],
+            apart={
+                member.name: name
+                for name, entry in self.shared.items()
+                if len(entry.ranks) > 1
+                for member in self.members[name]
+            },
         )
         device = parameters[0].param.device
         values = torch.zeros(buckets[-1].stop, dtype=self.dtype, device=device)
@@ -211,7 +222,8 @@ class ParameterBuffers:
             for slot in bucket.slots:
                 view = _view(values, slot)
                 view.copy_(slot.parameter.param.data)
-                slot.parameter.param.data = view
+                for param in slot.parameter.uses:
+                    param.data = view
         # Only now, when the parameters' own memory is free.
         gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
         return FlatBuffer(decay, tuple(buckets), values, gradients)
@@ -243,8 +255,9 @@ class ParameterBuffers:
 
     def _is_first(self, param: nn.Parameter) -> bool:
         """Return whether the parameter has no gradient of this iteration yet, and record that it has one now."""
-        first = id(param) not in self._written
-        self._written.add(id(param))
+        gradient = id(self.gradient(param))
+        first = gradient not in self._written
+        self._written.add(gradient)
         return first
 
     def _zero_unwritten(self) -> None:

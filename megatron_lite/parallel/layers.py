@@ -1,4 +1,4 @@
-"""Tensor-parallel modules: column- and row-parallel linear layers and the vocabulary-parallel embedding.
+"""Tensor-parallel modules: column- and row-parallel and replicated linear layers, vocabulary-parallel embedding.
 
 Each module lists its parameters under global names, with the part of the global tensor that this rank holds.
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.fp8 import Fp8
-from megatron_lite.parallel.gemm import DeferredWeightGradients
+from megatron_lite.parallel.gemm import DeferredWeightGradients, linear
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter, vocabulary_parameter
 from megatron_lite.parallel.tensor_parallel import (
     column_parallel_linear,
@@ -135,6 +135,36 @@ class RowParallelLinear(nn.Module):
         )
         if self.bias is not None:
             yield replicated_parameter(f"{name}.bias", self.bias, sequence_parallel=self.sharding.split_sequence)
+
+
+class ReplicatedLinear(nn.Module):
+    """Linear layer y = x Wᵀ + b that every tp rank holds and computes: weight [out, in], bias [out].
+
+    Under sequence parallelism each rank computes its part of the sequence. For a small layer, this costs less than the
+    communication of a split one.
+
+    Args:
+        in_features: input channels.
+        out_features: output channels.
+        sharding: of the stage.
+        bias: whether to add a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, sharding: Sharding, *, bias: bool) -> None:
+        super().__init__()
+        self.split = sharding.split_sequence
+        self.weight = sharding.empty(out_features, in_features)
+        self.bias = sharding.empty(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [s, b, in] -> [s, b, out] (sequence parallel: both [s/tp, b, …])."""
+        return linear(x, self.weight, self.bias)
+
+    def named(self, name: str) -> Iterator[NamedParameter]:
+        """Yield the parameters under the module's global name."""
+        for suffix, param in (("weight", self.weight), ("bias", self.bias)):
+            if param is not None:
+                yield replicated_parameter(f"{name}.{suffix}", param, sequence_parallel=self.split)
 
 
 class VocabParallelEmbedding(nn.Module):

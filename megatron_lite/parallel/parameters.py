@@ -33,9 +33,16 @@ class NamedParameter:
     sequence_parallel: bool = False
     """Replicated over tp, but each rank computes the gradient of its part of the sequence (or of the heads), so that
     gradients are summed over tp."""
+    aliases: tuple[nn.Parameter, ...] = ()
+    """Views of the same tensor that other layers or stages of this rank use (parallel/shared.py)."""
     passes: int = 1
     """Gradients that arrive per micro-batch: one for each backward pass that reaches the parameter, and one for the
     head's product."""
+
+    @property
+    def uses(self) -> tuple[nn.Parameter, ...]:
+        """Return the parameter and its aliases."""
+        return (self.param, *self.aliases)
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """Return the parameter, or a tensor shaped like it (gradient, moment), without padding: a view.

@@ -1,7 +1,7 @@
-"""Parameters shared by pipeline stages (tied embeddings): owning stages, ranks and process group of each.
+"""Shared parameters: modules that several layers or pipeline stages hold (tied embeddings, shared layers).
 
-Every stage that holds a shared parameter computes a part of its gradient. Stages of one rank use one tensor; between
-ranks, each has a copy, and the gradients are summed over the ranks.
+Every holder has an nn.Parameter of its own, so that each of its gradients is accumulated in fp32 when it arrives. Those
+of one rank are views of one tensor; between ranks, each has a copy, and the gradients are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_lite.parallel.parameters import NamedParameter
 
 
 @dataclass(frozen=True, eq=False)
-class SharedParameter:
-    """Stages and pipeline ranks that hold a parameter.
+class SharedModule:
+    """Stages and pipeline ranks that hold a module, or one parameter of it.
 
     Attributes:
         stages: global stage numbers.
-        ranks: coordinates on the pp axis, each once. The first owns the parameter: norms count it, and checkpoints save
-            it, there.
-        group: the ranks, over which the gradient is summed; on a rank that does not hold it, a group of one.
+        ranks: coordinates on the pp axis, each once. The first owns the parameters: norms count them, and checkpoints
+            save them, there.
+        group: the ranks, over which the gradients are summed; on a rank that does not hold it, a group of one.
     """
 
     stages: tuple[int, ...]
@@ -36,67 +36,66 @@ class SharedParameter:
 class _Stage(Protocol):
     def named_parameters_global(self) -> list[NamedParameter]: ...
 
-    def modules(self) -> Iterable[nn.Module]: ...
 
-
-def shared_parameters(
+def locate_shared_modules(
     owners: Mapping[str, Sequence[int]], rank_of_stage: Sequence[int], mesh: Mesh
-) -> dict[str, SharedParameter]:
-    """Return the shared parameters of a model by global name; a collective call, which creates their groups.
+) -> dict[str, SharedModule]:
+    """Return the shared modules of a model by global name; a collective call, which creates their groups.
 
     Args:
-        owners: stages that hold each parameter, by global name; all ranks give the same.
+        owners: stages that hold each module, by global name; all ranks give the same.
         rank_of_stage: coordinate on the pp axis of each stage.
         mesh: of this rank.
     """
     shared = {}
     for name, stages in owners.items():
         ranks = tuple(dict.fromkeys(rank_of_stage[stage] for stage in stages))
-        # Named after the module, as the group of a tied head is in Megatron: embedding.
+        # Named as in Megatron for a tied head: embedding. All modules that the same ranks hold use one group.
         group = mesh.subgroup("pp", ranks, name.partition(".")[0])
-        shared[name] = SharedParameter(tuple(stages), ranks, group)
+        shared[name] = SharedModule(tuple(stages), ranks, group)
     return shared
 
 
+def belongs_to(name: str, module: str) -> bool:
+    """Return whether a parameter is a module's, or the shared parameter itself, given their global names."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def rank_parameters(
-    stages: Mapping[int, _Stage], shared: Mapping[str, SharedParameter], pp_rank: int
+    stages: Mapping[int, _Stage], shared: Mapping[str, SharedModule], pp_rank: int
 ) -> list[NamedParameter]:
     """Return the parameters of a rank's stages, each once and in the order of the model.
 
-    Shared parameters of several stages become one tensor, that of the first.
+    Parameters that several stages hold become views of one tensor, that of the first.
 
     Args:
         stages: by global stage number, in the order of the model.
-        shared: from shared_parameters.
+        shared: from locate_shared_modules.
         pp_rank: this rank's coordinate on the pp axis.
     """
-    first: dict[str, nn.Parameter] = {}
-    for stage in stages.values():
-        for parameter in stage.named_parameters_global():
-            if parameter.name in shared and parameter.name in first:
-                _replace(stage, parameter.param, first[parameter.name])
-            first.setdefault(parameter.name, parameter.param)
     merged = merge_parameters(entry for stage in stages.values() for entry in stage.named_parameters_global())
+    for parameter in merged:
+        for alias in parameter.aliases:
+            alias.data = parameter.param.data
+    others = [name for name, module in shared.items() if module.ranks[0] != pp_rank]
     return [
-        replace(parameter, owned=parameter.name not in shared or shared[parameter.name].ranks[0] == pp_rank)
-        for parameter in merged
+        replace(parameter, owned=not any(belongs_to(parameter.name, name) for name in others)) for parameter in merged
     ]
 
 
 def merge_parameters(parameters: Iterable[NamedParameter]) -> list[NamedParameter]:
-    """Return each tensor's first entry, with the gradients per micro-batch of all its entries added up."""
-    merged: dict[int, NamedParameter] = {}
+    """Return the first entry of each name, with the aliases and the gradients per micro-batch of all its entries."""
+    merged: dict[str, NamedParameter] = {}
     for parameter in parameters:
-        key = id(parameter.param)
-        if key in merged:
-            parameter = replace(merged[key], passes=merged[key].passes + parameter.passes)
-        merged[key] = parameter
+        if (first := merged.get(parameter.name)) is not None:
+            others = {id(param): param for param in (*first.aliases, *parameter.uses) if param is not first.param}
+            parameter = replace(first, aliases=tuple(others.values()), passes=first.passes + parameter.passes)
+        merged[parameter.name] = parameter
     return list(merged.values())
 
 
-def _replace(stage: _Stage, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Make every module of a stage that holds the parameter `old` hold `new`."""
-    for module in stage.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if param is old:
-                setattr(module, name, new)
+def share_parameters(module: nn.Module, owner: nn.Module) -> None:
+    """Make the parameters of a module views of those of another one of the same structure."""
+    for own, other in zip(module.modules(), owner.modules(), strict=True):
+        for name, param in list(other.named_parameters(recurse=False)):
+            setattr(own, name, nn.Parameter(param.detach()))

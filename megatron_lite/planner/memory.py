@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.counts import embedding_parameters, head_parameters, layer_parameters
+from itertools import chain
+
+from megatron_lite.config.counts import embedding_parameters, head_parameters, stored_parameters
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 
@@ -21,14 +23,15 @@ def model_state_bytes(config: RunConfig) -> int:
     model, parallel = config.model, config.parallel
     rows = model.padded_vocab_size or model.vocab_size
     stages = stage_layers(model, parallel, config.batch.seq_length)
-    parameters = [0] * parallel.pp
-    for stage, layers in enumerate(stages):
-        parameters[stage % parallel.pp] += len(layers) * layer_parameters(model)
+    parameters = [
+        sum(stored_parameters(model, chain.from_iterable(stages[rank :: parallel.pp])).values())
+        for rank in range(parallel.pp)
+    ]
     last = (len(stages) - 1) % parallel.pp
     parameters[0] += embedding_parameters(model, rows)
     parameters[last] += head_parameters(model, rows)
     if model.tied_embeddings and last:
-        parameters[last] += rows * model.hidden_size
+        parameters[last] += rows * model.embedding_width
     most = -(-max(parameters) // parallel.tp)
     is_fp32 = config.precision.dtype == "fp32"
     optimizer = MOMENT_BYTES + (0 if is_fp32 else 4)

@@ -35,7 +35,7 @@ from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.shared import rank_parameters, shared_parameters
+from megatron_lite.parallel.shared import locate_shared_modules, rank_parameters
 from megatron_lite.pipeline.executor import Executor, Messages, Timed
 from megatron_lite.runs.code_version import PACKAGE, code_fingerprint, git_revision, source_hashes
 from megatron_lite.runs.comparison import config_as_json, continue_history
@@ -220,7 +220,7 @@ def build_engine(
     }
     for stage in stages.values():
         check_count(stage)
-    shared = shared_parameters(shared_stages(config.model, len(layers)), ranks, mesh)
+    shared = locate_shared_modules(shared_stages(config.model, layers), ranks, mesh)
     buffers = ParameterBuffers(
         rank_parameters(stages, shared, mesh.pp.rank),
         dp=mesh.dp,

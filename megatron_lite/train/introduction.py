@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
@@ -39,9 +40,10 @@ def _model(config: RunConfig, size: ModelSize) -> str:
     vocabulary = f"{model.vocab_size:,}"
     if model.padded_vocab_size != model.vocab_size:
         vocabulary += f" (padded to {model.padded_vocab_size:,})"
+    embedding = f" (embedding {model.embedding_size:,})" if model.embedding_size else ""
     return (
-        f"{size.exact:,} parameters ({size.name}): {model.num_layers} layers, hidden size "
-        f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocabulary}"
+        f"{size.exact:,} parameters ({size.name}): {model.num_layers} layers{describe_sharing(model)}, "
+        f"hidden size {model.hidden_size:,}{embedding}, {model.num_attention_heads} heads, vocabulary {vocabulary}"
     )
 
 

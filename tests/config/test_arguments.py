@@ -189,6 +189,7 @@ SPECIAL = {
     "model.position_embedding": "alibi",
     "model.normalization": "RMSNorm",
     "model.activation": "squared_relu",
+    "model.share_layers": "2",
     "batch.seq_length": 16,
     "batch.micro_batch_size": 4,
     "batch.rampup": Rampup(start=2, increment=2, samples=50),

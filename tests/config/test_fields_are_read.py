@@ -19,7 +19,7 @@ PACKAGE = Path(megatron_lite.__file__).parent
 SECTION_OF = {cls.__name__: section for section, cls in SECTIONS.items()}
 SECTION_FILES = tuple(f"config/{name}.py" for name in ("model", "parallel", "checkpoint", "run"))
 """Modules whose classes compute with fields; their functions parse, check and write them."""
-DEFINITIONS = tuple(f"config/{name}.py" for name in ("counts", "layout", "partition", "vocabulary"))
+DEFINITIONS = tuple(f"config/{name}.py" for name in ("counts", "layout", "partition", "sharing", "vocabulary"))
 """Modules of config/ that compute with fields."""
 SHOWN_ONLY = (
     "cli/explain.py",

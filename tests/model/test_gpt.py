@@ -168,7 +168,7 @@ def test_two_stages_equal_one(make_stage, make_batch, tied):
     hidden.backward(received.grad)
     expected = run_backward(whole, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    shared = shared_stages(whole.config, 2)
+    shared = shared_stages(whole.config, (range(2), range(2, 3)))
     assert shared == ({"embedding.word_embeddings.weight": (0, 1)} if tied else {})
     names = [p.name for stage in (first, last) for p in stage.named_parameters_global()]
     assert sorted(names) == sorted([*(p.name for p in whole.named_parameters_global()), *shared])

@@ -14,7 +14,7 @@ from megatron_lite.optim.element_sums import ElementSums
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers, Shard, ShardPiece
 from megatron_lite.parallel.parameters import NamedParameter
-from megatron_lite.parallel.shared import SharedParameter
+from megatron_lite.parallel.shared import SharedModule
 from megatron_lite.rectangle import Rectangle
 
 VOCABULARY, PADDED, HIDDEN = 13, 16, 24  # two replicas hold a part of each matrix under ZeRO-1
@@ -100,7 +100,7 @@ def contributions(spec, mesh, copy, single):
 def step(kit, mesh, shard=False, bucket_megabytes=160, single=False):
     held = list(held_by(mesh))
     parameters = [parameter for _, parameter, _ in held]
-    shared = {"embedding": SharedParameter((0, 1), (0, 1), mesh.pp)} if mesh.pp.size > 1 else {}
+    shared = {"embedding": SharedModule((0, 1), (0, 1), mesh.pp)} if mesh.pp.size > 1 else {}
     sizes = {"shard": shard, "bucket_megabytes": bucket_megabytes}
     buffers = ParameterBuffers(parameters, dp=mesh.dp, tp=mesh.tp, shared=shared, **sizes)
     optimizer = Optimizer(kit.config(**REPORTS), buffers, mesh)

@@ -102,6 +102,8 @@ def test_the_communication_of_all_ranks_of_a_small_job_matches():
         "--recompute-granularity selective --untie-embeddings-and-output-weights --world-size 2 --eod-mask-loss",
         "--rampup-batch-size 2 2 100 --world-size 4 --position-embedding-type rope --swiglu --group-query-attention "
         "--num-query-groups 2",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --world-size 4 --share-layers 2 "
+        "--embedding-size 16",
     ],
 )
 def test_every_kind_of_layout_can_be_rehearsed(arguments):

@@ -35,7 +35,12 @@ GPT2 = {"hidden_size": 32, "num_attention_heads": 8, "max_position_embeddings": 
 LLAMA = {"position_embedding": "rotary", "activation": "swiglu", "normalization": "RMSNorm", "tied_embeddings": False}
 LLAMA |= {"num_query_groups": 4, "linear_bias": False, "qkv_bias": False, "qk_layernorm": True, "ffn_hidden_size": 48}
 BLOOM = {"position_embedding": "alibi", "embed_layernorm": True}
-MODELS = {"gpt2": GPT2, "llama": GPT2 | LLAMA, "bloom": GPT2 | BLOOM}
+ALBERT = {"share_layers": "all", "embedding_size": 16}
+MODELS = {"gpt2": GPT2, "llama": GPT2 | LLAMA, "bloom": GPT2 | BLOOM, "albert": GPT2 | ALBERT}
+MODELS |= {
+    "groups": GPT2 | {"share_layers": "2"},
+    "one mlp": GPT2 | LLAMA | {"share_layers": "mlp", "embedding_size": 8},
+}
 DROPOUT = {"": (0.0, 0.0), "hidden": (0.1, 0.0), "all": (0.1, 0.1)}
 
 
@@ -177,6 +182,11 @@ CELLS = (
     Cell(tp=2, pp=2, dp=2, model="llama", schedule="interleaved", layers_per_chunk=1, **SP, **ZERO1, dtype="bf16"),
     Cell(tp=4, pp=2, model="llama", schedule="zb-v", recompute="selective", micro_batch=2),
     Cell(pp=4, dp=2, layers=8, schedule="interleaved", layers_per_chunk=1, **ZERO1, dropout="all"),
+    # shared layers
+    Cell(pp=2, model="groups", schedule="zb-h1", first_layers=1),
+    Cell(tp=2, dp=2, model="one mlp", **SP, recompute="selective"),
+    Cell(pp=2, dp=2, model="albert", schedule="interleaved", layers_per_chunk=1, **ZERO1, bucket_megabytes=0),
+    Cell(tp=2, pp=2, dp=2, model="albert", schedule="zb-v", **SP, **ZERO1, recompute="full", dropout="all"),
 )
 
 

@@ -102,6 +102,9 @@ FROM_FLAGS = {
         "--parallel-residual and --apply-residual-connection-post-layernorm"
     ),
     "--preset gpt5": "Unknown preset: --preset gpt5. Did you mean --preset gpt-580m? Presets: gpt2-124m",
+    "--share-layers 3": "Cannot divide 4 layers into 3 groups that share parameters (--share-layers 3, --num-layers 4)",
+    "--share-layers ffn": "Cannot read --share-layers ffn: expected all, attention, mlp, or a number of groups. Write",
+    "--embedding-size 64": "The embedding is not narrower than the layers (--embedding-size 64, --hidden-size 64)",
     "--norm-epsilon 0": "--norm-epsilon 0 is out of range. Give --norm-epsilon a number above 0",
     # rules of batch.py
     "--seq-length 0": "--seq-length 0 is out of range. Give --seq-length a number from 1 to 1,000,000,000",

@@ -29,6 +29,10 @@ CHAINS = {
         Cell(tp=2, pp=2, model="llama", schedule="interleaved", layers_per_chunk=1),
         Cell(dp=2, model="llama", **ZERO1),
     ),
+    "albert": (
+        Cell(tp=2, pp=2, model="albert", **SP, schedule="interleaved", layers_per_chunk=1),
+        Cell(dp=2, model="albert", **ZERO1),
+    ),
     "bf16, all dropout": (Cell(dp=4, **ZERO1, **BF16), Cell(pp=2, **BF16), Cell(dp=2, **BF16), Cell(**BF16)),
 }
 

@@ -24,6 +24,7 @@ LAYOUTS = [
     Cell(tp=2, dp=2, **SP, **ZERO1),
     Cell(tp=2, pp=2, **SP, schedule="zb-h1"),
     Cell(pp=2, dp=2, **ZERO1, dtype="bf16"),
+    Cell(pp=2, dp=2, model="albert", schedule="zb-v", **ZERO1, dtype="bf16"),
 ]
 REPLICATED = [
     # layout, corrupted rank, parameter, its tp coordinate, the ranks that hold it
@@ -36,6 +37,7 @@ REPLICATED = [
     (Cell(tp=2, dp=2, **SP, **ZERO1), 0, NORM, None, [0, 1, 2, 3]),
     (Cell(pp=2), 1, WORD_EMBEDDINGS, 0, [0, 1]),
     (Cell(pp=2, dp=2, **ZERO1, dtype="bf16"), 3, WORD_EMBEDDINGS, 0, [0, 1, 2, 3]),
+    (Cell(pp=2, model="albert"), 1, "decoder.layers.0.mlp.fc1.weight", 0, [0, 1]),
 ]
 
 
