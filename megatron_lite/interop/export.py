@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_lite.interop.architectures.base import Architecture
 from megatron_lite.interop.architectures.registry import architecture_for
 from megatron_lite.interop.huggingface import describe_config
 from megatron_lite.interop.mapping import ExportedTensors, ImportedTensors
+from megatron_lite.interop.modeling_files import FOLDER
 from megatron_lite.interop.output_folder import check_output, new_folder
 from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
 from megatron_lite.interop.safetensors_writer import size_of, write_safetensors
@@ -262,6 +264,8 @@ def _write_configs(plan: ExportPlan, folder: Path, ids: Mapping[str, int | None]
     generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if plan.architecture.modeling_file:
+        shutil.copyfile(FOLDER / plan.architecture.modeling_file, folder / plan.architecture.modeling_file)
 
 
 def _verify(plan: ExportPlan, folder: Path, has_tokenizer: bool, advance: Advance) -> Verification:

@@ -16,6 +16,7 @@ from megatron_lite.config.data import DataConfig, DataSource
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.errors import DataError, MegatronLiteError
 from megatron_lite.formatting import format_parameters
@@ -64,7 +65,7 @@ def write_card(folder: Path, facts: CardFacts, verification: Verification | None
     picture = _curve(facts)
     if picture:
         (folder / PICTURE).write_text(picture, encoding="utf-8")
-    lines = [*_front_matter(), *_body(facts, verification, has_curve=bool(picture))]
+    lines = [*_front_matter(), *_body(folder, facts, verification, has_curve=bool(picture))]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -98,7 +99,7 @@ def _front_matter() -> Iterator[str]:
     yield from ("tags:", "- megatron-lite", "# license: fill in before publishing", "---", "")
 
 
-def _body(facts: CardFacts, verification: Verification | None, *, has_curve: bool) -> Iterator[str]:
+def _body(folder: Path, facts: CardFacts, verification: Verification | None, *, has_curve: bool) -> Iterator[str]:
     model, record = facts.model, facts.manifest.provenance.config
     parameters = parameter_count(model, model.vocab_size)
     yield f"# {facts.name}"
@@ -107,6 +108,11 @@ def _body(facts: CardFacts, verification: Verification | None, *, has_curve: boo
         f"A language model with {parameters:,} parameters ({format_parameters(parameters)}), trained with "
         f"megatron_lite and exported as `{facts.architecture}`. License: to be filled in."
     )
+    if code := sorted(path.name for path in folder.glob("*.py")):
+        yield from (
+            "",
+            f"transformers lacks this class: load it with `trust_remote_code=True`, which executes {code[0]}.",
+        )
     yield from ("", "## Model", "")
     yield from _table(_model_rows(facts))
     if verification is not None:
@@ -123,8 +129,9 @@ def _model_rows(facts: CardFacts) -> dict[str, str]:
     model = facts.model
     groups = f", {model.num_query_groups} key/value heads" * (model.num_query_groups != model.num_attention_heads)
     return {
-        "layers": f"{model.num_layers}",
-        "hidden size": f"{model.hidden_size}",
+        "layers": f"{model.num_layers}{describe_sharing(model)}",
+        "hidden size": f"{model.hidden_size}"
+        + (f" (embedding {model.embedding_size})" if model.embedding_size else ""),
         "attention": f"{model.num_attention_heads} heads of {model.head_dim} channels{groups}",
         "MLP": f"{model.ffn_hidden_size}, {model.activation}",
         "positions": f"{model.position_embedding}, trained on sequences of {facts.seq_length} tokens",

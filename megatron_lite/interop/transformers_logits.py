@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.interop.modeling_files import has_own_code
+
 
 def main(argv: list[str]) -> int:
     """Compare, and write the result."""
@@ -65,7 +67,11 @@ def load(folder: Path) -> tuple[Any, str]:
     # transformers 5 renamed torch_dtype; its old name is still read.
     key = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, output_loading_info=True, **{key: "auto"}
+        str(folder),
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=has_own_code(folder),
+        **{key: "auto"},
     )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -112,7 +118,9 @@ def compare_tokenizer(folder: Path, text: str, ids: list[int]) -> str | None:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=has_own_code(folder)
+        )
         found = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     except Exception as error:  # whatever a tokenizer's files make of it
         return f"it does not load ({type(error).__name__}: {error})"

@@ -114,7 +114,9 @@ def run_apart(folder: Path, request: Path) -> None:
     Raises:
         CheckpointError: transformers cannot load the folder.
     """
-    words = [sys.executable, "-m", "megatron_lite.interop.transformers_logits", str(folder), str(request)]
+    # transformers copies modeling files into this folder before it executes them; its own cache may not be writable.
+    words = ["env", f"HF_MODULES_CACHE={request / 'modules'}"]
+    words += [sys.executable, "-m", "megatron_lite.interop.transformers_logits", str(folder), str(request)]
     ended = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]

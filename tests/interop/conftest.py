@@ -31,10 +31,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def transformers():
+def transformers(tmp_path_factory):
     logging.getLogger("transformers").setLevel(logging.ERROR)  # one line for each image processor without torchvision
     import transformers
+    from transformers import dynamic_module_utils
 
+    # Modeling files of exports are executed from there.
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
     return transformers
 
 

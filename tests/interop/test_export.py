@@ -188,6 +188,11 @@ PROPERTIES = {
     "partial llama": ({**MODELS["llama"][1], "rotary_percent": 0.5}, "--rotary-percent 0.5"),
     "lonely qkv bias": ({**MODELS["llama"][1], "linear_bias": True}, "--disable-qkv-bias"),
     "gated gpt-2": ({"activation": "swiglu"}, "--activation swiglu"),
+    "shared layers of a llama": ({**MODELS["llama"][1], "share_layers": "all"}, "--share-layers all"),
+    "narrow embedding with alibi": (
+        {**MODELS["bloom"][1], "embedding_size": 16},
+        "fails only on --embedding-size 16",
+    ),
 }
 
 
@@ -232,8 +237,9 @@ def _another(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
-        return value * 2
-    return {"learned": "none", "rotary": "none", "alibi": "none", "LayerNorm": "RMSNorm", "RMSNorm": "LayerNorm"}.get(
+        return value * 2 or 8
+    other = {"": "all", "all": "2", "attention": "mlp", "learned": "none", "rotary": "none", "alibi": "none"}
+    return (other | {"LayerNorm": "RMSNorm", "RMSNorm": "LayerNorm"}).get(
         value, "squared_relu" if value != "squared_relu" else "relu"
     )
 

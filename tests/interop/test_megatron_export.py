@@ -110,6 +110,8 @@ def test_dtype_and_gated_halves(make_checkpoint, imported, tmp_path):
         ("qwen3", {"naming": "legacy"}, "--qk-layernorm"),
         ("bloom", {"naming": "local"}, "--naming legacy"),
         ("llama biases", {}, "--disable-bias-linear"),
+        ("algpt2", {}, "--share-layers all, --embedding-size 16"),
+        ("algpt2", {"to": "deepspeed"}, "--share-layers all, --embedding-size 16"),
     ],
 )
 def test_models_that_a_format_cannot_express(model, options, text, make_checkpoint, tmp_path):
@@ -168,7 +170,7 @@ def _others(value, kind):
         return [not value]
     if isinstance(value, (int, float)):
         return [value * 2 or type(value)(1)]
-    return [choice for choice in get_args(kind) if choice != value]
+    return [choice for choice in get_args(kind) if choice != value] or ["all"]  # --share-layers
 
 
 @pytest.mark.parametrize("scheme", [LEGACY, CORE_LOCAL, CORE_TE, DEEPSPEED], ids=lambda scheme: scheme.title)

@@ -16,10 +16,10 @@ from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.gpt import GPTStage
-from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.model.gpt import GPTStage, shared_stages
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.shared import belongs_to
 from megatron_lite.parallel.tensors import narrow, parameter_tensor
 from megatron_lite.runs.comparison import config_as_json
 from megatron_lite.runs.manifest import Provenance, read_manifest
@@ -58,6 +58,11 @@ MODELS = {
         "GPTNeoXForCausalLM",
         {"position_embedding": "rotary", "rotary_percent": 0.5, "parallel_residual": True},
     ),
+    "algpt2": ("ALGPT2LMHeadModel", {"share_layers": "all", "embedding_size": 16}),
+    "algpt2 attention": (
+        "ALGPT2LMHeadModel",
+        {"share_layers": "attention", "embedding_size": 8, "tied_embeddings": False, "activation": "gelu"},
+    ),
 }
 """The class that each model is exported as, and its fields."""
 
@@ -78,8 +83,9 @@ def save(backend, config, root, iteration=7):
     """Saves a random model, of which each rank builds its own part, as training does."""
     mesh = build_mesh(backend, config.parallel)
     layers = config.model.num_layers // config.parallel.pp
-    numbers = range(mesh.pp.rank * layers, (mesh.pp.rank + 1) * layers)
-    stage = GPTStage(config, numbers, mesh, RngStreams(1, backend, mesh.tp.rank))
+    stages = [range(start, start + layers) for start in range(0, config.model.num_layers, layers)]
+    copies = [name for name, holders in shared_stages(config.model, stages).items() if holders[0] != mesh.pp.rank]
+    stage = GPTStage(config, stages[mesh.pp.rank], mesh, RngStreams(1, backend, mesh.tp.rank))
     tensors = []
     with torch.no_grad():
         for entry in stage.named_parameters_global():
@@ -88,7 +94,7 @@ def save(backend, config, root, iteration=7):
                 whole = torch.randn(entry.global_shape, generator=draw) * 0.1
                 entry.local().add_(narrow(whole, entry.rectangle))
             first = mesh.tp.rank == 0 or entry.tp_dim is not None
-            copy = entry.name == WORD_EMBEDDINGS and stage.embedding is None  # of a tied table, on the last stage
+            copy = any(belongs_to(entry.name, name) for name in copies)
             tensors.append(parameter_tensor(entry, write=first and not copy))
     scalars = {"progress": dataclasses.replace(Progress(), iteration=iteration).to_dict()}
     save_checkpoint(SaveRequest(root, iteration, scalars, Provenance(config_as_json(config))), tensors, mesh.world)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_lite.config.model import Activation, ModelConfig
+from megatron_lite.config.sharing import shared_modules
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import PlusOne, Rows, Same, SplitQKV, Transform
@@ -50,6 +51,7 @@ class Architecture(ABC):
         head: their name of an untied head.
         ignored: tensors in public files that are no parameters.
         exports: whether models are written as this class.
+    modeling_file: the file of remote_code/ with the class; empty: transformers has it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Architecture(ABC):
     head: str = "lm_head.weight"
     ignored: Sequence[re.Pattern[str]] = ()
     exports: bool = True
+    modeling_file: str = ""
 
     @abstractmethod
     def problems(self, model: ModelConfig) -> Iterator[str]:
@@ -151,6 +154,14 @@ def requires(model: ModelConfig, wanted: Mapping[str, tuple[Any, str]]) -> Itera
             yield flag
 
 
+def sharing_problems(model: ModelConfig) -> Iterator[str]:
+    """Yield the flags by which a model has shared layers or a factorized embedding, which few formats can express."""
+    if shared_modules(model):
+        yield f"--share-layers {model.share_layers}"
+    if model.embedding_size:
+        yield f"--embedding-size {model.embedding_size}"
+
+
 def megatron_layers(model: ModelConfig, layers: str, attention: str) -> Iterator[Entry]:
     """Yield the entries of layers that have Megatron's names and its order of QKV rows.
 
@@ -179,6 +190,7 @@ def biased_layer_norm_problems(model: ModelConfig, positions: str) -> Iterator[s
         model: the model.
         positions: the class's position embedding.
     """
+    yield from sharing_problems(model)
     if model.position_embedding != positions:
         yield f"{model.position_embedding} positions (--position-embedding-type)"
     yield from requires(

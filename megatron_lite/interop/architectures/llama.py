@@ -19,6 +19,7 @@ from megatron_lite.interop.architectures.base import (
     read_dropout,
     read_tied,
     requires,
+    sharing_problems,
 )
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.architectures.rope import read_rope, write_rope
@@ -212,6 +213,7 @@ class Qwen3(Llama):
 
 
 def _common_problems(model: ModelConfig) -> Iterator[str]:
+    yield from sharing_problems(model)
     if model.position_embedding != "rotary":
         yield f"{model.position_embedding} positions (--position-embedding-type)"
     yield from requires(

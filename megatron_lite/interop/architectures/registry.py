@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.interop.architectures.base import Architecture
+from megatron_lite.interop.architectures.algpt2 import ALGPT2
+from megatron_lite.interop.architectures.base import Architecture, sharing_problems
 from megatron_lite.interop.architectures.bloom import Bloom
 from megatron_lite.interop.architectures.gpt2 import GPT2
 from megatron_lite.interop.architectures.gpt_neox import GPTNeoX
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.architectures.llama import Llama, Mistral, Qwen2, Qwen3
 
-ARCHITECTURES: Sequence[Architecture] = (GPT2(), Bloom(), Llama(), Qwen2(), Qwen3(), GPTNeoX(), Mistral())
+ARCHITECTURES: Sequence[Architecture] = (GPT2(), Bloom(), Llama(), Qwen2(), Qwen3(), GPTNeoX(), Mistral(), ALGPT2())
 EXPORTED = tuple(one.name for one in ARCHITECTURES if one.exports)
 
 
@@ -67,11 +68,16 @@ def architecture_for(model: ModelConfig, wanted: str = "") -> Architecture:
     if wanted:
         raise ConfigError(
             f"--architecture {wanted} does not compute this model, because of {differences}",
-            fix=f"Use --architecture {able[0]}" if able else "Use `megatron-lite export --to megatron`",
+            fix=f"Use --architecture {able[0]}"
+            if able
+            else "Remove --architecture to see what each class supports"
+            if list(sharing_problems(model))
+            else "Use `megatron-lite export --to megatron`",
         )
     listed = "\n".join(f"  {name}: {', '.join(found)}" for name, found in problems.items())
     raise ConfigError(
         f"No class of transformers computes this model; the nearest, {nearest}, fails only on {differences}. Each "
         f"class fails on:\n{listed}\n",
-        fix=f"Use `megatron-lite export --to megatron`, or train a model that {nearest} can compute",
+        fix=("Train" if list(sharing_problems(model)) else "Use `megatron-lite export --to megatron`, or train")
+        + f" a model that {nearest} can compute",
     )

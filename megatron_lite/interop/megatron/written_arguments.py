@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.interop.architectures.base import sharing_problems
 from megatron_lite.interop.megatron.arguments import DEEPSPEED_EMBEDDING_EPSILON
 from megatron_lite.interop.megatron.naming import DEEPSPEED, LEGACY, Scheme
 from megatron_lite.schedules.progress import Progress
@@ -37,6 +38,7 @@ def uses_glu_activation(model: ModelConfig, scheme: Scheme) -> bool:
 
 def problems(model: ModelConfig, scheme: Scheme) -> Iterator[str]:
     """Yield what of a model a format cannot express, each with the flag that asks for it."""
+    yield from sharing_problems(model)
     activations = _MEGATRON_DEEPSPEED if scheme is DEEPSPEED or is_deepspeed_only(model) else _MEGATRON_LM
     if model.activation not in activations:
         yield f"--activation {model.activation}"
