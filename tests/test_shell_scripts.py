@@ -12,7 +12,9 @@ import megatron_lite
 from megatron_lite.cli.main import main
 
 ROOT = Path(megatron_lite.__file__).parent.parent
-SCRIPTS = sorted([*ROOT.glob("slurm/*.slurm"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*.sh"), ROOT / ".ci/run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("slurm/*.slurm"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci/run"]
+)
 JOBS = sorted(ROOT.glob("slurm/*.slurm"))
 
 

@@ -1,4 +1,4 @@
-"""examples/finetune_from_hf.sh, as it is."""
+"""Scripts of examples/, as they are."""
 
 import os
 import subprocess
@@ -12,20 +12,36 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)
-def test_it_runs_offline(tmp_path):
+def run_script(name, folder):
+    """Run a script of examples/ offline, on one thread; return its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "ITERATIONS": "4", "MEGABYTES": "0.2"}
     ended = subprocess.run(
-        ["bash", ROOT / "examples" / "finetune_from_hf.sh", tmp_path / "out"],
+        ["bash", ROOT / "examples" / name, folder],
         env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("logits equal to transformers'") == 2
-    assert "LlamaForCausalLM" in ended.stdout
-    assert "0 of 15 common tensors are equal bit for bit" in ended.stdout
-    assert "would push to your-name/your-model, revision main" in ended.stdout
+    return ended.stdout
+
+
+@pytest.mark.timeout(900)
+def test_finetuning_of_a_hugging_face_model(tmp_path):
+    output = run_script("finetune_from_hf.sh", tmp_path / "out")
+    assert output.count("logits equal to transformers'") == 2
+    assert "LlamaForCausalLM" in output
+    assert "0 of 15 common tensors are equal bit for bit" in output
+    assert "would push to your-name/your-model, revision main" in output
     assert (tmp_path / "out" / "exported" / "README.md").is_file()
+
+
+@pytest.mark.timeout(900)
+def test_algpt2(tmp_path):
+    output = run_script("algpt2/train.sh", tmp_path / "out")
+    assert "6 layers (one set of parameters), hidden size 96 (embedding 24)" in output
+    assert "perplexity" in output
+    assert output.count("logits equal to transformers'") == 1
+    card = (tmp_path / "out" / "exported" / "README.md").read_text(encoding="utf-8")
+    assert "`trust_remote_code=True`, which executes modeling_algpt2.py" in card
