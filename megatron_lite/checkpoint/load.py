@@ -17,7 +17,7 @@ import torch
 
 from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.names import is_model_tensor, is_superseded, source_of
+from megatron_lite.checkpoint.names import is_model_tensor, is_optional, is_superseded, source_of
 from megatron_lite.checkpoint.reading import CheckpointReader, ReadPlan
 from megatron_lite.checkpoint.verify import check_sizes, verify_parts
 from megatron_lite.errors import CheckpointError
@@ -36,7 +36,8 @@ def load_checkpoint(
 
     Args:
         path: one checkpoint's folder.
-        tensors: state on this rank, filled in place and converted (names.py chooses the saved tensor of each).
+        tensors: state on this rank, filled in place and converted (names.py chooses the saved tensor of each). Optional
+            ones (names.is_optional) are left unchanged if the checkpoint does not have them in the same shape.
         world: all ranks.
         weights_only: leave out the optimizer's state, of the run and of the checkpoint, except main parameters.
 
@@ -52,7 +53,8 @@ def load_checkpoint(
     def check() -> tuple[CheckpointReader, ReadPlan]:
         reader = CheckpointReader(path)
         check_sizes(path, reader.manifest, sorted(reader.manifest.files)[world.rank :: world.size])
-        return reader, reader.plan([(tensor, _find_source(tensor, reader)) for tensor in wanted])
+        found = [tensor for tensor in wanted if not is_optional(tensor.name) or _is_saved(tensor, reader)]
+        return reader, reader.plan([(tensor, _find_source(tensor, reader)) for tensor in found])
 
     reader, plan = run_on_all_ranks(world, check)
     run = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
@@ -122,6 +124,11 @@ def _unread(manifest: Manifest, plan: ReadPlan, world: Group) -> Iterator[tuple[
     return (part for part, is_needed in zip(parts, needed, strict=False) if not is_needed)
 
 
+def _is_saved(tensor: GlobalTensor, reader: CheckpointReader) -> bool:
+    saved = reader.tensors.get(tensor.name)
+    return saved is not None and tuple(saved.shape) == tuple(tensor.global_shape)
+
+
 def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
     """Return the name of the saved tensor that fills a tensor.
 
@@ -163,7 +170,7 @@ def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
 
 def _check_none_left_over(saved: Sequence[str], run: Collection[str], path: Path) -> None:
     """Refuse a checkpoint with tensors for which the run has no place."""
-    left = [name for name in saved if name not in run and not is_superseded(name, run)]
+    left = [name for name in saved if name not in run and not is_superseded(name, run) and not is_optional(name)]
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(

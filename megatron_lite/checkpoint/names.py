@@ -7,6 +7,9 @@ the weights are roundings of them, so they are loaded wherever the run can hold 
 - bf16 run from an fp32 checkpoint: weights are rounded, main parameters are the fp32 weights, exactly.
 - fp32 run from a bf16 checkpoint: weights are the main parameters, exactly.
 - weights only, into a bf16 run: main parameters come along, so a fine-tune starts from the true values.
+
+Histories of fp8 operands, `optimizer.amax_history.<linear layer>`, are loaded if run and checkpoint have them in the
+same shape: precision and recipe may change during a run.
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ from megatron_lite.runs.manifest import SavedTensor
 
 OPTIMIZER_PREFIX = "optimizer."
 MAIN_PREFIX = "optimizer.main_param."
+AMAX_PREFIX = "optimizer.amax_history."
 
 
 def is_model_tensor(name: str) -> bool:
     """Return True for weights and their fp32 main parameters, which a load without optimizer state includes."""
     return not name.startswith(OPTIMIZER_PREFIX) or name.startswith(MAIN_PREFIX)
+
+
+def is_optional(name: str) -> bool:
+    """Return True for tensors that a run or its checkpoint may lack."""
+    return name.startswith(AMAX_PREFIX)
 
 
 def source_of(name: str, wide: bool, saved: Mapping[str, SavedTensor]) -> str | None:

@@ -28,8 +28,26 @@ class Fp8Config:
             "Matrix products of the layers in fp8, with --bf16: e4m3, or hybrid with gradients in e5m2.",
         ),
     )
-    recipe: Literal["tensorwise", "rowwise"] = option(
-        "tensorwise", Flag("--fp8-recipe", "Scales of fp8 operands: one for each tensor, or one for each row.")
+    recipe: Literal["delayed", "tensorwise", "rowwise"] = option(
+        "delayed",
+        Flag(
+            "--fp8-recipe",
+            "Scales of fp8 operands: one for each tensor from earlier iterations (delayed), or one for each tensor or "
+            "row from its present values.",
+        ),
+    )
+    amax_history_len: int = option(
+        1,
+        Flag(
+            "--fp8-amax-history-len", "Iterations whose largest values give the scales (delayed).", least=1, most=65536
+        ),
+    )
+    amax_compute_algo: Literal["most_recent", "max"] = option(
+        "most_recent",
+        Flag("--fp8-amax-compute-algo", "Value of the history that gives the scale: the newest, or the largest."),
+    )
+    margin: int = option(
+        0, Flag("--fp8-margin", "Multiply the scales by 2^N, as room for values that grow (delayed).", most=64)
     )
     bf16_ends: bool = option(
         False, Flag("--first-last-layers-bf16", "Leave the first and the last layers in bf16 with fp8.", sets=True)
@@ -42,14 +60,21 @@ class Fp8Config:
     )
 
 
-def note_scaling(given: Given) -> None:
-    """Say which scaling is used where Megatron's default is another one."""
+def note_unused_history(given: Given) -> None:
+    """Say that options of the history have no effect on scales from present values."""
     fp8 = given.run.fp8
-    if fp8.format != "off" and not given.has(FIELD.fp8.recipe):
-        given.notes.append(
-            "--fp8-format without --fp8-recipe scales each tensor by its present values (tensorwise); Megatron's "
-            "default takes the values of earlier iterations (delayed)"
-        )
+    if fp8.format == "off" or fp8.recipe == "delayed":
+        return
+    options = {
+        "--fp8-amax-history-len": FIELD.fp8.amax_history_len,
+        "--fp8-amax-compute-algo": FIELD.fp8.amax_compute_algo,
+        "--fp8-margin": FIELD.fp8.margin,
+    }
+    given.notes += [
+        f"{name} has no effect: --fp8-recipe {fp8.recipe} takes the scales from the present values"
+        for name, field in options.items()
+        if given.has(field)
+    ]
 
 
 def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
@@ -85,5 +110,5 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-RESOLVERS = (note_scaling,)
+RESOLVERS = (note_unused_history,)
 RULES = (fp8_fits,)

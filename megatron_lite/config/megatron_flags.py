@@ -197,8 +197,8 @@ refused: Offloading to the CPU is not implemented. Use --checkpoint-activations,
     --min-offloaded-tensor-size --delta-offload-bytes-across-pp-ranks --cpu-offloading-*
 refused: Parameters stay in bf16, and fp4 is not implemented. Use --fp8-format without this flag
     --fp8-param-gather --fp4-format --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --fp8-* --fp4-*
-no effect: scales are those of the present values; no history of maxima is kept
-    --fp8-amax-compute-algo --fp8-amax-history-len --fp8-margin --fp8-interval
+no effect: the scales of --fp8-recipe delayed follow from the history at the end of each iteration
+    --fp8-interval
 refused: All parameters have the same learning rate. Remove the flag
     --decoupled-lr --decoupled-min-lr --dump-param-to-param-group-map --no-weight-decay-cond-type
 refused: Only the core of attention can be recomputed alone. Use --recompute-granularity selective or full

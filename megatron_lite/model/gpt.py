@@ -23,9 +23,9 @@ from megatron_lite.model.head import WORD_EMBEDDINGS, Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
-from megatron_lite.parallel.fp8 import fp8_of
+from megatron_lite.parallel.fp8 import DelayedScales, fp8_of
 from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
-from megatron_lite.parallel.layers import ReplicatedLinear, Sharding
+from megatron_lite.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
@@ -180,6 +180,16 @@ class GPTStage(nn.Module):
             if hasattr(module, "named")
             for parameter in module.named(stored_name(self.config, name))
         )
+
+    def delayed_scales(self) -> dict[str, DelayedScales]:
+        """Return the fp8 scales of the stage's linear layers by global name; empty: they are not delayed."""
+        found = {}
+        for name, module in self.named_modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                _, training = module.fp8
+                if training is not None and training.delayed is not None:
+                    found[name] = training.delayed
+        return found
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Return an empty cache for this stage's layers; the stage must be without sequence parallelism.

@@ -41,7 +41,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp8: Fp8 | Non
     """
     if fp8 is None:
         return F.linear(x, weight, bias)
-    y = fp8.product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    fp8.record(x, "input")
+    fp8.record(weight, "weight")
+    y = fp8.product(x.flatten(0, -2), weight, ("input", "weight")).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 
@@ -49,14 +51,14 @@ def input_gradient(gradient: Tensor, weight: Tensor, fp8: Fp8 | None = None) -> 
     """Return gradient W: `gradient` [..., o], `weight` [o, i] -> [..., i]."""
     if fp8 is None:
         return torch.matmul(gradient, weight)
-    product = fp8.product(gradient.flatten(0, -2), weight.t(), gradient=True)
+    product = fp8.product(gradient.flatten(0, -2), weight.t(), ("gradient", "weight"))
     return product.unflatten(0, gradient.shape[:-1])
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, fp8: Fp8 | None = None) -> Tensor:
     """Return gradientᵀ x: `gradient` [..., o], `x` [..., i] -> [o, i], summed over the leading dims."""
     gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-    return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), gradient=True)
+    return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), ("gradient", "input"))
 
 
 def accumulate_weight_gradient_(

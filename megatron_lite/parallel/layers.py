@@ -39,12 +39,16 @@ class Sharding:
     deferred: DeferredWeightGradients | None = None
     """Stores the operands of weight gradients; None: backward computes them."""
     fp8: Fp8 | None = None
-    """Formats of the products of linear layers; None: the dtype."""
+    """Formats and scaling of the products of linear layers; None: the dtype."""
 
     @property
     def split_sequence(self) -> bool:
         """Return whether activations between the parallel layers are split along the sequence: [s/tp, b, h]."""
         return self.sequence_parallel and self.tp.size > 1
+
+    def fp8_modes(self) -> tuple[Fp8 | None, Fp8 | None]:
+        """Return the formats and scales of a new linear layer: in evaluation, in training."""
+        return (None, None) if self.fp8 is None else self.fp8.modes(self.backend.device)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter of this shape."""
@@ -68,14 +72,15 @@ class ColumnParallelLinear(nn.Module):
         assert out_features % (parts * group.size) == 0, (out_features, parts, group)
         self.sharding = sharding
         self.parts = parts
+        self.fp8 = sharding.fp8_modes()
         self.weight = sharding.empty(out_features // group.size, in_features)
         self.bias = sharding.empty(out_features // group.size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, in] (sequence parallel: [s/tp, b, in]) -> [s, b, out/tp]."""
-        sharding = self.sharding
+        sharding, fp8 = self.sharding, self.fp8[self.training]
         return column_parallel_linear(
-            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, sharding.fp8
+            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, fp8
         )
 
     def named(self, name: str) -> Iterator[NamedParameter]:
@@ -112,14 +117,15 @@ class RowParallelLinear(nn.Module):
         group = sharding.tp
         assert in_features % group.size == 0, (in_features, group)
         self.sharding = sharding
+        self.fp8 = sharding.fp8_modes()
         self.weight = sharding.empty(out_features, in_features // group.size)
         self.bias = sharding.empty(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [s, b, in/tp] -> [s, b, out] (sequence parallel: [s/tp, b, out])."""
-        sharding = self.sharding
+        sharding, fp8 = self.sharding, self.fp8[self.training]
         return row_parallel_linear(
-            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, sharding.fp8
+            x, self.weight, self.bias, sharding.tp, sharding.split_sequence, sharding.deferred, fp8
         )
 
     def named(self, name: str) -> Iterator[NamedParameter]:

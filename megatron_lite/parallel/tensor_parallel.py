@@ -138,6 +138,8 @@ class _ColumnParallelLinear(Function):
         x, weight = ctx.saved_tensors
         group, sequence_parallel = ctx.group, ctx.sequence_parallel
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if ctx.fp8 is not None:
+            ctx.fp8.record(grad, "gradient")
         # torch.compile orders collectives itself, and traces only synchronous ones.
         overlap = not torch.compiler.is_compiling()
         if ctx.deferral is not None:
@@ -187,6 +189,8 @@ class _RowParallelLinear(Function):
         x, weight = ctx.saved_tensors
         if ctx.sequence_parallel:
             grad = ctx.group.all_gather(grad)
+        if ctx.fp8 is not None:
+            ctx.fp8.record(grad, "gradient")
         grad_x = input_gradient(grad, weight, ctx.fp8) if ctx.needs_input_grad[0] else None
         if ctx.deferral is not None:
             deferred, parameter = ctx.deferral

@@ -176,7 +176,7 @@ def _buffer_bytes(engine: NativeEngine) -> dict[str, int]:
         "parameters": sum(flat.values.nbytes for flat in buffers.buffers),
         "gradients": sum(flat.gradients.nbytes for flat in buffers.buffers),
         "main parameters": shard if "main_param" in names else 0,
-        "moments": shard * len(names - {"main_param"}),
+        "moments": shard * len(names - {"main_param", "amax_history"}),
     }
 
 

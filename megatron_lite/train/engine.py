@@ -94,8 +94,12 @@ class Engine(Protocol):
     def state_scalars(self) -> dict[str, Any]:
         """Return the rest of the state as JSON values: the loss scaler's counters."""
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Restore the result of state_scalars, after the tensors have been loaded in place."""
+    def load_scalars(self, scalars: dict[str, Any]) -> list[str]:
+        """Restore the result of state_scalars, after the tensors have been loaded in place; a collective call.
+
+        Returns:
+            Messages for the log.
+        """
 
     def compare_replicas(self) -> list[Mismatch]:
         """Find parameters whose replicas differ in any bit; the same on every rank; a collective call."""

@@ -19,6 +19,7 @@ from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.optim.replicas import Mismatch, Replicas
 from megatron_lite.parallel.buffers import ParameterBuffers
+from megatron_lite.parallel.delayed_scaling import AmaxHistory
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.tensors import GlobalTensor, parameter_tensor
 from megatron_lite.pipeline.executor import Executor, StepLosses
@@ -62,6 +63,10 @@ class NativeEngine:
         self._num_sources = num_sources if num_sources > 1 else 0
         self._timers = timers or Timers(0, mesh.backend.synchronize)
         self._replicas = Replicas(mesh, config.parallel, buffers, optimizer)
+        self._amax = None
+        if config.fp8.format != "off" and config.fp8.recipe == "delayed":
+            layers = {name: scales for stage in stages.values() for name, scales in stage.delayed_scales().items()}
+            self._amax = AmaxHistory(layers, config.fp8, mesh.group("tp", "dp"), mesh.backend.device)
         self._program = lru_cache(maxsize=64)(self._make_program)
 
     @property
@@ -90,6 +95,8 @@ class NativeEngine:
             )
         with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
             self._buffers.reduce()
+            if self._amax is not None:
+                self._amax.update()
         sums = self._reduce(losses)
         loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
         with phases.enter("optimizer"), self._timers("optimizer"):
@@ -121,15 +128,23 @@ class NativeEngine:
             if parameter.owned
         ]
         copies = [parameter_tensor(p, write=False) for p in self._buffers.parameters if not p.owned]
-        return [*weights, *copies, *self._optimizer.state_tensors()]
+        histories = [] if self._amax is None else self._amax.state_tensors(write=first and dp.rank == 0)
+        return [*weights, *copies, *self._optimizer.state_tensors(), *histories]
 
     def state_scalars(self) -> dict[str, Any]:
         """Return step count and loss scale."""
         return self._optimizer.state_scalars()
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
+    def load_scalars(self, scalars: dict[str, Any]) -> list[str]:
         """Restore the result of state_scalars."""
         self._optimizer.load_scalars(scalars)
+        complete = self._amax is None or self._amax.resume()
+        if all(self.world.all_gather_object(complete)):
+            return []
+        return [
+            "the checkpoint has no history of fp8 maxima of this length for all layers: the first iteration takes "
+            "the missing scales from its own values"
+        ]
 
     def compare_replicas(self) -> list[Mismatch]:
         """Find parameters whose replicas differ."""

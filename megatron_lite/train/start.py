@@ -207,12 +207,13 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
     )
     for message in skipped:
         notify(message)
-    if not weights_only:
-        engine.load_scalars(scalars["engine"])
+    messages = [] if weights_only else engine.load_scalars(scalars["engine"])
     progress = Progress() if options.finetune else Progress.from_dict(scalars["progress"])
     if options.reset_progress:
         progress = Progress()
     notify(f"  successfully loaded checkpoint from {path.parent} at iteration {iteration_of(path)}")
+    for message in messages:
+        notify(message)
     if path == start.path:
         return start, progress
     if not config.training.skip_train and options.in_one_folder and start.continued(config) is not None:

@@ -181,6 +181,7 @@ def _changed(kind, value):
 SPECIAL = {
     "fp8.format": "hybrid",
     "fp8.recipe": "rowwise",
+    "fp8.amax_compute_algo": "max",
     "runtime.attention": "fused",
     "runtime.compile": "layer",
     "profile.ranks": (0, 7),

@@ -301,7 +301,7 @@ def test_dry_run_explains_and_touches_nothing(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("fp8", [("hybrid", "tensorwise"), ("e4m3", "rowwise")], ids=" ".join)
+@pytest.mark.parametrize("fp8", [("hybrid", "delayed"), ("hybrid", "tensorwise"), ("e4m3", "rowwise")], ids=" ".join)
 def test_fp8_ends_within_2_percent_of_bf16(fp8, corpus, tmp_path):
     """200 iterations, with the rounding of operands that a GPU has."""
     args = corpus.job(

@@ -56,7 +56,8 @@ def test_rows_have_scales_of_their_own():
 
 
 def test_formats_of_gradients():
-    assert fp8_of(Fp8Config(format="hybrid"), 0, 4) == Fp8(torch.float8_e5m2, rowwise=False)
+    assert fp8_of(Fp8Config(format="hybrid", recipe="tensorwise"), 0, 4) == Fp8(torch.float8_e5m2, rowwise=False)
+    assert fp8_of(Fp8Config(format="hybrid"), 0, 4).is_delayed
     assert fp8_of(Fp8Config(format="e4m3", recipe="rowwise"), 0, 4) == Fp8(torch.float8_e4m3fn, rowwise=True)
 
 
@@ -113,3 +114,20 @@ def test_ends_in_bf16():
     ends = replace(fp8, bf16_ends=True, bf16_end=2)
     assert [fp8_of(ends, layer, 5) is not None for layer in range(5)] == [False, True, True, False, False]
     assert fp8_of(Fp8Config(), 0, 4) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "rowwise"])
+def test_products_of_a_gpu_equal_the_emulation(recipe):
+    device = torch.device("cuda")
+    a, b = draw(64, 128).bfloat16(), draw(32, 128, seed=1).bfloat16()
+    found = []
+    for place in (device, torch.device("cpu")):
+        _, fp8 = fp8_of(Fp8Config(format="hybrid", recipe=recipe), 0, 1).modes(place)
+        if fp8.delayed is not None:
+            fp8.delayed.known = True
+        products = (("input", "weight"), ("gradient", "weight"))
+        found += [fp8.product(a.to(place), b.to(place), roles).cpu() for roles in products]
+    for ours, emulated in zip(found[:2], found[2:], strict=True):
+        assert (ours - emulated).abs().max() <= 0.01 * emulated.abs().max()
