@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
@@ -37,11 +39,11 @@ demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart.sh
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
 
 # All folders, without tests marked slow, which start several ranks or train for long: 90 s on 2 cores.
 test-fast: $(STAMP)-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 # The numeric tests under each instruction set of this processor, in a few minutes: no bound may depend on it.
 test-portable: $(STAMP)-dev
@@ -49,7 +51,7 @@ test-portable: $(STAMP)-dev
 
 # Debian packages slurm-wlm, munge and iproute2; without them the tests fail. They use a cluster of their own.
 test-slurm: $(STAMP)-dev
-	$(BIN)/python -m pytest tests/slurm
+	$(PYTEST) tests/slurm
 
 slurm-up:
 	@$(PYTHON) tests/slurm/cluster.py up

@@ -101,7 +101,9 @@ def test_other_tokenizers_give_the_same_ids(others, texts):
 @pytest.mark.slow
 def test_both_libraries_classify_every_character_alike(both):
     """A contraction is split from a letter or number before it, and joins other characters."""
-    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    points = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    # Of the 800,000 code points without a character every eighth is enough.
+    characters = [chr(code) for code in points if code % 8 == 0 or unicodedata.category(chr(code)) != "Cn"]
     for low in range(0, len(characters), 1 << 16):
         texts = [f"{character}'t a{character}1{character} " for character in characters[low : low + (1 << 16)]]
         certain = [text for text in texts if not GigatokenBpe.is_uncertain(text)]

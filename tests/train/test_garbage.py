@@ -3,8 +3,9 @@
 import gc
 
 import pytest
-from support.trainer import command, make_corpus
+from support.trainer import make_corpus
 
+from megatron_lite.cli.main import main
 from megatron_lite.train.native import NativeEngine
 
 
@@ -25,8 +26,7 @@ def test_collections_have_fixed_iterations(interval, times, tmp_path, monkeypatc
     monkeypatch.setattr(NativeEngine, "train_step", train_step)
     monkeypatch.setattr(gc, "collect", note)
     job = make_corpus(tmp_path).job("--train-iters", 5, "--manual-gc-interval", interval, "--eval-iters", 0)
-    result = command(*job)
-    assert result.code == 0, result.err
+    assert main([str(word) for word in job]) == 0
     assert iterations == [1, 2, 3, 4, 5]
     assert [number for number in collected if 0 < number < 5] == times
     assert gc.isenabled() and gc.get_freeze_count() == 0
