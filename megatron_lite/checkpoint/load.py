@@ -147,7 +147,7 @@ def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
             + (
                 ""
                 if is_model_tensor(tensor.name)
-                else ". To load the weights without optimizer state, add --no-load-optim"
+                else ". To load the weights without optimizer state, as after a change of --freeze, add --no-load-optim"
             ),
         )
     info = reader.tensors[source]

@@ -36,7 +36,7 @@ from megatron_lite.formatting import format_size
 from megatron_lite.parallel.tensors import GlobalTensor, narrow
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.atomic import replace_file, sync_folder, write_synced
-from megatron_lite.runs.catalog import folder_name, set_latest
+from megatron_lite.runs.catalog import folder_name, set_best, set_latest
 from megatron_lite.runs.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -75,6 +75,7 @@ class SaveRequest:
         scalars: JSON values (progress, loss scaler, step counts); rank 0's are saved.
         provenance: config and fingerprints of the run; rank 0's are saved.
         retention: which earlier checkpoints are kept.
+        best: record it as the one with the lowest validation loss.
         check: called on rank 0 before the folder is changed; raises CheckpointError to prevent the change.
     """
 
@@ -84,6 +85,7 @@ class SaveRequest:
     provenance: Provenance
     retention: Retention = KEEP_ALL
     check: Callable[[], None] = no_check
+    best: bool = False
 
     @property
     def path(self) -> Path:
@@ -222,6 +224,9 @@ class CheckpointWriter:
             request.check()
             make_visible(self.folder, request.path)
             try:
+                # First: a kill in between leaves a checkpoint that the next start makes the latest.
+                if request.best:
+                    set_best(request.root, request.iteration)
                 set_latest(request.root, request.iteration)
             except OSError:
                 # A checkpoint that is not announced does not count: discard removes it.

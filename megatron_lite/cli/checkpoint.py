@@ -46,6 +46,8 @@ def run(argv: list[str]) -> int:
 
 def _list(options: argparse.Namespace, console: Console) -> int:
     from megatron_lite.runs.catalog import (
+        BEST,
+        best_iteration,
         incompleteness,
         latest_problem,
         list_iterations,
@@ -58,7 +60,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     for root in options.folders:
         listed, broken = table(root, "", "iteration", "size", "parameters", "ranks", "saved"), []
-        latest = read_latest(existing(root))
+        latest, best = read_latest(existing(root)), best_iteration(root)
         for iteration in list_iterations(root):
             path = locate(root, iteration)
             if (problem := incompleteness(path)) is not None:
@@ -66,7 +68,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
                 continue
             manifest = read_manifest(path)
             listed.add_row(
-                "*" if latest == str(iteration) else "",
+                ("*" if latest == str(iteration) else "") + ("b" if best == iteration else ""),
                 f"{iteration:,}",
                 format_size(manifest.size),
                 f"{num_parameters(manifest):,}",
@@ -76,6 +78,8 @@ def _list(options: argparse.Namespace, console: Console) -> int:
         console.print(listed)
         if (problem := latest_problem(root)) is None:
             console.print(f"* latest (loaded by --load {root})")
+            if best is not None:
+                console.print(f"b lowest validation loss (loaded by --load {root / BEST})")
         elif listed.row_count or broken:
             console.print(problem, style="red")
         else:
@@ -90,10 +94,11 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from megatron_lite.runs.catalog import iteration_of, latest_problem
+    from megatron_lite.runs.catalog import iteration_of, latest_problem, resolve_best
 
     paths, lost = [], 0
     for given in options.folders:
+        given = resolve_best(given)
         single = iteration_of(given) is not None
         found = [given] if single else sorted(p for p in existing(given).iterdir() if iteration_of(p) is not None)
         if not found:

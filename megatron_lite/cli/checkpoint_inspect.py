@@ -237,11 +237,14 @@ def num_parameters(manifest: Manifest) -> int:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder.
+    """Return the folder; for a --save folder followed by /best, that of its best checkpoint.
 
     Raises:
         CheckpointError: it does not exist.
     """
+    from megatron_lite.runs.catalog import resolve_best
+
+    folder = resolve_best(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f'"{folder}" {"is a file, not a folder" if folder.exists() else "does not exist"}',

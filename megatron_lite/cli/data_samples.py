@@ -119,10 +119,11 @@ def build_indices(argv: list[str]) -> int:
 def _read(args: list[str]) -> RunConfig:
     """Return the config of the job with these flags."""
     from megatron_lite.config.arguments import parse_command, raise_all
+    from megatron_lite.data.serving.epochs import with_epochs
 
     parsed = parse_command(args)
     raise_all(parsed.missing)
-    return parsed.config
+    return with_epochs(parsed.config)
 
 
 def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
@@ -139,7 +140,8 @@ def _open(config: RunConfig, order: DataSegment) -> tuple[Tokenizer, Datasets]:
 
 def _show(dataset: Dataset, sample: int, length: int, tokenizer: Tokenizer, shown: int) -> None:
     """Print the spans of the first `length` tokens of a sample."""
-    tokens, start = dataset[sample][:length], 0
+    item, start = dataset[sample], 0
+    tokens = (item if item.ndim == 1 else item[0])[:length]  # row 1 is the loss mask
     for prefix, (sequence, offset, count) in dataset.spans(sample):
         part = tokens[start : start + count]
         start += count

@@ -11,6 +11,8 @@ from megatron_lite.config.arguments import ParsedRun, asks_for_help, parse_comma
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import describe_sharing
+from megatron_lite.data.serving.epochs import with_epochs
+from megatron_lite.errors import DataError
 from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -37,18 +39,27 @@ def run(argv: list[str]) -> int:
 
 def explain_text(parsed: ParsedRun, *, as_json: bool = False) -> str:
     """Return the explanation of a parsed command, as text or as JSON."""
-    config, vocabulary = fill_vocabulary(parsed.config)
+    counted = _with_epochs(parsed.config)
+    config, vocabulary = fill_vocabulary(counted)
     summary = summarize(config)
     if as_json:
-        return json.dumps(_record(parsed, summary, vocabulary), indent=2)
-    return "\n".join(_lines(parsed, summary, vocabulary))
+        return json.dumps(_record(parsed, counted, summary, vocabulary), indent=2)
+    return "\n".join(_lines(parsed, counted, summary, vocabulary))
 
 
-def _record(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> dict[str, object]:
+def _with_epochs(config: RunConfig) -> RunConfig:
+    """Return the config with --epochs as samples, if the data can be opened on this machine."""
+    try:
+        return with_epochs(config)
+    except DataError:
+        return config  # the lines about the data say why
+
+
+def _record(parsed: ParsedRun, counted: RunConfig, summary: RunSummary, vocabulary: str) -> dict[str, object]:
     return {
         "config": asdict(parsed.config),
         "argv": to_argv(parsed.config),
-        "derived": {**asdict(summary), "vocabulary_from": vocabulary, "data": data_record(parsed.config)},
+        "derived": {**asdict(summary), "vocabulary_from": vocabulary, "data": data_record(counted)},
         "notes": list(parsed.notes),
         "warnings": list(parsed.warnings),
         "missing": _missing(parsed),
@@ -59,9 +70,8 @@ def _missing(parsed: ParsedRun) -> list[str]:
     return [str(error) for error in missing_files(parsed.config, parsed.missing, parsed.spellings)]
 
 
-def _lines(parsed: ParsedRun, summary: RunSummary, vocabulary: str) -> Iterator[str]:
+def _lines(parsed: ParsedRun, config: RunConfig, summary: RunSummary, vocabulary: str) -> Iterator[str]:
     model, layout, length = summary.model, summary.layout, summary.length
-    config = parsed.config
     yield f"Model       {model.name}: {model.exact:,} parameters, {model.without_embedding:,} without the embedding"
     if (sharing := describe_sharing(config.model)) or config.model.embedding_size:
         size = config.model.embedding_size

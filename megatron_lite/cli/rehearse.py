@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.config.arguments import asks_for_help, parse_command
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_parameters, format_size, size_unit
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
         return 0
     as_json = "--json" in argv
     tokens, ranks = _take_ranks([token for token in argv if token != "--json"])
-    config, vocabulary = fill_vocabulary(parse_command(tokens).config)
+    config, vocabulary = fill_vocabulary(with_epochs(parse_command(tokens).config))
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(

@@ -18,6 +18,7 @@ from megatron_lite.config import (
     runtime,
     tokenizer,
     training,
+    tuning,
 )
 from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.command_line import read_command_line
@@ -49,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *batch.RULES,
     *training.RULES,
+    *tuning.RULES,
     *optimizer.RULES,
     *parallel.RULES,
     *data.RULES,

@@ -83,6 +83,15 @@ class CheckpointConfig:
         Flag("--save-on-exit", "Save before every early stop.", sets=True),
         Flag("--no-save-on-exit", "Stop early without saving; the end of a run is always saved.", sets=False),
     )
+    save_best: bool = option(
+        False,
+        Flag(
+            "--save-best",
+            "Save after each validation with the lowest loss so far; that checkpoint is kept, and --load FOLDER/best "
+            "loads it.",
+            sets=True,
+        ),
+    )
     on_failed_save: Literal["stop", "continue"] = option(
         "stop",
         Flag(
@@ -260,7 +269,7 @@ def loading_needs_a_folder(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError]:
-    """Require --keep-last with its exceptions, and --save with --weights-only-every."""
+    """Require --keep-last with its exceptions, and --save with --weights-only-every and --save-best."""
     checkpoint = config.checkpoint
     if (checkpoint.keep_every or checkpoint.keep_phases) and not checkpoint.keep_last:
         yield ConfigError(
@@ -268,11 +277,13 @@ def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError
             "it every checkpoint is kept",
             fix="Add --keep-last N, for example --keep-last 2 to keep the 2 newest checkpoints, too",
         )
-    if checkpoint.weights_only_every and not checkpoint.save:
-        yield ConfigError(
-            f"--weights-only-every {checkpoint.weights_only_every} has no effect without --save",
-            fix="Add --save FOLDER and --save-interval N, or remove --weights-only-every",
-        )
+    every = checkpoint.weights_only_every
+    for flag, given in ((f"--weights-only-every {every}", every), ("--save-best", checkpoint.save_best)):
+        if given and not checkpoint.save:
+            yield ConfigError(
+                f"{flag} has no effect without --save",
+                fix=f"Add --save FOLDER and --save-interval N, or remove {flag.split()[0]}",
+            )
 
 
 RULES = (

@@ -70,16 +70,6 @@ class CommandOptions:
             group="Batch",
         ),
     )
-    per_token_loss: bool = option(
-        False,
-        Flag(
-            "--calculate-per-token-loss",
-            "Average over tokens instead of samples: the same, unless --eod-mask-loss makes samples uneven "
-            "(refused then).",
-            sets=True,
-            group="Training",
-        ),
-    )
     virtual_stages: int = option(
         0,
         Flag(

@@ -253,19 +253,7 @@ def _read_sources_file(text: str) -> tuple[DataSource, ...]:
     return read_sources(text.split())
 
 
-def refuse_uneven_token_loss(given: Given) -> None:
-    """Refuse the average over tokens where it differs from the average over samples."""
-    if given.run.command.per_token_loss and given.run.data.eod_mask_loss:
-        given.refuse(
-            "--calculate-per-token-loss is not supported together with --eod-mask-loss",
-            rule="The loss is averaged over the unmasked tokens of each sample, then over samples, so samples with "
-            "many "
-            "end-of-document tokens would count as much as others",
-            fix="Remove --calculate-per-token-loss, or --eod-mask-loss",
-        )
-
-
-RESOLVERS = (resolve_blend_files, refuse_uneven_token_loss)
+RESOLVERS = (resolve_blend_files,)
 
 
 def one_kind_of_data(config: RunConfig) -> Iterator[ConfigError]:

@@ -203,9 +203,10 @@ refused: All parameters have the same learning rate. Remove the flag
     --decoupled-lr --decoupled-min-lr --dump-param-to-param-group-map --no-weight-decay-cond-type
 refused: Only the core of attention can be recomputed alone. Use --recompute-granularity selective or full
     --recompute-modules=core_attn
-refused: Losses over part of the tokens (prompts and targets) are not implemented. Remove the flag
-    --norm-target-loss --loss-on-targets-only --reweight-loss-based-on-position-frequency --sft --fim-data --rl-*
-    --grpo-*
+refused: Datasets of prompts and answers have a loss mask. Use --answer-loss
+    --loss-on-targets-only --sft
+refused: This loss is not implemented. Remove the flag
+    --norm-target-loss --reweight-loss-based-on-position-frequency --fim-data --rl-* --grpo-*
 refused: Error injection is not implemented. Remove the flag
     --error-injection-rate=0|0.0|transient_error --error-injection-type=0|0.0|transient_error
 refused: Non-persistent checkpoints are not implemented. Use --save-schedule and --keep-last
@@ -217,11 +218,9 @@ refused: Only AdamW and SGD are implemented. Use --optimizer adam or sgd
     --onebitadam --sm3 --no-adamw --momentum
 refused: The final learning rate is a rate, not a share of --lr. Use --min-lr (--lr x the ratio)
     --lr-decay-ratio
-refused: A run's length is in iterations or samples. Use --train-iters or --train-samples
-    --epochs
 refused: Batch sizes are those of a replica and of an iteration. Use --micro-batch-size and --global-batch-size
     --train-batch-size
-refused: Training part of the parameters is not implemented. Remove the flag
+refused: Parameters are frozen by name. Use --freeze REGEX
     --bitfit --no-train --freeze-lm
 refused: The model is given on the command line. Pass its flags, which `megatron-lite checkpoint inspect` shows
     --use-checkpoint-args

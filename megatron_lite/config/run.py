@@ -17,6 +17,7 @@ from megatron_lite.config.profiling import ProfileConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.config.tuning import TuningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class RunConfig:
     batch: BatchConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -38,6 +40,16 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def per_token_loss(self) -> bool:
+        """True if the loss is averaged over unmasked tokens, not over samples: answers have different lengths."""
+        return self.training.per_token_loss or self.tuning.answer_loss
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of one of --epochs; 0: there are none, or they were not counted yet (data/serving/epochs.py)."""
+        return self.training.train_samples // self.tuning.epochs if self.tuning.epochs else 0
 
     @property
     def stops_at_nan(self) -> bool:

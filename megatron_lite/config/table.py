@@ -18,6 +18,7 @@ GROUPS = {
     "model": "Model",
     "batch": "Batch",
     "training": "Training",
+    "tuning": "Finetuning",
     "lr": "Learning rate",
     "optimizer": "Optimizer",
     "precision": "Precision",

@@ -48,12 +48,20 @@ def write_ranges(ranges: tuple[tuple[int, int], ...]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, evaluation and early exits. Exactly one of train_iters and train_samples is not 0."""
+    """Length, evaluation and early exits. One of train_iters, train_samples and TuningConfig.epochs is not 0."""
 
     train_iters: int = option(0, Flag("--train-iters", "Iterations of the run, over all its jobs."))
     train_samples: int = option(0, Flag("--train-samples", "Samples of the run, instead of iterations."))
     train_tokens: int = option(
         0, Flag("--train-tokens", "Stop at this many tokens, if that comes first (0: no limit).")
+    )
+    per_token_loss: bool = option(
+        False,
+        Flag(
+            "--calculate-per-token-loss",
+            "Mean loss over all unmasked tokens of the global batch, not the mean over samples of their means.",
+            sets=True,
+        ),
     )
     skip_train: bool = option(False, Flag("--skip-train", "Evaluate only.", sets=True, aliases=("--eval-only",)))
     eval_interval: int = option(
@@ -159,18 +167,23 @@ class TrainingConfig:
 
 
 def one_length(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a length in iterations or in samples, unless the run only evaluates."""
+    """Require a length in iterations, samples or epochs, unless the run only evaluates."""
     training = config.training
-    if training.train_iters and training.train_samples:
+    lengths = {
+        "--train-iters": training.train_iters,
+        "--train-samples": training.train_samples,
+        "--epochs": config.tuning.epochs,
+    }
+    given = [f"{flag} {number}" for flag, number in lengths.items() if number]
+    if len(given) > 1:
         yield ConfigError(
-            f"The run has two lengths: --train-iters {training.train_iters} and --train-samples "
-            f"{training.train_samples}",
-            fix="Remove one of the two flags",
+            f"The run has {'two' if len(given) == 2 else 'three'} lengths: {' and '.join(given)}",
+            fix="Keep one of these flags",
         )
-    if not training.train_iters and not training.train_samples and not training.skip_train:
+    if not given and not training.skip_train:
         yield ConfigError(
-            "The length of the run is 0 or not given (--train-iters, --train-samples)",
-            fix="Give --train-iters N or --train-samples N with N above 0, or --skip-train to evaluate only",
+            "The length of the run is 0 or not given (--train-iters, --train-samples, --epochs)",
+            fix="Give --train-iters N, --train-samples N or --epochs N above 0, or --skip-train to evaluate only",
         )
 
 

@@ -112,7 +112,8 @@ class GPTStage(nn.Module):
                     model.hidden_size, model.embedding_size, sharding, bias=model.linear_bias
                 )
             embedding = self.embedding if model.tied_embeddings else None
-            self.output_layer = Head(model, sharding, None if embedding is None else embedding.word_embeddings.weight)
+            table = None if embedding is None else embedding.word_embeddings.weight
+            self.output_layer = Head(model, sharding, per_token=config.per_token_loss, table=table)
         initialize(self.named_parameters_global(), model, config.runtime.seed, mesh.backend)
 
     @property
@@ -165,12 +166,17 @@ class GPTStage(nn.Module):
     def sample_losses(
         self, x: Tensor, batch: MicroBatch, gradient_scale: Tensor | float = 1.0, accumulate: Accumulate | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mean token loss of each sample, [b] fp32, and the gradient of the last stage's output `x`.
+        """Return the weighted loss of each sample, [b] fp32, and the gradient of the last stage's output `x`.
 
         Arguments as for Head.sample_losses.
         """
         assert self.output_layer is not None, "only the last stage computes the loss"
         return self.output_layer.sample_losses(x, batch, gradient_scale, accumulate)
+
+    def sample_weights(self, batch: MicroBatch) -> Tensor | None:
+        """Return the weight of each sample in the mean loss, [b] fp32; None: 1 each."""
+        assert self.output_layer is not None, "only the last stage computes the loss"
+        return self.output_layer.sample_weights(batch)
 
     def named_parameters_global(self) -> list[NamedParameter]:
         """Return the stage's parameters with their global names, each tensor once, in the order of the model."""

@@ -29,13 +29,17 @@ class Head(nn.Module):
     Args:
         config: the model.
         sharding: of the stage.
+        per_token: weigh each sample by its unmasked tokens in the mean loss; False: each sample counts the same.
         table: the embedding's table, if the head is tied and the embedding is on the same stage. A tied head on another
             stage has a copy (parallel/shared.py).
     """
 
-    def __init__(self, config: ModelConfig, sharding: Sharding, table: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, sharding: Sharding, *, per_token: bool = False, table: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.per_token = per_token
         self.sharding = sharding
         rows = config.padded_vocab_size // sharding.tp.size
         self.weight = sharding.empty(rows, config.embedding_width) if table is None else table
@@ -54,10 +58,10 @@ class Head(nn.Module):
     def sample_losses(
         self, x: Tensor, batch: MicroBatch, gradient_scale: Tensor | float, accumulate: Accumulate | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mean token loss of each sample, without masked tokens; 0 for a sample without any other.
+        """Return the mean token loss of each sample times its weight, without masked tokens; 0 without any other.
 
-        The loss of a job is (sum, count) of these over all samples of the global batch, the same for any micro-batch
-        size and layout.
+        The loss of a job is the sum of these over all samples of the global batch, divided by that of the weights: the
+        same for any micro-batch size and layout.
 
         Args:
             x: hidden states [s, b, E] (sequence parallel: [s/tp, b, E]).
@@ -70,9 +74,10 @@ class Head(nn.Module):
         """
         labels, mask = batch.labels.t(), None if batch.loss_mask is None else batch.loss_mask.t()
         if mask is None:
-            shares = torch.full(labels.shape, 1 / labels.shape[0], dtype=torch.float32, device=x.device)
+            share = 1.0 if self.per_token else 1 / labels.shape[0]
+            shares = torch.full(labels.shape, share, dtype=torch.float32, device=x.device)
         else:
-            shares = mask / mask.sum(0).clamp(min=1.0)
+            shares = mask if self.per_token else mask / mask.sum(0).clamp(min=1.0)
         gradient = None
         if accumulate is None:
             losses = self.token_losses(x, labels)
@@ -80,8 +85,20 @@ class Head(nn.Module):
             losses, gradient = self.cross_entropy.losses_and_gradients(
                 x, self.weight, labels, shares * gradient_scale, accumulate
             )
+        sums = (losses if mask is None else losses * mask).sum(0)
+        if self.per_token:
+            return sums, gradient
         # As a mean: shares that add up to 1 with rounding errors would change the loss.
-        return (losses.mean(0) if mask is None else (losses * mask).sum(0) / mask.sum(0).clamp(min=1.0)), gradient
+        return (losses.mean(0) if mask is None else sums / mask.sum(0).clamp(min=1.0)), gradient
+
+    def sample_weights(self, batch: MicroBatch) -> Tensor | None:
+        """Return the weight of each sample in the mean loss, [b] fp32: its unmasked tokens; None: 1 each."""
+        if not self.per_token:
+            return None
+        count, length = batch.labels.shape
+        if batch.loss_mask is None:
+            return torch.full((count,), float(length), dtype=torch.float32, device=batch.labels.device)
+        return batch.loss_mask.sum(1)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """Yield the weight, without padding rows, under the embedding's name if tied, else under the module's."""

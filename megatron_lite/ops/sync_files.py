@@ -23,7 +23,14 @@ from megatron_lite.ops.chain_state import CHAIN_NAME, RESERVE_NAME
 from megatron_lite.ops.exclude import EXCLUDE_NAME
 from megatron_lite.ops.watch_alerts import ALERTS_NAME
 from megatron_lite.ops.watch_metrics import METRICS_NAME, MetricsReader, metrics_path
-from megatron_lite.runs.catalog import LATEST_NAME, is_complete, latest_iteration, list_iterations, locate
+from megatron_lite.runs.catalog import (
+    LATEST_NAME,
+    best_iteration,
+    is_complete,
+    latest_iteration,
+    list_iterations,
+    locate,
+)
 from megatron_lite.runs.manifest import MANIFEST_NAME, read_manifest
 from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 
@@ -157,7 +164,7 @@ def select_checkpoints(run: Path, which: str, *, weights: bool = False) -> list[
 
     Args:
         run: the --save folder.
-        which: latest, none, kept (all that are there), or iterations separated by commas.
+        which: latest, best (--save-best), none, kept (all that are there), or iterations separated by commas.
         weights: also those of --weights-only-every.
 
     Raises:
@@ -169,6 +176,8 @@ def select_checkpoints(run: Path, which: str, *, weights: bool = False) -> list[
         wanted = []
     elif which == "latest":
         wanted = [] if latest is None else [latest]
+    elif which == "best":
+        wanted = [] if (best := best_iteration(run)) is None else [best]
     elif which == "kept":
         wanted = [iteration for iteration in list_iterations(run) if latest is None or iteration <= latest]
     else:
@@ -178,7 +187,7 @@ def select_checkpoints(run: Path, which: str, *, weights: bool = False) -> list[
         batch = _checkpoint(run, iteration, "")
         if batch is not None:
             found.append(batch)
-        elif which not in ("latest", "kept"):
+        elif which not in ("latest", "best", "kept"):
             complete = [number for number in list_iterations(run) if is_complete(locate(run, number))]
             raise CheckpointError(
                 f"--checkpoints {which}: {run} has no complete checkpoint of iteration {iteration:,}",

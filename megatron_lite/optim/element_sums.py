@@ -25,11 +25,13 @@ class ElementSums:
         shards: of this rank.
         tp_rank: this rank's coordinate along tp.
         group: the ranks whose shards together hold the model once: tp and pp, and dp under ZeRO-1.
+        device: of the shards, of which this rank may have none; None: the CPU.
     """
 
     shards: Sequence[Shard]
     tp_rank: int
     group: Group
+    device: torch.device | None = None
 
     def is_counted(self, parameter: NamedParameter) -> bool:
         """Return whether this rank's stage and tp coordinate count (and save) the parameter."""
@@ -58,7 +60,7 @@ class ElementSums:
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         if not parts:
-            return torch.zeros((), dtype=torch.float64, device=self.shards[0].values.device)
+            return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(list(parts)).sum()
 
     def _counted_parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -31,7 +31,7 @@ class StepResult:
         loss_scale: factor on the loss of this iteration.
         grad_norm: 2-norm of all gradients, unscaled and before clipping.
         num_zeros: number of gradient elements equal to zero; None: not requested.
-        params_norm: 2-norm of all parameters after the step; None: not requested.
+        params_norm: 2-norm of all trained parameters after the step; None: not requested.
     """
 
     applied: bool
@@ -70,10 +70,12 @@ class Optimizer:
         for main, shard in zip(self._mains, shards, strict=True):
             main.grad = shard.gradients
         fused = mesh.backend.capabilities().fused_adam
-        self._rule = UpdateRule(config.optimizer, self._mains, [shard.decay for shard in shards], fused=fused)
+        classes = [(shard.decay, shard.lr_factor) for shard in shards]
+        self._rule = UpdateRule(config.optimizer, self._mains, classes, fused=fused)
         self._scaler = build_loss_scaler(config.precision)
         self._next_scale: Tensor | None = None
-        self._sums = ElementSums(shards, mesh.tp.rank, mesh.world if buffers.sharded else mesh.group("tp", "pp"))
+        group = mesh.world if buffers.sharded else mesh.group("tp", "pp")
+        self._sums = ElementSums(shards, mesh.tp.rank, group, mesh.backend.device)
         # Index and number of the replicas that hold the same state.
         self._replica = (0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size)
 
@@ -83,16 +85,23 @@ class Optimizer:
         return self._scaler.scale if self._next_scale is None else self._next_scale
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, loss_is_finite: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        lr: float,
+        weight_decay: float,
+        loss_is_finite: Tensor | None = None,
+        gradient_divisor: Tensor | None = None,
+    ) -> Tensor:
         """Update the parameters with the reduced gradients; a collective call, after ParameterBuffers.reduce.
 
         Nothing is read on the host: whether the step is applied is decided on the device. The update unscales and clips
         the gradients as it reads them, in place. With a dynamic loss scale the step before must be settled.
 
         Args:
-            lr: learning rate.
+            lr: learning rate, of parameters with the factor 1 (--lr-factors).
             weight_decay: of the parameters that have weight decay.
             loss_is_finite: bool scalar on the device; False prevents the step as a non-finite gradient does.
+            gradient_divisor: scalar on the device by which gradients are divided besides the loss scale; None: 1.
 
         Returns:
             [n] float64 on the device: the values of the step, for `settle`.
@@ -103,14 +112,15 @@ class Optimizer:
         if metrics.log_num_zeros:
             sums.append(self._sums.zeros(gradients))
         squares, *values = self._sums.over_ranks(sums)
-        norm = squares.sqrt() / self._scaler.scale
+        scale = self._scaler.scale if gradient_divisor is None else gradient_divisor * self._scaler.scale
+        norm = squares.sqrt() / scale
         finite = norm.isfinite()
         applies = finite if loss_is_finite is None else finite & loss_is_finite
         if not (self._config.precision.dtype == "fp16" or optimizer.check_for_nan):
             applies = torch.ones_like(finite)
         divisor = None
-        if optimizer.clip_grad > 0 or self._scaler.scale != 1.0:
-            divisor = self._scaler.scale / clip_coefficient(norm, optimizer.clip_grad)
+        if optimizer.clip_grad > 0 or gradient_divisor is not None or scale != 1.0:
+            divisor = scale / clip_coefficient(norm, optimizer.clip_grad)
         if isinstance(self._scaler, DynamicScaler):
             assert self._next_scale is None, "the loss scale of this step is unknown: settle the step before it"
             scales = [torch.full_like(norm, self._scaler.after(overflow)) for overflow in (False, True)]

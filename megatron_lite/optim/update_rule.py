@@ -18,7 +18,7 @@ class UpdateRule:
     Args:
         config: kind of rule and hyperparameters.
         mains: flat fp32 main parameters, with their gradients in `.grad`.
-        decays: for each main parameter, whether weight decay applies.
+        classes: for each main parameter, whether weight decay applies and the factor of the learning rate.
         fused: whether to use torch's fused kernels. Others (of meta tensors) neither scale gradients nor skip steps.
 
     Attributes:
@@ -27,16 +27,17 @@ class UpdateRule:
     """
 
     def __init__(
-        self, config: OptimizerConfig, mains: Sequence[Tensor], decays: Sequence[bool], *, fused: bool
+        self, config: OptimizerConfig, mains: Sequence[Tensor], classes: Sequence[tuple[bool, float]], *, fused: bool
     ) -> None:
+        # A rank whose parameters are all frozen has an empty group: torch refuses a list without groups.
         self._groups = [
             {
-                "params": [main for main, own in zip(mains, decays, strict=True) if own is decay],
+                "params": [main for main, own in zip(mains, classes, strict=True) if own == (decay, factor)],
                 "decays": decay,
+                "factor": factor,
             }
-            for decay in (True, False)
+            for decay, factor in dict.fromkeys(classes or [(False, 1.0)])
         ]
-        self._groups = [group for group in self._groups if group["params"]]
         self._mains = tuple(mains)
         self._steps: list[Tensor] = []
         self._fused = fused
@@ -72,14 +73,14 @@ class UpdateRule:
         The caller counts the step in `applied` once it knows that it was applied.
 
         Args:
-            lr: learning rate.
+            lr: learning rate, multiplied by each group's factor.
             weight_decay: of the parameters with weight decay; 0 for the others. AdamW's is decoupled from the gradient,
                 SGD's is added to the gradient.
             divisor: scalar on the device that gradients are divided by, in place; None: 1.
             applies: bool scalar on the device. False: parameters, moments and Adam's step count stay as they are.
         """
         for group in self._rule.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         if self._fused:
             # Inputs of the fused kernels for mixed precision; torch's GradScaler passes them in the same way.

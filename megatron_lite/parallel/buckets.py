@@ -185,7 +185,9 @@ class ParameterGather:
         for unit in units:
             params = [id(param) for param in unit.parameters()]
             covered.update(params)
-            unit.register_forward_pre_hook(self._wait_hook(sorted({bucket_of[param] for param in params})))
+            unit.register_forward_pre_hook(
+                self._wait_hook(sorted({bucket_of[param] for param in params if param in bucket_of}))
+            )
         self._overlapped = {
             number
             for number, (bucket, _) in enumerate(self._buckets)

@@ -22,16 +22,18 @@ from megatron_lite.parallel.shared import SharedModule, belongs_to
 
 @dataclass(frozen=True, eq=False)
 class FlatBuffer:
-    """Parameters of one decay class, one after the other.
+    """Parameters with the same weight decay and learning rate, one after the other.
 
     Attributes:
         decay: whether weight decay applies to them.
+        lr_factor: factor of their learning rate.
         buckets: ranges that cover the buffer; every parameter lies in one.
         values: [n] the parameters, in their own dtype.
         gradients: [n] their gradients in fp32.
     """
 
     decay: bool
+    lr_factor: float
     buckets: tuple[Bucket, ...]
     values: Tensor
     gradients: Tensor
@@ -53,6 +55,7 @@ class Shard:
 
     Attributes:
         decay: whether weight decay applies.
+        lr_factor: factor of the learning rate.
         values: [n] view of the parameters.
         gradients: [n] view of their fp32 gradients, complete after ParameterBuffers.reduce.
         pieces: elements of parameters in it; between them is padding, which stays zero.
@@ -62,6 +65,7 @@ class Shard:
     values: Tensor
     gradients: Tensor
     pieces: tuple[ShardPiece, ...]
+    lr_factor: float = 1.0
 
 
 class ParameterBuffers:
@@ -73,7 +77,8 @@ class ParameterBuffers:
     fixed order. A bucket is reduced as soon as it and all before it have all their gradients, at the latest by reduce.
 
     Args:
-        parameters: of this rank, in the order of the forward pass; all of one dtype.
+        parameters: of this rank, in the order of the forward pass; all of one dtype. Frozen ones, which do not require
+            a gradient, are in no buffer.
         dp: replicas that gradients are summed over.
         tp: group over which gradients of `sequence_parallel` parameters are summed as well.
         shared: modules that several stages hold; their gradients are summed over the stages' ranks.
@@ -95,6 +100,7 @@ class ParameterBuffers:
         overlap: bool = True,
     ) -> None:
         self.parameters = tuple(parameters)
+        self._trained = [parameter for parameter in self.parameters if parameter.trained]
         self.shared = shared or {}
         self.members = {name: [p for p in self.parameters if belongs_to(p.name, name)] for name in self.shared}
         """Parameters of this rank in each shared module."""
@@ -103,11 +109,8 @@ class ParameterBuffers:
         dtypes = {parameter.param.dtype for parameter in self.parameters}
         assert len(dtypes) == 1, f"parameters of one rank must share a dtype, not {dtypes}"
         self.dtype = dtypes.pop()
-        self.buffers = [
-            self._build(decay, bucket_megabytes * 2**20 // 4)
-            for decay in (True, False)
-            if any(has_decay(p) is decay for p in self.parameters)
-        ]
+        classes = sorted({(has_decay(p), p.lr_factor) for p in self._trained}, reverse=True)
+        self.buffers = [self._build(decay, factor, bucket_megabytes * 2**20 // 4) for decay, factor in classes]
         self.shards = self._shards()
         self._written: set[int] = set()
         # Aliases of a parameter have one view of the gradients in common.
@@ -128,7 +131,7 @@ class ParameterBuffers:
         )
         values = [(bucket, buffer.values) for bucket, buffer in buckets]
         self._gather = ParameterGather(values, dp) if self.sharded else None
-        for parameter in self.parameters:
+        for parameter in self._trained:
             for param in parameter.uses:
                 param.register_post_accumulate_grad_hook(self._move_gradient)
 
@@ -172,7 +175,7 @@ class ParameterBuffers:
         self._zero_unwritten()
         self.finish_gather()
         self._reduction.finish()
-        self._sum_over(self._tp, [p for p in self.parameters if p.sequence_parallel])
+        self._sum_over(self._tp, [p for p in self._trained if p.sequence_parallel])
         for name, entry in self.shared.items():
             self._sum_over(entry.group, self.members[name])
 
@@ -203,8 +206,8 @@ class ParameterBuffers:
         """Return a parameter's fp32 gradient, shaped like it: the view of the buffer that backward accumulates into."""
         return self._gradients[id(param)]
 
-    def _build(self, decay: bool, bucket_elements: int) -> FlatBuffer:
-        parameters = [p for p in self.parameters if has_decay(p) is decay]
+    def _build(self, decay: bool, lr_factor: float, bucket_elements: int) -> FlatBuffer:
+        parameters = [p for p in self._trained if (has_decay(p), p.lr_factor) == (decay, lr_factor)]
         buckets = lay_out(
             parameters,
             bucket_elements=bucket_elements,
@@ -226,7 +229,7 @@ class ParameterBuffers:
                     param.data = view
         # Only now, when the parameters' own memory is free.
         gradients = torch.zeros(buckets[-1].stop, dtype=torch.float32, device=device)
-        return FlatBuffer(decay, tuple(buckets), values, gradients)
+        return FlatBuffer(decay, lr_factor, tuple(buckets), values, gradients)
 
     def _buckets_by_completion(self) -> list[tuple[Bucket, FlatBuffer]]:
         """Return all buckets in the order in which backward completes them: first what forward uses last."""
@@ -250,7 +253,7 @@ class ParameterBuffers:
                             ShardPiece(slot.parameter, start - slot.start, stop - slot.start, start - own.start)
                         )
                 values, gradients = (flat[own.start : own.stop] for flat in (buffer.values, buffer.gradients))
-                shards.append(Shard(buffer.decay, values, gradients, tuple(pieces)))
+                shards.append(Shard(buffer.decay, values, gradients, tuple(pieces), buffer.lr_factor))
         return shards
 
     def _is_first(self, param: nn.Parameter) -> bool:
@@ -262,7 +265,7 @@ class ParameterBuffers:
 
     def _zero_unwritten(self) -> None:
         """Zero the gradients of parameters that no backward pass of this iteration reached."""
-        for parameter in self.parameters:
+        for parameter in self._trained:
             if self._is_first(parameter.param):
                 self.gradient(parameter.param).zero_()
 

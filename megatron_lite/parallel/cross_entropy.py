@@ -73,7 +73,7 @@ class LinearCrossEntropy:
             weight: [V/tp, h], this rank's rows of the padded vocabulary.
             labels: [s, b] int64, below vocab_size.
             token_weights: [s, b] fp32, factors of the losses in the sum.
-            accumulate: adds the gradient of the weight.
+            accumulate: adds the gradient of the weight, unless it is frozen.
 
         Returns:
             [s, b] as for losses, and a tensor like `x`.
@@ -111,7 +111,8 @@ class LinearCrossEntropy:
                 token_weights = token_weights.unflatten(0, (parts, length))[:, own].flatten().unsqueeze(-1)
                 self._to_gradient_(*chunk, *combined, token_weights)
                 work = self._reduce(input_gradient(chunk.logits, weight).view(inputs.shape), gradient[own])
-                accumulate(weight, chunk.logits, inputs, last=own.stop == length)  # overlaps with the reduction
+                if weight.requires_grad:  # overlaps with the reduction
+                    accumulate(weight, chunk.logits, inputs, last=own.stop == length)
                 if work is not None:
                     work.wait()
             del chunk  # before the next one is allocated

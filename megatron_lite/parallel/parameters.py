@@ -38,6 +38,13 @@ class NamedParameter:
     passes: int = 1
     """Gradients that arrive per micro-batch: one for each backward pass that reaches the parameter, and one for the
     head's product."""
+    lr_factor: float = 1.0
+    """Factor of the learning rate (--lr-factors)."""
+
+    @property
+    def trained(self) -> bool:
+        """Return whether the parameter is trained; frozen ones (--freeze) have neither gradient nor optimizer state."""
+        return self.param.requires_grad
 
     @property
     def uses(self) -> tuple[nn.Parameter, ...]:

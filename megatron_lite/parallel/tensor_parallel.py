@@ -47,7 +47,7 @@ def column_parallel_linear(
     Returns:
         [s, b, o/tp].
     """
-    if deferred is not None:
+    if deferred is not None and _can_defer(x, weight):
         # The weight is detached: autograd would otherwise call the weight's hooks without a gradient.
         return _outside_graph(
             _ColumnParallelLinear, x, weight.detach(), bias, group, sequence_parallel, (deferred, weight), fp8
@@ -80,7 +80,7 @@ def row_parallel_linear(
     Returns:
         [s, b, o], the same on every rank; under sequence parallelism this rank's [s/tp, b, o].
     """
-    if deferred is not None:
+    if deferred is not None and _can_defer(x, weight):
         y = _outside_graph(_RowParallelLinear, x, weight.detach(), group, sequence_parallel, (deferred, weight), fp8)
     elif group.size == 1 and fp8 is None:
         return linear(x, weight, bias)
@@ -108,6 +108,11 @@ def local_slice(x: Tensor, group: Group) -> Tensor:
         return x
     length = x.shape[0] // group.size
     return x.narrow(0, group.rank * length, length)
+
+
+def _can_defer(x: Tensor, weight: nn.Parameter) -> bool:
+    """Return whether backward reaches the layer through `x` alone, and the weight is trained."""
+    return x.requires_grad and weight.requires_grad
 
 
 # Deferring is a side effect, which a graph of torch.compile cannot hold.

@@ -45,11 +45,14 @@ class Stage(Protocol):
     def sample_losses(
         self, x: Tensor, batch: Any, gradient_scale: Scale, accumulate: Accumulate | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mean token loss of each sample, [b] fp32, from the last stage's hidden states.
+        """Return the loss of each sample times its weight, [b] fp32, from the last stage's hidden states.
 
         With `accumulate`, the gradient of the sum of losses times `gradient_scale` is computed too: that of the head's
         weight is accumulated, that of the hidden states is returned.
         """
+
+    def sample_weights(self, batch: Any, /) -> Tensor | None:
+        """Return the weight of each sample in the mean loss, [b] fp32; None: 1 each."""
 
     def hidden_shape(self, length: int, batch_size: int) -> tuple[int, int, int]:
         """Return the shape of hidden states between stages, for samples of `length` tokens."""
@@ -75,11 +78,13 @@ class StepLosses:
     """Losses of this replica's micro-batches, in execution order; empty except on the last stage.
 
     Attributes:
-        samples: for each micro-batch the loss of each sample, [b] fp32.
+        samples: for each micro-batch the loss of each sample times its weight, [b] fp32.
+        weights: for each micro-batch the weight of each sample, [b] fp32; None: 1 each.
         sources: for each micro-batch the data source of each sample; None: there is only one.
     """
 
     samples: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor | None] = field(default_factory=list)
     sources: list[tuple[int, ...] | None] = field(default_factory=list)
 
 
@@ -208,7 +213,8 @@ class Executor:
             read: reads this replica's micro-batches.
             iteration: number of the iteration, part of the seed of dropout masks.
             seq_length: tokens per sample, which gives the shape of messages.
-            gradient_scale: factor on the gradient of the sum of sample losses: loss scale / global batch.
+            gradient_scale: factor on the gradient of the sum of sample losses: loss scale /
+                (global batch, or its tokens if the loss is averaged over tokens).
         """
         losses, tensors = StepLosses(), _Tensors()
         last_uses = {action.microbatch: action for action in program}
@@ -269,6 +275,7 @@ class Executor:
                 output.detach(), batch, gradient_scale, self._accumulate if training else None
             )
             losses.samples.append(samples)
+            losses.weights.append(self._stages[stage].sample_weights(batch))
             losses.sources.append(batch.sources)
             if gradient is not None:
                 tensors.gradients[key] = gradient
@@ -276,7 +283,7 @@ class Executor:
             tensors.inputs[stage + 1, action.microbatch] = output.detach().requires_grad_(training)
         else:
             tensors.outputs[key] = output.detach()
-        if training:
+        if output.requires_grad:
             # The graph is kept without the output, whose memory is free once it has been sent or the loss is computed.
             tensors.graphs[key] = get_gradient_edge(output)
         if not training:
@@ -284,8 +291,10 @@ class Executor:
 
     def _backward(self, action: Action, tensors: _Tensors) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
+        graph, gradient = tensors.graphs.pop(key, None), tensors.gradients.pop(key)
         with nullcontext() if self._deferred is None else self._deferred.collect(key):
-            torch.autograd.backward(tensors.graphs.pop(key), tensors.gradients.pop(key))
+            if graph is not None:  # else every parameter up to this stage is frozen
+                torch.autograd.backward(graph, gradient)
         if stage == 0:
             return
         received = tensors.inputs[key]

@@ -1,6 +1,7 @@
 """Checkpoint catalog: lists the checkpoints of a folder and finds the one to load.
 
-As in Megatron, a --save folder holds `iter_0000100/` for each checkpoint, and `latest_checkpointed_iteration.txt`.
+As in Megatron, a --save folder holds `iter_0000100/` for each checkpoint, and `latest_checkpointed_iteration.txt`; with
+--save-best also `best_checkpointed_iteration.txt`, the iteration with the lowest validation loss.
 Other names are temporary: `iter_0000100.partial-…` is being written, `.deleted-…` is being removed, and `.replaced` is
 an older save of the same iteration, which counts until the new one has its name. `.damaged-…` is a checkpoint that a
 run passed over for an earlier one (--fallback-on-corrupt); it is kept for inspection.
@@ -19,6 +20,9 @@ from megatron_lite.runs.manifest import MANIFEST_NAME, CorruptCheckpointError, r
 from megatron_lite.system_errors import reason, remedy
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
+BEST_NAME = "best_checkpointed_iteration.txt"
+BEST = "best"
+"""Name after a --save folder, as in --load runs/mine/best, of the checkpoint with the lowest validation loss."""
 REPLACED = ".replaced"
 _FOLDER = re.compile(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?")
 
@@ -106,6 +110,25 @@ def set_latest(root: Path, iteration: int) -> None:
     replace_file(root / LATEST_NAME, f"{iteration}\n".encode())
 
 
+def best_iteration(root: Path) -> int | None:
+    """Return the iteration in best_checkpointed_iteration.txt; None: there is no such file, or it is damaged."""
+    try:
+        return _parse_iteration((root / BEST_NAME).read_bytes().decode("utf-8", "replace").strip())
+    except FileNotFoundError:
+        return None
+
+
+def set_best(root: Path, iteration: int) -> None:
+    """Make `iteration` the best of `root`, which --load ROOT/best loads and no retention rule deletes."""
+    replace_file(root / BEST_NAME, f"{iteration}\n".encode())
+
+
+def forget_best_after(root: Path, iteration: int) -> None:
+    """Remove the record of a best checkpoint later than `iteration`; a resumed run restores the one before."""
+    if (best_iteration(root) or 0) > iteration:
+        (root / BEST_NAME).unlink()
+
+
 def latest_problem(root: Path) -> str | None:
     """Return why the latest checkpoint of `root` cannot be loaded, with the file's name; None: it can."""
     text = read_latest(root)
@@ -139,7 +162,7 @@ def find_checkpoint(
     """Return the folder of the checkpoint that --load and --load-iteration mean.
 
     Args:
-        load: a --save folder, or one checkpoint's own folder iter_….
+        load: a --save folder, one checkpoint's own folder iter_…, or a --save folder followed by /best.
         iteration: the iteration wanted; 0: the latest.
         fallback: --fallback-on-corrupt: take an earlier one if the latest is missing or damaged.
         notify: receives a line if the choice is not the latest.
@@ -158,15 +181,16 @@ def find_checkpoint(
                 f"--load {path} is a file, not a folder",
                 fix="Give --load the --save folder of a run, or one of its iter_… folders",
             )
-        named = iteration_of(path)
-        if named is not None and path.is_dir():
+        best = resolve_best(path)
+        named = iteration_of(best) if path.is_dir() or best != path else None
+        if named is not None:
             if iteration not in (0, named):
                 raise CheckpointError(
                     f"--load {path} is the checkpoint of one iteration, and --load-iteration {iteration} asks for "
                     "another",
                     fix=f"Remove --load-iteration, or give --load {path.parent}",
                 )
-            return _require_complete(path)
+            return _require_complete(best)
         if iteration:
             return _require_complete(locate(path, iteration))
         found = _find_latest(path, fallback, notify)
@@ -179,6 +203,24 @@ def find_checkpoint(
             f"Cannot read --load {load}: {reason(error)}{where}",
             fix=remedy(error, load, instead="give --load the --save folder of a run, or one of its iter_… folders"),
         ) from error
+
+
+def resolve_best(load: Path) -> Path:
+    """Return the folder of the best checkpoint if `load` is a --save folder followed by /best, else `load`.
+
+    Raises:
+        CheckpointError: no best checkpoint is recorded there.
+    """
+    root = load.parent
+    if load.name != BEST or load.exists() or not (root / LATEST_NAME).exists():
+        return load
+    if (iteration := best_iteration(root)) is not None:
+        return locate(root, iteration)
+    raise CheckpointError(
+        f"--load {load}: no best checkpoint is recorded in {root} ({BEST_NAME})",
+        rule="A run records the checkpoint with the lowest validation loss if it has --save-best",
+        fix=f"Give --load {root} for the latest checkpoint, or train with --save-best and validation data",
+    )
 
 
 def _find_latest(root: Path, fallback: bool, notify: Callable[[str], None]) -> Path | None:

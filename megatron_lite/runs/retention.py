@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config.checkpoint import CheckpointConfig, SavePhase
-from megatron_lite.runs.catalog import folder_name, iteration_of, list_checkpoints
+from megatron_lite.runs.catalog import best_iteration, folder_name, iteration_of, list_checkpoints
 from megatron_lite.runs.turnover import discard
 from megatron_lite.schedules.saves import falls_on
 
@@ -61,15 +61,16 @@ def expired(iterations: Iterable[int], newest: int, retention: Retention) -> lis
 
 
 def delete_expired(root: Path, newest: int, retention: Retention) -> list[str]:
-    """Delete expired checkpoints, and return the names of their folders.
+    """Delete expired checkpoints but the best, and return the names of their folders.
 
     Raises:
         OSError: a folder cannot be renamed or removed.
     """
     if retention.last <= 0:
         return []
-    found = [iteration_of(checkpoint) for checkpoint in list_checkpoints(root)]
-    names = [folder_name(number) for number in expired([n for n in found if n is not None], newest, retention)]
+    found, best = [iteration_of(checkpoint) for checkpoint in list_checkpoints(root)], best_iteration(root)
+    numbers = expired([number for number in found if number is not None], newest, retention)
+    names = [folder_name(number) for number in numbers if number != best]
     for name in names:
         discard(root / name)
     return names

@@ -15,6 +15,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.atomic import replace_file, sync_folder
 from megatron_lite.runs.catalog import (
     LATEST_NAME,
+    forget_best_after,
     incompleteness,
     iteration_of,
     list_checkpoints,
@@ -80,6 +81,7 @@ def roll_back(
         provenance = replace(manifest.provenance, skipped_samples=skipped)
         replace_file(checkpoint / MANIFEST_NAME, encode_manifest(replace(manifest, provenance=provenance)))
     set_latest(root, iteration)
+    forget_best_after(root, iteration)
     moved = _move_later(root, iteration, aside)
     weights = root / WEIGHTS_FOLDER
     if weights.is_dir():

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from megatron_lite.runs.atomic import sync_folder
 from megatron_lite.runs.catalog import (
+    BEST_NAME,
     LATEST_NAME,
     REPLACED,
     folder_name,
+    forget_best_after,
     list_iterations,
     locate,
     replaced_name,
@@ -50,7 +52,7 @@ def remove_stale(root: Path) -> list[str]:
             stale.append(replaced)
         else:
             replaced.rename(checkpoint)
-    stale += root.glob(f"{LATEST_NAME}.*.tmp")
+    stale += [*root.glob(f"{LATEST_NAME}.*.tmp"), *root.glob(f"{BEST_NAME}.*.tmp")]
     for entry in stale:
         if entry.is_dir():
             with contextlib.suppress(OSError):
@@ -89,5 +91,6 @@ def set_damaged_aside(root: Path, iteration: int) -> list[str]:
             path = locate(root, number)
             aside.append(f"{folder_name(number)}.damaged-{secrets.token_hex(4)}")
             path.rename(root / aside[-1])
+    forget_best_after(root, iteration)
     set_latest(root, iteration)
     return aside

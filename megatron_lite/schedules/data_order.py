@@ -18,7 +18,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
-from megatron_lite.schedules.length import START, train_samples, valid_samples
+from megatron_lite.schedules.length import START, train_requests, valid_samples
 from megatron_lite.schedules.progress import Progress
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def extend_history(
         consumed=progress.consumed_train_samples,
         train_requests=last.train_requests
         if fixed
-        else _extended(last.train_requests, train_samples(config, progress)),
+        else _extended(last.train_requests, *train_requests(config, progress)),
         valid_requests=_extended(last.valid_requests, valid_samples(config, progress)),
         cyclic_layout=(last.cyclic_layout or (config.batch.micro_batch_size, config.parallel.dp)) if cyclic else None,
         config={
@@ -129,8 +129,8 @@ def history_of_config(saved: Mapping[str, Any], current: RunConfig) -> tuple[Dat
     return extend_history((), config)
 
 
-def _extended(requests: tuple[int, ...], needed: int) -> tuple[int, ...]:
-    return requests if needed <= max(requests, default=0) else (*requests, needed)
+def _extended(requests: tuple[int, ...], *needed: int) -> tuple[int, ...]:
+    return (*requests, *(number for number in needed if number > max(requests, default=0)))
 
 
 def _known(kind: type[T], saved: Mapping[str, Any], current: T) -> T:

@@ -67,6 +67,17 @@ def train_samples(config: RunConfig, progress: Progress = START) -> int:
     return _consumed_at(as_scheduled, config.training.train_iters, config.parallel.dp, progress)
 
 
+def train_requests(config: RunConfig, progress: Progress = START) -> tuple[int, ...]:
+    """Return the numbers of training samples to request one after the other, increasing.
+
+    With --epochs, each epoch is requested on its own, so that it reads every document once.
+    """
+    one = config.epoch_samples
+    if not one or config.data.sampler == "cyclic":  # the cyclic sampler begins a new pass at the end of the data
+        return (one or train_samples(config, progress),)
+    return tuple(one * number for number in range(1, config.tuning.epochs + 1))
+
+
 def valid_samples(config: RunConfig, progress: Progress = START) -> int:
     """Return the number of validation samples to request: those consumed at `progress` and those of later validations.
 

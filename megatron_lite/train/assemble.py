@@ -20,7 +20,9 @@ from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
+from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.data.serving.loader import Loader
+from megatron_lite.errors import ConfigError
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.profiler import Profiler
@@ -52,6 +54,7 @@ from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import compare_with_checkpoint
+from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 
@@ -106,7 +109,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         tokenizer, fingerprints = open_files(config, backend, reads_data=reads_data and compares)
         for text in backend.take_warnings():
             reporter.message(f"WARNING: {text}")
-        config = with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size)
+        config = with_epochs(with_vocabulary(_with_absolute_paths(config), tokenizer.vocab_size))
         start = find_start(config, reporter.message, mesh.world)
         config = settle_config(config, start, reporter.message)
         # Data before the model: errors in it appear before gigabytes are allocated.
@@ -150,8 +153,8 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         state = stack.enter_context(
             RunState(config, mesh.world, provenance, start, reporter, earlier_save=earlier_save, lock=lock)
         )
-        if (loaded := start.continued(config)) is not None and "spikes" in loaded.scalars:
-            state.spikes.load(loaded.scalars["spikes"])
+        if (loaded := start.continued(config)) is not None:
+            state.load(loaded.scalars)
         peak = backend.peak_flops(DTYPES[config.precision.dtype])
         reporter.message(introduction(config, backend, data, start, progress))
         facts = RunFacts(
@@ -207,8 +210,11 @@ def build_engine(
         trace: if given, every action of the executor is appended to it.
         timers: measure the parts of a step and, from level 2 on, of a micro-batch; None: no timing.
         compute: measures the compute time of this rank; None: it is not measured.
+
+    Raises:
+        ConfigError: --freeze or --lr-factors does not fit the model.
     """
-    parallel = config.parallel
+    parallel, selection = config.parallel, select_parameters(config)
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
     layers = stage_layers(config.model, parallel, config.batch.seq_length)
@@ -222,7 +228,7 @@ def build_engine(
         check_count(stage)
     shared = locate_shared_modules(shared_stages(config.model, layers), ranks, mesh)
     buffers = ParameterBuffers(
-        rank_parameters(stages, shared, mesh.pp.rank),
+        selection.apply_to(rank_parameters(stages, shared, mesh.pp.rank)),
         dp=mesh.dp,
         tp=mesh.tp,
         shared=shared,
@@ -283,6 +289,14 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
             repeats=not training,
         )
 
+    if not datasets.valid and not config.training.skip_train:
+        needs = {"--early-stopping-patience": config.tuning.patience, "--save-best": config.checkpoint.save_best}
+        for flag in [flag for flag, given in needs.items() if given]:
+            raise ConfigError(
+                f"{flag} needs validation data, and there is none"
+                + (f" (--split {data.split})" if data.sources else ""),
+                fix=f"Give a --split with a second share above 0 (949,50,1), or --valid-data-path, or remove {flag}",
+            )
     return RunData(
         backend,
         data,

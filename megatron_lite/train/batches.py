@@ -73,9 +73,16 @@ class RunData:
                 loader.close()
 
     def _to_batch(self, loader: Loader, samples: NDArray[np.int64], consumed: int, index: int) -> MicroBatch:
-        """Convert samples [b, s + 1] to a micro-batch on the device."""
+        """Convert samples [b, s + 1], or [b, 2, s + 1] with loss masks, to a micro-batch on the device."""
         config, eod, to_device = self.config, self.eod, self.backend.to_device
+        mask = None
+        if samples.ndim == 3:
+            # A label is an answer if its own token is: the mask is shifted as the labels are.
+            samples, mask = samples[:, 0], samples[:, 1, 1:].astype(np.float32)
         tokens = np.ascontiguousarray(samples[:, :-1])
+        if config.eod_mask_loss:
+            ends = masks.loss_mask(tokens, eod)
+            mask = ends if mask is None else mask * ends
         sources = None
         if len(loader.names) > 1:
             sources = tuple(loader.sources(loader.start(consumed, index), loader.micro_batch).tolist())
@@ -86,7 +93,7 @@ class RunData:
         return MicroBatch(
             tokens=to_device(tokens),
             labels=to_device(np.ascontiguousarray(samples[:, 1:])),
-            loss_mask=to_device(masks.loss_mask(tokens, eod)) if config.eod_mask_loss else None,
+            loss_mask=None if mask is None else to_device(mask),
             position_ids=to_device(masks.position_ids(tokens, eod)) if config.reset_position_ids else None,
             documents=documents,
             number=microbatch_number(loader.dp, loader.replica, index),

@@ -17,9 +17,10 @@ BatchReader = Callable[[int], MicroBatch]
 
 @dataclass(frozen=True)
 class LossSum:
-    """Loss of some samples over all replicas: the sum of each sample's mean token loss, and the number of samples.
+    """Loss of some samples over all replicas: the sum of mean token losses of samples, and the number of samples.
 
-    Replicas may contribute different numbers of samples, or none.
+    With per-token averaging, the sum of token losses and the number of unmasked tokens. Replicas may contribute
+    different numbers, or none.
     """
 
     sum: float
@@ -27,7 +28,7 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Return the mean loss of a sample."""
+        """Return the mean loss of a sample, or of a token."""
         return self.sum / max(self.count, 1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import describe_sharing
+from megatron_lite.config.tuning import write_factors
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
@@ -14,6 +15,7 @@ from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import RunData
+from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start
 
 SOURCES_SHOWN = 4
@@ -26,6 +28,7 @@ def introduction(config: RunConfig, backend: Backend, data: RunData, start: Star
         ("model", _model(config, summary.model)),
         ("machine", _machine(config, backend, summary.layout)),
         *((("device", "; ".join(settings)),) if (settings := backend.settings()) else ()),
+        *_trained(config),
         ("batch", _batch(config)),
         ("length", _length(config, summary.length)),
         *_data(config, data),
@@ -62,6 +65,19 @@ def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
     return f"{parallel.world_size} ranks ({sizes.axes}{schedule}{zero}), each {text}"
 
 
+def _trained(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield a line about frozen parameters and learning-rate factors, if there are any."""
+    chosen = select_parameters(config)
+    if chosen.frozen:
+        yield (
+            "frozen",
+            f"{chosen.num_frozen:,} of {chosen.num_elements:,} parameters, in {len(chosen.frozen)} tensors (--freeze)",
+        )
+    if chosen.factors:
+        factors = " ".join(write_factors(config.tuning.lr_factors))
+        yield "factors", f"of the learning rate for {len(chosen.factors)} tensors (--lr-factors {factors})"
+
+
 def _batch(config: RunConfig) -> str:
     batch = config.batch
     final = final_batch_size(batch, config.parallel.dp)
@@ -78,9 +94,11 @@ def _length(config: RunConfig, length: Length) -> str:
     lr = config.lr
     warmup = f", {length.warmup:,.0f} {length.lr_unit} of warm-up" if length.warmup else ""
     end = f" to {lr.min_lr:g}, {lr.style}" if lr.style != "constant" else ", constant"
+    tuning = config.tuning
+    epochs = f"{tuning.epochs:,} epochs of {config.epoch_samples:,} samples: " if tuning.epochs else ""
     return (
-        f"{length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens; learning rate "
-        f"{lr.lr:g}{end}{warmup}"
+        f"{epochs}{length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens; "
+        f"learning rate {lr.lr:g}{end}{warmup}"
     )
 
 

@@ -36,6 +36,8 @@ from megatron_lite.train.replica_check import check_replicas
 from megatron_lite.train.state import RunState
 
 Split = Literal["validation", "test"]
+AVERAGE = "average"
+"""Name of the average over several validation sets in reports."""
 RECENT = 10
 """Iterations whose longest is taken for the next one's duration; --compile makes the first one long."""
 
@@ -79,6 +81,10 @@ class Run:
         self.rank_seconds = gathered or None
         return agreed
 
+    def finished(self) -> bool:
+        """Return whether the run has reached its length, or ends early (--early-stopping-patience)."""
+        return is_finished(self.config, self.progress) or self.state.best.exhausted
+
     def evaluates(self, split: Split) -> bool:
         """Return whether the run has data and iterations for an evaluation on `split`."""
         return bool((self.data.valid if split == "validation" else self.data.test) and self.config.training.eval_iters)
@@ -109,7 +115,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
             reporter.message(f"running the unfinished validation after iteration {run.progress.iteration}")
             stop = _validate(run, stopper)
 
-        while stop is None and not is_finished(config, run.progress):
+        while stop is None and not run.finished():
             plan = plan_iteration(config, run.progress, replica=run.mesh.dp.rank)
             run.profiler.before_iteration(plan.iteration)
             begun = time.monotonic()
@@ -141,7 +147,7 @@ def train(run: Run, *, started: float | None = None) -> Stop:
                     state.finish()
                     agreed = run.agree(stop)
                 stop = agreed
-            finished = is_finished(config, run.progress)
+            finished = run.finished()
             if finished and stop is not None and stop.status == "exit_flag":
                 stop = None  # the run ends here anyway, with its last evaluations
             if stop is not None:
@@ -155,6 +161,8 @@ def train(run: Run, *, started: float | None = None) -> Stop:
 
         if stop is None:
             reporter.stopping()
+            if not is_finished(config, run.progress):
+                reporter.message(state.best.describe())
             with phases.enter(f"saving iteration {run.progress.iteration}"):
                 state.save(run.engine, run.progress, final=True)
             stop = _evaluate_at_end(run, stopper)
@@ -249,7 +257,7 @@ def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
 
 
 def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False) -> Stop | None:
-    """Evaluate every dataset of a split on eval_iters global batches, and report the mean losses.
+    """Evaluate every dataset of a split on eval_iters global batches; report the mean losses, and their average.
 
     Each validation begins in its data where the previous one ended, as in Megatron, so that a resumed run evaluates
     the same samples as an uninterrupted one.
@@ -268,7 +276,23 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
     count = num_microbatches(global_batch, config.batch.micro_batch_size, config.parallel.dp, run.mesh.dp.rank)
     save = None if at_end else run.state.seconds_to_save
     longest_step = max(run.recent_iterations, default=0.0)
-    begun = time.monotonic()
+    begun, means = time.monotonic(), list[float]()
+
+    def report(name: str, loss: float, seconds: float, num_samples: int) -> None:
+        run.reporter.validation(
+            ValidationReport(
+                iteration=run.progress.iteration,
+                consumed_train_samples=run.progress.consumed_train_samples,
+                consumed_train_tokens=run.progress.consumed_train_tokens,
+                losses={"lm loss": loss},
+                split=split,
+                name=name,
+                at_end=at_end,
+                seconds=seconds,
+                samples=num_samples,
+            )
+        )
+
     with run.mesh.backend.phases.enter(f"evaluation ({split})"):
         for name, loader in loaders.items():
             started = time.perf_counter()
@@ -284,20 +308,14 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
                 loss = LossSum(loss.sum + batch.sum, loss.count + batch.count)
                 longest_step = max(longest_step, time.monotonic() - step_begun)
             run.state.check_lock()
-            run.reporter.validation(
-                ValidationReport(
-                    iteration=run.progress.iteration,
-                    consumed_train_samples=run.progress.consumed_train_samples,
-                    consumed_train_tokens=run.progress.consumed_train_tokens,
-                    losses={"lm loss": loss.mean},
-                    split=split,
-                    name=name if len(loaders) > 1 else "",
-                    at_end=at_end,
-                    seconds=time.perf_counter() - started,
-                    samples=samples,
-                )
-            )
+            means.append(loss.mean)
+            report(name if len(loaders) > 1 else "", loss.mean, time.perf_counter() - started, samples)
+    average = sum(means) / len(means)
+    if len(means) > 1:
+        report(AVERAGE, average, time.monotonic() - begun, samples * len(means))
     if split == "validation":
+        if not config.training.skip_train:
+            run.state.validated(run.progress.iteration, average)
         run.longest_validation = max(run.longest_validation, time.monotonic() - begun)
         if not at_end:
             run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)

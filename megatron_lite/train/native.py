@@ -84,14 +84,14 @@ class NativeEngine:
         for stage in self._stages.values():
             stage.train()
         self._buffers.begin(plan.microbatches)
-        phases = self._mesh.backend.phases
+        phases, per_token = self._mesh.backend.phases, self._config.per_token_loss
         with phases.enter(self._executor), self._timers("forward-backward"):
             losses = self._executor.run(
                 self._program(plan.microbatches, True),
                 read,
                 iteration=plan.iteration,
                 seq_length=plan.seq_length,
-                gradient_scale=self._optimizer.loss_scale / plan.global_batch,
+                gradient_scale=self._optimizer.loss_scale / (plan.tokens if per_token else plan.global_batch),
             )
         with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
             self._buffers.reduce()
@@ -101,7 +101,9 @@ class NativeEngine:
         loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
         with phases.enter("optimizer"), self._timers("optimizer"):
             lr, weight_decay = (plan.learning_rate, plan.weight_decay) if rates is None else rates()
-            step = self._optimizer.step(lr, weight_decay, loss_is_finite)
+            # Gradients were divided by all tokens; the number of unmasked ones is known on the device only.
+            share = sums[1, 0].clamp(min=1.0) / plan.tokens if per_token else None
+            step = self._optimizer.step(lr, weight_decay, loss_is_finite, share)
         reading = self._mesh.backend.read_later(torch.cat((sums.flatten(), step)))
         return _NativeStep(reading, sums.numel(), self._optimizer)
 
@@ -163,18 +165,19 @@ class NativeEngine:
         return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
 
     def _reduce(self, losses: StepLosses) -> Tensor:
-        """Return sums (row 0) and counts (row 1) of the losses of all samples (column 0) and of data source n (1 + n).
+        """Return sums of losses (row 0) and of weights (row 1) of all samples (column 0) and of data source n (1 + n).
 
         A collective call over all replicas; the result is float64 on the device.
         """
         device = self._mesh.backend.device
         sums = torch.zeros(2, 1 + self._num_sources, dtype=torch.float64, device=device)
         # All tp ranks of the last stage have the same losses: the first contributes them.
-        for samples, sources in zip(losses.samples, losses.sources, strict=True) if self._mesh.tp.rank == 0 else ():
-            sums[0, 0] += samples.sum()
-            sums[1, 0] += samples.numel()
+        batches = zip(losses.samples, losses.weights, losses.sources, strict=True)
+        for samples, weights, sources in batches if self._mesh.tp.rank == 0 else ():
+            weights = torch.ones_like(samples) if weights is None else weights
+            pairs = torch.stack((samples.double(), weights.double()))
+            sums[:, 0] += pairs.sum(1)
             if self._num_sources and sources is not None:
-                pairs = torch.stack((samples.double(), torch.ones_like(samples, dtype=torch.float64)))
                 sums.index_add_(1, 1 + torch.tensor(sources, device=device), pairs)
         self._mesh.world.all_reduce_(sums)
         return sums

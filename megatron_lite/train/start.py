@@ -11,7 +11,9 @@ from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ran
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.load import load_latest
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import CheckpointError
+from megatron_lite.lifecycle.best import BestValidation
 from megatron_lite.lifecycle.exit_status import not_writable
 from megatron_lite.runs.catalog import (
     find_checkpoint,
@@ -128,6 +130,7 @@ def already_complete(config: RunConfig) -> Completed | None:
 
     Raises:
         CheckpointError: the checkpoint of --load is damaged, or holds another model.
+        DataError: the data of --epochs cannot be opened.
     """
     options = config.checkpoint
     if not options.load or options.finetune or options.reset_progress or config.training.skip_train:
@@ -143,13 +146,24 @@ def already_complete(config: RunConfig) -> Completed | None:
         return None
     manifest = read_manifest(path)
     progress = Progress.from_dict(manifest.scalars["progress"])
-    if completed != progress.iteration or not is_finished(config, progress):
+    best = BestValidation(config.tuning.patience, config.tuning.patience_threshold)
+    best.load(manifest.scalars.get("best", best.state()))
+    config = with_epochs(config)
+    reached = is_finished(config, progress)
+    if completed != progress.iteration or not (reached or best.exhausted):
         return None
     saved = manifest.provenance.config
     if not config.model.vocab_size:  # the tokenizer is not open yet
         config = replace(config, model=replace(config.model, vocab_size=saved["model"]["vocab_size"]))
     check_model(saved, config_as_json(config))
-    length = "--train-iters" if config.training.train_iters else "--train-samples"
+    if not reached:
+        text = (
+            f"This run is complete, saved in {path}: {best.describe()}. Nothing was done. To continue training, give a "
+            "larger --early-stopping-patience; to evaluate again, add --skip-train."
+        )
+        return Completed(completed, text)
+    lengths = {"--train-iters": config.training.train_iters, "--epochs": config.tuning.epochs, "--train-samples": 1}
+    length = next(flag for flag, number in lengths.items() if number)
     text = (
         f"This run is complete: it ended at iteration {progress.iteration}, saved in {path}, and this command has "
         f"{last_iteration(config)} iterations. Nothing was done. To continue training, give a larger {length}, and "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from megatron_lite.backend.agreement import broadcast_from_rank0
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
@@ -17,17 +19,19 @@ from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_size
+from megatron_lite.lifecycle.best import BestValidation
 from megatron_lite.lifecycle.spikes import SpikeDetector
 from megatron_lite.metrics.report import SaveRecord
 from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.parallel.tensors import GlobalTensor
-from megatron_lite.runs.catalog import iteration_of, read_latest
+from megatron_lite.runs.catalog import best_iteration, is_complete, iteration_of, locate, read_latest, set_best
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.retention import KEEP_ALL, Retention, retention_of
 from megatron_lite.runs.rollback import WEIGHTS_FOLDER
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.schedules.saves import is_save_iteration, is_weights_iteration
+from megatron_lite.system_errors import reason, remedy
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.start import Start
 
@@ -60,6 +64,7 @@ class RunState:
     Attributes:
         provenance: as given.
         spikes: detects loss spikes; its state is saved with the rest.
+        best: lowest validation loss, saved likewise.
         longest_save: seconds of the slowest save so far, as an estimate of the next; 0: none is known.
         failed_saves: iterations whose saves failed.
     """
@@ -77,9 +82,11 @@ class RunState:
     ) -> None:
         self.provenance = provenance
         self.spikes = SpikeDetector(config.training.spike_factor, config.training.spike_patience)
+        self.best = BestValidation(config.tuning.patience, config.tuning.patience_threshold)
         self.longest_save = earlier_save
         self.failed_saves: list[int] = []
         self._options = config.checkpoint
+        self._unsaved_best: int | None = None
         self._world = world
         self._reporter = reporter
         self._notify = reporter.message
@@ -124,6 +131,36 @@ class RunState:
         if self._lock is not None:
             self._lock.verify(now=now)
 
+    def load(self, scalars: Mapping[str, Any]) -> None:
+        """Restore the state of spikes and best validation from a checkpoint; a collective call."""
+        if "spikes" in scalars:
+            self.spikes.load(scalars["spikes"])
+        if "best" in scalars:
+            self.best.load(scalars["best"])
+        root, iteration = self._full.root, self.best.iteration
+        # A rollback removes the record of a later checkpoint.
+        if iteration and self._full.last is not None and self._options.save_best:
+            recorded = broadcast_from_rank0(self._world, lambda: best_iteration(root))
+            if recorded != iteration and broadcast_from_rank0(
+                self._world, lambda: is_complete(locate(root, iteration))
+            ):
+                self._record_best(iteration)
+
+    def validated(self, iteration: int, loss: float) -> None:
+        """Record the mean loss of a validation, whose checkpoint is the best if the loss is the lowest so far.
+
+        The checkpoint is saved next, or was saved before the validation. A collective call with equal arguments.
+        """
+        if not self.best.observe(iteration, loss) or not self._options.save_best:
+            return
+        if self._full.last != iteration:
+            self._unsaved_best = iteration
+            return
+        self.finish()
+        if iteration not in self.failed_saves:
+            self._record_best(iteration)
+            self._notify(f"  the checkpoint of iteration {iteration} has the lowest validation loss so far, {loss:.6E}")
+
     def is_due(self, progress: Progress) -> bool:
         """Return whether the schedule requires a save after an iteration."""
         options, iteration = self._options, progress.iteration
@@ -143,7 +180,8 @@ class RunState:
             CheckpointError: as save.
         """
         options = self._options
-        if is_save_iteration(options, progress.iteration) or (last and options.save_on_exit):
+        is_best = self._unsaved_best == progress.iteration
+        if is_best or is_save_iteration(options, progress.iteration) or (last and options.save_on_exit):
             self.save(engine, progress, final=last)
         if options.save and is_weights_iteration(options, progress.iteration):
             self._save_weights(engine, progress, final=last)
@@ -166,7 +204,8 @@ class RunState:
         if not self._options.save_optimizer:
             tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
         self._settle(target, final=False)
-        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {target.root}")
+        which = ", with the lowest validation loss so far" if self._unsaved_best == progress.iteration else ""
+        self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {target.root}{which}")
         retention = retention_of(self._options, self.spikes.ranges())
         self._write(target, engine, progress, tensors, retention, final=final)
 
@@ -186,6 +225,22 @@ class RunState:
     def _new_saver(self) -> BackgroundSaver | None:
         return BackgroundSaver(self._world) if self._options.asynchronous else None
 
+    def _record_best(self, iteration: int) -> None:
+        """Record a saved checkpoint as the best; a collective call."""
+        root = self._full.root
+
+        def record() -> None:
+            self.check_lock(now=True)
+            try:
+                set_best(root, iteration)
+            except OSError as error:
+                raise CheckpointError(
+                    f"Cannot record the best checkpoint in {root}: {reason(error)}",
+                    fix=remedy(error, root, writing=True),
+                ) from error
+
+        broadcast_from_rank0(self._world, record)
+
     def _save_weights(self, engine: Engine, progress: Progress, *, final: bool) -> None:
         """Save the model's weights without the optimizer's state."""
         tensors = [tensor for tensor in engine.state_tensors() if not tensor.name.startswith(OPTIMIZER_PREFIX)]
@@ -203,9 +258,11 @@ class RunState:
         *,
         final: bool,
     ) -> None:
-        scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars(), "spikes": self.spikes.state()}
+        scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars()}
+        scalars |= {"spikes": self.spikes.state(), "best": self.best.state()}
         check = partial(self.check_lock, now=True)
-        request = SaveRequest(target.root, progress.iteration, scalars, self.provenance, retention, check)
+        best = target is self._full and self._unsaved_best == progress.iteration
+        request = SaveRequest(target.root, progress.iteration, scalars, self.provenance, retention, check, best)
         target.last = progress.iteration
         with self._handling_failure(target, final=final):
             if target.saver is None:

@@ -179,6 +179,9 @@ def _changed(kind, value):
 
 
 SPECIAL = {
+    "tuning.freeze": ("embedding", "norm"),
+    "tuning.lr_factors": (("layers=0", 0.5),),
+    "tuning.control_codes": ("a",),
     "fp8.format": "hybrid",
     "fp8.recipe": "rowwise",
     "fp8.amax_compute_algo": "max",
@@ -231,6 +234,10 @@ SPECIAL = {
     "runtime.device": "cpu",
 }
 COMPANIONS = {
+    "tuning.epochs": {"training": {"train_iters": 0}, "data": {"sources": (DataSource(path="a"),)}},
+    "tuning.control_codes": {"data": {"sources": (DataSource(path="a"),)}},
+    "tuning.patience_threshold": {"tuning": {"patience": 2}},
+    "checkpoint.save_best": {"checkpoint": {"save": "x", "phases": (SavePhase(interval=5),)}},
     "fp8.format": {"precision": {"dtype": "bf16"}, "batch": {"micro_batch_size": 2}},
     "training.train_samples": {"training": {"train_iters": 0}},
     "lr.decay_samples": {"training": {"train_iters": 0, "train_samples": 800}},

@@ -116,7 +116,6 @@ REFUSED = {
     "--sm3": "Use --optimizer",
     "--lr-decay-ratio 0.1": "Use --min-lr",
     "--lr-decay-style exponential": "expected one of constant, linear, cosine",
-    "--epochs 2": "Use --train-iters",
     "--train-batch-size 32": "--micro-batch-size and --global-batch-size",
     "--train-data wikipedia": "tools/preprocess_data.py",
     "--lazy-loader": "tools/preprocess_data.py",

@@ -20,6 +20,7 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.config.tuning import TuningConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.data.serving import masks
 from megatron_lite.model.batch import Documents, MicroBatch
@@ -41,6 +42,7 @@ MODELS |= {
     "groups": GPT2 | {"share_layers": "2"},
     "one mlp": GPT2 | LLAMA | {"share_layers": "mlp", "embedding_size": 8},
 }
+NO_TUNING = TuningConfig()
 DROPOUT = {"": (0.0, 0.0), "hidden": (0.1, 0.0), "all": (0.1, 0.1)}
 
 
@@ -64,6 +66,7 @@ class Cell:
     micro_batch: int = 1
     bucket_megabytes: int = 1
     documents: bool = False
+    tuning: TuningConfig = NO_TUNING
 
     @property
     def world(self):
@@ -79,7 +82,7 @@ class Cell:
         split = self.sequence_parallel and tp > 1
         micro_batch = self.micro_batch if self.dropout else 1
         same = {"model": self.model, "layers": self.layers, "dropout": self.dropout, "dtype": self.dtype}
-        same["documents"] = self.documents
+        same |= {"documents": self.documents, "tuning": self.tuning}
         return Cell(tp=tp, sequence_parallel=split, micro_batch=micro_batch, **same)
 
     def config(self):
@@ -115,6 +118,7 @@ class Cell:
             ),
             data=DataConfig(reset_attention_mask=self.documents),
             training=TrainingConfig(train_iters=ITERATIONS),
+            tuning=self.tuning,
             lr=LrConfig(lr=2e-3, min_lr=2e-4, style="cosine", warmup_iters=3),
             # An epsilon above the rounding errors of small gradients keeps Adam from turning them into full steps.
             optimizer=OptimizerConfig(weight_decay=0.1, adam_eps=1e-2),
@@ -318,7 +322,7 @@ def deviation(ours, reference):
         norm=_relative(ours.norms, reference.norms),
         evaluation=_relative([ours.evaluation], [reference.evaluation]),
         parameters=max(
-            float(np.abs(_meaningful(name, ours.tensors[name]) - values).max() / np.abs(values).max())
+            float(np.abs(_meaningful(name, ours.tensors[name]) - values).max() / (np.abs(values).max() or 1.0))
             for name, values in model.items()
         ),
     )

@@ -32,6 +32,9 @@ class Scale(nn.Module):
         gradient = None if accumulate is None else torch.full_like(x, gradient_scale / len(x))
         return x.squeeze(-1).mean(0), gradient
 
+    def sample_weights(self, batch):
+        return None
+
     def hidden_shape(self, length, batch_size):
         return length, batch_size, 1
 

@@ -61,7 +61,6 @@ FROM_FLAGS = {
     ),
     "--gas 0": "--gas 0 is out of range. Give --gas a number of at least 1",
     "--gas 3": "--global-batch-size 8 and --gas 3 contradict each other: micro-batch 2 x 3 accumulation steps x",
-    "--calculate-per-token-loss --eod-mask-loss": "--calculate-per-token-loss is not supported together with",
     "--step-batch-size-schedule 1B:8": "Cannot read --step-batch-size-schedule 1B:8: expected a first pair that",
     # structured values
     "--step-batch-size-schedule 0:2 5": "Cannot read --step-batch-size-schedule 0:2 5: expected TOKENS:BATCH",
@@ -129,8 +128,8 @@ FROM_FLAGS = {
     ),
     "--seq-length-warmup 0:8,5:16,5:32": "--seq-length-warmup: two stages start at iteration 5. List the stages",
     # rules of training.py and optimizer.py
-    "--train-samples 800": "The run has two lengths: --train-iters 100 and --train-samples 800. Remove one of",
-    "--train-iters 0": "The length of the run is 0 or not given (--train-iters, --train-samples). Give",
+    "--train-samples 800": "The run has two lengths: --train-iters 100 and --train-samples 800. Keep one of",
+    "--train-iters 0": "The length of the run is 0 or not given (--train-iters, --train-samples, --epochs)",
     "--lr-decay-samples 100": "--lr-decay-samples 100 cannot be combined with --train-iters 100. The",
     "--train-iters 0 --train-samples 800 --lr-warmup-iters 2": (
         "--lr-warmup-iters 2 cannot be combined with --train-samples 800. The"
@@ -207,6 +206,21 @@ FROM_FLAGS = {
     "--keep-last 2 --keep-phase 10:100 5:50": "--keep-phase: the range 5:50 ends at iteration 50, not after",
     "--keep-every 10": "--keep-every has no effect without --keep-last: without it every checkpoint is kept. Add",
     "--weights-only-every 10": "--weights-only-every 10 has no effect without --save. Add --save FOLDER and",
+    "--save-best": "--save-best has no effect without --save. Add --save FOLDER and --save-interval N, or remove",
+    # finetuning
+    "--freeze (": "Cannot read --freeze (: expected regular expressions ('(': missing ), unterminated",
+    "--lr-factors embedding": "Cannot read --lr-factors embedding: expected REGEX=FACTOR pairs, for example",
+    "--lr-factors embedding=0": "Cannot read --lr-factors embedding=0: expected factors above 0 (for parameters that",
+    "--early-stopping-patience 2 --eval-interval 0": "--early-stopping-patience 2 needs the loss of validations during",
+    "--early-stopping-threshold 0.1": "--early-stopping-threshold 0.1 has no effect without --early-stopping-patience",
+    "--answer-loss --mock-data": "--answer-loss cannot be combined with --mock-data, whose random tokens hold no",
+    "--train-iters 0 --epochs 2 --mock-data": "--epochs 2 cannot be combined with --mock-data, whose random tokens",
+    "--train-iters 0 --epochs 2 --data-path 0.3 x 0.7 y": "--epochs 2 cannot be combined with weights of training",
+    "--data-path x y --control-codes a a": "--control-codes a a gives the code a twice. Give each dataset a code of",
+    "--data-path x y --control-codes a b c": "--control-codes a b c gives 3 codes for 2 training datasets. Give one",
+    "--train-data-path x y --control-codes a b --valid-data-path z": (
+        "--control-codes a b gives 2 codes for 1 validation datasets. Each control code is validated on its own"
+    ),
     "--spike-factor 0.5": "--spike-factor 0.5 would count usual losses as spikes. A loss above this factor times",
     "--auto-rollback 1": "--auto-rollback 1 is given without --spike-factor and --save. Automatic rollback loads",
     "--load x --override-lr-scheduler --use-checkpoint-lr-scheduler": "--override-opt-param-scheduler and",

@@ -14,6 +14,7 @@ from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.tuning import TuningConfig
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
@@ -25,6 +26,7 @@ CELLS = (
     Cell(tp=2, dtype="fp16", **SP),
     Cell(dp=2, dtype="bf16", **ZERO1),
     Cell(pp=2, model="bloom"),
+    Cell(dp=2, tuning=TuningConfig(freeze=("embedding",), answer_loss=True)),
 )
 
 

@@ -15,6 +15,7 @@ from megatron_lite.config.data import DataSource
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.format.index_format import bin_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
+from megatron_lite.data.format.loss_mask import open_mask
 from megatron_lite.data.format.token_file import unreadable_tokens
 
 PIECES = 16
@@ -75,7 +76,10 @@ def data_fingerprints(config: RunConfig) -> dict[str, str]:
     contents: dict[str, str] = {}
     for name, source in _sources(config):
         if source.path not in contents:
-            contents[source.path] = content_fingerprint(IndexedDataset(source.path))
+            opened = IndexedDataset(source.path)
+            contents[source.path] = content_fingerprint(opened)
+            if config.tuning.answer_loss:
+                contents[source.path] += f", loss mask {content_fingerprint(open_mask(opened))}"
         share = "" if source.weight is None else f"weight {source.weight:g}, "
         if (source.start, source.end) != (0.0, 1.0):
             share += f"documents {source.start:g} to {source.end:g}, "

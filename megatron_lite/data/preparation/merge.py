@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
+from megatron_lite.data.format.loss_mask import SUFFIX, has_mask, mask_prefix, remove_mask
 from megatron_lite.data.format.manifest import (
     DatasetManifest,
     check_files,
@@ -41,8 +42,8 @@ def find_prefixes(folder: Path) -> list[str]:
             f"--input {folder} {'is not a directory' if folder.exists() else 'does not exist'}",
             fix="Give --input a folder with datasets, or name them: --datasets PREFIX PREFIX",
         )
-    bins = {path.stem for path in folder.glob("*.bin")}
-    indices = {path.stem for path in folder.glob("*.idx")}
+    bins = {path.stem for path in folder.glob("*.bin") if not path.stem.endswith(SUFFIX)}
+    indices = {path.stem for path in folder.glob("*.idx") if not path.stem.endswith(SUFFIX)}
     if single := sorted(bins ^ indices):
         raise DataError(
             f"Datasets in --input {folder} are incomplete: "
@@ -79,6 +80,7 @@ def merge_datasets(
         )
     if not overwrite:
         require_absent(output)
+    _merge_masks(prefixes, output)
     warnings: list[str] = []
     manifests = _read_manifests(prefixes, warnings)
     dtype = IndexedDataset(prefixes[0]).dtype
@@ -98,6 +100,24 @@ def merge_datasets(
         )
         write_manifest(output, merged)
     return Merged(writer.num_documents, writer.num_tokens, warnings)
+
+
+def _merge_masks(prefixes: Sequence[str], output: str) -> None:
+    """Merge the loss masks of the inputs, if they have any.
+
+    Raises:
+        DataError: some of them have one, and some have none.
+    """
+    remove_mask(output)
+    without = [prefix for prefix in prefixes if not has_mask(prefix)]
+    if len(without) == len(prefixes):
+        return
+    if without:
+        raise DataError(
+            f"Cannot merge {without[0]} with datasets that mark their answers: it has no loss mask",
+            fix="Merge datasets of one kind, or preprocess all of them with --input-format prompt-completion or chat",
+        )
+    merge_datasets([mask_prefix(prefix) for prefix in prefixes], mask_prefix(output), overwrite=True)
 
 
 def _read_manifests(prefixes: Sequence[str], warnings: list[str]) -> list[DatasetManifest]:

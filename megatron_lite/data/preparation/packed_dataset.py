@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_lite.data.format.fingerprint import content_fingerprint
 from megatron_lite.data.format.index_format import bin_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
+from megatron_lite.data.format.loss_mask import has_mask, mask_prefix, open_mask, remove_mask
 from megatron_lite.data.format.manifest import (
     DatasetManifest,
     is_complete,
@@ -96,57 +98,86 @@ def pack_dataset(
         DataError: `data` is damaged or empty or has documents without an end, or `output` exists or cannot be written.
     """
     eod = int(tokenizer["eod"])
+    mask = open_mask(data) if has_mask(data.prefix) else None
     content = [content_fingerprint(data), seq_length, eod, seed]
+    content += [] if mask is None else [content_fingerprint(mask)]
     plan = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if is_complete(output, plan):
         return None
     _check_arguments(data, output, seq_length, overwrite)
     data.check()
     _check_document_ends(data, eod)
-    made, rng, checksums = _count_documents(data, seq_length), np.random.RandomState(seed), list[tuple[int, int]]()
-    file = TokenFile(bin_path(data.prefix), data.dtype)
-    with IndexedDatasetWriter(output, data.dtype) as writer:
+    made, rng = _count_documents(data, seq_length), np.random.RandomState(seed)
+    # The manifest of the tokens, which marks the whole as complete, is written last.
+    files = [] if mask is None else [_Output(mask, mask_prefix(output), 0)]
+    files.append(_Output(data, output, eod))
+    remove_mask(output)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(IndexedDatasetWriter(file.prefix, file.data.dtype)) for file in files]
         for window in windows(data, seq_length):
-            tokens = file.read(window.start * data.dtype.itemsize, int(window.lengths.sum()))
-            bins = _pack_window(window, tokens, seq_length, eod, rng, made)
-            ones = np.ones(bins.shape[0], dtype=np.int64)
-            checksums.append((bins.nbytes, writer.add_batch(bins.ravel(), seq_length * ones, ones)))
-            advance(tokens.shape[0])
+            targets, filled = lay_out(window, seq_length, rng)
+            for file, writer in zip(files, writers, strict=True):
+                bins = file.pack(window, targets, filled.shape[0], seq_length)
+                if file.data is data:
+                    _count_bins(window, targets, bins, eod, made)
+                else:
+                    bins.ravel()[targets] = 0  # the first token of a piece is predicted from an unrelated one
+                ones = np.ones(bins.shape[0], dtype=np.int64)
+                file.checksums.append((bins.nbytes, writer.add_batch(bins.ravel(), seq_length * ones, ones)))
+            advance(int(window.lengths.sum()))
         manifest_path(output).unlink(missing_ok=True)
-    manifest = manifest_of(
-        writer,
-        checksums,
-        tokenizer,
-        flags={"packed": {"seq_length": seq_length, "seed": seed}},
-        inputs=[{"path": str(bin_path(data.prefix)), "bytes": data.num_bytes}],
-        plan=plan,
-        report=asdict(made),
-    )
-    write_manifest(output, manifest)
+    for file, writer in zip(files, writers, strict=True):
+        manifest = manifest_of(
+            writer,
+            file.checksums,
+            tokenizer,
+            flags={"packed": {"seq_length": seq_length, "seed": seed}},
+            inputs=[{"path": str(bin_path(file.data.prefix)), "bytes": file.data.num_bytes}],
+            plan=plan,
+            report=asdict(made),
+        )
+        write_manifest(file.prefix, manifest)
     return made
 
 
-def _pack_window(
-    window: PackingWindow,
-    tokens: NDArray[np.generic],
-    seq_length: int,
-    eod: int,
-    rng: np.random.RandomState,
-    made: Packed,
-) -> NDArray[np.generic]:
-    """Return the bins of a window, [bins, seq_length], and add their statistics to `made`."""
-    targets, filled = lay_out(window, seq_length, rng)
-    bins = np.full(filled.shape[0] * seq_length, eod, dtype=tokens.dtype)
-    ends = np.cumsum(window.lengths)
-    starts = ends - window.lengths
-    for start, end, target in zip(starts.tolist(), ends.tolist(), targets.tolist(), strict=True):
-        bins[target : target + end - start] = tokens[start:end]
-    made.bins += filled.shape[0]
-    made.padding += bins.shape[0] - tokens.shape[0]
-    made.unmarked += int(np.count_nonzero(tokens[ends[window.ends_document] - 1] != eod))
-    bins = bins.reshape(-1, seq_length)
+class _Output:
+    """One of the packed files, tokens or loss mask.
+
+    Args:
+        data: the file to pack.
+        prefix: path of the packed file.
+        padding: value that fills sequences up.
+    """
+
+    def __init__(self, data: IndexedDataset, prefix: str, padding: int) -> None:
+        self.data = data
+        self.prefix = prefix
+        self.padding = padding
+        self.checksums: list[tuple[int, int]] = []
+        self._file = TokenFile(bin_path(data.prefix), data.dtype)
+
+    def pack(
+        self, window: PackingWindow, targets: NDArray[np.int64], num_bins: int, seq_length: int
+    ) -> NDArray[np.generic]:
+        """Return the bins of a window, [bins, seq_length]; `targets` [pieces] is the place of each piece in them."""
+        values = self._file.read(window.start * self.data.dtype.itemsize, int(window.lengths.sum()))
+        bins = np.full(num_bins * seq_length, self.padding, dtype=values.dtype)
+        ends = np.cumsum(window.lengths)
+        starts = ends - window.lengths
+        for start, end, target in zip(starts.tolist(), ends.tolist(), targets.tolist(), strict=True):
+            bins[target : target + end - start] = values[start:end]
+        return bins.reshape(-1, seq_length)
+
+
+def _count_bins(
+    window: PackingWindow, targets: NDArray[np.int64], bins: NDArray[np.generic], eod: int, made: Packed
+) -> None:
+    """Add the statistics of a window's bins, [bins, seq_length], to `made`."""
+    made.bins += bins.shape[0]
+    made.padding += bins.size - int(window.lengths.sum())
+    last = (targets + window.lengths - 1)[window.ends_document]
+    made.unmarked += int(np.count_nonzero(bins.ravel()[last] != eod))
     made.open_ends += int(np.count_nonzero(bins[:, -1] != eod))
-    return bins
 
 
 def _count_documents(data: IndexedDataset, seq_length: int) -> Packed:

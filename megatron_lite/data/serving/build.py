@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.config.data import DataConfig, DataGroup
+from megatron_lite.config.data import DataConfig, DataGroup, DataSource
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.tuning import validation_groups
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
-from megatron_lite.data.format.manifest import check_manifest
+from megatron_lite.data.format.loss_mask import has_mask, open_mask
+from megatron_lite.data.format.manifest import DatasetManifest, check_manifest
 from megatron_lite.data.order.blending import normalize
 from megatron_lite.data.order.index_cache import Notices, cached_index
 from megatron_lite.data.order.megatron_cache import find_megatron_index
 from megatron_lite.data.order.sample_index import plan_index
 from megatron_lite.data.order.set_plan import SetPlan, SourcePlan
 from megatron_lite.data.order.split import Order, range_bounds, split_bounds
+from megatron_lite.data.serving.answers import AnswerDataset
+from megatron_lite.data.serving.checks import check_control_codes, check_vocabulary, cut_answers
 from megatron_lite.data.serving.closed_form import ClosedFormDataset, samples_per_epoch
 from megatron_lite.data.serving.dataset import (
     BlendedDataset,
@@ -26,8 +30,8 @@ from megatron_lite.data.serving.dataset import (
     Dataset,
     GPTDataset,
     MockDataset,
-    check_tokens,
 )
+from megatron_lite.data.serving.epochs import source_samples
 from megatron_lite.data.serving.slices import SliceDataset
 from megatron_lite.errors import DataError
 from megatron_lite.schedules.data_order import DataSegment, extend_history
@@ -47,11 +51,6 @@ SHORTEN = {
     "test": "Give a smaller --eval-iters",
 }
 """Fix of an error about a sample index that is too large, by split."""
-
-PROBES = 64
-"""Sequences of a file whose token ids are checked when it is opened; every sample is checked when it is read."""
-PROBED_TOKENS = 1 << 14
-"""Tokens checked in each of these sequences."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +114,29 @@ class _Builder:
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
         self.opened: dict[str, IndexedDataset] = {}
+        self.masks: dict[str, IndexedDataset] = {}
         self.notices = Notices()
 
     def plan(self, order: DataSegment) -> dict[str, dict[str, SetPlan]]:
         """Plan all sets before the first index is built, so that errors appear before time is spent."""
         config, data = self.config, self.config.data
+        check_control_codes(config)
         requests = {
             "train": () if config.training.skip_train else order.train_requests,
             "valid": order.valid_requests if config.training.eval_iters else (),
             "test": (test_samples(config),) if config.training.eval_iters else (),
         }
-        groups = dict(zip(SPLITS, (data.train_groups, data.valid_groups, data.test_groups), strict=True))
+        groups = dict(zip(SPLITS, (data.train_groups, validation_groups(config), data.test_groups), strict=True))
         found: dict[str, dict[str, SetPlan]] = {}
         for number, split in enumerate(SPLITS):
             asked, sets = requests[split], list[SetPlan]()
             if asked and data.mock:
                 sets.append(SetPlan(split, split, asked[-1]))
+            elif asked and data.sources and split == "valid" and config.tuning.control_codes:
+                for code, source in zip(config.tuning.control_codes, data.sources, strict=True):
+                    sets += self.from_split(number, asked, [replace(source, weight=None)], code)
             elif asked and data.sources:
-                sets += self.from_split(number, asked)
+                sets += self.from_split(number, asked, data.sources, split)
             sets += [self.from_group(group, split, asked) for group in groups[split] if asked]
             found[split] = {plan.name: plan for plan in sets}
         if requests["train"] and not found["train"]:
@@ -158,26 +162,48 @@ class _Builder:
                     f"{prefix} is packed in sequences of {length} tokens, --seq-length is "
                     f"{self.config.batch.seq_length}: samples begin and end inside documents"
                 )
-            if length and not self.config.data.eod_mask_loss:
+            if length and not (self.config.data.eod_mask_loss or self.config.tuning.answer_loss):
                 self.notices.warnings.append(f"{prefix} is packed: without --eod-mask-loss, its padding is trained on")
             check_vocabulary(data, self.vocab_size)
             self.opened[prefix] = data
+            self.open_mask(data, manifest)
         return self.opened[prefix]
 
-    def from_split(self, number: int, requests: Requests) -> list[SetPlan]:
-        """Plan set `number` of --data-path and --split; an empty list if the split assigns no documents to it."""
+    def open_mask(self, data: IndexedDataset, manifest: DatasetManifest | None) -> None:
+        """Open the loss mask of a file under --answer-loss, and count the answers that --seq-length cuts."""
+        if not self.config.tuning.answer_loss:
+            if has_mask(data.prefix):
+                self.notices.warnings.append(
+                    f"{data.prefix} marks its answers, and without --answer-loss prompts are trained on, too"
+                )
+            return
+        self.masks[data.prefix] = open_mask(data)
+        if warning := cut_answers(data, manifest, self.config.batch.seq_length):
+            self.notices.warnings.append(warning)
+
+    def from_split(
+        self, number: int, requests: Requests, sources: Sequence[DataSource], set_name: str
+    ) -> list[SetPlan]:
+        """Plan set `number` of datasets and --split; an empty list if the split assigns no documents to it."""
         data, name = self.config.data, SPLITS[number]
         parts = []
-        for source in data.sources:
+        for source in sources:
             opened = self.open(source.path)
             bounds = split_bounds(data.split, len(opened), self.generation)
             parts.append(SourcePlan(source, opened, (bounds[number], bounds[number + 1])))
         if all(part.bounds[0] >= part.bounds[1] for part in parts if part.source.weight != 0):
+            if set_name != name:
+                raise DataError(
+                    f"The control code {set_name} has no validation set: --split {data.split} assigns no document of "
+                    f"{sources[0].path} to validation",
+                    fix="Give --split a larger second share, for example 90,10,0, or validation datasets of their own: "
+                    "--train-data-path and --valid-data-path",
+                )
             if number:
                 self.notices.warnings.append(f"--split {data.split} assigns no documents to {name}: the set is empty")
             return []
         blended = len(parts) > 1 or parts[0].source.weight is not None
-        plan = SetPlan(name, name, requests[-1], tuple(parts), (), name, name)
+        plan = SetPlan(name, set_name, requests[-1], tuple(parts), (), name, name)
         return [self.cover(plan, requests, blended=blended)]
 
     def from_group(self, group: DataGroup, split: str, requests: Requests) -> SetPlan:
@@ -210,14 +236,19 @@ class _Builder:
         parts = parts or plan.sources
         given = [part.source.weight for part in parts]
         if any(weight is None for weight in given):
-            sources = tuple(self.index(part, plan.name, None) for part in parts if part.source.weight != 0)
-            sizes = [part.size for part in sources]
+            epochs = self.config.epoch_samples if plan.split == "train" else 0
+            sources = tuple(
+                self.index(part, plan.name, self.epochs_of(part, requests) if epochs else None)
+                for part in parts
+                if part.source.weight != 0
+            )
+            sizes = [part.asked or part.size for part in sources]
             if plan.split == "train" and plan.size > sum(sizes):
                 raise DataError(
                     f"The datasets of the {plan.name} set hold {sum(sizes):,} samples, and the run needs {plan.size:,}",
                     rule="Several datasets without weights are read once; with weights they are repeated as needed",
-                    fix="Write a weight before each path, for example --data-path 0.3 a 0.7 b, or train for fewer "
-                    "iterations",
+                    fix="Write a weight before each path, for example --data-path 0.3 a 0.7 b, train for fewer "
+                    "iterations, or give --epochs N instead of --train-iters",
                 )
             # Validation and test restart at the end of their data.
             size = min(plan.size, sum(sizes))
@@ -230,6 +261,11 @@ class _Builder:
         sources = tuple(self.index(part, plan.name, count) for part, count in asked)
         # Normalized with the zeros included: numpy's order of summation depends on the number of elements.
         return replace(plan, sources=sources, shares=tuple(share for share in normalize(shares) if share > 0))
+
+    def epochs_of(self, part: SourcePlan, requests: Requests) -> Requests:
+        """Return the samples of one source in each request of a blend of whole epochs."""
+        one, total = source_samples(self.config, part.data, part.bounds), self.config.epoch_samples
+        return [-(-request * one // total) for request in requests]
 
     def index(self, part: SourcePlan, name: str, requests: Requests | None) -> SourcePlan:
         """Plan the indices of one source.
@@ -282,7 +318,8 @@ class _Builder:
             seed = config.runtime.seed * len(SPLITS) + SPLITS.index(plan.split)
             return MockDataset(plan.size, config.batch.seq_length, max(1, self.vocab_size), seed)
         datasets = [self.single(plan, part) for part in plan.sources]
-        return BlendedDataset(datasets, plan.shares, plan.size) if plan.shares else datasets[0]
+        dataset = BlendedDataset(datasets, plan.shares, plan.size) if plan.shares else datasets[0]
+        return AnswerDataset(dataset, self.masks) if config.tuning.answer_loss else dataset
 
     def single(self, plan: SetPlan, part: SourcePlan) -> Dataset:
         """Build the dataset of one source, with its indices from a cache where there is one."""
@@ -322,16 +359,3 @@ def blend_counts(weights: Sequence[float], wanted: int, *, modern: bool) -> tupl
         total += weight
     shares = [weight / total for weight in weights]
     return shares, [math.ceil(wanted * share * SURPLUS) for share in shares]
-
-
-def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
-    """Check token ids at PROBES places of a file against the vocabulary, which finds a wrong tokenizer early.
-
-    Raises:
-        DataError: an id is outside the vocabulary.
-    """
-    if not vocab_size or not len(data):
-        return
-    for sequence in np.unique(np.linspace(0, len(data) - 1, PROBES).astype(np.int64)).tolist():
-        size = min(PROBED_TOKENS, data.length(sequence))
-        check_tokens(data.prefix, data.get(sequence, 0, size), vocab_size, f"sequence {sequence}")

@@ -30,7 +30,7 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """Return the tokens of a sample, [L + 1]."""
+        """Return the tokens of a sample, [L + 1]; with a loss mask (answers.py) [2, L + 1]."""
         ...
 
     def source(self, sample: int) -> int:

@@ -91,6 +91,8 @@ class Loader:
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Return the tokens of the samples consumed after `start` others, [count, L + 1].
 
+        With loss masks (answers.py) [count, 2, L + 1].
+
         Raises:
             DataError: the dataset is too short, or damaged at these samples.
         """
@@ -115,7 +117,7 @@ class Loader:
             length: input tokens of a sample under a sequence-length curriculum; None: L.
 
         Returns:
-            [micro_batch, length + 1]
+            [micro_batch, length + 1], or [micro_batch, 2, length + 1] with loss masks
 
         Raises:
             DataError: the dataset is too short, or damaged at these samples (also if the prefetch thread found it).
@@ -129,7 +131,7 @@ class Loader:
             future = self._take(wanted) or self._thread.submit(self._read, wanted)
             self._read_ahead(self._thread, wanted)
             tokens = future.result()
-        return tokens if length is None else tokens[:, : length + 1]
+        return tokens if length is None else tokens[..., : length + 1]
 
     def close(self) -> None:
         """Stop the prefetch thread; micro-batches can still be read on request."""
