@@ -163,8 +163,23 @@ def _rewrite(
     file_size: int,
     progress: Callable[[int, int], None],
 ) -> SaveReport:
-    """Write tensors with a manifest's iteration, scalars and provenance, unless the output would replace anything."""
+    """Write tensors with a manifest's iteration, scalars and provenance."""
     request = SaveRequest(output, manifest.iteration, manifest.scalars, manifest.provenance)
+    check_output(sources, output, request)
+    return write_source(request, tensors, file_size, progress)
+
+
+def check_output(sources: Sequence[Path], output: Path, request: SaveRequest) -> None:
+    """Refuse an output that would replace anything.
+
+    Args:
+        sources: checkpoints from which the command reads.
+        output: folder in which the new checkpoint is saved.
+        request: of the new checkpoint.
+
+    Raises:
+        CheckpointError: `output` holds a source or the result already, or is a checkpoint.
+    """
     if output.resolve() in {source.resolve().parent for source in sources}:
         raise CheckpointError(
             f"--output {output} is the folder of "
@@ -177,15 +192,13 @@ def _rewrite(
             f"--output {output} has the name of a single checkpoint, but --output is the folder in which checkpoints "
             "are "
             "created",
-            fix=f"Give --output a folder such as {output.parent}; the result is iter_{manifest.iteration:07d} inside "
-            "it",
+            fix=f"Give --output a folder such as {output.parent}; the result is {request.path.name} inside it",
         )
     if request.path.exists():
         raise CheckpointError(
             f"The result, {request.path}, exists already",
             fix="Give --output another folder, or delete that checkpoint first",
         )
-    return write_source(request, tensors, file_size, progress)
 
 
 def write_source(

@@ -140,7 +140,7 @@ def _average(options: argparse.Namespace, console: Console) -> int:
 
     with holding(options.output, "checkpoint average"), byte_progress("averaging") as progress:
         paths = [one_checkpoint(path) for path in options.folders]
-        report = average(paths, options.output, file_size=_file_size(options), progress=progress)
+        report = average(paths, options.output, file_size=file_size(options), progress=progress)
     _summarize(report, f"average of {', '.join(path.name for path in paths)}", console)
     return 0
 
@@ -149,14 +149,14 @@ def _reshard(options: argparse.Namespace, console: Console) -> int:
     from megatron_lite.checkpoint.rewriting import reshard
     from megatron_lite.cli.folder_lock import holding
 
-    path, dtype, file_size = one_checkpoint(options.folder), options.dtype, _file_size(options)
+    path, dtype = one_checkpoint(options.folder), options.dtype
     with holding(options.output, "checkpoint reshard"), byte_progress("rewriting") as progress:
         report = reshard(
             path,
             options.output,
             weights_only=options.weights_only,
             dtype=dtype,
-            file_size=file_size,
+            file_size=file_size(options),
             progress=progress,
         )
     content = "weights" if dtype or options.weights_only else "state"
@@ -175,10 +175,6 @@ def _summarize(report: SaveReport, content: str, console: Console) -> None:
         f"{format_size(rate)}/s"
     )
     console.print(f"Load it with --load {report.path.parent}, in any layout")
-
-
-def _file_size(options: argparse.Namespace) -> int:
-    return int(options.max_file_gb * 1e9)
 
 
 def _parser() -> Parser:
@@ -231,14 +227,24 @@ def _parser() -> Parser:
         help="write the weights alone in this dtype, converted from the fp32 main parameters where these were saved",
     )
     for writing in (averaging, resharding):
-        writing.add_argument(
-            "--output", type=Path, required=True, metavar="FOLDER", help="the --save folder to write iter_… into"
-        )
-        writing.add_argument(
-            "--max-file-gb",
-            type=real(1e-9, 1e9),
-            default=5.0,
-            metavar="GB",
-            help="maximum size of a file, unless a single record of up to 0.034 GB is larger (default: 5)",
-        )
+        add_output_arguments(writing)
     return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --output and --max-file-gb of a command that writes a checkpoint (see file_size)."""
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="the --save folder to write iter_… into"
+    )
+    parser.add_argument(
+        "--max-file-gb",
+        type=real(1e-9, 1e9),
+        default=5.0,
+        metavar="GB",
+        help="maximum size of a file, unless a single record of up to 0.034 GB is larger (default: 5)",
+    )
+
+
+def file_size(options: argparse.Namespace) -> int:
+    """Return the bytes of --max-file-gb."""
+    return int(options.max_file_gb * 1e9)

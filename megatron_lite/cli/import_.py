@@ -49,12 +49,12 @@ def run(argv: list[str]) -> int:
     if report.goes_on:
         print("the optimizer's state was imported: give the run its own flags, and it continues where it was saved")
     anew = "" if report.goes_on else " --finetune"
-    print(f"to train on: pretrain_gpt.py --load {report.path}{anew} \\\n  {_lines(words)}")
+    print(f"to train on: pretrain_gpt.py --load {report.path}{anew} \\\n  {one_flag_a_line(words)}")
     print(f"to try it:   megatron-lite generate --load {report.path}")
     return 0
 
 
-def _lines(words: list[str]) -> str:
+def one_flag_a_line(words: list[str]) -> str:
     """Return a command line with one flag a line."""
     text = ""
     for word in words:

@@ -31,6 +31,7 @@ COMMANDS = (
     "merge",
     "data",
     "checkpoint",
+    "upscale",
     "import",
     "export",
     "rollback",

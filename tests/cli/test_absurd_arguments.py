@@ -30,6 +30,7 @@ COMMAND_LINES = {
     "data convert": ["x", "y"],
     "checkpoint average": ["x", "--output", "y"],
     "checkpoint reshard": ["x", "--output", "y"],
+    "upscale": ["x", "--layers", "3", "--output", "y"],
     "checkpoint list": ["x"],
     "checkpoint diff": ["x", "y"],
     "import": ["x", "--output", "y"],

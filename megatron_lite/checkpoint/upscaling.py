@@ -1,0 +1,234 @@
+"""Depth upscaling: writes a checkpoint of a deeper model whose layers are copies of a trained model's layers.
+
+Tensors are copied tile by tile (rewriting.py), so memory does not depend on the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor
+from megatron_lite.checkpoint.reading import CheckpointReader
+from megatron_lite.checkpoint.rewriting import FILE_SIZE, check_output, write_source
+from megatron_lite.checkpoint.sources import TensorInfo
+from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
+from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.rectangle import Rectangle
+from megatron_lite.runs.catalog import list_iterations
+from megatron_lite.runs.manifest import Manifest, Provenance
+from megatron_lite.schedules.progress import Progress
+
+Order = Literal["interleave", "stack"]
+
+_LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<number>\d+)(?P<after>\..+)")
+_OUTPUT_PROJECTIONS = (".self_attention.proj.", ".mlp.fc2.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleOptions:
+    """Options of an upscaling.
+
+    Attributes:
+        num_layers: layers of the new model.
+        order: see source_layers.
+        carry_optimizer: copy the moments and step counts; otherwise the checkpoint has weights only.
+        preserve_function: set the output projections of all copies but the first of a layer to zero, so that the new
+            model computes the function of the given one.
+        scale_residual: multiply all output projections by the factor by which the initialization scales them for the
+            new depth, sqrt(layers / new layers) (GPT-2: 1 / sqrt(2 x layers)).
+    """
+
+    num_layers: int
+    order: Order = "interleave"
+    carry_optimizer: bool = False
+    preserve_function: bool = False
+    scale_residual: bool = False
+
+
+@dataclass(frozen=True)
+class UpscaleReport:
+    """Result of an upscaling."""
+
+    save: SaveReport
+    sources: tuple[int, ...]
+    """Layer of the given model of which each new layer is a copy."""
+    before: ModelConfig
+    after: StoredModel
+
+
+def source_layers(layers: int, new_layers: int, order: Order) -> tuple[int, ...]:
+    """Return for each new layer the layer of which it is a copy.
+
+    Args:
+        layers: number of layers, L.
+        new_layers: number of new layers, L'.
+        order: "interleave": copies of a layer follow each other, floor(i L / L') for layer i. "stack": all layers, then
+            again from the first, i mod L (Gong et al. 2019, progressive stacking).
+
+    >>> source_layers(3, 5, "interleave"), source_layers(3, 5, "stack")
+    ((0, 0, 1, 1, 2), (0, 1, 2, 0, 1))
+    """
+    if order == "stack":
+        return tuple(number % layers for number in range(new_layers))
+    return tuple(number * layers // new_layers for number in range(new_layers))
+
+
+def added_layers(sources: Sequence[int]) -> frozenset[int]:
+    """Return the new layers that are not the first copy of their layer.
+
+    Without them, the layers are those of the given model, in its order, whatever the order of copies.
+
+    >>> sorted(added_layers((0, 0, 1, 2, 2)))
+    [1, 4]
+    """
+    return frozenset(number for number, source in enumerate(sources) if source in sources[:number])
+
+
+def upscale(
+    path: Path,
+    output: Path,
+    options: UpscaleOptions,
+    *,
+    file_size: int = FILE_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> UpscaleReport:
+    """Write a checkpoint at iteration 0 with more layers, copied from a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        output: folder in which the new checkpoint is saved; it must contain none.
+        options: see UpscaleOptions.
+        file_size: maximum bytes of a file of the new checkpoint.
+        progress: called with the bytes written so far, and those of all tensors.
+
+    Raises:
+        CheckpointError: `output` contains a checkpoint, there is no room, or there is no optimizer state to carry.
+            Nothing of the new checkpoint is left.
+        CorruptCheckpointError: a record that is read is damaged.
+        ConfigError: options contradict each other or the model.
+    """
+    source = CheckpointReader(path)
+    manifest = source.manifest
+    stored = stored_model(manifest, path)
+    _check(stored.model, options, path)
+    if options.carry_optimizer and not _has_optimizer(manifest):
+        raise CheckpointError(
+            f"--optimizer carry: {path} has no optimizer state",
+            fix="Remove --optimizer carry, or give a checkpoint that was saved without --no-save-optim",
+        )
+    sources = source_layers(stored.model.num_layers, options.num_layers, options.order)
+    scalars: dict[str, Any] = {"progress": Progress().to_dict()}
+    if options.carry_optimizer:
+        scalars["engine"] = manifest.scalars["engine"]
+    request = SaveRequest(output, 0, scalars, _provenance(manifest, path, options.num_layers, sources))
+    if found := list_iterations(output):
+        raise CheckpointError(
+            f"--output {output} contains a checkpoint of iteration {found[-1]} already",
+            fix="Give --output a new folder, or delete the checkpoints in it",
+        )
+    check_output([path], output, request)
+    report = write_source(request, _Upscaled(source, sources, options), file_size, progress)
+    after = replace(stored, model=replace(stored.model, num_layers=options.num_layers))
+    return UpscaleReport(report, sources, stored.model, after)
+
+
+class _Upscaled:
+    """Tensors of the deeper model as a TensorSource.
+
+    Args:
+        source: the checkpoint of the given model.
+        sources: see source_layers.
+        options: see UpscaleOptions.
+    """
+
+    def __init__(self, source: CheckpointReader, sources: Sequence[int], options: UpscaleOptions) -> None:
+        self._source = source
+        self._saved_name: dict[str, str] = {}
+        zero = added_layers(sources) if options.preserve_function else frozenset()
+        self._factors: dict[str, float] = {}
+        scale = math.sqrt((max(sources) + 1) / len(sources)) if options.scale_residual else 1.0
+        copies: dict[int, list[int]] = {}
+        for number, layer in enumerate(sources):
+            copies.setdefault(layer, []).append(number)
+        for name in source.tensors:
+            if not is_model_tensor(name) and not options.carry_optimizer:
+                continue
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                self._saved_name[name] = name
+                continue
+            for number in copies[int(match["number"])]:
+                new = f"{match['before']}{number}{match['after']}"
+                self._saved_name[new] = name
+                if is_model_tensor(name) and any(part in name for part in _OUTPUT_PROJECTIONS):
+                    self._factors[new] = 0.0 if number in zero else scale
+        self.tensors: Mapping[str, TensorInfo] = {
+            new: source.tensors[saved] for new, saved in sorted(self._saved_name.items())
+        }
+
+    def read(self, name: str, rectangle: Rectangle) -> Tensor:
+        """Return a rectangle of a tensor of the deeper model."""
+        saved, factor = self._saved_name[name], self._factors.get(name, 1.0)
+        if factor == 1.0:
+            return self._source.read(saved, rectangle)
+        dtype = getattr(torch, self.tensors[name].dtype)
+        if factor == 0.0:
+            return torch.zeros(rectangle.shape, dtype=dtype)
+        # A weight is the rounding of its scaled main parameter, as a training step would leave it.
+        exact = MAIN_PREFIX + saved if MAIN_PREFIX + saved in self._source.tensors else saved
+        return (self._source.read(exact, rectangle).double() * factor).to(dtype)
+
+
+def _has_optimizer(manifest: Manifest) -> bool:
+    return "engine" in manifest.scalars and any(
+        name.startswith(OPTIMIZER_PREFIX) and not is_model_tensor(name) for name in manifest.tensors
+    )
+
+
+def _provenance(manifest: Manifest, path: Path, num_layers: int, sources: Sequence[int]) -> Provenance:
+    """Return the description of the new model: it has no schedule and no data yet."""
+    stored = manifest.provenance.config
+    config = {name: stored[name] for name in ("model", "tokenizer", "precision")}
+    config["model"] = {**stored["model"], "num_layers": num_layers}
+    config["batch"] = {"seq_length": stored.get("batch", {}).get("seq_length", 1)}
+    fingerprints = {"upscaled from": f"{path.absolute()}, layers {' '.join(map(str, sources))}"}
+    if "tokenizer" in manifest.provenance.fingerprints:
+        fingerprints["tokenizer"] = manifest.provenance.fingerprints["tokenizer"]
+    return Provenance(config, fingerprints)
+
+
+def _check(model: ModelConfig, options: UpscaleOptions, path: Path) -> None:
+    """Refuse options that contradict each other or the model.
+
+    Raises:
+        ConfigError: see above.
+    """
+    layers = model.num_layers
+    if options.num_layers <= layers:
+        raise ConfigError(
+            f"--layers {options.num_layers} is not more than the {layers} layers of {path}",
+            fix=f"Give --layers {layers + 1} or more, for example --layers {layers + -(-layers // 3)}",
+        )
+    if options.preserve_function and options.scale_residual:
+        raise ConfigError(
+            "--preserve-function and --scale-residual contradict each other: scaled output projections change the "
+            "model's function",
+            fix="Remove one of the two",
+        )
+    if options.preserve_function and model.residual_post_layernorm:
+        raise ConfigError(
+            f"--preserve-function: the model of {path} takes its residual after the norm "
+            "(--apply-residual-connection-post-layernorm), so that a layer is not the identity even if its output "
+            "projections are zero",
+            fix="Remove --preserve-function",
+        )
