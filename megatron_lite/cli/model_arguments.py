@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import whole
-from megatron_lite.cli.tokenizer_arguments import FILE_FIELDS, add_tokenizer_arguments, tokenizer_fields
-
-if TYPE_CHECKING:
-    from megatron_lite.generation.restore import TrainedModel
+from megatron_lite.cli.tokenizer_arguments import FILE_FIELDS, add_tokenizer_arguments
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,26 +20,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")
-
-
-def load_model(options: argparse.Namespace, seed: int = 1234) -> TrainedModel:
-    """Load the model given by the flags and print its path on stderr.
-
-    Raises:
-        MegatronLiteError: as restore_model.
-    """
-    from megatron_lite.config.runtime import RuntimeConfig
-    from megatron_lite.generation.restore import restore_model
-
-    model = restore_model(
-        options.load,
-        options.load_iteration,
-        RuntimeConfig(device=options.device, seed=seed),
-        tokenizer=tokenizer_fields(options),
-        notify=note,
-    )
-    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.backend.device}")
-    return model
 
 
 def note(text: str) -> None:

@@ -1,164 +1,216 @@
-"""Decoding loop: batched generation for prompts of different lengths.
-
-Letters: b prompts, t tokens per forward pass, V vocabulary (V' with padding).
-"""
+"""Decoding loop: continuous batching of texts, each equal to the text that its request gives alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.errors import ConfigError, TrainingError
-from megatron_lite.generation.sampling import Sampling, choose
-from megatron_lite.model.attention import KVCache
-from megatron_lite.model.batch import MicroBatch
+from megatron_lite.backend.group import Group, LocalGroup
+from megatron_lite.errors import TrainingError
+from megatron_lite.generation.cached_model import CachedModel
+from megatron_lite.generation.requests import Context, FinishReason, Generated, Request, check_request
+from megatron_lite.generation.sampling import Sampling, choose, penalize
 from megatron_lite.model.gpt import GPTStage
 
-OnToken = Callable[[int, int], None]
-"""Called with (row, token) for each new token, except the end-of-document token."""
+BATCH_SIZE = 32
+"""Default number of texts that are generated at once."""
+
+OnToken = Callable[[int, int], bool]
+"""Called with (number of the request, token) for each new token; returns True to end the text (a stop string)."""
 
 
 def generate(
     stage: GPTStage,
-    prompts: Sequence[Sequence[int]],
+    requests: Sequence[Request],
     *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    eod: int | None,
-    on_token: OnToken | None = None,
-) -> list[list[int]]:
-    """Generate a continuation of every prompt, equal to that of the prompt alone.
+    context: Context,
+    eod: int | None = None,
+    pp: Group | None = None,
+    batch_size: int = BATCH_SIZE,
+    on_token: OnToken = lambda number, token: False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, Generated]]:
+    """Check the requests; return an iterator over the number of each and its text, in the order in which they end.
 
-    All rows advance together from the end of the shortest prompt; a row with a longer prompt takes the next token of
-    its prompt instead of a sampled one. Thus no row is padded, and positions and masks equal those of a single prompt.
-    Each row has its own random generator.
+    A text does not depend on the other requests: each has its own random generator, its own positions and its own
+    window. A finished text makes room for the next request. All ranks of a model make the same call and yield the same
+    texts.
 
     Args:
-        stage: the whole model as one pipeline stage; every tp rank calls with the same arguments.
-        prompts: token ids, at least one per prompt.
-        max_new_tokens: maximum number of new tokens per prompt.
-        sampling: sampling parameters.
-        seeds: seed of each prompt.
-        eod: end-of-document token, which ends a row and is not returned; None: rows end at max_new_tokens.
+        stage: the stages of this rank, in evaluation mode while texts are generated.
+        requests: the texts.
+        context: maximum length, or sliding window.
+        eod: end-of-document token, which ends a text and is not returned; None: texts end at max_new_tokens.
+        pp: pipeline group; None: the stage is the whole model.
+        batch_size: texts that are generated at once.
         on_token: called with each new token.
-
-    Returns:
-        The new tokens of every prompt.
+        interrupted: called before each forward pass; True ends all texts.
 
     Raises:
-        ConfigError: a prompt is empty, has an id outside the vocabulary, or exceeds the learned positions.
-        TrainingError: the logits are not finite.
+        ConfigError: see check_request; nothing has been generated.
+        TrainingError: from the iterator: the logits are not finite.
     """
-    if not prompts or max_new_tokens <= 0:
-        return [[] for _ in prompts]
-    check_prompts(prompts, max_new_tokens, stage.config)
-    rows = _Rows(prompts, seeds, max_new_tokens, eod, on_token)
-    shortest = min(len(prompt) for prompt in prompts)
+    for request in requests:
+        check_request(request, stage.config, context)
+    return _generate(stage, requests, context, eod, pp or LocalGroup("pp"), batch_size, on_token, interrupted)
+
+
+def _generate(
+    stage: GPTStage,
+    requests: Sequence[Request],
+    context: Context,
+    eod: int | None,
+    pp: Group,
+    batch_size: int,
+    on_token: OnToken,
+    interrupted: Callable[[], bool],
+) -> Iterator[tuple[int, Generated]]:
+    yield from ((number, Generated()) for number, request in enumerate(requests) if not request.max_new_tokens)
+    pending = deque((number, request) for number, request in enumerate(requests) if request.max_new_tokens)
+    rows = min(batch_size, len(pending))
+    if not rows:
+        return
+    longest = max(min(context.length, len(request.prompt) + request.max_new_tokens) for _, request in pending)
     was_training = stage.training
     stage.eval()
     try:
-        cache = stage.new_cache(len(prompts), max(len(prompt) for prompt in prompts) + max_new_tokens)
-        fed = [list(prompt[:shortest]) for prompt in prompts]
-        logits = _next_logits(stage, fed, cache)
-        if not torch.isfinite(logits).all():
-            raise TrainingError(
-                "The model computed NaN or infinite logits for the prompts: the weights of this checkpoint contain "
-                "NaN or "
-                "infinity, or overflow",
-                fix="Load an earlier checkpoint with --load-iteration",
-            )
-        while fed := rows.take(logits, cache.length, sampling, stage.config.vocab_size):
-            logits = _next_logits(stage, fed, cache)
-        return rows.new
+        model = CachedModel(stage, pp, rows, longest)
+        texts: list[_Text | None] = [None] * rows
+        while pending or any(texts):
+            texts = [text or (_Text(*pending.popleft(), context) if pending else None) for text in texts]
+            if not pending and 2 * sum(text is not None for text in texts) <= len(texts):
+                kept = [row for row, text in enumerate(texts) if text is not None]
+                model.keep(kept)
+                texts = [texts[row] for row in kept]
+            stop = interrupted()
+            finished: dict[int, FinishReason] = {}
+            if not stop:
+                for row, token, log_prob in _next_tokens(model, texts, stage, pp):
+                    text = texts[row]
+                    assert text is not None
+                    if reason := text.take(token, log_prob, eod, on_token):
+                        finished[row] = reason
+            for row, text in enumerate(texts):
+                if text is not None and (stop or row in finished):
+                    text.generated.reason = finished.get(row, "interrupted")
+                    texts[row] = None
+                    yield text.number, text.generated
+            if stop:
+                return
     finally:
         stage.train(was_training)
 
 
-class _Rows:
-    """State of the rows: new tokens, random generators, unfinished rows."""
+class _Text:
+    """State of one text: its tokens, the part of them in the cache, and its random generator.
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        max_new_tokens: int,
-        eod: int | None,
-        on_token: OnToken | None,
-    ) -> None:
-        assert len(seeds) == len(prompts), (len(seeds), len(prompts))
-        self._prompts = prompts
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._max_new_tokens = max_new_tokens
-        self._eod = eod
-        self._on_token = on_token
-        self._unfinished = set(range(len(prompts)))
-        self.new: list[list[int]] = [[] for _ in prompts]
-
-    def take(self, logits: Tensor, at: int, sampling: Sampling, vocab_size: int) -> list[list[int]]:
-        """Choose the tokens at position `at` from logits [b, V']; return the next inputs [b, 1], [] at the end."""
-        choosing = sorted(row for row in self._unfinished if at >= len(self._prompts[row]))
-        chosen = self._choose(logits, choosing, sampling, vocab_size)
-        for row, token in chosen.items():
-            if token == self._eod:
-                self._unfinished.discard(row)
-                continue
-            self.new[row].append(token)
-            if self._on_token is not None:
-                self._on_token(row, token)
-            if len(self.new[row]) == self._max_new_tokens:
-                self._unfinished.discard(row)
-        if not self._unfinished:
-            return []
-        # The input of a finished row is arbitrary, since its outputs are ignored.
-        return [[chosen.get(row, prompt[at] if at < len(prompt) else 0)] for row, prompt in enumerate(self._prompts)]
-
-    def _choose(self, logits: Tensor, rows: list[int], sampling: Sampling, vocab_size: int) -> dict[int, int]:
-        """Return next tokens by row. Only `rows` draw, so the draws of a row do not depend on the length of others."""
-        if not rows:
-            return {}
-        # Random numbers from the CPU: a seed gives the same tokens on any device.
-        uniform = torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
-        picked = logits if len(rows) == len(self._prompts) else logits[rows]
-        return dict(zip(rows, choose(picked, sampling, vocab_size, uniform.to(logits.device)).tolist(), strict=True))
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: ModelConfig) -> None:
-    """Check the prompts against vocabulary and positions of the model.
-
-    Raises:
-        ConfigError: see generate.
+    Args:
+        number: of the request.
+        request: the request.
+        context: see Context.
     """
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise ConfigError(
-                f"Prompt {number} of {len(prompts)} has no tokens",
-                fix="Write text in the prompt",
-            )
-        if max(prompt) >= model.vocab_size or min(prompt) < 0:
-            raise ConfigError(
-                f"Prompt {number} has token ids from {min(prompt)} to {max(prompt)}, but the model's vocabulary has "
-                f"{model.vocab_size:,} entries",
-                fix="Give the tokenizer with which the model was trained (--tokenizer-type, --tokenizer-model)",
-            )
-    longest = max(len(prompt) for prompt in prompts)
-    if model.position_embedding == "learned" and longest + max_new_tokens > model.max_position_embeddings:
-        raise ConfigError(
-            f"A prompt of {longest} tokens and --max-new-tokens {max_new_tokens} need more than the model's "
-            f"{model.max_position_embeddings} learned positions",
-            fix=f"Use --max-new-tokens {model.max_position_embeddings - longest} or less, or a shorter prompt"
-            if longest < model.max_position_embeddings
-            else f"Use a prompt of fewer than {model.max_position_embeddings} tokens",
-        )
+
+    def __init__(self, number: int, request: Request, context: Context) -> None:
+        self.number = number
+        self.request = request
+        self.generated = Generated()
+        self.tokens = list(request.prompt)
+        self.position = -1
+        """Position of the newest token in the cache; -1: the window has to be computed."""
+        self._context = context
+        self._start = context.start(len(self.tokens))
+        # Random numbers from the CPU: a seed gives the same tokens on any device.
+        self._generator = torch.Generator().manual_seed(request.seed)
+
+    @property
+    def window(self) -> list[int]:
+        """Tokens that the model attends to."""
+        return self.tokens[self._start :]
+
+    def draw(self) -> Tensor:
+        """Return the next random number, [1] float64 from 0 to 1."""
+        return torch.rand(1, generator=self._generator, dtype=torch.float64)
+
+    def take(self, token: int, log_prob: float, eod: int | None, on_token: OnToken) -> FinishReason | None:
+        """Append a token; return why the text ends, None if it does not."""
+        if token == eod:
+            return "eod"
+        self.position = len(self.window)
+        self.tokens.append(token)
+        self.generated.tokens.append(token)
+        self.generated.log_probs.append(log_prob)
+        if on_token(self.number, token):
+            return "stop"
+        if len(self.generated.tokens) == self.request.max_new_tokens:
+            return "length"
+        start = self._context.start(len(self.tokens))
+        if start != self._start:
+            self._start, self.position = start, -1
+        return None
 
 
-@torch.inference_mode()
-def _next_logits(stage: GPTStage, fed: list[list[int]], cache: KVCache) -> Tensor:
-    """Run a forward pass for tokens [b, t]; return the logits of the next token, [b, V'], gathered over tp."""
-    tokens = torch.tensor(fed, dtype=torch.int64, device=stage.sharding.backend.device)
-    last = stage.logits(None, MicroBatch(tokens=tokens, labels=tokens), cache)[-1]
-    tp = stage.sharding.tp
-    return last if tp.size == 1 else tp.all_gather(last.t().contiguous()).t()
+def _next_tokens(
+    model: CachedModel, texts: Sequence[_Text | None], stage: GPTStage, pp: Group
+) -> Iterator[tuple[int, int, float]]:
+    """Compute the new windows if there are any, otherwise the next token of every text.
+
+    Yields:
+        Row, chosen token and its log-probability.
+    """
+    running = {row: text for row, text in enumerate(texts) if text is not None}
+    new = {row: text for row, text in running.items() if text.position < 0}
+    if new:
+        running = new
+        logits = model.first(list(new), [text.window for text in new.values()])
+    else:
+        # The results of rows without a text are ignored, and `first` replaces what they write.
+        tokens = [0 if text is None else text.tokens[-1] for text in texts]
+        logits = model.next(tokens, [0 if text is None else text.position for text in texts])
+        if logits is not None:
+            logits = logits[list(running)]
+    if logits is None:
+        chosen = torch.empty(len(running), 2, dtype=torch.float64, device=stage.sharding.backend.device)
+    else:
+        chosen = _choose(logits, list(running.values()), stage.config.vocab_size)
+    pp.broadcast_(chosen, pp.size - 1)
+    for row, (token, log_prob) in zip(running, chosen.tolist(), strict=True):
+        if token < 0:
+            raise TrainingError(
+                "The model computed NaN or infinite logits for a prompt: the weights of this checkpoint contain NaN or "
+                "infinity, or overflow",
+                fix="Load an earlier checkpoint with --load-iteration",
+            )
+        yield row, int(token), log_prob
+
+
+def _choose(logits: Tensor, texts: Sequence[_Text], vocab_size: int) -> Tensor:
+    """Return the next token of each text and its log-probability, [b, 2] float64; token -1: logits are not finite.
+
+    Args:
+        logits: [b, V'].
+        texts: of the rows.
+        vocab_size: V.
+    """
+    logits = logits[:, :vocab_size]
+    finite = torch.isfinite(logits).all(dim=-1)
+    logits = logits.masked_fill(~finite.unsqueeze(1), 0.0)
+    log_probs = logits.double().log_softmax(dim=-1)
+    # Each text draws once for each of its tokens, whatever texts are beside it.
+    uniform = torch.cat([text.draw() for text in texts]).to(logits.device)
+    tokens = torch.empty(len(texts), dtype=torch.int64, device=logits.device)
+    alike: dict[Sampling, list[int]] = {}
+    for row, text in enumerate(texts):
+        alike.setdefault(text.request.sampling, []).append(row)
+    for sampling, rows in alike.items():
+        of_group = logits[rows]
+        if sampling.repetition_penalty != 1.0:
+            penalized = zip(of_group, rows, strict=True)
+            of_group = torch.stack(
+                [penalize(x, texts[row].tokens, sampling.repetition_penalty) for x, row in penalized]
+            )
+        tokens[rows] = choose(of_group, sampling, vocab_size, uniform[rows])
+    of_tokens = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return torch.stack([torch.where(finite, tokens, -1).double(), of_tokens], dim=1)

@@ -1,10 +1,11 @@
-"""Token sampling: greedy, temperature, top-k and top-p, as pure functions of the logits.
+"""Token sampling: repetition penalty, temperature, top-k, top-p and min-p, as pure functions of the logits.
 
 Letters: b batch, V vocabulary (V' with padding).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from megatron_lite.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling parameters, applied in this order: temperature, top_k, then top_p over the tokens left by top_k.
+    """Sampling parameters, applied in the order repetition_penalty, temperature, top_k, top_p, min_p.
+
+    Each of top_k, top_p and min_p applies to the probabilities of the tokens that the one before has left.
 
     Raises:
         ConfigError: a value is out of range.
@@ -27,6 +30,11 @@ class Sampling:
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
     """Total probability of the likeliest tokens to sample from (nucleus sampling, Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Least probability of a token, as a share of the likeliest token's (Nguyen et al. 2024, arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divisor of the positive logits, and factor of the negative ones, of tokens that the text contains already (Keskar
+    et al. 2019, CTRL, arXiv:1909.05858); 1: none. It applies to greedy choice, too."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -43,6 +51,16 @@ class Sampling:
             raise ConfigError(
                 f"--top-p {self.top_p} is out of range: it must be above 0 and at most 1 (all tokens)",
                 fix="Use, for example, --top-p 0.9, or remove --top-p",
+            )
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(
+                f"--min-p {self.min_p} is out of range: it must be from 0 (all tokens) to 1",
+                fix="Use, for example, --min-p 0.05, or remove --min-p",
+            )
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(
+                f"--repetition-penalty {self.repetition_penalty} is out of range: it must be above 0",
+                fix="Use, for example, --repetition-penalty 1.2, or remove --repetition-penalty",
             )
 
     @property
@@ -74,7 +92,17 @@ def candidates(logits: Tensor, sampling: Sampling, vocab_size: int) -> tuple[Ten
         # The token that reaches top_p is included, so a token is excluded if the tokens before it reach top_p.
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    if sampling.min_p > 0.0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities[:, :1], 0.0)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities, ids
+
+
+def penalize(logits: Tensor, tokens: Collection[int], penalty: float) -> Tensor:
+    """Return the logits [V'] of the next token after the repetition penalty for the tokens of the text."""
+    seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def choose(logits: Tensor, sampling: Sampling, vocab_size: int, uniform: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Streaming detokenizer: emits a character once all its bytes are generated."""
+"""Streaming detokenizer and stop strings: emits a character once all its bytes are generated."""
 
 from __future__ import annotations
 
@@ -42,3 +42,37 @@ class TextStream:
             return ""
         self._start, self._returned = self._returned, len(self._ids)
         return text[len(before) :]
+
+
+class StopStrings:
+    """Filter of streamed text that ends before the first stop string, whatever pieces the text comes in.
+
+    Text in which a stop string may begin is held back. Of several stop strings the one that is complete first counts.
+
+    Args:
+        stops: not empty strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+        """True once a stop string is complete: no more text is returned."""
+
+    def push(self, piece: str) -> str:
+        """Add text; return the text that certainly precedes any stop string."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """Return the text held back."""
+        text, self._held = self._held, ""
+        return text

@@ -6,7 +6,7 @@ head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,9 @@ from megatron_lite.parallel.recompute import recomputed
 class KVCache:
     """Keys and values [T, b, g, d] of each layer of a stage, for generation; T is the maximum length.
 
-    All rows of the batch have the same length.
+    Each row has a length of its own, and the index of a token in its row is its position. A forward pass computes
+    either the first tokens of some rows, which may be padded on the right, or the next token of every row. No query
+    attends to padding: in the first tokens the mask is causal, and the next tokens overwrite the padding.
 
     Args:
         layers: numbers of the stage's layers in the whole model.
@@ -36,26 +38,57 @@ class KVCache:
     def __init__(
         self, layers: Iterable[int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._store = {layer: torch.empty((2, *shape), dtype=dtype, device=device) for layer in layers}
-        self.max_length = shape[0]
-        self.length = 0
-        """Number of cached tokens."""
+        self._store = {layer: torch.zeros((2, *shape), dtype=dtype, device=device) for layer in layers}
+        self._device = device
+        self.max_length, self.num_rows = shape[:2]
+
+    def first(self, rows: Sequence[int]) -> CachedPass:
+        """Return the pass that computes the first tokens of rows, whose content it replaces."""
+        return CachedPass(self._store, torch.tensor(rows, device=self._device))
+
+    def next(self, positions: Sequence[int]) -> CachedPass:
+        """Return the pass that computes one token of every row, at its position."""
+        assert len(positions) == self.num_rows, (positions, self.num_rows)
+        length = max(positions) + 1
+        assert length <= self.max_length, f"{length} tokens exceed the cache's {self.max_length}"
+        rows, at = (torch.tensor(x, device=self._device) for x in (range(self.num_rows), positions))
+        return CachedPass(self._store, rows, at, length, aligned=min(positions) == length - 1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; the rows that are left are numbered from 0."""
+        index = torch.tensor(rows, device=self._device)
+        self._store = {layer: stored.index_select(2, index) for layer, stored in self._store.items()}
+        self.num_rows = len(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class CachedPass:
+    """Rows and positions of a KVCache that one forward pass writes and reads.
+
+    Attributes:
+        store: keys and values [2, T, b, g, d] by layer.
+        rows: [b'] rows of the cache that the pass computes.
+        positions: [b'] position of the single token of each row; None: the pass computes the first tokens.
+        length: number of cached tokens, these included, of the longest row; unused for the first tokens.
+        aligned: True if all rows have that length.
+    """
+
+    store: Mapping[int, Tensor]
+    rows: Tensor
+    positions: Tensor | None = None
+    length: int = 0
+    aligned: bool = True
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's key and value [s, b, g, d]; return those of all tokens, [length + s, b, g, d].
-
-        The length changes in advance(), once every layer has appended.
-        """
-        end = self.length + key.shape[0]
-        assert end <= self.max_length, f"{end} tokens exceed the cache's {self.max_length}"
-        keys, values = self._store[layer]
-        keys[self.length : end] = key
-        values[self.length : end] = value
-        return keys[:end], values[:end]
-
-    def advance(self, tokens: int) -> None:
-        """Add `tokens` to the number of cached tokens."""
-        self.length += tokens
+        """Store a layer's key and value [s, b', g, d]; return those to attend to, [s or length, b', g, d]."""
+        keys, values = self.store[layer]
+        if self.positions is None:
+            keys[: key.shape[0], self.rows] = key
+            values[: key.shape[0], self.rows] = value
+            return key, value
+        keys[self.positions, self.rows] = key[0]
+        values[self.positions, self.rows] = value[0]
+        return keys[: self.length], values[: self.length]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +98,10 @@ class AttentionContext:
     rotary: RotaryTable | None = None
     """None: the model has no rotary position embedding."""
     mask: Tensor | None = None
-    """ALiBi's bias, or the mask of queries after a cache (positions.AttentionMask); None: causal."""
+    """ALiBi's bias, or the mask of rows of a cache (positions.AttentionMask); None: causal."""
     documents: Documents | None = None
     """Documents that attention is restricted to; None: each sample is one document."""
-    cache: KVCache | None = None
+    cache: CachedPass | None = None
 
 
 class SelfAttention(nn.Module):

@@ -57,13 +57,13 @@ class Embedding(nn.Module):
             else None
         )
 
-    def forward(self, tokens: Tensor, start: int, position_ids: Tensor | None) -> Tensor:
-        """`tokens` [b, s], the first at position `start` -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
+    def forward(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+        """`tokens` [b, s] -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
         x: Tensor = self.word_embeddings(tokens.t().contiguous())
         if self.norm is not None:
             x = self.norm(x)
         if self.position_embeddings is not None:
-            x = x + self.position_embeddings(tokens.shape[1], start, position_ids)
+            x = x + self.position_embeddings(tokens.shape[1], position_ids)
         if self.projection is not None:
             x = self.projection(x)
         if self.fp32_residual:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import PARTS, owner_layer, shared_modules, stored_name
-from megatron_lite.model.attention import AttentionContext, KVCache
+from megatron_lite.model.attention import AttentionContext, CachedPass, KVCache
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
 from megatron_lite.model.head import WORD_EMBEDDINGS, Head
@@ -132,32 +132,27 @@ class GPTStage(nn.Module):
         split = self.sharding.tp.size if self.sharding.split_sequence else 1
         return length // split, batch_size, self.config.hidden_size
 
-    def forward(self, x: Tensor | None, batch: MicroBatch, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor | None, batch: MicroBatch, cache: CachedPass | None = None) -> Tensor:
         """Run the stage's part of the forward pass.
 
         Args:
             x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]) of the stage before; None on the first stage,
                 which reads batch.tokens.
             batch: the micro-batch.
-            cache: keys and values of the tokens before these; those of these tokens are appended.
+            cache: stores the keys and values of these tokens, and has those of the tokens before; batch.position_ids
+                are its positions.
 
         Returns:
             Hidden states shaped like x; from the last stage those that the head projects to logits, with as many
             channels as the embedding.
         """
-        start = 0 if cache is None else cache.length
-        length = batch.tokens.shape[1]
         if self.embedding is not None:
-            x = self.embedding(batch.tokens, start, batch.position_ids)
+            x = self.embedding(batch.tokens, batch.position_ids)
         assert x is not None, "a stage without the embedding needs hidden states"
-        x = self.decoder(x, self._context(batch, cache, x.device))
-        if self.output_projection is not None:
-            x = self.output_projection(x)
-        if cache is not None:
-            cache.advance(length)
-        return x
+        hidden: Tensor = self.decoder(x, self._context(batch, cache, x.device))
+        return hidden if self.output_projection is None else self.output_projection(hidden)
 
-    def logits(self, x: Tensor | None, batch: MicroBatch, cache: KVCache | None = None) -> Tensor:
+    def logits(self, x: Tensor | None, batch: MicroBatch, cache: CachedPass | None = None) -> Tensor:
         """Run the last stage and the head; return logits [s, b, V/tp]. Arguments as for forward."""
         assert self.output_layer is not None, "only the last stage has the head"
         logits: Tensor = self.output_layer(self(x, batch, cache))
@@ -234,12 +229,16 @@ class GPTStage(nn.Module):
         if self.output_layer is not None:
             self.output_layer.cross_entropy.compile(**(kwargs or COMPILE_OPTIONS))
 
-    def _context(self, batch: MicroBatch, cache: KVCache | None, device: torch.device) -> AttentionContext:
+    def _context(self, batch: MicroBatch, cache: CachedPass | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""
-        start, length = 0 if cache is None else cache.length, batch.tokens.shape[1]
+        length = batch.tokens.shape[1]
         assert cache is None or batch.documents is None, "a cache holds one document per row"
-        rotary = None if self.rotary is None else self.rotary(length, start, batch.position_ids, device)
-        return AttentionContext(rotary, self.mask(length, start), batch.documents, cache)
+        rotary = None if self.rotary is None else self.rotary(length, batch.position_ids, device)
+        if cache is None or cache.positions is None:
+            mask = self.mask(length)
+        else:
+            mask = self.mask.of_single_tokens(cache.positions, cache.length, cache.aligned)
+        return AttentionContext(rotary, mask, batch.documents, cache)
 
 
 def shared_stages(config: ModelConfig, stages: Sequence[range]) -> dict[str, tuple[int, ...]]:

@@ -34,16 +34,17 @@ class LearnedPositions(nn.Module):
         self.sharding = sharding
         self.weight = sharding.empty(rows, hidden_size)
 
-    def forward(self, length: int, start: int, position_ids: Tensor | None) -> Tensor:
-        """Positions `start` to `start + length`, or position_ids [b, s] -> [s, 1 or b, h] (sequence parallel: s/tp)."""
-        assert start + length <= self.weight.shape[0], f"{start + length} tokens, {self.weight.shape[0]} positions"
+    def forward(self, length: int, position_ids: Tensor | None) -> Tensor:
+        """Positions 0 to `length`, or position_ids [b, s] -> [s, 1 or b, h] (sequence parallel: s/tp)."""
+        assert length <= self.weight.shape[0], f"{length} tokens, {self.weight.shape[0]} positions"
+        start = 0
         group, split = self.sharding.tp, self.sharding.split_sequence
         if position_ids is not None:
             ids = position_ids.t()
             return F.embedding(local_slice(ids, group) if split else ids, self.weight)
         if split:
             length //= group.size
-            start += length * group.rank
+            start = length * group.rank
         return self.weight.narrow(0, start, length).unsqueeze(1)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
@@ -88,12 +89,12 @@ class RotaryEmbedding(nn.Module):
         self.scaling = config.rotary_scaling
         self.interleaved = config.rotary_interleaved
 
-    def forward(self, length: int, start: int, position_ids: Tensor | None, device: torch.device) -> RotaryTable:
-        """Return the table of positions `start` to `start + length`, or of position_ids [b, s]."""
+    def forward(self, length: int, position_ids: Tensor | None, device: torch.device) -> RotaryTable:
+        """Return the table of positions 0 to `length`, or of position_ids [b, s]."""
         channels = torch.arange(0, self.rotated, 2, dtype=torch.float32, device=device)
         frequencies = self.base ** (-channels / self.rotated)
         if position_ids is None:
-            positions = torch.arange(start, start + length, dtype=torch.float32, device=device).unsqueeze(1)
+            positions = torch.arange(length, dtype=torch.float32, device=device).unsqueeze(1)
         else:
             positions = position_ids.t().float()
         angles = (positions / self.scaling).unsqueeze(-1) * frequencies
@@ -115,7 +116,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class AttentionMask(nn.Module):
-    """Attention mask in memory where the causal kernel does not suffice: ALiBi's bias, several tokens after a cache.
+    """Attention mask in memory where the causal kernel does not suffice: ALiBi's bias, rows of a cache.
 
     ALiBi's bias, s x s for each head, is built once for the longest sequence so far and shared by all layers. Documents
     within a sample need no mask (model/batch.py).
@@ -140,27 +141,37 @@ class AttentionMask(nn.Module):
             persistent=False,
         )
 
-    def forward(self, length: int, start: int) -> Tensor | None:
-        """Return the mask of `length` queries from position `start`, over all keys up to the last query.
+    def forward(self, length: int) -> Tensor | None:
+        """Return the mask of a sample of `length` tokens: ALiBi's bias [1, n, s, s], or None: causal."""
+        if not self.slopes:
+            return None
+        if self.bias.shape[-1] < length:
+            self.bias = self._alibi(torch.arange(length, device=self.bias.device), length)
+        return self.bias[:, :length, :length].unsqueeze(0)
+
+    def of_single_tokens(self, positions: Tensor, total: int, aligned: bool) -> Tensor | None:
+        """Return the mask of one query per row over `total` keys, those after the query excluded.
+
+        Args:
+            positions: [b] of the queries.
+            total: number of keys, t.
+            aligned: True if all queries are at the last key.
 
         Returns:
-            None: causal over the sample. Otherwise additive [1, n, s, t], or boolean [1, 1, s, t] (True: the query
-            attends to the key).
+            ALiBi's bias [b, n, 1, t]; otherwise boolean [b, 1, 1, t] (True: the query attends to the key), or None:
+            each query attends to all keys.
         """
-        total = start + length
-        if not self.slopes and (start == 0 or length == 1):
+        if self.slopes:
+            return self._alibi(positions, total).transpose(0, 1).unsqueeze(2)
+        if aligned:
             return None
-        if not self.slopes:
-            queries = torch.arange(start, total, device=self.bias.device).unsqueeze(1)
-            return (torch.arange(total, device=self.bias.device) <= queries).view(1, 1, length, total)
-        if self.bias.shape[-1] < total:
-            self.bias = self._alibi(total)
-        return self.bias[:, start:total, :total].unsqueeze(0)
+        keys = torch.arange(total, device=positions.device)
+        return (keys <= positions.unsqueeze(1)).view(-1, 1, 1, total)
 
-    def _alibi(self, length: int) -> Tensor:
-        """Return slope * (key position - query position), and -inf for keys after the query: [n, s, s]."""
-        positions = torch.arange(length, dtype=torch.float32, device=self.bias.device)
-        distance = positions - positions.unsqueeze(1)
+    def _alibi(self, queries: Tensor, total: int) -> Tensor:
+        """Return slope * (key position - query position), and -inf for keys after the query: [n, queries, t]."""
+        keys = torch.arange(total, dtype=torch.float32, device=queries.device)
+        distance = keys - queries.unsqueeze(1)
         distance = distance.masked_fill(distance > 0, float("-inf"))
-        slopes = torch.tensor(self.slopes, device=self.bias.device).view(-1, 1, 1)
+        slopes = torch.tensor(self.slopes, device=queries.device).view(-1, 1, 1)
         return (slopes * distance).to(self.bias.dtype)

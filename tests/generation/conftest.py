@@ -1,10 +1,15 @@
 """Fixtures: a small GPT on one CPU device."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_lite.backend.environment import Launch, read_launch
+from megatron_lite.backend.group import LocalGroup
 from megatron_lite.backend.select import select_backend
+from megatron_lite.checkpoint.save import save_checkpoint
+from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -14,6 +19,9 @@ from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.parallel.tensors import parameter_tensor
+from megatron_lite.runs.manifest import Provenance
+from megatron_lite.tokenizer.null import NullTokenizer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,3 +70,20 @@ def make_stage(make_config, launch):
 @pytest.fixture(scope="session")
 def stage(make_stage):
     return make_stage()
+
+
+@pytest.fixture(scope="session")
+def save(make_config):
+    def save(root, stage, iteration=7, fingerprint=None, **config):
+        tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
+        stored = dataclasses.asdict(dataclasses.replace(make_config(), **config))
+        prints = {"tokenizer": fingerprint or NullTokenizer(50).fingerprint()}
+        save_checkpoint(SaveRequest(root, iteration, {}, Provenance(stored, prints)), tensors, LocalGroup("world"))
+        return root
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, save, stage):
+    return save(tmp_path_factory.mktemp("saved"), stage)

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import json
 
@@ -15,37 +14,21 @@ from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.generation.generate import generate
+from megatron_lite.generation.requests import Context, Generated, Request
 from megatron_lite.generation.restore import restore_model
 from megatron_lite.generation.sampling import Sampling
 from megatron_lite.parallel.tensors import parameter_tensor
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.tokenizer.build import build_tokenizer
 from megatron_lite.tokenizer.huggingface import HuggingFaceTokenizer
-from megatron_lite.tokenizer.null import NullTokenizer
 
 CPU = RuntimeConfig(device="cpu", seed=99)
 
 
-@pytest.fixture(scope="module")
-def save(make_config):
-    def save(root, stage, iteration=7, fingerprint=None, **config):
-        tensors = [parameter_tensor(entry, write=True) for entry in stage.named_parameters_global()]
-        stored = dataclasses.asdict(dataclasses.replace(make_config(), **config))
-        prints = {"tokenizer": fingerprint or NullTokenizer(50).fingerprint()}
-        save_checkpoint(SaveRequest(root, iteration, {}, Provenance(stored, prints)), tensors, LocalGroup("world"))
-        return root
-
-    return save
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, save, stage):
-    return save(tmp_path_factory.mktemp("saved"), stage)
-
-
 def greedy(stage):
-    sampling = Sampling(temperature=0.0)
-    return generate(stage, [[1, 2, 3]], max_new_tokens=8, sampling=sampling, seeds=[0], eod=None)[0]
+    request = Request(prompt=[1, 2, 3], max_new_tokens=8, sampling=Sampling(temperature=0.0))
+    ((_, found),) = generate(stage, [request], context=Context(32))
+    return found.tokens
 
 
 def test_a_checkpoint_restores_the_model(saved, stage):
@@ -159,9 +142,12 @@ def with_template(tmp_path_factory, save, stage):
 )
 def test_prompts_are_encoded_without_template(with_template, capsys, monkeypatch, prompt, flags, fed):
     told = []
-    monkeypatch.setattr(
-        "megatron_lite.generation.generate.generate", lambda _, prompts, **__: told.extend(prompts) or [[]]
-    )
+
+    def generated(_, requests, **__):
+        told.extend(list(request.prompt) for request in requests)
+        return iter([(0, Generated())])
+
+    monkeypatch.setattr("megatron_lite.generation.texts.generate", generated)
     run(with_template, capsys, "--prompt", prompt, *flags)
     assert told == [fed]
 

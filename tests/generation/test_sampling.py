@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.generation.sampling import Sampling, candidates, choose
+from megatron_lite.generation.sampling import Sampling, candidates, choose, penalize
 
 numbers = st.floats(-30, 30, width=32)
 logits_of_rows = st.integers(2, 12).flatmap(
@@ -132,8 +132,26 @@ def test_a_row_does_not_depend_on_its_batch():
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"--{field.replace('_', '-')}"):
         Sampling(**{field: value})
+
+
+def test_min_p_keeps_tokens_relative_to_the_likeliest():
+    logits = torch.tensor([[math.log(0.5), math.log(0.3), math.log(0.15), math.log(0.05)]])
+    probabilities, ids = candidates(logits, Sampling(min_p=0.25), 4)
+    assert probabilities[0].tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0])
+    assert ids.tolist() == [[0, 1, 2, 3]]
+    assert (candidates(logits, Sampling(min_p=0.5, temperature=0.1), 4)[0] > 0).sum() == 1, "after the temperature"
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([2.0, -2.0, 2.0, -2.0, 0.0])
+    assert penalize(logits, [0, 1, 0, 4], 4.0).tolist() == [0.5, -8.0, 2.0, -2.0, 0.0]
+    assert logits.tolist() == [2.0, -2.0, 2.0, -2.0, 0.0]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.generation.stream import TextStream
+from megatron_lite.generation.stream import StopStrings, TextStream
 
 
 class Bytes:
@@ -57,3 +57,27 @@ def test_spaces_between_words_depend_on_the_context(length):
     stream = TextStream(Words(), context)
     text = "".join(stream.push(token) for token in new) + stream.flush()
     assert Words().decode(context) + text == Words().decode(context + new)
+
+
+texts = st.text("ab.", max_size=12)
+
+
+@given(texts, st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_a_text_ends_before_the_first_stop_string_whatever_its_pieces(text, stops, data):
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    stream, pieces, at = StopStrings(stops), [], 0
+    while at < len(text):
+        size = data.draw(st.integers(1, len(text) - at))
+        pieces.append(stream.push(text[at : at + size]))
+        at += size
+        assert not any(stop in "".join(pieces) for stop in stops)
+    assert stream.found == bool(ends)
+    assert "".join(pieces) + stream.flush() == (text[: min(ends)[1]] if ends else text)
+
+
+def test_text_is_held_back_only_while_a_stop_string_may_begin_in_it():
+    stream = StopStrings(["\n\nQ:"])
+    assert [stream.push(piece) for piece in ("a\n", "b\n\n", "Q", "\n\n", "Q: rest", "more")] == [
+        *("a", "\nb", "", "\n\nQ", "", ""),
+    ]
+    assert stream.found and stream.flush() == ""

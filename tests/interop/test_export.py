@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.sources import TensorInfo
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.generation.generate import generate
+from megatron_lite.generation.requests import Context, Request
 from megatron_lite.generation.restore import restore_model
 from megatron_lite.generation.sampling import Sampling
 from megatron_lite.interop import transformers_logits
@@ -83,10 +84,9 @@ def generated_alike(load, folder, transformers):
         torch.tensor([prompt]), do_sample=False, min_new_tokens=50, max_new_tokens=50, pad_token_id=0
     )
     restored = restore_model(str(load), 0, RuntimeConfig(device="cpu"))
-    (ours,) = generate(
-        restored.stage, [prompt], max_new_tokens=50, sampling=Sampling(temperature=0.0), seeds=[1], eod=VOCAB + 1
-    )
-    assert list(ours)[-50:] == theirs[0, 3:].tolist()
+    request = Request(prompt=prompt, max_new_tokens=50, sampling=Sampling(temperature=0.0))
+    ((_, ours),) = generate(restored.stage, [request], context=Context(64))
+    assert ours.tokens == theirs[0, 3:].tolist()
 
 
 @pytest.mark.slow

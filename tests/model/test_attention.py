@@ -1,5 +1,6 @@
 """Tests of attention: grouped heads, causality, dropout and recomputation, by the calls of torch's kernel."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -73,8 +74,9 @@ def test_a_single_token_attends_to_the_whole_cache(make_stage, make_batch, calls
     stage = make_stage(num_layers=1).eval()
     cache = stage.new_cache(2, 16)
     with torch.no_grad():
-        for length in (2, 1):
-            stage(None, make_batch(2, length), cache)
+        stage(None, make_batch(2, 2), cache.first([0, 1]))
+        token = dataclasses.replace(make_batch(2, 1), position_ids=torch.full((2, 1), 2))
+        stage(None, token, cache.next([2, 2]))
     prompt, token = calls
     assert (prompt.q[2], prompt.k[2], prompt.is_causal) == (2, 2, True)
     assert (token.q[2], token.k[2], token.is_causal) == (1, 3, False)

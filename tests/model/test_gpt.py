@@ -97,11 +97,26 @@ def test_kv_cache_does_not_change_logits(make_stage, make_batch, fp64, position_
     with torch.no_grad():
         whole = stage.logits(None, batch)
         cache = stage.new_cache(2, 12)
-        steps = []
-        for first, last in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):  # a prompt, single tokens, several at once
-            steps.append(stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache))
-            assert cache.length == last
-        torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-6, atol=1e-6)
+        # Row 0 begins with 5 tokens and row 1 with 2, padded; then each row has its own positions.
+        first = batch.tokens[:, :5].clone()
+        first[1, 2:] = 0
+        steps = [stage.logits(None, dataclasses.replace(batch, tokens=first), cache.first([0, 1]))]
+        torch.testing.assert_close(steps[0][:, 0], whole[:5, 0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(steps[0][:2, 1], whole[:2, 1], rtol=1e-6, atol=1e-6)
+        for at in ((5, 2), (6, 3), (7, 4)):
+            positions = torch.tensor(at).unsqueeze(1)
+            step = dataclasses.replace(batch, tokens=batch.tokens.gather(1, positions), position_ids=positions)
+            found = stage.logits(None, step, cache.next(at))[0]
+            torch.testing.assert_close(found, whole[at, (0, 1)], rtol=1e-6, atol=1e-6)
+        # Row 0 begins again, and row 1 keeps its content; then row 0 is dropped.
+        stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[1:, :5]), cache.first([0]))
+        positions = torch.tensor([[5], [5]])
+        step = dataclasses.replace(batch, tokens=batch.tokens[[1, 1], 5:6], position_ids=positions)
+        found = stage.logits(None, step, cache.next([5, 5]))[0]
+        torch.testing.assert_close(found, whole[5, [1, 1]], rtol=1e-6, atol=1e-6)
+        cache.keep([1])
+        step = dataclasses.replace(batch, tokens=batch.tokens[1:, 6:7], position_ids=positions[1:] + 1)
+        torch.testing.assert_close(stage.logits(None, step, cache.next([6]))[0, 0], whole[6, 1], rtol=1e-6, atol=1e-6)
 
 
 def first_stage(backend, parallel):
@@ -133,7 +148,10 @@ def first_stage(backend, parallel):
         x = stage(None, MicroBatch(tokens, tokens))
     assert (tuple(x.shape), x.dtype) == (stage.hidden_shape(16, 3), stage.hidden_dtype)
     partial = [p.name.split(".", 4)[-1] for p in stage.named_parameters_global() if p.sequence_parallel]
-    keys = None if parallel.sequence_parallel else stage.new_cache(3, 16).extend(0, *torch.ones(2, 16, 3, 1, 16))[0]
+    keys = None
+    if not parallel.sequence_parallel:
+        first = stage.new_cache(3, 16).first(range(3))
+        keys, _ = first.extend(0, *torch.ones(2, 16, 3, 1, 16, dtype=torch.bfloat16))
     return (
         tuple(x.shape),
         str(x.dtype),

@@ -138,10 +138,11 @@ def test_each_layer_has_a_cache_of_its_own(sharing, make_batch):
     stage, batch = sharing("all", embedding_size=16).eval(), make_batch(2, 12)
     with torch.no_grad():
         whole, cache = stage.logits(None, batch), stage.new_cache(2, 12)
-        steps = [
-            stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[:, first:last]), cache)
-            for first, last in ((0, 7), (7, 8), (8, 12))
-        ]
+        steps = [stage.logits(None, dataclasses.replace(batch, tokens=batch.tokens[:, :7]), cache.first([0, 1]))]
+        for at in range(7, 12):
+            positions = torch.full((2, 1), at)
+            token = dataclasses.replace(batch, tokens=batch.tokens[:, at : at + 1], position_ids=positions)
+            steps.append(stage.logits(None, token, cache.next([at, at])))
     torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-4, atol=1e-4)
 
 
