@@ -21,7 +21,9 @@ from megatron_lite.checkpoint.rewriting import FILE_SIZE, check_output, write_so
 from megatron_lite.checkpoint.sources import TensorInfo
 from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
+from megatron_lite.config.divisors import nearest_multiples
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sharing import num_groups, owner_layer
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import list_iterations
@@ -30,7 +32,7 @@ from megatron_lite.schedules.progress import Progress
 
 Order = Literal["interleave", "stack"]
 
-_LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<number>\d+)(?P<after>\..+)")
+_LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<number>\d+)\.(?P<part>\w+)(?P<after>\..+)")
 _OUTPUT_PROJECTIONS = (".self_attention.proj.", ".mlp.fc2.")
 
 
@@ -137,7 +139,7 @@ def upscale(
             fix="Give --output a new folder, or delete the checkpoints in it",
         )
     check_output([path], output, request)
-    report = write_source(request, _Upscaled(source, sources, options), file_size, progress)
+    report = write_source(request, _Upscaled(source, stored.model, sources, options), file_size, progress)
     after = replace(stored, model=replace(stored.model, num_layers=options.num_layers))
     return UpscaleReport(report, sources, stored.model, after)
 
@@ -147,19 +149,20 @@ class _Upscaled:
 
     Args:
         source: the checkpoint of the given model.
+        model: the given model.
         sources: see source_layers.
         options: see UpscaleOptions.
     """
 
-    def __init__(self, source: CheckpointReader, sources: Sequence[int], options: UpscaleOptions) -> None:
+    def __init__(
+        self, source: CheckpointReader, model: ModelConfig, sources: Sequence[int], options: UpscaleOptions
+    ) -> None:
         self._source = source
         self._saved_name: dict[str, str] = {}
         zero = added_layers(sources) if options.preserve_function else frozenset()
         self._factors: dict[str, float] = {}
-        scale = math.sqrt((max(sources) + 1) / len(sources)) if options.scale_residual else 1.0
-        copies: dict[int, list[int]] = {}
-        for number, layer in enumerate(sources):
-            copies.setdefault(layer, []).append(number)
+        scale = math.sqrt(model.num_layers / len(sources)) if options.scale_residual else 1.0
+        deeper = replace(model, num_layers=len(sources))
         for name in source.tensors:
             if not is_model_tensor(name) and not options.carry_optimizer:
                 continue
@@ -167,8 +170,12 @@ class _Upscaled:
             if match is None:
                 self._saved_name[name] = name
                 continue
-            for number in copies[int(match["number"])]:
-                new = f"{match['before']}{number}{match['after']}"
+            for number, layer in enumerate(sources):
+                # Shared parameters are stored under the number of their first layer.
+                part, stored = match["part"], int(match["number"])
+                if owner_layer(deeper, part, number) != number or owner_layer(model, part, layer) != stored:
+                    continue
+                new = f"{match['before']}{number}.{part}{match['after']}"
                 self._saved_name[new] = name
                 if is_model_tensor(name) and any(part in name for part in _OUTPUT_PROJECTIONS):
                     self._factors[new] = 0.0 if number in zero else scale
@@ -218,6 +225,25 @@ def _check(model: ModelConfig, options: UpscaleOptions, path: Path) -> None:
         raise ConfigError(
             f"--layers {options.num_layers} is not more than the {layers} layers of {path}",
             fix=f"Give --layers {layers + 1} or more, for example --layers {layers + -(-layers // 3)}",
+        )
+    groups = num_groups(model)
+    if groups > 1 and options.num_layers % groups:
+        raise ConfigError(
+            f"--layers {options.num_layers} cannot be split into the {groups} groups of layers that share their "
+            f"parameters in {path}",
+            fix=f"Use --layers {nearest_multiples(options.num_layers, groups)}",
+        )
+    if groups > 1 and options.order == "stack":
+        raise ConfigError(
+            f"--order stack: the layers of {path} share their parameters in {groups} groups of consecutive layers, "
+            "which stacked layers would not keep",
+            fix="Use --order interleave",
+        )
+    if options.preserve_function and model.share_layers:
+        raise ConfigError(
+            f"--preserve-function: the layers of {path} share parameters (--share-layers {model.share_layers}), so "
+            "that the output projections of added layers are those of other layers",
+            fix="Remove --preserve-function",
         )
     if options.preserve_function and options.scale_residual:
         raise ConfigError(

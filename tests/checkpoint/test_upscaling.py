@@ -115,6 +115,29 @@ def test_every_tensor_is_that_of_its_source(path, tmp_path, order, carry):
         assert after[name].equal(before[source]), name
 
 
+@pytest.mark.parametrize(
+    ("share", "layers", "copies"),
+    [
+        ("all", 6, {"mlp": {0: 0}, "self_attention": {0: 0}}),
+        ("2", 6, {"mlp": {0: 0, 3: 2}, "self_attention": {0: 0, 3: 2}}),
+        ("mlp", 5, {"mlp": {0: 0}, "self_attention": {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}}),
+    ],
+)
+def test_shared_parameters_stay_shared(make, tmp_path, share, layers, copies):
+    path = make(share_layers=share, num_layers=4)
+    new = grown(path, tmp_path / "new", layers)
+    before, after = values(path), values(new)
+    shape = parameter_shapes(run_config(num_layers=layers, share_layers=share, position_embedding="alibi").model)
+    assert {name: tuple(x.shape) for name, x in after.items() if not name.startswith("optimizer")} == shape
+    for part, tail in (("mlp", "fc1.weight"), ("self_attention", "qkv.bias")):
+        stored = {number for number in range(layers) if f"decoder.layers.{number}.{part}.{tail}" in after}
+        assert stored == copies[part].keys()
+        for number, source in copies[part].items():
+            assert after[f"decoder.layers.{number}.{part}.{tail}"].equal(
+                before[f"decoder.layers.{source}.{part}.{tail}"]
+            )
+
+
 @pytest.mark.parametrize("order", ["interleave", "stack"])
 @pytest.mark.parametrize("fields", [{}, {"parallel_residual": True, "position_embedding": "rotary"}])
 def test_preserve_function_keeps_the_logits(make, tmp_path, order, fields):
@@ -195,6 +218,9 @@ def test_an_output_with_a_checkpoint_is_refused(path, tmp_path, capsys):
         ({"layers": 3}, {}, r"--layers 3 is not more than the 3 layers of .* Give --layers 4 or more, for example"),
         ({"preserve_function": True, "scale_residual": True}, {}, "contradict each other.*Remove one of the two"),
         ({"preserve_function": True}, {"residual_post_layernorm": True}, "residual after the norm.*Remove --preserve"),
+        ({"preserve_function": True}, {"share_layers": "mlp"}, "share-layers mlp.*Remove --preserve-function"),
+        ({"layers": 7}, {"share_layers": "2", "num_layers": 4}, "into the 2 groups.*Use --layers 6 or 8"),
+        ({"layers": 8, "order": "stack"}, {"share_layers": "2", "num_layers": 4}, "Use --order interleave"),
     ],
 )
 def test_contradicting_options_are_refused(make, tmp_path, options, fields, message):
