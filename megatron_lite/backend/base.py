@@ -138,9 +138,13 @@ class Backend(ABC):
     def capabilities(self) -> Capabilities:
         """Return the capabilities of this backend."""
 
-    @abstractmethod
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Return a tensor on the device with the array's values; on CUDA the copy may still be running."""
+    def host_tensor(self, array: np.ndarray) -> Tensor:
+        """Return a tensor with the array's values in host memory of the kind that to_device copies without waiting."""
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Return a host tensor's values on the device; the copy is enqueued, not awaited."""
+        return tensor.to(self.device)
 
     def use_in_thread(self) -> None:  # noqa: B027  (one device needs no choice)
         """Make this device the current one of the calling thread; a new thread has the machine's first device."""

@@ -8,9 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
@@ -71,7 +69,3 @@ class CpuBackend(Backend):
     def capabilities(self) -> Capabilities:
         """Return the defaults: all dtypes, compilation and fused kernels."""
         return Capabilities()
-
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Return a tensor that shares the array's memory, or a copy if the array is read-only."""
-        return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -142,10 +142,13 @@ class CudaBackend(Backend):
         fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
         return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())), fp8=fp8)
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Copy through pinned memory, so that the host does not wait."""
-        host = torch.from_numpy(array if array.flags.writeable else array.copy())
-        return host.pin_memory().to(self.device, non_blocking=True)
+    def host_tensor(self, array: np.ndarray) -> Tensor:
+        """Return a tensor in pinned memory. Pinning takes time, and belongs into a thread."""
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).pin_memory()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Enqueue a copy of a pinned tensor; the allocator keeps its memory until the copy is done."""
+        return tensor.to(self.device, non_blocking=True)
 
     def read_later(self, values: Tensor) -> Reading:
         """Copy to pinned memory; the result waits for an event behind the copy."""

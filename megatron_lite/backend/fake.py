@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +58,6 @@ class FakeBackend(Backend):
     def capabilities(self) -> Capabilities:
         """Return the capabilities: without compilation and fused kernels, which need a device."""
         return Capabilities(compile=False, fused_adam=False)
-
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Return a meta tensor of the array's shape and dtype."""
-        return torch.from_numpy(array).to(self.device)
 
     def read_later(self, values: Tensor) -> Reading:
         """Return ones: meta tensors have no values, and a finite flag of 0 would mean an overflow."""

@@ -59,21 +59,18 @@ def show_samples(argv: list[str]) -> int:
         print(f"  {line}")
     if is_skipped_iteration(config.training, options.iteration):
         print("  --skip-train-iteration-range: its samples are consumed, but not trained on")
-    with Loader(
+    loader = Loader(
         datasets.train,
         micro_batch=batch.micro_batch_size,
         global_batch=lambda _: count,
         dp=dp,
-        prefetch=0,
         cyclic_layout=position.order.cyclic_layout,
-    ) as loader:
-        loader.skipped = position.skipped
-        for order_position, sample in zip(
-            loader.positions(consumed, count), loader.samples(consumed, count), strict=True
-        ):
-            number = f", number {sample:,} of the dataset" if sample != order_position else ""
-            print(f"\nsample {order_position:,}{number}")
-            _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
+    )
+    loader.skipped = position.skipped
+    for order_position, sample in zip(loader.positions(consumed, count), loader.samples(consumed, count), strict=True):
+        number = f", number {sample:,} of the dataset" if sample != order_position else ""
+        print(f"\nsample {order_position:,}{number}")
+        _show(datasets.train, sample, length + 1, tokenizer, options.tokens)
     return 0
 
 

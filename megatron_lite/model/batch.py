@@ -1,12 +1,14 @@
 """Micro-batch: tokens, labels and masks of b samples, and the documents within them for document-masked attention.
 
+A rank has the parts that its pipeline stages read.
+
 Letters: s sequence, b micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ class Documents:
     groups: tuple[tuple[int, int], ...]
     """For each document length: (number of documents, length)."""
 
+    def to(self, move: Callable[[Tensor], Tensor]) -> Documents:
+        """Return the same documents with each tensor moved."""
+        return replace(self, order=move(self.order), inverse=move(self.inverse))
+
     def split(self, x: Tensor) -> list[Tensor]:
         """`x` [s, b, ...] -> for each group [length, number of documents, ...]."""
         ordered = _permute(x.flatten(0, 1), self.order, self.inverse)
@@ -45,10 +51,10 @@ class Documents:
 class MicroBatch:
     """Input of one forward and backward pass: b samples of s tokens."""
 
-    tokens: Tensor
-    """[b, s] int64."""
-    labels: Tensor
-    """[b, s] int64: the token after each token."""
+    tokens: Tensor | None = None
+    """[b, s] int64, for the first stage; None: no stage of this rank reads them."""
+    labels: Tensor | None = None
+    """[b, s] int64: the token after each token, for the last stage; None: no stage of this rank reads them."""
     loss_mask: Tensor | None = None
     """[b, s] float32: weight of each token's loss; None: all 1."""
     position_ids: Tensor | None = None
@@ -58,7 +64,29 @@ class MicroBatch:
     number: int = 0
     """Number of the micro-batch in the global batch."""
     sources: tuple[int, ...] | None = None
-    """Number of the data source of each sample; None: there is only one."""
+    """Number of the data source of each sample; None: there is only one, or the loss is another rank's."""
+    shape: tuple[int, int] = (0, 0)
+    """(b, s); follows from the tokens or labels if the rank has them."""
+
+    def __post_init__(self) -> None:
+        given = self.labels if self.tokens is None else self.tokens
+        if given is not None:
+            self.shape = (given.shape[0], given.shape[1])
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """Return the same micro-batch with each tensor moved."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else move(x)
+
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            loss_mask=moved(self.loss_mask),
+            position_ids=moved(self.position_ids),
+            documents=None if self.documents is None else self.documents.to(move),
+        )
 
 
 class _Permute(torch.autograd.Function):

@@ -147,6 +147,7 @@ class GPTStage(nn.Module):
             channels as the embedding.
         """
         if self.embedding is not None:
+            assert batch.tokens is not None, "the first stage reads tokens"
             x = self.embedding(batch.tokens, batch.position_ids)
         assert x is not None, "a stage without the embedding needs hidden states"
         hidden: Tensor = self.decoder(x, self._context(batch, cache, x.device))
@@ -231,7 +232,7 @@ class GPTStage(nn.Module):
 
     def _context(self, batch: MicroBatch, cache: CachedPass | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""
-        length = batch.tokens.shape[1]
+        length = batch.shape[1]
         assert cache is None or batch.documents is None, "a cache holds one document per row"
         rotary = None if self.rotary is None else self.rotary(length, batch.position_ids, device)
         if cache is None or cache.positions is None:

@@ -72,6 +72,7 @@ class Head(nn.Module):
         Returns:
             [b] fp32, the same on every tp rank, and the gradient of the hidden states, shaped like x.
         """
+        assert batch.labels is not None, "the last stage reads labels"
         labels, mask = batch.labels.t(), None if batch.loss_mask is None else batch.loss_mask.t()
         if mask is None:
             share = 1.0 if self.per_token else 1 / labels.shape[0]
@@ -95,9 +96,9 @@ class Head(nn.Module):
         """Return the weight of each sample in the mean loss, [b] fp32: its unmasked tokens; None: 1 each."""
         if not self.per_token:
             return None
-        count, length = batch.labels.shape
+        count, length = batch.shape
         if batch.loss_mask is None:
-            return torch.full((count,), float(length), dtype=torch.float32, device=batch.labels.device)
+            return torch.full((count,), float(length), dtype=torch.float32, device=self.weight.device)
         return batch.loss_mask.sum(1)
 
     def named(self, name: str) -> Iterator[NamedParameter]:

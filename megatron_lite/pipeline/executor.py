@@ -28,8 +28,8 @@ Scale = Tensor | float
 class Batch(Protocol):
     """Micro-batch of b samples, as far as the executor reads it."""
 
-    tokens: Tensor
-    """[b, s]."""
+    shape: tuple[int, int]
+    """(b, s)."""
     number: int
     """Number of the micro-batch in the global batch."""
     sources: tuple[int, ...] | None
@@ -316,7 +316,7 @@ class Executor:
                 assert gradient is not None
                 sends.append((gradient, action.peer))
             else:
-                batch_size = tensors.batches[action.microbatch].tokens.shape[0]
+                batch_size = tensors.batches[action.microbatch].shape[0]
                 receives.append((stage.hidden_shape(seq_length, batch_size), stage.hidden_dtype, action.peer))
         received = self._messages.exchange(sends, receives)
         receiving = [action for action in actions if action.kind.startswith("RECV")]

@@ -14,7 +14,7 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.partition import stage_layers
+from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.vocabulary import with_vocabulary
@@ -48,7 +48,7 @@ from megatron_lite.schedules.batch_size import final_batch_size, global_batch_si
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
 from megatron_lite.tokenizer.base import Tokenizer
-from megatron_lite.train.batches import RunData
+from megatron_lite.train.batches import RunData, batch_parts
 from megatron_lite.train.comparison import compare_runs, open_files
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
@@ -284,7 +284,6 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
             else (lambda consumed: final),
             dp=dp,
             replica=mesh.dp.rank,
-            prefetch=data.prefetch,
             cyclic_layout=order.cyclic_layout if training else None,
             repeats=not training,
         )
@@ -297,10 +296,16 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
                 + (f" (--split {data.split})" if data.sources else ""),
                 fix=f"Give a --split with a second share above 0 (949,50,1), or --valid-data-path, or remove {flag}",
             )
+    parallel = config.parallel
+    ends = [
+        rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == mesh.pp.rank
+        for stage in (0, num_stages(config.model, parallel) - 1)
+    ]
     return RunData(
         backend,
-        data,
+        batch_parts(config, first=ends[0], last=ends[1]),
         eod,
+        data.prefetch,
         train=loader(datasets.train, training=True) if datasets.train is not None else None,
         valid={name: loader(dataset) for name, dataset in datasets.valid.items()},
         test={name: loader(dataset) for name, dataset in datasets.test.items()},

@@ -1,21 +1,60 @@
-"""Training data pipeline of one replica: a loader per split, conversion of its samples to device micro-batches."""
+"""Training data pipeline of one rank: a loader per split, conversion of its samples to device micro-batches.
+
+A thread reads and converts the samples into (pinned) host memory; the main thread enqueues the copies to the device. A
+rank prepares only what its pipeline stages read; stages in the middle of a pipeline usually read nothing.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.config.data import DataConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan
 from megatron_lite.data.serving import masks
 from megatron_lite.data.serving.loader import Loader
+from megatron_lite.data.serving.read_ahead import Place, ReadAhead
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import microbatch_number
 from megatron_lite.train.engine import BatchReader
+
+
+@dataclass(frozen=True)
+class BatchParts:
+    """Parts of a micro-batch that the stages of a rank read."""
+
+    tokens: bool = True
+    labels: bool = True
+    loss_mask: bool = False
+    position_ids: bool = False
+    documents: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Return whether the rank reads data at all."""
+        return self.tokens or self.labels or self.position_ids or self.documents
+
+
+def batch_parts(config: RunConfig, *, first: bool, last: bool) -> BatchParts:
+    """Return the parts of a micro-batch that a rank reads.
+
+    Args:
+        config: model, and the masks and positions that follow from the ends of documents.
+        first: the rank has the first stage, with the embedding.
+        last: the rank has the last stage, with the loss.
+    """
+    data, positions = config.data, config.model.position_embedding
+    return BatchParts(
+        tokens=first,
+        labels=last,
+        loss_mask=last and data.eod_mask_loss,
+        # Learned positions are added to the embedding; rotary ones rotate queries and keys of every layer.
+        position_ids=data.reset_position_ids and (positions == "rotary" or (first and positions == "learned")),
+        documents=data.reset_attention_mask,
+    )
 
 
 @dataclass
@@ -24,8 +63,9 @@ class RunData:
 
     Attributes:
         backend: moves micro-batches to the device.
-        config: which masks and position ids are computed from the ends of documents.
-        eod: the end-of-document token; read only if `config` asks for one of those.
+        parts: of a micro-batch, that this rank reads.
+        eod: the end-of-document token; read only if `parts` has masks, position ids or documents.
+        prefetch: micro-batches that a thread prepares ahead; 0: each is prepared on request.
         train: the training data; None for a run that only evaluates.
         valid: validation sets by name.
         test: test sets by name.
@@ -34,13 +74,16 @@ class RunData:
     """
 
     backend: Backend
-    config: DataConfig
+    parts: BatchParts
     eod: int
+    prefetch: int
     train: Loader | None = None
     valid: dict[str, Loader] = field(default_factory=dict)
     test: dict[str, Loader] = field(default_factory=dict)
     plans: dict[str, dict[str, SetPlan]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    _ahead: dict[int, ReadAhead[MicroBatch]] = field(default_factory=dict)
+    """By id of the loader."""
 
     @property
     def train_plan(self) -> SetPlan | None:
@@ -62,40 +105,52 @@ class RunData:
         """
 
         def read(index: int) -> MicroBatch:
-            return self._to_batch(loader, loader.microbatch(consumed, index, seq_length), consumed, index)
+            place = Place(consumed, index, seq_length)
+            if not self.parts.any:
+                return self._empty(loader, place)
+            if id(loader) not in self._ahead:
+                self._ahead[id(loader)] = ReadAhead(
+                    lambda place: self._host_batch(loader, place),
+                    loader.following,
+                    self.prefetch,
+                    self.backend.use_in_thread,
+                )
+            return self._ahead[id(loader)](place).to(self.backend.to_device)
 
         return read
 
     def close(self) -> None:
-        """Stop the prefetch thread of every loader."""
-        for loader in (self.train, *self.valid.values(), *self.test.values()):
-            if loader is not None:
-                loader.close()
+        """Stop the threads."""
+        for ahead in self._ahead.values():
+            ahead.close()
 
-    def _to_batch(self, loader: Loader, samples: NDArray[np.int64], consumed: int, index: int) -> MicroBatch:
-        """Convert samples [b, s + 1], or [b, 2, s + 1] with loss masks, to a micro-batch on the device."""
-        config, eod, to_device = self.config, self.eod, self.backend.to_device
-        mask = None
+    def _empty(self, loader: Loader, place: Place) -> MicroBatch:
+        number = microbatch_number(loader.dp, loader.replica, place.microbatch)
+        return MicroBatch(shape=(loader.micro_batch, place.length), number=number)
+
+    def _host_batch(self, loader: Loader, place: Place) -> MicroBatch:
+        """Make a micro-batch in host memory of a place's samples: [b, s + 1], or [b, 2, s + 1] with loss masks."""
+        parts, eod, host = self.parts, self.eod, self.backend.host_tensor
+        samples, mask = loader.microbatch(*place), None
         if samples.ndim == 3:
             # A label is an answer if its own token is: the mask is shifted as the labels are.
             samples, mask = samples[:, 0], samples[:, 1, 1:].astype(np.float32)
         tokens = np.ascontiguousarray(samples[:, :-1])
-        if config.eod_mask_loss:
+        if parts.loss_mask:
             ends = masks.loss_mask(tokens, eod)
             mask = ends if mask is None else mask * ends
         sources = None
-        if len(loader.names) > 1:
-            sources = tuple(loader.sources(loader.start(consumed, index), loader.micro_batch).tolist())
+        if parts.labels and len(loader.names) > 1:
+            start = loader.start(place.consumed, place.microbatch)
+            sources = tuple(loader.sources(start, loader.micro_batch).tolist())
         documents = None
-        if config.reset_attention_mask and (rows := masks.document_rows(masks.document_ids(tokens, eod))) is not None:
+        if parts.documents and (rows := masks.document_rows(masks.document_ids(tokens, eod))) is not None:
             order, inverse, groups = rows
-            documents = Documents(to_device(order), to_device(inverse), groups)
-        return MicroBatch(
-            tokens=to_device(tokens),
-            labels=to_device(np.ascontiguousarray(samples[:, 1:])),
-            loss_mask=None if mask is None else to_device(mask),
-            position_ids=to_device(masks.position_ids(tokens, eod)) if config.reset_position_ids else None,
-            documents=documents,
-            number=microbatch_number(loader.dp, loader.replica, index),
-            sources=sources,
-        )
+            documents = Documents(host(order), host(inverse), groups)
+        batch = self._empty(loader, place)
+        batch.tokens = host(tokens) if parts.tokens else None
+        batch.labels = host(np.ascontiguousarray(samples[:, 1:])) if parts.labels else None
+        batch.loss_mask = host(mask) if mask is not None and parts.labels else None
+        batch.position_ids = host(masks.position_ids(tokens, eod)) if parts.position_ids else None
+        batch.documents, batch.sources = documents, sources
+        return batch

@@ -33,7 +33,7 @@ def test_read_only_arrays_are_copied_without_warnings(recwarn):
     backend = select_backend(CPU, ParallelConfig(), Launch())
     array = np.arange(4)
     array.flags.writeable = False
-    tensor = backend.to_device(array)
+    tensor = backend.to_device(backend.host_tensor(array))
     tensor[0] = 7
     assert array[0] == 0 and not recwarn.list
 
@@ -142,7 +142,7 @@ def test_the_allocator_settings_of_the_environment_are_kept(monkeypatch, switche
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_chosen_and_seeded():
     backend = select_backend(RuntimeConfig(), ParallelConfig(), Launch())
-    assert backend.name == "cuda" and backend.to_device(np.arange(3)).is_cuda
+    assert backend.name == "cuda" and backend.to_device(backend.host_tensor(np.arange(3))).is_cuda
     draws = []
     for _ in range(2):
         backend.seed(11)

@@ -90,8 +90,8 @@ def test_samples_of_an_iteration_equal_those_of_training(prefix, capsys, more):
     printed = [int(word) for line in re.findall(r"^    '(.*)'$", out, re.M) for word in line.split()]
     config = parse_run(job(prefix, *more)).config
     dataset = build_datasets(config, vocab_size=101).train
-    with Loader(dataset, micro_batch=2, global_batch=lambda _: 4, cyclic_layout=(2, 1) if more else None) as loader:
-        assert printed == loader.read(8, 4).ravel().tolist()
+    loader = Loader(dataset, micro_batch=2, global_batch=lambda _: 4, cyclic_layout=(2, 1) if more else None)
+    assert printed == loader.read(8, 4).ravel().tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ class Batch:
     number: int
     sources: tuple[int, ...] | None = None
 
+    @property
+    def shape(self):
+        return tuple(self.tokens.shape)
+
 
 class Scale(nn.Module):
     """Stage that multiplies by a scalar weight: the loss of a chain is the product of weights times the mean token."""

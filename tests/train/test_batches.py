@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
+from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.data.serving.dataset import MockDataset
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.train.batches import RunData
+from megatron_lite.train.batches import BatchParts, RunData, batch_parts
 
 EOD = 7
 SAMPLES = (
@@ -36,17 +41,18 @@ class Written(MockDataset):
         return np.array(SAMPLES[sample])
 
 
-def run_data(dataset=None, size=1, dp=1, replica=0, **flags):
-    backend = select_backend(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
+def parts_of(*, first=True, last=True, positions="learned", **flags):
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, position_embedding=positions)
+    batch = BatchConfig(seq_length=6, micro_batch_size=1)
+    return batch_parts(RunConfig(model=model, batch=batch, data=DataConfig(**flags)), first=first, last=last)
+
+
+def run_data(dataset=None, size=1, dp=1, replica=0, prefetch=0, backend=None, **flags):
+    backend = backend or select_backend(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
     loader = Loader(
-        dataset or Written(),
-        micro_batch=size,
-        global_batch=lambda consumed: size * dp,
-        dp=dp,
-        replica=replica,
-        prefetch=0,
+        dataset or Written(), micro_batch=size, global_batch=lambda consumed: size * dp, dp=dp, replica=replica
     )
-    return RunData(backend, dataclasses.replace(DataConfig(), **flags), EOD, loader)
+    return RunData(backend, parts_of(**flags), EOD, prefetch, loader)
 
 
 def reader(consumed=0, seq_length=6, **settings):
@@ -152,16 +158,72 @@ def test_skipped_positions_are_passed_over():
     assert loader.positions(2, 3) == loader.samples(2, 3) == [2, 5, 6]
 
 
-def test_close_closes_every_loader_once():
-    closed = []
+class Recording(CpuBackend):
+    """Backend that records the threads in which tensors are made in host memory and moved to the device."""
 
-    class Closing:
-        def __init__(self, name):
-            self.name = name
+    def __init__(self):
+        super().__init__(RuntimeConfig(device="cpu"), ParallelConfig(), Launch())
+        self.calls = []
 
-        def close(self):
-            closed.append(self.name)
+    def use_in_thread(self):
+        self.note("begin")
 
-    RunData(None, DataConfig(), EOD, Closing("train"), {"v": Closing("valid")}, {"t": Closing("test")}).close()
-    assert closed == ["train", "valid", "test"]
-    RunData(None, DataConfig(), EOD).close()
+    def host_tensor(self, array):
+        self.note("host")
+        return super().host_tensor(array)
+
+    def to_device(self, tensor):
+        self.note("move")
+        return super().to_device(tensor)
+
+    def note(self, kind):
+        self.calls.append((kind, threading.current_thread() is threading.main_thread()))
+
+
+def test_the_main_thread_only_moves_what_the_thread_made():
+    backend, flags = Recording(), {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
+    data = run_data(Long(), prefetch=2, backend=backend, **flags)
+    try:
+        batches = [data.train_reader(Plan(start, 1))(0) for start in range(4)]
+    finally:
+        data.close()
+    assert backend.calls.count(("begin", False)) == 1
+    assert {call for call in backend.calls if call[0] != "begin"} == {("host", False), ("move", True)}
+    alone = run_data(Long(), **flags)
+    for start, batch in enumerate(batches):
+        assert torch.equal(batch.tokens, alone.train_reader(Plan(start, 1))(0).tokens)
+
+
+def test_a_rank_reads_what_its_stages_need():
+    resets = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    assert parts_of(**resets) == BatchParts(True, True, True, True, True)
+    assert parts_of(first=False, last=False) == BatchParts(False, False)
+    assert not parts_of(first=False, last=False, eod_mask_loss=True, reset_position_ids=True).any
+    assert parts_of(first=False, last=False, positions="rotary", **resets) == BatchParts(
+        False, False, position_ids=True, documents=True
+    )
+    assert parts_of(last=False, **resets) == BatchParts(True, False, position_ids=True, documents=True)
+    assert parts_of(first=False, **resets) == BatchParts(False, True, loss_mask=True, documents=True)
+    assert not parts_of(positions="alibi", **resets).position_ids
+
+
+class Unreadable(Long):
+    """Dataset whose samples must not be read."""
+
+    def __getitem__(self, sample):
+        raise AssertionError("read")
+
+
+def test_a_stage_in_the_middle_reads_nothing():
+    batch = run_data(Unreadable(), size=2, dp=2, replica=1, first=False, last=False).train_reader(Plan(4, 4, 5))(1)
+    assert batch.tokens is None and batch.labels is None
+    assert batch.shape == (2, 5) and batch.number == 3
+    with pytest.raises(AssertionError, match="read"):
+        run_data(Unreadable(), last=False).train_reader(Plan(0, 1))(0)
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_the_ends_get_their_own_tensors(end):
+    batch = run_data(Blend(), **{"first": end == "first", "last": end == "last"}).train_reader(Plan(0, 1))(0)
+    assert (batch.tokens is None, batch.labels is None) == (end == "last", end == "first")
+    assert batch.sources == (None if end == "first" else (0,)) and batch.shape == (1, 6)

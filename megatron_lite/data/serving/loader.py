@@ -1,16 +1,12 @@
-"""Micro-batch loader of one data-parallel replica, with a prefetch thread.
+"""Micro-batch loader of one data-parallel replica: tokens by (samples consumed, index in the iteration).
 
-The loader has no state to save or restore: (consumed, index) gives the same tokens in any order and in any process. The
-thread reads ahead on the assumption that the next micro-batch of the schedule is requested next.
+The loader has no state to save or restore: the same place gives the same tokens in any order and in any process.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +30,6 @@ class Loader:
             constant for validation).
         dp: data-parallel replicas.
         replica: data-parallel rank of this process.
-        prefetch: micro-batches read ahead; 0: each is read on request.
         cyclic_layout: (micro-batch size, replicas) of Megatron's cyclic sampler, from the layout that the run began
             with; None: the order of the dataset.
         repeats: restart the dataset at its end (validation); False: reading past the end is an error.
@@ -52,7 +47,6 @@ class Loader:
         global_batch: Callable[[int], int],
         dp: int = 1,
         replica: int = 0,
-        prefetch: int = 2,
         cyclic_layout: tuple[int, int] | None = None,
         repeats: bool = False,
     ) -> None:
@@ -62,14 +56,11 @@ class Loader:
         self.global_batch = global_batch
         self.dp = dp
         self.replica = replica
-        self.prefetch = prefetch
         self.skipped: Ranges = ()
         self.repeats = repeats
         self._order = CyclicOrder(len(dataset), *cyclic_layout) if cyclic_layout is not None else None
-        self._ahead: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
         # Datasets cache their last computations without locking, so one thread at a time reads them.
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
 
     def positions(self, start: int, count: int) -> list[int]:
         """Return the positions in the data order of the samples consumed after `start` others, [count]."""
@@ -120,57 +111,13 @@ class Loader:
             [micro_batch, length + 1], or [micro_batch, 2, length + 1] with loss masks
 
         Raises:
-            DataError: the dataset is too short, or damaged at these samples (also if the prefetch thread found it).
+            DataError: the dataset is too short, or damaged at these samples.
         """
-        wanted = (consumed, index)
-        if self._thread is None:
-            tokens = self._read(wanted)
-        else:
-            if wanted not in self._ahead:
-                self._drop()
-            future = self._take(wanted) or self._thread.submit(self._read, wanted)
-            self._read_ahead(self._thread, wanted)
-            tokens = future.result()
+        tokens = self.read(self.start(consumed, index), self.micro_batch)
         return tokens if length is None else tokens[..., : length + 1]
 
-    def close(self) -> None:
-        """Stop the prefetch thread; micro-batches can still be read on request."""
-        self._drop()
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            self._thread = None
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _samples(self, start: int, count: int) -> list[int]:
-        positions = self.positions(start, count)
-        return positions if self._order is None else [self._order[position] for position in positions]
-
-    def _read(self, wanted: tuple[int, int]) -> NDArray[np.int64]:
-        return self.read(self.start(*wanted), self.micro_batch)
-
-    def _read_ahead(self, thread: ThreadPoolExecutor, current: tuple[int, int]) -> None:
-        """Submit the `prefetch` micro-batches after `current`, and cancel all others."""
-        following: tuple[int, int] | None = current
-        kept: OrderedDict[tuple[int, int], Future[NDArray[np.int64]]] = OrderedDict()
-        for _ in range(self.prefetch):
-            following = self._after(*following) if following is not None else None
-            if following is not None:
-                kept[following] = self._take(following) or thread.submit(self._read, following)
-        self._drop()
-        self._ahead = kept
-
-    def _take(self, wanted: tuple[int, int]) -> Future[NDArray[np.int64]] | None:
-        return self._ahead.pop(wanted) if wanted in self._ahead else None
-
-    def _after(self, consumed: int, index: int) -> tuple[int, int] | None:
-        """Return (consumed, index) of this replica's next micro-batch, in this iteration or a later one."""
+    def following(self, consumed: int, index: int) -> tuple[int, int] | None:
+        """Return (consumed, index) of this replica's next micro-batch, in this iteration or a later one; None: far."""
         index += 1
         for _ in range(LOOK_AHEAD):
             batch = self.global_batch(consumed)
@@ -179,7 +126,6 @@ class Loader:
             consumed, index = consumed + batch, 0
         return None
 
-    def _drop(self) -> None:
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead.clear()
+    def _samples(self, start: int, count: int) -> list[int]:
+        positions = self.positions(start, count)
+        return positions if self._order is None else [self._order[position] for position in positions]

@@ -56,9 +56,9 @@ def test_samples_have_the_mask_of_their_tokens(tmp_path, data):
     for sample in range(10):
         tokens, mask = train[sample]
         assert mask.tolist() == (tokens >= 50).astype(int).tolist()
-    with Loader(train, micro_batch=2, global_batch=lambda _: 4) as loader:
-        assert loader.microbatch(0, 1).shape == (2, 2, LENGTH + 1)
-        assert loader.microbatch(0, 1, 5).shape == (2, 2, 6)
+    loader = Loader(train, micro_batch=2, global_batch=lambda _: 4)
+    assert loader.microbatch(0, 1).shape == (2, 2, LENGTH + 1)
+    assert loader.microbatch(0, 1, 5).shape == (2, 2, 6)
 
 
 def test_packing_keeps_masks_and_counts_cut_answers(tmp_path):

@@ -79,8 +79,7 @@ def test_the_order_does_not_depend_on_replicas_or_requests(tmp_path):
     def read(requested, dp):
         dataset = ClosedFormDataset(data, (0, 20), requested, 8, 1)
         loaders = [
-            Loader(dataset, micro_batch=2, global_batch=lambda _: 8, dp=dp, replica=replica, prefetch=0)
-            for replica in range(dp)
+            Loader(dataset, micro_batch=2, global_batch=lambda _: 8, dp=dp, replica=replica) for replica in range(dp)
         ]
         return [
             loader.microbatch(consumed, index).tolist()
