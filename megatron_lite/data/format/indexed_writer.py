@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +32,14 @@ BUFFERED = 4096
 """Lengths, or document boundaries, kept in memory before they are written to their temporary file."""
 
 
+class Extent(NamedTuple):
+    """Content of a dataset so far."""
+
+    sequences: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
 class IndexedDatasetWriter:
     """Writer of a .bin/.idx pair under temporary names; `finish` renames both, the .idx last.
 
@@ -41,27 +49,63 @@ class IndexedDatasetWriter:
     Args:
         prefix: path of both files without the suffix.
         dtype: type of the stored tokens (index_format.smallest_token_type is Megatron's choice).
+        unfinished: path of the temporary files without suffix, if they are kept when writing is interrupted; empty:
+            they are next to the dataset and removed.
+        extent: content of the temporary files to append to; the rest of the files is removed.
+
+    Attributes:
+        index_piece: bytes and CRC-32 of the .idx, when the writer is finished.
 
     Raises:
-        DataError: the folder cannot be written to, the disk is full, another process writes to the same name, or a
-            token does not fit `dtype`.
+        DataError: the folder cannot be written to, the disk is full, another process writes to the same name, a token
+            does not fit `dtype`, or the temporary files have less content than `extent`.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type[np.integer]) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: np.dtype | type[np.integer],
+        unfinished: str | Path = "",
+        extent: Extent | None = None,
+    ) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         type_code(self.dtype)
-        self.num_sequences = 0
-        self.num_documents = 0
-        self.num_tokens = 0
+        self.num_sequences, self.num_documents, self.num_tokens = extent or Extent()
+        self.index_piece = (0, 0)
+        self._is_kept = bool(unfinished)
         self._sizes = array("i")
-        self._documents = array("q", [0])
-        self._paths = {part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "idx", "sizes", "documents")}
+        self._documents = array("q") if extent else array("q", [0])
+        self._paths = {
+            part: Path(f"{unfinished or prefix}.{part}.tmp") for part in ("bin", "idx", "sizes", "documents")
+        }
         with self._writing():
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
             self._files: dict[str, BinaryIO] = {"bin": _open_exclusively(self._paths["bin"], self.prefix)}
             for part in ("sizes", "documents"):
-                self._files[part] = self._paths[part].open("w+b", buffering=1 << 20)
+                self._files[part] = _open(self._paths[part])
+            kept = {"sizes": 4 * self.num_sequences, "documents": 8 * (self.num_documents + 1) if extent else 0}
+            for part, size in {"bin": self.num_bytes, **kept}.items():
+                self._cut(part, size)
+
+    def _cut(self, part: str, size: int) -> None:
+        """Remove what follows `size` bytes of a temporary file, and continue there."""
+        file = self._files[part]
+        found = os.fstat(file.fileno()).st_size
+        if found < size:
+            self.abort()
+            raise DataError(
+                f"Cannot continue {self._paths[part]}: it has {found:,} bytes of the {size:,} that were written before "
+                "the interruption",
+                fix=f'Delete the folder "{self._paths[part].parent}" and give the same command again',
+            )
+        file.truncate(size)
+        file.seek(size)
+
+    @property
+    def extent(self) -> Extent:
+        """Content so far."""
+        return Extent(self.num_sequences, self.num_documents, self.num_tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -146,6 +190,14 @@ class IndexedDatasetWriter:
         self.num_documents += other.num_documents
         self.num_tokens += other.num_tokens
 
+    def sync(self) -> None:
+        """Wait until the content so far is on the disk, from where another writer can continue."""
+        self._spill()
+        with self._writing():
+            for file in self._files.values():
+                file.flush()
+                os.fdatasync(file.fileno())
+
     def finish(self) -> None:
         """Write the .idx and rename both files to their final names, replacing an older pair.
 
@@ -169,9 +221,10 @@ class IndexedDatasetWriter:
             self.abort()
 
     def abort(self) -> None:
-        """Remove all unfinished files; the .bin last, since its lock excludes other writers."""
+        """Close all files, and remove unfinished ones unless they are kept: the .bin last, which holds the lock."""
         for path in reversed(self._paths.values()):
-            path.unlink(missing_ok=True)
+            if not self._is_kept:
+                path.unlink(missing_ok=True)
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -212,12 +265,15 @@ class IndexedDatasetWriter:
 
     def _write_index(self) -> None:
         """Write the .idx from its header and the side files."""
-        with self._paths["idx"].open("wb", buffering=1 << 20) as index:
-            index.write(pack_header(self.dtype, self.num_sequences, self.num_documents + 1))
-            for piece in itertools.chain(self._pieces("sizes"), self._pointers(), self._pieces("documents")):
+        size = checksum = 0
+        header = pack_header(self.dtype, self.num_sequences, self.num_documents + 1)
+        with self._paths["idx"].open("wb", buffering=1 << 16) as index:
+            for piece in itertools.chain([header], self._pieces("sizes"), self._pointers(), self._pieces("documents")):
                 index.write(piece)
+                size, checksum = size + len(piece), zlib.crc32(piece, checksum)
             index.flush()
             os.fsync(index.fileno())
+        self.index_piece = (size, checksum)
 
     def _pieces(self, part: str) -> Iterator[bytes]:
         """Yield the content of a side file in chunks."""
@@ -246,8 +302,14 @@ class IndexedDatasetWriter:
             ) from error
 
 
+def _open(path: Path) -> BinaryIO:
+    """Open a file for reading and writing; it is created if it does not exist."""
+    # Batches are larger than the buffer and are written from where they are.
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 16)
+
+
 def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
-    """Open and lock an empty temporary .bin.
+    """Open and lock a temporary .bin.
 
     Raises:
         DataError: another process is writing it.
@@ -256,11 +318,10 @@ def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
     while True:
         # Not truncated before it is locked, as it may be another process's; and not opened for appending, which
         # copy_file_range refuses.
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
+        file = _open(path)
         is_locked = acquire(file, wait=False)
         # If the file was renamed between open and lock, it is another writer's finished dataset: open again.
         if is_locked and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
             return file
         file.close()
         if not is_locked:

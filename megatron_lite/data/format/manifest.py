@@ -68,18 +68,13 @@ def manifest_of(
     report: dict[str, Any] | None = None,
 ) -> DatasetManifest:
     """Return the manifest of a dataset that `writer` has finished; see DatasetManifest for the other arguments."""
-    checksum = size = 0
-    with idx_path(writer.prefix).open("rb") as file:
-        while data := file.read(READ_BYTES):
-            checksum = zlib.crc32(data, checksum)
-            size += len(data)
     return DatasetManifest(
         dtype=writer.dtype.name,
         documents=writer.num_documents,
         sequences=writer.num_sequences,
         tokens=writer.num_tokens,
         bin_pieces=bin_pieces,
-        idx_pieces=[(size, checksum)],
+        idx_pieces=[writer.index_piece],
         tokenizer=tokenizer,
         flags=flags,
         inputs=inputs,

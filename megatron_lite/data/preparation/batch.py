@@ -15,7 +15,7 @@ WINDOW = 4096
 REPETITIVE_BELOW = 0.02
 """A document is repetitive if WINDOW tokens in its middle have fewer distinct tokens than this share."""
 
-FEW = 256
+FEW = 1024
 """Tokens of the window that are counted first."""
 
 UNKNOWN_ABOVE = 0.05
@@ -137,7 +137,8 @@ def note_outliers(
     few = np.sort(batch.ids[starts[:, None] + np.arange(FEW)].astype(np.uint16), axis=1)
     varied = 1 + np.count_nonzero(few[:, 1:] != few[:, :-1], axis=1) >= REPETITIVE_BELOW * WINDOW
     for i, start in zip(long[~varied].tolist(), starts[~varied].tolist(), strict=True):
-        distinct = int(np.count_nonzero(np.bincount(batch.ids[start : start + WINDOW])))
+        window = np.sort(batch.ids[start : start + WINDOW])
+        distinct = 1 + int(np.count_nonzero(window[1:] != window[:-1]))
         if distinct < REPETITIVE_BELOW * WINDOW:
             text = f"({distinct:,} distinct tokens among {WINDOW:,} in its middle)"
             note("repetitive", i, 1.0 - distinct / WINDOW, text)

@@ -18,8 +18,8 @@ from megatron_lite.system_errors import reason, remedy
 TEXT_COLUMNS = ("string", "large_string", "string_view", "null")
 """Parquet types of text, and the type of a column without any value."""
 
-BATCH_BYTES = 1 << 20
-"""Bytes of the lines of a batch, of which the last one may be longer."""
+BATCH_BYTES = 1 << 19
+"""Bytes of the lines of a batch, of which the last one may be longer; all arrays of a batch fit in a core's cache."""
 
 
 class Line(NamedTuple):

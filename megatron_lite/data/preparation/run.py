@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.format.index_format import smallest_token_type
-from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.format.manifest import is_complete, manifest_of, manifest_path, require_absent, write_manifest
+from megatron_lite.data.preparation.assembly import Assembly
 from megatron_lite.data.preparation.lines import read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Pool
@@ -23,8 +23,8 @@ from megatron_lite.data.preparation.report import Summary
 from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.data.preparation.shuffle import plan_buckets
 from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units, unit_size
-from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder, plan_hash
-from megatron_lite.data.preparation.worker import Step, Task, build_job, first_token
+from megatron_lite.data.preparation.work_folder import FinishedUnit, WorkFolder, plan_hash
+from megatron_lite.data.preparation.worker import Step, Task, UnitWorker, build_job, first_token
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
@@ -131,31 +131,53 @@ class _Run:
         """Process all units, write the datasets, and return the summary."""
         if folder.discarded:
             self.progress.say("Unfinished work of another command with this --output-prefix was deleted.")
-        units = self.units
-        finished = set(folder.finished())
-        todo = [unit for unit in units if unit.number not in finished]
-        self.progress.start(_size(units), _size(todo), len(units) - len(todo))
+        finished = folder.finished()
+        todo = [unit for unit in self.units if unit.number not in finished]
+        self.progress.start(_size(self.units), _size(todo), len(self.units) - len(todo))
+        if self.options.shuffle:
+            return self._make_shuffled(folder, todo)
+        with self._assemble(folder, self.units) as assembly:
+            for step in self._add_units(assembly, todo):
+                self.progress.advance(step)
+            summary = self._summarize(assembly.done)
+            self._finish(assembly, summary)
+        return summary
+
+    def _make_shuffled(self, folder: WorkFolder, todo: Sequence[Unit]) -> Summary:
         for step in self._work(folder.path, todo):
             self.progress.advance(step)
-        done = [folder.read(unit.number) for unit in units]
-        summary = _summarize(self.sources, units, done)
-        if not any(shard.num_bytes for one in done for shard in one.shards):
-            raise DataError(
-                f"The dataset would be empty: {summary.explain_empty()}",
-                fix=summary.remedy_of_empty(),
-            )
-        if self.options.shuffle:
-            buckets = plan_buckets(len(units), [one.shards for one in done])
-            rest = [bucket for bucket in buckets if bucket.number not in finished]
-            self.progress.stage("shuffle", len(rest))
-            for _ in self._work(folder.path, rest):
+        finished = folder.finished()
+        done = [finished[unit.number] for unit in self.units]
+        summary = self._summarize(done)
+        buckets = plan_buckets(len(self.units), [one.shards for one in done])
+        rest = [bucket for bucket in buckets if bucket.number not in finished]
+        self.progress.stage("shuffle", len(rest))
+        for _ in self._work(folder.path, rest):
+            self.progress.piece()
+        folder.drop([shard for one in done for shard in one.shards])
+        with self._assemble(folder, buckets) as assembly:
+            self.progress.stage("join", len(buckets) - len(assembly.done))
+            while assembly.append_finished():
                 self.progress.piece()
-            folder.drop([shard for one in done for shard in one.shards])
-            done = [folder.read(bucket.number) for bucket in buckets]
-        self.progress.stage("join", len(done) * len(self.prefixes))
-        for key, prefix in enumerate(self.prefixes):
-            self._join(prefix, [one.shards[key] for one in done], summary)
+            self._finish(assembly, summary)
         return summary
+
+    def _assemble(self, folder: WorkFolder, tasks: Sequence[Task]) -> Assembly:
+        numbers = [task.number for task in tasks]
+        return Assembly(folder, numbers, self.prefixes, smallest_token_type(self.tokenizer.vocab_size))
+
+    def _add_units(self, assembly: Assembly, todo: Sequence[Unit]) -> Iterator[Step]:
+        """Append all units in order, as soon as they are finished, and yield the steps of the unfinished ones."""
+        if self.pool is not None:
+            for step in self.pool.run(todo):
+                yield step
+                _append_finished(assembly)
+            _append_finished(assembly)
+            return
+        worker = UnitWorker(self.options, self.tokenizer)
+        while len(assembly.done) < len(self.units):
+            if not assembly.append_finished():
+                yield from assembly.write(worker, self.units[len(assembly.done)])
 
     def _work(self, folder: Path, tasks: Sequence[Task]) -> Iterator[Step]:
         """Run tasks in the workers or in this process, and yield their steps."""
@@ -163,23 +185,41 @@ class _Run:
             return self.pool.run(tasks)
         return chain.from_iterable(map(build_job(self.options, folder, self.tokenizer), tasks))
 
-    def _join(self, prefix: str, shards: Sequence[Shard], summary: Summary) -> None:
-        """Concatenate shards under the final name; the manifest is written last."""
-        with IndexedDatasetWriter(prefix, smallest_token_type(self.tokenizer.vocab_size)) as writer:
-            for shard in shards:
-                writer.append(shard.name)
-                self.progress.piece()
-            manifest_path(prefix).unlink(missing_ok=True)
-        manifest = manifest_of(
-            writer,
-            [(shard.num_bytes, shard.checksum) for shard in shards],
-            self.tokenizer_entry,
-            flags=self.options.identity(),
-            inputs=[{"path": source.path, "bytes": source.num_bytes} for source in self.sources],
-            plan=self.plan,
-            report=summary.to_dict(),
-        )
-        write_manifest(prefix, manifest)
+    def _summarize(self, done: Sequence[FinishedUnit]) -> Summary:
+        """Return the summary of all units.
+
+        Raises:
+            DataError: they have no tokens.
+        """
+        summary = _summarize(self.sources, self.units, done)
+        if not any(shard.num_bytes for one in done for shard in one.shards):
+            raise DataError(
+                f"The dataset would be empty: {summary.explain_empty()}",
+                fix=summary.remedy_of_empty(),
+            )
+        return summary
+
+    def _finish(self, assembly: Assembly, summary: Summary) -> None:
+        """Give the datasets their final names; the manifest is written last."""
+        assembly.commit()
+        for key, writer in enumerate(assembly.writers):
+            manifest_path(writer.prefix).unlink(missing_ok=True)
+            writer.finish()
+            manifest = manifest_of(
+                writer,
+                [(one.shards[key].num_bytes, one.shards[key].checksum) for one in assembly.done],
+                self.tokenizer_entry,
+                flags=self.options.identity(),
+                inputs=[{"path": source.path, "bytes": source.num_bytes} for source in self.sources],
+                plan=self.plan,
+                report=summary.to_dict(),
+            )
+            write_manifest(writer.prefix, manifest)
+
+
+def _append_finished(assembly: Assembly) -> None:
+    while assembly.append_finished():
+        pass
 
 
 def _size(units: Sequence[Unit]) -> int:

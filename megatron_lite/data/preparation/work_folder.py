@@ -23,6 +23,9 @@ from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.system_errors import reason, remedy
 
+ASSEMBLED = "assembled."
+"""Beginning of the names of the assembled datasets and their records, which sort behind those of single units."""
+
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
 FORMAT = 2
 """Version of the files of a finished unit; part of the plan, so that a run never continues from another version."""
@@ -30,11 +33,16 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Shard:
-    """Finished shard: path of its files without suffix, and size and CRC-32 of its .bin."""
+    """Finished shard: path of its files without suffix, and size and CRC-32 of its .bin.
+
+    A shard without a name is part of the datasets that `Assembly` writes.
+    """
 
     name: str
     num_bytes: int
     checksum: int
+    end: tuple[int, int, int] = (0, 0, 0)
+    """Sequences, documents and tokens of the assembled dataset up to the end of the shard."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,17 @@ class FinishedUnit:
 
     shards: list[Shard]
     report: UnitReport
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether the unit is part of the assembled datasets."""
+        return not any(shard.name for shard in self.shards)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> FinishedUnit:
+        """Return the unit of a JSON object."""
+        shards = [Shard(**{**shard, "end": tuple(shard.get("end", (0, 0, 0)))}) for shard in saved["shards"]]
+        return cls(shards, UnitReport.from_dict(saved["report"]))
 
 
 def plan_hash(options: PreprocessOptions, sources: Sequence[Source], tokenizer: dict[str, Any], unit_bytes: int) -> str:
@@ -64,6 +83,14 @@ def new_prefix(folder: Path, number: int) -> Path:
 def mark_finished(folder: Path, number: int, unit: FinishedUnit) -> None:
     """Record that a unit is finished."""
     replace_file(folder / f"{number:06d}.json", json.dumps(asdict(unit)).encode())
+
+
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """Return the error for a work folder that cannot be written to."""
+    return DataError(
+        f"Cannot write to {folder}: {reason(error)}",
+        fix=f"{remedy(error, folder, writing=True)}; then give the same command again: it continues where it stopped",
+    )
 
 
 class WorkFolder:
@@ -128,20 +155,39 @@ class WorkFolder:
         return any(entry.suffix == ".json" for entry in old)
 
     def _remove_unfinished(self) -> None:
-        keep = {shard.name for number in self.finished() for shard in self.read(number).shards}
+        keep = {shard.name for unit in self.finished().values() for shard in unit.shards}
         for entry in self.path.iterdir():
             is_shard = entry.suffix in SHARD_SUFFIXES and str(entry.with_suffix("")) not in keep
-            if is_shard or entry.suffix == ".tmp":
+            if is_shard or (entry.suffix == ".tmp" and not entry.name.startswith(ASSEMBLED)):
                 entry.unlink(missing_ok=True)
 
-    def finished(self) -> list[int]:
-        """Return the numbers of the finished units in increasing order."""
-        return sorted(int(path.stem) for path in self.path.glob("*.json"))
+    def assembled(self, key: int) -> Path:
+        """Return the path, without suffix, of the temporary files of the assembled dataset of a JSON key."""
+        return self.path / f"{ASSEMBLED}{key}"
 
-    def read(self, number: int) -> FinishedUnit:
-        """Return the shards and the report of a finished unit."""
-        saved = json.loads((self.path / f"{number:06d}.json").read_bytes())
-        return FinishedUnit([Shard(**shard) for shard in saved["shards"]], UnitReport.from_dict(saved["report"]))
+    def mark_assembled(self, units: dict[int, FinishedUnit]) -> None:
+        """Record that units are part of the assembled datasets."""
+        content = {str(number): asdict(unit) for number, unit in units.items()}
+        try:
+            replace_file(self.path / f"{ASSEMBLED}{min(units):06d}.json", json.dumps(content).encode())
+            for number in units:
+                (self.path / f"{number:06d}.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def finished(self) -> dict[int, FinishedUnit]:
+        """Return the finished units by number."""
+        found = dict[int, FinishedUnit]()
+        for path in sorted(self.path.glob("*.json")):
+            saved = json.loads(path.read_bytes())
+            units = saved if path.name.startswith(ASSEMBLED) else {path.stem: saved}
+            found |= {int(number): FinishedUnit.from_dict(unit) for number, unit in units.items()}
+        return dict(sorted(found.items()))
+
+    def read(self, number: int) -> FinishedUnit | None:
+        """Return a finished unit whose shards are files of their own; None if there is none."""
+        path = self.path / f"{number:06d}.json"
+        return FinishedUnit.from_dict(json.loads(path.read_bytes())) if path.exists() else None
 
     def drop(self, shards: Sequence[Shard]) -> None:
         """Delete shards that are no longer needed; their units remain finished."""

@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite import system_errors
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.batch import Batch, note_outliers
@@ -24,7 +23,7 @@ from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.data.preparation.shuffle import Bucket, sort_shard, write_bucket
 from megatron_lite.data.preparation.sources import Unit
-from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, mark_finished, new_prefix
+from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, mark_finished, new_prefix, unwritable
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
@@ -54,17 +53,12 @@ def build_job(options: PreprocessOptions, folder: Path, tokenizer: Tokenizer | N
                 mark_finished(folder, task.number, FinishedUnit(write_bucket(task, prefix), UnitReport()))
                 yield Step(0, 0, 0)
                 return
-            shards, report = yield from worker.run(task, prefix)
+            shards, report = yield from worker.write_shards(task, prefix)
             if options.shuffle:
                 shards = [_sort(shard) for shard in shards]
             mark_finished(folder, task.number, FinishedUnit(shards, report))
         except OSError as error:
-            raise DataError(
-                f"Cannot write to {folder}: {system_errors.reason(error)}",
-                fix=f"{system_errors.remedy(error, folder, writing=True)}; then give the same command again: it "
-                "continues where "
-                "it stopped",
-            ) from error
+            raise unwritable(folder, error) from error
 
     return job
 
@@ -131,7 +125,7 @@ class UnitWorker:
         self._unchecked = COMPARED
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
-    def run(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
+    def write_shards(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
         """Write the shards `{prefix}.{number of the JSON key}` of a unit, and with --shuffle `….order` next to each.
 
         Yields:
@@ -143,36 +137,53 @@ class UnitWorker:
         Raises:
             DataError: the input is damaged, a line is bad (without --skip-bad-lines), or the disk is full.
         """
-        report = UnitReport()
         names = [f"{prefix}.{i}" for i in range(len(self.options.json_keys))]
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(IndexedDatasetWriter(name, self.dtype)) for name in names]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
-            before, checksums, draws = 0, [0] * len(names), _Draws(self.options.seed, unit.number)
-
-            def write(key: int, batch: Batch, order: npt.NDArray[np.uint64]) -> None:
-                checksums[key] = writers[key].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[key])
-                if orders:
-                    orders[key].write(order.tobytes())
-
-            joiner = self._new_joiner()
-            for lines in read_batches(unit, self.options.json_keys, self.options.max_line_bytes):
-                documents = self._parse(lines, draws, unit, report)
-                for key, (batch, counts, order) in enumerate(self._encode(documents, unit, report)):
-                    write(key, *((batch, order) if joiner is None else joiner.add(batch, counts, order)))
-                yield Step(len(lines.contents), lines.num_bytes, lines.position - before)
-                before = lines.position
-            if joiner is not None:
-                if (last := joiner.finish()) is not None:
-                    write(0, *last)
-                report.joined, report.short = joiner.joined, joiner.short
-        yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
-        report.documents = writers[0].num_documents
-        report.tokens = sum(writer.num_tokens for writer in writers)
+            checksums, report = yield from self.run(unit, writers, orders)
         return [
             Shard(name, writer.num_bytes, checksum)
             for name, writer, checksum in zip(names, writers, checksums, strict=True)
         ], report
+
+    def run(
+        self, unit: Unit, writers: Sequence[IndexedDatasetWriter], orders: Sequence[BinaryIO] = ()
+    ) -> Generator[Step, None, tuple[list[int], UnitReport]]:
+        """Append the documents of a unit to datasets, [JSON keys], and their sort keys to files, if there are any.
+
+        Yields:
+            Steps of progress.
+
+        Returns:
+            CRC-32 of the tokens for each JSON key, and the report.
+
+        Raises:
+            DataError: as in `write_shards`.
+        """
+        report, joiner = UnitReport(), self._new_joiner()
+        before, checksums, draws = 0, [0] * len(writers), _Draws(self.options.seed, unit.number)
+        extents = [writer.extent for writer in writers]
+
+        def write(key: int, batch: Batch, order: npt.NDArray[np.uint64]) -> None:
+            checksums[key] = writers[key].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[key])
+            if orders:
+                orders[key].write(order.tobytes())
+
+        for lines in read_batches(unit, self.options.json_keys, self.options.max_line_bytes):
+            documents = self._parse(lines, draws, unit, report)
+            for key, (batch, counts, order) in enumerate(self._encode(documents, unit, report)):
+                write(key, *((batch, order) if joiner is None else joiner.add(batch, counts, order)))
+            yield Step(len(lines.contents), lines.num_bytes, lines.position - before)
+            before = lines.position
+        if joiner is not None:
+            if (last := joiner.finish()) is not None:
+                write(0, *last)
+            report.joined, report.short = joiner.joined, joiner.short
+        yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
+        report.documents = writers[0].num_documents - extents[0].documents
+        report.tokens = sum(writer.num_tokens - extent.tokens for writer, extent in zip(writers, extents, strict=True))
+        return checksums, report
 
     def _new_joiner(self) -> ShortDocumentJoiner | None:
         if not self.options.join_short:

@@ -209,19 +209,40 @@ def test_read_only_output_folder(make, tmp_path):
         make("closed/out")
 
 
-@pytest.mark.parametrize("joining", [False, True])
-def test_work_continues_after_a_full_disk(make, look, tmp_path, monkeypatch, joining):
-    finish = IndexedDatasetWriter._write_index
+@pytest.mark.parametrize(
+    ("method", "options", "is_full"),
+    [
+        ("add_batch", {}, lambda writer: writer.num_documents > 100),
+        ("_write_index", {}, lambda writer: True),
+        ("_write_index", {"shuffle": True}, lambda writer: "000003" in writer.prefix),
+        ("_write_index", {"shuffle": True}, lambda writer: ".partial/" not in writer.prefix),
+    ],
+    ids=["tokens", "index", "shard", "shuffled"],
+)
+def test_work_continues_after_a_full_disk(make, look, tmp_path, monkeypatch, method, options, is_full):
+    write = getattr(IndexedDatasetWriter, method)
 
-    def full(self):
-        if (".partial/" in self.prefix) != joining and (joining or "000003" in self.prefix):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finish(self)
+    def full(self, *args):
+        if is_full(self):
+            with self._writing():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(IndexedDatasetWriter, "_write_index", full)
+        patch.setattr(IndexedDatasetWriter, method, full)
         with pytest.raises(DataError, match="No space left"):
-            make()
+            make(**options)
     assert not list(tmp_path.glob("out_*"))
-    assert len(list((tmp_path / "out.partial").glob("*.json"))) >= 3
-    assert look.files(make()) == look.files(make("whole"))
+    assert list((tmp_path / "out.partial").glob("*.json")), "finished units are kept"
+    assert look.files(make(**options)) == look.files(make("whole", **options))
+
+
+def test_shortened_files_of_an_interrupted_run(make, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedDatasetWriter, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make()
+    path = tmp_path / "out.partial" / "assembled.0.bin.tmp"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"assembled\.0\.bin\.tmp: it has .* bytes of the .*Delete the folder"):
+        make()

@@ -49,15 +49,30 @@ def test_output_is_independent_of_workers_and_units(make, look):
         assert other[:2] == one[:2]
 
 
-def test_interrupted_runs_are_continued(make, look, tmp_path):
-    whole = look.files(make("whole", shuffle=True))
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_interrupted_runs_are_continued(make, look, tmp_path, shuffle):
+    whole = look.files(make("whole", shuffle=shuffle))
     for after in (0, 1, 0, 2, 3):
         with pytest.raises(KeyboardInterrupt):
-            make("cut", Interrupt(after), shuffle=True)
+            make("cut", Interrupt(after), shuffle=shuffle)
         assert not list(tmp_path.glob("cut_*")), "no file under the final name"
         assert (tmp_path / "cut.partial").is_dir()
-    assert look.files(make("cut", shuffle=True)) == whole
+    assert look.files(make("cut", shuffle=shuffle)) == whole
     assert not (tmp_path / "cut.partial").exists()
+
+
+@pytest.mark.slow
+def test_runs_are_continued_with_another_number_of_workers(make, look, tmp_path):
+    """Units are finished by this process, by workers, and again by this process."""
+    keys = {"json_keys": ("text", "title"), "append_eod": True}
+    whole = look.files(make("whole", **keys))
+    for workers, after in ((1, 5), (2, 6), (1, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            make("cut", Interrupt(after), workers=workers, **keys)
+    assert look.files(make("cut", **keys)) == whole
+    assert look.files(str(tmp_path / "cut"), "_title_document") == look.files(
+        str(tmp_path / "whole"), "_title_document"
+    )
 
 
 def test_progress_reaches_the_end_of_the_input(make, corpus, tmp_path):

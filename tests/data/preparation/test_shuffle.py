@@ -52,7 +52,7 @@ def test_stages_are_displayed(make, monkeypatch):
     (first, buckets, shuffled), (second, shards, joined) = stages
     assert (first, second) == ("shuffle", "join")
     assert buckets == shuffled > 1
-    assert shards == joined == 2 * buckets
+    assert shards == joined == buckets
 
 
 def test_unsorted_shards_are_deleted_before_buckets_are_joined(make, look, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_unsorted_shards_are_deleted_before_buckets_are_joined(make, look, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_lite.data.preparation.run._Run._join", stop)
+        patch.setattr("megatron_lite.data.preparation.run._Run._assemble", stop)
         with pytest.raises(KeyboardInterrupt):
             make("cut", shuffle=True)
     assert len(list((tmp_path / "cut.partial").glob("*.bin"))) == 1, "the only bucket"

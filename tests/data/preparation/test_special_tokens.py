@@ -13,7 +13,8 @@ from tokenizers import normalizers, processors
 
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.data.format.manifest import read_manifest, write_manifest
-from megatron_lite.data.preparation import run, worker
+from megatron_lite.data.preparation import run
+from megatron_lite.data.preparation.assembly import Assembly
 from megatron_lite.data.preparation.batch import Batch
 from megatron_lite.data.preparation.merge import merge_datasets
 from megatron_lite.data.preparation.options import PreprocessOptions
@@ -64,21 +65,18 @@ def test_a_tokenizer_without_bos_is_refused_at_the_start(make, tokenizer, tmp_pa
 
 
 def interrupted(options, monkeypatch):
-    """Stop after two units; return the numbers of the finished units."""
-    done = []
+    """Stop after two units."""
+    add = Assembly._add
 
-    def stop(*args):
-        if len(done) == 2:
+    def stop(self, unit):
+        if len(self.done) == 2:
             raise KeyboardInterrupt
-        done.append(args[1])
-        mark(*args)
+        add(self, unit)
 
-    mark = worker.mark_finished
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "mark_finished", stop)
+        patch.setattr(Assembly, "_add", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(options, ProgressDisplay())
-    return done
 
 
 class Recorder(ProgressDisplay):
@@ -97,7 +95,7 @@ def test_interrupted_work_is_continued_with_the_same_rules_only(corpus, template
     options = PreprocessOptions(
         inputs=(str(corpus),), output_prefix=str(tmp_path / "out"), tokenizer=template, unit_bytes=3000
     )
-    assert interrupted(options, monkeypatch)
+    interrupted(options, monkeypatch)
     said = Recorder()
     path = tmp_path / "tokenizer.json"
     library = tokenizers.Tokenizer.from_file(str(path))
@@ -122,7 +120,7 @@ def test_interrupted_work_of_an_older_version_is_not_continued(corpus, template,
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "plan_hash", older)
-        assert interrupted(options, monkeypatch)
+        interrupted(options, monkeypatch)
     said = Recorder()
     preprocess(options, said)
     assert "was deleted" in "".join(said.lines) and said.left == 0
