@@ -35,8 +35,9 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.counts import flops_per_token
 from megatron_lite.config.fp8 import Fp8Config
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, PrecisionConfig
+from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig

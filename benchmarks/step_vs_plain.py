@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.batch import BatchConfig
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, PrecisionConfig
+from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.training import TrainingConfig

@@ -17,7 +17,14 @@ import torch
 
 from megatron_lite.backend.agreement import run_on_all_ranks
 from megatron_lite.backend.group import Group
-from megatron_lite.checkpoint.names import is_model_tensor, is_optional, is_superseded, source_of
+from megatron_lite.checkpoint.names import (
+    EMA_PREFIX,
+    MAIN_PREFIX,
+    is_model_tensor,
+    is_optional,
+    is_superseded,
+    source_of,
+)
 from megatron_lite.checkpoint.reading import CheckpointReader, ReadPlan
 from megatron_lite.checkpoint.verify import check_sizes, verify_parts
 from megatron_lite.errors import CheckpointError
@@ -30,7 +37,13 @@ _SHOWN = 5
 
 
 def load_checkpoint(
-    path: Path, tensors: Sequence[GlobalTensor], world: Group, *, weights_only: bool = False
+    path: Path,
+    tensors: Sequence[GlobalTensor],
+    world: Group,
+    *,
+    weights_only: bool = False,
+    averaged: bool = False,
+    restart_average: bool = False,
 ) -> dict[str, Any]:
     """Fill tensors from a checkpoint; a collective call.
 
@@ -40,6 +53,8 @@ def load_checkpoint(
             ones (names.is_optional) are left unchanged if the checkpoint does not have them in the same shape.
         world: all ranks.
         weights_only: leave out the optimizer's state, of the run and of the checkpoint, except main parameters.
+        averaged: fill the weights with the checkpoint's moving average of them.
+        restart_average: fill the run's moving average with the weights, as where the checkpoint has none.
 
     Returns:
         The saved scalars.
@@ -48,13 +63,20 @@ def load_checkpoint(
         CorruptCheckpointError: a file is missing or damaged. Tensors may have been filled, with sound values only.
         CheckpointError: a tensor is missing, left over, or of another shape. No tensor was changed.
     """
-    wanted = [tensor for tensor in tensors if not weights_only or is_model_tensor(tensor.name)]
+    wanted = [
+        tensor
+        for tensor in tensors
+        if not weights_only or is_model_tensor(tensor.name) or tensor.name.startswith(EMA_PREFIX)
+    ]
 
     def check() -> tuple[CheckpointReader, ReadPlan]:
         reader = CheckpointReader(path)
         check_sizes(path, reader.manifest, sorted(reader.manifest.files)[world.rank :: world.size])
+        names = averages(reader) if averaged else {}
+        if restart_average:
+            names |= {EMA_PREFIX + tensor.name: tensor.name for tensor in wanted}
         found = [tensor for tensor in wanted if not is_optional(tensor.name) or _is_saved(tensor, reader)]
-        return reader, reader.plan([(tensor, _find_source(tensor, reader)) for tensor in found])
+        return reader, reader.plan([(t, _find_source(t, names.get(t.name, t.name), reader)) for t in found])
 
     reader, plan = run_on_all_ranks(world, check)
     run = {name for names in world.all_gather_object([tensor.name for tensor in wanted]) for name in names}
@@ -81,6 +103,7 @@ def load_latest(
     world: Group,
     *,
     weights_only: bool = False,
+    restart_average: bool = False,
     fallback: bool = False,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Fill tensors from `path`, or from the newest earlier checkpoint beside it that is not damaged.
@@ -90,6 +113,7 @@ def load_latest(
         tensors: as in load_checkpoint.
         world: all ranks; a collective call.
         weights_only: as in load_checkpoint.
+        restart_average: as in load_checkpoint.
         fallback: allow an earlier checkpoint if one is damaged (--fallback-on-corrupt).
 
     Returns:
@@ -107,7 +131,10 @@ def load_latest(
     while True:
         candidate = candidates.pop(0)
         try:
-            return candidate, load_checkpoint(candidate, tensors, world, weights_only=weights_only), skipped
+            scalars = load_checkpoint(
+                candidate, tensors, world, weights_only=weights_only, restart_average=restart_average
+            )
+            return candidate, scalars, skipped
         except CorruptCheckpointError as error:
             if not candidates:
                 raise
@@ -129,14 +156,35 @@ def _is_saved(tensor: GlobalTensor, reader: CheckpointReader) -> bool:
     return saved is not None and tuple(saved.shape) == tuple(tensor.global_shape)
 
 
-def _find_source(tensor: GlobalTensor, reader: CheckpointReader) -> str:
+def averages(reader: CheckpointReader) -> dict[str, str]:
+    """Return the names of the moving averages of a checkpoint, by the weight's and the main parameter's.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    found = [name for name in reader.tensors if name.startswith(EMA_PREFIX)]
+    if not found:
+        raise CheckpointError(
+            f"The checkpoint {reader.path} has no moving average of the weights (--ema)",
+            fix="Remove --ema, or give a checkpoint of a run with --ema-decay",
+        )
+    weights = {name.removeprefix(EMA_PREFIX): name for name in found}
+    return weights | {MAIN_PREFIX + weight: name for weight, name in weights.items()}
+
+
+def _find_source(tensor: GlobalTensor, name: str, reader: CheckpointReader) -> str:
     """Return the name of the saved tensor that fills a tensor.
+
+    Args:
+        tensor: to fill.
+        name: of the tensor whose values it takes; usually its own.
+        reader: of the checkpoint.
 
     Raises:
         CheckpointError: there is none, or it has another shape or kind of dtype.
     """
     saved = reader.manifest.tensors
-    source = source_of(tensor.name, tensor.dtype == torch.float32, saved)
+    source = source_of(name, tensor.dtype == torch.float32, saved)
     if source is None:
         near = difflib.get_close_matches(tensor.name, saved, n=1)
         raise CheckpointError(
@@ -173,6 +221,11 @@ def _check_none_left_over(saved: Sequence[str], run: Collection[str], path: Path
     left = [name for name in saved if name not in run and not is_superseded(name, run) and not is_optional(name)]
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        if all(name.startswith(EMA_PREFIX) for name in left):
+            raise CheckpointError(
+                f"The checkpoint {path} has a moving average of the weights, and this run has none (--ema-decay)",
+                fix="Add the --ema-decay with which it was saved, or --no-load-optim to load the weights alone",
+            )
         raise CheckpointError(
             f"The checkpoint {path} contains tensors that this run does not have: {', '.join(left[:_SHOWN])}{more}",
             fix="Use the model and optimizer flags with which it was saved: `megatron-lite checkpoint inspect "

@@ -10,6 +10,8 @@ the weights are roundings of them, so they are loaded wherever the run can hold 
 
 Histories of fp8 operands, `optimizer.amax_history.<linear layer>`, are loaded if run and checkpoint have them in the
 same shape: precision and recipe may change during a run.
+
+A moving average of the weights is named `ema.<parameter>`. A run that begins one takes the weights for it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ from megatron_lite.runs.manifest import SavedTensor
 OPTIMIZER_PREFIX = "optimizer."
 MAIN_PREFIX = "optimizer.main_param."
 AMAX_PREFIX = "optimizer.amax_history."
+EMA_PREFIX = "ema."
+
+
+def is_weight(name: str) -> bool:
+    """Return True for a parameter of the model in its own dtype."""
+    return not name.startswith((OPTIMIZER_PREFIX, EMA_PREFIX))
 
 
 def is_model_tensor(name: str) -> bool:
     """Return True for weights and their fp32 main parameters, which a load without optimizer state includes."""
-    return not name.startswith(OPTIMIZER_PREFIX) or name.startswith(MAIN_PREFIX)
+    return is_weight(name) or name.startswith(MAIN_PREFIX)
 
 
 def is_optional(name: str) -> bool:
@@ -41,6 +49,8 @@ def source_of(name: str, wide: bool, saved: Mapping[str, SavedTensor]) -> str | 
         wide: True if it is fp32, and so can hold a main parameter without rounding.
         saved: the checkpoint's tensors.
     """
+    if name.startswith(EMA_PREFIX) and name not in saved:
+        return source_of(name.removeprefix(EMA_PREFIX), wide, saved)
     main = MAIN_PREFIX + name
     if wide and main in saved:
         return main

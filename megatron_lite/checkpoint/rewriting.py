@@ -150,7 +150,7 @@ def reshard(
     names = [
         name
         for name in source.tensors
-        if (not name.startswith(OPTIMIZER_PREFIX) if dtype else is_model_tensor(name) or not weights_only)
+        if not name.startswith(OPTIMIZER_PREFIX) or (not dtype and (is_model_tensor(name) or not weights_only))
     ]
     return _rewrite([path], output, source.manifest, _Selection(source, names, dtype), file_size, progress)
 

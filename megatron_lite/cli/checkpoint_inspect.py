@@ -231,9 +231,9 @@ def _plain(value: object) -> str:
 
 def num_parameters(manifest: Manifest) -> int:
     """Return the number of elements of all weights."""
-    from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
+    from megatron_lite.checkpoint.names import is_weight
 
-    return sum(math.prod(t.shape) for name, t in manifest.tensors.items() if not name.startswith(OPTIMIZER_PREFIX))
+    return sum(math.prod(t.shape) for name, t in manifest.tensors.items() if is_weight(name))
 
 
 def existing(folder: Path) -> Path:

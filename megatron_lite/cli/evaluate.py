@@ -61,7 +61,7 @@ def _on_rank(
 ) -> int:
     from megatron_lite.cli.evaluate_ranks import ModelRanks
 
-    ranks = ModelRanks(backend, runtime, parallel, tokenizer_fields(options), options.batch_size)
+    ranks = ModelRanks(backend, runtime, parallel, tokenizer_fields(options), options.batch_size, averaged=options.ema)
     if plan is None:
         ranks.serve()
         return 0

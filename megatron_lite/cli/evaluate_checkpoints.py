@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.cli.curve import has_braille
@@ -86,7 +86,7 @@ def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argpa
     for path in plan.checkpoints:
         try:
             identity = checkpoint_identity(path)
-            found = {job: recorded.get((identity, *job_key(job.task, job.settings))) for job in plan.jobs}
+            found = {job: recorded.get((identity, *job_key(job.task, _settings(job, options)))) for job in plan.jobs}
             missing = [job for job, known in found.items() if known is None]
             if missing:
                 _load(ranks, path)
@@ -96,7 +96,7 @@ def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argpa
             note(f"skipped {path.name}: {error if path.exists() else 'it was deleted meanwhile'}")
             failed += path.exists()
             continue
-        results += [found[job] or _measured(job, path, identity, ranks) for job in plan.jobs]
+        results += [found[job] or _measured(job, _settings(job, options), path, identity, ranks) for job in plan.jobs]
     _print(results, plan, options)
     return 1 if failed else 0
 
@@ -152,16 +152,22 @@ def _load(ranks: ModelRanks, path: Path) -> None:
         _ = model.tokenizer.eod
     except DataError:
         note("the tokenizer has no end-of-document token: the first token of a text is not predicted")
-    note(f"loaded {model.path} (iteration {model.iteration}) on {model.stage.sharding.backend.device}")
+    what = "the moving average of the weights of " if model.averaged else ""
+    note(f"loaded {what}{model.path} (iteration {model.iteration}) on {model.stage.sharding.backend.device}")
 
 
-def _measured(job: Job, path: Path, identity: str, ranks: ModelRanks) -> Evaluation:
+def _settings(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a job, and which weights it evaluates if not those that were trained."""
+    return {**job.settings, "weights": "moving average"} if options.ema else dict(job.settings)
+
+
+def _measured(job: Job, settings: dict[str, Any], path: Path, identity: str, ranks: ModelRanks) -> Evaluation:
     """Run a job on the loaded checkpoint and record the result in the folder of the run."""
     found = job.measure(ranks.model.tokenizer, _with_progress(ranks, job))
     result = Evaluation(
         task=job.task,
         name=job.name,
-        settings=job.settings,
+        settings=settings,
         metrics=found.metrics,
         parts=found.parts,
         iteration=ranks.model.iteration,

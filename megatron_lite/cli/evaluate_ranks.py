@@ -28,6 +28,7 @@ class ModelRanks:
         parallel: layout.
         tokenizer: fields of TokenizerConfig that replace the manifest's.
         batch_size: spans per batch.
+        averaged: load the moving averages of the weights.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class ModelRanks:
         parallel: ParallelConfig,
         tokenizer: Mapping[str, Any],
         batch_size: int,
+        *,
+        averaged: bool = False,
     ) -> None:
         self._backend = backend
         self._runtime = runtime
         self._parallel = parallel
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+        self._averaged = averaged
         self._world = backend.new_group("world", partitions(AXES, parallel))
         self._model: TrainedModel | None = None
 
@@ -92,6 +96,7 @@ class ModelRanks:
             parallel=self._parallel,
             backend=self._backend,
             tokenizer=self._tokenizer,
+            averaged=self._averaged,
         )
 
     def _score(self, spans: Sequence[Span], on_tokens: OnTokens | None = None) -> list[Score]:

@@ -13,6 +13,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_size
 from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -85,6 +86,10 @@ def _lines(parsed: ParsedRun, config: RunConfig, summary: RunSummary, vocabulary
     yield (
         f"Precision   {config.precision.dtype}, recomputation {config.recompute.granularity}, "
         f"seed {config.runtime.seed}, device {config.runtime.device}"
+    )
+    yield (
+        f"Optimizer   {config.optimizer.kind}, {summary.memory.moment_bytes:.3g} bytes of moments a parameter; "
+        f"weights, gradients and optimizer state take {format_size(summary.memory.model_state)} on the fullest rank"
     )
     yield (
         f"Length      {length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens, "

@@ -82,6 +82,7 @@ def _plan(options: argparse.Namespace, iteration: int) -> ExportPlan:
     chosen = ExportOptions(
         architecture=options.architecture,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
+        averaged=options.ema,
         max_shard_size=options.max_shard_size,
         tokenizer=tokenizer_fields(options) if options.tokenizer else None,
         verify=options.verify,
@@ -213,6 +214,9 @@ def _parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="the new folder")
     parser.add_argument(
         "--load-iteration", type=whole(), default=0, metavar="N", help="which checkpoint (default: latest)"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="export the moving average of the weights, from a run with --ema-decay"
     )
     parser.add_argument(
         "--architecture", default="", metavar="CLASS", help="class of transformers (default: follows from the model)"

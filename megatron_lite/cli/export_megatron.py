@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         pp=options.target_pipeline_parallel or 1,
         naming=options.naming or "",
         dtype=getattr(torch, options.dtype) if options.dtype else None,
+        averaged=options.ema,
     )
     plan = plan_megatron_export(options.load, options.load_iteration, chosen)
     with stage_progress() as advance:

@@ -93,11 +93,13 @@ def _run_rank(options: argparse.Namespace, launch: Launch) -> int:
             parallel=parallel,
             backend=backend,
             tokenizer=tokenizer_fields(options),
+            averaged=options.ema,
             notify=note,
         )
         if launch.rank == 0:
             on = format_count(launch.world_size, "rank") if launch.world_size > 1 else str(backend.device)
-            note(f"loaded {model.path} (iteration {model.iteration}) on {on}")
+            what = "the moving average of the weights of " if options.ema else ""
+            note(f"loaded {what}{model.path} (iteration {model.iteration}) on {on}")
         prompts = model.mesh.world.all_gather_object(prompts)[0]
         generator = _generator(model, options)
         try:

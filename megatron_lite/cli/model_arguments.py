@@ -17,6 +17,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-iteration", type=whole(), default=0, metavar="N", help="iteration of the checkpoint (default: latest)"
     )
     source.add_argument(
+        "--ema", action="store_true", help="use the moving average of the weights, from a run with --ema-decay"
+    )
+    source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")

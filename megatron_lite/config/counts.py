@@ -9,6 +9,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.sharing import PARTS, owner_layer
 
 if TYPE_CHECKING:
+    from megatron_lite.config.optimizer import OptimizerConfig
     from megatron_lite.config.run import RunConfig
 
 
@@ -78,10 +79,41 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
 
 
 def checkpoint_size(config: RunConfig) -> int:
-    """Return the bytes of a checkpoint: weights, fp32 main parameters, and Adam's two moments in fp32."""
-    full = config.precision.dtype == "fp32"
-    state = (8 if full else 12) if config.checkpoint.save_optimizer else 0
-    return parameter_count(config.model) * ((4 if full else 2) + state)
+    """Return the bytes of a checkpoint: weights, fp32 main parameters, optimizer state, moving average."""
+    model, full = config.model, config.precision.dtype == "fp32"
+    total, in_layers = parameter_count(model), sum(stored_parameters(model, range(model.num_layers)).values())
+    size = total * (4 if full else 2) + (4 * total if config.optimizer.ema_decay else 0)
+    if config.checkpoint.save_optimizer:
+        size += (0 if full else 4 * total) + moment_bytes(config.optimizer, total, in_layers, saved=True)
+    return size
+
+
+def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int, *, saved: bool = False) -> int:
+    """Return the bytes of an optimizer's moments.
+
+    Biases and norms are counted as the matrices beside them, and Adafactor's moments of rows and columns are not
+    counted: both are below 0.1 % of a model's state.
+
+    Args:
+        optimizer: kind and constants.
+        total: parameters.
+        in_layers: those of them that are in layers.
+        saved: in a checkpoint, where all moments are in fp32.
+    """
+    match optimizer.kind:
+        case "adam":
+            return 8 * total
+        case "sgd":
+            return 4 * total if optimizer.sgd_momentum else 0
+        case "lion":
+            return 4 * total
+        case "adafactor":
+            return 0 if optimizer.adafactor_beta1 is None else 4 * total
+        case "muon":
+            return 4 * in_layers + 8 * (total - in_layers)
+        case "adamw8bit":
+            # Two codes of a byte, and a scale for each of their blocks of 256.
+            return 8 * total if saved else 2 * total + total // 32
 
 
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:

@@ -46,7 +46,7 @@ no effect: the allocator's cache keeps its settings
     --empty-unused-memory-level
 no effect: Python's garbage is always collected between iterations, every --manual-gc-interval of them
     --manual-gc --manual-gc-eval --no-manual-gc-eval
-no effect: the optimizer's moments stay in fp32: more memory, the same update or a more exact one
+no effect: moments are in fp32, or in 8 bits with --optimizer adamw8bit
     --use-bnb-optimizer --use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype --main-grads-dtype
     --main-params-dtype
 no effect: the same code runs any number of pipeline stages, on process groups of the device's backend
@@ -214,8 +214,10 @@ refused: Non-persistent checkpoints are not implemented. Use --save-schedule and
     --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo
 refused: A run saves and stops on SIGTERM, SIGINT and SIGUSR1 only. Remove the flag; send the job one of these signals
     --exit-signal=sigterm|sigint|sigusr1
-refused: Only AdamW and SGD are implemented. Use --optimizer adam or sgd
+refused: This update rule is not implemented. Use --optimizer adafactor or adamw8bit, which need the least memory
     --onebitadam --sm3 --no-adamw --momentum
+refused: Muon's iterations are quintic and in bf16, beside AdamW. Remove the flag
+    --muon-coefficient-type=quintic --muon-fp32-matmul-prec=medium --muon-scalar-optimizer=adam
 refused: The final learning rate is a rate, not a share of --lr. Use --min-lr (--lr x the ratio)
     --lr-decay-ratio
 refused: Batch sizes are those of a replica and of an iteration. Use --micro-batch-size and --global-batch-size

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate, precision and recomputation configs."""
+"""Optimizer, precision and recomputation configs."""
 
 from __future__ import annotations
 
@@ -14,48 +14,30 @@ if TYPE_CHECKING:
     from megatron_lite.config.given import Given
     from megatron_lite.config.run import RunConfig
 
-DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
-WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+OptimizerKind = Literal["adam", "sgd", "adafactor", "lion", "muon", "adamw8bit"]
 WeightDecayStyle = Literal["constant", "linear", "cosine"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LrConfig:
-    """Learning rate by progress. *_iters go with train_iters, *_samples with train_samples; 0: derived or none."""
-
-    lr: float = option(0.0, Flag("--lr", "Largest learning rate."))
-    min_lr: float = option(0.0, Flag("--min-lr", "Smallest learning rate, at the end of the decay."))
-    style: DecayStyle = option("linear", Flag("--lr-decay-style", "Shape of the learning rate's decay."))
-    decay_iters: int = option(0, Flag("--lr-decay-iters", "Iterations until --min-lr (0: the length of the run)."))
-    decay_samples: int = option(0, Flag("--lr-decay-samples", "Samples until --min-lr (0: the length of the run)."))
-    decay_tokens: int = option(0, Flag("--lr-decay-tokens", "Tokens until --min-lr, instead of either (0: none)."))
-    warmup_iters: int = option(0, Flag("--lr-warmup-iters", "Iterations of linear warm-up."))
-    warmup_samples: int = option(0, Flag("--lr-warmup-samples", "Samples of linear warm-up."))
-    warmup_fraction: float | None = option(
-        None,
-        Flag(
-            "--lr-warmup-fraction",
-            "Warm-up as a share of the decay's length, instead of a number.",
-            aliases=("--warmup",),
-            most=1,
-        ),
-    )
-    warmup_init: float = option(0.0, Flag("--lr-warmup-init", "Learning rate at which warm-up starts."))
-    wsd_style: WsdDecayStyle = option("exponential", Flag("--lr-wsd-decay-style", "Shape of the decay phase of WSD."))
-    wsd_decay_iters: int = option(0, Flag("--lr-wsd-decay-iters", "Iterations of the decay phase of WSD."))
-    wsd_decay_samples: int = option(0, Flag("--lr-wsd-decay-samples", "Samples of the decay phase of WSD."))
+_USERS: dict[str, tuple[OptimizerKind, ...]] = {
+    "adam": ("adam", "adamw8bit", "muon"),
+    "sgd": ("sgd",),
+    "lion": ("lion",),
+    "adafactor": ("adafactor",),
+    "muon": ("muon",),
+}
+"""Optimizers that read the fields with this prefix. Muon updates embeddings, norms and biases by AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Update rule and its constants."""
 
-    kind: Literal["adam", "sgd"] = option(
+    kind: OptimizerKind = option(
         "adam",
         Flag(
             "--optimizer",
-            "Update rule; adam is AdamW (decoupled weight decay), as in Megatron.",
+            "Update rule; adam is AdamW (decoupled weight decay), as in Megatron. See docs/optimizers.md.",
             choices={"adamw": "adam"},
         ),
     )
@@ -63,6 +45,79 @@ class OptimizerConfig:
     adam_beta2: float = option(0.999, Flag("--adam-beta2", "Decay of the second moment.", below=1))
     adam_eps: float = option(1e-8, Flag("--adam-eps", "Added to the denominator.", above=0))
     sgd_momentum: float = option(0.9, Flag("--sgd-momentum", "Momentum of SGD.", most=1))
+    lion_beta1: float = option(0.9, Flag("--lion-beta1", "Share of the momentum in Lion's update.", below=1))
+    lion_beta2: float = option(0.99, Flag("--lion-beta2", "Decay of Lion's momentum.", below=1))
+    adafactor_beta1: float | None = option(
+        None, Flag("--adafactor-beta1", "Decay of Adafactor's first moment (default: there is none).", below=1)
+    )
+    adafactor_decay_rate: float = option(
+        0.8, Flag("--adafactor-decay-rate", "Adafactor's second moment decays by 1 - t^-X at step t.", most=1)
+    )
+    adafactor_clip_threshold: float = option(
+        1.0, Flag("--adafactor-clip-threshold", "Largest root mean square of Adafactor's update.", above=0)
+    )
+    adafactor_eps1: float = option(1e-30, Flag("--adafactor-eps1", "Added to squared gradients by Adafactor.", above=0))
+    adafactor_eps2: float = option(
+        1e-3, Flag("--adafactor-eps2", "Smallest root mean square of a parameter that scales its update.", above=0)
+    )
+    adafactor_scale_parameter: bool = option(
+        True,
+        Flag(
+            "--no-adafactor-scale-parameter",
+            "Adafactor's step does not grow with the root mean square of the parameter.",
+            sets=False,
+        ),
+    )
+    adafactor_relative_step: bool = option(
+        False,
+        Flag(
+            "--adafactor-relative-step",
+            "The learning rate is min(0.01, 1/sqrt(t)) at step t, instead of --lr and its schedule.",
+            sets=True,
+        ),
+    )
+    adafactor_warmup_init: bool = option(
+        False, Flag("--adafactor-warmup-init", "Relative steps begin with 1e-6 t instead of 0.01.", sets=True)
+    )
+    muon_momentum: float = option(0.95, Flag("--muon-momentum", "Decay of Muon's momentum.", below=1))
+    muon_nesterov: bool = option(
+        True,
+        Flag("--muon-use-nesterov", "Nesterov momentum.", aliases=("--muon-nesterov",), sets=True),
+        Flag("--muon-no-nesterov", "Muon's update is the momentum alone.", sets=False),
+    )
+    muon_num_ns_steps: int = option(
+        5, Flag("--muon-num-ns-steps", "Newton-Schulz iterations that orthogonalize an update.", least=1)
+    )
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = option(
+        "spectral",
+        Flag(
+            "--muon-scale-mode",
+            "Factor of an update of r rows and c columns: sqrt(max(r, c)), sqrt(r/c) or sqrt(max(1, r/c)).",
+        ),
+    )
+    muon_extra_scale_factor: float = option(
+        0.2,
+        Flag(
+            "--muon-extra-scale-factor",
+            "Further factor; 0.2 with spectral gives updates of AdamW's size (arXiv:2502.16982).",
+            above=0,
+        ),
+    )
+    muon_split_qkv: bool = option(
+        True,
+        Flag("--muon-no-split-qkv", "Orthogonalize the QKV weight as one matrix, not Q, K and V.", sets=False),
+    )
+    muon_tp_mode: Literal["duplicated", "blockwise"] = option(
+        "duplicated",
+        Flag(
+            "--muon-tp-mode",
+            "Orthogonalize complete matrices, gathered on every tensor-parallel rank, or each rank its block.",
+        ),
+    )
+    ema_decay: float = option(
+        0.0,
+        Flag("--ema-decay", "Decay of a moving average of the weights, evaluated beside them (0: none).", below=1),
+    )
     clip_grad: float = option(1.0, Flag("--clip-grad", "Largest global gradient norm (0: no clipping)."))
     weight_decay: float = option(0.01, Flag("--weight-decay", "Decay of the weights that are matrices."))
     start_weight_decay: float | None = option(
@@ -179,96 +234,37 @@ def warn_of_inexact_loss_scale(given: Given) -> None:
         )
 
 
-RESOLVERS = (note_idle_recompute_flags, warn_of_inexact_loss_scale)
-
-
-def lr_in_the_units_of_the_run(config: RunConfig) -> Iterator[ConfigError]:
-    """Require decay and warm-up in the unit of the run's length."""
-    lr = config.lr
-    by_iters = {
-        "--lr-decay-iters": lr.decay_iters,
-        "--lr-warmup-iters": lr.warmup_iters,
-        "--lr-wsd-decay-iters": lr.wsd_decay_iters,
-    }
-    by_samples = {
-        "--lr-decay-samples": lr.decay_samples,
-        "--lr-warmup-samples": lr.warmup_samples,
-        "--lr-wsd-decay-samples": lr.wsd_decay_samples,
-    }
-    for length, others, unit, other in (
-        (config.training.train_iters, by_samples, "iters", "samples"),
-        (config.training.train_samples, by_iters, "samples", "iters"),
-    ):
-        wrong = [f"{flag} {number}" for flag, number in others.items() if number]
-        if length and wrong:
-            replacements = (flag.split()[0].replace(f"-{other}", f"-{unit}") for flag in wrong)
-            yield ConfigError(
-                f"{', '.join(wrong)} cannot be combined with --train-{unit} {length}",
-                rule=f"The learning-rate schedule is in {'iterations' if unit == 'iters' else unit}, as the length of "
-                "the run",
-                fix=f"Use {', '.join(replacements)} instead",
+def refuse_idle_optimizer_flags(given: Given) -> None:
+    """Refuse flags of other optimizers than the chosen one."""
+    kind = given.run.optimizer.kind
+    for (section, name), _, origin in given.items():
+        users = _USERS.get(name.partition("_")[0], ()) if section == "optimizer" else ()
+        if users and kind not in users:
+            default = "" if given.has(FIELD.optimizer.kind) else ", the default"
+            given.refuse(
+                f"{origin} has no effect with --optimizer {kind}{default}",
+                fix=f"Remove {origin.split()[0]}, or use --optimizer {' or '.join(users)}",
             )
-
-
-def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
-    """Require lr > 0 of a run that trains, and warmup_init, min_lr <= lr."""
-    lr = config.lr
-    if lr.lr <= 0 and not config.training.skip_train:
-        yield ConfigError(
-            f"The learning rate is {lr.lr:g} (--lr {lr.lr:g})", fix="Give --lr a number above 0, such as 3e-4"
-        )
-        return
-    for flag, value in (("--min-lr", lr.min_lr), ("--lr-warmup-init", lr.warmup_init)):
-        if value > lr.lr:
-            yield ConfigError(
-                f"{flag} {value:g} is larger than --lr {lr.lr:g}",
-                fix=f"Give {flag} a number from 0 to {lr.lr:g}, or raise --lr",
-            )
-
-
-def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
-    """Require one length of the warm-up, within the decay."""
-    lr, training = config.lr, config.training
-    if config.tuning.epochs and not config.epoch_samples:
-        return  # the length is known once the data are opened
-    absolute = f"--lr-warmup-iters {lr.warmup_iters}" if lr.warmup_iters else f"--lr-warmup-samples {lr.warmup_samples}"
-    if lr.warmup_fraction is not None and (lr.warmup_iters or lr.warmup_samples):
-        yield ConfigError(
-            f"The learning-rate warm-up has two lengths: --lr-warmup-fraction {lr.warmup_fraction:g} and {absolute}",
-            fix=f"Remove --lr-warmup-fraction, or {absolute.split()[0]}",
-        )
-    unit = "samples" if training.train_samples else "iters"
-    length = training.train_samples or training.train_iters
-    decay = (lr.decay_samples if training.train_samples else lr.decay_iters) or length
-    warmup = lr.warmup_samples if training.train_samples else lr.warmup_iters
-    if warmup > decay and not lr.decay_tokens:
-        yield ConfigError(
-            f"The learning-rate warm-up is longer than the whole schedule of warm-up and decay (--lr-warmup-{unit} "
-            f"{warmup}, "
-            f"schedule of {decay} {'iterations' if unit == 'iters' else unit})",
-            fix=f"Use --lr-warmup-{unit} {decay} or less, or a longer --lr-decay-{unit}",
+    if given.run.optimizer.adafactor_warmup_init and not given.run.optimizer.adafactor_relative_step:
+        given.refuse(
+            "--adafactor-warmup-init has no effect without --adafactor-relative-step",
+            fix="Add --adafactor-relative-step, or use --lr-warmup-iters instead of --adafactor-warmup-init",
         )
 
 
-def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a length of WSD's decay phase, within the whole schedule."""
-    lr, training = config.lr, config.training
-    if lr.style != "WSD" or (config.tuning.epochs and not config.epoch_samples):
-        return
-    if training.train_samples:
-        unit, phase, decay = "samples", lr.wsd_decay_samples, lr.decay_samples or training.train_samples
-    else:
-        unit, phase, decay = "iters", lr.wsd_decay_iters, lr.decay_iters or training.train_iters
-    if not 0 < phase <= decay:
-        yield ConfigError(
-            f"--lr-decay-style WSD (warm-up, stable, decay) needs the length of its decay: --lr-wsd-decay-{unit} "
-            f"{phase}"
-            if not phase
-            else f"The WSD decay is longer than the whole schedule of {decay} "
-            f"{'iterations' if unit == 'iters' else unit} (--lr-wsd-decay-{unit} {phase})",
-            fix=f"Give --lr-wsd-decay-{unit} a number from 1 to {decay}: the last part of the schedule, in which the "
-            "learning rate falls",
-        )
+def note_muon_defaults(given: Given) -> None:
+    """Say where Muon's defaults differ from Megatron's."""
+    megatron = {
+        "--muon-extra-scale-factor 1": FIELD.optimizer.muon_extra_scale_factor,
+        "--muon-no-nesterov": FIELD.optimizer.muon_nesterov,
+        "--muon-tp-mode blockwise": FIELD.optimizer.muon_tp_mode,
+    }
+    differing = [flag for flag, field in megatron.items() if not given.has(field)]
+    if given.run.optimizer.kind == "muon" and differing:
+        given.notes.append(f"--optimizer muon: Megatron's defaults differ, and are {', '.join(differing)}")
+
+
+RESOLVERS = (refuse_idle_optimizer_flags, note_muon_defaults, note_idle_recompute_flags, warn_of_inexact_loss_scale)
 
 
 def weight_decay_has_both_ends(config: RunConfig) -> Iterator[ConfigError]:
@@ -321,10 +317,6 @@ def recompute_fits(config: RunConfig) -> Iterator[ConfigError]:
 
 
 RULES = (
-    lr_in_the_units_of_the_run,
-    lr_bounds,
-    lr_spans,
-    wsd_has_a_decay,
     weight_decay_has_both_ends,
     loss_scale_starts_above_its_minimum,
     recompute_fits,

@@ -9,9 +9,10 @@ from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.command import CommandOptions
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.fp8 import Fp8Config
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
+from megatron_lite.config.optimizer import OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.profiling import ProfileConfig
 from megatron_lite.config.runtime import RuntimeConfig

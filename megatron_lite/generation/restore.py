@@ -47,6 +47,8 @@ class TrainedModel:
     path: Path
     """Checkpoint folder."""
     iteration: int
+    averaged: bool = False
+    """Whether the weights are the moving averages of the run's (--ema-decay)."""
 
 
 def restore_model(
@@ -57,6 +59,7 @@ def restore_model(
     parallel: ParallelConfig | None = None,
     backend: Backend | None = None,
     tokenizer: Mapping[str, Any] | None = None,
+    averaged: bool = False,
     notify: Callable[[str], None] = print,
 ) -> TrainedModel:
     """Build the model of a checkpoint and load its weights, on one device or on the ranks of a layout.
@@ -70,10 +73,11 @@ def restore_model(
         parallel: tensor- and pipeline-parallel sizes; None: one device. With several ranks a collective call.
         backend: of this rank; None: a new one.
         tokenizer: fields of TokenizerConfig that replace those in the manifest, for moved files.
+        averaged: load the moving average of the weights (--ema-decay) instead of the weights.
         notify: called with messages about the choice of the checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged.
+        CheckpointError: the checkpoint is missing or damaged, or has no moving average.
         ConfigError: the tokenizer differs from that of the training, or the layout does not divide the model.
         DataError: a file of the tokenizer is missing.
     """
@@ -89,17 +93,17 @@ def restore_model(
         config = dataclasses.replace(config, precision=PrecisionConfig(dtype="fp32"))
     layers = stage_layers(config.model, config.parallel, config.batch.seq_length)[mesh.pp.rank]
     stage = GPTStage(config, layers, mesh, RngStreams(config.runtime.seed, backend, mesh.tp.rank))
-    return load_weights(TrainedModel(stage, mesh, built, config, path, manifest.iteration), path)
+    return load_weights(TrainedModel(stage, mesh, built, config, path, manifest.iteration, averaged), path)
 
 
 def load_weights(model: TrainedModel, path: Path) -> TrainedModel:
-    """Load the weights of a checkpoint of the same run into a model; a collective call.
+    """Load the weights of a checkpoint of the same run, or their moving average, into a model; a collective call.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or holds another model.
+        CheckpointError: the checkpoint is damaged, holds another model, or has no moving average.
     """
     tensors = [parameter_tensor(entry, write=False) for entry in model.stage.named_parameters_global()]
-    load_checkpoint(path, tensors, model.mesh.world, weights_only=True)
+    load_checkpoint(path, tensors, model.mesh.world, weights_only=True, averaged=model.averaged)
     return dataclasses.replace(model, path=path, iteration=iteration_of(path) or 0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.load import averages
 from megatron_lite.checkpoint.names import source_of
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.sources import TensorInfo
@@ -53,6 +54,7 @@ class ExportOptions:
     Attributes:
         architecture: the class; empty: the first that can express the model.
         dtype: of the weights; None: as they were saved.
+        averaged: export the moving average of the weights.
         max_shard_size: bytes of a weights file at most.
         tokenizer: fields of TokenizerConfig that replace the manifest's; None: the tokenizer is left out.
         verify: whether the logits are compared with transformers'.
@@ -61,6 +63,7 @@ class ExportOptions:
 
     architecture: str = ""
     dtype: torch.dtype | None = None
+    averaged: bool = False
     max_shard_size: int = SHARD_SIZE
     tokenizer: Mapping[str, Any] | None = field(default_factory=dict)
     verify: bool = True
@@ -68,11 +71,27 @@ class ExportOptions:
 
 
 class Weights:
-    """Weights of a checkpoint as a TensorSource: for fp32, the main parameters where these were saved."""
+    """Weights of a checkpoint as a TensorSource: for fp32, the main parameters where these were saved.
 
-    def __init__(self, reader: CheckpointReader, names: Sequence[str], dtype: torch.dtype | None) -> None:
+    Args:
+        reader: of the checkpoint.
+        names: of the weights.
+        dtype: in which they are wanted.
+        averaged: take the moving averages of the weights.
+
+    Raises:
+        CheckpointError: there are no averages.
+    """
+
+    def __init__(
+        self, reader: CheckpointReader, names: Sequence[str], dtype: torch.dtype | None, *, averaged: bool = False
+    ) -> None:
         self._reader = reader
-        found = {name: source_of(name, dtype == torch.float32, reader.manifest.tensors) for name in names}
+        of_average = averages(reader) if averaged else {}
+        found = {
+            name: source_of(of_average.get(name, name), dtype == torch.float32, reader.manifest.tensors)
+            for name in names
+        }
         self._sources = {name: source for name, source in found.items() if source is not None}
         self._tensors = {name: reader.tensors[source] for name, source in self._sources.items()}
 
@@ -136,7 +155,7 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
         options: see ExportOptions.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it lacks a weight or has one of another shape.
+        CheckpointError: there is no checkpoint, or it lacks a weight, has one of another shape, or has no average.
         ConfigError: no class can express the model, its tokenizer is another one, or transformers is not installed.
         DataError: the tokenizer's files are missing.
     """
@@ -149,9 +168,9 @@ def plan_export(load: str, iteration: int, options: ExportOptions) -> ExportPlan
     architecture = architecture_for(stored.model, options.architecture)
     tokenizer = _tokenizer(stored, manifest, path, options)
     shapes = parameter_shapes(stored.model)
-    weights = Weights(reader, tuple(shapes), options.dtype)
+    weights = Weights(reader, tuple(shapes), options.dtype, averaged=options.averaged)
     require_weights(weights, shapes, path)
-    dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
+    dtype = options.dtype or getattr(torch, reader.tensors[WORD_EMBEDDINGS].dtype)
     return ExportPlan(path, manifest, stored, architecture, weights, dtype, tokenizer, options)
 
 

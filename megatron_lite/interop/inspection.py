@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX
+from megatron_lite.checkpoint.names import is_weight
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.checkpoint.stored_model import stored_model
@@ -124,7 +124,7 @@ def comparable(path: Path, found: Recognised | None, options: ImportOptions, voc
             fix="Give the --save folder of a run, or a folder that `megatron-lite import` reads",
         )
     reader = CheckpointReader(checkpoint)
-    names = [name for name in reader.tensors if not name.startswith(OPTIMIZER_PREFIX)]
+    names = [name for name in reader.tensors if is_weight(name)]
     model = asdict(stored_model(reader.manifest, checkpoint).model)
     return Comparable(checkpoint, _fields(model), Weights(reader, names, None))
 

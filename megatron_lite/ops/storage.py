@@ -50,7 +50,8 @@ def storage_of(config: RunConfig, existing: list[int]) -> Storage:
     """
     options = config.checkpoint
     size = checkpoint_size(config)
-    weights = parameter_count(config.model) * (4 if config.precision.dtype == "fp32" else 2)
+    average = 4 if config.optimizer.ema_decay else 0
+    weights = parameter_count(config.model) * (average + (4 if config.precision.dtype == "fp32" else 2))
     last = last_iteration(config)
     kept = _most_kept(options, existing, last)
     weights_only = last // options.weights_only_every if options.weights_only_every else 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.optim.average import WeightAverage
 from megatron_lite.optim.element_sums import ElementSums
 from megatron_lite.optim.loss_scaler import DynamicScaler, build_loss_scaler
-from megatron_lite.optim.update_rule import UpdateRule
-from megatron_lite.parallel.buffers import ParameterBuffers, ShardPiece
+from megatron_lite.optim.select import select_rule
+from megatron_lite.optim.update_rule import PieceState, states_of_shards
+from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
@@ -42,15 +45,6 @@ class StepResult:
     params_norm: float | None = None
 
 
-@dataclass(frozen=True)
-class ParameterState:
-    """Optimizer state of a parameter's elements [start, stop): main parameter (if it is a copy) and moments."""
-
-    start: int
-    stop: int
-    tensors: tuple[Tensor, ...]
-
-
 class Optimizer:
     """Mixed-precision optimizer of this rank's shards: fp32 main parameters, update rule and loss scale.
 
@@ -67,12 +61,11 @@ class Optimizer:
         # A shard's own values are its main parameters if they are fp32.
         values = [shard.values.detach() for shard in shards]
         self._mains = [own if own.dtype == torch.float32 else own.float() for own in values]
-        for main, shard in zip(self._mains, shards, strict=True):
-            main.grad = shard.gradients
-        fused = mesh.backend.capabilities().fused_adam
-        classes = [(shard.decay, shard.lr_factor) for shard in shards]
-        self._rule = UpdateRule(config.optimizer, self._mains, classes, fused=fused)
+        mains = [replace(shard, values=main) for shard, main in zip(shards, self._mains, strict=True)]
+        self._rule = select_rule(config, mains, buffers, mesh)
+        self._average = WeightAverage(config.optimizer.ema_decay, self._mains)
         self._scaler = build_loss_scaler(config.precision)
+        self._applied = 0
         self._next_scale: Tensor | None = None
         group = mesh.world if buffers.sharded else mesh.group("tp", "pp")
         self._sums = ElementSums(shards, mesh.tp.rank, group, mesh.backend.device)
@@ -126,6 +119,7 @@ class Optimizer:
             scales = [torch.full_like(norm, self._scaler.after(overflow)) for overflow in (False, True)]
             self._next_scale = torch.where(finite, scales[0], scales[1])
         self._rule.step(lr, weight_decay, divisor, applies)
+        self._average.update(applies)
         self._copy_mains_to_parameters()
         if metrics.log_params_norm:
             values.append(self._sums.over_ranks([self._sums.squares(self._mains)])[0].sqrt())
@@ -140,50 +134,68 @@ class Optimizer:
         applied, finite, norm, *more = values
         self._next_scale, scale = None, self._scaler.scale
         self._scaler.update(overflow=not finite)
-        self._rule.applied += int(applied)
+        self._applied += int(applied)
         zeros = int(more.pop(0)) if self._config.metrics.log_num_zeros else None
         return StepResult(bool(applied), bool(finite), scale, norm, zeros, more[0] if more else None)
 
     def state_tensors(self) -> list[GlobalTensor]:
-        """Return this rank's share of the state as views, to be saved from or loaded into.
+        """Return this rank's share of the state, to be saved from or loaded into.
 
-        Names: optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> (or optimizer.momentum.<parameter>), and
-        optimizer.main_param.<parameter> unless the parameters themselves are fp32.
+        Names: optimizer.exp_avg.<parameter>, optimizer.exp_avg_sq.<parameter> and others by the update rule,
+        optimizer.main_param.<parameter> unless the parameters themselves are fp32, and ema.<parameter>.
         """
         self._buffers.finish_gather()
-        tensors: list[GlobalTensor] = []
-        for shard, main, moments in zip(self._buffers.shards, self._mains, self._rule.moments, strict=True):
-            states = dict(moments) if main.dtype == shard.values.dtype else {"main_param": main, **moments}
-            for piece in shard.pieces:
-                tensors += [self._global(f"optimizer.{name}", state, piece) for name, state in states.items()]
+        tensors = [*map(self._global, self._states()), *self._rule.vectors()]
         return [tensor for tensor in tensors if tensor.pieces]
 
-    def states_of(self, parameter: NamedParameter) -> list[ParameterState]:
-        """Return this rank's share of one parameter's state, as views to be written to."""
-        found = []
-        for shard, main, moments in zip(self._buffers.shards, self._mains, self._rule.moments, strict=True):
-            states = ([] if main.dtype == shard.values.dtype else [main]) + list(moments.values())
-            for piece in shard.pieces:
-                if piece.parameter is parameter:
-                    end = piece.position + piece.stop - piece.start
-                    views = tuple(state[piece.position : end] for state in states)
-                    found.append(ParameterState(piece.start, piece.stop, views))
-        return found
+    def states_of(self, parameter: NamedParameter) -> list[Tensor]:
+        """Return this rank's share of one parameter's state, flat, to be written to before refresh_parameters."""
+        own = [state.tensor for state in self._states() if state.piece.parameter is parameter]
+        return own + self._rule.vectors_of(parameter)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's state by kind, with padding."""
+        copies = [
+            main
+            for main, shard in zip(self._mains, self._buffers.shards, strict=True)
+            if main.dtype != shard.values.dtype
+        ]
+        averages = self._average.values
+        return {
+            "main parameters": sum(main.nbytes for main in copies),
+            "moments": self._rule.nbytes,
+            **({"average": sum(average.nbytes for average in averages)} if averages else {}),
+        }
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Replace the parameters by their moving averages within the context; a collective call under ZeRO-1."""
+        self._average.swap()
+        self.refresh_parameters()
+        yield
+        # Not after an error: other ranks may not take part in the gather, and the job ends.
+        self._average.swap()
+        self.refresh_parameters()
 
     @torch.no_grad()
     def refresh_parameters(self) -> None:
-        """Round the main parameters to the parameters' dtype again, and gather them; a collective call under ZeRO-1."""
+        """Take over state written to; round the main parameters to the parameters' dtype again, and gather them.
+
+        A collective call under ZeRO-1.
+        """
+        self._rule.adopt()
         self._copy_mains_to_parameters()
         self._buffers.finish_gather()
 
     def state_scalars(self) -> dict[str, Any]:
         """Return the number of steps and the loss scaler's counters, as JSON values."""
-        return {"step": self._rule.applied, "loss_scaler": {"kind": self._scaler.kind, **self._scaler.state()}}
+        return {"step": self._applied, "loss_scaler": {"kind": self._scaler.kind, **self._scaler.state()}}
 
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Restore the result of state_scalars; the state of a loss scaler of another kind is ignored."""
-        self._rule.load(int(scalars["step"]))
+        self._applied = int(scalars["step"])
+        self._rule.load(self._applied)
         scaler = scalars["loss_scaler"]
         if scaler["kind"] == self._scaler.kind:
             self._scaler.load(scaler)
@@ -195,18 +207,29 @@ class Optimizer:
                 shard.values.copy_(main)
         self._buffers.gather()
 
-    def _global(self, prefix: str, state: Tensor, piece: ShardPiece) -> GlobalTensor:
-        parameter = piece.parameter
-        local, begin = parameter.rectangle, piece.position
+    def _states(self) -> list[PieceState]:
+        """Return main parameters (if they are copies), the rule's state and moving averages; names are prefixes."""
+        shards = self._buffers.shards
+        copies = [
+            {"optimizer.main_param": main} if main.dtype != shard.values.dtype else {}
+            for main, shard in zip(self._mains, shards, strict=True)
+        ]
+        rule = [replace(state, name=f"optimizer.{state.name}") for state in self._rule.states()]
+        averages = [{"ema": average} for average in self._average.values] or [{}] * len(shards)
+        return [*states_of_shards(shards, copies), *rule, *states_of_shards(shards, averages)]
+
+    def _global(self, state: PieceState) -> GlobalTensor:
+        piece, parameter = state.piece, state.piece.parameter
+        local, begin = parameter.rectangle, 0
         pieces = []
         for block in rectangles_of_range(local.shape, min(piece.start, local.numel), min(piece.stop, local.numel)):
-            view = state[begin : begin + block.numel].view(block.shape)
+            view = state.tensor[begin : begin + block.numel].view(block.shape)
             pieces.append(Piece(block.shifted(local.offset).offset, view))
             begin += block.numel
-        name, counts = f"{prefix}.{parameter.name}", self._sums.is_counted(parameter)
+        name, counts = f"{state.name}.{parameter.name}", self._sums.is_counted(parameter)
         replica = self._replica if counts else (0, 1)
         write = counts and replica[0] == 0
-        return GlobalTensor(name, parameter.global_shape, state.dtype, pieces, write, replica)
+        return GlobalTensor(name, parameter.global_shape, state.tensor.dtype, pieces, write, replica)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

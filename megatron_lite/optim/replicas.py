@@ -119,7 +119,7 @@ class Replicas:
         if self._mesh.world.rank in members:
             parameter = next(entry for entry in self._buffers.parameters if entry.name == mismatch.name)
             values = [parameter.param.data.view(-1)]
-            states = [tensor for state in self._optimizer.states_of(parameter) for tensor in state.tensors]
+            states = self._optimizer.states_of(parameter)
         self._send(mismatch.source, members, values)
         at = coordinates(mismatch.source, self._parallel)
         if not self._buffers.sharded:

@@ -6,7 +6,7 @@ tensors. The first gradient of an iteration overwrites that of the iteration bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -191,6 +191,21 @@ class ParameterBuffers:
         """Wait until all parameters are up to date; needed before they are read outside of a unit's forward."""
         if self._gather is not None:
             self._gather.finish()
+
+    def gather_gradients(self, names: Collection[str]) -> None:
+        """Complete the gradients of the named parameters from the shards of all replicas (ZeRO-1), in place.
+
+        A collective call; without ZeRO-1 gradients are complete. Those of other parameters are invalid afterwards, but
+        for this rank's shards.
+        """
+        if not self.sharded:
+            return
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                if any(slot.parameter.name in names for slot in bucket.slots):
+                    own = bucket.slice_of(self._dp.rank, self._dp.size)
+                    gradients = buffer.gradients
+                    self._dp.all_gather_(gradients[bucket.start : bucket.stop], gradients[own.start : own.stop])
 
     def overlap_gather(self, units: Iterable[nn.Module]) -> None:
         """Overlap gathers with the next forward: each unit's forward first waits for the unit's own parameters.

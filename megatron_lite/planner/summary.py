@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.counts import flops_per_token, parameter_count
+from megatron_lite.config.counts import flops_per_token, moment_bytes, parameter_count, stored_parameters
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_parameters
+from megatron_lite.planner.memory import model_state_bytes
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import (
@@ -108,11 +109,25 @@ class Saves:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Memory without activations.
+
+    Attributes:
+        moment_bytes: of the optimizer's moments for a parameter, on average.
+        model_state: bytes of weights, gradients and optimizer state on the rank with the most of them.
+    """
+
+    moment_bytes: float
+    model_state: int
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """Facts that follow from a config."""
 
     model: ModelSize
     layout: Layout
+    memory: Memory
     length: Length
     stages: tuple[BatchStage, ...]
     saves: Saves
@@ -120,7 +135,9 @@ class RunSummary:
 
 def summarize(config: RunConfig) -> RunSummary:
     """Return the summary of a run; model.vocab_size should be filled in (config/vocabulary.py)."""
-    return RunSummary(_model(config), _layout(config), _length(config), batch_stages(config), _saves(config))
+    return RunSummary(
+        _model(config), _layout(config), _memory(config), _length(config), batch_stages(config), _saves(config)
+    )
 
 
 def batch_stages(config: RunConfig) -> tuple[BatchStage, ...]:
@@ -173,6 +190,12 @@ def _layout(config: RunConfig) -> Layout:
         distributed_optimizer=parallel.distributed_optimizer,
         stage_layers=tuple((part.start, len(part)) for part in layers),
     )
+
+
+def _memory(config: RunConfig) -> Memory:
+    total = parameter_count(config.model)
+    in_layers = sum(stored_parameters(config.model, range(config.model.num_layers)).values())
+    return Memory(moment_bytes(config.optimizer, total, in_layers) / max(total, 1), model_state_bytes(config))
 
 
 def _length(config: RunConfig) -> Length:

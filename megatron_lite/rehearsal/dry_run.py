@@ -31,7 +31,6 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 from megatron_lite.train.comparison import check_capabilities
 from megatron_lite.train.engine import BatchReader
-from megatron_lite.train.native import NativeEngine
 
 
 class RehearsalBackend(FakeBackend):
@@ -132,7 +131,7 @@ def _rehearse_rank(
         mesh = build_mesh(backend, config.parallel)
         engine = build_engine(config, mesh)
         report.parameters = sum(p.rectangle.numel for p in engine.buffers.parameters)
-        report.buffers = _buffer_bytes(engine)
+        report.buffers = engine.state_bytes()
         plans = [plan_iteration(config, _progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
         report.plans = plans
         enough = plans[-1].microbatches if all_stages else 2 * num_stages(config.model, config.parallel)
@@ -165,19 +164,6 @@ def _progress_before(config: RunConfig, stage: BatchStage) -> Progress:
         applied_samples=stage.first_sample,
         applied_tokens=tokens,
     )
-
-
-def _buffer_bytes(engine: NativeEngine) -> dict[str, int]:
-    """Return the bytes of an engine's buffers by kind, with padding."""
-    buffers = engine.buffers
-    names = {tensor.name.split(".")[1] for tensor in engine.state_tensors() if tensor.name.startswith("optimizer.")}
-    shard = sum(shard.values.numel() for shard in buffers.shards) * torch.float32.itemsize
-    return {
-        "parameters": sum(flat.values.nbytes for flat in buffers.buffers),
-        "gradients": sum(flat.gradients.nbytes for flat in buffers.buffers),
-        "main parameters": shard if "main_param" in names else 0,
-        "moments": shard * len(names - {"main_param", "amax_history"}),
-    }
 
 
 def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:

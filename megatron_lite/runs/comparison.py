@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_lite.config.optimizer import LrConfig
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.table import field_metadata, flags_by_field
 from megatron_lite.errors import CheckpointError
@@ -73,6 +73,24 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"The model of this command is not that of the checkpoint:\n{describe(broken)}\n",
             fix="Give these flags the values of the checkpoint",
+        )
+
+
+def check_optimizer(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to load the state of an optimizer into another one.
+
+    Args:
+        saved: the checkpoint's config, from config_as_json.
+        current: this run's.
+
+    Raises:
+        CheckpointError: the kinds differ, and do not have the same moments.
+    """
+    was, now = (config.get("optimizer", {}).get("kind", "adam") for config in (saved, current))
+    if was != now and {was, now} != {"adam", "adamw8bit"}:
+        raise CheckpointError(
+            f"The checkpoint has the state of --optimizer {was}, and this run has --optimizer {now}",
+            fix=f"Use --optimizer {was}, or add --no-load-optim to begin the state of {now} at the weights",
         )
 
 

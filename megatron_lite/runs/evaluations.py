@@ -67,6 +67,7 @@ class Evaluation:
         notes = [f"window {length}"] if length else []
         notes += [f"stride {stride}"] if stride not in (None, length) else []
         notes += [f"{shots}-shot"] if (shots := self.settings.get("num_fewshot")) else []
+        notes += [self.settings["weights"]] if "weights" in self.settings else []
         notes += [f"limit {self.settings['limit']}"] if "limit" in self.settings else []
         return f"{name} ({', '.join(notes)})" if notes else name
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_lite.config.optimizer import WsdDecayStyle
+from megatron_lite.config.learning_rate import WsdDecayStyle
 from megatron_lite.config.run import RunConfig
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.length import iteration_at, tokens_at
@@ -44,6 +44,8 @@ def lr_steps(config: RunConfig) -> LrSteps:
 
 def learning_rate(config: RunConfig, progress: Progress) -> float:
     """Return the learning rate of the iteration after `progress`; a warm-up starts at warmup_init (default 0)."""
+    if config.optimizer.adafactor_relative_step:
+        return _relative_step(progress.applied_iterations + 1, warmup=config.optimizer.adafactor_warmup_init)
     lr, steps, step = config.lr, lr_steps(config), _applied_steps(config, progress)
     if steps.warmup > 0 and step <= steps.warmup:
         return lr.warmup_init + (lr.lr - lr.warmup_init) * step / steps.warmup
@@ -75,6 +77,11 @@ def weight_decay(config: RunConfig, progress: Progress) -> float:
     ratio = step / total
     coefficient = ratio if optimizer.weight_decay_style == "linear" else 0.5 * (math.cos(math.pi * (1 - ratio)) + 1.0)
     return start + coefficient * (end - start)
+
+
+def _relative_step(step: int, *, warmup: bool) -> float:
+    """Return Adafactor's relative step size (Shazeer & Stern 2018, section 9) at a step, counted from 1."""
+    return min(1e-6 * step if warmup else 1e-2, step**-0.5)
 
 
 def _applied_steps(config: RunConfig, progress: Progress) -> int:

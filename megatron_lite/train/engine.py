@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,6 +86,9 @@ class Engine(Protocol):
             read: reads this replica's micro-batches.
             rates: learning rate and weight decay; None: the plan's.
         """
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Use the moving average of the weights (--ema-decay) within the context; a collective call at both ends."""
 
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
         """Run forwards only, on this replica's micro-batches; return the loss over all replicas."""

@@ -257,7 +257,7 @@ def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
 
 
 def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False) -> Stop | None:
-    """Evaluate every dataset of a split on eval_iters global batches; report the mean losses, and their average.
+    """Evaluate a split with the weights, and with their moving average if there is one; report the losses.
 
     Each validation begins in its data where the previous one ended, as in Megatron, so that a resumed run evaluates
     the same samples as an uninterrupted one.
@@ -266,9 +266,42 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
         None: it is done. Otherwise why it was abandoned, agreed by all ranks before each step; run.progress is as
         before.
     """
-    config = run.config
     if not run.evaluates(split):
         return None
+    config, begun = run.config, time.monotonic()
+    found = _evaluate_weights(run, split, stopper, at_end=at_end)
+    if isinstance(found, Stop):
+        return found
+    if config.optimizer.ema_decay:
+        with run.engine.averaged_weights():
+            other = _evaluate_weights(run, split, stopper, at_end=at_end, label="EMA")
+        if isinstance(other, Stop):
+            return other
+    if split == "validation":
+        if not config.training.skip_train:
+            run.state.validated(run.progress.iteration, found)
+        run.longest_validation = max(run.longest_validation, time.monotonic() - begun)
+        if not at_end:
+            samples = config.training.eval_iters * final_batch_size(config.batch, config.parallel.dp)
+            run.progress = replace(run.progress, consumed_valid_samples=run.progress.consumed_valid_samples + samples)
+    run.timers.take()  # the evaluation's forwards do not count in the next iteration
+    return None
+
+
+def _evaluate_weights(run: Run, split: Split, stopper: Stopper, *, at_end: bool, label: str = "") -> Stop | float:
+    """Evaluate every dataset of a split on eval_iters global batches; report the mean losses, and their average.
+
+    Args:
+        run: with the weights to evaluate.
+        split: of the data.
+        stopper: may end it.
+        at_end: whether it is the evaluation at the end of the run.
+        label: of the weights, in reports; empty: those that are trained.
+
+    Returns:
+        The average over the datasets. Or why it was abandoned.
+    """
+    config = run.config
     loaders = run.data.valid if split == "validation" else run.data.test
     consumed = run.progress.consumed_valid_samples if split == "validation" else 0
     global_batch = final_batch_size(config.batch, config.parallel.dp)
@@ -286,7 +319,7 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
                 consumed_train_tokens=run.progress.consumed_train_tokens,
                 losses={"lm loss": loss},
                 split=split,
-                name=name,
+                name="-".join(part for part in (name, label) if part),
                 at_end=at_end,
                 seconds=seconds,
                 samples=num_samples,
@@ -313,11 +346,4 @@ def _evaluate(run: Run, split: Split, stopper: Stopper, *, at_end: bool = False)
     average = sum(means) / len(means)
     if len(means) > 1:
         report(AVERAGE, average, time.monotonic() - begun, samples * len(means))
-    if split == "validation":
-        if not config.training.skip_train:
-            run.state.validated(run.progress.iteration, average)
-        run.longest_validation = max(run.longest_validation, time.monotonic() - begun)
-        if not at_end:
-            run.progress = replace(run.progress, consumed_valid_samples=consumed + samples)
-    run.timers.take()  # the evaluation's forwards do not count in the next iteration
-    return None
+    return average

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -107,6 +108,10 @@ class NativeEngine:
         reading = self._mesh.backend.read_later(torch.cat((sums.flatten(), step)))
         return _NativeStep(reading, sums.numel(), self._optimizer)
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Exchange parameters and averages within the context."""
+        return self._optimizer.averaged_weights()
+
     @torch.no_grad()
     def eval_step(self, microbatches: int, read: BatchReader, seq_length: int) -> LossSum:
         """Run forwards only, without dropout."""
@@ -132,6 +137,15 @@ class NativeEngine:
         copies = [parameter_tensor(p, write=False) for p in self._buffers.parameters if not p.owned]
         histories = [] if self._amax is None else self._amax.state_tensors(write=first and dp.rank == 0)
         return [*weights, *copies, *self._optimizer.state_tensors(), *histories]
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's parameters, gradients and optimizer state, with padding."""
+        buffers = self._buffers.buffers
+        return {
+            "parameters": sum(flat.values.nbytes for flat in buffers),
+            "gradients": sum(flat.gradients.nbytes for flat in buffers),
+            **self._optimizer.state_bytes(),
+        }
 
     def state_scalars(self) -> dict[str, Any]:
         """Return step count and loss scale."""

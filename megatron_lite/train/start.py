@@ -27,6 +27,7 @@ from megatron_lite.runs.catalog import (
 )
 from megatron_lite.runs.comparison import (
     check_model,
+    check_optimizer,
     config_as_json,
     describe,
     resume_schedule,
@@ -177,7 +178,7 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     """Return the config with which to run: the command line's, after comparison with the checkpoint's.
 
     Raises:
-        CheckpointError: the model differs, or the schedules differ and no flag gives precedence.
+        CheckpointError: the model or the optimizer differs, or the schedules differ and no flag gives precedence.
     """
     if start.manifest is None:
         return config
@@ -186,6 +187,8 @@ def settle_config(config: RunConfig, start: Start, notify: Notify) -> RunConfig:
     if config.checkpoint.finetune or config.training.skip_train or "lr" not in saved:
         return config
     options = config.checkpoint
+    if options.load_optimizer:
+        check_optimizer(saved, config_as_json(config))
     settled, differences = resume_schedule(
         schedule_config(saved, config),
         config,
@@ -217,6 +220,7 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
         engine.state_tensors(),
         engine.world,
         weights_only=weights_only,
+        restart_average=options.finetune,
         fallback=options.fallback_on_corrupt,
     )
     for message in skipped:

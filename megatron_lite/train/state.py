@@ -13,7 +13,7 @@ from typing import Any
 from megatron_lite.backend.agreement import broadcast_from_rank0
 from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.background import BackgroundSaver
-from megatron_lite.checkpoint.names import OPTIMIZER_PREFIX, is_model_tensor
+from megatron_lite.checkpoint.names import EMA_PREFIX, OPTIMIZER_PREFIX, is_model_tensor
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
 from megatron_lite.config.run import RunConfig
@@ -202,7 +202,7 @@ class RunState:
             return
         tensors = engine.state_tensors()
         if not self._options.save_optimizer:
-            tensors = [tensor for tensor in tensors if is_model_tensor(tensor.name)]
+            tensors = [t for t in tensors if is_model_tensor(t.name) or t.name.startswith(EMA_PREFIX)]
         self._settle(target, final=False)
         which = ", with the lowest validation loss so far" if self._unsaved_best == progress.iteration else ""
         self._notify(f"saving checkpoint at iteration {progress.iteration:7d} to {target.root}{which}")
@@ -242,7 +242,7 @@ class RunState:
         broadcast_from_rank0(self._world, record)
 
     def _save_weights(self, engine: Engine, progress: Progress, *, final: bool) -> None:
-        """Save the model's weights without the optimizer's state."""
+        """Save the model's weights, and their moving average, without the optimizer's state."""
         tensors = [tensor for tensor in engine.state_tensors() if not tensor.name.startswith(OPTIMIZER_PREFIX)]
         self._settle(self._weights, final=False)
         self._notify(f"saving the weights at iteration {progress.iteration:7d} to {self._weights.root}")

@@ -204,6 +204,8 @@ SPECIAL = {
     "training.train_samples": 800,
     "training.skip_iteration_ranges": ((2, 3), (7, 7)),
     "optimizer.kind": "sgd",
+    "optimizer.muon_scale_mode": "shape_scaling",
+    "optimizer.muon_tp_mode": "blockwise",
     "optimizer.weight_decay_style": "linear",
     "lr.lr": 0.5,
     "lr.min_lr": 0.0005,
@@ -248,6 +250,12 @@ COMPANIONS = {
     "optimizer.weight_decay_style": {"optimizer": {"start_weight_decay": 0.1, "end_weight_decay": 0.2}},
     "optimizer.start_weight_decay": {"optimizer": {"weight_decay_style": "cosine", "end_weight_decay": 0.3}},
     "optimizer.end_weight_decay": {"optimizer": {"weight_decay_style": "cosine", "start_weight_decay": 0.0}},
+    "optimizer.sgd_momentum": {"optimizer": {"kind": "sgd"}},
+    "optimizer.adafactor_relative_step": {"optimizer": {"kind": "adafactor"}, "lr": {"lr": 0.0}},
+    "optimizer.adafactor_warmup_init": {
+        "optimizer": {"kind": "adafactor", "adafactor_relative_step": True},
+        "lr": {"lr": 0.0},
+    },
     "parallel.tp": {"parallel": {"world_size": 2}},
     "parallel.pp": {"parallel": {"world_size": 2}},
     "parallel.num_layers_per_virtual_stage": {
@@ -270,6 +278,8 @@ COMPANIONS = {
     "checkpoint.use_checkpoint_schedule": {"checkpoint": {"load": "x"}},
     "model.make_vocab_size_divisible_by": {"model": {"make_vocab_size_divisible_by": 64}},
 }
+OPTIMIZERS = ("adafactor", "lion", "muon")
+"""Prefixes of the fields that only one optimizer reads."""
 GROUPS = ("data.train_groups", "data.valid_groups", "data.test_groups")
 LEAVES = [f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in fields(cls)]
 
@@ -281,6 +291,8 @@ def test_every_field_round_trips_through_flags(leaf):
     before = getattr(getattr(config, section), name)
     value = SPECIAL[leaf] if leaf in SPECIAL else _changed(leaf, before)
     changes = {section: {name: value}}
+    if section == "optimizer" and name.partition("_")[0] in OPTIMIZERS:
+        changes[section]["kind"] = name.partition("_")[0]
     for part, companions in COMPANIONS.get(leaf, {}).items():
         changes[part] = {**changes.get(part, {}), **companions}
     config = replace(config, **{part: replace(getattr(config, part), **values) for part, values in changes.items()})

@@ -28,12 +28,12 @@ TRAIN = [
 PROGRAM = """
 import os, signal, sys, time
 from megatron_lite.cli.main import main
-from megatron_lite.optim.update_rule import UpdateRule
+from megatron_lite.optim.update_rule import TorchRule
 from megatron_lite.train.native import NativeEngine
 
 what, rank, *words = sys.argv[1:]
 mine = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == int(rank)
-train_step, step = NativeEngine.train_step, UpdateRule.step
+train_step, step = NativeEngine.train_step, TorchRule.step
 
 def wrapped(self, plan, read, rates=None):
     if mine and plan.iteration == 3:
@@ -53,7 +53,7 @@ def broken(self, *args):
         raise ValueError("the optimizer is broken")
     return step(self, *args)
 
-NativeEngine.train_step, UpdateRule.step = wrapped, broken
+NativeEngine.train_step, TorchRule.step = wrapped, broken
 sys.exit(main(["train", *words]))
 """
 

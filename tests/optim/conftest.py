@@ -41,10 +41,10 @@ class Kit:
         """Return the mesh of a single process."""
         return build_mesh(select_backend(CPU, ParallelConfig(), Launch()), ParallelConfig())
 
-    def named(self, module: nn.Module) -> list[NamedParameter]:
+    def named(self, module: nn.Module, prefix: str = "") -> list[NamedParameter]:
         """Return the named parameters of a module on a rank that holds all of them."""
         return [
-            NamedParameter(name, param, tuple(param.shape), None, Rectangle.full(param.shape))
+            NamedParameter(prefix + name, param, tuple(param.shape), None, Rectangle.full(param.shape))
             for name, param in module.named_parameters()
         ]
 
@@ -62,7 +62,8 @@ class Kit:
     def build(self, module: nn.Module, mesh: Mesh | None = None, buffers: dict[str, Any] | None = None, **parts: Any):
         """Return buffers and optimizer of a module."""
         mesh = mesh or self.mesh()
-        held = ParameterBuffers(self.named(module), dp=mesh.dp, tp=mesh.tp, **(buffers or {}))
+        prefix = "decoder.layers." if parts.get("kind") == "muon" else ""  # so that all matrices are Muon's
+        held = ParameterBuffers(self.named(module, prefix), dp=mesh.dp, tp=mesh.tp, **(buffers or {}))
         return held, Optimizer(self.config(**parts), held, mesh)
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -7,10 +8,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_lite.config.optimizer import OptimizerKind
 from megatron_lite.optim.optimizer import Optimizer, clip_coefficient
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.rectangle import Rectangle
+
+KINDS = get_args(OptimizerKind)
 
 
 def model(dtype=torch.float32):
@@ -128,16 +132,23 @@ def test_fp16_scales_the_loss_and_reports_the_unscaled_norm(kit):
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
-def test_fp16_skips_an_overflow_and_lowers_the_scale(kit, poison):
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_skips_an_overflow_and_lowers_the_scale(kit, kind, steps, poison):
     ours = model(torch.float16)
-    buffers, optimizer = kit.build(ours, dtype="fp16", initial_loss_scale=2.0**10, hysteresis=1)
-    train(ours, buffers, optimizer, range(2))
+    parts = {"adafactor_beta1": 0.9} if kind == "adafactor" else {}
+    buffers, optimizer = kit.build(
+        ours, kind=kind, dtype="fp16", initial_loss_scale=2.0**10, hysteresis=1, ema_decay=0.5, **parts
+    )
+    train(ours, buffers, optimizer, range(steps))
+    if not steps:
+        backward(ours, 0, optimizer.loss_scale)
     before = [param.clone() for param in ours.parameters()]
     state = [piece.tensor.clone() for t in optimizer.state_tensors() for piece in t.pieces]
     buffers.gradient(ours[4].bias)[3] = poison
     result = take_step(optimizer, lr=0.1, weight_decay=0.1)
     assert not result.applied and not result.finite and not math.isfinite(result.grad_norm)
-    assert optimizer.loss_scale == 2.0**9 and optimizer.state_scalars()["step"] == 2
+    assert optimizer.loss_scale == 2.0**9 and optimizer.state_scalars()["step"] == steps
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
     held = [piece.tensor for t in optimizer.state_tensors() for piece in t.pieces]
     assert all(torch.equal(a, b) for a, b in zip(held, state, strict=True))
@@ -159,7 +170,17 @@ def test_a_non_finite_gradient_is_reported_and_not_applied(kit, dtype, check):
 
 @pytest.mark.parametrize(
     "parts",
-    [{}, {"kind": "sgd"}, {"dtype": "bf16"}, {"dtype": "fp16", "initial_loss_scale": 2.0**12, "loss_scale_window": 2}],
+    [
+        {},
+        {"kind": "sgd"},
+        {"dtype": "bf16"},
+        {"dtype": "fp16", "initial_loss_scale": 2.0**12, "loss_scale_window": 2},
+        {"kind": "lion"},
+        {"kind": "adafactor", "dtype": "bf16"},
+        {"kind": "adafactor", "adafactor_beta1": 0.9},
+        {"kind": "muon", "ema_decay": 0.9},
+        {"kind": "adamw8bit", "dtype": "bf16", "ema_decay": 0.9},
+    ],
 )
 def test_resume_is_exact(kit, parts):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(parts.get("dtype"), torch.float32)

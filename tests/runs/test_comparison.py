@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_lite.config.batch import BatchConfig, Rampup
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, OptimizerConfig
+from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.comparison import (
     check_fingerprints,
     check_model,
+    check_optimizer,
     compare_configs,
     config_as_json,
     describe,
@@ -41,6 +43,19 @@ def with_lr(config, **changes):
 
 def with_length(config, iterations):
     return replace(config, training=replace(config.training, train_iters=iterations))
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    configs = {
+        kind: config_as_json(replace(RUN, optimizer=OptimizerConfig(kind=kind)))
+        for kind in ("adam", "adamw8bit", "lion")
+    }
+    check_optimizer(configs["adam"], configs["adamw8bit"])
+    check_optimizer({}, configs["adam"])
+    with pytest.raises(
+        CheckpointError, match=r"--optimizer lion, and this run has --optimizer adam\..*--no-load-optim"
+    ):
+        check_optimizer(configs["lion"], configs["adam"])
 
 
 def test_equal_configs_have_no_difference():

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, OptimizerConfig
+from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig

@@ -14,8 +14,9 @@ import torch
 
 from megatron_lite.config.batch import BatchConfig, Rampup
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig, OptimizerConfig, PrecisionConfig, RecomputeConfig
+from megatron_lite.config.optimizer import OptimizerConfig, PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -67,6 +68,8 @@ class Cell:
     bucket_megabytes: int = 1
     documents: bool = False
     tuning: TuningConfig = NO_TUNING
+    optimizer: str = "adam"
+    ema: float = 0.0
 
     @property
     def world(self):
@@ -82,7 +85,7 @@ class Cell:
         split = self.sequence_parallel and tp > 1
         micro_batch = self.micro_batch if self.dropout else 1
         same = {"model": self.model, "layers": self.layers, "dropout": self.dropout, "dtype": self.dtype}
-        same |= {"documents": self.documents, "tuning": self.tuning}
+        same |= {"documents": self.documents, "tuning": self.tuning, "optimizer": self.optimizer, "ema": self.ema}
         return Cell(tp=tp, sequence_parallel=split, micro_batch=micro_batch, **same)
 
     def config(self):
@@ -120,8 +123,10 @@ class Cell:
             training=TrainingConfig(train_iters=ITERATIONS),
             tuning=self.tuning,
             lr=LrConfig(lr=2e-3, min_lr=2e-4, style="cosine", warmup_iters=3),
-            # An epsilon above the rounding errors of small gradients keeps Adam from turning them into full steps.
-            optimizer=OptimizerConfig(weight_decay=0.1, adam_eps=1e-2),
+            # An epsilon above the rounding errors of small gradients keeps a rule from turning them into full steps.
+            optimizer=OptimizerConfig(
+                kind=self.optimizer, weight_decay=0.1, adam_eps=1e-2, adafactor_eps1=1e-4, ema_decay=self.ema
+            ),
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RecomputeConfig(granularity=self.recompute or "none"),
             runtime=RuntimeConfig(device="cpu", seed=1234),
@@ -138,6 +143,8 @@ class Cell:
         parts += [f"first{self.first_layers}"] if self.first_layers else []
         parts += [f"bucket{self.bucket_megabytes}"] if self.bucket_megabytes != 1 else []
         parts += ["documents"] if self.documents else []
+        parts += [self.optimizer] if self.optimizer != "adam" else []
+        parts += [f"ema{self.ema}"] if self.ema else []
         parts += [f"dropout_{self.dropout}"] if self.dropout else []
         return "-".join([*parts, self.dtype] if self.dtype != "fp32" else parts)
 

@@ -11,7 +11,6 @@ from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.metrics import MetricsConfig
-from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tuning import TuningConfig
@@ -27,6 +26,12 @@ CELLS = (
     Cell(dp=2, dtype="bf16", **ZERO1),
     Cell(pp=2, model="bloom"),
     Cell(dp=2, tuning=TuningConfig(freeze=("embedding",), answer_loss=True)),
+    Cell(optimizer="adafactor", dtype="fp16", ema=0.9),
+    Cell(optimizer="lion", dtype="fp16"),
+    Cell(optimizer="adamw8bit", ema=0.9),
+    Cell(tp=2, optimizer="muon", model="llama"),
+    Cell(dp=2, optimizer="muon", **ZERO1),
+    Cell(dp=2, optimizer="adafactor", **ZERO1),
 )
 
 
@@ -34,7 +39,7 @@ def train(backend, cell):
     """Enqueue four iterations, taking each outcome as late as allowed; return the finite flags."""
     config = dataclasses.replace(
         cell.config(),
-        optimizer=OptimizerConfig(clip_grad=0.1),
+        optimizer=dataclasses.replace(cell.config().optimizer, clip_grad=0.1),
         metrics=MetricsConfig(log_num_zeros=True, log_params_norm=True),
     )
     mesh = mesh_of(backend, cell.tp, cell.pp)

@@ -86,8 +86,7 @@ def corrupted_run(backend, cell, corrupt, name, repair):
         flip(own.param.data)
         # Under ZeRO-1, data-parallel replicas share no state.
         for state in engine._optimizer.states_of(own) if not engine.buffers.sharded or cell.tp * cell.pp > 1 else []:
-            flip(state.tensors[0], element=0)
-            flip(state.tensors[-1], element=0)
+            flip(state, element=0)
     found = engine.compare_replicas()
     left = None
     if repair:

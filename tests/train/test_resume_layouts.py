@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from support.layout_matrix import SP, ZERO1, Cell, iterate, mesh_of
-
-from megatron_lite.checkpoint.load import load_checkpoint
-from megatron_lite.checkpoint.reading import compare_checkpoints
-from megatron_lite.checkpoint.save import save_checkpoint
-from megatron_lite.checkpoint.writing import SaveRequest
-from megatron_lite.runs.manifest import Provenance
-from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.assemble import build_engine
+from support.layout_matrix import SP, ZERO1, Cell
+from support.resume import check
 
 pytestmark = pytest.mark.slow
 
-BEFORE, AFTER = 3, 2
 LAYOUTS = (
     Cell(),
     Cell(tp=2, **SP),
@@ -32,51 +23,6 @@ LAYOUTS = (
 )
 # Dropout and half precision, whose random numbers and roundings must come back as well.
 NOISY = tuple(replace(cell, dropout="all", dtype="bf16") for cell in (LAYOUTS[0], *LAYOUTS[6:]))
-
-
-def save(engine, progress, mesh, root):
-    scalars = {"progress": progress.to_dict(), "engine": engine.state_scalars()}
-    save_checkpoint(
-        SaveRequest(Path(root), progress.iteration, scalars, Provenance()), engine.state_tensors(), mesh.world
-    )
-
-
-def write(backend, cell, root):
-    """On one rank: trains, saves and trains on without a stop; the losses after the save."""
-    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
-    engine = build_engine(config, mesh)
-    *_, progress = iterate(config, mesh, engine, Progress(), BEFORE)
-    save(engine, progress, mesh, root)
-    return iterate(config, mesh, engine, progress, AFTER)[0]
-
-
-def read(backend, cells, root):
-    """On one rank, for each layout: loads, saves what was loaded, and trains on; the losses."""
-    losses = []
-    for number, cell in enumerate(cells):
-        config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
-        engine = build_engine(config, mesh)
-        scalars = load_checkpoint(Path(root) / f"iter_{BEFORE:07d}", engine.state_tensors(), mesh.world)
-        engine.load_scalars(scalars["engine"])
-        progress = Progress.from_dict(scalars["progress"])
-        save(engine, progress, mesh, f"{root}/world{mesh.world.size}-{number}")
-        losses.append(iterate(config, mesh, engine, progress, AFTER)[0])
-    return losses
-
-
-def check(writer, readers, on_ranks, root):
-    expected = on_ranks(writer.world, write, writer, str(root))[0]
-    saved = f"iter_{BEFORE:07d}"
-    for world in sorted({cell.world for cell in readers}):
-        cells = [cell for cell in readers if cell.world == world]
-        for number, (cell, losses) in enumerate(zip(cells, on_ranks(world, read, cells, str(root))[0], strict=True)):
-            differences = list(compare_checkpoints(root / saved, root / f"world{world}-{number}" / saved))
-            assert len(differences) > 20
-            assert [difference.name for difference in differences if not difference.equal] == [], str(cell)
-            if cell == writer:
-                assert losses == expected, f"{cell} does not go on bit for bit"
-            elif writer.dtype == "fp32":
-                assert losses == pytest.approx(expected, rel=1e-5), f"{writer} -> {cell}"
 
 
 @pytest.mark.parametrize("writer", LAYOUTS, ids=str)

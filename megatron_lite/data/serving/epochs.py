@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_lite.config.arguments import raise_all
 from megatron_lite.config.data import DataSource
-from megatron_lite.config.optimizer import lr_spans, wsd_has_a_decay
+from megatron_lite.config.learning_rate import lr_spans, wsd_has_a_decay
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.split import Order, range_bounds, split_bounds

@@ -68,6 +68,7 @@ class MegatronExportOptions:
         pp: pipeline size of the files.
         naming: naming scheme of Megatron-LM files, see NAMINGS; empty: follows from the model.
         dtype: of the weights; None: as they were saved.
+        averaged: export the moving average of the weights.
     """
 
     to: Literal["megatron", "deepspeed"] = "megatron"
@@ -75,6 +76,7 @@ class MegatronExportOptions:
     pp: int = 1
     naming: str = ""
     dtype: torch.dtype | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +138,9 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
                 f"Cannot split {value} {name} over {size} ranks ({flag} {size})", fix=f"Use {flag} {divisors(value)}"
             )
     layouts = parameter_layouts(model)
-    weights = Weights(reader, tuple(layouts), options.dtype)
+    weights = Weights(reader, tuple(layouts), options.dtype, averaged=options.averaged)
     require_weights(weights, {name: layout.shape for name, layout in layouts.items()}, path)
-    dtype = options.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
+    dtype = options.dtype or getattr(torch, reader.tensors[WORD_EMBEDDINGS].dtype)
     progress = Progress.from_dict(manifest.scalars["progress"])
     progress = replace(progress, iteration=manifest.iteration)
     return MegatronExport(path, stored, weights, layouts, scheme, progress, dtype, options)

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_lite.config.batch import BatchConfig, Rampup
 from megatron_lite.config.data import DataConfig, DataSource
+from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optimizer import LrConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.tuning import TuningConfig
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
