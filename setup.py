@@ -12,6 +12,7 @@ EXTRAS = {
     "hf": ["transformers>=4.45"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "tensorboard": ["tensorboard>=2.15"],
+    "chat": ["jinja2>=3.1"],
     "fast": ["gigatoken>=0.10", "orjson>=3.10", "tiktoken>=0.12"],
     "data": ["zstandard>=0.22", "pyarrow>=15"],
     "sentences": ["nltk>=3.9"],

@@ -34,6 +34,7 @@ def pack(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
+    from megatron_lite.data.format.loss_mask import has_mask
     from megatron_lite.data.preparation.packed_dataset import pack_dataset
 
     started = time.monotonic()
@@ -53,7 +54,8 @@ def pack(argv: list[str]) -> int:
         print("Already complete: the same command has made it.")
     else:
         print("\n".join(_summary(made, options.seq_length, time.monotonic() - started)))
-    print(f"  --data-path {options.packed_prefix} --seq-length {options.seq_length} --eod-mask-loss")
+    loss = "--answer-loss" if has_mask(options.packed_prefix) else "--eod-mask-loss"
+    print(f"  --data-path {options.packed_prefix} --seq-length {options.seq_length} {loss}")
     return 0
 
 
@@ -69,6 +71,11 @@ def _tokenizer_entry(options: argparse.Namespace) -> dict[str, Any]:
             "fingerprint": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            **{
+                name: value
+                for name, value in (manifest.tokenizer if manifest else {}).items()
+                if name == "control_code"
+            },
         }
     if manifest is None:
         raise DataError(

@@ -90,7 +90,21 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_plain_text_argument(group)
     group.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys to tokenize, one dataset each (text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys to tokenize, one dataset each (text); of prompt and completion, or of messages",
+    )
+    group.add_argument(
+        "--input-format",
+        choices=("text", "prompt-completion", "chat"),
+        default="text",
+        help="content of a line: texts (default), a prompt with its completion, or a chat; the latter two with a loss "
+        "mask, for --answer-loss",
+    )
+    group.add_argument(
+        "--chat-template", default="", metavar="FILE", help="Jinja template of chats (default: the tokenizer's)"
     )
     group.add_argument("--split-sentences", action="store_true", help="store each sentence as a sequence (uses nltk)")
     group.add_argument("--keep-newlines", action="store_true", help="keep the line breaks between sentences")
@@ -112,6 +126,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-prefix", required=True, metavar="PATH", help="files are PATH_KEY_document.bin, .idx")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group.add_argument("--prepend-eod", action="store_true", help="begin every document with the end-of-document token")
+    group.add_argument(
+        "--control-code", default="", metavar="CODE", help="begin every document with this special token or text"
+    )
     group.add_argument(
         "--prepend-bos", action="store_true", help="begin every document with the beginning-of-text token (LLaMA)"
     )
@@ -203,6 +220,9 @@ def _options(args: argparse.Namespace) -> PreprocessOptions:
         output_prefix=args.output_prefix,
         tokenizer=tokenizer_config(args),
         json_keys=tuple(args.json_keys),
+        input_format=args.input_format,
+        chat_template=args.chat_template,
+        control_code=args.control_code,
         plain_text=args.plain_text,
         append_eod=args.append_eod,
         prepend_eod=args.prepend_eod,

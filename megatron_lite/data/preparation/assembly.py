@@ -27,8 +27,8 @@ class Assembly:
     Args:
         folder: the work folder.
         numbers: numbers of the units (or buckets of the shuffle) in the order of the output.
-        prefixes: final paths of the datasets, one for each JSON key.
-        dtype: type of the tokens.
+        prefixes: final paths of the datasets.
+        dtypes: type of the tokens of each.
 
     Attributes:
         done: [appended units] shards and reports.
@@ -38,7 +38,9 @@ class Assembly:
         DataError: the files of an interrupted run were shortened, or cannot be written.
     """
 
-    def __init__(self, folder: WorkFolder, numbers: Sequence[int], prefixes: Sequence[str], dtype: np.dtype) -> None:
+    def __init__(
+        self, folder: WorkFolder, numbers: Sequence[int], prefixes: Sequence[str], dtypes: Sequence[np.dtype]
+    ) -> None:
         self._folder = folder
         self._numbers = numbers
         finished = folder.finished()
@@ -48,7 +50,7 @@ class Assembly:
         self._committed = len(self.done)
         self.writers: list[IndexedDatasetWriter] = []
         try:
-            for key, prefix in enumerate(prefixes):
+            for key, (prefix, dtype) in enumerate(zip(prefixes, dtypes, strict=True)):
                 extent = Extent(*self.done[-1].shards[key].end) if self.done else None
                 self.writers.append(IndexedDatasetWriter(prefix, dtype, folder.assembled(key), extent))
         except BaseException:

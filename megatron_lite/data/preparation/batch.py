@@ -30,11 +30,13 @@ class Batch:
         ids: [tokens] token ids.
         lengths: [sequences] tokens of each sequence, at least 1.
         sequences: [documents] sequences of each document, 0 for an empty one.
+        answers: [tokens] loss mask; None: the documents are no prompts with answers.
     """
 
     ids: npt.NDArray[np.integer]
     lengths: npt.NDArray[np.int64]
     sequences: npt.NDArray[np.int64]
+    answers: npt.NDArray[np.uint8] | None = None
 
     @classmethod
     def of(cls, encoded: TokenBatch, sequences: npt.NDArray[np.int64]) -> Batch:
@@ -57,32 +59,41 @@ class Batch:
         if documents.all():
             return self
         sequences = np.repeat(documents, self.sequences)
-        return Batch(self.ids[np.repeat(sequences, self.lengths)], self.lengths[sequences], self.sequences[documents])
+        tokens = np.repeat(sequences, self.lengths)
+        answers = None if self.answers is None else self.answers[tokens]
+        return Batch(self.ids[tokens], self.lengths[sequences], self.sequences[documents], answers)
 
-    def with_ends(self, bos: int | None, eod: int | None, dtype: np.dtype) -> Batch:
-        """Return the batch with `bos` before and `eod` after every document that is not empty; None: without.
+    def with_ends(self, first: Sequence[int], last: Sequence[int], dtype: np.dtype) -> Batch:
+        """Return the batch with the tokens `first` before and `last` after every document that is not empty.
 
-        The ids are of type `dtype`, if it holds them.
+        The ids are of type `dtype`, if it holds them. In a loss mask, the first tokens belong to the prompt, the
+        last ones to what the document ends with.
         """
-        if (bos is None and eod is None) or self.ids.max(initial=0) > np.iinfo(dtype).max:
+        if (not first and not last) or self.ids.max(initial=0) > np.iinfo(dtype).max:
             return self
         filled = self.sequences > 0
-        last = np.cumsum(self.sequences)[filled] - 1
-        first = last - self.sequences[filled] + 1
+        end_sequences = np.cumsum(self.sequences)[filled] - 1
+        start_sequences = end_sequences - self.sequences[filled] + 1
         ends = np.cumsum(self.lengths)
-        starts = (ends - self.lengths)[first].tolist()
-        before, after = ([] if token is None else [np.array([token], dtype)] for token in (bos, eod))
+        starts = (ends - self.lengths)[start_sequences].tolist()
+        spans = list(zip(starts, ends[end_sequences].tolist(), strict=True))
+        before, after = ([np.array(tokens, dtype)] if tokens else [] for tokens in (first, last))
         # Slices are copied several times as fast as a mask selects.
-        parts = [
-            part
-            for start, end in zip(starts, ends[last].tolist(), strict=True)
-            for part in (*before, self.ids[start:end], *after)
-        ]
+        parts = [part for start, end in spans for part in (*before, self.ids[start:end], *after)]
         ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
         lengths = self.lengths.copy()
-        lengths[first] += len(before)
-        lengths[last] += len(after)
-        return Batch(ids, lengths, self.sequences)
+        lengths[start_sequences] += len(first)
+        lengths[end_sequences] += len(last)
+        answers = self.answers
+        if answers is not None:
+            prompt = np.zeros(len(first), answers.dtype)
+            masks = [
+                part
+                for start, end in spans
+                for part in (prompt, answers[start:end], np.repeat(answers[end - 1 : end], len(last)))
+            ]
+            answers = np.concatenate(masks) if masks else answers
+        return Batch(ids, lengths, self.sequences, answers)
 
     def followed_by(self, other: Batch) -> Batch:
         """Return the batch of these documents and those of `other`."""

@@ -55,12 +55,12 @@ class ParsedBatch:
 
     Attributes:
         rows: [documents] indices of their lines in the batch.
-        texts: [JSON keys][documents] texts.
+        texts: [JSON keys][documents] texts; of prompts with answers (answers.py), one column of tuples.
         blank: number of blank lines.
         bad: index and reason of each line without a document.
     """
 
-    texts: list[list[str]]
+    texts: list[list[Any]]
     rows: list[int] = field(default_factory=list)
     blank: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
@@ -215,6 +215,16 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
     Raises:
         BadLineError: the line is not UTF-8 or JSON, not an object, or has no text under one of the keys.
     """
+    entry = parse_object(line)
+    return None if entry is None else [text_of(entry, key, line.content) for key in keys]
+
+
+def parse_object(line: Line) -> dict[str, Any] | None:
+    """Return the object of one JSON line; None for a blank line.
+
+    Raises:
+        BadLineError: the line is not UTF-8 or JSON, or not an object.
+    """
     if line.too_long:
         raise BadLineError("longer than --max-line-mb")
     content = line.content
@@ -232,22 +242,38 @@ def parse_line(line: Line, keys: Sequence[str]) -> list[str] | None:
         raise BadLineError(f"unreadable JSON: {error}") from error
     if not isinstance(entry, dict):
         raise BadLineError(f"a JSON {type(entry).__name__} instead of an object")
-    texts = []
-    for key in keys:
-        if isinstance(entry, _DuplicateKeys) and entry.names[key] > 1:
-            raise BadLineError(f"key {key!r} twice")
-        texts.append(_text(entry, key))
-        if b"\\u" in content and (half := SURROGATE.search(texts[-1])):
-            raise BadLineError(f"half a surrogate pair in {key!r} at character {half.start() + 1}")
-    return texts
+    return entry
 
 
-def _text(entry: dict[str, Any], key: str) -> str:
+def value_of(entry: dict[str, Any], key: str) -> Any:
+    """Return the value of a key.
+
+    Raises:
+        BadLineError: the object has no such key, or has it twice.
+    """
+    if isinstance(entry, _DuplicateKeys) and entry.names[key] > 1:
+        raise BadLineError(f"key {key!r} twice")
     if key not in entry:
         raise BadLineError(f"no key {key!r} (it has {', '.join(map(repr, list(entry)[:8])) or 'none'})")
-    text = entry[key]
+    return entry[key]
+
+
+def text_of(entry: dict[str, Any], key: str, content: bytes) -> str:
+    """Return the text of a key.
+
+    Args:
+        entry: the object.
+        key: the key.
+        content: its line.
+
+    Raises:
+        BadLineError: the value is no text, or holds half of a surrogate pair.
+    """
+    text = value_of(entry, key)
     if not isinstance(text, str):
         raise BadLineError(f"the value of {key!r} is {'null' if text is None else type(text).__name__}, not a string")
+    if b"\\u" in content and (half := SURROGATE.search(text)):
+        raise BadLineError(f"half a surrogate pair in {key!r} at character {half.start() + 1}")
     return text
 
 

@@ -158,8 +158,9 @@ def _common_tokenizer(
         differ = [key for key in {**first, **other} if _entry(first, key) != _entry(other, key)]
         for key in differ:
             common.pop(key, None)
-        if {"bos", "eod"} & set(differ):
-            texts = [f"{key} {_entry(first, key)} and {_entry(other, key)}" for key in differ if key in ("bos", "eod")]
+        ends = [key for key in differ if key in ("bos", "eod", "control_code")]
+        if ends:
+            texts = [f"{key} {_entry(first, key)} and {_entry(other, key)}" for key in ends]
             warnings.append(
                 f"{prefixes[0]} and {prefix} begin or end documents with different tokens ({', '.join(texts)})"
             )
@@ -169,7 +170,7 @@ def _common_tokenizer(
 def _entry(tokenizer: dict[str, Any], key: str) -> object:
     """Return an entry of a manifest's tokenizer; older manifests do not record whether a template added `bos`."""
     has_template = tokenizer.get("type") == "HuggingFaceTokenizer"
-    return tokenizer.get(key, "unknown" if key != "bos" or has_template else None)
+    return tokenizer.get(key, None if key == "control_code" or (key == "bos" and not has_template) else "unknown")
 
 
 def _common_packing(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_lite.config.tokenizer import TokenizerConfig
+from megatron_lite.data.format.loss_mask import mask_prefix
 from megatron_lite.errors import ConfigError
 
 MIN_UNIT = 2 << 20
@@ -15,6 +16,8 @@ MAX_LINE = 256 << 20
 PlainText = Literal["file", "line"]
 """Form of the documents of plain text files: each file, or each line of a file."""
 
+_ANSWER_KEYS = {"prompt-completion": ("prompt", "completion"), "chat": ("messages",)}
+"""JSON keys of prompts with answers, by --input-format."""
 UNITS = 256
 """Number of units that the input is divided into, within the bounds MIN_UNIT and MAX_UNIT of a unit's bytes."""
 
@@ -32,6 +35,12 @@ class PreprocessOptions:
     json_keys: tuple[str, ...] = ("text",)
     plain_text: PlainText | None = None
     """Form of the documents of files that are plain text instead of JSON lines."""
+    input_format: Literal["text", "prompt-completion", "chat"] = "text"
+    """Content of a line: texts, a prompt with its completion, or the messages of a chat."""
+    chat_template: str = ""
+    """Path of a Jinja template; empty: that of the tokenizer."""
+    control_code: str = ""
+    """Text before every document, in its own tokens."""
     append_eod: bool = False
     prepend_eod: bool = False
     prepend_bos: bool = False
@@ -97,6 +106,7 @@ class PreprocessOptions:
                 given = " ".join(value) if isinstance(value, (list, tuple)) else value
                 raise ConfigError(f"{flag} {given} is invalid", fix=f"Give {flag} {rule}")
         self._check_combinations()
+        self._check_answers()
 
     def _check_combinations(self) -> None:
         if self.prepend_eod and self.prepend_bos:
@@ -113,9 +123,58 @@ class PreprocessOptions:
                 fix="Preprocess each key in a command of its own",
             )
 
-    def prefix(self, key: str) -> str:
-        """Return the path of the dataset of one key."""
-        return f"{self.output_prefix}_{key}_{'sentence' if self.split_sentences else 'document'}"
+    def _check_answers(self) -> None:
+        if self.chat_template and self.input_format != "chat":
+            raise ConfigError(
+                f"--chat-template {self.chat_template} has no effect without --input-format chat",
+                fix="Add --input-format chat, or remove --chat-template",
+            )
+        if not self.has_answers:
+            return
+        expected = _ANSWER_KEYS[self.input_format]
+        if len(self.keys) != len(expected):
+            raise ConfigError(
+                f"--json-keys {' '.join(self.keys)} names {len(self.keys)} keys, and --input-format "
+                f"{self.input_format} reads {len(expected)}",
+                fix=f"Give --json-keys the names of {' and '.join(expected)}, or leave it out",
+            )
+        others = {
+            "--split-sentences": self.split_sentences,
+            "--join-short": self.join_short,
+            f"--plain-text {self.plain_text}": self.plain_text,
+        }
+        for flag in [flag for flag, given in others.items() if given]:
+            raise ConfigError(
+                f"{flag} cannot be combined with --input-format {self.input_format}",
+                rule="A document is a prompt with its answer",
+                fix=f"Remove {flag}",
+            )
+
+    @property
+    def has_answers(self) -> bool:
+        """True if documents are prompts with answers, whose loss mask is written."""
+        return self.input_format != "text"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """JSON keys that are read: --json-keys, or those of prompts and completions, or of messages."""
+        if self.json_keys != ("text",):
+            return self.json_keys
+        return _ANSWER_KEYS.get(self.input_format, self.json_keys)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Paths of the datasets: one for each JSON key; of prompts with answers, one and its loss mask."""
+        unit = "sentence" if self.split_sentences else "document"
+        if not self.has_answers:
+            return tuple(f"{self.output_prefix}_{key}_{unit}" for key in self.keys)
+        prefix = f"{self.output_prefix}_{self.keys[-1]}_{unit}"
+        return prefix, mask_prefix(prefix)
+
+    @property
+    def data_prefixes(self) -> tuple[str, ...]:
+        """Paths of the datasets without loss masks."""
+        return self.prefixes[:1] if self.has_answers else self.prefixes
 
     def identity(self) -> dict[str, Any]:
         """Return the options that determine the bytes of the output, in addition to input and tokenizer.
@@ -123,10 +182,16 @@ class PreprocessOptions:
         The number of workers has no influence. `skip_bad_lines` and `max_line_bytes` are left out so that a run which
         stopped at a bad line can be continued with other values: its finished units have no bad lines.
         """
-        added = {"plain_text": self.plain_text, "prepend_eod": self.prepend_eod, "join_short": self.join_short}
+        added: dict[str, Any] = {
+            "plain_text": self.plain_text,
+            "prepend_eod": self.prepend_eod,
+            "join_short": self.join_short,
+            "input_format": self.input_format if self.has_answers else "",
+            "control_code": self.control_code,
+        }
         # Options of later versions are left out unless they are given: the plans of older datasets stay the same.
         return {name: value for name, value in added.items() if value} | {
-            "json_keys": list(self.json_keys),
+            "json_keys": list(self.keys),
             "append_eod": self.append_eod,
             "prepend_bos": self.prepend_bos,
             "empty_documents": self.empty_documents,

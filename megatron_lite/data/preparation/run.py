@@ -12,9 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.data.format.index_format import smallest_token_type
+from megatron_lite.data.format.loss_mask import remove_mask
 from megatron_lite.data.format.manifest import is_complete, manifest_of, manifest_path, require_absent, write_manifest
 from megatron_lite.data.preparation.assembly import Assembly
+from megatron_lite.data.preparation.chat import read_template
 from megatron_lite.data.preparation.lines import read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.pool import Pool
@@ -24,7 +25,7 @@ from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.data.preparation.shuffle import plan_buckets
 from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units, unit_size
 from megatron_lite.data.preparation.work_folder import FinishedUnit, WorkFolder, plan_hash
-from megatron_lite.data.preparation.worker import Step, Task, UnitWorker, build_job, first_token
+from megatron_lite.data.preparation.worker import Step, Task, UnitWorker, build_job, dataset_types, first_token
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
@@ -39,7 +40,7 @@ class Result:
     """Result of a preprocessing run."""
 
     prefixes: tuple[str, ...]
-    """The datasets, one for each JSON key, in the form that --data-path takes."""
+    """The datasets, without loss masks, in the form that --data-path takes."""
     summary: str
     """Summary as text; empty if an earlier run had completed the datasets."""
 
@@ -59,7 +60,7 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
             # Delete what an interrupted deletion left, but keep unfinished work of another command.
             if WorkFolder.path_of(options.output_prefix).is_dir() and run.unfinished_plan in ("", run.plan):
                 WorkFolder(options.output_prefix, run.plan).remove()
-            return Result(run.prefixes, "")
+            return Result(options.data_prefixes, "")
         if not options.overwrite and run.unfinished_plan != run.plan:
             for prefix in run.prefixes:
                 require_absent(prefix)
@@ -69,7 +70,7 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
             folder.remove()
         finally:
             folder.release()
-    return Result(run.prefixes, summary.text())
+    return Result(options.data_prefixes, summary.text())
 
 
 def _check_keys(options: PreprocessOptions, sources: Sequence[Source]) -> None:
@@ -112,7 +113,7 @@ class _Run:
         # With workers, this process needs only the vocabulary: building the fast encoder takes most of the time.
         config = options.tokenizer if pool is None else replace(options.tokenizer, fast=False)
         self.tokenizer = tokenizer = build_tokenizer(config)
-        self.prefixes = tuple(map(options.prefix, options.json_keys))
+        self.prefixes = options.prefixes
         self.tokenizer_entry: dict[str, Any] = {
             "type": options.tokenizer.type,
             "fingerprint": tokenizer.fingerprint(),
@@ -121,6 +122,11 @@ class _Run:
             "bos": first_token(options, tokenizer),
             "eod": tokenizer.eod if options.append_eod else None,
         }
+        if options.control_code:
+            self.tokenizer_entry["control_code"] = options.control_code
+        if options.input_format == "chat":
+            template = read_template(options.tokenizer.model, options.chat_template)
+            self.tokenizer_entry["chat_template"] = template.fingerprint
         if options.split_sentences:
             splitter = SentenceSplitter(options.language, options.keep_newlines)
             self.tokenizer_entry["punkt"] = splitter.fingerprint()
@@ -164,7 +170,7 @@ class _Run:
 
     def _assemble(self, folder: WorkFolder, tasks: Sequence[Task]) -> Assembly:
         numbers = [task.number for task in tasks]
-        return Assembly(folder, numbers, self.prefixes, smallest_token_type(self.tokenizer.vocab_size))
+        return Assembly(folder, numbers, self.prefixes, dataset_types(self.options, self.tokenizer))
 
     def _add_units(self, assembly: Assembly, todo: Sequence[Unit]) -> Iterator[Step]:
         """Append all units in order, as soon as they are finished, and yield the steps of the unfinished ones."""
@@ -202,6 +208,9 @@ class _Run:
     def _finish(self, assembly: Assembly, summary: Summary) -> None:
         """Give the datasets their final names; the manifest is written last."""
         assembly.commit()
+        if not self.options.has_answers:
+            for prefix in self.prefixes:
+                remove_mask(prefix)
         for key, writer in enumerate(assembly.writers):
             manifest_path(writer.prefix).unlink(missing_ok=True)
             writer.finish()
@@ -267,7 +276,7 @@ def _bytes_of(options: PreprocessOptions, documents: int) -> int:
     total = sum(source.num_bytes for source in sources)
     for unit in plan_units(sources, unit_bytes=1 << 62):
         lines = 0
-        for batch in read_batches(unit, options.json_keys):
+        for batch in read_batches(unit, options.keys):
             lines += len(batch.contents)
             if lines >= PROBED_LINES:
                 break

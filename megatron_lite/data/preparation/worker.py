@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from megatron_lite.data.format.index_format import smallest_token_type
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
+from megatron_lite.data.format.loss_mask import MASK_TYPE
+from megatron_lite.data.preparation.answers import AnswerParser, segment_batch
 from megatron_lite.data.preparation.batch import Batch, note_outliers
+from megatron_lite.data.preparation.chat import read_template
 from megatron_lite.data.preparation.documents import BatchParser, lines_before, parse_plain
 from megatron_lite.data.preparation.joining import ShortDocumentJoiner
 from megatron_lite.data.preparation.lines import LineBatch, read_batches
@@ -32,6 +35,7 @@ COMPARED = 1 << 16
 """Characters of the first documents of each process whose ids are compared with those of the tokenizer's library."""
 
 Task = Unit | Bucket
+Text = str | tuple[str, ...]
 
 
 class Step(NamedTuple):
@@ -77,13 +81,13 @@ class _Documents:
     Attributes:
         lines: [documents] line numbers, or numbers of files.
         files: [documents] paths, if they are files.
-        texts: [JSON keys][documents] texts.
+        texts: [JSON keys][documents] texts; of prompts with answers, one column of tuples of texts.
         order: [documents] sort keys of the shuffle; zeros without --shuffle.
     """
 
     lines: npt.NDArray[np.int64]
     files: list[str] | None
-    texts: list[list[str]]
+    texts: list[list[Text]]
     order: npt.NDArray[np.uint64]
 
     def keep(self, kept: npt.NDArray[np.bool_]) -> _Documents:
@@ -118,15 +122,14 @@ class UnitWorker:
     def __init__(self, options: PreprocessOptions, tokenizer: Tokenizer) -> None:
         self.options = options
         self.tokenizer = tokenizer
-        self.dtype = smallest_token_type(tokenizer.vocab_size)
-        self.eod = tokenizer.eod if options.append_eod else None
-        self.first = first_token(options, tokenizer)
-        self.parser = BatchParser(options.json_keys)
+        self.dtypes = dataset_types(options, tokenizer)
+        self.ends = document_ends(options, tokenizer)
+        self.parser = _parser_of(options)
         self._unchecked = COMPARED
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
     def write_shards(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
-        """Write the shards `{prefix}.{number of the JSON key}` of a unit, and with --shuffle `….order` next to each.
+        """Write the shards `{prefix}.{number of the dataset}` of a unit, and with --shuffle `….order` next to each.
 
         Yields:
             Steps of progress.
@@ -137,9 +140,10 @@ class UnitWorker:
         Raises:
             DataError: the input is damaged, a line is bad (without --skip-bad-lines), or the disk is full.
         """
-        names = [f"{prefix}.{i}" for i in range(len(self.options.json_keys))]
+        names = [f"{prefix}.{i}" for i in range(len(self.dtypes))]
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(IndexedDatasetWriter(name, self.dtype)) for name in names]
+            pairs = zip(names, self.dtypes, strict=True)
+            writers = [stack.enter_context(IndexedDatasetWriter(name, dtype)) for name, dtype in pairs]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
             checksums, report = yield from self.run(unit, writers, orders)
         return [
@@ -150,13 +154,13 @@ class UnitWorker:
     def run(
         self, unit: Unit, writers: Sequence[IndexedDatasetWriter], orders: Sequence[BinaryIO] = ()
     ) -> Generator[Step, None, tuple[list[int], UnitReport]]:
-        """Append the documents of a unit to datasets, [JSON keys], and their sort keys to files, if there are any.
+        """Append the documents of a unit to datasets and their sort keys to files, if there are any.
 
         Yields:
             Steps of progress.
 
         Returns:
-            CRC-32 of the tokens for each JSON key, and the report.
+            CRC-32 of the content of each dataset, and the report.
 
         Raises:
             DataError: as in `write_shards`.
@@ -166,11 +170,14 @@ class UnitWorker:
         extents = [writer.extent for writer in writers]
 
         def write(key: int, batch: Batch, order: npt.NDArray[np.uint64]) -> None:
-            checksums[key] = writers[key].add_batch(batch.ids, batch.lengths, batch.sequences, checksums[key])
-            if orders:
-                orders[key].write(order.tobytes())
+            values = [batch.ids] if batch.answers is None else [batch.ids, batch.answers]
+            for number, tokens in enumerate(values, key):
+                checksum = writers[number].add_batch(tokens, batch.lengths, batch.sequences, checksums[number])
+                checksums[number] = checksum
+                if orders:
+                    orders[number].write(order.tobytes())
 
-        for lines in read_batches(unit, self.options.json_keys, self.options.max_line_bytes):
+        for lines in read_batches(unit, self.options.keys, self.options.max_line_bytes):
             documents = self._parse(lines, draws, unit, report)
             for key, (batch, counts, order) in enumerate(self._encode(documents, unit, report)):
                 write(key, *((batch, order) if joiner is None else joiner.add(batch, counts, order)))
@@ -182,7 +189,8 @@ class UnitWorker:
             report.joined, report.short = joiner.joined, joiner.short
         yield Step(0, 0, unit.num_bytes - before)  # a unit within one long line has no other step
         report.documents = writers[0].num_documents - extents[0].documents
-        report.tokens = sum(writer.num_tokens - extent.tokens for writer, extent in zip(writers, extents, strict=True))
+        counts_of = [writer.num_tokens - extent.tokens for writer, extent in zip(writers, extents, strict=True)]
+        report.tokens = counts_of[0] if self.options.has_answers else sum(counts_of)
         return checksums, report
 
     def _new_joiner(self) -> ShortDocumentJoiner | None:
@@ -210,7 +218,7 @@ class UnitWorker:
         files = None if lines.names is None else [lines.names[row] for row in parsed.rows]
         documents = _Documents(lines.first + rows, files, parsed.texts, order[rows])
         if self.options.min_chars:
-            shortest = np.min([[len(text) for text in column] for column in parsed.texts], axis=0)
+            shortest = np.min([[sum(map(len, _parts(text))) for text in column] for column in parsed.texts], axis=0)
             report.too_few_chars += int(np.count_nonzero(shortest < self.options.min_chars))
             documents = documents.keep(shortest >= self.options.min_chars)
         return documents
@@ -228,11 +236,11 @@ class UnitWorker:
         kept = self._filter(batches, report)
         documents = documents.keep(kept)
         for key, batch in enumerate(batches):
-            report.document_bytes += sum(map(_utf8_bytes, documents.texts[key]))
+            report.document_bytes += sum(_utf8_bytes(part) for text in documents.texts[key] for part in _parts(text))
             batch = batch.keep(kept)
             note_outliers(batch, documents.lines, documents.files, self.tokenizer.unknown, report)
             counts = batch.document_tokens
-            batch = batch.with_ends(self.first, self.eod, self.dtype)
+            batch = batch.with_ends(*self.ends, self.dtypes[0])
             filled = batch.sequences > 0
             report.empty += int(np.count_nonzero(~filled))
             keep = filled if self.options.empty_documents == "skip" else np.ones_like(filled)
@@ -245,9 +253,10 @@ class UnitWorker:
             DataError: they differ.
         """
         left = self._unchecked
-        for i, texts in enumerate(zip(*documents.texts, strict=True)):
+        for i, columns in enumerate(zip(*documents.texts, strict=True)):
             if left <= 0:
                 break
+            texts = [part for text in columns for part in _parts(text)]
             left -= sum(map(len, texts))
             if sum(map(len, texts)) <= COMPARED and (difference := self.tokenizer.compare_encoders(texts)):
                 place = documents.file(i) or f"{unit.source.path}:{lines_before(unit) + int(documents.lines[i])}"
@@ -269,20 +278,21 @@ class UnitWorker:
             documents = documents.keep(np.array([not reason for reason in reasons], np.bool_))
             return documents, [self._tokenize_key(column) for column in documents.texts]
 
-    def _refused_by_tokenizer(self, texts: Sequence[str]) -> str:
+    def _refused_by_tokenizer(self, texts: Sequence[Text]) -> str:
         try:
-            for text in texts:
-                self.tokenizer.encode(text)
+            for part in (part for text in texts for part in _parts(text)):
+                self.tokenizer.encode(part)
         except DataError as error:
             return error.problem
         return ""
 
-    def _tokenize_key(self, texts: list[str]) -> Batch:
-        if self.splitter is None:
-            return Batch.of(self.tokenizer.encode_flat(texts), np.ones(len(texts), np.int64))
-        split = [self.splitter.split(text) for text in texts]
-        encoded = self.tokenizer.encode_flat([sentence for sentences in split for sentence in sentences])
-        return Batch.of(encoded, np.fromiter(map(len, split), np.int64, len(split)))
+    def _tokenize_key(self, texts: list[Text]) -> Batch:
+        split = [_parts(text) for text in texts]
+        if self.splitter is not None:
+            split = [tuple(self.splitter.split(text)) for (text,) in split]
+        encoded = self.tokenizer.encode_flat([part for parts in split for part in parts])
+        counts = np.fromiter(map(len, split), np.int64, len(split))
+        return segment_batch(encoded, counts) if self.options.has_answers else Batch.of(encoded, counts)
 
     def _filter(self, batches: list[Batch], report: UnitReport) -> npt.NDArray[np.bool_]:
         """Return the mask of documents within --min-tokens and --max-tokens under every JSON key, [documents]."""
@@ -308,11 +318,38 @@ class UnitWorker:
         report.reject(number, reason, file)
 
 
+def dataset_types(options: PreprocessOptions, tokenizer: Tokenizer) -> list[np.dtype]:
+    """Return the type of each dataset that is written: of tokens, and of the loss mask of answers."""
+    tokens = smallest_token_type(tokenizer.vocab_size)
+    return [tokens, MASK_TYPE] if options.has_answers else [tokens] * len(options.prefixes)
+
+
 def first_token(options: PreprocessOptions, tokenizer: Tokenizer) -> int | None:
-    """Return the token that begins every document; None if there is none."""
+    """Return the token that begins every document, before a control code; None if there is none."""
     if options.prepend_eod:
         return tokenizer.eod
     return tokenizer.bos if options.prepend_bos else None
+
+
+def document_ends(options: PreprocessOptions, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the tokens before and after every document."""
+    first = first_token(options, tokenizer)
+    before = [] if first is None else [first]
+    before += tokenizer.encode(options.control_code) if options.control_code else []
+    return before, [tokenizer.eod] if options.append_eod else []
+
+
+def _parser_of(options: PreprocessOptions) -> BatchParser | AnswerParser:
+    if not options.has_answers:
+        return BatchParser(options.keys)
+    is_chat = options.input_format == "chat"
+    template = read_template(options.tokenizer.model, options.chat_template) if is_chat else None
+    return AnswerParser(options.keys, template)
+
+
+def _parts(text: Text) -> tuple[str, ...]:
+    """Return the texts that are tokenized one by one."""
+    return (text,) if isinstance(text, str) else text
 
 
 def _utf8_bytes(text: str) -> int:

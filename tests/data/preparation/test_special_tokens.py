@@ -52,7 +52,9 @@ def test_bos_and_eod_are_added_once_if_requested(make, look, template, bos, eod,
 
 def test_bos_and_eod_of_documents_of_several_sentences(template):
     encoder = build_tokenizer(template)
-    batch = Batch.of(encoder.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_ends(7, 8, np.dtype(np.uint16))
+    batch = Batch.of(encoder.encode_flat(["a", "b", "", "c"]), np.array([2, 1, 1])).with_ends(
+        [7], [8], np.dtype(np.uint16)
+    )
     assert batch.ids.tolist() == [7, *encoder.encode("a"), *encoder.encode("b"), 8, 7, *encoder.encode("c"), 8]
     assert batch.lengths.tolist() == [2, 2, 3]
     assert batch.sequences.tolist() == [2, 0, 1]
