@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class MegatronLiteError(Exception):
@@ -87,4 +88,16 @@ class TrainingError(MegatronLiteError):
 
 def install_extra(name: str) -> str:
     """Return the instruction to install an extra of setup.py, for the fix of an error."""
-    return f"Install it with pip install -e '.[{name}]' in the folder of the clone"
+    root = Path(__file__).resolve().parents[1]
+    package = f"-e '{root}[{name}]'" if (root / "setup.py").is_file() else f"'megatron_lite[{name}]'"
+    return f"Install it with `pip install {package}`"
+
+
+def report_bug(left: str = "") -> str:
+    """Return the instruction to report a fault of the program itself, for the fix of an error.
+
+    Args:
+        left: sentence about what the failure leaves on the disk, without a full stop.
+    """
+    report = "Report this to the developers of megatron_lite, with this message and the command line"
+    return f"{report}. {left}" if left else report

@@ -35,9 +35,10 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
     existing = next((part for part in (target, *target.parents) if _exists(part)), Path())
     match code:
         case errno.ENOSPC:
-            return f'Free space on the disk of "{existing.absolute()}" (df -h, df -i, quota -s)'
+            folder = existing.absolute() if existing.is_dir() else existing.absolute().parent
+            return f"Free space or files on the disk of {folder} (see df -h {folder}; df -i {folder}; quota -s)"
         case errno.EDQUOT:
-            return f'Delete files to get below the disk quota of "{existing.absolute()}" (quota -s)'
+            return f'Delete files to get below the disk quota of "{existing.absolute()}" (see quota -s)'
         case errno.EFBIG:
             return "Raise the limit of file sizes (ulimit -f)"
         case errno.EACCES | errno.EPERM:
@@ -50,7 +51,7 @@ def _by_errno(code: int | None, target: Path, *, writing: bool) -> str:
             return f'Use a path that does not lead through the file "{existing}"'
         case errno.EEXIST | errno.ENOTDIR:
             blocking = existing if not existing.is_dir() else target
-            return f'Rename or remove the file "{blocking}", where a folder is needed'
+            return f'Use a path that does not lead through the file "{blocking}", or rename that file'
         case errno.EISDIR:
             return f'Give a file instead of the folder "{target}"'
         case errno.ENOTEMPTY:

@@ -13,7 +13,7 @@ def failure(code, path=None):
 
 
 REMEDIES = {
-    errno.ENOSPC: "Free space on the disk of",
+    errno.ENOSPC: "Free space or files on the disk of",
     errno.EDQUOT: "below the disk quota of",
     errno.EACCES: "Give this user permission to write to",
     errno.EROFS: "mounted read-only",

@@ -229,7 +229,8 @@ def _from_slurm(variables: Mapping[str, str]) -> Launch:
     step_size = _integer(variables, "SLURM_STEP_NUM_TASKS")
     # Old versions of Slurm number the tasks of a step over several components through, but count each component's.
     het = "SLURM_HET_SIZE" in variables and _integer(variables, "SLURM_NTASKS", default=step_size) > step_size
-    nodes = expand_nodes(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST") or "localhost")
+    list_name = "SLURM_STEP_NODELIST" if variables.get("SLURM_STEP_NODELIST") else "SLURM_JOB_NODELIST"
+    nodes = expand_nodes(variables.get(list_name) or "localhost", list_name)
     node = variables.get("SLURMD_NODENAME", "")
     address = variables.get("MASTER_ADDR", "")
     if not address and not het and variables.get("SLURM_STEP_NUM_NODES") == "1":

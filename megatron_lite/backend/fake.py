@@ -15,7 +15,7 @@ from megatron_lite.backend.accounting import Transfer, counted
 from megatron_lite.backend.base import Backend, Capabilities, Reading
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import TrainingError, report_bug
 
 
 class FakeBackend(Backend):
@@ -141,5 +141,5 @@ class StubGroup(Group):
     def _error(self, call: str) -> TrainingError:
         return TrainingError(
             f"Invalid collective: coordinate {self.rank} of a {self.axis} group {call}",
-            fix="Report this as a bug of megatron_lite, with the command line",
+            fix=report_bug("Nothing was written"),
         )

@@ -13,13 +13,26 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
-def expand_nodes(nodelist: str) -> list[str]:
+def expand_nodes(nodelist: str, variable: str = "") -> list[str]:
     """Return the host names of a Slurm node list, in Slurm's order: the leftmost bracket varies slowest.
+
+    Args:
+        nodelist: the text.
+        variable: the environment variable that holds it, for the error; empty: the user has written it.
 
     Raises:
         ConfigError: the text is not a node list.
     """
-    return [name for group in _groups(nodelist) for name in _expand_group(group, nodelist)]
+    try:
+        return [name for group in _groups(nodelist) for name in _expand_group(group)]
+    except ValueError as error:
+        raise ConfigError(
+            f"{variable}={nodelist!r} is no Slurm node list" if variable else f"{nodelist!r} is no Slurm node list",
+            rule="It must consist of host names with ranges in brackets, such as gpu[07-09],head",
+            fix="Start the job with srun, which sets SLURM_STEP_NODELIST"
+            if variable
+            else "Close each bracket, and separate names by commas without spaces",
+        ) from error
 
 
 def expand_counts(counts: str) -> list[int]:
@@ -75,29 +88,21 @@ def _groups(nodelist: str) -> list[str]:
     return groups
 
 
-def _expand_group(group: str, nodelist: str) -> list[str]:
+def _expand_group(group: str) -> list[str]:
     parts = list(_PART.finditer(group))
     if not group or "".join(part[0] for part in parts) != group:
-        raise _malformed(nodelist)
+        raise ValueError(f"{group!r} is no group")
     names = [""]
     for part in parts:
-        choices = [part[2]] if part[1] is None else list(_numbers(part[1], nodelist))
+        choices = [part[2]] if part[1] is None else list(_numbers(part[1]))
         names = [name + choice for name in names for choice in choices]
     return names
 
 
-def _numbers(ranges: str, nodelist: str) -> Iterator[str]:
+def _numbers(ranges: str) -> Iterator[str]:
     for text in ranges.split(","):
         match = _RANGE.fullmatch(text)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise _malformed(nodelist)
+            raise ValueError(f"{text!r} is no range")
         for number in range(int(match[1]), int(match[2] or match[1]) + 1):
             yield str(number).zfill(len(match[1]))
-
-
-def _malformed(nodelist: str) -> ConfigError:
-    return ConfigError(
-        f"Cannot read the Slurm node list {nodelist!r}",
-        rule="It must consist of host names with ranges in brackets, such as gpu[07-09,12],head",
-        fix="Set MASTER_ADDR to the host of rank 0, or start the job with srun, which sets SLURM_STEP_NODELIST",
-    )

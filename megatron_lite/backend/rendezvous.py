@@ -20,6 +20,7 @@ from typing import Any
 from megatron_lite.backend.environment import Launch, host_name
 from megatron_lite.backend.interruptible import first_line, run_interruptibly
 from megatron_lite.backend.rendezvous_server import (
+    OTHER_ADDRESS,
     Address,
     Connection,
     Member,
@@ -237,9 +238,10 @@ class Rendezvous:
                     f"Rendezvous timed out after {self._seconds:g} s: rank {self._launch.rank} of "
                     f"{self._launch.world_size} on {self._host} did not find rank 0 at {self._address} "
                     f"({self._reason})",
-                    fix="Read the output of rank 0; make sure that MASTER_ADDR and MASTER_PORT are the host and port "
-                    "of rank 0 of this job; "
-                    "raise --rendezvous-timeout-minutes if nodes start slowly",
+                    fix=OTHER_ADDRESS
+                    if self._reason.startswith("another ")
+                    else "Read the output of rank 0; make sure that MASTER_ADDR and MASTER_PORT are the host and port "
+                    "of rank 0 of this job; raise --rendezvous-timeout-minutes if nodes start slowly",
                 )
                 error.silent = not self._prints_without_rank0()
                 raise error

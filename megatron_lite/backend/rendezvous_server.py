@@ -28,6 +28,14 @@ from typing import Any
 
 from megatron_lite.runs.atomic import replace_file
 
+OTHER_PROGRAM = "another program answers"
+"""Reason of a failed connection: what listens at the address is no server of a job."""
+
+OTHER_ADDRESS = (
+    "Set MASTER_PORT to a free port of the host of rank 0, the same for all ranks, and MASTER_ADDR to that host"
+)
+"""Fix where something else listens at the address."""
+
 MAX_LINE = 1 << 20
 SEND_TIMEOUT = 10.0
 """Seconds after which sending to a rank that does not read fails."""
@@ -103,13 +111,13 @@ class Connection:
         data = self.socket.recv(1 << 16)
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if not data or len(self._buffer) > MAX_LINE:
-            raise ConnectionError("connection closed" if not data else "another program answers")
+            raise ConnectionError("connection closed" if not data else OTHER_PROGRAM)
         try:
             messages = [json.loads(line) for line in lines]
         except ValueError as error:
-            raise ConnectionError("another program answers") from error
+            raise ConnectionError(OTHER_PROGRAM) from error
         if not all(isinstance(message, dict) for message in messages):
-            raise ConnectionError("another program answers")
+            raise ConnectionError(OTHER_PROGRAM)
         return messages
 
     def close(self) -> None:

@@ -185,7 +185,8 @@ class BackgroundSaver:
                 share = writer.share(rank)
                 if share is not None and share.error:
                     raise _MissingShareError(
-                        f"Rank {rank} could not write its part of the checkpoint: {share.error.rstrip('.')}",
+                        f"Rank {rank} could not write its part of the checkpoint {writer.folder}: "
+                        f"{share.error.rstrip('.')}",
                         fix="Earlier checkpoints are untouched",
                     )
                 if share is not None:

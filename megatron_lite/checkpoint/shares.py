@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, report_bug
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.manifest import (
     SavedFile,
@@ -144,5 +144,5 @@ def _incomplete(name: str, problem: str) -> CheckpointError:
     return CheckpointError(
         f'Cannot save the tensor "{name}": {problem}',
         rule="Each element of a tensor must be saved exactly once",
-        fix="Report this as a bug of megatron_lite, with the command line",
+        fix=report_bug("This checkpoint is not complete; earlier ones are untouched"),
     )

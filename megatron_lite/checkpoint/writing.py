@@ -56,8 +56,8 @@ _BUFFER = 1 << 20
 _HEADERS = 1 << 12
 """Upper bound of a record's bytes beyond its elements."""
 _MAKE_ROOM = (
-    "Free space there, keep fewer checkpoints with --keep-last, or give another --save. Earlier checkpoints are "
-    "untouched"
+    "Free space there, keep fewer checkpoints (--keep-last N deletes all but the N newest), or give another --save. "
+    "Earlier checkpoints are untouched"
 )
 
 
@@ -330,15 +330,22 @@ class CheckpointWriter:
                 "every host",
             )
         try:
-            problem += f"; {format_size(shutil.disk_usage(request.root).free)} are free on its disk"
+            free = shutil.disk_usage(request.root).free
         except OSError:
-            problem += "; the folder itself cannot be read"
+            return CheckpointError(f"{problem}; the folder itself cannot be read", fix=self._remedy(error))
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem += f"{', although' if is_full and free > needed else ';'} {format_size(free)} are free on its disk"
         if needed:
-            problem += f", and this rank needs {format_size(needed)}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return CheckpointError(problem, fix=_MAKE_ROOM)
-        fix = remedy(error, request.root, instead="give another --save", writing=True)
-        return CheckpointError(problem, fix=f"{fix}. Earlier checkpoints are untouched")
+            problem += f" and this rank needs {format_size(needed)}"
+        if is_full and free > needed:
+            problem += ": the quota or the number of files is used up"
+            see = f"quota -s; lfs quota {request.root}; df -i {request.root}"
+            return CheckpointError(problem, fix=f"See {see}. {_MAKE_ROOM}")
+        return CheckpointError(problem, fix=_MAKE_ROOM if is_full else self._remedy(error))
+
+    def _remedy(self, error: OSError) -> str:
+        fix = remedy(error, self._request.root, instead="give another --save", writing=True)
+        return f"{fix}. Earlier checkpoints are untouched"
 
 
 class _ChecksummedFile(io.BufferedWriter):

@@ -145,8 +145,9 @@ def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | No
         raise ConfigError(
             f"{format_count(ranks, 'rank')} cannot hold --tensor-model-parallel-size {tp} x "
             f"--pipeline-model-parallel-size {pp}",
-            rule="The number of ranks is a multiple of their product",
-            fix=f"Start the check on all nodes of the job, or give sizes whose product divides {ranks}",
+            rule=f"The number of ranks must be a multiple of {tp * pp}",
+            fix="Start `megatron-lite doctor` on all nodes of the job (srun), or give sizes whose product divides "
+            f"{ranks}",
         )
 
 
@@ -175,9 +176,11 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
     if options.timeout < (needed_fast if options.fast else needed):
         enough = f"--fast --timeout {max(needed_fast, options.timeout):g}"
         raise ConfigError(
-            f"--timeout {options.timeout:g} is not enough time: the measurements may take "
-            f"{needed_fast if options.fast else needed} s",
-            fix=f"Give {enough}" if options.fast else f"Give --timeout {needed} or more, or {enough}",
+            f"--timeout {options.timeout:g} is not enough time: "
+            + (f"the fast measurements may take {needed_fast} s" if options.fast else f"all may take {needed} s"),
+            fix=f"Give --timeout {needed_fast} or more"
+            if options.fast
+            else f"Give --timeout {needed} or more, or make fewer measurements with {enough}",
         )
     verdict = check_nodes(launch, fast if options.fast else plan, show=show)
     # torchrun ends all ranks once one has failed, and reports each as a failure.

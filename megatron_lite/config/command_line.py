@@ -109,9 +109,23 @@ def refusal(texts: Sequence[str], reason: str, fix: str) -> ConfigError:
     return ConfigError(f"{', '.join(texts)} {'are' if len(texts) > 1 else 'is'} not supported", rule=reason, fix=fix)
 
 
-def split_fault(error: ValueError) -> str:
-    """Return why shlex could not split a text."""
-    return "a quotation mark is not closed" if "quotation" in str(error) else "it ends with a backslash"
+def split_fault(text: str, error: ValueError) -> tuple[str, str]:
+    """Return why shlex could not split a text, and what to do about it."""
+    if "quotation" not in str(error):
+        return "it ends with a backslash", "Remove the backslash at its end"
+    # The lines before the unclosed one can be split without those after it.
+    lines = text.splitlines()
+    for first in range(len(lines), 0, -1):
+        try:
+            shlex.split("\n".join(lines[: first - 1]), comments=True)
+        except ValueError:
+            continue
+        line = lines[first - 1].strip()
+        return (
+            f"a quotation mark is not closed in line {first}, {shortened(line)}",
+            "Close the quotation mark in that line",
+        )
+    return "a quotation mark is not closed", "Close the quotation mark"
 
 
 def require_utf8(args: Iterable[str]) -> None:
@@ -196,6 +210,8 @@ def _assignments(flag: Flag, args: tuple[str, ...]) -> list[tuple[Key, Any]]:
 def _unreadable(flag: Flag, occurrence: Occurrence, expected: str) -> ConfigError:
     args = [shortened(arg) for arg in occurrence.args]
     text = " ".join([occurrence.spelled, *args]) if args else f"{occurrence.spelled} with nothing after it"
+    if occurrence.args == ("",):
+        text = f"the empty value of {occurrence.spelled} (is a variable unset?)"
     if expected == "no value":
         return ConfigError(
             f"{flag.name} takes no value, but is given as {text}", fix=f"Write {occurrence.spelled} alone"
@@ -240,15 +256,14 @@ def _expand(argv: Sequence[str], given: Given, nesting: int = 0) -> Iterator[str
             yield arg
             continue
         try:
-            args = shlex.split(read_argument_file(arg), comments=True)
+            text = read_argument_file(arg)
+            args = shlex.split(text, comments=True)
         except ConfigError as error:
             given.errors.append(error)
             continue
         except ValueError as error:  # of shlex
-            given.refuse(
-                f"Cannot split argument file {arg} into arguments: {split_fault(error)}",
-                fix=f"Close the quotation mark in {arg[1:]}, or remove the backslash at its end",
-            )
+            fault, fix = split_fault(text, error)
+            given.refuse(f"Cannot split argument file {arg} into arguments: {fault}", fix=fix)
             continue
         if nesting == MAX_NESTING:
             given.refuse(
@@ -273,8 +288,8 @@ def _group(argv: Iterable[str], given: Given) -> list[tuple[str, tuple[str, ...]
             groups[-1][1].append(arg)
         else:
             given.refuse(
-                f"The command line starts with {arg!r} instead of a flag",
-                fix=f"Write the flag before its value (--save {arg}), or remove {arg!r}",
+                f"The command line starts with {arg!r}, which is no flag and follows none",
+                fix=f"Remove {arg!r}, or write before it the flag whose value it is",
             )
     return [(name, tuple(args)) for name, args in groups]
 

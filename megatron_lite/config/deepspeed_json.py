@@ -165,6 +165,22 @@ def _section(entries: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value != "auto"}
 
 
+_DEFAULTS = {
+    "fp16.loss_scale": "0, a dynamic scale",
+    "fp16.initial_scale_power": str(DEFAULT_SCALE_POWER),
+    "fp16.loss_scale_window": "1000",
+    "fp16.hysteresis": "2",
+    "fp16.min_loss_scale": "1",
+}
+"""DeepSpeed's defaults; without one of the other entries, the flag of the command line applies."""
+
+
+def _removed(key: str) -> str:
+    """Return the advice to remove an entry, with what applies then."""
+    default = _DEFAULTS.get(key)
+    return "remove the entry for " + (f"DeepSpeed's default of {default}" if default else "the command line's value")
+
+
 def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return value
@@ -176,28 +192,25 @@ def _number(value: Any, key: str) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise ConfigError(
             f"{key} in the DeepSpeed JSON is {shortened(repr(value))}; the limit is {format_number(MAX_NUMBER)}",
-            fix="Write a finite number within the limit, or remove the entry to take DeepSpeed's default",
+            fix=f'Write a finite number within the limit, for example "{entry}": 1, or {_removed(key)}',
         )
-    raise ConfigError(
-        f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of a number",
-        fix=_number_fix(key, value),
-    )
+    plain = str(value).replace("_", "").strip()
+    if isinstance(value, str) and plain.replace(".", "", 1).isdigit():
+        fix = f'Write it without quotes: "{entry}": {shortened(plain)}; or {_removed(key)}'
+    else:
+        fix = f'Write a number, for example "{entry}": 1, or {_removed(key)}'
+    raise ConfigError(f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of a number", fix=fix)
 
 
 def _whole(value: Any, key: str) -> int:
     number = _number(value, key)
     if number != int(number):
         raise ConfigError(
-            f"{key} in the DeepSpeed JSON is {value!r} instead of a whole number", fix=_number_fix(key, round(number))
+            f"{key} in the DeepSpeed JSON is {value!r} instead of a whole number",
+            fix=f'Write a whole number, for example "{key.rpartition(".")[2]}": {max(1, int(number))}, or '
+            + _removed(key),
         )
     return int(number)
-
-
-def _number_fix(key: str, value: Any) -> str:
-    plain = shortened(str(value).replace("_", ""))
-    entry = key.rpartition(".")[2]
-    shown = plain if plain.replace(".", "", 1).isdigit() else "1"
-    return f'Write it without quotes, for example "{entry}": {shown}, or remove the entry to take DeepSpeed\'s default'
 
 
 def _contradiction(given: Given, origin: str, entry: str, fix: str) -> None:
@@ -313,7 +326,7 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
         )
         return
     length = given.run.batch.seq_length
-    longest = _whole(curriculum.get("max_difficulty", length), "max_difficulty")
+    longest = _whole(curriculum.get("max_difficulty", length), "curriculum_learning.max_difficulty")
     if length and longest != length:
         _contradiction(
             given,

@@ -159,10 +159,8 @@ def _split(text: str, *, comments: bool = False) -> list[str]:
                 tokens += [token[:-1], ";"] if token.endswith(";") and len(token) > 1 else [token]
             tokens.append(";")
     except ValueError as error:
-        raise ConfigError(
-            f"Cannot split the command line {text[:80]!r}: {split_fault(error)}",
-            fix="Close the quotation mark, or remove the backslash at the end",
-        ) from error
+        fault, fix = split_fault(text, error)
+        raise ConfigError(f"Cannot split the command line {text[:80]!r}: {fault}", fix=fix) from error
     return [token for token in tokens[:-1] if token.strip(" \t\\")]
 
 

@@ -37,7 +37,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            f"Cannot write to --tensorboard-dir {folder}: importing tensorboard failed ({error})",
+            f"--tensorboard-dir {folder} needs the library tensorboard, which cannot be imported ({error})",
             fix=f"{install_extra('tensorboard')}, or remove --tensorboard-dir",
         ) from error
     try:

@@ -25,7 +25,7 @@ from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.process import this_process
-from megatron_lite.system_errors import reason
+from megatron_lite.system_errors import reason, remedy
 
 CHAIN_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
@@ -171,7 +171,8 @@ def existing_chain(folder: Path) -> Chain:
     if _is_other(folder, recorded):
         raise ConfigError(
             f"{folder / CHAIN_NAME} is a copy: it describes the jobs of the run {recorded}",
-            fix=f"Give {recorded}; if {folder} is to be a run of its own, or was moved from there, {submit}",
+            fix=f"Give {recorded}. If {folder} is a run of its own, or {recorded} was moved there, set --save and "
+            f"--load to {folder} in the job script, and {submit}",
         )
     if chain is not None:
         return chain
@@ -267,7 +268,7 @@ def locked(folder: Path, start: Start | None = None) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"Another command has been changing the chain for {LOCK_SECONDS:.0f} s: {error.problem}",
-                    fix="Wait until it ends, or end it, then run this command again",
+                    fix=error.fix,
                 ) from error
             time.sleep(1.0)
     try:
@@ -367,6 +368,6 @@ def _with_reserve(folder: Path, action: Callable[[], _Result]) -> _Result:
             return action()
     except OSError as error:
         raise ConfigError(
-            f"Cannot write the state of the chain to {folder}: {error.strerror or error}",
-            fix=f"Make room or change the permissions there (df -h {folder}; ls -ld {folder})",
+            f"Cannot write the state of the chain to {folder}: {reason(error)}",
+            fix=f"{remedy(error, folder, writing=True)}, then give the same command again",
         ) from error

@@ -23,6 +23,7 @@ from megatron_lite.backend.nodelist import expand_nodes
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
 from megatron_lite.runs.atomic import replace_file
+from megatron_lite.system_errors import reason, remedy
 
 EXCLUDE_NAME = "excluded_nodes.txt"
 """Name of the file in the --save folder of a run."""
@@ -183,18 +184,22 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(
-            f"Cannot read the exclude file {path}: {error}", fix=f"Restore read permission of {path}, or remove it"
+            f"The exclude file {path} is not UTF-8 text: {error.reason} at byte {error.start}",
+            fix="Repair it: one host name or Slurm node list per line, comments after #. Without the file, no host is "
+            "left out, not even those that failed a node check",
         ) from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read the exclude file {path}: {reason(error)}", fix=remedy(error, path)) from error
 
 
 def _hosts(text: str, path: Path, number: int) -> list[str]:
     try:
         if len(text.split()) > 1:
-            raise ConfigError(f"{text.strip()!r} is not one host name", fix="")
+            raise ValueError("names separated by spaces")
         return expand_nodes(text.strip()) if text.strip() else []
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         raise ConfigError(
             f"Line {number} of {path} is no host name: {text.strip()!r}",
             fix="Write one host name or Slurm node list per line, such as gpu[07-09], and comments after #",

@@ -131,14 +131,16 @@ def space_problems(storage: Storage, space: Space, existing: Path) -> Iterator[C
         yield ConfigError(
             f"A checkpoint takes {format_size(storage.checkpoint)}, and {existing} has {format_size(space.free)} "
             f"{space.free_limit}",
-            fix="Free space, or give a --save folder on another file system",
+            fix=f"Free space there (see df -h {existing}; quota -s), or give a --save folder on another file system",
         )
     per_save = storage.files // max(1, storage.kept)
     if space.inodes is not None and per_save > space.inodes:
         yield ConfigError(
             f"A checkpoint has {format_count(per_save, 'file')}, and {existing} has room for {space.inodes:,} "
-            f"({space.inode_limit}; df -i, lfs quota)",
-            fix="Delete files, or give a --save folder on another file system",
+            f"({'the limit of the file system' if space.inode_limit == 'free' else space.inode_limit})",
+            fix="Delete files that you no longer need on that file system "
+            f"(see {f'df -i {existing}' if space.inode_limit == 'free' else f'quota -s; lfs quota {existing}'}), or "
+            "give a --save folder on another one",
         )
 
 

@@ -224,9 +224,7 @@ def _locked(destination: Destination, process: ProcessId, notify: Callable[[str]
     try:
         lock.acquire()
     except CheckpointError as error:
-        raise ConfigError(
-            f"Another sync to {destination.name} runs: {error.problem}", fix="Wait until it has ended, or end it"
-        ) from error
+        raise ConfigError(f"Another sync to {destination.name} runs: {error.problem}", fix=error.fix) from error
     except OSError as error:
         raise CheckpointError(
             f"Cannot write to {error.filename or destination.state}: {reason(error)}; nothing was copied",

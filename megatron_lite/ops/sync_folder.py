@@ -42,9 +42,11 @@ class FolderDestination:
     def check(self, known: bool) -> None:
         """Refuse a folder inside the run, around it, or with files of a run that no sync has copied."""
         ours, theirs = self.folder.resolve(), self._run.resolve()
-        if ours == theirs or ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            how = "is" if ours == theirs else "is inside" if ours.is_relative_to(theirs) else "contains"
             raise ConfigError(
-                f"--to {self.folder} and the run {self._run} contain each other", fix="Give a folder outside of the run"
+                f"--to {self.folder} {how} the run {self._run}",
+                fix=f"Give a folder that is neither in the run nor above it, for example {theirs}-copy",
             )
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"--to {self.folder} is a file", fix="Give a folder")
@@ -54,13 +56,13 @@ class FolderDestination:
         if owner is not None and is_running(owner.process) is not False:
             raise ConfigError(
                 f"--to {self.folder} is in use by {owner.process} ({owner.command})",
-                fix="Give another folder: a run that trains in its copy is a run of its own",
+                fix="Give --to another folder: a sync would overwrite the files that this process writes",
             )
         of_a_run = (path for path in self.folder.iterdir() if path.name == "metrics.jsonl" or iteration_of(path))
         if not known and (found := next(of_a_run, None)) is not None:
             raise ConfigError(
-                f"--to {self.folder} holds files of a run that no sync has copied, as {found.name}",
-                rule="A sync replaces files of the same name",
+                f"--to {self.folder} holds files of a run that do not come from a sync, for example {found.name}",
+                rule="A sync would replace files of the same name",
                 fix="Give a new folder, or one of an earlier sync",
             )
 
@@ -164,7 +166,8 @@ class FolderDestination:
         if missing > free:
             raise CheckpointError(
                 f"{self.folder} is full: {batch.title} needs {format_size(missing)} more, {format_size(free)} are free",
-                fix="Free space, delete earlier copies with --delete, or copy logs only (--checkpoints none)",
+                fix="Free space there, copy logs only (--checkpoints none), or give --delete, which deletes from the "
+                "copy what --checkpoints does not select any more (--dry-run lists it)",
             )
 
     def _failed(self, error: OSError, batch: Batch) -> CheckpointError:

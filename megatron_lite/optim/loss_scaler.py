@@ -62,6 +62,10 @@ class ConstantScaler(LossScaler):
         """Do nothing: there is no state."""
 
 
+class DivergedError(TrainingError):
+    """Gradients overflow at the smallest loss scale."""
+
+
 class DynamicScaler(LossScaler):
     """Scale that is halved after overflows and doubled after iterations without.
 
@@ -89,10 +93,11 @@ class DynamicScaler(LossScaler):
         return following.scale
 
     def _diverged(self, overflows: str) -> TrainingError:
-        return TrainingError(
+        return DivergedError(
             f"The run has diverged: {overflows} in fp16, and the loss scale is at its minimum of {self.scale:g} "
             "(--min-loss-scale)",
-            fix="Resume from an earlier checkpoint (--load-iteration) with a lower --lr, or train with --bf16",
+            fix="Resume from a checkpoint before these iterations (--load-iteration N; `megatron-lite checkpoint list "
+            "RUN` lists them) with a lower --lr, or train with --bf16",
         )
 
 

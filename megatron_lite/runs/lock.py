@@ -36,7 +36,8 @@ HEARTBEAT_SECONDS = 15.0
 POLL_SECONDS = 0.5
 """Seconds between two reads of a lock that may be stale."""
 
-_RULE = "One job at a time may write to a --save folder"
+
+_RULE = "One job at a time may write to such a folder"
 
 
 class FolderLock:
@@ -267,11 +268,11 @@ class FolderLock:
 
     def _refusal(self, seen: SeenLock) -> CheckpointError:
         stopped = seen.owner is not None and is_running(seen.owner.process) and is_stopped(seen.owner.process)
-        paused = " That process is suspended (SIGSTOP): continue it with kill -CONT, or end it." if stopped else ""
+        paused = ""
+        if stopped and seen.owner is not None:
+            paused = f" That process is suspended (SIGSTOP): `kill -CONT {seen.owner.process.pid}` continues it."
         return CheckpointError(
-            f"{self.folder} is in use by {seen}",
-            rule=_RULE,
-            fix=f"Wait until that job has ended, end it, or give another --save.{paused} Nothing was written",
+            f"{self.folder} is in use by {seen}", rule=_RULE, fix=f"{seen.remedy}.{paused} Nothing was written"
         )
 
 

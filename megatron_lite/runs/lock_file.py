@@ -38,6 +38,12 @@ class Owner:
     def __str__(self) -> str:
         return f"{self.process} ({self.command}, since {self.since})"
 
+    @property
+    def how_to_end(self) -> str:
+        """The command that ends the process."""
+        process = self.process
+        return f"`scancel {process.slurm_job}`" if process.slurm_job else f"`kill {process.pid}` on {process.host}"
+
     def encode(self) -> bytes:
         """Return the content of the lock's file."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
@@ -69,6 +75,17 @@ class SeenLock:
         """Return the number of the last heartbeat: its time in seconds since 1970, by the owner's clock."""
         number = self.name.partition(".")[2]
         return int(number) if number.isdecimal() else 0
+
+    @property
+    def remedy(self) -> str:
+        """How to get a folder that another process holds, for the fix of an error."""
+        if self.owner is None:
+            return "Wait until that job has ended, or use another folder"
+        expiry = PATIENCE * self.owner.heartbeat_seconds
+        return (
+            f"Wait until that process has ended (the lock of a killed one expires after {expiry:.0f} s), end it "
+            f"({self.owner.how_to_end}), or use another folder"
+        )
 
     def __str__(self) -> str:
         if self.owner is None:

@@ -50,8 +50,9 @@ def _error(verdict: Verdict, exclude_file: Path | None, *, rank: int) -> Trainin
     if verdict.excluded and exclude_file is not None:
         hosts = name_hosts(verdict.excluded)
         fix = (
-            f"Submit the job again: `slurm submit` and chains leave out {hosts} ({exclude_file}). `megatron-lite "
-            f"doctor --forgive HOST --save {exclude_file.parent}` allows a host again"
+            f"Submit the job again with `megatron-lite slurm submit JOB.slurm`, which leaves out {hosts} "
+            f"({exclude_file}), as chains do; plain sbatch does not. After a repair: `megatron-lite doctor "
+            f"{' '.join(f'--forgive {host}' for host in verdict.excluded)} --save {exclude_file.parent}`"
         )
     else:
         fix = verdict.problems[0].fix

@@ -15,6 +15,7 @@ from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.spikes import respond_to_spike
 from megatron_lite.lifecycle.stopping import Stop
 from megatron_lite.metrics.report import IterationReport
+from megatron_lite.optim.loss_scaler import DivergedError
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.learning_rate import learning_rate, weight_decay
 from megatron_lite.schedules.length import last_iteration, skipped_samples, tokens_at
@@ -87,7 +88,10 @@ def settle(run: Run) -> Stop | None:
         return None
     config, plan, data, spikes = run.config, flight.plan, run.data.train, run.state.spikes
     assert data is not None, "a run that trains has training data"
-    outcome = flight.step.outcome()
+    try:
+        outcome = flight.step.outcome()
+    except DivergedError as diverged:
+        raise DivergedError(f"{diverged.problem}, up to iteration {plan.iteration}", fix=diverged.fix) from diverged
     # An iteration begins on the device when the one before has ended.
     finished = time.perf_counter()
     seconds, run.last_settled = finished - max(flight.started, run.last_settled), finished

@@ -50,7 +50,9 @@ def test_the_disk_fills_while_tensors_are_written(kit, tmp_path, monkeypatch, af
 
     monkeypatch.setattr(writing, "FileIO", FullDisk)
     with pytest.raises(
-        CheckpointError, match=r"iteration 2 in .*No space left on device; .* [KMGT]iB are free on its disk"
+        CheckpointError,
+        match=r"iteration 2 in .*No space left on device.*, although .* are free on its disk and"
+        r" .*: the quota or the number of files is used up. See quota -s; ",
     ):
         kit.save(tmp_path, 2, {f"w{number}": torch.zeros(10_000) for number in range(10)})
     assert names(tmp_path) == BEFORE

@@ -90,10 +90,11 @@ def raise_(error):
         ),
         (
             ["--device=cpu", "--timeout", "10"],
-            "--timeout 10 is not enough time: the measurements may take 26 s. Give --timeout 26 or more, or --fast "
+            "--timeout 10 is not enough time: all may take 26 s. Give --timeout 26 or more, or make fewer "
+            "measurements with --fast "
             "--timeout 11",
         ),
-        (["--device=cpu", "--timeout", "10", "--fast"], "may take 11 s. Give --fast --timeout 11"),
+        (["--device=cpu", "--timeout", "10", "--fast"], "may take 11 s. Give --timeout 11"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

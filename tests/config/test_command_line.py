@@ -114,7 +114,9 @@ def test_at_sign_and_two_dashes_alone_are_values():
 def test_arguments_before_the_first_flag_are_an_error():
     occurrences, given = read("5", "--seed", "6")
     assert occurrences == [("--seed", ("6",))]
-    assert [error.problem for error in given.errors] == ["The command line starts with '5' instead of a flag"]
+    assert [error.problem for error in given.errors] == [
+        "The command line starts with '5', which is no flag and follows none"
+    ]
 
 
 def test_an_occurrence_is_shown_as_it_was_written():

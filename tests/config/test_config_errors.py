@@ -58,7 +58,7 @@ def test_deepspeed_json(text):
 
 
 def test_a_command_line_starts_with_a_flag():
-    assert "The command line starts with 'train' instead of a flag" in error_of(["train", *SMALL])
+    assert "The command line starts with 'train', which is no flag and follows none" in error_of(["train", *SMALL])
 
 
 def test_missing_required_flags():

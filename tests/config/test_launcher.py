@@ -140,7 +140,7 @@ ERRORS = {
     "torchrun --nproc_per_node $GPUS pretrain_gpt.py --bf16": "--nproc-per-node $GPUS. Write a number",
     "torchrun --nnodes=1:4 --nproc_per_node=8 pretrain_gpt.py --bf16": "--nnodes 1:4. Write a number",
     "torchrun --nproc-per-node gpu pretrain_gpt.py --bf16": "--nproc-per-node gpu starts a rank for each GPU of a node",
-    "python pretrain_gpt.py --save 'x": "a quotation mark is not closed. Close the quotation mark",
+    "python pretrain_gpt.py --save 'x": "is not closed in line 1, python pretrain_gpt.py --save 'x. Close",
 }
 
 

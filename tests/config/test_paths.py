@@ -110,7 +110,9 @@ def test_missing_argument_files_and_jsons():
     assert "Did you mean --train-weighted-split-paths-path flags.txt?" in str(parsed.missing[0])
     with pytest.raises(Exception, match=r"Did you mean @flags\.txt\?"):
         parse_run([*SMALL, "@flags.text"])
-    with pytest.raises(Exception, match="Close the quotation mark in flags"):
+    with pytest.raises(
+        Exception, match=r"@flags.txt .* not closed in line 1, --save 'x. Close the quotation mark in that line"
+    ):
         Path("flags.txt").write_text("--save 'x")
         parse_run([*SMALL, "@flags.txt"])
     with pytest.raises(Exception, match='Give a file instead of the folder "empty"'):

@@ -137,5 +137,5 @@ def test_concatenated_datasets():
     assert [joined[number].tolist() for number in range(9)] == expected
     assert [joined.source(number) for number in range(9)] == [0] * 9
     for outside in (-1, 9):
-        with pytest.raises(DataError, match="its index has the samples"):
+        with pytest.raises(DataError, match="the index of this run has the samples"):
             joined[outside]

@@ -60,7 +60,7 @@ def test_a_copied_chain_is_not_the_chain_of_the_copy(tmp_path):
     chain = write_chain(run, after(("error", 10)))
     shutil.copytree(run, copy)
     assert read_chain(run) == read_chain(link) == chain and read_chain(copy) is None
-    with pytest.raises(ConfigError, match=rf"copy.chain\.json is a copy: .* the run {run}.*Give {run}; if .*--chain"):
+    with pytest.raises(ConfigError, match=rf"copy.chain\.json is a copy: .* the run {run}.*Give {run}\. If .*--chain"):
         existing_chain(copy)
     with pytest.raises(ConfigError, match="is a copy"):
         stop_chain(copy)

@@ -73,6 +73,12 @@ def test_an_unreadable_file(tmp_path):
         excluded_hosts(tmp_path)
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / EXCLUDE_NAME).write_bytes(b"gpu1\xff\n")
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text: .* at byte 4\. Repair it"):
+        excluded_hosts(tmp_path)
+
+
 def test_the_option_of_sbatch_joins_all_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "node_names", lambda: frozenset({"n1", "n2", "n3", "n4"}))
     assert exclude_option(tmp_path) == ""

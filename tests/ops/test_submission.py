@@ -127,7 +127,7 @@ def test_a_disk_that_is_full(check, monkeypatch):
     monkeypatch.setattr(module, "free_space", lambda folder: Space(10**5, 10**6, "left of the user's quota"))
     assert "A checkpoint takes" in local(check())[0] and "left of the user's quota" in local(check())[0]
     monkeypatch.setattr(module, "free_space", lambda folder: Space(10**12, 3))
-    assert "has room for 3 (free; df -i, lfs quota)" in local(check())[0]
+    assert "has room for 3 (the limit of the file system)" in local(check())[0]
     monkeypatch.setattr(module, "free_space", lambda folder: Space(10**12, 20))
     assert "The checkpoints have 35 files" in check().warnings[0]
 

@@ -90,7 +90,7 @@ def test_a_second_process_is_refused_and_writes_nothing(new_lock, tmp_path):
         second.attempt()
     assert f"process {os.getpid()} on here (train, since " in error.value.problem
     assert "last heartbeat" in error.value.problem
-    assert "end it, or give another --save" in error.value.fix
+    assert f"end it (`kill {os.getpid()}` on" in error.value.fix
     assert not new_lock().try_acquire()
     assert content(tmp_path) == before
 

@@ -16,7 +16,7 @@ FROM_FLAGS = {
     "--apend-eod": "Unknown flag --apend-eod. If --append-eod is meant: --append-eod is not supported. The flag",
     "--no-save": "--no-save is an abbreviation of several flags: --no-save-on-exit, --no-save-optim",
     "@nowhere.txt": "Argument file @nowhere.txt: No such file or directory. Give @FILE a path that exists:",
-    "@quote.txt": "Cannot split argument file @quote.txt into arguments: a quotation mark is not closed. Close",
+    "@quote.txt": "Cannot split argument file @quote.txt into arguments: a quotation mark is not closed in line",
     "@latin.txt": "Argument file @latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the line, 11 of the",
     "--data-args-path latin.txt": "--data-args-path latin.txt is not UTF-8: byte 0xe9 in line 2, byte 4 of the",
     "--save x\udce9": "The argument b'x\\xe9' is not valid UTF-8. Retype the argument in a terminal or script in",

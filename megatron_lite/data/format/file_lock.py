@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+import socket
+from pathlib import Path
 from typing import IO, Any
 
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
@@ -31,3 +34,21 @@ def acquire(file: IO[Any], *, wait: bool) -> bool:
         if error.errno not in UNSUPPORTED:
             raise
     return True
+
+
+def holder(file: IO[Any]) -> tuple[str, str]:
+    """Return which process holds the lock of `file`, and how to end it, for errors.
+
+    The kernel lists the locks of this host only (proc_locks(5)), and with pid 0 those of other containers.
+    """
+    status = os.fstat(file.fileno())
+    inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        fields = line.split()
+        if fields[1:2] == ["FLOCK"] and fields[5] == inode and int(fields[4]) > 0:
+            return f"process {fields[4]} on {socket.gethostname()}", f"`kill {fields[4]}`"
+    return "a process on another host or in another container", "kill or scancel there"

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_lite.data.format.file_lock import acquire
+from megatron_lite.data.format.file_lock import acquire, holder
 from megatron_lite.data.format.index_format import (
     CHUNK,
     bin_path,
@@ -323,9 +323,10 @@ def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
         # If the file was renamed between open and lock, it is another writer's finished dataset: open again.
         if is_locked and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()
         if not is_locked:
+            who, how = holder(file)
+            file.close()
             raise DataError(
-                f"Cannot write the dataset {prefix}: another process is writing it",
-                fix="Wait until that process ends, or give another output prefix",
+                f"Cannot write the dataset {prefix}: {who} is writing it",
+                fix=f"Wait until that process ends, end it ({how}), or give another output prefix",
             )

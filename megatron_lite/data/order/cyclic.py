@@ -41,10 +41,11 @@ class CyclicOrder:
         self.bucket = size // (micro_batch * dp) * micro_batch
         if not self.bucket:
             raise DataError(
-                f"The dataset is too small for --dataloader-type cyclic: an epoch of {format_count(size, 'sample')} "
-                "has less than "
-                f"one micro-batch of {micro_batch} for each of {format_count(dp, 'replica')}",
-                fix="Use --dataloader-type single, a larger dataset, or a smaller --micro-batch-size",
+                f"The training set is too small for --dataloader-type cyclic: it has {format_count(size, 'sample')}, "
+                f"and one micro-batch of {micro_batch} for each of {format_count(dp, 'replica')} needs "
+                f"{micro_batch * dp}",
+                fix="Use --dataloader-type single, a larger --data-path"
+                + (f", or --micro-batch-size {size // dp} or less" if size >= dp else " or fewer ranks"),
             )
         self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 

@@ -152,7 +152,7 @@ def too_few_tokens(prefix: str, bounds: tuple[int, int], tokens: int, seq_length
         f"Sequences {bounds[0]:,} to {bounds[1]:,} of the dataset {prefix} hold {tokens:,} tokens, less than one "
         "sample of "
         f"{seq_length:,} + 1 tokens (--seq-length {seq_length})",
-        fix="Use a larger dataset, a --split with a larger share for this set, or a smaller --seq-length",
+        fix="Use a larger dataset, give the set a larger share of it (--split), or use a smaller --seq-length",
     )
 
 

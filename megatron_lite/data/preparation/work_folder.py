@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_lite.data.format.file_lock import acquire
+from megatron_lite.data.format.file_lock import acquire, holder
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sources import Source
@@ -136,10 +136,11 @@ class WorkFolder:
         """Lock the folder until the process ends."""
         lock = (self.path / "lock").open("w")
         if not acquire(lock, wait=False):
+            who, how = holder(lock)
             lock.close()
             raise DataError(
-                f"Another preprocessing run is using {self.path}",
-                fix="Wait until that run ends, or give another --output-prefix",
+                f"{self.path} is in use by another preprocessing run: {who}",
+                fix=f"Wait until that run ends, end it ({how}), or give another --output-prefix",
             )
         return lock
 

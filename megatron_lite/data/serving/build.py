@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -287,19 +288,20 @@ class _Builder:
         if config.data.sampling == "slice":
             return replace(part, epoch_samples=float(np.count_nonzero(part.data.sizes[first:last])))
         if config.data.index_order == "closed-form":
-            return replace(
-                part, epoch_samples=float(samples_per_epoch(part.data, part.bounds, config.batch.seq_length))
-            )
+            with _of_set(name):
+                samples = samples_per_epoch(part.data, part.bounds, config.batch.seq_length)
+            return replace(part, epoch_samples=float(samples))
         seed = config.runtime.seed
-        first_index = plan_index(
-            part.data.sizes,
-            part.bounds,
-            num_samples=requests[0] if requests else None,
-            seq_length=config.batch.seq_length,
-            seed=seed,
-            order=self.generation,
-            prefix=prefix,
-        )
+        with _of_set(name):
+            first_index = plan_index(
+                part.data.sizes,
+                part.bounds,
+                num_samples=requests[0] if requests else None,
+                seq_length=config.batch.seq_length,
+                seed=seed,
+                order=self.generation,
+                prefix=prefix,
+            )
         indices, covered = [first_index], first_index.total_samples
         for request in requests[1:] if requests else ():
             if request > covered:
@@ -326,7 +328,10 @@ class _Builder:
         config, data = self.config, part.data
         if not part.indices:
             kind = SliceDataset if config.data.sampling == "slice" else ClosedFormDataset
-            return kind(data, part.bounds, part.asked, config.batch.seq_length, config.runtime.seed, self.vocab_size)
+            with _of_set(plan.name):
+                return kind(
+                    data, part.bounds, part.asked, config.batch.seq_length, config.runtime.seed, self.vocab_size
+                )
         folder, datasets = cache_folder(config.data), list[Dataset]()
         for wanted in part.indices:
             index = find_megatron_index(
@@ -334,6 +339,15 @@ class _Builder:
             ) or cached_index(wanted, data, folder, self.notices, SHORTEN[plan.split])
             datasets.append(GPTDataset(data, index, self.vocab_size))
         return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+@contextmanager
+def _of_set(name: str) -> Iterator[None]:
+    """Name the set in an error about one of its sources."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Set {name}: {error.problem}", rule=error.rule, fix=error.fix) from error
 
 
 def cache_folder(data: DataConfig) -> Path | None:

@@ -14,7 +14,7 @@ from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.order.blending import BlendIndex
 from megatron_lite.data.order.sample_index import SampleIndex
 from megatron_lite.data.order.spans import Span
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, report_bug
 
 
 class Dataset(Protocol):
@@ -268,9 +268,8 @@ def out_of_samples(sample: int, size: int, sources: Sequence[str]) -> DataError:
     Every set is built to cover the run, so the number comes from a command line, or from a bug.
     """
     return DataError(
-        f"Sample {sample:,} of the dataset {', '.join(sources)} was requested, but its index has the samples 0 to "
-        f"{size - 1:,}",
-        fix="Resume the run with --load: its index then covers all samples that it needs. If the error comes again, "
-        "report "
-        "it with the command as a bug",
+        f"Sample {sample:,} of the dataset {', '.join(sources)} was requested, but the index of this run has the "
+        f"samples 0 to {size - 1:,}",
+        fix="Give the same training command with --load of its --save folder: it resumes, with an index of all samples "
+        f"that the run needs. If the error comes again: {report_bug()}",
     )

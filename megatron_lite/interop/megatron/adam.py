@@ -77,7 +77,7 @@ def read_adam(ranks: Sequence[Rank], folder: Path, notes: list[str]) -> AdamStat
         stated = (
             f"different numbers of optimizer steps ({', '.join(map(str, sorted(steps)))})"
             if steps
-            else "no number of steps"
+            else "no number of optimizer steps"
         )
         raise _unfit(folder, f"has {stated}")
     return AdamState(tensors, steps.pop(), _scaler(states[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,7 @@ def assemble(found: Found, stated: Stated, choices: Choices) -> ForeignModel:
     joiner = _Joiner(found, model, layouts, gate_first, choices.replicated == "average")
     joined = {theirs: joiner.join(ours, parts[theirs]) for ours, theirs in table.items() if theirs in parts}
     left = {theirs: Joined(part, None) for theirs, part in parts.items() if theirs not in joined}
-    _settle_copies(joined, choices, notes, "weights")
+    _settle_copies(joined, choices, notes, "weights", found.folder)
     weights = _imported(JoinedTensors({**joined, **left}), table, layouts, model, found, choices.dtype)
     dtype = choices.dtype or getattr(torch, weights.tensors[WORD_EMBEDDINGS].dtype)
     sources: list[TensorSource] = [weights]
@@ -226,7 +227,7 @@ class _Joiner:
         return Joined(parts, self._layouts[ours].tp_dim, arrangement, self._average)
 
 
-def _settle_copies(joined: Mapping[str, Joined], choices: Choices, notes: list[str], what: str) -> None:
+def _settle_copies(joined: Mapping[str, Joined], choices: Choices, notes: list[str], what: str, folder: Path) -> None:
     """Report replicated tensors whose copies differ between tensor-parallel ranks.
 
     Raises:
@@ -236,13 +237,15 @@ def _settle_copies(joined: Mapping[str, Joined], choices: Choices, notes: list[s
     if not differing:
         return
     found = (
-        f"Tensor-parallel ranks differ in {what} that they should share ({len(differing)} tensors): "
+        f"The tensor-parallel ranks of {folder} differ in {what} that they should share ({len(differing)} tensors): "
         f"{describe_copies(differing)}"
     )
     if not choices.replicated:
         raise CheckpointError(
             found,
-            fix="Import their mean with --replicated average, or the values of rank 0 with --replicated first",
+            fix="Small differences arise in training: import the mean with --replicated average, or the values of rank "
+            "0 with --replicated first. Differences as large as the weights come from files of different checkpoints: "
+            "copy the folder again",
         )
     how = "their mean is taken" if choices.replicated == "average" else "rank 0's are taken"
     notes.append(f"{found}; {how}")
@@ -282,19 +285,20 @@ def _adam_tensors(
     sources: list[TensorSource] = []
     for kind, parts in state.items():
         joined = {theirs: joiner.join(ours, parts[theirs]) for ours, theirs in table.items() if theirs in parts}
-        _settle_copies(joined, choices, notes, f"{kind} tensors")
+        _settle_copies(joined, choices, notes, f"{kind} tensors", joiner._found.folder)
         imported = _imported(JoinedTensors(joined), table, layouts, model, joiner._found, torch.float32)
         named: TensorSource = Renamed(imported, f"optimizer.{kind}.")
-        sources.append(_CheckedMain(named, weights) if kind == MAIN and exact else named)
+        sources.append(_CheckedMain(named, weights, joiner._found.folder) if kind == MAIN and exact else named)
     return sources
 
 
 class _CheckedMain:
     """Main parameters, each compared with the weight that is its rounding: a state that is of others is found."""
 
-    def __init__(self, mains: TensorSource, weights: TensorSource) -> None:
+    def __init__(self, mains: TensorSource, weights: TensorSource, folder: Path) -> None:
         self._mains = mains
         self._weights = weights
+        self._folder = folder
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -311,10 +315,10 @@ class _CheckedMain:
         weight = self._weights.read(name.removeprefix(MAIN_PREFIX), rectangle)
         if not torch.allclose(main, weight.to(main.dtype), rtol=_CLOSE, atol=_CLOSE**2):
             raise CheckpointError(
-                f"The optimizer state does not belong to the weights: {name} differs from its weight by up to "
-                f"{float((main - weight).abs().max()):.3g}",
+                f"The optimizer state in {self._folder} does not belong to the weights: {name} differs from its weight "
+                f"by up to {float((main - weight).abs().max()):.3g}",
                 rule="Either the weights were changed after training, or the files are of different iterations",
-                fix=f"{WEIGHTS_ONLY}, or copy the whole folder again",
+                fix=f"{WEIGHTS_ONLY}, or copy {self._folder} again, all files from one checkpoint",
             )
         return main
 

@@ -252,11 +252,12 @@ def _joined(ranks: Sequence[Rank], scheme: Scheme) -> tuple[dict[str, list[Part]
     copy = None
     for (name, stage), found in by_name.items():
         if len(found) != tp:
+            files = [str(rank.path) for rank in ranks if rank.pp == stage]
+            lacking = [path for path in files if path not in {part.where for part in found}]
             raise CheckpointError(
-                f"The files are of different checkpoints: the tensor {name} of pipeline stage {stage} is in "
-                f"{len(found)} of {tp} "
-                "tensor-parallel ranks' files (" + ", ".join(part.where for part in found) + ")",
-                fix="Copy the folder again from one checkpoint",
+                f"The files are of different checkpoints: {found[0].where} has the tensor {name}, and "
+                + (f"{', '.join(lacking)} lacks it" if lacking else f"only {len(found)} of {tp} ranks have it"),
+                fix=f"Copy {Path(files[0]).parents[1]} again, all files from one checkpoint",
             )
         if name in scheme.head_copies:
             copy = found

@@ -23,7 +23,7 @@ from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.config.divisors import divisors
 from megatron_lite.config.vocabulary import padded_vocab_size
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError, report_bug
 from megatron_lite.interop.export import Weights, checkpoint_to_export, require_weights
 from megatron_lite.interop.mapping import Entry, ExportedTensors
 from megatron_lite.interop.megatron.arrangements import CURRENT_VERSION, arrangement_of
@@ -350,5 +350,5 @@ def _read_back(plan: MegatronExport, folder: Path, advance: Advance) -> None:
         if not same:
             raise CheckpointError(
                 f"The export is not correct: the tensor {name} in {folder} differs from that in {plan.path}",
-                fix="Give the command again; if the error comes again, report it as a bug of megatron_lite",
+                fix="The export was discarded; give the command again. If the error comes again: " + report_bug(),
             )

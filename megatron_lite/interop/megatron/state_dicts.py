@@ -75,10 +75,15 @@ def version_of(content: Mapping[str, Any], where: str, stated: float | None, def
     version = default if found is None and stated is None else stated if found is None else found
     if not isinstance(version, (int, float)) or float(version) not in VERSIONS:
         raise CheckpointError(
-            f"{where} has the unknown checkpoint_version {version!r}",
-            rule="The version decides the order of the QKV rows",
-            fix=f"Import a checkpoint of version {', '.join(f'{known:g}' for known in VERSIONS[:-1])} or "
-            f"{VERSIONS[-1]:g}" + ("" if found is not None else ", or give its version with --checkpoint-version"),
+            f"{where} has the unknown checkpoint_version {version!r}"
+            if found is not None
+            else f"--checkpoint-version {stated:g} does not exist",
+            rule="The version decides the order of the QKV rows; known versions are "
+            + ", ".join(f"{known:g}" for known in VERSIONS),
+            fix="Copy the file again if it may be damaged; otherwise load and save the checkpoint with a current "
+            "Megatron-LM, which writes version 3, and import that"
+            if found is not None
+            else f"Give --checkpoint-version one of these, or remove it to read {where} as version {default:g}",
         )
     return float(version)
 

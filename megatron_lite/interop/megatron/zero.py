@@ -71,7 +71,7 @@ def read_zero(folder: Path, ranks: Mapping[int, Mapping[str, Any]], tp: int, not
         stated = (
             f"different numbers of optimizer steps ({', '.join(map(str, sorted(steps)))})"
             if steps
-            else "no number of steps"
+            else "no number of optimizer steps"
         )
         raise _unfit(folder, f"has {stated}")
     return AdamState(tensors, steps.pop(), scaler)
@@ -112,7 +112,10 @@ def _shapes(content: Mapping[str, Any], folder: Path, number: int) -> list[Mappi
     if isinstance(shapes, Mapping):
         shapes = [shapes]
     if not shapes:
-        raise _unfit(folder / f"mp_rank_{number:02d}_model_states.pt", "is missing or has no param_shapes")
+        path = folder / f"mp_rank_{number:02d}_model_states.pt"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", fix="Copy this file, too")
+        raise _unfit(path, "has no param_shapes")
     return list(shapes)
 
 

@@ -26,6 +26,8 @@ from typing import Any
 
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.rendezvous_server import (
+    OTHER_ADDRESS,
+    OTHER_PROGRAM,
     Connection,
     ConnectionServer,
     Member,
@@ -248,6 +250,8 @@ class Spoke:
                     f"{self._launch.init_method} ({self._reason})",
                     fix="Start every rank of the check once, with an address of its own (MASTER_PORT, --rdzv-id)"
                     if self._refused
+                    else OTHER_ADDRESS
+                    if self._reason == OTHER_PROGRAM
                     else "Check the network interface of this host and the firewall, or raise --timeout if rank 0 "
                     "starts late",
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -214,7 +215,7 @@ def test_one_run_at_a_time(make, tmp_path):
     from megatron_lite.data.preparation.work_folder import WorkFolder
 
     folder = WorkFolder(str(tmp_path / "out"), "plan")
-    with pytest.raises(DataError, match="Another preprocessing run is using"):
+    with pytest.raises(DataError, match=f"is in use by another preprocessing run: process {os.getpid()} on"):
         make()
     folder.release()
     make()

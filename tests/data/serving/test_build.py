@@ -183,7 +183,7 @@ def test_a_sample_past_the_end_is_refused(tmp_path):
     sources = (DataSource(path=write(tmp_path / "a"), weight=1.0),)
     for data in (DataConfig(sources=sources), DataConfig(sources=sources, sampling="slice")):
         train = build_datasets(config(data)).train
-        with pytest.raises(DataError, match="its index has the samples 0 to 99"):
+        with pytest.raises(DataError, match="the index of this run has the samples 0 to 99"):
             train[len(train)]
 
 
