@@ -17,6 +17,7 @@ EXTRAS = {
     "data": ["zstandard>=0.22", "pyarrow>=15"],
     "sentences": ["nltk>=3.9"],
     "plot": ["matplotlib>=3.8"],
+    "eval": ["lm_eval>=0.4.13"],
     "slurm": ["shfmt-py>=3.7"],
 }
 # Checkers are pinned, so that `make check` gives the same result on every machine.

@@ -1,4 +1,4 @@
-"""CLI command `evaluate`: texts and published corpora under the checkpoints of a run."""
+"""CLI command `evaluate`: texts, published corpora and lm-evaluation-harness tasks under the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_lite.formatting import format_count
 if TYPE_CHECKING:
     from megatron_lite.backend.base import Backend
 
-SUMMARY = "evaluate checkpoints: perplexity of texts, WikiText, Penn Treebank, enwik8, text8, LAMBADA"
+SUMMARY = "evaluate checkpoints: perplexity of texts, WikiText, LAMBADA, …, tasks of lm-evaluation-harness"
 SEVERAL_RANKS = True
 """A rank of several that fails before the rendezvous reports its error to the others (see cli/main.py)."""
 DAY = 24 * 60.0
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     parser = evaluate_parser()
     options = parser.parse_args(argv)
     if not any(getattr(options, name) for name in INPUTS):
-        parser.error("nothing to evaluate: give --text FILE, --data-path PREFIX or --lambada FILE")
+        parser.error("nothing to evaluate: give --text FILE, --data-path PREFIX, --lambada FILE or --tasks NAME")
     if not options.all_checkpoints and (options.svg or options.again):
         parser.error(f"{'--svg' if options.svg else '--again'} is an option of --all-checkpoints: add it")
     launch, count = read_launch(), options.ranks_per_task

@@ -22,7 +22,7 @@ def evaluate_parser() -> Parser:
     """Return the parser of `megatron-lite evaluate`."""
     parser = Parser(
         prog="megatron-lite evaluate",
-        description="Evaluate checkpoints on texts and published corpora. The "
+        description="Evaluate checkpoints on texts, published corpora and tasks of lm-evaluation-harness. The "
         "checkpoint gives architecture and tokenizer. Results are printed and recorded in evaluations.jsonl of the "
         "run. Everything is read from files of this machine. torchrun, srun or --ranks-per-task start several ranks.",
     )
@@ -55,8 +55,21 @@ def evaluate_parser() -> Parser:
         "--limit",
         type=whole(1),
         metavar="N",
-        help="only the first N tokens of a dataset, passages or documents (default: all)",
+        help="only the first N tokens of a dataset, passages, documents, or samples of a task (default: all)",
     )
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="tasks, separated by spaces or commas, such as lambada_openai,piqa,hellaswag",
+    )
+    tasks.add_argument(
+        "--include-path", action="append", default=[], metavar="DIR", help="folder with YAML files of own tasks"
+    )
+    tasks.add_argument("--num-fewshot", type=whole(), metavar="N", help="examples in the prompt (default: the task's)")
     windows = parser.add_argument_group("windows and output")
     windows.add_argument(
         "--seq-length",

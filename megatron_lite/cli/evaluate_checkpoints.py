@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -29,25 +30,37 @@ from megatron_lite.system_errors import reason, remedy
 
 if TYPE_CHECKING:
     from megatron_lite.cli.evaluate_ranks import ModelRanks
+    from megatron_lite.evaluation.harness import Generation
     from megatron_lite.evaluation.jobs import Job, ScoreSpans, Windows
     from megatron_lite.evaluation.scoring import Score, Span
 
 CORPORA = ("text", "wikitext", "ptb", "enwik8", "text8")
-INPUTS = (*CORPORA, "lambada", "documents", "data_path")
+INPUTS = (*CORPORA, "lambada", "documents", "data_path", "tasks")
 """Options that name something to evaluate."""
+HARNESS_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    # lm_eval would fork this process, whose threads may hold locks.
+    "DISABLE_MULTIPROC": "1",
+}
+"""Environment of lm-evaluation-harness: no network, no progress bars, no child processes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationPlan:
     """Checkpoints and jobs.
 
     Attributes:
         checkpoints: in ascending order of iterations.
         jobs: for each checkpoint.
+        ranks: the model, once it is there; tasks that generate text call it.
     """
 
     checkpoints: list[Path]
     jobs: list[Job]
+    ranks: ModelRanks | None = None
 
 
 def make_plan(options: argparse.Namespace) -> EvaluationPlan:
@@ -56,10 +69,14 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     Raises:
         MegatronLiteError: something is missing, or of another format.
     """
+    if options.tasks:
+        os.environ.update(HARNESS_VARIABLES)  # before the first import of libraries that read them once
+
     from megatron_lite.evaluation.jobs import Windows
     from megatron_lite.evaluation.scoring import check_length
 
-    makers = _job_makers(options)
+    plan = EvaluationPlan([], [])
+    makers = _job_makers(options, plan)
     checkpoints = _checkpoints(options)
     path = checkpoints[-1]
     stored = stored_model(read_manifest(path), path)
@@ -69,7 +86,9 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     ]
     for one in windows:
         check_length(one.seq_length, stored.model)
-    return EvaluationPlan(checkpoints, [make_job(one) for make_job in makers for one in windows])
+    plan.checkpoints = checkpoints
+    plan.jobs = [make_job(one) for make_job in makers for one in windows]
+    return plan
 
 
 def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argparse.Namespace) -> int:
@@ -78,6 +97,7 @@ def evaluate_checkpoints(plan: EvaluationPlan, ranks: ModelRanks, options: argpa
     Returns:
         0, or 1 if a checkpoint of several could not be loaded.
     """
+    plan.ranks = ranks
     recorded: dict[tuple[str, str, str], Evaluation] = {}
     if options.all_checkpoints and not options.again:
         recorded = {one.key: one for one in read_evaluations(plan.checkpoints[0].parent)}
@@ -130,7 +150,7 @@ def _no_checkpoint(load: str) -> CheckpointError:
     )
 
 
-def _job_makers(options: argparse.Namespace) -> list[Callable[[Windows], Job]]:
+def _job_makers(options: argparse.Namespace, plan: EvaluationPlan) -> list[Callable[[Windows], Job]]:
     """Read the inputs; return for each a function that makes its job for given windows."""
     from megatron_lite.evaluation import jobs
     from megatron_lite.evaluation.corpora import READERS, read_documents
@@ -142,6 +162,15 @@ def _job_makers(options: argparse.Namespace) -> list[Callable[[Windows], Job]]:
     makers += [partial(jobs.dataset_job, prefix) for prefix in options.data_path]
     makers += [partial(jobs.lambada_job, read_lambada(path)) for path in options.lambada]
     makers += [partial(jobs.documents_job, read_documents(path)) for path in options.documents]
+    if names := [name for given in options.tasks for name in given.split(",") if name]:
+        from megatron_lite.evaluation.harness import harness_job, load_tasks
+
+        def generate(prompts: Sequence[Sequence[int]], generation: Generation) -> list[str]:
+            assert plan.ranks is not None, "jobs are run with a model"
+            return plan.ranks.generate(prompts, generation)
+
+        tasks = load_tasks(names, options.include_path, options.num_fewshot, note)
+        makers += [partial(harness_job, task, generate) for task in tasks]
     return makers
 
 

@@ -132,10 +132,11 @@ def test_the_table_fits_a_terminal(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ((), 2, "give --text FILE, --data-path PREFIX or --lambada FILE"),
+        ((), 2, "give --text FILE, --data-path PREFIX, --lambada FILE or --tasks NAME"),
         (("--text", "{folder}/text", "--svg", "x"), 2, "--svg is an option of --all-checkpoints"),
         (("--text", "{folder}/text", "--all-checkpoints", "--load-iteration", 60), 1, "names a single one"),
         (("--text", "{folder}/text", "--tensor-model-parallel-size", 2), 1, "1 rank cannot hold"),
+        (("--text", "{folder}/text", "--tasks", "x", "--include-path", "{folder}/none"), 1, "none is not a folder"),
         (("--text8", "{folder}/x.jsonl"), 1, "letters a to z and spaces"),
         (("--text", "nowhere"), 1, "nowhere: No such file"),
         (("--text", "."), 1, "Is a directory"),
