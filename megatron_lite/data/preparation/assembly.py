@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_lite.data.format.indexed_writer import Extent, IndexedDatasetWriter
 from megatron_lite.data.preparation.sources import Unit
-from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder
+from megatron_lite.data.preparation.work_folder import WorkFolder
 from megatron_lite.data.preparation.worker import Step, UnitWorker
 
 COMMIT_BYTES = 64 << 20
@@ -57,34 +57,28 @@ class Assembly:
             self._close()
             raise
 
-    def _next(self) -> int | None:
-        """Return the number of the next unit; None if all are appended."""
-        return self._numbers[len(self.done)] if len(self.done) < len(self._numbers) else None
-
-    def append_finished(self) -> bool:
-        """Append the next unit if it is finished, and return whether it is."""
-        number = self._next()
-        unit = None if number is None else self._folder.read(number)
-        if unit is None:
-            return False
-        for writer, shard in zip(self.writers, unit.shards, strict=True):
+    def append_finished(self) -> int:
+        """Append the next units if a worker has finished them, and return how many there are."""
+        left = self._numbers[len(self.done) :]
+        units = self._folder.read(left[0]) if left else {}
+        if not units:
+            return 0
+        starts = [writer.extent for writer in self.writers]
+        for writer, shard in zip(self.writers, units[left[0]].shards, strict=True):
             writer.append(shard.name)
-        self._add(unit)
-        return True
+        for unit in units.values():
+            ends = [Extent(*map(sum, zip(a, s.end, strict=True))) for a, s in zip(starts, unit.shards, strict=True)]
+            shards = [replace(shard, end=end) for shard, end in zip(unit.shards, ends, strict=True)]
+            self.done.append(replace(unit, shards=shards))
+        self._commit_if_due()
+        return len(units)
 
     def write(self, worker: UnitWorker, unit: Unit) -> Generator[Step, None, None]:
         """Tokenize the next unit into the datasets, and yield the steps of progress."""
-        before = [writer.num_bytes for writer in self.writers]
-        checksums, report = yield from worker.run(unit, self.writers)
-        shards = [
-            Shard("", writer.num_bytes - start, checksum)
-            for writer, start, checksum in zip(self.writers, before, checksums, strict=True)
-        ]
-        self._add(FinishedUnit(shards, report))
+        self.done.append((yield from worker.run(unit, self.writers)))
+        self._commit_if_due()
 
-    def _add(self, unit: FinishedUnit) -> None:
-        ends = [replace(shard, end=writer.extent) for shard, writer in zip(unit.shards, self.writers, strict=True)]
-        self.done.append(replace(unit, shards=ends))
+    def _commit_if_due(self) -> None:
         if sum(shard.num_bytes for one in self.done[self._committed :] for shard in one.shards) >= COMMIT_BYTES:
             self.commit()
 

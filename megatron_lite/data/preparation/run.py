@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,27 @@ from megatron_lite.data.preparation.pool import Pool
 from megatron_lite.data.preparation.progress import ProgressDisplay
 from megatron_lite.data.preparation.report import Summary
 from megatron_lite.data.preparation.sentences import SentenceSplitter
-from megatron_lite.data.preparation.shuffle import plan_buckets
+from megatron_lite.data.preparation.shuffle import Bucket, plan_buckets
 from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units, unit_size
 from megatron_lite.data.preparation.work_folder import FinishedUnit, WorkFolder, plan_hash
-from megatron_lite.data.preparation.worker import Step, Task, UnitWorker, build_job, dataset_types, first_token
+from megatron_lite.data.preparation.worker import (
+    Step,
+    Task,
+    UnitGroup,
+    UnitWorker,
+    build_job,
+    dataset_types,
+    first_token,
+)
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
 _Pool = Pool[Task, Step]
 
+GROUP_BYTES = 32 << 20
+"""Maximum bytes of input that a worker writes to one shard (a larger unit is a shard)."""
+
+GROUPS_PER_WORKER = 8
 PROBED_LINES = 1000
 """Lines, at least, from which the mean size of a document is estimated."""
 
@@ -150,7 +162,7 @@ class _Run:
         return summary
 
     def _make_shuffled(self, folder: WorkFolder, todo: Sequence[Unit]) -> Summary:
-        for step in self._work(folder.path, todo):
+        for step in self._work(folder.path, self._groups(todo)):
             self.progress.advance(step)
         finished = folder.finished()
         done = [finished[unit.number] for unit in self.units]
@@ -163,19 +175,35 @@ class _Run:
         folder.drop([shard for one in done for shard in one.shards])
         with self._assemble(folder, buckets) as assembly:
             self.progress.stage("join", len(buckets) - len(assembly.done))
-            while assembly.append_finished():
-                self.progress.piece()
+            while count := assembly.append_finished():
+                for _ in range(count):
+                    self.progress.piece()
             self._finish(assembly, summary)
         return summary
 
-    def _assemble(self, folder: WorkFolder, tasks: Sequence[Task]) -> Assembly:
+    def _groups(self, todo: Sequence[Unit]) -> list[UnitGroup]:
+        """Return tasks of consecutive units: few, since each costs some files, and enough for all workers.
+
+        The shuffle sorts unit by unit.
+        """
+        size = min(GROUP_BYTES, _size(todo) // (GROUPS_PER_WORKER * self.options.workers))
+        groups, group = list[UnitGroup](), list[Unit]()
+        for unit, following in zip_longest(todo, todo[1:]):
+            group.append(unit)
+            is_next = following is not None and following.number == unit.number + 1
+            if self.options.shuffle or _size(group) >= size or not is_next:
+                groups.append(UnitGroup(tuple(group)))
+                group = []
+        return groups
+
+    def _assemble(self, folder: WorkFolder, tasks: Sequence[Unit | Bucket]) -> Assembly:
         numbers = [task.number for task in tasks]
         return Assembly(folder, numbers, self.prefixes, dataset_types(self.options, self.tokenizer))
 
     def _add_units(self, assembly: Assembly, todo: Sequence[Unit]) -> Iterator[Step]:
         """Append all units in order, as soon as they are finished, and yield the steps of the unfinished ones."""
         if self.pool is not None:
-            for step in self.pool.run(todo):
+            for step in self.pool.run(self._groups(todo)):
                 yield step
                 _append_finished(assembly)
             _append_finished(assembly)

@@ -70,7 +70,7 @@ def sort_shard(shard: Shard, order: npt.NDArray[np.uint64]) -> Shard:
     del dataset
     bin_path(shard.name).unlink()
     idx_path(shard.name).unlink()
-    return Shard(name, writer.num_bytes, checksum)
+    return Shard(name, writer.num_bytes, checksum, writer.extent)
 
 
 def _chunks(positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
@@ -101,7 +101,7 @@ def _write_key(bucket: Bucket, names: Sequence[str], target: str) -> Shard:
             part = np.concatenate([tokens[ends[a] : ends[b]] for a, b in spans])
             part_lengths = np.concatenate([lengths[a:b] for a, b in spans])
             checksum = writer.add_batch(part, part_lengths, sequences[chunk], checksum)
-    return Shard(target, writer.num_bytes, checksum)
+    return Shard(target, writer.num_bytes, checksum, writer.extent)
 
 
 def _read_run(name: str, bucket: Bucket) -> _Run:

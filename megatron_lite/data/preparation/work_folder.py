@@ -1,7 +1,7 @@
 """Resumable work folder of preprocessing ({output prefix}.partial/): finished shards of an incomplete run.
 
-A unit is finished when `{number}.json` exists, which names its shards. Each attempt at a unit has its own shard names:
-a worker process that outlives its killed parent cannot damage the shards of another attempt.
+Units are finished when `{number of the first}.json` exists, which names their shards. Each attempt has its own shard
+names: a worker process that outlives its killed parent cannot damage the shards of another attempt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ASSEMBLED = "assembled."
 """Beginning of the names of the assembled datasets and their records, which sort behind those of single units."""
 
 SHARD_SUFFIXES = (".bin", ".idx", ".order")
-FORMAT = 2
+FORMAT = 3
 """Version of the files of a finished unit; part of the plan, so that a run never continues from another version."""
 
 
@@ -42,12 +42,12 @@ class Shard:
     num_bytes: int
     checksum: int
     end: tuple[int, int, int] = (0, 0, 0)
-    """Sequences, documents and tokens of the assembled dataset up to the end of the shard."""
+    """Sequences, documents and tokens of the file up to the end of the unit."""
 
 
 @dataclass(frozen=True)
 class FinishedUnit:
-    """Shards of a finished unit, one for each JSON key, and its report."""
+    """Shards with a finished unit, one for each JSON key, and its report; size and checksum are those of the unit."""
 
     shards: list[Shard]
     report: UnitReport
@@ -80,9 +80,10 @@ def new_prefix(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def mark_finished(folder: Path, number: int, unit: FinishedUnit) -> None:
-    """Record that a unit is finished."""
-    replace_file(folder / f"{number:06d}.json", json.dumps(asdict(unit)).encode())
+def mark_finished(folder: Path, units: dict[int, FinishedUnit], prefix: str = "") -> None:
+    """Record that consecutive units are finished."""
+    content = {str(number): asdict(unit) for number, unit in units.items()}
+    replace_file(folder / f"{prefix}{min(units):06d}.json", json.dumps(content).encode())
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:
@@ -168,9 +169,8 @@ class WorkFolder:
 
     def mark_assembled(self, units: dict[int, FinishedUnit]) -> None:
         """Record that units are part of the assembled datasets."""
-        content = {str(number): asdict(unit) for number, unit in units.items()}
         try:
-            replace_file(self.path / f"{ASSEMBLED}{min(units):06d}.json", json.dumps(content).encode())
+            mark_finished(self.path, units, ASSEMBLED)
             for number in units:
                 (self.path / f"{number:06d}.json").unlink(missing_ok=True)
         except OSError as error:
@@ -180,15 +180,13 @@ class WorkFolder:
         """Return the finished units by number."""
         found = dict[int, FinishedUnit]()
         for path in sorted(self.path.glob("*.json")):
-            saved = json.loads(path.read_bytes())
-            units = saved if path.name.startswith(ASSEMBLED) else {path.stem: saved}
-            found |= {int(number): FinishedUnit.from_dict(unit) for number, unit in units.items()}
+            found |= _read_units(path)
         return dict(sorted(found.items()))
 
-    def read(self, number: int) -> FinishedUnit | None:
-        """Return a finished unit whose shards are files of their own; None if there is none."""
-        path = self.path / f"{number:06d}.json"
-        return FinishedUnit.from_dict(json.loads(path.read_bytes())) if path.exists() else None
+    def read(self, first: int) -> dict[int, FinishedUnit]:
+        """Return the finished units from `first` on whose shards are files of their own; none if there are none."""
+        path = self.path / f"{first:06d}.json"
+        return _read_units(path) if path.exists() else {}
 
     def drop(self, shards: Sequence[Shard]) -> None:
         """Delete shards that are no longer needed; their units remain finished."""
@@ -205,3 +203,7 @@ class WorkFolder:
     def release(self) -> None:
         """Release the lock."""
         self._lock.close()
+
+
+def _read_units(path: Path) -> dict[int, FinishedUnit]:
+    return {int(number): FinishedUnit.from_dict(unit) for number, unit in json.loads(path.read_bytes()).items()}

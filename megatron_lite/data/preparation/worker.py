@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -34,7 +34,20 @@ from megatron_lite.tokenizer.build import build_tokenizer
 COMPARED = 1 << 16
 """Characters of the first documents of each process whose ids are compared with those of the tokenizer's library."""
 
-Task = Unit | Bucket
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Task: consecutive units that a worker writes to the same shards."""
+
+    units: tuple[Unit, ...]
+
+    @property
+    def number(self) -> int:
+        """Number of the first unit."""
+        return self.units[0].number
+
+
+Task = UnitGroup | Bucket
 Text = str | tuple[str, ...]
 
 
@@ -54,24 +67,27 @@ def build_job(options: PreprocessOptions, folder: Path, tokenizer: Tokenizer | N
         prefix = new_prefix(folder, task.number)
         try:
             if isinstance(task, Bucket):
-                mark_finished(folder, task.number, FinishedUnit(write_bucket(task, prefix), UnitReport()))
+                mark_finished(folder, {task.number: FinishedUnit(write_bucket(task, prefix), UnitReport())})
                 yield Step(0, 0, 0)
                 return
-            shards, report = yield from worker.write_shards(task, prefix)
+            units = yield from worker.write_shards(task.units, prefix)
             if options.shuffle:
-                shards = [_sort(shard) for shard in shards]
-            mark_finished(folder, task.number, FinishedUnit(shards, report))
+                units = {number: _sorted(unit) for number, unit in units.items()}
+            mark_finished(folder, units)
         except OSError as error:
             raise unwritable(folder, error) from error
 
     return job
 
 
-def _sort(shard: Shard) -> Shard:
-    order = Path(f"{shard.name}.order")
-    result = sort_shard(shard, np.fromfile(order, np.uint64))
-    order.unlink()
-    return result
+def _sorted(unit: FinishedUnit) -> FinishedUnit:
+    """Sort the shards of a unit, which has them to itself."""
+    shards = []
+    for shard in unit.shards:
+        order = Path(f"{shard.name}.order")
+        shards.append(sort_shard(shard, np.fromfile(order, np.uint64)))
+        order.unlink()
+    return FinishedUnit(shards, unit.report)
 
 
 @dataclass
@@ -128,39 +144,39 @@ class UnitWorker:
         self._unchecked = COMPARED
         self.splitter = SentenceSplitter(options.language, options.keep_newlines) if options.split_sentences else None
 
-    def write_shards(self, unit: Unit, prefix: Path) -> Generator[Step, None, tuple[list[Shard], UnitReport]]:
-        """Write the shards `{prefix}.{number of the dataset}` of a unit, and with --shuffle `….order` next to each.
+    def write_shards(self, units: Sequence[Unit], prefix: Path) -> Generator[Step, None, dict[int, FinishedUnit]]:
+        """Write units to the shards `{prefix}.{number of the dataset}`, and with --shuffle sort keys to `….order`.
 
         Yields:
             Steps of progress.
 
         Returns:
-            The shards and the report.
+            The finished units by number.
 
         Raises:
             DataError: the input is damaged, a line is bad (without --skip-bad-lines), or the disk is full.
         """
-        names = [f"{prefix}.{i}" for i in range(len(self.dtypes))]
+        names, done = [f"{prefix}.{i}" for i in range(len(self.dtypes))], dict[int, FinishedUnit]()
         with contextlib.ExitStack() as stack:
             pairs = zip(names, self.dtypes, strict=True)
             writers = [stack.enter_context(IndexedDatasetWriter(name, dtype)) for name, dtype in pairs]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
-            checksums, report = yield from self.run(unit, writers, orders)
-        return [
-            Shard(name, writer.num_bytes, checksum)
-            for name, writer, checksum in zip(names, writers, checksums, strict=True)
-        ], report
+            for unit in units:
+                finished = yield from self.run(unit, writers, orders)
+                shards = [replace(shard, name=name) for shard, name in zip(finished.shards, names, strict=True)]
+                done[unit.number] = FinishedUnit(shards, finished.report)
+        return done
 
     def run(
         self, unit: Unit, writers: Sequence[IndexedDatasetWriter], orders: Sequence[BinaryIO] = ()
-    ) -> Generator[Step, None, tuple[list[int], UnitReport]]:
+    ) -> Generator[Step, None, FinishedUnit]:
         """Append the documents of a unit to datasets and their sort keys to files, if there are any.
 
         Yields:
             Steps of progress.
 
         Returns:
-            CRC-32 of the content of each dataset, and the report.
+            The unit, with shards without names.
 
         Raises:
             DataError: as in `write_shards`.
@@ -191,7 +207,11 @@ class UnitWorker:
         report.documents = writers[0].num_documents - extents[0].documents
         counts_of = [writer.num_tokens - extent.tokens for writer, extent in zip(writers, extents, strict=True)]
         report.tokens = counts_of[0] if self.options.has_answers else sum(counts_of)
-        return checksums, report
+        shards = [
+            Shard("", count * writer.dtype.itemsize, checksum, writer.extent)
+            for writer, count, checksum in zip(writers, counts_of, checksums, strict=True)
+        ]
+        return FinishedUnit(shards, report)
 
     def _new_joiner(self) -> ShortDocumentJoiner | None:
         if not self.options.join_short:

@@ -68,15 +68,13 @@ def test_a_tokenizer_without_bos_is_refused_at_the_start(make, tokenizer, tmp_pa
 
 def interrupted(options, monkeypatch):
     """Stop after two units."""
-    add = Assembly._add
 
-    def stop(self, unit):
+    def stop(self):
         if len(self.done) == 2:
             raise KeyboardInterrupt
-        add(self, unit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Assembly, "_add", stop)
+        patch.setattr(Assembly, "_commit_if_due", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(options, ProgressDisplay())
 

@@ -63,7 +63,8 @@ def work(tmp_path):
         worker.steps = []
         worker.prefix = tmp_path / "shard"
         unit = Unit(number, Source(str(path), "text", size, 0), 0, size)
-        worker.shards, report = run_to_end(worker.write_shards(unit, worker.prefix), worker.steps)
+        done = run_to_end(worker.write_shards([unit], worker.prefix), worker.steps)[number]
+        worker.shards, report = done.shards, done.report
         worker.num_bytes = size
         documents = []
         for key in range(len(chosen.json_keys)):
