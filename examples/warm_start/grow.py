@@ -51,6 +51,7 @@ def grow(folder: Path, iterations: int, megabytes: float) -> None:
     model += ["--seq-length-warmup", f"16:{max(1, iterations // 2)}:16", "--bf16"]
     training = ["--micro-batch-size", 8, "--train-iters", iterations, "--lr", 3e-3, "--lr-warmup-iters", 2]
     training += ["--log-interval", max(1, iterations // 4), "--hidden-dropout", 0, "--attention-dropout", 0]
+    training += ["--num-threads", 1]
     half = iterations - iterations // 2
     start: list[object] = []
     for name, layers in LAYERS.items():

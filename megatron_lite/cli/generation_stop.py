@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +12,9 @@ from types import FrameType
 import torch
 
 from megatron_lite.backend.group import Group
+
+TWICE = 0.2
+"""Seconds within which a second Ctrl-C is the same one."""
 
 
 class StopFlag:
@@ -24,6 +29,7 @@ class StopFlag:
         self._world = world
         self._device = device
         self._reading = False
+        self._received = -math.inf
         self._failure: Exception | None = None
         self.requested = False
 
@@ -68,7 +74,10 @@ class StopFlag:
             raise self._failure
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A rank started by another process of this program receives the signal twice (backend/task_ranks.py).
+        # A rank started by another process of this program receives each Ctrl-C twice (backend/task_ranks.py).
+        before, self._received = self._received, time.monotonic()
+        if self._received - before < TWICE:
+            return
         self.requested = True
         if self._reading:
             self._reading = False

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 from megatron_lite.generation.sampling import Sampling
 
 FinishReason = Literal["eod", "length", "stop", "interrupted"]
@@ -92,10 +93,11 @@ def check_request(request: Request, model: ModelConfig, context: Context) -> Non
         return
     # Learned positions end with their table; others may be extrapolated.
     learned = model.position_embedding == "learned"
-    longer = "" if learned else f", --context {len(prompt) + request.max_new_tokens} to extrapolate,"
+    longer = "" if learned else f"--context {len(prompt) + request.max_new_tokens} to extrapolate or "
     raise ConfigError(
-        f"{name} of {len(prompt):,} tokens and {request.max_new_tokens:,} new tokens (--max-new-tokens) exceed the "
+        f"{name} of {format_count(len(prompt), 'token')} and {format_count(request.max_new_tokens, 'new token')} "
+        f"(--max-new-tokens) exceed the "
         f"context of {context.length:,} " + ("learned positions" if learned else "tokens"),
         fix=(f"Use --max-new-tokens {left} or less" if left > 0 else "Shorten the prompt")
-        + f"{longer} or --sliding-window to drop the oldest tokens",
+        + f", or add {longer}--sliding-window to drop the oldest tokens",
     )

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from megatron_lite.cli import generate as command
+from megatron_lite.cli import generation_stop
 from megatron_lite.cli.main import main
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.generation import generate as decoding
@@ -292,6 +293,7 @@ def test_ctrl_c_ends_a_text_and_ctrl_d_the_session(saved, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         return inner(self, *args)
 
+    monkeypatch.setattr(generation_stop, "TWICE", 0.0)
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(decoding._Text, "take", take)
