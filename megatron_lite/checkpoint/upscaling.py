@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.names import MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor
+from megatron_lite.checkpoint.load import averages
+from megatron_lite.checkpoint.names import EMA_PREFIX, MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.rewriting import FILE_SIZE, check_output, write_source
 from megatron_lite.checkpoint.sources import TensorInfo
@@ -46,6 +47,7 @@ class UpscaleOptions:
         carry_optimizer: copy the moments and step counts; otherwise the checkpoint has weights only.
         preserve_function: set the output projections of all copies but the first of a layer to zero, so that the new
             model computes the function of the given one.
+        averaged: copy the moving average of the weights instead of the weights.
         scale_residual: multiply all output projections by the factor by which the initialization scales them for the
             new depth, sqrt(layers / new layers) (GPT-2: 1 / sqrt(2 x layers)).
     """
@@ -54,6 +56,7 @@ class UpscaleOptions:
     order: Order = "interleave"
     carry_optimizer: bool = False
     preserve_function: bool = False
+    averaged: bool = False
     scale_residual: bool = False
 
 
@@ -114,8 +117,8 @@ def upscale(
         progress: called with the bytes written so far, and those of all tensors.
 
     Raises:
-        CheckpointError: `output` contains a checkpoint, there is no room, or there is no optimizer state to carry.
-            Nothing of the new checkpoint is left.
+        CheckpointError: `output` contains a checkpoint, there is no room, or there is no optimizer state to carry
+            or no moving average to copy. Nothing of the new checkpoint is left.
         CorruptCheckpointError: a record that is read is damaged.
         ConfigError: options contradict each other or the model.
     """
@@ -159,6 +162,7 @@ class _Upscaled:
     ) -> None:
         self._source = source
         self._saved_name: dict[str, str] = {}
+        self._exact = averages(source) if options.averaged else {}
         zero = added_layers(sources) if options.preserve_function else frozenset()
         self._factors: dict[str, float] = {}
         scale = math.sqrt(model.num_layers / len(sources)) if options.scale_residual else 1.0
@@ -177,8 +181,11 @@ class _Upscaled:
                     continue
                 new = f"{match['before']}{number}.{part}{match['after']}"
                 self._saved_name[new] = name
-                if is_model_tensor(name) and any(part in name for part in _OUTPUT_PROJECTIONS):
+                if _holds_weights(name) and any(projection in name for projection in _OUTPUT_PROJECTIONS):
                     self._factors[new] = 0.0 if number in zero else scale
+                    # A weight is the rounding of its scaled main parameter, as a training step would leave it.
+                    if scale != 1.0 and MAIN_PREFIX + name in source.tensors:
+                        self._exact.setdefault(name, MAIN_PREFIX + name)
         self.tensors: Mapping[str, TensorInfo] = {
             new: source.tensors[saved] for new, saved in sorted(self._saved_name.items())
         }
@@ -186,14 +193,16 @@ class _Upscaled:
     def read(self, name: str, rectangle: Rectangle) -> Tensor:
         """Return a rectangle of a tensor of the deeper model."""
         saved, factor = self._saved_name[name], self._factors.get(name, 1.0)
-        if factor == 1.0:
-            return self._source.read(saved, rectangle)
         dtype = getattr(torch, self.tensors[name].dtype)
         if factor == 0.0:
             return torch.zeros(rectangle.shape, dtype=dtype)
-        # A weight is the rounding of its scaled main parameter, as a training step would leave it.
-        exact = MAIN_PREFIX + saved if MAIN_PREFIX + saved in self._source.tensors else saved
-        return (self._source.read(exact, rectangle).double() * factor).to(dtype)
+        tensor = self._source.read(self._exact.get(saved, saved), rectangle)
+        return (tensor if factor == 1.0 else tensor.double() * factor).to(dtype)
+
+
+def _holds_weights(name: str) -> bool:
+    """Return True for weights, their main parameters and their moving averages."""
+    return is_model_tensor(name) or name.startswith(EMA_PREFIX)
 
 
 def _has_optimizer(manifest: Manifest) -> bool:

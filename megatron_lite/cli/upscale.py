@@ -33,6 +33,7 @@ def run(argv: list[str]) -> int:
         order=options.order,
         carry_optimizer=options.optimizer == "carry",
         preserve_function=options.preserve_function,
+        averaged=options.ema,
         scale_residual=options.scale_residual,
     )
     with holding(options.output, "upscale"), byte_progress("upscaling") as progress:
@@ -111,6 +112,9 @@ def _parser() -> Parser:
         action="store_true",
         help="multiply all output projections by sqrt(old / new layers), the ratio of GPT-2's initializations "
         "1 / sqrt(2 x layers)",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="copy the moving average of the weights, from a run with --ema-decay"
     )
     add_output_arguments(parser)
     return parser

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.interop_models import VOCAB, run_config
 
 from megatron_lite.checkpoint import writing
-from megatron_lite.checkpoint.names import MAIN_PREFIX
+from megatron_lite.checkpoint.names import EMA_PREFIX, MAIN_PREFIX
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.upscaling import UpscaleOptions, added_layers, source_layers, upscale
@@ -35,13 +35,15 @@ PROJECTIONS = ("self_attention.proj", "mlp.fc2")
 def make(kit, tmp_path_factory):
     """Save a random model of three layers with fp32 main parameters and moments; return its path."""
 
-    def save(*, optimizer=True, **fields):
+    def save(*, optimizer=True, average=False, **fields):
         config = run_config("bf16", **{"num_layers": 3, "position_embedding": "alibi", **fields})
         draw, tensors = torch.Generator().manual_seed(1), {}
         for name, shape in parameter_shapes(config.model).items():
             main = torch.randn(shape, generator=draw) * 0.2
             tensors |= {name: main.bfloat16(), MAIN_PREFIX + name: main}
             tensors |= {kind + name: torch.rand(shape, generator=draw) for kind in MOMENTS if optimizer}
+            if average:
+                tensors[EMA_PREFIX + name] = main * 0.5
         scalars = {"progress": Progress(iteration=7, consumed_train_samples=28).to_dict(), "engine": {"step": 5}}
         prints = {"tokenizer": "sha256:a", "data source 1": "sha256:b"}
         request = SaveRequest(tmp_path_factory.mktemp("run"), 7, scalars, Provenance(config_as_json(config), prints))
@@ -155,6 +157,23 @@ def test_preserve_function_sets_only_output_projections_of_added_layers_to_zero(
         zero = ".layers.3." in name or ".layers.4." in name
         zero = zero and any(part in name for part in PROJECTIONS) and not name.startswith(MOMENTS)
         assert bool((value == 0).all()) == zero, name
+
+
+def test_the_moving_average_can_be_copied_or_carried(make, path, tmp_path):
+    averaged = make(average=True)
+    before = values(averaged)
+    after = values(grown(averaged, tmp_path / "averaged", averaged=True, preserve_function=True))
+    for name, source in (("decoder.layers.4.mlp.fc1.weight", 2), ("decoder.final_norm.weight", None)):
+        main = before[EMA_PREFIX + name.replace("layers.4", f"layers.{source}")]
+        assert after[MAIN_PREFIX + name].equal(main) and after[name].equal(main.bfloat16())
+    assert not any(name.startswith(EMA_PREFIX) for name in after)
+    after = values(grown(averaged, tmp_path / "carried", order="stack", preserve_function=True, carry_optimizer=True))
+    assert after[EMA_PREFIX + "decoder.layers.3.mlp.fc1.bias"].equal(
+        before[EMA_PREFIX + "decoder.layers.0.mlp.fc1.bias"]
+    )
+    assert not after[EMA_PREFIX + "decoder.layers.3.mlp.fc2.bias"].any()
+    with pytest.raises(CheckpointError, match=r"has no moving average.*Remove --ema"):
+        grown(path, tmp_path / "none", averaged=True)
 
 
 def test_scale_residual_multiplies_the_output_projections(path, tmp_path):
