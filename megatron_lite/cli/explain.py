@@ -95,10 +95,13 @@ def _lines(parsed: ParsedRun, config: RunConfig, summary: RunSummary, vocabulary
         f"Length      {length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens, "
         f"{length.total_flops:.3g} FLOP"
     )
-    yield (
-        f"            learning rate {config.lr.lr:g} to {config.lr.min_lr:g}, {config.lr.style}; warm-up "
-        f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
-    )
+    if formula := config.optimizer.relative_step:
+        yield f"            learning rate {formula}"
+    else:
+        yield (
+            f"            learning rate {config.lr.lr:g} to {config.lr.min_lr:g}, {config.lr.style}; warm-up "
+            f"{length.warmup:,.0f}, decay {length.decay:,} {length.lr_unit}"
+        )
     yield from data_lines(config)
     yield f"Saves       {_saves(config, summary)}"
     yield from _stage_lines(summary.stages)

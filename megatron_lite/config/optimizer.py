@@ -139,6 +139,13 @@ class OptimizerConfig:
         ),
     )
 
+    @property
+    def relative_step(self) -> str:
+        """Return the formula of Adafactor's learning rate at step t; empty: it is that of --lr."""
+        if not self.adafactor_relative_step:
+            return ""
+        return f"min({'1e-6 t' if self.adafactor_warmup_init else '0.01'}, 1/sqrt(t)) at step t"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:

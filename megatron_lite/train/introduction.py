@@ -98,7 +98,7 @@ def _length(config: RunConfig, length: Length) -> str:
     epochs = f"{tuning.epochs:,} epochs of {config.epoch_samples:,} samples: " if tuning.epochs else ""
     return (
         f"{epochs}{length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens; "
-        f"learning rate {lr.lr:g}{end}{warmup}"
+        f"learning rate {config.optimizer.relative_step or f'{lr.lr:g}{end}{warmup}'}"
     )
 
 

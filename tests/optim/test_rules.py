@@ -1,6 +1,7 @@
 """Tests of Adafactor, Lion, Muon, 8-bit AdamW and moving averages against other implementations, on one process."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from megatron_lite.config.optimizer import OptimizerKind
 from megatron_lite.optim.adamw8bit import BLOCK, Quantized, dynamic_codes
 from megatron_lite.optim.muon import orthogonalize
 from megatron_lite.optim.optimizer import Optimizer
@@ -315,3 +317,26 @@ def test_the_moving_average_follows_the_main_parameters(kit, dtype):
     for name, value in weights().items():
         assert torch.equal(value, before[name])
     assert all(torch.equal(value, average[name]) for name, value in state("ema.").items())
+
+
+@pytest.mark.parametrize("kind", get_args(OptimizerKind))
+def test_the_learning_rate_of_a_parameter_is_multiplied_by_its_factor(kit, kind):
+    torch.manual_seed(5)
+    start, gradient = torch.randn(6, 4), torch.randn(6, 4)
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    named = [
+        NamedParameter(f"decoder.layers.{number}.weight", param, (6, 4), None, Rectangle.full((6, 4)), lr_factor=factor)
+        for number, (param, factor) in enumerate(zip(params, (1.0, 0.25), strict=True))
+    ]
+    mesh = kit.mesh()
+    buffers = ParameterBuffers(named, dp=mesh.dp, tp=mesh.tp)
+    optimizer = Optimizer(kit.config(kind=kind, clip_grad=0.0), buffers, mesh)
+    for _ in range(2):
+        buffers.begin(0)
+        with torch.no_grad():
+            for param in params:
+                param.copy_(start)
+                buffers.gradient(param).copy_(gradient)
+        optimizer.step(LR, 0.1)
+    steps = [param.detach() - start for param in params]
+    assert (steps[1] - 0.25 * steps[0]).abs().max() <= 1e-5 * start.abs().max()

@@ -37,3 +37,26 @@ def test_tensor_and_pipeline_parallelism_divide_the_parameters():
     assert staged > whole / 2, "both ends hold the tied embedding"
     interleaved, _ = memory("--bf16 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2", 2)
     assert interleaved == staged
+
+
+@pytest.mark.parametrize(
+    ("flags", "moments"),
+    [
+        ("--optimizer sgd", 4),
+        ("--optimizer sgd --sgd-momentum 0", 0),
+        ("--optimizer lion", 4),
+        ("--optimizer lion --ema-decay 0.9", 8),
+        ("--optimizer adafactor", 0),
+        ("--optimizer adafactor --adafactor-beta1 0.9", 4),
+        ("--optimizer adamw8bit", 2 + 8 / 256),
+    ],
+)
+def test_each_optimizer_has_its_moments(flags, moments):
+    found, parameters = memory(flags, 1)
+    assert found == int(parameters * (4 + 4 + moments))
+
+
+def test_muon_has_one_moment_in_layers_and_two_elsewhere():
+    found, parameters = memory("--optimizer muon", 1)
+    elsewhere = (1024 + 32) * 64 + 2 * 64
+    assert found == parameters * (4 + 4 + 4) + 4 * elsewhere
