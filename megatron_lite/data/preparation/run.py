@@ -88,6 +88,11 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
 def _check_keys(options: PreprocessOptions, sources: Sequence[Source]) -> None:
     """Check that every source has a text for each JSON key."""
     plain = next((source for source in sources if source.document != "json"), None)
+    if plain is not None and options.has_answers:
+        raise ConfigError(
+            f"--input-format {options.input_format} reads JSON lines; --input {plain.path} is plain text",
+            fix=f"Give --input files of JSON lines, or preprocess {plain.path} without --input-format",
+        )
     if plain is not None and len(options.json_keys) > 1:
         raise ConfigError(
             f"--json-keys {' '.join(options.json_keys)} names {len(options.json_keys)} texts of each document; "

@@ -268,6 +268,8 @@ def test_plain_text_where_it_has_no_meaning(make, tmp_path, folder, corpus):
     pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match=r"--plain-text file does not apply to .*a Parquet file"):
         make(inputs=(str(tmp_path / "a.parquet"),), plain_text="file")
+    with pytest.raises(ConfigError, match=r"--input-format prompt-completion reads JSON lines; .*texts is plain text"):
+        make(inputs=(str(folder),), input_format="prompt-completion")
     with pytest.raises(ConfigError, match=r"--json-keys text title names 2 texts .*texts is plain text"):
         make(inputs=(str(corpus), str(folder)), json_keys=("text", "title"))
 
