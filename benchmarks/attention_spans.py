@@ -67,8 +67,9 @@ def synthesize(size: int, length: int, count: int, padding: int) -> tuple[MicroB
     ids = document_ids(tokens, EOD)
     found = document_rows(ids)
     assert found is not None
-    order, inverse, groups = found
-    documents = Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups)
+    order, inverse, groups, cu_seqlens = found
+    order, inverse, cu_seqlens = (torch.from_numpy(array) for array in (order, inverse, cu_seqlens))
+    documents = Documents(order, inverse, groups, cu_seqlens)
     text = torch.from_numpy(tokens)
     return MicroBatch(text, text, documents=documents), torch.from_numpy(ids)
 

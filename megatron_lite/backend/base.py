@@ -187,12 +187,42 @@ class Backend(ABC):
         return torch.Generator(self.device).manual_seed(seed)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        dropout: float,
+        causal: bool,
+        new_shapes: bool = False,
     ) -> Tensor:
-        """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] (g divides n) -> [s, b, n, d]."""
+        """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] (g divides n) -> [s, b, n, d].
+
+        `new_shapes`: nearly every call has other sizes, so that no time must be spent on preparing for a size.
+        """
         if q.shape[2] != k.shape[2]:
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, mask, dropout=dropout, causal=causal)
+
+    def has_varlen_attention(self, q: Tensor) -> bool:
+        """Return whether the device has a varlen kernel for queries like `q`: of its dtype and with its channels."""
+        return False
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Return causal attention within each document, in one call; only if has_varlen_attention.
+
+        Args:
+            q: [t, n, d], the tokens of all documents one after the other.
+            k: [t, g, d]; g divides n.
+            v: as k.
+            cu_seqlens: [documents + 1] int32, the first token of each document, then t.
+            longest: tokens of the longest document, or more.
+
+        Returns:
+            [t, n, d].
+        """
+        raise NotImplementedError
 
     def new_group(self, axis: str, partition: Partition) -> Group:
         """Create the groups along an axis and return this rank's; all ranks call it in the same order."""

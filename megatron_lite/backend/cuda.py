@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lite.backend.base import Backend, Capabilities, Reading, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
@@ -47,6 +52,10 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Settings of the caching allocator where the environment has none."""
 
 
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention kernels that prepare nothing for a shape."""
+
+
 class CudaBackend(Backend):
     """Backend of one GPU: the one with the number of the local rank, counted among those that the process sees."""
 
@@ -68,6 +77,8 @@ class CudaBackend(Backend):
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._settings = _configure(runtime)
+        self._chooses_kernel = runtime.attention == "auto"
+        self._varlen = find_varlen_kernel() if runtime.attention in ("auto", "flash") else None
         if launch.world_size > 1:
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
 
@@ -164,18 +175,71 @@ class CudaBackend(Backend):
         return read
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        dropout: float,
+        causal: bool,
+        new_shapes: bool = False,
     ) -> Tensor:
         """Pass grouped heads to the fused kernels, which take them in half precision without a mask.
 
-        In other cases enable_gqa would rule out every fused kernel, and the heads are repeated.
+        In other cases enable_gqa would rule out every fused kernel, and the heads are repeated. cuDNN builds a plan for
+        each new shape, for tens of milliseconds, so that it is left out where shapes keep changing.
         """
-        if mask is None and q.dtype in (torch.float16, torch.bfloat16):
-            return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)
-        return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
+        kernels = sdpa_kernel(_WITHOUT_PLANS) if new_shapes and self._chooses_kernel else nullcontext()
+        with kernels:
+            if mask is None and q.dtype in (torch.float16, torch.bfloat16):
+                return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)
+            return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
+
+    def has_varlen_attention(self, q: Tensor) -> bool:
+        """Return whether torch has FlashAttention for these queries (torch 2.10 and newer), and it is not ruled out."""
+        return (
+            self._varlen is not None
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[-1] % 8 == 0
+            and q.shape[-1] <= 256
+        )
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Call torch's varlen attention."""
+        assert self._varlen is not None
+        if q.shape[1] != k.shape[1] and not self._varlen.takes_groups:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        out: Tensor = self._varlen.call(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+        return out
 
     def _group_backend(self) -> str | None:
         return "nccl"
+
+
+class VarlenKernel(NamedTuple):
+    """Causal varlen attention of torch.
+
+    Attributes:
+        call: takes queries, keys, values, their cu_seqlens and their longest lengths.
+        takes_groups: it takes fewer heads of keys and values than of queries.
+    """
+
+    call: Callable[..., Any]
+    takes_groups: bool
+
+
+def find_varlen_kernel() -> VarlenKernel | None:
+    """Return torch.nn.attention.varlen's kernel, in the form of its version; None: before torch 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return VarlenKernel(partial(varlen_attn, **options), "enable_gqa" in known)
 
 
 def _configure(runtime: RuntimeConfig) -> list[str]:

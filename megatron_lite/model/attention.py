@@ -172,25 +172,39 @@ class SelfAttention(nn.Module):
             q = self.rng.seeded(q, "attention", self.layer_number, self.split)
         if documents is None:
             return self._attention(q, k, v, mask)
+        if mask is None and not (self.dropout > 0 and self.training) and self.backend.has_varlen_attention(q):
+            return self._varlen_attention(q, k, v, documents)
         return self._document_attention(q, k, v, mask, documents)
+
+    def _varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """Attend within all documents in one call, which does not depend on how many there are."""
+        length = q.shape[0]
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        # The longest length is an upper bound: constant, so that torch.compile has one graph for all micro-batches.
+        out = self.backend.varlen_attention(q, k, v, documents.cu_seqlens, length)
+        return out.unflatten(0, (-1, length)).transpose(0, 1).flatten(2, 3)
 
     # Its shapes change with every micro-batch, and torch.compile would compile each of them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _document_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents) -> Tensor:
         parts = []
+        # A length is rarely that of another micro-batch.
         for q_part, k_part, v_part in zip(documents.split(q), documents.split(k), documents.split(v), strict=True):
             # ALiBi's bias depends on the distance of query and key only: that of a document is that of its length.
             length = q_part.shape[0]
             part_mask = None if mask is None else mask[..., :length, :length]
-            parts.append(self._attention(q_part, k_part, v_part, part_mask))
+            parts.append(self._attention(q_part, k_part, v_part, part_mask, new_shapes=True))
         return documents.merge(parts, q.shape[0])
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, new_shapes: bool = False) -> Tensor:
         """Return softmax(q kᵀ / √d + mask) v: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
         dropout = self.dropout if self.training else 0.0
         # A single query attends to all keys of a cache; several queries without a mask are a complete sample.
         causal = mask is None and q.shape[0] > 1
-        return self.backend.attention(q, k, v, mask, dropout=dropout, causal=causal).flatten(2, 3)
+        # The keys of a decoding step are one more than those of the step before.
+        new_shapes = new_shapes or k.shape[0] != q.shape[0]
+        out = self.backend.attention(q, k, v, mask, dropout=dropout, causal=causal, new_shapes=new_shapes)
+        return out.flatten(2, 3)
 
 
 def _head_norm(config: ModelConfig, sharding: Sharding) -> Norm | None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents within a micro-batch, grouped by length (varlen attention by padding-free grouping).
+    """Documents within a micro-batch: their places for a varlen kernel, and groups of equal length for other kernels.
 
     Documents of equal length, of whichever sample, are one call of attention. There are fewer calls than √(2 b s),
-    the number of different lengths that can add up to b s; padding, of one-token documents, is one call. The tensors
-    are computed on the host (data/masks.py), so that the device is not waited for.
+    the number of different lengths that can add up to b s; padding, of one-token documents, is one call. A varlen
+    kernel takes all documents in one call. The tensors are computed on the host (data/serving/masks.py), so that the
+    device is not waited for.
     """
 
     order: Tensor
@@ -30,10 +31,13 @@ class Documents:
     """[b s] int64: the inverse permutation, each token's place in `order`."""
     groups: tuple[tuple[int, int], ...]
     """For each document length: (number of documents, length)."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32: the first token of each document among the b s tokens sample by sample, then b s."""
 
     def to(self, move: Callable[[Tensor], Tensor]) -> Documents:
         """Return the same documents with each tensor moved."""
-        return replace(self, order=move(self.order), inverse=move(self.inverse))
+        order, inverse, cu_seqlens = (move(x) for x in (self.order, self.inverse, self.cu_seqlens))
+        return replace(self, order=order, inverse=inverse, cu_seqlens=cu_seqlens)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """`x` [s, b, ...] -> for each group [length, number of documents, ...]."""

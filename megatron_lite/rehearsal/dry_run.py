@@ -40,7 +40,15 @@ class RehearsalBackend(FakeBackend):
     """
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        dropout: float,
+        causal: bool,
+        new_shapes: bool = False,
     ) -> Tensor:
         """Call the flash attention operator; with a mask, for which GPUs do not use it, the unfused kernel."""
         if mask is not None:
@@ -178,7 +186,8 @@ def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
         if data.reset_attention_mask:
             # One document per sample needs the most memory.
             order, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
-            documents = Documents(order, places, (shape,))
+            cu_seqlens = torch.empty(shape[0] + 1, dtype=torch.int32, device="meta")
+            documents = Documents(order, places, (shape,), cu_seqlens)
         return MicroBatch(
             tokens=tokens,
             labels=labels,

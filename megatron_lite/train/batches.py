@@ -145,8 +145,7 @@ class RunData:
             sources = tuple(loader.sources(start, loader.micro_batch).tolist())
         documents = None
         if parts.documents and (rows := masks.document_rows(masks.document_ids(tokens, eod))) is not None:
-            order, inverse, groups = rows
-            documents = Documents(host(order), host(inverse), groups)
+            documents = Documents(host(rows.order), host(rows.inverse), rows.groups, host(rows.cu_seqlens))
         batch = self._empty(loader, place)
         batch.tokens = host(tokens) if parts.tokens else None
         batch.labels = host(np.ascontiguousarray(samples[:, 1:])) if parts.labels else None

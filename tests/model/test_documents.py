@@ -27,8 +27,9 @@ from megatron_lite.parallel.random import RngStreams
 
 def with_documents(batch, lengths):
     """Return the batch with each sample divided into documents of these lengths."""
-    order, inverse, groups = document_rows(document_ids(lengths).numpy())
-    return dataclasses.replace(batch, documents=Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups))
+    order, inverse, groups, cu_seqlens = document_rows(document_ids(lengths).numpy())
+    order, inverse, cu_seqlens = (torch.from_numpy(array) for array in (order, inverse, cu_seqlens))
+    return dataclasses.replace(batch, documents=Documents(order, inverse, groups, cu_seqlens))
 
 
 def document_ids(lengths):

@@ -79,8 +79,9 @@ def test_attention_stays_within_documents(make_stage, make_batch, fp64, position
     stage = make_stage(position_embedding=position_embedding, init_std=0.3).eval()
     batch = make_batch(1, 16)
     cut = 7
-    order, inverse, groups = document_rows((np.arange(16) >= cut).astype(np.int64)[None])
-    documents = Documents(torch.from_numpy(order), torch.from_numpy(inverse), groups)
+    order, inverse, groups, cu_seqlens = document_rows((np.arange(16) >= cut).astype(np.int64)[None])
+    order, inverse, cu_seqlens = (torch.from_numpy(array) for array in (order, inverse, cu_seqlens))
+    documents = Documents(order, inverse, groups, cu_seqlens)
     positions = torch.cat((torch.arange(cut), torch.arange(16 - cut)))
     packed = dataclasses.replace(batch, documents=documents, position_ids=positions.unsqueeze(0))
     together = stage.logits(None, packed)

@@ -242,7 +242,9 @@ def reader(mesh, first, size, documents=False):
 
     def found(tokens):
         rows = masks.document_rows(masks.document_ids(tokens.numpy(), EOD))
-        return rows and Documents(torch.from_numpy(rows[0]), torch.from_numpy(rows[1]), rows[2])
+        return rows and Documents(
+            torch.from_numpy(rows.order), torch.from_numpy(rows.inverse), rows.groups, torch.from_numpy(rows.cu_seqlens)
+        )
 
     return read
 

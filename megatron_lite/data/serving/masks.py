@@ -6,8 +6,19 @@ the next document.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
+
+
+class DocumentRows(NamedTuple):
+    """Arrays of model/batch.py's Documents."""
+
+    order: NDArray[np.int64]
+    inverse: NDArray[np.int64]
+    groups: tuple[tuple[int, int], ...]
+    cu_seqlens: NDArray[np.int32]
 
 
 def loss_mask(tokens: NDArray[np.int64], eod: int) -> NDArray[np.float32]:
@@ -21,16 +32,14 @@ def document_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
     return np.cumsum(ends, axis=-1) - ends
 
 
-def document_rows(
-    ids: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[tuple[int, int], ...]] | None:
-    """Group documents by length for varlen attention.
+def document_rows(ids: NDArray[np.int64]) -> DocumentRows | None:
+    """Describe the documents of a micro-batch for varlen attention.
 
     Args:
         ids: [b, s] document numbers from document_ids.
 
     Returns:
-        `order`, `inverse` and `groups` of model/batch.py's Documents; None if every sample is one document.
+        None if every sample is one document.
     """
     size, length = ids.shape
     first = np.ones(ids.shape, dtype=bool)
@@ -39,6 +48,7 @@ def document_rows(
     if len(begins) == size:
         return None
     lengths = np.diff(begins, append=ids.size)
+    cu_seqlens = np.append(begins, ids.size).astype(np.int32)
     order = np.argsort(lengths, kind="stable")
     begins, lengths = begins[order], lengths[order]
     skipped = begins - (np.cumsum(lengths) - lengths)
@@ -47,7 +57,7 @@ def document_rows(
     inverse = np.empty_like(rows)
     inverse[rows] = np.arange(ids.size)
     unique, counts = np.unique(lengths, return_counts=True)
-    return rows, inverse, tuple(zip(counts.tolist(), unique.tolist(), strict=True))
+    return DocumentRows(rows, inverse, tuple(zip(counts.tolist(), unique.tolist(), strict=True)), cu_seqlens)
 
 
 def position_ids(tokens: NDArray[np.int64], eod: int) -> NDArray[np.int64]:

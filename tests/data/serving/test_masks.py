@@ -41,7 +41,10 @@ def test_rows_contain_each_document_in_order(tokens):
     if found is None:
         assert len(documents) == size
         return
-    rows, places, groups = found
+    rows, places, groups, cu_seqlens = found
+    whole = sorted(documents.items())
+    assert cu_seqlens.tolist() == [0, *np.cumsum([len(document) for _, document in whole]).tolist()]
+    assert cu_seqlens.dtype == np.int32
     assert rows[places].tolist() == list(range(tokens.size))
     expected = sorted(documents.values(), key=len)
     assert rows.tolist() == [row for document in expected for row in document]
