@@ -17,8 +17,6 @@ no effect: --compile fuses kernels within the layers: the same formula, rounded 
     --no-rope-fusion --no-persist-layer-norm --disable-mem-efficient-ln --abort-on-unmet-fused-kernel-constraints
 no effect: projection and loss are always computed together, in chunks of the sequence
     --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-linear-cross-entropy
-no effect: weight gradients are added to fp32 buffers after each matrix product
-    --no-gradient-accumulation-fusion
 no effect: no CUDA graphs are captured
     --cuda-graph-impl --cuda-graph-scope --cuda-graph-modules --cuda-graph-warmup-steps --enable-cuda-graph
     --external-cuda-graph --te-rng-tracker --inference-rng-tracker --decode-only-cuda-graphs

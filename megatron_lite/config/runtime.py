@@ -72,6 +72,15 @@ class RuntimeConfig:
             sets=True,
         ),
     )
+    gradient_accumulation_fusion: bool = option(
+        True,
+        Flag(
+            "--no-gradient-accumulation-fusion",
+            "Compute weight gradients in half precision, then add them to the fp32 buffers; without it a GPU adds them "
+            "in fp32 while they are computed.",
+            sets=False,
+        ),
+    )
     deterministic: bool = option(
         False, Flag("--deterministic-mode", "Refuse kernels that are not bit-for-bit reproducible.", sets=True)
     )

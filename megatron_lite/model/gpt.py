@@ -24,7 +24,7 @@ from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
 from megatron_lite.parallel.fp8 import DelayedScales, fp8_of
-from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
+from megatron_lite.parallel.gemm import Accumulate, WeightGradients
 from megatron_lite.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
@@ -83,7 +83,7 @@ class GPTStage(nn.Module):
             with the last layer the head.
         mesh: of this rank.
         rng: dropout streams.
-        deferred: stores the operands of weight gradients; None: backward computes them.
+        deferred: takes the operands of weight gradients in backward; None: backward computes them.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GPTStage(nn.Module):
         layers: range,
         mesh: Mesh,
         rng: RngStreams,
-        deferred: DeferredWeightGradients | None = None,
+        deferred: WeightGradients | None = None,
     ) -> None:
         super().__init__()
         model, dtype = config.model, DTYPES[config.precision.dtype]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
 from megatron_lite.parallel.fp8 import Fp8
-from megatron_lite.parallel.gemm import accumulate_weight_gradient_
+from megatron_lite.parallel.gemm import FusedKernel, accumulate_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedModule, belongs_to
 
@@ -86,6 +86,7 @@ class ParameterBuffers:
         shard: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os): each replica gets the reduced gradients of its
             slice of each bucket only, updates those parameters, and gathers the others.
         overlap: reduce buckets while backward runs; False: all in reduce.
+        fused: kernel of accumulate_product for half precision; None: products are temporary tensors.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ParameterBuffers:
         bucket_megabytes: int = 160,
         shard: bool = False,
         overlap: bool = True,
+        fused: FusedKernel | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
         self._trained = [parameter for parameter in self.parameters if parameter.trained]
@@ -106,6 +108,7 @@ class ParameterBuffers:
         """Parameters of this rank in each shared module."""
         self.sharded = shard and dp.size > 1
         self._dp, self._tp = dp, tp
+        self._fused = fused
         dtypes = {parameter.param.dtype for parameter in self.parameters}
         assert len(dtypes) == 1, f"parameters of one rank must share a dtype, not {dtypes}"
         self.dtype = dtypes.pop()
@@ -166,7 +169,9 @@ class ParameterBuffers:
             last: it counts as the arrival of the weight's gradient. False: more of this micro-batch follows.
             fp8: formats of the product; None: the dtype of `x`.
         """
-        accumulate_weight_gradient_(self.gradient(weight), gradient, x, first=self._is_first(weight), fp8=fp8)
+        accumulate_weight_gradient_(
+            self.gradient(weight), gradient, x, first=self._is_first(weight), fp8=fp8, fused=self._fused
+        )
         if last:
             self._reduction.arrived(weight)
 

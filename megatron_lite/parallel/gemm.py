@@ -8,9 +8,10 @@ Letters: i input channels, o output channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,63 @@ def weight_gradient(gradient: Tensor, x: Tensor, fp8: Fp8 | None = None) -> Tens
     return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), ("gradient", "input"))
 
 
+FusedKernel = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""(out, gradient, x, first): adds gradientᵀ x of bf16 or fp16 operands to `out` [o, i] fp32 while it is computed, or
+overwrites `out` if `first`; `gradient` [t, o], `x` [t, i]."""
+
+
+def _apex_kernel(out: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
+    # The extension of NVIDIA's apex. The package named apex in PyPI's index is another one.
+    extension: Any = import_module("fused_weight_gradient_mlp_cuda")
+    if first:
+        out.zero_()
+    extension.wgrad_gemm_accum_fp32(x.contiguous(), gradient.contiguous(), out)
+
+
+def _torch_kernel(out: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
+    torch.addmm(out, gradient.t(), x, beta=0 if first else 1, out_dtype=torch.float32, out=out)
+
+
+def find_fused_kernel(dtype: torch.dtype, device: torch.device) -> FusedKernel | None:
+    """Return a product that accumulates into fp32, tried once on the device: apex's if it is installed, or torch's.
+
+    Args:
+        dtype: of the operands.
+        device: of the operands; only GPUs have such a product.
+
+    Returns:
+        None: there is none, or fp32 operands need none.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((kernel for kernel in (_apex_kernel, _torch_kernel) if _works(kernel, dtype, device)), None)
+
+
+def _works(kernel: FusedKernel, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a kernel is installed and right: extensions may have been built for another torch."""
+    gradient, x = (torch.arange(256, device=device).view(16, 16).remainder(n).to(dtype) for n in (7, 5))
+    out = torch.ones(16, 16, device=device)
+    try:
+        kernel(out, gradient, x, True)
+        kernel(out, gradient, x, False)
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return False
+    return torch.equal(out, 2 * gradient.float().t() @ x.float())
+
+
 def accumulate_weight_gradient_(
-    out: Tensor, gradient: Tensor, x: Tensor, *, first: bool, fp8: Fp8 | None = None
+    out: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    *,
+    first: bool,
+    fp8: Fp8 | None = None,
+    fused: FusedKernel | None = None,
 ) -> None:
     """Add gradientᵀ x to `out`.
 
-    In fp32 the product accumulates into `out` itself. Otherwise it is a temporary tensor in the dtype of `x`, of a
-    bounded number of rows at a time.
+    In fp32, or with a fused kernel, the product accumulates into `out` itself. Otherwise it is a temporary tensor in
+    the dtype of `x`, of a bounded number of rows at a time.
 
     Args:
         out: [o, i] fp32.
@@ -75,10 +126,14 @@ def accumulate_weight_gradient_(
         x: [..., i], the product's input.
         first: overwrite `out`, whose values are of an earlier iteration.
         fp8: formats of the product; None: the dtype of `x`.
+        fused: accumulates products of half-precision operands; None: there is none.
     """
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if x.dtype == out.dtype:
         torch.addmm(out, gradient.t(), x, beta=0 if first else 1, out=out)
+        return
+    if fused is not None and fp8 is None:
+        fused(out, gradient, x, first)
         return
     for rows, part in zip(out.split(_ROWS), gradient.split(_ROWS, dim=-1), strict=True):
         product = weight_gradient(part, x, fp8)
@@ -102,6 +157,8 @@ class DeferredWeightGradients:
     computed at once, the weight gradient later, where the pipeline would idle. Only matrix products are deferred;
     gradients of norms, biases and embeddings cost little and are computed at once.
     """
+
+    immediate = False
 
     def __init__(self) -> None:
         self._products: dict[Key, deque[_Product]] = {}
@@ -144,3 +201,34 @@ class DeferredWeightGradients:
         while products:
             weight, gradient, x, gather, fp8 = products.popleft()
             accumulate(weight, gradient, x if gather is None else gather.all_gather(x), fp8=fp8)
+
+
+class FusedWeightGradients:
+    """Accumulates weight gradients where backward computes them, instead of handing them to autograd.
+
+    The gradient of a half-precision weight is then never a tensor of its own (Megatron's gradient accumulation fusion).
+
+    Attributes:
+        accumulate: set once the buffers exist.
+    """
+
+    immediate = True
+
+    def __init__(self) -> None:
+        self.accumulate: Accumulate | None = None
+
+    def defer(
+        self,
+        weight: nn.Parameter,
+        gradient: Tensor,
+        x: Tensor,
+        gather: Group | None = None,
+        fp8: Fp8 | None = None,
+    ) -> None:
+        """Accumulate one weight gradient; arguments as for DeferredWeightGradients, and `x` has been gathered."""
+        assert self.accumulate is not None and gather is None
+        self.accumulate(weight, gradient, x, fp8=fp8)
+
+
+WeightGradients = DeferredWeightGradients | FusedWeightGradients
+"""Takes the weight gradients of linear layers in backward, in place of autograd."""

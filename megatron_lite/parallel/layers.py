@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.parallel.fp8 import Fp8
-from megatron_lite.parallel.gemm import DeferredWeightGradients, linear
+from megatron_lite.parallel.gemm import WeightGradients, linear
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter, vocabulary_parameter
 from megatron_lite.parallel.tensor_parallel import (
     column_parallel_linear,
@@ -36,8 +36,8 @@ class Sharding:
     sequence_parallel: bool
     dtype: torch.dtype
     backend: Backend
-    deferred: DeferredWeightGradients | None = None
-    """Stores the operands of weight gradients; None: backward computes them."""
+    deferred: WeightGradients | None = None
+    """Takes the operands of weight gradients in backward; None: backward computes them."""
     fp8: Fp8 | None = None
     """Formats and scaling of the products of linear layers; None: the dtype."""
 

@@ -18,10 +18,10 @@ from torch.autograd.function import Function
 
 from megatron_lite.backend.group import Group, Work
 from megatron_lite.parallel.fp8 import Fp8
-from megatron_lite.parallel.gemm import DeferredWeightGradients, input_gradient, linear, weight_gradient
+from megatron_lite.parallel.gemm import WeightGradients, input_gradient, linear, weight_gradient
 
-_Deferral = tuple[DeferredWeightGradients, nn.Parameter]
-"""Where backward stores the operands of a weight gradient, and the weight's parameter."""
+_Deferral = tuple[WeightGradients, nn.Parameter]
+"""What takes the operands of a weight gradient, and the weight's parameter."""
 
 
 def column_parallel_linear(
@@ -30,7 +30,7 @@ def column_parallel_linear(
     bias: Tensor | None,
     group: Group,
     sequence_parallel: bool,
-    deferred: DeferredWeightGradients | None = None,
+    deferred: WeightGradients | None = None,
     fp8: Fp8 | None = None,
 ) -> Tensor:
     """Return x Wᵀ + b, where each rank holds some rows of W (output channels).
@@ -41,7 +41,7 @@ def column_parallel_linear(
         bias: [o/tp] or None.
         group: the tensor-parallel group.
         sequence_parallel: whether `x` is split along the sequence; it is all-gathered first.
-        deferred: stores the weight gradient's operands; None: backward computes the weight gradient.
+        deferred: takes the weight gradient's operands; None: backward computes the weight gradient.
         fp8: formats of the products; None: the dtype of `x`.
 
     Returns:
@@ -63,7 +63,7 @@ def row_parallel_linear(
     bias: Tensor | None,
     group: Group,
     sequence_parallel: bool,
-    deferred: DeferredWeightGradients | None = None,
+    deferred: WeightGradients | None = None,
     fp8: Fp8 | None = None,
 ) -> Tensor:
     """Return x Wᵀ + b, where each rank holds some columns of W (input channels): the sum of every rank's product.
@@ -147,11 +147,10 @@ class _ColumnParallelLinear(Function):
             ctx.fp8.record(grad, "gradient")
         # torch.compile orders collectives itself, and traces only synchronous ones.
         overlap = not torch.compiler.is_compiling()
-        if ctx.deferral is not None:
-            deferred, parameter = ctx.deferral
-            deferred.defer(parameter, grad, x, group if sequence_parallel else None, ctx.fp8)
-        gathered, gathering = x, None
-        if sequence_parallel and needs_weight:
+        gathered, gathering, gather = x, None, None
+        if sequence_parallel and not needs_weight and ctx.deferral is not None and not ctx.deferral[0].immediate:
+            gather = group  # when the gradient is computed
+        elif sequence_parallel and (needs_weight or ctx.deferral is not None):
             x = x.contiguous()
             gathered = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
             gathering = group.all_gather_(gathered, x, async_op=overlap)
@@ -164,6 +163,9 @@ class _ColumnParallelLinear(Function):
         elif grad_x is not None:
             reducing = group.all_reduce_(grad_x, async_op=overlap)
         # These overlap with the reduction of grad_x.
+        if ctx.deferral is not None:
+            deferred, parameter = ctx.deferral
+            deferred.defer(parameter, grad, gathered, gather, ctx.fp8)
         grad_weight = weight_gradient(grad, gathered, ctx.fp8) if needs_weight else None
         grad_bias = grad.sum(dim=(0, 1)) if needs_bias else None
         _wait(reducing)

@@ -34,7 +34,7 @@ from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
-from megatron_lite.parallel.gemm import DeferredWeightGradients
+from megatron_lite.parallel.gemm import DeferredWeightGradients, FusedWeightGradients, find_fused_kernel
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import locate_shared_modules, rank_parameters
@@ -217,10 +217,14 @@ def build_engine(
     parallel, selection = config.parallel, select_parameters(config)
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
+    wanted = config.runtime.gradient_accumulation_fusion
+    kernel = find_fused_kernel(DTYPES[config.precision.dtype], mesh.backend.device) if wanted else None
+    # A compiled graph returns its gradients, and cannot hold the side effect of adding them.
+    fused = FusedWeightGradients() if kernel and deferred is None and config.runtime.compile == "off" else None
     layers = stage_layers(config.model, parallel, config.batch.seq_length)
     ranks = [rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) for stage in range(len(layers))]
     stages = {
-        stage: GPTStage(config, layers[stage], mesh, rng, deferred)
+        stage: GPTStage(config, layers[stage], mesh, rng, deferred or fused)
         for stage, rank in enumerate(ranks)
         if rank == mesh.pp.rank
     }
@@ -235,7 +239,10 @@ def build_engine(
         bucket_megabytes=parallel.bucket_megabytes,
         shard=parallel.distributed_optimizer,
         overlap=parallel.overlap_grad_reduce,
+        fused=kernel,
     )
+    if fused is not None:
+        fused.accumulate = buffers.accumulate_product
     for stage in stages.values():
         if config.runtime.compile == "stage":
             stage.compile()
