@@ -40,7 +40,7 @@ REPEATS = 100
 def main() -> None:
     """Write a dataset, start the ranks and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=4, choices=range(2, 65), metavar="N")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--seq-length", type=int, default=2048)
     args = parser.parse_args()
@@ -56,6 +56,7 @@ def main() -> None:
             context.Process(
                 target=measure, args=(rank, args.ranks, prefix, args.micro_batch, args.seq_length, there), daemon=True
             ).start()
+            there.close()
             pipes.append(here)
         results = [pipe.recv() for pipe in pipes]
     delivered, reading, broadcast = results[0][0], *(max(result[n] for result in results) for n in (1, 2))

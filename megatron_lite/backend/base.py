@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.comparison import Comparison, Differences, compare_over_store
 from megatron_lite.backend.environment import Launch
-from megatron_lite.backend.group import Group, LocalGroup, Partition, new_process_group
+from megatron_lite.backend.group import Group, GroupOptions, LocalGroup, Partition, new_process_group
 from megatron_lite.backend.numerics import MACHINES, machine_values
 from megatron_lite.backend.phases import Phases
 from megatron_lite.backend.rendezvous import Rendezvous
@@ -228,7 +228,7 @@ class Backend(ABC):
         """Create the groups along an axis and return this rank's; all ranks call it in the same order."""
         if self.world_size == 1:
             return LocalGroup(axis, self.rank)
-        return new_process_group(axis, partition, self.rank, self._group_backend(), self._timeout)
+        return new_process_group(axis, partition, self.rank, self._group_options(axis))
 
     def shutdown(self, *, failed: bool = False) -> None:
         """Leave torch.distributed, without a collective.
@@ -317,8 +317,8 @@ class Backend(ABC):
         taken, self._warnings = self._warnings, []
         return taken
 
-    def _group_backend(self) -> str | None:
-        return None
+    def _group_options(self, axis: str) -> GroupOptions:
+        return GroupOptions(timeout=self._timeout)
 
     def _join(self, parallel: ParallelConfig, backend: str, device_id: torch.device | None = None) -> None:
         """Join the other ranks of the job, and create the process group of all ranks.

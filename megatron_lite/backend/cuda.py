@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lite.backend.base import Backend, Capabilities, Reading, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.group import GroupOptions
 from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
 
-# Dense 16-bit tensor-core TFLOP/s by data sheet (no sparsity); the first name found in the device's wins.
+# Dense 16-bit tensor-core TFLOP/s by data sheet (no sparsity); the first entry whose words the device's name has wins.
 _PEAK_TFLOPS = (
     ("B300", 2250.0),
     ("GB200", 2500.0),
@@ -34,6 +35,7 @@ _PEAK_TFLOPS = (
     ("H100 NVL", 835.0),
     ("H100", 989.0),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
     ("A100", 312.0),
     ("A800", 312.0),
@@ -52,6 +54,9 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Settings of the caching allocator where the environment has none."""
 
 
+_HIGH_PRIORITY = ("tp", "pp")
+"""Axes whose collectives the next layer or stage waits for. Without priority, a product that is already enqueued fills
+the GPU first, and nothing overlaps with it."""
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels that prepare nothing for a shape."""
 
@@ -126,8 +131,7 @@ class CudaBackend(Backend):
         """Return the data sheet's dense 16-bit FLOP/s; None for other dtypes (fp32 may or may not use tensor cores)."""
         if dtype not in (torch.float16, torch.bfloat16):
             return None
-        name = self.device_name()
-        return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if known in name), None)
+        return peak_flops(self.device_name())
 
     def device_name(self) -> str:
         """Return the driver's name of the device."""
@@ -213,8 +217,20 @@ class CudaBackend(Backend):
         out: Tensor = self._varlen.call(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
         return out
 
-    def _group_backend(self) -> str | None:
-        return "nccl"
+    def _group_options(self, axis: str) -> GroupOptions:
+        assert self._timeout is not None, "groups are created after the rendezvous"
+        nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=axis in _HIGH_PRIORITY)
+        nccl._timeout = self._timeout
+        return GroupOptions("nccl", self._timeout, nccl, splits="backend" in signature(dist.split_group).parameters)
+
+
+def peak_flops(name: str) -> float | None:
+    """Return the data sheet's dense 16-bit FLOP/s of a GPU by its driver's name; None: unknown.
+
+    All words of an entry must be in the name: "L4" is not in "NVIDIA L40", nor "A40" in "NVIDIA RTX A4000".
+    """
+    words = set(name.replace("-", " ").split())
+    return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if words.issuperset(known.split())), None)
 
 
 class VarlenKernel(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -202,37 +203,59 @@ class ProcessGroup(Group):
         return values
 
 
+@dataclass(frozen=True)
+class GroupOptions:
+    """Options of new process groups.
+
+    Attributes:
+        backend: torch.distributed's backend of the group; None: the world's.
+        timeout: of the group's collectives; None: torch's default.
+        transport: options of the transport (ProcessGroupNCCL.Options); None: its defaults.
+        splits: all groups of an axis are created by one split of the world's communicator. Otherwise all ranks take
+            part in the creation of every group, one after the other: 200 of them for 256 ranks at tp 8, pp 4.
+    """
+
+    backend: str | None = None
+    timeout: datetime.timedelta | None = None
+    transport: Any = None
+    splits: bool = False
+
+
 def new_process_group(
     axis: str,
     partition: Partition,
     rank: int,
-    backend: str | None = None,
-    timeout: datetime.timedelta | None = None,
+    options: GroupOptions = GroupOptions(),
 ) -> Group:
     """Create all groups along an axis (a collective call: all ranks, same order) and return this rank's group.
 
+    Every axis has communicators of its own, also one that spans all ranks: collectives of one communicator run in
+    order, and the gathers of parameters along dp would hold up whatever else all ranks agree on.
+
     Args:
-        axis: the mesh axis.
+        axis: the mesh axis; "world" is the process group of all ranks.
         partition: ranks of all groups along the axis; each rank is in one group.
         rank: this rank in the job.
-        backend: torch.distributed's backend of the group; None: the world's.
-        timeout: of the group's collectives; None: torch's default.
+        options: of the groups.
     """
     if all(len(row) == 1 for row in partition):
         return LocalGroup(axis, rank, partition)
-    if len(partition) == 1 and dist.group.WORLD is not None:
+    if axis == "world" and dist.group.WORLD is not None:
         return ProcessGroup(axis, partition, rank, dist.group.WORLD)
-    group: Group | None = None
-    for row in partition:
-        handle = run_interruptibly(partial(_new_group, row, backend, timeout)) if len(row) > 1 else None
-        if rank in row:
-            group = LocalGroup(axis, rank, partition) if handle is None else ProcessGroup(axis, partition, rank, handle)
-    assert group is not None, f"rank {rank} is in no group of {axis}"
-    return group
+    rows = [list(row) for row in partition if len(row) > 1]
+    handle = run_interruptibly(partial(_create, axis, rows, rank, options))
+    if any(rank in row for row in rows):
+        return ProcessGroup(axis, partition, rank, handle)
+    return LocalGroup(axis, rank, partition)
 
 
-def _new_group(row: Sequence[int], backend: str | None, timeout: datetime.timedelta | None) -> Any:
+def _create(axis: str, rows: list[list[int]], rank: int, options: GroupOptions) -> Any:
+    """Create a group for each row; return this rank's."""
     world = dist.group.WORLD
     if world is not None and world.bound_device_id is not None:
         torch.cuda.set_device(world.bound_device_id)  # the current device is per thread
-    return dist.new_group(list(row), timeout=timeout, backend=backend)
+    common: dict[str, Any] = {"timeout": options.timeout, "pg_options": options.transport, "group_desc": axis}
+    if options.splits:
+        return dist.split_group(split_ranks=rows, backend=f"cuda:{options.backend}", **common)
+    created = [dist.new_group(row, backend=options.backend, **common) for row in rows]
+    return next((group for group, row in zip(created, rows, strict=True) if rank in row), None)

@@ -25,6 +25,8 @@ from megatron_lite.formatting import format_ranges
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 
 _POLL_SECONDS = 0.02
+_CHUNK, _ALIGNMENT = 1 << 30, 64
+"""Bytes of a chunk of host memory, and the multiple of bytes at which a tensor begins."""
 
 
 class _MissingShareError(CheckpointError):
@@ -45,7 +47,7 @@ class BackgroundSaver:
     def __init__(self, world: Group, *, patience: float = 1800.0) -> None:
         self._world = world
         self._patience = patience
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._report: SaveReport | None = None
@@ -89,7 +91,7 @@ class BackgroundSaver:
         request = replace(request, scalars=copy.deepcopy(dict(request.scalars)))
         tensors = deduplicate(tensors)
         self._writer = writer = CheckpointWriter(request, self._world, size_to_write(tensors))
-        staged = [self._stage(tensor) for tensor in tensors]
+        staged = self._stage(tensors)
         blocked = time.monotonic() - begun
         self._thread = threading.Thread(
             target=self._run, args=(writer, staged, begun, blocked), name="checkpoint", daemon=True
@@ -145,20 +147,19 @@ class BackgroundSaver:
             self._abandoned.clear()
         return any(failed)
 
-    def _stage(self, tensor: GlobalTensor) -> GlobalTensor:
-        pieces = [
-            Piece(piece.offset, self._copy((tensor.name, number), piece.tensor))
-            for number, piece in enumerate(tensor.pieces)
+    def _stage(self, tensors: Sequence[GlobalTensor]) -> list[GlobalTensor]:
+        """Copy all pieces to host memory, which the next save uses again; wait for the copies once."""
+        pieces = [piece.tensor.detach() for tensor in tensors for piece in tensor.pieces]
+        if [(x.shape, x.dtype) for x in pieces] != [(x.shape, x.dtype) for x in self._buffers]:
+            self._buffers = host_buffers(pieces)
+        for piece, buffer in zip(pieces, self._buffers, strict=True):
+            buffer.copy_(piece, non_blocking=True)
+        if any(piece.device.type == "cuda" for piece in pieces):
+            torch.accelerator.synchronize()
+        copies = iter(self._buffers)
+        return [
+            replace(tensor, pieces=[Piece(piece.offset, next(copies)) for piece in tensor.pieces]) for tensor in tensors
         ]
-        return replace(tensor, pieces=pieces)
-
-    def _copy(self, key: tuple[str, int], tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._buffers[key] = buffer
-        return buffer.copy_(tensor.detach())
 
     def _run(self, writer: CheckpointWriter, staged: Sequence[GlobalTensor], begun: float, blocked: float) -> None:
         try:
@@ -201,3 +202,23 @@ class BackgroundSaver:
                 )
             if missing:
                 time.sleep(_POLL_SECONDS)
+
+
+def host_buffers(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return an uninitialized tensor in host memory like each of `tensors`; pinned if these are on a GPU.
+
+    Pinning takes milliseconds per allocation, and torch rounds the sizes up to powers of two, so that tensors share
+    chunks of 1 GiB; larger tensors have a chunk of their own.
+    """
+    pinned = any(tensor.device.type == "cuda" for tensor in tensors)
+    sizes, places = list[int](), list[tuple[int, int]]()
+    for tensor in tensors:
+        if not sizes or (tensor.nbytes and sizes[-1] + tensor.nbytes > _CHUNK):
+            sizes.append(0)
+        places.append((len(sizes) - 1, sizes[-1]))
+        sizes[-1] += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+    return [
+        chunks[chunk][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, (chunk, start) in zip(tensors, places, strict=True)
+    ]

@@ -70,8 +70,19 @@ class Decoder(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
 
-COMPILE_OPTIONS: dict[str, Any] = {"options": {"fallback_random": True}}
-"""Arguments of torch.compile."""
+def compile_options(sharding: Sharding) -> dict[str, Any]:
+    """Return the arguments with which torch.compile is called.
+
+    Dropout's random numbers come from torch's kernels, whose seeds are set in the graph (parallel/random.py). Ranks
+    that compute the same norms must not choose kernels by measuring them: with another order of summation on one of
+    them, weights that should be equal would drift apart. Where torch has no such option (2.9), and for any other cause,
+    --check-weight-hash-across-dp-replicas-interval finds the difference.
+    """
+    options = {"fallback_random": True}
+    replicated = sharding.tp.size > 1 and not sharding.split_sequence
+    if replicated and "deterministic" in torch._inductor.list_options():
+        options["deterministic"] = True
+    return {"options": options}
 
 
 class GPTStage(nn.Module):
@@ -208,10 +219,9 @@ class GPTStage(nn.Module):
 
         The loss is no part of the graph: it adds to the gradient of the head's weight.
 
-        Args: of torch.compile; by default dropout's random numbers come from torch's kernels, whose seeds are set in
-            the graph (parallel/random.py).
+        Args: of torch.compile; by default compile_options.
         """
-        super().compile(*args, **(kwargs or COMPILE_OPTIONS))
+        super().compile(*args, **(kwargs or compile_options(self.sharding)))
         self._compile_loss(**kwargs)
 
     def compile_layers(self, **kwargs: Any) -> None:
@@ -221,14 +231,14 @@ class GPTStage(nn.Module):
 
         Args: as for compile.
         """
-        compiled = torch.compile(TransformerLayer.forward, **(kwargs or COMPILE_OPTIONS))
+        compiled = torch.compile(TransformerLayer.forward, **(kwargs or compile_options(self.sharding)))
         for layer in self.decoder.layers.values():
             layer.forward = MethodType(compiled, layer)
         self._compile_loss(**kwargs)
 
     def _compile_loss(self, **kwargs: Any) -> None:
         if self.output_layer is not None:
-            self.output_layer.cross_entropy.compile(**(kwargs or COMPILE_OPTIONS))
+            self.output_layer.cross_entropy.compile(**(kwargs or compile_options(self.sharding)))
 
     def _context(self, batch: MicroBatch, cache: CachedPass | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""

@@ -24,7 +24,8 @@ def initialize(parameters: Iterable[NamedParameter], config: ModelConfig, seed: 
     """Initialize parameters: matrices from N(0, init_std), biases 0, norms 1 (zero-centered: 0), padding rows 0.
 
     Under scaled_init, output projections get init_std / sqrt(2 * num_layers) (Radford et al. 2019, GPT-2).
-    The generator is the device's: a CPU and a GPU start from different weights.
+    The generator is the device's: a CPU and a GPU, and GPUs with different numbers of multiprocessors, draw different
+    weights. Replicas on unequal cards get those of one of them (train/replica_check.py).
     """
     for parameter in parameters:
         param = parameter.param

@@ -54,6 +54,7 @@ from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import compare_with_checkpoint
+from megatron_lite.train.replica_check import equalize_initial_weights
 from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
@@ -139,6 +140,8 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         found_path = start.path
         with backend.phases.enter("loading"):
             start, progress = load_start(start, engine, config, reporter.message)
+        if start.path is None:
+            equalize_initial_weights(engine, backend, reporter)
         if start.path != found_path:  # an earlier checkpoint, from which the run may need other samples
             with backend.phases.enter("opening the data"):
                 data = _open_data(config, backend, mesh, tokenizer, start)

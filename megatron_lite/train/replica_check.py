@@ -1,4 +1,4 @@
-"""Periodic check that data-parallel replicas are bitwise equal: every N iterations; stops or repairs on a mismatch."""
+"""Checks that data-parallel replicas are bitwise equal: at the start, and every N iterations; stops or repairs."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def check_replicas(
         )
         error.shared, error.silent = True, engine.world.rank != 0
         raise error from FailedRank(hosts[rank], rank)
+
+
+def equalize_initial_weights(engine: Engine, backend: Backend, reporter: Reporter) -> None:
+    """Give all replicas the same initial weights; a collective call.
+
+    The random numbers of a GPU depend on its number of multiprocessors, so that unequal cards draw different weights.
+    """
+    if engine.world.size == 1:
+        return
+    with backend.phases.enter("comparing the initial weights"):
+        if mismatches := engine.compare_replicas():
+            engine.repair_replicas(mismatches)
+            reporter.message(
+                f"WARNING: {len(mismatches)} initial weights differed between ranks, whose devices draw different "
+                f"random numbers ({backend.device_name()} on this one); all ranks now have the same, and another start "
+                "may have others"
+            )
 
 
 def _describe(mismatches: Sequence[Mismatch], hosts: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ FOLDER = str(Path(__file__).resolve().parents[2] / "benchmarks")
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.setattr(gpt, "COMPILE_OPTIONS", {"backend": "aot_eager"})
+    monkeypatch.setattr(gpt, "compile_options", lambda sharding: {"backend": "aot_eager"})
     yield importlib.import_module("gpu")
     for name in ("gpu", "step_vs_plain"):
         sys.modules.pop(name, None)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.checkpoint.background import BackgroundSaver
+from megatron_lite.checkpoint import background
+from megatron_lite.checkpoint.background import BackgroundSaver, host_buffers
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.checkpoint.writing import CheckpointWriter, SaveRequest
@@ -79,6 +80,58 @@ def test_host_buffers_are_reused(kit, tmp_path, monkeypatch):
             saver.save(SaveRequest(tmp_path, iteration, {}, Provenance()), kit.held(kit.tensors(iteration)))
     assert len(addresses) == 3
     assert addresses[0] == addresses[1] == addresses[2]
+
+
+class OnGpu(torch.Tensor):
+    """Tensor that says that it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+@pytest.fixture
+def allocations(monkeypatch):
+    """Sizes of pinned allocations, which this machine cannot make."""
+    found, plain = [], torch.empty
+
+    def empty(*size, pin_memory=False, **options):
+        found.append((size, pin_memory))
+        return plain(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return found
+
+
+def test_tensors_of_a_gpu_share_pinned_chunks(monkeypatch, allocations):
+    monkeypatch.setattr(background, "_CHUNK", 1024)
+    shapes = [((8, 16), torch.float32), ((5,), torch.bfloat16), ((400,), torch.float32), ((3, 0), torch.int8)]
+    tensors = [torch.zeros(shape, dtype=dtype).as_subclass(OnGpu) for shape, dtype in shapes]
+    buffers = host_buffers(tensors)
+    assert [(tuple(buffer.shape), buffer.dtype) for buffer in buffers] == shapes
+    assert allocations == [((576,), True), ((1600,), True)]
+    for number, buffer in enumerate(buffers):
+        buffer.fill_(number)
+    assert [buffer.float().unique().tolist() for buffer in buffers] == [[0], [1], [2], []]
+    assert all(buffer.data_ptr() % buffer.element_size() == 0 for buffer in buffers)
+
+
+def test_copies_from_a_gpu_are_awaited_once(kit, tmp_path, monkeypatch, allocations):
+    waits, copies, plain = [], [], torch.Tensor.copy_
+
+    def copy_(buffer, tensor, non_blocking=False):
+        copies.append(non_blocking)
+        return plain(buffer, tensor.as_subclass(torch.Tensor))
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(len(copies)))
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    tensors = [
+        GlobalTensor(name, (4,), torch.float32, [Piece((0,), torch.full((4,), value).as_subclass(OnGpu))])
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    staged = BackgroundSaver(kit.world)._stage(tensors)
+    assert copies == [True, True] and waits == [2]
+    assert [tensor.pieces[0].tensor.tolist() for tensor in staged] == [[1.0] * 4, [2.0] * 4]
 
 
 def test_a_failure_is_raised_once_by_the_next_save(kit, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_every_model_trains_and_resumes(model, corpus, tmp_path):
 @pytest.mark.parametrize("kind", ["layer", "stage"])
 def test_a_compiled_model_trains_equally_and_resumes(kind, corpus, tmp_path, monkeypatch):
     """--compile without code generation, which takes a minute."""
-    monkeypatch.setattr(gpt, "COMPILE_OPTIONS", {"backend": "aot_eager", "fullgraph": True})
+    monkeypatch.setattr(gpt, "compile_options", lambda sharding: {"backend": "aot_eager", "fullgraph": True})
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     args = corpus.job(*RESUMED, "--num-layers", 1, "--hidden-dropout", 0.1, "--eval-iters", 0)
     assert command(*args, "--save", plain).code == 0

@@ -1,5 +1,8 @@
 """Replica comparison and repair on gloo ranks: one flipped bit is found, named and repaired."""
 
+from copy import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from support.layout_matrix import Cell, iterate, mesh_of
@@ -7,6 +10,7 @@ from support.layout_matrix import Cell, iterate, mesh_of
 from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
+from megatron_lite.train.replica_check import equalize_initial_weights
 
 SP, ZERO1 = {"sequence_parallel": True}, {"zero1": True}
 NORM = "decoder.layers.1.input_norm.weight"
@@ -142,3 +146,31 @@ def unchecked_run(backend, cell, iterations):
     engine = build_engine(config, mesh)
     iterate(config, mesh, engine, Progress(), iterations)
     return contents(engine)
+
+
+class _Messages:
+    def __init__(self):
+        self.texts = []
+
+    def message(self, text):
+        self.texts.append(text)
+
+
+def start_on_unequal_cards(backend, cell):
+    """Build an engine on devices that draw different numbers, then equalize; messages, mismatches, and the weights."""
+    unequal = copy(backend)
+    unequal.generator = lambda seed: backend.generator(seed + backend.rank)
+    mesh = mesh_of(backend, cell.tp, cell.pp)
+    engine = build_engine(cell.config(), replace(mesh, backend=unequal))
+    before, reporter = len(engine.compare_replicas()), _Messages()
+    equalize_initial_weights(engine, backend, reporter)
+    equalize_initial_weights(engine, backend, reporter)
+    return before, reporter.texts, engine.compare_replicas()
+
+
+@pytest.mark.parametrize("cell", [Cell(dp=2, **ZERO1, dtype="bf16"), Cell(pp=2)], ids=str)
+def test_replicas_on_unequal_cards_start_with_the_same_weights(cell, on_ranks):
+    for before, texts, left in on_ranks(2, start_on_unequal_cards, cell):
+        assert before > 0 and left == []
+        (text,) = texts
+        assert text.startswith(f"WARNING: {before} initial weights differed between ranks")
