@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.config.divisors import divisors
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError, report_bug
+from megatron_lite.interop.architectures.base import sharing_problems
 from megatron_lite.interop.export import Weights, checkpoint_to_export, require_weights
 from megatron_lite.interop.mapping import Entry, ExportedTensors
 from megatron_lite.interop.megatron.arrangements import CURRENT_VERSION, arrangement_of
@@ -126,7 +127,7 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
     if found:
         raise CheckpointError(
             f"The model cannot be exported in {scheme.title}, which does not support {', '.join(found)}",
-            fix="Use another --to or --naming, or --to hf",
+            fix="Use --to hf" if list(sharing_problems(model)) else "Use another --to or --naming, or --to hf",
         )
     for name, value, size, flag in (
         ("query groups", model.num_query_groups, options.tp, "--target-tensor-parallel"),
