@@ -196,7 +196,7 @@ CELLS = (
     # shared layers
     Cell(pp=2, model="groups", schedule="zb-h1", first_layers=1),
     Cell(tp=2, dp=2, model="one mlp", **SP, recompute="selective"),
-    Cell(pp=2, dp=2, model="albert", schedule="interleaved", layers_per_chunk=1, **ZERO1, bucket_megabytes=0),
+    Cell(pp=2, dp=2, model="albert", schedule="interleaved", layers_per_chunk=1, **ZERO1),
     Cell(tp=2, pp=2, dp=2, model="albert", schedule="zb-v", **SP, **ZERO1, recompute="full", dropout="all"),
 )
 
