@@ -80,6 +80,10 @@ def test_unknown_presets():
 
 
 def test_explain_prints_the_flags():
+    shared = command(
+        "explain", "--preset", "algpt2", *REST, "--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"
+    ).out
+    assert "13,850,880 parameters" in shared and "12 layers (one set of parameters), embedding 128" in shared
     result = command("explain", "--preset", "GPT2-124M", *REST)
     assert result.code == 0
     assert "--preset gpt2-124m stands for --num-layers 12 --hidden-size 768" in result.out

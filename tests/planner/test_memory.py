@@ -60,3 +60,13 @@ def test_muon_has_one_moment_in_layers_and_two_elsewhere():
     found, parameters = memory("--optimizer muon", 1)
     elsewhere = (1024 + 32) * 64 + 2 * 64
     assert found == parameters * (4 + 4 + 4) + 4 * elsewhere
+
+
+def test_a_pipeline_divides_shared_layers_no_further():
+    _, whole = memory("", 1)
+    _, shared = memory("--share-layers all", 1)
+    found, parameters = memory("--share-layers all --pipeline-model-parallel-size 2", 2)
+    layer = (whole - shared) // 7
+    # The first rank has the positions, the last the final norm and the copy of the tied table.
+    assert parameters == shared
+    assert found == (layer + 64 * (1024 + 32)) * 16
