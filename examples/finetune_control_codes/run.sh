@@ -53,7 +53,5 @@ python pretrain_gpt.py "${model[@]}" --load "$out/pretrained" --finetune --save 
   --eval-interval 20 --eval-iters 2 --early-stopping-patience 3 --save-best --keep-last 1
 
 say "5. A sample for each code, from the best checkpoint"
-for code in "${codes[@]}"; do
-  lite generate --load "$out/run/best" --prompt "$code" --max-new-tokens 20 --temperature 0.5 --seed 1 --device cpu
-done
+lite generate --load "$out/run/best" "${codes[@]/#/--prompt=}" --max-new-tokens 20 --temperature 0.5 --seed 1 --device cpu
 lite checkpoint list "$out/run"

@@ -50,11 +50,16 @@ def pack(argv: list[str]) -> int:
             overwrite=options.overwrite,
             advance=progress.advance,
         )
+    masked = has_mask(options.packed_prefix)
     if made is None:
         print("Already complete: the same command has made it.")
     else:
-        print("\n".join(_summary(made, options.seq_length, time.monotonic() - started)))
-    loss = "--answer-loss" if has_mask(options.packed_prefix) else "--eod-mask-loss"
+        print(
+            "\n".join(
+                _summary(made, options.seq_length, time.monotonic() - started, "answers" if masked else "documents")
+            )
+        )
+    loss = "--answer-loss" if masked else "--eod-mask-loss"
     print(f"  --data-path {options.packed_prefix} --seq-length {options.seq_length} {loss}")
     return 0
 
@@ -93,7 +98,7 @@ def _tokenizer_entry(options: argparse.Namespace) -> dict[str, Any]:
     return manifest.tokenizer
 
 
-def _summary(made: Packed, seq_length: int, seconds: float) -> list[str]:
+def _summary(made: Packed, seq_length: int, seconds: float, kind: str) -> list[str]:
     """Return the statistics as lines of at most 80 columns."""
     written = made.bins * seq_length
     lines = [
@@ -102,7 +107,7 @@ def _summary(made: Packed, seq_length: int, seconds: float) -> list[str]:
         ("padding", f"{made.padding:,} tokens: {made.tokens / written:.3%} of every sequence is text"),
         (
             "cut",
-            f"{made.cut:,} documents ({made.cut / made.documents:.1%}); unpacked, about "
+            f"{made.cut:,} {kind} ({made.cut / made.documents:.1%}); unpacked, about "
             f"{made.cut_unpacked:,.0f} ({made.cut_unpacked / made.documents:.1%})",
         ),
     ]

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         "--checkpoints",
         default="latest",
         metavar="WHICH",
-        help="latest (default), none, kept (all that the run has), or iterations, as 1000,2000",
+        help="latest (default), best (--save-best), none, kept (all that the run has), or iterations, as 1000,2000",
     )
     parser.add_argument("--weights", action="store_true", help="also the checkpoints of --weights-only-every")
     parser.add_argument(

@@ -1,9 +1,10 @@
 """Finetuning through the command line: early stopping, the best checkpoint, epochs, several validation sets."""
 
+import json
 from unittest import mock
 
 import pytest
-from support.trainer import assert_same_run, checkpoints, command, iterations, measured, records, status
+from support.trainer import assert_same_run, checkpoints, command, iterations, measured, preprocess, records, status
 
 from megatron_lite.lifecycle.best import BestValidation
 from megatron_lite.runs.catalog import best_iteration
@@ -121,3 +122,26 @@ def test_validation_sets_are_averaged(corpus, tmp_path):
     found = [record for record in measured(save) if record["kind"] == "validation" and not record.get("at_end")]
     losses = {record["name"]: record["losses"]["lm loss"] for record in found}
     assert losses["average"] == pytest.approx((losses["a"] + losses["b"]) / 2)
+
+
+def test_loss_on_answers_resumes_exactly(corpus, tmp_path):
+    """Pairs are preprocessed, packed, and trained on; the warning counts the answers that packing cut."""
+    words = ["ab", "cde", "fgh", "ij"]
+    pairs = [{"prompt": " ".join(words[: i % 4]), "completion": " ".join(words * (i % 3))} for i in range(1, 90)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = preprocess(tmp_path / "pairs.jsonl", tmp_path / "p", corpus.tokenizer, "--input-format", "prompt-completion")
+    assert made.code == 0, made.err
+    packed = tmp_path / "packed"
+    made = command("data", "pack", f"{tmp_path}/p_completion_document", packed, "--seq-length", 16)
+    assert made.code == 0 and "--answer-loss" in made.out, made.err
+    cut = int(made.out.partition("cut ")[2].split()[0])
+    args = corpus.job("--train-iters", 6, "--save-interval", 100, "--answer-loss", "--freeze", "mlp", data=packed)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = command(*args, "--save", whole, "--load", whole)
+    assert result.code == 0, result.err
+    assert f"in sequences of 16 tokens cut {cut} of " in result.out
+    for _ in range(2):
+        assert command(*args, "--save", parts, "--load", parts, "--exit-after-iters", 3).code == 0
+    assert_same_run(whole, parts)
+    refused = command(*args, "--data-path", corpus.data[0], "--save", tmp_path / "no")
+    assert refused.code == 1 and "does not mark its answers" in refused.err

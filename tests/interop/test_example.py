@@ -45,3 +45,12 @@ def test_algpt2(tmp_path):
     assert output.count("logits equal to transformers'") == 1
     card = (tmp_path / "out" / "exported" / "README.md").read_text(encoding="utf-8")
     assert "`trust_remote_code=True`, which executes modeling_algpt2.py" in card
+
+
+@pytest.mark.timeout(900)
+def test_finetuning_with_control_codes(tmp_path):
+    output = run_script("finetune_control_codes/run.sh", tmp_path / "out")
+    for code in ("<|wikitext|>", "<|imdb|>", "<|pg19|>", "<|writingprompts|>", "average"):
+        assert f"validation-{code} loss at iteration 20" in output
+    assert "3 epochs of" in output and "frozen" in output
+    assert f"b lowest validation loss (loaded by --load {tmp_path}/out/run/best" in output.replace("\n", "")
