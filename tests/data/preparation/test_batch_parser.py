@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_lite.data.preparation import documents
 from megatron_lite.data.preparation.documents import BadLineError, BatchParser, parse_line
 from megatron_lite.data.preparation.lines import _split
 
@@ -89,3 +90,21 @@ def test_texts_are_read_as_they_were_written(character):
         line = json.dumps({"text": character * 3}, ensure_ascii=ascii_only).encode() + b"\n"
         batch = _split(line, cut=False, first=1, max_line=1000, position=0)
         assert BatchParser(["text"]).parse(batch, np.ones(1, np.bool_)).texts == [[character * 3]]
+
+
+PATTERNS = ['"a"', '"ab"', "\\u00"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    content=st.lists(st.sampled_from([*PATTERNS, "a", "0", "\\", '"']), max_size=8).map("".join),
+    pattern=st.sampled_from(PATTERNS),
+    window=st.integers(1, 6),
+)
+def test_occurrences_are_found_at_any_position(content, pattern, window):
+    """Also across the windows that are searched at once."""
+    content, pattern = content.encode(), pattern.encode()
+    wanted = [at for at in range(len(content)) if content.startswith(pattern, at)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SEARCHED", 2 * window)
+        assert documents._occurrences(content, np.frombuffer(content, np.uint8), pattern).tolist() == wanted
