@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     from megatron_lite.train.assemble import machine
 
     runtime = RuntimeConfig(device=options.device)
-    with machine(runtime, parallel) as backend:
+    with machine(runtime, parallel) as backend, backend.phases.enter("evaluation"):
         return _on_rank(backend, runtime, parallel, options, plan)
 
 

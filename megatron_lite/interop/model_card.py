@@ -90,7 +90,9 @@ def read_evaluation(path: Path) -> list[Evaluation]:
 
 def _evaluation_of(record: Mapping[str, Any]) -> Evaluation:
     metrics = {name: value for name, value in record.items() if isinstance(value, float)}
-    settings = {name: record[name] for name in ("seq_length", "stride", "num_fewshot", "limit") if name in record}
+    settings = {
+        name: record[name] for name in ("seq_length", "stride", "num_fewshot", "limit", "weights") if name in record
+    }
     return Evaluation(task=str(record["task"]), name=str(record["name"]), settings=settings, metrics=metrics)
 
 

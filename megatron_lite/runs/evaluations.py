@@ -69,6 +69,7 @@ class Evaluation:
         notes += [f"{shots}-shot"] if (shots := self.settings.get("num_fewshot")) else []
         notes += [self.settings["weights"]] if "weights" in self.settings else []
         notes += [f"limit {self.settings['limit']}"] if "limit" in self.settings else []
+        notes += [self.settings["weights"]] if "weights" in self.settings else []
         return f"{name} ({', '.join(notes)})" if notes else name
 
 
