@@ -35,7 +35,7 @@ class Manager(SimpleNamespace):
 
 def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm_eval.*not installed.*pip install -e '\.\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"lm_eval.*not installed.*pip install .*\[eval\]'"):
         harness.load_tasks(["piqa"], [], None, print)
 
 
