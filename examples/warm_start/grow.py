@@ -5,8 +5,8 @@
 The original grew 580M -> 760M -> 1.1B parameters: 18, 24 and 36 layers of width 1536 with 12 heads, ALiBi and a
 vocabulary of 50,304 (`--preset gpt-580m`, `gpt-760m`, `gpt-1.1b`). It was trained in bf16 with a context warm-up, its
 weights were averaged, and it was evaluated with lm-eval. Here the models have 3, 4 and 6 layers of width 48, the same
-ratio of depths, and are trained on the sources of Python's standard library, offline, in half a minute on 2 CPU cores.
-Each command is printed before it runs, as it would be typed. docs/warm_start.md describes `megatron-lite upscale`.
+ratio of depths, and are trained on the sources of Python's standard library, offline, in less than half a minute of CPU
+time. Each command is printed before it runs, as if typed. docs/warm_start.md describes `megatron-lite upscale`.
 """
 
 from __future__ import annotations
