@@ -93,6 +93,8 @@ def completion_problems(config: RunConfig) -> Iterator[ConfigError]:
     """Yield an error if the run in the --save folder is complete."""
     folder = Path(config.checkpoint.save)
     done = completed_iteration(folder)
+    if config.tuning.epochs and not config.epoch_samples:
+        return  # the length is known once the data are opened: the job itself finds that it is complete
     if done is not None and done >= last_iteration(config):
         yield ConfigError(
             f"The run in --save {folder} is complete: it reached iteration {done:,}",

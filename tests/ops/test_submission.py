@@ -141,6 +141,8 @@ def test_a_run_that_is_complete_or_has_no_folder(check, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "completed_iteration.txt").write_text("100\n")
     assert "is complete: it reached iteration 100" in texts(check())[0]
+    epochs = check("--train-iters 0 --epochs 3 --data-path x")  # the job counts their iterations when it opens the data
+    assert not any("is complete" in text for text in texts(epochs))
     assert any("there is no --save" in warning for warning in check(save="").warnings)
 
 
