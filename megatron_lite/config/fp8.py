@@ -60,21 +60,22 @@ class Fp8Config:
     )
 
 
-def note_unused_history(given: Given) -> None:
-    """Say that options of the history have no effect on scales from present values."""
+def note_unused_options(given: Given) -> None:
+    """Say which fp8 options have no effect: all without a format, those of the history on scales of present values."""
     fp8 = given.run.fp8
-    if fp8.format == "off" or fp8.recipe == "delayed":
-        return
-    options = {
+    history: dict[str, object] = {
         "--fp8-amax-history-len": FIELD.fp8.amax_history_len,
         "--fp8-amax-compute-algo": FIELD.fp8.amax_compute_algo,
         "--fp8-margin": FIELD.fp8.margin,
     }
-    given.notes += [
-        f"{name} has no effect: --fp8-recipe {fp8.recipe} takes the scales from the present values"
-        for name, field in options.items()
-        if given.has(field)
-    ]
+    if fp8.format == "off":
+        options = {"--fp8-recipe": FIELD.fp8.recipe, "--first-last-layers-bf16": FIELD.fp8.bf16_ends, **history}
+        reason = "products are in fp8 only with --fp8-format"
+    elif fp8.recipe != "delayed":
+        options, reason = history, f"--fp8-recipe {fp8.recipe} takes the scales from the present values"
+    else:
+        return
+    given.notes += [f"{name} has no effect: {reason}" for name, field in options.items() if given.has(field)]
 
 
 def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
@@ -110,5 +111,5 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-RESOLVERS = (note_unused_history,)
+RESOLVERS = (note_unused_options,)
 RULES = (fp8_fits,)

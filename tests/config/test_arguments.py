@@ -341,3 +341,19 @@ def test_compile_without_a_value_depends_on_the_number_of_ranks():
 def test_profiled_iterations():
     profile = parse_run([*SMALL, "--profile", "--profile-ranks", "0", "--profile-step-start", "4"]).config.profile
     assert (profile.trace, profile.after, profile.last, profile.ranks) == (True, 4, 12, (0,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "without_effect"),
+    [
+        (["--fp8-recipe", "rowwise"], ["--fp8-recipe"]),
+        (["--fp8-margin", "1", "--first-last-layers-bf16"], ["--first-last-layers-bf16", "--fp8-margin"]),
+        (["--fp8-format", "e4m3", "--fp8-recipe", "tensorwise", "--fp8-amax-compute-algo", "max"],
+         ["--fp8-amax-compute-algo"]),
+        (["--fp8-format", "e4m3", "--fp8-amax-compute-algo", "max", "--fp8-amax-history-len", "16"], []),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_fp8_options_without_effect_are_named(flags, without_effect):
+    notes = parse_run([*SMALL, "--bf16", "--micro-batch-size", "2", *flags]).notes
+    assert [note.partition(" ")[0] for note in notes if "--fp8-" in note and "no effect" in note] == without_effect
