@@ -27,7 +27,7 @@ from megatron_lite.lifecycle.failure import OnAbort, report_failures
 from megatron_lite.metrics.compute_time import ComputeTime
 from megatron_lite.metrics.profiler import Profiler
 from megatron_lite.metrics.report import RunFacts
-from megatron_lite.metrics.reporter import build_reporter
+from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
@@ -47,6 +47,7 @@ from megatron_lite.runs.metrics_file import metrics_path, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
+from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import RunData, batch_parts
 from megatron_lite.train.comparison import compare_runs, open_files
@@ -158,28 +159,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         )
         if (loaded := start.continued(config)) is not None:
             state.load(loaded.scalars)
-        peak = backend.peak_flops(DTYPES[config.precision.dtype])
-        reporter.message(introduction(config, backend, data, start, progress))
-        facts = RunFacts(
-            parameters=parameter_count(config.model),
-            train_iterations=last_iteration(config),
-            start_iteration=progress.iteration,
-            validation_due=bool(progress.validation_due),
-            world_size=mesh.world.size,
-            data_parallel=mesh.dp.size,
-            device=backend.device_name(),
-            peak_flops=peak,
-            dtype=config.precision.dtype,
-            hosts=mesh.world.all_gather_object(backend.launch.host or host_name()),
-        )
-        reporter.start(config, facts)
-        if config.profile.on and progress.iteration >= config.profile.last:
-            reporter.message(
-                f"WARNING: no iteration is profiled: training continues after iteration {progress.iteration}, and "
-                f"--profile-step-end is {config.profile.last}"
-            )
-        for text in data.warnings:
-            reporter.message(f"WARNING: {text}")
+        _introduce(config, mesh, reporter, data, start, progress)
         yield Run(
             config=config,
             mesh=mesh,
@@ -190,9 +170,41 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             timers=timers,
             compute=compute,
             profiler=stack.enter_context(Profiler(config, backend, mesh.world, reporter)),
-            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak),
+            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=_peak_flops(config, backend)),
             progress=progress,
         )
+
+
+def _introduce(
+    config: RunConfig, mesh: Mesh, reporter: Reporter, data: RunData, start: Start, progress: Progress
+) -> None:
+    """Report the facts of the run and warnings before the first iteration; a collective call."""
+    backend = mesh.backend
+    reporter.message(introduction(config, backend, data, start, progress))
+    facts = RunFacts(
+        parameters=parameter_count(config.model),
+        train_iterations=last_iteration(config),
+        start_iteration=progress.iteration,
+        validation_due=bool(progress.validation_due),
+        world_size=mesh.world.size,
+        data_parallel=mesh.dp.size,
+        device=backend.device_name(),
+        peak_flops=_peak_flops(config, backend),
+        dtype=config.precision.dtype,
+        hosts=mesh.world.all_gather_object(backend.launch.host or host_name()),
+    )
+    reporter.start(config, facts)
+    if config.profile.on and progress.iteration >= config.profile.last:
+        reporter.message(
+            f"WARNING: no iteration is profiled: training continues after iteration {progress.iteration}, and "
+            f"--profile-step-end is {config.profile.last}"
+        )
+    for text in data.warnings:
+        reporter.message(f"WARNING: {text}")
+
+
+def _peak_flops(config: RunConfig, backend: Backend) -> float | None:
+    return backend.peak_flops(DTYPES[config.precision.dtype])
 
 
 def build_engine(
