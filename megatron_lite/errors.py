@@ -86,6 +86,10 @@ class TrainingError(MegatronLiteError):
     """Failure during training: a non-finite loss or gradient, a failed rank, a full disk."""
 
 
+class NotFiniteError(TrainingError):
+    """NaN or infinity, computed by a trained model."""
+
+
 def install_extra(name: str) -> str:
     """Return the instruction to install an extra of setup.py, for the fix of an error."""
     root = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.record import from_record
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.runs.manifest import Manifest
+from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest
 from megatron_lite.tokenizer.base import Tokenizer
 
 
@@ -45,10 +45,11 @@ def stored_model(manifest: Manifest, path: Path) -> StoredModel:
             f"{', '.join(missing)}",
             fix="Give a checkpoint that `megatron-lite train` or `megatron-lite import` wrote",
         )
+    where = f"{path / MANIFEST_NAME} (megatron_lite {manifest.writer.get('megatron_lite', 'of an unknown version')})"
     return StoredModel(
-        from_record(ModelConfig, stored["model"]),
-        from_record(TokenizerConfig, stored["tokenizer"]),
-        from_record(PrecisionConfig, stored["precision"]),
+        from_record(ModelConfig, stored["model"], where),
+        from_record(TokenizerConfig, stored["tokenizer"], where),
+        from_record(PrecisionConfig, stored["precision"], where),
         stored.get("batch", {}).get("seq_length", 1),
     )
 

@@ -17,7 +17,7 @@ from megatron_lite.evaluation.harness import Generation
 from megatron_lite.evaluation.scoring import OnTokens, Score, Scorer, Span
 from megatron_lite.generation.generate import generate
 from megatron_lite.generation.requests import Context, Request
-from megatron_lite.generation.restore import TrainedModel, load_weights, restore_model
+from megatron_lite.generation.restore import TrainedModel, load_weights, naming_checkpoint, restore_model
 from megatron_lite.generation.sampling import Sampling
 
 SEED = 1234
@@ -118,7 +118,8 @@ class ModelRanks:
         )
 
     def _score(self, spans: Sequence[Span], on_tokens: OnTokens | None = None) -> list[Score]:
-        return Scorer(self.model.stage, self.model.mesh, self._batch_size).score(spans, on_tokens)
+        with naming_checkpoint(self.model.path):
+            return Scorer(self.model.stage, self.model.mesh, self._batch_size).score(spans, on_tokens)
 
     def _generate(self, prompts: Sequence[Sequence[int]], generation: Generation) -> list[str]:
         # A failure of one replica is raised on all: the others do not wait for its texts.
@@ -155,7 +156,8 @@ class ModelRanks:
             batch_size=self._batch_size,
             on_token=ends,
         )
-        return {numbers[index]: _before(model.tokenizer.decode(text.tokens), stop) for index, text in texts}
+        with naming_checkpoint(model.path):
+            return {numbers[index]: _before(model.tokenizer.decode(text.tokens), stop) for index, text in texts}
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

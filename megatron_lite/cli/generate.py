@@ -248,4 +248,7 @@ def _read_stdin() -> str:
             return decode_text(raw.read())
         return sys.stdin.read()
     except TextFileError as error:
-        raise DataError(f"Cannot read the prompt: standard input {error}", fix=error.fix) from error
+        raise DataError(
+            f"Cannot read the prompt: standard input {error}",
+            fix="Convert the text, if it is latin1: `iconv -f latin1 -t UTF-8 FILE | megatron-lite generate …`",
+        ) from error

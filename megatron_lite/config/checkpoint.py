@@ -275,7 +275,8 @@ def retention_has_something_to_delete(config: RunConfig) -> Iterator[ConfigError
         yield ConfigError(
             f"{'--keep-every' if checkpoint.keep_every else '--keep-phase'} has no effect without --keep-last: without "
             "it every checkpoint is kept",
-            fix="Add --keep-last N, for example --keep-last 2 to keep the 2 newest checkpoints, too",
+            fix=f"Remove {'--keep-every' if checkpoint.keep_every else '--keep-phase'} to keep all, or add --keep-last "
+            "N, with which all others than these and the N newest are deleted",
         )
     every = checkpoint.weights_only_every
     for flag, given in ((f"--weights-only-every {every}", every), ("--save-best", checkpoint.save_best)):

@@ -48,11 +48,12 @@ def missing_files(
         errors += _missing_data(config.data)
     checkpoint = config.checkpoint
     if checkpoint.exit_on_missing and not Path(checkpoint.load).is_dir():
+        suggest = suggest_path("--load", checkpoint.load)
         errors.append(
             ConfigError(
                 f"--load {checkpoint.load} {_absence(checkpoint.load)} (--exit-on-missing-checkpoint is given)",
-                fix="Remove --exit-on-missing-checkpoint to start from newly initialized weights, or load an existing "
-                f"folder. {suggest_path('--load', checkpoint.load)}",
+                fix=f"{suggest if suggest.endswith('?') else f'{suggest}.'} To start from newly initialized weights, "
+                "remove --exit-on-missing-checkpoint",
             )
         )
     return [with_spellings(error, spellings or {}) for error in errors]

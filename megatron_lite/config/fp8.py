@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING, Literal
 
+from megatron_lite.config.divisors import nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, option
 from megatron_lite.errors import ConfigError
 
@@ -89,25 +91,33 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
             f"the parameters are {config.precision.dtype}",
             fix="Add --bf16, or remove --fp8-format",
         )
+    channels = f"--kv-channels {nearest_multiples(model.head_dim, ALIGNMENT)} (now {model.head_dim})"
     width = model.num_attention_heads * model.head_dim
+    ffn, hidden, seq_length = model.ffn_hidden_size, model.hidden_size, batch.seq_length
     sizes = {
-        "the hidden size": (model.hidden_size, "--hidden-size"),
-        "the attention width per rank": (width // tp, "--kv-channels or the tensor-parallel size"),
+        "the hidden size": (
+            hidden,
+            f"--hidden-size {nearest_multiples(hidden, lcm(ALIGNMENT, model.num_attention_heads))} (now {hidden})",
+        ),
+        "the attention width per rank": (width // tp, channels),
         "the number of query, key and value channels per rank": (
             (width + 2 * model.num_query_groups * model.head_dim) // tp,
-            "--kv-channels or the tensor-parallel size",
+            channels,
         ),
-        "the MLP width per rank": (model.ffn_hidden_size // tp, "--ffn-hidden-size or the tensor-parallel size"),
+        "the MLP width per rank": (
+            ffn // tp,
+            f"--ffn-hidden-size {nearest_multiples(ffn, ALIGNMENT * tp)} (now {ffn}, on {tp} tensor-parallel ranks)",
+        ),
         "the number of tokens of a micro-batch": (
-            batch.micro_batch_size * batch.seq_length,
-            "--micro-batch-size or --seq-length",
+            batch.micro_batch_size * seq_length,
+            f"--seq-length {nearest_multiples(seq_length, ALIGNMENT)} (now {seq_length})",
         ),
     }
-    for name, (size, flags) in sizes.items():
+    for name, (size, remedy) in sizes.items():
         if size % ALIGNMENT:
             yield ConfigError(
                 f"fp8 products need sizes that are multiples of {ALIGNMENT}, and {name} is {size} (--fp8-format)",
-                fix=f"Change {flags}, or remove --fp8-format",
+                fix=f"Use {remedy}, or remove --fp8-format",
             )
 
 

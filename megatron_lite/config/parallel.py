@@ -187,9 +187,12 @@ def resolve_virtual_stages(given: Given) -> None:
                 f"Cannot split {layers} layers into {stages} equal virtual stages, {chunks} on each of "
                 f"{run.parallel.pp} "
                 f"pipeline ranks (--num-layers {layers}, {origin}, --pipeline-model-parallel-size {run.parallel.pp})",
-                fix=f"Use --num-layers {nearest_multiples(layers, stages)}, or a "
-                "--num-virtual-stages-per-pipeline-rank "
-                f"such that it, times {run.parallel.pp}, divides {layers}",
+                fix=f"Use --num-layers {nearest_multiples(layers, stages)}"
+                + (
+                    f", or --num-virtual-stages-per-pipeline-rank {divisors(layers // run.parallel.pp)}"
+                    if layers % run.parallel.pp == 0
+                    else ""
+                ),
             )
         else:
             given.give(FIELD.parallel.num_layers_per_virtual_stage, layers // stages, origin)
@@ -292,7 +295,12 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
             f"(--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
             fix=f"Use --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
             if layers % parallel.pp == 0
-            else f"Use --num-layers {nearest_multiples(layers, parallel.pp)}, or another pipeline size",
+            else f"Use --num-layers {nearest_multiples(layers, chunk * parallel.pp)}"
+            + (
+                f", or --pipeline-model-parallel-size {layers // chunk}"
+                if 2 * chunk <= layers and layers % chunk == 0
+                else ""
+            ),
         )
 
 

@@ -13,6 +13,8 @@ RAW_TEXT = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst")
 def suggest_path(flag: str, path: str) -> str:
     """Return the fix of an error about a file that a flag names and that does not exist."""
     near, missing = _nearest_path(Path(path))
+    if near is not None and missing != Path(path) and near == missing.parent / near.name:
+        return f"Give {flag} a path that exists: there is no folder {missing}, but {near} with {_listed(_names(near))}"
     if near:
         return f"Did you mean {flag} {near}?"
     if missing != Path(path):

@@ -12,20 +12,25 @@ from megatron_lite.errors import ConfigError
 T = TypeVar("T")
 
 
-def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
+def from_record(kind: type[T], record: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass from a record: the inverse of dataclasses.asdict, also after JSON made its tuples lists.
 
     A field that the record lacks, written by an older version, takes its default.
+
+    Args:
+        kind: the dataclass.
+        record: its fields.
+        where: the file that holds the record, and the version that wrote it, for errors.
 
     Raises:
         ConfigError: the record has an unknown field, or lacks one without a default.
     """
     hints = get_type_hints(kind)
+    stored = f"The {kind.__name__} stored in {where}" if where else f"The stored {kind.__name__}"
     fields = {entry.name for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     if unknown := sorted(set(record) - fields):
         raise ConfigError(
-            f"The stored {kind.__name__} has fields that this version of megatron_lite does not have: "
-            f"{', '.join(unknown)}",
+            f"{stored} has fields that this version of megatron_lite does not have: {', '.join(unknown)}",
             fix="Read it with the version of megatron_lite that wrote it, or a newer one",
         )
     required = {
@@ -35,16 +40,15 @@ def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     }
     if missing := sorted(required - set(record)):
         raise ConfigError(
-            f"The stored {kind.__name__} lacks {', '.join(missing)}: its file was edited, or another version wrote it",
-            fix="Restore the file (a checkpoint's manifest.json), or read it with the version of megatron_lite that "
-            "wrote it",
+            f"{stored} lacks {', '.join(missing)}: the file was edited, or another version wrote it",
+            fix="Copy the file again from an intact copy, or read it with the version of megatron_lite that wrote it",
         )
     try:
         return kind(**{name: _value(hints[name], value) for name, value in record.items()})
     except TypeError as error:
         raise ConfigError(
-            f"The stored {kind.__name__} has a value of a wrong type: {error}",
-            fix="Restore the file (a checkpoint's manifest.json), which was edited",
+            f"{stored} has a value of a wrong type: {error}",
+            fix="Copy the file again from an intact copy: it was edited",
         ) from error
 
 

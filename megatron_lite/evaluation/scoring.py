@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.errors import ConfigError, TrainingError
+from megatron_lite.errors import ConfigError, NotFiniteError
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import Mesh
@@ -114,10 +114,8 @@ class Scorer:
         losses, misses = totals.cpu().T.tolist() if spans else ([], [])
         counts = [span.end - span.start for span in spans]
         if not math.isfinite(total := sum(losses)):
-            raise TrainingError(
-                f"The loss of the text is {total} over {sum(counts):,} tokens: the weights of this checkpoint contain "
-                "NaN or infinity, or overflow",
-                fix="Load an earlier checkpoint with --load-iteration",
+            raise NotFiniteError(
+                f"The loss of the text is {total} over {sum(counts):,} tokens", fix="Load another checkpoint"
             )
         return [Score(loss, count, miss == 0) for loss, count, miss in zip(losses, counts, misses, strict=True)]
 

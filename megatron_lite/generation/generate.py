@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.backend.group import Group, LocalGroup
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import NotFiniteError
 from megatron_lite.generation.cached_model import CachedModel
 from megatron_lite.generation.requests import Context, FinishReason, Generated, Request, check_request
 from megatron_lite.generation.sampling import Sampling, choose, penalize
@@ -178,10 +178,8 @@ def _next_tokens(
     pp.broadcast_(chosen, pp.size - 1)
     for row, (token, log_prob) in zip(running, chosen.tolist(), strict=True):
         if token < 0:
-            raise TrainingError(
-                "The model computed NaN or infinite logits for a prompt: the weights of this checkpoint contain NaN or "
-                "infinity, or overflow",
-                fix="Load an earlier checkpoint with --load-iteration",
+            raise NotFiniteError(
+                "The model computed NaN or infinite logits for a prompt", fix="Load another checkpoint"
             )
         yield row, int(token), log_prob
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,30 @@ from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError, NotFiniteError
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.tensors import parameter_tensor
-from megatron_lite.runs.catalog import find_checkpoint, iteration_of
+from megatron_lite.runs.catalog import find_checkpoint, iteration_of, list_iterations
 from megatron_lite.runs.manifest import Manifest, read_manifest
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer
+
+
+@contextmanager
+def naming_checkpoint(path: Path) -> Iterator[None]:
+    """Name the checkpoint, and the others of its run, in a NotFiniteError."""
+    try:
+        yield
+    except NotFiniteError as error:
+        others = [str(iteration) for iteration in list_iterations(path.parent) if iteration != iteration_of(path)]
+        raise NotFiniteError(
+            f"{error.problem}: the weights of {path} contain NaN or infinity, or overflow",
+            fix=f"Give --load-iteration another checkpoint of {path.parent} ({', '.join(others[-5:])})"
+            if others
+            else "Give --load another run: this one has no other checkpoint",
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

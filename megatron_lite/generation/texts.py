@@ -10,7 +10,7 @@ from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.generation.generate import generate
 from megatron_lite.generation.prompts import Prompt
 from megatron_lite.generation.requests import Context, Generated, Request
-from megatron_lite.generation.restore import TrainedModel
+from megatron_lite.generation.restore import TrainedModel, naming_checkpoint
 from megatron_lite.generation.results import Result
 from megatron_lite.generation.stream import StopStrings, TextStream
 from megatron_lite.tokenizer.base import Tokenizer
@@ -80,13 +80,14 @@ class TextGenerator:
 
         def complete() -> Iterator[tuple[int, list[Result]]]:
             ended: dict[int, dict[int, Generated]] = {}
-            for number, one in generated:
-                on_piece(texts[number].flush())
-                of_prompt = ended.setdefault(owners[number], {})
-                of_prompt[number] = one
-                if len(of_prompt) == prompts[owners[number]].settings.num_generated:
-                    yield owners[number], _select(prompts[owners[number]], requests, texts, of_prompt)
-                    del ended[owners[number]]
+            with naming_checkpoint(self.model.path):
+                for number, one in generated:
+                    on_piece(texts[number].flush())
+                    of_prompt = ended.setdefault(owners[number], {})
+                    of_prompt[number] = one
+                    if len(of_prompt) == prompts[owners[number]].settings.num_generated:
+                        yield owners[number], _select(prompts[owners[number]], requests, texts, of_prompt)
+                        del ended[owners[number]]
 
         return complete()
 

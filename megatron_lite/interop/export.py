@@ -212,9 +212,8 @@ def require_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], pat
                 if saved is None
                 else f"The weight {name} in {path} has the shape {format_shape(saved.shape)}, but its model has "
                 f"{format_shape(shape)}",
-                fix="Export another iteration (--iteration); `megatron-lite checkpoint inspect --tensors` lists the "
-                "tensors of "
-                "this one",
+                fix="Export another iteration (--iteration). See also `megatron-lite checkpoint inspect --tensors "
+                f"{path}`",
             )
 
 

@@ -50,9 +50,10 @@ class Hub:
 
         tools: Any = importlib.import_module("huggingface_hub.utils")
         try:
-            tools.validate_repo_id(name)
+            # Before the library, whose text about several / advises an argument of its own.
             if name.count("/") != 1:
                 raise HFValidationError("it must contain exactly one /, as in USER/NAME")
+            tools.validate_repo_id(name)
         except HFValidationError as error:
             raise ConfigError(
                 f"{flag} {name} is not the name of a repository on the Hugging Face Hub: {str(error).rstrip('.')}",

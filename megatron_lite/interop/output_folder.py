@@ -30,8 +30,10 @@ def check_output(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise CheckpointError(
-            f"--output {output} exists already",
-            fix=f"Give --output a new or empty folder, or delete {output} first",
+            f"--output {output} exists already and is not empty"
+            if output.is_dir()
+            else f"--output {output} exists already and is no folder",
+            fix="Give --output a new or empty folder",
         )
 
 

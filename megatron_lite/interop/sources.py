@@ -169,11 +169,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it contains no JSON object")
+            raise ValueError(f"its content is a JSON {'list' if isinstance(content, list) else 'value'}")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"Cannot read {path}: {reason(error)}"
             if isinstance(error, OSError)
+            else f"{path} is empty"
+            if not path.stat().st_size
             else f"{path} is not a JSON object: {error}",
             fix=remedy(error, path, instead="download the file again")
             if isinstance(error, OSError)
@@ -192,8 +194,9 @@ def _read_index(path: Path) -> dict[str, str]:
     outside = sorted({name for name in files.values() if Path(name).name != name or name in ("", ".", "..")})
     if outside:
         raise CheckpointError(
-            f"{path} names the file {outside[0]}, which is outside the model's folder",
-            fix="Do not use this model: it may be made to read other files. Download it again from its author",
+            f"{path} names the file {outside[0]!r}, which is not in the model's folder",
+            rule="Such an index may have been made to have other files read",
+            fix="Do not load this copy; download the model again from its author's own page",
         )
     return files
 

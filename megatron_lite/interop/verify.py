@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
-from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError, install_extra
+from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError, install_extra, report_bug
 from megatron_lite.tokenizer.base import Tokenizer
 
 TOLERANCE = 2e-5
@@ -120,6 +120,11 @@ def run_apart(folder: Path, request: Path) -> None:
     ended = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+        if str(request) in last[0]:
+            raise CheckpointError(
+                f"The comparison with transformers failed, since its files were deleted: {last[0]}",
+                fix="Give the same command again, or add --no-verify to skip the comparison",
+            )
         raise CheckpointError(
             f"transformers cannot load {folder}: {last[0]}",
             fix="Install a current transformers (pip install -U transformers), or add --no-verify to skip the "
@@ -161,16 +166,15 @@ def verify_logits(
     if result["problem"]:
         raise CheckpointError(
             f"transformers loads the weights in {folder} incompletely: {result['problem']}",
-            fix="Report this as a bug of megatron_lite, with the config of the model",
+            fix=report_bug("The export was discarded"),
         )
     if not result["largest"] <= tolerance * max(1.0, result["scale"]):  # NaN is not
         raise CheckpointError(
-            f"The logits differ from those of transformers: the largest difference is {result['largest']:.3g}, the "
-            f"largest logit {result['scale']:.3g}, on {tokens.numel()} tokens of {text}; tolerance "
-            f"{tolerance:g} x the largest logit",
-            fix="Accept a larger difference with --tolerance if the model computes in low precision; otherwise report "
-            "this as a bug. "
-            "The conversion was discarded",
+            f"The logits in transformers differ by up to {result['largest']:.3g} from those of megatron_lite, on "
+            f"{tokens.numel()} tokens of {text}; allowed are {tolerance * max(1.0, result['scale']):.3g} (--tolerance "
+            f"{tolerance:g} x the largest logit, {result['scale']:.3g})",
+            fix="If the weights are fp16 or bf16, give a larger --tolerance; otherwise: "
+            + report_bug("The conversion was discarded"),
         )
     if result["tokenizer"]:
         raise CheckpointError(

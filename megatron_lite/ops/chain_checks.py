@@ -93,8 +93,8 @@ def _chain_problems(submission: Submission) -> Iterator[ConfigError]:
         )
     if job.command is None:
         yield ConfigError(
-            "A chain needs a run folder, and the job has no training command with --save",
-            fix="Submit it without --chain",
+            f"A chain needs a run folder, and {job.path} starts no training command",
+            fix="Submit it without --chain, or start pretrain_gpt.py with --save FOLDER --load FOLDER in it",
         )
     if parsed is None:
         return
@@ -102,7 +102,8 @@ def _chain_problems(submission: Submission) -> Iterator[ConfigError]:
     save, load = checkpoint.save, checkpoint.load
     if not save:
         yield ConfigError(
-            "A chain needs a run folder, and the command has no --save", fix="Add --save and --load FOLDER"
+            f"A chain needs a run folder, and the training command in {job.path} has no --save",
+            fix="Add --save FOLDER --load FOLDER, the same folder twice",
         )
         return
     folders = [save, *(save_folder(command.flags) for command in job.further)]

@@ -175,8 +175,9 @@ def timing_problems(timing: Timing, config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"The job ends before its first save: about {iterations:,} iterations of {_seconds(step.seconds)} s fit "
             f"into {format_duration(limit)} (--time), and --save-interval is {timing.interval:,}",
-            fix=f"Give --save-interval {max(1, iterations // 2)} or less, remove --no-exit-before-job-end, or give a "
-            "longer --time",
+            fix=(f"Give --save-interval {max(1, iterations // 2)} or less, or a longer --time")
+            if iterations >= 1
+            else "Give a --time that is longer than an iteration and a save, or use more nodes",
         )
 
 

@@ -156,12 +156,17 @@ def _commands(
             f"{path} starts no training command: it starts {names}{notes}",
             fix="Name pretrain_gpt.py with its flags in the script, for example `srun python pretrain_gpt.py FLAGS`",
         ) from error
-    flags = [argument for command in commands for argument in command.flags]
-    if unknown := [source for argument in flags for source in unknown_sources(argument)]:
+    flag, found = "", dict[str, list[str]]()
+    for argument in (argument for command in commands for argument in command.flags):
+        flag = argument.partition("=")[0] if argument.startswith("--") else flag
+        if unknown := unknown_sources(argument):
+            found.setdefault(flag or "the training flags", []).extend(unknown)
+    if found:
+        values = "; ".join(f"{flag}: {', '.join(dict.fromkeys(sources))}" for flag, sources in found.items())
         raise ConfigError(
-            f"Training flags in {path} depend on the output of {', '.join(dict.fromkeys(unknown))}{notes}",
+            f"Training flags in {path} depend on the output of programs ({values}){notes}",
             rule="The script is read without running its programs",
-            fix="Set the value in the script, or in the environment of this command",
+            fix=f"Write the value of {next(iter(found))} in the script",
         )
     return commands, ()
 

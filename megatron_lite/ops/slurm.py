@@ -88,7 +88,12 @@ def call(*command: str, pause: float = 1.0, attempts: int = ATTEMPTS) -> str:
             line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.split("\n")
         ]
         reason = "; ".join(dict.fromkeys(filter(None, lines))) or f"exit code {done.returncode}"
-        raise ConfigError(f"{command[0]} failed: {reason}", fix=f"Run it by hand: {shlex.join(command)}")
+        fix = (
+            "Wait until the controller answers (`scontrol ping`), then give the command again"
+            if UNREACHABLE.search(done.stderr)
+            else f"Correct what this names; the command was: {shlex.join(command)}"
+        )
+        raise ConfigError(f"{command[0]} failed: {reason}", fix=fix)
     return done.stdout
 
 

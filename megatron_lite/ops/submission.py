@@ -203,7 +203,7 @@ def _check_further(submission: Submission, step_seconds: float | None) -> None:
         for mine, its in pairs:
             known = {str(error) for error in mine}
             mine += [
-                ConfigError(f"Training command {number}: {error.problem}", rule=error.rule, fix=error.fix)
+                ConfigError(f"Training command {number} of {job.path}: {error.problem}", rule=error.rule, fix=error.fix)
                 for error in its
                 if str(error) not in known
             ]
@@ -287,7 +287,7 @@ def _check_variables(submission: Submission) -> None:
     missing = [f"${name}" for name in evaluation.missing if not name.startswith("SLURM")]
     if positional := [name for name in missing if name[1:].isdigit()]:
         missing = [name for name in missing if name not in positional]
-        problem = f"The script uses its arguments {', '.join(positional)}, which are not given"
+        problem = f"{job.path} uses its arguments {', '.join(positional)}, which are not given"
         fix = f"Give them after its name: megatron-lite slurm submit {job.path} ARGUMENT …"
         if evaluation.stops_at_missing:
             submission.local_problems.append(ConfigError(problem, rule="`set -u` ends it there", fix=fix))
@@ -296,7 +296,7 @@ def _check_variables(submission: Submission) -> None:
     if missing and evaluation.stops_at_missing:
         submission.local_problems.append(
             ConfigError(
-                f"The script uses {', '.join(missing)} without a value",
+                f"{job.path} uses {', '.join(missing)} without a value (line {evaluation.missing[missing[0][1:]]})",
                 rule="`set -u` ends it there",
                 fix=f"Set it in the script, or run `export {missing[0][1:]}=…` here first (a variable that is set but "
                 "not exported is not passed on)",
@@ -321,7 +321,8 @@ def _check_variables(submission: Submission) -> None:
         submission.local_problems.append(
             ConfigError(
                 f"{job.path} {evaluation.failure}",
-                fix="Provide what the script asks for; `bash -x` shows how it gets there",
+                fix="Give the argument or exported variable that it requires before that line (megatron-lite slurm "
+                f"submit {job.path} ARGUMENT …)",
             )
         )
     if OWN_FOLDER.search(job.path.read_text(encoding="utf-8")):

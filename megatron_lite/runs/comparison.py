@@ -146,10 +146,19 @@ def check_fingerprints(
             f"The {' and '.join(kinds)} of this command differ{'' if len(kinds) > 1 or kinds == ['data'] else 's'} "
             "from those with "
             f"which the checkpoint was trained:\n{describe(refused)}\n{effect}",
-            fix=f"Use the {' and '.join(kinds)} of the checkpoint, or accept the change with --accept-changed "
-            f"{' '.join(accept)}",
+            fix=f"{_give_back(refused)}, or accept the change with --accept-changed {' '.join(accept)}",
         )
     return changed
+
+
+def _give_back(refused: Sequence[Difference]) -> str:
+    """Return the instruction to give the checkpoint's tokenizer and data, with differing settings of the order."""
+    settings: list[str] = []
+    for difference in refused:
+        saved, current = (text.partition(" of ")[2].split(", ") for text in (difference.saved, difference.current))
+        settings += [part for part in saved if part.startswith(("seed", "--")) and part not in current]
+    kinds = sorted({_kind(difference.path) for difference in refused})
+    return f"Use the {' and '.join(kinds)} of the checkpoint" + (f" ({', '.join(settings)})" if settings else "")
 
 
 def code_change(saved: Provenance, current: Provenance) -> str | None:

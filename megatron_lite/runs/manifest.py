@@ -173,7 +173,8 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
             f"{path} has format {content.get('format')!r} version {content.get('format_version')}; this version of "
             "megatron_lite reads "
             f"{'' if content.get('format') == 'megatron_lite' else 'format megatron_lite '}version {FORMAT_VERSION}",
-            fix="Load it with the version of megatron_lite that wrote it"
+            fix="Load it with the megatron_lite that wrote it: "
+            + content.get("writer", {}).get("megatron_lite", "of an earlier version")
             if content.get("format") == "megatron_lite"
             else "Give a checkpoint that megatron_lite wrote",
         )

@@ -95,9 +95,9 @@ def _check(kind: PipelineKind, pp: int, num_microbatches: int, chunks: int) -> N
             raise ConfigError(f"Cannot schedule with {flag} {number}", fix=f"Give {flag} a number of at least {least}")
     if chunks > 1 and kind != "interleaved" and num_chunks(kind) != chunks:
         raise ConfigError(
-            f"The pipeline schedule {kind} does not support {chunks} model chunks on each rank",
+            f"The pipeline schedule {kind} does not support {chunks} model chunks on each rank (--chunks {chunks})",
             rule="The schedule interleaved supports any number, zb-v has 2, and the others have 1",
-            fix="Use the schedule interleaved, or remove --chunks",
+            fix="Use --kind interleaved, or remove --chunks",
         )
 
 

@@ -226,9 +226,9 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 def _too_long(text: str) -> DataError:
     return DataError(
-        f"Cannot encode {describe_text(text)}: a run of more than {MAX_WHOLE:,} characters has no space or other place "
-        "at which the tokenizer splits text",
-        fix="Break this run with spaces or line breaks, or remove it from the input",
+        f"Cannot encode {describe_text(text)}: in more than {MAX_WHOLE:,} characters in a row, the tokenizer finds no "
+        "place to split it (all are letters, or all spaces, for example)",
+        fix="Break this run, letters by a space and spaces by a letter, or remove the text from the input",
     )
 
 

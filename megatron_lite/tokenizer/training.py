@@ -134,5 +134,5 @@ def _require_text(texts: Iterable[str]) -> Iterator[str]:
     if empty:
         raise DataError(
             "The input contains no text to train a tokenizer on",
-            fix="Give --input files with text under the key of --json-keys",
+            fix="Give --input files that have text; in JSON lines, under the key of --json-keys",
         )

@@ -53,8 +53,9 @@ def check_replicas(
         )
         error = TrainingError(
             f"Weights that all data-parallel replicas should share differ after iteration {iteration}: {found}",
-            fix="Exclude the host whose device differs from the others (its memory may be faulty), and resume from "
-            f"{start}. --on-weight-mismatch repair continues with the weights of the other replicas",
+            fix="Check the devices (`megatron-lite doctor`), leave a faulty host out (sbatch --exclude=HOST), "
+            f"and resume from {start}. --on-weight-mismatch repair would continue with the weights of the ranks that "
+            "are named last",
         )
         error.shared, error.silent = True, engine.world.rank != 0
         raise error from FailedRank(hosts[rank], rank)

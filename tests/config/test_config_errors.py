@@ -199,7 +199,7 @@ SUGGESTIONS = {
     "--tensor-model-parallel-size 4 --seq-length 30 --sequence-parallel": "Use --seq-length 28 or 32, or remove",
     "--pipeline-model-parallel-size 4 --num-layers 2": "Use --pipeline-model-parallel-size 2 or less",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --num-layers 8": "stage 1, 2 or 4",
-    "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --num-layers 6": "--num-layers 4 or 8",
+    "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --num-layers 6": "layers 12, or --pi",
     "--pipeline-schedule interleaved": "Use --pipeline-schedule 1f1b: a pipeline of one stage",
     "--pipeline-schedule interleaved --pipeline-model-parallel-size 2 --num-layers 8": "stage N with N = 1, 2 or 4",
     "--pipeline-schedule interleaved --pipeline-model-parallel-size 4 --num-layers 6": "Use --num-layers 4 or 8 and",

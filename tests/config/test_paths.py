@@ -66,7 +66,7 @@ def test_weights_that_do_not_alternate_with_datasets(blend):
 PATHS = {
     "tokenizer/vocab.jsn": "Did you mean --vocab-file tokenizer/vocab.json?",
     "tokeniser/vocab.json": "Did you mean --vocab-file tokenizer/vocab.json?",
-    "tokeniser/other.txt": "Did you mean --vocab-file tokenizer?",
+    "tokeniser/other.txt": "there is no folder tokeniser, but tokenizer with vocab.json",
     "tokenizer/zzz": "holds vocab.json",
     "/nowhere/at/all": "there is no folder /nowhere",
     "empty/x": "empty holds nothing",

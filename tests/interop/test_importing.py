@@ -263,9 +263,9 @@ def test_unknown_keys_can_be_allowed(llama_folder, changed):
     ("fields", "found"),
     [
         ({"model_type": "falcon"}, "model_type='falcon'"),
-        ({"model_type": "absent"}, "model_type=None"),
+        ({"model_type": "absent"}, "has no model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"model_type": "qwen2"}, "architectures="),
+        ({"model_type": "qwen2"}, "contradicts itself"),
         ({"hidden_size": "absent"}, "does not state hidden_size"),
     ],
 )
@@ -335,7 +335,7 @@ def test_logits_that_differ_leave_nothing(make_folder, gpt2, tmp_path, monkeypat
     from megatron_lite.interop.architectures import gpt2 as module
 
     monkeypatch.setattr(module, "ACTIVATIONS", {**module.ACTIVATIONS, "gelu_new": "gelu"})
-    with pytest.raises(CheckpointError, match="The logits differ from those of transformers"):
+    with pytest.raises(CheckpointError, match="The logits in transformers differ by up to"):
         imported(gpt2_folder, tmp_path / "ck")
     assert list(tmp_path.iterdir()) == []
 

@@ -239,7 +239,7 @@ def test_sharded_files_are_read_by_rectangles(sharded):
     "outside", ["/etc/passwd", "../model.safetensors", "sub/model.safetensors", "..", "", "a/../../b.safetensors"]
 )
 def test_an_index_that_points_outside(outside, sharded):
-    with pytest.raises(CheckpointError, match="outside the model's folder"):
+    with pytest.raises(CheckpointError, match="not in the model's folder"):
         open_hugging_face(sharded(b=outside))
 
 
@@ -270,7 +270,7 @@ def test_no_weights(tmp_path):
         open_hugging_face(tmp_path)
     for text in ("[]", "{", ""):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(CheckpointError, match="is not a JSON object"):
+        with pytest.raises(CheckpointError, match=r"is not a JSON object|config.json is empty"):
             read_json(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match="No such file"):
         read_json(tmp_path / "other.json")

@@ -153,7 +153,7 @@ def test_times_as_slurm_writes_them(days, hours, minutes, seconds):
         ("source ./absent\n$LAUNCH", "absent, which the script sources, does not exist"),
         (
             "N=$(python count.py)\nsrun python pretrain_gpt.py --num-layers $N",
-            "depend on the output of python count.py",
+            r"depend on the output of programs \(--num-layers: python count.py\)",
         ),
         ("#SBATCH --nodes=many\nsrun python pretrain_gpt.py --fp16", "--nodes many is no positive number"),
         ("#SBATCH --time=soon\nsrun python pretrain_gpt.py --fp16", "--time soon is no time limit"),

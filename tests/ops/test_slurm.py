@@ -122,7 +122,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(sbatch, error):
     assert submit([], "job.slurm") == "77"
     assert sbatch.pauses == [1.0, 2.0]
     sbatch(*[error] * 5)
-    with pytest.raises(ConfigError, match=r"sbatch failed: .*Run it by hand: sbatch --parsable job\.slurm"):
+    with pytest.raises(ConfigError, match=r"sbatch failed: .*Wait until the controller answers"):
         submit([], "job.slurm")
     assert sbatch.pauses[2:] == [1.0, 2.0, 4.0, 8.0]
 
@@ -173,5 +173,7 @@ def test_all_lines_of_an_error_are_shown(tmp_path, monkeypatch):
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ConfigError, match=r"sbatch failed: unrecognized option '--bogus'; Try --help\. Run it by hand"):
+    with pytest.raises(
+        ConfigError, match=r"sbatch failed: unrecognized option '--bogus'; Try --help\. Correct what this names"
+    ):
         slurm.submit(["--bogus"], "job.slurm")

@@ -170,23 +170,17 @@ def test_variables_without_a_value_are_named(check):
     (warning,) = check("--tensorboard-dir x$ROOT").warnings
     assert warning.startswith("without a value, so expanded to nothing: $ROOT.") and "not exported" in warning
     (problem,) = local(check("--tensorboard-dir x$ROOT", header=HEADER + "set -eu\n"))
-    assert "The script uses $ROOT without a value. `set -u` ends it there" in problem
+    assert "job.slurm uses $ROOT without a value (line 4). `set -u` ends it there" in problem
     assert check("--tensorboard-dir x$ROOT", environment={"ROOT": "y"}).warnings == []
     assert check("--tensorboard-dir x$$-$HOSTNAME-$SLURM_JOB_NODELIST").warnings == [], "bash and Slurm set them"
 
 
 def test_arguments_that_are_not_given_are_named(check):
-    assert (
-        check("--tensorboard-dir x$1 --lr ${2:-1e-3}")
-        .warnings[0]
-        .startswith(
-            "The script uses its arguments $1, which are not given, so expanded to nothing. Give them after its name: "
-        )
-    )
+    used = "job.slurm uses its arguments $1, which are not given"
+    (warning, *_) = check("--tensorboard-dir x$1 --lr ${2:-1e-3}").warnings
+    assert f"{used}, so expanded to nothing. Give them after its name: " in warning
     (problem,) = local(check("--tensorboard-dir x$1", header=HEADER + "set -u\n"))
-    assert problem.startswith(
-        "The script uses its arguments $1, which are not given. `set -u` ends it there. Give them"
-    )
+    assert f"{used}. `set -u` ends it there. Give them" in problem
 
 
 def test_a_damaged_exclude_file_is_one_of_the_reasons(check, tmp_path):
@@ -294,7 +288,7 @@ def test_all_training_commands_of_a_script_are_checked(tmp_path):
     bad = f"srun python pretrain_gpt.py {FLAGS} --save {tmp_path}/last --tensor-model-parallel-size 3\n"
     path.write_text(HEADER + loop + bad, encoding="utf-8")
     problems = texts(check_job(read_job(path, environment={})))
-    assert all(problem.startswith("Training command 4: ") for problem in problems)
+    assert all(problem.startswith("Training command 4 of ") for problem in problems)
     assert any("--tensor-model-parallel-size 3" in problem for problem in problems)
     path.write_text(HEADER + bad.replace("-size 3", "-size 2") * 2, encoding="utf-8")
     assert "Commands" not in dict(check_job(read_job(path, environment={})).facts), "the same command twice"

@@ -209,7 +209,7 @@ FROM_FLAGS = {
     "--save x": "--save x is given, but not how often to save. Add --save-interval 1000 (every 1,000",
     "--save x --save-schedule 10:100 5:50": "--save-schedule: the range 5:50 ends at iteration 50, not after",
     "--keep-last 2 --keep-phase 10:100 5:50": "--keep-phase: the range 5:50 ends at iteration 50, not after",
-    "--keep-every 10": "--keep-every has no effect without --keep-last: without it every checkpoint is kept. Add",
+    "--keep-every 10": "--keep-every has no effect without --keep-last: without it every checkpoint is kept. Remove",
     "--weights-only-every 10": "--weights-only-every 10 has no effect without --save. Add --save FOLDER and",
     "--save-best": "--save-best has no effect without --save. Add --save FOLDER and --save-interval N, or remove",
     # finetuning

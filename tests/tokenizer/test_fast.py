@@ -95,10 +95,12 @@ def test_a_word_without_spans_is_encoded_in_one_call_up_to_a_limit(both, monkeyp
     text = "\u0e01" * 120_000  # a letter outside of LETTERS
     same(both, [text])
     monkeypatch.setattr(fast, "MAX_WHOLE", 60_000)
-    with pytest.raises(DataError, match=r"120,000 characters that begins with 'ก{30}': a run of more than 60,000"):
+    with pytest.raises(
+        DataError, match=r"120,000 characters that begins with 'ก{30}': in more than 60,000 characters in a row"
+    ):
         both[0].encode_flat(["short", text])
     monkeypatch.setattr(huggingface, "MAX_SLOW", 60_000)
-    with pytest.raises(DataError, match=r"120,000 characters that .*-e .\.\[fast\]"):
+    with pytest.raises(DataError, match=r"120,000 characters that .*-e .*\[fast\]"):
         both[1].encode(text)
 
 

@@ -121,8 +121,8 @@ def read_header(prefix: str | Path) -> IndexHeader:
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head)
     if version != VERSION:
         raise DataError(
-            f"{path} has format version {version}; only version {VERSION} can be read",
-            fix="Preprocess the corpus again with `megatron-lite preprocess`",
+            f"{path} has format version {version} in its header; only version {VERSION} exists",
+            fix=REBUILD,
         )
     if code not in TOKEN_TYPES:
         raise DataError(

@@ -249,10 +249,11 @@ class IndexedDatasetWriter:
         # Unsigned tokens have no minimum to check.
         if given.size and (given.max() > limits.max or (given.dtype.kind != "u" and given.min() < limits.min)):
             raise DataError(
-                f"Document {self.num_documents} has token ids from {given.min()} to {given.max()}; the dataset's "
-                "token type "
-                f"{self.dtype.name} holds {limits.min} to {limits.max}",
-                fix="Use the tokenizer whose vocabulary size the token type was chosen for",
+                f"Cannot write document {self.num_documents} to the dataset {self.prefix}: it has token ids from "
+                f"{given.min()} to {given.max()}, and the token type {self.dtype.name} holds "
+                f"{limits.min} to {limits.max}",
+                fix="Use the tokenizer with which the dataset was begun, or write another dataset, whose token type "
+                "follows from the vocabulary size",
             )
         return given.astype(self.dtype)
 

@@ -36,8 +36,14 @@ def convert_older(prefix: str | Path, output: str | Path) -> int:
         raise _not_convertible(prefix, "its index does not begin with TNTIDX and a header")
     _, version, code, itemsize, num_arrays, num_sizes, num_documents = HEADER.unpack_from(content)
     entries = 2 * (num_arrays + 1) + num_sizes + num_documents
-    if version != 1 or code not in TOKEN_TYPES or itemsize != TOKEN_TYPES[code].itemsize:
-        raise _not_convertible(prefix, f"it has version {version}, type code {code}, {itemsize} bytes a token")
+    if version != 1 or code not in TOKEN_TYPES:
+        unknown = f"version {version}" if version != 1 else f"type code {code}"
+        raise _not_convertible(prefix, f"its header has the unknown {unknown}")
+    if itemsize != TOKEN_TYPES[code].itemsize:
+        expected_size = TOKEN_TYPES[code].itemsize
+        raise _not_convertible(
+            prefix, f"its header states {itemsize} bytes a token, and its token type {code} has {expected_size}"
+        )
     if len(content) != (expected := HEADER.size + 8 * entries):
         raise _not_convertible(prefix, f"its index has {len(content):,} bytes instead of {expected:,} by its header")
     if num_sizes != num_arrays or num_documents < 1:

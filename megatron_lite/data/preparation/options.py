@@ -104,7 +104,8 @@ class PreprocessOptions:
         for holds, flag, value, rule in rules:
             if not holds:
                 given = " ".join(value) if isinstance(value, (list, tuple)) else value
-                raise ConfigError(f"{flag} {given} is invalid", fix=f"Give {flag} {rule}")
+                problem = f"{flag} {given} is invalid" if given or given == 0 else f"{flag} has no value"
+                raise ConfigError(problem, fix=f"Give {flag} {rule}")
         self._check_combinations()
         self._check_answers()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -159,7 +160,7 @@ class Summary:
         first = "".join(f"; {place} {what}" for _, place, what in self.places["bad_lines"][:1])
         return f"no tokens are left of {self._read()} of input" + (f" ({lost}{first})" if lost else "")
 
-    def remedy_of_empty(self) -> str:
+    def remedy_of_empty(self, keys: Sequence[str]) -> str:
         """Return what to do about the most frequent of these reasons."""
         lost = self._dropped()
         remedies = {
@@ -171,7 +172,7 @@ class Summary:
             "above --max-tokens": "Raise --max-tokens",
         }
         main = max(lost, key=lambda name: lost[name], default="")
-        return remedies.get(main, "Give --input files with text under the key of --json-keys")
+        return remedies.get(main, f"Give --input files that have text under {' or '.join(keys)} (--json-keys)")
 
     def _read(self) -> str:
         """Return the number of lines and files read."""

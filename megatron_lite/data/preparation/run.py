@@ -234,7 +234,7 @@ class _Run:
         if not any(shard.num_bytes for one in done for shard in one.shards):
             raise DataError(
                 f"The dataset would be empty: {summary.explain_empty()}",
-                fix=summary.remedy_of_empty(),
+                fix=summary.remedy_of_empty(self.options.json_keys),
             )
         return summary
 

@@ -217,7 +217,8 @@ def _check_plain_text(path: Path, kind: Kind, plain_text: PlainText | None) -> N
 def _conversion(foreign: str, path: Path) -> str:
     """Return how to convert a file in an unsupported format."""
     if foreign.startswith("UTF-"):
-        return f"Convert the file: iconv -f {foreign.split()[0]} -t UTF-8 {path}"
+        command = f"iconv -f {foreign.split()[0]} -t UTF-8 {path} > {path}.utf8"
+        return f"Convert the file, and give the new one to --input: `{command}`"
     if any(word in foreign for word in ("archive", "lz4", "compress")):
         return "Unpack it and give the files inside to --input"
     return "Convert the file to JSON lines or Parquet"

@@ -26,6 +26,13 @@ def architecture_of_config(keys: ConfigKeys) -> Architecture:
     """
     model_type, classes = keys.take("model_type", default=None), keys.take("architectures", default=[])
     found = [one for one in ARCHITECTURES if one.model_type == model_type]
+    by_class = next((one for one in ARCHITECTURES if classes and one.name in classes), None)
+    if model_type is None and by_class is not None:
+        raise CheckpointError(
+            f"{keys.path} has no model_type",
+            fix=f'If the model is a {by_class.name}, as its architectures state, add "model_type": '
+            f'"{by_class.model_type}" to the file; otherwise download the file again',
+        )
     if not found:
         raise CheckpointError(
             f"The architecture of {keys.path} is not supported: model_type={model_type!r}, architectures={classes!r}",
@@ -33,6 +40,12 @@ def architecture_of_config(keys: ConfigKeys) -> Architecture:
             + ", ".join(f"{one.model_type} ({one.name})" for one in ARCHITECTURES),
         )
     expected = {found[0].name, found[0].name.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
+    if by_class is not None and by_class is not found[0]:
+        raise CheckpointError(
+            f"{keys.path} contradicts itself: model_type is {model_type!r} and architectures {classes!r}",
+            fix=f'Download the file again; or, if you know the model, set architectures to ["{found[0].name}"], or '
+            f'model_type to "{by_class.model_type}"',
+        )
     if classes and not expected & set(classes):
         raise CheckpointError(
             f"{keys.path} is not the config of a causal language model: model_type={model_type!r}, "

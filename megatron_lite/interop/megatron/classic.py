@@ -88,7 +88,10 @@ def read_classic(folder: Path, *, version: float | None = None, with_optimizer: 
         raise CheckpointError(
             f"{where} has the tensor names of megatron-core, but checkpoint_version {found_version:g}",
             rule="megatron-core writes checkpoints of version 3.0",
-            fix="Remove --checkpoint-version if it is given; otherwise convert the checkpoint again",
+            fix="Remove --checkpoint-version"
+            if version is not None
+            else "Convert the original checkpoint again (Megatron-LM's tools/checkpoint/convert.py): this file has a "
+            "wrong version",
         )
     parts, head_copy = _joined(ranks, scheme)
     notes: list[str] = []

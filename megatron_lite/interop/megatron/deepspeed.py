@@ -160,7 +160,8 @@ def _layer_tensors(
     if left:
         raise CheckpointError(
             f"{folder / _layer_name(left[0], 0)} does not belong to a model with {layers} layers",
-            fix="Copy the folder again, which contains files of different models",
+            rule=f"{folder} contains files of different models",
+            fix="Copy the checkpoint to a new folder, and import that",
         )
     by_rank: list[dict[str, tuple[Tensor, str]]] = [{} for _ in range(tp)]
     for (number, rank), path in files.items():

@@ -127,7 +127,9 @@ def plan_megatron_export(load: str, iteration: int, options: MegatronExportOptio
     if found:
         raise CheckpointError(
             f"The model cannot be exported in {scheme.title}, which does not support {', '.join(found)}",
-            fix="Use --to hf" if list(sharing_problems(model)) else "Use another --to or --naming, or --to hf",
+            fix="Use --to hf"
+            if list(sharing_problems(model))
+            else "Use --to hf, or another --naming (megatron-lite export --help lists them)",
         )
     for name, value, size, flag in (
         ("query groups", model.num_query_groups, options.tp, "--target-tensor-parallel"),

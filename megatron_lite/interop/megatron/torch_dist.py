@@ -77,8 +77,9 @@ def read_torch_dist(folder: Path, *, version: float | None = None, with_optimize
             raise CheckpointError(
                 f"{folder / 'metadata.json'} has sharded_backend={backend!r}; of the distributed formats, only "
                 "torch_dist can be read",
-                fix=f"Convert the checkpoint with a version of Megatron-LM that reads {backend}: --load "
-                f"{folder.parent} --ckpt-convert-format torch --ckpt-convert-save FOLDER",
+                fix=f"Convert it in a Megatron-LM that reads {backend}: start its pretrain_gpt.py with the run's flags "
+                f"and --load {folder.parent} --ckpt-convert-format torch --ckpt-convert-save FOLDER; then "
+                "import FOLDER",
             )
     common_path = folder / "common.pt"
     common = mapping_of(read_torch_file(common_path), common_path) if common_path.is_file() else {}

@@ -82,8 +82,8 @@ class Shell(ShellState):
             self.run_statements(text, name)
         except LeaveError as leave:
             if leave.kind == "exit" and self.status:
-                printed = f": {self.evaluation.last_output}" if self.evaluation.last_output else ""
-                self.evaluation.failure = f"exits with status {self.status} in line {self._line}{printed}"
+                printed = f' with the message "{self.evaluation.last_output}"' if self.evaluation.last_output else ""
+                self.evaluation.failure = f"ends itself with status {self.status} in line {self._line}{printed}"
         except UnknownValueError as error:
             self.evaluation.notes.append(
                 f"line {self._line}: evaluation stopped, since the value of {error} exists in the job only"
@@ -102,11 +102,12 @@ class Shell(ShellState):
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise ConfigError(
-                f"Reading the job script stopped in line {self._line}, after more than {MAX_STEPS:,} commands",
+                f"Reading {self.variables.values['0']} stopped in line {self._line}, after more than "
+                f"{MAX_STEPS:,} commands",
                 rule="Its loops are evaluated, and none of its programs is started",
                 fix="Remove the loop that is endless or very long, or give the training command itself",
             )
-        self._line = statement["Pos"]["Line"]
+        self._line = self.variables.line = statement["Pos"]["Line"]
         command = statement.get("Cmd")
         redirections = statement.get("Redirs") or []
         for redirection in redirections:

@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         commands: in the order in which they start.
         files: content of the files that the script writes, by absolute path.
-        missing: variables that were expanded without having a value, in order.
+        missing: variables that were expanded without having a value, in order, and the line.
         missing_sources: sourced files that do not exist, as named in the script.
         notes: statements that could not be evaluated.
         failure: where and why the script ends with an error; empty: it does not.
@@ -44,7 +44,7 @@ class Evaluation:
 
     commands: list[StartedCommand] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    missing: dict[str, None] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
     missing_sources: dict[str, None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failure: str = ""

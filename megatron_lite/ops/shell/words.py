@@ -39,16 +39,18 @@ class Variables:
         exported: names that child processes inherit.
         associative: names of associative arrays.
         arguments: positional parameters, from $1.
-        missing: names that were expanded without having a value.
+        missing: names that were expanded without having a value, and the first line in which.
         nullglob: a glob without a match is removed, instead of being kept as it is.
+        line: of the statement that is evaluated.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     exported: set[str] = field(default_factory=set)
     associative: set[str] = field(default_factory=set)
     arguments: list[str] = field(default_factory=list)
-    missing: dict[str, None] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
     nullglob: bool = False
+    line: int = 0
 
     def text(self, name: str) -> str | None:
         """Return a variable's text (of an array: element 0), or None if it is not set."""
@@ -195,7 +197,7 @@ class WordExpander:
         if exp.get("Length"):
             return str(len(value or ""))
         if value is None and (exp.get("Exp") or {}).get("Op") not in (":-", "-", ":=", "=", ":+", "+"):
-            self.variables.missing[name] = None
+            self.variables.missing.setdefault(name, self.variables.line)
         if slices := exp.get("Slice"):
             start = int(self.arithmetic(slices["Offset"])) if slices.get("Offset") else 0
             length = int(self.arithmetic(slices["Length"])) if slices.get("Length") else None

@@ -206,7 +206,7 @@ def test_the_error_of_a_missing_prefix_suggests_an_existing_one(tmp_path):
 
 def test_a_token_outside_the_type_is_refused_without_leaving_files(tmp_path):
     with (
-        pytest.raises(DataError, match="Document 1 has token ids from 1 to 70000"),
+        pytest.raises(DataError, match=r"document 1 to the dataset .*: it has token ids from 1 to 70000"),
         IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer,
     ):
         writer.add_document([5])
