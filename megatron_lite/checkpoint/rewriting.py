@@ -197,7 +197,7 @@ def check_output(sources: Sequence[Path], output: Path, request: SaveRequest) ->
     if request.path.exists():
         raise CheckpointError(
             f"The result, {request.path}, exists already",
-            fix="Give --output another folder, or delete that checkpoint first",
+            fix="Give --output another folder",
         )
 
 

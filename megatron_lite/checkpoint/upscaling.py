@@ -139,7 +139,7 @@ def upscale(
     if found := list_iterations(output):
         raise CheckpointError(
             f"--output {output} contains a checkpoint of iteration {found[-1]} already",
-            fix="Give --output a new folder, or delete the checkpoints in it",
+            fix="Give --output a new folder",
         )
     check_output([path], output, request)
     report = write_source(request, _Upscaled(source, stored.model, sources, options), file_size, progress)
@@ -258,7 +258,7 @@ def _check(model: ModelConfig, options: UpscaleOptions, path: Path) -> None:
         raise ConfigError(
             "--preserve-function and --scale-residual contradict each other: scaled output projections change the "
             "model's function",
-            fix="Remove one of the two",
+            fix="Remove --scale-residual to keep the function, or --preserve-function",
         )
     if options.preserve_function and model.residual_post_layernorm:
         raise ConfigError(

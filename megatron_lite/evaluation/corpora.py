@@ -180,7 +180,7 @@ def json_lines(text: str, path: str, flag: str) -> list[tuple[int, dict[str, Any
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
+                raise ValueError(f"it is a {type(record).__name__}")
         except ValueError as error:
             raise DataError(
                 f"{flag} {path}, line {number} ({line[:40]!r}) is not a JSON object: {error}",

@@ -172,5 +172,5 @@ def refuse_existing(path: str, resume: bool) -> None:
     if path != "-" and not resume and Path(path).exists():
         raise DataError(
             f"--output {path} exists already",
-            fix="Add --resume to continue the file, give another --output, or delete it first",
+            fix="Add --resume to continue the file, or give another --output",
         )

@@ -321,8 +321,7 @@ def _check_variables(submission: Submission) -> None:
         submission.local_problems.append(
             ConfigError(
                 f"{job.path} {evaluation.failure}",
-                fix="Give the argument or exported variable that it requires before that line (megatron-lite slurm "
-                f"submit {job.path} ARGUMENT …)",
+                fix="Give the argument (after the script's name) or exported variable that it requires there",
             )
         )
     if OWN_FOLDER.search(job.path.read_text(encoding="utf-8")):

@@ -393,8 +393,6 @@ def _declared(folder: Path) -> tuple[str, str]:
         declared = json.loads(require_text(path, "--tokenizer-model"))
         eos, bos = (declared.get(key) or "" for key in ("eos_token", "bos_token"))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not a valid JSON object: {error}", fix=f"Copy {path} again, or remove it"
-        ) from error
+        raise DataError(f"{path} is not a valid JSON object: {error}", fix=f"Copy {path} again") from error
     eos, bos = (str(token.get("content", "") if isinstance(token, dict) else token) for token in (eos, bos))
     return eos, bos

@@ -82,7 +82,7 @@ def test_each_record_is_read_once(path, tmp_path, monkeypatch):
 
 def test_an_existing_checkpoint_is_not_replaced(path, tmp_path):
     reshard(path, tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"iter_0000003, exists already.*Give --output another folder, or delete"):
+    with pytest.raises(CheckpointError, match=r"iter_0000003, exists already.*Give --output another folder"):
         reshard(path, tmp_path / "new")
     verify_checkpoint(tmp_path / "new" / "iter_0000003")
 

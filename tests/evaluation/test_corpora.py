@@ -72,7 +72,7 @@ def test_lambada_metrics():
         (corpora.read_text8, b"a text with a point.", "the character '.'"),
         (corpora.read_enwik8, b"\xe9t\xe9 et", "is not UTF-8"),
         (corpora.read_documents, b'{"text": 3}', 'line 1, has no string under the key "text"'),
-        (corpora.read_documents, b"\n[1]\n", "line 2 .* is not a JSON object: not a JSON object"),
+        (corpora.read_documents, b"\n[1]\n", "line 2 .* is not a JSON object: it is a list"),
         (corpora.read_documents, b'{"text": ""}', "no document with text"),
         (read_lambada, b"word\n", "line 1, has no passage of two words"),
         (read_lambada, b'{"text": null}\n', "line 1, has no passage of two words"),

@@ -29,6 +29,7 @@ class ChatTemplate:
     Args:
         source: the template.
         names: values of bos_token, eos_token and others, from the tokenizer's files.
+        origin: where the template is from, for errors.
 
     Attributes:
         fingerprint: hash of the template and the names.
@@ -37,7 +38,7 @@ class ChatTemplate:
         DataError: jinja2 is not installed, or the template cannot be parsed.
     """
 
-    def __init__(self, source: str, names: dict[str, str]) -> None:
+    def __init__(self, source: str, names: dict[str, str], origin: str = "") -> None:
         try:
             import jinja2
             from jinja2.ext import Extension, loopcontrols
@@ -69,7 +70,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(
-                f"The chat template cannot be parsed: {error}", fix="Give --chat-template a file with a valid template"
+                f"The chat template {origin} cannot be parsed: {error}",
+                fix="Give --chat-template a file with a valid template",
             ) from error
         self._errors = (jinja2.TemplateError, TypeError, KeyError, AttributeError)
         self._names = names
@@ -140,7 +142,9 @@ def read_template(model: str, path: str = "") -> ChatTemplate:
     names = {
         name: str(token.get("content", "") if isinstance(token, dict) else token) for name, token in tokens.items()
     }
-    return ChatTemplate(source, {name: token for name, token in names.items() if token != "None"})
+    return ChatTemplate(
+        source, {name: token for name, token in names.items() if token != "None"}, path or f"of the tokenizer {model}"
+    )
 
 
 def _declared(folder: Path | None) -> dict[str, Any]:
@@ -151,5 +155,5 @@ def _declared(folder: Path | None) -> dict[str, Any]:
     try:
         declared = json.loads(require_text(path, "--tokenizer-model"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}", fix=f"Copy {path} again, or remove it") from error
+        raise DataError(f"{path} is not valid JSON: {error}", fix=f"Copy {path} again") from error
     return declared if isinstance(declared, dict) else {}

@@ -155,7 +155,7 @@ def test_templates(chat_tokenizer, tmp_path):
     with pytest.raises(TemplateError, match="renders message 2 differently in a longer chat"):
         read_template(chat_tokenizer.model).segments(CHAT)
     (folder / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(DataError, match="The chat template cannot be parsed"):
+    with pytest.raises(DataError, match=r"The chat template .* cannot be parsed"):
         read_template(chat_tokenizer.model)
     (folder / "chat_template.jinja").write_text("{{ messages | tojson }}{{ eos_token }}")
     assert read_template(chat_tokenizer.model)._render([{"a": "<é>"}], prompt=False) == '[{"a": "<é>"}]<|endoftext|>'
