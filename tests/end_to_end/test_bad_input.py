@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_tokenizer(corpus, finished, tmp_path):
 def test_missing_checkpoints(corpus, finished, tmp_path):
     nothing = tmp_path / "nothing"
     result = command(*corpus.job(*SAVING, "--load", nothing, "--exit-on-missing-checkpoint"))
-    assert_explained(result, nothing, "Remove --exit-on-missing-checkpoint", kind="ConfigError")
+    assert_explained(result, nothing, "remove --exit-on-missing-checkpoint", kind="ConfigError")
     result = command(*corpus.job(*SAVING, "--load", finished, "--load-iteration", 7))
     assert_explained(result, "iter_0000007 does not exist", "iter_0000001, iter_0000002, iter", kind="CheckpointError")
     result = command(*corpus.job("--train-iters", 1, "--load", nothing))

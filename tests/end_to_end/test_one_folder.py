@@ -102,7 +102,7 @@ def test_a_second_job_is_refused_and_writes_nothing(corpus, start, tmp_path):
         if more in ((), ("--skip-train",)):
             assert f"{save} is in use by process" in result.err
             assert f"process {job.process.pid} on {os.uname().nodename} (train, since " in result.err
-            assert "continue it with kill -CONT" in result.err
+            assert "suspended (SIGSTOP): `kill -CONT" in result.err
     for other in (
         ("rollback", save, "--to", 2),
         ("checkpoint", "reshard", tmp_path / "other", "--output", save),

@@ -28,7 +28,7 @@ OPTIMIZERS = {
         lambda o: [entry.pop("exp_avg_sq") for entry in o["state"].values()],
         "without exp_avg and exp_avg_sq",
     ),
-    "no step": (lambda o: [entry.pop("step") for entry in o["state"].values()], "has no number of steps"),
+    "no step": (lambda o: [entry.pop("step") for entry in o["state"].values()], "has no number of optimizer steps"),
     "two steps": (lambda o: o["state"][0].update(step=9), r"different numbers of optimizer steps .3, 9"),
     "a group too few": (lambda o: o["param_groups"].pop(), "has no optimizer state of"),
     "other shapes": (lambda o: o["state"][0].update(exp_avg=torch.ones(2, 2)), "that do not match the parameters"),

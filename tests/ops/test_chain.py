@@ -290,7 +290,9 @@ def test_a_command_waits_for_another_on_the_same_chain(run, queue, monkeypatch):
     lock.acquire()
     with monkeypatch.context() as patch:
         patch.setattr(chain_state, "LOCK_SECONDS", 0.0)
-        with pytest.raises(ConfigError, match=r"Another command has been changing the chain.*run this command again"):
+        with pytest.raises(
+            ConfigError, match=r"Another command has been changing the chain.*is in use by process .* on n1"
+        ):
             stop_chain(run)
     monkeypatch.setattr(chain_state.time, "sleep", lambda seconds: lock.release())
     stop_chain(run)

@@ -262,7 +262,10 @@ def test_codes_are_those_of_dynamic_quantization(signed):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=3 * BLOCK),
+    # Products are never subnormal: whether those are rounded to zero depends on what ran before in the process.
+    st.lists(
+        st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0), min_size=1, max_size=3 * BLOCK
+    ),
     st.floats(-30, 3).map(lambda exponent: 2.0**exponent),
     st.booleans(),
 )

@@ -183,7 +183,7 @@ def test_a_compiled_stage_draws_new_dropout_each_iteration():
 
 def hidden_after_dropout(backend, parallel):
     stage = make_stage(backend, parallel, GPT2 | {"hidden_dropout": 0.5})
-    x = stage.embedding(make_batch().tokens, 0, None)
+    x = stage.embedding(make_batch().tokens, None)
     return x == 0
 
 
