@@ -127,7 +127,7 @@ def test_validation_sets_are_averaged(corpus, tmp_path):
 def test_loss_on_answers_resumes_exactly(corpus, tmp_path):
     """Pairs are preprocessed, packed, and trained on; the warning counts the answers that packing cut."""
     words = ["ab", "cde", "fgh", "ij"]
-    pairs = [{"prompt": " ".join(words[: i % 4]), "completion": " ".join(words * (i % 3))} for i in range(1, 90)]
+    pairs = [{"prompt": " ".join(words[: i % 4]), "completion": " ".join(words * (i % 3 + 1))} for i in range(1, 90)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     made = preprocess(tmp_path / "pairs.jsonl", tmp_path / "p", corpus.tokenizer, "--input-format", "prompt-completion")
     assert made.code == 0, made.err

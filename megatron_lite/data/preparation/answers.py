@@ -58,7 +58,10 @@ class AnswerParser:
 
     def _segments(self, entry: dict[str, Any], content: bytes) -> tuple[str, ...]:
         if self.template is None:
-            return tuple(text_of(entry, key, content) for key in self.keys)
+            texts = tuple(text_of(entry, key, content) for key in self.keys)
+            if not texts[-1].strip():
+                raise BadLineError(f"the answer under {self.keys[-1]!r} is empty")
+            return texts
         messages = value_of(entry, self.keys[0])
         if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
             raise BadLineError(f"the value of {self.keys[0]!r} is not a list of messages with role and content")

@@ -67,7 +67,8 @@ class Batch:
         """Return the batch with the tokens `first` before and `last` after every document that is not empty.
 
         The ids are of type `dtype`, if it holds them. In a loss mask, the first tokens belong to the prompt, the
-        last ones to what the document ends with.
+        last ones to what the document ends with; a document that ends with these already, from its chat template, gets
+        no second ones.
         """
         if (not first and not last) or self.ids.max(initial=0) > np.iinfo(dtype).max:
             return self
@@ -78,19 +79,26 @@ class Batch:
         starts = (ends - self.lengths)[start_sequences].tolist()
         spans = list(zip(starts, ends[end_sequences].tolist(), strict=True))
         before, after = ([np.array(tokens, dtype)] if tokens else [] for tokens in (first, last))
+        added = np.full(len(spans), len(last))
+        if self.answers is not None and last:
+            added[[self.ids[max(start, end - len(last)) : end].tolist() == [*last] for start, end in spans]] = 0
         # Slices are copied several times as fast as a mask selects.
-        parts = [part for start, end in spans for part in (*before, self.ids[start:end], *after)]
+        parts = [
+            part
+            for (start, end), count in zip(spans, added.tolist(), strict=True)
+            for part in (*before, self.ids[start:end], *(after if count else ()))
+        ]
         ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
         lengths = self.lengths.copy()
         lengths[start_sequences] += len(first)
-        lengths[end_sequences] += len(last)
+        lengths[end_sequences] += added
         answers = self.answers
         if answers is not None:
             prompt = np.zeros(len(first), answers.dtype)
             masks = [
                 part
-                for start, end in spans
-                for part in (prompt, answers[start:end], np.repeat(answers[end - 1 : end], len(last)))
+                for (start, end), count in zip(spans, added.tolist(), strict=True)
+                for part in (prompt, answers[start:end], np.repeat(answers[end - 1 : end], count))
             ]
             answers = np.concatenate(masks) if masks else answers
         return Batch(ids, lengths, self.sequences, answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,10 @@ TEMPLATE_NAME = "chat_template.jinja"
 CONFIG_NAME = "tokenizer_config.json"
 ANSWERS = "assistant"
 """Role whose messages are answers."""
+BASIC = ("role", "content")
+"""Keys of a message; with others, as tool_calls, an answer without content is not empty."""
+END_MARK = re.compile(r"\s*\S(?:.*\S)?")
+"""Mark that ends a message: the first line after its content that is not blank, as `<|im_end|>`."""
 
 
 class TemplateError(ValueError):
@@ -80,12 +85,12 @@ class ChatTemplate:
     def segments(self, messages: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         """Return the parts of a conversation in order, alternately prompt and answer; a prompt may be empty.
 
-        An answer begins where the template asks for one, and ends where its message ends, so that it includes the token
-        that ends the turn.
+        An answer begins where the template asks for one, and includes the token that ends the turn. What the template
+        writes after that token belongs to the next prompt.
 
         Raises:
-            TemplateError: there is no answer, or the template writes an earlier message in another way once a later one
-                follows it.
+            TemplateError: there is no answer, or an empty one, or the template writes an earlier message in another way
+                once a later one follows it.
         """
         whole, found, end = self._render(messages, prompt=False), list[str](), 0
         for number, message in enumerate(messages):
@@ -95,8 +100,13 @@ class ChatTemplate:
             after = self._render(messages[: number + 1], prompt=False)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= end):
                 raise TemplateError(f"the chat template renders message {number + 1} differently in a longer chat")
-            found += [whole[end : len(before)], whole[len(before) : len(after)]]
-            end = len(after)
+            content = message.get("content")
+            if _is_blank(content) and all(not value for name, value in message.items() if name not in BASIC):
+                raise TemplateError(f"the answer in message {number + 1} is empty")
+            start = len(before)
+            answer = after[start : start + _answer_length(after[start:], content)]
+            found += [whole[end:start], answer]
+            end = start + len(answer)
         if not found:
             raise TemplateError(f"no message of the role {ANSWERS!r}")
         return (*found, whole[end:])
@@ -108,6 +118,23 @@ class ChatTemplate:
             raise
         except self._errors as error:
             raise TemplateError(f"the chat template fails: {error}") from error
+
+
+def _is_blank(content: Any) -> bool:
+    return isinstance(content, str) and not content.strip()
+
+
+def _answer_length(rendered: str, content: Any) -> int:
+    """Return the number of characters of a rendered answer up to the end of the mark that ends it.
+
+    A template without such a mark ends messages with white space, which then belongs to the answer.
+    """
+    text = content.strip() if isinstance(content, str) else ""
+    at = rendered.rfind(text) if text else -1
+    if at < 0:  # the template writes the content in a form of its own
+        return len(rendered.rstrip()) or len(rendered)
+    mark = END_MARK.match(rendered, at + len(text))
+    return len(rendered) if mark is None else mark.end()
 
 
 def read_template(model: str, path: str = "") -> ChatTemplate:

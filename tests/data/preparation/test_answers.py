@@ -77,14 +77,14 @@ def masked(prefix, encoder):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_pairs(make, lines, chat_tokenizer, shuffle):
     pairs = [{"prompt": f"the cat number {i}:", "completion": f" mat {i}"} for i in range(50)]
-    given = lines(*pairs, {"prompt": "", "completion": "sat"}, {"prompt": "the cat", "completion": ""})
+    given = lines(*pairs, {"prompt": "", "completion": "sat"}, {"prompt": "the cat", "completion": "mat<|endoftext|>"})
     settings = {"inputs": given, "tokenizer": chat_tokenizer, "append_eod": True, "shuffle": shuffle, "unit_bytes": 900}
     prefix = make(input_format="prompt-completion", control_code="<|cat|>", prepend_eod=True, **settings)
     found = masked(f"{prefix}_completion_document", build_tokenizer(chat_tokenizer))
     start, end = "<|endoftext|><|cat|>", "<|endoftext|>"
     expected = [[(f"{start}{pair['prompt']}", 0), (f"{pair['completion']}{end}", 1)] for pair in pairs]
     # The first token of a document is predicted from the document before it.
-    expected += [[(f"{start}s", 0), (f"at{end}", 1)], [(f"{start}the cat{end}", 0)]]
+    expected += [[(f"{start}s", 0), (f"at{end}", 1)], [(f"{start}the cat", 0), (f"mat{end}", 1)]]
     assert sorted(map(str, found)) == sorted(map(str, expected)) if shuffle else found == expected
     manifest = read_manifest(f"{prefix}_completion_document")
     assert manifest.tokenizer["control_code"] == "<|cat|>"
@@ -92,7 +92,7 @@ def test_pairs(make, lines, chat_tokenizer, shuffle):
 
 
 def test_the_output_is_independent_of_units(make, lines, chat_tokenizer, look):
-    given = lines(*({"question": f"cat {i}", "answer": "mat " * (i % 5)} for i in range(40)))
+    given = lines(*({"question": f"cat {i}", "answer": "mat " * (i % 5 + 1)} for i in range(40)))
     settings = {"inputs": given, "tokenizer": chat_tokenizer, "input_format": "prompt-completion"}
     settings |= {"json_keys": ("question", "answer"), "min_tokens": 3}
     one, other = make("one", unit_bytes=300, **settings), make("other", **settings)
@@ -105,13 +105,34 @@ def test_chats(make, lines, chat_tokenizer):
     prefix = make(inputs=given, tokenizer=chat_tokenizer, input_format="chat", append_eod=True)
     found = masked(f"{prefix}_messages_document", build_tokenizer(chat_tokenizer))
     begin = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
-    expected = [(begin, 0), ("sat on<|im_end|>\n", 1)]
-    expected.append(("<|im_start|>user\nmat<|im_end|>\n<|im_start|>assistant\n", 0))
-    assert found[0] == [*expected, ("number <1><|im_end|>\n<|endoftext|>", 1)]
+    expected = [(begin, 0), ("sat on<|im_end|>", 1)]
+    expected.append(("\n<|im_start|>user\nmat<|im_end|>\n<|im_start|>assistant\n", 0))
+    assert found[0] == [*expected, ("number <1><|im_end|>", 1), ("\n<|endoftext|>", 0)]
     assert found[1][3:] == [
-        ("number <1><|im_end|>\n", 1),
-        ("<|im_start|>user\ncat<|im_end|>\n<|endoftext|>", 0),
+        ("number <1><|im_end|>", 1),
+        ("\n<|im_start|>user\ncat<|im_end|>\n<|endoftext|>", 0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("<|endoftext|>\n", [("mat", 0), ("sat on<|endoftext|>", 1), ("\n<|endoftext|>", 0)]),
+        ("<|endoftext|>", [("mat", 0), ("sat on<|endoftext|>", 1)]),
+        (" <|im_end|>\n<|endoftext|>", [("mat", 0), ("sat on <|im_end|>", 1), ("\n<|endoftext|>", 0)]),
+        ("\n", [("mat", 0), ("sat on\n<|endoftext|>", 1)]),
+    ],
+)
+def test_the_answer_ends_with_its_mark(make, lines, chat_tokenizer, tmp_path, end, expected):
+    template = tmp_path / "template.jinja"
+    end = end.replace("\n", "{{ '\\n' }}")
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %}{% endfor %}"
+    )
+    given = lines({"messages": [{"role": "user", "content": "mat"}, CHAT[1]]})
+    settings = {"inputs": given, "tokenizer": chat_tokenizer, "input_format": "chat", "append_eod": True}
+    prefix = make(chat_template=str(template), **settings)
+    assert masked(f"{prefix}_messages_document", build_tokenizer(chat_tokenizer)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +140,7 @@ def test_chats(make, lines, chat_tokenizer):
     [
         ({"prompt": "a"}, "no key 'completion'"),
         ({"prompt": "a", "completion": None}, "the value of 'completion' is null, not a string"),
+        ({"prompt": "a", "completion": " "}, "the answer under 'completion' is empty"),
     ],
 )
 def test_bad_pairs(make, lines, chat_tokenizer, entry, problem):
@@ -132,6 +154,7 @@ def test_bad_pairs(make, lines, chat_tokenizer, entry, problem):
         ("hello", "the value of 'messages' is not a list of messages with role and content"),
         (CHAT[:1], "no message of the role 'assistant'"),
         ([{"role": "assistant"}], "the chat template fails: .*content"),
+        ([{"role": "assistant", "content": ""}], "the answer in message 1 is empty"),
         ([{"role": "refused", "content": ""}], "refused by the chat template: no such role"),
     ],
 )
