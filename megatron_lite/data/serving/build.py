@@ -23,7 +23,7 @@ from megatron_lite.data.order.sample_index import plan_index
 from megatron_lite.data.order.set_plan import SetPlan, SourcePlan
 from megatron_lite.data.order.split import Order, range_bounds, split_bounds
 from megatron_lite.data.serving.answers import AnswerDataset
-from megatron_lite.data.serving.checks import check_control_codes, check_vocabulary, cut_answers
+from megatron_lite.data.serving.checks import check_control_codes, check_vocabulary, cut_answers, repeated_samples
 from megatron_lite.data.serving.closed_form import ClosedFormDataset, samples_per_epoch
 from megatron_lite.data.serving.dataset import (
     BlendedDataset,
@@ -140,6 +140,8 @@ class _Builder:
                 sets += self.from_split(number, asked, data.sources, split)
             sets += [self.from_group(group, split, asked) for group in groups[split] if asked]
             found[split] = {plan.name: plan for plan in sets}
+            if split != "train":
+                self.notices.warnings += [text for plan in sets if (text := repeated_samples(config, plan))]
         if requests["train"] and not found["train"]:
             if data.sources:
                 raise DataError(

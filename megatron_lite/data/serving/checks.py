@@ -1,4 +1,4 @@
-"""Checks of datasets when they are opened: token ids, control codes, and answers that --seq-length cuts."""
+"""Checks of datasets when they are opened: token ids, control codes, cut answers, and repeated evaluation samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.tuning import validation_groups
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.manifest import DatasetManifest, read_manifest
+from megatron_lite.data.order.set_plan import SetPlan
 from megatron_lite.data.serving.dataset import check_tokens
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_count
+from megatron_lite.schedules.length import test_samples
 
 PROBES = 64
 """Sequences of a file whose token ids are checked when it is opened; every sample is checked when it is read."""
@@ -71,4 +74,22 @@ def cut_answers(data: IndexedDataset, manifest: DatasetManifest | None, seq_leng
         f"--seq-length {seq_length} cuts about {cut:,} of the {len(data):,} answers of {data.prefix}, whose rest is "
         f"then trained on without its prompt; {longer:,} are longer than a sample. Only these are cut if the dataset "
         f"is packed: megatron-lite data pack {data.prefix} PACKED --seq-length {seq_length}"
+    )
+
+
+def repeated_samples(config: RunConfig, plan: SetPlan) -> str:
+    """Return a warning about a validation or test set that is smaller than one evaluation; empty: it is not."""
+    wanted, iters, held = (
+        test_samples(config),
+        config.training.eval_iters,
+        sum(source.epoch_samples for source in plan.sources),
+    )
+    if not plan.sources or held >= wanted:
+        return ""
+    name = plan.split if plan.name == plan.split else f"{plan.split} ({plan.name})"
+    count = format_count(int(held), "sample") if held >= 1 else "less than one sample"
+    return (
+        f"the {name} set has {count}, and one evaluation reads {wanted:,} (--eval-iters {iters} with global batches of "
+        f"{wanted // iters:,}): each sample is read about {wanted / max(held, 1.0):,.1f} times. Give a smaller "
+        "--eval-iters or a larger set"
     )

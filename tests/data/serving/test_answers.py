@@ -123,3 +123,19 @@ def test_merging_merges_masks(tmp_path):
     assert not has_mask(tmp_path / "ab")
     with pytest.raises(DataError, match=r"Cannot merge .*/c with datasets that mark their answers"):
         merge_datasets([prefixes[0], str(tmp_path / "c")], str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(("eval_iters", "warned"), [(12, True), (1, False)])
+def test_a_validation_set_smaller_than_one_evaluation(tmp_path, eval_iters, warned):
+    prefix = write(tmp_path / "a")
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=100),
+        batch=BatchConfig(seq_length=LENGTH, micro_batch_size=2, global_batch_size=4),
+        training=TrainingConfig(train_iters=5, eval_iters=eval_iters),
+        data=DataConfig(sources=(DataSource(path=prefix),), split="50,50,0"),
+    )
+    found = [text for text in build_datasets(config).notices.warnings if "one evaluation reads" in text]
+    samples = int(IndexedDataset(prefix).sizes[20:].sum() - 1) // LENGTH
+    assert len(found) == warned
+    if warned:
+        assert f"the valid set has {samples} samples, and one evaluation reads 48 (--eval-iters 12 with" in found[0]
