@@ -11,6 +11,7 @@ from megatron_lite.config.data import DataGroup
 from megatron_lite.config.flag import Flag, Format, option
 from megatron_lite.config.values import read_float, write_value
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 
 if TYPE_CHECKING:
     from megatron_lite.config.run import RunConfig
@@ -184,16 +185,16 @@ def control_codes_have_datasets(config: RunConfig) -> Iterator[ConfigError]:
     sources = data.sources or tuple(source for group in data.train_groups for source in group.sources)
     if len(sources) != len(codes):
         yield ConfigError(
-            f"{flag} gives {len(codes)} codes for {len(sources)} training datasets",
+            f"{flag} gives {format_count(len(codes), 'code')} for {format_count(len(sources), 'training dataset')}",
             fix="Give one code for each dataset of --data-path or --train-data-path, in the same order",
         )
     if data.sources or config.training.skip_train:
         return
     if (found := len(validation_groups(config))) != len(codes):
         yield ConfigError(
-            f"{flag} gives {len(codes)} codes for {found} validation datasets",
+            f"{flag} gives {format_count(len(codes), 'code')} for {format_count(found, 'validation dataset')}",
             rule="Each control code is validated on its own dataset",
-            fix=f"Give --valid-data-path {len(codes)} datasets, in the order of the codes",
+            fix=f"Give --valid-data-path {format_count(len(codes), 'dataset')}, in the order of the codes",
         )
 
 

@@ -32,7 +32,7 @@ class BestValidation:
 
         The evaluation at the end of a run may be the second at its iteration: it is ignored.
         """
-        if iteration == self._last:
+        if self.has_observed(iteration):
             return False
         self._last = iteration
         improves = loss < self._reference - self.threshold
@@ -43,6 +43,10 @@ class BestValidation:
             return False
         self.loss, self.iteration = loss, iteration
         return True
+
+    def has_observed(self, iteration: int) -> bool:
+        """Return whether the last evaluation was that of an iteration."""
+        return iteration == self._last
 
     @property
     def exhausted(self) -> bool:

@@ -10,6 +10,7 @@ from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.config.tuning import write_factors
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
+from megatron_lite.formatting import format_count
 from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
 from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
@@ -95,7 +96,11 @@ def _length(config: RunConfig, length: Length) -> str:
     warmup = f", {length.warmup:,.0f} {length.lr_unit} of warm-up" if length.warmup else ""
     end = f" to {lr.min_lr:g}, {lr.style}" if lr.style != "constant" else ", constant"
     tuning = config.tuning
-    epochs = f"{tuning.epochs:,} epochs of {config.epoch_samples:,} samples: " if tuning.epochs else ""
+    epochs = (
+        f"{format_count(tuning.epochs, 'epoch')} of {format_count(config.epoch_samples, 'sample')}: "
+        if tuning.epochs
+        else ""
+    )
     return (
         f"{epochs}{length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens; "
         f"learning rate {config.optimizer.relative_step or f'{lr.lr:g}{end}{warmup}'}"

@@ -250,6 +250,12 @@ def _validate(run: Run, stopper: Stopper) -> Stop | None:
 
 def _evaluate_at_end(run: Run, stopper: Stopper) -> Stop | None:
     if run.evaluates("validation"):
+        iteration = run.progress.iteration
+        if run.state.best.has_observed(iteration) and not run.config.training.skip_train:
+            run.reporter.message(
+                f"additional validation at the end of the run, on the samples after those of the validation of "
+                f"iteration {iteration}; only the latter counts for the best checkpoint and early stopping"
+            )
         stop = run.agree(stopper.before_evaluation(evaluation=run.longest_validation, save=None))
         if stop := stop or _evaluate(run, "validation", stopper, at_end=True):
             return stop

@@ -133,6 +133,11 @@ def test_evaluations_continue_in_their_data(corpus, tmp_path):
     last = [record["losses"]["lm loss"] for record in measured(tmp_path) if record["iteration"] == 6][1:]
     assert len(set(last)) == 3, "other samples each time"
     assert "validation loss at iteration 2 | lm loss value: " in result.out
+    message = (
+        "additional validation at the end of the run, on the samples after those of the validation of iteration 6;"
+    )
+    assert result.out.index("validation loss at iteration 6 |") < result.out.index(message)
+    assert result.out.index(message) < result.out.index("validation loss at iteration 6 on validation set |")
     assert "validation loss at iteration 6 on test set | lm loss value: " in result.out
 
 

@@ -14,6 +14,7 @@ def test_the_lowest_loss_is_the_best():
     best = BestValidation()
     assert observe(best, [5.0, 4.0, math.nan, 4.0, 3.9]) == [True, True, False, False, True]
     assert (best.loss, best.iteration, best.exhausted) == (3.9, 5, False)
+    assert best.has_observed(5) and not best.has_observed(4)
 
 
 def test_patience_ends_after_evaluations_without_improvement():

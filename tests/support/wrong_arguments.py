@@ -224,7 +224,7 @@ FROM_FLAGS = {
     "--data-path x y --control-codes a a": "--control-codes a a gives the code a twice. Give each dataset a code of",
     "--data-path x y --control-codes a b c": "--control-codes a b c gives 3 codes for 2 training datasets. Give one",
     "--train-data-path x y --control-codes a b --valid-data-path z": (
-        "--control-codes a b gives 2 codes for 1 validation datasets. Each control code is validated on its own"
+        "--control-codes a b gives 2 codes for 1 validation dataset. Each control code is validated on its own"
     ),
     "--spike-factor 0.5": "--spike-factor 0.5 would count usual losses as spikes. A loss above this factor times",
     "--auto-rollback 1": "--auto-rollback 1 is given without --spike-factor and --save. Automatic rollback loads",
