@@ -26,7 +26,6 @@ def show_samples(argv: list[str]) -> int:
         description="Print the documents and the text that an iteration trains on. Give the job's flags or its whole "
         "command, including --load: iterations before the latest checkpoint are printed as they were read, even if the "
         "flags have changed since.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--iteration", type=whole(1), required=True, metavar="N", help="iteration number as in the log, from 1"
@@ -93,7 +92,6 @@ def build_indices(argv: list[str]) -> int:
         usage="%(prog)s JOB_FLAGS",
         description="Build the sample indices of a job and write them to the cache, so that the job starts without a "
         "delay. Prints the number of samples of each set.",
-        allow_abbrev=False,
     )
     _, args = parser.parse_known_args(argv)
     started = time.monotonic()

@@ -75,7 +75,6 @@ def _parser() -> Parser:
         description=SUMMARY[0].upper() + SUMMARY[1:] + ".",
         usage=USAGE,
         epilog=EPILOG,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE to stdout")

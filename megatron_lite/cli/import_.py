@@ -71,7 +71,6 @@ def _parser() -> Parser:
         "Megatron-LM (classic and torch_dist) and DeepSpeed (layer files, ZeRO-1, universal) are read as well.",
         epilog="What files of Megatron-LM or DeepSpeed do not say of the model, its own flags do: "
         "--num-attention-heads 16 --vocab-size 50257 … (entries of the tokenizer), or the tokenizer's files.",
-        allow_abbrev=False,  # what is not known is a flag of the model
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder")
     parser.add_argument(

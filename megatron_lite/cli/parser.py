@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from megatron_lite.config.values import (
@@ -21,7 +21,16 @@ from megatron_lite.formatting import format_number
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that rejects arguments that are not UTF-8, which can be neither printed nor tokenized."""
+    """ArgumentParser that rejects abbreviated flags, and arguments that can be neither printed nor tokenized.
+
+    Args:
+        abbreviated: flags that may be abbreviated, as in the command lines of another program.
+        options: of ArgumentParser.
+    """
+
+    def __init__(self, *, abbreviated: Collection[str] = (), **options: Any) -> None:
+        super().__init__(allow_abbrev=bool(abbreviated), **options)
+        self._abbreviated = frozenset(abbreviated)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Parse as argparse does, after the UTF-8 check."""
@@ -33,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Accept an abbreviation of several spellings of one flag, which argparse before 3.14 calls ambiguous."""
-        matches: list[Any] = super()._get_option_tuples(option_string)
+        found: list[Any] = super()._get_option_tuples(option_string)
+        matches = [match for match in found if self._abbreviated.intersection(match[0].option_strings)]
         return matches[:1] if len({id(match[0]) for match in matches}) == 1 else matches
 
     def error(self, message: str) -> NoReturn:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 SUMMARY = "tokenize text (jsonl, parquet, folders and archives of .txt files) into a .bin/.idx dataset"
 INTERRUPTED = 130
+_ABBREVIATED = (
+    *("--input", "--json-keys", "--split-sentences", "--keep-newlines", "--lang", "--output-prefix", "--dataset-impl"),
+    *("--tokenizer-type", "--tokenizer-model", "--vocab-file", "--vocab-size", "--merge-file", "--append-eod"),
+    *("--workers", "--partitions", "--log-interval", "--keep-sequential-samples", "--tensor-model-parallel-size"),
+    *("--make-vocab-size-divisible-by", "--find-optimal-num-workers", "--workers-to-check", "--max-documents"),
+)
+"""Flags of Megatron's preprocess_data.py, whose command lines abbreviate them (--vocab, --json-key)."""
 
 
 def run(argv: list[str]) -> int:
@@ -47,6 +54,11 @@ def run(argv: list[str]) -> int:
             f"--partitions {args.partitions} has no effect: documents stay in the order of the input (Megatron-LM "
             "distributes them in turn, unless --keep-sequential-samples is given)."
         )
+    if options.joins_without_separator:
+        progress.say(
+            "--join-short joins documents without a token between them: add --append-eod or --prepend-eod to separate "
+            "them."
+        )
     try:
         result = preprocess(options, progress)
     except KeyboardInterrupt:
@@ -62,8 +74,9 @@ def run(argv: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """Return the parser, which accepts abbreviated flags as Megatron's does."""
+    """Return the parser, which accepts abbreviations of Megatron's flags, as Megatron does."""
     parser = Parser(
+        abbreviated=_ABBREVIATED,
         prog="preprocess_data.py",
         usage="%(prog)s --input FILE … --output-prefix PATH (--vocab-file PATH --merge-file PATH | "
         "--tokenizer-model PATH) [--append-eod] [--workers N] …",

@@ -166,3 +166,25 @@ def test_abbreviations_of_several_spellings_of_one_flag():
     assert args.tokenizer_merge_file == "merges.txt"
     with pytest.raises(SystemExit):
         preprocess.build_parser().parse_args(["--input", "x", "--output-prefix", "y", "--m", "merges.txt"])
+
+
+def test_abbreviations_of_other_flags_are_refused(capsys):
+    """Megatron's preprocess_data.py has no --min-document-tokens; train_tokenizer.py is no tool of Megatron's."""
+    for parser, args in (
+        (preprocess.build_parser(), ["--input", "x", "--output-prefix", "y", "--min-doc", "4"]),
+        (train_tokenizer.build_parser(), ["--input", "x", "--output", "y", "--vocab-size", "300", "--min-freq", "4"]),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(args)
+        assert f"unrecognized arguments: {args[-2]} 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [(), ("--append-eod",)])
+def test_documents_joined_without_a_separator_are_reported(corpus, tmp_path, capsys, end):
+    args = ["--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size", "300"]
+    assert train_tokenizer.run(args) == 0
+    args = ["--input", str(corpus), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model", str(tmp_path / "t")]
+    assert preprocess.run([*args, "--min-tokens", "30", "--join-short", *end]) == 0
+    printed = capsys.readouterr()
+    assert ("joins documents without a token between them" in printed.err) == (not end)
+    assert "tokens in the input, without special tokens)" in printed.out

@@ -147,7 +147,7 @@ def note_outliers(
         report.note(kind, Example(int(lines[at]), score, what, files[at] if files else ""))
 
     at = int(np.argmax(tokens))
-    note("longest", at, float(tokens[at]), f"({int(tokens[at]):,} tokens)")
+    note("longest", at, float(tokens[at]), f"({int(tokens[at]):,} tokens in the input, without special tokens)")
     ends = np.cumsum(tokens)
     long = np.flatnonzero(tokens >= WINDOW)
     starts = ends[long] - tokens[long] // 2 - WINDOW // 2

@@ -152,6 +152,11 @@ class PreprocessOptions:
             )
 
     @property
+    def joins_without_separator(self) -> bool:
+        """True if --join-short joins documents that no token or control code begins or ends."""
+        return self.join_short and not (self.append_eod or self.prepend_eod or self.prepend_bos or self.control_code)
+
+    @property
     def has_answers(self) -> bool:
         """True if documents are prompts with answers, whose loss mask is written."""
         return self.input_format != "text"
