@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.task_ranks import end_with_parent, start_ranks
-from megatron_lite.cli.evaluate_arguments import evaluate_parser
-from megatron_lite.cli.evaluate_checkpoints import INPUTS, EvaluationPlan, evaluate_checkpoints, make_plan
+from megatron_lite.cli.evaluate_arguments import INPUTS, evaluate_parser, flags_without_effect
+from megatron_lite.cli.evaluate_checkpoints import EvaluationPlan, evaluate_checkpoints, make_plan
 from megatron_lite.cli.tokenizer_arguments import tokenizer_fields
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -34,6 +34,10 @@ def run(argv: list[str]) -> int:
         parser.error("nothing to evaluate: give --text FILE, --data-path PREFIX, --lambada FILE or --tasks NAME")
     if not options.all_checkpoints and (options.svg or options.again):
         parser.error(f"{'--svg' if options.svg else '--again'} is an option of --all-checkpoints: add it")
+    given = sum(bool(getattr(options, name)) for name in INPUTS)
+    for flag, inputs in flags_without_effect(options).items():
+        if len(inputs) == given:
+            parser.error(f"{flag} has no effect on {' and '.join(inputs)}: remove it")
     launch, count = read_launch(), options.ranks_per_task
     if count > 1 and launch.launcher == "torchrun":
         parser.error(f"torchrun starts all ranks itself: remove --ranks-per-task {count}")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from megatron_lite.cli.model_arguments import add_model_arguments
 from megatron_lite.cli.parser import Parser, whole
 
+CORPORA = ("text", "wikitext", "ptb", "enwik8", "text8")
+INPUTS = (*CORPORA, "lambada", "documents", "data_path", "tasks")
+"""Options that name something to evaluate."""
+_APPLIES_TO = {
+    "stride": (*CORPORA, "documents", "data_path"),
+    "prepend_bos": (*CORPORA, "lambada", "documents", "tasks"),
+    "limit": ("lambada", "documents", "data_path", "tasks"),
+    "num_fewshot": ("tasks",),
+    "include_path": ("tasks",),
+}
+"""Inputs on which an option has an effect; the other options apply to all."""
 _FILES = {
     "text": "plain UTF-8 text files, one document each",
     "wikitext": "WikiText-2 or 103 (wiki.test.raw): detokenized; perplexity per word of the file, as published",
@@ -102,3 +114,18 @@ def evaluate_parser() -> Parser:
         help="start N ranks on this machine, or in each task of srun; those beyond the two sizes share the work",
     )
     return parser
+
+
+def flags_without_effect(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the given flags that do not apply to all given inputs, each with the flags of the other inputs."""
+    inputs = [name for name in INPUTS if getattr(options, name)]
+    found = {
+        _flag(name): [_flag(one) for one in inputs if one not in applies]
+        for name, applies in _APPLIES_TO.items()
+        if getattr(options, name) not in (None, []) and getattr(options, name) is not False
+    }
+    return {flag: others for flag, others in found.items() if others}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

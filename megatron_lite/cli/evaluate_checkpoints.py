@@ -8,15 +8,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.cli.curve import has_braille
+from megatron_lite.cli.evaluate_arguments import CORPORA, flags_without_effect
 from megatron_lite.cli.model_arguments import note
+from megatron_lite.cli.tokenizer_arguments import tokenizer_fields
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.formatting import format_count
 from megatron_lite.runs.catalog import find_checkpoint, iteration_of, list_checkpoints
 from megatron_lite.runs.evaluations import (
     Evaluation,
@@ -34,9 +37,6 @@ if TYPE_CHECKING:
     from megatron_lite.evaluation.jobs import Job, ScoreSpans, Windows
     from megatron_lite.evaluation.scoring import Score, Span
 
-CORPORA = ("text", "wikitext", "ptb", "enwik8", "text8")
-INPUTS = (*CORPORA, "lambada", "documents", "data_path", "tasks")
-"""Options that name something to evaluate."""
 HARNESS_VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -74,6 +74,7 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
 
     from megatron_lite.evaluation.jobs import Windows
     from megatron_lite.evaluation.scoring import check_length
+    from megatron_lite.tokenizer.build import build_tokenizer
 
     plan = EvaluationPlan([], [])
     makers = _job_makers(options, plan)
@@ -86,6 +87,10 @@ def make_plan(options: argparse.Namespace) -> EvaluationPlan:
     ]
     for one in windows:
         check_length(one.seq_length, stored.model)
+    for flag, inputs in flags_without_effect(options).items():
+        note(f"{flag} has no effect on {' and '.join(inputs)}")
+    if options.prepend_bos:
+        _ = build_tokenizer(replace(stored.tokenizer, **tokenizer_fields(options), fast=False)).bos
     plan.checkpoints = checkpoints
     plan.jobs = [make_job(one) for make_job in makers for one in windows]
     return plan
@@ -160,7 +165,15 @@ def _job_makers(options: argparse.Namespace, plan: EvaluationPlan) -> list[Calla
     for name in CORPORA:
         makers += [partial(jobs.corpus_job, READERS[name](path)) for path in getattr(options, name)]
     makers += [partial(jobs.dataset_job, prefix) for prefix in options.data_path]
-    makers += [partial(jobs.lambada_job, read_lambada(path)) for path in options.lambada]
+    for path in options.lambada:
+        passages = read_lambada(path)
+        if lines := passages.without_word:
+            note(
+                f"--lambada {path}: {format_count(len(lines), 'passage')} of {len(passages.pairs):,} "
+                f"{'ends' if len(lines) == 1 else 'end'} with punctuation instead of a word (first: line {lines[0]}), "
+                "so the figures are not comparable with LAMBADA's"
+            )
+        makers.append(partial(jobs.lambada_job, passages))
     makers += [partial(jobs.documents_job, read_documents(path)) for path in options.documents]
     if names := [name for given in options.tasks for name in given.split(",") if name]:
         from megatron_lite.evaluation.harness import harness_job, load_tasks

@@ -162,8 +162,8 @@ def _measure_dataset(
 
 def _measure_lambada(passages: Passages, windows: Windows, tokenizer: Tokenizer, score: ScoreSpans) -> Measured:
     prefix = windows.context(tokenizer) if windows.prepend_bos else []
-    spans = last_word_spans(passages, tokenizer.encode, prefix, windows.seq_length)
-    return Measured(lambada_metrics(score(spans[: windows.limit])))
+    spans = last_word_spans(passages, tokenizer.encode, prefix, windows.seq_length)[: windows.limit]
+    return Measured(lambada_metrics(score(spans), sum(span.begin > 0 for span in spans)))
 
 
 def _measure_documents(documents: Documents, windows: Windows, tokenizer: Tokenizer, score: ScoreSpans) -> Measured:

@@ -24,12 +24,14 @@ class Passages:
             lines (lambada_test_plain_text.txt, lower case and tokenized).
         pairs: context and last word of each passage; the word begins with its space.
         fingerprint: hash of the file's text.
+        without_word: line numbers of the passages that end with punctuation instead of a word.
     """
 
     name: str
     variant: str
     pairs: tuple[tuple[str, str], ...]
     fingerprint: str
+    without_word: tuple[int, ...] = ()
 
 
 def read_lambada(path: str) -> Passages:
@@ -44,7 +46,7 @@ def read_lambada(path: str) -> Passages:
         passages = [(number, record.get("text")) for number, record in json_lines(text, path, "--lambada")]
     else:
         passages = [(number, line) for number, line in enumerate(text_lines(text), 1) if line.strip()]
-    pairs = []
+    pairs, without_word = [], []
     for number, passage in passages:
         context, _, word = passage.strip().rpartition(" ") if isinstance(passage, str) else ("", "", "")
         if not context or not word:
@@ -54,9 +56,11 @@ def read_lambada(path: str) -> Passages:
                 "passage on each line)",
             )
         pairs.append((context, f" {word}"))
+        if not any(map(str.isalnum, word)):
+            without_word.append(number)
     if not pairs:
         raise DataError(f"--lambada {path} has no passages", fix="Give a file with passages")
-    return Passages(path, variant, tuple(pairs), fingerprint(text))
+    return Passages(path, variant, tuple(pairs), fingerprint(text), tuple(without_word))
 
 
 def last_word_spans(
@@ -81,8 +85,8 @@ def last_word_spans(
     return spans
 
 
-def lambada_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Return last-word accuracy, perplexity per last word, and the number of passages.
+def lambada_metrics(scores: Sequence[Score], cut_passages: int = 0) -> dict[str, float]:
+    """Return last-word accuracy, perplexity per last word, the number of passages, and of those that were cut, if any.
 
     A word is right if greedy decoding produces all of its tokens. Perplexity is exp of the mean negative log-likelihood
     of a word, all its tokens together.
@@ -90,6 +94,7 @@ def lambada_metrics(scores: Sequence[Score]) -> dict[str, float]:
     mean = math.fsum(score.loss for score in scores) / len(scores)
     return {
         "passages": len(scores),
+        **({"cut_passages": cut_passages} if cut_passages else {}),
         "accuracy": sum(score.greedy for score in scores) / len(scores),
         "perplexity": math.exp(mean) if mean < 700.0 else math.inf,
     }

@@ -11,6 +11,7 @@ from megatron_lite.metrics.curve import LossCurve
 from megatron_lite.runs.evaluations import Evaluation, job_key
 
 _LABELS = {
+    "cut_passages": "cut",
     "bits_per_byte": "bits/byte",
     "bits_per_character": "bits/char",
     "mean_bits_per_byte": "mean b/byte",

@@ -133,7 +133,8 @@ def find_bos(vocabulary: dict[str, int], declared: str = "") -> int:
         f"The tokenizer has no beginning-of-text token for --prepend-bos: its vocabulary of {len(vocabulary):,} "
         "tokens has "
         f"none of these: {', '.join(names)}",
-        fix="Remove --prepend-bos, or declare the token as bos_token in tokenizer_config.json",
+        fix="Remove --prepend-bos, or declare the token as bos_token in tokenizer_config.json, in the folder of "
+        "--tokenizer-type HuggingFaceTokenizer",
     )
 
 

@@ -66,7 +66,7 @@ def test_published_corpora(run, tmp_path):
         "ptb": " a abc was n't N \n",
         "enwik8": "abc dé",
         "text8": " abc def",
-        "lambada": '{"text": "abc def ab"}\n{"text": "a b, c d."}\n',
+        "lambada": '{"text": "abc def ab"}\n{"text": "a b, c d ."}\n',
         "documents": '{"text": "abc"}\n{"text": "de f", "meta": {"pile_set_name": "B"}}\n',
     }
     args = []
@@ -88,7 +88,9 @@ def test_published_corpora(run, tmp_path):
     bits = [documents["parts"][name]["bits_per_byte"] for name in ("", "B")]
     assert documents["mean_bits_per_byte"] == pytest.approx(sum(bits) / 2)
     assert documents["bits_per_byte"] == pytest.approx((3 * bits[0] + 4 * bits[1]) / 7)
-    table = evaluate(run, *args)
+    table = evaluate(run, *args, "--stride", 8)
+    assert "--stride has no effect on --lambada" in table.err
+    assert "1 passage of 2 ends with punctuation instead of a word (first: line 2)" in table.err
     assert table.code == 0 and all(len(line) <= 80 for line in table.out.splitlines() if str(tmp_path) not in line)
 
 
@@ -157,4 +159,4 @@ def test_errors(run, tmp_path, args, code, said):
     (tmp_path / "text").write_text("abc abc")
     result = evaluate(run, *(str(word).format(folder=tmp_path) for word in args))
     assert result.code == code, result
-    assert said in result.err
+    assert said in result.err and "loaded" not in result.err

@@ -55,11 +55,15 @@ def test_last_words(tmp_path):
     assert [(one.begin, one.start, one.end) for one in spans] == [(0, 7, 13), (0, 4, 9)]
     (cut, _) = last_word_spans(found, lambda text: list(text.encode()), [0], 8)
     assert (cut.begin, cut.start, cut.end, cut.length) == (5, 8, 14, 8)
+    assert found.without_word == ()
+    original.write_text("one two .\nit is 5\nfour s!\n“ — ”\n", encoding="utf-8")
+    assert read_lambada(str(original)).without_word == (1, 4)
 
 
 def test_lambada_metrics():
     metrics = lambada_metrics([Score(1.0, 2, True), Score(3.0, 1, False)])
     assert metrics == {"passages": 2, "accuracy": 0.5, "perplexity": pytest.approx(7.389056)}
+    assert lambada_metrics([Score(1.0, 2, True)], 1)["cut_passages"] == 1
 
 
 @pytest.mark.parametrize(

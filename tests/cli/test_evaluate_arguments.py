@@ -1,0 +1,32 @@
+"""Arguments of `evaluate`: flags without an effect on the given inputs."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lite.cli import evaluate
+from megatron_lite.cli.evaluate_arguments import evaluate_parser, flags_without_effect
+
+GIVEN = ("--load", "run")
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (("--lambada", "f", "--stride", "8"), {"--stride": ["--lambada"]}),
+        (("--lambada", "f", "--text", "t", "--tasks", "x", "--stride", "8"), {"--stride": ["--lambada", "--tasks"]}),
+        (("--data-path", "d", "--prepend-bos", "--limit", "3"), {"--prepend-bos": ["--data-path"]}),
+        (("--text", "t", "--limit", "3", "--num-fewshot", "0"), {"--limit": ["--text"], "--num-fewshot": ["--text"]}),
+        (("--text", "t", "--include-path", "p"), {"--include-path": ["--text"]}),
+        (("--text", "t", "--documents", "d", "--stride", "8", "--prepend-bos"), {}),
+        (("--tasks", "x", "--num-fewshot", "0", "--include-path", "p", "--limit", "3", "--prepend-bos"), {}),
+    ],
+)
+def test_flags_without_effect(args, found):
+    assert flags_without_effect(evaluate_parser().parse_args([*GIVEN, *args])) == found
+
+
+def test_a_flag_without_any_effect_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.run([*GIVEN, "--lambada", "f", "--stride", "8"])
+    assert "--stride has no effect on --lambada: remove it" in capsys.readouterr().err
