@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_lite.config.text_format import BOM
 from megatron_lite.data.preparation.lines import Line, LineBatch, read_batches
 from megatron_lite.data.preparation.options import PlainText
-from megatron_lite.data.preparation.sources import Unit, find_sources, plan_units
+from megatron_lite.data.preparation.sources import Source, Unit, find_sources, plan_units
 from megatron_lite.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,6 +47,17 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 class BadLineError(ValueError):
     """A line without a document; the message is the reason in a few words."""
+
+
+def remedy_of_bad(source: Source, kind: str, effect: str = "") -> str:
+    """Return what to do about a bad line or file (`kind`), and the effect of --skip-bad-lines on the command."""
+    if source.document == "json" and ".txt" in Path(source.path.lower()).suffixes:
+        return (
+            f"If {source.path} is plain text, add --plain-text file (the file is one document) or --plain-text line "
+            "(each line is one)"
+        )
+    skip = f"Repair the {kind}, or pass --skip-bad-lines to leave out and count such {kind}s"
+    return f"{skip}: {effect}" if effect else skip
 
 
 @dataclass
@@ -332,7 +343,7 @@ def iterate_texts(
                 kind = "file" if batch.names else "line"
                 raise DataError(
                     f"Bad {kind} {place}: {reason}",
-                    fix=f"Repair the {kind}, or pass --skip-bad-lines to leave out such {kind}s",
+                    fix=remedy_of_bad(unit.source, kind),
                 )
             for texts in zip(*parsed.texts, strict=True):
                 yield from texts

@@ -66,7 +66,11 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
     sources = find_sources(options.inputs, options.plain_text)
     _check_keys(options, sources)
     units = plan_units(sources, options.unit_bytes, options.limit_bytes)
-    with contextlib.closing(progress), _start_workers(options, min(options.workers, len(units))) as pool:
+    with (
+        contextlib.ExitStack() as after_workers,  # which write to the work folder
+        contextlib.closing(progress),
+        _start_workers(options, min(options.workers, len(units))) as pool,
+    ):
         run = _Run(options, sources, units, pool, progress)
         if all(is_complete(prefix, run.plan) for prefix in run.prefixes):
             # Delete what an interrupted deletion left, but keep unfinished work of another command.
@@ -76,12 +80,7 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
         if not options.overwrite and run.unfinished_plan != run.plan:
             for prefix in run.prefixes:
                 require_absent(prefix)
-        folder = WorkFolder(options.output_prefix, run.plan)
-        try:
-            summary = run.make(folder)
-            folder.remove()
-        finally:
-            folder.release()
+        summary = run.make(after_workers.enter_context(WorkFolder(options.output_prefix, run.plan)))
     return Result(options.data_prefixes, summary.text())
 
 
@@ -162,7 +161,7 @@ class _Run:
         with self._assemble(folder, self.units) as assembly:
             for step in self._add_units(assembly, todo):
                 self.progress.advance(step)
-            summary = self._summarize(assembly.done)
+            summary = self._summarize(folder, assembly.done)
             self._finish(assembly, summary)
         return summary
 
@@ -171,7 +170,7 @@ class _Run:
             self.progress.advance(step)
         finished = folder.finished()
         done = [finished[unit.number] for unit in self.units]
-        summary = self._summarize(done)
+        summary = self._summarize(folder, done)
         buckets = plan_buckets(len(self.units), [one.shards for one in done])
         rest = [bucket for bucket in buckets if bucket.number not in finished]
         self.progress.stage("shuffle", len(rest))
@@ -224,14 +223,15 @@ class _Run:
             return self.pool.run(tasks)
         return chain.from_iterable(map(build_job(self.options, folder, self.tokenizer), tasks))
 
-    def _summarize(self, done: Sequence[FinishedUnit]) -> Summary:
+    def _summarize(self, folder: WorkFolder, done: Sequence[FinishedUnit]) -> Summary:
         """Return the summary of all units.
 
         Raises:
-            DataError: they have no tokens.
+            DataError: they have no tokens; the command cannot continue.
         """
         summary = _summarize(self.sources, self.units, done)
         if not any(shard.num_bytes for one in done for shard in one.shards):
+            folder.can_continue = False
             raise DataError(
                 f"The dataset would be empty: {summary.explain_empty()}",
                 fix=summary.remedy_of_empty(self.options.json_keys),

@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_lite.data.format.file_lock import acquire, holder
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sources import Source
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, MegatronLiteError
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.system_errors import reason, remedy
 
@@ -97,6 +98,9 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 class WorkFolder:
     """Work folder of a run, locked by one process at a time.
 
+    As a context manager, it deletes the folder at the end, and after an error unless the command can continue from it:
+    then it has finished units, and `can_continue` is true.
+
     Args:
         output_prefix: the run's --output-prefix.
         plan: hash from plan_hash; unfinished work of another plan is deleted.
@@ -104,6 +108,7 @@ class WorkFolder:
     Attributes:
         path: the folder.
         discarded: True if finished units of another plan were deleted.
+        can_continue: False if the finished units cannot become a dataset.
 
     Raises:
         DataError: another run has locked the folder, or it cannot be created.
@@ -111,6 +116,7 @@ class WorkFolder:
 
     def __init__(self, output_prefix: str, plan: str) -> None:
         self.path = self.path_of(output_prefix)
+        self.can_continue = True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire()
@@ -121,6 +127,17 @@ class WorkFolder:
                 f"Cannot write to {self.path}: {reason(error)}",
                 fix=remedy(error, self.path, instead="give another --output-prefix", writing=True),
             ) from error
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_failure = isinstance(error, MegatronLiteError)
+        if error is None or (is_failure and not (self.can_continue and self.finished())):
+            self.remove()
+        self.release()
 
     @staticmethod
     def path_of(output_prefix: str) -> Path:

@@ -17,7 +17,7 @@ from megatron_lite.data.format.loss_mask import MASK_TYPE
 from megatron_lite.data.preparation.answers import AnswerParser, segment_batch
 from megatron_lite.data.preparation.batch import Batch, note_outliers
 from megatron_lite.data.preparation.chat import read_template
-from megatron_lite.data.preparation.documents import BatchParser, lines_before, parse_plain
+from megatron_lite.data.preparation.documents import BatchParser, lines_before, parse_plain, remedy_of_bad
 from megatron_lite.data.preparation.joining import ShortDocumentJoiner
 from megatron_lite.data.preparation.lines import LineBatch, read_batches
 from megatron_lite.data.preparation.options import PreprocessOptions
@@ -333,7 +333,7 @@ class UnitWorker:
             kind = "file" if file else "line"
             raise DataError(
                 f"Bad {kind} {file or f'{unit.source.path}:{lines_before(unit) + number}'}: {reason}",
-                fix=f"Repair the {kind}, or pass --skip-bad-lines to leave out and count such {kind}s",
+                fix=remedy_of_bad(unit.source, kind, "the command then continues where it stopped"),
             )
         report.reject(number, reason, file)
 

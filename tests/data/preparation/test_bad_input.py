@@ -49,6 +49,29 @@ def test_bad_line(make, look, tmp_path, name):
     assert report["bad_lines"][0].startswith(f"{path}:10 ")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_plain_text_read_as_json(make, tmp_path, workers):
+    """The error names the flag for plain text; nothing is finished, so no work folder is left."""
+    path = tmp_path / "in.txt"
+    path.write_text("not JSON\n" * 20, encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"in\.txt:\d+: not JSON.*add --plain-text file .* or --plain-text line"
+    ) as caught:
+        make(inputs=(str(path),), unit_bytes=60, workers=workers)
+    assert "--skip-bad-lines" not in str(caught.value)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_finished_work_is_kept_after_a_bad_line(make, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join([GOOD] * 9 + [b"{"]))
+    with pytest.raises(DataError, match="leave out and count such lines: the command then continues"):
+        make(inputs=(str(path),), unit_bytes=60)
+    assert (tmp_path / "out.partial").is_dir()
+    make(inputs=(str(path),), unit_bytes=60, skip_bad_lines=True)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_an_error_in_a_worker_process_is_complete(make, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 9 + [b"{"] + [GOOD] * 9))
@@ -119,7 +142,7 @@ def test_empty_corpus(make, tmp_path):
         DataError, match=r"3 lines of input \(bad lines skipped 2, blank lines 1; .*in\.jsonl:1 not JSON"
     ):
         make(inputs=(str(tmp_path / "in.jsonl"),), skip_bad_lines=True)
-    assert not list(tmp_path.glob("out_*"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_empty_inputs_among_others_are_named(make, tmp_path):
