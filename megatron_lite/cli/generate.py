@@ -206,12 +206,14 @@ def print_texts(generator: TextGenerator, prompts: Sequence[Prompt], stop: StopF
 
 
 def _log_prob_lines(result: Result, tokenizer: Tokenizer) -> str:
-    """Return a line for each token, and their sum."""
+    """Return a line for each token, end-of-document included, and their sum."""
     generated = result.generated
     lines = [
         f"{log_prob:10.4f}  {tokenizer.decode([token])!r}"
         for token, log_prob in zip(generated.tokens, generated.log_probs, strict=True)
     ]
+    if generated.eod_log_prob is not None:
+        lines.append(f"{generated.eod_log_prob:10.4f}  end of document")
     return "\n".join([*lines, f"{generated.log_prob:10.4f}  in all"])
 
 

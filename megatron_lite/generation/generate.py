@@ -137,6 +137,7 @@ class _Text:
     def take(self, token: int, log_prob: float, eod: int | None, on_token: OnToken) -> FinishReason | None:
         """Append a token; return why the text ends, None if it does not."""
         if token == eod:
+            self.generated.eod_log_prob = log_prob
             return "eod"
         self.position = len(self.window)
         self.tokens.append(token)

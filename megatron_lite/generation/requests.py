@@ -41,17 +41,24 @@ class Generated:
     Attributes:
         tokens: ids, without the end-of-document token.
         log_probs: log-probability of each token under the model (temperature 1, all tokens).
+        eod_log_prob: log-probability of the end-of-document token that ends the text; None: it ends otherwise.
         reason: why the text ends.
     """
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    eod_log_prob: float | None = None
     reason: FinishReason = "length"
 
     @property
     def log_prob(self) -> float:
-        """Sum of the tokens' log-probabilities."""
-        return sum(self.log_probs)
+        """Sum of the log-probabilities of all tokens that the model has chosen, end-of-document included."""
+        return sum(self.log_probs) + (self.eod_log_prob or 0.0)
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Mean of the log-probabilities that log_prob adds up."""
+        return self.log_prob / max(1, len(self.log_probs) + (self.eod_log_prob is not None))
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ class ResultFile:
             "text": result.text,
             "finish_reason": generated.reason,
             "num_tokens": len(generated.tokens),
-            "log_prob": generated.log_prob,
+            "log_prob": _rounded(generated.log_prob),
         }
         if self._log_probs:
-            record |= {"tokens": generated.tokens, "log_probs": generated.log_probs}
+            record |= {"tokens": generated.tokens, "log_probs": [_rounded(one) for one in generated.log_probs]}
         return record if prompt.meta is None else record | {"meta": prompt.meta}
 
     def _origin(self, prompt: Prompt, sample: int) -> dict[str, Any]:
@@ -161,6 +161,11 @@ class ResultFile:
             f"Cannot write --output {self._path}: {reason(error)}",
             fix=remedy(error, self._path, instead="give another --output", writing=True),
         )
+
+
+def _rounded(log_prob: float) -> float:
+    """Round a log-probability to the digits that do not depend on the batch in which a text was generated."""
+    return round(log_prob, 6) + 0.0  # 0.0, not -0.0
 
 
 def refuse_existing(path: str, resume: bool) -> None:

@@ -122,7 +122,7 @@ def _select(
     """
     numbers = sorted(generated)
     if prompt.settings.best_of:
-        numbers.sort(key=lambda number: -generated[number].log_prob / max(1, len(generated[number].tokens)))
+        numbers.sort(key=lambda number: -generated[number].mean_log_prob)
     return [
         Result(sample, requests[number].seed, texts[number].text, generated[number])
         for sample, number in enumerate(numbers[: prompt.settings.num_samples])

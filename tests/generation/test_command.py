@@ -12,6 +12,7 @@ from megatron_lite.cli.main import main
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.generation import generate as decoding
 from megatron_lite.generation.prompts import Settings, parse_prompts
+from megatron_lite.generation.requests import Generated
 from megatron_lite.generation.sampling import Sampling
 
 
@@ -56,7 +57,8 @@ def test_json_lines_have_ids_settings_and_seeds_of_their_own(saved, prompts, tmp
     assert found[0]["checkpoint"] == "iter_0000007"
     for one in found:
         assert len(one["tokens"]) == len(one["log_probs"]) == one["num_tokens"]
-        assert sum(one["log_probs"]) == pytest.approx(one["log_prob"])
+        assert sum(one["log_probs"]) == pytest.approx(one["log_prob"], abs=1e-5)
+        assert all(value == round(value, 6) for value in [one["log_prob"], *one["log_probs"]])
     # Each equals its prompt alone.
     capsys.readouterr()
     assert call(saved, "--prompt", "4 5 6 7", "--seed", 6, "--max-new-tokens", 4) == 0
@@ -93,7 +95,10 @@ def test_an_output_is_not_overwritten_and_can_be_resumed(saved, prompts, tmp_pat
     inner = decoding._Text
     monkeypatch.setattr(decoding, "_Text", lambda *args: generated.append(args[1].prompt) or inner(*args))
     assert call(saved, "--input", prompts, "--output", output, "--resume") == 0
-    assert output.read_bytes() == whole
+    assert output.read_bytes().startswith(first)
+    for found, wanted in zip(lines(output), map(json.loads, whole.splitlines()), strict=True):
+        assert found == {**wanted, "log_prob": pytest.approx(wanted["log_prob"], abs=1e-4)}
+    whole = output.read_bytes()
     assert len(generated) == 3, "both texts of prompt 2, and prompt 3"
     assert "1 of 3 prompts are complete" in capsys.readouterr().err
     assert call(saved, "--input", prompts, "--output", output, "--resume") == 0
@@ -207,11 +212,21 @@ def test_best_of_keeps_the_likeliest_texts(saved, tmp_path):
     call(saved, *shared, "--num-samples", 6, "--output", tmp_path / "all")
     call(saved, *shared, "--num-samples", 2, "--best-of", 6, "--output", tmp_path / "best")
     everything, best = lines(tmp_path / "all"), lines(tmp_path / "best")
-    likeliest = sorted(everything, key=lambda one: -one["log_prob"] / one["num_tokens"])[:2]
+    likeliest = sorted(
+        everything, key=lambda one: -one["log_prob"] / (one["num_tokens"] + (one["finish_reason"] == "eod"))
+    )[:2]
     assert [(one["seed"], one["text"]) for one in best] == [(one["seed"], one["text"]) for one in likeliest]
     assert [one["sample"] for one in best] == [0, 1]
     with pytest.raises(ConfigError, match=r"--best-of 2 is less than --num-samples 3\. Use --best-of 3 or more"):
         call(saved, *shared, "--num-samples", 3, "--best-of", 2)
+
+
+def test_the_end_of_document_counts_in_the_likelihood():
+    empty = Generated(eod_log_prob=-5.0, reason="eod")
+    text = Generated(tokens=[1, 2], log_probs=[-1.0, -2.0], eod_log_prob=-3.0, reason="eod")
+    cut = Generated(tokens=[1, 2], log_probs=[-1.0, -2.0])
+    assert [one.log_prob for one in (empty, text, cut)] == [-5.0, -6.0, -3.0]
+    assert [one.mean_log_prob for one in (empty, text, cut)] == [-5.0, -2.0, -1.5]
 
 
 def test_log_probabilities_are_printed(saved, capsys):

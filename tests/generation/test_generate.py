@@ -120,6 +120,10 @@ def test_each_text_ends_at_its_own_end_of_document(stage):
     found = run(stage, PROMPTS, 20, sampling, [1, 2, 3, 4], eod=eod)
     assert [one.tokens for one in found] == [row[: row.index(eod)] if eod in row else row for row in free]
     assert [one.reason for one in found] == ["eod" if eod in row else "length" for row in free]
+    for one, whole in zip(found, run(stage, PROMPTS, 20, sampling, [1, 2, 3, 4]), strict=True):
+        counted = whole.log_probs[: len(one.tokens) + 1]
+        assert one.log_prob == pytest.approx(sum(counted), rel=1e-4)
+        assert one.mean_log_prob == pytest.approx(sum(counted) / len(counted), rel=1e-4)
     assert len({len(one.tokens) for one in found}) > 1
 
 
