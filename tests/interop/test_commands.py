@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from support.interop_models import MODELS
 from support.trainer import command
@@ -150,12 +151,18 @@ def test_wrong_words(tmp_path, make_folder, gpt2):
 
 
 @pytest.mark.slow
-def test_transformers_cannot_load_it(tmp_path, make_folder, gpt2, apart):
-    """What the process says reaches the user in one line."""
-    (tmp_path / "request").mkdir()
-    with pytest.raises(verify.CheckpointError, match="transformers cannot load") as caught:
-        verify.run_apart(tmp_path, tmp_path / "request")
-    assert "tokens.npy" in str(caught.value)
+@pytest.mark.parametrize(
+    ("has_tokens", "text"),
+    [(True, "transformers cannot load .*config.json"), (False, "files were deleted.*tokens.npy")],
+)
+def test_a_failed_comparison_is_explained_in_one_line(has_tokens, text, tmp_path, apart, transformers):
+    request = tmp_path / "request"
+    request.mkdir()
+    if has_tokens:
+        for name in ("tokens", "expected"):
+            np.save(request / f"{name}.npy", np.zeros((1, 4), dtype=np.int64))
+    with pytest.raises(verify.CheckpointError, match=text):
+        verify.run_apart(tmp_path, request)
 
 
 def test_what_the_process_compares(make_folder, small, tmp_path, transformers):
