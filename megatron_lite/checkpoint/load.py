@@ -20,6 +20,7 @@ from megatron_lite.backend.group import Group
 from megatron_lite.checkpoint.names import (
     EMA_PREFIX,
     MAIN_PREFIX,
+    has_optimizer,
     is_model_tensor,
     is_optional,
     is_superseded,
@@ -185,6 +186,12 @@ def _find_source(tensor: GlobalTensor, name: str, reader: CheckpointReader) -> s
     """
     saved = reader.manifest.tensors
     source = source_of(name, tensor.dtype == torch.float32, saved)
+    if source is None and not is_model_tensor(tensor.name) and not has_optimizer(saved):
+        raise CheckpointError(
+            f"The checkpoint {reader.path} has no optimizer state",
+            fix="Add --finetune to start a run from its weights at iteration 0, or --no-load-optim to continue at its "
+            "iteration with a fresh optimizer",
+        )
     if source is None:
         near = difflib.get_close_matches(tensor.name, saved, n=1)
         raise CheckpointError(

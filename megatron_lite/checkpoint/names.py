@@ -16,7 +16,7 @@ A moving average of the weights is named `ema.<parameter>`. A run that begins on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from megatron_lite.runs.manifest import SavedTensor
 
@@ -39,6 +39,11 @@ def is_model_tensor(name: str) -> bool:
 def is_optional(name: str) -> bool:
     """Return True for tensors that a run or its checkpoint may lack."""
     return name.startswith(AMAX_PREFIX)
+
+
+def has_optimizer(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names include optimizer state other than main parameters and fp8 histories."""
+    return any(name.startswith(OPTIMIZER_PREFIX) and not (is_model_tensor(name) or is_optional(name)) for name in names)
 
 
 def source_of(name: str, wide: bool, saved: Mapping[str, SavedTensor]) -> str | None:

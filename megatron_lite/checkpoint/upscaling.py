@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.load import averages
-from megatron_lite.checkpoint.names import EMA_PREFIX, MAIN_PREFIX, OPTIMIZER_PREFIX, is_model_tensor
+from megatron_lite.checkpoint.names import EMA_PREFIX, MAIN_PREFIX, has_optimizer, is_model_tensor
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.rewriting import FILE_SIZE, check_output, write_source
 from megatron_lite.checkpoint.sources import TensorInfo
@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.writing import SaveReport, SaveRequest
 from megatron_lite.config.divisors import nearest_multiples
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.sharing import num_groups, owner_layer
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.rectangle import Rectangle
@@ -34,6 +35,8 @@ from megatron_lite.schedules.progress import Progress
 Order = Literal["interleave", "stack"]
 
 _LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<number>\d+)\.(?P<part>\w+)(?P<after>\..+)")
+_STATE_FIELDS = ("kind", "ema_decay", "sgd_momentum", "adafactor_beta1")
+"""Fields of OptimizerConfig by which a run has optimizer state or not."""
 _OUTPUT_PROJECTIONS = (".self_attention.proj.", ".mlp.fc2.")
 
 
@@ -69,6 +72,8 @@ class UpscaleReport:
     """Layer of the given model of which each new layer is a copy."""
     before: ModelConfig
     after: StoredModel
+    optimizer: OptimizerConfig
+    """Carried state: the fields on which it depends, of the run that it comes from; otherwise defaults."""
 
 
 def source_layers(layers: int, new_layers: int, order: Order) -> tuple[int, ...]:
@@ -126,7 +131,7 @@ def upscale(
     manifest = source.manifest
     stored = stored_model(manifest, path)
     _check(stored.model, options, path)
-    if options.carry_optimizer and not _has_optimizer(manifest):
+    if options.carry_optimizer and not ("engine" in manifest.scalars and has_optimizer(manifest.tensors)):
         raise CheckpointError(
             f"--optimizer carry: {path} has no optimizer state",
             fix="Remove --optimizer carry, or give a checkpoint that was saved without --no-save-optim",
@@ -135,7 +140,7 @@ def upscale(
     scalars: dict[str, Any] = {"progress": Progress().to_dict()}
     if options.carry_optimizer:
         scalars["engine"] = manifest.scalars["engine"]
-    request = SaveRequest(output, 0, scalars, _provenance(manifest, path, options.num_layers, sources))
+    request = SaveRequest(output, 0, scalars, _provenance(manifest, path, options, sources))
     if found := list_iterations(output):
         raise CheckpointError(
             f"--output {output} contains a checkpoint of iteration {found[-1]} already",
@@ -144,7 +149,9 @@ def upscale(
     check_output([path], output, request)
     report = write_source(request, _Upscaled(source, stored.model, sources, options), file_size, progress)
     after = replace(stored, model=replace(stored.model, num_layers=options.num_layers))
-    return UpscaleReport(report, sources, stored.model, after)
+    optimizer = manifest.provenance.config.get("optimizer", {}) if options.carry_optimizer else {}
+    chosen = OptimizerConfig(**{name: optimizer[name] for name in _STATE_FIELDS if name in optimizer})
+    return UpscaleReport(report, sources, stored.model, after, chosen)
 
 
 class _Upscaled:
@@ -205,17 +212,13 @@ def _holds_weights(name: str) -> bool:
     return is_model_tensor(name) or name.startswith(EMA_PREFIX)
 
 
-def _has_optimizer(manifest: Manifest) -> bool:
-    return "engine" in manifest.scalars and any(
-        name.startswith(OPTIMIZER_PREFIX) and not is_model_tensor(name) for name in manifest.tensors
-    )
-
-
-def _provenance(manifest: Manifest, path: Path, num_layers: int, sources: Sequence[int]) -> Provenance:
+def _provenance(manifest: Manifest, path: Path, options: UpscaleOptions, sources: Sequence[int]) -> Provenance:
     """Return the description of the new model: it has no schedule and no data yet."""
     stored = manifest.provenance.config
     config = {name: stored[name] for name in ("model", "tokenizer", "precision")}
-    config["model"] = {**stored["model"], "num_layers": num_layers}
+    config["model"] = {**stored["model"], "num_layers": options.num_layers}
+    if options.carry_optimizer and "optimizer" in stored:
+        config["optimizer"] = stored["optimizer"]
     config["batch"] = {"seq_length": stored.get("batch", {}).get("seq_length", 1)}
     fingerprints = {"upscaled from": f"{path.absolute()}, layers {' '.join(map(str, sources))}"}
     if "tokenizer" in manifest.provenance.fingerprints:

@@ -69,6 +69,7 @@ def _description(report: UpscaleReport, options: argparse.Namespace) -> list[str
         batch=BatchConfig(seq_length=report.after.seq_length, micro_batch_size=1, global_batch_size=1),
         tokenizer=report.after.tokenizer,
         precision=report.after.precision,
+        optimizer=report.optimizer,
     )
     fresh = "" if options.optimizer == "carry" else " --finetune"
     lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from support.interop_models import VOCAB, run_config
 
 from megatron_lite.checkpoint import writing
+from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.names import EMA_PREFIX, MAIN_PREFIX
 from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.save import save_checkpoint
@@ -20,6 +22,7 @@ from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.cli.main import main
 from megatron_lite.cli.upscale import run
+from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
@@ -37,6 +40,7 @@ def make(kit, tmp_path_factory):
 
     def save(*, optimizer=True, average=False, **fields):
         config = run_config("bf16", **{"num_layers": 3, "position_embedding": "alibi", **fields})
+        config = replace(config, optimizer=OptimizerConfig(ema_decay=0.99 if average else 0.0))
         draw, tensors = torch.Generator().manual_seed(1), {}
         for name, shape in parameter_shapes(config.model).items():
             main = torch.randn(shape, generator=draw) * 0.2
@@ -194,7 +198,7 @@ def test_the_new_run_starts_at_iteration_0(path, tmp_path, carry):
     assert manifest.iteration == 0
     assert manifest.scalars == {"progress": Progress().to_dict()} | ({"engine": {"step": 5}} if carry else {})
     config = manifest.provenance.config
-    assert config.keys() == {"model", "tokenizer", "precision", "batch"}, "no schedule and no data"
+    assert config.keys() - {"optimizer"} == {"model", "tokenizer", "precision", "batch"}, "no schedule and no data"
     assert config["model"]["num_layers"] == 5
     assert manifest.provenance.fingerprints == {
         "tokenizer": "sha256:a",
@@ -218,6 +222,23 @@ def test_the_command_prints_factors_and_the_map(path, tmp_path, capsys):
     assert f"--load {tmp_path / 'new'} --finetune --save" in out and "--num-layers 4" in out
     assert run([str(path), "--layers", "4", "--output", str(tmp_path / "carry"), "--optimizer", "carry"]) == 0
     assert "--finetune" not in capsys.readouterr().out
+
+
+def test_the_printed_command_has_the_flags_of_the_carried_state(make, tmp_path, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    carry = ("--optimizer", "carry", "--ema")
+    assert run([str(make(average=True)), "--layers", "4", "--output", str(first), *carry]) == 0
+    assert run([str(first), "--layers", "5", "--output", str(again), *carry]) == 0
+    assert capsys.readouterr().out.count("--ema-decay 0.99") == 2
+    assert run([str(first), "--layers", "5", "--output", str(tmp_path / "fresh"), "--ema"]) == 0
+    assert "--ema-decay" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_optimizer_state_is_loaded_with_finetune(kit, path, tmp_path):
+    new = grown(path, tmp_path / "new")
+    held = kit.held({"optimizer.exp_avg.decoder.final_norm.weight": torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=r"has no optimizer state\. Add --finetune .* or --no-load-optim"):
+        load_checkpoint(new, held, kit.world)
 
 
 def test_an_output_with_a_checkpoint_is_refused(path, tmp_path, capsys):
