@@ -60,7 +60,7 @@ def _run_rank(options: argparse.Namespace, launch: Launch) -> int:
     from megatron_lite.train.assemble import machine
 
     sampling = Sampling(
-        temperature=0.0 if options.greedy else options.temperature,
+        temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,

@@ -27,6 +27,17 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         )
     if options.resume and options.output in (None, "-"):
         parser.error("--resume continues a file: add --output FILE")
+    if options.greedy and options.temperature:
+        parser.error(
+            f"--greedy is --temperature 0, and --temperature is {options.temperature:g}: remove one of the two"
+        )
+    if options.temperature is None:
+        options.temperature = 0.0 if options.greedy else 1.0
+    if not options.temperature and options.best_of > 1 and not options.input:
+        parser.error(
+            f"--best-of {options.best_of} selects from different texts, and greedy decoding generates the same text "
+            "each time: remove --best-of, or --greedy or --temperature 0"
+        )
     return options
 
 
@@ -95,7 +106,7 @@ def _add_output(parser: Parser) -> None:
 
 def _add_sampling(parser: Parser) -> None:
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=real(0.0, 1e6), default=1.0, help="0: greedy; default: %(default)s")
+    sampling.add_argument("--temperature", type=real(0.0, 1e6), help="0: greedy; default: 1.0")
     sampling.add_argument(
         "--top-k", type=whole(), default=0, metavar="K", help="sample from the K likeliest tokens; 0: all (default)"
     )

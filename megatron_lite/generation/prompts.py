@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class Prompt:
         name: for messages.
         id: of its results.
         meta: the user's own data, copied to the results.
+        limit: flag or key of max_new_tokens, for messages.
     """
 
     text: str
@@ -69,6 +71,7 @@ class Prompt:
     name: str
     id: str | int
     meta: Any = None
+    limit: str = "--max-new-tokens"
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -111,7 +114,7 @@ def parse_prompts(text: str, source: str, defaults: Settings) -> list[Prompt]:
         prompt = _parse(line, where, number, defaults)
         if (first := seen.setdefault(prompt.id, number)) != number:
             raise DataError(
-                f"{where} has the id {prompt.id!r} of line {first}",
+                f"{where} has the id {_json(prompt.id)} of line {first}",
                 fix='Give each line another "id", or none: it is then the number of the line',
             )
         prompts.append(prompt)
@@ -124,7 +127,9 @@ def parse_prompts(text: str, source: str, defaults: Settings) -> list[Prompt]:
 
 def _parse(line: str, where: str, number: int, defaults: Settings) -> Prompt:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_unique)
+    except DataError as error:
+        raise DataError(f"{where}: {error.problem}", fix=error.fix) from None
     except ValueError as error:
         raise DataError(
             f"{where} is not JSON: {error}", fix='Write one object per line, such as {"prompt": "Once upon a time"}'
@@ -137,7 +142,8 @@ def _parse(line: str, where: str, number: int, defaults: Settings) -> Prompt:
     try:
         settings = _settings(record, defaults)
     except MegatronLiteError as error:
-        raise DataError(f"{where}: {error.problem}", fix=error.fix) from None
+        problem, fix = (_naming_keys(part, record) for part in (error.problem, error.fix))
+        raise DataError(f"{where}: {problem}", fix=fix) from None
     if not is_utf8(record["prompt"]):
         raise DataError(
             f"The prompt of {where[0].lower()}{where[1:]} has half of a surrogate pair, which UTF-8 cannot represent",
@@ -145,8 +151,44 @@ def _parse(line: str, where: str, number: int, defaults: Settings) -> Prompt:
         )
     name = record.get("id", number)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise DataError(f'{where} has the "id" {name!r}', fix="Use a text or a whole number as id")
-    return Prompt(text=record["prompt"], settings=settings, name=where, id=name, meta=record.get("meta"))
+        raise DataError(f'{where} has the "id" {_json(name)}', fix="Use a text or a whole number as id")
+    return Prompt(
+        text=record["prompt"],
+        settings=settings,
+        name=f"The prompt of {where[0].lower()}{where[1:]}",
+        id=name,
+        meta=record.get("meta"),
+        limit='"max_new_tokens"',
+    )
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON.
+
+    Raises:
+        DataError: a key is repeated.
+    """
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise DataError(f'the key "{name}" is repeated', fix=f'Keep one of the values of "{name}"')
+        record[name] = value
+    return record
+
+
+def _naming_keys(message: str, record: Mapping[str, Any]) -> str:
+    """Replace flags in a message by the keys that a line has for them.
+
+    >>> _naming_keys("--top-p 2 is out of range: remove --top-p", {"top_p": 2})
+    '"top_p" 2 is out of range: remove "top_p"'
+    """
+    for name in record.keys() & _KINDS.keys():
+        message = re.sub(rf"--{name.replace('_', '-')}\b", f'"{name}"', message)
+    return message
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _settings(record: Mapping[str, Any], defaults: Settings) -> Settings:
@@ -171,7 +213,7 @@ def _settings(record: Mapping[str, Any], defaults: Settings) -> Settings:
         if not right:
             least = f" from {_LEAST[name]}" if name in _LEAST else ""
             expected = "a text or a list of texts" if name == "stop" else f"a number{least}"
-            raise ConfigError(f'"{name}" is {value!r}', fix=f'Give "{name}" {expected}, or leave it out')
+            raise ConfigError(f'"{name}" is {_json(value)}', fix=f'Give "{name}" {expected}, or leave it out')
     if isinstance(stop := given.get("stop", ()), str):
         stop = (stop,)
     if "stop" in given:

@@ -25,6 +25,7 @@ class Request:
         sampling: sampling parameters.
         seed: of the text's own random generator.
         name: of the prompt, for errors.
+        limit: flag or key of max_new_tokens, for errors.
     """
 
     prompt: Sequence[int]
@@ -32,6 +33,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     name: str = "The prompt"
+    limit: str = "--max-new-tokens"
 
 
 @dataclass
@@ -100,11 +102,20 @@ def check_request(request: Request, model: ModelConfig, context: Context) -> Non
         return
     # Learned positions end with their table; others may be extrapolated.
     learned = model.position_embedding == "learned"
-    longer = "" if learned else f"--context {len(prompt) + request.max_new_tokens} to extrapolate or "
+    needed = len(prompt) + request.max_new_tokens
+    new = ("at least " if request.max_new_tokens == 1 else "") + format_count(request.max_new_tokens, "new token")
+    unit = "learned position" if learned and context.length == model.max_position_embeddings else "token"
+    if left > 0:
+        fixes = [f"use {request.limit} {left} or less"]
+    else:
+        fixes = [f"shorten the prompt to {format_count(context.length - 1, 'token')}"] if context.length > 1 else []
+    if not learned:
+        fixes.append(f"add --context {needed} to extrapolate")
+    elif needed <= model.max_position_embeddings:
+        fixes.append(f"use --context {needed} or more")
+    fix = ", or ".join([*fixes, "add --sliding-window to drop the oldest tokens"])
     raise ConfigError(
-        f"{name} of {format_count(len(prompt), 'token')} and {format_count(request.max_new_tokens, 'new token')} "
-        f"(--max-new-tokens) exceed the "
-        f"context of {context.length:,} " + ("learned positions" if learned else "tokens"),
-        fix=(f"Use --max-new-tokens {left} or less" if left > 0 else "Shorten the prompt")
-        + f", or add {longer}--sliding-window to drop the oldest tokens",
+        f"{name} of {format_count(len(prompt), 'token')} and {new} ({request.limit}) "
+        f"exceed the context of {format_count(context.length, unit)}",
+        fix=fix[0].upper() + fix[1:],
     )

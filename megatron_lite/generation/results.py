@@ -112,6 +112,8 @@ class ResultFile:
         """Return the keys by which a line is recognized when a file is continued."""
         settings = asdict(prompt.settings)
         settings = {**settings.pop("sampling"), **settings, "stop": list(prompt.settings.stop)}
+        if not prompt.settings.best_of:
+            del settings["best_of"]
         return {
             "id": prompt.id,
             "sample": sample,

@@ -106,6 +106,7 @@ class TextGenerator:
             # By sample number: the texts of a prompt do not depend on the other prompts.
             seed=settings.seed + sample,
             name=prompt.name,
+            limit=prompt.limit,
         )
 
 

@@ -54,6 +54,7 @@ def test_json_lines_have_ids_settings_and_seeds_of_their_own(saved, prompts, tmp
     assert [one["num_tokens"] for one in found[:3]] == [6, 4, 4]
     assert found[1]["meta"] == {"mine": [1]} and "meta" not in found[0]
     assert found[0]["settings"]["temperature"] == 0 and found[1]["settings"]["max_new_tokens"] == 4
+    assert all("best_of" not in one["settings"] for one in found)
     assert found[0]["checkpoint"] == "iter_0000007"
     for one in found:
         assert len(one["tokens"]) == len(one["log_probs"]) == one["num_tokens"]
@@ -161,12 +162,14 @@ def test_json_lines_through_a_pipe(saved, monkeypatch, capsys):
         ("[1]", 'has no text under "prompt"'),
         ('{"prompt": 1}', 'has no text under "prompt"'),
         ('{"prompt": "a", "top_kk": 1}', '"top_kk" is unknown, the nearest is "top_k"'),
-        ('{"prompt": "a", "top_k": "5"}', '"top_k" is \'5\'. Give "top_k" a number from 0'),
+        ('{"prompt": "a", "top_k": "5"}', '"top_k" is "5". Give "top_k" a number from 0'),
         ('{"prompt": "a", "max_new_tokens": 0}', 'Give "max_new_tokens" a number from 1'),
-        ('{"prompt": "a", "seed": true}', '"seed" is True'),
+        ('{"prompt": "a", "seed": true}', '"seed" is true'),
         ('{"prompt": "a", "stop": [1]}', 'Give "stop" a text or a list of texts'),
-        ('{"prompt": "a", "top_p": 2}', "Line 1 of f: --top-p 2 is out of range"),
-        ('{"prompt": "a", "num_samples": 3, "best_of": 2}', "--best-of 2 is less than --num-samples 3"),
+        ('{"prompt": "a", "top_p": 2}', 'Line 1 of f: "top_p" 2 is out of range'),
+        ('{"prompt": "a", "top_k": 1, "top_k": 2}', 'Line 1 of f: the key "top_k" is repeated'),
+        ('{"prompt": "a", "id": null}', 'has the "id" null'),
+        ('{"prompt": "a", "num_samples": 3, "best_of": 2}', '"best_of" 2 is less than "num_samples" 3'),
         ('{"prompt": "a", "id": 1.5}', 'has the "id" 1.5'),
         ('{"prompt": "a", "id": 2}\n{"prompt": "b"}', "Line 2 of f has the id 2 of line 1"),
         ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
@@ -244,14 +247,23 @@ def test_unconditional_texts_begin_as_documents_do(saved, capsys):
     )
 
 
-def test_texts_longer_than_the_context(saved, capsys):
+def test_texts_longer_than_the_context(saved, capsys, tmp_path):
     long = " ".join("1" for _ in range(40))
-    with pytest.raises(ConfigError, match=r"Prompt 1 of 1 of 40 tokens .* 32 learned positions. Shorten the prompt"):
+    with pytest.raises(
+        ConfigError, match=r"Prompt 1 of 1 of 40 tokens .* 32 learned positions. Shorten the prompt to 31 tokens"
+    ):
         call(saved, "--prompt", long, "--max-new-tokens", 2)
     out = text_of(saved, capsys, "--prompt", long, "--max-new-tokens", 40, "--sliding-window")
     assert len(out.split()) == 80
     with pytest.raises(ConfigError, match="--context 33 is longer than the model's table of 32 learned positions"):
         call(saved, "--prompt", "1", "--context", 33)
+    with pytest.raises(ConfigError, match=r"at least 1 new token \(--max-new-tokens\) .* 1 token\. Use --context 2 or"):
+        call(saved, "--prompt", "1", "--context", 1)
+    write(tmp_path / "f", {"prompt": "1 2", "max_new_tokens": 40})
+    with pytest.raises(
+        ConfigError, match=r'The prompt of line 1 of --input .*\("max_new_tokens"\).*"max_new_tokens" 30 '
+    ):
+        call(saved, "--input", tmp_path / "f")
     with pytest.raises(ConfigError, match="--sliding-window 9 drops more tokens than the context of 8"):
         call(saved, "--prompt", "1", "--context", 8, "--sliding-window", 9)
 
@@ -265,6 +277,11 @@ def test_texts_longer_than_the_context(saved, capsys):
             "--interactive reads prompts from the keyboard and prints texts: remove --prompt",
         ),
         (["--interactive", "--output", "x"], "remove --output"),
+        (
+            ["--prompt", "1", "--greedy", "--temperature", "0.5"],
+            "--greedy is --temperature 0, and --temperature is 0.5",
+        ),
+        (["--prompt", "1", "--greedy", "--best-of", "2"], "greedy decoding generates the same text each time"),
         (["--prompt", "1", "--resume"], "--resume continues a file: add --output FILE"),
     ],
 )

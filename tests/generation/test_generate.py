@@ -207,7 +207,7 @@ def test_no_prompts_and_no_tokens(stage):
         ("gpt2", r"32 learned positions\. Use --max-new-tokens 12 or less, or add --sliding-window to drop"),
         (
             "bloom",
-            r"32 tokens\. Use --max-new-tokens 12 or less, or add --context 33 to extrapolate or --sliding-window",
+            r"32 tokens\. Use --max-new-tokens 12 or less, or add --context 33 to extrapolate, or add --sliding-window",
         ),
     ],
 )
@@ -220,7 +220,8 @@ def test_the_last_position_can_be_used_and_no_more(make_stage, shape, message):
 
 def test_a_prompt_longer_than_the_context_is_refused(stage):
     with pytest.raises(
-        ConfigError, match=r"Prompt 2 of 33 tokens and 1 new .* Shorten the prompt, or add --sliding-window"
+        ConfigError,
+        match=r"Prompt 2 of 33 tokens and at least 1 new .* Shorten the prompt to 31 tokens, or add --sliding-window",
     ):
         run(stage, [[1], [1] * 33], 1, GREEDY, [0, 0])
 
