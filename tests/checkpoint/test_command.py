@@ -41,7 +41,7 @@ def test_list(root, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^\s+10\s", out, re.MULTILINE)
     assert re.search(r"^\s*\*\s+20\s.*1,008", out, re.MULTILINE)
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(len(line) for line in out.splitlines() if str(root) not in line) <= 80, "paths may be longer"
     (root / "iter_0000010" / "manifest.json").unlink()
     assert call("list", root) == 0
     assert re.search(r"incomplete .*iter_0000010/manifest.json", capsys.readouterr().out)

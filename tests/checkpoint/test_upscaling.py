@@ -256,7 +256,11 @@ def test_an_output_with_a_checkpoint_is_refused(path, tmp_path, capsys):
     ("options", "fields", "message"),
     [
         ({"layers": 3}, {}, r"--layers 3 is not more than the 3 layers of .* Give --layers 4 or more, for example"),
-        ({"preserve_function": True, "scale_residual": True}, {}, "contradict each other.*Remove one of the two"),
+        (
+            {"preserve_function": True, "scale_residual": True},
+            {},
+            "contradict each other.*Remove --scale-residual to keep",
+        ),
         ({"preserve_function": True}, {"residual_post_layernorm": True}, "residual after the norm.*Remove --preserve"),
         ({"preserve_function": True}, {"share_layers": "mlp"}, "share-layers mlp.*Remove --preserve-function"),
         ({"layers": 7}, {"share_layers": "2", "num_layers": 4}, "into the 2 groups.*Use --layers 6 or 8"),
