@@ -161,7 +161,7 @@ def _layer_tensors(
         raise CheckpointError(
             f"{folder / _layer_name(left[0], 0)} does not belong to a model with {layers} layers",
             rule=f"{folder} contains files of different models",
-            fix="Copy the checkpoint to a new folder, and import that",
+            fix="Copy the files of one model from where they were saved into an empty folder, and import that",
         )
     by_rank: list[dict[str, tuple[Tensor, str]]] = [{} for _ in range(tp)]
     for (number, rank), path in files.items():
