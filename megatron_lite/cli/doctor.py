@@ -142,10 +142,10 @@ def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | No
     tp, pp = flags.parallel.tp, flags.parallel.pp
     if ranks is not None and ranks % (tp * pp):
         raise ConfigError(
-            f"{format_count(ranks, 'rank')} cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp}",
+            f"The node check runs on {format_count(ranks, 'rank')}, which cannot hold "
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}",
             rule=f"The number of ranks must be a multiple of {tp * pp}",
-            fix="Start `megatron-lite doctor` on all nodes of the job (srun), or give sizes whose product divides "
+            fix="Start it on all nodes of the job (srun megatron-lite doctor …), or give sizes whose product divides "
             f"{ranks}",
         )
 

@@ -86,7 +86,7 @@ def raise_(error):
         (["no/train.py", "--num-layers", "2"], "The training script no/train.py does not exist"),
         (
             ["--device=cpu", "--tensor-model-parallel-size", "3", "--ranks-per-task", "2"],
-            "2 ranks cannot hold --tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1",
+            "runs on 2 ranks, which cannot hold --tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1",
         ),
         (
             ["--device=cpu", "--timeout", "10"],
