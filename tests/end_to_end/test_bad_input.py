@@ -15,6 +15,8 @@ from support.trainer import checkpoints, command, iterations, preprocess, status
 
 from megatron_lite.checkpoint.verify import verify_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SAVING = ("--train-iters", 3, "--save-interval", 1)
 
 

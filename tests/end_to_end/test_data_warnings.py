@@ -6,8 +6,12 @@ import contextlib
 import io
 import json
 
+import pytest
+
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.train.assemble import assembled
+
+pytestmark = pytest.mark.slow
 
 
 def printed_by(backend, args):

@@ -6,6 +6,8 @@ import math
 import pytest
 from support.trainer import command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):

@@ -7,6 +7,8 @@ from support.trainer import command, iterations, measured
 from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.train.native import NativeEngine
 
+pytestmark = pytest.mark.slow
+
 JOB = ("--train-iters", 6, "--save-interval", 4, "--eval-interval", 100, "--log-interval", 100)
 
 

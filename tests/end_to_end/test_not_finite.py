@@ -15,6 +15,8 @@ from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.runs.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 # The third step moves the parameters so far that the fourth loss is not finite.
 DIVERGING = ("--lr", 1e37, "--lr-decay-style", "constant", "--lr-warmup-iters", 2, "--clip-grad", 0)
 RUN = ("--train-iters", 8, "--save-interval", 1, "--eval-interval", 100)
@@ -85,7 +87,6 @@ def test_an_iteration_can_be_skipped(corpus, tmp_path, monkeypatch):
     assert iterations[3]["consumed_train_samples"] == 20
 
 
-@pytest.mark.slow
 def test_fp16_skips_and_reports_an_overflow(corpus, tmp_path, monkeypatch):
     save = tmp_path / "run"
     monkeypatch.setattr(GPTStage, "forward", poison(GPTStage.forward, 4))

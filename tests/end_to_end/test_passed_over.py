@@ -9,6 +9,8 @@ from support.trainer import checkpoints, command
 
 from megatron_lite.runs.catalog import read_latest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def damaged(corpus, tmp_path):

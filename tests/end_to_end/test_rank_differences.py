@@ -7,6 +7,8 @@ import socket
 import pytest
 from support.trainer import command, preprocess, status
 
+pytestmark = pytest.mark.slow
+
 HOST = socket.gethostname()
 
 

@@ -6,6 +6,8 @@ import pytest
 from safetensors.torch import load_file
 from support.trainer import assert_same_run, command, measured
 
+pytestmark = pytest.mark.slow
+
 ARGS = ("--optimizer", "muon", "--ema-decay", 0.9, "--bf16", "--train-iters", 6, "--eval-interval", 3)
 
 

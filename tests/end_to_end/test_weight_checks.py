@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.trainer import assert_same_run, checkpoints, records, status
 
+pytestmark = pytest.mark.slow
+
 CHECK = "--check-weight-hash-across-dp-replicas-interval"
 NAME = "decoder.layers.0.mlp.fc1.weight"
 
@@ -63,7 +65,6 @@ def test_a_difference_ends_the_job_with_nothing_saved(corpus, ranks, tmp_path):
     assert where in ended["message"]
 
 
-@pytest.mark.slow
 def test_a_repaired_run_equals_one_without_difference(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     args = job(corpus, save, CHECK, 1, "--on-weight-mismatch", "repair")
@@ -75,7 +76,6 @@ def test_a_repaired_run_equals_one_without_difference(corpus, ranks, tmp_path, c
     assert_same_run(save, clean)
 
 
-@pytest.mark.slow
 def test_checks_can_change_on_resume(corpus, ranks, tmp_path, clean):
     save = tmp_path / "run"
     for args in (("--exit-interval", 4, CHECK, 2), ()):

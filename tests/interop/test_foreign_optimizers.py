@@ -9,6 +9,8 @@ from support.megatron_files import arguments, with_adam, write_classic
 
 from megatron_lite.runs.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 SIZE = ("--vocab-size", str(VOCAB))
 
 

@@ -20,6 +20,8 @@ from megatron_lite.lifecycle.exit_status import ExitRecord
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.train.job import train_job
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (
     *("--num-layers", 4, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 32),
     *("--max-position-embeddings", 32, "--hidden-dropout", 0, "--attention-dropout", 0),
@@ -79,7 +81,6 @@ CLASSIC = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIC)
 def test_classic(name, saved, imported, same, tmp_path):
     precision, layout, options = CLASSIC[name]
@@ -98,14 +99,12 @@ def test_classic(name, saved, imported, same, tmp_path):
     assert goes_on(tmp_path / "ck", tmp_path, *precision) == expected
 
 
-@pytest.mark.slow
 def resume_on_rank(backend, words):
     config = parse_run(words, world_size=backend.world_size).config
     with ExitRecord(config.checkpoint.save, backend.launch) as record:
         train_job(config, record, started=time.monotonic(), backend=backend)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["megatron", "deepspeed"])
 def test_another_layout_goes_on(source, saved, imported, on_ranks, tmp_path):
     """An optimizer that was saved by tp 2, pp 2 goes on as another layout, as exactly as layouts agree."""
@@ -175,7 +174,6 @@ ZERO = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO)
 def test_zero(name, saved, imported, same, scaler, tmp_path, monkeypatch):
     precision, layout = ZERO[name]

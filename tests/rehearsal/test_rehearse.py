@@ -19,6 +19,8 @@ from megatron_lite.rehearsal.dry_run import rehearse_ranks, representative_ranks
 from megatron_lite.rehearsal.mismatches import call_mismatches
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
+pytestmark = pytest.mark.slow
+
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-vocab-size-divisible-by", "8"]
 
 
@@ -44,7 +46,6 @@ def small(*arguments):
     return fill_vocabulary(parse_run([*SMALL, *NULL, *arguments]).config)[0]
 
 
-@pytest.mark.slow
 def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
     program = "import sys; from megatron_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", program, "rehearse", *big, "--world-size", "512", "--json"]
@@ -79,7 +80,6 @@ def test_13b_on_512_ranks_in_a_minute_and_8_gb(big):
     assert (tp["calls"], tp["sent"]) == (16 * 6 * layers, 16 * 6 * layers * 2048 * 5120 * 2)
 
 
-@pytest.mark.slow
 def test_the_communication_of_all_ranks_of_a_small_job_matches():
     config = small("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--world-size", "8")
     reports = list(rehearse_ranks(config, dict.fromkeys(range(8), True)))
@@ -92,7 +92,6 @@ def test_the_communication_of_all_ranks_of_a_small_job_matches():
     assert alone.parameters == parameter_count(config.model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -116,7 +115,6 @@ def test_every_kind_of_layout_can_be_rehearsed(arguments):
     assert call_mismatches(reports) == []
 
 
-@pytest.mark.slow
 def test_a_missing_message_is_found():
     config = small("--pipeline-model-parallel-size", "2", "--world-size", "4")
     reports = list(rehearse_ranks(config, representative_ranks(config)))
@@ -180,7 +178,6 @@ def test_wrong_layouts_of_the_13b_model_are_refused(big, arguments, problem):
     assert problem in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -18,6 +18,8 @@ from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 
+pytestmark = pytest.mark.slow
+
 CELLS = (
     Cell(dropout="all", dtype="bf16", recompute="full"),
     Cell(dtype="fp16", documents=True),

@@ -12,6 +12,8 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 from megatron_lite.train.replica_check import equalize_initial_weights
 
+pytestmark = pytest.mark.slow
+
 SP, ZERO1 = {"sequence_parallel": True}, {"zero1": True}
 NORM = "decoder.layers.1.input_norm.weight"
 FC1 = "decoder.layers.3.mlp.fc1.weight"
@@ -72,7 +74,6 @@ def contents(engine):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cell", LAYOUTS, ids=str)
 def test_a_clean_run_has_equal_replicas(cell, on_ranks):
     for found, _ in on_ranks(cell.world, checked_run, cell, 3):
@@ -100,14 +101,12 @@ def corrupted_run(backend, cell, corrupt, name, repair):
     return [(m.name, m.tp, sorted(m.hashes), m.differing) for m in found], left, contents(engine)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "corrupt", "name", "tp", "holders"), REPLICATED, ids=str)
 def test_a_flipped_bit_is_found_and_named(cell, corrupt, name, tp, holders, on_ranks):
     for found, _, _ in on_ranks(cell.world, corrupted_run, cell, corrupt, name, False):
         assert found == [(name, tp, holders, [corrupt])]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "corrupt", "name", "tp", "holders"), REPLICATED, ids=str)
 def test_a_repaired_run_equals_a_clean_one(cell, corrupt, name, tp, holders, on_ranks):
     clean = on_ranks(cell.world, checked_run, cell, 5)
@@ -133,7 +132,6 @@ def test_nans_are_compared_by_their_bits(on_ranks):
     assert on_ranks(2, nan_run) == [([], [FC1])] * 2
 
 
-@pytest.mark.slow
 def test_checks_change_nothing(on_ranks):
     cell = Cell(tp=2, dp=2, **SP, **ZERO1)
     checked = on_ranks(4, checked_run, cell, 4)

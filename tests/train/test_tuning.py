@@ -33,6 +33,8 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 from megatron_lite.train.selection import select_parameters
 
+pytestmark = pytest.mark.slow
+
 # At pp 2 the first stage is frozen; the frozen table is the head's weight, too.
 TUNED = TuningConfig(freeze=("embedding", r"layers\.[01]\."), lr_factors=((r"layers\.2\.", 0.5),), answer_loss=True)
 # The norm before the first linear layer is frozen, and the layer is not.
@@ -53,7 +55,6 @@ def reference(alone):
     return lru_cache(maxsize=None)(lambda cell: put_together([run_cell(alone, cell)]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [
