@@ -1,4 +1,4 @@
-"""CLI command `evaluate`: texts, published corpora and lm-evaluation-harness tasks under the checkpoints of a run."""
+"""CLI command `evaluate`: scores checkpoints of a run on texts, published corpora and lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 

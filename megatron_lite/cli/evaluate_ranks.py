@@ -1,4 +1,4 @@
-"""Ranks of an evaluation: rank 0 reads texts and prints results, and calls the other ranks for the model's work."""
+"""Coordination of ranks in an evaluation: rank 0 reads and prints, the others wait for it and join forward passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model rules: resolvers of derived model fields, and checks of model fields against each other."""
+"""Model config rules: fields that are derived from other fields, and checks that fields are consistent."""
 
 from __future__ import annotations
 

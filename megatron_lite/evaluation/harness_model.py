@@ -1,4 +1,4 @@
-"""lm-evaluation-harness model: answers its requests with the ranks of a checkpoint. Imports lm_eval."""
+"""lm-evaluation-harness model (LM subclass): answers the harness's requests with a checkpoint. Imports lm_eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding loop: continuous batching of texts, each equal to the text that its request gives alone."""
+"""Decoding loop: continuous batching; a request gets the same text as if it were generated alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts with their settings, and their JSON lines format."""
+"""Prompts with generation settings of their own (sampling, length, stop strings), and their JSON lines format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model loading for generation and evaluation: config, weights and tokenizer from a checkpoint, in any layout."""
+"""Model loading for generation and evaluation: config, weights and tokenizer, for any tensor and pipeline size."""
 
 from __future__ import annotations
 

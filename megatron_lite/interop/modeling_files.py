@@ -1,4 +1,4 @@
-"""Modeling files of classes that transformers lacks: paths, and recognition of unchanged copies.
+"""Modeling files that exports ship for classes that transformers lacks: their paths, and whether a copy is unmodified.
 
 Only unchanged copies are executed: a folder that is imported may come from anywhere.
 """

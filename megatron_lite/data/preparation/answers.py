@@ -1,4 +1,4 @@
-"""Prompts with answers: JSON lines of prompts with completions, or of chats, as segments of documents.
+"""Prompts with answers: JSON lines of prompt and completion, or of chats, as documents of prompts and answers.
 
 A document is a tuple of texts, alternately prompt and answer. They are tokenized one by one, as at inference, where the
 prompt is known alone; the loss mask is 1 for the tokens of answers.

@@ -1,4 +1,4 @@
-"""Assembly of the final datasets: units appended in order, written in place or copied from shards; resumable."""
+"""Assembly of the final datasets: the tokens of all work units in input order, written directly or from shards."""
 
 from __future__ import annotations
 

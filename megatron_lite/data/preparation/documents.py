@@ -1,4 +1,4 @@
-"""Document parser: extracts the texts of a JSON line, a line or a file, or the reason for rejecting it."""
+"""Document parser: the texts of a JSON object, a plain-text line or a whole file, or the reason for rejecting it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joining of short documents (--join-short): a short document is joined with those after it, token for token."""
+"""Joining of short documents (--join-short): a short document is concatenated with the following ones."""
 
 from __future__ import annotations
 

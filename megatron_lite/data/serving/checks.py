@@ -1,4 +1,4 @@
-"""Checks of datasets when they are opened: token ids, control codes, cut answers, and repeated evaluation samples."""
+"""Checks of opened datasets: token ids, control codes, answers cut by --seq-length, samples evaluated repeatedly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batch loader of one data-parallel replica: tokens by (samples consumed, index in the iteration).
+"""Micro-batch loader of one data-parallel replica: tokens of a micro-batch, by samples consumed and its index.
 
 The loader has no state to save or restore: the same place gives the same tokens in any order and in any process.
 """
