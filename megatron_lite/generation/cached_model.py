@@ -14,6 +14,7 @@ from megatron_lite.backend.group import Group
 from megatron_lite.model.attention import CachedPass
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.pipeline.forward import stage_forward
 
 
 class CachedModel:
@@ -57,17 +58,10 @@ class CachedModel:
 
     def _logits(self, tokens: Tensor, positions: Tensor | None, cache: CachedPass, last: Tensor) -> Tensor | None:
         """Run the stage on tokens [b, s]; return the logits after the tokens with the indices `last` [b]."""
-        stage, pp = self._stage, self._pp
-        x = None
-        if pp.rank > 0:
-            shape = stage.hidden_shape(tokens.shape[1], tokens.shape[0])
-            x = torch.empty(shape, dtype=stage.hidden_dtype, device=self._device)
-            for work in pp.exchange([], [(x, pp.rank - 1)]):
-                work.wait()
-        hidden = stage(x, MicroBatch(tokens=tokens, labels=tokens, position_ids=positions), cache)
+        stage = self._stage
+        batch = MicroBatch(tokens=tokens, labels=tokens, position_ids=positions)
+        hidden = stage_forward(stage, self._pp, batch, cache)
         if stage.output_layer is None:
-            for work in pp.exchange([(hidden.contiguous(), pp.rank + 1)], []):
-                work.wait()
             return None
         ends = hidden[last, torch.arange(len(last), device=self._device)]
         logits: Tensor = stage.output_layer(ends.unsqueeze(0))[0]

@@ -132,7 +132,7 @@ def test_adafactor_factors_gate_and_up_projection_apart(kit):
     assert vectors == {f"optimizer.exp_avg_sq_row.{name}": (2, 6), f"optimizer.exp_avg_sq_col.{name}": (2, 4)}
 
 
-def test_lion_equals_the_papers_algorithm(kit):
+def test_lion_matches_a_reference_implementation(kit):
     mine, plain = model(), model()
     train(*kit.build(mine, kind="lion", clip_grad=0.0, lion_beta1=0.8, lion_beta2=0.95), mine, 20, lambda step: 1e-3)
     momentum = [torch.zeros_like(p) for p in plain.parameters()]
