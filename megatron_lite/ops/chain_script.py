@@ -51,21 +51,19 @@ code=$?
 if [ "$code" = {EXIT_ENDED} ]; then exit 0; elif [ "$code" != 0 ]; then exit "$code"; fi
 
 # Signals that Slurm sends to the batch shell (--signal=B:USR1@600) are passed on to the script.
-child=
-trap '[ -z "$child" ] || kill -USR1 "$child"' USR1
-trap '[ -z "$child" ] || kill -USR2 "$child"' USR2
-trap '[ -z "$child" ] || kill -INT "$child"' INT
-trap '[ -z "$child" ] || kill -HUP "$child"' HUP
+trap '[ -z "$!" ] || kill -USR1 "$!"' USR1
+trap '[ -z "$!" ] || kill -USR2 "$!"' USR2
+trap '[ -z "$!" ] || kill -INT "$!"' INT
+trap '[ -z "$!" ] || kill -HUP "$!"' HUP
 # With SIGTERM (time limit, scancel, preemption) Slurm ends the script, too, perhaps before the training has saved: the
 # next job judges this one.
 ended=
 trap 'ended=1' TERM
 {shlex.join(["bash", str(folder / COPY_NAME), *arguments])} &
-child=$!
 while :; do
-  wait "$child"
+  wait "$!"
   code=$?
-  kill -0 "$child" 2>/dev/null || break
+  kill -0 "$!" 2>/dev/null || break
 done
 
 if [ -z "$ended" ]; then {program} end --exit-code "$code" {run}; fi
