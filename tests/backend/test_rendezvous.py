@@ -144,6 +144,7 @@ def test_an_error_names_the_other_job_at_the_port(start_rank):
     assert "did not find rank 0" in str(error) and "another job uses the address: step 1.0" in str(error)
 
 
+@pytest.mark.slow
 def test_missing_ranks_are_named_while_waiting_and_at_the_end(start_rank, monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "FIRST_NOTICE", 0.2)
     port = free_port()
@@ -222,6 +223,7 @@ def test_the_end_of_a_rank_is_noticed_at_once(start_rank):
     assert [error.silent for error in errors] == [False, True]
 
 
+@pytest.mark.slow
 def test_an_error_while_connecting_ends_all(start_rank):
     port = free_port()
 

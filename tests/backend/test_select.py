@@ -58,6 +58,7 @@ def test_cuda_without_a_gpu_is_refused():
         select_backend(RuntimeConfig(device="cuda"), ParallelConfig(), Launch())
 
 
+@pytest.mark.slow
 def test_a_rendezvous_timeout_names_this_rank(tmp_path):
     parallel = ParallelConfig(world_size=2, rendezvous_timeout_minutes=0.01, distributed_timeout_minutes=0.01)
     launch = Launch(rank=1, world_size=2, host="node7", init_method=f"file://{tmp_path}/store")

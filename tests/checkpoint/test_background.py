@@ -199,6 +199,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, on_ranks, monkeypatch)
     assert not list(tmp_path.glob("iter_*"))
 
 
+@pytest.mark.slow
 def test_a_missing_rank_is_named(tmp_path, on_ranks, monkeypatch):
     def run(world):
         saver = BackgroundSaver(world, patience=0.2)

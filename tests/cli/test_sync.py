@@ -65,6 +65,7 @@ def test_a_folder(run, tmp_path, monkeypatch, capsys):
     assert main(["sync", str(tmp_path / "none"), "--to", "copies/run"]) == 1
 
 
+@pytest.mark.slow
 def test_a_repository_gets_a_commit_for_the_logs_and_one_for_each_checkpoint(server, run, capsys):
     command = ["sync", str(run), "--to", "ada/gpt", "--private"]
     assert main(command) == 0
@@ -86,6 +87,7 @@ def test_a_repository_gets_a_commit_for_the_logs_and_one_for_each_checkpoint(ser
     assert server.files("ada/gpt")["latest_checkpointed_iteration.txt"] == b"20\n"
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_cut_is_continued(server, run, capsys):
     server.faults = lambda method, path: "cut" if method == "PUT" and len(server.blobs) == 7 else None
     assert main(["sync", str(run), "--to", "ada/gpt"]) == 1
@@ -99,6 +101,7 @@ def test_an_upload_that_was_cut_is_continued(server, run, capsys):
     assert server.count("PUT", "/upload/") == 10 - sent
 
 
+@pytest.mark.slow
 def test_a_checkpoint_deleted_during_the_upload_is_replaced_by_the_next(server, run, capsys):
     def faults(method, path):
         if method == "PUT" and len(server.blobs) == 3 and (run / "iter_0000010").exists():

@@ -195,6 +195,7 @@ def test_a_signal_does_not_hide_the_error_that_ends_the_job(tmp_path):
     assert (ended.status, ended.message, ended.iteration) == ("error", "connection closed by peer", 7)
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_handled_error_takes_effect(tmp_path):
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
@@ -264,6 +265,7 @@ def test_nothing_is_written_to_another_jobs_folder(other_job, tmp_path, error, t
     assert content(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_refused_job_writes_nothing_even_after_the_other_has_ended(other_job, tmp_path):
     with pytest.raises(CheckpointError), ExitRecord(str(tmp_path), launched()) as record:
         try:

@@ -160,6 +160,7 @@ def test_a_wrong_clock_is_named(tmp_path):
     assert finding.text == "n2: its clock is 60.0 s behind the others (at most 5)"
 
 
+@pytest.mark.slow
 def test_too_short_a_time_is_no_fault_of_a_host():
     check = replace(plan(timeout=2.0), speed_seconds=1.0)
     verdict, reports = run_alone(check, product=hanging_product)

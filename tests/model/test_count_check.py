@@ -80,6 +80,7 @@ def test_parameters_without_a_global_name_are_reported(monkeypatch):
         build()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_checks_every_stage(monkeypatch, capsys):
     monkeypatch.setattr(count_check, "head_parameters", lambda model, rows: 7)
     words = [*WORDS, "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2", "--world-size", "4"]

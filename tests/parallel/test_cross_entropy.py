@@ -94,6 +94,7 @@ def test_a_loss_that_is_not_finite_is_not_hidden(bad):
     assert losses.isfinite().sum() == losses.numel() - 1
 
 
+@pytest.mark.slow
 def test_compiled_kernels_compute_the_same():
     x, weight, labels, weights = inputs()
     results = []

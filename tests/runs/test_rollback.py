@@ -87,6 +87,7 @@ def finishes(step, root):
     return status == 0
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_a_rollback_loses_nothing_and_can_be_finished(kit, tmp_path):
     start, steps = saved(kit, tmp_path / "start", (10, 20, 30)), 0
     saved(kit, start / "weights", (5, 25))

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from math import factorial
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ def test_the_permutation_does_not_change():
     assert [permute(index, 300_000_007, round_keys(1, 2)) for index in range(3)] == [113090616, 265293216, 176183356]
 
 
+@pytest.mark.slow
 def test_all_permutations_of_five_are_equally_frequent():
     epochs = 4_800
     found = Counter(

@@ -59,6 +59,7 @@ def test_equals_a_greedy_reference(batches, least, one_sequence):
     assert joiner.short == (bool(lengths) and sum(lengths) < least)
 
 
+@pytest.mark.slow
 def test_joined_dataset(make, look, tokenizer):
     """The .bin is the one without joining, for any number of workers; documents are long enough and counted."""
     plain = make("plain", append_eod=True)

@@ -33,6 +33,7 @@ def square(task):
 make_square = functools.partial(functools.partial, square)
 
 
+@pytest.mark.slow
 def test_pool():
     before = multiprocessing.active_children()
     with Pool(2, make_square) as pool:

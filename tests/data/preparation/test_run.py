@@ -50,6 +50,7 @@ def test_output_is_independent_of_workers_and_units(make, look):
         assert other[:2] == one[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_interrupted_runs_are_continued(make, look, tmp_path, shuffle):
     whole = look.files(make("whole", shuffle=shuffle))
@@ -155,6 +156,7 @@ def test_filtered_documents_are_counted(make, look, tokenizer):
     assert report["document_bytes"] == sum(len(text.encode()) for text in kept)
 
 
+@pytest.mark.slow
 def test_samples_keep_the_order_of_the_input(make, look):
     every, half = look.documents(make("every")), look.documents(make("half", sample=0.5))
     assert 0.35 * len(every) < len(half) < 0.65 * len(every)

@@ -238,6 +238,7 @@ def test_a_folder_with_a_name_outside_utf_8(tmp_path):
         list_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_plain_text_files(make, look, tmp_path):
     """--plain-text: a document is a file, or a line."""
     path = tmp_path / "wiki.tokens"

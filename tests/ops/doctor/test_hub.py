@@ -61,6 +61,7 @@ def test_reports_and_clocks_of_all_ranks(launches):
         assert {rank: round(report.clock_offset / 100) for rank, report in hub.reports.items()} == {0: 0, 1: 1, 2: 2}
 
 
+@pytest.mark.slow
 def test_missing_lost_and_late_ranks(launches):
     with Hub(launches[0]) as hub:
         waiting, _ = take_part(launches[0], done=False)
