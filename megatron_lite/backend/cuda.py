@@ -23,31 +23,7 @@ from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
-
-# Dense 16-bit tensor-core TFLOP/s by data sheet (no sparsity); the first entry whose words the device's name has wins.
-_PEAK_TFLOPS = (
-    ("B300", 2250.0),
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("H200", 989.0),
-    ("GH200", 989.0),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A40", 150.0),
-    ("A30", 165.0),
-    ("A10", 125.0),
-    ("RTX 4090", 165.0),
-    ("RTX 3090", 71.0),
-    ("V100", 125.0),
-    ("T4", 65.0),
-)
-
+from megatron_lite.planner.hardware import device_of
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ALLOCATOR_SETTINGS = "expandable_segments:True"
@@ -129,9 +105,9 @@ class CudaBackend(Backend):
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Return the data sheet's dense 16-bit FLOP/s; None for other dtypes (fp32 may or may not use tensor cores)."""
-        if dtype not in (torch.float16, torch.bfloat16):
-            return None
-        return peak_flops(self.device_name())
+        name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+        device = device_of(self.device_name())
+        return device.peak(name) or None if name and device else None
 
     def device_name(self) -> str:
         """Return the driver's name of the device."""
@@ -222,15 +198,6 @@ class CudaBackend(Backend):
         nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=axis in _HIGH_PRIORITY)
         nccl._timeout = self._timeout
         return GroupOptions("nccl", self._timeout, nccl, splits="backend" in signature(dist.split_group).parameters)
-
-
-def peak_flops(name: str) -> float | None:
-    """Return the data sheet's dense 16-bit FLOP/s of a GPU by its driver's name; None: unknown.
-
-    All words of an entry must be in the name: "L4" is not in "NVIDIA L40", nor "A40" in "NVIDIA RTX A4000".
-    """
-    words = set(name.replace("-", " ").split())
-    return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS if words.issuperset(known.split())), None)
 
 
 class VarlenKernel(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.formatting import format_duration, format_size
 from megatron_lite.ops.resources import Resources
+from megatron_lite.planner.hardware import device_of_resource
 from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.length import last_iteration
@@ -19,8 +19,6 @@ from megatron_lite.schedules.saves import FIRST_SAVE_RATE, SAVE_SAFETY, save_bud
 
 RECENT = 50
 """Number of last iterations whose median is the measured step time."""
-PEAK_FLOPS = {"v100": 125e12, "a100": 312e12, "h100": 989e12, "h200": 989e12, "gh200": 989e12, "mi250": 192e12}
-"""Peak of 16-bit matrix products of one GPU, without sparsity (data sheets), by the name in gres or constraint."""
 UTILIZATION = 0.3
 """Share of the peak that the estimate of the step time assumes."""
 
@@ -48,13 +46,13 @@ def step_of(config: RunConfig, resources: Resources, given: float | None) -> Ste
         return Step(measured, "measured")
     options = resources.options
     names = " ".join(options.get(name, "") for name in ("gpus-per-node", "gres", "gpus", "gpus-per-task", "constraint"))
-    gpu = next((gpu for gpu in PEAK_FLOPS if re.search(rf"(?<![a-z0-9]){gpu}(?![0-9])", names.lower())), None)
+    gpu = device_of_resource(names)
     if gpu is None:
         return None
     tokens = final_batch_size(config.batch, config.parallel.dp) * config.batch.seq_length
-    speed = config.parallel.world_size * PEAK_FLOPS[gpu] * UTILIZATION
+    speed = config.parallel.world_size * gpu.tflops * 1e12 * UTILIZATION
     seconds = tokens * flops_per_token(config.model, config.batch.seq_length) / speed
-    source = f"rough estimate: {UTILIZATION:.0%} of the {gpu.upper()}'s {PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s"
+    source = f"rough estimate: {UTILIZATION:.0%} of the {gpu.family}'s {gpu.tflops:.0f} TFLOP/s"
     return Step(seconds, source, estimated=True)
 
 

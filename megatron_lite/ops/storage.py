@@ -4,74 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
-from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.counts import checkpoint_size, parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count, format_size
 from megatron_lite.ops.job import Job
 from megatron_lite.ops.quota import Space
+from megatron_lite.planner.disk import Storage
 from megatron_lite.runs.exit_status import completed_iteration
-from megatron_lite.runs.retention import expired, retention_of
 from megatron_lite.schedules.length import last_iteration
-from megatron_lite.schedules.saves import save_iterations
-
-MAX_COUNTED = 100_000
-"""Scheduled saves up to which the retention policy is applied one by one; of more, all are counted as kept."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Disk usage of a run's checkpoints.
-
-    Attributes:
-        checkpoint: bytes of one checkpoint.
-        kept: checkpoints that exist at the same time at most, beside those that exist now.
-        total: bytes of those, and of the weights of --weights-only-every.
-        files: number of files of those.
-    """
-
-    checkpoint: int
-    kept: int
-    total: int
-    files: int
-
-
-def storage_of(config: RunConfig, existing: list[int]) -> Storage:
-    """Return the disk usage of a run's future checkpoints.
-
-    Args:
-        config: its model.vocab_size should be filled in.
-        existing: iterations of the checkpoints in the --save folder.
-    """
-    options = config.checkpoint
-    size = checkpoint_size(config)
-    average = 4 if config.optimizer.ema_decay else 0
-    weights = parameter_count(config.model) * (average + (4 if config.precision.dtype == "fp32" else 2))
-    last = last_iteration(config)
-    kept = _most_kept(options, existing, last)
-    weights_only = last // options.weights_only_every if options.weights_only_every else 0
-    # Each rank writes a file, and rank 0 the manifest and two small files.
-    files = (kept + weights_only) * (config.parallel.world_size + 3)
-    return Storage(size, kept, kept * size + weights_only * weights, files)
-
-
-def _most_kept(options: CheckpointConfig, existing: list[int], last: int) -> int:
-    """Return the number of checkpoints that the run adds at most to the existing ones."""
-    newest = max(existing, default=0)
-    ranges = save_iterations(options, last)
-    saves = sum(len(iterations) for iterations in ranges)
-    if not options.keep_last or saves > MAX_COUNTED:
-        return sum(iteration > newest for iteration in chain(*ranges)) if saves <= MAX_COUNTED else saves
-    scheduled = [iteration for iteration in chain(*ranges) if iteration > newest] or [last]
-    everything = {*existing, *scheduled, last}
-    deleted = expired(everything, last, retention_of(options))
-    # While a checkpoint is written, the one that it replaces still exists.
-    return max(1, len(everything) - len(deleted) + 1 - len(existing))
 
 
 def folder_problems(folder: Path) -> Iterator[ConfigError]:

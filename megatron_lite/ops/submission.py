@@ -24,16 +24,15 @@ from megatron_lite.ops.job import Job
 from megatron_lite.ops.partition import Partition, exclusion_problems, partition_problems
 from megatron_lite.ops.quota import free_space
 from megatron_lite.ops.storage import (
-    Storage,
     completion_problems,
     folder_problems,
     nearest_existing,
     of_array_task,
     space_problems,
     space_warnings,
-    storage_of,
 )
 from megatron_lite.ops.watch_job import Queue, folder_user
+from megatron_lite.planner.disk import Storage, storage_of
 from megatron_lite.planner.memory import model_state_bytes
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations

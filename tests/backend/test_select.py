@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_lite.backend.base import claim_device
-from megatron_lite.backend.cuda import CudaBackend, peak_flops
+from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.select import select_backend
 from megatron_lite.config.parallel import ParallelConfig
@@ -150,26 +150,3 @@ def test_a_gpu_is_chosen_and_seeded():
         draws.append(torch.rand(3, device=backend.device))
     assert torch.equal(draws[0], draws[1])
     assert set(backend.memory_stats()) == {"allocated", "max_allocated", "reserved", "max_reserved"}
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40", 181),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A40", 150),
-        ("NVIDIA RTX A4000", None),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("Tesla T4", 65),
-    ],
-)
-def test_peak_flops_by_the_words_of_a_name(name, tflops):
-    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
