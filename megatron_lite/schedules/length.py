@@ -32,6 +32,21 @@ class RampStage:
 
 
 @dataclass(frozen=True)
+class EqualIterations:
+    """`count` iterations (None: unlimited) with one batch size and sequence length, after `iteration` iterations."""
+
+    iteration: int
+    count: int | None
+    global_batch: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one of the iterations."""
+        return self.global_batch * self.seq_length
+
+
+@dataclass(frozen=True)
 class _Stretch:
     """`count` iterations (None: unlimited) of `batch` samples, after `iteration` iterations and `consumed` samples."""
 
@@ -115,10 +130,10 @@ def iteration_at(config: RunConfig, consumed: int, progress: Progress = START) -
 def tokens_at(config: RunConfig, iteration: int) -> int:
     """Return the tokens consumed after `iteration` iterations; a sequence-length curriculum reduces them."""
     tokens = 0
-    for start, count, per_iteration in _token_stretches(config):
-        if count is None or iteration <= start + count:
-            return tokens + (iteration - start) * per_iteration
-        tokens += count * per_iteration
+    for run in equal_iterations(config):
+        if run.count is None or iteration <= run.iteration + run.count:
+            return tokens + (iteration - run.iteration) * run.tokens
+        tokens += run.count * run.tokens
     raise AssertionError("the last stretch of equal iterations is unlimited")
 
 
@@ -127,10 +142,10 @@ def last_iteration(config: RunConfig) -> int:
     last, missing = train_iterations(config), config.training.train_tokens
     if not missing:
         return last
-    for start, count, per_iteration in _token_stretches(config):
-        if count is None or missing <= count * per_iteration:
-            return min(last, start - -missing // per_iteration)
-        missing -= count * per_iteration
+    for run in equal_iterations(config):
+        if run.count is None or missing <= run.count * run.tokens:
+            return min(last, run.iteration - -missing // run.tokens)
+        missing -= run.count * run.tokens
     raise AssertionError("the last stretch of equal iterations is unlimited")
 
 
@@ -178,6 +193,25 @@ def ramp_stages(config: RunConfig) -> list[RampStage]:
     return stages
 
 
+def equal_iterations(config: RunConfig) -> Iterator[EqualIterations]:
+    """Yield the stretches of equal batch size and sequence length; the last is unlimited."""
+    runs, stages = _stretches(config.batch, config.parallel.dp), sequence_stages(config.batch)
+    run, (_, length), following = next(runs), next(stages), next(stages, None)
+    start = 0
+    while run.count is not None or following is not None:
+        run_end = math.inf if run.count is None else run.iteration + run.count
+        stage_end = math.inf if following is None else following[0]
+        end = int(min(run_end, stage_end))
+        if end > start:
+            yield EqualIterations(start, end - start, run.batch, length)
+        start = end
+        if run_end == end:
+            run = next(runs)
+        if following is not None and stage_end == end:
+            length, following = following[1], next(stages, None)
+    yield EqualIterations(start, None, run.batch, length)
+
+
 def _consumed_at(batch: BatchConfig, iteration: int, dp: int, progress: Progress) -> int:
     for run in _stretches(batch, dp, progress):
         if run.count is None or iteration <= run.iteration + run.count:
@@ -196,22 +230,3 @@ def _stretches(batch: BatchConfig, dp: int, progress: Progress = START) -> Itera
         count = -((consumed - border) // size)  # rounded up: the iteration that crosses the threshold has this size
         yield _Stretch(iteration, consumed, size, count)
         iteration, consumed = iteration + count, consumed + count * size
-
-
-def _token_stretches(config: RunConfig) -> Iterator[tuple[int, int | None, int]]:
-    """Yield stretches of equal batch and length as (finished iterations before, iterations, tokens per iteration)."""
-    runs, stages = _stretches(config.batch, config.parallel.dp), sequence_stages(config.batch)
-    run, (_, length), following = next(runs), next(stages), next(stages, None)
-    start = 0
-    while run.count is not None or following is not None:
-        run_end = math.inf if run.count is None else run.iteration + run.count
-        stage_end = math.inf if following is None else following[0]
-        end = int(min(run_end, stage_end))
-        if end > start:
-            yield start, end - start, run.batch * length
-        start = end
-        if run_end == end:
-            run = next(runs)
-        if following is not None and stage_end == end:
-            length, following = following[1], next(stages, None)
-    yield start, None, run.batch * length
