@@ -314,14 +314,15 @@ def _single_keys() -> Iterator[Callable[[float], str]]:
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     tty.setcbreak(descriptor)
+
+    def read(seconds: float) -> str:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            return ""
+        # A closed terminal is at its end.
+        return os.read(descriptor, 1).decode(errors="replace") or "q"
+
     try:
-        yield (
-            lambda seconds: (
-                os.read(descriptor, 1).decode(errors="replace")
-                if select.select([descriptor], [], [], seconds)[0]
-                else ""
-            )
-        )
+        yield read
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 

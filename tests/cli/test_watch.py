@@ -210,6 +210,9 @@ class Terminal:
                 except OSError:  # the process has ended
                     assert part in self.text, self.text
 
+    def close(self):
+        os.close(self._end)
+
     def press(self, key):
         self.text = ""
         os.write(self._end, key.encode())
@@ -242,3 +245,11 @@ def test_ctrl_c_restores_the_terminal(tmp_path):
     terminal.until("\x1b[?1049l")
     terminal.until("interrupted")
     assert terminal.end() == 130
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_it(tmp_path):
+    terminal = Terminal(make_run(tmp_path / "run"))
+    terminal.until("q quit")
+    terminal.close()
+    assert terminal.process.wait(60) != 0
