@@ -15,6 +15,7 @@ from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visib
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.config.arguments import parse_layout
 from megatron_lite.config.launcher import TrainingCommand, ranks_per_task, read_command
+from megatron_lite.config.parallel import replica_flags
 from megatron_lite.config.run import CommandLine
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.formatting import format_count
@@ -139,12 +140,11 @@ def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | No
             f"The training script {script} does not exist",
             fix=f"Give the path of the script that trains, {TRAINER}, or the flags alone",
         )
-    tp, pp = flags.parallel.tp, flags.parallel.pp
-    if ranks is not None and ranks % (tp * pp):
+    replica = flags.parallel.replica_size
+    if ranks is not None and ranks % replica:
         raise ConfigError(
-            f"The node check runs on {format_count(ranks, 'rank')}, which cannot hold "
-            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}",
-            rule=f"The number of ranks must be a multiple of {tp * pp}",
+            f"The node check runs on {format_count(ranks, 'rank')}, which cannot hold {replica_flags(flags.parallel)}",
+            rule=f"The number of ranks must be a multiple of {replica}",
             fix="Start it on all nodes of the job (srun megatron-lite doctor …), or give sizes whose product divides "
             f"{ranks}",
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_lite.config.arguments import asks_for_help, parse_command
+from megatron_lite.config.layout import axis_sizes, describe_sizes, shown_axes
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import ConfigError
@@ -88,7 +89,7 @@ def _record(
 ) -> dict[str, Any]:
     parallel = config.parallel
     return {
-        "layout": {"world_size": parallel.world_size, "tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
+        "layout": {"world_size": parallel.world_size, **axis_sizes(parallel)},
         "vocabulary": {"size": config.model.vocab_size, "from": vocabulary},
         "seconds": seconds,
         "ranks": [_rank_record(report) for report in reports],
@@ -133,11 +134,12 @@ def _print_tables(record: dict[str, Any]) -> None:
     console = Console()
     layout = record["layout"]
     world = layout["world_size"]
+    axes = shown_axes(layout["cp"])
     console.print(
-        f"{world} rank{'s' * (world > 1)} = tensor {layout['tp']} x pipeline {layout['pp']} x data {layout['dp']}; "
+        f"{world} rank{'s' * (world > 1)} = {describe_sizes(layout)}; "
         f"vocabulary {record['vocabulary']['size']:,} ({record['vocabulary']['from']})"
     )
-    console.print(_memory_table(record["ranks"]))
+    console.print(_memory_table(record["ranks"], axes))
     if world > 1:
         console.print(_traffic_table(record["ranks"]))
     console.print(_ramp_table(record["ranks"]))
@@ -157,7 +159,7 @@ def _table(title: str, *columns: str) -> Any:
     return table
 
 
-def _memory_table(ranks: list[dict[str, Any]]) -> Any:
+def _memory_table(ranks: list[dict[str, Any]], axes: Sequence[str]) -> Any:
     kinds = list(dict.fromkeys(kind for rank in ranks for kind in rank["buffer_bytes"]))
     short = {"parameters": "weights", "gradients": "grads", "main parameters": "mains"}
     rows = []
@@ -167,9 +169,9 @@ def _memory_table(ranks: list[dict[str, Any]]) -> Any:
     # One unit for the whole table, so that numbers can be compared.
     unit, name = size_unit(max(row[-1] for row in rows))
     columns = [short.get(kind, kind) for kind in kinds]
-    table = _table(f"Memory of a rank ({name})", "rank", "dp.pp.tp", "params", *columns, "working", "sum")
+    table = _table(f"Memory of a rank ({name})", "rank", ".".join(axes), "params", *columns, "working", "sum")
     for rank, row in zip(ranks, rows, strict=True):
-        at = f"{rank['dp']}.{rank['pp']}.{rank['tp']}"
+        at = ".".join(str(rank[axis]) for axis in axes)
         table.add_row(
             str(rank["rank"]), at, format_parameters(rank["parameters"]), *[f"{size / unit:,.2f}" for size in row]
         )

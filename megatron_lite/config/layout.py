@@ -1,6 +1,7 @@
 """Device mesh layout: mapping between ranks and coordinates, and the rows of ranks along one or several axes.
 
-Ranks are numbered over the axes in order, the first fastest: rank = tp + tp_size * (dp + dp_size * pp).
+Ranks are numbered over the axes in order, the first fastest:
+rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp)).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_lite.config.parallel import ParallelConfig
 
-AXES = ("tp", "dp", "pp")
+AXES = ("tp", "cp", "dp", "pp")
 """Axes of the mesh; tp varies fastest, so that its ranks are neighbours on one node."""
 
 Coordinates = Mapping[str, int]
@@ -21,8 +22,14 @@ Partition = tuple[tuple[int, ...], ...]
 
 def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
     """Return the size of each axis, in the order of AXES."""
-    sizes = {"tp": parallel.tp, "dp": parallel.dp, "pp": parallel.pp}
+    sizes = {"tp": parallel.tp, "cp": parallel.cp, "dp": parallel.dp, "pp": parallel.pp}
     return {axis: sizes[axis] for axis in AXES}
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """Return the sizes of all axes as text, that of cp only where the sequence is split."""
+    context = f" x context {sizes['cp']}" if sizes["cp"] > 1 else ""
+    return f"tensor {sizes['tp']}{context} x pipeline {sizes['pp']} x data {sizes['dp']}"
 
 
 def coordinates(rank: int, parallel: ParallelConfig) -> Coordinates:
@@ -31,6 +38,16 @@ def coordinates(rank: int, parallel: ParallelConfig) -> Coordinates:
     for axis, size in axis_sizes(parallel).items():
         rank, at[axis] = divmod(rank, size)
     return at
+
+
+def describe_coordinates(at: Coordinates, parallel: ParallelConfig) -> str:
+    """Return the coordinates of a rank as text, cp only where the sequence is split."""
+    return ", ".join(f"{axis} {at[axis]}" for axis in shown_axes(parallel.cp))
+
+
+def shown_axes(cp: int) -> list[str]:
+    """Return the axes in the order in which texts give coordinates: the slowest first, cp only if its size is not 1."""
+    return ["dp", "pp", *(["cp"] if cp > 1 else []), "tp"]
 
 
 def rank_of(at: Coordinates, parallel: ParallelConfig) -> int:

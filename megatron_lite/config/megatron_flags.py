@@ -173,8 +173,8 @@ refused: The flag belongs to other models (BERT, T5, retrieval, vision). Remove 
     --bert-no-binary-head --noise-density --mean-noise-span-length --img-dim --patch-dim --num-classes --num-channels
     --ict-head-size --ict-load --bert-load --titles-data-path --evidence-data-path --block-data-path --embedding-path
     --retro-* --retriever-* --biencoder-* --vision-* --dino-*
-refused: Context parallelism is not implemented. Use --sequence-parallel with --tensor-model-parallel-size N
-    --context-parallel-size=1 --hierarchical-context-parallel-sizes=1 --ds-sequence-parallel-size=1
+refused: The sequence is not split by an all-to-all of attention heads (Ulysses). Use --context-parallel-size N
+    --hierarchical-context-parallel-sizes=1 --ds-sequence-parallel-size=1
 refused: Parameters are not sharded over replicas. Use --use-distributed-optimizer (ZeRO-1)
     --data-parallel-sharding-strategy=no_shard --outer-dp-sharding-strategy=no_shard
     --num-distributed-optimizer-instances=1 --use-megatron-fsdp --use-torch-fsdp2 --use-custom-fsdp
@@ -186,7 +186,7 @@ refused: Weights are split over tensor-parallel ranks only. Use --tensor-model-p
     --gtp-remat-reduce-scatter-with-fp32-accumulation --gtp-*
 refused: Layers are assigned to stages by number. Use --pp-partition-method or --decoder-first-pipeline-num-layers
     --pipeline-model-parallel-layout --pipeline-model-parallel-split-rank --standalone-embedding-stage
-refused: Ranks are numbered tensor, data, pipeline (fastest first). Remove the flag
+refused: Ranks are numbered tensor, context, data, pipeline (fastest first). Remove the flag
     --use-tp-pp-dp-mapping --microbatch-group-size-per-virtual-pipeline-stage
 refused: Offloading to the CPU is not implemented. Use --checkpoint-activations, or more ranks
     --cpu-optimizer --cpu-torch-adam --remote-device --use-pin-memory --optimizer-cpu-offload

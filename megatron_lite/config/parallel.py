@@ -1,25 +1,22 @@
-"""Parallelism config: TP, PP and DP sizes, pipeline schedule and partition, gradient buckets, timeouts."""
+"""Parallelism config: TP, CP, PP and DP sizes, pipeline schedule and partition, gradient buckets, timeouts."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, Format, option
-from megatron_lite.config.partition import num_stages
 from megatron_lite.config.values import read_int
 from megatron_lite.errors import ConfigError
-from megatron_lite.formatting import format_count
 
 if TYPE_CHECKING:
     from megatron_lite.config.given import Given
     from megatron_lite.config.run import RunConfig
 
 PipelineKind = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
-PARTITION_METHODS = ("balanced", "uniform", "parameters")
 
 
 def _read_bucket_elements(args: Sequence[str]) -> int:
@@ -48,6 +45,10 @@ class ParallelConfig:
         Flag(
             "--tensor-model-parallel-size", "Ranks that share each layer.", aliases=("--model-parallel-size",), least=1
         ),
+    )
+    cp: int = option(
+        1,
+        Flag("--context-parallel-size", "Ranks that share the sequence, in two chunks each.", least=1),
     )
     pp: int = option(
         1,
@@ -132,8 +133,22 @@ class ParallelConfig:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas. A world that tp * pp does not divide is refused by a rule below."""
-        return max(1, self.world_size // (self.tp * self.pp))
+        """Data-parallel replicas. A world that tp * cp * pp does not divide is refused by a rule below."""
+        return max(1, self.world_size // self.replica_size)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one data-parallel replica."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def sequence_unit(self) -> int:
+        """Divisor that every sequence length must have, so that ranks hold equal parts of the sequence.
+
+        --context-parallel-size cuts it into two chunks for each rank, --sequence-parallel into one part.
+        """
+        parts = self.tp if self.sequence_parallel else 1
+        return parts if self.cp == 1 else self.cp * math.lcm(2, parts)
 
 
 def resolve_zero_stage(given: Given) -> None:
@@ -166,7 +181,7 @@ def resolve_world_size(given: Given) -> None:
         return
     size = launched
     if size is None:
-        size = parallel.tp * parallel.pp
+        size = parallel.replica_size
         if size > 1:
             given.notes.append(f"the world size is not given: assuming {size}, one replica (see --world-size)")
     given.give(FIELD.parallel.world_size, size, "the launcher")
@@ -204,16 +219,23 @@ def resolve_virtual_stages(given: Given) -> None:
 RESOLVERS = (resolve_zero_stage, resolve_world_size, resolve_virtual_stages)
 
 
+def replica_flags(parallel: ParallelConfig) -> str:
+    """Return the flags whose product is the number of ranks of a replica, as text for errors."""
+    context = f" x --context-parallel-size {parallel.cp}" if parallel.cp > 1 else ""
+    return f"--tensor-model-parallel-size {parallel.tp}{context} x --pipeline-model-parallel-size {parallel.pp}"
+
+
 def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a world of whole replicas of tp x pp ranks."""
+    """Require a world of whole replicas of tp x cp x pp ranks."""
     parallel = config.parallel
-    replica = parallel.tp * parallel.pp
+    replica = parallel.replica_size
     if parallel.world_size % replica:
         yield ConfigError(
             f"Cannot split {parallel.world_size:,} ranks into model replicas of {replica:,} ranks "
-            f"(--tensor-model-parallel-size {parallel.tp} x --pipeline-model-parallel-size {parallel.pp})",
-            rule="The number of ranks must be a multiple of tensor x pipeline-parallel size",
-            fix=f"Change the two sizes so that their product is {divisors(parallel.world_size)}, or start "
+            f"({replica_flags(parallel)})",
+            rule="The number of ranks must be a multiple of tensor x "
+            f"{'context x ' if parallel.cp > 1 else ''}pipeline-parallel size",
+            fix=f"Change the sizes so that their product is {divisors(parallel.world_size)}, or start "
             f"{nearest_multiples(parallel.world_size, replica)} ranks",
         )
 
@@ -235,139 +257,29 @@ def tensor_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-def sequence_parallel_divides(config: RunConfig) -> Iterator[ConfigError]:
-    """Require equal parts of the sequence under --sequence-parallel."""
-    tp, length = config.parallel.tp, config.batch.seq_length
-    if config.parallel.sequence_parallel and length % tp:
+def sequence_can_be_split(config: RunConfig) -> Iterator[ConfigError]:
+    """Require equal parts of the sequence under --context-parallel-size and --sequence-parallel."""
+    parallel, length = config.parallel, config.batch.seq_length
+    tp, cp, unit = parallel.tp, parallel.cp, parallel.sequence_unit
+    if length % unit == 0:
+        return
+    if cp == 1:
         yield ConfigError(
             f"Cannot split --seq-length {length} over {tp} tensor-parallel ranks for --sequence-parallel "
             f"(--tensor-model-parallel-size {tp})",
             fix=f"Use --seq-length {nearest_multiples(length, tp)}, or remove --sequence-parallel",
         )
-
-
-def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
-    """Require at least one layer for every stage."""
-    parallel, layers = config.parallel, config.model.num_layers
-    stages = num_stages(config.model, parallel)
-    if stages > layers:
-        yield ConfigError(
-            f"Cannot split {layers} layers over {stages:,} pipeline stages (--num-layers {layers}, "
-            f"--pipeline-model-parallel-size {parallel.pp})",
-            fix=f"Use --pipeline-model-parallel-size {max(1, layers * parallel.pp // stages)} or less, or more layers",
-        )
-
-
-def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
-    """Require equally many chunks for every rank under the interleaved schedule."""
-    parallel, layers = config.parallel, config.model.num_layers
-    chunk = parallel.num_layers_per_virtual_stage
-    flag = f"--num-layers-per-virtual-pipeline-stage {chunk}"
-    interleaved = parallel.pipeline_schedule == "interleaved"
-    if interleaved and not chunk:
-        yield ConfigError(
-            "--pipeline-schedule interleaved is given without --num-layers-per-virtual-pipeline-stage",
-            fix="Use --pipeline-schedule 1f1b: a pipeline of one stage (--pipeline-model-parallel-size 1) has no "
-            "other schedule"
-            if parallel.pp < 2
-            else f"Add --num-layers-per-virtual-pipeline-stage N with N = {divisors(layers // parallel.pp)}: each "
-            f"rank then holds {layers // parallel.pp} / N chunks of N layers"
-            if layers % parallel.pp == 0
-            else f"Use --num-layers {nearest_multiples(layers, parallel.pp)} and add "
-            "--num-layers-per-virtual-pipeline-stage N, or use --pipeline-schedule 1f1b",
-        )
-    if not chunk:
         return
-    if not interleaved:
-        yield ConfigError(
-            f"{flag} has no effect with --pipeline-schedule {parallel.pipeline_schedule}",
-            fix="Use --pipeline-schedule interleaved, or remove --num-layers-per-virtual-pipeline-stage",
-        )
-    if parallel.pp < 2:
-        yield ConfigError(
-            f"{flag} has no effect with one pipeline stage (--pipeline-model-parallel-size {parallel.pp})",
-            fix="Use --pipeline-model-parallel-size 2 or more, or remove --num-layers-per-virtual-pipeline-stage",
-        )
-    if layers % (chunk * parallel.pp):
-        yield ConfigError(
-            f"Cannot give each of {parallel.pp} pipeline ranks the same number of chunks of {chunk} layers, {layers} "
-            "in all "
-            f"(--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
-            fix=f"Use --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
-            if layers % parallel.pp == 0
-            else f"Use --num-layers {nearest_multiples(layers, chunk * parallel.pp)}"
-            + (
-                f", or --pipeline-model-parallel-size {layers // chunk}"
-                if 2 * chunk <= layers and layers % chunk == 0
-                else ""
-            ),
-        )
-
-
-def partition_is_known(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a known --pp-partition-method, or a valid regular expression."""
-    method = config.parallel.partition_method
-    if method in PARTITION_METHODS:
-        return
-    kind, _, pattern = method.partition(":")
-    fault = "is unknown"
-    if kind.lower() == "type":
-        fault = "has no regular expression after the colon"
-        try:
-            if pattern and re.compile(pattern):
-                return
-        except re.error as error:
-            fault = f"has an invalid regular expression: {error}"
+    parts = f", and the part of each over {tp} tensor-parallel ranks (--sequence-parallel)" if unit > 2 * cp else ""
     yield ConfigError(
-        f"--pp-partition-method {method} {fault}",
-        fix="Use balanced, uniform, parameters, or, in quotation marks for the shell, 'type:REGEX' with a regular "
-        "expression of layer names, for example 'type:transformer|embedding'",
+        f"Cannot split --seq-length {length} into {2 * cp} equal chunks, two for each of {cp} ranks "
+        f"(--context-parallel-size {cp}){parts}",
+        fix=f"Use --seq-length {nearest_multiples(length, unit)}, or a smaller --context-parallel-size",
     )
-
-
-def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a layer for each stage between a sized first and last stage."""
-    parallel, layers = config.parallel, config.model.num_layers
-    first, last = parallel.first_stage_layers, parallel.last_stage_layers
-    if not first and not last:
-        return
-    sizes = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
-    given = [flag for flag, size in sizes.items() if size]
-    ends = ", ".join(f"{flag} {sizes[flag]}" for flag in given)
-    if parallel.pp < 2:
-        yield ConfigError(
-            f"The model has one pipeline stage, whose layers cannot be chosen ({ends}, --pipeline-model-parallel-size "
-            f"{parallel.pp})",
-            fix=f"Use --pipeline-model-parallel-size 2 or more, or remove {' and '.join(given)}",
-        )
-        return
-    if parallel.pipeline_schedule == "interleaved":
-        yield ConfigError(
-            f"The stages of --pipeline-schedule interleaved all have equally many layers ({ends})",
-            fix=f"Remove {' and '.join(given)}, or use --pipeline-schedule 1f1b without virtual stages",
-        )
-        return
-    others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
-    rest = layers - first - last
-    if rest < others or (not others and rest):
-        yield ConfigError(
-            f"Cannot assign {layers} layers to {others + len(given)} pipeline stages: the sizes given leave {rest} "
-            "layers "
-            f"for {others} other stages ({ends}, --num-layers {layers})",
-            rule="Every stage needs a layer, and every layer a stage",
-            fix=f"Give {' and '.join(given)} at most "
-            f"{format_count(layers - others, 'layer')}{' in all' if len(given) > 1 else ''}"
-            if others
-            else f"Give the two flags numbers whose sum is {layers}",
-        )
 
 
 RULES = (
     replicas_fill_the_world,
     tensor_parallel_divides,
-    sequence_parallel_divides,
-    stages_have_layers,
-    virtual_stages_are_whole,
-    partition_is_known,
-    given_ends_fit,
+    sequence_can_be_split,
 )

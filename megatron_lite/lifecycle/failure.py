@@ -12,7 +12,7 @@ from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.interruptible import end_at_once
 from megatron_lite.backend.phases import phase_of
 from megatron_lite.backend.watchdog import Failure, Watchdog, WatchdogTimeouts
-from megatron_lite.config.layout import coordinates
+from megatron_lite.config.layout import coordinates, describe_coordinates
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.errors import FailedRank, MegatronLiteError, TrainingError, failed_rank
 
@@ -39,7 +39,7 @@ def report_failures(backend: Backend, parallel: ParallelConfig, on_abort: OnAbor
     """
     at = coordinates(backend.rank, parallel)
     host = backend.launch.host or host_name()
-    name = f"{host} rank {backend.rank} (dp {at['dp']}, pp {at['pp']}, tp {at['tp']})"
+    name = f"{host} rank {backend.rank} ({describe_coordinates(at, parallel)})"
     store = backend.watch_store()
     if store is None:
         try:

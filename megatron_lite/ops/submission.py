@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_lite.config.arguments import ParsedRun, parse_run
 from megatron_lite.config.files import missing_files
+from megatron_lite.config.layout import axis_sizes, describe_sizes
 from megatron_lite.config.paths import suggest_path
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, ConfigErrors
@@ -353,13 +354,12 @@ def _check_allocation(submission: Submission) -> None:
     job = submission.job
     parallel = submission.parsed.config.parallel if submission.parsed else None
     world_size = parallel.world_size if parallel else job.world_size
-    layout = f" = tensor {parallel.tp} x pipeline {parallel.pp} x data {parallel.dp}" if parallel else ""
-    submission.facts.append(("Ranks", f"{world_size}{layout}"))
+    sizes = f" = {describe_sizes(axis_sizes(parallel))}" if parallel else ""
+    submission.facts.append(("Ranks", f"{world_size}{sizes}"))
     if job.num_gpus is None or world_size is None or world_size == job.num_gpus:
         return
-    per_node = (
-        f"{format_count(job.num_nodes, 'node')} with {format_count(job.resources.gpus_per_node or 0, 'GPU')} each"
-    )
+    gpus = format_count(job.resources.gpus_per_node or 0, "GPU")
+    per_node = f"{format_count(job.num_nodes, 'node')} with {gpus} each"
     if world_size > job.num_gpus:
         submission.problems.append(
             ConfigError(

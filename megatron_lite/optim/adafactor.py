@@ -255,7 +255,7 @@ class Adafactor(UpdateRule):
             return []
         joined = torch.cat([sums[number].flatten() for number in order])
         if self._sharded:
-            self._mesh.dp.all_reduce_(joined)
+            self._mesh.replicas.all_reduce_(joined)
         if over_tp := sum(sums[number].numel() for number in order if splits[number]):
             self._mesh.tp.all_reduce_(joined[:over_tp])
         found = dict(zip(order, joined.split(sizes), strict=True))
@@ -274,8 +274,8 @@ class Adafactor(UpdateRule):
             tuple(shape),
             tensor.dtype,
             [Piece(place.offset, tensor)] if tensor.numel() else [],
-            counts and mesh.dp.rank == 0,
-            (mesh.dp.rank, mesh.dp.size) if counts else (0, 1),
+            counts and mesh.replicas.rank == 0,
+            (mesh.replicas.rank, mesh.replicas.size) if counts else (0, 1),
         )
 
 

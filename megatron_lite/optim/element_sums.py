@@ -24,7 +24,7 @@ class ElementSums:
     Args:
         shards: of this rank.
         tp_rank: this rank's coordinate along tp.
-        group: the ranks whose shards together hold the model once: tp and pp, and dp under ZeRO-1.
+        group: the ranks whose shards together hold the model once: tp and pp, and cp and dp under ZeRO-1.
         device: of the shards, of which this rank may have none; None: the CPU.
     """
 

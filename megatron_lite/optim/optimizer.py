@@ -70,7 +70,7 @@ class Optimizer:
         group = mesh.world if buffers.sharded else mesh.group("tp", "pp")
         self._sums = ElementSums(shards, mesh.tp.rank, group, mesh.backend.device)
         # Index and number of the replicas that hold the same state.
-        self._replica = (0, 1) if buffers.sharded else (mesh.dp.rank, mesh.dp.size)
+        self._replica = (0, 1) if buffers.sharded else (mesh.replicas.rank, mesh.replicas.size)
 
     @property
     def loss_scale(self) -> Tensor | float:

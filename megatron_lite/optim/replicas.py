@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class Mismatch:
 class Replicas:
     """Comparison and repair of parameters that several ranks hold.
 
-    These are: all parameters, over the data-parallel replicas; parameters replicated over tp; and parameters of
-    shared modules, over the pipeline stages that hold them.
+    These are: all parameters, over the data- and context-parallel ranks; parameters replicated over tp; and parameters
+    of shared modules, over the pipeline stages that hold them.
 
     Args:
         mesh: this rank's groups.
@@ -80,7 +81,7 @@ class Replicas:
         hashes = torch.stack([self._hash(parameter.param) for parameter in parameters])
         # Parameters that should be equal along each row of a partition of the ranks.
         classes = [
-            (mesh.dp.partition, list(parameters)),
+            (mesh.replicas.partition, list(parameters)),
             (mesh.tp.partition, [p for p in parameters if p.tp_dim is None]),
         ]
         for name, shared in self._buffers.shared.items():
@@ -107,7 +108,7 @@ class Replicas:
         """Overwrite differing replicas and their optimizer state with the source's; a collective call.
 
         Where main parameters are fp32 copies, the parameters are finally rounded from them: under ZeRO-1 each main
-        parameter has one holder along dp, so replicas that differ in the parameters become equal to it.
+        parameter has one holder among the replicas, so replicas that differ in the parameters become equal to it.
         """
         for mismatch in mismatches:
             self._repair(mismatch)
@@ -125,11 +126,12 @@ class Replicas:
         if not self._buffers.sharded:
             self._send(mismatch.source, members, states)
             return
-        # Under ZeRO-1 a slice of the state is held by ranks with one dp coordinate only.
-        for dp in range(self._parallel.dp):
-            same = {rank for rank in members if coordinates(rank, self._parallel)["dp"] == dp}
+        # Under ZeRO-1 a slice of the state is held by ranks with one cp and dp coordinate only.
+        for cp, dp in product(range(self._parallel.cp), range(self._parallel.dp)):
+            holder = {"cp": cp, "dp": dp}
+            same = {rank for rank in members if holder.items() <= coordinates(rank, self._parallel).items()}
             if len(same) > 1:
-                self._send(rank_of({**at, "dp": dp}, self._parallel), same, states)
+                self._send(rank_of({**at, **holder}, self._parallel), same, states)
 
     def _send(self, source: int, members: set[int], tensors: Sequence[Tensor]) -> None:
         """Copy flat tensors from `source` to the other members, by broadcasts to all ranks, since repairs are rare."""

@@ -92,7 +92,7 @@ class GradientReduction:
 
     Args:
         buckets: with the flat fp32 gradients that they are ranges of, in the order in which backward completes them.
-        dp: the data-parallel group.
+        dp: the ranks that hold the same parameters: over dp and cp.
         scatter: reduce-scatter, in place: each replica gets the sums of its slice only (ZeRO-1).
         overlap: start buckets before finish().
     """
@@ -164,7 +164,7 @@ class ParameterGather:
 
     Args:
         buckets: with the flat parameters that they are ranges of, in the order in which backward completes them.
-        dp: the data-parallel group; each replica holds its slice of every bucket.
+        dp: the ranks that hold the same parameters; each holds its slice of every bucket.
     """
 
     def __init__(self, buckets: Sequence[tuple[Bucket, Tensor]], dp: Group) -> None:

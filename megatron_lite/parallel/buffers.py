@@ -79,7 +79,7 @@ class ParameterBuffers:
     Args:
         parameters: of this rank, in the order of the forward pass; all of one dtype. Frozen ones, which do not require
             a gradient, are in no buffer.
-        dp: replicas that gradients are summed over.
+        dp: ranks that hold the same parameters, over dp and cp; gradients are summed over them.
         tp: group over which gradients of `sequence_parallel` parameters are summed as well.
         shared: modules that several stages hold; their gradients are summed over the stages' ranks.
         bucket_megabytes: size of a bucket's fp32 gradients.

@@ -2,8 +2,8 @@
 
 The recipe of Transformer Engine and Megatron (Micikevicius et al. 2022, arXiv:2209.05433, section 4.2): the scale of an
 operand is known before its values are, so that a kernel rounds them while it computes them. Here the histories grow by
-one entry an iteration, the maximum over its micro-batches, replicas and tensor-parallel ranks; the scales are therefore
-the same in every layout. Transformer Engine updates them after each micro-batch.
+one entry an iteration, the maximum over its micro-batches, replicas, context- and tensor-parallel ranks; the scales are
+therefore the same in every layout. Transformer Engine updates them after each micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AmaxHistory:
     Args:
         layers: scales of each linear layer, by global name.
         config: length of a history, and the formula.
-        group: ranks that hold the same layers, or parts of them: tp and dp.
+        group: ranks that hold the same layers, or parts of them: tp, cp and dp.
         device: of the layers.
     """
 

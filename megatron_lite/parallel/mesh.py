@@ -1,4 +1,4 @@
-"""Device mesh: named axes (tp, dp, pp) with this rank's process group along each; passed as an argument."""
+"""Device mesh: named axes (tp, cp, dp, pp) with this rank's process group along each; passed as an argument."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
-from megatron_lite.config.layout import AXES, partitions, subset_partition
+from megatron_lite.config.layout import AXES, describe_coordinates, partitions, subset_partition
 from megatron_lite.config.parallel import ParallelConfig
 
-_NAMES = {frozenset(("tp", "pp")): "mp", frozenset(AXES): "world"}
+_NAMES = {frozenset(("tp", "pp")): "mp", frozenset(("cp", "dp")): "dp-cp", frozenset(AXES): "world"}
 """Names of groups over several axes, for messages and counts of traffic."""
 
 
@@ -30,6 +30,11 @@ class Mesh:
         return self.axes["tp"]
 
     @property
+    def cp(self) -> Group:
+        """Return the context-parallel group."""
+        return self.axes["cp"]
+
+    @property
     def dp(self) -> Group:
         """Return the data-parallel group."""
         return self.axes["dp"]
@@ -38,6 +43,11 @@ class Mesh:
     def pp(self) -> Group:
         """Return the pipeline-parallel group."""
         return self.axes["pp"]
+
+    @property
+    def replicas(self) -> Group:
+        """Return the group of ranks that hold the same parameters: over dp, and over cp, which splits the sequence."""
+        return self.dp if self.cp.size == 1 else self.group("cp", "dp")
 
     @property
     def world(self) -> Group:
@@ -66,7 +76,8 @@ class Mesh:
         return self._groups[key]
 
     def __str__(self) -> str:
-        return f"rank {self.backend.rank} (dp {self.dp.rank}, pp {self.pp.rank}, tp {self.tp.rank})"
+        at = {axis: group.rank for axis, group in self.axes.items()}
+        return f"rank {self.backend.rank} ({describe_coordinates(at, self.parallel)})"
 
 
 def build_mesh(backend: Backend, parallel: ParallelConfig) -> Mesh:
@@ -76,7 +87,7 @@ def build_mesh(backend: Backend, parallel: ParallelConfig) -> Mesh:
         backend: of this rank.
         parallel: sizes of the axes; their product is the backend's world size.
     """
-    assert parallel.tp * parallel.pp * parallel.dp == backend.world_size, (parallel, backend.world_size)
+    assert parallel.replica_size * parallel.dp == backend.world_size, (parallel, backend.world_size)
     axes = {axis: backend.new_group(axis, partitions(axis, parallel)) for axis in AXES}
     mesh = Mesh(backend, parallel, axes)
     mesh.group(*AXES)

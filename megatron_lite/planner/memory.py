@@ -39,5 +39,5 @@ def _state_bytes(config: RunConfig, parameters: int, in_layers: int) -> int:
     parallel, is_fp32 = config.parallel, config.precision.dtype == "fp32"
     state = moment_bytes(config.optimizer, parameters, in_layers)
     state += parameters * ((0 if is_fp32 else 4) + (4 if config.optimizer.ema_decay else 0))
-    shards = parallel.tp * (parallel.dp if parallel.distributed_optimizer else 1)
+    shards = parallel.tp * (parallel.dp * parallel.cp if parallel.distributed_optimizer else 1)
     return -(-parameters // parallel.tp) * ((4 if is_fp32 else 2) + GRADIENT_BYTES) + -(-state // shards)

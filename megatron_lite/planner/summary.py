@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lite.config.counts import flops_per_token, moment_bytes, parameter_count, stored_parameters
+from megatron_lite.config.layout import describe_sizes
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_parameters
@@ -49,6 +50,7 @@ class Layout:
 
     world_size: int
     tp: int
+    cp: int
     pp: int
     dp: int
     distributed_optimizer: bool
@@ -57,7 +59,7 @@ class Layout:
     @property
     def axes(self) -> str:
         """The sizes of the mesh's axes, as text."""
-        return f"tensor {self.tp} x pipeline {self.pp} x data {self.dp}"
+        return describe_sizes({"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp": self.dp})
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def _layout(config: RunConfig) -> Layout:
     return Layout(
         world_size=parallel.world_size,
         tp=parallel.tp,
+        cp=parallel.cp,
         pp=parallel.pp,
         dp=parallel.dp,
         distributed_optimizer=parallel.distributed_optimizer,

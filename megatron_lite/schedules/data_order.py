@@ -61,7 +61,7 @@ class DataSegment:
             batch=from_record(BatchConfig, saved["batch"]),
             data=from_record(DataConfig, saved["data"]),
             runtime=replace(config.runtime, seed=saved["seed"]),
-            parallel=replace(parallel, world_size=saved["dp"] * parallel.tp * parallel.pp),
+            parallel=replace(parallel, world_size=saved["dp"] * parallel.replica_size),
             training=replace(config.training, skip_iteration_ranges=ranges),
         )
 
@@ -117,7 +117,8 @@ def history_of_config(saved: Mapping[str, Any], current: RunConfig) -> tuple[Dat
     """
     if any(section not in saved for section in ("batch", "data", "training", "runtime", "parallel")):
         return ()
-    parallel = {name: saved["parallel"][name] for name in ("world_size", "tp", "pp") if name in saved["parallel"]}
+    known = saved["parallel"]
+    parallel = {"cp": 1, **{name: known[name] for name in ("world_size", "tp", "cp", "pp") if name in known}}
     config = replace(
         current,
         batch=_known(BatchConfig, saved["batch"], current.batch),

@@ -230,6 +230,11 @@ def build_engine(
         ConfigError: --freeze or --lr-factors does not fit the model.
     """
     parallel, selection = config.parallel, select_parameters(config)
+    if parallel.cp > 1:
+        raise ConfigError(
+            f"--context-parallel-size {parallel.cp}: the layers do not split the sequence yet",
+            fix="Use --sequence-parallel with --tensor-model-parallel-size N",
+        )
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
     wanted = config.runtime.gradient_accumulation_fusion
@@ -248,7 +253,7 @@ def build_engine(
     shared = locate_shared_modules(shared_stages(config.model, layers), ranks, mesh)
     buffers = ParameterBuffers(
         selection.apply_to(rank_parameters(stages, shared, mesh.pp.rank)),
-        dp=mesh.dp,
+        dp=mesh.replicas,
         tp=mesh.tp,
         shared=shared,
         bucket_megabytes=parallel.bucket_megabytes,

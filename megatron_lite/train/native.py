@@ -67,7 +67,7 @@ class NativeEngine:
         self._amax = None
         if config.fp8.format != "off" and config.fp8.recipe == "delayed":
             layers = {name: scales for stage in stages.values() for name, scales in stage.delayed_scales().items()}
-            self._amax = AmaxHistory(layers, config.fp8, mesh.group("tp", "dp"), mesh.backend.device)
+            self._amax = AmaxHistory(layers, config.fp8, mesh.group("tp", "cp", "dp"), mesh.backend.device)
         self._program = lru_cache(maxsize=64)(self._make_program)
 
     @property
@@ -126,16 +126,16 @@ class NativeEngine:
     def state_tensors(self) -> list[GlobalTensor]:
         """Return parameters under their own names, and the optimizer's state."""
         # Every replica has all parameters, and every tp rank those that are not split: the first of these is saved.
-        dp, first = self._mesh.dp, self._mesh.tp.rank == 0
+        replicas, first = self._mesh.replicas, self._mesh.tp.rank == 0
         weights = [
-            parameter_tensor(parameter, write=dp.rank == 0, replica=(dp.rank, dp.size))
+            parameter_tensor(parameter, write=replicas.rank == 0, replica=(replicas.rank, replicas.size))
             if first or parameter.tp_dim is not None
             else parameter_tensor(parameter, write=False)
             for parameter in self._buffers.parameters
             if parameter.owned
         ]
         copies = [parameter_tensor(p, write=False) for p in self._buffers.parameters if not p.owned]
-        histories = [] if self._amax is None else self._amax.state_tensors(write=first and dp.rank == 0)
+        histories = [] if self._amax is None else self._amax.state_tensors(write=first and replicas.rank == 0)
         return [*weights, *copies, *self._optimizer.state_tensors(), *histories]
 
     def state_bytes(self) -> dict[str, int]:

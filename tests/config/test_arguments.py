@@ -188,6 +188,7 @@ SPECIAL = {
     "runtime.attention": "fused",
     "runtime.compile": "layer",
     "profile.ranks": (0, 7),
+    "parallel.cp": 2,
     "model.num_attention_heads": 8,
     "model.num_query_groups": 2,
     "model.position_embedding": "alibi",
@@ -257,6 +258,7 @@ COMPANIONS = {
         "lr": {"lr": 0.0},
     },
     "parallel.tp": {"parallel": {"world_size": 2}},
+    "parallel.cp": {"parallel": {"world_size": 2}},
     "parallel.pp": {"parallel": {"world_size": 2}},
     "parallel.num_layers_per_virtual_stage": {
         "parallel": {"world_size": 2, "pp": 2, "pipeline_schedule": "interleaved", "num_layers_per_virtual_stage": 1}

@@ -170,6 +170,11 @@ FROM_FLAGS = {
     "--tensor-model-parallel-size 4 --seq-length 30 --sequence-parallel": (
         "Cannot split --seq-length 30 over 4 tensor-parallel ranks for"
     ),
+    "--context-parallel-size 8": "Cannot split 4 ranks into model replicas of 8 ranks (--tensor-model-parallel-size 1",
+    "--context-parallel-size 4 --seq-length 28": "Cannot split --seq-length 28 into 8 equal chunks, two for each of",
+    "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 28": (
+        "(--context-parallel-size 2), and the part of each over 4 tensor-parallel ranks (--sequence-parallel). Use"
+    ),
     "--pipeline-model-parallel-size 4 --num-layers 2": "Cannot split 2 layers over 4 pipeline stages (--num-layers 2",
     "--pipeline-schedule interleaved": "--pipeline-schedule interleaved is given without",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule 1f1b": (
