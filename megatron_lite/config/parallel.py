@@ -155,18 +155,12 @@ def resolve_zero_stage(given: Given) -> None:
     """Apply --zero-stage or the DeepSpeed JSON's ZeRO stage."""
     run, origin = given.run, given.origin(FIELD.command.zero_stage)
     stage = run.command.zero_stage
-    if stage == 1:
+    if stage:
         given.give(FIELD.parallel.distributed_optimizer, True, origin)
-        given.notes.append("ZeRO stage 1 is read as --use-distributed-optimizer")
+        if run.runtime.engine == "native":
+            given.notes.append("ZeRO stage 1 is read as --use-distributed-optimizer")
     elif stage == 0 and run.parallel.distributed_optimizer:
         given.refuse_both(origin, given.origin(FIELD.parallel.distributed_optimizer))
-    elif stage:
-        given.refuse(
-            f"ZeRO stage {stage} is not supported ({origin})",
-            rule="Only stage 1 is: the optimizer state is sharded over the replicas, gradients and parameters are "
-            "whole on each",
-            fix="Use stage 1; if memory is short, raise --tensor-model-parallel-size or --pipeline-model-parallel-size",
-        )
 
 
 def resolve_world_size(given: Given) -> None:

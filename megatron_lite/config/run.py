@@ -8,6 +8,7 @@ from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.command import CommandOptions
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.deepspeed import DeepSpeedConfig
 from megatron_lite.config.fp8 import Fp8Config
 from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.metrics import MetricsConfig
@@ -35,6 +36,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

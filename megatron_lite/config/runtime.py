@@ -36,6 +36,14 @@ class RuntimeConfig:
         Flag("--device", "Kind of device; auto uses a GPU if there is one.", choices={"gpu": "cuda"}),
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
+    engine: Literal["native", "deepspeed"] = option(
+        "native",
+        Flag(
+            "--engine",
+            "Engine that trains: the project's own, or DeepSpeed (the default under --deepspeed with ZeRO stage 2 or 3 "
+            "or offloading; docs/deepspeed.md).",
+        ),
+    )
     seed: int = option(1234, Flag("--seed", "Seed of weights, dropout and data order.", most=MAX_SEED))
     compile: Compile = option(
         "off",

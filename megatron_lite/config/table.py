@@ -26,6 +26,7 @@ GROUPS = {
     "recompute": "Recomputation",
     "parallel": "Parallelism",
     "command": "DeepSpeed",
+    "deepspeed": "DeepSpeed",
     "data": "Data",
     "tokenizer": "Tokenizer",
     "checkpoint": "Checkpoints",

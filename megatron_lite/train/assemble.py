@@ -51,6 +51,7 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import RunData, batch_parts
 from megatron_lite.train.comparison import compare_runs, open_files
+from megatron_lite.train.engine import Engine
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
@@ -133,7 +134,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         compute = ComputeTime(backend, config.metrics.log_interval if mesh.world.size > 1 else 0)
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
-            engine = build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
+            engine = _select_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
         if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
             provenance = replace(provenance, skipped_samples=skipped)
             ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
@@ -207,6 +208,18 @@ def _peak_flops(config: RunConfig, backend: Backend) -> float | None:
     return backend.peak_flops(DTYPES[config.precision.dtype])
 
 
+def _select_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers, compute: ComputeTime) -> Engine:
+    """Build the engine of --engine; arguments as for build_engine."""
+    match config.runtime.engine:
+        case "deepspeed":
+            # Its package is optional.
+            from megatron_lite.train.deepspeed import build_deepspeed_engine
+
+            return build_deepspeed_engine(config, mesh, num_sources=num_sources, timers=timers)
+        case "native":
+            return build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
+
+
 def build_engine(
     config: RunConfig,
     mesh: Mesh,
@@ -216,7 +229,7 @@ def build_engine(
     timers: Timers | None = None,
     compute: ComputeTime | None = None,
 ) -> NativeEngine:
-    """Build this rank's stages with their buffers, optimizer and executor.
+    """Build the native engine: this rank's stages with their buffers, optimizer and executor.
 
     Args:
         config: the run, with the vocabulary size.

@@ -217,6 +217,8 @@ SPECIAL = {
     "precision.scaler": "deepspeed",
     "precision.initial_loss_scale": 65536.0,
     "recompute.granularity": "selective",
+    "runtime.engine": "deepspeed",
+    "deepspeed.settings": '{"zero_optimization":{"overlap_comm":true,"stage":3}}',
     "recompute.method": "block",
     "parallel.tp": 2,
     "parallel.pp": 2,
@@ -237,6 +239,8 @@ SPECIAL = {
     "runtime.device": "cpu",
 }
 COMPANIONS = {
+    "runtime.engine": {"deepspeed": {"settings": '{"zero_optimization":{"stage":0}}'}},
+    "deepspeed.settings": {"runtime": {"engine": "deepspeed"}, "parallel": {"distributed_optimizer": True}},
     "tuning.epochs": {"training": {"train_iters": 0}, "data": {"sources": (DataSource(path="a"),)}},
     "tuning.control_codes": {"data": {"sources": (DataSource(path="a"),)}},
     "tuning.patience_threshold": {"tuning": {"patience": 2}},

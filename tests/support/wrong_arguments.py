@@ -45,7 +45,29 @@ FROM_FLAGS = {
     "--accept-changed weights": "Cannot read --accept-changed weights: expected some of tokenizer, data, code.",
     "--input x.jsonl": "--input x.jsonl is not supported. The flag belongs to tools/preprocess_data.py or",
     # resolvers
-    "--zero-stage 3": "ZeRO stage 3 is not supported (--zero-stage 3). Only stage 1 is: the optimizer state is",
+    "--zero-stage 3": "ZeRO stage 3 is run by DeepSpeed only (--zero-stage 3). Add --deepspeed; or use stage 1, for",
+    "--zero-stage 4": "--zero-stage 4 is out of range. Give --zero-stage a number from 0 to 3",
+    "--deepspeed-settings {}": "--deepspeed-settings has no effect without --engine deepspeed. Add --engine deepspeed",
+    "--engine deepspeed --deepspeed-settings {": "--deepspeed-settings is not valid JSON: Expecting property name",
+    "--engine deepspeed --deepspeed-settings {} --deepspeed --deepspeed_config ds.json": (
+        "--deepspeed-settings and --deepspeed_config ds.json contradict each other."
+    ),
+    '--bucket-megabytes 4 --engine deepspeed --deepspeed-settings {"zero_optimization":{"reduce_bucket_size":9}}': (
+        "--bucket-megabytes 4 and zero_optimization.reduce_bucket_size 9. Remove --bucket-megabytes"
+    ),
+    "--deepspeed --zero-stage 2 --engine native": "--engine native cannot run --zero-stage 2. The native engine shards",
+    "--engine deepspeed --pipeline-model-parallel-size 2": (
+        "The DeepSpeed engine cannot run --pipeline-model-parallel-size 2. Its ZeRO stages reduce"
+    ),
+    "--engine deepspeed --pipeline-schedule zb-h1": "The DeepSpeed engine cannot run --pipeline-schedule zb-h1. It has",
+    "--engine deepspeed --bf16 --fp8-format e4m3": "The DeepSpeed engine cannot run --fp8-format e4m3. The scales of",
+    "--engine deepspeed --optimizer lion": "The DeepSpeed engine cannot run --optimizer lion. It updates flat",
+    "--engine deepspeed --ema-decay 0.9": "The DeepSpeed engine cannot run --ema-decay 0.9. Its optimizer keeps no",
+    "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile layer. It gathers parameters",
+    "--engine deepspeed --check-weight-hash-across-dp-replicas-interval 5": (
+        "The DeepSpeed engine cannot run --check-weight-hash-across-dp-replicas-interval 5. Replicas that share"
+    ),
+    "--engine deepspeed --log-num-zeros-in-grad": "The DeepSpeed engine cannot run --log-num-zeros-in-grad. It frees",
     "--zero-stage 0 --use-distributed-optimizer": (
         "--zero-stage 0 and --use-distributed-optimizer contradict each other."
     ),
@@ -243,7 +265,40 @@ FROM_JSON = {
     '{"a": 1_000}': "ds.json (--deepspeed_config) is not valid JSON: Expecting ',' delimiter: line 1 column 8",
     '{"curriculum_learning": {"enabled": true}}': "total_curriculum_step is missing in the DeepSpeed JSON. Add",
     "[]": "ds.json (--deepspeed_config) holds a JSON list instead of an object: '[]'. Write, for example",
-    '{"optimizer": {"type": "Adam"}}': 'The "optimizer" section of the DeepSpeed JSON is not supported.',
+    '{"scheduler": {"type": "WarmupLR"}}': 'The "scheduler" section of the DeepSpeed JSON is not supported. Remove',
+    '{"optimizer": {"type": "Lamb"}}': 'optimizer.type in the DeepSpeed JSON is "Lamb". Write Adam, AdamW or SGD, or',
+    '{"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}': "optimizer.params.betas in the DeepSpeed JSON is 0.9.",
+    '{"optimizer": {"type": "Adam", "params": {"lrr": 1}}}': (
+        "Unknown entry optimizer.params.lrr in the DeepSpeed JSON. Did you mean optimizer.params.lr?"
+    ),
+    '{"optimizer": {"type": "Adam", "params": {"adam_w_mode": false}}}': (
+        "optimizer.params.adam_w_mode in the DeepSpeed JSON is false, and the optimizer here has true. Write"
+    ),
+    '{"bf16": {"enabled": false, "immediate_grad_updates": true}}': (
+        "Unknown entry bf16.immediate_grad_updates in the DeepSpeed JSON. Did you mean bf16.immediate_grad_update?"
+    ),
+    '{"zero_optimization": {"stage": 4}}': 'zero_optimization.stage in the DeepSpeed JSON is 4. Write "stage": 0, 1,',
+    '{"zero_optimization": {"stage": 1, "reduce_buckets": 4}}': (
+        "Unknown entry zero_optimization.reduce_buckets in the DeepSpeed JSON."
+    ),
+    '{"zero_optimization": {"stage": 3, "overlap_comm": 1}}': (
+        'zero_optimization.overlap_comm in the DeepSpeed JSON is 1. Write, for example, "overlap_comm": true'
+    ),
+    '{"zero_optimization": {"stage": 3, "zenflow": {"topk_ratio": 1}}}': (
+        "zero_optimization.zenflow in the DeepSpeed JSON is not supported. Remove the entry: it updates"
+    ),
+    '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}': (
+        "zero_optimization.offload_param in the DeepSpeed JSON needs ZeRO stage 3 or more, and the stage is 2. Use"
+    ),
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}': (
+        'zero_optimization.offload_param.device in the DeepSpeed JSON is "disk". Write "device": "cpu" or "nvme"'
+    ),
+    '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}': (
+        'zero_optimization.offload_optimizer.device "nvme" in the DeepSpeed JSON needs ZeRO stage 3, and the stage is 2'
+    ),
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': (
+        'zero_optimization.offload_param.device in the DeepSpeed JSON is "nvme", and there is no nvme_path. Add'
+    ),
     '{"gradient_cliping": 1.0}': "Unknown entry gradient_cliping in the DeepSpeed JSON. Did you mean",
     '{"fp16": {"enabled": true, "hystereses": 2}}': (
         "Unknown entry fp16.hystereses in the DeepSpeed JSON. Did you mean"
@@ -266,10 +321,6 @@ FROM_JSON = {
     '{"fp16": {"enabled": false}}': "The command line and the DeepSpeed JSON contradict each other: --fp16 and",
     '{"gradient_clipping": 0.5}': "--clip-grad 2 and gradient_clipping 0.5",
     '{"train_micro_batch_size_per_gpu": 4}': "--micro-batch-size 2 and train_micro_batch_size_per_gpu 4",
-    '{"zero_optimization": {"stage": 2}}': "ZeRO stage 2 is not supported (zero_optimization.stage 2 in the",
-    '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}': (
-        "zero_optimization.offload_optimizer in the DeepSpeed JSON is not"
-    ),
     '{"curriculum_learning": {"enabled": true, "curriculum_type": "vocab"}}': (
         "curriculum_learning in the DeepSpeed JSON has curriculum_type vocab"
     ),
