@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
         from megatron_lite.train.start import already_complete
 
         if (complete := already_complete(parsed.config)) is None:
-            train_job(parsed.config, record, started=started)
+            train_job(parsed.config, record, started=started, command=argv)
             return 0
         if launch.rank == 0:
             print(complete.text)

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -265,31 +265,35 @@ def agree(world: Group, stop: Stop | None) -> Stop | None:
     return agree_and_gather(world, stop)[0]
 
 
-def agree_and_gather(world: Group, stop: Stop | None, own: float | None = None) -> tuple[Stop | None, list[float]]:
-    """Agree on a stop, and gather one number of each rank in the same reduction; a collective call.
+def agree_and_gather(
+    world: Group, stop: Stop | None, own: Sequence[float] = ()
+) -> tuple[Stop | None, Sequence[Sequence[float]]]:
+    """Agree on a stop, and gather some numbers of each rank in the same reduction; a collective call.
 
     The reduction is of host memory (gloo), so that it does not wait for the device.
 
     Args:
         world: all ranks.
         stop: this rank's reason to stop.
-        own: this rank's number, 0 or more; None on all ranks: nothing is gathered.
+        own: this rank's numbers, 0 or more, as many on all ranks; empty: nothing is gathered.
 
     Returns:
-        The stop of the first rank that has one, and the number of each rank.
+        The stop of the first rank that has one, and the numbers of each rank; [] if nothing is gathered.
     """
     if world.size == 1:
-        return stop, [] if own is None else [own]
+        return stop, [own] if own else []
     import torch  # here, so that the module imports without it
 
-    reduced = torch.zeros(1 if own is None else 1 + world.size)
+    count = len(own)
+    reduced = torch.zeros(1 + world.size * count)
     if stop is not None:
         reduced[0] = 1.0
-    if own is not None:
-        reduced[1 + world.rank] = own
+    if own:
+        reduced[1 + world.rank * count :][:count] = torch.tensor(own)
     world.all_reduce_(reduced, "max")
     any_stop, *gathered = reduced.tolist()
-    return (_first_stop(world, stop) if any_stop else None), gathered
+    ranks = [gathered[rank * count :][:count] for rank in range(world.size)] if own else []
+    return (_first_stop(world, stop) if any_stop else None), ranks
 
 
 def _first_stop(world: Group, stop: Stop | None) -> Stop:

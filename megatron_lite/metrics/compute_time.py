@@ -1,20 +1,54 @@
-"""Busy time of one rank: measures data reading, forward and backward of an iteration, without waiting for other ranks.
+"""Time of one rank by part of an iteration: compute, data reading, gradient reduction, optimizer.
 
-All ranks finish an iteration together, so its duration shows no straggler. The actions of the pipeline executor exclude
-messages and the gradient reduction; collectives of tensor parallelism are included, so that the ranks of one tensor-
-parallel group have similar times.
+All ranks finish an iteration together, so its duration shows no straggler; the busy time (compute and data) of each
+rank does. The actions of the pipeline executor exclude messages and the gradient reduction; collectives of tensor
+parallelism are included, so that the ranks of one tensor-parallel group have similar times.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
 from megatron_lite.backend.base import Backend
 
-MEASURED = frozenset({"batch-generator", "forward-compute", "backward-compute", "weight-gradients"})
-"""Timer names of the executor that count."""
+PARTS = ("compute", "data", "gradients", "optimizer")
+"""Parts in the order of `take`. The rest of an iteration is messages between pipeline stages and waiting for them."""
+_PART_OF = {
+    "forward-compute": "compute",
+    "backward-compute": "compute",
+    "weight-gradients": "compute",
+    "batch-generator": "data",
+    "all-grads-sync": "gradients",
+    "optimizer": "optimizer",
+}
+"""Part of each timer of executor and engine that counts."""
+
+
+def measuring_interval(log_interval: int, ranks: int) -> int:
+    """Return the iterations between measurements: a multiple of the log interval, and of one rank alone at least 10.
+
+    A measured iteration is read before the next one is enqueued, so that the device is idle for a moment.
+    """
+    return log_interval if ranks > 1 else log_interval * math.ceil(10 / log_interval)
+
+
+def busy_seconds(ranks: Sequence[Sequence[float]]) -> list[float]:
+    """Return each rank's seconds of compute and data, from the results of `take`; 0: unknown."""
+    return [compute + data for compute, data, *_ in ranks]
+
+
+def mean_parts(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the mean seconds of each part over the ranks whose times are known; empty: there are none."""
+    known = [seconds for seconds in ranks if any(seconds)]
+    return (
+        {name: sum(column) / len(known) for name, column in zip(PARTS, zip(*known, strict=True), strict=True)}
+        if known
+        else {}
+    )
 
 
 class ComputeTime:
@@ -28,7 +62,7 @@ class ComputeTime:
     def __init__(self, backend: Backend, interval: int) -> None:
         self._backend = backend
         self._interval = interval
-        self._marks: list[tuple[Any, Any]] = []
+        self._marks: list[tuple[str, Any, Any]] = []
         self._on = False
 
     @property
@@ -43,21 +77,28 @@ class ComputeTime:
 
     def around(self, name: str, inner: AbstractContextManager[None]) -> AbstractContextManager[None]:
         """Return `inner`, with marks at both ends if the block of that name is measured."""
-        return _Marked(self, inner) if self._on and name in MEASURED else inner
+        return _Marked(self, _PART_OF[name], inner) if self._on and name in _PART_OF else inner
 
-    def take(self) -> float:
-        """Return the seconds of this iteration's blocks, and end the measurement; 0: the device is not done."""
-        seconds = [self._backend.seconds_between(begin, end) for begin, end in self._marks]
+    def take(self) -> list[float]:
+        """Return this iteration's seconds of each of PARTS, and end the measurement; zeros: the device is not done."""
+        sums = dict.fromkeys(PARTS, 0.0)
+        for part, begin, end in self._marks:
+            seconds = self._backend.seconds_between(begin, end)
+            if seconds is None:
+                sums = dict.fromkeys(PARTS, 0.0)
+                break
+            sums[part] += seconds
         self._on = False
         self._marks.clear()
-        return 0.0 if None in seconds else sum(part for part in seconds if part is not None)
+        return list(sums.values())
 
 
 class _Marked:
     """Context manager of one measured block."""
 
-    def __init__(self, clock: ComputeTime, inner: AbstractContextManager[None]) -> None:
+    def __init__(self, clock: ComputeTime, part: str, inner: AbstractContextManager[None]) -> None:
         self._clock = clock
+        self._part = part
         self._inner = inner
         self._begin: Any = None
 
@@ -69,4 +110,4 @@ class _Marked:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._inner.__exit__(kind, error, trace)
-        self._clock._marks.append((self._begin, self._clock._backend.mark()))
+        self._clock._marks.append((self._part, self._begin, self._clock._backend.mark()))

@@ -27,6 +27,12 @@ class RunFacts:
     dtype: str = "fp32"
     hosts: Sequence[str] = ()
     """Host of each rank."""
+    command: Sequence[str] = ()
+    """Command line of the job, without the program's name."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions of Python, libraries and this program, and the operating system of the reporting rank."""
+    startup_seconds: float = 0.0
+    """From the start of the job, or from its automatic rollback, to the first iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,8 @@ class IterationReport:
     """Seconds of each timer."""
     rank_seconds: Sequence[float] | None = None
     """Compute seconds of each rank (compute_time.py) in the last measured iteration; 0: unknown."""
+    parts: Mapping[str, float] | None = None
+    """Seconds of the parts of the iteration before this one, as means over the ranks (compute_time.py)."""
 
     @property
     def tokens(self) -> int:
@@ -99,8 +107,10 @@ class SaveRecord:
         iteration: of the checkpoint.
         seconds: from the beginning of the save until the checkpoint is complete.
         size: bytes on disk.
+        blocking_seconds: part of the seconds in which training paused.
     """
 
     iteration: int
     seconds: float
     size: int
+    blocking_seconds: float

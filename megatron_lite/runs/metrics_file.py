@@ -1,8 +1,8 @@
 """metrics.jsonl file format: encoding, reading, and truncation on resume.
 
-Each line is a JSON object whose `kind` is "start", "iteration", "validation", "save" or "message". Floats are written
-with all their digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they
-are the strings "NaN", "Infinity" and "-Infinity".
+Each line is a JSON object whose `kind` is "start", "iteration", "validation", "save", "message" or "discarded" (the sum
+of the lines that a resume or rollback removed). Floats are written with all their digits, so that a file shows whether
+two runs are equal bit for bit. JSON has no NaN or infinities; they are the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from megatron_lite.errors import DataError
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.system_errors import reason, remedy
 
+AVERAGE = "average"
+"""Name of the average over several validation sets in reports."""
+Decoder = Callable[[bytes], dict[str, Any]]
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -48,7 +51,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, a line before its end is damaged, or it is not a metrics file.
     """
-    return [record for _, record in _read_lines(path)]
+    return [record for _, record in scan_lines(path)]
 
 
 def metrics_path(config: RunConfig) -> Path | None:
@@ -87,10 +90,42 @@ def loss_point(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
     return None
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return complete lines without their newline, each with its record."""
+def seconds_of(record: Mapping[str, Any]) -> float:
+    """Return the seconds of the job's time that a record accounts for; 0: none of its own, or unknown.
+
+    An iteration, an evaluation, the pause of training for a save, the start of a job, or what was discarded. Averages
+    over several validation sets repeat their seconds.
+    """
+    kind = record["kind"]
+    if kind == "validation" and str(record.get("name", "")).partition("-")[0] == AVERAGE:
+        return 0.0
+    field = {"save": "blocking_seconds", "start": "startup_seconds"}.get(kind, "seconds")
+    return float(record.get(field, 0.0))
+
+
+def scan_lines(path: Path, decode_line: Decoder = decode) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield complete lines without their newline, each with its record, reading the file step by step.
+
+    Raises:
+        DataError: as read_records.
+    """
+    torn: tuple[int, bytes] | None = None
+    found = False
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.rstrip(b"\n")
+                if not line:
+                    continue
+                try:
+                    record = decode_line(line)
+                except ValueError:
+                    torn = torn or (number, line)
+                    continue
+                if torn is not None:
+                    raise _damaged(path, *torn)
+                found = True
+                yield line, record
     except OSError as error:
         raise DataError(
             f"Cannot read the metrics file {path}: {reason(error)}",
@@ -100,22 +135,8 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
                 instead="give the metrics.jsonl of a run: it is in the folder of --save, or where --metrics-file was",
             ),
         ) from error
-    kept: list[tuple[bytes, dict[str, Any]]] = []
-    broken: tuple[int, bytes] | None = None
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = decode(line)
-        except ValueError:
-            broken = broken or (number, line)
-            continue
-        if broken is not None:
-            raise _damaged(path, *broken)
-        kept.append((line, record))
-    if broken is not None and not kept:
-        raise _damaged(path, *broken)
-    return kept
+    if torn is not None and not found:
+        raise _damaged(path, *torn)
 
 
 def _damaged(path: Path, number: int, line: bytes) -> DataError:
@@ -131,8 +152,8 @@ def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False)
     """Truncate a metrics file after `resumed_iteration`, so that the resumed run's file reads as one run.
 
     Removes lines of later iterations, evaluations at the end of an earlier, shorter run, and a torn end; the rest is
-    kept byte for byte, and the file is replaced atomically. A run that starts at 0 moves an existing file aside,
-    because it may be another run's.
+    kept byte for byte, and the file is replaced atomically. The time that the removed lines account for is kept in a
+    line of kind "discarded". A run that starts at 0 moves an existing file aside, because it may be another run's.
 
     Args:
         path: the file.
@@ -152,9 +173,14 @@ def prepare(path: Path, resumed_iteration: int, *, validation_due: bool = False)
     if not path.exists() or path.stat().st_size == 0:
         return None
     if resumed_iteration == 0 and _holds_another_run(path):
-        return _move_aside(path)
-    kept = [line for line, record in _read_lines(path) if _survives(record, resumed_iteration, validation_due)]
-    content = b"".join(line + b"\n" for line in kept)
+        return move_aside(path)
+    kept, removed = list[bytes](), list[dict[str, Any]]()
+    for line, record in scan_lines(path):
+        if _survives(record, resumed_iteration, validation_due):
+            kept.append(line)
+        else:
+            removed.append(record)
+    content = b"".join(line + b"\n" for line in kept) + _encode_discarded(removed, resumed_iteration)
     if content != path.read_bytes():
         replace_file(path, content)
     return None
@@ -170,7 +196,26 @@ def _survives(record: Mapping[str, Any], resumed_iteration: int, validation_due:
     return int(record.get("iteration", 0)) <= last and not record.get("at_end", False)
 
 
-def _move_aside(path: Path) -> Path:
+def _encode_discarded(removed: Sequence[Mapping[str, Any]], resumed_iteration: int) -> bytes:
+    """Return the line that sums up removed records; empty: they account for no time.
+
+    `time` is that of the last removed record, `starts` the number of removed starts of jobs.
+    """
+    seconds = sum(map(seconds_of, removed))
+    iterations, starts = (
+        sum(record["kind"] == kind for record in removed)
+        + sum(int(record[field]) for record in removed if record["kind"] == "discarded")
+        for kind, field in (("iteration", "iterations"), ("start", "starts"))
+    )
+    if not iterations and not seconds:
+        return b""
+    last = max(float(record.get("time", 0.0)) for record in removed)
+    values = {"iterations": iterations, "seconds": seconds, "starts": starts}
+    return encode({"kind": "discarded", "time": last, "iteration": resumed_iteration, **values})
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file to a free name `<stem>.previous-<number>`, and return it."""
     number = 1
     while (target := path.with_name(f"{path.stem}.previous-{number}{path.suffix}")).exists():
         number += 1

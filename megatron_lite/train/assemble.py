@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.backend.environment import host_name
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
-from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
@@ -24,9 +22,8 @@ from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.data.serving.loader import Loader
 from megatron_lite.errors import ConfigError
 from megatron_lite.lifecycle.failure import OnAbort, report_failures
-from megatron_lite.metrics.compute_time import ComputeTime
+from megatron_lite.metrics.compute_time import ComputeTime, measuring_interval
 from megatron_lite.metrics.profiler import Profiler
-from megatron_lite.metrics.report import RunFacts
 from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
@@ -45,7 +42,6 @@ from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.runs.metrics_file import metrics_path, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
-from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
@@ -57,6 +53,7 @@ from megatron_lite.train.loop import Run
 from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import compare_with_checkpoint
 from megatron_lite.train.replica_check import equalize_initial_weights
+from megatron_lite.train.run_facts import Origin, peak_flops, run_facts
 from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
@@ -83,13 +80,16 @@ def machine(runtime: RuntimeConfig, parallel: ParallelConfig, on_abort: OnAbort 
 
 
 @contextmanager
-def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLock | None = None) -> Iterator[Run]:
+def assembled(
+    config: RunConfig, backend: Backend | None = None, lock: FolderLock | None = None, origin: Origin | None = None
+) -> Iterator[Run]:
     """Build a run and load its checkpoint; a context manager that waits for the last save and frees everything.
 
     Args:
         config: as the command line gives it, before the tokenizer determines the vocabulary size.
         backend: the machine to run on, which stays open; None: a new one.
         lock: of the --save folder, on the rank that holds it; verified before anything is written there.
+        origin: command line and time of the start; None: no command line, and now.
 
     Raises:
         ConfigError: the device cannot run the configuration, or a file is missing.
@@ -97,6 +97,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         DataError: a dataset or tokenizer is damaged.
         CheckpointError: the checkpoint of --load is damaged or belongs to another run.
     """
+    origin = origin or Origin()
     with ExitStack() as stack:
         backend = backend or stack.enter_context(machine(config.runtime, config.parallel))
         # Before the mesh: ranks that differ in its sizes would wait for each other forever.
@@ -131,7 +132,7 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         )
         compare_with_checkpoint(start, config, provenance, data, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
-        compute = ComputeTime(backend, config.metrics.log_interval if mesh.world.size > 1 else 0)
+        compute = ComputeTime(backend, measuring_interval(config.metrics.log_interval, mesh.world.size))
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
             engine = _select_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
@@ -160,7 +161,9 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
         )
         if (loaded := start.continued(config)) is not None:
             state.load(loaded.scalars)
-        _introduce(config, mesh, reporter, data, start, progress)
+        reporter.message(introduction(config, backend, data, start, progress))
+        reporter.start(config, run_facts(config, mesh, progress, origin))
+        _warn(config, data, progress, reporter)
         yield Run(
             config=config,
             mesh=mesh,
@@ -171,30 +174,13 @@ def assembled(config: RunConfig, backend: Backend | None = None, lock: FolderLoc
             timers=timers,
             compute=compute,
             profiler=stack.enter_context(Profiler(config, backend, mesh.world, reporter)),
-            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=_peak_flops(config, backend)),
+            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak_flops(config, backend)),
             progress=progress,
         )
 
 
-def _introduce(
-    config: RunConfig, mesh: Mesh, reporter: Reporter, data: RunData, start: Start, progress: Progress
-) -> None:
-    """Report the facts of the run and warnings before the first iteration; a collective call."""
-    backend = mesh.backend
-    reporter.message(introduction(config, backend, data, start, progress))
-    facts = RunFacts(
-        parameters=parameter_count(config.model),
-        train_iterations=last_iteration(config),
-        start_iteration=progress.iteration,
-        validation_due=bool(progress.validation_due),
-        world_size=mesh.world.size,
-        data_parallel=mesh.dp.size,
-        device=backend.device_name(),
-        peak_flops=_peak_flops(config, backend),
-        dtype=config.precision.dtype,
-        hosts=mesh.world.all_gather_object(backend.launch.host or host_name()),
-    )
-    reporter.start(config, facts)
+def _warn(config: RunConfig, data: RunData, progress: Progress, reporter: Reporter) -> None:
+    """Report warnings about a profile that begins too late, and about the data."""
     if config.profile.on and progress.iteration >= config.profile.last:
         reporter.message(
             f"WARNING: no iteration is profiled: training continues after iteration {progress.iteration}, and "
@@ -202,10 +188,6 @@ def _introduce(
         )
     for text in data.warnings:
         reporter.message(f"WARNING: {text}")
-
-
-def _peak_flops(config: RunConfig, backend: Backend) -> float | None:
-    return backend.peak_flops(DTYPES[config.precision.dtype])
 
 
 def _select_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers, compute: ComputeTime) -> Engine:
@@ -237,7 +219,7 @@ def build_engine(
         num_sources: data sources of a blend whose losses are reported one by one.
         trace: if given, every action of the executor is appended to it.
         timers: measure the parts of a step and, from level 2 on, of a micro-batch; None: no timing.
-        compute: measures the compute time of this rank; None: it is not measured.
+        compute: measures the time of this rank by part, if there are timers; None: it is not measured.
 
     Raises:
         ConfigError: --freeze or --lr-factors does not fit the model.
@@ -292,17 +274,19 @@ def build_engine(
         accumulate=buffers.accumulate_product,
         deferred=deferred,
         trace=trace,
-        timed=_timing(timers, compute),
+        timed=_timing(timers, compute, level=2),
     )
     optimizer = Optimizer(config, buffers, mesh)
-    return NativeEngine(config, mesh, stages, buffers, optimizer, executor, num_sources, timers)
+    return NativeEngine(
+        config, mesh, stages, buffers, optimizer, executor, num_sources, _timing(timers, compute, level=1)
+    )
 
 
-def _timing(timers: Timers | None, compute: ComputeTime | None) -> Timed | None:
-    """Return what the executor measures its actions with; None: nothing."""
+def _timing(timers: Timers | None, compute: ComputeTime | None, *, level: int) -> Timed | None:
+    """Return what measures the blocks of a --timing-log-level; None: nothing."""
     if timers is None or compute is None:
-        return (lambda name: timers(name, 2)) if timers is not None else None
-    return lambda name: compute.around(name, timers(name, 2))
+        return (lambda name: timers(name, level)) if timers is not None else None
+    return lambda name: compute.around(name, timers(name, level))
 
 
 def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer, start: Start) -> RunData:

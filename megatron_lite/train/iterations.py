@@ -14,6 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
 from megatron_lite.lifecycle.spikes import respond_to_spike
 from megatron_lite.lifecycle.stopping import Stop
+from megatron_lite.metrics.compute_time import busy_seconds, mean_parts
 from megatron_lite.metrics.report import IterationReport
 from megatron_lite.optim.loss_scaler import DivergedError
 from megatron_lite.schedules.iteration import IterationPlan
@@ -155,7 +156,9 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         eta_seconds=rates.eta_seconds,
         memory=run.mesh.backend.memory_stats() if config.metrics.log_memory or progress.iteration == 1 else {},
         timers=run.timers.take(),
-        rank_seconds=run.rank_seconds,
+        # One rank alone is compared with no other.
+        rank_seconds=busy_seconds(run.rank_parts) if len(run.rank_parts) > 1 else None,
+        parts=mean_parts(run.rank_parts) or None,
     )
 
 

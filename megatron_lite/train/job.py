@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,12 +23,20 @@ from megatron_lite.runs.rollback import RollbackReport, roll_back
 from megatron_lite.train.assemble import assembled, machine
 from megatron_lite.train.check_nodes import check_job_nodes
 from megatron_lite.train.loop import evaluate_only, train
+from megatron_lite.train.run_facts import Origin
 
 _LOCK_TURN = 5.0
 """Seconds that rank 0 waits for the folder's lock while the other ranks wait in a collective."""
 
 
-def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend: Backend | None = None) -> None:
+def train_job(
+    config: RunConfig,
+    record: ExitRecord,
+    *,
+    started: float,
+    backend: Backend | None = None,
+    command: Sequence[str] = (),
+) -> None:
     """Assemble the run and train it (--skip-train: evaluate it); after a rollback, again on the same machine.
 
     Args:
@@ -35,6 +44,7 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
         record: acquires the folder's lock, and records when training begins and why it ends.
         started: time.monotonic() when the job began.
         backend: the machine to run on, which stays open; None: a new one.
+        command: the command line, to be recorded.
 
     Raises:
         MegatronLiteError: as `assembled` and `train`.
@@ -44,8 +54,9 @@ def train_job(config: RunConfig, record: ExitRecord, *, started: float, backend:
         backend = backend or stack.enter_context(machine(config.runtime, config.parallel, record.abort))
         world = backend.new_group("world", partitions(AXES, config.parallel))
         _acquire_lock(record, world)
-        while (rollback := _run_once(config, backend, record, started, notices).rollback) is not None:
-            iteration = rollback.iteration
+        origin = Origin(command, started)
+        while (rollback := _run_once(config, backend, record, started, notices, origin).rollback) is not None:
+            iteration, origin = rollback.iteration, Origin(command, time.monotonic())
             record.begin(lambda iteration=iteration: iteration)  # type: ignore[misc]
             config = _roll_back(config, rollback, world, record)
 
@@ -67,9 +78,16 @@ def _acquire_lock(record: ExitRecord, world: Group) -> None:
     record.start(token)
 
 
-def _run_once(config: RunConfig, backend: Backend, record: ExitRecord, started: float, notices: Sequence[str]) -> Stop:
+def _run_once(
+    config: RunConfig,
+    backend: Backend,
+    record: ExitRecord,
+    started: float,
+    notices: Sequence[str],
+    origin: Origin,
+) -> Stop:
     """Train until the run ends, stops or is to be rolled back; return why."""
-    with assembled(config, backend, record.lock) as run:
+    with assembled(config, backend, record.lock, origin) as run:
         for text in notices:
             run.reporter.message(text)
         trains = not config.training.skip_train

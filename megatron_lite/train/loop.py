@@ -23,6 +23,7 @@ from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.runs.metrics_file import AVERAGE
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.length import is_finished
@@ -36,8 +37,6 @@ from megatron_lite.train.replica_check import check_replicas
 from megatron_lite.train.state import RunState
 
 Split = Literal["validation", "test"]
-AVERAGE = "average"
-"""Name of the average over several validation sets in reports."""
 RECENT = 10
 """Iterations whose longest is taken for the next one's duration; --compile makes the first one long."""
 
@@ -65,8 +64,8 @@ class Run:
     """Seconds of the last iterations, whose longest is expected of the next."""
     longest_validation: float = 0.0
     """Seconds of the slowest validation so far, all datasets together; 0: there was none in this job."""
-    rank_seconds: Sequence[float] | None = None
-    """Compute seconds of each rank in the last iteration, if it was measured."""
+    rank_parts: Sequence[Sequence[float]] = ()
+    """Seconds of the parts (compute_time.py) of the last iteration on each rank, if it was measured."""
 
     def agree(self, stop: Stop | None) -> Stop | None:
         """Return the stop of the first rank that has one; a collective call."""
@@ -74,11 +73,10 @@ class Run:
             return agree(self.mesh.world, stop)
 
     def agree_after_iteration(self, stop: Stop | None) -> Stop | None:
-        """As agree; also gather the compute time of each rank, if the iteration was measured."""
-        own = self.compute.take() if self.compute.measures else None
+        """As agree; also gather the time by part of each rank, if the iteration was measured."""
+        own = self.compute.take() if self.compute.measures else ()
         with self.mesh.backend.phases.enter("agreeing whether to stop"):
-            agreed, gathered = agree_and_gather(self.mesh.world, stop, own)
-        self.rank_seconds = gathered or None
+            agreed, self.rank_parts = agree_and_gather(self.mesh.world, stop, own)
         return agreed
 
     def finished(self) -> bool:

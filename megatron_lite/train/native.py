@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_lite.backend.base import Reading
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
-from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.optim.replicas import Mismatch, Replicas
@@ -23,7 +22,7 @@ from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.delayed_scaling import AmaxHistory
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.tensors import GlobalTensor, parameter_tensor
-from megatron_lite.pipeline.executor import Executor, StepLosses
+from megatron_lite.pipeline.executor import Executor, StepLosses, Timed
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import Action, pipeline_schedule
@@ -41,7 +40,7 @@ class NativeEngine:
         optimizer: steps on the buffers.
         executor: runs programs on the stages.
         num_sources: data sources of a blend, for the loss of each; 1 or less: a single one.
-        timers: measure the parts of a step; None: no timing.
+        timed: measures the parts of a step; None: no timing.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class NativeEngine:
         optimizer: Optimizer,
         executor: Executor,
         num_sources: int,
-        timers: Timers | None = None,
+        timed: Timed | None = None,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -62,7 +61,7 @@ class NativeEngine:
         self._optimizer = optimizer
         self._executor = executor
         self._num_sources = num_sources if num_sources > 1 else 0
-        self._timers = timers or Timers(0, mesh.backend.synchronize)
+        self._timed: Timed = timed or (lambda name: nullcontext())
         self._replicas = Replicas(mesh, config.parallel, buffers, optimizer)
         self._amax = None
         if config.fp8.format != "off" and config.fp8.recipe == "delayed":
@@ -86,7 +85,7 @@ class NativeEngine:
             stage.train()
         self._buffers.begin(plan.microbatches)
         phases, per_token = self._mesh.backend.phases, self._config.per_token_loss
-        with phases.enter(self._executor), self._timers("forward-backward"):
+        with phases.enter(self._executor), self._timed("forward-backward"):
             losses = self._executor.run(
                 self._program(plan.microbatches, True),
                 read,
@@ -94,13 +93,13 @@ class NativeEngine:
                 seq_length=plan.seq_length,
                 gradient_scale=self._optimizer.loss_scale / (plan.tokens if per_token else plan.global_batch),
             )
-        with phases.enter("gradient reduction"), self._timers("all-grads-sync"):
+        with phases.enter("gradient reduction"), self._timed("all-grads-sync"):
             self._buffers.reduce()
             if self._amax is not None:
                 self._amax.update()
         sums = self._reduce(losses)
         loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
-        with phases.enter("optimizer"), self._timers("optimizer"):
+        with phases.enter("optimizer"), self._timed("optimizer"):
             lr, weight_decay = (plan.learning_rate, plan.weight_decay) if rates is None else rates()
             # Gradients were divided by all tokens; the number of unmasked ones is known on the device only.
             share = sums[1, 0].clamp(min=1.0) / plan.tokens if per_token else None

@@ -308,7 +308,7 @@ class RunState:
         self.longest_save = max(self.longest_save, report.seconds)
         iteration = iteration_of(report.path)
         assert iteration is not None, f"{report.path} is no checkpoint"
-        self._reporter.saved(SaveRecord(iteration, report.seconds, report.size))
+        self._reporter.saved(SaveRecord(iteration, report.seconds, report.size, report.blocking_seconds))
         self._notify(
             f"  successfully saved checkpoint at iteration {iteration:7d} to {report.path.parent} "
             f"({format_size(report.size)} in {report.seconds:.2f} s, training paused for "

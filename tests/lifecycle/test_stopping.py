@@ -94,14 +94,14 @@ def test_all_ranks_agree_on_the_stop_of_any_rank(on_ranks):
 def gathered(backend):
     world = backend.new_group("world", (tuple(range(backend.world_size)),))
     stop = Stop("signal", "rank 1") if backend.rank == 1 else None
-    first = agree_and_gather(world, None, 0.5 + backend.rank)
-    second = agree_and_gather(world, stop, 0.25)
+    first = agree_and_gather(world, None, [0.5 + backend.rank, 2.0])
+    second = agree_and_gather(world, stop, [0.25])
     return first, second[0].message, second[1]
 
 
-def test_a_number_of_each_rank_is_gathered_with_the_agreement(on_ranks):
+def test_numbers_of_each_rank_are_gathered_with_the_agreement(on_ranks):
     message = f"rank 1 (on {host_name()}, rank 1)"
-    assert on_ranks(2, gathered) == [((None, [0.5, 1.5]), message, [0.25, 0.25])] * 2
+    assert on_ranks(2, gathered) == [((None, [[0.5, 2.0], [1.5, 2.0]]), message, [[0.25], [0.25]])] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -13,7 +13,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.metrics.jsonl import JsonlSink
 from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
-from megatron_lite.runs.metrics_file import decode, encode, prepare, read_records
+from megatron_lite.runs.metrics_file import decode, encode, prepare, read_records, seconds_of
 
 CONFIG = RunConfig(
     model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1),
@@ -67,7 +67,7 @@ def write(path, start, iterations, end=True):
 
 
 def measured(path):
-    return [record for record in read_records(path) if record["kind"] != "start"]
+    return [record for record in read_records(path) if record["kind"] not in ("start", "discarded")]
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
@@ -141,12 +141,37 @@ def test_a_kill_at_any_byte_is_repaired(tmp_path_factory, cut, resumed):
     prepare(path, resumed)
     kept = path.read_bytes()
     assert kept == b"" or kept.endswith(b"\n")
+    kept = b"".join(line for line in kept.splitlines(True) if decode(line)["kind"] != "discarded")
     for line in kept.splitlines():
         assert decode(line)["iteration"] <= resumed
     before = [line for line in content.splitlines(True) if decode(line)["iteration"] <= resumed]
     assert kept == b"".join(before[: len(kept.splitlines())])
     assert len(kept.splitlines()) >= min(len(before), torn.count(b"\n"))
     assert [entry.name for entry in folder.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_the_time_of_removed_lines_is_kept(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, 0, range(1, 8), end=False).close()
+    write(path, 4, [5, 6], end=False).close()  # 5, 6 and 7 again
+    first = [record for record in read_records(path) if record["kind"] == "discarded"]
+    assert [(one["iteration"], one["iterations"], one["starts"]) for one in first] == [(4, 3, 0)]
+    assert first[0]["seconds"] == pytest.approx(0.3)
+    prepare(path, 2)  # a rollback discards that start, too
+    (sum_of_all,) = [record for record in read_records(path) if record["kind"] == "discarded"]
+    assert (sum_of_all["iteration"], sum_of_all["iterations"], sum_of_all["starts"]) == (2, 7, 1)
+    assert sum_of_all["seconds"] == pytest.approx(0.7)
+    before = path.read_bytes()
+    prepare(path, 2)
+    assert path.read_bytes() == before
+
+
+def test_seconds_of_records():
+    average = {"kind": "validation", "name": "average-EMA", "seconds": 5.0}
+    save = {"kind": "save", "seconds": 9.0, "blocking_seconds": 2.0}
+    start, message = {"kind": "start", "startup_seconds": 3.0}, {"kind": "message"}
+    assert [seconds_of(record) for record in (average, save, start, message)] == [0.0, 2.0, 3.0, 0.0]
+    assert seconds_of({"kind": "validation", "name": "wiki", "seconds": 5.0}) == 5.0
 
 
 def test_zeros_after_a_power_cut_are_removed(tmp_path):

@@ -30,7 +30,7 @@ _OF_THE_CLOCK = {
     "eta_seconds",
     "memory",
     "timers",
-} | {"rank_seconds"}
+} | {"rank_seconds", "parts", "startup_seconds", "blocking_seconds"}
 
 
 _NO_COLLECTION = SimpleNamespace(
