@@ -36,7 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
-    package_data={"megatron_lite": ["py.typed"]},
+    package_data={"megatron_lite": ["py.typed"], "megatron_lite.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",

@@ -6,9 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from megatron_lite.cli.output_file import write_output
 from megatron_lite.cli.parser import Parser, whole
 from megatron_lite.errors import ConfigError
-from megatron_lite.system_errors import reason, remedy
 
 SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and as an SVG file"
 
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
         width = options.width or min(120, shutil.get_terminal_size().columns)
         print(draw_terminal(curve, width, unicode=has_braille(sys.stdout.encoding)), end="")
     if options.svg:
-        _write(options.svg, draw_svg(curve))
+        write_output(options.svg, draw_svg(curve), "--svg")
         print(f"loss curve written to {options.svg}")
     return 0
 
@@ -52,14 +52,3 @@ def has_braille(encoding: str | None) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write --svg {path}: {reason(error)}",
-            fix=remedy(error, path, instead="give another path with --svg", writing=True),
-        ) from error

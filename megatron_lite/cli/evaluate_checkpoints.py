@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.cli.curve import has_braille
 from megatron_lite.cli.evaluate_arguments import CORPORA, flags_without_effect
 from megatron_lite.cli.model_arguments import note
+from megatron_lite.cli.output_file import write_output
 from megatron_lite.cli.tokenizer_arguments import tokenizer_fields
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.formatting import format_count
@@ -29,7 +30,7 @@ from megatron_lite.runs.evaluations import (
     read_evaluations,
 )
 from megatron_lite.runs.manifest import read_manifest
-from megatron_lite.system_errors import reason, remedy
+from megatron_lite.system_errors import reason
 
 if TYPE_CHECKING:
     from megatron_lite.cli.evaluate_ranks import ModelRanks
@@ -270,20 +271,10 @@ def _print(results: Sequence[Evaluation], plan: EvaluationPlan, options: argpars
         print(format_results(results))
     if options.svg:
         for metric, curve in drawn.items():
-            _write(options.svg / f"{metric.replace('/', '-').replace(' ', '-')}.svg", draw_svg(curve))
+            name = metric.replace("/", "-").replace(" ", "-")
+            write_output(options.svg / f"{name}.svg", draw_svg(curve), "--svg")
         note(
             f"curves written to {options.svg}"
             if drawn
             else "no curve written: there is a single checkpoint, or no finite value"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"Cannot write --svg {path}: {reason(error)}",
-            fix=remedy(error, path, instead="give another folder with --svg", writing=True),
-        ) from error

@@ -40,6 +40,7 @@ COMMANDS = (
     "watch",
     "sync",
     "curve",
+    "report",
 )
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

@@ -75,6 +75,11 @@ def format_checkpoints(results: Sequence[Evaluation]) -> str:
     return "\n".join(lines)
 
 
+def metric_texts(one: Evaluation) -> dict[str, str]:
+    """Return the metrics of a result that tables show, as text with their standard errors, by name."""
+    return {name: _value(one.metrics, name) for name in _shown(one.metrics)}
+
+
 def curves(results: Sequence[Evaluation]) -> dict[str, LossCurve]:
     """Return a curve over the iterations for each main metric, with a series for each task; one point is no curve."""
     titles = _titles(results)
@@ -106,12 +111,12 @@ def _label(name: str) -> str:
 
 
 def _values(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    texts = []
-    for name in names:
-        text = _format(name, metrics[name])
-        error = metrics.get(f"{name}{_STDERR}")
-        texts.append(text if error is None or not math.isfinite(error) else f"{text} ±{error:.3f}")
-    return "".join(f" {text:>{_WIDTH - 1}}" for text in texts)
+    return "".join(f" {_value(metrics, name):>{_WIDTH - 1}}" for name in names)
+
+
+def _value(metrics: Mapping[str, float], name: str) -> str:
+    text, error = _format(name, metrics[name]), metrics.get(f"{name}{_STDERR}")
+    return text if error is None or not math.isfinite(error) else f"{text} ±{error:.3f}"
 
 
 def _format(name: str, value: float) -> str:

@@ -33,7 +33,7 @@ class Difference:
     current: Any
 
     def __str__(self) -> str:
-        return f"{_flag(self.path)}: {_show(self.saved)} in the checkpoint, {_show(self.current)} now"
+        return f"{flag_of(self.path)}: {_show(self.saved)} in the checkpoint, {_show(self.current)} now"
 
 
 def config_as_json(config: RunConfig) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _compare(saved: Any, current: Any, path: str) -> Iterator[Difference]:
         yield Difference(path, saved, current)
 
 
-def _flag(path: str) -> str:
+def flag_of(path: str) -> str:
     """Return the flag of a config field; the path of one without a flag, and of what is not in the config."""
     section, _, field = path.partition(".")
     declared = flags_by_field().get((section, field), ())

@@ -1,0 +1,1 @@
+"""Report package: HTML pages about one run, or comparing several, from the files that runs write."""

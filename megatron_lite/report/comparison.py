@@ -1,0 +1,205 @@
+"""HTML comparison of several runs: curves over tokens, samples and iterations, key figures, differing settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from megatron_lite.evaluation.report import metric_texts
+from megatron_lite.formatting import format_short
+from megatron_lite.report.chart import Chart, Line, draw, line_of
+from megatron_lite.report.html import choice, details, document, duration, percent, section, table
+from megatron_lite.report.page import describe_machine, describe_model, key_figures, pair
+from megatron_lite.report.run_charts import WARM_UP, X_FIELDS, validation_lines, varies
+from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average
+from megatron_lite.report.timeline import BETWEEN, account
+from megatron_lite.runs.comparison import compare_configs, flag_of
+from megatron_lite.runs.evaluations import Evaluation, job_key, read_evaluations
+
+MACHINE_SECTIONS = ("checkpoint", "metrics", "profile", "runtime")
+"""Sections of the configuration that do not change what is learned."""
+
+
+def comparison_page(logs: Sequence[RunLog]) -> str:
+    """Return the comparison of at least two runs as one HTML page."""
+    names = _names(logs)
+    runs = dict(zip(names, logs, strict=True))
+    learned, other = _differences(runs)
+    title = " and ".join((", ".join(names[:-1]), names[-1]))
+    lead = "".join(
+        f"<li><i class='c{number}'></i><span><b>{escape(name)}</b> "
+        f"{escape(describe_model(log))} · {escape(describe_machine(log))}</span></li>"
+        for number, (name, log) in enumerate(runs.items(), 1)
+    )
+    body = (
+        f"<header><h1>{escape(title)}</h1><ul class='legend runs'>{lead}</ul></header>"
+        + section("loss", "Loss", _losses(runs, "Training loss", _training_line))
+        + section("validation", "Validation", _losses(runs, "Validation loss", _validation_line))
+        + section("figures", "Key figures", _figures(runs))
+        + section("settings", "Settings that differ", learned, details("Saves, metrics and machine", other))
+        + section("training", "Training and speed", pair(_charts(runs)))
+        + section("time", "Time", _time(runs))
+        + section("evaluations", "Evaluations", _evaluations(runs))
+        + section("environment", "Environment", _environment(runs))
+    )
+    return document(f"{title} · megatron-lite", body)
+
+
+def _names(logs: Sequence[RunLog]) -> list[str]:
+    """Return a name for each run: its folder's, with as much of the path as tells them apart."""
+    for depth in range(1, 10):
+        names = ["/".join(log.folder.resolve().parts[-depth:]) for log in logs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{log.path} ({number})" for number, log in enumerate(logs, 1)]
+
+
+def _losses(runs: Mapping[str, RunLog], title: str, line: Callable[[str, RunLog, str, int], Line | None]) -> str:
+    """Return a chart of one loss of each run, over tokens, samples or iterations."""
+    figures: list[tuple[str, str]] = []
+    charts: dict[str, Chart] = {}
+    for x_name in reversed(X_FIELDS):
+        lines = [line(name, log, x_name, number) for number, (name, log) in enumerate(runs.items(), 1)]
+        chart = Chart(title, "nats per token", [one for one in lines if one is not None], value="loss", x_name=x_name)
+        if not chart.is_empty:
+            figures.append((f"by {x_name}", draw(chart, tall=True)))
+            charts[x_name] = chart
+    if "tokens" in charts:
+        chart = charts["tokens"]
+        ends = [float(end) for line in chart.lines for end in (line.series.x[0], line.series.x[-1])]
+        late = replace(chart, x_from=min(ends) + WARM_UP * (max(ends) - min(ends)), robust=True)
+        if not late.is_empty:
+            figures.append((f"without the first {WARM_UP:.0%}", draw(late, tall=True)))
+    return choice(title.split()[0].lower(), figures) if figures else ""
+
+
+def _training_line(name: str, log: RunLog, x_name: str, colour: int) -> Line | None:
+    return _smooth_line(name, log.columns[X_FIELDS[x_name]], log.losses[LOSS], colour, note="{:.4f}")
+
+
+def _smooth_line(name: str, x: Column, y: Column, colour: int, *, note: str = "") -> Line | None:
+    """Return the moving average of a series; None: it has no point."""
+    line = line_of(name, x, y, colour, "plain")
+    if not len(line.series):
+        return None
+    series = replace(line.series, y=line.series.smooth, low=line.series.smooth, high=line.series.smooth)
+    return replace(line, series=series, note=note.format(series.y[-1]))
+
+
+def _validation_line(name: str, log: RunLog, x_name: str, colour: int) -> Line | None:
+    lines = [line for line in validation_lines(log, x_name, first_colour=colour) if len(line.series)]
+    if not lines:
+        return None
+    chosen = lines[-1] if is_average(lines[-1].name) else lines[0]
+    return replace(chosen, name=name, colour=colour)
+
+
+def _charts(runs: Mapping[str, RunLog]) -> list[str]:
+    found = []
+    for field, title, value in (
+        ("learning_rate", "Learning rate", "power"),
+        ("grad_norm", "Gradient norm", "short"),
+        ("tokens_per_second", "Tokens per second", "short"),
+        ("mfu", "Model FLOP/s utilization (MFU)", "percent"),
+        ("global_batch_size", "Global batch", "whole"),
+    ):
+        if field == "global_batch_size" and not any(varies(log.columns[field]) for log in runs.values()):
+            continue
+        lines = [
+            _smooth_line(name, log.columns["iteration"], log.columns[field], number)
+            for number, (name, log) in enumerate(runs.items(), 1)
+        ]
+        chart = Chart(
+            title, "", [line for line in lines if line is not None], value=value, robust=field != "learning_rate"
+        )
+        if not chart.is_empty:
+            found.append(draw(chart))
+    return found
+
+
+def _figures(runs: Mapping[str, RunLog]) -> str:
+    columns = [{label: (value, note) for label, value, note in key_figures(log, account(log))} for log in runs.values()]
+    rows = [[_common_tokens(runs)[0], *_common_tokens(runs)[1]]]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [column.get(label, ("", "")) for column in columns]
+        rows.append([label, *(f"{value} ({note})" if note and label != "Goodput" else value for value, note in cells)])
+    return table(("", *runs), [row for row in rows if any(row[1:])])
+
+
+def _common_tokens(runs: Mapping[str, RunLog]) -> tuple[str, list[str]]:
+    """Return the label and each run's training loss at the number of tokens that all of them have reached."""
+    reached = [log.last("consumed_train_tokens") for log in runs.values()]
+    if not all(map(math.isfinite, reached)):
+        return "", ["" for _ in runs]
+    common, cells = min(reached), []
+    for log in runs.values():
+        line = _training_line("", log, "tokens", 1)
+        cells.append("" if line is None else f"{np.interp(common, line.series.x, line.series.y):.4f}")
+    return f"Training loss at {format_short(common)} tokens", cells
+
+
+def _differences(runs: Mapping[str, RunLog]) -> tuple[str, str]:
+    """Return tables of the settings that differ: those that change what is learned, and the others."""
+    configs = [log.config for log in runs.values()]
+    paths = dict.fromkeys(one.path for config in configs[1:] for one in compare_configs(configs[0], config))
+    tables = []
+    for machine in (False, True):
+        rows = [
+            [f"<code>{escape(flag_of(path))}</code>", *(_shown(config, path) for config in configs)]
+            for path in paths
+            if (path.partition(".")[0] in MACHINE_SECTIONS) == machine
+        ]
+        tables.append(table(("setting", *runs), rows))
+    learned, other = tables
+    return learned or "<p class='note'>No setting that changes what is learned differs.</p>", other
+
+
+def _shown(config: Mapping[str, Any], path: str) -> str:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "not set" if value is None else str(value)
+
+
+def _time(runs: Mapping[str, RunLog]) -> str:
+    timelines = [account(log) for log in runs.values()]
+    rows = []
+    for part in dict.fromkeys(part for timeline in timelines for part in timeline.parts):
+        cells = []
+        for timeline in timelines:
+            seconds = timeline.parts.get(part, 0.0)
+            share = f" ({percent(seconds / timeline.job_seconds)})" if part != BETWEEN and timeline.job_seconds else ""
+            cells.append(f"{duration(seconds)}{share}" if seconds else "")
+        rows.append([part, *cells])
+    return table(("part", *runs), [row for row in rows if any(row[1:])])
+
+
+def _evaluations(runs: Mapping[str, RunLog]) -> str:
+    """Return the result of each task on the last checkpoint of each run that was evaluated."""
+    found: dict[tuple[str, str], dict[str, Evaluation]] = {}
+    for name, log in runs.items():
+        for one in read_evaluations(log.folder):
+            found.setdefault(job_key(one.task, one.settings), {})[name] = one
+    rows = []
+    for results in found.values():
+        sample = next(iter(results.values()))
+        cells = {name: f"{metric_texts(one)[one.main_metric]} (at {one.iteration:,})" for name, one in results.items()}
+        rows.append([f"{sample.title}: {sample.main_metric}", *(cells.get(name, "") for name in runs)])
+    return table(("task", *runs), rows)
+
+
+def _environment(runs: Mapping[str, RunLog]) -> str:
+    columns = [
+        {
+            "devices": f"{log.start.get('world_size', 1)} x {log.start.get('device', 'unknown')}",
+            **log.start.get("environment", {}),
+        }
+        for log in runs.values()
+    ]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return table(("", *runs), ([name, *(column.get(name, "") for column in columns)] for name in names))
