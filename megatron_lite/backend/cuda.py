@@ -21,7 +21,7 @@ from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import GroupOptions
 from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.runtime import LOSS_CHUNK, RuntimeConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.planner.hardware import device_of
 
@@ -42,7 +42,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     asynchronous = True
-    loss_chunk = 4096
+    loss_chunk = LOSS_CHUNK
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)

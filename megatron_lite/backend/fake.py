@@ -15,6 +15,7 @@ from megatron_lite.backend.accounting import Transfer, counted
 from megatron_lite.backend.base import Backend, Capabilities, Reading
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.group import Group, LocalGroup, Partition, ReduceOp, Work
+from megatron_lite.config.runtime import LOSS_CHUNK
 from megatron_lite.errors import TrainingError, report_bug
 
 
@@ -30,7 +31,7 @@ class FakeBackend(Backend):
     """
 
     name = "fake"
-    loss_chunk = 4096
+    loss_chunk = LOSS_CHUNK
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(Launch(rank=rank, world_size=world_size))

@@ -89,7 +89,8 @@ def _lines(parsed: ParsedRun, config: RunConfig, summary: RunSummary, vocabulary
     )
     yield (
         f"Optimizer   {config.optimizer.kind}, {summary.memory.moment_bytes:.3g} bytes of moments a parameter; "
-        f"weights, gradients and optimizer state take {format_size(summary.memory.model_state)} on the fullest rank"
+        f"weights, gradients and optimizer state take {format_size(summary.memory.model_state)} on the fullest rank, "
+        f"all tensors {format_size(summary.memory.total)}"
     )
     yield (
         f"Length      {length.iterations:,} iterations, {length.samples:,} samples, {length.tokens:,} tokens, "

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Compile = Literal["off", "auto", "layer", "stage"]
 """What torch.compile compiles; auto: --compile without a value, resolved to layer or stage."""
 
+LOSS_CHUNK = 4096
+"""Tokens whose logits a GPU computes at once for the loss."""
+
 
 def read_compile(args: Sequence[str]) -> Compile:
     """Read the value of --compile, which may be missing."""

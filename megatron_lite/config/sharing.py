@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PARTS = ("input_norm", "self_attention", "pre_mlp_norm", "mlp")
 """Modules of a transformer layer."""
 _SHARED_PART = {"attention": "self_attention", "mlp": "mlp"}
-_LAYERS = "decoder.layers"
+LAYERS = "decoder.layers"
 
 
 def read_sharing(args: Sequence[str]) -> str:
@@ -65,10 +65,10 @@ def owner_layer(model: ModelConfig, part: str, layer: int) -> int:
 
 def stored_name(model: ModelConfig, name: str) -> str:
     """Return the global name of a module or parameter, given its path in the model; shared ones have one name."""
-    match = re.fullmatch(rf"{re.escape(_LAYERS)}\.(\d+)\.(\w+)(.*)", name)
+    match = re.fullmatch(rf"{re.escape(LAYERS)}\.(\d+)\.(\w+)(.*)", name)
     if match is None:
         return name
-    return f"{_LAYERS}.{owner_layer(model, match[2], int(match[1]))}.{match[2]}{match[3]}"
+    return f"{LAYERS}.{owner_layer(model, match[2], int(match[1]))}.{match[2]}{match[3]}"
 
 
 def shared_modules(model: ModelConfig) -> dict[str, range]:
@@ -76,9 +76,9 @@ def shared_modules(model: ModelConfig) -> dict[str, range]:
     layers = range(model.num_layers)
     if groups := num_groups(model):
         size = model.num_layers // groups
-        return {f"{_LAYERS}.{first}": layers[first : first + size] for first in layers[::size]} if size > 1 else {}
+        return {f"{LAYERS}.{first}": layers[first : first + size] for first in layers[::size]} if size > 1 else {}
     part = _SHARED_PART.get(model.share_layers)
-    return {f"{_LAYERS}.0.{part}": layers} if part and len(layers) > 1 else {}
+    return {f"{LAYERS}.0.{part}": layers} if part and len(layers) > 1 else {}
 
 
 def describe_sharing(model: ModelConfig) -> str:

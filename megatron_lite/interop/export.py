@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.sources import TensorInfo
 from megatron_lite.checkpoint.stored_model import StoredModel, require_tokenizer, stored_model
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS, parameter_shapes
 from megatron_lite.config.record import from_record
 from megatron_lite.errors import CheckpointError, MegatronLiteError
 from megatron_lite.formatting import format_shape
@@ -28,11 +29,10 @@ from megatron_lite.interop.huggingface import describe_config
 from megatron_lite.interop.mapping import ExportedTensors, ImportedTensors
 from megatron_lite.interop.modeling_files import FOLDER
 from megatron_lite.interop.output_folder import check_output, new_folder
-from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
 from megatron_lite.interop.safetensors_writer import size_of, write_safetensors
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.interop.tokenizer_files import special_ids, write_tokenizer
 from megatron_lite.interop.verify import TOLERANCE, Verification, require_transformers, sample_tokens, verify_logits
-from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.catalog import find_checkpoint
 from megatron_lite.runs.manifest import Manifest

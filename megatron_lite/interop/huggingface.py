@@ -12,16 +12,15 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.sources import TensorInfo, TensorSource, compare_sources
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS, parameter_shapes
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.architectures.base import Architecture
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.architectures.registry import architecture_of_config
 from megatron_lite.interop.foreign import ForeignModel
 from megatron_lite.interop.mapping import ImportedTensors
-from megatron_lite.interop.parameters import parameter_shapes
 from megatron_lite.interop.sources import open_hugging_face, read_json
 from megatron_lite.interop.tokenizer_files import find_tokenizer
-from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.tokenizer.build import build_tokenizer

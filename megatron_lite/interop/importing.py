@@ -23,8 +23,8 @@ from megatron_lite.interop.foreign import ForeignModel
 from megatron_lite.interop.huggingface import open_model
 from megatron_lite.interop.megatron.opening import MegatronOptions, open_megatron
 from megatron_lite.interop.output_folder import check_output, new_folder
-from megatron_lite.interop.parameters import streamed_logits
 from megatron_lite.interop.safetensors_writer import size_of
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.interop.tokenizer_files import copy_tokenizer
 from megatron_lite.interop.verify import TOLERANCE, Verification, require_transformers, sample_tokens, verify_logits
 from megatron_lite.runs.comparison import config_as_json

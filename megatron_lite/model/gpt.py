@@ -5,7 +5,6 @@ Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.recompute import recompute_units
 from megatron_lite.config.run import RunConfig
-from megatron_lite.config.sharing import PARTS, owner_layer, shared_modules, stored_name
+from megatron_lite.config.sharing import PARTS, owner_layer, stored_name
 from megatron_lite.model.attention import AttentionContext, CachedPass, KVCache
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.embedding import Embedding
-from megatron_lite.model.head import WORD_EMBEDDINGS, Head
+from megatron_lite.model.head import Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
@@ -29,7 +28,7 @@ from megatron_lite.parallel.layers import ColumnParallelLinear, ReplicatedLinear
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.parallel.recompute import recompute_units, run_units
+from megatron_lite.parallel.recompute import run_units
 from megatron_lite.parallel.shared import merge_parameters, share_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -250,21 +249,3 @@ class GPTStage(nn.Module):
         else:
             mask = self.mask.of_single_tokens(cache.positions, cache.length, cache.aligned)
         return AttentionContext(rotary, mask, batch.documents, cache)
-
-
-def shared_stages(config: ModelConfig, stages: Sequence[range]) -> dict[str, tuple[int, ...]]:
-    """Return the stages that hold each module that several stages share, by global name, the owner first.
-
-    These are the two ends of a tied table, and shared layers.
-
-    Args:
-        config: the model.
-        stages: layers of every stage.
-    """
-    last = len(stages) - 1
-    holders: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (0, last)} if config.tied_embeddings and last else {}
-    for name, layers in shared_modules(config).items():
-        found = tuple(stage for stage, own in enumerate(stages) if any(layer in layers for layer in own))
-        if len(found) > 1:
-            holders[name] = found
-    return holders

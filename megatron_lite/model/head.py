@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.parallel.cross_entropy import LinearCrossEntropy
 from megatron_lite.parallel.gemm import Accumulate
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.parameters import NamedParameter, vocabulary_parameter
 from megatron_lite.parallel.tensor_parallel import column_parallel_linear
-
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-"""Global name of the embedding's table, which is also the weight of a tied head."""
 
 
 class Head(nn.Module):

@@ -34,7 +34,6 @@ from megatron_lite.ops.storage import (
 )
 from megatron_lite.ops.watch_job import Queue, folder_user
 from megatron_lite.planner.disk import Storage, storage_of
-from megatron_lite.planner.memory import model_state_bytes
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations
 from megatron_lite.schedules.length import last_iteration
@@ -380,7 +379,7 @@ def _summary_facts(config: RunConfig, summary: RunSummary, vocabulary: str) -> I
         f"{model.name}: {model.exact:,} parameters with {model.vocab_size:,} tokens ({vocabulary}), "
         f"{config.precision.dtype}",
     )
-    yield "Memory", f"{format_size(model_state_bytes(config))} on the fullest rank, without activations"
+    yield "Memory", f"{format_size(summary.memory.total)} on the fullest rank"
     batches = [stage.global_batch for stage in summary.stages]
     ramp = f"{batches[0]:,} to {batches[-1]:,}" if len(batches) > 1 else f"{batches[-1] if batches else 0:,}"
     load = Path(config.checkpoint.load) if config.checkpoint.load else None

@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group, Work
+from megatron_lite.config.buckets import partition
 from megatron_lite.parallel.parameters import NamedParameter
-
-ALIGNMENT = 64
-"""Elements: each parameter starts at a multiple of 256 bytes in fp32, where kernels and matrix products are fastest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +43,7 @@ class Bucket:
 def lay_out(
     parameters: Sequence[NamedParameter], *, bucket_elements: int, parts: int, apart: Mapping[str, str] | None = None
 ) -> list[Bucket]:
-    """Lay out one buffer, in buckets that follow each other without gaps.
-
-    The order of the parameters is reversed: backward reaches the last layers first, so that the first bucket is
-    complete early and its reduction overlaps with the rest of backward.
+    """Lay out one buffer, in buckets that follow each other without gaps (config/buckets.py).
 
     Args:
         parameters: of one buffer, in the order of the forward pass.
@@ -58,29 +53,13 @@ def lay_out(
             stages needs them: its copies are in buffers of different layout, and every replica must hold the same slice
             of each copy. The parameters of a module follow each other.
     """
-    buckets: list[Bucket] = []
-    slots: list[Slot] = []
-    begin = end = 0
-
-    def close() -> None:
-        nonlocal slots, begin, end
-        if slots:
-            stop = begin + _round_up(end - begin, parts * ALIGNMENT)
-            buckets.append(Bucket(tuple(slots), begin, stop))
-            slots, begin, end = [], stop, stop
-
-    apart = apart or {}
-    module: str | None = None
-    for parameter in reversed(parameters):
-        if apart.get(parameter.name) != module:
-            close()
-        module = apart.get(parameter.name)
-        slots.append(Slot(parameter, end))
-        end += _round_up(parameter.param.numel(), ALIGNMENT)
-        if end - begin >= bucket_elements:
-            close()
-    close()
-    return buckets
+    modules = [(apart or {}).get(parameter.name, "") for parameter in parameters]
+    sizes = [parameter.param.numel() for parameter in parameters]
+    ranges = partition(sizes, bucket_elements=bucket_elements, parts=parts, modules=modules)
+    return [
+        Bucket(tuple(Slot(parameters[number], start) for number, start in placements), begin, stop)
+        for placements, begin, stop in ranges
+    ]
 
 
 class GradientReduction:
@@ -218,10 +197,6 @@ class ParameterGather:
                 self._wait(numbers)
 
         return wait
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _wait_all(works: Sequence[Work | None]) -> None:

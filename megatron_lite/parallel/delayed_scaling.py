@@ -45,6 +45,11 @@ class AmaxHistory:
         # --fp8-margin leaves room for values that grow from one iteration to the next.
         self._factors = torch.tensor([2.0**config.margin / value for value in largest], device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the histories."""
+        return self._histories.nbytes
+
     @torch.no_grad()
     def update(self) -> None:
         """End an iteration: add its maxima to the histories, and set the scales; a collective call."""

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_lite.backend.group import Group, Work
 from megatron_lite.parallel.gemm import Accumulate, DeferredWeightGradients
 from megatron_lite.parallel.random import RngStreams
+from megatron_lite.schedules.in_flight import MAX_SENDS
 from megatron_lite.schedules.pipeline import COMPUTE, Action
 
 Scale = Tensor | float
@@ -115,10 +116,6 @@ class _Tensors:
     received: dict[tuple[str, int, int], _Received] = field(default_factory=dict)
     """Received tensors that no action has used yet, by (kind of the receive, stage, micro-batch)."""
     batches: dict[int, Batch] = field(default_factory=dict)
-
-
-MAX_SENDS = 4
-"""Largest number of sent tensors kept alive; a further send waits for the oldest."""
 
 
 class Messages:

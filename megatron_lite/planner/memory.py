@@ -1,43 +1,144 @@
-"""Memory of the model state: weights, gradients and optimizer state of one rank, without activations."""
+"""Memory of each pipeline rank: model state, activations by schedule, loss, communication and allocator slack.
+
+Weights, gradients and optimizer state are exact, with padding. Activations are simulated: tensors as eager torch
+allocates them (planner/activations.py), in the order of the pipeline schedule (schedules/in_flight.py).
+"""
 
 from __future__ import annotations
 
-from itertools import chain
+from dataclasses import dataclass
 
-from megatron_lite.config.counts import embedding_parameters, head_parameters, moment_bytes, stored_parameters
+from megatron_lite.config.layout import AXES
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
+from megatron_lite.planner.activations import StageMemory, stage_memory
+from megatron_lite.planner.model_state import state_bytes
+from megatron_lite.planner.operators import shapes_of
+from megatron_lite.schedules.batch_size import final_batch_size
+from megatron_lite.schedules.in_flight import HeldState, held_states
+from megatron_lite.schedules.microbatches import num_microbatches
+from megatron_lite.schedules.pipeline import rank_of_stage
 
-GRADIENT_BYTES = 4
-"""Bytes per parameter of the fp32 gradient buffer."""
+SLACK = 0.05
+"""Share of the working memory that a caching allocator reserves beyond the tensors: rounding and fragmentation."""
 
 
-def model_state_bytes(config: RunConfig) -> int:
-    """Return the bytes of weights, gradients and optimizer state on the rank with the most of them.
+@dataclass(frozen=True)
+class RankMemory:
+    """Most bytes of a pipeline rank at once, by what they are for. Of the ranks of a stage the first is counted.
 
-    Norms and biases that tensor parallelism replicates are counted as split: they are below 0.1% of the model.
-    Virtual stages are assigned to the ranks in turn.
+    Attributes:
+        pp_rank: the pipeline rank.
+        stages: (first layer, number of layers) of each of its stages.
+        in_flight: most micro-batches, of one stage each, whose activations are held at once.
+        weights: parameters in their dtype.
+        gradients: fp32 gradient buffers.
+        optimizer: fp32 main parameters, moments, moving average, fp8 histories.
+        optimizer_parts: the same by kind.
+        activations: saved for backward, and gradients and temporary tensors of the layers at the peak.
+        loss: logits of a chunk and what its kernels need, if the peak is there; otherwise 0.
+        communication: hidden states and their gradients that are received, sent or wait to be.
+        slack: estimate of what the allocator reserves beyond these tensors.
     """
-    model, parallel = config.model, config.parallel
-    rows = model.padded_vocab_size or model.vocab_size
-    stages = stage_layers(model, parallel, config.batch.seq_length)
-    in_layers = [
-        sum(stored_parameters(model, chain.from_iterable(stages[rank :: parallel.pp])).values())
-        for rank in range(parallel.pp)
+
+    pp_rank: int
+    stages: tuple[tuple[int, int], ...]
+    in_flight: int
+    weights: int
+    gradients: int
+    optimizer: int
+    optimizer_parts: dict[str, int]
+    activations: int
+    loss: int
+    communication: int
+    slack: int
+
+    @property
+    def model_state(self) -> int:
+        """Return the bytes of weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def working(self) -> int:
+        """Return the bytes of tensors besides the model state."""
+        return self.activations + self.loss + self.communication
+
+    @property
+    def total(self) -> int:
+        """Return all bytes."""
+        return self.model_state + self.working + self.slack
+
+
+def rank_memory(config: RunConfig, *, microbatches: int | None = None) -> tuple[RankMemory, ...]:
+    """Return the memory of each pipeline rank.
+
+    Args:
+        config: the run, with the vocabulary size.
+        microbatches: of the replica in an iteration; None: those of the largest batch of the run.
+    """
+    parallel = config.parallel
+    if microbatches is None:
+        microbatches = num_microbatches(
+            final_batch_size(config.batch, parallel.dp), config.batch.micro_batch_size, parallel.dp, 0
+        )
+    return tuple(_rank(config, rank, microbatches) for rank in range(parallel.pp))
+
+
+def _rank(config: RunConfig, pp_rank: int, microbatches: int) -> RankMemory:
+    model, parallel, batch = config.model, config.parallel, config.batch
+    layers = stage_layers(model, parallel, batch.seq_length)
+    own = [
+        part
+        for stage, part in enumerate(layers)
+        if rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == pp_rank
     ]
-    parameters = list(in_layers)
-    last = (len(stages) - 1) % parallel.pp
-    parameters[0] += embedding_parameters(model, rows)
-    parameters[last] += head_parameters(model, rows)
-    if model.tied_embeddings and last:
-        parameters[last] += rows * model.embedding_width
-    return max(_state_bytes(config, *counts) for counts in zip(parameters, in_layers, strict=True))
+    shapes = shapes_of(config, batch.seq_length)
+    stages = [stage_memory(model, config.recompute, shapes, part, samples=batch.micro_batch_size) for part in own]
+    states = held_states(parallel.pipeline_schedule, parallel.pp, microbatches, len(own))[pp_rank]
+    tables = len(own) * _alibi_bytes(model, parallel.tp, batch.seq_length, shapes.itemsize)
+    peak = max((_peak(state, stages) for state in states), key=lambda found: found.total, default=_Peak(0, 0, 0))
+    state = state_bytes(config, {**dict.fromkeys(AXES, 0), "pp": pp_rank})
+    parts = {kind: size for kind, size in state.items() if kind not in ("parameters", "gradients")}
+    in_flight = max((sum(held.saved) + (held.kind != "W") for held in states), default=0)
+    return RankMemory(
+        pp_rank=pp_rank,
+        stages=tuple((part.start, len(part)) for part in own),
+        in_flight=in_flight,
+        weights=state["parameters"],
+        gradients=state["gradients"],
+        optimizer=sum(parts.values()),
+        optimizer_parts=parts,
+        activations=peak.activations + tables,
+        loss=peak.loss,
+        communication=peak.messages,
+        slack=int(SLACK * (peak.total + tables)),
+    )
 
 
-def _state_bytes(config: RunConfig, parameters: int, in_layers: int) -> int:
-    """Return the bytes on one of the tensor-parallel ranks that together hold this many parameters."""
-    parallel, is_fp32 = config.parallel, config.precision.dtype == "fp32"
-    state = moment_bytes(config.optimizer, parameters, in_layers)
-    state += parameters * ((0 if is_fp32 else 4) + (4 if config.optimizer.ema_decay else 0))
-    shards = parallel.tp * (parallel.dp * parallel.cp if parallel.distributed_optimizer else 1)
-    return -(-parameters // parallel.tp) * ((4 if is_fp32 else 2) + GRADIENT_BYTES) + -(-state // shards)
+@dataclass(frozen=True)
+class _Peak:
+    activations: int
+    loss: int
+    messages: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.loss + self.messages
+
+
+def _peak(state: HeldState, stages: list[StageMemory]) -> _Peak:
+    """Return the bytes of a rank's working memory during one computation."""
+    own = stages[state.chunk]
+    held = sum(count * stage.saved for count, stage in zip(state.saved, stages, strict=True))
+    held += sum(count * stage.deferred for count, stage in zip(state.deferred, stages, strict=True))
+    loss = own.loss if state.kind == "F" else 0
+    action = {"F": own.forward - loss, "B": own.backward, "W": own.weight}[state.kind]
+    return _Peak(held + action, loss, state.messages * own.message)
+
+
+def _alibi_bytes(model: ModelConfig, tp: int, seq_length: int, itemsize: int) -> int:
+    """Return the bytes of ALiBi's bias, s x s for each head, which a stage keeps."""
+    if model.position_embedding != "alibi":
+        return 0
+    return model.num_attention_heads // tp * seq_length**2 * itemsize

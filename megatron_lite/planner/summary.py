@@ -9,7 +9,7 @@ from megatron_lite.config.layout import describe_sizes
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_parameters
-from megatron_lite.planner.memory import model_state_bytes
+from megatron_lite.planner.memory import RankMemory, rank_memory
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import (
@@ -112,15 +112,19 @@ class Saves:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory without activations.
+    """Memory of the ranks of one model replica.
 
     Attributes:
         moment_bytes: of the optimizer's moments for a parameter, on average.
         model_state: bytes of weights, gradients and optimizer state on the rank with the most of them.
+        total: all bytes of the rank with the most of them.
+        ranks: memory of each pipeline rank.
     """
 
     moment_bytes: float
     model_state: int
+    total: int
+    ranks: tuple[RankMemory, ...]
 
 
 @dataclass(frozen=True)
@@ -196,9 +200,15 @@ def _layout(config: RunConfig) -> Layout:
 
 
 def _memory(config: RunConfig) -> Memory:
-    total = parameter_count(config.model)
+    parameters = parameter_count(config.model)
     in_layers = sum(stored_parameters(config.model, range(config.model.num_layers)).values())
-    return Memory(moment_bytes(config.optimizer, total, in_layers) / max(total, 1), model_state_bytes(config))
+    ranks = rank_memory(config)
+    return Memory(
+        moment_bytes=moment_bytes(config.optimizer, parameters, in_layers) / max(parameters, 1),
+        model_state=max(rank.model_state for rank in ranks),
+        total=max(rank.total for rank in ranks),
+        ranks=ranks,
+    )
 
 
 def _length(config: RunConfig) -> Length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,11 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.parameters import shared_stages
 from megatron_lite.config.partition import num_stages, stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.selection import Selection, select_parameters
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
@@ -28,11 +30,12 @@ from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
-from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
+from megatron_lite.model.gpt import DTYPES, GPTStage
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.gemm import DeferredWeightGradients, FusedWeightGradients, find_fused_kernel
 from megatron_lite.parallel.mesh import Mesh, build_mesh
+from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import locate_shared_modules, rank_parameters
 from megatron_lite.pipeline.executor import Executor, Messages, Timed
@@ -54,7 +57,6 @@ from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import compare_with_checkpoint
 from megatron_lite.train.replica_check import equalize_initial_weights
 from megatron_lite.train.run_facts import Origin, peak_flops, run_facts
-from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 
@@ -247,7 +249,7 @@ def build_engine(
         check_count(stage)
     shared = locate_shared_modules(shared_stages(config.model, layers), ranks, mesh)
     buffers = ParameterBuffers(
-        selection.apply_to(rank_parameters(stages, shared, mesh.pp.rank)),
+        _selected(rank_parameters(stages, shared, mesh.pp.rank), selection),
         dp=mesh.replicas,
         tp=mesh.tp,
         shared=shared,
@@ -280,6 +282,14 @@ def build_engine(
     return NativeEngine(
         config, mesh, stages, buffers, optimizer, executor, num_sources, _timing(timers, compute, level=1)
     )
+
+
+def _selected(parameters: Sequence[NamedParameter], selection: Selection) -> list[NamedParameter]:
+    """Freeze parameters of this rank, and return all of them with their learning-rate factors."""
+    for parameter in parameters:
+        for param in parameter.uses:
+            param.requires_grad_(parameter.name not in selection.frozen)
+    return [replace(parameter, lr_factor=selection.factors.get(parameter.name, 1.0)) for parameter in parameters]
 
 
 def _timing(timers: Timers | None, compute: ComputeTime | None, *, level: int) -> Timed | None:

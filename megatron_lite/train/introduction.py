@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.selection import select_parameters
 from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.config.tuning import write_factors
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
@@ -16,7 +17,6 @@ from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.batches import RunData
-from megatron_lite.train.selection import select_parameters
 from megatron_lite.train.start import Start
 
 SOURCES_SHOWN = 4

@@ -140,10 +140,12 @@ class NativeEngine:
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters, gradients and optimizer state, with padding."""
         buffers = self._buffers.buffers
+        frozen = [parameter.param for parameter in self._buffers.parameters if not parameter.trained]
         return {
-            "parameters": sum(flat.values.nbytes for flat in buffers),
+            "parameters": sum(flat.values.nbytes for flat in buffers) + sum(param.nbytes for param in frozen),
             "gradients": sum(flat.gradients.nbytes for flat in buffers),
             **self._optimizer.state_bytes(),
+            **({"fp8 histories": self._amax.nbytes} if self._amax is not None else {}),
         }
 
     def state_scalars(self) -> dict[str, Any]:

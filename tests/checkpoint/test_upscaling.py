@@ -23,8 +23,9 @@ from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.cli.main import main
 from megatron_lite.cli.upscale import run
 from megatron_lite.config.optimizer import OptimizerConfig
+from megatron_lite.config.parameters import parameter_shapes
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.parallel.tensors import GlobalTensor, Piece
 from megatron_lite.runs.comparison import config_as_json
 from megatron_lite.runs.manifest import Provenance, read_manifest

@@ -21,7 +21,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.interop import transformers_logits, verify
 from megatron_lite.interop.importing import ImportOptions, import_checkpoint
 from megatron_lite.interop.megatron.opening import MegatronOptions
-from megatron_lite.interop.parameters import streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.rectangle import Rectangle
 
 

@@ -7,7 +7,7 @@ from support.deepspeed_files import write_deepspeed
 from support.megatron_files import arguments
 
 from megatron_lite.checkpoint.stored_model import stored_model
-from megatron_lite.interop.parameters import streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 
 BLOOM = {"position_embedding": "alibi", "embed_layernorm": True}
 MODELS = {"learned": {}, "bloom": BLOOM, "geglu": {"activation": "geglu", "ffn_hidden_size": 48}}

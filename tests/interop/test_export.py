@@ -14,6 +14,7 @@ from support.interop_models import MODELS, VOCAB, run_config
 
 from megatron_lite.checkpoint.reading import CheckpointReader, compare_checkpoints
 from megatron_lite.checkpoint.sources import TensorInfo
+from megatron_lite.config.parameters import parameter_shapes
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.generation.generate import generate
@@ -25,7 +26,7 @@ from megatron_lite.interop.architectures.registry import architecture_for
 from megatron_lite.interop.architectures.rope import write_rope
 from megatron_lite.interop.export import ExportOptions, export_checkpoint, plan_export
 from megatron_lite.interop.importing import ImportOptions, import_checkpoint
-from megatron_lite.interop.parameters import parameter_shapes, streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.runs.manifest import Provenance, encode_manifest, read_manifest
 
 NO_CHECK = ExportOptions(verify=False)

@@ -7,7 +7,7 @@ from support.interop_models import VOCAB
 from support.megatron_files import arguments, write_classic
 
 from megatron_lite.checkpoint.stored_model import stored_model
-from megatron_lite.interop.parameters import streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 
 LLAMA = {
     "position_embedding": "rotary",

@@ -14,7 +14,7 @@ from support.megatron_files import arguments, write_classic
 
 from megatron_lite.checkpoint.stored_model import stored_model
 from megatron_lite.errors import CheckpointError, ConfigError, ConfigErrors
-from megatron_lite.interop.parameters import streamed_logits
+from megatron_lite.interop.streamed_logits import streamed_logits
 from megatron_lite.rectangle import Rectangle
 
 SIZE = ("--vocab-size", str(VOCAB))

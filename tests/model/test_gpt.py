@@ -14,11 +14,12 @@ from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import Activation, ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig, RecomputeConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.parameters import shared_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.masks import document_rows
 from megatron_lite.model.attention import AttentionContext
 from megatron_lite.model.batch import Documents, MicroBatch
-from megatron_lite.model.gpt import DTYPES, GPTStage, shared_stages
+from megatron_lite.model.gpt import DTYPES, GPTStage
 from megatron_lite.model.layer import ACTIVATIONS
 from megatron_lite.parallel.gemm import DeferredWeightGradients
 from megatron_lite.parallel.mesh import build_mesh

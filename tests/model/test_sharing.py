@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from megatron_lite.backend.group import LocalGroup
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.counts import parameter_count
-from megatron_lite.interop.parameters import parameter_shapes
+from megatron_lite.config.parameters import parameter_shapes, shared_stages
 from megatron_lite.model.count_check import check_count
-from megatron_lite.model.gpt import DTYPES, shared_stages
+from megatron_lite.model.gpt import DTYPES
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.random import RngStreams
 

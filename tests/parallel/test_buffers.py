@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from megatron_lite.backend.group import LocalGroup
-from megatron_lite.parallel.buckets import ALIGNMENT, lay_out
+from megatron_lite.config.buckets import ALIGNMENT
+from megatron_lite.parallel.buckets import lay_out
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.rectangle import Rectangle

@@ -11,10 +11,10 @@ from support.deepspeed_files import write_deepspeed
 from support.megatron_files import arguments, write_classic
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import parameter_shapes
 from megatron_lite.interop.importing import ImportOptions, import_checkpoint
 from megatron_lite.interop.megatron.export import MegatronExportOptions, export_megatron, plan_megatron_export
 from megatron_lite.interop.megatron.opening import MegatronOptions
-from megatron_lite.interop.parameters import parameter_shapes
 
 LARGE = ModelConfig(num_layers=4, hidden_size=768, num_attention_heads=12, max_position_embeddings=64, vocab_size=8192)
 SMALL = replace(LARGE, hidden_size=24, ffn_hidden_size=24, head_dim=2)

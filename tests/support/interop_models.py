@@ -11,12 +11,13 @@ from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import PrecisionConfig
+from megatron_lite.config.parameters import shared_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.tokenizer import TokenizerConfig
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.model.batch import MicroBatch
-from megatron_lite.model.gpt import GPTStage, shared_stages
+from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import belongs_to

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.layout_matrix import Cell, iterate, mesh_of
 
-from megatron_lite.model.head import WORD_EMBEDDINGS
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
 from megatron_lite.train.replica_check import equalize_initial_weights

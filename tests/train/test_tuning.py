@@ -26,12 +26,12 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.selection import select_parameters
 from megatron_lite.config.tuning import TuningConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
-from megatron_lite.train.selection import select_parameters
 
 pytestmark = pytest.mark.slow
 

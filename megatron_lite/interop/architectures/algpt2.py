@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.config.sharing import num_groups, read_sharing, stored_name
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.architectures.base import linear, norms, qkv
@@ -18,7 +19,6 @@ from megatron_lite.interop.architectures.keys import DOWNLOAD, ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.modeling_files import FOLDER, is_unchanged
 from megatron_lite.interop.transforms import JoinedQKV
-from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 class ALGPT2(GPT2):

@@ -9,14 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_lite.config.model import Activation, ModelConfig
+from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS
 from megatron_lite.config.sharing import shared_modules
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import PlusOne, Rows, Same, SplitQKV, Transform
-from megatron_lite.model.head import WORD_EMBEDDINGS
-
-HEAD = "output_layer.weight"
-"""Our name of an untied head."""
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.interop.architectures.base import (
     Architecture,
     biased_layer_norm_problems,
@@ -18,7 +19,6 @@ from megatron_lite.interop.architectures.base import (
 )
 from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.mapping import Entry
-from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 class Bloom(Architecture):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.interop.architectures.base import (
     ACTIVATIONS,
     Architecture,
@@ -23,7 +24,6 @@ from megatron_lite.interop.architectures.base import (
 from megatron_lite.interop.architectures.keys import DOWNLOAD, ConfigKeys
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import JoinedQKV, Transposed
-from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 class GPT2(Architecture):

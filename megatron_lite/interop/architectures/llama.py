@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.interop.architectures.base import (
     GATED,
     Architecture,
@@ -25,7 +26,6 @@ from megatron_lite.interop.architectures.keys import ConfigKeys
 from megatron_lite.interop.architectures.rope import read_rope, write_rope
 from megatron_lite.interop.mapping import Entry
 from megatron_lite.interop.transforms import GateUp
-from megatron_lite.model.head import WORD_EMBEDDINGS
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.names import MAIN_PREFIX
 from megatron_lite.checkpoint.sources import TensorInfo, TensorSource
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS, ParameterLayout, parameter_layouts
 from megatron_lite.errors import CheckpointError
 from megatron_lite.interop.foreign import ForeignModel
 from megatron_lite.interop.mapping import Entry, ImportedTensors
@@ -33,13 +34,10 @@ from megatron_lite.interop.megatron.shards import (
     describe_copies,
     differing_copies,
 )
-from megatron_lite.interop.parameters import ParameterLayout, parameter_layouts
 from megatron_lite.interop.transforms import Rows, Same
-from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.tokenizer.build import build_tokenizer
 
-_HEAD = "output_layer.weight"
 _LONGEST = 4096
 _CLOSE = 2.0**-7
 """Largest relative distance of a main parameter and its bf16 rounding, with a margin; two other weights lie further."""
@@ -120,7 +118,7 @@ def _with_head(found: Found, evidence: Evidence) -> Parts:
     untied.
     """
     copy = found.head_copy
-    head = found.scheme.theirs(_HEAD, found.num_layers) if "output_layer" in found.scheme.outside else ""
+    head = found.scheme.theirs(HEAD, found.num_layers) if "output_layer" in found.scheme.outside else ""
     if copy is None:
         evidence.add("tied_embeddings", head not in found.parts, f"the tensors of {found.folder}")
         return found.parts
@@ -264,7 +262,7 @@ def _imported(
     rows = words.shape[0] if words is not None else 0
     padded = Rows(rows) if rows > model.vocab_size else Same()
     entries = [
-        Entry(ours, (theirs,), padded if ours in (WORD_EMBEDDINGS, _HEAD) else Same()) for ours, theirs in table.items()
+        Entry(ours, (theirs,), padded if ours in (WORD_EMBEDDINGS, HEAD) else Same()) for ours, theirs in table.items()
     ]
     shapes = {ours: layout.shape for ours, layout in layouts.items()}
     return ImportedTensors(source, entries, shapes, found.folder, dtype=dtype)

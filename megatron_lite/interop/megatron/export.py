@@ -22,6 +22,7 @@ from megatron_lite.checkpoint.reading import CheckpointReader
 from megatron_lite.checkpoint.stored_model import StoredModel, stored_model
 from megatron_lite.checkpoint.tiles import tiles
 from megatron_lite.config.divisors import divisors
+from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS, ParameterLayout, parameter_layouts
 from megatron_lite.config.vocabulary import padded_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError, report_bug
 from megatron_lite.interop.architectures.base import sharing_problems
@@ -46,13 +47,10 @@ from megatron_lite.interop.megatron.written_arguments import (
     written_arguments,
 )
 from megatron_lite.interop.output_folder import check_output, new_folder
-from megatron_lite.interop.parameters import ParameterLayout, parameter_layouts
-from megatron_lite.model.head import WORD_EMBEDDINGS
 from megatron_lite.rectangle import Rectangle
 from megatron_lite.runs.foreign import recognise
 from megatron_lite.schedules.progress import Progress
 
-_HEAD = "output_layer.weight"
 _SPARE = 1 << 20
 _NESTED = {"language_model.embedding.": 3, "language_model.": 2, "word_embeddings_for_head.": 1}
 """Levels of dicts in the legacy naming; what follows is one key."""
@@ -306,7 +304,7 @@ def _part(plan: MegatronExport, ours: str, rank: int) -> Tensor:
     source = ExportedTensors(plan.weights, [Entry(ours, (ours,))], plan.dtype, plan.path)
     offset, shape, missing = [0] * len(layout.shape), list(layout.shape), 0
     if layout.tp_dim is not None:
-        whole = plan.rows if ours in (WORD_EMBEDDINGS, _HEAD) else shape[layout.tp_dim]
+        whole = plan.rows if ours in (WORD_EMBEDDINGS, HEAD) else shape[layout.tp_dim]
         length = whole // tp
         begin = min(rank * length, shape[layout.tp_dim])
         end = min((rank + 1) * length, shape[layout.tp_dim])
@@ -325,7 +323,7 @@ def _size(plan: MegatronExport) -> int:
     total = 0
     for ours, layout in plan.layouts.items():
         size = prod(layout.shape) * (1 if layout.tp_dim is not None else tp)
-        if ours in (WORD_EMBEDDINGS, _HEAD):
+        if ours in (WORD_EMBEDDINGS, HEAD):
             size = plan.rows * layout.shape[1]
         total += size * itemsize
     if plan.options.pp > 1 and plan.stored.model.tied_embeddings and plan.scheme is not DEEPSPEED:

@@ -1,7 +1,7 @@
 """Tests of the choice of recomputed layers."""
 
 from megatron_lite.config.optimizer import RecomputeConfig
-from megatron_lite.parallel.recompute import recompute_units
+from megatron_lite.config.recompute import recompute_units
 
 
 def units(layers, **config):

@@ -1,9 +1,9 @@
-"""Low-memory model evaluation: tensor names and shapes of a model, and its logits with one layer in memory."""
+"""Low-memory model evaluation: logits of a model with one layer in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,30 +13,10 @@ from megatron_lite.checkpoint.sources import TensorSource
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.interop.transforms import Shape
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    """Global shape of a parameter, and the dim that tensor parallelism splits; None: every rank holds the whole."""
-
-    shape: Shape
-    tp_dim: int | None
-
-
-def parameter_layouts(model: ModelConfig) -> dict[str, ParameterLayout]:
-    """Return the layout of every parameter, by name, in the model's order; the vocabulary is not padded."""
-    stage = _empty_stage(_padded(model), range(model.num_layers))
-    return {entry.name: ParameterLayout(entry.global_shape, entry.tp_dim) for entry in stage.named_parameters_global()}
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Return the global shape of every parameter, by name, in the model's order; the vocabulary is not padded."""
-    return {name: layout.shape for name, layout in parameter_layouts(model).items()}
 
 
 @torch.no_grad()

@@ -6,13 +6,12 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from megatron_lite.config.parameters import parameter_shapes
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.tuning import TuningConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.interop.parameters import parameter_shapes
-from megatron_lite.parallel.parameters import NamedParameter
 
 _SHOWN = 6
 
@@ -32,13 +31,6 @@ class Selection:
     factors: Mapping[str, float] = field(default_factory=dict)
     num_frozen: int = 0
     num_elements: int = 0
-
-    def apply_to(self, parameters: Sequence[NamedParameter]) -> list[NamedParameter]:
-        """Freeze parameters of this rank, and return all of them with their learning-rate factors."""
-        for parameter in parameters:
-            for param in parameter.uses:
-                param.requires_grad_(parameter.name not in self.frozen)
-        return [replace(parameter, lr_factor=self.factors.get(parameter.name, 1.0)) for parameter in parameters]
 
 
 def select_parameters(config: RunConfig) -> Selection:
