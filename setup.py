@@ -26,7 +26,9 @@ TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6
 EXTRAS["dev"] = [*CHECKERS, *TESTS, *(need for needs in EXTRAS.values() for need in needs)]
 # Not for development: their tests have environments of their own (make test-deepspeed).
 ENGINES = {"deepspeed": ["deepspeed>=0.19"]}
-EXTRAS |= ENGINES
+# Kernels that pip installs without a compiler (docs/kernels.md has the others). They need Triton and a GPU.
+KERNELS = {"kernels": ["liger-kernel>=0.5.10", "cut-cross-entropy>=25.1.1"]}
+EXTRAS |= ENGINES | KERNELS
 
 setup(
     name="megatron_lite",

@@ -11,9 +11,9 @@ import pytest
 import megatron_lite
 
 ROOT = Path(megatron_lite.__file__).parent.parent
-MODULES = {"protobuf": None, "tensorboard": "tensorboard"}
+MODULES = {"protobuf": None, "liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 """Distributions whose modules have another name; None: another package (sentencepiece) imports it."""
-UNDECLARED = {"fused_weight_gradient_mlp_cuda"}
+UNDECLARED = {"apex", "fused_weight_gradient_mlp_cuda", "flash_attn", "flash_attn_interface", "transformer_engine"}
 """Modules that sites build themselves; each has a replacement."""
 PROGRAMS = {"shfmt-py": "shfmt"}
 """Distributions of a program that the package runs."""
@@ -24,7 +24,7 @@ def declared():
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     names = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("EXTRAS", "ENGINES"):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("EXTRAS", "ENGINES", "KERNELS"):
             names |= ast.literal_eval(node.value)
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             names["required"] = ast.literal_eval(node.value)
@@ -60,7 +60,7 @@ def test_each_import_is_declared_and_each_declared_package_is_imported():
 
 @pytest.mark.parametrize("extra", sorted(declared()))
 def test_each_extra_has_an_imported_package(extra):
-    assert declared()[extra] & imported()
+    assert {MODULES.get(need, need) for need in declared()[extra]} & imported()
 
 
 def test_an_extra_is_installed_by_one_command_that_exists():

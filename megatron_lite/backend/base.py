@@ -96,6 +96,8 @@ class Backend(ABC):
     device: torch.device
     asynchronous = False
     """Whether the device works behind the host, which must not wait for it within an iteration."""
+    vendor_kernels = False
+    """Whether the kernels of apex, Transformer Engine and others run on the device (backend/kernels.py)."""
     loss_chunk = 256
     """Tokens whose logits are computed at once for the loss: as few as matrix products are efficient with."""
 

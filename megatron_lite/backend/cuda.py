@@ -42,6 +42,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     asynchronous = True
+    vendor_kernels = True
     loss_chunk = LOSS_CHUNK
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:

@@ -32,7 +32,21 @@ def given_if(applies: bool, flag: str) -> str:
     return flag if applies else ""
 
 
+def _kernel_flag(run: RunConfig) -> str:
+    runtime = run.runtime
+    return (
+        given_if(runtime.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine")
+        or given_if(runtime.norm_kernel not in ("auto", "torch"), f"--norm-kernel {runtime.norm_kernel}")
+        or given_if(runtime.loss_kernel != "native", f"--cross-entropy-fusion-impl {runtime.loss_kernel}")
+    )
+
+
+KERNELS = Limit(
+    _kernel_flag, "Other packages' kernels are chosen for the native engine", "Remove the flag, or use --engine native"
+)
+
 DEEPSPEED = (
+    KERNELS,
     Limit(
         lambda run: given_if(run.parallel.pp > 1, f"--pipeline-model-parallel-size {run.parallel.pp}"),
         "Its ZeRO stages reduce or partition gradients in each backward pass, of which a pipeline stage has several at "

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 _TABLE = """
 no effect: PyTorch chooses the kernels for the device
     --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
-    --transformer-impl --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu --use-mcore-models
+    --use-transformer-engine-op-fuser --use-fused-weighted-squared-relu --use-mcore-models
     --use-legacy-models --spec --enable-experimental --fused-single-qkv-rope --use-te-activation-func
     --disable-jit-fuser
 no effect: --compile fuses kernels within the layers: the same formula, rounded differently
     --scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --bias-dropout-fusion
     --no-masked-softmax-fusion --masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion
-    --no-rope-fusion --no-persist-layer-norm --disable-mem-efficient-ln --abort-on-unmet-fused-kernel-constraints
+    --no-rope-fusion --disable-mem-efficient-ln --abort-on-unmet-fused-kernel-constraints
 no effect: projection and loss are always computed together, in chunks of the sequence
-    --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-linear-cross-entropy
+    --cross-entropy-loss-fusion --fused-linear-cross-entropy
 no effect: no CUDA graphs are captured
     --cuda-graph-impl --cuda-graph-scope --cuda-graph-modules --cuda-graph-warmup-steps --enable-cuda-graph
     --external-cuda-graph --te-rng-tracker --inference-rng-tracker --decode-only-cuda-graphs

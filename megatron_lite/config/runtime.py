@@ -75,6 +75,32 @@ class RuntimeConfig:
             choices={"local": "unfused"},
         ),
     )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto",
+        Flag(
+            "--transformer-impl",
+            "Norms and attention by Transformer Engine on a GPU, or without it (local); auto: by what is installed, "
+            "where PyTorch has no fused kernel.",
+        ),
+    )
+    norm_kernel: Literal["auto", "torch", "apex", "liger", "te"] = option(
+        "auto",
+        Flag(
+            "--norm-kernel",
+            "LayerNorm and RMSNorm on a GPU by PyTorch, NVIDIA's apex, Liger Kernel or Transformer Engine; auto: "
+            "PyTorch, but for zero-centered norms and fp32 residuals, which it computes in several kernels.",
+        ),
+        Flag("--no-persist-layer-norm", "Norms by PyTorch.", sets="torch"),
+    )
+    loss_kernel: Literal["native", "te", "liger", "cce"] = option(
+        "native",
+        Flag(
+            "--cross-entropy-fusion-impl",
+            "Cross-entropy in chunks with the projection (native), or on a GPU by Transformer Engine, Liger Kernel or "
+            "cut cross-entropy (cce), without tensor parallelism. Also accepted: linear (native).",
+            choices={"linear": "native"},
+        ),
+    )
     tf32: bool = option(
         False,
         Flag(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.backend.kernels import Kernels
 from megatron_lite.config.recompute import recompute_units
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import PARTS, owner_layer, stored_name
@@ -94,6 +95,7 @@ class GPTStage(nn.Module):
         mesh: of this rank.
         rng: dropout streams.
         deferred: takes the operands of weight gradients in backward; None: backward computes them.
+        kernels: of norms, attention and loss; None: PyTorch's.
     """
 
     def __init__(
@@ -103,10 +105,18 @@ class GPTStage(nn.Module):
         mesh: Mesh,
         rng: RngStreams,
         deferred: WeightGradients | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
         model, dtype = config.model, DTYPES[config.precision.dtype]
-        sharding = Sharding(mesh.tp, config.parallel.sequence_parallel, dtype, mesh.backend, deferred)
+        sharding = Sharding(
+            mesh.tp,
+            config.parallel.sequence_parallel,
+            dtype,
+            mesh.backend,
+            deferred,
+            kernels=kernels or Kernels(),
+        )
         self.config = model
         self.sharding = sharding
         self.layer_numbers = layers
@@ -244,7 +254,9 @@ class GPTStage(nn.Module):
         length = batch.shape[1]
         assert cache is None or batch.documents is None, "a cache holds one document per row"
         rotary = None if self.rotary is None else self.rotary(length, batch.position_ids, device)
-        if cache is None or cache.positions is None:
+        if cache is None and self.sharding.kernels.attention is not None:
+            mask = None  # the kernel has ALiBi's slopes
+        elif cache is None or cache.positions is None:
             mask = self.mask(length)
         else:
             mask = self.mask.of_single_tokens(cache.positions, cache.length, cache.aligned)

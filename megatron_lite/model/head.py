@@ -42,7 +42,11 @@ class Head(nn.Module):
         rows = config.padded_vocab_size // sharding.tp.size
         self.weight = sharding.empty(rows, config.embedding_width) if table is None else table
         self.cross_entropy = LinearCrossEntropy(
-            config.vocab_size, sharding.tp, sharding.split_sequence, sharding.backend.loss_chunk
+            config.vocab_size,
+            sharding.tp,
+            sharding.split_sequence,
+            sharding.backend.loss_chunk,
+            sharding.kernels.loss,
         )
 
     def forward(self, x: Tensor) -> Tensor:

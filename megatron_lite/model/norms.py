@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_lite.config.model import ModelConfig, Normalization
 from megatron_lite.parallel.layers import Sharding
@@ -38,27 +37,16 @@ class Norm(nn.Module):
         kind: Normalization | None = None,
     ) -> None:
         super().__init__()
-        self.kind = kind or config.normalization
+        self.kernel = sharding.kernels.norm
         self.epsilon = config.norm_epsilon
         self.zero_centered = config.zero_centered_norm
         self.partial = partial
         self.weight = sharding.empty(size)
-        self.bias = sharding.empty(size) if self.kind == "LayerNorm" else None
+        self.bias = sharding.empty(size) if (kind or config.normalization) == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., n] -> [..., n] in the parameters' dtype (x may be fp32: a residual stream kept in fp32)."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        shape = self.weight.shape
-        native = x.dtype == weight.dtype and not self.zero_centered
-        if not native:
-            x, weight = x.float(), weight.float() + (1 if self.zero_centered else 0)
-            bias = None if bias is None else bias.float()
-        if self.kind == "LayerNorm":
-            y = F.layer_norm(x, shape, weight, bias, self.epsilon)
-        else:
-            y = F.rms_norm(x, shape, weight, self.epsilon)
-        return y if native else y.to(self.weight.dtype)
+        return self.kernel(x, self.weight, self.bias, self.epsilon, self.zero_centered)
 
     def named(self, name: str) -> Iterator[NamedParameter]:
         """Yield the parameters under the module's global name."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_lite.backend.group import Group
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.parallel.layers import Sharding
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter
@@ -115,6 +116,14 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + finer[: num_heads - power]
 
 
+def rank_slopes(config: ModelConfig, tp: Group) -> list[float]:
+    """Return ALiBi's slopes of this rank's heads; empty: the model has no ALiBi."""
+    if config.position_embedding != "alibi":
+        return []
+    heads = config.num_attention_heads // tp.size
+    return alibi_slopes(config.num_attention_heads)[heads * tp.rank : heads * (tp.rank + 1)]
+
+
 class AttentionMask(nn.Module):
     """Attention mask in memory where the causal kernel does not suffice: ALiBi's bias, rows of a cache.
 
@@ -130,11 +139,7 @@ class AttentionMask(nn.Module):
 
     def __init__(self, config: ModelConfig, sharding: Sharding) -> None:
         super().__init__()
-        group = sharding.tp
-        self.slopes: list[float] = []
-        if config.position_embedding == "alibi":
-            heads = config.num_attention_heads // group.size
-            self.slopes = alibi_slopes(config.num_attention_heads)[heads * group.rank : heads * (group.rank + 1)]
+        self.slopes = rank_slopes(config, sharding.tp)
         self.register_buffer(
             "bias",
             torch.empty(len(self.slopes), 0, 0, dtype=sharding.dtype, device=sharding.backend.device),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
+from megatron_lite.backend.vendors import WeightGradientKernel
 from megatron_lite.parallel.buckets import Bucket, GradientReduction, ParameterGather, Slot, lay_out
 from megatron_lite.parallel.fp8 import Fp8
-from megatron_lite.parallel.gemm import FusedKernel, accumulate_weight_gradient_
+from megatron_lite.parallel.gemm import accumulate_weight_gradient_
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.shared import SharedModule, belongs_to
 
@@ -99,7 +100,7 @@ class ParameterBuffers:
         bucket_megabytes: int = 160,
         shard: bool = False,
         overlap: bool = True,
-        fused: FusedKernel | None = None,
+        fused: WeightGradientKernel | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
         self._trained = [parameter for parameter in self.parameters if parameter.trained]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group, Work
+from megatron_lite.backend.vendors import LossKernel
 from megatron_lite.parallel.gemm import Accumulate, input_gradient, linear
 
 _BLOCKS = 9
@@ -34,12 +35,14 @@ class LinearCrossEntropy:
         group: the tensor-parallel group.
         split_sequence: whether hidden states are split over the group along the sequence.
         chunk: c.
+        kernel: a vendor's; None: this module's. It needs a group of one rank.
     """
 
     vocab_size: int
     group: Group
     split_sequence: bool
     chunk: int
+    kernel: LossKernel | None = None
     _statistics: Callable[..., Tensor] = field(default_factory=lambda: _in_blocks(_statistics))
     _to_gradient_: Callable[..., Tensor] = field(default_factory=lambda: _in_blocks(_to_gradient_))
 
@@ -73,7 +76,8 @@ class LinearCrossEntropy:
             weight: [V/tp, h], this rank's rows of the padded vocabulary.
             labels: [s, b] int64, below vocab_size.
             token_weights: [s, b] fp32, factors of the losses in the sum.
-            accumulate: adds the gradient of the weight, unless it is frozen.
+            accumulate: adds the gradient of the weight, unless it is frozen. A kernel that also projects leaves it to
+                autograd instead.
 
         Returns:
             [s, b] as for losses, and a tensor like `x`.
@@ -89,6 +93,8 @@ class LinearCrossEntropy:
         training: tuple[Tensor, Tensor, Accumulate] | None = None,
     ) -> Tensor:
         """Return the losses; in training, given (token weights, gradient of x to fill, accumulate), the gradients."""
+        if self.kernel is not None and self.kernel.projects:
+            return self._by_projecting_kernel(self.kernel, x, weight, labels, training)
         group, rows = self.group, weight.shape[0]
         parts = group.size if self.split_sequence else 1
         length, samples, _ = x.shape
@@ -104,12 +110,19 @@ class LinearCrossEntropy:
             elsewhere = (column < 0) | (column >= rows)
             chunk = _Chunk(linear(inputs.flatten(0, 1), weight), column.masked_fill_(elsewhere, 0), elsewhere)
             self._mask_padding(chunk.logits)
-            combined = self._combine(self._statistics(*chunk))
-            losses[:, own] = _losses(*combined).view(parts, -1, samples)
+            of_chunk = None
             if training is not None:
-                token_weights, gradient, accumulate = training
-                token_weights = token_weights.unflatten(0, (parts, length))[:, own].flatten().unsqueeze(-1)
-                self._to_gradient_(*chunk, *combined, token_weights)
+                of_chunk = training[0].unflatten(0, (parts, length))[:, own].flatten().unsqueeze(-1)
+            if self.kernel is None:
+                combined = self._combine(self._statistics(*chunk))
+                found = _losses(*combined)
+                if of_chunk is not None:
+                    self._to_gradient_(*chunk, *combined, of_chunk)
+            else:
+                found, chunk = _by_kernel(self.kernel, chunk, of_chunk)
+            losses[:, own] = found.view(parts, -1, samples)
+            if training is not None:
+                _, gradient, accumulate = training
                 work = self._reduce(input_gradient(chunk.logits, weight).view(inputs.shape), gradient[own])
                 if weight.requires_grad:  # overlaps with the reduction
                     accumulate(weight, chunk.logits, inputs, last=own.stop == length)
@@ -117,6 +130,29 @@ class LinearCrossEntropy:
                     work.wait()
             del chunk  # before the next one is allocated
         return losses.flatten(0, 1)
+
+    def _by_projecting_kernel(
+        self,
+        kernel: LossKernel,
+        x: Tensor,
+        weight: nn.Parameter,
+        labels: Tensor,
+        training: tuple[Tensor, Tensor, Accumulate] | None,
+    ) -> Tensor:
+        """Return the losses of all tokens in one call, which gets no padded rows; arguments as for _run."""
+        assert self.group.size == 1
+        if training is None:
+            return kernel.call(x.flatten(0, 1), weight[: self.vocab_size], labels.flatten()).view(labels.shape)
+        token_weights, gradient, _ = training
+        with torch.enable_grad():
+            leaf = x.detach().flatten(0, 1).requires_grad_()
+            losses = kernel.call(leaf, weight[: self.vocab_size], labels.flatten())
+            torch.autograd.backward(
+                losses, token_weights.flatten(), inputs=[leaf, weight] if weight.requires_grad else [leaf]
+            )
+        assert leaf.grad is not None
+        gradient.copy_(leaf.grad.view(x.shape))
+        return losses.detach().view(labels.shape)
 
     def _mask_padding(self, logits: Tensor) -> None:
         """Set the padded columns to -inf: exp(-inf) = 0, so that the kernels need no case for padding."""
@@ -149,6 +185,18 @@ class _Chunk(NamedTuple):
     logits: Tensor
     column: Tensor
     elsewhere: Tensor
+
+
+def _by_kernel(kernel: LossKernel, chunk: _Chunk, token_weights: Tensor | None) -> tuple[Tensor, _Chunk]:
+    """Return losses [c] by a kernel, and the chunk; given token weights [c, 1], with the gradient of its logits."""
+    labels = chunk.column.squeeze(-1)
+    if token_weights is None:
+        return kernel.call(chunk.logits, labels), chunk
+    with torch.enable_grad():
+        leaf = chunk.logits.requires_grad_()
+        losses = kernel.call(leaf, labels)
+        (gradient,) = torch.autograd.grad(losses, leaf, token_weights.squeeze(-1))
+    return losses.detach(), chunk._replace(logits=gradient)
 
 
 def _losses(maximum: Tensor, total: Tensor, target: Tensor) -> Tensor:

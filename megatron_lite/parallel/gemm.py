@@ -8,16 +8,16 @@ Letters: i input channels, o output channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.backend.group import Group
+from megatron_lite.backend.vendors import WeightGradientKernel
 from megatron_lite.parallel.fp8 import Fp8
 
 Key = tuple[int, int]
@@ -62,50 +62,6 @@ def weight_gradient(gradient: Tensor, x: Tensor, fp8: Fp8 | None = None) -> Tens
     return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), ("gradient", "input"))
 
 
-FusedKernel = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""(out, gradient, x, first): adds gradientᵀ x of bf16 or fp16 operands to `out` [o, i] fp32 while it is computed, or
-overwrites `out` if `first`; `gradient` [t, o], `x` [t, i]."""
-
-
-def _apex_kernel(out: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-    # The extension of NVIDIA's apex. The package named apex in PyPI's index is another one.
-    extension: Any = import_module("fused_weight_gradient_mlp_cuda")
-    if first:
-        out.zero_()
-    extension.wgrad_gemm_accum_fp32(x.contiguous(), gradient.contiguous(), out)
-
-
-def _torch_kernel(out: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-    torch.addmm(out, gradient.t(), x, beta=0 if first else 1, out_dtype=torch.float32, out=out)
-
-
-def find_fused_kernel(dtype: torch.dtype, device: torch.device) -> FusedKernel | None:
-    """Return a product that accumulates into fp32, tried once on the device: apex's if it is installed, or torch's.
-
-    Args:
-        dtype: of the operands.
-        device: of the operands; only GPUs have such a product.
-
-    Returns:
-        None: there is none, or fp32 operands need none.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return next((kernel for kernel in (_apex_kernel, _torch_kernel) if _works(kernel, dtype, device)), None)
-
-
-def _works(kernel: FusedKernel, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a kernel is installed and right: extensions may have been built for another torch."""
-    gradient, x = (torch.arange(256, device=device).view(16, 16).remainder(n).to(dtype) for n in (7, 5))
-    out = torch.ones(16, 16, device=device)
-    try:
-        kernel(out, gradient, x, True)
-        kernel(out, gradient, x, False)
-    except (ImportError, AttributeError, TypeError, RuntimeError):
-        return False
-    return torch.equal(out, 2 * gradient.float().t() @ x.float())
-
-
 def accumulate_weight_gradient_(
     out: Tensor,
     gradient: Tensor,
@@ -113,7 +69,7 @@ def accumulate_weight_gradient_(
     *,
     first: bool,
     fp8: Fp8 | None = None,
-    fused: FusedKernel | None = None,
+    fused: WeightGradientKernel | None = None,
 ) -> None:
     """Add gradientᵀ x to `out`.
 

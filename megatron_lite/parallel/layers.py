@@ -8,7 +8,7 @@ Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
+from megatron_lite.backend.kernels import Kernels
 from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import WeightGradients, linear
 from megatron_lite.parallel.parameters import NamedParameter, replicated_parameter, vocabulary_parameter
@@ -40,6 +41,8 @@ class Sharding:
     """Takes the operands of weight gradients in backward; None: backward computes them."""
     fp8: Fp8 | None = None
     """Formats and scaling of the products of linear layers; None: the dtype."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """Kernels of norms, attention and loss."""
 
     @property
     def split_sequence(self) -> bool:

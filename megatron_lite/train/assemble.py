@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.backend.kernels import Kernels
 from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.parallel import ParallelConfig
@@ -30,10 +31,10 @@ from megatron_lite.metrics.reporter import Reporter, build_reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.model.count_check import check_count
-from megatron_lite.model.gpt import DTYPES, GPTStage
+from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
-from megatron_lite.parallel.gemm import DeferredWeightGradients, FusedWeightGradients, find_fused_kernel
+from megatron_lite.parallel.gemm import DeferredWeightGradients, FusedWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
@@ -49,7 +50,7 @@ from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_sta
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import RunData, batch_parts
-from megatron_lite.train.comparison import compare_runs, open_files
+from megatron_lite.train.comparison import agree_on_kernels, compare_runs, open_files
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
@@ -137,7 +138,10 @@ def assembled(
         compute = ComputeTime(backend, measuring_interval(config.metrics.log_interval, mesh.world.size))
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
-            engine = _select_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
+            kernels = agree_on_kernels(config, backend)
+            engine = _select_engine(
+                config, mesh, num_sources=num_sources, timers=timers, compute=compute, kernels=kernels
+            )
         if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
             provenance = replace(provenance, skipped_samples=skipped)
             ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)
@@ -163,7 +167,7 @@ def assembled(
         )
         if (loaded := start.continued(config)) is not None:
             state.load(loaded.scalars)
-        reporter.message(introduction(config, backend, data, start, progress))
+        reporter.message(introduction(config, backend, data, start, progress, kernels.report))
         reporter.start(config, run_facts(config, mesh, progress, origin))
         _warn(config, data, progress, reporter)
         yield Run(
@@ -192,7 +196,9 @@ def _warn(config: RunConfig, data: RunData, progress: Progress, reporter: Report
         reporter.message(f"WARNING: {text}")
 
 
-def _select_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers, compute: ComputeTime) -> Engine:
+def _select_engine(
+    config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers, compute: ComputeTime, kernels: Kernels
+) -> Engine:
     """Build the engine of --engine; arguments as for build_engine."""
     match config.runtime.engine:
         case "deepspeed":
@@ -201,7 +207,7 @@ def _select_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, timers: T
 
             return build_deepspeed_engine(config, mesh, num_sources=num_sources, timers=timers)
         case "native":
-            return build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute)
+            return build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute, kernels=kernels)
 
 
 def build_engine(
@@ -212,6 +218,7 @@ def build_engine(
     trace: list[Action] | None = None,
     timers: Timers | None = None,
     compute: ComputeTime | None = None,
+    kernels: Kernels | None = None,
 ) -> NativeEngine:
     """Build the native engine: this rank's stages with their buffers, optimizer and executor.
 
@@ -222,6 +229,7 @@ def build_engine(
         trace: if given, every action of the executor is appended to it.
         timers: measure the parts of a step and, from level 2 on, of a micro-batch; None: no timing.
         compute: measures the time of this rank by part, if there are timers; None: it is not measured.
+        kernels: of the run; None: PyTorch's.
 
     Raises:
         ConfigError: --freeze or --lr-factors does not fit the model.
@@ -234,14 +242,14 @@ def build_engine(
         )
     rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
-    wanted = config.runtime.gradient_accumulation_fusion
-    kernel = find_fused_kernel(DTYPES[config.precision.dtype], mesh.backend.device) if wanted else None
+    kernels = kernels or Kernels()
+    kernel = kernels.weight_gradient
     # A compiled graph returns its gradients, and cannot hold the side effect of adding them.
     fused = FusedWeightGradients() if kernel and deferred is None and config.runtime.compile == "off" else None
     layers = stage_layers(config.model, parallel, config.batch.seq_length)
     ranks = [rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) for stage in range(len(layers))]
     stages = {
-        stage: GPTStage(config, layers[stage], mesh, rng, deferred or fused)
+        stage: GPTStage(config, layers[stage], mesh, rng, deferred or fused, kernels)
         for stage, rank in enumerate(ranks)
         if rank == mesh.pp.rank
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.comparison import Comparison
+from megatron_lite.backend.kernels import KERNELS, Kernels, choose_kernels
 from megatron_lite.config.arguments import raise_all
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
@@ -87,6 +88,24 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             f"{config.parallel.world_size}",
             fix=f"Start at most {able.max_world} ranks, or use another --device",
         )
+
+
+def agree_on_kernels(config: RunConfig, backend: Backend) -> Kernels:
+    """Choose the kernels of a run, the same on every rank; a collective call.
+
+    Raises:
+        RankDifferenceError: packages are missing on some ranks, or have other versions.
+        ConfigError: a flag asks for a kernel that no rank has.
+    """
+    kernels, failure = Kernels(), None
+    try:
+        if config.runtime.engine == "native":
+            kernels = choose_kernels(config, backend.device, gpu=backend.vendor_kernels)
+    except ConfigError as error:
+        failure = error
+    values = {text.partition(":")[0]: text.partition(" (")[0] for text in kernels.report}
+    backend.compare(KERNELS, values, failure=failure)
+    return kernels
 
 
 def open_files(config: RunConfig, backend: Backend, *, reads_data: bool) -> tuple[Tokenizer, dict[str, str]]:

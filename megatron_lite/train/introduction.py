@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.config.run import RunConfig
@@ -22,13 +22,21 @@ from megatron_lite.train.start import Start
 SOURCES_SHOWN = 4
 
 
-def introduction(config: RunConfig, backend: Backend, data: RunData, start: Start, progress: Progress) -> str:
-    """Return the summary, one labelled line per subject."""
+def introduction(
+    config: RunConfig,
+    backend: Backend,
+    data: RunData,
+    start: Start,
+    progress: Progress,
+    kernels: Sequence[str],
+) -> str:
+    """Return the summary, one labelled line per subject; `kernels`: which computes which function."""
     summary = summarize(config)
     lines = [
         ("model", _model(config, summary.model)),
         ("machine", _machine(config, backend, summary.layout)),
         *((("device", "; ".join(settings)),) if (settings := backend.settings()) else ()),
+        *(("kernels", text) for text in kernels),
         *_trained(config),
         ("batch", _batch(config)),
         ("length", _length(config, summary.length)),

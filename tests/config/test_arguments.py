@@ -237,6 +237,9 @@ SPECIAL = {
     "checkpoint.on_failed_save": "continue",
     "training.on_weight_mismatch": "repair",
     "runtime.device": "cpu",
+    "runtime.transformer_impl": "local",
+    "runtime.norm_kernel": "torch",
+    "runtime.loss_kernel": "te",
 }
 COMPANIONS = {
     "runtime.engine": {"deepspeed": {"settings": '{"zero_optimization":{"stage":0}}'}},

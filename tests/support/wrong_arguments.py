@@ -61,6 +61,13 @@ FROM_FLAGS = {
     ),
     "--engine deepspeed --pipeline-schedule zb-h1": "The DeepSpeed engine cannot run --pipeline-schedule zb-h1. It has",
     "--engine deepspeed --bf16 --fp8-format e4m3": "The DeepSpeed engine cannot run --fp8-format e4m3. The scales of",
+    "--engine deepspeed --norm-kernel apex": "The DeepSpeed engine cannot run --norm-kernel apex. Other packages'",
+    "--engine deepspeed --transformer-impl transformer_engine": (
+        "The DeepSpeed engine cannot run --transformer-impl transformer_engine. Other packages'"
+    ),
+    "--engine deepspeed --cross-entropy-fusion-impl te": (
+        "The DeepSpeed engine cannot run --cross-entropy-fusion-impl te. Other packages'"
+    ),
     "--engine deepspeed --optimizer lion": "The DeepSpeed engine cannot run --optimizer lion. It updates flat",
     "--engine deepspeed --ema-decay 0.9": "The DeepSpeed engine cannot run --ema-decay 0.9. Its optimizer keeps no",
     "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile layer. It gathers parameters",
