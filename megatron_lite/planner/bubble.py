@@ -1,18 +1,21 @@
-"""Duration of a pipeline schedule by simulation, with an extrapolation in the number of micro-batches."""
+"""Duration of a pipeline schedule: its dependencies are resolved once, and evaluated with the costs of each layout.
+
+The result is that of schedules/simulate.py with instant messages; with slow ones it leaves out that messages which are
+started together also end together. A simulation of all messages takes a hundred times as long, and the search over
+layouts evaluates a thousand of them.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_lite.config.parallel import PipelineKind
-from megatron_lite.schedules.lowering import lower
-from megatron_lite.schedules.pipeline import pipeline_schedule
-from megatron_lite.schedules.simulate import Costs, simulate
+from megatron_lite.schedules.pipeline import Action, num_stages, pipeline_schedule, rank_of_stage
+from megatron_lite.schedules.simulate import Costs, is_split
 
 SIMULATED = 4
 """Micro-batches to simulate, in multiples of the pipeline ranks; beyond them, every further one takes equally long."""
-DIGITS = 3
-"""Decimals of relative costs: schedules with nearly the same costs are simulated once."""
 
 
 def pipeline_seconds(kind: PipelineKind, pp: int, microbatches: int, chunks: int, costs: Costs) -> float:
@@ -25,31 +28,85 @@ def pipeline_seconds(kind: PipelineKind, pp: int, microbatches: int, chunks: int
         chunks: model chunks of each rank.
         costs: seconds of a mean stage's actions and of a message, and the relative work of each stage.
     """
-    unit = costs.forward + costs.backward + costs.weight
-    if not microbatches or not unit:
-        return 0.0
-    relative = Costs(
-        forward=round(costs.forward / unit, DIGITS),
-        backward=round(costs.backward / unit, DIGITS),
-        weight=round(costs.weight / unit, DIGITS),
-        comm=round(costs.comm / unit, DIGITS),
-        stages=tuple(round(work, DIGITS) for work in costs.stages),
-    )
-    return unit * _relative_seconds(kind, pp, microbatches, chunks, relative)
-
-
-@lru_cache(maxsize=4096)
-def _relative_seconds(kind: PipelineKind, pp: int, microbatches: int, chunks: int, costs: Costs) -> float:
     most = SIMULATED * pp
-    if microbatches > most:
-        # The rounds of the interleaved schedule have pp micro-batches: the remainder keeps its place in them.
-        fewer = most - pp + microbatches % pp
-        reached, before = (_simulated(kind, pp, number, chunks, costs) for number in (fewer, fewer - pp))
-        return reached + (microbatches - fewer) * (reached - before) / pp
-    return _simulated(kind, pp, microbatches, chunks, costs)
+    if microbatches <= most:
+        return _duration(_dependencies(kind, pp, microbatches, chunks), costs)
+    # The rounds of the interleaved schedule have pp micro-batches: the remainder keeps its place in them.
+    fewer = most - pp + microbatches % pp
+    reached, before = (_duration(_dependencies(kind, pp, number, chunks), costs) for number in (fewer, fewer - pp))
+    return reached + (microbatches - fewer) * (reached - before) / pp
 
 
-@lru_cache(maxsize=4096)
-def _simulated(kind: PipelineKind, pp: int, microbatches: int, chunks: int, costs: Costs) -> float:
+class _Step(NamedTuple):
+    """Action after all that it depends on, by their places in the order.
+
+    Attributes:
+        before: previous action of the same rank; -1: none.
+        source: action whose result it needs; -1: none.
+        remote: 1 if that result is a message.
+        kind: F, B or W.
+        stage: of the action.
+    """
+
+    before: int
+    source: int
+    remote: int
+    kind: str
+    stage: int
+
+
+class _Dependencies(NamedTuple):
+    steps: list[_Step]
+    split: bool
+
+
+@lru_cache(maxsize=512)
+def _dependencies(kind: PipelineKind, pp: int, microbatches: int, chunks: int) -> _Dependencies:
     schedule = pipeline_schedule(kind, pp, microbatches, chunks)
-    return simulate(lower(schedule, kind, chunks, costs), costs).makespan
+    stages = num_stages(kind, pp, chunks)
+    places: dict[tuple[str, int, int], int] = {}
+    steps: list[_Step] = []
+    done, last, moved = [0] * pp, [-1] * pp, True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(schedule):
+            while done[rank] < len(actions):
+                action = actions[done[rank]]
+                needed = _source(action, stages)
+                if needed is not None and needed not in places:
+                    break
+                source = -1 if needed is None else places[needed]
+                remote = needed is not None and rank_of_stage(kind, pp, needed[1]) != rank
+                places[action.kind, action.stage, action.microbatch] = len(steps)
+                steps.append(_Step(last[rank], source, int(remote), action.kind, action.stage))
+                last[rank] = len(steps) - 1
+                done[rank] += 1
+                moved = True
+    return _Dependencies(steps, is_split(schedule))
+
+
+def _source(action: Action, stages: int) -> tuple[str, int, int] | None:
+    """Return kind, stage and micro-batch of the action whose result `action` needs; None: it needs none."""
+    kind, stage, microbatch = action.kind, action.stage, action.microbatch
+    if kind == "F":
+        return ("F", stage - 1, microbatch) if stage else None
+    if kind == "B":
+        return ("B", stage + 1, microbatch) if stage < stages - 1 else ("F", stage, microbatch)
+    return "B", stage, microbatch
+
+
+def _duration(dependencies: _Dependencies, costs: Costs) -> float:
+    backward = costs.backward if dependencies.split else costs.backward + costs.weight
+    mean = {"F": costs.forward, "B": backward, "W": costs.weight}
+    work = costs.stages or (1.0,) * (1 + max((step.stage for step in dependencies.steps), default=0))
+    times = {kind: [seconds * share for share in work] for kind, seconds in mean.items()}
+    ends: list[float] = []
+    comm = costs.comm
+    for before, source, remote, kind, stage in dependencies.steps:
+        start = ends[before] if before >= 0 else 0.0
+        if source >= 0:
+            ready = ends[source] + comm if remote else ends[source]
+            if ready > start:
+                start = ready
+        ends.append(start + times[kind][stage])
+    return max(ends, default=0.0)

@@ -30,7 +30,7 @@ def test_parts_sum_to_the_total():
     assert found.microbatches == 128 and found.tokens == 2048 * 2048
     assert all(seconds >= 0 for seconds in found.parts.values())
     assert found.hardware_flops / found.model_flops == pytest.approx(4 / 3, rel=0.02)
-    assert found.recompute == pytest.approx((found.matmul + found.attention + found.elementwise) / 3, rel=0.2)
+    assert 0.2 < found.recompute / (found.matmul + found.attention + found.elementwise) < 0.34, "without the head"
 
 
 def test_ramp_up_and_curriculum_determine_batch_and_length():
@@ -80,15 +80,16 @@ def test_rings_within_and_across_nodes():
 
 
 @pytest.mark.parametrize("kind", ["gpipe", "1f1b", "zb-h1", "zb-v", "interleaved"])
-@pytest.mark.parametrize("comm", [0.0, 0.1])
-def test_long_schedules_are_extrapolated(kind, comm):
+def test_the_duration_is_that_of_the_simulation(kind):
     chunks = 2 if kind in ("interleaved", "zb-v") else 1
-    costs = Costs(forward=1.0, backward=1.1, weight=0.9, comm=comm, stages=(1.0,) * (4 * chunks - 1) + (1.25,))
-    for microbatches in (24, 33):
-        schedule = pipeline_schedule(kind, 4, microbatches, chunks)
-        whole = simulate(lower(schedule, kind, chunks, costs), costs).makespan
-        found = pipeline_seconds(kind, 4, microbatches, chunks, costs)
-        assert found == pytest.approx(whole, rel=0.01), microbatches
+    for comm, tolerance in ((0.0, 0.02), (0.05, 0.03)):
+        costs = Costs(forward=1.0, backward=1.1, weight=0.9, comm=comm, stages=(1.0,) * (4 * chunks - 1) + (1.25,))
+        for microbatches in (1, 3, 16, 24, 33):
+            schedule = pipeline_schedule(kind, 4, microbatches, chunks)
+            whole = simulate(lower(schedule, kind, chunks, costs), costs).makespan
+            found = pipeline_seconds(kind, 4, microbatches, chunks, costs)
+            # Beyond 16 micro-batches it is extrapolated.
+            assert found == pytest.approx(whole, rel=tolerance if microbatches <= 16 else 0.03), microbatches
 
 
 def test_the_bubble_of_1f1b_is_the_formula():
