@@ -22,6 +22,7 @@ from megatron_lite.errors import MegatronLiteError
 COMMANDS = (
     "train",
     "explain",
+    "plan",
     "rehearse",
     "doctor",
     "generate",

@@ -10,7 +10,7 @@ rank (b s / cp), tp and cp sizes of the axes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -37,13 +37,28 @@ class Seconds:
     @property
     def total(self) -> float:
         """Sum of all kinds."""
-        return sum(getattr(self, entry.name) for entry in fields(self))
+        local = self.matmul + self.attention + self.elementwise + self.recompute
+        return local + self.tensor_parallel + self.context_parallel
 
     def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+        return Seconds(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.recompute + other.recompute,
+            self.tensor_parallel + other.tensor_parallel,
+            self.context_parallel + other.context_parallel,
+        )
 
     def __mul__(self, factor: float) -> Seconds:
-        return Seconds(*(factor * getattr(self, entry.name) for entry in fields(self)))
+        return Seconds(
+            factor * self.matmul,
+            factor * self.attention,
+            factor * self.elementwise,
+            factor * self.recompute,
+            factor * self.tensor_parallel,
+            factor * self.context_parallel,
+        )
 
     def as_recompute(self) -> Seconds:
         """Return the same work as recomputation; communication keeps its kind."""
@@ -117,7 +132,7 @@ class LayerCosts:
         self._config, self._machine = config, machine
         self._model, self._tp = config.model, config.parallel.tp
         self.seq_length = seq_length
-        self.tokens = max(1, config.batch.micro_batch_size * seq_length // context_parallel_size(config))
+        self.tokens = max(1, config.batch.micro_batch_size * seq_length // config.parallel.cp)
         dtype: str = config.precision.dtype
         self._dtype = "tf32" if dtype == "fp32" and config.runtime.tf32 else dtype
         self._bytes = element_bytes(dtype)
@@ -180,7 +195,7 @@ class LayerCosts:
         """Return the core of attention: fused (half of the square is masked and not computed), or separate products."""
         model, runtime = self._model, self._config.runtime
         heads, channels = model.num_attention_heads // self._tp, model.head_dim
-        queries = self.seq_length // context_parallel_size(self._config)
+        queries = self.seq_length // self._config.parallel.cp
         batch = self._config.batch.micro_batch_size * heads
         scores = batch * queries * self.seq_length
         if runtime.attention == "unfused":
@@ -224,8 +239,3 @@ class LayerCosts:
 
     def _traffic(self, size: float, kernels: int = 1) -> Seconds:
         return Seconds(elementwise=size / self._machine.memory_rate + kernels * self._machine.device.kernel_seconds)
-
-
-def context_parallel_size(config: RunConfig) -> int:
-    """Return the size of the context-parallel axis."""
-    return int(getattr(config.parallel, "cp", 1))

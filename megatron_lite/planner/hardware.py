@@ -214,7 +214,8 @@ class Efficiency:
         matmul: large matrix products, without the losses of tiles and waves. An H200 reaches 620 to 770 of its 989
             TFLOP/s, by shape, at its power limit.
         attention: fused attention, on the FLOPs that it computes (Dao 2023, arXiv:2307.08691, fig. 5 to 7).
-        memory: elementwise kernels and the optimizer, of the memory bandwidth.
+        memory: elementwise kernels, of the memory bandwidth.
+        optimizer: the update of the parameters, likewise.
         link: collectives within a node (bus bandwidth of nccl-tests).
         network: collectives and messages between nodes.
         message_seconds: latency of a collective or message.
@@ -223,6 +224,7 @@ class Efficiency:
     matmul: float = 0.7
     attention: float = 0.5
     memory: float = 0.8
+    optimizer: float = 0.8
     link: float = 0.75
     network: float = 0.75
     message_seconds: float = 15e-6
@@ -246,6 +248,11 @@ class Hardware:
     def memory_rate(self) -> float:
         """Attained bytes per second of elementwise kernels."""
         return self.device.memory_gbps * 1e9 * self.efficiency.memory
+
+    @cached_property
+    def optimizer_rate(self) -> float:
+        """Attained bytes per second of the update of the parameters."""
+        return self.device.memory_gbps * 1e9 * self.efficiency.optimizer
 
     @cached_property
     def link_rate(self) -> float:

@@ -6,7 +6,7 @@ compute.py (kernels), communication.py (collectives) and bubble.py (pipeline sch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_lite.config.counts import (
     embedding_parameters,
@@ -19,7 +19,7 @@ from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner.bubble import pipeline_seconds
 from megatron_lite.planner.communication import Axis
-from megatron_lite.planner.compute import LayerCosts, Passes, Seconds, context_parallel_size, element_bytes
+from megatron_lite.planner.compute import LayerCosts, Passes, Seconds, element_bytes
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.schedules.batch_size import global_batch_size
 from megatron_lite.schedules.length import iteration_at
@@ -121,38 +121,40 @@ def step_time(config: RunConfig, machine: Hardware, consumed_samples: int) -> St
 
 def step_time_of(config: RunConfig, machine: Hardware, global_batch: int, seq_length: int) -> StepTime:
     """Return the step time of an iteration of `global_batch` samples of `seq_length` tokens."""
-    return _Step(config, machine, seq_length).time(global_batch)
+    return StepModel(config, machine, seq_length).time(global_batch)
 
 
-def evaluation_seconds(config: RunConfig, machine: Hardware, global_batch: int) -> float:
-    """Return the seconds of a forward pass over a global batch, as in an evaluation."""
-    return _Step(config, machine, config.batch.seq_length).forward_seconds(global_batch)
+class StepModel:
+    """Step time of one layout and sequence length, for any batch size.
 
-
-class _Step:
-    """Costs of one replica's pipeline for one sequence length."""
+    Args:
+        config: its model.padded_vocab_size should be filled in.
+        machine: device, node size and efficiencies.
+        seq_length: of the iterations.
+    """
 
     def __init__(self, config: RunConfig, machine: Hardware, seq_length: int) -> None:
         self._config, self._machine, self._length = config, machine, seq_length
         parallel = config.parallel
-        cp = context_parallel_size(config)
         self._tp = Axis(parallel.tp, 1, machine)
-        self._cp = Axis(cp, parallel.tp, machine)
+        self._cp = Axis(parallel.cp, parallel.tp, machine)
         # Gradients are summed over context and data parallelism.
-        self._dp = Axis(parallel.dp * cp, parallel.tp, machine)
-        self._pp = Axis(parallel.pp, parallel.tp * cp * parallel.dp, machine)
+        self._dp = Axis(parallel.dp * parallel.cp, parallel.tp, machine)
+        self._pp = Axis(parallel.pp, parallel.tp * parallel.cp * parallel.dp, machine)
         self._costs = LayerCosts(config, machine, seq_length)
         self._split = parallel.pipeline_schedule in SPLIT_BACKWARD
         self._layers = stage_layers(config.model, parallel, config.batch.seq_length)
         self._stages = self._stage_passes()
+        self._ranks = self._by_rank()
+        self._busiest = max(self._ranks, key=lambda passes: passes.total)
+        self._stage_costs, self._message = self._pipeline_costs()
+        self._reduction, self._update = self._data_parallel(self._busiest), self._optimizer()
 
     def time(self, global_batch: int) -> StepTime:
         """Return the parts of a step."""
         config, parallel = self._config, self._config.parallel
         microbatches = num_microbatches(global_batch, config.batch.micro_batch_size, parallel.dp, 0)
-        ranks = self._by_rank()
-        busiest = max(ranks, key=lambda passes: passes.total)
-        work = (busiest.forward + busiest.backward + busiest.weight) * microbatches
+        work = (self._busiest.forward + self._busiest.backward + self._busiest.weight) * microbatches
         without, with_messages = self._pipeline(microbatches)
         tokens = global_batch * self._length
         model_flops = float(tokens) * flops_per_token(config.model, self._length)
@@ -161,8 +163,8 @@ class _Step:
             **{entry.name: getattr(work, entry.name) for entry in fields(Seconds)},
             pipeline=max(0.0, with_messages - without),
             bubble=max(0.0, without - work.total),
-            data_parallel=self._data_parallel(busiest),
-            optimizer=self._optimizer(),
+            data_parallel=self._reduction,
+            optimizer=self._update,
             microbatches=microbatches,
             tokens=tokens,
             devices=parallel.world_size,
@@ -171,10 +173,10 @@ class _Step:
         )
 
     def forward_seconds(self, global_batch: int) -> float:
-        """Return the seconds of forward passes alone."""
+        """Return the seconds of the forward passes of a global batch, as in an evaluation."""
         parallel = self._config.parallel
         microbatches = num_microbatches(global_batch, self._config.batch.micro_batch_size, parallel.dp, 0)
-        slowest = max(passes.forward.total for passes in self._by_rank())
+        slowest = max(passes.forward.total for passes in self._ranks)
         first = sum(passes.forward.total for passes in self._stages) - slowest
         return microbatches * slowest + first
 
@@ -234,34 +236,29 @@ class _Step:
 
     def _pipeline(self, microbatches: int) -> tuple[float, float]:
         """Return the seconds of the schedule with instant messages, and with the network's."""
-        parallel, stages = self._config.parallel, self._stages
+        parallel = self._config.parallel
         if parallel.pp == 1:
-            alone = microbatches * sum(passes.total for passes in stages)
+            alone = microbatches * self._busiest.total
             return alone, alone
-        mean = sum(passes.total for passes in stages) / len(stages)
-        whole = Passes()
-        for passes in stages:
-            whole += passes
-        whole = whole * (1.0 / len(stages))
+        kind, costs = parallel.pipeline_schedule, self._stage_costs
+        without, with_messages = (
+            pipeline_seconds(kind, parallel.pp, microbatches, self._chunks, replace(costs, comm=comm))
+            for comm in (0.0, self._message)
+        )
+        return without, with_messages
+
+    def _pipeline_costs(self) -> tuple[Costs, float]:
+        """Return the seconds of a mean stage and the relative work of each, and the seconds of a message."""
+        parallel, count = self._config.parallel, len(self._stages)
+        mean = sum(passes.total for passes in self._stages) / count
         hidden = self._costs.tokens * self._config.model.hidden_size * self._activation_bytes
-        message = self._pp.message(hidden / (parallel.tp if parallel.sequence_parallel else 1))
-        seconds = [
-            pipeline_seconds(
-                parallel.pipeline_schedule,
-                parallel.pp,
-                microbatches,
-                self._chunks,
-                Costs(
-                    forward=whole.forward.total,
-                    backward=whole.backward.total,
-                    weight=whole.weight.total,
-                    comm=comm,
-                    stages=tuple(passes.total / mean for passes in stages),
-                ),
-            )
-            for comm in (0.0, message)
-        ]
-        return seconds[0], seconds[1]
+        costs = Costs(
+            forward=sum(passes.forward.total for passes in self._stages) / count,
+            backward=sum(passes.backward.total for passes in self._stages) / count,
+            weight=sum(passes.weight.total for passes in self._stages) / count,
+            stages=tuple(passes.total / mean for passes in self._stages),
+        )
+        return costs, self._pp.message(hidden / (parallel.tp if parallel.sequence_parallel else 1))
 
     def _data_parallel(self, busiest: Passes) -> float:
         """Return the reduction beyond the last backward pass and the gather beyond the first forward pass."""
@@ -292,7 +289,7 @@ class _Step:
         size = OPTIMIZER_BYTES[config.optimizer.kind] + (4 if config.optimizer.clip_grad else 0)
         size += 0 if config.precision.dtype == "fp32" else 2
         size += 12 if config.optimizer.ema_decay else 0
-        seconds = parameters * size / self._machine.memory_rate
+        seconds = parameters * size / self._machine.optimizer_rate
         return seconds + (self._orthogonalization() if config.optimizer.kind == "muon" else 0.0)
 
     def _orthogonalization(self) -> float:

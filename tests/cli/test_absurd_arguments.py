@@ -138,7 +138,7 @@ def test_text_that_is_not_utf_8(name, capsys, monkeypatch):
 
 
 def test_every_command_is_tested():
-    others = {"train", "explain", "rehearse"}
+    others = {"train", "explain", "rehearse", "plan"}
     assert {name.split(" ")[0] for name in COMMAND_LINES} | others == set(COMMANDS)
 
 
@@ -163,7 +163,9 @@ def test_numbers_of_a_training_run(flag, capsys):
     assert code in (0, 1)
 
 
-@pytest.mark.parametrize("command", ["train", "explain", "rehearse", "data samples --iteration 1", "data index"])
+@pytest.mark.parametrize(
+    "command", ["train", "explain", "plan", "rehearse", "data samples --iteration 1", "data index"]
+)
 def test_training_flags_that_are_not_utf_8(command, capsys):
     for flag in ("--save", "--data-path", "--tokenizer-model", "--eod-token", "--lr-decay-style", "--split"):
         assert r"x\xe9" in refused([*command.split(), *RUN, flag, NOT_UTF8], capsys)

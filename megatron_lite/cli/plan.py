@@ -1,0 +1,247 @@
+"""CLI command `plan`: time, memory, disk, cost and failures of a training command, before it is queued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_lite.config.arguments import asks_for_help, parse_command, raise_all
+from megatron_lite.config.values import is_utf8, read_float, read_int, shortened, shown_bytes
+from megatron_lite.errors import ConfigError, ConfigErrors, MegatronLiteError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.arguments import ParsedRun
+    from megatron_lite.planner.calibration import Calibration
+    from megatron_lite.planner.hardware import Hardware
+    from megatron_lite.planner.job import Assumptions
+
+SUMMARY = "time, memory, disk, cost and failures of a training command, before it is queued"
+DEFAULT_GPU = "h100-80gb"
+MAX_DEVICES, MAX_REAL = 10**6, 1e12
+USAGE = f"""usage: megatron-lite plan FLAG [VALUE] … [--world-size N] [OPTION …]
+       megatron-lite plan [OPTION …] torchrun --nproc-per-node 8 pretrain_gpt.py FLAG [VALUE] …
+       megatron-lite plan [OPTION …] 'srun … bash -c "…"'
+
+Takes the flags of pretrain_gpt.py, or the job's complete command with its
+launcher (quote it if it contains quotes itself), and needs neither a GPU nor
+the data. Exit code 1: the run does not fit, or exceeds --budget-hours.
+
+machine
+  --gpu NAME               data sheet to use (default: {DEFAULT_GPU}); an unknown name
+                           lists all
+  --gpus-per-node N        (default: those of the vendor's reference system)
+  --network-gbit X         Gbit/s of one GPU to other nodes (likewise)
+  --write-gbytes X         GB/s of all nodes to the file system (default: 1 for
+                           each node, at most 16)
+  --calibrate FILE         fit the efficiencies to a run's metrics.jsonl; best
+                           with --timing-log-level 1
+operation
+  --job-hours X            time limit of one job (default: --exit-duration-in-mins)
+  --restart-minutes X      from the end of a job to the next iteration (default: 10)
+  --node-mttf-hours X      mean time between failures of a node (default: 6,000)
+cost
+  --budget-hours X         GPU hours that are allowed
+  --gpu-watts X            (default: power limit of the data sheet)
+  --pue X                  energy of the center per energy of the GPUs (default: 1.2)
+  --carbon-intensity X     grams of CO2 per kWh
+  --gpu-hour-price X       in any currency
+
+  --json                   print one JSON object instead of tables"""
+
+
+def _positive(text: str) -> float:
+    number = read_float(text)
+    if not 0 < number < MAX_REAL:
+        raise ValueError
+    return number
+
+
+def _count(text: str) -> int:
+    number = read_int(text)
+    if not 0 < number <= MAX_DEVICES:
+        raise ValueError
+    return number
+
+
+NUMBER, COUNT, TEXT = "a number above 0", f"a whole number from 1 to {MAX_DEVICES:,}", "a value"
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "--gpu": (str, TEXT),
+    "--gpus-per-node": (_count, COUNT),
+    "--network-gbit": (_positive, NUMBER),
+    "--write-gbytes": (_positive, NUMBER),
+    "--calibrate": (Path, TEXT),
+    "--job-hours": (_positive, NUMBER),
+    "--restart-minutes": (_positive, NUMBER),
+    "--node-mttf-hours": (_positive, NUMBER),
+    "--budget-hours": (_positive, NUMBER),
+    "--gpu-watts": (_positive, NUMBER),
+    "--pue": (_positive, NUMBER),
+    "--carbon-intensity": (_positive, NUMBER),
+    "--gpu-hour-price": (_positive, NUMBER),
+}
+"""Options with a value: what reads it, and its description."""
+
+
+@dataclass
+class Request:
+    """Options of the command, separated from the training command.
+
+    Attributes:
+        values: by option.
+        words: the training command.
+        errors: options with a missing or invalid value.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    errors: list[ConfigError] = field(default_factory=list)
+    as_json: bool = False
+
+    def get(self, option: str, default: Any) -> Any:
+        """Return the value of an option, or its default."""
+        return self.values.get(option, default)
+
+
+def run(argv: list[str]) -> int:
+    """Plan the training command `argv`; return 1 if it does not fit or exceeds the budget."""
+    if asks_for_help(argv):
+        print(USAGE)
+        return 0
+    request = read_request(argv)
+    record, problems = make_plan(request)
+    if request.as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        from megatron_lite.cli.plan_tables import print_plan
+
+        print_plan(record)
+    return 1 if problems else 0
+
+
+def read_request(argv: Sequence[str]) -> Request:
+    """Separate the options of the command from the training command.
+
+    A launcher has options of the same names (srun --gpus-per-node): from its name to the training script they are its
+    own.
+    """
+    request, words = Request(), list(argv)
+    script = next((place for place, word in enumerate(words) if word.endswith(".py")), -1)
+    place, in_launcher = 0, False
+    while place < len(words):
+        word = words[place]
+        name, equals, value = word.partition("=")
+        place += 1
+        if in_launcher:
+            in_launcher = place <= script
+            request.words.append(word)
+        elif word == "--json":
+            request.as_json = True
+        elif name in OPTIONS:
+            if not equals:
+                value = words[place] if place < len(words) and not words[place].startswith("--") else ""
+                place += bool(value)
+            _read(request, name, value)
+        else:
+            in_launcher = not word.startswith("-") and not request.words and place <= script
+            request.words.append(word)
+    return request
+
+
+def _read(request: Request, name: str, value: str) -> None:
+    read, kind = OPTIONS[name]
+    if not value:
+        request.errors.append(ConfigError(f"{name} has no value", fix=f"Give {name} {kind}"))
+        return
+    try:
+        if not is_utf8(value):
+            raise ValueError
+        request.values[name] = read(value)
+    except ValueError:
+        shown = repr(shortened(value)) if is_utf8(value) else shown_bytes(value)
+        request.errors.append(ConfigError(f"{name} {shown} is not {kind}", fix=f"Give {name} {kind}"))
+
+
+def make_plan(request: Request) -> tuple[dict[str, Any], bool]:
+    """Return the plan as a JSON record, and whether the run does not fit or exceeds the budget.
+
+    Raises:
+        ConfigError, ConfigErrors: of all that is wrong with options and training command.
+    """
+    from megatron_lite.cli.plan_record import plan_record
+
+    errors = list(request.errors)
+    calibration = _collected(errors, lambda: _calibration(request))
+    machine = _collected(errors, lambda: calibration.machine if calibration else _machine(request))
+    parsed = _collected(errors, lambda: _parsed(request))
+    raise_all(errors)
+    assert machine is not None and parsed is not None
+    return plan_record(parsed, machine, assumptions_of(request), request.get("--budget-hours", 0.0), calibration)
+
+
+def _collected(errors: list[ConfigError], read: Callable[[], Any]) -> Any:
+    """Return what `read` returns; None: it raised errors, which were added to the list."""
+    try:
+        return read()
+    except ConfigErrors as several:
+        errors += several.errors
+    except ConfigError as error:
+        errors.append(error)
+    except MegatronLiteError as error:
+        errors.append(ConfigError(error.problem, rule=error.rule, fix=error.fix))
+    return None
+
+
+def _parsed(request: Request) -> ParsedRun:
+    parsed = parse_command(request.words)
+    if parsed.config.training.skip_train:
+        raise ConfigError(
+            "The command evaluates only (--skip-train), and has no iteration to plan",
+            fix="Remove --skip-train to plan the training",
+        )
+    return parsed
+
+
+def _machine(request: Request) -> Hardware:
+    from megatron_lite.planner.hardware import hardware
+
+    return hardware(
+        request.get("--gpu", DEFAULT_GPU),
+        per_node=request.get("--gpus-per-node", 0),
+        network_gbit=request.get("--network-gbit", 0.0),
+    )
+
+
+def _calibration(request: Request) -> Calibration | None:
+    """Return the machine fitted to a run: without --gpu, the device of that run."""
+    path = request.get("--calibrate", None)
+    if path is None:
+        return None
+    from megatron_lite.planner.calibration import calibrate, run_of
+    from megatron_lite.planner.hardware import device_of
+
+    config, device, measurements = run_of(path)
+    known = device_of(device)
+    if "--gpu" not in request.values:
+        name = known.name if known is not None else "cpu"
+        request = replace(request, values={**request.values, "--gpu": name})
+    return calibrate(config, _machine(request), measurements)
+
+
+def assumptions_of(request: Request) -> Assumptions:
+    """Return the assumptions of a plan, from the options."""
+    from megatron_lite.planner.job import Assumptions
+
+    default = Assumptions()
+    return Assumptions(
+        write_rate=request.get("--write-gbytes", 0.0) * 1e9,
+        restart_seconds=request.get("--restart-minutes", default.restart_seconds / 60.0) * 60.0,
+        node_hours=request.get("--node-mttf-hours", default.node_hours),
+        job_seconds=request.get("--job-hours", 0.0) * 3600.0,
+        watts=request.get("--gpu-watts", 0.0),
+        pue=request.get("--pue", default.pue),
+        carbon=request.get("--carbon-intensity", 0.0),
+        price=request.get("--gpu-hour-price", 0.0),
+    )

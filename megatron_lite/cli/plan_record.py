@@ -1,0 +1,203 @@
+"""JSON record of a plan: everything that `megatron-lite plan` computes, for --json and for its tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+from megatron_lite.config.arguments import ParsedRun, raise_all
+from megatron_lite.config.files import missing_files
+from megatron_lite.config.layout import axis_sizes, describe_sizes
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.serving.epochs import with_epochs
+from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.planner.advice import advise
+from megatron_lite.planner.calibration import Calibration
+from megatron_lite.planner.hardware import Hardware
+from megatron_lite.planner.job import Assumptions, JobPlan, plan_job
+from megatron_lite.planner.memory import model_state_bytes
+from megatron_lite.planner.nodes import even_nodes, node_counts
+from megatron_lite.planner.summary import summarize
+from megatron_lite.schedules.length import last_iteration
+from megatron_lite.tokenizer.vocabulary import fill_vocabulary
+
+FORMULAS = {
+    "model_flops": "forward and backward of the matrix products, attention over the full square, no recomputation "
+    "(Chowdhery et al. 2022, arXiv:2204.02311, appendix B); MFU counts these",
+    "hardware_flops": "the same with recomputed layers (Korthikanti et al. 2022, arXiv:2205.05198); HFU counts these",
+    "classic": "8 B P / (n T): B tokens, P parameters, n devices, T hardware FLOP/s of a device (Narayanan et al. "
+    "2021, arXiv:2104.04473, eq. 4)",
+    "goodput": "expected run time of Daly 2006, eq. 13; its optimal save interval, eq. 37 (Young 1974: sqrt(2 d M))",
+}
+MAX_NODES = 4096
+"""Node counts up to which those are listed that divide every batch of the ramp-up."""
+
+
+def plan_record(
+    parsed: ParsedRun, machine: Hardware, assumptions: Assumptions, budget: float, calibration: Calibration | None
+) -> tuple[dict[str, Any], bool]:
+    """Return the plan, and whether the run does not fit or exceeds the budget.
+
+    Args:
+        parsed: the training command.
+        machine: device, node size and efficiencies.
+        assumptions: what the command does not say.
+        budget: allowed device hours; 0: no limit.
+        calibration: of the machine; None: it is as the data sheet says.
+
+    Raises:
+        ConfigError: the length of the run is unknown.
+    """
+    config, vocabulary = fill_vocabulary(_counted(parsed.config))
+    _check_length(config)
+    job = plan_job(config, machine, assumptions)
+    memory = _memory(config, machine)
+    over_budget = bool(budget) and job.cost.device_hours > budget
+    warnings = [str(advice) for advice in advise(config, machine, job)]
+    if machine.device.name == "cpu" and calibration is None:
+        warnings.insert(0, "The speeds of --gpu cpu are placeholders. Give --calibrate with a run's metrics.jsonl")
+    if machine.device.memory and not memory["fits"]:
+        warnings.insert(0, _does_not_fit(memory, machine))
+    if over_budget:
+        warnings.insert(
+            0,
+            f"{job.cost.device_hours:,.0f} device hours exceed --budget-hours {budget:,.0f}. Use a shorter run, or a "
+            "faster layout",
+        )
+    record = {
+        "answer": {
+            "days": job.total_seconds / 86400.0,
+            "fits": memory["fits"],
+            "device_hours": job.cost.device_hours,
+            "within_budget": None if not budget else not over_budget,
+        },
+        "warnings": [*warnings, *parsed.warnings],
+        "notes": [*parsed.notes, *map(str, missing_files(config, parsed.missing, parsed.spellings))],
+        "model": {**asdict(summarize(config).model), "vocabulary_from": vocabulary},
+        "layout": {"text": describe_sizes(axis_sizes(config.parallel)), "world_size": config.parallel.world_size}
+        | axis_sizes(config.parallel),
+        "machine": asdict(machine) | {"nodes": job.nodes},
+        "assumptions": asdict(assumptions),
+        "time": _time(job, machine, config),
+        "memory": memory,
+        "disk": _disk(job),
+        "goodput": {
+            name: _finite(value)
+            for name, value in [*asdict(job.goodput).items(), ("between_saves_seconds", job.between_saves)]
+        },
+        "cost": asdict(job.cost),
+        "nodes": [asdict(count) for count in node_counts(config, machine)],
+        "nodes_without_idle_replicas": even_nodes(config, machine, min(MAX_NODES, 4 * job.nodes)),
+        "calibration": None if calibration is None else _calibration(calibration),
+        "formulas": FORMULAS,
+    }
+    return record, over_budget or not memory["fits"]
+
+
+def _counted(config: RunConfig) -> RunConfig:
+    """Return the config with --epochs as samples, if the data can be opened on this machine."""
+    try:
+        return with_epochs(config)
+    except DataError:
+        return config
+
+
+def _check_length(config: RunConfig) -> None:
+    if last_iteration(config) < 1:
+        samples = config.training.train_samples
+        raise_all(
+            [
+                ConfigError(
+                    "The length of --epochs is unknown, since the data cannot be opened here"
+                    if config.tuning.epochs
+                    else f"The run has no iteration: --train-samples {samples} is less than a global batch",
+                    fix="Give --train-samples N instead of --epochs to plan it"
+                    if config.tuning.epochs
+                    else "Give a larger --train-samples",
+                )
+            ]
+        )
+
+
+def _memory(config: RunConfig, machine: Hardware) -> dict[str, Any]:
+    state = model_state_bytes(config)
+    return {
+        "device_bytes": machine.device.memory,
+        "model_state_bytes": state,
+        "fits": not machine.device.memory or state <= machine.device.memory,
+    }
+
+
+def _does_not_fit(memory: dict[str, Any], machine: Hardware) -> str:
+    from megatron_lite.formatting import format_size
+
+    return (
+        f"The run does not fit: weights, gradients and optimizer state take {format_size(memory['model_state_bytes'])} "
+        f"of {format_size(memory['device_bytes'])} on {machine.device.name}. Use a larger "
+        "--tensor-model-parallel-size or --pipeline-model-parallel-size, or --use-distributed-optimizer"
+    )
+
+
+def _time(job: JobPlan, machine: Hardware, config: RunConfig) -> dict[str, Any]:
+    dtype = "fp8" if config.fp8.format != "off" else config.precision.dtype
+    peak = machine.device.peak(dtype, tf32=config.runtime.tf32) or machine.device.peak("fp32")
+    return {
+        "iterations": job.iterations,
+        "samples": job.samples,
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+        "total_seconds": job.total_seconds,
+        "classic_seconds": job.classic_seconds,
+        "jobs": job.jobs,
+        "tokens_per_second": job.tokens_per_second,
+        "model_tflops_per_device": job.model_flops_per_second / 1e12,
+        "hardware_tflops_per_device": job.hardware_flops_per_second / 1e12,
+        "mfu": job.model_flops_per_second / peak,
+        "hfu": job.hardware_flops_per_second / peak,
+        "peak_tflops": peak / 1e12,
+        "peak_dtype": dtype,
+        "stages": [
+            {
+                "first_iteration": stage.first_iteration,
+                "last_iteration": stage.last_iteration,
+                "global_batch": stage.global_batch,
+                "seq_length": stage.seq_length,
+                "skipped": stage.skipped,
+                "idle": stage.idle,
+                "microbatches": stage.step.microbatches,
+                "step_seconds": stage.step.total,
+                "parts": stage.step.parts,
+                "tokens_per_second": stage.step.tokens / stage.step.total,
+                "model_tflops_per_device": stage.step.model_flops_per_second / 1e12,
+                "hardware_tflops_per_device": stage.step.hardware_flops_per_second / 1e12,
+                "seconds": stage.seconds,
+            }
+            for stage in job.stages
+        ],
+    }
+
+
+def _disk(job: JobPlan) -> dict[str, Any]:
+    days = job.total_seconds / 86400.0
+    return asdict(job.storage) | {
+        "write_rate": job.write_rate,
+        "save_seconds": job.save_seconds,
+        "blocking_seconds": job.blocking_seconds,
+        "share_of_interval": job.blocking_seconds / job.between_saves,
+        "written_bytes_per_day": job.storage.written / days if days else 0.0,
+    }
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "iterations": calibration.iterations,
+        "measured_seconds": calibration.measured,
+        "predicted_before": calibration.before,
+        "predicted_after": calibration.after,
+        "efficiency": asdict(calibration.machine.efficiency),
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if isfinite(number) else None

@@ -1,0 +1,229 @@
+"""Tables of `megatron-lite plan`: the answer and its warnings first, then time, memory, disk, cost and node counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_lite.formatting import format_count, format_duration, format_parameters, format_short, format_size
+from megatron_lite.planner.step_time import PARTS
+
+STAGES_SHOWN, NODES_SHOWN = 10, 12
+DAY = 86400.0
+
+
+def print_plan(record: dict[str, Any], console: Console | None = None) -> None:
+    """Print a plan."""
+    console = console or Console(highlight=False)
+    console.print(_answer(record), soft_wrap=True)
+    for warning in record["warnings"]:
+        console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
+    console.print()
+    for line in _facts(record):
+        console.print(line, markup=False, soft_wrap=True)
+    for table in (_time_table(record), _step_table(record), _stage_table(record), _node_table(record)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    for line in _notes(record):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _answer(record: dict[str, Any]) -> Text:
+    answer, machine = record["answer"], record["machine"]
+    device, devices = machine["device"]["name"], record["layout"]["world_size"]
+    text = Text()
+    text.append(
+        f"{format_days(answer['days'])}, {answer['device_hours']:,.0f} GPU hours: "
+        f"{format_parameters(record['model']['exact'])} on {devices:,} x {device} "
+        f"({format_count(machine['nodes'], 'node')} of {machine['per_node']})",
+        style="bold",
+    )
+    text.append("\n")
+    if not answer["fits"]:
+        text.append("DOES NOT FIT", style="bold red")
+    else:
+        text.append("fits", style="bold green")
+        text.append(f" ({_memory_line(record['memory'])})")
+    if answer["within_budget"] is not None:
+        within = answer["within_budget"]
+        text.append(", ")
+        text.append("within the budget" if within else "OVER THE BUDGET", style="bold green" if within else "bold red")
+    count = len(record["warnings"])
+    text.append(f", {format_count(count, 'warning')}" if count else ", no warnings")
+    return text
+
+
+def format_days(days: float) -> str:
+    """Return a number of days, or hours below two days.
+
+    >>> format_days(28.44), format_days(0.5), format_days(0.01)
+    ('28.4 days', '12.0 hours', '00:14:24')
+    """
+    if days >= 2:
+        return f"{days:,.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 2 else format_duration(days * DAY)
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    device = memory["device_bytes"]
+    return f"{format_size(memory['model_state_bytes'])} of {format_size(device)}" if device else "memory unknown"
+
+
+def _facts(record: dict[str, Any]) -> Iterator[str]:
+    model, time, disk, cost = record["model"], record["time"], record["disk"], record["cost"]
+    yield (
+        f"Model       {model['exact']:,} parameters, vocabulary {model['vocab_size']:,} padded to "
+        f"{model['padded_vocab_size']:,} ({model['vocabulary_from']})"
+    )
+    yield f"Layout      {record['layout']['world_size']:,} ranks = {record['layout']['text']}"
+    yield f"Length      {time['iterations']:,} iterations, {time['samples']:,} samples, {time['tokens']:,} tokens"
+    yield (
+        f"Speed       {format_short(time['tokens_per_second'])} tokens/s; per GPU "
+        f"{time['model_tflops_per_device']:.1f} TFLOP/s of the model ({time['mfu']:.1%} MFU), "
+        f"{time['hardware_tflops_per_device']:.1f} with recomputation ({time['hfu']:.1%} HFU), of "
+        f"{time['peak_tflops']:,.0f} in {time['peak_dtype']}"
+    )
+    yield (
+        f"Rule        {format_days(time['classic_seconds'] / DAY)} by 8 B P / (n T) at that speed "
+        "(Narayanan et al. 2021)"
+    )
+    yield from _disk_facts(disk)
+    yield from _goodput_facts(record)
+    energy = f"{cost['megawatt_hours']:,.1f} MWh"
+    carbon = "" if cost["tons_of_co2"] is None else f", {cost['tons_of_co2']:,.1f} t of CO2"
+    price = "" if cost["price"] is None else f", {cost['price']:,.0f} at the given price"
+    more = "" if carbon else " (CO2: --carbon-intensity)"
+    yield f"Cost        {cost['device_hours']:,.0f} GPU hours, {energy}{carbon}{price}{more}"
+    if (calibration := record["calibration"]) is not None:
+        yield (
+            f"Calibrated  on {format_count(calibration['iterations'], 'iteration')} of "
+            f"{calibration['measured_seconds']:.4g} s: predicted {calibration['predicted_before']:.4g} s before, "
+            f"{calibration['predicted_after']:.4g} s after"
+        )
+    if (even := record["nodes_without_idle_replicas"]) and len(record["time"]["stages"]) > 1:
+        shown = ", ".join(map(str, even[:NODES_SHOWN])) + (", …" if len(even) > NODES_SHOWN else "")
+        yield f"Nodes       {shown}: every batch of the ramp-up is equal for all replicas"
+
+
+def _disk_facts(disk: dict[str, Any]) -> Iterator[str]:
+    if not disk["saves"]:
+        yield "Disk        no checkpoint without --save"
+        return
+    kept = disk["kept"]
+    yield (
+        f"Disk        {format_count(disk['saves'], 'checkpoint')} of {format_size(disk['checkpoint'])}, at most "
+        f"{kept:,} at a time: {format_size(disk['total'])}; {format_size(disk['written'])} written, "
+        f"{disk['written_bytes_per_day'] / 1e12:.3g} TB a day"
+    )
+    share = disk["share_of_interval"]
+    waits = f"training waits {format_duration(disk['blocking_seconds'])}" + (f" ({share:.1%})" if share else "")
+    yield (
+        f"            a save is written in {format_duration(disk['save_seconds'])} at "
+        f"{disk['write_rate'] / 1e9:.3g} GB/s (--write-gbytes), {waits}"
+    )
+
+
+def _goodput_facts(record: dict[str, Any]) -> Iterator[str]:
+    found, hours = record["goodput"], record["assumptions"]["node_hours"]
+    every = format_duration(found["failure_seconds"])
+    rate = f"a node fails every {hours:,.0f} h (--node-mttf-hours), the job every {every}"
+    best = f"best time between saves {format_duration(found['best_seconds'])} (Daly 2006), goodput"
+    if found["between_saves_seconds"] is None:
+        yield f"Failures    {rate}: not in the total, since nothing is saved"
+        yield f"            {best} {found['best_share']:.1%}"
+        return
+    yield f"Failures    {found['failures']:,.1f} expected ({rate}): goodput {found['share']:.1%}"
+    yield f"            {best} {found['best_share']:.1%}; yours: {format_duration(found['between_saves_seconds'])}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _time_table(record: dict[str, Any]) -> Table:
+    time = record["time"]
+    table = _table("Time", "part", "time", "share")
+    for name, seconds in time["seconds"].items():
+        if seconds:
+            label = f"{name} ({time['jobs']:,})" if name == "job starts" else name
+            table.add_row(label, format_duration(seconds), f"{seconds / time['total_seconds']:.1%}")
+    table.add_row("total", format_duration(time["total_seconds"]), "100.0%", style="bold")
+    return table
+
+
+def _step_table(record: dict[str, Any]) -> Table:
+    stage = record["time"]["stages"][-1]
+    table = _table(
+        f"A step: batch {stage['global_batch']:,} x {stage['seq_length']:,}",
+        "part",
+        "seconds",
+        "share",
+    )
+    for name, seconds in stage["parts"].items():
+        if seconds:
+            table.add_row(PARTS[name], f"{seconds:.4g}", f"{seconds / stage['step_seconds']:.1%}")
+    table.add_row("total", f"{stage['step_seconds']:.4g}", "100.0%", style="bold")
+    return table
+
+
+def _stage_table(record: dict[str, Any]) -> Table | None:
+    stages = record["time"]["stages"]
+    if len(stages) < 2:
+        return None
+    has_lengths = len({stage["seq_length"] for stage in stages}) > 1
+    columns = ["batch", *(["length"] if has_lengths else []), "micro", "s/step", "tok/s", "TFLOP/s", "idle", "time"]
+    table = _table("Ramp-up", "iterations", *columns)
+    for row in shortened(stages, STAGES_SHOWN):
+        if row is None:
+            table.add_row(f"… {len(stages) - STAGES_SHOWN} more")
+            continue
+        table.add_row(
+            f"{row['first_iteration']:,}-{row['last_iteration']:,}",
+            f"{row['global_batch']:,}",
+            *([f"{row['seq_length']:,}"] if has_lengths else []),
+            f"{row['microbatches']:,}",
+            f"{row['step_seconds']:.3g}",
+            format_short(row["tokens_per_second"]),
+            f"{row['model_tflops_per_device']:.1f}",
+            f"{row['idle']:.0%}",
+            format_duration(row["seconds"]),
+        )
+    return table
+
+
+def shortened(rows: list[dict[str, Any]], most: int) -> Iterable[dict[str, Any] | None]:
+    """Return the first and last of more than `most` rows, with None for those between them."""
+    return rows if len(rows) <= most else [*rows[: most // 2], None, *rows[-(most - most // 2) :]]
+
+
+def _node_table(record: dict[str, Any]) -> Table | None:
+    if len(record["nodes"]) < 2:
+        return None
+    table = _table("Node counts (training alone)", "nodes", "GPUs", "replicas", "time", "GPU hours", "idle", "even")
+    for row in record["nodes"]:
+        table.add_row(
+            f"{row['nodes']:,}",
+            f"{row['devices']:,}",
+            f"{row['dp']:,}",
+            format_duration(row["seconds"]),
+            f"{row['device_hours']:,.0f}",
+            f"{row['idle']:.0%}",
+            "yes" if row["even"] else "no",
+            style="bold" if row["nodes"] == record["machine"]["nodes"] else "",
+        )
+    return table
+
+
+def _notes(record: dict[str, Any]) -> Iterator[str]:
+    if record["notes"]:
+        yield from ("", "Notes", *(f"  {note}" for note in record["notes"]))

@@ -1,0 +1,232 @@
+"""Warnings of a plan: what makes a run slow, expensive or fragile, each with the flag to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.formatting import format_duration, format_size
+from megatron_lite.planner.hardware import Hardware
+from megatron_lite.planner.job import JobPlan
+
+BUBBLE, IDLE, IMBALANCE = 0.15, 0.05, 0.1
+"""Shares of the time from which they are worth a warning."""
+TILE = 64
+"""Elements: products whose sizes are multiples of it use the matrix units best (NVIDIA's guide)."""
+MANY_CHECKPOINTS = 100
+SAVING = 0.05
+"""Share of the time between two saves in which a save may block training."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A warning: what is wrong, with values, and what to change."""
+
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.fix}"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the warnings are about."""
+
+    config: RunConfig
+    machine: Hardware
+    job: JobPlan
+
+
+def advise(config: RunConfig, machine: Hardware, job: JobPlan) -> list[Advice]:
+    """Return the warnings of a plan, the expensive ones first."""
+    situation = Situation(config, machine, job)
+    return [advice for rule in RULES for advice in rule(situation)]
+
+
+def _precision(of: Situation) -> Iterator[Advice]:
+    device, dtype = of.machine.device, of.config.precision.dtype
+    if dtype == "bf16" and not device.bf16:
+        yield Advice(
+            f"{device.name} has no bf16 matrix units: products run in fp32, at {device.fp32_tflops:g} instead of "
+            f"{device.tflops:g} TFLOP/s (--bf16)",
+            "Use --fp16",
+        )
+    if of.config.fp8.format != "off" and not device.fp8_tflops:
+        yield Advice(
+            f"{device.name} has no fp8 matrix units (--fp8-format {of.config.fp8.format})", "Remove --fp8-format"
+        )
+    if dtype == "fp32" and device.tflops > 2 * device.fp32_tflops and not of.config.runtime.tf32:
+        yield Advice(
+            f"Products run in fp32, at {device.fp32_tflops:g} instead of {device.tflops:g} TFLOP/s of {device.name}",
+            f"Use {'--bf16' if device.bf16 else '--fp16'}{', or --allow-tf32' if device.tf32_tflops else ''}",
+        )
+
+
+def _tensor_parallel_nodes(of: Situation) -> Iterator[Advice]:
+    parallel, per_node = of.config.parallel, of.machine.per_node
+    size = parallel.tp * of.config.parallel.cp
+    if parallel.tp > per_node or per_node % parallel.tp:
+        share = of.job.final.tensor_parallel / of.job.final.total
+        yield Advice(
+            f"The {parallel.tp} tensor-parallel ranks do not fit into nodes of {per_node} devices "
+            f"(--tensor-model-parallel-size {parallel.tp}, --gpus-per-node {per_node}): their collectives cross the "
+            f"network in every layer, and take {share:.0%} of a step",
+            f"Use --tensor-model-parallel-size {_divisor_below(per_node, parallel.tp)} or less, and more stages",
+        )
+    elif size > per_node and of.config.parallel.cp > 1:
+        yield Advice(
+            f"Context parallelism crosses nodes: {parallel.tp} x {of.config.parallel.cp} ranks share a "
+            f"sequence, and a node has {per_node}",
+            "Use a smaller --context-parallel-size, unless the sequences need it",
+        )
+
+
+def _few_microbatches(of: Situation) -> Iterator[Advice]:
+    parallel, step = of.config.parallel, of.job.final
+    share = (step.bubble + step.pipeline) / step.total
+    if parallel.pp > 1 and share > BUBBLE:
+        less = "fewer" if step.microbatches < parallel.pp else "few"
+        yield Advice(
+            f"The pipeline is idle or waits for messages in {share:.0%} of a step: {step.microbatches} micro-batches a "
+            f"replica are {less} for {parallel.pp} stages ({parallel.pipeline_schedule})",
+            "Use a larger --global-batch-size, a smaller --micro-batch-size or --pipeline-model-parallel-size, fewer "
+            "replicas, or --pipeline-schedule zb-h1",
+        )
+
+
+def _imbalance(of: Situation) -> Iterator[Advice]:
+    config = of.config
+    if config.parallel.pp > 1 and config.parallel.partition_method == "uniform":
+        yield Advice(
+            "The last stage computes the loss beside as many layers as the others (--pp-partition-method uniform)",
+            "Remove --pp-partition-method: balanced stages have equal work",
+        )
+
+
+def _idle_replicas(of: Situation) -> Iterator[Advice]:
+    job = of.job
+    training = job.seconds["training"]
+    lost = sum(stage.idle * stage.seconds for stage in job.stages) / training if training else 0.0
+    if lost > IDLE:
+        yield Advice(
+            f"Replicas have no micro-batch, or fewer than others, in {lost:.0%} of the device time: the smallest batch "
+            f"is {job.stages[0].global_batch:,} samples for {of.config.parallel.dp} replicas",
+            "Start the ramp-up on fewer nodes, use a --micro-batch-size and batches that the replicas divide, or a "
+            "shorter --rampup-batch-size",
+        )
+
+
+def _shapes(of: Situation) -> Iterator[Advice]:
+    model, tp = of.config.model, of.config.parallel.tp
+    if of.machine.device.processors == 1 or of.config.precision.dtype == "fp32":
+        return
+    sizes = {
+        f"--hidden-size {model.hidden_size}": model.hidden_size,
+        f"--ffn-hidden-size {model.ffn_hidden_size} / {tp}": model.ffn_hidden_size // tp,
+    }
+    odd = [text for text, size in sizes.items() if size % TILE]
+    if odd:
+        yield Advice(
+            f"{' and '.join(odd)} on a rank {'are' if len(odd) > 1 else 'is'} no multiple of {TILE}: matrix products "
+            "fill their tiles badly",
+            f"Use multiples of {TILE} x --tensor-model-parallel-size",
+        )
+    if model.head_dim % 8:
+        yield Advice(
+            f"Attention heads have {model.head_dim} channels, and fused kernels take multiples of 8",
+            "Use --num-attention-heads so that hidden size / heads is 64 or 128",
+        )
+
+
+def _vocabulary(of: Situation) -> Iterator[Advice]:
+    model, tp = of.config.model, of.config.parallel.tp
+    padded, size = model.padded_vocab_size, model.vocab_size
+    if of.config.precision.dtype != "fp32" and padded % (tp * TILE):
+        better = -(-padded // (tp * 128)) * tp * 128
+        yield Advice(
+            f"The vocabulary of {padded:,} rows gives a rank {padded / tp:,.0f}, no multiple of {TILE}: the largest "
+            "product of the model is slow",
+            f"Use --pad-vocab-size-to {better}, or leave the padding to --make-vocab-size-divisible-by 128",
+        )
+    if size and padded > 1.1 * size:
+        yield Advice(
+            f"The vocabulary of {size:,} is padded to {padded:,}: {1 - size / padded:.0%} of the output layer's work "
+            "is for nothing",
+            f"Use --pad-vocab-size-to {-(-size // (tp * TILE)) * tp * TILE}",
+        )
+
+
+def _saving(of: Situation) -> Iterator[Advice]:
+    config, job = of.config, of.job
+    if not config.checkpoint.save:
+        yield Advice("The run writes no checkpoint: a failure loses everything", "Add --save FOLDER --save-interval N")
+        return
+    step, training = job.final.total, config.training
+    limit = training.exit_duration_minutes * 60.0
+    if limit and job.between_saves > limit and not config.checkpoint.save_on_exit:
+        yield Advice(
+            f"A job ends before its first save: {format_duration(job.between_saves)} of training lie between two "
+            f"saves, and a job has {format_duration(limit)} (--exit-duration-in-mins, --no-save-on-exit)",
+            f"Use --save-interval {max(1, int(limit / step / 2))} or less, or remove --no-save-on-exit",
+        )
+    best = job.goodput.best_seconds
+    if job.between_saves > 3 * best or job.between_saves < best / 3:
+        gain = job.goodput.best_share - job.goodput.share
+        if gain > 0.005:
+            yield Advice(
+                f"Saves are {format_duration(job.between_saves)} of training apart; with a failure every "
+                f"{format_duration(job.goodput.failure_seconds)}, {format_duration(best)} would be best, and give "
+                f"{gain:.1%} more goodput",
+                f"Use --save-interval {max(1, round(best / step))}",
+            )
+    share = job.blocking_seconds / job.between_saves
+    if share > SAVING and not config.checkpoint.asynchronous:
+        yield Advice(
+            f"A save of {format_size(job.storage.checkpoint)} blocks training for {format_duration(job.save_seconds)}, "
+            f"{share:.0%} of the time between two saves",
+            "Add --async-save, or use a larger --save-interval",
+        )
+    if job.save_seconds > job.between_saves:
+        yield Advice(
+            f"Writing a checkpoint takes {format_duration(job.save_seconds)}, longer than the "
+            f"{format_duration(job.between_saves)} between two saves",
+            "Use a larger --save-interval, a faster file system (--write-gbytes), or --no-save-optim",
+        )
+    if not config.checkpoint.keep_last and job.storage.saves > MANY_CHECKPOINTS:
+        yield Advice(
+            f"All {job.storage.saves:,} checkpoints are kept: {format_size(job.storage.total)}",
+            "Add --keep-last N, and --keep-every N for those to keep",
+        )
+
+
+def _optimizer(of: Situation) -> Iterator[Advice]:
+    parallel = of.config.parallel
+    if parallel.dp > 1 and not parallel.distributed_optimizer:
+        yield Advice(
+            f"Each of the {parallel.dp} replicas holds and updates the whole optimizer state",
+            "Add --use-distributed-optimizer (ZeRO-1)",
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield Advice(
+            f"Norms, dropout and their activations are repeated on the {parallel.tp} tensor-parallel ranks",
+            "Add --sequence-parallel",
+        )
+
+
+def _divisor_below(number: int, limit: int) -> int:
+    return max(size for size in range(1, number + 1) if number % size == 0 and size <= limit)
+
+
+RULES: tuple[Callable[[Situation], Iterator[Advice]], ...] = (
+    _precision,
+    _tensor_parallel_nodes,
+    _few_microbatches,
+    _idle_replicas,
+    _saving,
+    _optimizer,
+    _imbalance,
+    _shapes,
+    _vocabulary,
+)

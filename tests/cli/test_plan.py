@@ -1,0 +1,212 @@
+"""Tests of `megatron-lite plan`: the answer, JSON, exit codes, options, and all errors at once."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from support.job_commands import BIG_RAMP, CURRICULUM, MULTILINGUAL, SMALL, without
+
+from megatron_lite.cli.main import main
+from megatron_lite.cli.plan import read_request
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.config.vocabulary import with_vocabulary
+from megatron_lite.planner.calibration import calibrate, run_of
+from megatron_lite.planner.hardware import Hardware, accelerator, hardware
+from megatron_lite.planner.step_time import step_time_of
+from megatron_lite.runs.metrics_file import encode
+
+
+def plan(capsys, *argv):
+    """Return exit code, output and error text of the command."""
+    code = main(["plan", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def record_of(capsys, *argv):
+    code, out, err = plan(capsys, "--json", *argv)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_answer_comes_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = plan(capsys, *BIG_RAMP, "--world-size", "256", "--gpu", "v100", "--gpus-per-node", "4")
+    lines = out.splitlines()
+    assert code == 0
+    assert "days" in lines[0] and "GPU hours: 13B on 256 x v100-32gb (64 nodes of 4)" in lines[0]
+    assert lines[1].startswith("fits (") and lines[1].endswith("warnings")
+    assert all(line.startswith("! ") for line in lines[2:5])
+    for part in (
+        "12,853,386,240 parameters",
+        "311,541 iterations, 299,999,568 samples, 614,399,115,264 tokens",
+        "256 ranks = tensor 2 x pipeline 4 x data 32",
+        "(Narayanan et al. 2021)",
+        "208 checkpoints of 168 GiB",
+        "(Daly 2006)",
+        "23,457-311,541",
+        "2, 4, 8, 16, 32: every batch of the ramp-up is equal for all replicas",
+        "pipeline bubble",
+    ):
+        assert part in out, part
+    assert all(len(line) <= 80 for line in out[out.index("Time") : out.index("Notes")].splitlines()), "tables fit"
+
+
+def test_json(capsys):
+    found = record_of(capsys, *MULTILINGUAL, "--world-size", "384", "--gpu", "a100", "--carbon-intensity", "57")
+    assert found["answer"]["fits"] and found["answer"]["within_budget"] is None
+    assert found["time"]["iterations"] == 115_311 and found["model"]["name"] == "176B"
+    assert sum(found["time"]["seconds"].values()) == pytest.approx(found["time"]["total_seconds"])
+    final = found["time"]["stages"][-1]
+    assert sum(final["parts"].values()) == pytest.approx(final["step_seconds"])
+    assert 0.2 < found["time"]["mfu"] < found["time"]["hfu"] < 0.8
+    assert found["disk"]["checkpoint"] == 14 * found["model"]["exact"]
+    assert found["cost"]["tons_of_co2"] == pytest.approx(found["cost"]["megawatt_hours"] * 0.057)
+    assert found["machine"]["device"]["name"] == "a100-80gb" and found["machine"]["nodes"] == 48
+
+
+@pytest.mark.parametrize("argv", [SMALL, CURRICULUM])
+def test_other_runs(argv, capsys):
+    found = record_of(capsys, *argv)
+    assert found["goodput"]["between_saves_seconds"] is None
+    assert any("writes no checkpoint" in warning for warning in found["warnings"])
+    code, out, _ = plan(capsys, *argv)
+    assert code == 0 and "not in the total, since nothing is saved" in out
+
+
+def test_a_run_that_does_not_fit_fails(capsys):
+    code, out, _ = plan(capsys, *MULTILINGUAL, "--world-size", "384", "--gpu", "v100-16gb")
+    assert code == 1
+    assert "DOES NOT FIT" in out.splitlines()[1]
+    assert out.splitlines()[2].startswith("! The run does not fit")
+
+
+def test_a_run_over_the_budget_fails(capsys):
+    argv = [*BIG_RAMP, "--world-size", "256", "--gpu", "a100"]
+    code, out, _ = plan(capsys, *argv, "--budget-hours", "1000")
+    assert code == 1 and "OVER THE BUDGET" in out and "exceed --budget-hours 1,000" in out
+    code, out, _ = plan(capsys, *argv, "--budget-hours", "1e7")
+    assert code == 0 and "within the budget" in out
+
+
+def test_everything_that_is_wrong_is_reported_at_once(capsys):
+    code, out, err = plan(
+        capsys, *without(SMALL, "--lr"), "--gpu", "a1000", "--pue", "0", "--num-layers", "x", "--budget-hours"
+    )
+    assert code == 1 and not out
+    assert "4 errors" in err
+    assert "--gpu a1000 is unknown. Use --gpu a1" in err
+    assert "--pue '0' is not a number above 0" in err
+    assert "--budget-hours has no value" in err
+    assert "--num-layers" in err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "x", "", "9" * 5000, "²"])
+def test_numbers(value, capsys):
+    for option in ("--gpus-per-node", "--network-gbit", "--budget-hours", "--node-mttf-hours", "--pue"):
+        code, out, err = plan(capsys, *SMALL, f"{option}={value}")
+        assert code == 1 and not out and option in err and len(err) < 500
+
+
+def test_a_run_without_length_or_training(capsys):
+    code, _, err = plan(capsys, *without(SMALL, "--train-iters"), "--skip-train")
+    assert code == 1 and "Remove --skip-train to plan the training" in err
+    code, _, err = plan(capsys, *without(SMALL, "--train-iters"), "--train-samples", "3")
+    assert code == 1 and "--train-samples 3 is less than a global batch" in err
+    code, _, err = plan(capsys, *without(SMALL, "--train-iters"), "--epochs", "2", "--data-path", "none")
+    assert code == 1 and "Give --train-samples N instead of --epochs" in err
+
+
+def test_options_of_a_launcher_stay_its_own():
+    launcher = ["srun", "--gpus-per-node", "4", "--nodes=8", "python", "pretrain_gpt.py"]
+    found = read_request(["--gpu", "a100", *launcher, *SMALL, "--gpus-per-node=8", "--json"])
+    assert found.values == {"--gpu": "a100", "--gpus-per-node": 8} and found.as_json
+    assert found.words == [*launcher, *SMALL]
+
+
+def test_the_launcher_gives_the_number_of_ranks(capsys):
+    found = record_of(capsys, "--gpu", "a100", "torchrun", "--nproc-per-node", "8", "--nnodes", "2", "pretrain_gpt.py",
+                      *SMALL)  # fmt: skip
+    assert found["layout"]["world_size"] == 16 and found["machine"]["nodes"] == 2
+
+
+def test_help_lists_every_option(capsys):
+    from megatron_lite.cli.plan import OPTIONS
+
+    code, out, _ = plan(capsys, "--help")
+    assert code == 0 and not [option for option in OPTIONS if f"  {option} " not in out]
+
+
+def test_neither_torch_nor_numpy_is_imported():
+    code = (
+        "import sys; from megatron_lite.cli.main import main; "
+        f"main(['plan', *{SMALL!r}]); print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def slow_machine(slowdown):
+    """Return a CPU on which every kernel takes `slowdown` times as long as by the table."""
+    device = accelerator("cpu")
+    default = hardware("cpu").efficiency
+    rates = {name: getattr(default, name) / slowdown for name in ("matmul", "attention", "memory", "optimizer")}
+    kernels = replace(device, kernel_seconds=slowdown * device.kernel_seconds)
+    return Hardware(kernels, 1, replace(default, **rates))
+
+
+def metrics_of(path, config, machine, timers):
+    """Write the metrics file that a run of a config has on a machine."""
+    step = step_time_of(config, machine, 8, 32)
+    parts = {"optimizer": step.optimizer, "forward-backward": step.total - step.optimizer}
+    records = [{"kind": "start", "device": "cpu", "config": asdict(config)}]
+    for iteration in range(1, 12):
+        seconds = 9.0 if iteration == 1 else step.total
+        record = {"kind": "iteration", "iteration": iteration, "seconds": seconds, "global_batch_size": 8}
+        records.append(record | {"seq_length": 32} | ({"timers": parts} if timers else {}))
+    path.write_bytes(b"".join(map(encode, records)))
+
+
+@pytest.mark.parametrize("timers", [False, True])
+def test_calibration_recovers_the_machine(timers, tmp_path):
+    config = with_vocabulary(parse_run(SMALL).config, 1000)
+    machine = slow_machine(3.0)
+    if timers:
+        machine = replace(machine, efficiency=replace(machine.efficiency, optimizer=machine.efficiency.optimizer / 4))
+    metrics_of(tmp_path / "metrics.jsonl", config, machine, timers)
+    measured, device, measurements = run_of(tmp_path / "metrics.jsonl")
+    assert measured == config and device == "cpu"
+    found = calibrate(measured, hardware("cpu"), measurements)
+    assert found.iterations == 8, "the first three are left out"
+    assert found.after == pytest.approx(found.measured, rel=1e-3)
+    larger = with_vocabulary(parse_run([*SMALL, "--num-layers", "8", "--hidden-size", "128"]).config, 1000)
+    expected = step_time_of(larger, machine, 8, 32)
+    predicted = step_time_of(larger, found.machine, 8, 32)
+    assert predicted.total == pytest.approx(expected.total, rel=0.05)
+    assert predicted.optimizer == pytest.approx(expected.optimizer, rel=0.05)
+
+
+def test_a_plan_by_a_measured_run(tmp_path, capsys):
+    config = with_vocabulary(parse_run(SMALL).config, 1000)
+    metrics_of(tmp_path / "metrics.jsonl", config, slow_machine(2.0), timers=True)
+    found = record_of(capsys, *SMALL, "--calibrate", tmp_path / "metrics.jsonl")
+    assert found["machine"]["device"]["name"] == "cpu", "the device of the measured run"
+    assert found["calibration"]["predicted_after"] == pytest.approx(found["calibration"]["measured_seconds"], rel=1e-3)
+    assert not any("placeholders" in warning for warning in found["warnings"])
+    _, out, _ = plan(capsys, *SMALL, "--calibrate", tmp_path / "metrics.jsonl")
+    assert "Calibrated  on 8 iterations of" in out
+    _, out, _ = plan(capsys, *SMALL, "--gpu", "cpu")
+    assert "The speeds of --gpu cpu are placeholders" in out
+
+
+def test_unusable_metrics_files(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    code, _, err = plan(capsys, *SMALL, "--calibrate", path)
+    assert code == 1 and "metrics.jsonl" in err
+    path.write_bytes(encode({"kind": "message", "text": "x"}))
+    code, _, err = plan(capsys, *SMALL, "--calibrate", path)
+    assert code == 1 and "has no record of a run's start" in err
+    path.write_bytes(encode({"kind": "start", "config": {}}))
+    code, _, err = plan(capsys, *SMALL, "--calibrate", path)
+    assert code == 1 and "has no iteration after the first 3" in err
