@@ -12,11 +12,12 @@ from megatron_lite.config.layout import axis_sizes, describe_sizes
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.formatting import format_size
 from megatron_lite.planner.advice import advise
 from megatron_lite.planner.calibration import Calibration
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import Assumptions, JobPlan, plan_job
-from megatron_lite.planner.memory import model_state_bytes
+from megatron_lite.planner.memory import rank_memory
 from megatron_lite.planner.nodes import even_nodes, node_counts
 from megatron_lite.planner.summary import summarize
 from megatron_lite.schedules.length import last_iteration
@@ -121,21 +122,24 @@ def _check_length(config: RunConfig) -> None:
 
 
 def _memory(config: RunConfig, machine: Hardware) -> dict[str, Any]:
-    state = model_state_bytes(config)
+    ranks = rank_memory(config)
+    fullest, available = max(rank.total for rank in ranks), machine.device.available
     return {
         "device_bytes": machine.device.memory,
-        "model_state_bytes": state,
-        "fits": not machine.device.memory or state <= machine.device.memory,
+        "available_bytes": available,
+        "fullest_bytes": fullest,
+        "fits": not available or fullest <= available,
+        "ranks": [asdict(rank) | {"total": rank.total} for rank in ranks],
     }
 
 
 def _does_not_fit(memory: dict[str, Any], machine: Hardware) -> str:
-    from megatron_lite.formatting import format_size
-
+    fullest = max(memory["ranks"], key=lambda rank: rank["total"])
     return (
-        f"The run does not fit: weights, gradients and optimizer state take {format_size(memory['model_state_bytes'])} "
-        f"of {format_size(memory['device_bytes'])} on {machine.device.name}. Use a larger "
-        "--tensor-model-parallel-size or --pipeline-model-parallel-size, or --use-distributed-optimizer"
+        f"The run does not fit: pipeline rank {fullest['pp_rank']} needs {format_size(fullest['total'])}, and "
+        f"{machine.device.name} has {format_size(memory['available_bytes'])} beside driver and libraries. Use "
+        "--recompute-granularity full, --sequence-parallel, --use-distributed-optimizer, a smaller --micro-batch-size, "
+        "or more tensor- or pipeline-parallel ranks"
     )
 
 

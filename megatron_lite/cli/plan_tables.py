@@ -10,10 +10,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_lite.formatting import format_count, format_duration, format_parameters, format_short, format_size
+from megatron_lite.formatting import (
+    format_count,
+    format_duration,
+    format_parameters,
+    format_short,
+    format_size,
+    size_unit,
+)
 from megatron_lite.planner.step_time import PARTS
 
-STAGES_SHOWN, NODES_SHOWN = 10, 12
+STAGES_SHOWN, NODES_SHOWN, RANKS_SHOWN = 10, 12, 8
+MEMORY = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "acts",
+    "loss": "loss",
+    "communication": "comm",
+    "slack": "slack",
+}
+"""Columns of the memory table."""
 DAY = 86400.0
 
 
@@ -26,7 +43,7 @@ def print_plan(record: dict[str, Any], console: Console | None = None) -> None:
     console.print()
     for line in _facts(record):
         console.print(line, markup=False, soft_wrap=True)
-    for table in (_time_table(record), _step_table(record), _stage_table(record), _node_table(record)):
+    for table in (make(record) for make in TABLES):
         if table is not None:
             console.print()
             console.print(table)
@@ -72,7 +89,8 @@ def format_days(days: float) -> str:
 
 def _memory_line(memory: dict[str, Any]) -> str:
     device = memory["device_bytes"]
-    return f"{format_size(memory['model_state_bytes'])} of {format_size(device)}" if device else "memory unknown"
+    fullest = format_size(memory["fullest_bytes"])
+    return f"{fullest} of {format_size(device)} on the fullest rank" if device else f"{fullest} on the fullest rank"
 
 
 def _facts(record: dict[str, Any]) -> Iterator[str]:
@@ -222,6 +240,26 @@ def _node_table(record: dict[str, Any]) -> Table | None:
             style="bold" if row["nodes"] == record["machine"]["nodes"] else "",
         )
     return table
+
+
+def _memory_table(record: dict[str, Any]) -> Table:
+    memory = record["memory"]
+    unit, name = size_unit(memory["fullest_bytes"])
+    kinds = [kind for kind in MEMORY if any(rank[kind] for rank in memory["ranks"])]
+    table = _table(f"Memory of a pipeline rank ({name})", "rank", "layers", *(MEMORY[kind] for kind in kinds), "total")
+    for rank in shortened(memory["ranks"], RANKS_SHOWN):
+        if rank is None:
+            table.add_row("…")
+            continue
+        layers = " ".join(str(count) for _, count in rank["stages"])
+        sizes = [f"{rank[kind] / unit:.2f}" for kind in [*kinds, "total"]]
+        table.add_row(
+            str(rank["pp_rank"]), layers, *sizes, style="bold" if rank["total"] == memory["fullest_bytes"] else ""
+        )
+    return table
+
+
+TABLES = (_time_table, _step_table, _stage_table, _memory_table, _node_table)
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:

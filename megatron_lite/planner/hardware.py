@@ -14,6 +14,8 @@ from functools import cached_property
 from megatron_lite.errors import ConfigError
 
 GIB = 2**30
+RUNTIME_BYTES = 3 * GIB // 2
+"""Memory that a process takes beside its tensors: context of the driver, workspaces of cuBLAS, buffers of NCCL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ class Accelerator:
     def memory(self) -> int:
         """Bytes of memory; 0: unknown."""
         return int(self.memory_gib * GIB)
+
+    @property
+    def available(self) -> int:
+        """Bytes of memory for tensors; 0: unknown."""
+        return max(0, self.memory - RUNTIME_BYTES)
 
     def peak(self, dtype: str, *, tf32: bool = False) -> float:
         """Return the FLOP/s of matrix products in fp32, bf16, fp16 or fp8; 0: the device has no such products."""
