@@ -207,6 +207,10 @@ class Backend(ABC):
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, mask, dropout=dropout, causal=causal)
 
+    def has_block_kernel(self, q: Tensor) -> bool:
+        """Return whether attention_blocks.flash_attend_block runs for queries like `q`, without mask and dropout."""
+        return False
+
     def has_varlen_attention(self, q: Tensor) -> bool:
         """Return whether the device has a varlen kernel for queries like `q`: of its dtype and with its channels."""
         return False

@@ -30,7 +30,7 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Settings of the caching allocator where the environment has none."""
 
 
-_HIGH_PRIORITY = ("tp", "pp")
+_HIGH_PRIORITY = ("tp", "cp", "pp")
 """Axes whose collectives the next layer or stage waits for. Without priority, a product that is already enqueued fills
 the GPU first, and nothing overlaps with it."""
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -60,7 +60,8 @@ class CudaBackend(Backend):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._settings = _configure(runtime)
         self._chooses_kernel = runtime.attention == "auto"
-        self._varlen = find_varlen_kernel() if runtime.attention in ("auto", "flash") else None
+        self._flash = runtime.attention in ("auto", "flash")
+        self._varlen = find_varlen_kernel() if self._flash else None
         if launch.world_size > 1:
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
 
@@ -177,14 +178,13 @@ class CudaBackend(Backend):
                 return scaled_dot_product_attention(q, k, v, None, dropout=dropout, causal=causal)
             return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
 
+    def has_block_kernel(self, q: Tensor) -> bool:
+        """Return whether FlashAttention takes these queries, and is not ruled out."""
+        return self._flash and _flash_takes(q)
+
     def has_varlen_attention(self, q: Tensor) -> bool:
         """Return whether torch has FlashAttention for these queries (torch 2.10 and newer), and it is not ruled out."""
-        return (
-            self._varlen is not None
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 256
-        )
+        return self._varlen is not None and _flash_takes(q)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """Call torch's varlen attention."""
@@ -199,6 +199,11 @@ class CudaBackend(Backend):
         nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=axis in _HIGH_PRIORITY)
         nccl._timeout = self._timeout
         return GroupOptions("nccl", self._timeout, nccl, splits="backend" in signature(dist.split_group).parameters)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Return whether FlashAttention computes queries [..., d] of this dtype and number of channels."""
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 class VarlenKernel(NamedTuple):

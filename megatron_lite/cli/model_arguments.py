@@ -22,7 +22,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    source.add_argument("--context-parallel-size", type=_one_rank, default=1, help=argparse.SUPPRESS)
     add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")
+
+
+def _one_rank(word: str) -> int:
+    """Return 1; refuse other context-parallel sizes, of which commands copied from a training may have one."""
+    if word != "1":
+        raise argparse.ArgumentTypeError(
+            f"only training splits sequences over ranks, not {word!r}: decoding computes one token at a time. Use "
+            "--tensor-model-parallel-size or --pipeline-model-parallel-size"
+        )
+    return 1
 
 
 def note(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lite.config import (
     batch,
     checkpoint,
+    curriculum_rules,
     data,
     engines,
     fp8,
@@ -53,6 +54,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
 RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *batch.RULES,
+    *curriculum_rules.RULES,
     *training.RULES,
     *tuning.RULES,
     *learning_rate.RULES,

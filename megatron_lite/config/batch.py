@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_lite.config.divisors import divisors, nearest_multiples
@@ -345,50 +344,6 @@ def decreased_batch_is_not_empty(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
-def sequence_ramp_rises(config: RunConfig) -> Iterator[ConfigError]:
-    """Require a curriculum that rises to --seq-length in steps of tokens."""
-    ramp, longest, tp = config.batch.sequence_ramp, config.batch.seq_length, config.parallel.tp
-    if ramp is None:
-        return
-    lengths = [length for _, length in ramp.stages] or [ramp.start, ramp.step]
-    outside = [str(length) for length in lengths if not 1 <= length <= longest]
-    if outside:
-        yield ConfigError(
-            "--seq-length-warmup: the sequence "
-            f"length{'' if ramp.stages else ' or step'}{'s' if len(outside) > 1 else ''} "
-            f"{', '.join(outside)} {'are' if len(outside) > 1 else 'is'} outside 1 to {longest} (--seq-length "
-            f"{longest})",
-            fix=f"Give --seq-length-warmup {'lengths' if ramp.stages else 'a start and step'} from 1 to {longest}",
-        )
-    elif not ramp.stages and ramp.iterations < 1:
-        yield ConfigError(
-            f"--seq-length-warmup rises from {ramp.start} to {longest} tokens over {ramp.iterations} iterations",
-            fix=f"Give it 1 or more iterations, for example --seq-length-warmup {ramp.start}:1000:{ramp.step}",
-        )
-    elif config.parallel.sequence_parallel:
-        yield from _lengths_can_be_split(ramp, longest, tp)
-    for (before, _), (first, _) in pairwise(ramp.stages):
-        if first <= before:
-            text = f"two stages start at iteration {first}" if first == before else f"stage {first} follows {before}"
-            yield ConfigError(
-                f"--seq-length-warmup: {text}",
-                fix="List the stages FIRST:LENGTH by increasing first iteration, for example 0:64,1000:512",
-            )
-
-
-def _lengths_can_be_split(ramp: SequenceRamp, longest: int, tp: int) -> Iterator[ConfigError]:
-    """Require lengths that tensor-parallel ranks can share; those of a linear curriculum are multiples of its step."""
-    first = max(ramp.step, ramp.start - ramp.start % ramp.step)
-    lengths = [length for _, length in ramp.stages] or [first, first + ramp.step]
-    origin = "" if ramp.stages else f" (from {ramp.start} in steps of {ramp.step})"
-    for odd in [length for length in lengths if length % tp and length <= longest][:1]:
-        yield ConfigError(
-            f"--seq-length-warmup gives sequence length {odd}{origin}, which --sequence-parallel cannot split over "
-            f"{tp} tensor-parallel ranks (--tensor-model-parallel-size {tp})",
-            fix=f"Make {'each length' if ramp.stages else 'the step'} a multiple of {tp}, or omit --sequence-parallel",
-        )
-
-
 RULES = (
     microbatch_divides_batch,
     microbatches_can_be_listed,
@@ -396,5 +351,4 @@ RULES = (
     step_schedule_is_whole,
     one_batch_schedule,
     decreased_batch_is_not_empty,
-    sequence_ramp_rises,
 )

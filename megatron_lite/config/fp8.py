@@ -82,7 +82,7 @@ def note_unused_options(given: Given) -> None:
 
 def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
     """Require bf16, and sizes that 8-bit products take."""
-    model, tp, batch = config.model, config.parallel.tp, config.batch
+    model, tp, cp, batch = config.model, config.parallel.tp, config.parallel.cp, config.batch
     if config.fp8.format == "off":
         return
     if config.precision.dtype != "bf16":
@@ -108,9 +108,9 @@ def fp8_fits(config: RunConfig) -> Iterator[ConfigError]:
             ffn // tp,
             f"--ffn-hidden-size {nearest_multiples(ffn, ALIGNMENT * tp)} (now {ffn}, on {tp} tensor-parallel ranks)",
         ),
-        "the number of tokens of a micro-batch": (
-            batch.micro_batch_size * seq_length,
-            f"--seq-length {nearest_multiples(seq_length, ALIGNMENT)} (now {seq_length})",
+        "the number of tokens of a micro-batch" + (" per context-parallel rank" if cp > 1 else ""): (
+            batch.micro_batch_size * seq_length // cp,
+            f"--seq-length {nearest_multiples(seq_length, ALIGNMENT * cp)} (now {seq_length})",
         ),
     }
     for name, (size, remedy) in sizes.items():

@@ -77,8 +77,6 @@ no effect: --pp-partition-method balanced, the default, counts the work of the h
     --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
 no effect: --deepspeed and --deepspeed-config hold all of DeepSpeed's settings
     --deepscale --deepscale-config --deepspeed-mpi
-no effect: it tunes context parallelism, whose own flags are refused
-    --cp-comm-type
 no effect: datasets are always memory-mapped .bin/.idx pairs
     --mmap-warmup --no-mmap-bin-files --no-create-attention-mask-in-dataloader --dataloader-defer-npy-index-mmap
     --dataloader-fast-cache-load --per-dataset-sequences-path --num-dataset-builder-threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_lite.config.divisors import divisors, nearest_multiples
 from megatron_lite.config.flag import FIELD, Flag, Format, option
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_lite.config.given import Given
     from megatron_lite.config.run import RunConfig
 
+ContextExchange = Literal["all_gather", "p2p"]
 PipelineKind = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
 
 
@@ -25,6 +26,21 @@ def _read_bucket_elements(args: Sequence[str]) -> int:
     if elements < 1:
         raise ValueError("a number of elements, 1 or more")
     return -(-4 * elements // 2**20)
+
+
+def _read_comm_type(args: Sequence[str]) -> str:
+    """Return the exchange of keys and values; Megatron takes one, or one for each layer."""
+    kinds = list(dict.fromkeys(args))
+    if len(kinds) > 1:
+        raise ValueError("the same value for all layers")
+    if kinds[0] in ("a2a", "a2a+p2p"):
+        raise ValueError(
+            "p2p or all_gather: an all-to-all would split the heads over the ranks, which "
+            "--tensor-model-parallel-size does"
+        )
+    if kinds[0] not in get_args(ContextExchange):
+        raise ValueError("p2p or all_gather")
+    return kinds[0]
 
 
 def _read_pipe_size(args: Sequence[str]) -> int:
@@ -48,7 +64,18 @@ class ParallelConfig:
     )
     cp: int = option(
         1,
-        Flag("--context-parallel-size", "Ranks that share the sequence, in two chunks each.", least=1),
+        Flag("--context-parallel-size", "Ranks that share each sequence, two chunks for each.", least=1),
+    )
+    cp_comm_type: ContextExchange = option(
+        "p2p",
+        Flag(
+            "--cp-comm-type",
+            "Exchange of keys and values over the context-parallel ranks: passed round a ring (p2p, the default), or "
+            "all-gathered (all_gather).",
+            format=Format(
+                metavar="KIND", example="all_gather", read=_read_comm_type, write=lambda kind: [kind], count="some"
+            ),
+        ),
     )
     pp: int = option(
         1,
@@ -210,7 +237,13 @@ def resolve_virtual_stages(given: Given) -> None:
         given.give(FIELD.parallel.pipeline_schedule, "interleaved", origin)
 
 
-RESOLVERS = (resolve_zero_stage, resolve_world_size, resolve_virtual_stages)
+def note_unused_exchange(given: Given) -> None:
+    """Note that --cp-comm-type has no effect on one context-parallel rank."""
+    if given.has(FIELD.parallel.cp_comm_type) and given.run.parallel.cp == 1:
+        given.notes.append("--cp-comm-type has no effect: the sequence is not split (--context-parallel-size 1)")
+
+
+RESOLVERS = (resolve_zero_stage, resolve_world_size, resolve_virtual_stages, note_unused_exchange)
 
 
 def replica_flags(parallel: ParallelConfig) -> str:
@@ -272,8 +305,19 @@ def sequence_can_be_split(config: RunConfig) -> Iterator[ConfigError]:
     )
 
 
+def block_kernel_exists(config: RunConfig) -> Iterator[ConfigError]:
+    """Refuse cuDNN's attention under context parallelism, which needs the log-sum-exp of each block."""
+    if config.parallel.cp > 1 and config.runtime.attention == "fused":
+        yield ConfigError(
+            f"--attention-backend fused cannot be combined with --context-parallel-size {config.parallel.cp}",
+            rule="Blocks of keys are merged by their log-sum-exp, which FlashAttention and separate products return",
+            fix="Use --attention-backend auto or flash",
+        )
+
+
 RULES = (
     replicas_fill_the_world,
     tensor_parallel_divides,
     sequence_can_be_split,
+    block_kernel_exists,
 )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import Documents
+from megatron_lite.model.context_attention import ContextAttention
 from megatron_lite.model.norms import Norm
 from megatron_lite.model.positions import RotaryTable, rank_slopes
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
@@ -102,6 +104,8 @@ class AttentionContext:
     documents: Documents | None = None
     """Documents that attention is restricted to; None: each sample is one document."""
     cache: CachedPass | None = None
+    over_ranks: ContextAttention | None = None
+    """Attention to the keys of all context-parallel ranks, which has masks of its own; None: this rank has all keys."""
 
 
 class SelfAttention(nn.Module):
@@ -146,7 +150,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(config, sharding), _head_norm(config, sharding))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])."""
+        """`x` [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h]; context parallel: s/cp instead of s)."""
         q, k, v = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -155,8 +159,8 @@ class SelfAttention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         if self.recompute_core and self.training:
-            return self.proj(recomputed(self._attend, q, k, v, context.mask, context.documents))
-        return self.proj(self._attend(q, k, v, context.mask, context.documents))
+            return self.proj(recomputed(self._attend, q, k, v, context))
+        return self.proj(self._attend(q, k, v, context))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [s, b, h] -> q [s, b, n, d], k and v [s, b, g, d]; if q = 1 they are views of one tensor."""
@@ -169,8 +173,12 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.split((heads, 1, 1), dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Attention within each sample or document: q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n d]."""
+        mask, documents = context.mask, context.documents
+        if context.over_ranks is not None:
+            seed = partial(self.rng.reseed, "attention", self.layer_number, self.split)
+            return context.over_ranks(q, k, v, self.dropout if self.training else 0.0, seed)
         if self.dropout > 0 and self.training:
             q = self.rng.seeded(q, "attention", self.layer_number, self.split)
         if self.kernel is not None and mask is None and q.shape[0] == k.shape[0]:

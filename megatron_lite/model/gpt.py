@@ -18,11 +18,13 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import PARTS, owner_layer, stored_name
 from megatron_lite.model.attention import AttentionContext, CachedPass, KVCache
 from megatron_lite.model.batch import MicroBatch
+from megatron_lite.model.context_attention import ContextAttention, document_starts
 from megatron_lite.model.embedding import Embedding
 from megatron_lite.model.head import Head
 from megatron_lite.model.init import initialize
 from megatron_lite.model.layer import TransformerLayer, hidden_norm
 from megatron_lite.model.positions import AttentionMask, RotaryEmbedding
+from megatron_lite.parallel.context_parallel import chunk_positions, key_exchange, local_chunks
 from megatron_lite.parallel.fp8 import DelayedScales, fp8_of
 from megatron_lite.parallel.gemm import Accumulate, WeightGradients
 from megatron_lite.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, Sharding
@@ -116,9 +118,11 @@ class GPTStage(nn.Module):
             mesh.backend,
             deferred,
             kernels=kernels or Kernels(),
+            cp=mesh.cp,
         )
         self.config = model
         self.sharding = sharding
+        self.exchange = key_exchange(config.parallel.cp_comm_type, mesh.cp)
         self.layer_numbers = layers
         self.embedding = Embedding(model, sharding, rng) if layers.start == 0 else None
         self.mask = AttentionMask(model, sharding)
@@ -148,9 +152,12 @@ class GPTStage(nn.Module):
         return torch.float32 if self.config.fp32_residual else self.sharding.dtype
 
     def hidden_shape(self, length: int, batch_size: int) -> tuple[int, int, int]:
-        """Return the shape of hidden states between stages: [s, b, h], sequence parallel [s/tp, b, h]."""
+        """Return the shape of hidden states between stages: [s, b, h], sequence parallel [s/tp, b, h].
+
+        Under context parallelism s is the part of a rank, length / cp.
+        """
         split = self.sharding.tp.size if self.sharding.split_sequence else 1
-        return length // split, batch_size, self.config.hidden_size
+        return length // self.sharding.cp.size // split, batch_size, self.config.hidden_size
 
     def forward(self, x: Tensor | None, batch: MicroBatch, cache: CachedPass | None = None) -> Tensor:
         """Run the stage's part of the forward pass.
@@ -158,7 +165,7 @@ class GPTStage(nn.Module):
         Args:
             x: hidden states [s, b, h] (sequence parallel: [s/tp, b, h]) of the stage before; None on the first stage,
                 which reads batch.tokens.
-            batch: the micro-batch.
+            batch: the micro-batch, with whole samples; of these, a context-parallel rank computes its chunks.
             cache: stores the keys and values of these tokens, and has those of the tokens before; batch.position_ids
                 are its positions.
 
@@ -168,7 +175,7 @@ class GPTStage(nn.Module):
         """
         if self.embedding is not None:
             assert batch.tokens is not None, "the first stage reads tokens"
-            x = self.embedding(batch.tokens, batch.position_ids)
+            x = self.embedding(local_chunks(batch.tokens, self.sharding.cp, 1), self._positions(batch))
         assert x is not None, "a stage without the embedding needs hidden states"
         hidden: Tensor = self.decoder(x, self._context(batch, cache, x.device))
         return hidden if self.output_projection is None else self.output_projection(hidden)
@@ -249,11 +256,23 @@ class GPTStage(nn.Module):
         if self.output_layer is not None:
             self.output_layer.cross_entropy.compile(**(kwargs or compile_options(self.sharding)))
 
+    def _positions(self, batch: MicroBatch) -> Tensor | None:
+        """Return the positions of the tokens that this rank computes, [b or 1, s]; None: 0, 1, 2, ..."""
+        cp = self.sharding.cp
+        if batch.position_ids is not None or cp.size == 1:
+            return None if batch.position_ids is None else local_chunks(batch.position_ids, cp, 1)
+        return chunk_positions(cp.rank, batch.shape[1], cp.size, self.sharding.backend.device).unsqueeze(0)
+
     def _context(self, batch: MicroBatch, cache: CachedPass | None, device: torch.device) -> AttentionContext:
         """Return the inputs of attention that all layers share."""
         length = batch.shape[1]
         assert cache is None or batch.documents is None, "a cache holds one document per row"
-        rotary = None if self.rotary is None else self.rotary(length, batch.position_ids, device)
+        rotary = None if self.rotary is None else self.rotary(length, self._positions(batch), device)
+        if (cp := self.sharding.cp).size > 1:
+            assert cache is None, "generation needs a stage without context parallelism"
+            starts = None if batch.documents is None else document_starts(batch.documents, batch.shape[0])
+            attention = ContextAttention(cp, self.exchange, self.sharding.backend, length, self.mask.slopes, starts)
+            return AttentionContext(rotary, over_ranks=attention)
         if cache is None and self.sharding.kernels.attention is not None:
             mask = None  # the kernel has ALiBi's slopes
         elif cache is None or cache.positions is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parameters import WORD_EMBEDDINGS
 from megatron_lite.model.batch import MicroBatch
+from megatron_lite.parallel.context_parallel import local_chunks
 from megatron_lite.parallel.cross_entropy import LinearCrossEntropy
 from megatron_lite.parallel.gemm import Accumulate
 from megatron_lite.parallel.layers import Sharding
@@ -62,12 +63,14 @@ class Head(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mean token loss of each sample times its weight, without masked tokens; 0 without any other.
 
+        Under context parallelism it is the part of this rank's tokens: the sum over cp is the loss of the sample.
+
         The loss of a job is the sum of these over all samples of the global batch, divided by that of the weights: the
         same for any micro-batch size and layout.
 
         Args:
-            x: hidden states [s, b, E] (sequence parallel: [s/tp, b, E]).
-            batch: labels [b, s], and their mask.
+            x: hidden states [s, b, E] (sequence parallel: [s/tp, b, E]; context parallel: of this rank's tokens).
+            batch: labels [b, s] of whole samples, and their mask.
             gradient_scale: factor on the sum of the samples' losses, whose gradients are computed.
             accumulate: adds the gradient of the weight; None: evaluation, without gradients.
 
@@ -75,12 +78,15 @@ class Head(nn.Module):
             [b] fp32, the same on every tp rank, and the gradient of the hidden states, shaped like x.
         """
         assert batch.labels is not None, "the last stage reads labels"
-        labels, mask = batch.labels.t(), None if batch.loss_mask is None else batch.loss_mask.t()
-        if mask is None:
-            share = 1.0 if self.per_token else 1 / labels.shape[0]
+        cp = self.sharding.cp
+        labels, mask = local_chunks(batch.labels, cp, 1).t(), None
+        if batch.loss_mask is None:
+            share = 1.0 if self.per_token else 1 / batch.labels.shape[1]
             shares = torch.full(labels.shape, share, dtype=torch.float32, device=x.device)
         else:
-            shares = mask if self.per_token else mask / mask.sum(0).clamp(min=1.0)
+            unmasked = batch.loss_mask.sum(1).clamp(min=1.0)
+            mask = local_chunks(batch.loss_mask, cp, 1).t()
+            shares = mask if self.per_token else mask / unmasked
         gradient = None
         if accumulate is None:
             losses = self.token_losses(x, labels)
@@ -92,7 +98,7 @@ class Head(nn.Module):
         if self.per_token:
             return sums, gradient
         # As a mean: shares that add up to 1 with rounding errors would change the loss.
-        return (losses.mean(0) if mask is None else sums / mask.sum(0).clamp(min=1.0)), gradient
+        return (losses.mean(0) / cp.size if mask is None else sums / unmasked), gradient
 
     def sample_weights(self, batch: MicroBatch) -> Tensor | None:
         """Return the weight of each sample in the mean loss, [b] fp32: its unmasked tokens; None: 1 each."""

@@ -36,7 +36,7 @@ class LearnedPositions(nn.Module):
         self.weight = sharding.empty(rows, hidden_size)
 
     def forward(self, length: int, position_ids: Tensor | None) -> Tensor:
-        """Positions 0 to `length`, or position_ids [b, s] -> [s, 1 or b, h] (sequence parallel: s/tp)."""
+        """Positions 0 to `length`, or position_ids [b or 1, s] -> [s, 1 or b, h] (sequence parallel: s/tp)."""
         assert length <= self.weight.shape[0], f"{length} tokens, {self.weight.shape[0]} positions"
         start = 0
         group, split = self.sharding.tp, self.sharding.split_sequence
@@ -91,7 +91,7 @@ class RotaryEmbedding(nn.Module):
         self.interleaved = config.rotary_interleaved
 
     def forward(self, length: int, position_ids: Tensor | None, device: torch.device) -> RotaryTable:
-        """Return the table of positions 0 to `length`, or of position_ids [b, s]."""
+        """Return the table of positions 0 to `length`, or of position_ids [b or 1, s]."""
         channels = torch.arange(0, self.rotated, 2, dtype=torch.float32, device=device)
         frequencies = self.base ** (-channels / self.rotated)
         if position_ids is None:
@@ -135,23 +135,23 @@ class AttentionMask(nn.Module):
         sharding: of the stage; heads are split over tp.
     """
 
+    slopes: Tensor | None
+    """Slope of each head of this rank, [n] fp32; None: the model has no ALiBi."""
     bias: Tensor
 
     def __init__(self, config: ModelConfig, sharding: Sharding) -> None:
         super().__init__()
-        self.slopes = rank_slopes(config, sharding.tp)
-        self.register_buffer(
-            "bias",
-            torch.empty(len(self.slopes), 0, 0, dtype=sharding.dtype, device=sharding.backend.device),
-            persistent=False,
-        )
+        device, slopes = sharding.backend.device, rank_slopes(config, sharding.tp)
+        self.register_buffer("slopes", torch.tensor(slopes, device=device) if slopes else None, persistent=False)
+        bias = torch.empty(len(slopes), 0, 0, dtype=sharding.dtype, device=device)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, length: int) -> Tensor | None:
         """Return the mask of a sample of `length` tokens: ALiBi's bias [1, n, s, s], or None: causal."""
-        if not self.slopes:
+        if self.slopes is None:
             return None
         if self.bias.shape[-1] < length:
-            self.bias = self._alibi(torch.arange(length, device=self.bias.device), length)
+            self.bias = self._alibi(self.slopes, torch.arange(length, device=self.bias.device), length)
         return self.bias[:, :length, :length].unsqueeze(0)
 
     def of_single_tokens(self, positions: Tensor, total: int, aligned: bool) -> Tensor | None:
@@ -166,17 +166,16 @@ class AttentionMask(nn.Module):
             ALiBi's bias [b, n, 1, t]; otherwise boolean [b, 1, 1, t] (True: the query attends to the key), or None:
             each query attends to all keys.
         """
-        if self.slopes:
-            return self._alibi(positions, total).transpose(0, 1).unsqueeze(2)
+        if self.slopes is not None:
+            return self._alibi(self.slopes, positions, total).transpose(0, 1).unsqueeze(2)
         if aligned:
             return None
         keys = torch.arange(total, device=positions.device)
         return (keys <= positions.unsqueeze(1)).view(-1, 1, 1, total)
 
-    def _alibi(self, queries: Tensor, total: int) -> Tensor:
+    def _alibi(self, slopes: Tensor, queries: Tensor, total: int) -> Tensor:
         """Return slope * (key position - query position), and -inf for keys after the query: [n, queries, t]."""
         keys = torch.arange(total, dtype=torch.float32, device=queries.device)
         distance = keys - queries.unsqueeze(1)
         distance = distance.masked_fill(distance > 0, float("-inf"))
-        slopes = torch.tensor(self.slopes, device=queries.device).view(-1, 1, 1)
-        return (slopes * distance).to(self.bias.dtype)
+        return (slopes.view(-1, 1, 1) * distance).to(self.bias.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend
-from megatron_lite.backend.group import Group
+from megatron_lite.backend.group import Group, LocalGroup
 from megatron_lite.backend.kernels import Kernels
 from megatron_lite.parallel.fp8 import Fp8
 from megatron_lite.parallel.gemm import WeightGradients, linear
@@ -31,7 +31,7 @@ from megatron_lite.rectangle import Rectangle
 
 @dataclass(frozen=True)
 class Sharding:
-    """Sharding of a stage's layers: tensor-parallel group, sequence parallelism, dtype and backend."""
+    """Sharding of a stage's layers: tensor- and context-parallel groups, sequence parallelism, dtype and backend."""
 
     tp: Group
     sequence_parallel: bool
@@ -43,6 +43,8 @@ class Sharding:
     """Formats and scaling of the products of linear layers; None: the dtype."""
     kernels: Kernels = field(default_factory=Kernels)
     """Kernels of norms, attention and loss."""
+    cp: Group = field(default_factory=lambda: LocalGroup("cp"))
+    """Ranks over which the sequence is split; parameters are the same on all of them."""
 
     @property
     def split_sequence(self) -> bool:

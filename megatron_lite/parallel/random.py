@@ -26,11 +26,12 @@ class RngStreams:
         seed: the run's seed.
         backend: seeds the generator of its device.
         tp_rank: tensor-parallel coordinate; part of the seed only where activations are split over tp.
+        cp_rank: context-parallel coordinate; part of every seed, since all activations are split over cp.
     """
 
-    def __init__(self, seed: int, backend: Backend, tp_rank: int = 0) -> None:
+    def __init__(self, seed: int, backend: Backend, tp_rank: int = 0, cp_rank: int = 0) -> None:
         self._backend = backend
-        self._fixed = seed, tp_rank
+        self._fixed = seed, tp_rank, cp_rank
         self.set_microbatch(0, 0)
 
     def set_microbatch(self, iteration: int, microbatch: int) -> None:
@@ -40,9 +41,9 @@ class RngStreams:
             iteration: number of the iteration.
             microbatch: number of the micro-batch in the global batch, the same whichever replica runs it.
         """
-        seed, tp_rank = self._fixed
+        seed, tp_rank, cp_rank = self._fixed
         # A tensor on the host, and a new one each time: a compiled graph may keep the previous one for its backward.
-        self._position = torch.tensor([seed, iteration, microbatch, tp_rank], dtype=torch.int64, device="cpu")
+        self._position = torch.tensor([seed, iteration, microbatch, tp_rank, cp_rank], dtype=torch.int64, device="cpu")
 
     def dropout(
         self, x: Tensor, rate: float, site: str, layer: Tensor, split: bool, after: Tensor | None = None
@@ -59,7 +60,7 @@ class RngStreams:
         """
         if torch.compiler.is_compiling():
             return _dropout(x, rate, self._position, site, layer, split, after)[0]
-        self._reseed(site, layer, split)
+        self.reseed(site, layer, split)
         return F.dropout(x, rate)
 
     def seeded(self, x: Tensor, site: str, layer: Tensor, split: bool) -> Tensor:
@@ -70,10 +71,11 @@ class RngStreams:
         if torch.compiler.is_compiling():
             # The sum makes the operation depend on the seed, so that the compiler keeps their order.
             return x + _seed(x, self._position, site, layer, split)
-        self._reseed(site, layer, split)
+        self.reseed(site, layer, split)
         return x
 
-    def _reseed(self, site: str, layer: Tensor, split: bool) -> None:
+    def reseed(self, site: str, layer: Tensor, split: bool) -> None:
+        """Seed the device's generator for a site; not in code that torch.compile traces. Args: as for dropout."""
         self._backend.seed(stream_seed(self._position, site, layer, split))
 
 
@@ -83,9 +85,10 @@ def layer_number(layer: int) -> Tensor:
 
 
 def stream_seed(position: Tensor, site: str, layer: Tensor, split: bool) -> int:
-    """Return the seed of a stream; `position` is (run seed, iteration, micro-batch, tp rank)."""
-    seed, iteration, microbatch, tp_rank = position.tolist()
+    """Return the seed of a stream; `position` is (run seed, iteration, micro-batch, tp rank, cp rank)."""
+    seed, iteration, microbatch, tp_rank, cp_rank = position.tolist()
     key = f"{seed}/{site}/{int(layer)}/{iteration}/{microbatch}/{tp_rank if split else -1}"
+    key += f"/{cp_rank}" if cp_rank else ""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 

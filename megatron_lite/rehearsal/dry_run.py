@@ -39,6 +39,10 @@ class RehearsalBackend(FakeBackend):
     On the meta device torch would choose the unfused kernel.
     """
 
+    def has_block_kernel(self, q: Tensor) -> bool:
+        """Return True: as for attention."""
+        return True
+
     def attention(
         self,
         q: Tensor,
@@ -119,13 +123,15 @@ def rehearse_ranks(config: RunConfig, ranks: Mapping[int, bool]) -> Iterator[Ran
 def representative_ranks(config: RunConfig) -> dict[int, bool]:
     """Return the first replica's pipeline stages and the last rank, and for each whether to run all ramp-up stages.
 
-    The first replica has the most micro-batches, and the last rank's replica the fewest, possibly none in a ramp-up
-    stage whose batch is smaller than the number of replicas. Rank 0 and the last rank run all ramp-up stages.
+    With context parallelism also the last rank that shares the sequences of rank 0, with which it is compared. The
+    first replica has the most micro-batches, and the last rank's replica the fewest, possibly none in a ramp-up stage
+    whose batch is smaller than the number of replicas. Rank 0 and the last rank run all ramp-up stages.
     """
     parallel = config.parallel
     last = parallel.world_size - 1
     stages = [rank_of({**dict.fromkeys(AXES, 0), "pp": stage}, parallel) for stage in range(parallel.pp)]
-    return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, last])}
+    neighbour = rank_of({**dict.fromkeys(AXES, 0), "cp": parallel.cp - 1}, parallel)
+    return {rank: rank in (0, last) for rank in dict.fromkeys([*stages, neighbour, last])}
 
 
 def _rehearse_rank(

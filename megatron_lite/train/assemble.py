@@ -235,12 +235,7 @@ def build_engine(
         ConfigError: --freeze or --lr-factors does not fit the model.
     """
     parallel, selection = config.parallel, select_parameters(config)
-    if parallel.cp > 1:
-        raise ConfigError(
-            f"--context-parallel-size {parallel.cp}: the layers do not split the sequence yet",
-            fix="Use --sequence-parallel with --tensor-model-parallel-size N",
-        )
-    rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
+    rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank, mesh.cp.rank)
     deferred = DeferredWeightGradients() if parallel.pipeline_schedule in SPLIT_BACKWARD else None
     kernels = kernels or Kernels()
     kernel = kernels.weight_gradient

@@ -186,10 +186,12 @@ class NativeEngine:
         """
         device = self._mesh.backend.device
         sums = torch.zeros(2, 1 + self._num_sources, dtype=torch.float64, device=device)
-        # All tp ranks of the last stage have the same losses: the first contributes them.
+        # All tp ranks of the last stage have the same losses: the first contributes them. Those of a sample are its
+        # parts over cp, whose weight is the whole sample's: the first contributes it.
         batches = zip(losses.samples, losses.weights, losses.sources, strict=True)
         for samples, weights, sources in batches if self._mesh.tp.rank == 0 else ():
             weights = torch.ones_like(samples) if weights is None else weights
+            weights = weights if self._mesh.cp.rank == 0 else torch.zeros_like(weights)
             pairs = torch.stack((samples.double(), weights.double()))
             sums[:, 0] += pairs.sum(1)
             if self._num_sources and sources is not None:

@@ -189,6 +189,7 @@ SPECIAL = {
     "runtime.compile": "layer",
     "profile.ranks": (0, 7),
     "parallel.cp": 2,
+    "parallel.cp_comm_type": "all_gather",
     "model.num_attention_heads": 8,
     "model.num_query_groups": 2,
     "model.position_embedding": "alibi",

@@ -6,6 +6,7 @@ import pytest
 from support.job_commands import SMALL
 
 from megatron_lite.config import batch as rules
+from megatron_lite.config import curriculum_rules
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.batch import Rampup, SequenceRamp
 from megatron_lite.config.command_line import read_command_line
@@ -170,9 +171,9 @@ BETWEEN, APART, DIVIDE = (
     ids=str,
 )
 def test_curricula(ramp, found):
-    texts = errors(rules.sequence_ramp_rises, sequence_ramp=SequenceRamp(**ramp))
+    texts = errors(curriculum_rules.sequence_ramp_rises, sequence_ramp=SequenceRamp(**ramp))
     assert len(texts) == len(found) and all(part in text for part, text in zip(found, texts, strict=True)), texts
-    assert errors(rules.sequence_ramp_rises) == []
+    assert errors(curriculum_rules.sequence_ramp_rises) == []
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_curricula(ramp, found):
 def test_tensor_parallel_ranks_share_every_length_of_a_curriculum(ramp, divides):
     def found(sequence_parallel):
         parallel = {"world_size": 4, "tp": 4, "sequence_parallel": sequence_parallel}
-        return errors(rules.sequence_ramp_rises, parallel=parallel, sequence_ramp=SequenceRamp(**ramp))
+        return errors(curriculum_rules.sequence_ramp_rises, parallel=parallel, sequence_ramp=SequenceRamp(**ramp))
 
     assert found(False) == []
     assert [DIVIDE in text for text in found(True)] == ([] if divides else [True])

@@ -146,7 +146,7 @@ def first_stage(backend, parallel):
         RngStreams(7, backend, mesh.tp.rank),
     )
     tokens = torch.zeros(3, 16, dtype=torch.long)
-    with mock.patch.object(RngStreams, "_reseed") as reseed:
+    with mock.patch.object(RngStreams, "reseed") as reseed:
         x = stage(None, MicroBatch(tokens, tokens))
     assert (tuple(x.shape), x.dtype) == (stage.hidden_shape(16, 3), stage.hidden_dtype)
     partial = [p.name.split(".", 4)[-1] for p in stage.named_parameters_global() if p.sequence_parallel]

@@ -122,7 +122,7 @@ def test_every_use_of_a_shared_parameter_adds_to_one_gradient(share, more, shari
 
 def test_layers_that_share_parameters_draw_dropout_masks_of_their_own(make_stage, make_batch):
     stage = make_stage(num_layers=3, share_layers="all", hidden_dropout=0.1).train()
-    with mock.patch.object(RngStreams, "_reseed") as reseed:
+    with mock.patch.object(RngStreams, "reseed") as reseed:
         stage(None, make_batch())
     seeds = [(site, int(layer)) for site, layer, _ in (call.args for call in reseed.call_args_list)]
     assert seeds == [("embedding", -1), *((site, layer) for layer in range(3) for site in ("proj", "mlp"))]

@@ -52,8 +52,10 @@ class Cell:
     """One layout and its model."""
 
     tp: int = 1
+    cp: int = 1
     pp: int = 1
     dp: int = 1
+    exchange: str = "p2p"
     schedule: str = "1f1b"
     layers_per_chunk: int = 0
     sequence_parallel: bool = False
@@ -73,19 +75,21 @@ class Cell:
 
     @property
     def world(self):
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def chunks(self):
         return self.layers // self.pp // self.layers_per_chunk if self.layers_per_chunk else 1
 
     def reference(self):
-        """Return the smallest layout with equal random numbers: one process, or tp only if tp splits dropout."""
+        """Return the smallest layout with equal random numbers: one process, or the axes that split dropout's masks."""
         tp = self.tp if self.dropout and (self.dropout == "all" or self.sequence_parallel) else 1
         split = self.sequence_parallel and tp > 1
         micro_batch = self.micro_batch if self.dropout else 1
         same = {"model": self.model, "layers": self.layers, "dropout": self.dropout, "dtype": self.dtype}
         same |= {"documents": self.documents, "tuning": self.tuning, "optimizer": self.optimizer, "ema": self.ema}
+        cp = self.cp if self.dropout else 1
+        same |= {"cp": cp, "exchange": self.exchange if cp > 1 and self.dropout == "all" else "p2p"}
         return Cell(tp=tp, sequence_parallel=split, micro_batch=micro_batch, **same)
 
     def config(self):
@@ -102,6 +106,8 @@ class Cell:
         parallel = ParallelConfig(
             world_size=self.world,
             tp=self.tp,
+            cp=self.cp,
+            cp_comm_type=self.exchange,
             pp=self.pp,
             pipeline_schedule=self.schedule,
             num_layers_per_virtual_stage=self.layers_per_chunk,
@@ -133,7 +139,8 @@ class Cell:
         )
 
     def __str__(self):
-        parts = [f"tp{self.tp}-pp{self.pp}-dp{self.dp}", self.model]
+        context = f"-cp{self.cp}-{self.exchange}" if self.cp > 1 else ""
+        parts = [f"tp{self.tp}{context}-pp{self.pp}-dp{self.dp}", self.model]
         parts += [self.schedule] if self.pp > 1 or self.schedule != "1f1b" else []
         parts += [f"v{self.chunks}"] if self.layers_per_chunk else []
         parts += [word for word, on in (("sp", self.sequence_parallel), ("zero1", self.zero1)) if on]
@@ -149,7 +156,7 @@ class Cell:
         return "-".join([*parts, self.dtype] if self.dtype != "fp32" else parts)
 
 
-SP, ZERO1 = {"sequence_parallel": True}, {"zero1": True}
+SP, ZERO1, GATHER = {"sequence_parallel": True}, {"zero1": True}, {"exchange": "all_gather"}
 CELLS = (
     # world 1
     Cell(recompute="full"),
@@ -193,6 +200,17 @@ CELLS = (
     Cell(tp=2, pp=2, dp=2, model="llama", schedule="interleaved", layers_per_chunk=1, **SP, **ZERO1, dtype="bf16"),
     Cell(tp=4, pp=2, model="llama", schedule="zb-v", recompute="selective", micro_batch=2),
     Cell(pp=4, dp=2, layers=8, schedule="interleaved", layers_per_chunk=1, **ZERO1, dropout="all"),
+    # context parallelism
+    Cell(cp=2, documents=True),
+    Cell(cp=2, model="bloom", **GATHER, recompute="full"),
+    Cell(cp=4, model="llama", recompute="selective", micro_batch=2),
+    Cell(cp=4, **GATHER, **ZERO1, documents=True),
+    Cell(tp=2, cp=2, model="llama", **SP, **GATHER),
+    Cell(cp=2, pp=2, model="bloom", schedule="zb-v", documents=True),
+    Cell(cp=2, dp=2, **ZERO1, dropout="all"),
+    Cell(cp=2, dp=2, model="llama", **GATHER, dtype="bf16"),
+    Cell(tp=2, cp=2, pp=2, schedule="interleaved", layers_per_chunk=1, **SP, **GATHER, dropout="all"),
+    Cell(cp=2, pp=2, dp=2, model="llama", schedule="zb-h1", **ZERO1),
     # shared layers
     Cell(pp=2, model="groups", schedule="zb-h1", first_layers=1),
     Cell(tp=2, dp=2, model="one mlp", **SP, recompute="selective"),
@@ -212,9 +230,9 @@ class Outcome:
 
 
 @lru_cache(maxsize=64)
-def mesh_of(backend, tp, pp):
+def mesh_of(backend, tp, pp, cp=1):
     """Return the mesh of a layout; meshes are cached because creating groups is slow."""
-    return build_mesh(backend, ParallelConfig(world_size=backend.world_size, tp=tp, pp=pp))
+    return build_mesh(backend, ParallelConfig(world_size=backend.world_size, tp=tp, cp=cp, pp=pp))
 
 
 def sample(number):
@@ -273,7 +291,7 @@ def evaluate(config, mesh, engine):
 def run_cell(backend, cell):
     """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)])."""
     config = cell.config()
-    mesh = mesh_of(backend, cell.tp, cell.pp)
+    mesh = mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(config, mesh)
     losses, norms, _ = iterate(config, mesh, engine, Progress(), ITERATIONS)
     evaluation = evaluate(config, mesh, engine)

@@ -13,18 +13,33 @@ from support.ranks import RankPools
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- matrix: made by tests/support/parallelism_page.py -->\n", "<!-- end of matrix -->\n"
-HEAD = ("world", "tp", "pp", "dp", "schedule", "chunks", "seq. par.", "ZeRO-1", "recompute", "model", "dropout", "type")
+HEAD = (
+    "world",
+    "tp",
+    "cp",
+    "pp",
+    "dp",
+    "schedule",
+    "chunks",
+    "seq. par.",
+    "ZeRO-1",
+    "recompute",
+    "model",
+    "dropout",
+    "type",
+)
 NUMBERS = ("same as", "loss", "grad norm", "parameters")
 
 
 def layout_words(cell):
     """Return the columns that describe the layout of a cell."""
-    sizes = [str(size) for size in (cell.world, cell.tp, cell.pp, cell.dp)]
+    sizes = [str(size) for size in (cell.world, cell.tp, cell.cp, cell.pp, cell.dp)]
     schedule = cell.schedule if cell.pp > 1 or cell.schedule != "1f1b" else ""
     chunks = {"zb-v": "2"}.get(cell.schedule, str(cell.chunks) if cell.layers_per_chunk else "")
     flags = ["yes" if on else "" for on in (cell.sequence_parallel, cell.zero1)]
     model = cell.model + (f", first stage {cell.first_layers} layers" if cell.first_layers else "")
     model += ", document mask" if cell.documents else ""
+    model += f", {cell.exchange}" if cell.cp > 1 else ""
     return (*sizes, schedule, chunks, *flags, cell.recompute, model, cell.dropout, cell.dtype)
 
 
@@ -32,7 +47,9 @@ def table(rows):
     """Return an aligned Markdown table of (cell, deviation) pairs."""
     lines = [(*HEAD, *NUMBERS)]
     for cell, found in rows:
-        reference = "one process" if cell.reference().world == 1 else f"tp {cell.tp} alone"
+        alone = cell.reference()
+        axes = [f"{axis} {size}" for axis, size in (("tp", alone.tp), ("cp", alone.cp)) if size > 1]
+        reference = f"{' x '.join(axes)} alone" if axes else "one process"
         numbers = [f"{number:.0e}" if number else "0" for number in (found.loss, found.norm, found.parameters)]
         lines.append((*layout_words(cell), reference, *numbers))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -25,7 +25,7 @@ def save(engine, progress, mesh, root):
 
 def write(backend, cell, root):
     """On one rank: trains, saves and trains on without a stop; the losses after the save."""
-    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
+    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(config, mesh)
     *_, progress = iterate(config, mesh, engine, Progress(), BEFORE)
     save(engine, progress, mesh, root)
@@ -36,7 +36,7 @@ def read(backend, cells, root):
     """On one rank, for each layout: loads, saves what was loaded, and trains on; the losses."""
     losses = []
     for number, cell in enumerate(cells):
-        config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
+        config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
         engine = build_engine(config, mesh)
         scalars = load_checkpoint(Path(root) / f"iter_{BEFORE:07d}", engine.state_tensors(), mesh.world)
         engine.load_scalars(scalars["engine"])

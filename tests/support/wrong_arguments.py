@@ -200,6 +200,15 @@ FROM_FLAGS = {
         "Cannot split --seq-length 30 over 4 tensor-parallel ranks for"
     ),
     "--context-parallel-size 8": "Cannot split 4 ranks into model replicas of 8 ranks (--tensor-model-parallel-size 1",
+    "--cp-comm-type a2a": "Cannot read --cp-comm-type a2a: expected p2p or all_gather: an all-to-all would split the",
+    "--cp-comm-type ring": "Cannot read --cp-comm-type ring: expected p2p or all_gather. Write --cp-comm-type KIND",
+    "--cp-comm-type p2p all_gather": "Cannot read --cp-comm-type p2p all_gather: expected the same value for all",
+    "--context-parallel-size 2 --attention-backend fused": (
+        "--attention-backend fused cannot be combined with --context-parallel-size 2. Blocks of keys are merged"
+    ),
+    "--context-parallel-size 2 --seq-length-warmup 6:10:6": (
+        "--seq-length-warmup gives sequence length 6 (from 6 in steps of 6), which --context-parallel-size 2 cannot"
+    ),
     "--context-parallel-size 4 --seq-length 28": "Cannot split --seq-length 28 into 8 equal chunks, two for each of",
     "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 28": (
         "(--context-parallel-size 2), and the part of each over 4 tensor-parallel ranks (--sequence-parallel). Use"

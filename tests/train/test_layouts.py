@@ -52,6 +52,11 @@ def test_the_matrix_covers_every_choice(capsys):
 
     assert values("world") == {1, 2, 4, 8}
     assert values("tp") == values("pp") == values("dp") == {1, 2, 4, 8}
+    assert values("cp") == {1, 2, 4}
+    for kind in ("p2p", "all_gather"):
+        found = [cell for cell in CELLS if cell.cp > 1 and cell.exchange == kind]
+        assert values("cp", found) == {2, 4} and values("documents", found) == {True, False}
+        assert values("model", found) >= {"llama"} and "all" in values("dropout", found)
     assert values("recompute") == {"", "full", "selective"}
     assert values("dropout") == {"", "hidden", "all"}
     for flag in (True, False):

@@ -27,6 +27,7 @@ CHAINS = {
         Cell(pp=4, model="llama", schedule="zb-h1"),
         Cell(tp=4, model="llama", micro_batch=2),
         Cell(tp=2, pp=2, model="llama", schedule="interleaved", layers_per_chunk=1),
+        Cell(cp=2, dp=2, model="llama", **ZERO1),
         Cell(dp=2, model="llama", **ZERO1),
     ),
     "albert": (
@@ -40,7 +41,7 @@ CHAINS = {
 def resume(backend, cell, root, iterations):
     """Starts from the newest checkpoint in `root`, if there is one, trains, and saves."""
     config = replace(cell.config(), checkpoint=CheckpointConfig(save=root, load=root))
-    mesh = mesh_of(backend, cell.tp, cell.pp)
+    mesh = mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(config, mesh)
     told = []
     start, provenance = find_start(config, told.append, mesh.world), Provenance(config_as_json(config))

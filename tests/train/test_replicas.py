@@ -58,7 +58,7 @@ def flip(tensor, element=5, bit=3):
 
 def checked_run(backend, cell, iterations):
     """Mismatches after each iteration, and the final tensors' bytes."""
-    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
+    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine, progress, found = build_engine(config, mesh), Progress(), []
     for _ in range(iterations):
         progress = iterate(config, mesh, engine, progress, 1)[2]
@@ -82,7 +82,7 @@ def test_a_clean_run_has_equal_replicas(cell, on_ranks):
 
 def corrupted_run(backend, cell, corrupt, name, repair):
     """Flips a bit of one rank's parameter after 3 iterations; returns what is found before and after a repair."""
-    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
+    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(config, mesh)
     progress = iterate(config, mesh, engine, Progress(), 3)[2]
     engine.buffers.finish_gather()
@@ -140,7 +140,7 @@ def test_checks_change_nothing(on_ranks):
 
 
 def unchecked_run(backend, cell, iterations):
-    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp)
+    config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(config, mesh)
     iterate(config, mesh, engine, Progress(), iterations)
     return contents(engine)
@@ -158,7 +158,7 @@ def start_on_unequal_cards(backend, cell):
     """Build an engine on devices that draw different numbers, then equalize; messages, mismatches, and the weights."""
     unequal = copy(backend)
     unequal.generator = lambda seed: backend.generator(seed + backend.rank)
-    mesh = mesh_of(backend, cell.tp, cell.pp)
+    mesh = mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build_engine(cell.config(), replace(mesh, backend=unequal))
     before, reporter = len(engine.compare_replicas()), _Messages()
     equalize_initial_weights(engine, backend, reporter)

@@ -22,7 +22,7 @@ LAYOUTS = (
     Cell(pp=2, dp=2, schedule="zb-h1", **ZERO1),
 )
 # Dropout and half precision, whose random numbers and roundings must come back as well.
-NOISY = tuple(replace(cell, dropout="all", dtype="bf16") for cell in (LAYOUTS[0], *LAYOUTS[6:]))
+NOISY = tuple(replace(cell, dropout="all", dtype="bf16") for cell in (LAYOUTS[0], *LAYOUTS[6:], Cell(cp=2)))
 
 
 @pytest.mark.parametrize("writer", LAYOUTS, ids=str)
