@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast test-portable test-slurm slurm-up slurm-down check format docs docs-layouts clean help
+.PHONY: demo test test-fast test-portable test-slurm slurm-up slurm-down check format docs docs-layouts site clean help
 
 help:
 	@echo "make demo            train a small GPT on the sources of Python's standard library (about 5 minutes on 2 cores)"
@@ -22,6 +22,7 @@ help:
 	@echo "make format          format and fix the files for 'make check'"
 	@echo "make docs            regenerate docs/arguments.md"
 	@echo "make docs-layouts    train every layout and rewrite the table in docs/parallelism.md (several minutes)"
+	@echo "make site            build the documentation as static pages in build/site (half a minute)"
 	@echo "make clean           remove .venv and the output of the demo"
 
 $(STAMP): setup.py
@@ -33,6 +34,10 @@ $(STAMP): setup.py
 
 $(STAMP)-dev: $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[dev]" "$(TORCH)"
+	@touch $@
+
+$(STAMP)-site: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[site]" "$(TORCH)"
 	@touch $@
 
 demo: $(STAMP)
@@ -76,6 +81,10 @@ docs: $(STAMP)-dev
 
 docs-layouts: $(STAMP)-dev
 	$(BIN)/python tests/support/parallelism_page.py
+
+# Broken links are errors. The pages need neither a server nor a network.
+site: $(STAMP)-site
+	$(BIN)/python tools/build_site.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

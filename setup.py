@@ -29,6 +29,8 @@ ENGINES = {"deepspeed": ["deepspeed>=0.19"]}
 # Kernels that pip installs without a compiler (docs/kernels.md has the others). They need Triton and a GPU.
 KERNELS = {"kernels": ["liger-kernel>=0.5.10", "cut-cross-entropy>=25.1.1"]}
 EXTRAS |= ENGINES | KERNELS
+# The documentation site is built in its own step (make site).
+EXTRAS["site"] = ["sphinx>=8.1", "furo>=2025.9", "myst-parser>=4", "sphinx-copybutton>=0.5.2"]
 
 setup(
     name="megatron_lite",
