@@ -41,6 +41,7 @@ class Capabilities:
     compile: bool = True
     fp8: bool = True
     """Matrix products of 8-bit values, or their emulation."""
+    float64: bool = True
     max_world: int | None = None
     """Largest number of ranks; None: no limit."""
 

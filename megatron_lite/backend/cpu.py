@@ -58,14 +58,19 @@ class CpuBackend(Backend):
 
     def device_name(self) -> str:
         """Return the processor's model and the number of threads."""
-        model = platform.processor() or platform.machine()
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-            model = names[0].partition(":")[2].strip() if names else model
         threads = torch.get_num_threads()
-        return f"{model} ({threads} thread{'' if threads == 1 else 's'})"
+        return f"{processor_name()} ({threads} thread{'' if threads == 1 else 's'})"
 
     def capabilities(self) -> Capabilities:
         """Return the defaults: all dtypes, compilation and fused kernels."""
         return Capabilities()
+
+
+def processor_name() -> str:
+    """Return the model of this host's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        if names:
+            return names[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()

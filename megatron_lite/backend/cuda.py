@@ -10,20 +10,18 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_lite.backend.base import Backend, Capabilities, Reading, scaled_dot_product_attention
+from megatron_lite.backend.base import Capabilities, scaled_dot_product_attention
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.gpu import GpuBackend
 from megatron_lite.backend.group import GroupOptions
-from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.runtime import LOSS_CHUNK, RuntimeConfig
+from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.planner.hardware import device_of
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ALLOCATOR_SETTINGS = "expandable_segments:True"
@@ -37,25 +35,16 @@ _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 """Attention kernels that prepare nothing for a shape."""
 
 
-class CudaBackend(Backend):
-    """Backend of one GPU: the one with the number of the local rank, counted among those that the process sees."""
+class CudaBackend(GpuBackend):
+    """Backend of one GPU of NVIDIA, or of AMD: ROCm builds of PyTorch have the same interface, and RCCL as NCCL."""
 
     name = "cuda"
-    asynchronous = True
     vendor_kernels = True
-    loss_chunk = LOSS_CHUNK
+    api = torch.cuda
+    visible_variable = "CUDA_VISIBLE_DEVICES (of AMD: HIP_VISIBLE_DEVICES)"
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
-        visible = torch.cuda.device_count()
-        if not visible:
-            raise ConfigError(
-                f"Rank {launch.rank} on {launch.host} sees no GPU",
-                fix="Request GPUs (sbatch --gpus-per-node), unset CUDA_VISIBLE_DEVICES, or train with --device cpu",
-            )
-        # A task may see its own GPUs only (srun --gpus-per-task), numbered from 0; claim_device finds shared ones.
-        self.device = torch.device("cuda", launch.local_rank % visible)
-        torch.cuda.set_device(self.device)
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._settings = _configure(runtime)
@@ -69,24 +58,6 @@ class CudaBackend(Backend):
         """Return the choices of TF32, attention kernel and allocator."""
         return self._settings
 
-    def seed(self, value: int) -> None:
-        """Seed this device's default generator, without synchronization."""
-        seed_generator(self.device, value)
-
-    def synchronize(self) -> None:
-        """Wait for all streams of the device."""
-        torch.cuda.synchronize(self.device)
-
-    def mark(self) -> Any:
-        """Return an event, recorded in the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds_between(self, begin: Any, end: Any) -> float | None:
-        """Return the seconds between two events; None: the device has not reached the second one."""
-        return begin.elapsed_time(end) / 1000.0 if end.query() else None
-
     def record_memory_history(self, on: bool) -> bool:
         """Start or stop recording allocations with their stack traces."""
         torch.cuda.memory._record_memory_history("all" if on else None)
@@ -96,29 +67,6 @@ class CudaBackend(Backend):
         """Write a snapshot for pytorch.org/memory_viz."""
         torch.cuda.memory._dump_snapshot(str(path))
 
-    def memory_stats(self) -> dict[str, int]:
-        """Return the caching allocator's counters, in bytes."""
-        return {
-            "allocated": torch.cuda.memory_allocated(self.device),
-            "max_allocated": torch.cuda.max_memory_allocated(self.device),
-            "reserved": torch.cuda.memory_reserved(self.device),
-            "max_reserved": torch.cuda.max_memory_reserved(self.device),
-        }
-
-    def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Return the data sheet's dense 16-bit FLOP/s; None for other dtypes (fp32 may or may not use tensor cores)."""
-        name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
-        device = device_of(self.device_name())
-        return device.peak(name) or None if name and device else None
-
-    def device_name(self) -> str:
-        """Return the driver's name of the device."""
-        return torch.cuda.get_device_name(self.device)
-
-    def use_in_thread(self) -> None:
-        """Make this GPU the current one of the calling thread."""
-        torch.cuda.set_device(self.device)
-
     def device_uuid(self) -> str:
         """Return GPU-… or MIG-…; empty where torch does not give it."""
         uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
@@ -127,34 +75,15 @@ class CudaBackend(Backend):
     def library_versions(self) -> dict[str, str]:
         """Return the versions of torch, CUDA (ROCm) and NCCL."""
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else ""
-        return {**super().library_versions(), "CUDA": torch.version.cuda or torch.version.hip or "", "NCCL": nccl}
+        if torch.version.hip:
+            return {**super().library_versions(), "ROCm": torch.version.hip, "RCCL": nccl}
+        return {**super().library_versions(), "CUDA": torch.version.cuda or "", "NCCL": nccl}
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities; bf16 needs Ampere or newer, fp8 Ada or Hopper."""
+        """Return the capabilities; bf16 needs Ampere or newer, fp8 Ada or Hopper. AMD's fp8 has other formats."""
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
+        fp8 = not torch.version.hip and torch.cuda.get_device_capability(self.device) >= (8, 9)
         return Capabilities(dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())), fp8=fp8)
-
-    def host_tensor(self, array: np.ndarray) -> Tensor:
-        """Return a tensor in pinned memory. Pinning takes time, and belongs into a thread."""
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).pin_memory()
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Enqueue a copy of a pinned tensor; the allocator keeps its memory until the copy is done."""
-        return tensor.to(self.device, non_blocking=True)
-
-    def read_later(self, values: Tensor) -> Reading:
-        """Copy to pinned memory; the result waits for an event behind the copy."""
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def read() -> list[float]:
-            copied.synchronize()
-            numbers: list[float] = host.tolist()
-            return numbers
-
-        return read
 
     def attention(
         self,
@@ -235,6 +164,11 @@ def _configure(runtime: RuntimeConfig) -> list[str]:
     """Set PyTorch's TF32, attention and allocator options; return them for the start-up lines."""
     torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
     lines = [f"fp32 products in {'TF32' if runtime.tf32 else 'full precision (--allow-tf32: TF32)'}"]
+    if torch.version.hip and runtime.attention == "fused":
+        raise ConfigError(
+            f"--attention-backend fused is cuDNN's kernel, which PyTorch for ROCm {torch.version.hip} does not have",
+            fix="Use --attention-backend auto or flash",
+        )
     if runtime.attention != "auto":
         switches = torch.backends.cuda
         switches.enable_flash_sdp(runtime.attention == "flash")
@@ -244,7 +178,7 @@ def _configure(runtime: RuntimeConfig) -> list[str]:
     lines.append(f"attention by {kernel[runtime.attention]}")
     # Ramp-up, validation and generation change the sizes of tensors: segments that grow keep memory from fragmenting.
     given = next((os.environ[name] for name in _ALLOCATOR if os.environ.get(name)), "")
-    if not given:
-        torch.cuda.memory._set_allocator_settings(ALLOCATOR_SETTINGS)
-    lines.append(f"allocator: {given or ALLOCATOR_SETTINGS}")
+    if not given and not torch.version.hip:  # ROCm has no such segments
+        torch.cuda.memory._set_allocator_settings(given := ALLOCATOR_SETTINGS)
+    lines.append(f"allocator: {given or 'defaults'}")
     return lines

@@ -57,6 +57,7 @@ def machine_values(kind: str, device_name: str, environment: Mapping[str, str] |
     """
     variables = os.environ if environment is None else environment
     cuda = f" for CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    cuda = f" for ROCm {torch.version.hip}" if torch.version.hip else cuda
     return {
         "device": f"--device {kind}",
         **{name: f"{name}={variables[name]}" if name in variables else f"no {name}" for name in VARIABLES},

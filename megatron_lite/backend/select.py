@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.backend.cuda import CudaBackend
+from megatron_lite.backend.devices import automatic_kind, find_device, list_devices
 from megatron_lite.backend.environment import Launch, read_launch
+from megatron_lite.backend.mps import MpsBackend
+from megatron_lite.backend.xpu import XpuBackend
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count
+
+_BACKENDS: dict[str, Callable[[RuntimeConfig, ParallelConfig, Launch], Backend]] = {
+    "cpu": CpuBackend,
+    "cuda": CudaBackend,
+    "xpu": XpuBackend,
+    "mps": MpsBackend,
+}
+_BUILDS = {
+    "cuda": "a build of PyTorch for CUDA or ROCm, and the GPU's driver",
+    "xpu": "a build of PyTorch for Intel GPUs (https://download.pytorch.org/whl/xpu), and their driver",
+    "mps": "PyTorch on a Mac with macOS 14 or newer",
+    "xla": "torch_xla",
+}
 
 
 def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch | None = None) -> Backend:
@@ -35,15 +53,12 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         )
     if runtime.deterministic:
         torch.use_deterministic_algorithms(True)
-    device = runtime.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return CpuBackend(runtime, parallel, launch)
-    if not torch.cuda.is_available():
+    device = automatic_kind() if runtime.device == "auto" else runtime.device
+    if missing := find_device(device).missing:
+        there = ", ".join(entry.kind for entry in list_devices() if entry.found)
         raise ConfigError(
-            f"--device cuda is given, but PyTorch {torch.__version__} finds no GPU",
-            fix="Install a CUDA build of PyTorch, and make sure that nvidia-smi lists a GPU on this host; or use "
-            "--device cpu",
+            f"--device {device} is given, but {missing}",
+            fix=f"Use one of the devices of this host ({there}; `megatron-lite devices` says why not the others), or "
+            f"install {_BUILDS[device]}",
         )
-    return CudaBackend(runtime, parallel, launch)
+    return _BACKENDS[device](runtime, parallel, launch)

@@ -154,7 +154,7 @@ class BackgroundSaver:
             self._buffers = host_buffers(pieces)
         for piece, buffer in zip(pieces, self._buffers, strict=True):
             buffer.copy_(piece, non_blocking=True)
-        if any(piece.device.type == "cuda" for piece in pieces):
+        if any(piece.device.type != "cpu" for piece in pieces):
             torch.accelerator.synchronize()
         copies = iter(self._buffers)
         return [
@@ -210,7 +210,7 @@ def host_buffers(tensors: Sequence[Tensor]) -> list[Tensor]:
     Pinning takes milliseconds per allocation, and torch rounds the sizes up to powers of two, so that tensors share
     chunks of 1 GiB; larger tensors have a chunk of their own.
     """
-    pinned = any(tensor.device.type == "cuda" for tensor in tensors)
+    pinned = any(tensor.device.type in ("cuda", "xpu") for tensor in tensors)
     sizes, places = list[int](), list[tuple[int, int]]()
     for tensor in tensors:
         if not sizes or (tensor.nbytes and sizes[-1] + tensor.nbytes > _CHUNK):

@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "rehearse",
     "doctor",
+    "devices",
     "generate",
     "evaluate",
     "preprocess",

@@ -20,7 +20,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--ema", action="store_true", help="use the moving average of the weights, from a run with --ema-decay"
     )
     source.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+        "--device", choices=("auto", "cpu", "cuda", "xpu"), default="auto", help="default: a GPU if there is one"
     )
     source.add_argument("--context-parallel-size", type=_one_rank, default=1, help=argparse.SUPPRESS)
     add_tokenizer_arguments(parser, *FILE_FIELDS, note="if the tokenizer's files have moved")

@@ -34,9 +34,14 @@ def read_compile(args: Sequence[str]) -> Compile:
 class RuntimeConfig:
     """Settings of the machine, which change neither the model nor its data."""
 
-    device: Literal["auto", "cpu", "cuda"] = option(
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option(
         "auto",
-        Flag("--device", "Kind of device; auto uses a GPU if there is one.", choices={"gpu": "cuda"}),
+        Flag(
+            "--device",
+            "Kind of device: cuda for NVIDIA and AMD, xpu for Intel, mps for a Mac; auto uses cuda or xpu if there is "
+            "a GPU. `megatron-lite devices` lists those of this host.",
+            choices={"gpu": "cuda", "rocm": "cuda"},
+        ),
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
     engine: Literal["native", "deepspeed"] = option(

@@ -132,9 +132,11 @@ class Profiler:
         if config.memory:
             self._records_memory = self._backend.record_memory_history(True)
         if config.trace:
-            cuda = [ProfilerActivity.CUDA] if self._backend.device.type == "cuda" else []
+            of_device = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}.get(self._backend.device.type)
             self._trace = profile(
-                activities=[ProfilerActivity.CPU, *cuda], record_shapes=config.shapes, with_stack=config.stacks
+                activities=[ProfilerActivity.CPU, *([of_device] if of_device else [])],
+                record_shapes=config.shapes,
+                with_stack=config.stacks,
             )
             self._trace.start()
         self._backend.synchronize()

@@ -177,8 +177,16 @@ ACCELERATORS = (
     ),
     # One of the two dies of a card, which is one device to PyTorch.
     Accelerator(
+        name="mi250", device="MI250", tflops=181, fp32_tflops=45.3, memory_gib=64, memory_gbps=1638, link_gbps=100,
+        network_gbps=12.5, processors=104, watts=280,
+    ),
+    Accelerator(
         name="mi250x", device="MI250X", tflops=191.5, fp32_tflops=47.9, memory_gib=64, memory_gbps=1638, link_gbps=100,
         network_gbps=12.5, processors=110, watts=280,
+    ),
+    Accelerator(
+        name="mi300a", device="MI300A", tflops=980.6, fp8_tflops=1961, tf32_tflops=490, fp32_tflops=122.6,
+        memory_gib=128, memory_gbps=5300, link_gbps=384, network_gbps=25, processors=228, watts=550, per_node=4,
     ),
     Accelerator(
         name="mi300x", device="MI300X", tflops=1307, fp8_tflops=2615, tf32_tflops=654, fp32_tflops=163.4,

@@ -82,6 +82,11 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             rule="A GPU of compute capability 8.9 or higher has them",
             fix="Remove --fp8-format",
         )
+    if config.optimizer.kind == "adafactor" and not able.float64:
+        raise ConfigError(
+            f"{backend.device_name()} has no float64, in which --optimizer adafactor sums squares",
+            fix="Use another --optimizer, or another --device",
+        )
     if able.max_world is not None and config.parallel.world_size > able.max_world:
         raise ConfigError(
             f"--device {backend.name} supports at most {able.max_world} ranks, and the job has "

@@ -39,6 +39,7 @@ COMMAND_LINES = {
     "schedule": [],
     "slurm submit": ["x"],
     "doctor": [],
+    "devices": [],
     "watch": ["x"],
     "sync": ["x", "--to", "y"],
     "curve": ["x"],
