@@ -28,7 +28,9 @@ EXTRAS["dev"] = [*CHECKERS, *TESTS, *(need for needs in EXTRAS.values() for need
 ENGINES = {"deepspeed": ["deepspeed>=0.19"]}
 # Kernels that pip installs without a compiler (docs/kernels.md has the others). They need Triton and a GPU.
 KERNELS = {"kernels": ["liger-kernel>=0.5.10", "cut-cross-entropy>=25.1.1"]}
-EXTRAS |= ENGINES | KERNELS
+# Tested with stand-ins.
+TRACKERS = {"wandb": ["wandb>=0.17"], "codecarbon": ["codecarbon>=2.4"]}
+EXTRAS |= ENGINES | KERNELS | TRACKERS
 # The documentation site is built in its own step (make site).
 EXTRAS["site"] = ["sphinx>=8.1", "furo>=2025.9", "myst-parser>=4", "sphinx-copybutton>=0.5.2"]
 

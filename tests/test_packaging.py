@@ -24,7 +24,8 @@ def declared():
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     names = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("EXTRAS", "ENGINES", "KERNELS"):
+        named = ("EXTRAS", "ENGINES", "KERNELS", "TRACKERS")
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in named:
             names |= ast.literal_eval(node.value)
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             names["required"] = ast.literal_eval(node.value)

@@ -14,6 +14,7 @@ from megatron_lite.config import (
     engines,
     fp8,
     learning_rate,
+    metrics,
     model_rules,
     optimizer,
     parallel,
@@ -66,6 +67,7 @@ RULES: tuple[Rule, ...] = (
     *checkpoint.RULES,
     *profiling.RULES,
     *fp8.RULES,
+    *metrics.RULES,
     *engines.RULES,
 )
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_lite.config.flag import Flag, option
+from megatron_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lite.config.run import RunConfig
 
 LAST_RANK_WRITES = "only the last rank writes it, and it may lie on that rank's node"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """Console line, TensorBoard and metrics.jsonl."""
+    """Console line, metrics.jsonl, TensorBoard, Weights & Biases, CSV files and CodeCarbon."""
 
     log_interval: int = option(100, Flag("--log-interval", "Iterations between log lines.", least=1))
     tensorboard_dir: str = option(
@@ -22,6 +28,41 @@ class MetricsConfig:
     )
     tensorboard_queue_size: int = option(
         1000, Flag("--tensorboard-queue-size", "Points held before they are written.", least=1, most=10**9)
+    )
+    wandb_project: str = option(
+        "",
+        Flag("--wandb-project", "Project of Weights & Biases, to which the run is logged.", metavar="NAME"),
+        may_differ=LAST_RANK_WRITES,
+    )
+    wandb_exp_name: str = option(
+        "",
+        Flag("--wandb-exp-name", "Name of the run there (of the folder --save if not given).", metavar="NAME"),
+        may_differ=LAST_RANK_WRITES,
+    )
+    wandb_save_dir: str = option(
+        "",
+        Flag("--wandb-save-dir", "Folder of the local files wandb/ (--save if not given).", metavar="FOLDER"),
+        may_differ=LAST_RANK_WRITES,
+    )
+    wandb_entity: str = option(
+        "", Flag("--wandb-entity", "User or team of the project.", metavar="NAME"), may_differ=LAST_RANK_WRITES
+    )
+    csv_dir: str = option(
+        "",
+        Flag("--csv-dir", "Folder of iterations.csv, validations.csv and saves.csv.", metavar="FOLDER"),
+        may_differ=LAST_RANK_WRITES,
+    )
+    codecarbon_dir: str = option(
+        "",
+        Flag(
+            "--codecarbon-dir",
+            "Folder of CodeCarbon's emissions-RANK.csv: energy and emissions of each node.",
+            metavar="FOLDER",
+        ),
+        may_differ="each node writes a file of its own",
+    )
+    codecarbon_country: str = option(
+        "FRA", Flag("--codecarbon-country", "Country of the cluster, three letters (ISO 3166-1).", metavar="ISO")
     )
     log_timers: bool = option(False, Flag("--log-timers-to-tensorboard", "Timers in TensorBoard.", sets=True))
     log_validation_ppl: bool = option(
@@ -58,3 +99,27 @@ class MetricsConfig:
         Flag("--no-progress-bar", "Plain lines instead of a live bar, also on a terminal.", sets=False),
         may_differ="it concerns the terminal of the last rank only",
     )
+
+
+def tools_are_complete(config: RunConfig) -> Iterator[ConfigError]:
+    """Check the flags of Weights & Biases and CodeCarbon."""
+    metrics = config.metrics
+    details = {
+        "--wandb-exp-name": metrics.wandb_exp_name,
+        "--wandb-save-dir": metrics.wandb_save_dir,
+        "--wandb-entity": metrics.wandb_entity,
+    }
+    if not metrics.wandb_project and (given := [f"{flag} {value}" for flag, value in details.items() if value]):
+        yield ConfigError(
+            f"{' and '.join(given)} without --wandb-project: the run would not be logged to Weights & Biases",
+            fix=f"Add --wandb-project NAME, or remove {' and '.join(text.split()[0] for text in given)}",
+        )
+    country = metrics.codecarbon_country
+    if not (len(country) == 3 and country.isascii() and country.isalpha() and country.isupper()):
+        yield ConfigError(
+            f"--codecarbon-country {country} is not a country code of three capital letters",
+            fix="Give the code of ISO 3166-1 alpha-3, for example --codecarbon-country FRA or DEU",
+        )
+
+
+RULES = (tools_are_complete,)

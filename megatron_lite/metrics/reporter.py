@@ -4,41 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.console import ConsoleSink, line_writer
+from megatron_lite.metrics.csv_files import CsvSink
+from megatron_lite.metrics.emissions import EmissionsSink, import_codecarbon
 from megatron_lite.metrics.jsonl import JsonlSink
 from megatron_lite.metrics.progress_bar import ProgressSink, is_terminal
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.sink import GuardedSink, Sink
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
+from megatron_lite.metrics.weights_and_biases import WandbSink, import_wandb
 from megatron_lite.runs.metrics_file import metrics_path
-
-
-class Sink(Protocol):
-    """Destination of reports."""
-
-    def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Handle the start of training, before the first iteration."""
-
-    def iteration(self, report: IterationReport) -> None:
-        """Handle a finished iteration."""
-
-    def validation(self, report: ValidationReport) -> None:
-        """Handle the evaluation of a dataset."""
-
-    def saved(self, record: SaveRecord) -> None:
-        """Handle a complete save."""
-
-    def message(self, text: str) -> None:
-        """Handle a message to the user."""
-
-    def stopping(self) -> None:
-        """Handle the end of iterations, before the last save and the last evaluations."""
-
-    def close(self) -> None:
-        """Handle the end or failure of the run."""
 
 
 class Reporter:
@@ -95,29 +75,46 @@ class Reporter:
         self.close()
 
 
-def build_reporter(config: RunConfig, stream: TextIO, *, active: bool = True) -> Reporter:
+def build_reporter(
+    config: RunConfig, stream: TextIO, *, active: bool = True, emissions_rank: int | None = None
+) -> Reporter:
     """Return a reporter with the configured sinks.
 
     Args:
         config: configuration of the run.
         stream: destination of log lines and the bar, normally sys.stdout.
         active: True on the reporting rank: the last one, which has the loss, as in Megatron.
+        emissions_rank: this rank, if it measures the energy of its node (--codecarbon-dir); None: another one does.
 
     Raises:
-        ConfigError: --tensorboard-dir is given and tensorboard is not installed.
+        ConfigError: the package of TensorBoard, Weights & Biases or CodeCarbon is not installed.
     """
-    if not active:
-        return Reporter(())
-    metrics = config.metrics
-    bar = ProgressSink(stream) if metrics.progress_bar and is_terminal(stream) else None
+    metrics, save = config.metrics, config.checkpoint.save
+    bar = ProgressSink(stream) if active and metrics.progress_bar and is_terminal(stream) else None
     write = bar.write if bar is not None else line_writer(stream)
-    sinks: list[Sink] = []
-    if (path := metrics_path(config)) is not None:
-        sinks.append(JsonlSink(path, notify=write))
+    console = ConsoleSink(write, metrics.log_interval)
+    path = metrics_path(config) if active else None
+    record = JsonlSink(path, notify=write) if path is not None else None
+
+    def guarded(sink: Sink, name: str) -> Sink:
+        return GuardedSink(sink, name, warn)
+
+    def warn(text: str) -> None:
+        for sink in (record, console):
+            if sink is not None:
+                sink.message(f"WARNING: {text}")
+
+    tools: list[Sink] = []
+    if emissions_rank is not None and metrics.codecarbon_dir:
+        tools.append(guarded(EmissionsSink(import_codecarbon(), metrics, emissions_rank), "CodeCarbon"))
+    if not active:
+        return Reporter(tools)
     if metrics.tensorboard_dir:
         writer = open_writer(metrics.tensorboard_dir, metrics.tensorboard_queue_size)
-        sinks.append(TensorboardSink(metrics, writer))
-    sinks.append(ConsoleSink(write, metrics.log_interval))
-    if bar is not None:
-        sinks.append(bar)
-    return Reporter(sinks)
+        tools.append(guarded(TensorboardSink(metrics, writer), "TensorBoard"))
+    if metrics.wandb_project:
+        tools.append(guarded(WandbSink(import_wandb(), metrics, save), "Weights & Biases"))
+    if metrics.csv_dir:
+        tools.append(guarded(CsvSink(Path(metrics.csv_dir)), "CSV"))
+    own: list[Sink | None] = [record, *tools, console, bar]
+    return Reporter([sink for sink in own if sink is not None])

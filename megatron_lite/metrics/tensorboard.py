@@ -5,26 +5,22 @@ Each scalar is written by iteration, and as `<tag> vs samples` by consumed sampl
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, install_extra
-from megatron_lite.metrics.console import perplexity
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
+from megatron_lite.metrics.scalars import (
+    is_logged,
+    machine_scalars,
+    settings_of,
+    training_scalars,
+    validation_scalars,
+)
 from megatron_lite.system_errors import reason, remedy
-
-MEMORY_TAGS = {
-    "reserved": "mem-reserved-bytes",
-    "allocated": "mem-allocated-bytes",
-    "max_allocated": "mem-max-allocated-bytes",
-    "max_reserved": "mem-max-reserved-bytes",
-}
 
 
 def open_writer(folder: str, queue_size: int) -> Any:
@@ -70,29 +66,24 @@ class TensorboardSink:
             last, due = facts.start_iteration, facts.validation_due
             cut_events(Path(self._config.tensorboard_dir), last, validation_due=due)
         self._world_size = facts.world_size
-        for name, value in _settings(config):
+        for name, value in settings_of(config):
             self._writer.add_text(name, str(value), global_step=facts.start_iteration)
 
     def iteration(self, report: IterationReport) -> None:
         """Write the iteration's scalars if --tensorboard-log-interval divides it."""
-        if report.iteration % max(1, self._config.tensorboard_log_interval):
+        if not is_logged(self._config, report):
             return
-        for tag, value in self._training_scalars(report):
+        for tag, value in training_scalars(self._config, report, self._world_size):
             self._writer.add_scalar(tag, value, report.iteration)
             self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
-        for tag, value in self._machine_scalars(report):
+        for tag, value in machine_scalars(self._config, report):
             self._writer.add_scalar(tag, value, report.iteration)
 
     def validation(self, report: ValidationReport) -> None:
         """Write each loss, and its perplexity with --log-validation-ppl-to-tensorboard."""
-        suffix = f"-{report.name}" if report.name else ""
-        for name, loss in report.losses.items():
-            scalars = {f"{name} {report.split}{suffix}": loss}
-            if self._config.log_validation_ppl:
-                scalars[f"{name} {report.split}{suffix} ppl"] = perplexity(loss) if math.isfinite(loss) else loss
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, report.iteration)
-                self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
+        for tag, value in validation_scalars(self._config, report):
+            self._writer.add_scalar(tag, value, report.iteration)
+            self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
         self._writer.flush()
 
     def saved(self, record: SaveRecord) -> None:
@@ -107,46 +98,3 @@ class TensorboardSink:
     def close(self) -> None:
         """Flush and close the writer."""
         self._writer.close()
-
-    def _training_scalars(self, report: IterationReport) -> Iterator[tuple[str, float]]:
-        config = self._config
-        if config.log_learning_rate:
-            yield "learning-rate", report.learning_rate
-        yield "batch-size", report.global_batch_size
-        yield from report.losses.items()
-        if config.log_loss_scale:
-            yield "loss-scale", report.loss_scale
-        if config.log_world_size:
-            yield "world-size", self._world_size
-        for tag, value in (
-            ("grad-norm", report.grad_norm),
-            ("num-zeros", report.num_zeros),
-            ("params-norm", report.params_norm),
-        ):
-            if value is not None:
-                yield tag, value
-
-    def _machine_scalars(self, report: IterationReport) -> Iterator[tuple[str, float]]:
-        yield "tokens-per-second", report.tokens_per_second
-        if report.mfu is not None:
-            yield "mfu", report.mfu
-        if report.skipped_train_samples:
-            yield "skipped-train-samples", report.skipped_train_samples
-        if self._config.log_timers:
-            yield "iteration-time", report.seconds
-            if report.tflops_per_device is not None:
-                yield "throughput", report.tflops_per_device
-            for name, seconds in report.timers.items():
-                yield f"{name}-time", seconds
-        if self._config.log_memory:
-            for name, count in report.memory.items():
-                if name in MEMORY_TAGS:
-                    yield MEMORY_TAGS[name], count
-
-
-def _settings(config: RunConfig) -> Iterator[tuple[str, object]]:
-    """Yield every configuration field as (section.field, value)."""
-    for part in dataclasses.fields(config):
-        values = getattr(config, part.name)
-        for entry in dataclasses.fields(values):
-            yield f"{part.name}.{entry.name}", getattr(values, entry.name)

@@ -14,6 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_count, format_parameters, format_short, format_size
+from megatron_lite.report.energy import read_energy
 from megatron_lite.report.html import cards, date, details, document, duration, percent, section, table
 from megatron_lite.report.run_charts import final_loss, loss_chart, marks, source_chart, speed_charts, training_charts
 from megatron_lite.report.run_log import RunLog, is_average, loss_of
@@ -132,6 +133,9 @@ def key_figures(log: RunLog, timeline: Timeline) -> Iterator[tuple[str, str, str
     yield "Goodput", percent(timeline.goodput), "iterations, of the jobs' time"
     hours = timeline.device_seconds / 3600
     yield "Device hours", f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}", ""
+    if (energy := read_energy(log.config.get("metrics", {}).get("codecarbon_dir", ""))) is not None:
+        yield "Energy", f"{energy.kilowatt_hours:.4g} kWh", f"CodeCarbon, {format_count(energy.nodes, 'node')}"
+        yield "Emissions", f"{energy.kilograms:.4g} kg", "CO2 equivalents"
 
 
 def _validation_figures(log: RunLog) -> Iterator[tuple[str, str, str]]:

@@ -109,7 +109,12 @@ def assembled(
         mesh = build_mesh(backend, config.parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
-            build_reporter(config, sys.stdout, active=mesh.world.rank == mesh.world.size - 1)
+            build_reporter(
+                config,
+                sys.stdout,
+                active=mesh.world.rank == mesh.world.size - 1,
+                emissions_rank=mesh.world.rank if backend.local_rank == 0 else None,
+            )
         )
         # The data's fingerprints are compared with other nodes' or the checkpoint's, or saved.
         compares = bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)

@@ -241,6 +241,7 @@ SPECIAL = {
     "runtime.transformer_impl": "local",
     "runtime.norm_kernel": "torch",
     "runtime.loss_kernel": "te",
+    "metrics.codecarbon_country": "DEU",
 }
 COMPANIONS = {
     "runtime.engine": {"deepspeed": {"settings": '{"zero_optimization":{"stage":0}}'}},
@@ -286,6 +287,9 @@ COMPANIONS = {
     "checkpoint.load_iteration": {"checkpoint": {"load": "x"}},
     "checkpoint.exit_on_missing": {"checkpoint": {"load": "x"}},
     "checkpoint.use_checkpoint_schedule": {"checkpoint": {"load": "x"}},
+    "metrics.wandb_exp_name": {"metrics": {"wandb_project": "gpt"}},
+    "metrics.wandb_save_dir": {"metrics": {"wandb_project": "gpt"}},
+    "metrics.wandb_entity": {"metrics": {"wandb_project": "gpt"}},
     "model.make_vocab_size_divisible_by": {"model": {"make_vocab_size_divisible_by": 64}},
 }
 OPTIMIZERS = ("adafactor", "lion", "muon")

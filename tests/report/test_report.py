@@ -18,6 +18,7 @@ from megatron_lite.cli import report as command
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.report.chart import Chart, draw, line_of
 from megatron_lite.report.comparison import comparison_page
+from megatron_lite.report.energy import Energy, read_energy
 from megatron_lite.report.page import run_page
 from megatron_lite.report.run_log import read_run
 from megatron_lite.report.timeline import account
@@ -107,6 +108,14 @@ def test_time_between_jobs_whose_starts_were_discarded(tmp_path):
     assert timeline.parts["between jobs"] == pytest.approx(1200.0)
     assert timeline.jobs == 3 and timeline.parts["lost to restarts"] == 50.0
     assert timeline.device_seconds == pytest.approx(8 * timeline.job_seconds)
+
+
+def test_energy_is_summed_over_jobs_and_nodes(tmp_path):
+    head = "run_id,emissions,energy_consumed\n"
+    (tmp_path / "emissions-000.csv").write_text(f"{head}a,0.1,1.0\na,0.2,2.0\nb,0.3,3.0\nc,")
+    (tmp_path / "emissions-008.csv").write_text(f"{head}d,0.5,5.0\n")
+    assert read_energy(str(tmp_path)) == Energy(10.0, 1.0, 2)
+    assert read_energy("") is None and read_energy(str(tmp_path / "none")) is None
 
 
 def test_files_of_earlier_versions_lack_times_and_facts(tmp_path):

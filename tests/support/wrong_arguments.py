@@ -6,6 +6,9 @@ FROM_FLAGS = {
     "--fp8-format hybrid": "--fp8-format hybrid needs --bf16, because everything but the matrix products",
     "--bf16 --fp8-format e4m3 --ffn-hidden-size 100": "multiples of 16, and the MLP width per rank is 100",
     "--fp8-amax-history-len 0": "--fp8-amax-history-len 0 is out of range. Give --fp8-amax-history-len a number from 1",
+    # metrics
+    "--wandb-entity us --wandb-exp-name x": "--wandb-exp-name x and --wandb-entity us without --wandb-project",
+    "--codecarbon-country france": "--codecarbon-country france is not a country code of three capital letters",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
     "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",

@@ -1,0 +1,93 @@
+"""Sink protocol, and the guard by which a failing sink does not stop training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+
+
+class Sink(Protocol):
+    """Destination of reports."""
+
+    def start(self, config: RunConfig, facts: RunFacts) -> None:
+        """Handle the start of training, before the first iteration."""
+
+    def iteration(self, report: IterationReport) -> None:
+        """Handle a finished iteration."""
+
+    def validation(self, report: ValidationReport) -> None:
+        """Handle the evaluation of a dataset."""
+
+    def saved(self, record: SaveRecord) -> None:
+        """Handle a complete save."""
+
+    def message(self, text: str) -> None:
+        """Handle a message to the user."""
+
+    def stopping(self) -> None:
+        """Handle the end of iterations, before the last save and the last evaluations."""
+
+    def close(self) -> None:
+        """Handle the end or failure of the run."""
+
+
+class GuardedSink:
+    """Passes events to a sink until it fails; then warns once, and passes nothing more.
+
+    For tools beside the training, such as trackers in the network: without them the run loses nothing that it needs to
+    resume, and metrics.jsonl holds the same numbers.
+
+    Args:
+        sink: the sink.
+        name: of the tool, for the warning.
+        warn: receives the warning.
+    """
+
+    def __init__(self, sink: Sink, name: str, warn: Callable[[str], None]) -> None:
+        self._sink: Sink | None = sink
+        self._name = name
+        self._warn = warn
+
+    def start(self, config: RunConfig, facts: RunFacts) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.start(config, facts))
+
+    def iteration(self, report: IterationReport) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.iteration(report))
+
+    def validation(self, report: ValidationReport) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.validation(report))
+
+    def saved(self, record: SaveRecord) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.saved(record))
+
+    def message(self, text: str) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.message(text))
+
+    def stopping(self) -> None:
+        """Pass it on."""
+        self._pass_on(lambda sink: sink.stopping())
+
+    def close(self) -> None:
+        """Close the sink, unless it has failed: a tool without connection may wait long for its last upload."""
+        self._pass_on(lambda sink: sink.close())
+
+    def _pass_on(self, event: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            event(self._sink)
+        except Exception as error:
+            self._sink = None
+            first = next(iter(str(error).splitlines()), "")
+            self._warn(
+                f"{self._name} failed and receives nothing more from this job, and training continues: "
+                f"{type(error).__name__}: {first}"
+            )
