@@ -10,7 +10,6 @@ from megatron_lite.config.sharing import PARTS, owner_layer
 
 if TYPE_CHECKING:
     from megatron_lite.config.optimizer import OptimizerConfig
-    from megatron_lite.config.run import RunConfig
 
 
 def norm_parameters(model: ModelConfig, channels: int) -> int:
@@ -78,17 +77,7 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
     return embedding_parameters(model, rows) + layers + head_parameters(model, rows)
 
 
-def checkpoint_size(config: RunConfig) -> int:
-    """Return the bytes of a checkpoint: weights, fp32 main parameters, optimizer state, moving average."""
-    model, full = config.model, config.precision.dtype == "fp32"
-    total, in_layers = parameter_count(model), sum(stored_parameters(model, range(model.num_layers)).values())
-    size = total * (4 if full else 2) + (4 * total if config.optimizer.ema_decay else 0)
-    if config.checkpoint.save_optimizer:
-        size += (0 if full else 4 * total) + moment_bytes(config.optimizer, total, in_layers, saved=True)
-    return size
-
-
-def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int, *, saved: bool = False) -> int:
+def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int) -> int:
     """Return the bytes of an optimizer's moments.
 
     Biases and norms are counted as the matrices beside them, and Adafactor's moments of rows and columns are not
@@ -98,7 +87,6 @@ def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int, *, save
         optimizer: kind and constants.
         total: parameters.
         in_layers: those of them that are in layers.
-        saved: in a checkpoint, where all moments are in fp32.
     """
     match optimizer.kind:
         case "adam":
@@ -113,7 +101,7 @@ def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int, *, save
             return 4 * in_layers + 8 * (total - in_layers)
         case "adamw8bit":
             # Two codes of a byte, and a scale for each of their blocks of 256.
-            return 8 * total if saved else 2 * total + total // 32
+            return 2 * total + total // 32
 
 
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:

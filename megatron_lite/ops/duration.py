@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.config.counts import checkpoint_size, flops_per_token
+from megatron_lite.config.counts import flops_per_token
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.formatting import format_duration, format_size
 from megatron_lite.ops.resources import Resources
+from megatron_lite.planner.disk import checkpoint_size
 from megatron_lite.planner.hardware import device_of_resource
 from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 
 from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.counts import checkpoint_size, parameter_count
+from megatron_lite.config.counts import parameter_count
+from megatron_lite.config.optimizer import OptimizerConfig
+from megatron_lite.config.parameters import parameter_shapes
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.selection import select_parameters
+from megatron_lite.config.sharing import LAYERS
 from megatron_lite.runs.retention import expired, retention_of
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.saves import save_iterations
@@ -39,6 +44,42 @@ class Storage:
     written: int
     weights: int
     weights_only: int
+
+
+def checkpoint_size(config: RunConfig) -> int:
+    """Return the bytes of a checkpoint's tensors: weights, fp32 main parameters, optimizer state, moving average.
+
+    The files add about a kilobyte for each part of a tensor. Histories of fp8 maxima are not counted.
+    """
+    model, full = config.model, config.precision.dtype == "fp32"
+    named = replace(model, vocab_size=model.vocab_size or model.padded_vocab_size)
+    frozen, size = select_parameters(replace(config, model=named)).frozen, 0
+    for name, shape in parameter_shapes(named).items():
+        count = prod(shape)
+        size += count * (4 if full else 2)
+        if name in frozen:
+            continue
+        size += 4 * count if config.optimizer.ema_decay else 0
+        if config.checkpoint.save_optimizer:
+            size += (0 if full else 4 * count) + saved_moments(config.optimizer, name, shape)
+    return size
+
+
+def saved_moments(optimizer: OptimizerConfig, name: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a parameter's moments in a checkpoint, where all are in fp32."""
+    count, is_matrix = prod(shape), len(shape) > 1 and not name.endswith(".bias")
+    match optimizer.kind:
+        case "adam" | "adamw8bit":
+            return 8 * count
+        case "sgd":
+            return 4 * count if optimizer.sgd_momentum else 0
+        case "lion":
+            return 4 * count
+        case "muon":
+            return 4 * count if is_matrix and name.startswith(f"{LAYERS}.") else 8 * count
+        case "adafactor":
+            second = prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if is_matrix else count
+            return 4 * (second + (0 if optimizer.adafactor_beta1 is None else count))
 
 
 def storage_of(config: RunConfig, existing: list[int]) -> Storage:

@@ -13,7 +13,6 @@ from typing import Literal
 
 from megatron_lite.backend.agreement import broadcast_from_rank0
 from megatron_lite.backend.job_end import find_job_end
-from megatron_lite.config.counts import checkpoint_size
 from megatron_lite.config.run import RunConfig
 from megatron_lite.lifecycle.stopping import SignalFlag, Stop, Stopper, agree, agree_and_gather
 from megatron_lite.metrics.compute_time import ComputeTime
@@ -23,6 +22,7 @@ from megatron_lite.metrics.reporter import Reporter
 from megatron_lite.metrics.throughput import Throughput
 from megatron_lite.metrics.timers import Timers
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.planner.disk import checkpoint_size
 from megatron_lite.runs.metrics_file import AVERAGE
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.iteration import plan_iteration

@@ -13,12 +13,20 @@ pytestmark = pytest.mark.slow
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@pytest.mark.parametrize("precision", [[], ["--bf16", "--ema-decay", "0.9"], ["--optimizer", "lion"]])
-def test_a_run_is_as_planned(precision, corpus, tmp_path):
+VARIANTS = {
+    "fp32": (),
+    "bf16, average": ("--bf16", "--ema-decay", "0.9"),
+    "muon": ("--optimizer", "muon", "--freeze", "embedding"),
+    "adafactor": ("--optimizer", "adafactor", "--bf16"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_is_as_planned(variant, corpus, tmp_path):
     args = corpus.job(
         *("--train-samples", 50, "--global-batch-size", 8, "--rampup-batch-size", 2, 2, 20, "--eval-interval", 4),
         *("--seq-length-warmup", "8:6:8", "--save", tmp_path, "--save-schedule", "2:4 3", "--keep-last", 2),
-        *("--weights-only-every", 5, *precision),
+        *("--weights-only-every", 5, *VARIANTS[variant]),
     )
     planned = command("plan", "--json", *args[1:], "--gpu", "cpu")
     assert planned.code == 0, planned.err
