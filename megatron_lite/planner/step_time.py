@@ -222,16 +222,18 @@ class StepModel:
         return Passes(Seconds(tensor_parallel=forward), Seconds(tensor_parallel=backward))
 
     def _context_parallel(self, passes: Passes) -> Passes:
-        """Return the exchange of keys and values beyond the attention that hides it."""
-        model, parallel = self._config.model, self._config.parallel
+        """Return the exchange of keys and values, round a ring beside the attention of the blocks before, or gathered.
+
+        Backward exchanges them again, and returns the gradients of as many.
+        """
+        model, parallel, size = self._config.model, self._config.parallel, self._cp.size
         groups = max(1, model.num_query_groups // parallel.tp)
-        shared = 2 * self._costs.tokens * groups * model.head_dim * self._activation_bytes * self._cp.size
-        forward = self._cp.all_gather(shared)
-        # Backward also returns the gradients of keys and values.
-        backward = 2 * forward
+        shared = 2 * self._costs.tokens * groups * model.head_dim * self._activation_bytes * size
+        exchange = self._cp.all_gather(shared)
+        hidden = (size - 1) / size if parallel.cp_comm_type == "p2p" else 0.0
         return Passes(
-            Seconds(context_parallel=max(0.0, forward - passes.forward.attention)),
-            Seconds(context_parallel=max(0.0, backward - passes.backward.attention)),
+            Seconds(context_parallel=max(0.0, exchange - hidden * passes.forward.attention)),
+            Seconds(context_parallel=max(0.0, 2 * exchange - hidden * passes.backward.attention)),
         )
 
     def _pipeline(self, microbatches: int) -> tuple[float, float]:

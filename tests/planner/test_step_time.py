@@ -131,3 +131,15 @@ def test_a_single_rank_has_neither_communication_nor_bubble():
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion", "adafactor", "muon", "adamw8bit"])
 def test_every_optimizer_has_a_time(optimizer):
     assert step_time_of(config_of([*SMALL, "--optimizer", optimizer], 1, 1000), A100, 8, 32).optimizer > 0
+
+
+def test_a_ring_hides_the_exchange_of_keys_and_values():
+    config = config_of(LLAMA, 64, 128256)
+    found = {}
+    for kind in ("p2p", "all_gather"):
+        split = replace(config, parallel=replace(config.parallel, cp=4, cp_comm_type=kind))
+        found[kind] = step_time_of(split, H100, 128, 8192)
+    assert found["p2p"].context_parallel < 0.1 * found["all_gather"].context_parallel
+    whole = step_time_of(config, H100, 128, 8192)
+    # A quarter of each sequence on a rank, and four times the micro-batches for each replica.
+    assert found["p2p"].attention == pytest.approx(whole.attention, rel=0.05)
