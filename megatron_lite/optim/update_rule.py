@@ -128,8 +128,8 @@ class TorchRule(UpdateRule):
 
     def step(self, lr: float, weight_decay: float, divisor: Tensor | None, applies: Tensor) -> None:
         """Update the main parameters; gradients are divided in place."""
-        if self._rule is None:
-            return
+        if self._rule is None or self._shards[0].values.is_meta:
+            return  # on meta tensors torch's kernels would allocate what the fused ones do not
         for group in self._rule.param_groups:
             group["lr"] = lr * group["factor"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -148,7 +148,8 @@ class DeferredWeightGradients:
             fp8: formats of the product; None: the dtype of `x`.
         """
         assert self._open is not None, "backward of a stage with deferred weight gradients must run inside collect()"
-        self._open.append(_Product(weight, gradient, x, gather, fp8))
+        # With its graph, the operand would keep the stage's input in memory.
+        self._open.append(_Product(weight, gradient, x.detach(), gather, fp8))
 
     @torch.no_grad()
     def compute(self, key: Key, accumulate: Accumulate) -> None:

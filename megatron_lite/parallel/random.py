@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.seeding import seed_generator
@@ -61,7 +60,8 @@ class RngStreams:
         if torch.compiler.is_compiling():
             return _dropout(x, rate, self._position, site, layer, split, after)[0]
         self.reseed(site, layer, split)
-        return F.dropout(x, rate)
+        # As GPUs run F.dropout: for backward it keeps a mask of a byte an element, on every device.
+        return torch.native_dropout(x, rate, True)[0]
 
     def seeded(self, x: Tensor, site: str, layer: Tensor, split: bool) -> Tensor:
         """Return `x`; an operation with dropout that uses the result draws its mask from this site's stream.

@@ -48,10 +48,10 @@ class _Part:
     """Bytes of a part of a stage.
 
     Attributes:
-        kept: saved for backward besides the part's input.
+        kept: saved for backward, with the part's input if it is saved.
         forward: most bytes in forward above those before it, with the output.
-        backward: most bytes in backward above those before it, which include input, `kept` and output's gradient.
-        change: bytes after backward less those before it; input and `kept` are free, the input's gradient is there.
+        backward: most bytes in backward above those before it, which include `kept` and the output's gradient.
+        change: bytes after backward less those before it; `kept` is free, the input's gradient is there.
         deferred: operands of deferred weight gradients, part of `change`.
         weight: most temporary bytes of a deferred weight gradient.
     """
@@ -69,8 +69,6 @@ def stage_memory(
     recompute: RecomputeConfig,
     shapes: Shapes,
     layers: range,
-    *,
-    samples: int,
 ) -> StageMemory:
     """Return the memory of one micro-batch on a stage.
 
@@ -79,31 +77,31 @@ def stage_memory(
         recompute: recomputation of its layers.
         shapes: of the micro-batch.
         layers: those of the stage.
-        samples: b, of the micro-batch.
     """
     first, last = layers.start == 0, layers.stop == model.num_layers
-    hidden = _hidden_size(model, shapes)
-    level = peak = 0 if first else hidden
-    parts = [_embedding(model, shapes, samples)] if first else []
+    hidden, output = _hidden_size(model, shapes), _hidden_size(model, shapes)
     selective = recompute.granularity == "selective"
+    parts = [_embedding(model, shapes)] if first else []
     for numbers, again in recompute_units(len(layers), recompute):
-        layer = _layer(model, shapes, selective)
-        parts += [_recomputed(model, shapes, len(numbers))] if again else [layer] * len(numbers)
+        parts += (
+            [_recomputed(model, shapes, len(numbers))] if again else [_layer(model, shapes, selective)] * len(numbers)
+        )
     if last:
-        parts.append(_final_norm(model, shapes))
+        parts.append(_head(model, shapes))
+    level = peak = received = 0 if first else hidden
     for number, part in enumerate(parts):
         peak = max(peak, level + part.forward)
-        level += part.kept + (hidden if number < len(parts) - 1 or not last else _head_size(model, shapes))
-    output, loss = (_head_size(model, shapes), 0) if last else (hidden, 0)
-    gradient = output
+        is_input_free = number or first or part.kept >= hidden
+        level += part.kept + (hidden if number < len(parts) - 1 else 0) - (hidden if number else received)
+        if not is_input_free:  # the executor holds what was received
+            level += received
+    loss = 0
     if last:
-        loss = _loss(model, shapes)
-        peak = max(peak, level + loss)
-        level += gradient + 8 * shapes.tokens  # the gradient of the hidden states, and the labels
-    level -= output
+        output, loss = _head_size(model, shapes), _loss(model, shapes)
+        peak = max(peak, level + output + loss)
+        level += output + 8 * shapes.tokens  # the gradient of the hidden states, and the labels
     saved = level + (8 * shapes.tokens if first else 0)
-    level = saved + (0 if last else gradient)
-    highest = level
+    level = highest = saved + (0 if last else output)
     for part in reversed(parts):
         highest = max(highest, level + part.backward)
         level += part.change
@@ -129,12 +127,11 @@ def _measure(model: ModelConfig, shapes: Shapes, operators: ModelParts, *, outpu
     tape.reset_peak()
     y = getattr(operators, output)(x)
     forward = tape.peak - before
-    tape.drop(y)
-    kept = tape.live - before
+    tape.drop(x, y)
+    kept = tape.live
     if not tape.saves:
         return _Part(kept, forward, 0, 0)
     y.gradient = tape.new(y.size)
-    tape.drop(x)
     start = tape.live
     tape.reset_peak()
     tape.backward()
@@ -159,11 +156,12 @@ def _recomputed(model: ModelConfig, shapes: Shapes, layers: int) -> _Part:
     """Return the bytes of a unit of layers whose forward runs again in backward; it keeps its input only."""
     layer, hidden = _layer(model, shapes, False), _hidden_size(model, shapes)
     forward = _measure(model, shapes, ModelParts(Tape(saves=False), model, shapes)).forward
-    kept = layers * layer.kept + (layers - 1) * hidden
-    again = kept - layer.kept + layer.forward - hidden  # the last output is not computed again
+    # The unit's input is there before, and the last output is not computed again.
+    kept = layers * layer.kept - hidden
+    again = kept - layer.kept + layer.forward
     backward = max(again, kept + layer.backward)
     return _Part(
-        0,
+        hidden,
         forward,
         backward,
         layers * (layer.change + layer.kept + hidden) - hidden,
@@ -173,16 +171,16 @@ def _recomputed(model: ModelConfig, shapes: Shapes, layers: int) -> _Part:
 
 
 @lru_cache(maxsize=512)
-def _final_norm(model: ModelConfig, shapes: Shapes) -> _Part:
+def _head(model: ModelConfig, shapes: Shapes) -> _Part:
     return _measure(model, shapes, ModelParts(Tape(), model, shapes), output="head")
 
 
 @lru_cache(maxsize=512)
-def _embedding(model: ModelConfig, shapes: Shapes, samples: int) -> _Part:
+def _embedding(model: ModelConfig, shapes: Shapes) -> _Part:
     """Return the bytes of the embedding; its input, the tokens, belongs to the micro-batch."""
     tape = Tape()
     operators = ModelParts(tape, model, shapes)
-    y = operators.embedding(copies=samples > 1)
+    y = operators.embedding()
     forward = tape.peak
     tape.drop(y)
     kept = tape.live

@@ -94,7 +94,7 @@ def _rank(config: RunConfig, pp_rank: int, microbatches: int) -> RankMemory:
         if rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == pp_rank
     ]
     shapes = shapes_of(config, batch.seq_length)
-    stages = [stage_memory(model, config.recompute, shapes, part, samples=batch.micro_batch_size) for part in own]
+    stages = [stage_memory(model, config.recompute, shapes, part) for part in own]
     states = held_states(parallel.pipeline_schedule, parallel.pp, microbatches, len(own))[pp_rank]
     tables = len(own) * _alibi_bytes(model, parallel.tp, batch.seq_length, shapes.itemsize)
     peak = max((_peak(state, stages) for state in states), key=lambda found: found.total, default=_Peak(0, 0, 0))

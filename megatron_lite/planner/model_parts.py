@@ -35,11 +35,11 @@ class ModelParts(Operators):
         y = self.norm(x, self.model.hidden_size)
         return self._projected(y, self.model.hidden_size, self.model.embedding_size) if self.model.embedding_size else y
 
-    def embedding(self, *, copies: bool) -> Value:
-        """Embedding of the micro-batch's tokens -> [s/tp or s, b, h]; `copies`: tokens [b, s] are copied to [s, b]."""
+    def embedding(self) -> Value:
+        """Embedding of the micro-batch's tokens -> [s/tp or s, b, h]."""
         tape, model, shapes = self.tape, self.model, self.shapes
         width, tokens, local = model.embedding_width, shapes.tokens, shapes.local_tokens
-        indices = tape.new(8 * tokens if copies else 0)
+        indices = tape.new(8 * tokens if shapes.samples > 1 else 0)  # [b, s] to [s, b]
         if shapes.tp > 1:
             indices = self._masked(indices)
         elsewhere = tape.new(tokens if shapes.tp > 1 else 0)
@@ -68,7 +68,7 @@ class ModelParts(Operators):
         if model.embedding_size:
             x = self._projected(x, width, model.hidden_size)
         if model.fp32_residual and x.itemsize < 4:
-            x = self.replaced(x, self._cast(x, 4))
+            x = self.replaced(x, self.cast(x, 4))
         return self.dropout(x, model.hidden_dropout)
 
     def mlp(self, x: Value) -> Value:
@@ -97,9 +97,9 @@ class ModelParts(Operators):
 
         def backward_of_square() -> None:
             gradient = tape.take_gradient(squared)
-            twice = tape.new(x.size)
+            copy, twice = tape.new(x.size), tape.new(x.size)
             tape.add_gradient(rectified, tape.new(x.size))
-            tape.drop(gradient, twice)
+            tape.drop(copy, twice, gradient)
 
         tape.node(backward_of_square, rectified)
         tape.drop(rectified)
@@ -150,8 +150,8 @@ class ModelParts(Operators):
             query, key = (self.replaced(part, self.norm(part, model.head_dim)) for part in (query, key))
         if model.position_embedding == "rotary":
             query, key = (self.replaced(part, self.rotate(part)) for part in (query, key))
-        # Kernels that take grouped heads as they are need half precision, and have no mask.
-        if width > of_keys and (shapes.itemsize == 4 or model.position_embedding == "alibi"):
+        # The other kernels do not take grouped heads.
+        if width > of_keys and not self.uses_flash_attention:
             key, value = (self.replaced(part, self._repeated(part, tokens * width)) for part in (key, value))
         out = self.core(query, key, value)
         y = self.row(out, width, model.hidden_size, bias=model.linear_bias)
@@ -163,6 +163,9 @@ class ModelParts(Operators):
         tape, again = self.tape, self.recomputes_attention
         out, rows = tape.tensor(query.elements, query.itemsize), 4 * (query.elements // self.model.head_dim)
         sums = tape.new(rows)
+        # The memory-efficient kernel's result has the samples first, and torch's linear function copies it.
+        shapes = self.shapes
+        copies = shapes.samples > 1 and not self.uses_flash_attention and not shapes.own_functions
 
         def backward() -> None:
             recomputed = [tape.new(out.size), tape.new(rows)] if again else []
@@ -175,7 +178,12 @@ class ModelParts(Operators):
         saved: tuple[Value | Storage, ...] = (query, key, value)
         tape.node(backward, *saved, *(() if again else (out, sums)))
         tape.drop(sums)
-        return out
+        return self.replaced(out, self.cast(out, out.itemsize)) if copies else out
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """True for FlashAttention, which needs half precision and has no bias."""
+        return self.shapes.itemsize < 4 and self.model.position_embedding != "alibi"
 
     def rotate(self, x: Value) -> Value:
         """Rotary embedding of a share of each head's channels, computed in fp32; only tables are saved."""
@@ -248,7 +256,8 @@ class ModelParts(Operators):
         tape.drop(x)
         return y
 
-    def _cast(self, x: Value, itemsize: int) -> Value:
+    def cast(self, x: Value, itemsize: int) -> Value:
+        """Convert or copy a tensor."""
         tape = self.tape
         y = tape.tensor(x.elements, itemsize)
 

@@ -26,6 +26,7 @@ class Shapes:
     Attributes:
         tokens: s b of a micro-batch, where s is the part of a context-parallel rank.
         local_tokens: tokens between the parallel layers: s b / tp with sequence parallelism.
+        samples: b.
         itemsize: bytes of an element of parameters and activations.
         tp: tensor-parallel ranks.
         split: sequence parallelism is in effect.
@@ -37,6 +38,7 @@ class Shapes:
 
     tokens: int
     local_tokens: int
+    samples: int
     itemsize: int
     tp: int
     split: bool
@@ -61,6 +63,7 @@ def shapes_of(config: RunConfig, seq_length: int) -> Shapes:
     return Shapes(
         tokens=tokens,
         local_tokens=tokens // parallel.tp if split else tokens,
+        samples=config.batch.micro_batch_size,
         itemsize=4 if dtype == "fp32" else 2,
         tp=parallel.tp,
         split=split,

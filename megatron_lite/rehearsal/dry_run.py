@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +22,20 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.planner.summary import BatchStage, batch_stages
+from megatron_lite.rehearsal.kernels import attention, gpu_kernels
 from megatron_lite.rehearsal.shapes import MetaTensorMode
 from megatron_lite.schedules.iteration import IterationPlan, plan_iteration
 from megatron_lite.schedules.length import tokens_at
 from megatron_lite.schedules.microbatches import microbatch_number
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
+from megatron_lite.train.batches import BatchParts, rank_batch_parts
 from megatron_lite.train.comparison import check_capabilities
 from megatron_lite.train.engine import BatchReader
 
 
 class RehearsalBackend(FakeBackend):
-    """Fake backend with the memory of a GPU's fused attention kernel, which keeps no attention matrix for backward.
-
-    On the meta device torch would choose the unfused kernel.
-    """
+    """Fake backend with the memory of a GPU's fused attention kernels (rehearsal/kernels.py)."""
 
     def has_block_kernel(self, q: Tensor) -> bool:
         """Return True: as for attention."""
@@ -54,13 +52,8 @@ class RehearsalBackend(FakeBackend):
         causal: bool,
         new_shapes: bool = False,
     ) -> Tensor:
-        """Call the flash attention operator; with a mask, for which GPUs do not use it, the unfused kernel."""
-        if mask is not None:
-            return super().attention(q, k, v, mask, dropout=dropout, causal=causal)
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) if k.shape[2] < q.shape[2] else x for x in (k, v))
-        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), dropout, causal)[0]
-        return out.permute(2, 0, 1, 3)
+        """Call the operator of the kernel that a GPU uses."""
+        return attention(q, k, v, mask, dropout=dropout, causal=causal)
 
 
 @dataclass(frozen=True)
@@ -143,9 +136,10 @@ def _rehearse_rank(
         backend = RehearsalBackend(rank, config.parallel.world_size)
         check_capabilities(config, backend)
         mesh = build_mesh(backend, config.parallel)
-        engine = build_engine(config, mesh)
+        engine = build_engine(config, mesh, kernels=gpu_kernels(config))
         report.parameters = sum(p.rectangle.numel for p in engine.buffers.parameters)
         report.buffers = engine.state_bytes()
+        parts = rank_batch_parts(config, mesh.pp.rank)
         plans = [plan_iteration(config, _progress_before(config, stage), replica=mesh.dp.rank) for stage in stages]
         report.plans = plans
         enough = plans[-1].microbatches if all_stages else 2 * num_stages(config.model, config.parallel)
@@ -157,7 +151,7 @@ def _rehearse_rank(
                     backend.traffic.clear()
                     mode.reset_peak()
                     before = mode.live
-                    engine.train_step(plan, _reader(config, plan)).outcome()
+                    engine.train_step(plan, _reader(config, plan, parts)).outcome()
                     seen[key] = IterationRecord(tuple(backend.traffic), mode.peak - before)
             if report.error:
                 break
@@ -180,26 +174,26 @@ def _progress_before(config: RunConfig, stage: BatchStage) -> Progress:
     )
 
 
-def _reader(config: RunConfig, plan: IterationPlan) -> BatchReader:
-    data, shape = config.data, (config.batch.micro_batch_size, plan.seq_length)
+def _reader(config: RunConfig, plan: IterationPlan, parts: BatchParts) -> BatchReader:
+    shape = config.batch.micro_batch_size, plan.seq_length
 
-    def empty(dtype: torch.dtype, is_used: bool = True) -> torch.Tensor | None:
+    def empty(dtype: torch.dtype, is_used: bool) -> torch.Tensor | None:
         return torch.empty(shape, dtype=dtype, device="meta") if is_used else None
 
     def read(index: int) -> MicroBatch:
-        tokens, labels = torch.empty((2, *shape), dtype=torch.int64, device="meta")
         documents = None
-        if data.reset_attention_mask:
+        if parts.documents:
             # One document per sample needs the most memory.
             order, places = torch.empty((2, shape[0] * shape[1]), dtype=torch.int64, device="meta")
             cu_seqlens = torch.empty(shape[0] + 1, dtype=torch.int32, device="meta")
             documents = Documents(order, places, (shape,), cu_seqlens)
         return MicroBatch(
-            tokens=tokens,
-            labels=labels,
-            loss_mask=empty(torch.float32, data.eod_mask_loss),
-            position_ids=empty(torch.int64, data.reset_position_ids),
+            tokens=empty(torch.int64, parts.tokens),
+            labels=empty(torch.int64, parts.labels),
+            loss_mask=empty(torch.float32, parts.loss_mask),
+            position_ids=empty(torch.int64, parts.position_ids),
             documents=documents,
+            shape=shape,
             number=microbatch_number(config.parallel.dp, plan.replica, index),
         )
 

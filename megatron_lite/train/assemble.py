@@ -14,7 +14,7 @@ from megatron_lite.backend.select import select_backend
 from megatron_lite.backend.warnings_once import warnings_once
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.parameters import shared_stages
-from megatron_lite.config.partition import num_stages, stage_layers
+from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.config.selection import Selection, select_parameters
@@ -49,7 +49,7 @@ from megatron_lite.schedules.batch_size import final_batch_size, global_batch_si
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, Action, rank_of_stage
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
-from megatron_lite.train.batches import RunData, batch_parts
+from megatron_lite.train.batches import RunData, rank_batch_parts
 from megatron_lite.train.comparison import agree_on_kernels, compare_runs, open_files
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.introduction import introduction
@@ -338,14 +338,9 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
                 + (f" (--split {data.split})" if data.sources else ""),
                 fix=f"Give a --split with a second share above 0 (949,50,1), or --valid-data-path, or remove {flag}",
             )
-    parallel = config.parallel
-    ends = [
-        rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == mesh.pp.rank
-        for stage in (0, num_stages(config.model, parallel) - 1)
-    ]
     return RunData(
         backend,
-        batch_parts(config, first=ends[0], last=ends[1]),
+        rank_batch_parts(config, mesh.pp.rank),
         eod,
         data.prefetch,
         train=loader(datasets.train, training=True) if datasets.train is not None else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_lite.backend.base import Backend
+from megatron_lite.config.partition import num_stages
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.order.set_plan import SetPlan
 from megatron_lite.data.serving import masks
@@ -19,6 +20,7 @@ from megatron_lite.data.serving.read_ahead import Place, ReadAhead
 from megatron_lite.model.batch import Documents, MicroBatch
 from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import microbatch_number
+from megatron_lite.schedules.pipeline import rank_of_stage
 from megatron_lite.train.engine import BatchReader
 
 
@@ -55,6 +57,16 @@ def batch_parts(config: RunConfig, *, first: bool, last: bool) -> BatchParts:
         position_ids=data.reset_position_ids and (positions == "rotary" or (first and positions == "learned")),
         documents=data.reset_attention_mask,
     )
+
+
+def rank_batch_parts(config: RunConfig, pp_rank: int) -> BatchParts:
+    """Return the parts of a micro-batch that the stages of a pipeline rank read."""
+    parallel = config.parallel
+    first, last = (
+        rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == pp_rank
+        for stage in (0, num_stages(config.model, parallel) - 1)
+    )
+    return batch_parts(config, first=first, last=last)
 
 
 @dataclass

@@ -128,7 +128,7 @@ def test_a_missing_message_is_found():
 def test_the_error_of_a_rank_is_reported(capsys, monkeypatch):
     import megatron_lite.rehearsal.dry_run as dry_run
 
-    def broken(config, mesh):
+    def broken(config, mesh, **others):
         raise ValueError("no such layer")
 
     monkeypatch.setattr(dry_run, "build_engine", broken)
