@@ -24,7 +24,7 @@ def attend_block(
         k: [t, b, g, d].
         v: as k.
         mask: added to the scores, broadcast to [b, n, s, t]; -inf hides a key. None: no mask.
-        causal: query i attends to keys 0 to i only.
+        causal: the last query attends to all keys, the one before to all but the last, and so on.
         keep: dropout's factors of the weights, [b, n, s, t]; None: no dropout.
 
     Returns:
@@ -110,7 +110,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is not None:
         scores = scores + mask
     if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[0] - q.shape[0])
         scores = scores.masked_fill(later, float("-inf"))
     return scores
 

@@ -10,7 +10,7 @@ heads and g key/value heads of this rank, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
 from megatron_lite.model.batch import Documents
 from megatron_lite.parallel.context_parallel import Block, KeyExchange, chunk_positions
+
+MAX_SCORES = 1 << 27
+"""Scores of queries and keys that separate products compute at once: 512 MB in fp32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,14 @@ class ContextAttention:
         """Return whether the backend's kernel computes the blocks; otherwise separate products do."""
         return self.slopes is None and self.starts is None and not dropout and self.backend.has_block_kernel(q)
 
+    def divided(self, block: Block, q: Tensor) -> Iterator[Block]:
+        """Yield a block in parts of its queries, [l, b, n, d] in all, each with the keys that it attends to."""
+        start, stop, _ = block.rows.indices(q.shape[0])
+        step = max(1, MAX_SCORES // (q.shape[1] * q.shape[2] * block.kv.shape[1]))
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            yield replace(block, rows=slice(first, end), kv=block.kv[:, :end] if block.causal else block.kv)
+
     def mask(self, block: Block) -> Tensor | None:
         """Return what is added to the scores of a block, [b or 1, n or 1, r, t] fp32; None: nothing."""
         if self.slopes is None and self.starts is None:
@@ -76,6 +87,7 @@ class ContextAttention:
         queries = chunk_positions(self.group.rank, self.length, size, device)[block.rows]
         of_rank = block.chunks * self.length // (2 * size)
         keys = torch.cat([chunk_positions(rank, self.length, size, device)[:of_rank] for rank in block.sources])
+        keys = keys[: block.kv.shape[1]]
         if self.slopes is None:
             mask = torch.zeros(1, 1, len(queries), len(keys), device=device)
         else:
@@ -100,23 +112,25 @@ class _ContextAttention(Function):
         kv = torch.stack((k, v))
         fused = context.has_kernel(q, dropout)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_empty(0)
+        length, batch, heads, _ = q.shape
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        lse = torch.empty(batch, heads, length, dtype=dtype, device=q.device)
         if dropout:
             seed()
         for block in context.exchange.blocks(kv):
-            queries, (keys, values) = q[block.rows], block.kv
-            if fused:
-                part, part_lse = flash_attend_block(queries, keys, values, block.causal)
-            else:
-                keep = _keep(queries, keys, dropout)
-                part, part_lse = attend_block(
-                    queries, keys, values, mask=context.mask(block), causal=block.causal, keep=keep
-                )
-            if block.causal:  # the first block, in which every query attends to a key: its log-sum-exp is finite
-                out.copy_(part)
-                lse = part_lse.clone()
-            else:
-                _merge_(out[block.rows], lse[..., block.rows], part, part_lse)
+            for part in [block] if fused else context.divided(block, q):
+                rows, queries, (keys, values) = part.rows, q[part.rows], part.kv
+                if fused:
+                    partial, partial_lse = flash_attend_block(queries, keys, values, part.causal)
+                else:
+                    keep = _keep(queries, keys, dropout)
+                    partial, partial_lse = attend_block(
+                        queries, keys, values, mask=context.mask(part), causal=part.causal, keep=keep
+                    )
+                if part.causal:  # the first block, in which every query attends to a key: its log-sum-exp is finite
+                    out[rows], lse[..., rows] = partial, partial_lse
+                else:
+                    _merge_(out[rows], lse[..., rows], partial, partial_lse)
         ctx.context, ctx.dropout, ctx.seed, ctx.fused = context, dropout, seed, fused
         out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
@@ -130,15 +144,19 @@ class _ContextAttention(Function):
 
         def of_blocks() -> Iterator[tuple[Block, Tensor]]:
             for block in context.exchange.blocks(kv):
-                rows, (keys, values) = block.rows, block.kv
-                inputs = (gradient[rows], q[rows], keys, values, out[rows], lse[..., rows])
-                if ctx.fused:
-                    gradients = flash_block_gradients(*inputs, block.causal)
-                else:
-                    keep = _keep(q[rows], keys, dropout)
-                    gradients = block_gradients(*inputs, mask=context.mask(block), causal=block.causal, keep=keep)
-                of_q[rows] += gradients[0]
-                yield block, torch.stack(gradients[1:])
+                of_kv = torch.zeros_like(block.kv, dtype=of_q.dtype)
+                for part in [block] if ctx.fused else context.divided(block, q):
+                    rows, (keys, values) = part.rows, part.kv
+                    inputs = (gradient[rows], q[rows], keys, values, out[rows], lse[..., rows])
+                    if ctx.fused:
+                        gradients = flash_block_gradients(*inputs, part.causal)
+                    else:
+                        keep = _keep(q[rows], keys, dropout)
+                        gradients = block_gradients(*inputs, mask=context.mask(part), causal=part.causal, keep=keep)
+                    of_q[rows] += gradients[0]
+                    for total, own in zip(of_kv[:, : keys.shape[0]], gradients[1:], strict=True):
+                        total += own
+                yield block, of_kv
 
         if dropout:
             ctx.seed()

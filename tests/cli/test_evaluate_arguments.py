@@ -26,6 +26,12 @@ def test_flags_without_effect(args, found):
     assert flags_without_effect(evaluate_parser().parse_args([*GIVEN, *args])) == found
 
 
+def test_context_parallelism_of_training_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluate_parser().parse_args([*GIVEN, "--context-parallel-size", "2"])
+    assert "only training splits sequences over ranks, not '2': decoding computes one" in capsys.readouterr().err
+
+
 def test_a_flag_without_any_effect_is_refused(capsys):
     with pytest.raises(SystemExit):
         evaluate.run([*GIVEN, "--lambada", "f", "--stride", "8"])

@@ -1,5 +1,7 @@
 """Tests of context-parallel attention: equal to attention in one process, forward and backward."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from megatron_lite.backend.attention_blocks import flash_attend_block, flash_blo
 from megatron_lite.config.layout import partitions
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.data.serving.masks import document_ids, document_rows
+from megatron_lite.model import context_attention
 from megatron_lite.model.batch import Documents
 from megatron_lite.model.context_attention import ContextAttention, document_starts
 from megatron_lite.model.positions import alibi_slopes
@@ -49,7 +52,7 @@ def whole_attention(q, k, v, alibi, masked):
     return torch.einsum("bnst,tbnd->sbnd", weights, v).flatten(2, 3)
 
 
-def deviations(backend, case):
+def deviations(backend, case, max_scores):
     """On one rank: largest deviations, relative to the largest element, of outputs and gradients, by exchange."""
     size = backend.world_size
     group = backend.new_group("cp", partitions("cp", ParallelConfig(world_size=size, cp=size)))
@@ -69,8 +72,9 @@ def deviations(backend, case):
             torch.tensor(alibi_slopes(HEADS)) if alibi else None,
             document_starts(documents(), BATCH) if masked else None,
         )
-        out = attention(*parts, 0.0, lambda: None)
-        out.backward(local_chunks(upstream, group, 0))
+        with mock.patch.object(context_attention, "MAX_SCORES", max_scores):
+            out = attention(*parts, 0.0, lambda: None)
+            out.backward(local_chunks(upstream, group, 0))
         pairs = [(out, expected), *((part.grad, x.grad) for part, x in zip(parts, whole, strict=True))]
         found[kind] = [
             ((ours - local_chunks(theirs, group, 0)).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs
@@ -80,9 +84,10 @@ def deviations(backend, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_equals_attention_in_one_process(size, on_ranks):
+@pytest.mark.parametrize("max_scores", [1 << 27, 100], ids=["", "queries in parts"])
+def test_equals_attention_in_one_process(size, max_scores, on_ranks):
     for case in CASES:
-        for found in on_ranks(size, deviations, case):
+        for found in on_ranks(size, deviations, case, max_scores):
             assert all(max(numbers) < 2e-6 for numbers in found.values()), (case, found)
 
 

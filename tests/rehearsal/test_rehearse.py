@@ -105,6 +105,9 @@ def test_the_communication_of_all_ranks_of_a_small_job_matches():
         "--num-query-groups 2",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --world-size 4 --share-layers 2 "
         "--embedding-size 16",
+        "--context-parallel-size 4 --pipeline-model-parallel-size 2 --world-size 8 --bf16",
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --world-size 8 --cp-comm-type "
+        "all_gather --use-distributed-optimizer --position-embedding-type alibi --reset-attention-mask",
     ],
 )
 def test_every_kind_of_layout_can_be_rehearsed(arguments):

@@ -41,6 +41,7 @@ REPLICATED = [
     (Cell(tp=2, **SP), 1, NORM, None, [0, 1]),
     (Cell(tp=2, dp=2, **SP, **ZERO1), 3, NORM, None, [0, 1, 2, 3]),
     (Cell(tp=2, dp=2, **SP, **ZERO1), 0, NORM, None, [0, 1, 2, 3]),
+    (Cell(tp=2, cp=2, **SP, **ZERO1), 3, NORM, None, [0, 1, 2, 3]),
     (Cell(pp=2), 1, WORD_EMBEDDINGS, 0, [0, 1]),
     (Cell(pp=2, dp=2, **ZERO1, dtype="bf16"), 3, WORD_EMBEDDINGS, 0, [0, 1, 2, 3]),
     (Cell(pp=2, model="albert"), 1, "decoder.layers.0.mlp.fc1.weight", 0, [0, 1]),
