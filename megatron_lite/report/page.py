@@ -16,9 +16,20 @@ from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_count, format_parameters, format_short, format_size
 from megatron_lite.report.energy import read_energy
 from megatron_lite.report.html import cards, date, details, document, duration, percent, section, table
+from megatron_lite.report.plan import RunPlan, make_plan, planned_parts
 from megatron_lite.report.run_charts import final_loss, loss_chart, marks, source_chart, speed_charts, training_charts
 from megatron_lite.report.run_log import RunLog, is_average, loss_of
-from megatron_lite.report.timeline import BETWEEN, COMMUNICATION, COMPUTE, LOST, TRAINING, Timeline, account
+from megatron_lite.report.timeline import (
+    BETWEEN,
+    COMMUNICATION,
+    COMPUTE,
+    DATA,
+    LOST,
+    OPTIMIZER,
+    TRAINING,
+    Timeline,
+    account,
+)
 from megatron_lite.runs.catalog import best_iteration, latest_iteration, list_checkpoints
 from megatron_lite.runs.comparison import flag_of
 from megatron_lite.runs.evaluations import read_evaluations
@@ -31,8 +42,8 @@ _PART_COLOURS = {
     COMPUTE: "var(--c3)",
     TRAINING: "var(--c3)",
     COMMUNICATION: "var(--c1)",
-    "data": "var(--c5)",
-    "optimizer": "var(--c6)",
+    DATA: "var(--c5)",
+    OPTIMIZER: "var(--c6)",
     "evaluation": "var(--c7)",
     "saves": "var(--c2)",
     "start-up": "var(--c4)",
@@ -49,11 +60,12 @@ def run_page(log: RunLog) -> str:
         DataError: the recorded evaluations are damaged.
     """
     timeline = account(log)
+    plan = make_plan(log, read_config(log))
     sections = [
         ("loss", "Loss", [loss_chart(log)]),
         ("sources", "Data sources", [source_chart(log)]),
         ("training", "Training", [pair(training_charts(log))]),
-        ("speed", "Speed", [pair(speed_charts(log)), slow_ranks(log)]),
+        ("speed", "Speed", [pair(speed_charts(log, plan)), _planned(log, timeline, plan), slow_ranks(log)]),
         ("time", "Time", [time_bar(timeline)]),
         ("events", "Events", [_events(log), _warnings(log)]),
         ("validation", "Validation", [_validations(log)]),
@@ -152,6 +164,29 @@ def _validation_figures(log: RunLog) -> Iterator[tuple[str, str, str]]:
 def pair(figures: Sequence[str]) -> str:
     """Return figures side by side where there is room."""
     return f"<div class='pair'>{''.join(figures)}</div>" if figures else ""
+
+
+def _planned(log: RunLog, timeline: Timeline, plan: RunPlan | None) -> str:
+    """Return the seconds of an iteration by part, measured and predicted; empty: there is no prediction."""
+    if plan is None or plan.step is None:
+        return ""
+    shares = {name: seconds / timeline.iterations for name, seconds in timeline.parts.items()} if log.parts else {}
+    median, predicted = log.median("seconds"), planned_parts(plan.step)
+    rows = [
+        (
+            name,
+            duration(median * shares[name]) if name in shares else "",
+            duration(predicted[name]) if name in predicted else "",
+        )
+        for name in (COMPUTE, COMMUNICATION, DATA, OPTIMIZER)
+        if name in shares or name in predicted
+    ]
+    rows.append(("iteration", duration(median), duration(plan.step.total)))
+    note = (
+        "<p class='note'>The plan is that of <code>megatron-lite plan</code> for "
+        f"{escape(plan.machine.device.device)} with {plan.machine.per_node} devices a node, without calibration.</p>"
+    )
+    return note + table(("part of an iteration", "measured", "plan"), rows, numbers=(1, 2))
 
 
 def slow_ranks(log: RunLog) -> str:

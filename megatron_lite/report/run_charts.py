@@ -11,6 +11,7 @@ import numpy as np
 from megatron_lite.formatting import format_count
 from megatron_lite.report.chart import Chart, Line, Mark, draw, line_of
 from megatron_lite.report.html import choice
+from megatron_lite.report.plan import RunPlan
 from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_of, read_rollbacks
 
 X_FIELDS = {
@@ -139,16 +140,16 @@ def training_charts(log: RunLog) -> list[str]:
     return [figure for figure in found if figure]
 
 
-def speed_charts(log: RunLog, plan: Column | None = None) -> list[str]:
+def speed_charts(log: RunLog, plan: RunPlan | None = None) -> list[str]:
     """Return tokens per second, and MFU or TFLOP/s per device.
 
     Args:
         log: of the run.
-        plan: predicted seconds of each iteration; None: there is no prediction.
+        plan: predicted seconds of the iterations; None: there is no prediction.
     """
     columns, world = log.columns, max(1, int(log.start.get("world_size", 1)))
     tokens = columns["global_batch_size"] * columns["seq_length"]
-    expected = None if plan is None else tokens / plan
+    expected = None if plan is None else tokens / plan.seconds
     found = [
         _speed(log, "Tokens per second", f"all {format_count(world, 'device')}", columns["tokens_per_second"], expected)
     ]

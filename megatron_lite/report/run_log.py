@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ FIELDS = (
     "mfu",
 )
 """Fields of iteration records that are columns, besides the losses."""
+# A million iterations have 600 MB, of which orjson (extra "fast") reads three times as many in a second.
+_LOAD: Callable[[bytes], Any] = import_module("orjson").loads if find_spec("orjson") else json.loads
 MEASUREMENTS = 3
 """Measurements of the ranks' busy times whose median counts."""
 
@@ -270,7 +274,7 @@ class _Reader:
 
 def _decode(line: bytes) -> dict[str, Any]:
     """Return the record of a line, its numbers that are not finite still as strings, which float() reads."""
-    record = json.loads(line)
+    record = _LOAD(line)
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError("not an object with a kind")
     return record

@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.run_files import RunFiles, eventful_run
+from support.run_files import BATCH, SEQ, RunFiles, config, eventful_run
 
 from megatron_lite.cli import report as command
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.planner.hardware import Hardware, device_of
+from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.report.chart import Chart, draw, line_of
 from megatron_lite.report.comparison import comparison_page
 from megatron_lite.report.energy import Energy, read_energy
-from megatron_lite.report.page import run_page
+from megatron_lite.report.html import duration
+from megatron_lite.report.page import read_config, run_page
+from megatron_lite.report.plan import make_plan, planned_parts
 from megatron_lite.report.run_log import read_run
 from megatron_lite.report.timeline import account
 from megatron_lite.runs.evaluations import Evaluation, append_evaluations
@@ -108,6 +112,32 @@ def test_time_between_jobs_whose_starts_were_discarded(tmp_path):
     assert timeline.parts["between jobs"] == pytest.approx(1200.0)
     assert timeline.jobs == 3 and timeline.parts["lost to restarts"] == 50.0
     assert timeline.device_seconds == pytest.approx(8 * timeline.job_seconds)
+
+
+def test_the_plan_is_drawn_beside_the_measured_speed(run, tmp_path):
+    log = read_run(run)
+    plan = make_plan(log, read_config(log))
+    expected = step_time_of(config(), Hardware(device_of("NVIDIA H100 80GB HBM3"), 4), BATCH, SEQ)
+    assert plan.seconds == pytest.approx(np.full(3000, expected.total)) and plan.step == expected
+    assert sum(planned_parts(expected).values()) == pytest.approx(expected.total)
+    page = run_page(log)
+    planned = re.escape(duration(expected.total))
+    assert re.search(rf"<td>iteration</td><td class='n'>0\.9\d* s</td><td class='n'>{planned}</td>", page)
+    assert page.count("data-name='plan'") == 2
+    log.start["device"] = "CPU"
+    assert make_plan(log, read_config(log)) is None and "data-name='plan'" not in run_page(log)
+
+
+def test_a_long_ramp_is_predicted_at_some_of_its_batch_sizes(tmp_path):
+    files = RunFiles(tmp_path)
+    files.start()
+    for number in range(500):
+        files.iterations(number + 1, number + 1, global_batch_size=16 + 8 * number)
+    files.file.close()
+    log = read_run(tmp_path)
+    seconds = make_plan(log, read_config(log)).seconds
+    known = np.isfinite(seconds)
+    assert 100 <= known.sum() <= 200 and (np.diff(seconds[known]) > 0).all()
 
 
 def test_energy_is_summed_over_jobs_and_nodes(tmp_path):

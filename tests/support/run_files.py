@@ -8,6 +8,7 @@ from dataclasses import asdict
 from megatron_lite.config.batch import BatchConfig
 from megatron_lite.config.learning_rate import LrConfig
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import PrecisionConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.report import RunFacts
@@ -23,6 +24,7 @@ def config(lr=6e-4):
         batch=BatchConfig(seq_length=SEQ, micro_batch_size=4, global_batch_size=BATCH),
         parallel=ParallelConfig(world_size=8, tp=2, pp=2),
         lr=LrConfig(lr=lr),
+        precision=PrecisionConfig(dtype="bf16"),
     )
 
 
