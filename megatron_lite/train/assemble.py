@@ -181,7 +181,7 @@ def assembled(
         if (loaded := start.continued(config)) is not None:
             state.load(loaded.scalars)
         reporter.message(introduction(config, backend, data, start, progress, kernels.report))
-        reporter.start(config, run_facts(config, mesh, progress, origin))
+        reporter.start(config, run_facts(config, mesh, progress, origin, kernels))
         _warn(config, data, progress, reporter)
         yield Run(
             config=_of_process(config, backend),
