@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -124,8 +124,6 @@ def te_norm(config: RunConfig) -> NormKernel:
         make = getattr(te, kind)
         return make(size, eps=epsilon, params_dtype=dtype, zero_centered_gamma=zero_centered, device="meta")
 
-    # It makes modules and is no custom operator: a graph of torch.compile breaks around it.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, zero_centered: bool) -> Tensor:
         kind = "RMSNorm" if bias is None else "LayerNorm"
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -133,7 +131,7 @@ def te_norm(config: RunConfig) -> NormKernel:
         y: Tensor = torch.func.functional_call(of_size, parameters, (x,))
         return y
 
-    return cast(NormKernel, norm)
+    return norm
 
 
 def flash_attention(config: RunConfig) -> AttentionKernel:
@@ -202,7 +200,6 @@ def te_attention(config: RunConfig) -> AttentionKernel:
     def module(heads: int, groups: int, channels: int, dropout: float) -> Any:
         return te.DotProductAttention(heads, channels, num_gqa_groups=groups, attention_dropout=dropout)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attention(
         q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None, cu_seqlens: Tensor | None, dropout: float
     ) -> Tensor:
@@ -229,7 +226,7 @@ def te_attention(config: RunConfig) -> AttentionKernel:
         )
         return out.unflatten(-1, (heads, channels)).unflatten(0, (-1, length)).transpose(0, 1)
 
-    return cast(AttentionKernel, attention)
+    return attention
 
 
 def te_loss(config: RunConfig) -> LossKernel:

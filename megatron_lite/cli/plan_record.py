@@ -6,6 +6,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
+from megatron_lite.cli.plan_remedies import remedies
 from megatron_lite.config.arguments import ParsedRun, raise_all
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.layout import axis_sizes, describe_sizes
@@ -59,7 +60,7 @@ def plan_record(
     if machine.device.name == "cpu" and calibration is None:
         warnings.insert(0, "The speeds of --gpu cpu are placeholders. Give --calibrate with a run's metrics.jsonl")
     if machine.device.memory and not memory["fits"]:
-        warnings.insert(0, _does_not_fit(memory, machine))
+        warnings.insert(0, _does_not_fit(config, memory, machine))
     if over_budget:
         warnings.insert(
             0,
@@ -133,14 +134,16 @@ def _memory(config: RunConfig, machine: Hardware) -> dict[str, Any]:
     }
 
 
-def _does_not_fit(memory: dict[str, Any], machine: Hardware) -> str:
+def _does_not_fit(config: RunConfig, memory: dict[str, Any], machine: Hardware) -> str:
     fullest = max(memory["ranks"], key=lambda rank: rank["total"])
-    return (
+    problem = (
         f"The run does not fit: pipeline rank {fullest['pp_rank']} needs {format_size(fullest['total'])}, and "
-        f"{machine.device.name} has {format_size(memory['available_bytes'])} beside driver and libraries. Use "
-        "--recompute-granularity full, --sequence-parallel, --use-distributed-optimizer, a smaller --micro-batch-size, "
-        "or more tensor- or pipeline-parallel ranks"
+        f"{machine.device.name} has {format_size(memory['available_bytes'])} beside driver and libraries"
     )
+    found = remedies(config, memory["available_bytes"], machine.per_node)
+    if not found:
+        return f"{problem}. Use more GPUs, a device with more memory, or a smaller model: no small change makes it fit"
+    return f"{problem}. It fits with " + ", or with ".join(f"{flags} ({format_size(size)})" for flags, size in found)
 
 
 def _time(job: JobPlan, machine: Hardware, config: RunConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_the_answer_comes_first(capsys, monkeypatch):
 
 
 def test_json(capsys):
-    found = record_of(capsys, *MULTILINGUAL, "--world-size", "384", "--gpu", "a100", "--carbon-intensity", "57")
+    found = record_of(capsys, *MULTILINGUAL, "--world-size", "384", "--gpu", "h200", "--carbon-intensity", "57")
     assert found["answer"]["fits"] and found["answer"]["within_budget"] is None
     assert found["time"]["iterations"] == 115_311 and found["model"]["name"] == "176B"
     assert sum(found["time"]["seconds"].values()) == pytest.approx(found["time"]["total_seconds"])
@@ -63,7 +63,7 @@ def test_json(capsys):
     assert 0.2 < found["time"]["mfu"] < found["time"]["hfu"] < 0.8
     assert found["disk"]["checkpoint"] == 14 * found["model"]["exact"]
     assert found["cost"]["tons_of_co2"] == pytest.approx(found["cost"]["megawatt_hours"] * 0.057)
-    assert found["machine"]["device"]["name"] == "a100-80gb" and found["machine"]["nodes"] == 48
+    assert found["machine"]["device"]["name"] == "h200" and found["machine"]["nodes"] == 48
 
 
 @pytest.mark.parametrize("argv", [SMALL, CURRICULUM])
@@ -75,11 +75,23 @@ def test_other_runs(argv, capsys):
     assert code == 0 and "not in the total, since nothing is saved" in out
 
 
-def test_a_run_that_does_not_fit_fails(capsys):
-    code, out, _ = plan(capsys, *MULTILINGUAL, "--world-size", "384", "--gpu", "v100-16gb")
+def test_a_run_that_does_not_fit_fails_with_flags_that_fit(capsys):
+    argv = [*SMALL, "--num-layers", "24", "--hidden-size", "4096", "--num-attention-heads", "32", "--bf16"]
+    argv += ["--seq-length", "2048", "--max-position-embeddings", "2048", "--world-size", "8", "--gpu", "a100-40gb"]
+    code, out, _ = plan(capsys, *argv)
     assert code == 1
     assert "DOES NOT FIT" in out.splitlines()[1]
-    assert out.splitlines()[2].startswith("! The run does not fit")
+    warning = out.splitlines()[2]
+    assert warning.startswith("! The run does not fit: pipeline rank 0 needs ") and "It fits with " in warning
+    remedy = warning.partition("It fits with ")[2].partition(" (")[0].split()
+    code, out, _ = plan(capsys, *argv, *remedy)
+    assert code == 0 and out.splitlines()[1].startswith("fits ("), remedy
+
+
+def test_a_model_that_fits_nowhere(capsys):
+    argv = [*SMALL, "--hidden-size", "65536", "--num-attention-heads", "64", "--bf16", "--gpu", "v100-16gb"]
+    code, out, _ = plan(capsys, *argv)
+    assert code == 1 and "no small change makes it fit" in out
 
 
 def test_a_run_over_the_budget_fails(capsys):
