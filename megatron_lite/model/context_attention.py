@@ -109,7 +109,8 @@ class _ContextAttention(Function):
         dropout: float,
         seed: Callable[[], None],
     ) -> Tensor:
-        kv = torch.stack((k, v))
+        # Copies: views would keep the whole output of the qkv projection in memory until backward.
+        q, kv = q.contiguous(), torch.stack((k, v))
         fused = context.has_kernel(q, dropout)
         dtype = torch.promote_types(q.dtype, torch.float32)
         length, batch, heads, _ = q.shape
@@ -144,7 +145,7 @@ class _ContextAttention(Function):
 
         def of_blocks() -> Iterator[tuple[Block, Tensor]]:
             for block in context.exchange.blocks(kv):
-                of_kv = torch.zeros_like(block.kv, dtype=of_q.dtype)
+                of_kv: Tensor | None = None
                 for part in [block] if ctx.fused else context.divided(block, q):
                     rows, (keys, values) = part.rows, part.kv
                     inputs = (gradient[rows], q[rows], keys, values, out[rows], lse[..., rows])
@@ -154,8 +155,11 @@ class _ContextAttention(Function):
                         keep = _keep(q[rows], keys, dropout)
                         gradients = block_gradients(*inputs, mask=context.mask(part), causal=part.causal, keep=keep)
                     of_q[rows] += gradients[0]
-                    for total, own in zip(of_kv[:, : keys.shape[0]], gradients[1:], strict=True):
-                        total += own
+                    own = torch.stack(gradients[1:])
+                    if of_kv is not None:  # of the queries before, which attend to as many keys or fewer
+                        own[:, : of_kv.shape[1]] += of_kv
+                    of_kv = own
+                assert of_kv is not None, "a block has queries"
                 yield block, of_kv
 
         if dropout:
