@@ -4,18 +4,20 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+XLA := .venv-xla
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast test-portable test-slurm slurm-up slurm-down check format docs docs-layouts site clean help
+.PHONY: demo test test-fast test-portable test-xla test-slurm slurm-up slurm-down check format docs docs-layouts site clean help
 
 help:
 	@echo "make demo            train a small GPT on the sources of Python's standard library (about 5 minutes on 2 cores)"
 	@echo "make test            all tests"
 	@echo "make test-fast       the tests that are not marked slow (90 seconds on 2 cores)"
 	@echo "make test-portable   the numeric tests under every instruction set of this processor"
+	@echo "make test-xla        the XLA engine on 8 virtual devices of this CPU, in .venv-xla (torch 2.9; Linux on x86-64)"
 	@echo "make test-slurm      chained jobs on a real Slurm, in network namespaces of this machine (8 minutes; needs root)"
 	@echo "make slurm-up        start that Slurm cluster: munged, slurmctld and four nodes; make slurm-down stops it"
 	@echo "make check           format, lint, types, import contracts, spelling, file sizes, README"
@@ -54,6 +56,14 @@ test-fast: $(STAMP)-dev
 test-portable: $(STAMP)-dev
 	$(BIN)/python tests/support/portable.py
 
+# torch_xla needs a torch of its own version, so that its tests have an environment of their own.
+$(XLA)/.installed: setup.py tests/xla/install.sh tests/xla/cuda_stubs.py
+	tests/xla/install.sh $(XLA) $(PYTHON)
+	@touch $@
+
+test-xla: $(XLA)/.installed
+	$(XLA)/bin/python -m pytest tests/xla
+
 # Debian packages slurm-wlm, munge and iproute2; without them the tests fail. They use a cluster of their own.
 test-slurm: $(STAMP)-dev
 	$(PYTEST) tests/slurm
@@ -87,4 +97,4 @@ site: $(STAMP)-site
 	$(BIN)/python tools/build_site.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(XLA) runs build *.egg-info

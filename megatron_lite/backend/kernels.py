@@ -53,6 +53,12 @@ class Kernels:
     weight_gradient: WeightGradientKernel | None = None
     report: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Return the kernel of each reported function, with its version."""
+        pairs = (text.partition(": ") for text in self.report)
+        return {function: kernel.partition(" (")[0] for function, _, kernel in pairs}
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -273,7 +279,7 @@ def _choose(function: Function, wish: Wish, config: RunConfig, device: torch.dev
     """Return the kernel of one function (None: PyTorch's), and its text of the report."""
     reasons = [wish.why] if wish.why else []
     for candidate in (next(row for row in CANDIDATES[function] if row.name == name) for name in wish.names):
-        kernel, reason = _prepare(function, candidate, config, device)
+        kernel, reason = prepare(function, candidate, config, device)
         if not reason:
             return kernel, _describe(candidate, reasons)
         if wish.strict or (wish.flag and not candidate.installed):
@@ -282,7 +288,7 @@ def _choose(function: Function, wish: Wish, config: RunConfig, device: torch.dev
     return None, TORCH[function] + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
-def _prepare(function: Function, candidate: Candidate, config: RunConfig, device: torch.device) -> tuple[Any, str]:
+def prepare(function: Function, candidate: Candidate, config: RunConfig, device: torch.device) -> tuple[Any, str]:
     """Return a candidate's kernel, or None and the reason why it cannot serve the run."""
     if not candidate.installed:
         return None, "not installed"

@@ -12,6 +12,7 @@ from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.devices import automatic_kind, find_device, list_devices
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.mps import MpsBackend
+from megatron_lite.backend.xla import XlaBackend
 from megatron_lite.backend.xpu import XpuBackend
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -28,7 +29,6 @@ _BUILDS = {
     "cuda": "a build of PyTorch for CUDA or ROCm, and the GPU's driver",
     "xpu": "a build of PyTorch for Intel GPUs (https://download.pytorch.org/whl/xpu), and their driver",
     "mps": "PyTorch on a Mac with macOS 14 or newer",
-    "xla": "torch_xla",
 }
 
 
@@ -44,6 +44,8 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         ConfigError: there is no such device, or the launcher's world size is not the configured one.
     """
     launch = launch or read_launch()
+    if runtime.device == "xla":
+        return XlaBackend(runtime, parallel, launch)
     if launch.world_size != parallel.world_size:
         raise ConfigError(
             f"{launch.launcher} started {format_count(launch.world_size, 'rank')}, but --world-size "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -124,6 +124,8 @@ def te_norm(config: RunConfig) -> NormKernel:
         make = getattr(te, kind)
         return make(size, eps=epsilon, params_dtype=dtype, zero_centered_gamma=zero_centered, device="meta")
 
+    # It makes modules and is no custom operator: a graph of torch.compile breaks around it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, zero_centered: bool) -> Tensor:
         kind = "RMSNorm" if bias is None else "LayerNorm"
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -131,7 +133,7 @@ def te_norm(config: RunConfig) -> NormKernel:
         y: Tensor = torch.func.functional_call(of_size, parameters, (x,))
         return y
 
-    return norm
+    return cast(NormKernel, norm)
 
 
 def flash_attention(config: RunConfig) -> AttentionKernel:
@@ -200,6 +202,7 @@ def te_attention(config: RunConfig) -> AttentionKernel:
     def module(heads: int, groups: int, channels: int, dropout: float) -> Any:
         return te.DotProductAttention(heads, channels, num_gqa_groups=groups, attention_dropout=dropout)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attention(
         q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None, cu_seqlens: Tensor | None, dropout: float
     ) -> Tensor:
@@ -226,7 +229,7 @@ def te_attention(config: RunConfig) -> AttentionKernel:
         )
         return out.unflatten(-1, (heads, channels)).unflatten(0, (-1, length)).transpose(0, 1)
 
-    return attention
+    return cast(AttentionKernel, attention)
 
 
 def te_loss(config: RunConfig) -> LossKernel:

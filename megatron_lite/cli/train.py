@@ -8,8 +8,12 @@ import time
 
 from megatron_lite.backend.environment import Launch, host_name, read_launch
 from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visible_gpus
+from megatron_lite.backend.xla_devices import count_xla_devices
 from megatron_lite.config.arguments import asks_for_help, is_dry_run, parse_run, raise_all, save_folder
+from megatron_lite.config.command_line import read_command_line
 from megatron_lite.config.files import missing_files
+from megatron_lite.config.flag import FIELD
+from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import ranks_per_task
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count
@@ -44,6 +48,9 @@ def run(argv: list[str]) -> int:
     if launch.launcher == "task":
         end_with_parent()
     world_size = None if launch.launcher == "python" and count == 1 else launch.world_size * count
+    is_xla = _is_xla(argv)
+    if is_xla:
+        world_size = _num_xla_devices(argv, launch)
     # From here on, every error is written to exit_status.json.
     with ExitRecord(save_folder(argv), launch) as record:
         if broken is not None:
@@ -58,7 +65,7 @@ def run(argv: list[str]) -> int:
         errors, wanted = [*parsed.missing], parsed.config.parallel.world_size
         if launch.world_size == 1:  # several ranks compare which files they have after the rendezvous
             errors = missing_files(parsed.config, parsed.missing, parsed.spellings)
-        if launch.world_size != wanted:
+        if launch.world_size != wanted and not is_xla:
             errors.append(
                 ConfigError(
                     f"The flags describe a run of {wanted} ranks, but the launcher started "
@@ -83,6 +90,21 @@ def run(argv: list[str]) -> int:
         record.begin(lambda: complete.iteration, trains=False)
         record.end("completed", f"training was complete after {complete.iteration} iterations: nothing was done")
         return 0
+
+
+def _is_xla(argv: list[str]) -> bool:
+    """Return whether the flags choose XLA devices, all of which on a host are one rank's."""
+    given = Given()
+    read_command_line(argv, given)
+    return given.run.runtime.device == "xla"
+
+
+def _num_xla_devices(argv: list[str], launch: Launch) -> int | None:
+    """Return the number of XLA devices of all hosts; None: unknown, or --world-size gives it."""
+    given = Given()
+    read_command_line(argv, given)
+    own = None if given.has(FIELD.parallel.world_size) else count_xla_devices()
+    return None if own is None else own * launch.world_size
 
 
 def _ranks_to_start(argv: list[str], launch: Launch) -> int:

@@ -24,6 +24,7 @@ from megatron_lite.config import (
     tokenizer,
     training,
     tuning,
+    xla,
 )
 from megatron_lite.config.checkpoint import SavePhase
 from megatron_lite.config.command_line import read_command_line
@@ -50,6 +51,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
     *runtime.RESOLVERS,
     *checkpoint.RESOLVERS,
     *data.RESOLVERS,
+    *xla.RESOLVERS,
 )
 """Derive fields from others, in this order: DeepSpeed's JSON first, since others depend on its values."""
 RULES: tuple[Rule, ...] = (
@@ -69,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     *fp8.RULES,
     *metrics.RULES,
     *engines.RULES,
+    *xla.RULES,
 )
 
 

@@ -97,9 +97,94 @@ DEEPSPEED = (
     ),
 )
 
-LIMITS: Mapping[str, tuple[Limit, ...]] = {"native": (), "deepspeed": DEEPSPEED}
+XLA = (
+    Limit(
+        lambda run: given_if(run.parallel.pp > 1, f"--pipeline-model-parallel-size {run.parallel.pp}"),
+        "XLA partitions one program over all devices, and pipeline stages are different programs",
+        "Use --pipeline-model-parallel-size 1, and --tensor-model-parallel-size, --use-distributed-optimizer or "
+        "--recompute-granularity full if memory is short",
+    ),
+    Limit(
+        lambda run: given_if(
+            run.parallel.pp == 1 and run.parallel.pipeline_schedule != "1f1b",
+            f"--pipeline-schedule {run.parallel.pipeline_schedule}",
+        ),
+        "XLA orders the products of a step itself, those of weight gradients too",
+        "Remove --pipeline-schedule",
+    ),
+    Limit(
+        lambda run: given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}"),
+        "It splits samples and heads over the devices, and attention reads complete sequences",
+        "Use --context-parallel-size 1, and a larger --tensor-model-parallel-size with --sequence-parallel",
+    ),
+    Limit(
+        lambda run: given_if(run.precision.dtype == "fp16", "--fp16"),
+        "TPUs compute in bf16, and have no use for a loss scale",
+        "Use --bf16",
+    ),
+    Limit(
+        lambda run: given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}"),
+        "The fp8 products are those of GPUs",
+        "Remove --fp8-format",
+    ),
+    Limit(
+        lambda run: given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}"),
+        "XLA compiles every step, without torch.compile",
+        "Remove --compile",
+    ),
+    Limit(
+        lambda run: given_if(run.optimizer.kind not in ("adam", "sgd"), f"--optimizer {run.optimizer.kind}"),
+        "It updates partitioned parameters by AdamW or SGD",
+        "Use --optimizer adam or sgd",
+    ),
+    Limit(
+        lambda run: given_if(run.optimizer.ema_decay > 0, f"--ema-decay {run.optimizer.ema_decay:g}"),
+        "Its optimizer keeps no moving average of the weights",
+        "Remove --ema-decay; `megatron-lite checkpoint average` averages saved weights",
+    ),
+    Limit(
+        lambda run: given_if(run.data.reset_attention_mask, "--reset-attention-mask"),
+        "Documents have other lengths in every micro-batch, so that every step would be compiled again",
+        "Remove --reset-attention-mask",
+    ),
+    Limit(
+        lambda run: given_if(run.runtime.attention != "auto", f"--attention-backend {run.runtime.attention}"),
+        "The kernels of this flag are those of GPUs",
+        "Remove --attention-backend",
+    ),
+    Limit(
+        lambda run: given_if(
+            run.training.weight_check_interval > 0,
+            f"--check-weight-hash-across-dp-replicas-interval {run.training.weight_check_interval}",
+        ),
+        "XLA keeps the replicas, which cannot be read one by one",
+        "Remove --check-weight-hash-across-dp-replicas-interval",
+    ),
+    Limit(
+        lambda run: given_if(run.metrics.timing_log_level > 0, f"--timing-log-level {run.metrics.timing_log_level}"),
+        "A step is one graph, whose parts have no times of their own",
+        "Remove --timing-log-level, and trace the devices with torch_xla's profiler (docs/tpu.md)",
+    ),
+    Limit(
+        lambda run: given_if(run.profile.on, "--profile"),
+        "PyTorch's profiler does not see the devices",
+        "Remove --profile, and trace the devices with torch_xla's profiler (docs/tpu.md)",
+    ),
+    Limit(
+        lambda run: given_if(run.runtime.check_nodes, "--check-nodes"),
+        "The checks measure GPUs",
+        "Remove --check-nodes",
+    ),
+    Limit(
+        _kernel_flag,
+        "Other packages' kernels are those of GPUs",
+        "Remove the flag",
+    ),
+)
+
+LIMITS: Mapping[str, tuple[Limit, ...]] = {"native": (), "deepspeed": DEEPSPEED, "xla": XLA}
 """What each engine cannot run."""
-NAMES = {"deepspeed": "The DeepSpeed engine"}
+NAMES = {"deepspeed": "The DeepSpeed engine", "xla": "The XLA engine (--device xla)"}
 
 
 def engine_runs_the_config(config: RunConfig) -> Iterator[ConfigError]:

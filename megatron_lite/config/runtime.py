@@ -34,22 +34,22 @@ def read_compile(args: Sequence[str]) -> Compile:
 class RuntimeConfig:
     """Settings of the machine, which change neither the model nor its data."""
 
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option(
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps", "xla"] = option(
         "auto",
         Flag(
             "--device",
-            "Kind of device: cuda for NVIDIA and AMD, xpu for Intel, mps for a Mac; auto uses cuda or xpu if there is "
-            "a GPU. `megatron-lite devices` lists those of this host.",
-            choices={"gpu": "cuda", "rocm": "cuda"},
+            "Kind of device: cuda for NVIDIA and AMD, xpu for Intel, mps for a Mac, xla for TPUs (docs/tpu.md); auto "
+            "uses cuda or xpu if there is a GPU. `megatron-lite devices` lists those of this host.",
+            choices={"gpu": "cuda", "rocm": "cuda", "tpu": "xla"},
         ),
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
-    engine: Literal["native", "deepspeed"] = option(
+    engine: Literal["native", "deepspeed", "xla"] = option(
         "native",
         Flag(
             "--engine",
-            "Engine that trains: the project's own, or DeepSpeed (the default under --deepspeed with ZeRO stage 2 or 3 "
-            "or offloading; docs/deepspeed.md).",
+            "Engine that trains: the project's own, DeepSpeed (the default under --deepspeed with ZeRO stage 2 or 3 "
+            "or offloading; docs/deepspeed.md), or that of --device xla.",
         ),
     )
     seed: int = option(1234, Flag("--seed", "Seed of weights, dropout and data order.", most=MAX_SEED))
@@ -134,6 +134,16 @@ class RuntimeConfig:
             most=4096,
         ),
         may_differ="nodes may have different numbers of cores",
+    )
+    xla_cache: str = option(
+        "",
+        Flag(
+            "--xla-cache-path",
+            "Folder in which compiled graphs of --device xla are kept for later jobs (default: "
+            "~/.cache/megatron_lite/xla; off: none).",
+            metavar="FOLDER",
+        ),
+        may_differ="each host has a cache of its own",
     )
     check_nodes: bool = option(
         False,

@@ -106,13 +106,15 @@ class LinearCrossEntropy:
         for start in range(0, length, step):
             own = slice(start, min(start + step, length))
             inputs = group.all_gather(x[own]) if parts > 1 else x[own]
-            column = labels[:, own].flatten().unsqueeze(-1) - rows * group.rank
+            # XLA would gather samples that are split over the mesh to flatten them.
+            tokens = inputs if x.device.type == "xla" else inputs.flatten(0, 1)
+            column = labels[:, own].reshape(*tokens.shape[:-1], 1) - rows * group.rank
             elsewhere = (column < 0) | (column >= rows)
-            chunk = _Chunk(linear(inputs.flatten(0, 1), weight), column.masked_fill_(elsewhere, 0), elsewhere)
+            chunk = _Chunk(linear(tokens, weight), column.masked_fill_(elsewhere, 0), elsewhere)
             self._mask_padding(chunk.logits)
             of_chunk = None
             if training is not None:
-                of_chunk = training[0].unflatten(0, (parts, length))[:, own].flatten().unsqueeze(-1)
+                of_chunk = training[0].unflatten(0, (parts, length))[:, own].reshape(column.shape)
             if self.kernel is None:
                 combined = self._combine(self._statistics(*chunk))
                 found = _losses(*combined)
@@ -159,7 +161,7 @@ class LinearCrossEntropy:
         columns = logits.shape[-1]
         end = self.vocab_size - columns * self.group.rank
         if end < columns:
-            logits[:, max(0, end) :].fill_(float("-inf"))
+            logits[..., max(0, end) :].fill_(float("-inf"))
 
     def _combine(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return [c, 1] each over all columns: maximum, sum of exp(logit - maximum), label's logit; one collective."""
@@ -207,6 +209,8 @@ def _in_blocks(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the kernel applied to one block of rows at a time; its results are joined along their last dim."""
 
     def run(*args: Tensor) -> Tensor:
+        if args[0].device.type == "xla":  # which fuses the kernel's operations
+            return kernel(*args)
         rows = -(-args[0].shape[0] // _BLOCKS)
         parts = [kernel(*block) for block in zip(*(arg.split(rows) for arg in args), strict=True)]
         return torch.cat(parts, dim=-1)

@@ -1,6 +1,8 @@
 """Matrix products (GEMM) of linear layers: forward, input gradient, weight gradient, deferred weight gradients.
 
-Every large product of the model goes through this module, in the dtype of its operands or in fp8 (parallel/fp8.py).
+Every large product of the model goes through this module, in the dtype of its operands or in fp8 (parallel/fp8.py). On
+an XLA device products keep the dims of their operands: in [s b, h], samples that are split over the mesh would be
+gathered.
 
 Letters: i input channels, o output channels.
 """
@@ -40,6 +42,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp8: Fp8 | Non
 
     Called outside of an autograd function, without fp8, torch computes the gradients with products of its own.
     """
+    if x.device.type == "xla":
+        y = torch.einsum("...i,oi->...o", x, weight)
+        return y if bias is None else y + bias
     if fp8 is None:
         return F.linear(x, weight, bias)
     fp8.record(x, "input")
@@ -50,6 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp8: Fp8 | Non
 
 def input_gradient(gradient: Tensor, weight: Tensor, fp8: Fp8 | None = None) -> Tensor:
     """Return gradient W: `gradient` [..., o], `weight` [o, i] -> [..., i]."""
+    if gradient.device.type == "xla":
+        return torch.einsum("...o,oi->...i", gradient, weight)
     if fp8 is None:
         return torch.matmul(gradient, weight)
     product = fp8.product(gradient.flatten(0, -2), weight.t(), ("gradient", "weight"))
@@ -58,6 +65,8 @@ def input_gradient(gradient: Tensor, weight: Tensor, fp8: Fp8 | None = None) -> 
 
 def weight_gradient(gradient: Tensor, x: Tensor, fp8: Fp8 | None = None) -> Tensor:
     """Return gradientᵀ x: `gradient` [..., o], `x` [..., i] -> [o, i], summed over the leading dims."""
+    if x.device.type == "xla":
+        return torch.einsum("...o,...i->oi", gradient, x)
     gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
     return gradient.t() @ x if fp8 is None else fp8.product(gradient.t(), x.t(), ("gradient", "input"))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group
+from megatron_lite.config.selection import Selection
 from megatron_lite.rectangle import Rectangle
 
 
@@ -91,3 +93,11 @@ def replicated_parameter(name: str, param: nn.Parameter, *, sequence_parallel: b
         rectangle=Rectangle.full(shape),
         sequence_parallel=sequence_parallel,
     )
+
+
+def apply_selection(parameters: Sequence[NamedParameter], selection: Selection) -> list[NamedParameter]:
+    """Freeze parameters of this rank, and return all of them with their learning-rate factors."""
+    for parameter in parameters:
+        for param in parameter.uses:
+            param.requires_grad_(parameter.name not in selection.frozen)
+    return [replace(parameter, lr_factor=selection.factors.get(parameter.name, 1.0)) for parameter in parameters]

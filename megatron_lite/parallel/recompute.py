@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lite.backend.xla import checkpoint_with_barrier
+
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Run `function`, keep only its arguments, and run it again in backward.
 
     The generator's state is not saved: dropout reseeds at each site (parallel/random.py) and draws the same masks.
     """
+    if args[0].device.type == "xla":
+        return checkpoint_with_barrier(function, *args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

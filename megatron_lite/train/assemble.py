@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from megatron_lite.config.parameters import shared_stages
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.runtime import RuntimeConfig
-from megatron_lite.config.selection import Selection, select_parameters
+from megatron_lite.config.selection import select_parameters
 from megatron_lite.config.vocabulary import with_vocabulary
+from megatron_lite.config.xla import per_process
 from megatron_lite.data.serving.build import build_datasets
 from megatron_lite.data.serving.dataset import Dataset
 from megatron_lite.data.serving.epochs import with_epochs
@@ -36,7 +37,7 @@ from megatron_lite.optim.optimizer import Optimizer
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.gemm import DeferredWeightGradients, FusedWeightGradients
 from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.parallel.parameters import NamedParameter
+from megatron_lite.parallel.parameters import apply_selection
 from megatron_lite.parallel.random import RngStreams
 from megatron_lite.parallel.shared import locate_shared_modules, rank_parameters
 from megatron_lite.pipeline.executor import Executor, Messages, Timed
@@ -58,7 +59,8 @@ from megatron_lite.train.native import NativeEngine
 from megatron_lite.train.provenance import compare_with_checkpoint
 from megatron_lite.train.replica_check import equalize_initial_weights
 from megatron_lite.train.run_facts import Origin, peak_flops, run_facts
-from megatron_lite.train.start import Start, find_start, load_start, settle_config
+from megatron_lite.train.spmd import build_spmd_engine
+from megatron_lite.train.start import Notify, Start, find_start, load_start, settle_config
 from megatron_lite.train.state import RunState
 
 
@@ -106,7 +108,7 @@ def assembled(
         # Before the mesh: ranks that differ in its sizes would wait for each other forever.
         sources = source_hashes(PACKAGE)
         reads_data = compare_runs(config, code_fingerprint(sources), backend)
-        mesh = build_mesh(backend, config.parallel)
+        mesh = build_mesh(backend, _of_process(config, backend).parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
             build_reporter(
@@ -145,7 +147,13 @@ def assembled(
         with backend.phases.enter("building the model"):
             kernels = agree_on_kernels(config, backend)
             engine = _select_engine(
-                config, mesh, num_sources=num_sources, timers=timers, compute=compute, kernels=kernels
+                config,
+                mesh,
+                num_sources=num_sources,
+                timers=timers,
+                compute=compute,
+                kernels=kernels,
+                notify=reporter.message,
             )
         if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
             provenance = replace(provenance, skipped_samples=skipped)
@@ -173,10 +181,10 @@ def assembled(
         if (loaded := start.continued(config)) is not None:
             state.load(loaded.scalars)
         reporter.message(introduction(config, backend, data, start, progress, kernels.report))
-        reporter.start(config, run_facts(config, mesh, progress, origin))
+        reporter.start(config, run_facts(config, mesh, progress, origin, kernels))
         _warn(config, data, progress, reporter)
         yield Run(
-            config=config,
+            config=_of_process(config, backend),
             mesh=mesh,
             engine=engine,
             data=data,
@@ -185,7 +193,9 @@ def assembled(
             timers=timers,
             compute=compute,
             profiler=stack.enter_context(Profiler(config, backend, mesh.world, reporter)),
-            throughput=Throughput(config.model, devices=mesh.world.size, peak_flops=peak_flops(config, backend)),
+            throughput=Throughput(
+                config.model, devices=config.parallel.world_size, peak_flops=peak_flops(config, backend)
+            ),
             progress=progress,
         )
 
@@ -202,15 +212,24 @@ def _warn(config: RunConfig, data: RunData, progress: Progress, reporter: Report
 
 
 def _select_engine(
-    config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers, compute: ComputeTime, kernels: Kernels
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    num_sources: int,
+    timers: Timers,
+    compute: ComputeTime,
+    kernels: Kernels,
+    notify: Notify,
 ) -> Engine:
-    """Build the engine of --engine; arguments as for build_engine."""
+    """Build the engine of --engine; arguments as for build_engine, and `notify` receives lines for the log."""
     match config.runtime.engine:
         case "deepspeed":
             # Its package is optional.
             from megatron_lite.train.deepspeed import build_deepspeed_engine
 
             return build_deepspeed_engine(config, mesh, num_sources=num_sources, timers=timers)
+        case "xla":
+            return build_spmd_engine(config, mesh, num_sources=num_sources, notify=notify)
         case "native":
             return build_engine(config, mesh, num_sources=num_sources, timers=timers, compute=compute, kernels=kernels)
 
@@ -257,7 +276,7 @@ def build_engine(
         check_count(stage)
     shared = locate_shared_modules(shared_stages(config.model, layers), ranks, mesh)
     buffers = ParameterBuffers(
-        _selected(rank_parameters(stages, shared, mesh.pp.rank), selection),
+        apply_selection(rank_parameters(stages, shared, mesh.pp.rank), selection),
         dp=mesh.replicas,
         tp=mesh.tp,
         shared=shared,
@@ -292,14 +311,6 @@ def build_engine(
     )
 
 
-def _selected(parameters: Sequence[NamedParameter], selection: Selection) -> list[NamedParameter]:
-    """Freeze parameters of this rank, and return all of them with their learning-rate factors."""
-    for parameter in parameters:
-        for param in parameter.uses:
-            param.requires_grad_(parameter.name not in selection.frozen)
-    return [replace(parameter, lr_factor=selection.factors.get(parameter.name, 1.0)) for parameter in parameters]
-
-
 def _timing(timers: Timers | None, compute: ComputeTime | None, *, level: int) -> Timed | None:
     """Return what measures the blocks of a --timing-log-level; None: nothing."""
     if timers is None or compute is None:
@@ -307,12 +318,18 @@ def _timing(timers: Timers | None, compute: ComputeTime | None, *, level: int) -
     return lambda name: compute.around(name, timers(name, level))
 
 
+def _of_process(config: RunConfig, backend: Backend) -> RunConfig:
+    """Return the run as this process sees it: a rank of the mesh, or on an XLA device a host with all its devices."""
+    return per_process(config, backend.world_size) if config.runtime.device == "xla" else config
+
+
 def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Tokenizer, start: Start) -> RunData:
     order = continue_history(start.continued(config), config)[-1]
     datasets = build_datasets(
         config, order, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint()
     )
-    data, dp = config.data, config.parallel.dp
+    process = _of_process(config, backend)
+    data, dp = config.data, process.parallel.dp
     needs_eod = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
     eod = tokenizer.eod if needs_eod else -1
     final = final_batch_size(config.batch, dp)
@@ -320,7 +337,7 @@ def _open_data(config: RunConfig, backend: Backend, mesh: Mesh, tokenizer: Token
     def loader(dataset: Dataset, *, training: bool = False) -> Loader:
         return Loader(
             dataset,
-            micro_batch=config.batch.micro_batch_size,
+            micro_batch=process.batch.micro_batch_size,
             global_batch=(lambda consumed: global_batch_size(config.batch, consumed, dp))
             if training
             else (lambda consumed: final),

@@ -108,7 +108,7 @@ def agree_on_kernels(config: RunConfig, backend: Backend) -> Kernels:
             kernels = choose_kernels(config, backend.device, gpu=backend.vendor_kernels)
     except ConfigError as error:
         failure = error
-    values = {text.partition(":")[0]: text.partition(" (")[0] for text in kernels.report}
+    values = {function: f"{function} by {kernel}" for function, kernel in kernels.names.items()}
     backend.compare(KERNELS, values, failure=failure)
     return kernels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from megatron_lite.backend.group import Group
 from megatron_lite.model.batch import MicroBatch
@@ -13,6 +13,7 @@ from megatron_lite.optim.replicas import Mismatch
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.schedules.iteration import IterationPlan
 
+T = TypeVar("T")
 BatchReader = Callable[[int], MicroBatch]
 
 
@@ -94,13 +95,16 @@ class Engine(Protocol):
         """Run forwards only, on this replica's micro-batches; return the loss over all replicas."""
 
     def state_tensors(self) -> list[GlobalTensor]:
-        """Return this rank's pieces of the named global tensors that a checkpoint holds."""
+        """Return this rank's pieces of the named global tensors that a checkpoint holds, to be saved."""
+
+    def fill(self, read: Callable[[list[GlobalTensor]], T]) -> T:
+        """Load the tensors: call `read` with this rank's pieces, which it fills in place, and return its result."""
 
     def state_scalars(self) -> dict[str, Any]:
         """Return the rest of the state as JSON values: the loss scaler's counters."""
 
     def load_scalars(self, scalars: dict[str, Any]) -> list[str]:
-        """Restore the result of state_scalars, after the tensors have been loaded in place; a collective call.
+        """Restore the result of state_scalars, after `fill`; a collective call.
 
         Returns:
             Messages for the log.

@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron_lite.backend.agreement import broadcast_from_rank0, run_on_all_ranks
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
-from megatron_lite.config.layout import AXES, partitions
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.lifecycle.exit_status import ExitRecord
@@ -52,7 +51,7 @@ def train_job(
     with ExitStack() as stack:
         notices = check_job_nodes(config) if config.runtime.check_nodes and backend is None else []
         backend = backend or stack.enter_context(machine(config.runtime, config.parallel, record.abort))
-        world = backend.new_group("world", partitions(AXES, config.parallel))
+        world = backend.new_group("world", (tuple(range(backend.world_size)),))
         _acquire_lock(record, world)
         origin = Origin(command, started)
         while (rollback := _run_once(config, backend, record, started, notices, origin).rollback) is not None:

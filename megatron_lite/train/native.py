@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_lite.backend.base import Reading
+from megatron_lite.backend.base import Backend, Reading
 from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.gpt import GPTStage
-from megatron_lite.optim.optimizer import Optimizer
+from megatron_lite.optim.optimizer import Optimizer, StepResult
 from megatron_lite.optim.replicas import Mismatch, Replicas
 from megatron_lite.parallel.buffers import ParameterBuffers
 from megatron_lite.parallel.delayed_scaling import AmaxHistory
@@ -27,6 +27,8 @@ from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import Action, pipeline_schedule
 from megatron_lite.train.engine import BatchReader, LossSum, PendingStep, Rates, StepOutcome
+
+T = TypeVar("T")
 
 
 class NativeEngine:
@@ -105,7 +107,7 @@ class NativeEngine:
             share = sums[1, 0].clamp(min=1.0) / plan.tokens if per_token else None
             step = self._optimizer.step(lr, weight_decay, loss_is_finite, share)
         reading = self._mesh.backend.read_later(torch.cat((sums.flatten(), step)))
-        return _NativeStep(reading, sums.numel(), self._optimizer)
+        return EnqueuedStep(reading, sums.numel(), self._optimizer)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Exchange parameters and averages within the context."""
@@ -120,7 +122,7 @@ class NativeEngine:
             losses = self._executor.run(
                 self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
             )
-        return _losses(self._mesh.backend.read_later(self._reduce(losses).flatten())())[0]
+        return read_losses(self._mesh.backend.read_later(self._reduce(losses).flatten())())[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return parameters under their own names, and the optimizer's state."""
@@ -136,6 +138,10 @@ class NativeEngine:
         copies = [parameter_tensor(p, write=False) for p in self._buffers.parameters if not p.owned]
         histories = [] if self._amax is None else self._amax.state_tensors(write=first and replicas.rank == 0)
         return [*weights, *copies, *self._optimizer.state_tensors(), *histories]
+
+    def fill(self, read: Callable[[list[GlobalTensor]], T]) -> T:
+        """Call `read` with the tensors of the state."""
+        return read(self.state_tensors())
 
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters, gradients and optimizer state, with padding."""
@@ -180,38 +186,58 @@ class NativeEngine:
         return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
 
     def _reduce(self, losses: StepLosses) -> Tensor:
-        """Return sums of losses (row 0) and of weights (row 1) of all samples (column 0) and of data source n (1 + n).
-
-        A collective call over all replicas; the result is float64 on the device.
-        """
-        device = self._mesh.backend.device
-        sums = torch.zeros(2, 1 + self._num_sources, dtype=torch.float64, device=device)
+        """Return the sums of losses of all replicas; a collective call."""
+        sums = loss_sums(losses, self._num_sources, self._mesh.backend)
         # All tp ranks of the last stage have the same losses: the first contributes them. Those of a sample are its
         # parts over cp, whose weight is the whole sample's: the first contributes it.
-        batches = zip(losses.samples, losses.weights, losses.sources, strict=True)
-        for samples, weights, sources in batches if self._mesh.tp.rank == 0 else ():
-            weights = torch.ones_like(samples) if weights is None else weights
-            weights = weights if self._mesh.cp.rank == 0 else torch.zeros_like(weights)
-            pairs = torch.stack((samples.double(), weights.double()))
-            sums[:, 0] += pairs.sum(1)
-            if self._num_sources and sources is not None:
-                sums.index_add_(1, 1 + torch.tensor(sources, device=device), pairs)
+        if self._mesh.cp.rank:
+            sums[1].zero_()
+        if self._mesh.tp.rank:
+            sums.zero_()
         self._mesh.world.all_reduce_(sums)
         return sums
 
 
+def loss_sums(losses: StepLosses, num_sources: int, backend: Backend) -> Tensor:
+    """Return sums of losses (row 0) and of weights (row 1) of all samples (column 0) and of data source n (1 + n).
+
+    Args:
+        losses: of micro-batches.
+        num_sources: data sources of a blend; 0: there is only one.
+        backend: of their device.
+
+    Returns:
+        [2, 1 + num_sources] float64 on the device.
+    """
+    sums = torch.zeros(2, 1 + num_sources, dtype=torch.float64, device=backend.device)
+    for samples, weights, sources in zip(losses.samples, losses.weights, losses.sources, strict=True):
+        weights = torch.ones_like(samples) if weights is None else weights
+        pairs = torch.stack((samples.double(), weights.double()))
+        sums[:, 0] += pairs.sum(1)
+        if num_sources and sources is not None:
+            sums.index_add_(1, 1 + backend.to_device(torch.tensor(sources)), pairs)
+    return sums
+
+
+class Settles(Protocol):
+    """Optimizer whose steps are enqueued on the device."""
+
+    def settle(self, values: Sequence[float], /) -> StepResult:
+        """Return the result of a step from its values."""
+
+
 @dataclass
-class _NativeStep:
+class EnqueuedStep:
     """Enqueued iteration: values of losses, [num_losses], and of the optimizer's step."""
 
     reading: Reading
     num_losses: int
-    optimizer: Optimizer
+    optimizer: Settles
 
     def outcome(self) -> StepOutcome:
         """Wait for the values, and settle the optimizer's step."""
         values = self.reading()
-        loss, by_source = _losses(values[: self.num_losses])
+        loss, by_source = read_losses(values[: self.num_losses])
         result = self.optimizer.settle(values[self.num_losses :])
         return StepOutcome(
             loss=loss.mean,
@@ -225,8 +251,8 @@ class _NativeStep:
         )
 
 
-def _losses(values: Sequence[float]) -> tuple[LossSum, dict[int, float]]:
-    """Return the loss over all replicas, and the mean loss of each data source, from _reduce's values."""
+def read_losses(values: Sequence[float]) -> tuple[LossSum, dict[int, float]]:
+    """Return the loss over all replicas, and the mean loss of each data source, from the values of loss_sums."""
     totals, counts = values[: len(values) // 2], values[len(values) // 2 :]
     means = {n - 1: totals[n] / counts[n] for n in range(1, len(totals)) if counts[n]}
     return LossSum(totals[0], int(counts[0])), means

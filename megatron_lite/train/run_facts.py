@@ -13,6 +13,7 @@ import torch
 from megatron_lite import __version__
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.environment import host_name
+from megatron_lite.backend.kernels import Kernels
 from megatron_lite.config.counts import parameter_count
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.report import RunFacts
@@ -31,7 +32,7 @@ class Origin:
     began: float = field(default_factory=time.monotonic)
 
 
-def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin) -> RunFacts:
+def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin, kernels: Kernels) -> RunFacts:
     """Return the facts of a run before its first iteration; a collective call."""
     backend, world = mesh.backend, mesh.world
     return RunFacts(
@@ -39,14 +40,14 @@ def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin)
         train_iterations=last_iteration(config),
         start_iteration=progress.iteration,
         validation_due=bool(progress.validation_due),
-        world_size=world.size,
-        data_parallel=mesh.dp.size,
+        world_size=config.parallel.world_size,
+        data_parallel=config.parallel.dp,
         device=backend.device_name(),
         peak_flops=peak_flops(config, backend),
         dtype=config.precision.dtype,
         hosts=world.all_gather_object(backend.launch.host or host_name()),
         command=[str(word) for word in origin.command],
-        environment=_environment() if world.rank == world.size - 1 else {},
+        environment=_environment(kernels) if world.rank == world.size - 1 else {},
         startup_seconds=time.monotonic() - origin.began,
     )
 
@@ -56,7 +57,7 @@ def peak_flops(config: RunConfig, backend: Backend) -> float | None:
     return backend.peak_flops(DTYPES[config.precision.dtype])
 
 
-def _environment() -> dict[str, str]:
+def _environment(kernels: Kernels) -> dict[str, str]:
     """Return the versions of what this rank runs, for the reporting rank: git is a process of its own."""
     revision = git_revision(PACKAGE)
     versions = {
@@ -67,5 +68,6 @@ def _environment() -> dict[str, str]:
         "ROCm": torch.version.hip,
         "system": platform.platform(),
         "processors": f"{os.cpu_count()} ({platform.machine()})",
+        **{f"kernel of {function}": kernel for function, kernel in kernels.names.items()},
     }
     return {name: text for name, text in versions.items() if text}

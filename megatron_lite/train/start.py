@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -215,14 +216,15 @@ def load_start(start: Start, engine: Engine, config: RunConfig, notify: Notify) 
         return start, Progress()
     options = config.checkpoint
     weights_only = options.finetune or not options.load_optimizer or config.training.skip_train
-    path, scalars, skipped = load_latest(
+    read = partial(
+        load_latest,
         start.path,
-        engine.state_tensors(),
-        engine.world,
+        world=engine.world,
         weights_only=weights_only,
         restart_average=options.finetune,
         fallback=options.fallback_on_corrupt,
     )
+    path, scalars, skipped = engine.fill(read)
     for message in skipped:
         notify(message)
     messages = [] if weights_only else engine.load_scalars(scalars["engine"])

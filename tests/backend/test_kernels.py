@@ -37,12 +37,6 @@ def configure(cell=None, *, model=None, documents=False, **runtime):
     )
 
 
-def names(config):
-    """The chosen kernel of each function, without versions and reasons."""
-    report = choose_kernels(config, CPU, gpu=True).report
-    return {line.partition(": ")[0]: line.partition(": ")[2].partition(" (")[0] for line in report}
-
-
 def test_nothing_is_reported_without_a_gpu_unless_a_flag_asks_for_a_kernel(monkeypatch):
     install(monkeypatch, *ALL)
     assert choose_kernels(configure(), CPU, gpu=False) == Kernels()
@@ -104,7 +98,7 @@ def test_without_any_package_pytorch_computes_everything(monkeypatch):
 def test_flags_and_the_model_choose_the_kernel(monkeypatch, changes, function, kernel):
     install(monkeypatch, *ALL)
     changes = changes | {"model": {"head_dim": 8} | changes.get("model", {})}
-    assert names(configure(**changes))[function] == kernel
+    assert choose_kernels(configure(**changes), CPU, gpu=True).names[function] == kernel
 
 
 @pytest.mark.parametrize(

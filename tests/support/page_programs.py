@@ -103,7 +103,7 @@ class Programs:
         self.refuse_elsewhere(rest)
         with mock.patch.object(sys, "stdin", io.StringIO(stdin or "")):
             result = command(name, *rest)
-        found = FINDINGS.get(name, FINDINGS.get(f"{name} {rest[0]}"))
+        found = FINDINGS.get(name, FINDINGS.get(" ".join([name, *rest[:1]])))
         return Result(0, result.out, result.err) if result.code == found else result
 
     def training(self, name, args):

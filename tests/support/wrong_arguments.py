@@ -71,6 +71,28 @@ FROM_FLAGS = {
     "--engine deepspeed --cross-entropy-fusion-impl te": (
         "The DeepSpeed engine cannot run --cross-entropy-fusion-impl te. Other packages'"
     ),
+    "--engine xla": "--engine xla is given without --device xla. Add --device xla, or remove --engine xla",
+    "--device xla --engine native": "--device xla has an engine of its own, and --engine native is given. Remove",
+    "--device xla --micro-batch-size 2 --global-batch-size 12": (
+        "With --device xla, --global-batch-size 12 is no multiple of 8 (--micro-batch-size 2 x 4 data-parallel"
+    ),
+    "--device xla --pipeline-model-parallel-size 2": (
+        "The XLA engine (--device xla) cannot run --pipeline-model-parallel-size 2. XLA partitions one program"
+    ),
+    "--device xla --pipeline-schedule zb-h1": "cannot run --pipeline-schedule zb-h1. XLA orders the products of a",
+    "--device xla --context-parallel-size 2": "cannot run --context-parallel-size 2. It splits samples and heads",
+    "--device xla --fp16": "cannot run --fp16. TPUs compute in bf16",
+    "--device xla --bf16 --fp8-format e4m3": "cannot run --fp8-format e4m3. The fp8 products are those of GPUs",
+    "--device xla --compile layer": "cannot run --compile layer. XLA compiles every step",
+    "--device xla --optimizer lion": "cannot run --optimizer lion. It updates partitioned parameters by AdamW or SGD",
+    "--device xla --ema-decay 0.9": "cannot run --ema-decay 0.9. Its optimizer keeps no moving average",
+    "--device xla --reset-attention-mask": "cannot run --reset-attention-mask. Documents have other lengths",
+    "--device xla --attention-backend flash": "cannot run --attention-backend flash. The kernels of this flag",
+    "--device xla --check-weight-hash-across-dp-replicas-interval 5": "XLA keeps the replicas, which cannot be read",
+    "--device xla --timing-log-level 1": "cannot run --timing-log-level 1. A step is one graph",
+    "--device xla --profile": "cannot run --profile. PyTorch's profiler does not see the devices",
+    "--device xla --check-nodes": "cannot run --check-nodes. The checks measure GPUs",
+    "--device xla --norm-kernel apex": "cannot run --norm-kernel apex. Other packages' kernels are those of GPUs",
     "--engine deepspeed --optimizer lion": "The DeepSpeed engine cannot run --optimizer lion. It updates flat",
     "--engine deepspeed --ema-decay 0.9": "The DeepSpeed engine cannot run --ema-decay 0.9. Its optimizer keeps no",
     "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile layer. It gathers parameters",

@@ -1,0 +1,54 @@
+"""Tests of the flags of --device xla: engine, flags without effect, and the run as one host sees it."""
+
+import pytest
+from support.job_commands import SMALL
+
+from megatron_lite.config.arguments import parse_run
+from megatron_lite.config.xla import per_process
+from megatron_lite.errors import ConfigError
+from megatron_lite.schedules.batch_size import final_batch_size
+
+
+def parse(flags):
+    return parse_run([*SMALL, "--micro-batch-size", "1", "--device", "xla", *flags.split()], world_size=8)
+
+
+def test_the_device_has_an_engine_of_its_own():
+    assert parse("").config.runtime.engine == "xla"
+    assert parse("--engine xla --device tpu").config.runtime.device == "xla"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--no-overlap-grad-reduce", "--bucket-megabytes 4", "--num-threads 2", "--no-gradient-accumulation-fusion"],
+)
+def test_flags_without_effect_are_noted(flag):
+    assert any(
+        f"{flag.split()[0]} " in f"{note} " and "no effect with --device xla" in note for note in parse(flag).notes
+    )
+
+
+def test_the_cache_without_the_device_is_noted():
+    notes = parse_run([*SMALL, "--xla-cache-path", "x"], world_size=1).notes
+    assert any("--xla-cache-path" in note and "no effect without --device xla" in note for note in notes)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_a_host_reads_the_samples_of_its_devices(hosts):
+    run = parse("--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 32").config
+    host = per_process(run, hosts)
+    assert (host.parallel.dp, host.parallel.tp, host.batch.micro_batch_size) == (hosts, 1, 8 // hosts)
+    assert final_batch_size(host.batch, host.parallel.dp) == 32
+
+
+@pytest.mark.parametrize(
+    ("batches", "wrong"),
+    [
+        ("--global-batch-size 24 --rampup-batch-size 8 4 100", "the increment 4 of --rampup-batch-size"),
+        ("--global-batch-size 24 --rampup-batch-size 4 8 100", "the start 4 of --rampup-batch-size"),
+        ("--step-batch-size-schedule 0:8,64000:12", "12 in --step-batch-size-schedule"),
+    ],
+)
+def test_every_batch_is_whole_micro_batches_of_all_replicas(batches, wrong):
+    with pytest.raises(ConfigError, match=f"With --device xla, {wrong} is no multiple of 8"):
+        parse(batches)
