@@ -5,12 +5,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 XLA := .venv-xla
+DEEPSPEED ?= deepspeed==0.19.*
+DEEPSPEED_VENV := .venv-deepspeed
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # The name of the stamp depends on TORCH, so that another TORCH reinstalls.
 STAMP := $(VENV)/.$(subst =,-,$(subst >,,$(TORCH)))
 
-.PHONY: demo test test-fast test-portable test-xla test-slurm slurm-up slurm-down check format docs docs-layouts site clean help
+.PHONY: demo test test-fast test-portable test-xla test-deepspeed test-slurm slurm-up slurm-down check format docs docs-layouts site clean help
 
 help:
 	@echo "make demo            train a small GPT on the sources of Python's standard library (about 5 minutes on 2 cores)"
@@ -19,6 +21,7 @@ help:
 	@echo "make test-portable   the numeric tests under every instruction set of this processor"
 	@echo "make test-xla        the XLA engine on 8 virtual devices of this CPU, in .venv-xla (torch 2.9; Linux on x86-64)"
 	@echo "make test-slurm      chained jobs on a real Slurm, in network namespaces of this machine (8 minutes; needs root)"
+	@echo "make test-deepspeed  the DeepSpeed engine, in an environment of its own (.venv-deepspeed; 5 minutes on 2 cores)"
 	@echo "make slurm-up        start that Slurm cluster: munged, slurmctld and four nodes; make slurm-down stops it"
 	@echo "make check           format, lint, types, import contracts, spelling, file sizes, README"
 	@echo "make format          format and fix the files for 'make check'"
@@ -68,6 +71,17 @@ test-xla: $(XLA)/.installed
 test-slurm: $(STAMP)-dev
 	$(PYTEST) tests/slurm
 
+# An environment of its own: DeepSpeed is no dependency of anything else. Nothing is compiled.
+$(DEEPSPEED_VENV)/.ready: setup.py
+	$(PYTHON) -m venv $(DEEPSPEED_VENV)
+	$(DEEPSPEED_VENV)/bin/pip install --quiet "$(TORCH)"
+	DS_BUILD_OPS=0 $(DEEPSPEED_VENV)/bin/pip install --quiet --editable ".[deepspeed]" "$(DEEPSPEED)" "$(TORCH)" \
+		"pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	@touch $@
+
+test-deepspeed: $(DEEPSPEED_VENV)/.ready
+	$(DEEPSPEED_VENV)/bin/python -m pytest tests/deepspeed
+
 slurm-up:
 	@$(PYTHON) tests/slurm/cluster.py up
 
@@ -97,4 +111,4 @@ site: $(STAMP)-site
 	$(BIN)/python tools/build_site.py
 
 clean:
-	rm -rf $(VENV) $(XLA) runs build *.egg-info
+	rm -rf $(VENV) $(XLA) $(DEEPSPEED_VENV) runs build *.egg-info

@@ -63,6 +63,18 @@ DEEPSPEED = (
         "Remove --pipeline-schedule",
     ),
     Limit(
+        lambda run: given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}"),
+        "It was not tried with a sequence that is split over ranks",
+        "Remove --context-parallel-size, or use --engine native with ZeRO stage 1",
+    ),
+    Limit(
+        lambda run: given_if(
+            run.deepspeed.stage == 0 and run.precision.dtype != "fp32", f"ZeRO stage 0 with --{run.precision.dtype}"
+        ),
+        "Without ZeRO, DeepSpeed adds gradients in half precision",
+        "Use ZeRO stage 1 (--zero-stage 1), or --engine native",
+    ),
+    Limit(
         lambda run: given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}"),
         "The scales of fp8 products are state of the native engine",
         "Remove --fp8-format, or use --engine native with ZeRO stage 1",

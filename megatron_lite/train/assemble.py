@@ -52,6 +52,7 @@ from megatron_lite.schedules.progress import Progress
 from megatron_lite.tokenizer.base import Tokenizer
 from megatron_lite.train.batches import RunData, rank_batch_parts
 from megatron_lite.train.comparison import agree_on_kernels, compare_runs, open_files
+from megatron_lite.train.deepspeed import build_deepspeed_engine, require_deepspeed
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.introduction import introduction
 from megatron_lite.train.loop import Run
@@ -108,6 +109,8 @@ def assembled(
         # Before the mesh: ranks that differ in its sizes would wait for each other forever.
         sources = source_hashes(PACKAGE)
         reads_data = compare_runs(config, code_fingerprint(sources), backend)
+        if config.runtime.engine == "deepspeed":
+            require_deepspeed()
         mesh = build_mesh(backend, _of_process(config, backend).parallel)
         # The last rank has the loss, so it reports, as in Megatron.
         reporter = stack.enter_context(
@@ -224,10 +227,8 @@ def _select_engine(
     """Build the engine of --engine; arguments as for build_engine, and `notify` receives lines for the log."""
     match config.runtime.engine:
         case "deepspeed":
-            # Its package is optional.
-            from megatron_lite.train.deepspeed import build_deepspeed_engine
-
-            return build_deepspeed_engine(config, mesh, num_sources=num_sources, timers=timers)
+            timed = _timing(timers, compute, level=1)
+            return build_deepspeed_engine(config, mesh, num_sources=num_sources, timed=timed)
         case "xla":
             return build_spmd_engine(config, mesh, num_sources=num_sources, notify=notify)
         case "native":

@@ -1,26 +1,195 @@
-"""DeepSpeed engine: trains the model through deepspeed.initialize, with ZeRO stages 0 to 3 and offloading."""
+"""DeepSpeed assembly: model, optimizer, configuration and process groups for deepspeed.initialize.
+
+Nothing is compiled at the start: torch's optimizers are used, and gloo without DeepSpeed's shared-memory kernels.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
+import torch
+
+from megatron_lite.backend.libraries import join_as_library, library_group
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.selection import select_parameters
 from megatron_lite.errors import ConfigError, install_extra
-from megatron_lite.metrics.timers import Timers
+from megatron_lite.model.count_check import check_count
+from megatron_lite.model.gpt import GPTStage
+from megatron_lite.parallel.buffers import has_decay
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.train.engine import Engine
+from megatron_lite.parallel.parameters import NamedParameter, apply_selection
+from megatron_lite.parallel.random import RngStreams
+from megatron_lite.pipeline.executor import Timed
+from megatron_lite.train.deepspeed_engine import DeepSpeedEngine, Parts
+from megatron_lite.train.deepspeed_model import LossModel, join_shared_parameters
 
 
-def build_deepspeed_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, timers: Timers) -> Engine:
-    """Build the engine.
+def build_deepspeed_engine(
+    config: RunConfig, mesh: Mesh, *, num_sources: int = 0, timed: Timed | None = None
+) -> DeepSpeedEngine:
+    """Build the model and wrap it by deepspeed.initialize; a collective call.
+
+    Args:
+        config: the run, with the vocabulary size.
+        mesh: this rank's groups.
+        num_sources: data sources of a blend whose losses are reported one by one.
+        timed: measures the parts of a step; None: no timing.
 
     Raises:
-        ConfigError: DeepSpeed is not installed.
+        ConfigError: DeepSpeed is not installed, or an operation that is not compiled is needed.
+    """
+    require_deepspeed()
+    library = _import_deepspeed(mesh)
+    rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
+    stage = GPTStage(config, range(config.model.num_layers), mesh, rng)
+    check_count(stage)
+    parameters = apply_selection(join_shared_parameters(stage), select_parameters(config))
+    for parameter in parameters:
+        # By this attribute DeepSpeed knows which norms to sum over tp.
+        vars(parameter.param)["tensor_model_parallel"] = parameter.tp_dim is not None
+        if parameter.sequence_parallel and parameter.trained:
+            parameter.param.register_hook(_SumOverTp(mesh))
+    optimizer = _build_optimizer(config, parameters, fused=mesh.backend.capabilities().fused_adam)
+    engine = library.initialize(
+        model=LossModel(stage),
+        optimizer=optimizer,
+        config=deepspeed_config(config, mesh.replicas.size),
+        mpu=_Groups(mesh),
+        dist_init_required=False,
+    )[0]
+    return DeepSpeedEngine(config, mesh, Parts(engine, optimizer, stage, parameters, rng), num_sources, timed)
+
+
+def deepspeed_config(config: RunConfig, replicas: int) -> dict[str, Any]:
+    """Return the configuration for DeepSpeed: what follows from the run, and the entries passed on.
+
+    At stages 2 and 3, gradients are added over micro-batches in fp32, as in the native engine, unless data_types says
+    otherwise. The loss scale is set before each iteration, and clipping at stage 0 is the engine's.
+    """
+    dtype, micro = config.precision.dtype, config.batch.micro_batch_size
+    entries: dict[str, Any] = {
+        # Iterations differ in their micro-batches; the engine marks the last one itself.
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * replicas,
+        "gradient_clipping": config.optimizer.clip_grad if config.deepspeed.stage else 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dtype == "fp16":
+        entries["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    elif dtype == "bf16":
+        entries["bf16"] = {"enabled": True, "check_grad_overflow": config.stops_at_nan}
+    if dtype != "fp32" and config.deepspeed.stage > 1:
+        entries["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {**entries, **config.deepspeed.entries}
+
+
+def require_deepspeed() -> None:
+    """Require the package, before anything is opened or allocated.
+
+    Raises:
+        ConfigError: it is not installed.
     """
     try:
-        import_module("deepspeed")
-    except ImportError as error:
+        found = find_spec("deepspeed") is not None
+    except ValueError:  # a module without a specification
+        found = False
+    if not found:
         raise ConfigError(
             "--engine deepspeed needs the package deepspeed, which is not installed", fix=install_extra("deepspeed")
-        ) from error
-    raise NotImplementedError(config.deepspeed.settings)
+        )
+
+
+def _import_deepspeed(mesh: Mesh) -> Any:
+    """Import DeepSpeed for the run's device, and let it use the process groups of the job."""
+    join_as_library(mesh.backend)
+    import deepspeed
+
+    # It calls functions of torch.distributed that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    # Skipped steps and checkpoints are reported here.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Compiled when torch.distributed is taken over, for half a minute; gloo needs no such kernels.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _build_optimizer(config: RunConfig, parameters: list[NamedParameter], *, fused: bool) -> torch.optim.Optimizer:
+    """Create torch's optimizer, with a group for each combination of weight decay and factor of the learning rate."""
+    settings = config.optimizer
+    trained = [parameter for parameter in parameters if parameter.trained]
+    classes = [(has_decay(parameter), parameter.lr_factor) for parameter in trained]
+    groups = [
+        {
+            "params": [p.param for p, own in zip(trained, classes, strict=True) if own == (decays, factor)],
+            "decays": decays,
+            "factor": factor,
+        }
+        for decays, factor in dict.fromkeys(classes)
+    ]
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=settings.sgd_momentum, fused=fused)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_eps, fused=fused)
+
+
+@dataclass(frozen=True, eq=False)
+class _SumOverTp:
+    """Gradient hook of a parameter that tp ranks hold alike and each trains on its part of the sequence."""
+
+    mesh: Mesh
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.contiguous().clone()
+        self.mesh.tp.all_reduce_(total)
+        return total
+
+
+class _Groups:
+    """The mesh as the model-parallel unit (mpu) of DeepSpeed, whose methods have Megatron's names."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._tp, self._dp = library_group(mesh.tp), library_group(mesh.replicas)
+
+    def get_model_parallel_group(self) -> Any:
+        """Return the tensor-parallel group."""
+        return self._tp
+
+    def get_model_parallel_rank(self) -> int:
+        """Return the tensor-parallel coordinate."""
+        return self._mesh.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return the tensor-parallel size."""
+        return self._mesh.tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> Any:
+        """Return the group of replicas."""
+        return self._dp
+
+    def get_data_parallel_rank(self) -> int:
+        """Return the replica's number."""
+        return self._mesh.replicas.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return the number of replicas."""
+        return self._mesh.replicas.size
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """Return 0: there is one pipeline stage."""
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Return 1."""
+        return 1

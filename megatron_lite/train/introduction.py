@@ -67,11 +67,20 @@ def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
         text += f" with fp8 products ({config.fp8.format}, {config.fp8.recipe}{emulated})"
     if config.runtime.compile != "off":
         text += f", compiled by {config.runtime.compile} (in the first iteration, which takes a while)"
+    if config.runtime.engine == "deepspeed":
+        text += f", DeepSpeed ZeRO stage {config.deepspeed.stage}{_offloading(config)}"
     if parallel.world_size == 1:
         return text
     zero = ", optimizer split over replicas" if parallel.distributed_optimizer else ""
     schedule = f", {parallel.pipeline_schedule}" if parallel.pp > 1 else ""
     return f"{parallel.world_size} ranks ({sizes.axes}{schedule}{zero}), each {text}"
+
+
+def _offloading(config: RunConfig) -> str:
+    """Return the state that DeepSpeed offloads, and where to."""
+    names = {"optimizer": "optimizer state", "param": "parameters"}
+    places = {part: config.deepspeed.offload_device(part) for part in names}
+    return "".join(f", {names[part]} in {place.upper()} memory" for part, place in places.items() if place != "none")
 
 
 def _trained(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -99,7 +99,7 @@ class NativeEngine:
             self._buffers.reduce()
             if self._amax is not None:
                 self._amax.update()
-        sums = self._reduce(losses)
+        sums = reduce_losses(losses, self._num_sources, self._mesh)
         loss_is_finite = sums[0, 0].isfinite() if self._config.stops_at_nan else None
         with phases.enter("optimizer"), self._timed("optimizer"):
             lr, weight_decay = (plan.learning_rate, plan.weight_decay) if rates is None else rates()
@@ -122,7 +122,9 @@ class NativeEngine:
             losses = self._executor.run(
                 self._program(microbatches, False), read, iteration=0, seq_length=seq_length, gradient_scale=0.0
             )
-        return read_losses(self._mesh.backend.read_later(self._reduce(losses).flatten())())[0]
+        return read_losses(
+            self._mesh.backend.read_later(reduce_losses(losses, self._num_sources, self._mesh).flatten())()
+        )[0]
 
     def state_tensors(self) -> list[GlobalTensor]:
         """Return parameters under their own names, and the optimizer's state."""
@@ -185,17 +187,18 @@ class NativeEngine:
             schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
         return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
 
-    def _reduce(self, losses: StepLosses) -> Tensor:
-        """Return the sums of losses of all replicas; a collective call."""
-        sums = loss_sums(losses, self._num_sources, self._mesh.backend)
-        # All tp ranks of the last stage have the same losses: the first contributes them. Those of a sample are its
-        # parts over cp, whose weight is the whole sample's: the first contributes it.
-        if self._mesh.cp.rank:
-            sums[1].zero_()
-        if self._mesh.tp.rank:
-            sums.zero_()
-        self._mesh.world.all_reduce_(sums)
-        return sums
+
+def reduce_losses(losses: StepLosses, num_sources: int, mesh: Mesh) -> Tensor:
+    """Return loss_sums over all replicas; a collective call."""
+    sums = loss_sums(losses, num_sources, mesh.backend)
+    # All tp ranks of the last stage have the same losses: the first contributes them. Those of a sample are its parts
+    # over cp, whose weight is the whole sample's: the first contributes it.
+    if mesh.cp.rank:
+        sums[1].zero_()
+    if mesh.tp.rank:
+        sums.zero_()
+    mesh.world.all_reduce_(sums)
+    return sums
 
 
 def loss_sums(losses: StepLosses, num_sources: int, backend: Backend) -> Tensor:

@@ -16,7 +16,7 @@ from megatron_lite.config.vocabulary import padded_vocab_size, with_vocabulary
 from megatron_lite.errors import ConfigError, ConfigErrors
 
 FOLDER = Path(megatron_lite.config.__file__).parent
-ELSEWHERE = {"record.py", "launcher.py"}
+ELSEWHERE = {"record.py", "launcher.py", "selection.py"}
 """Files whose errors have a test of their own."""
 
 

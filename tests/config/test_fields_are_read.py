@@ -17,9 +17,11 @@ from megatron_lite.config.table import SECTIONS
 
 PACKAGE = Path(megatron_lite.__file__).parent
 SECTION_OF = {cls.__name__: section for section, cls in SECTIONS.items()}
-SECTION_FILES = tuple(f"config/{name}.py" for name in ("model", "parallel", "checkpoint", "run"))
+SECTION_FILES = tuple(f"config/{name}.py" for name in ("model", "parallel", "deepspeed", "checkpoint", "run"))
 """Modules whose classes compute with fields; their functions parse, check and write them."""
-DEFINITIONS = tuple(f"config/{name}.py" for name in ("counts", "layout", "partition", "sharing", "vocabulary"))
+DEFINITIONS = tuple(
+    f"config/{name}.py" for name in ("counts", "layout", "selection", "partition", "sharing", "vocabulary")
+)
 """Modules of config/ that compute with fields."""
 SHOWN_ONLY = (
     "cli/explain.py",

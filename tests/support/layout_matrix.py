@@ -288,11 +288,14 @@ def evaluate(config, mesh, engine):
     return engine.eval_step(count, read, LENGTH).mean
 
 
-def run_cell(backend, cell):
-    """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)])."""
-    config = cell.config()
+def run_cell(backend, cell, config=None, build=build_engine):
+    """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)]).
+
+    Another config than the cell's, and another engine, may be given.
+    """
+    config = config or cell.config()
     mesh = mesh_of(backend, cell.tp, cell.pp, cell.cp)
-    engine = build_engine(config, mesh)
+    engine = build(config, mesh)
     losses, norms, _ = iterate(config, mesh, engine, Progress(), ITERATIONS)
     evaluation = evaluate(config, mesh, engine)
     tensors = [

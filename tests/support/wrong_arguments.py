@@ -62,8 +62,11 @@ FROM_FLAGS = {
     "--engine deepspeed --pipeline-model-parallel-size 2": (
         "The DeepSpeed engine cannot run --pipeline-model-parallel-size 2. Its ZeRO stages reduce"
     ),
+    "--engine deepspeed --context-parallel-size 2": (
+        "The DeepSpeed engine cannot run --context-parallel-size 2. It was not tried"
+    ),
+    "--engine deepspeed --bf16": "The DeepSpeed engine cannot run ZeRO stage 0 with --bf16. Without ZeRO, DeepSpeed",
     "--engine deepspeed --pipeline-schedule zb-h1": "The DeepSpeed engine cannot run --pipeline-schedule zb-h1. It has",
-    "--engine deepspeed --bf16 --fp8-format e4m3": "The DeepSpeed engine cannot run --fp8-format e4m3. The scales of",
     "--engine deepspeed --norm-kernel apex": "The DeepSpeed engine cannot run --norm-kernel apex. Other packages'",
     "--engine deepspeed --transformer-impl transformer_engine": (
         "The DeepSpeed engine cannot run --transformer-impl transformer_engine. Other packages'"
@@ -93,6 +96,9 @@ FROM_FLAGS = {
     "--device xla --profile": "cannot run --profile. PyTorch's profiler does not see the devices",
     "--device xla --check-nodes": "cannot run --check-nodes. The checks measure GPUs",
     "--device xla --norm-kernel apex": "cannot run --norm-kernel apex. Other packages' kernels are those of GPUs",
+    "--engine deepspeed --zero-stage 1 --bf16 --fp8-format e4m3": (
+        "The DeepSpeed engine cannot run --fp8-format e4m3. The scales of"
+    ),
     "--engine deepspeed --optimizer lion": "The DeepSpeed engine cannot run --optimizer lion. It updates flat",
     "--engine deepspeed --ema-decay 0.9": "The DeepSpeed engine cannot run --ema-decay 0.9. Its optimizer keeps no",
     "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile layer. It gathers parameters",
