@@ -36,12 +36,14 @@ class InFlight:
         step: its work on the device.
         before: progress before it.
         started: time.perf_counter() when it was begun.
+        ended: and when it was done, if the device works together with the host; None: when its outcome is known.
     """
 
     plan: IterationPlan
     step: PendingStep
     before: Progress
     started: float
+    ended: float | None
 
 
 def train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
@@ -70,10 +72,11 @@ def train_iteration(run: Run, plan: IterationPlan) -> Stop | None:
 
     with run.timers("train-step"):
         step = run.engine.train_step(plan, run.data.train_reader(plan), rates)
+    ended = None if run.mesh.backend.asynchronous else time.perf_counter()
     stops.append(settle(run))
     if stop := next(filter(None, stops), None):
         return stop
-    run.in_flight = InFlight(plan, step, run.progress, started)
+    run.in_flight = InFlight(plan, step, run.progress, started, ended)
     run.progress = run.progress.advance(plan.global_batch, plan.tokens, applied=True)
     # What is measured of single iterations belongs to this one.
     return settle(run) if run.timers.on or run.compute.measures else None
@@ -94,7 +97,7 @@ def settle(run: Run) -> Stop | None:
     except DivergedError as diverged:
         raise DivergedError(f"{diverged.problem}, up to iteration {plan.iteration}", fix=diverged.fix) from diverged
     # An iteration begins on the device when the one before has ended.
-    finished = time.perf_counter()
+    finished = flight.ended or time.perf_counter()
     seconds, run.last_settled = finished - max(flight.started, run.last_settled), finished
     observed = (plan.iteration, outcome.loss, plan.first_sample, plan.global_batch)
     spike, error = None, None
@@ -123,7 +126,7 @@ def settle(run: Run) -> Stop | None:
 def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float) -> IterationReport:
     config, progress, train_data = run.config, run.progress, run.data.train
     assert train_data is not None
-    last = last_iteration(config)
+    last, parts = last_iteration(config), run.take_rank_parts()
     rates = run.throughput.measure(
         seconds=seconds,
         tokens=plan.tokens,
@@ -157,8 +160,8 @@ def _report(run: Run, plan: IterationPlan, outcome: StepOutcome, seconds: float)
         memory=run.mesh.backend.memory_stats() if config.metrics.log_memory or progress.iteration == 1 else {},
         timers=run.timers.take(),
         # One rank alone is compared with no other.
-        rank_seconds=busy_seconds(run.rank_parts) if len(run.rank_parts) > 1 else None,
-        parts=mean_parts(run.rank_parts) or None,
+        rank_seconds=busy_seconds(parts) if len(parts) > 1 else None,
+        parts=mean_parts(parts) or None,
     )
 
 

@@ -65,7 +65,7 @@ class Run:
     longest_validation: float = 0.0
     """Seconds of the slowest validation so far, all datasets together; 0: there was none in this job."""
     rank_parts: Sequence[Sequence[float]] = ()
-    """Seconds of the parts (compute_time.py) of the last iteration on each rank, if it was measured."""
+    """Seconds of the parts (compute_time.py) of the last measured iteration on each rank, until they are reported."""
 
     def agree(self, stop: Stop | None) -> Stop | None:
         """Return the stop of the first rank that has one; a collective call."""
@@ -76,8 +76,15 @@ class Run:
         """As agree; also gather the time by part of each rank, if the iteration was measured."""
         own = self.compute.take() if self.compute.measures else ()
         with self.mesh.backend.phases.enter("agreeing whether to stop"):
-            agreed, self.rank_parts = agree_and_gather(self.mesh.world, stop, own)
+            agreed, gathered = agree_and_gather(self.mesh.world, stop, own)
+        # The next iteration, which reports them, is settled after further ones have been agreed on.
+        self.rank_parts = gathered or self.rank_parts
         return agreed
+
+    def take_rank_parts(self) -> Sequence[Sequence[float]]:
+        """Return the measured parts that have not been reported; (): there are none."""
+        parts, self.rank_parts = self.rank_parts, ()
+        return parts
 
     def finished(self) -> bool:
         """Return whether the run has reached its length, or ends early (--early-stopping-patience)."""

@@ -5,6 +5,7 @@ from support.host_reads import NoHostReads
 from support.trainer import command, iterations, measured
 
 from megatron_lite.backend.cpu import CpuBackend
+from megatron_lite.runs.metrics_file import read_records
 from megatron_lite.train.native import NativeEngine
 
 pytestmark = pytest.mark.slow
@@ -74,3 +75,17 @@ def test_reported_numbers_do_not_depend_on_when_they_are_read(corpus, tmp_path):
         for folder in (late, at_once)
     )
     assert ours == theirs
+
+
+def test_the_next_iteration_reports_the_parts_of_a_measured_one(corpus, tmp_path):
+    save = tmp_path / "run"
+    assert command(*corpus.job(*JOB, "--train-iters", 22, "--log-interval", 5, "--save", save)).code == 0
+    records = {one["iteration"]: one for one in read_records(save / "metrics.jsonl") if one["kind"] == "iteration"}
+    assert [iteration for iteration, one in records.items() if "parts" in one] == [11, 21]
+    for iteration in (10, 20):
+        parts = records[iteration + 1]["parts"]
+        assert list(parts) == ["compute", "data", "gradients", "optimizer"] and min(parts.values()) > 0.0
+        assert sum(parts.values()) <= records[iteration]["seconds"], "the parts are within the iteration"
+    assert command("report", save).code == 0
+    page = (save / "report.html").read_text(encoding="utf-8")
+    assert "measured in 2 of them" in page and "--log-interval 5" in page and "<i class='mark restart'>" not in page
