@@ -66,13 +66,13 @@ def _count(text: str) -> int:
     return number
 
 
-NUMBER, COUNT, TEXT = "a number above 0", f"a whole number from 1 to {MAX_DEVICES:,}", "a value"
+NUMBER, COUNT = "a number above 0", f"a whole number from 1 to {MAX_DEVICES:,}"
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "--gpu": (str, TEXT),
+    "--gpu": (str, f"a name such as {DEFAULT_GPU}"),
     "--gpus-per-node": (_count, COUNT),
     "--network-gbit": (_positive, NUMBER),
     "--write-gbytes": (_positive, NUMBER),
-    "--calibrate": (Path, TEXT),
+    "--calibrate": (Path, "the path of a run's metrics.jsonl"),
     "--job-hours": (_positive, NUMBER),
     "--restart-minutes": (_positive, NUMBER),
     "--node-mttf-hours": (_positive, NUMBER),

@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.config.counts import flops_per_token
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.formatting import format_duration, format_size
 from megatron_lite.ops.resources import Resources
 from megatron_lite.planner.disk import checkpoint_size
-from megatron_lite.planner.hardware import device_of_resource
+from megatron_lite.planner.hardware import Hardware, device_of_resource
+from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.length import last_iteration
@@ -20,8 +20,6 @@ from megatron_lite.schedules.saves import FIRST_SAVE_RATE, SAVE_SAFETY, save_bud
 
 RECENT = 50
 """Number of last iterations whose median is the measured step time."""
-UTILIZATION = 0.3
-"""Share of the peak that the estimate of the step time assumes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Step:
     Attributes:
         seconds: at the final batch size.
         source: "measured", "--step-seconds", or the assumptions of the estimate.
-        estimated: computed from FLOPs; errors do not depend on it.
+        estimated: predicted by the planner; errors do not depend on it.
     """
 
     seconds: float
@@ -50,11 +48,10 @@ def step_of(config: RunConfig, resources: Resources, given: float | None) -> Ste
     gpu = device_of_resource(names)
     if gpu is None:
         return None
-    tokens = final_batch_size(config.batch, config.parallel.dp) * config.batch.seq_length
-    speed = config.parallel.world_size * gpu.tflops * 1e12 * UTILIZATION
-    seconds = tokens * flops_per_token(config.model, config.batch.seq_length) / speed
-    source = f"rough estimate: {UTILIZATION:.0%} of the {gpu.family}'s {gpu.tflops:.0f} TFLOP/s"
-    return Step(seconds, source, estimated=True)
+    machine = Hardware(gpu, resources.gpus_per_node or gpu.per_node)
+    batch = final_batch_size(config.batch, config.parallel.dp)
+    seconds = step_time_of(config, machine, batch, config.batch.seq_length).total
+    return Step(seconds, f"rough estimate for {gpu.family}, as by `megatron-lite plan`", estimated=True)
 
 
 def _measured_step(config: RunConfig) -> float | None:
@@ -66,7 +63,7 @@ def _measured_step(config: RunConfig) -> float | None:
         records = read_records(path)
     except MegatronLiteError:
         return None
-    seconds = [record["seconds_per_iteration"] for record in records if "seconds_per_iteration" in record]
+    seconds = [float(record["seconds"]) for record in records if record["kind"] == "iteration" and "seconds" in record]
     return statistics.median(seconds[-RECENT:]) if seconds else None
 
 

@@ -86,7 +86,7 @@ def test_a_time_limit_that_ends_before_the_run_can_save(check, tmp_path):
     (problem,) = texts(check(step_seconds=4000.0))
     assert "The job ends before its first save: about 0 iterations of 4,000 s" in problem
     (tmp_path / "run").mkdir()
-    lines = [encode({"kind": "iteration", "iteration": i, "seconds_per_iteration": 400.0}) for i in range(3)]
+    lines = [encode({"kind": "iteration", "iteration": i, "seconds": 400.0}) for i in range(3)]
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join(lines))
     found = check(unstopped, header=UNSIGNALLED)
     assert "first save" in texts(found)[0] and "(measured)" in dict(found.facts)["Step"]
@@ -113,7 +113,7 @@ def test_the_step_time_is_estimated_for_a_known_gpu(check):
     header = UNSIGNALLED.replace("--gpus-per-node=2", "--gpus-per-node=a100:2")
     flags = FLAGS.replace("--hidden-size 32", "--hidden-size 8192").replace("-size 4 ", "-size 512000 ", 1)
     found = check("--no-exit-before-job-end", header=header, flags=flags)
-    assert "rough estimate: 30% of the A100's 312 TFLOP/s" in dict(found.facts)["Step"]
+    assert "rough estimate for A100, as by `megatron-lite plan`" in dict(found.facts)["Step"]
     assert any("by the rough estimate the job ends before its first save" in warning for warning in found.warnings)
     assert texts(found) == [], "an estimate is no reason to refuse a job"
 
