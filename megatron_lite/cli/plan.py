@@ -49,6 +49,10 @@ cost
   --carbon-intensity X     grams of CO2 per kWh
   --gpu-hour-price X       in any currency
 
+  --search                 instead of the plan, the fastest layouts that fit: tp, cp,
+                           pp, virtual stages, schedule, micro-batch,
+                           recomputation and ZeRO-1 for this model, batch and
+                           --world-size
   --json                   print one JSON object instead of tables"""
 
 
@@ -83,6 +87,8 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "--gpu-hour-price": (_positive, NUMBER),
 }
 """Options with a value: what reads it, and its description."""
+SEARCH_OPTIONS = frozenset({"--gpu", "--gpus-per-node", "--network-gbit", "--calibrate"})
+"""Options that --search uses."""
 
 
 @dataclass
@@ -93,12 +99,15 @@ class Request:
         values: by option.
         words: the training command.
         errors: options with a missing or invalid value.
+        as_json: --json was given.
+        search: --search was given.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     errors: list[ConfigError] = field(default_factory=list)
     as_json: bool = False
+    search: bool = False
 
     def get(self, option: str, default: Any) -> Any:
         """Return the value of an option, or its default."""
@@ -111,6 +120,8 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     request = read_request(argv)
+    if request.search:
+        return _search(request)
     record, problems = make_plan(request)
     if request.as_json:
         print(json.dumps(record, indent=2))
@@ -119,6 +130,27 @@ def run(argv: list[str]) -> int:
 
         print_plan(record)
     return 1 if problems else 0
+
+
+def _search(request: Request) -> int:
+    """Print the best layouts; nothing that a search does not use may be asked for."""
+    from megatron_lite.cli.plan_search import print_search, search_record
+
+    unused = [name for name in request.values if name not in SEARCH_OPTIONS]
+    if unused:
+        request.errors.append(
+            ConfigError(
+                f"{' and '.join(unused)} {'have' if len(unused) > 1 else 'has'} no effect on --search",
+                fix=f"Remove {' and '.join(unused)}, or remove --search",
+            )
+        )
+    parsed, machine, _ = _inputs(request)
+    record = search_record(parsed, machine)
+    if request.as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        print_search(record)
+    return 0
 
 
 def read_request(argv: Sequence[str]) -> Request:
@@ -139,6 +171,8 @@ def read_request(argv: Sequence[str]) -> Request:
             request.words.append(word)
         elif word == "--json":
             request.as_json = True
+        elif word == "--search":
+            request.search = True
         elif name in OPTIONS:
             if not equals:
                 value = words[place] if place < len(words) and not words[place].startswith("--") else ""
@@ -172,13 +206,23 @@ def make_plan(request: Request) -> tuple[dict[str, Any], bool]:
     """
     from megatron_lite.cli.plan_record import plan_record
 
+    parsed, machine, calibration = _inputs(request)
+    return plan_record(parsed, machine, assumptions_of(request), request.get("--budget-hours", 0.0), calibration)
+
+
+def _inputs(request: Request) -> tuple[ParsedRun, Hardware, Calibration | None]:
+    """Return the training command, the machine and its calibration.
+
+    Raises:
+        ConfigError, ConfigErrors: of all that is wrong with options and training command.
+    """
     errors = list(request.errors)
     calibration = _collected(errors, lambda: _calibration(request))
     machine = _collected(errors, lambda: calibration.machine if calibration else _machine(request))
     parsed = _collected(errors, lambda: _parsed(request))
     raise_all(errors)
     assert machine is not None and parsed is not None
-    return plan_record(parsed, machine, assumptions_of(request), request.get("--budget-hours", 0.0), calibration)
+    return parsed, machine, calibration
 
 
 def _collected(errors: list[ConfigError], read: Callable[[], Any]) -> Any:

@@ -64,6 +64,7 @@ class _Part:
     weight: int = 0
 
 
+@lru_cache(maxsize=4096)
 def stage_memory(
     model: ModelConfig,
     recompute: RecomputeConfig,

@@ -6,14 +6,14 @@ allocates them (planner/activations.py), in the order of the pipeline schedule (
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_lite.config.layout import AXES
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner.activations import StageMemory, stage_memory
-from megatron_lite.planner.model_state import state_bytes
+from megatron_lite.planner.model_state import states_of_stages
 from megatron_lite.planner.operators import shapes_of
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.in_flight import HeldState, held_states
@@ -82,29 +82,51 @@ def rank_memory(config: RunConfig, *, microbatches: int | None = None) -> tuple[
         microbatches = num_microbatches(
             final_batch_size(config.batch, parallel.dp), config.batch.micro_batch_size, parallel.dp, 0
         )
-    return tuple(_rank(config, rank, microbatches) for rank in range(parallel.pp))
-
-
-def _rank(config: RunConfig, pp_rank: int, microbatches: int) -> RankMemory:
-    model, parallel, batch = config.model, config.parallel, config.batch
+    model, batch = config.model, config.batch
     layers = stage_layers(model, parallel, batch.seq_length)
-    own = [
-        part
-        for stage, part in enumerate(layers)
-        if rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) == pp_rank
-    ]
+    chunks: list[list[range]] = [[] for _ in range(parallel.pp)]
+    for stage, part in enumerate(layers):
+        chunks[rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage)].append(part)
     shapes = shapes_of(config, batch.seq_length)
-    stages = [stage_memory(model, config.recompute, shapes, part) for part in own]
-    states = held_states(parallel.pipeline_schedule, parallel.pp, microbatches, len(own))[pp_rank]
-    tables = len(own) * _alibi_bytes(model, parallel.tp, batch.seq_length, shapes.itemsize)
-    peak = max((_peak(state, stages) for state in states), key=lambda found: found.total, default=_Peak(0, 0, 0))
-    state = state_bytes(config, {**dict.fromkeys(AXES, 0), "pp": pp_rank})
+    table = _alibi_bytes(model, parallel.tp, batch.seq_length, shapes.itemsize)
+    schedule = held_states(parallel.pipeline_schedule, parallel.pp, microbatches, len(chunks[0]))
+    return tuple(
+        _rank_memory(
+            pp_rank,
+            own,
+            state,
+            held,
+            [stage_memory(model, config.recompute, shapes, part) for part in own],
+            len(own) * table,
+        )
+        for pp_rank, (own, state, held) in enumerate(zip(chunks, states_of_stages(config), schedule, strict=True))
+    )
+
+
+def _rank_memory(
+    pp_rank: int,
+    layers: Sequence[range],
+    state: Mapping[str, int],
+    held: Sequence[HeldState],
+    stages: Sequence[StageMemory],
+    tables: int,
+) -> RankMemory:
+    """Return the memory of a rank.
+
+    Args:
+        pp_rank: the pipeline rank.
+        layers: of each of its stages.
+        state: bytes of its model state by kind.
+        held: states of the schedule, among which is the one with the most memory.
+        stages: working memory of each of its stages.
+        tables: bytes of tensors that are there during the whole iteration.
+    """
+    peak = max((_peak(one, stages) for one in held), key=lambda found: found.total, default=_Peak(0, 0, 0))
     parts = {kind: size for kind, size in state.items() if kind not in ("parameters", "gradients")}
-    in_flight = max((sum(held.saved) + (held.kind != "W") for held in states), default=0)
     return RankMemory(
         pp_rank=pp_rank,
-        stages=tuple((part.start, len(part)) for part in own),
-        in_flight=in_flight,
+        stages=tuple((part.start, len(part)) for part in layers),
+        in_flight=max((sum(one.saved) + (one.kind != "W") for one in held), default=0),
         weights=state["parameters"],
         gradients=state["gradients"],
         optimizer=sum(parts.values()),
@@ -127,7 +149,7 @@ class _Peak:
         return self.activations + self.loss + self.messages
 
 
-def _peak(state: HeldState, stages: list[StageMemory]) -> _Peak:
+def _peak(state: HeldState, stages: Sequence[StageMemory]) -> _Peak:
     """Return the bytes of a rank's working memory during one computation."""
     own = stages[state.chunk]
     held = sum(count * stage.saved for count, stage in zip(state.saved, stages, strict=True))

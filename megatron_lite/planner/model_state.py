@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from megatron_lite.config.buckets import BucketRange, partition
-from megatron_lite.config.layout import Coordinates
+from megatron_lite.config.layout import AXES, Coordinates
 from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS, shared_stages, stage_parameters
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
@@ -92,6 +93,53 @@ def state_bytes(config: RunConfig, at: Coordinates) -> dict[str, int]:
     if config.fp8.format != "off" and config.fp8.recipe == "delayed":
         found["fp8 histories"] = _fp8_history(config, at["pp"])
     return found
+
+
+def states_of_stages(config: RunConfig) -> tuple[dict[str, int], ...]:
+    """Return state_bytes of the first rank of each pipeline stage; cached, for layouts that differ in other things."""
+    return _states_of_stages(_StateConfig(config))
+
+
+class _StateConfig:
+    """Config that equals others with the same model state: a key for caching."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._key = (
+            config.model,
+            config.parallel,
+            config.optimizer,
+            config.precision.dtype,
+            config.fp8,
+            config.tuning,
+            config.batch.seq_length,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _StateConfig) and self._key == other._key
+
+
+@lru_cache(maxsize=4096)
+def _states_of_stages(key: _StateConfig) -> tuple[dict[str, int], ...]:
+    config, model, parallel = key.config, key.config.model, key.config.parallel
+    layers = stage_layers(model, parallel, config.batch.seq_length)
+    ranks = [rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage) for stage in range(len(layers))]
+    # Without these, stages of equally many layers differ at the ends of the model only.
+    are_alike = not (model.share_layers or config.tuning.freeze or config.tuning.lr_factors or config.fp8.bf16_ends)
+    found: dict[tuple[object, ...], dict[str, int]] = {}
+    states = []
+    for pp_rank in range(parallel.pp):
+        own = [layers[stage] for stage, rank in enumerate(ranks) if rank == pp_rank]
+        kind: tuple[object, ...] = (pp_rank,)
+        if are_alike:
+            kind = tuple((len(part), part.start == 0, part.stop == model.num_layers) for part in own)
+        if kind not in found:
+            found[kind] = state_bytes(config, {**dict.fromkeys(AXES, 0), "pp": pp_rank})
+        states.append(found[kind])
+    return tuple(states)
 
 
 def rank_parameters(config: RunConfig, pp_rank: int, tp_rank: int) -> tuple[RankParameter, ...]:
