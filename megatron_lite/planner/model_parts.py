@@ -5,11 +5,11 @@ They mirror model/layer.py, model/attention.py, model/embedding.py and model/hea
 
 from __future__ import annotations
 
-from megatron_lite.planner.operators import Operators
+from megatron_lite.planner.context_core import ContextCore
 from megatron_lite.planner.tape import Storage, Value
 
 
-class ModelParts(Operators):
+class ModelParts(ContextCore):
     """Parts of a pipeline stage on a tape."""
 
     def layer(self, x: Value) -> Value:
@@ -151,9 +151,9 @@ class ModelParts(Operators):
         if model.position_embedding == "rotary":
             query, key = (self.replaced(part, self.rotate(part)) for part in (query, key))
         # The other kernels do not take grouped heads.
-        if width > of_keys and not self.uses_flash_attention:
+        if shapes.cp == 1 and width > of_keys and not self.uses_flash_attention:
             key, value = (self.replaced(part, self._repeated(part, tokens * width)) for part in (key, value))
-        out = self.core(query, key, value)
+        out = (self.core if shapes.cp == 1 else self.core_over_ranks)(query, key, value)
         y = self.row(out, width, model.hidden_size, bias=model.linear_bias)
         tape.drop(query, key, value, out)
         return y

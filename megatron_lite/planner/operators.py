@@ -34,6 +34,9 @@ class Shapes:
         fused: weight gradients are added to the fp32 buffers while they are computed.
         immediate: backward does so, and no weight gradient is a tensor of its own.
         fp8: products of the layers are in fp8.
+        cp: context-parallel ranks.
+        gathers_keys: keys and values are all-gathered over them; False: passed round a ring.
+        documents: attention is restricted to documents.
     """
 
     tokens: int
@@ -46,6 +49,9 @@ class Shapes:
     fused: bool
     immediate: bool
     fp8: bool
+    cp: int
+    gathers_keys: bool
+    documents: bool
 
     @property
     def own_functions(self) -> bool:
@@ -71,6 +77,9 @@ def shapes_of(config: RunConfig, seq_length: int) -> Shapes:
         fused=fused,
         immediate=fused and not defers and config.runtime.compile == "off",
         fp8=config.fp8.format != "off",
+        cp=parallel.cp,
+        gathers_keys=parallel.cp_comm_type == "all_gather",
+        documents=config.data.reset_attention_mask,
     )
 
 

@@ -1,5 +1,7 @@
 """Tests of the planner's activation memory against rehearsals, which count live meta tensors."""
 
+import math
+
 import pytest
 
 from megatron_lite.config.arguments import parse_run
@@ -16,6 +18,7 @@ NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 LLAMA = f"--position-embedding-type rotary --swiglu --normalization RMSNorm --disable-bias-linear {NO_DROPOUT}"
 LLAMA += " --untie-embeddings-and-output-weights"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+CP = "--context-parallel-size"
 LAYOUTS = (
     "",
     "--bf16",
@@ -44,17 +47,21 @@ LAYOUTS = (
     "--bf16 --squared-relu --apply-layernorm-1p",
     "--bf16 --activation geglu --parallel-residual",
     "--bf16 --activation reglu --apply-residual-connection-post-layernorm",
+    f"{CP} 2 --bf16 {NO_DROPOUT}",
+    f"{CP} 4 --bf16 {LLAMA} --group-query-attention --num-query-groups 2",
+    f"{CP} 4 --cp-comm-type all_gather --bf16 {NO_DROPOUT} {TP} 2 --sequence-parallel",
+    f"{CP} 2 --bf16 {NO_DROPOUT} --recompute-granularity selective {PP} 2",
     f"--share-layers all --embedding-size 16 {PP} 2",
 )
 
 
 def run_config(arguments):
     words = arguments.split()
-    sizes = [int(words[words.index(flag) + 1]) if flag in words else 1 for flag in (TP, PP)]
+    sizes = [int(words[words.index(flag) + 1]) if flag in words else 1 for flag in (TP, CP, PP)]
     given = BATCH.split()
     if "--micro-batch-size" in words:
         given = given[2:]
-    return with_vocabulary(parse_run([*SIZES.split(), *given, *words], world_size=sizes[0] * sizes[1]).config, 127)
+    return with_vocabulary(parse_run([*SIZES.split(), *given, *words], world_size=math.prod(sizes)).config, 127)
 
 
 @pytest.mark.parametrize("arguments", LAYOUTS)
