@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_lite.backend.cpu import processor_name
+from megatron_lite.backend.xla_devices import count_xla_devices
 
 
 class Device(NamedTuple):
@@ -68,6 +69,8 @@ def _mps() -> Device:
 
 
 def _xla() -> Device:
-    if find_spec("torch_xla") is not None:
-        return Device("xla", "torch_xla, for TPUs", "")
-    return Device("xla", "", "torch_xla is not installed")
+    if find_spec("torch_xla") is None:
+        return Device("xla", "", "torch_xla is not installed (docs/tpu.md)")
+    if count := count_xla_devices():
+        return Device("xla", f"{count} devices of torch_xla", "")
+    return Device("xla", "", "this host has no device file of a TPU, such as /dev/accel0")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.vendor_modules import install
 
-from megatron_lite.backend import devices
+from megatron_lite.backend import cuda, devices
 from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.devices import automatic_kind, find_device, list_devices
 from megatron_lite.backend.environment import Launch
@@ -42,7 +42,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.version, "xpu", "2025.1" if "xpu" in (*built, *found) else None)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in found)
         monkeypatch.setattr(torch.backends.mps, "is_built", lambda: "mps" in (*built, *found))
-        monkeypatch.setattr(devices, "find_spec", lambda name: object() if "xla" in found else None)
+        monkeypatch.setattr(devices, "find_spec", lambda name: object() if "xla" in (*built, *found) else None)
+        monkeypatch.setattr(devices, "count_xla_devices", lambda: 8 if "xla" in found else None)
 
     return build
 
@@ -60,11 +61,12 @@ def test_a_device_is_described_or_the_reason_why_there_is_none(machine):
     machine()
     texts = {device.kind: device.missing for device in list_devices()}
     assert "built without CUDA and ROCm" in texts["cuda"] and "built without Intel GPUs" in texts["xpu"]
-    assert "built without Apple's GPUs" in texts["mps"] and texts["xla"] == "torch_xla is not installed"
+    assert "built without Apple's GPUs" in texts["mps"] and "torch_xla is not installed" in texts["xla"]
     assert find_device("cpu").found and not texts["cpu"]
-    machine(built=("cuda", "xpu", "mps"))
+    machine(built=("cuda", "xpu", "mps", "xla"))
     texts = {device.kind: device.missing for device in list_devices()}
     assert "for CUDA 12.8 finds no GPU or driver, which nvidia-smi lists" in texts["cuda"]
+    assert "no device file of a TPU" in texts["xla"]
     assert "which xpu-smi lists" in texts["xpu"] and "is too old for PyTorch's kernels" in texts["mps"]
     machine(built=("cuda",), hip="6.4")
     assert "for ROCm 6.4 finds no GPU or driver, which rocm-smi lists" in find_device("cuda").missing
@@ -73,7 +75,7 @@ def test_a_device_is_described_or_the_reason_why_there_is_none(machine):
         "4 x AMD Instinct MI300X (ROCm 6.4)",
         "2 x Intel(R) Data Center GPU Max 1550",
         "Apple GPU",
-        "torch_xla, for TPUs",
+        "8 devices of torch_xla",
     ]
 
 
@@ -101,11 +103,12 @@ def test_the_command_lists_devices_and_kernels(machine, capsys, monkeypatch):
 def rocm(machine, monkeypatch):
     machine(found=("cuda",), hip="6.4")
     chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device))
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", lambda text: chosen.append(text))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: None)
+    monkeypatch.setattr(cuda, "find_varlen_kernel", lambda: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     return chosen

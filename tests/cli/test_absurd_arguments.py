@@ -40,6 +40,7 @@ COMMAND_LINES = {
     "slurm submit": ["x"],
     "doctor": [],
     "devices": [],
+    "report": ["x"],
     "watch": ["x"],
     "sync": ["x", "--to", "y"],
     "curve": ["x"],
