@@ -68,8 +68,21 @@ def torch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, z
     if not native:
         x, weight = x.float(), weight.float() + (1 if zero_centered else 0)
         bias = None if bias is None else bias.float()
-    y = F.rms_norm(x, shape, weight, epsilon) if bias is None else F.layer_norm(x, shape, weight, bias, epsilon)
+    if bias is None:
+        y = F.rms_norm(x, shape, weight, epsilon)
+    elif x.device.type == "xla":
+        y = _layer_norm_by_dim(x, weight, bias, epsilon)
+    else:
+        y = F.layer_norm(x, shape, weight, bias, epsilon)
     return y if native else y.to(dtype)
+
+
+def _layer_norm_by_dim(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return LayerNorm over the last dim, in fp32, without flattening the others as torch_xla's kernel does."""
+    wide = x.float()
+    centered = wide - wide.mean(-1, keepdim=True)
+    y = centered * (centered.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return (y * weight.float() + bias.float()).to(x.dtype)
 
 
 def apex_norm(config: RunConfig) -> NormKernel:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
+from megatron_lite.config.divisors import divisors
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError, install_extra
@@ -66,6 +67,8 @@ class XlaBackend(Backend):
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
+        # Each compilation would print a warning that XLA's partitioner is to be replaced.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         try:
             import torch_xla
             from torch_xla import runtime as xr
@@ -117,6 +120,13 @@ class XlaBackend(Backend):
                 f"{parallel.world_size} (--world-size)",
                 fix=f"Give --world-size {count}"
                 + (f", or set CPU_NUM_DEVICES={parallel.world_size}" if self.kind == "CPU" else ""),
+            )
+        if parallel.dp % hosts:
+            raise ConfigError(
+                f"Cannot divide {parallel.dp} data-parallel replicas among {hosts} hosts "
+                f"(--tensor-model-parallel-size {parallel.tp} of {count} devices)",
+                rule="Each host reads the samples of its own devices, which must be those of complete replicas",
+                fix=f"Use --tensor-model-parallel-size {divisors(count // hosts)}",
             )
 
     def seed(self, value: int) -> None:
@@ -277,6 +287,9 @@ def checkpoint_with_barrier(function: Callable[..., Tensor], *args: Any) -> Tens
     """Run `function` again in backward, behind a barrier without which XLA would merge the two runs."""
     from torch_xla.utils.checkpoint import checkpoint
 
+    if torch.is_grad_enabled() and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        # The function's parameters get gradients only if backward reaches its result through an argument.
+        args = (args[0].detach().requires_grad_(), *args[1:])
     result: Tensor = checkpoint(function, *args, preserve_rng_state=False)
     return result
 

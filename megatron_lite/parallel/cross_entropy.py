@@ -160,7 +160,9 @@ class LinearCrossEntropy:
         """Set the padded columns to -inf: exp(-inf) = 0, so that the kernels need no case for padding."""
         columns = logits.shape[-1]
         end = self.vocab_size - columns * self.group.rank
-        if end < columns:
+        if end < columns and logits.device.type == "xla":
+            logits.masked_fill_(torch.arange(columns, device=logits.device) >= end, float("-inf"))
+        elif end < columns:
             logits[..., max(0, end) :].fill_(float("-inf"))
 
     def _combine(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -201,6 +201,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens` [s, b] -> [s, b, h] (sequence parallel: [s/tp, b, h])."""
         group = self.sharding.tp
+        if tokens.device.type == "xla":  # which flattens the tokens: samples that are split over the mesh come first
+            return F.embedding(tokens.t(), self.weight).transpose(0, 1)
         if group.size == 1:
             return F.embedding(tokens, self.weight)
         rows = tokens - self.first_row

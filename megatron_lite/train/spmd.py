@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -299,10 +299,13 @@ def _program(microbatches: int, *, backward: bool) -> tuple[Action, ...]:
 
 
 def _recording(read: BatchReader, batches: list[MicroBatch]) -> BatchReader:
-    """Return the reader, which also appends what it reads to `batches`."""
+    """Return the reader, which also appends what it reads to `batches`.
+
+    Micro-batches are numbered alike on all hosts, because the seeds of dropout follow from the numbers.
+    """
 
     def reader(index: int) -> MicroBatch:
-        batches.append(read(index))
+        batches.append(replace(read(index), number=index))
         return batches[-1]
 
     return reader

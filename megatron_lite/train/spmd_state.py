@@ -248,9 +248,11 @@ class SpmdState:
             new = main - lr * gradient
         for name, value in updated.items():
             state[name].copy_(torch.where(applies, value, state[name]))
-        main.copy_(torch.where(applies, new, main))
+        new = torch.where(applies, new, main)
+        main.copy_(new)
         if main is not parameter.named.param:
-            parameter.named.param.copy_(main)
+            # Not from `main`, whose partition is another one.
+            parameter.named.param.copy_(new.to(parameter.named.param.dtype))
         self._refresh_aliases(parameter)
 
     def _refresh_aliases(self, *parameters: Parameter) -> None:
