@@ -7,6 +7,7 @@ of the hovered lines from the SVG itself, so that no value is stored twice.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -20,6 +21,8 @@ SCALE = 100_000
 """Width and height of a plot in its own units: five digits of every value."""
 COLOURS = 8
 """Colours of page.css, c1 to c8."""
+MANY_MARKS = 25
+"""Marks of a kind above which they are short."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def draw(chart: Chart, *, tall: bool = False) -> str:
         f"data-y='{up.low},{up.high}' data-log='{int(chart.log)}' data-value='{chart.value}' "
         f"data-x-name='{chart.x_name}'>"
         f"{_grid(up, place)}{''.join(_level(value, place) for _, value in chart.levels)}"
-        f"{''.join(_mark(mark, place) for mark in chart.marks)}{''.join(_line(line, place) for line in lines)}"
+        f"{_marks(chart.marks, place)}{''.join(_line(line, place) for line in lines)}"
         f"</svg></div>{_horizontal_labels(across, place)}<div class='x-name'>{chart.x_name}</div></div>"
         f"<ul class='legend'>{legend}</ul></figure>"
     )
@@ -182,9 +185,11 @@ def _tick(tick: float, up: Axis, chart: Chart) -> str:
 def short(number: float) -> str:
     """Return a number with at most four digits and k, M, G or T.
 
-    >>> short(0), short(250000), short(1.5e9)
-    ('0', '250k', '1.5G')
+    >>> short(0), short(250000), short(1.5e9), short(2e30)
+    ('0', '250k', '1.5G', '2e+30')
     """
+    if abs(number) >= 1e15:
+        return f"{number:.3g}"
     for suffix in ("", "k", "M", "G"):
         if abs(number) < 999.95:
             return f"{number:.4g}{suffix}"
@@ -208,9 +213,15 @@ def _level(value: float, place: _Placement) -> str:
     return f"<path class='level' d='M0 {place.y(np.array([value]))[0]:.0f}H{SCALE}'/>"
 
 
-def _mark(mark: Mark, place: _Placement) -> str:
-    x = place.x(np.array([mark.x]))[0]
-    return f"<path class='mark {mark.kind}' d='M{x:.0f} 0V{SCALE}' data-text='{escape(mark.text, quote=True)}'/>"
+def _marks(marks: Sequence[Mark], place: _Placement) -> str:
+    """Return vertical lines; of kinds with many marks, ticks at the top, which hide no curve."""
+    counts = Counter(mark.kind for mark in marks)
+    parts = []
+    for mark, x in zip(marks, place.x(np.array([mark.x for mark in marks], dtype=np.float64)), strict=True):
+        length = SCALE * 0.05 if counts[mark.kind] > MANY_MARKS else SCALE
+        text = escape(mark.text, quote=True)
+        parts.append(f"<path class='mark {mark.kind}' d='M{x:.0f} 0V{length:.0f}' data-text='{text}'/>")
+    return "".join(parts)
 
 
 def _line(line: Line, place: _Placement) -> str:

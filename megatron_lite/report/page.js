@@ -2,11 +2,12 @@
 "use strict";
 const SCALE = 100000;
 const FORMATS = {
-  loss: v => v.toFixed(4),
+  loss: v => Math.abs(v) < 1e6 ? v.toFixed(4) : v.toExponential(4),
   percent: v => (100 * v).toFixed(2) + "%",
   power: v => v === 0 ? "0" : v.toExponential(3),
   whole: v => Math.round(v).toLocaleString("en-US"),
   short: v => {
+    if (Math.abs(v) >= 1e15) return v.toExponential(2);
     for (const suffix of ["", "k", "M", "G", "T"]) {
       if (Math.abs(v) < 1000 || suffix === "T") return String(+v.toPrecision(4)) + suffix;
       v /= 1000;
@@ -53,13 +54,10 @@ for (const area of document.querySelectorAll(".area")) {
       row.append(line.dataset.name + " ");
       element(row, "b", "", format(svg.dataset.log === "1" ? 10 ** height : height));
     }
-    let wide = false;
-    for (const mark of svg.querySelectorAll("[data-text]")) {
-      if (Math.abs(parseFloat(mark.getAttribute("d").slice(1)) - x) > SCALE / 120) continue;
-      element(tip, "div", "", mark.dataset.text);
-      wide = true;
-    }
-    tip.classList.toggle("wide", wide);
+    const distance = mark => Math.abs(parseFloat(mark.getAttribute("d").slice(1)) - x);
+    const near = [...svg.querySelectorAll("[data-text]")].filter(mark => distance(mark) <= SCALE / 120).slice(0, 3);
+    for (const mark of near) element(tip, "div", "", mark.dataset.text);
+    tip.classList.toggle("wide", near.length > 0);
     cursor.style.display = tip.style.display = "block";
     cursor.style.left = 100 * place / SCALE + "%";
     const left = place / SCALE * box.width, width = tip.offsetWidth;

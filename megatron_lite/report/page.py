@@ -37,7 +37,7 @@ from megatron_lite.runs.manifest import read_manifest
 
 SHOWN = 200
 """Rows of a table of events or warnings; the latest ones."""
-_PILLS = {"completed": "good", "evaluated": "good", "running": "run", "error": "bad", "killed": "bad"}
+_PILLS = {"completed": "good", "evaluated": "good", "running": "run", "error": "bad"}
 _PART_COLOURS = {
     COMPUTE: "var(--c3)",
     TRAINING: "var(--c3)",

@@ -105,18 +105,19 @@ def _moved(events: Sequence[Mark], log: RunLog, x_name: str) -> list[Mark]:
 
 def source_chart(log: RunLog) -> str:
     """Return the training loss of each data source of a blend; empty: there is one source."""
-    names = [name for name in log.losses if name != LOSS][:SOURCES_SHOWN]
+    names = [name for name in log.losses if name != LOSS]
     x = log.columns["iteration"]
     lines = [
         replace(
             line, style="plain", series=replace(line.series, y=line.series.smooth), note=f"{line.series.smooth[-1]:.4f}"
         )
-        for number, name in enumerate(names, 1)
+        for number, name in enumerate(names[:SOURCES_SHOWN], 1)
         if len((line := line_of(name, x, log.losses[name], number)).series)
     ]
     if not lines:
         return ""
-    title = f"Training loss of {format_count(len(lines), 'data source')}"
+    shown = "" if len(names) <= SOURCES_SHOWN else f"{SOURCES_SHOWN} of "
+    title = f"Training loss of {shown}{format_count(len(names), 'data source')}"
     return draw(Chart(title, "moving average", lines, value="loss", robust=True), tall=True)
 
 

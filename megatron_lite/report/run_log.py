@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +150,8 @@ class RunLog:
             return "completed"
         if (status := self.exit_status()) is not None:
             return status.status.replace("_", " ")
-        return "running" if read_lock(self.folder) is not None else "killed"
+        lock = read_lock(self.folder)
+        return "running" if lock is not None and lock.is_held(time.time()) else "unfinished"
 
 
 def loss_of(record: Mapping[str, Any]) -> float:
@@ -251,7 +253,7 @@ class _Reader:
             log.rank_seconds = [*log.rank_seconds[1 - MEASUREMENTS :], record["rank_seconds"]]
 
     def _other(self, kind: str, record: dict[str, Any]) -> None:
-        log, time = self._log, float(record.get("time", 0.0))
+        log, when = self._log, float(record.get("time", 0.0))
         if kind == "start":
             config = record.pop("config", {})
             log.changes.append(compare_configs(self._config, config) if self._config else [])
@@ -259,17 +261,17 @@ class _Reader:
             log.starts.append(record)
             log.rank_seconds = []
             if not log.first_time:
-                log.first_time = time - float(record.get("startup_seconds", 0.0))
+                log.first_time = when - float(record.get("startup_seconds", 0.0))
         elif kind == "validation":
             log.validations.append(record)
         elif kind == "message":
             text = str(record.get("text", ""))
             if match := SPIKE.match(text):
-                log.spikes.append(Spike(int(match[2]), int(match[3]), float(match[1].rstrip(",")), time))
+                log.spikes.append(Spike(int(match[2]), int(match[3]), float(match[1].rstrip(",")), when))
             if text.startswith("WARNING"):
                 log.warnings.append((int(record.get("iteration", 0)), text.removeprefix("WARNING: ")))
         if kind in ("start", "validation", "save", "discarded"):
-            log.events.append(Event(kind, time, log.last_time, record))
+            log.events.append(Event(kind, when, log.last_time, record))
 
 
 def _decode(line: bytes) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from megatron_lite.report.plan import make_plan, planned_parts
 from megatron_lite.report.run_log import read_run
 from megatron_lite.report.timeline import account
 from megatron_lite.runs.evaluations import Evaluation, append_evaluations
+from megatron_lite.runs.exit_status import ExitStatus
+from megatron_lite.runs.lock import FolderLock
+from megatron_lite.runs.process import this_process
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -156,7 +159,7 @@ def test_files_of_earlier_versions_lack_times_and_facts(tmp_path):
     run.file.close()
     page = run_page(read_run(tmp_path / "metrics.jsonl"))
     Balance(page)
-    assert "No iteration was measured by part" in page and "killed" in page
+    assert "No iteration was measured by part" in page and "unfinished" in page
     assert run_page(read_run(tmp_path)).startswith("<!doctype html>")
 
 
@@ -194,6 +197,36 @@ def test_any_values_give_a_chart(values, style, robust):
         for pair in points.split():
             a, b = map(int, pair.split(","))
             assert 0 <= a <= 100_000 and -100_000 <= b <= 200_000
+
+
+def test_many_restarts_are_ticks_above_the_curves(tmp_path):
+    run = RunFiles(tmp_path)
+    run.start()
+    for number in range(40):
+        run.iterations(number + 1, number + 1)
+        run.start(number + 1, gap=10.0)
+    run.validation(40)
+    run.file.close()
+    page = run_page(read_run(tmp_path))
+    assert "restart (40)" in page and "<path class='mark restart' d='M0 0V5000'" in page
+    assert "0V5000' data-text='restart at iteration 40'" in page and " 0V100000" not in page
+
+
+def test_the_state_is_that_of_the_last_job(tmp_path):
+    run = RunFiles(tmp_path)
+    run.start()
+    run.validation(500, name="a")
+    run.validation(500, name="b", split="test")
+    run.file.close()
+    log = read_run(tmp_path)
+    assert log.state() == "unfinished" and "<td>b</td>" in run_page(log), "a run that only evaluates"
+    status = ExitStatus(status="time_limit", message="stopping before the <limit>")
+    (tmp_path / "exit_status.json").write_bytes(status.encode())
+    assert "time limit</span>" in run_page(log) and "stopping before the &lt;limit&gt;" in run_page(log)
+    lock = FolderLock(tmp_path, process=this_process("n1"), command="train")
+    (tmp_path / "exit_status.json").unlink()
+    assert lock.try_acquire() and log.state() == "running"
+    lock.release()
 
 
 def test_the_command_writes_one_file_twice_without_torch(run, tmp_path):
