@@ -24,8 +24,10 @@ from megatron_lite.backend.environment import RANK_IN_TASK, RANKS_PER_TASK, Laun
 from megatron_lite.formatting import format_count
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+"""Processors and GPUs that AMD's driver manages; only GPUs have SIMD units."""
 GRACE = 60.0
 """Seconds that the other ranks have to end by themselves after one has failed: they notice a killed rank after 30 s."""
 KILL_AFTER = 10.0
@@ -42,11 +44,20 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> int:
             # CUDA ignores everything from the first invalid entry on, and a process sees one MIG instance at most.
             count = 0
             for entry in variables[name].split(","):
-                if not re.fullmatch(r"\d+|GPU-.*", entry.strip()):
+                if not re.fullmatch(r"\d+(\.\d+)?|GPU-.*", entry.strip()):  # of Intel: card.tile
                     return count or int(entry.strip().startswith("MIG-"))
                 count += 1
             return count
-    return len(list(NVIDIA_GPUS.glob("*")))
+    return len(list(NVIDIA_GPUS.glob("*"))) or sum(map(_has_simd, AMD_NODES.glob("*/properties")))
+
+
+def _has_simd(properties: Path) -> bool:
+    """Return whether a node of AMD's driver is a GPU; one that is hidden from this container cannot be read."""
+    try:
+        found = re.search(r"^simd_count (\d+)", properties.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return False
+    return found is not None and int(found[1]) > 0
 
 
 def start_ranks(command: Sequence[str], launch: Launch, count: int) -> int:

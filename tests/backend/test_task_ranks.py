@@ -98,3 +98,16 @@ def test_visible_gpus(variables, count, tmp_path, monkeypatch):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
     monkeypatch.setattr(task_ranks, "NVIDIA_GPUS", tmp_path)
     assert visible_gpus(variables) == count
+
+
+def test_gpus_of_amd_are_counted_without_their_processors(tmp_path, monkeypatch):
+    for number, units in enumerate((0, 0, 304, 304)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "properties").write_text(
+            f"cpu_cores_count 8\nsimd_count {units}\nmem_banks_count 1\n"
+        )
+    (tmp_path / "4" / "properties").mkdir(parents=True)  # cannot be read
+    monkeypatch.setattr(task_ranks, "NVIDIA_GPUS", tmp_path / "none")
+    monkeypatch.setattr(task_ranks, "AMD_NODES", tmp_path)
+    assert visible_gpus({}) == 2 and visible_gpus({"HIP_VISIBLE_DEVICES": "1"}) == 1
+    assert visible_gpus({"ZE_AFFINITY_MASK": "0.0,0.1,1"}) == 3
