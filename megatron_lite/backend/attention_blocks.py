@@ -82,23 +82,25 @@ def block_gradients(
     return _merged(of_q.flatten(1, 2)), _merged(of_k), _merged(of_v)
 
 
-def flash_attend_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return attend_block's results by torch's FlashAttention, the output in the dtype of `q`."""
+Seeds = tuple[Tensor, Tensor]
+"""Seed and offset of FlashAttention's dropout: not read without dropout, but required, of a device's own dtype."""
+
+
+def flash_attend_block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Seeds]:
+    """Return attend_block's results by torch's FlashAttention, the output in the dtype of `q`; and its seeds."""
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
-    out, lse = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), 0.0, causal)[:2]
-    return out.permute(2, 0, 1, 3), lse
+    results = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), 0.0, causal)
+    return results[0].permute(2, 0, 1, 3), results[1], (results[6], results[7])
 
 
 def flash_block_gradients(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, seeds: Seeds
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return block_gradients' results by torch's FlashAttention, in the dtype of `q`."""
+    """Return block_gradients' results by torch's FlashAttention, in the dtype of `q`; with the seeds of a forward."""
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_backward
     inputs = [x.permute(1, 2, 0, 3) for x in (gradient, q, k, v, out)]
-    # Without dropout the kernel does not read its seed.
-    seed = torch.zeros(2, dtype=torch.int64, device=q.device)
     # Lengths of documents (None) are of the varlen kernel.
-    gradients = flash(*inputs, lse.contiguous(), None, None, q.shape[0], k.shape[0], 0.0, causal, seed, seed)
+    gradients = flash(*inputs, lse.contiguous(), None, None, q.shape[0], k.shape[0], 0.0, causal, *seeds)
     of_q, of_k, of_v = (x.permute(2, 0, 1, 3) for x in gradients[:3])
     return of_q, of_k, of_v
 

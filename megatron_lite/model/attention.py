@@ -1,7 +1,8 @@
 """Causal self-attention: multi-head or grouped-query, computed by the backend's kernel, and its KV cache.
 
-Letters: s sequence, b micro-batch, h hidden, n query heads and g key/value heads of this rank, q = n/g, d channels of a
-head, t tokens in all (s, and those of a cache), tp size of the tensor-parallel group.
+Letters: s sequence (with context parallelism the part of a rank), b micro-batch, h hidden, n query heads and g
+key/value heads of this rank, q = n/g, d channels of a head, t tokens in all (s, and those of a cache), tp size of the
+tensor-parallel group.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class _ContextAttention(Function):
             for part in [block] if fused else context.divided(block, q):
                 rows, queries, (keys, values) = part.rows, q[part.rows], part.kv
                 if fused:
-                    partial, partial_lse = flash_attend_block(queries, keys, values, part.causal)
+                    partial, partial_lse, ctx.seeds = flash_attend_block(queries, keys, values, part.causal)
                 else:
                     keep = _keep(queries, keys, dropout)
                     partial, partial_lse = attend_block(
@@ -150,7 +150,7 @@ class _ContextAttention(Function):
                     rows, (keys, values) = part.rows, part.kv
                     inputs = (gradient[rows], q[rows], keys, values, out[rows], lse[..., rows])
                     if ctx.fused:
-                        gradients = flash_block_gradients(*inputs, part.causal)
+                        gradients = flash_block_gradients(*inputs, part.causal, ctx.seeds)
                     else:
                         keep = _keep(q[rows], keys, dropout)
                         gradients = block_gradients(*inputs, mask=context.mask(part), causal=part.causal, keep=keep)

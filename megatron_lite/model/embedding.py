@@ -1,7 +1,7 @@
 """Embedding of the first stage: token embedding, optional norm (BLOOM), learned positions, projection, dropout.
 
-Letters: s sequence, b micro-batch, h hidden, E channels of a factorized embedding (otherwise h), tp size of the
-tensor-parallel group.
+Letters: s sequence (with context parallelism the part of a rank), b micro-batch, h hidden, E channels of a factorized
+embedding (otherwise h), tp size of the tensor-parallel group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """GPT pipeline stage: consecutive transformer layers, with the embedding on the first and the head on the last stage.
 
-Letters: s sequence, b micro-batch, h hidden, V padded vocabulary, tp size of the tensor-parallel group.
+Letters: s sequence (with context parallelism the part of a rank), b micro-batch, h hidden, V padded vocabulary, tp size
+of the tensor-parallel group.
 """
 
 from __future__ import annotations

@@ -132,9 +132,43 @@ def test_starts_of_documents():
 
 
 def test_the_kernels_of_gpus_take_these_arguments():
-    """FlashAttention itself runs on GPUs only; its shapes are computed on the meta device."""
+    """The GPU's FlashAttention runs on GPUs only; its shapes are computed on the meta device."""
     q, k = (torch.empty(6, 2, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
-    out, lse = flash_attend_block(q, k, k, causal=True)
+    out, lse, seeds = flash_attend_block(q, k, k, causal=True)
     assert out.shape == q.shape and lse.shape == (2, 4, 6) and lse.dtype == torch.float32
-    gradients = flash_block_gradients(out, q, k, k, out, lse, causal=True)
+    gradients = flash_block_gradients(out, q, k, k, out, lse, True, seeds)
     assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def flash_of_cpu(q, k, v, dropout, causal):
+    """FlashAttention of the CPU, with the arguments and results of the GPU's, and as many key heads as query heads."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
+    return out, lse, None, None, q.shape[2], k.shape[2], "seed", "offset", None
+
+
+def flash_backward_of_cpu(gradient, q, k, v, out, lse, of_q, of_k, max_q, max_k, dropout, causal, seed, offset):
+    assert (of_q, of_k, max_q, max_k) == (None, None, q.shape[2], k.shape[2]) and (seed, offset) == ("seed", "offset")
+    assert lse.is_contiguous()
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # the CPU's layout
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, q, k, v, out, lse, dropout, causal
+    )
+
+
+def fused_deviations(backend):
+    """As deviations, with the CPU's FlashAttention in the place of the GPU's."""
+    aten = torch.ops.aten
+    with (
+        mock.patch.object(aten, "_scaled_dot_product_flash_attention", flash_of_cpu),
+        mock.patch.object(aten, "_scaled_dot_product_flash_attention_backward", flash_backward_of_cpu),
+        mock.patch.object(type(backend), "has_block_kernel", lambda self, q: True),
+        mock.patch(f"{__name__}.GROUPS", HEADS),
+        mock.patch.object(context_attention, "attend_block", None),
+    ):
+        return deviations(backend, "plain", 1 << 27)
+
+
+@pytest.mark.slow
+def test_a_fused_kernel_computes_the_same(on_ranks):
+    for found in on_ranks(4, fused_deviations):
+        assert all(max(numbers) < 2e-6 for numbers in found.values()), found
