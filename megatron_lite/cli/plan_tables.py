@@ -227,7 +227,10 @@ def shortened(rows: list[dict[str, Any]], most: int) -> Iterable[dict[str, Any] 
 def _node_table(record: dict[str, Any]) -> Table | None:
     if len(record["nodes"]) < 2:
         return None
-    table = _table("Node counts (training alone)", "nodes", "GPUs", "replicas", "time", "GPU hours", "idle", "even")
+    available = record["memory"]["available_bytes"]
+    table = _table(
+        "Node counts (training alone)", "nodes", "GPUs", "replicas", "time", "GPU hours", "idle", "even", "fits"
+    )
     for row in record["nodes"]:
         table.add_row(
             f"{row['nodes']:,}",
@@ -237,6 +240,7 @@ def _node_table(record: dict[str, Any]) -> Table | None:
             f"{row['device_hours']:,.0f}",
             f"{row['idle']:.0%}",
             "yes" if row["even"] else "no",
+            "yes" if not available or row["memory"] <= available else "NO",
             style="bold" if row["nodes"] == record["machine"]["nodes"] else "",
         )
     return table

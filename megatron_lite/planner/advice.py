@@ -215,6 +215,15 @@ def _optimizer(of: Situation) -> Iterator[Advice]:
         )
 
 
+def _engine(of: Situation) -> Iterator[Advice]:
+    engine = of.config.runtime.engine
+    if engine != "native":
+        yield Advice(
+            f"--engine {engine} is planned as if it were the native engine",
+            "Calibrate with --calibrate and the metrics.jsonl of a short run of that engine",
+        )
+
+
 def _divisor_below(number: int, limit: int) -> int:
     return max(size for size in range(1, number + 1) if number % size == 0 and size <= limit)
 
@@ -229,4 +238,5 @@ RULES: tuple[Callable[[Situation], Iterator[Advice]], ...] = (
     _imbalance,
     _shapes,
     _vocabulary,
+    _engine,
 )

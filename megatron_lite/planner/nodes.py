@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import run_stages
+from megatron_lite.planner.memory import rank_memory
 from megatron_lite.schedules.length import ramp_stages
 from megatron_lite.schedules.microbatches import total_microbatches
 
@@ -21,6 +22,7 @@ class NodeCount:
         device_hours: of training.
         even: whether every replica has the same number of micro-batches in every stage of the ramp-up.
         idle: share of the device time without micro-batches, over the run.
+        memory: bytes on the fullest rank.
     """
 
     nodes: int
@@ -30,6 +32,7 @@ class NodeCount:
     device_hours: float
     even: bool
     idle: float
+    memory: int
 
 
 def node_counts(config: RunConfig, machine: Hardware) -> list[NodeCount]:
@@ -47,7 +50,8 @@ def node_counts(config: RunConfig, machine: Hardware) -> list[NodeCount]:
 def node_count(config: RunConfig, machine: Hardware, nodes: int) -> NodeCount:
     """Return the time of a run on `nodes` nodes."""
     devices = nodes * machine.per_node
-    stages = list(run_stages(replace(config, parallel=replace(config.parallel, world_size=devices)), machine))
+    changed = replace(config, parallel=replace(config.parallel, world_size=devices))
+    stages = list(run_stages(changed, machine))
     seconds = sum(stage.seconds for stage in stages)
     return NodeCount(
         nodes=nodes,
@@ -57,6 +61,7 @@ def node_count(config: RunConfig, machine: Hardware, nodes: int) -> NodeCount:
         device_hours=devices * seconds / 3600.0,
         even=all(stage.idle == 0.0 for stage in stages),
         idle=sum(stage.idle * stage.seconds for stage in stages) / seconds if seconds else 0.0,
+        memory=max(rank.total for rank in rank_memory(changed)),
     )
 
 
