@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.cli.plan_remedies import remedies
@@ -21,6 +22,7 @@ from megatron_lite.planner.job import Assumptions, JobPlan, plan_job
 from megatron_lite.planner.memory import rank_memory
 from megatron_lite.planner.nodes import even_nodes, node_counts
 from megatron_lite.planner.summary import summarize
+from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -55,6 +57,7 @@ def plan_record(
     _check_length(config)
     job = plan_job(config, machine, assumptions)
     memory = _memory(config, machine)
+    done = min(_done(config), job.iterations)
     over_budget = bool(budget) and job.cost.device_hours > budget
     warnings = [str(advice) for advice in advise(config, machine, job)]
     if machine.device.name == "cpu" and calibration is None:
@@ -70,6 +73,8 @@ def plan_record(
     record = {
         "answer": {
             "days": job.total_seconds / 86400.0,
+            "done_iterations": done,
+            "remaining_days": job.seconds_after(done) / 86400.0,
             "fits": memory["fits"],
             "device_hours": job.cost.device_hours,
             "within_budget": None if not budget else not over_budget,
@@ -103,6 +108,14 @@ def _counted(config: RunConfig) -> RunConfig:
         return with_epochs(config)
     except DataError:
         return config
+
+
+def _done(config: RunConfig) -> int:
+    """Return the iterations of the checkpoint from which the run would resume; 0: there is none on this machine."""
+    options = config.checkpoint
+    if not options.load or options.finetune or options.reset_progress:
+        return 0
+    return options.load_iteration or latest_iteration(Path(options.load)) or 0
 
 
 def _check_length(config: RunConfig) -> None:

@@ -61,6 +61,8 @@ def _answer(record: dict[str, Any]) -> Text:
         f"({format_count(machine['nodes'], 'node')} of {machine['per_node']})",
         style="bold",
     )
+    if done := answer["done_iterations"]:
+        text.append(f"\n{format_days(answer['remaining_days'])} of them left after iteration {done:,}", style="bold")
     text.append("\n")
     if not answer["fits"]:
         text.append("DOES NOT FIT", style="bold red")

@@ -124,6 +124,15 @@ class JobPlan:
         """Expected time of the run."""
         return sum(self.seconds.values())
 
+    def seconds_after(self, iteration: int) -> float:
+        """Return the expected time of the run after `iteration` iterations, as their share of the training."""
+        left = sum(
+            stage.seconds * min(1.0, max(0.0, (stage.last_iteration - iteration) / stage.iterations))
+            for stage in self.stages
+        )
+        training = self.seconds["training"]
+        return self.total_seconds * left / training if training else 0.0
+
     @property
     def final(self) -> StepTime:
         """Step time of the last stage."""

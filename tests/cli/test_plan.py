@@ -15,6 +15,7 @@ from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.planner.calibration import calibrate, run_of
 from megatron_lite.planner.hardware import Hardware, accelerator, hardware
 from megatron_lite.planner.step_time import step_time_of
+from megatron_lite.runs.catalog import set_latest
 from megatron_lite.runs.metrics_file import encode
 
 
@@ -73,6 +74,17 @@ def test_other_runs(argv, capsys):
     assert any("writes no checkpoint" in warning for warning in found["warnings"])
     code, out, _ = plan(capsys, *argv)
     assert code == 0 and "not in the total, since nothing is saved" in out
+
+
+def test_the_rest_of_a_resumed_run(capsys, tmp_path):
+    argv = [*SMALL, "--save", tmp_path, "--load", tmp_path, "--save-interval", "10"]
+    assert record_of(capsys, *argv)["answer"]["done_iterations"] == 0
+    set_latest(tmp_path, 60)
+    answer = record_of(capsys, *argv)["answer"]
+    assert answer["done_iterations"] == 60 and answer["remaining_days"] == pytest.approx(0.4 * answer["days"])
+    _, out, _ = plan(capsys, *argv)
+    assert out.splitlines()[1].endswith(" of them left after iteration 60")
+    assert record_of(capsys, *argv, "--finetune")["answer"]["done_iterations"] == 0
 
 
 def test_a_run_that_does_not_fit_fails_with_flags_that_fit(capsys):
