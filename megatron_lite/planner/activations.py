@@ -101,7 +101,8 @@ def stage_memory(
         output, loss = _head_size(model, shapes), _loss(model, shapes)
         peak = max(peak, level + output + loss)
         level += output + 8 * shapes.tokens  # the gradient of the hidden states, and the labels
-    saved = level + (8 * shapes.tokens if first else 0)
+    # Tokens, and the order of the documents' tokens with its inverse.
+    saved = level + (8 * shapes.tokens if first else 0) + (16 * shapes.tokens if shapes.documents else 0)
     level = highest = saved + (0 if last else output)
     for part in reversed(parts):
         highest = max(highest, level + part.backward)

@@ -153,7 +153,11 @@ class ModelParts(ContextCore):
         # The other kernels do not take grouped heads.
         if shapes.cp == 1 and width > of_keys and not self.uses_flash_attention:
             key, value = (self.replaced(part, self._repeated(part, tokens * width)) for part in (key, value))
+        if shapes.documents and shapes.cp == 1:  # in the order of the documents
+            query, key, value = (self.replaced(part, self.cast(part, part.itemsize)) for part in (query, key, value))
         out = (self.core if shapes.cp == 1 else self.core_over_ranks)(query, key, value)
+        if shapes.documents and shapes.cp == 1:
+            out = self.replaced(out, self.cast(out, out.itemsize))
         y = self.row(out, width, model.hidden_size, bias=model.linear_bias)
         tape.drop(query, key, value, out)
         return y

@@ -11,8 +11,8 @@ from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.config.tuning import write_factors
 from megatron_lite.data.order.set_plan import SetPlan, describe_set
 from megatron_lite.data.serving.loader import Loader
-from megatron_lite.formatting import format_count
-from megatron_lite.planner.summary import Layout, Length, ModelSize, summarize
+from megatron_lite.formatting import format_count, format_size
+from megatron_lite.planner.summary import Layout, Length, Memory, ModelSize, summarize
 from megatron_lite.runs.metrics_file import metrics_path
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.progress import Progress
@@ -38,6 +38,7 @@ def introduction(
         *((("device", "; ".join(settings)),) if (settings := backend.settings()) else ()),
         *(("kernels", text) for text in kernels),
         *_trained(config),
+        *((("memory", _memory(summary.memory)),) if backend.asynchronous else ()),
         ("batch", _batch(config)),
         ("length", _length(config, summary.length)),
         *_data(config, data),
@@ -94,6 +95,16 @@ def _trained(config: RunConfig) -> Iterator[tuple[str, str]]:
     if chosen.factors:
         factors = " ".join(write_factors(config.tuning.lr_factors))
         yield "factors", f"of the learning rate for {len(chosen.factors)} tensors (--lr-factors {factors})"
+
+
+def _memory(memory: Memory) -> str:
+    """Return the plan of a device's memory; on a CPU other kernels and the host's memory would change it."""
+    fullest = max(memory.ranks, key=lambda rank: rank.total)
+    where = f" of pipeline rank {fullest.pp_rank}" if len(memory.ranks) > 1 else ""
+    return (
+        f"{format_size(fullest.total)} planned for the tensors{where}: {format_size(fullest.model_state)} of weights, "
+        f"gradients and optimizer state, {format_size(fullest.working)} of activations and others"
+    )
 
 
 def _batch(config: RunConfig) -> str:

@@ -52,6 +52,7 @@ LAYOUTS = (
     f"{CP} 4 --cp-comm-type all_gather --bf16 {NO_DROPOUT} {TP} 2 --sequence-parallel",
     f"{CP} 2 --bf16 {NO_DROPOUT} --recompute-granularity selective {PP} 2",
     f"--share-layers all --embedding-size 16 {PP} 2",
+    f"--bf16 --reset-attention-mask {NO_DROPOUT}",
 )
 
 
