@@ -50,7 +50,8 @@ class CudaBackend(GpuBackend):
         self._settings = _configure(runtime)
         self._chooses_kernel = runtime.attention == "auto"
         self._flash = runtime.attention in ("auto", "flash")
-        self._varlen = find_varlen_kernel() if self._flash else None
+        # Of ROCm, varlen attention is that of the package flash-attn (backend/kernels.py).
+        self._varlen = find_varlen_kernel() if self._flash and not torch.version.hip else None
         if launch.world_size > 1:
             self._join(parallel, "cpu:gloo,cuda:nccl", self.device)
 

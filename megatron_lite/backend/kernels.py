@@ -215,7 +215,10 @@ def _wish_attention(config: RunConfig) -> Wish:
         return Wish(("te",), flag="--transformer-impl transformer_engine")
     if runtime.attention == "flash":
         return Wish(("flash-attn 3", "flash-attn"))
-    if model.position_embedding == "alibi" or (config.data.reset_attention_mask and model.attention_dropout):
+    # PyTorch's varlen kernel, of version 2.10 and newer, has no dropout, and ROCm has none.
+    varlen = not torch.version.hip and find_spec("torch.nn.attention.varlen") is not None
+    by_document = config.data.reset_attention_mask and (model.attention_dropout or not varlen)
+    if model.position_embedding == "alibi" or by_document:
         return Wish(("flash-attn", *_te(config)))
     return Wish((), "it has fused kernels for this mask")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.vendor_modules import install
 
-from megatron_lite.backend import cuda, devices
+from megatron_lite.backend import devices
 from megatron_lite.backend.cuda import CudaBackend
 from megatron_lite.backend.devices import automatic_kind, find_device, list_devices
 from megatron_lite.backend.environment import Launch
@@ -108,7 +108,6 @@ def rocm(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: None)
-    monkeypatch.setattr(cuda, "find_varlen_kernel", lambda: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     return chosen
@@ -121,6 +120,7 @@ def test_rocm_is_the_cuda_backend_without_its_fp8_and_its_segments(rocm):
     assert backend.settings()[-1] == "allocator: defaults"
     able = backend.capabilities()
     assert not able.fp8 and "bf16" in able.dtypes
+    assert not backend.has_varlen_attention(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
     assert backend.peak_flops(torch.bfloat16) == 1307e12
     versions = backend.library_versions()
     assert versions["ROCm"] == "6.4" and "RCCL" in versions and "CUDA" not in versions

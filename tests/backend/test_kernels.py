@@ -101,6 +101,14 @@ def test_flags_and_the_model_choose_the_kernel(monkeypatch, changes, function, k
     assert choose_kernels(configure(**changes), CPU, gpu=True).names[function] == kernel
 
 
+def test_documents_use_flash_attn_where_pytorch_has_no_varlen_kernel(monkeypatch):
+    install(monkeypatch, *ALL)
+    config = configure(model={"head_dim": 8}, documents=True)
+    assert choose_kernels(config, CPU, gpu=True).names["attention"] == "PyTorch"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_kernels(config, CPU, gpu=True).names["attention"] == "flash-attn"
+
+
 @pytest.mark.parametrize(
     ("changes", "packages", "error"),
     [
