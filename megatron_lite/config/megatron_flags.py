@@ -70,7 +70,7 @@ no effect: each rank reads the tokenizer's files itself
     --use-tokenizer-broadcast
 no effect: exit_status.json and the log name the rank that failed first
     --flight-recorder-dump-path
-no effect: ZeRO-1 has one bucket size, --bucket-megabytes
+no effect: --bucket-megabytes sizes ZeRO's buckets, or zero_optimization of the JSON under DeepSpeed
     --zero-reduce-scatter --zero-contigious-gradients --zero-contiguous-gradients --zero-reduce-bucket-size
     --zero-allgather-bucket-size
 no effect: --pp-partition-method balanced, the default, counts the work of the head

@@ -83,3 +83,39 @@ def test_auto_entries_are_ignored(parse):
     config = parse({"train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": "auto"}}).config
     assert config.batch.micro_batch_size == 2
     assert config.precision.dtype == "fp32"
+
+
+def test_the_optimizer_section_sets_the_optimizer(parse):
+    params = {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.2, "torch_adam": True}
+    config = parse({"optimizer": {"type": "AdamW", "params": params}}).config
+    optimizer = config.optimizer
+    assert (optimizer.kind, optimizer.adam_beta1, optimizer.adam_beta2) == ("adam", 0.8, 0.9)
+    assert (optimizer.adam_eps, optimizer.weight_decay, config.lr.lr) == (1e-6, 0.2, 1e-3)
+    config = parse({"optimizer": {"type": "SGD", "params": {"momentum": 0.5}}}).config
+    assert (config.optimizer.kind, config.optimizer.sgd_momentum) == ("sgd", 0.5)
+
+
+def test_stages_2_and_3_and_offloading_run_on_deepspeed(parse):
+    assert parse({"zero_optimization": {"stage": 1}}).config.runtime.engine == "native"
+    for zero in ({"stage": 2}, {"stage": 3}, {"stage": 1, "cpu_offload": True}):
+        config = parse({"zero_optimization": zero}).config
+        assert config.runtime.engine == "deepspeed"
+        assert config.parallel.distributed_optimizer
+        assert config.deepspeed.stage == zero["stage"]
+    assert config.deepspeed.offload_device("optimizer") == "cpu"
+    forced = parse({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "--engine", "deepspeed")
+    assert forced.config.deepspeed.zero == {"stage": 1, "overlap_comm": True}
+    assert not any("overlap_comm" in note for note in forced.notes)
+
+
+def test_deepspeed_uses_the_batch_and_its_own_entries(parse):
+    entries = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "zero_optimization": {"stage": 2}}
+    config = parse({**entries, "prescale_gradients": True, "tensorboard": {"enabled": False}}).config
+    assert config.batch.global_batch_size == 8
+    assert config.deepspeed.entries == {"prescale_gradients": True, "zero_optimization": {"stage": 2}}
+
+
+def test_a_section_that_is_switched_off_asks_for_nothing(parse):
+    parse({"amp": {"enabled": False}, "flops_profiler": {"enabled": False}, "sparse_attention": {}})
+    zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "compute_grad_norm": True}
+    assert parse({"zero_optimization": zero}).config.deepspeed.zero == {"stage": 3}

@@ -9,7 +9,7 @@ import time
 from functools import partial
 
 import pytest
-from support.trainer import assert_same_run, checkpoints, command, iterations, measured
+from support.trainer import assert_same_run, checkpoints, command, die_in_save, iterations, measured
 
 from megatron_lite.metrics.reporter import Reporter
 
@@ -87,26 +87,6 @@ def _more_than(count, folder):
     return len(checkpoints(folder)) > count
 
 
-class DyingOpen:
-    """Audit hook that kills the process with SIGKILL at the n-th file opened, renamed or removed in a save."""
-
-    def __init__(self, folder, count):
-        self.folder, self.left = str(folder), count
-
-    def __call__(self, event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and self.folder in str(args[0]):
-            if "partial" in str(args[0]) or "latest_" in str(args[0]):
-                self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _die_in_save(folder, count):
-    import sys
-
-    sys.addaudithook(DyingOpen(folder, count))
-
-
 @pytest.mark.parametrize("mode", [(), ("--async-save",)])
 def test_killed_at_each_file_of_a_save(mode, corpus, start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -115,7 +95,7 @@ def test_killed_at_each_file_of_a_save(mode, corpus, start, tmp_path):
     args = corpus.job(*flags, "--save", broken, "--load", broken)
     deaths = 0
     for count in range(1, 20):
-        result = start(args, partial(_die_in_save, broken, count)).wait()
+        result = start(args, partial(die_in_save, broken, count)).wait()
         if result.code == 0:
             break
         assert result.code == -signal.SIGKILL

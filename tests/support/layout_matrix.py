@@ -30,6 +30,7 @@ from megatron_lite.schedules.iteration import plan_iteration
 from megatron_lite.schedules.microbatches import microbatch_number, num_microbatches
 from megatron_lite.schedules.progress import Progress
 from megatron_lite.train.assemble import build_engine
+from megatron_lite.train.deepspeed import build_deepspeed_engine
 
 VOCABULARY, LENGTH, ITERATIONS, EVALUATED = 41, 16, 20, 6
 EOD = 7
@@ -133,7 +134,8 @@ class Cell:
             optimizer=OptimizerConfig(
                 kind=self.optimizer, weight_decay=0.1, adam_eps=1e-2, adafactor_eps1=1e-4, ema_decay=self.ema
             ),
-            precision=PrecisionConfig(dtype=self.dtype),
+            # DeepSpeed's local gradients are larger by the number of replicas: none overflows.
+            precision=PrecisionConfig(dtype=self.dtype, initial_loss_scale=2.0**10),
             recompute=RecomputeConfig(granularity=self.recompute or "none"),
             runtime=RuntimeConfig(device="cpu", seed=1234),
         )
@@ -288,12 +290,14 @@ def evaluate(config, mesh, engine):
     return engine.eval_step(count, read, LENGTH).mean
 
 
-def run_cell(backend, cell, config=None, build=build_engine):
-    """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)]).
+def build(config, mesh):
+    """Build the engine of a config."""
+    return (build_deepspeed_engine if config.runtime.engine == "deepspeed" else build_engine)(config, mesh)
 
-    Another config than the cell's, and another engine, may be given.
-    """
-    config = config or cell.config()
+
+def run_cell(backend, cell):
+    """Run a cell on one rank; tensors as (name, global shape, write, [(offset, numpy array)])."""
+    config = cell.config()
     mesh = mesh_of(backend, cell.tp, cell.pp, cell.cp)
     engine = build(config, mesh)
     losses, norms, _ = iterate(config, mesh, engine, Progress(), ITERATIONS)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.layout_matrix import iterate, mesh_of
+from support.layout_matrix import build, iterate, mesh_of
 
 from megatron_lite.checkpoint.load import load_checkpoint
 from megatron_lite.checkpoint.reading import compare_checkpoints
@@ -11,7 +11,6 @@ from megatron_lite.checkpoint.save import save_checkpoint
 from megatron_lite.checkpoint.writing import SaveRequest
 from megatron_lite.runs.manifest import Provenance
 from megatron_lite.schedules.progress import Progress
-from megatron_lite.train.assemble import build_engine
 
 BEFORE, AFTER = 3, 2
 
@@ -26,7 +25,7 @@ def save(engine, progress, mesh, root):
 def write(backend, cell, root):
     """On one rank: trains, saves and trains on without a stop; the losses after the save."""
     config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
-    engine = build_engine(config, mesh)
+    engine = build(config, mesh)
     *_, progress = iterate(config, mesh, engine, Progress(), BEFORE)
     save(engine, progress, mesh, root)
     return iterate(config, mesh, engine, progress, AFTER)[0]
@@ -37,8 +36,9 @@ def read(backend, cells, root):
     losses = []
     for number, cell in enumerate(cells):
         config, mesh = cell.config(), mesh_of(backend, cell.tp, cell.pp, cell.cp)
-        engine = build_engine(config, mesh)
-        scalars = load_checkpoint(Path(root) / f"iter_{BEFORE:07d}", engine.state_tensors(), mesh.world)
+        engine = build(config, mesh)
+        saved = Path(root) / f"iter_{BEFORE:07d}"
+        scalars = engine.fill(lambda tensors, saved=saved, world=mesh.world: load_checkpoint(saved, tensors, world))
         engine.load_scalars(scalars["engine"])
         progress = Progress.from_dict(scalars["progress"])
         save(engine, progress, mesh, f"{root}/world{mesh.world.size}-{number}")
