@@ -97,11 +97,14 @@ no effect: always logged, in TensorBoard and in metrics.jsonl
     --log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard
     --log-loss-scale-to-tensorboard --log-progress --log-timers
 no effect: no such tool is supported; loss, times and memory are in metrics.jsonl
-    --wandb-group --wandb-team --git-hash --exp-name --log-energy --one-logger-project --one-logger-run-name
-    --enable-one-logger --no-one-logger --log-straggler --disable-straggler-on-startup --straggler-ctrlr-port
-    --straggler-minmax-count --otel-enabled --enable-ft-package --calc-ft-timeouts --config-logger-dir
+    --wandb-group --wandb-team --git-hash --exp-name --one-logger-project --one-logger-run-name
+    --enable-one-logger --no-one-logger --otel-enabled --enable-ft-package --calc-ft-timeouts --config-logger-dir
     --one-logger-async --app-tag-run-name --app-tag-run-version --log-optimizer-states-to-tensorboard
-    --log-device-memory-used --goodput --otel-service-name --otel-span-groups
+    --log-device-memory-used --otel-service-name --otel-span-groups
+no effect: megatron-lite report shows the goodput, and the energy with --codecarbon-dir
+    --goodput --log-energy
+no effect: megatron-lite watch and megatron-lite report show slow ranks
+    --log-straggler --disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count
 no effect: messages that concern all ranks are printed once, and every error names its rank
     --log-level --log-level-replica --logging-level --verbose
 no effect: --timing-log-level measures the parts of an iteration, without barriers
