@@ -112,15 +112,7 @@ def assembled(
         if config.runtime.engine == "deepspeed":
             require_deepspeed()
         mesh = build_mesh(backend, _of_process(config, backend).parallel)
-        # The last rank has the loss, so it reports, as in Megatron.
-        reporter = stack.enter_context(
-            build_reporter(
-                config,
-                sys.stdout,
-                active=mesh.world.rank == mesh.world.size - 1,
-                emissions_rank=mesh.world.rank if backend.local_rank == 0 else None,
-            )
-        )
+        reporter = stack.enter_context(_open_reporter(config, mesh))
         # The data's fingerprints are compared with other nodes' or the checkpoint's, or saved.
         compares = bool(config.parallel.world_size > 1 or config.checkpoint.save or config.checkpoint.load)
         tokenizer, fingerprints = open_files(config, backend, reads_data=reads_data and compares)
@@ -175,9 +167,7 @@ def assembled(
             provenance = replace(provenance, data_history=history)
         if data.train is not None:
             data.train.skipped = provenance.skipped_samples
-        # Rank 0 decides when the time limit stops the run: 256 ranks need not read the file.
-        metrics = metrics_path(config) if mesh.world.rank == 0 else None
-        earlier_save = slowest_save(metrics) if metrics is not None and start.path is not None else 0.0
+        earlier_save = _earlier_save(config, mesh, start)
         state = stack.enter_context(
             RunState(config, mesh.world, provenance, start, reporter, earlier_save=earlier_save, lock=lock)
         )
@@ -201,6 +191,24 @@ def assembled(
             ),
             progress=progress,
         )
+
+
+def _open_reporter(config: RunConfig, mesh: Mesh) -> Reporter:
+    """Return the reporter of this rank: the last rank has the loss, so it reports, as in Megatron."""
+    world = mesh.world
+    return build_reporter(
+        config,
+        sys.stdout,
+        active=world.rank == world.size - 1,
+        emissions_rank=world.rank if mesh.backend.local_rank == 0 else None,
+    )
+
+
+def _earlier_save(config: RunConfig, mesh: Mesh, start: Start) -> float:
+    """Return the seconds of the slowest save of the run's earlier jobs; 0: none is known."""
+    # Rank 0 decides when the time limit stops the run: 256 ranks need not read the file.
+    path = metrics_path(config) if mesh.world.rank == 0 and start.path is not None else None
+    return slowest_save(path) if path is not None else 0.0
 
 
 def _warn(config: RunConfig, data: RunData, progress: Progress, reporter: Reporter) -> None:
