@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import ge
 from typing import NamedTuple
 
 from megatron_lite.config.parallel import PipelineKind
@@ -18,7 +19,7 @@ from megatron_lite.schedules.simulate import is_split
 
 MAX_SENDS = 4
 """Largest number of sent tensors that a rank keeps alive; a further send waits for the oldest."""
-_ROUNDS = 3
+_ROUNDS = 2
 """Rounds of pp micro-batches after which the states of a schedule repeat."""
 
 
@@ -62,10 +63,9 @@ def held_states(kind: PipelineKind, pp: int, microbatches: int, chunks: int = 1)
 
 def _simulated(kind: PipelineKind, pp: int, microbatches: int) -> int:
     """Return a number of micro-batches that is enough to reach the most that the schedule ever has in flight."""
-    if kind == "zb-v":
-        return min(microbatches, (_ROUNDS + 1) * pp)
     if kind != "interleaved":
-        return min(microbatches, _ROUNDS * pp)
+        rounds = _ROUNDS + (kind == "zb-v")
+        return min(microbatches, rounds * pp + MAX_SENDS)
     # The size of a round depends on the number of micro-batches (schedules/pipeline.py).
     rounds = max(1, microbatches // pp)
     shown = min(rounds, _ROUNDS)
@@ -114,20 +114,19 @@ def _walk(actions: Sequence[Action], split: bool, last_stage: int) -> list[HeldS
 
 def _largest(states: Iterable[HeldState]) -> list[HeldState]:
     """Return the states that hold no less than any other one with the same computation in at least one respect."""
-    found: list[HeldState] = []
+    found: dict[tuple[str, int], list[HeldState]] = {}
     for state in dict.fromkeys(states):
-        if any(_covers(other, state) for other in found):
-            continue
-        found = [other for other in found if not _covers(state, other)]
-        found.append(state)
-    return found
+        largest = found.setdefault((state.kind, state.chunk), [])
+        if not any(_covers(other, state) for other in largest):
+            largest[:] = [other for other in largest if not _covers(state, other)]
+            largest.append(state)
+    return [state for largest in found.values() for state in largest]
 
 
 def _covers(one: HeldState, other: HeldState) -> bool:
     """Return whether a state holds at least as much as another one in every respect."""
     return (
-        (one.kind, one.chunk) == (other.kind, other.chunk)
-        and one.messages >= other.messages
-        and all(a >= b for a, b in zip(one.saved, other.saved, strict=True))
-        and all(a >= b for a, b in zip(one.deferred, other.deferred, strict=True))
+        one.messages >= other.messages
+        and all(map(ge, one.saved, other.saved))
+        and all(map(ge, one.deferred, other.deferred))
     )
