@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.layout_matrix import Cell, iterate, mesh_of
+from support.layout_matrix import SP, Cell, iterate, mesh_of
 from support.ranks import RankError
 from support.vendor_modules import MODULES, install
 
@@ -190,9 +190,9 @@ def test_trials_leave_the_default_generators_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def train(config, kernels):
-    backend = CpuBackend(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig(), Launch())
-    mesh = mesh_of(backend, 1, 1)
+def train(config, kernels, backend=None):
+    backend = backend or CpuBackend(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig(), Launch())
+    mesh = mesh_of(backend, config.parallel.tp, 1)
     engine = build_engine(config, mesh, kernels=kernels)
     losses, norms, _ = iterate(config, mesh, engine, Progress(), 3)
     return losses, norms
@@ -251,6 +251,30 @@ def test_evaluation_by_a_loss_kernel_equals_training(monkeypatch):
         losses, _ = loss.losses_and_gradients(x, weight, labels, torch.ones(6, 2), lambda *args, **options: None)
         torch.testing.assert_close(losses, expected)  # with a frozen weight, too
         assert weight.grad is None
+
+
+def train_both_ways(backend):
+    """Return losses and norms with flash-attn and apex, and with PyTorch."""
+    config = configure(Cell(tp=2, model="bloom", documents=True, **SP), documents=True, norm_kernel="apex")
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, *ALL)
+        patch.setattr(kernels_module, "_half", lambda config: "")
+        patch.setitem(
+            CANDIDATES,
+            "attention",
+            tuple(dataclasses.replace(row, obstacle=lambda config: "") for row in CANDIDATES["attention"]),
+        )
+        kernels = choose_kernels(config, CPU, gpu=True)
+        assert (kernels.names["norm"], kernels.names["attention"]) == ("apex", "flash-attn")
+        kernels = dataclasses.replace(kernels, weight_gradient=None)
+        return train(config, kernels, backend), train(config, None, backend)
+
+
+@pytest.mark.slow
+def test_ranks_that_split_heads_and_sequence_use_the_kernels(on_ranks):
+    for (losses, norms), (expected, expected_norms) in on_ranks(2, train_both_ways):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert norms == pytest.approx(expected_norms, rel=1e-4)
 
 
 def choose(backend, rank_with_liger):
