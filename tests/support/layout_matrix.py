@@ -211,8 +211,8 @@ CELLS = (
     Cell(cp=2, pp=2, model="bloom", schedule="zb-v", documents=True),
     Cell(cp=2, dp=2, **ZERO1, dropout="all"),
     Cell(cp=2, dp=2, model="llama", **GATHER, dtype="bf16"),
-    Cell(tp=2, cp=2, pp=2, schedule="interleaved", layers_per_chunk=1, **SP, **GATHER, dropout="all"),
-    Cell(cp=2, pp=2, dp=2, model="llama", schedule="zb-h1", **ZERO1),
+    Cell(tp=2, cp=2, pp=2, layers=2, **SP, **GATHER, dropout="all"),
+    Cell(cp=2, pp=2, dp=2, model="llama", schedule="interleaved", layers_per_chunk=1, **ZERO1),
     # shared layers
     Cell(pp=2, model="groups", schedule="zb-h1", first_layers=1),
     Cell(tp=2, dp=2, model="one mlp", **SP, recompute="selective"),
