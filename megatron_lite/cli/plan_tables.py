@@ -242,7 +242,7 @@ def _node_table(record: dict[str, Any]) -> Table | None:
             f"{row['device_hours']:,.0f}",
             f"{row['idle']:.0%}",
             "yes" if row["even"] else "no",
-            "yes" if not available or row["memory"] <= available else "NO",
+            "" if row["memory"] is None else "yes" if not available or row["memory"] <= available else "NO",
             style="bold" if row["nodes"] == record["machine"]["nodes"] else "",
         )
     return table

@@ -11,11 +11,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_lite.config.parallel import PipelineKind
-from megatron_lite.schedules.pipeline import Action, num_stages, pipeline_schedule, rank_of_stage
+from megatron_lite.schedules.pipeline import Action, num_chunks, num_stages, pipeline_schedule, rank_of_stage
 from megatron_lite.schedules.simulate import Costs, is_split
 
 SIMULATED = 4
 """Micro-batches to simulate, in multiples of the pipeline ranks; beyond them, every further one takes equally long."""
+MAX_STAGES = 128
+"""Stages up to which the schedule is evaluated; for more, the bubble is that of 1F1B with equal stages."""
 
 
 def pipeline_seconds(kind: PipelineKind, pp: int, microbatches: int, chunks: int, costs: Costs) -> float:
@@ -28,6 +30,9 @@ def pipeline_seconds(kind: PipelineKind, pp: int, microbatches: int, chunks: int
         chunks: model chunks of each rank.
         costs: seconds of a mean stage's actions and of a message, and the relative work of each stage.
     """
+    if pp * num_chunks(kind, chunks) > MAX_STAGES:
+        work = costs.forward + costs.backward + costs.weight
+        return work * chunks * microbatches + (work + 2.0 * costs.comm) * (pp - 1)
     most = SIMULATED * pp
     if microbatches <= most:
         return _duration(_dependencies(kind, pp, microbatches, chunks), costs)

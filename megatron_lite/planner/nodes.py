@@ -11,6 +11,9 @@ from megatron_lite.planner.memory import rank_memory
 from megatron_lite.schedules.length import ramp_stages
 from megatron_lite.schedules.microbatches import total_microbatches
 
+LONG = 64
+"""Pipeline ranks up to which the memory of each node count is computed."""
+
 
 @dataclass(frozen=True)
 class NodeCount:
@@ -22,7 +25,7 @@ class NodeCount:
         device_hours: of training.
         even: whether every replica has the same number of micro-batches in every stage of the ramp-up.
         idle: share of the device time without micro-batches, over the run.
-        memory: bytes on the fullest rank.
+        memory: bytes on the fullest rank; None: not computed for long pipelines, where it takes seconds.
     """
 
     nodes: int
@@ -32,7 +35,7 @@ class NodeCount:
     device_hours: float
     even: bool
     idle: float
-    memory: int
+    memory: int | None
 
 
 def node_counts(config: RunConfig, machine: Hardware) -> list[NodeCount]:
@@ -61,7 +64,7 @@ def node_count(config: RunConfig, machine: Hardware, nodes: int) -> NodeCount:
         device_hours=devices * seconds / 3600.0,
         even=all(stage.idle == 0.0 for stage in stages),
         idle=sum(stage.idle * stage.seconds for stage in stages) / seconds if seconds else 0.0,
-        memory=max(rank.total for rank in rank_memory(changed)),
+        memory=max(rank.total for rank in rank_memory(changed)) if config.parallel.pp <= LONG else None,
     )
 
 

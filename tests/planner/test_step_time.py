@@ -92,6 +92,11 @@ def test_the_duration_is_that_of_the_simulation(kind):
             assert found == pytest.approx(whole, rel=tolerance if microbatches <= 16 else 0.03), microbatches
 
 
+def test_thousands_of_stages_are_not_simulated():
+    costs = Costs(forward=1.0, backward=1.0, weight=1.0, comm=0.25)
+    assert pipeline_seconds("1f1b", 4096, 100_000, 1, costs) == 3 * 100_000 + 3.5 * 4095
+
+
 def test_the_bubble_of_1f1b_is_the_formula():
     config = config_of([*BIG_RAMP, "--pp-partition-method", "uniform"], 256)
     found = step_time_of(config, A100, 1024, 2048)
