@@ -63,7 +63,7 @@ const Scorer = {
 };
 """
 LINK = re.compile(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
-DIRECTIVE = re.compile(r"^ *<!-- test:.*?-->\n", re.MULTILINE | re.DOTALL)
+DIRECTIVE = re.compile(r"^ *<!-- test:.*?-->\n(?= *```\w)", re.MULTILINE | re.DOTALL)
 LOADED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"(?:https?:)?//[^>]*>|<link[^>]*stylesheet[^>]*//[^>]*>")
 ACTION = re.compile(r"^ {2,4}([a-z][a-z-]+)(?: {2,}\S|$)", re.MULTILINE)
 

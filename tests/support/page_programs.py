@@ -93,7 +93,8 @@ class Programs:
         if name in TRAINING:
             return self.training(name, rest)
         if name == "plan":
-            rest = self.completed(rest)
+            few = ("--num-layers", "2", "--world-size", "4") if "--search" in rest else ()
+            rest = [*self.completed(rest, "--global-batch-size", "512"), *few]
         elif PLACEHOLDERS.intersection(rest) and name == "data":  # data samples JOB_FLAGS
             rest = [*rest[:1], *self.completed(rest[1:], *LONG)]
         elif "…" in rest:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import shlex
 import socket
@@ -28,6 +29,7 @@ sys.stdout.buffer.write(out.encode())
 sys.exit(code)
 """
 # Flags alone in a block are a command that bash does not find.
+SCRIPT = re.compile(r"^((?:\w+=\S+ +)*)(?=(?:examples|slurm)/)", re.MULTILINE)  # checked, not run
 BEGINNING = 'command_not_found_handle() { flags "$@"; }\n'
 
 
@@ -78,7 +80,7 @@ class PageShell:
         self.faults = []
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             bash = subprocess.Popen(
-                ["/bin/bash", "-e", "-o", "pipefail", "-c", BEGINNING + block.text],
+                ["/bin/bash", "-e", "-o", "pipefail", "-c", BEGINNING + SCRIPT.sub(r"\1bash ", block.text)],
                 cwd=self.folder,
                 env={"PATH": self.bin.name, "LANG": "C.UTF-8", "HOME": str(self.folder)},
                 stdin=subprocess.DEVNULL,
