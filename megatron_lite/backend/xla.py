@@ -83,9 +83,15 @@ class XlaBackend(Backend):
         self._xla, self._xm, self._spmd, self._metrics = torch_xla, xm, spmd, metrics
         if not xr.is_spmd():
             xr.use_spmd()
-        self._cache = "off" if runtime.xla_cache == "off" else _open_cache(runtime.xla_cache or DEFAULT_CACHE)
-        self.device = torch_xla.device()
         self.kind: str = xr.device_type() or "CPU"
+        self._cache = "off"
+        if self.kind == "CPU":
+            self._cache = "off, because XLA's CPU client cannot read compiled graphs"
+        elif runtime.xla_cache != "off":
+            self._cache = cache_folder(runtime.xla_cache)
+            if not torch_xla._XLAC._xla_computation_cache_is_initialized():
+                xr.initialize_cache(self._cache)
+        self.device = torch_xla.device()
         # Products of fp32 tensors would be computed in bf16 on a TPU.
         torch_xla._XLAC._xla_set_mat_mul_precision("highest")
         count, hosts = xr.global_runtime_device_count(), xr.process_count()
@@ -259,16 +265,13 @@ class Compilations:
     cached: int
 
 
-def _open_cache(folder: str) -> str:
-    """Keep compiled graphs in a folder, and read those of earlier jobs; return its path. Once in a process.
+def cache_folder(given: str) -> str:
+    """Create the folder of the compilation cache, and return its path.
 
     Raises:
         ConfigError: it cannot be written to.
     """
-    import torch_xla
-    from torch_xla import runtime as xr
-
-    path = Path(folder).expanduser()
+    path = Path(given or DEFAULT_CACHE).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -278,8 +281,6 @@ def _open_cache(folder: str) -> str:
             f"Cannot write to the compilation cache {path} (--xla-cache-path): {reason(error)}",
             fix="Give --xla-cache-path a folder that can be written to, or off",
         ) from error
-    if not torch_xla._XLAC._xla_computation_cache_is_initialized():
-        xr.initialize_cache(str(path))
     return str(path)
 
 

@@ -69,7 +69,7 @@ class StepShape:
             if getattr(self, field) != getattr(other, field)
         ]
         if self.parts != other.parts:
-            found.append(f"a micro-batch has {', '.join(self.parts)} instead of {', '.join(other.parts)}")
+            found.append(f"{', '.join(self.parts)} instead of {', '.join(other.parts)}")
         return ", ".join(found)
 
 
@@ -278,8 +278,8 @@ def _move(stage: GPTStage, parameters: Sequence[NamedParameter], backend: XlaBac
         for name, param in list(module.named_parameters(recurse=False)):
             setattr(module, name, moved[id(param)])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            # ALiBi's bias [n, s, s]; heads are split over tp.
-            spec = ("tp", None, None) if buffer.numel() else (None,) * buffer.dim()
+            # ALiBi's slopes [n] and bias [n, s, s]; heads are split over tp.
+            spec = tuple("tp" if dim == 0 and buffer.numel() else None for dim in range(buffer.dim()))
             setattr(module, name, backend.place(buffer, spec))
     stage.sharding.backend.device = backend.device
 

@@ -1,7 +1,5 @@
 """Tests of backend selection: CPU and GPU of each rank, and refusals."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -152,9 +150,3 @@ def test_a_gpu_is_chosen_and_seeded():
         draws.append(torch.rand(3, device=backend.device))
     assert torch.equal(draws[0], draws[1])
     assert set(backend.memory_stats()) == {"allocated", "max_allocated", "reserved", "max_reserved"}
-
-
-def test_xla_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_xla", None)
-    with pytest.raises(ConfigError, match=r"--device xla needs torch_xla, .*\[xla\]"):
-        select_backend(RuntimeConfig(device="xla"), ParallelConfig(), Launch())
