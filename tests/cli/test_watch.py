@@ -252,4 +252,7 @@ def test_a_closed_terminal_ends_it(tmp_path):
     terminal = Terminal(make_run(tmp_path / "run"))
     terminal.until("q quit")
     terminal.close()
-    assert terminal.process.wait(60) != 0
+    try:
+        assert terminal.process.wait(60) != 0
+    finally:
+        terminal.process.kill()
