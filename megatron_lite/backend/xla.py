@@ -21,13 +21,11 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.formatting import format_count
+from megatron_lite.planner.hardware import device_of
 from megatron_lite.system_errors import reason
 
 Spec = tuple[str | None, ...]
 """Axis of the device mesh, dp or tp, that each dim of a tensor is split over; None: it is not split."""
-
-PEAK_FLOPS = {"v2": 22.5e12, "v3": 61.5e12, "v4": 275e12, "v5litepod": 197e12, "v5p": 459e12, "v6e": 918e12}
-"""Dense bf16 FLOP/s of a device by Google's data sheets: of a chip, of v2 and v3 a core."""
 
 DEFAULT_CACHE = "~/.cache/megatron_lite/xla"
 
@@ -151,7 +149,8 @@ class XlaBackend(Backend):
         """Return the FLOP/s of a chip (v2, v3: core) in bf16; None: unknown device, or another dtype."""
         if dtype != torch.bfloat16:
             return None
-        return next((peak for name, peak in PEAK_FLOPS.items() if self._accelerator().startswith(name)), None)
+        device = device_of(self.device_name())
+        return None if device is None else device.peak("bf16")
 
     def device_name(self) -> str:
         """Return the kind of the devices, for a TPU with its generation."""

@@ -22,8 +22,10 @@ def remedies(config: RunConfig, available: int, per_node: int) -> list[tuple[str
         available: bytes of memory for tensors.
         per_node: devices of a node, on which tensor parallelism should stay.
     """
-    found = []
+    found = list[tuple[str, int]]()
     for flags in _changes(config, per_node):
+        if any(set(fewer.split()) < set(flags) for fewer, _ in found):
+            continue
         try:
             changed = parse_run([*to_argv(config), *flags], world_size=config.parallel.world_size).config
             size = max(rank.total for rank in rank_memory(with_vocabulary(changed, config.model.vocab_size)))

@@ -56,7 +56,7 @@ def _answer(record: dict[str, Any]) -> Text:
     device, devices = machine["device"]["name"], record["layout"]["world_size"]
     text = Text()
     text.append(
-        f"{format_days(answer['days'])}, {answer['device_hours']:,.0f} GPU hours: "
+        f"{format_days(answer['days'])}, {_hours(answer['device_hours'])}: "
         f"{format_parameters(record['model']['exact'])} on {devices:,} x {device} "
         f"({format_count(machine['nodes'], 'node')} of {machine['per_node']})",
         style="bold",
@@ -89,6 +89,10 @@ def format_days(days: float) -> str:
     return f"{days * 24:.1f} hours" if days * 24 >= 2 else format_duration(days * DAY)
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f} GPU hours" if hours >= 10 else f"{hours:.2f} GPU hours"
+
+
 def _memory_line(memory: dict[str, Any]) -> str:
     device = memory["device_bytes"]
     fullest = format_size(memory["fullest_bytes"])
@@ -101,7 +105,7 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
         f"Model       {model['exact']:,} parameters, vocabulary {model['vocab_size']:,} padded to "
         f"{model['padded_vocab_size']:,} ({model['vocabulary_from']})"
     )
-    yield f"Layout      {record['layout']['world_size']:,} ranks = {record['layout']['text']}"
+    yield f"Layout      {format_count(record['layout']['world_size'], 'rank')} = {record['layout']['text']}"
     yield f"Length      {time['iterations']:,} iterations, {time['samples']:,} samples, {time['tokens']:,} tokens"
     yield (
         f"Speed       {format_short(time['tokens_per_second'])} tokens/s; per GPU "
@@ -115,11 +119,12 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
     )
     yield from _disk_facts(disk)
     yield from _goodput_facts(record)
-    energy = f"{cost['megawatt_hours']:,.1f} MWh"
+    power = cost["megawatt_hours"]
+    energy = f"{power:,.1f} MWh" if power >= 1 else f"{1000 * power:,.1f} kWh"
     carbon = "" if cost["tons_of_co2"] is None else f", {cost['tons_of_co2']:,.1f} t of CO2"
     price = "" if cost["price"] is None else f", {cost['price']:,.0f} at the given price"
     more = "" if carbon else " (CO2: --carbon-intensity)"
-    yield f"Cost        {cost['device_hours']:,.0f} GPU hours, {energy}{carbon}{price}{more}"
+    yield f"Cost        {_hours(cost['device_hours'])}, {energy}{carbon}{price}{more}"
     if (calibration := record["calibration"]) is not None:
         yield (
             f"Calibrated  on {format_count(calibration['iterations'], 'iteration')} of "

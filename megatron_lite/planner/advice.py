@@ -179,7 +179,7 @@ def _saving(of: Situation) -> Iterator[Advice]:
                 f"Saves are {format_duration(job.between_saves)} of training apart; with a failure every "
                 f"{format_duration(job.goodput.failure_seconds)}, {format_duration(best)} would be best, and give "
                 f"{gain:.1%} more goodput",
-                f"Use --save-interval {max(1, round(best / step))}",
+                f"Use --save-interval {min(job.iterations, max(1, round(best / step)))}",
             )
     share = job.blocking_seconds / job.between_saves
     if share > SAVING and not config.checkpoint.asynchronous:
@@ -219,7 +219,7 @@ def _engine(of: Situation) -> Iterator[Advice]:
     engine = of.config.runtime.engine
     if engine != "native":
         yield Advice(
-            f"--engine {engine} is planned as if it were the native engine",
+            f"The run uses --engine {engine}, and is planned as if it were the native engine",
             "Calibrate with --calibrate and the metrics.jsonl of a short run of that engine",
         )
 

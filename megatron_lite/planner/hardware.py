@@ -192,7 +192,11 @@ ACCELERATORS = (
         name="mi300x", device="MI300X", tflops=1307, fp8_tflops=2615, tf32_tflops=654, fp32_tflops=163.4,
         memory_gib=192, memory_gbps=5300, link_gbps=448, network_gbps=50, processors=304, watts=750,
     ),
-    # Chips of a pod are a torus: links and network are both the two links of one axis. v3 is a core, half of a chip.
+    # Chips of a pod are a torus: links and network are both the two links of one axis. v2, v3: a core, half of a chip.
+    Accelerator(
+        name="tpu-v2", device="TPU v2", tflops=22.5, fp32_tflops=4, memory_gib=8, memory_gbps=350, link_gbps=60,
+        network_gbps=60, processors=1, watts=140, kernel_seconds=1e-6,
+    ),
     Accelerator(
         name="tpu-v3", device="TPU v3", tflops=61.5, fp32_tflops=10, memory_gib=16, memory_gbps=450, link_gbps=70,
         network_gbps=70, processors=1, watts=131, kernel_seconds=1e-6,
@@ -215,7 +219,7 @@ ACCELERATORS = (
     ),
     # No data sheet: a starting point for --calibrate. One rank is one or two cores of a server.
     Accelerator(
-        name="cpu", device="CPU", tflops=0.15, fp32_tflops=0.15, memory_gib=0, memory_gbps=12, link_gbps=4,
+        name="cpu", device="no data sheet", tflops=0.15, fp32_tflops=0.15, memory_gib=0, memory_gbps=12, link_gbps=4,
         network_gbps=1.25, processors=1, watts=50, kernel_seconds=15e-6,
     ),
 )  # fmt: skip
@@ -318,11 +322,11 @@ def accelerator(name: str) -> Accelerator:
 
 
 def device_of(driver_name: str) -> Accelerator | None:
-    """Return the entry of a device by the driver's name of it; None: the table has none.
+    """Return the entry of a device by the name that the driver or the backend gives it; None: the table has none.
 
     All words of an entry must be in the name: "L4" is not in "NVIDIA L40", nor "A40" in "NVIDIA RTX A4000".
     """
-    words = set(driver_name.replace("-", " ").split())
+    words = set(driver_name.replace("-", " ").replace("v5litepod", "v5e").split())
     return next((entry for entry in ACCELERATORS if words.issuperset(entry.device.split())), None)
 
 

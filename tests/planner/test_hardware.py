@@ -25,6 +25,9 @@ from megatron_lite.planner.hardware import ACCELERATORS, accelerator, device_of,
         ("Tesla V100-SXM2-16GB", ("v100-16gb", 125)),
         ("Tesla V100-SXM2-32GB", ("v100-32gb", 125)),
         ("Tesla T4", ("t4", 65)),
+        ("XLA TPU v3-32", ("tpu-v3", 61.5)),
+        ("XLA TPU v5litepod-16", ("tpu-v5e", 197)),
+        ("XLA CPU", None),
     ],
 )
 def test_device_by_the_words_of_the_drivers_name(name, expected):
