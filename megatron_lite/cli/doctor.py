@@ -47,6 +47,11 @@ def run(argv: list[str]) -> int:
         started = launch.world_size * count
         known = started if started > 1 or launch.launcher != "python" else command.world_size
         flags = parse_layout(command.flags, world_size=known)
+        if flags.runtime.device == "xla":
+            raise ConfigError(
+                "doctor does not measure --device xla",
+                fix="Use --device cpu to check the storage and the network between hosts",
+            )
         exclude_file = _exclude_file(options, flags)
         if options.forgive:
             return _forgive(options.forgive, exclude_file)

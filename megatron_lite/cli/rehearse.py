@@ -46,6 +46,12 @@ def run(argv: list[str]) -> int:
     as_json = "--json" in argv
     tokens, ranks = _take_ranks([token for token in argv if token != "--json"])
     config, vocabulary = fill_vocabulary(with_epochs(parse_command(tokens).config))
+    if config.runtime.device == "xla":
+        raise ConfigError(
+            "Ranks of --device xla cannot be rehearsed",
+            rule="Its process runs one graph on all devices of a host, which XLA partitions",
+            fix="Start the command with PJRT_DEVICE=CPU and CPU_NUM_DEVICES set to the number of devices (docs/tpu.md)",
+        )
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import pytest
 from support.job_commands import SMALL
 
+from megatron_lite.cli import doctor, rehearse
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.xla import per_process
 from megatron_lite.errors import ConfigError
@@ -52,3 +53,10 @@ def test_a_host_reads_the_samples_of_its_devices(hosts):
 def test_every_batch_is_whole_micro_batches_of_all_replicas(batches, wrong):
     with pytest.raises(ConfigError, match=f"With --device xla, {wrong} is no multiple of 8"):
         parse(batches)
+
+
+def test_commands_that_run_single_ranks_refuse_the_device():
+    with pytest.raises(ConfigError, match="Ranks of --device xla cannot be rehearsed"):
+        rehearse.run([*SMALL, "--device", "xla", "--micro-batch-size", "1", "--world-size", "8"])
+    with pytest.raises(ConfigError, match="doctor does not measure --device xla"):
+        doctor.run(["--device", "xla"])
