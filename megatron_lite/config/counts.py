@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.sharing import PARTS, owner_layer
-
-if TYPE_CHECKING:
-    from megatron_lite.config.optimizer import OptimizerConfig
 
 
 def norm_parameters(model: ModelConfig, channels: int) -> int:
@@ -75,33 +71,6 @@ def parameter_count(model: ModelConfig, rows: int | None = None) -> int:
         rows = model.vocab_size or model.padded_vocab_size
     layers = sum(stored_parameters(model, range(model.num_layers)).values())
     return embedding_parameters(model, rows) + layers + head_parameters(model, rows)
-
-
-def moment_bytes(optimizer: OptimizerConfig, total: int, in_layers: int) -> int:
-    """Return the bytes of an optimizer's moments.
-
-    Biases and norms are counted as the matrices beside them, and Adafactor's moments of rows and columns are not
-    counted: both are below 0.1 % of a model's state.
-
-    Args:
-        optimizer: kind and constants.
-        total: parameters.
-        in_layers: those of them that are in layers.
-    """
-    match optimizer.kind:
-        case "adam":
-            return 8 * total
-        case "sgd":
-            return 4 * total if optimizer.sgd_momentum else 0
-        case "lion":
-            return 4 * total
-        case "adafactor":
-            return 0 if optimizer.adafactor_beta1 is None else 4 * total
-        case "muon":
-            return 4 * in_layers + 8 * (total - in_layers)
-        case "adamw8bit":
-            # Two codes of a byte, and a scale for each of their blocks of 256.
-            return 2 * total + total // 32
 
 
 def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:

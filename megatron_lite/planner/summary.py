@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_lite.config.counts import flops_per_token, moment_bytes, parameter_count, stored_parameters
-from megatron_lite.config.layout import describe_sizes
+from megatron_lite.config.counts import flops_per_token, parameter_count
+from megatron_lite.config.layout import AXES, describe_sizes
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_parameters
 from megatron_lite.planner.memory import RankMemory, rank_memory
+from megatron_lite.planner.model_state import GRADIENT_BYTES, state_bytes
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.schedules.learning_rate import lr_steps
 from megatron_lite.schedules.length import (
@@ -115,7 +117,7 @@ class Memory:
     """Memory of the ranks of one model replica.
 
     Attributes:
-        moment_bytes: of the optimizer's moments for a parameter, on average.
+        moment_bytes: of the optimizer's moments for a trained parameter, on average.
         model_state: bytes of weights, gradients and optimizer state on the rank with the most of them.
         total: all bytes of the rank with the most of them.
         ranks: memory of each pipeline rank.
@@ -200,11 +202,11 @@ def _layout(config: RunConfig) -> Layout:
 
 
 def _memory(config: RunConfig) -> Memory:
-    parameters = parameter_count(config.model)
-    in_layers = sum(stored_parameters(config.model, range(config.model.num_layers)).values())
     ranks = rank_memory(config)
+    # Of a rank that holds all of the model; both count padding.
+    alone = state_bytes(replace(config, parallel=ParallelConfig()), dict.fromkeys(AXES, 0))
     return Memory(
-        moment_bytes=moment_bytes(config.optimizer, parameters, in_layers) / max(parameters, 1),
+        moment_bytes=alone["moments"] * GRADIENT_BYTES / max(alone["gradients"], 1),
         model_state=max(rank.model_state for rank in ranks),
         total=max(rank.total for rank in ranks),
         ranks=ranks,
