@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parameters import ParameterLayout, embedding_layouts, head_layouts, layer_layouts
 from megatron_lite.config.sharing import PARTS, owner_layer
-
-
-def norm_parameters(model: ModelConfig, channels: int) -> int:
-    """Return the parameters of one norm: weight, and bias of a LayerNorm."""
-    return channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def layer_parameters(model: ModelConfig) -> dict[str, int]:
     """Return the parameters of one transformer layer, by its parts."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries = model.num_attention_heads * model.head_dim
-    qkv = queries + 2 * model.num_query_groups * model.head_dim
-    up = 2 * ffn if model.gated else ffn
-    attention, mlp = hidden * qkv + queries * hidden, hidden * up + ffn * hidden
-    if model.qkv_bias:
-        attention += qkv
-    if model.linear_bias:
-        attention, mlp = attention + hidden, mlp + up + hidden
-    if model.qk_layernorm:
-        attention += 2 * norm_parameters(model, model.head_dim)
-    norm = norm_parameters(model, hidden)
-    return {"input_norm": norm, "self_attention": attention, "pre_mlp_norm": norm, "mlp": mlp}
+    return {part: _elements(tensors) for part, tensors in layer_layouts(model).items()}
 
 
 def stored_parameters(model: ModelConfig, layers: Iterable[int]) -> dict[int, int]:
@@ -45,18 +30,17 @@ def stored_parameters(model: ModelConfig, layers: Iterable[int]) -> dict[int, in
 
 def embedding_parameters(model: ModelConfig, rows: int) -> int:
     """Return the parameters before the first layer, with `rows` rows in the word embedding."""
-    positions = model.max_position_embeddings if model.position_embedding == "learned" else 0
-    width, hidden = model.embedding_width, model.hidden_size
-    norm = norm_parameters(model, width) if model.embed_layernorm else 0
-    projection = (width + model.linear_bias) * hidden if model.embedding_size else 0
-    return (rows + positions) * width + norm + projection
+    return _elements(embedding_layouts(model)) + (rows - model.vocab_size) * model.embedding_width
 
 
 def head_parameters(model: ModelConfig, rows: int) -> int:
     """Return the parameters after the last layer: final norm, projection, and output layer unless it is tied."""
-    width, hidden = model.embedding_width, model.hidden_size
-    projection = (hidden + model.linear_bias) * width if model.embedding_size else 0
-    return norm_parameters(model, hidden) + projection + (0 if model.tied_embeddings else rows * width)
+    own = 0 if model.tied_embeddings else rows
+    return _elements(head_layouts(model)) + (own - model.vocab_size) * model.embedding_width
+
+
+def _elements(tensors: Iterable[tuple[str, ParameterLayout]]) -> int:
+    return sum(prod(layout.shape) for _, layout in tensors)
 
 
 def parameter_count(model: ModelConfig, rows: int | None = None) -> int:

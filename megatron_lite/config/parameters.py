@@ -42,15 +42,15 @@ def stage_parameters(model: ModelConfig, layers: range) -> dict[str, ParameterLa
         model: the model.
         layers: those of the stage. The stage of layer 0 has the embedding, that of the last layer the head.
     """
-    found: dict[str, ParameterLayout] = dict(_embedding(model)) if layers.start == 0 else {}
-    tensors = _layer(model)
+    found: dict[str, ParameterLayout] = dict(embedding_layouts(model)) if layers.start == 0 else {}
+    tensors = layer_layouts(model)
     for layer in layers:
         for part in PARTS:
             prefix = f"{LAYERS}.{owner_layer(model, part, layer)}.{part}"
             for suffix, layout in tensors[part]:
                 found.setdefault(f"{prefix}.{suffix}", layout)
     if layers.stop == model.num_layers:
-        for name, layout in _head(model):
+        for name, layout in head_layouts(model):
             found.setdefault(name, layout)
     return found
 
@@ -73,7 +73,8 @@ def shared_stages(model: ModelConfig, stages: Sequence[range]) -> dict[str, tupl
     return holders
 
 
-def _embedding(model: ModelConfig) -> _Named:
+def embedding_layouts(model: ModelConfig) -> _Named:
+    """Yield the parameters before the first layer."""
     width, hidden = model.embedding_width, model.hidden_size
     yield WORD_EMBEDDINGS, ParameterLayout((model.vocab_size, width), 0)
     if model.position_embedding == "learned":
@@ -85,7 +86,8 @@ def _embedding(model: ModelConfig) -> _Named:
         yield from _replicated("embedding.projection", hidden, width, bias=model.linear_bias)
 
 
-def _head(model: ModelConfig) -> _Named:
+def head_layouts(model: ModelConfig) -> _Named:
+    """Yield the parameters after the last layer; a tied head is the embedding's table."""
     width, hidden = model.embedding_width, model.hidden_size
     yield from _norm("decoder.final_norm", hidden, bias=_has_bias(model))
     if model.embedding_size:
@@ -94,7 +96,7 @@ def _head(model: ModelConfig) -> _Named:
 
 
 @lru_cache(maxsize=16)
-def _layer(model: ModelConfig) -> dict[str, tuple[tuple[str, ParameterLayout], ...]]:
+def layer_layouts(model: ModelConfig) -> dict[str, tuple[tuple[str, ParameterLayout], ...]]:
     """Return the parameters of one layer, by part (PARTS)."""
     norm = tuple((name[1:], layout) for name, layout in _norm("", model.hidden_size, _has_bias(model)))
     return {

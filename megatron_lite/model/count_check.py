@@ -10,7 +10,7 @@ from megatron_lite.parallel.parameters import NamedParameter
 
 
 def check_count(stage: GPTStage) -> None:
-    """Check that each layer, the embedding and the head of a stage have as many parameters as config/counts.py says.
+    """Check that layers, embedding and head of a stage have as many parameters as config/parameters.py lists.
 
     Global shapes are counted, so that the check needs no other rank. A tied head on a stage of its own has the name of
     the embedding's table, and is counted there; shared layers are counted once, under the first of them.
@@ -29,11 +29,11 @@ def check_count(stage: GPTStage) -> None:
         )
     model = stage.config
     layers = stored_parameters(model, stage.layer_numbers)
-    expected = {f"layer {layer}": ("layer_parameters", count) for layer, count in layers.items()}
+    expected = {f"layer {layer}": ("layer_layouts", count) for layer, count in layers.items()}
     if stage.embedding is not None:
-        expected["embedding"] = ("embedding_parameters", embedding_parameters(model, model.vocab_size))
+        expected["embedding"] = ("embedding_layouts", embedding_parameters(model, model.vocab_size))
     if stage.output_layer is not None:
-        expected["head"] = ("head_parameters", head_parameters(model, model.vocab_size))
+        expected["head"] = ("head_layouts", head_parameters(model, model.vocab_size))
     parts: dict[str, list[NamedParameter]] = {}
     for parameter in parameters:
         parts.setdefault(_part(parameter.name), []).append(parameter)
@@ -44,8 +44,9 @@ def check_count(stage: GPTStage) -> None:
             sizes = "".join(f"\n  {p.name} {p.global_shape}: {math.prod(p.global_shape):,}" for p in built)
             raise AssertionError(
                 f"Internal error: the {part} was built with {total:,} parameters, {function} of "
-                f"megatron_lite/config/counts.py counts {count:,}, and the log's parameters and FLOPs would be wrong. "
-                f"Built:{sizes}\nAdd what is missing to {function}, and its matrix products to layer_forward_flops."
+                f"megatron_lite/config/parameters.py lists {count:,}, and logged parameters and FLOPs would be wrong. "
+                f"Built:{sizes}\nAdd what is missing to {function}, and its matrix products to layer_forward_flops "
+                "(megatron_lite/config/counts.py)."
             )
 
 

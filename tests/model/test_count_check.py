@@ -56,15 +56,15 @@ def test_an_uncounted_layer_is_reported(monkeypatch):
     with pytest.raises(AssertionError) as caught:
         build()
     text = str(caught.value)
-    assert "the layer 0 was built with 12,960 parameters, layer_parameters of megatron_lite/config/counts.py" in text
-    assert "counts 12,704" in text
+    assert "the layer 0 was built with 12,960 parameters, layer_layouts of megatron_lite/config/parameters.py" in text
+    assert "lists 12,704" in text
     assert "\n  decoder.layers.0.mlp.gate.weight (8, 32): 256\n" in text
 
 
 @pytest.mark.parametrize("part", ["embedding", "head"])
 def test_embedding_and_head_are_checked(part, monkeypatch):
     monkeypatch.setattr(count_check, f"{part}_parameters", lambda model, rows: 7)
-    with pytest.raises(AssertionError, match=f"the {part} was built with .*{part}_parameters"):
+    with pytest.raises(AssertionError, match=f"the {part} was built with .*{part}_layouts"):
         build()
 
 

@@ -13,7 +13,7 @@ from megatron_lite.rehearsal.dry_run import rehearse_ranks
 pytestmark = pytest.mark.slow
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
-BATCH = "--micro-batch-size 2 --global-batch-size 8 --train-iters 10 --lr 1e-3 --make-vocab-size-divisible-by 8"
+BATCH = "--micro-batch-size 2 --train-iters 10 --lr 1e-3 --make-vocab-size-divisible-by 8"
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 LLAMA = f"--position-embedding-type rotary --swiglu --normalization RMSNorm --disable-bias-linear {NO_DROPOUT}"
 LLAMA += " --untie-embeddings-and-output-weights"
@@ -62,7 +62,9 @@ def run_config(arguments):
     given = BATCH.split()
     if "--micro-batch-size" in words:
         given = given[2:]
-    return with_vocabulary(parse_run([*SIZES.split(), *given, *words], world_size=math.prod(sizes)).config, 127)
+    batch = ["--global-batch-size", "8" if PP in words else "4"]
+    arguments = [*SIZES.split(), *given, *batch, *words]
+    return with_vocabulary(parse_run(arguments, world_size=math.prod(sizes)).config, 127)
 
 
 @pytest.mark.parametrize("arguments", LAYOUTS)

@@ -60,7 +60,7 @@ def engine_of(config, rank):
 @pytest.mark.parametrize("kind", get_args(OptimizerKind))
 def test_the_state_of_random_layouts_equals_that_of_the_engine(kind):
     choose = random.Random(kind)
-    for _ in range(12):
+    for _ in range(8):
         tp, dp = choose.choice((1, 2, 4)), choose.choice((1, 2, 3))
         parts = [choose.choice(MODELS), choose.choice(LAYOUTS), choose.choice(MORE), f"--optimizer {kind}"]
         parts += [choose.choice(("", "--use-distributed-optimizer")), f"--tensor-model-parallel-size {tp}"]
@@ -71,7 +71,7 @@ def test_the_state_of_random_layouts_equals_that_of_the_engine(kind):
             config = run_config(" ".join(parts), tp * pp * dp)
         except ConfigError:
             continue
-        for rank in range(config.parallel.world_size):
+        for rank in choose.sample(range(config.parallel.world_size), min(6, config.parallel.world_size)):
             at = coordinates(rank, config.parallel)
             assert state_bytes(config, at) == engine_of(config, rank).state_bytes(), (" ".join(parts), at)
 
