@@ -52,6 +52,11 @@ def run(argv: list[str]) -> int:
             rule="Its process runs one graph on all devices of a host, which XLA partitions",
             fix="Start the command with PJRT_DEVICE=CPU and CPU_NUM_DEVICES set to the number of devices (docs/tpu.md)",
         )
+    if config.runtime.engine == "deepspeed":
+        raise ConfigError(
+            "Ranks of --engine deepspeed cannot be rehearsed: a rehearsal runs the native engine",
+            fix="Rehearse the layout with ZeRO stage 1 and without offloading (--use-distributed-optimizer)",
+        )
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:
         raise ConfigError(

@@ -99,6 +99,7 @@ class GPTStage(nn.Module):
         rng: dropout streams.
         deferred: takes the operands of weight gradients in backward; None: backward computes them.
         kernels: of norms, attention and loss; None: PyTorch's.
+        device: of the parameters, which are not initialized; None: the backend's, initialized.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class GPTStage(nn.Module):
         rng: RngStreams,
         deferred: WeightGradients | None = None,
         kernels: Kernels | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         model, dtype = config.model, DTYPES[config.precision.dtype]
@@ -120,6 +122,7 @@ class GPTStage(nn.Module):
             deferred,
             kernels=kernels or Kernels(),
             cp=mesh.cp,
+            device=device,
         )
         self.config = model
         self.sharding = sharding
@@ -139,7 +142,8 @@ class GPTStage(nn.Module):
             embedding = self.embedding if model.tied_embeddings else None
             table = None if embedding is None else embedding.word_embeddings.weight
             self.output_layer = Head(model, sharding, per_token=config.per_token_loss, table=table)
-        initialize(self.named_parameters_global(), model, config.runtime.seed, mesh.backend)
+        if device is None:
+            initialize(self.named_parameters_global(), model, config.runtime.seed, mesh.backend)
 
     @property
     def units(self) -> list[nn.Module]:

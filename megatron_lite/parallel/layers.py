@@ -45,6 +45,8 @@ class Sharding:
     """Kernels of norms, attention and loss."""
     cp: Group = field(default_factory=lambda: LocalGroup("cp"))
     """Ranks over which the sequence is split; parameters are the same on all of them."""
+    device: torch.device | None = None
+    """Of new parameters; None: the backend's."""
 
     @property
     def split_sequence(self) -> bool:
@@ -57,7 +59,7 @@ class Sharding:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter of this shape."""
-        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.backend.device))
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device or self.backend.device))
 
 
 class ColumnParallelLinear(nn.Module):

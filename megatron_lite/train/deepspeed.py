@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from megatron_lite.backend.libraries import join_as_library, library_group
 from megatron_lite.config.run import RunConfig
@@ -19,6 +21,7 @@ from megatron_lite.config.selection import select_parameters
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.model.init import initialize
 from megatron_lite.parallel.buffers import has_decay
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter, apply_selection
@@ -44,21 +47,35 @@ def build_deepspeed_engine(
     """
     require_deepspeed()
     library = _import_deepspeed(mesh)
-    rng = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank)
-    stage = GPTStage(config, range(config.model.num_layers), mesh, rng)
+    rng, groups = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank), _Groups(mesh)
+    # At stage 3 the model may be larger than the memory of a device: it gets its values one parameter at a time.
+    partitions = config.deepspeed.stage == 3 and mesh.replicas.size > 1
+    device = torch.device("meta") if partitions else None
+    stage = GPTStage(config, range(config.model.num_layers), mesh, rng, device=device)
     check_count(stage)
-    parameters = apply_selection(join_shared_parameters(stage), select_parameters(config))
+    parameters = join_shared_parameters(stage)
+    decays = [has_decay(parameter) for parameter in parameters]
+    settings = deepspeed_config(config, mesh.replicas.size)
+    if partitions:
+        init = library.zero.Init(
+            module=nn.Module(),
+            data_parallel_group=groups.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            mpu=groups,
+        )
+        parameters = _partition(stage, parameters, init, config, mesh)
+    parameters = apply_selection(parameters, select_parameters(config))
     for parameter in parameters:
         # By this attribute DeepSpeed knows which norms to sum over tp.
         vars(parameter.param)["tensor_model_parallel"] = parameter.tp_dim is not None
         if parameter.sequence_parallel and parameter.trained:
             parameter.param.register_hook(_SumOverTp(mesh))
-    optimizer = _build_optimizer(config, parameters, fused=mesh.backend.capabilities().fused_adam)
+    optimizer = _build_optimizer(config, parameters, decays, fused=mesh.backend.capabilities().fused_adam)
     engine = library.initialize(
         model=LossModel(stage),
         optimizer=optimizer,
-        config=deepspeed_config(config, mesh.replicas.size),
-        mpu=_Groups(mesh),
+        config=settings,
+        mpu=groups,
         dist_init_required=False,
     )[0]
     return DeepSpeedEngine(config, mesh, Parts(engine, optimizer, stage, parameters, rng), num_sources, timed)
@@ -115,16 +132,58 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     # Skipped steps and checkpoints are reported here.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Compiled when torch.distributed is taken over, for half a minute; gloo needs no such kernels.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Empty, so that none is tried with the compiler, and kernels for gloo are not built, which takes half a minute.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    transport = "nccl" if mesh.backend.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(transport, dist_init_required=False)
     return deepspeed
 
 
-def _build_optimizer(config: RunConfig, parameters: list[NamedParameter], *, fused: bool) -> torch.optim.Optimizer:
-    """Create torch's optimizer, with a group for each combination of weight decay and factor of the learning rate."""
+def _partition(
+    stage: GPTStage, parameters: Sequence[NamedParameter], init: Any, config: RunConfig, mesh: Mesh
+) -> list[NamedParameter]:
+    """Replace the meta parameters of a model by initialized ones, each of which is partitioned before the next exists.
+
+    Args:
+        stage: model on meta.
+        parameters: of the model.
+        init: DeepSpeed's zero.Init.
+        config: model and seed.
+        mesh: this rank's groups.
+
+    Returns:
+        The parameters, partitioned over the replicas.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in stage.modules():
+        for name, param in module.named_parameters(recurse=False):
+            places.setdefault(id(param), []).append((module, name))
+    found = []
+    for parameter in parameters:
+        real = replace(parameter, param=nn.Parameter(torch.empty_like(parameter.param, device=mesh.backend.device)))
+        for module, name in places[id(parameter.param)]:
+            setattr(module, name, real.param)
+        initialize([real], config.model, config.runtime.seed, mesh.backend)
+        init._convert_to_zero_parameters([real.param])
+        found.append(real)
+    return found
+
+
+def _build_optimizer(
+    config: RunConfig, parameters: Sequence[NamedParameter], decays: Sequence[bool], *, fused: bool
+) -> torch.optim.Optimizer:
+    """Create torch's optimizer, with a group for each combination of weight decay and factor of the learning rate.
+
+    Args:
+        config: optimizer's constants.
+        parameters: of the model.
+        decays: whether weight decay applies to each.
+        fused: whether to use torch's fused kernels.
+    """
     settings = config.optimizer
-    trained = [parameter for parameter in parameters if parameter.trained]
-    classes = [(has_decay(parameter), parameter.lr_factor) for parameter in trained]
+    pairs = [(p, decay) for p, decay in zip(parameters, decays, strict=True) if p.trained]
+    trained = [parameter for parameter, _ in pairs]
+    classes = [(decay, parameter.lr_factor) for parameter, decay in pairs]
     groups = [
         {
             "params": [p.param for p, own in zip(trained, classes, strict=True) if own == (decays, factor)],

@@ -197,3 +197,8 @@ def test_tables_fit_80_columns_and_sizes_have_a_fitting_unit(arguments, capsys, 
     held = next(line for line in lines[lines.index(next(line for line in lines if "dp.pp.tp" in line)) + 2 :])
     assert float(held.split()[-1]) >= 1
     assert any("Communication per" in line for line in lines) == bool(arguments), "one rank does not communicate"
+
+
+def test_ranks_of_deepspeed_are_not_simulated():
+    with pytest.raises(ConfigError, match=r"deepspeed cannot be rehearsed.*Rehearse the layout with ZeRO stage 1"):
+        rehearse.run([*SMALL, *NULL, "--world-size", "2", "--deepspeed", "--zero-stage", "3"])
