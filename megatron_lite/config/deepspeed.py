@@ -43,7 +43,7 @@ class DeepSpeedConfig:
         return int(self.zero.get("stage", 0))
 
     def offload_device(self, part: str) -> str:
-        """Return the device that "optimizer" state or "param"eters are offloaded to: none, cpu or nvme."""
+        """Return the device that "optimizer" state or "param"eters are offloaded to: none or cpu."""
         section = self.zero.get(f"offload_{part}") or {}
         return str(section.get("device", "none"))
 

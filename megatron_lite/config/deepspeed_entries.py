@@ -94,9 +94,14 @@ class Entries:
 NATIVE = Entries(MERGED, frozenset(), _HELD_HERE | _NATIVE, _REFUSED)
 ENGINE = Entries(
     MERGED | {"train_batch_size", "gradient_accumulation_steps"},
-    frozenset(_NATIVE) - {"train_batch_size", "gradient_accumulation_steps", "disable_allgather"},
+    frozenset(_NATIVE)
+    - {"train_batch_size", "gradient_accumulation_steps", "disable_allgather", "zero_force_ds_cpu_optimizer"},
     _HELD_HERE,
-    _REFUSED | {"disable_allgather": "Remove the entry: updated parameters are always gathered"},
+    _REFUSED
+    | {
+        "disable_allgather": "Remove the entry: updated parameters are always gathered",
+        "zero_force_ds_cpu_optimizer": "Remove the entry: torch's AdamW updates offloaded state",
+    },
 )
 
 ZERO_PASSED: dict[str, type] = {

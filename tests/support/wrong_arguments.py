@@ -338,13 +338,13 @@ FROM_JSON = {
         "zero_optimization.offload_param in the DeepSpeed JSON needs ZeRO stage 3 or more, and the stage is 2. Use"
     ),
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}': (
-        'zero_optimization.offload_param.device in the DeepSpeed JSON is "disk". Write "device": "cpu" or "nvme"'
+        'zero_optimization.offload_param.device in the DeepSpeed JSON is "disk". Write "device": "cpu"'
     ),
-    '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}': (
-        'zero_optimization.offload_optimizer.device "nvme" in the DeepSpeed JSON needs ZeRO stage 3, and the stage is 2'
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}': (
+        'zero_optimization.offload_optimizer.device "nvme" in the DeepSpeed JSON is not supported. Checkpoints are'
     ),
-    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': (
-        'zero_optimization.offload_param.device in the DeepSpeed JSON is "nvme", and there is no nvme_path. Add'
+    '{"zero_force_ds_cpu_optimizer": true, "zero_optimization": {"stage": 2}}': (
+        'The "zero_force_ds_cpu_optimizer" section of the DeepSpeed JSON is not supported. Remove the entry: torch'
     ),
     '{"gradient_cliping": 1.0}': "Unknown entry gradient_cliping in the DeepSpeed JSON. Did you mean",
     '{"fp16": {"enabled": true, "hystereses": 2}}': (
