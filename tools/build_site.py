@@ -48,6 +48,7 @@ SETTINGS = {
     "html_title": "megatron_lite",
     "html_copy_source": False,
     "html_show_sphinx": False,
+    "html_show_copyright": False,
     "copybutton_exclude": ".linenos, .gp, .go",
     "myst_heading_anchors": 4,
     "nitpicky": True,
@@ -56,14 +57,14 @@ SETTINGS = {
 }
 # Pages of the Python API follow the other results of a search.
 SCORER = """\
-const Scorer = {
+var Scorer = {
   score: ([page, , , , score]) => (page.startsWith("api/") ? score - 100 : score),
   objNameMatch: 11, objPartialMatch: 6, objPrio: {0: 15, 1: 5, 2: -5}, objPrioDefault: 0,
   title: 15, partialTitle: 7, term: 5, partialTerm: 2,
 };
 """
 LINK = re.compile(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
-DIRECTIVE = re.compile(r"^ *<!-- test:.*?-->\n(?= *```\w)", re.MULTILINE | re.DOTALL)
+DIRECTIVE = re.compile(r"^ *<!-- test:(?:(?!-->).)*-->\n(?=\n* *```\w)", re.MULTILINE | re.DOTALL)
 LOADED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"(?:https?:)?//[^>]*>|<link[^>]*stylesheet[^>]*//[^>]*>")
 ACTION = re.compile(r"^ {2,4}([a-z][a-z-]+)(?: {2,}\S|$)", re.MULTILINE)
 
@@ -79,8 +80,8 @@ def stage() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md")]
     for path in (*pages, *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text(encoding="utf-8")
-        _write(path.relative_to(ROOT), DIRECTIVE.sub("", text).replace("](../README.md)", "](../index.md)"))
+        text = _without_folder_links(DIRECTIVE.sub("", path.read_text(encoding="utf-8")), path.parent)
+        _write(path.relative_to(ROOT), text.replace("](../README.md)", "](../index.md)"))
         for link in LINK.findall(text):
             linked = (path.parent / link).resolve()
             if linked.is_file() and linked.suffix != ".md" and linked.is_relative_to(ROOT):
@@ -210,6 +211,15 @@ def _help(*command: str) -> str:
 def _contents(caption: str, pages: list[str] | tuple[str, ...], *, hidden: bool) -> str:
     options = [*([":hidden:"] if hidden else []), *([f":caption: {caption}"] if caption else []), ":maxdepth: 1"]
     return "\n".join(["\n```{toctree}", *options, "", *pages, "```\n"])
+
+
+def _without_folder_links(text: str, here: Path) -> str:
+    """Return a page with links to folders, which the site has no page for, as plain text."""
+
+    def name(found: re.Match[str]) -> str:
+        return f"`{found[1]}`" if (here / found[2]).is_dir() else found[0]
+
+    return re.sub(r"\[([^\]]+)\]\(([^)\s:#]+)\)", name, text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -28,6 +28,8 @@ def test_staged_pages(site, tmp_path):
     assert "<!-- test:" not in "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "docs").iterdir())
     assert (tmp_path / "examples" / "algpt2" / "train.sh").exists(), "linked by docs/layer_sharing.md"
 
+    assert "](../examples/tpu)" not in (tmp_path / "docs" / "tpu.md").read_text(encoding="utf-8"), "a folder"
+
     commands = (tmp_path / "commands.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"\n## megatron-lite {name}\n" not in commands] == []
     for name in ("checkpoint diff", "data pack", "slurm submit"):
