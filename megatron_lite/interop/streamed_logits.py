@@ -15,6 +15,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.model.positions import rank_slopes
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
 
@@ -65,6 +66,8 @@ def _empty_stage(model: ModelConfig, layers: range) -> GPTStage:
 def _on_cpu(stage: GPTStage) -> GPTStage:
     """Return the stage with uninitialized parameters on the CPU; what was tied on the meta device is tied again."""
     stage = stage.to_empty(device="cpu").eval()
+    if stage.mask.slopes is not None:  # a buffer, which on the meta device had no values
+        stage.mask.slopes.copy_(torch.tensor(rank_slopes(stage.config, stage.sharding.tp)))
     if stage.output_layer is not None and stage.embedding is not None and stage.config.tied_embeddings:
         stage.output_layer.weight = stage.embedding.word_embeddings.weight
     return stage
