@@ -297,7 +297,10 @@ def test_all_ranks_use_the_same_kernels(on_ranks):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("function", "row"), [(f, row) for f, rows in CANDIDATES.items() for row in rows], ids=str)
+@pytest.mark.parametrize(
+    ("function", "row"),
+    [pytest.param(f, row, id=f"{f}-{row.name}") for f, rows in CANDIDATES.items() for row in rows],
+)
 def test_installed_kernels_equal_pytorchs_on_a_gpu(function, row, dtype):
     if not row.installed:
         pytest.skip(f"{row.name} is not installed")
