@@ -35,7 +35,8 @@ class GpuBackend(Backend):
         if not visible:
             raise ConfigError(
                 f"Rank {launch.rank} on {launch.host} sees no GPU",
-                fix=f"Request GPUs (sbatch --gpus-per-node), unset {self.visible_variable}, or train with --device cpu",
+                fix=f"Request GPUs (sbatch --gpus-per-node=N), unset {self.visible_variable}, or train with --device "
+                "cpu",
             )
         # A task may see its own GPUs only (srun --gpus-per-task), numbered from 0; claim_device finds shared ones.
         self.device = torch.device(self.name, launch.local_rank % visible)

@@ -49,8 +49,7 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
     if launch.world_size != parallel.world_size:
         raise ConfigError(
             f"{launch.launcher} started {format_count(launch.world_size, 'rank')}, but --world-size "
-            "is "
-            f"{parallel.world_size}",
+            f"is {parallel.world_size}",
             fix=f"Remove --world-size, or start {format_count(parallel.world_size, 'rank')}",
         )
     if runtime.deterministic:
@@ -60,7 +59,7 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
         there = ", ".join(entry.kind for entry in list_devices() if entry.found)
         raise ConfigError(
             f"--device {device} is given, but {missing}",
-            fix=f"Use one of the devices of this host ({there}; `megatron-lite devices` says why not the others), or "
-            f"install {_BUILDS[device]}",
+            fix=f"Use a device of this host (--device {there}), or install {_BUILDS[device]}; `megatron-lite "
+            "devices` says why the others are missing",
         )
     return _BACKENDS[device](runtime, parallel, launch)

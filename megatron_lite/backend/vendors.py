@@ -1,4 +1,4 @@
-"""Adapters of vendor kernels: apex, Transformer Engine, flash-attn, Liger Kernel and cut-cross-entropy in four forms.
+"""Vendor kernel adapters: one interface to the kernels of apex, Transformer Engine, flash-attn, Liger and CCE.
 
 Each function imports a kernel and returns it in the form of the function that it replaces. The signatures are those of
 the vendors' sources, named in the docstrings.

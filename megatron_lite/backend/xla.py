@@ -120,16 +120,16 @@ class XlaBackend(Backend):
             )
         if count != parallel.world_size:
             raise ConfigError(
-                f"The XLA runtime has {format_count(count, 'device')} ({self.kind}), but the run is one of "
-                f"{parallel.world_size} (--world-size)",
+                f"--world-size {parallel.world_size} is not the number of devices that the XLA runtime found: {count} "
+                f"({self.kind})",
                 fix=f"Give --world-size {count}"
                 + (f", or set CPU_NUM_DEVICES={parallel.world_size}" if self.kind == "CPU" else ""),
             )
         if parallel.dp % hosts:
             raise ConfigError(
-                f"Cannot divide {parallel.dp} data-parallel replicas among {hosts} hosts "
-                f"(--tensor-model-parallel-size {parallel.tp} of {count} devices)",
-                rule="Each host reads the samples of its own devices, which must be those of complete replicas",
+                f"Cannot divide {parallel.dp} data-parallel replicas of {format_count(parallel.tp, 'device')} "
+                f"(--tensor-model-parallel-size {parallel.tp}) evenly among {hosts} hosts",
+                rule="All devices of a replica must belong to one host, which reads the replica's samples",
                 fix=f"Use --tensor-model-parallel-size {divisors(count // hosts)}",
             )
 
@@ -278,7 +278,7 @@ def cache_folder(given: str) -> str:
     except OSError as error:
         raise ConfigError(
             f"Cannot write to the compilation cache {path} (--xla-cache-path): {reason(error)}",
-            fix="Give --xla-cache-path a folder that can be written to, or off",
+            fix="Give --xla-cache-path a folder that can be written to, or use --xla-cache-path off",
         ) from error
     return str(path)
 

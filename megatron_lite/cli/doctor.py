@@ -148,8 +148,8 @@ def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | No
     replica = flags.parallel.replica_size
     if ranks is not None and ranks % replica:
         raise ConfigError(
-            f"The node check runs on {format_count(ranks, 'rank')}, which cannot hold {replica_flags(flags.parallel)}",
-            rule=f"The number of ranks must be a multiple of {replica}",
+            f"The node check runs on {format_count(ranks, 'rank')}, which is no multiple of {replica}, the ranks "
+            f"of a model replica ({replica_flags(flags.parallel)})",
             fix="Start it on all nodes of the job (srun megatron-lite doctor …), or give sizes whose product divides "
             f"{ranks}",
         )

@@ -1,4 +1,4 @@
-"""Output files of commands: written at once, with an error that names the flag."""
+"""Output files of commands: atomic writes, with errors that name the flag."""
 
 from __future__ import annotations
 

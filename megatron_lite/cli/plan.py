@@ -1,4 +1,4 @@
-"""CLI command `plan`: time, memory, disk, cost and failures of a training command, before it is queued."""
+"""CLI command `plan`: predicts time, memory, disk, cost and node failures of a training command."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _search(request: Request) -> int:
     if unused:
         request.errors.append(
             ConfigError(
-                f"{' and '.join(unused)} {'have' if len(unused) > 1 else 'has'} no effect on --search",
+                f"{' and '.join(unused)} {'have' if len(unused) > 1 else 'has'} no effect with --search",
                 fix=f"Remove {' and '.join(unused)}, or remove --search",
             )
         )

@@ -23,6 +23,7 @@ from megatron_lite.planner.memory import rank_memory
 from megatron_lite.planner.nodes import even_nodes, node_counts
 from megatron_lite.planner.summary import summarize
 from megatron_lite.runs.catalog import latest_iteration
+from megatron_lite.schedules.batch_size import global_batch_size
 from megatron_lite.schedules.length import last_iteration
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -120,16 +121,17 @@ def _done(config: RunConfig) -> int:
 
 def _check_length(config: RunConfig) -> None:
     if last_iteration(config) < 1:
-        samples = config.training.train_samples
+        samples, batch = config.training.train_samples, global_batch_size(config.batch, 0, config.parallel.dp)
         raise_all(
             [
                 ConfigError(
-                    "The length of --epochs is unknown, since the data cannot be opened here"
+                    f"The number of samples of --epochs {config.tuning.epochs} is unknown, since the data cannot be "
+                    "opened here"
                     if config.tuning.epochs
-                    else f"The run has no iteration: --train-samples {samples} is less than a global batch",
+                    else f"The run has no iteration: --train-samples {samples} is less than a global batch of {batch}",
                     fix="Give --train-samples N instead of --epochs to plan it"
                     if config.tuning.epochs
-                    else "Give a larger --train-samples",
+                    else f"Give --train-samples {batch} or more, or a smaller --global-batch-size",
                 )
             ]
         )

@@ -133,19 +133,20 @@ def _nothing_fits(given: RunConfig, config: RunConfig, machine: Hardware, found:
     name = format_parameters(summarize(config).model.exact)
     if found.closest is None:
         return ConfigError(
-            f"No layout of {world:,} ranks is possible for the model and its batch (--world-size {world}, "
-            f"--global-batch-size {final_batch_size(config.batch, config.parallel.dp)})",
-            fix="Use a larger --global-batch-size, or fewer ranks (--world-size)",
+            f"No layout of {world:,} ranks is possible (--world-size {world}, --global-batch-size "
+            f"{final_batch_size(config.batch, config.parallel.dp)})",
+            rule="A pipeline stage has at least one layer, a tensor-parallel rank one attention head, and a "
+            "data-parallel replica one sample of the batch",
+            fix="Use a larger --global-batch-size, or a smaller --world-size",
         )
     closest, memory = found.closest, found.closest_memory
     fullest = max(rank_memory(closest), key=lambda rank: rank.total)
     devices = fewest_devices(given, config.model.vocab_size, machine, MAX_DEVICES)
     more = f"Use --world-size {devices}, on which a layout fits" if devices else "Use a model with fewer parameters"
     return ConfigError(
-        f"The model ({name} parameters) fits on no layout of {world:,} x {device.name}: the closest of "
-        f"{found.tried:,} ({shlex.join(layout_flags(closest))}) needs "
-        f"{format_size(memory)} a device, of which {format_size(fullest.model_state)} are weights, gradients and "
-        f"optimizer state, and {format_size(device.available)} are available: {format_size(memory - device.available)} "
-        "are missing",
-        fix=f"{more}, or devices with more memory (--gpu)",
+        f"The model ({name} parameters) fits with no layout of {world:,} x {device.name}. The closest of "
+        f"{found.tried:,} layouts ({shlex.join(layout_flags(closest))}) needs {format_size(memory)} on a device "
+        f"({format_size(fullest.model_state)} for weights, gradients and optimizer state), but only "
+        f"{format_size(device.available)} are available ({format_size(memory - device.available)} too little)",
+        fix=f"{more}, or name a device with more memory (--gpu)",
     )

@@ -50,12 +50,14 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             "Ranks of --device xla cannot be rehearsed",
             rule="Its process runs one graph on all devices of a host, which XLA partitions",
-            fix="Start the command with PJRT_DEVICE=CPU and CPU_NUM_DEVICES set to the number of devices (docs/tpu.md)",
+            fix="Instead, run the training command for a few iterations with PJRT_DEVICE=CPU and CPU_NUM_DEVICES set "
+            "to the number of devices (docs/tpu.md)",
         )
     if config.runtime.engine == "deepspeed":
         raise ConfigError(
             "Ranks of --engine deepspeed cannot be rehearsed: a rehearsal runs the native engine",
-            fix="Rehearse the layout with ZeRO stage 1 and without offloading (--use-distributed-optimizer)",
+            fix="Replace --engine deepspeed and the flags of DeepSpeed by --use-distributed-optimizer (ZeRO stage 1) "
+            "for the rehearsal",
         )
     outside = [rank for rank in ranks if not 0 <= rank < config.parallel.world_size]
     if outside:

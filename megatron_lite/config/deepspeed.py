@@ -1,4 +1,4 @@
-"""DeepSpeed engine config: entries of DeepSpeed's JSON that the engine passes on, and what it cannot run."""
+"""DeepSpeed engine settings: JSON entries handed to DeepSpeed unchanged, and what this engine cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed JSON values: sections and numbers with the name of the entry in errors; fields that an entry sets."""
+"""DeepSpeed JSON parsing: sections and numbers, with errors that name the entry; config fields that entries set."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_section(entries: dict[str, Any], key: str) -> dict[str, Any]:
         example = '"stage": 1' if key == "zero_optimization" else '"enabled": true'
         raise ConfigError(
             f"{key} in the DeepSpeed JSON is {section!r} instead of an object",
-            fix=f'Write, for example, "{key}": {{{example}}}',
+            fix=f'Write, for example, "{key.rpartition(".")[2]}": {{{example}}}',
         )
     return {name: value for name, value in section.items() if value != "auto"}
 

@@ -1,4 +1,4 @@
-"""ZeRO section of DeepSpeed's JSON: stage, offloading, the engine that they need, and settings for DeepSpeed."""
+"""ZeRO section of the DeepSpeed JSON: stage, offloading, the --engine that these require, and entries for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -123,10 +123,15 @@ def _typed(name: str, value: Any, kind: type, given: Given) -> Any:
     if kind is dict and isinstance(value, dict):
         return _offload(name, value, given)
     if not isinstance(value, kind):
-        example = {bool: "true", str: '"cpu"', dict: '{"device": "cpu"}'}[kind]
+        noun, example = {
+            bool: ("true or false", "true"),
+            str: ("a string", '"cpu"'),
+            dict: ("an object", '{"device": "cpu"}'),
+        }[kind]
         entry = name.rpartition(".")[2]
         raise ConfigError(
-            f"{name} in the DeepSpeed JSON is {json.dumps(value)}", fix=f'Write, for example, "{entry}": {example}'
+            f"{name} in the DeepSpeed JSON is {json.dumps(value)} instead of {noun}",
+            fix=f'Write, for example, "{entry}": {example}',
         )
     return value
 

@@ -221,8 +221,8 @@ def resolve_virtual_stages(given: Given) -> None:
         if layers % stages:
             given.refuse(
                 f"Cannot split {layers} layers into {stages} equal virtual stages, {chunks} on each of "
-                f"{run.parallel.pp} "
-                f"pipeline ranks (--num-layers {layers}, {origin}, --pipeline-model-parallel-size {run.parallel.pp})",
+                f"{run.parallel.pp} pipeline ranks (--num-layers {layers}, {origin}, --pipeline-model-parallel-size "
+                f"{run.parallel.pp})",
                 fix=f"Use --num-layers {nearest_multiples(layers, stages)}"
                 + (
                     f", or --num-virtual-stages-per-pipeline-rank {divisors(layers // run.parallel.pp)}"
@@ -310,7 +310,7 @@ def block_kernel_exists(config: RunConfig) -> Iterator[ConfigError]:
     if config.parallel.cp > 1 and config.runtime.attention == "fused":
         yield ConfigError(
             f"--attention-backend fused cannot be combined with --context-parallel-size {config.parallel.cp}",
-            rule="Blocks of keys are merged by their log-sum-exp, which FlashAttention and separate products return",
+            rule="Blocks of keys are merged by their log-sum-exp, which cuDNN's kernel does not return",
             fix="Use --attention-backend auto or flash",
         )
 

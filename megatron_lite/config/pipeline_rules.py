@@ -25,7 +25,8 @@ def stages_have_layers(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             f"Cannot split {layers} layers over {stages:,} pipeline stages (--num-layers {layers}, "
             f"--pipeline-model-parallel-size {parallel.pp})",
-            fix=f"Use --pipeline-model-parallel-size {max(1, layers * parallel.pp // stages)} or less, or more layers",
+            fix=f"Use --pipeline-model-parallel-size {max(1, layers * parallel.pp // stages)} or less, or "
+            f"--num-layers {stages} or more",
         )
 
 
@@ -61,9 +62,8 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
         )
     if layers % (chunk * parallel.pp):
         yield ConfigError(
-            f"Cannot give each of {parallel.pp} pipeline ranks the same number of chunks of {chunk} layers, {layers} "
-            "in all "
-            f"(--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
+            f"Cannot divide {layers} layers into chunks of {chunk} so that each of {parallel.pp} pipeline ranks has "
+            f"equally many chunks (--num-layers {layers}, --pipeline-model-parallel-size {parallel.pp}, {flag})",
             fix=f"Use --num-layers-per-virtual-pipeline-stage {divisors(layers // parallel.pp)}"
             if layers % parallel.pp == 0
             else f"Use --num-layers {nearest_multiples(layers, chunk * parallel.pp)}"
@@ -107,15 +107,17 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
     ends = ", ".join(f"{flag} {sizes[flag]}" for flag in given)
     if parallel.pp < 2:
         yield ConfigError(
-            f"The model has one pipeline stage, whose layers cannot be chosen ({ends}, --pipeline-model-parallel-size "
+            f"The only pipeline stage holds all layers, so that {ends} cannot apply (--pipeline-model-parallel-size "
             f"{parallel.pp})",
             fix=f"Use --pipeline-model-parallel-size 2 or more, or remove {' and '.join(given)}",
         )
         return
     if parallel.pipeline_schedule == "interleaved":
         yield ConfigError(
-            f"The stages of --pipeline-schedule interleaved all have equally many layers ({ends})",
-            fix=f"Remove {' and '.join(given)}, or use --pipeline-schedule 1f1b without virtual stages",
+            f"{ends} cannot be combined with --pipeline-schedule interleaved",
+            rule="All its stages have equally many layers",
+            fix=f"Remove {' and '.join(given)}, or use --pipeline-schedule 1f1b and remove "
+            "--num-layers-per-virtual-pipeline-stage",
         )
         return
     others = num_stages(config.model, parallel) - (first > 0) - (last > 0)
@@ -123,8 +125,7 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
     if rest < others or (not others and rest):
         yield ConfigError(
             f"Cannot assign {layers} layers to {others + len(given)} pipeline stages: the sizes given leave {rest} "
-            "layers "
-            f"for {others} other stages ({ends}, --num-layers {layers})",
+            f"layers for {others} other stages ({ends}, --num-layers {layers})",
             rule="Every stage needs a layer, and every layer a stage",
             fix=f"Give {' and '.join(given)} at most "
             f"{format_count(layers - others, 'layer')}{' in all' if len(given) > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Recomputed units: split of a pipeline stage's layers into the parts that full recomputation runs again."""
+"""Recomputed units: split of a pipeline stage's layers into the parts that full activation recomputation runs again."""
 
 from __future__ import annotations
 

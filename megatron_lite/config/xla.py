@@ -1,4 +1,4 @@
-"""XLA device config: choice of the engine, flags without effect, batch sizes, and the run as one process sees it."""
+"""XLA device config: engine choice, ignored flags, batch sizes, and the config of one of several host processes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def xla_batches_are_whole(config: RunConfig) -> Iterator[ConfigError]:
     for text, size in sizes.items():
         if size % unit:
             yield ConfigError(
-                f"With --device xla, {text} is no multiple of {unit:,} (--micro-batch-size {batch.micro_batch_size} x "
-                f"{config.parallel.dp} data-parallel replicas)",
+                f"With --device xla, {text} is not a multiple of {unit:,} (--micro-batch-size "
+                f"{batch.micro_batch_size} x {config.parallel.dp} data-parallel replicas)",
                 rule="All replicas run the same number of micro-batches, in one graph",
                 fix=f"Use multiples of {unit:,}, a smaller --micro-batch-size, or a larger "
                 "--tensor-model-parallel-size",

@@ -1,4 +1,4 @@
-"""Low-memory model evaluation: logits of a model with one layer in memory."""
+"""Low-memory evaluation: logits of a model whose weights are loaded one layer at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments of whole, not of sharded, matrices.
+"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): second moments factored over a whole matrix, not its shards.
 
 The formulas are those of fairseq's and transformers' Adafactor. A rank may hold a part of a matrix only, split over tp
 and, under ZeRO-1, over dp: sums over rows, columns and elements are completed over these groups. Row and column moments

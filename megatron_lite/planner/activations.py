@@ -1,4 +1,4 @@
-"""Activation memory of a pipeline stage: bytes that one micro-batch holds and needs in each of its actions.
+"""Activation memory of a pipeline stage: bytes per micro-batch, kept between its actions and needed in each of them.
 
 A layer is simulated once (planner/model_parts.py); equal layers of a stage have equal numbers.
 """

@@ -1,4 +1,4 @@
-"""Duration of a pipeline schedule: its dependencies are resolved once, and evaluated with the costs of each layout.
+"""Pipeline schedule time: graph of dependencies built once per schedule, evaluated with the costs of each layout.
 
 The result is that of schedules/simulate.py with instant messages; with slow ones it leaves out that messages which are
 started together also end together. A simulation of all messages takes a hundred times as long, and the search over

@@ -1,4 +1,4 @@
-"""Seconds of collectives and messages along the axes of the mesh, on node links and the network.
+"""Communication time: seconds of collectives and messages along the axes of the mesh, on node links and network.
 
 Collectives are rings (Thakur et al. 2005): of n ranks, an all-gather or reduce-scatter sends (n-1)/n of the complete
 tensor through each rank, an all-reduce twice that. A ring within a node runs at the link's rate. A ring over several

@@ -1,4 +1,4 @@
-"""Core of context-parallel attention on a tape; mirrors model/context_attention.py and parallel/context_parallel.py.
+"""Simulated context-parallel attention: tensors that model/context_attention.py allocates, recorded on a tape.
 
 The tensors of the first context-parallel rank, whose other blocks are later half of its queries and all keys.
 """

@@ -1,4 +1,4 @@
-"""Hardware table: peak FLOP/s, memory, bandwidths and power of accelerators, by data sheet.
+"""Hardware table: peak FLOP/s, memory, bandwidths and power of accelerators, from vendor data sheets.
 
 Peaks are dense (without sparsity). Bandwidths count one direction. The network is that of the vendor's reference system
 (DGX, HGX, TPU pod), as bandwidth of one device; `--network-gbit` of `megatron-lite plan` replaces it.

@@ -1,4 +1,4 @@
-"""Transformer layer, embedding and head of the model, composed of operators on a tape.
+"""Simulated transformer layer, embedding and head: tape operators that stand for the model in the memory estimate.
 
 They mirror model/layer.py, model/attention.py, model/embedding.py and model/head.py.
 """

@@ -1,4 +1,4 @@
-"""Node counts for a run: which ones its layout allows, with time, device hours and idle replicas of each."""
+"""Node counts of a run: those that its layout can use, each with run time, device hours and replicas without work."""
 
 from __future__ import annotations
 

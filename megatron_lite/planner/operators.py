@@ -1,4 +1,4 @@
-"""Operators of the model on a tape: the tensors that each allocates, saves for backward, and needs in backward.
+"""Simulated operators: tensors that each allocates, saves for backward and reads in backward (memory estimate).
 
 They mirror parallel/tensor_parallel.py, model/attention.py, model/layer.py and model/norms.py, as eager torch runs them
 on a GPU. Gradients of biases and norms are left out.

@@ -1,4 +1,4 @@
-"""Memory of a GPU's fused kernels on meta tensors: attention and RMSNorm without the tensors of their parts.
+"""Fused kernels on meta tensors: memory of attention and RMSNorm, without the intermediates of unfused operators.
 
 On the meta device torch decomposes these operators, and autograd would save what the GPU's kernels do not.
 """

@@ -1,4 +1,4 @@
-"""Charts as inline SVG with HTML labels, which keep their size at any width of the page.
+"""Report charts: inline SVG that stretches with the page, with HTML labels that keep their font size.
 
 The plot is stretched to the page (preserveAspectRatio="none") with strokes of constant width; page.js reads the points
 of the hovered lines from the SVG itself, so that no value is stored twice.

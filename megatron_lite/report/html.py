@@ -1,4 +1,4 @@
-"""HTML elements of report pages: document, cards, tables, charts to choose from, and durations and dates as text."""
+"""HTML elements of report pages: document, cards, tables, chart selector, and durations and dates as text."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
     if config.optimizer.kind == "adafactor" and not able.float64:
         raise ConfigError(
             f"{backend.device_name()} has no float64, in which --optimizer adafactor sums squares",
-            fix="Use another --optimizer, or another --device",
+            fix="Use --optimizer adam, or --device cpu",
         )
     if able.max_world is not None and config.parallel.world_size > able.max_world:
         raise ConfigError(

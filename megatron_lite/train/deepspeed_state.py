@@ -1,4 +1,4 @@
-"""State of DeepSpeed's optimizers as global tensors: main parameters and moments of this rank, for any ZeRO stage."""
+"""DeepSpeed optimizer state: this rank's main parameters and moments as parts of global tensors, any ZeRO stage."""
 
 from __future__ import annotations
 

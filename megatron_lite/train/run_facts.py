@@ -1,4 +1,4 @@
-"""Facts of an assembled run for the records: parameters, devices, hosts, command line, versions, start-up time."""
+"""Run metadata: parameters, devices, hosts, command line, versions and start-up time, recorded at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPMD engine (--device xla): the model of one rank on global tensors, which XLA partitions over all devices.
+"""SPMD engine (--device xla): the unsharded model on global tensors, which XLA partitions over all devices.
 
 A step is one graph: all micro-batches, the reduction of gradients and the optimizer. It is compiled once for each
 shape; every compilation is reported with its reason.

@@ -22,8 +22,15 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     ("world", "tp", "devices", "hosts", "message"),
     [
         (8, 1, 8, 2, r"spans 2 hosts, but torchrun started 4 ranks. Each host runs one process"),
-        (8, 1, 16, 4, r"has 16 devices \(TPU\), but the run is one of 8 \(--world-size\). Give --world-size 16"),
-        (16, 8, 16, 4, r"Cannot divide 2 data-parallel replicas among 4 hosts .*-size 1, 2 or 4"),
+        (
+            8,
+            1,
+            16,
+            4,
+            r"--world-size 8 is not the number of devices that the XLA runtime found: 16 \(TPU\). Give "
+            r"--world-size 16",
+        ),
+        (16, 8, 16, 4, r"Cannot divide 2 data-parallel replicas of 8 devices .* among 4 hosts.*-size 1, 2 or 4"),
     ],
 )
 def test_devices_and_hosts_of_the_runtime_must_fit(world, tp, devices, hosts, message):

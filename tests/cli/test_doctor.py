@@ -86,13 +86,12 @@ def raise_(error):
         (["no/train.py", "--num-layers", "2"], "The training script no/train.py does not exist"),
         (
             ["--device=cpu", "--tensor-model-parallel-size", "3", "--ranks-per-task", "2"],
-            "runs on 2 ranks, which cannot hold --tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1",
+            "runs on 2 ranks, which is no multiple of 3, the ranks of a model replica (--tensor-model-parallel-size 3",
         ),
         (
             ["--device=cpu", "--timeout", "10"],
             "--timeout 10 is not enough time: all may take 26 s. Give --timeout 26 or more, or make fewer "
-            "measurements with --fast "
-            "--timeout 11",
+            "measurements with --fast --timeout 11",
         ),
         (["--device=cpu", "--timeout", "10", "--fast"], "may take 11 s. Give --timeout 11"),
     ],

@@ -51,7 +51,7 @@ def test_a_host_reads_the_samples_of_its_devices(hosts):
     ],
 )
 def test_every_batch_is_whole_micro_batches_of_all_replicas(batches, wrong):
-    with pytest.raises(ConfigError, match=f"With --device xla, {wrong} is no multiple of 8"):
+    with pytest.raises(ConfigError, match=f"With --device xla, {wrong} is not a multiple of 8"):
         parse(batches)
 
 

@@ -84,7 +84,7 @@ def test_the_command_prints_the_best_layouts(capsys, monkeypatch):
 def test_a_model_that_fits_nowhere_names_the_closest_layout_and_the_devices_that_would_do(most, fix, monkeypatch):
     monkeypatch.setattr(plan_search, "MAX_DEVICES", most)
     huge = ["--hidden-size", "32768", "--num-attention-heads", "64", "--global-batch-size", "64"]
-    pattern = r"\(103B parameters\) fits on no layout of 8 x h100-80gb: the closest of .* are missing\. "
+    pattern = r"\(103B parameters\) fits with no layout of 8 x h100-80gb\. The closest of .* too little\)\. "
     with pytest.raises(ConfigError, match=pattern + fix):
         plan.run([*COMMAND, *huge, "--search"])
 

@@ -165,7 +165,7 @@ def test_the_command_with_its_launcher_is_rehearsed(capsys):
         ("--num-layers 3", "Cannot split 3 layers over 4 pipeline stages"),
         (
             "--num-layers-per-virtual-pipeline-stage 3",
-            "the same number of chunks of 3 layers, 40 in all",
+            "Cannot divide 40 layers into chunks of 3",
         ),
         ("--micro-batch-size 3", "Cannot split a global batch of"),
         ("--seq-length 2047 --sequence-parallel", "tensor-parallel ranks for --sequence-parallel"),
@@ -200,5 +200,5 @@ def test_tables_fit_80_columns_and_sizes_have_a_fitting_unit(arguments, capsys, 
 
 
 def test_ranks_of_deepspeed_are_not_simulated():
-    with pytest.raises(ConfigError, match=r"deepspeed cannot be rehearsed.*Rehearse the layout with ZeRO stage 1"):
+    with pytest.raises(ConfigError, match=r"deepspeed cannot be rehearsed.*Replace --engine deepspeed"):
         rehearse.run([*SMALL, *NULL, "--world-size", "2", "--deepspeed", "--zero-stage", "3"])

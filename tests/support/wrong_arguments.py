@@ -77,7 +77,7 @@ FROM_FLAGS = {
     "--engine xla": "--engine xla is given without --device xla. Add --device xla, or remove --engine xla",
     "--device xla --engine native": "--device xla has an engine of its own, and --engine native is given. Remove",
     "--device xla --micro-batch-size 2 --global-batch-size 12": (
-        "With --device xla, --global-batch-size 12 is no multiple of 8 (--micro-batch-size 2 x 4 data-parallel"
+        "With --device xla, --global-batch-size 12 is not a multiple of 8 (--micro-batch-size 2 x 4 data-parallel"
     ),
     "--device xla --pipeline-model-parallel-size 2": (
         "The XLA engine (--device xla) cannot run --pipeline-model-parallel-size 2. XLA partitions one program"
@@ -251,14 +251,14 @@ FROM_FLAGS = {
     ),
     "--num-layers-per-virtual-pipeline-stage 1": "--num-layers-per-virtual-pipeline-stage 1 has no effect with one",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --num-layers 8": (
-        "Cannot give each of 2 pipeline ranks the same number of chunks of 3"
+        "Cannot divide 8 layers into chunks of 3 so that each of 2 pipeline ranks"
     ),
     "--pp-partition-method type:(": "--pp-partition-method type:( has an invalid regular expression: missing )",
     "--pp-partition-method best": "--pp-partition-method best is unknown. Use balanced, uniform, parameters, or",
     "--decoder-last-pipeline-num-layers 1 --num-layers-per-virtual-pipeline-stage 1 --pipe-parallel-size 2": (
-        "The stages of --pipeline-schedule interleaved all have equally many layers"
+        "--decoder-last-pipeline-num-layers 1 cannot be combined with --pipeline-schedule interleaved"
     ),
-    "--decoder-first-pipeline-num-layers 1": "The model has one pipeline stage, whose layers cannot be chosen",
+    "--decoder-first-pipeline-num-layers 1": "The only pipeline stage holds all layers, so that --decoder-first",
     "--decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-size 4": (
         "Cannot assign 4 layers to 4 pipeline stages: the sizes given leave 0"
     ),
@@ -329,7 +329,8 @@ FROM_JSON = {
         "Unknown entry zero_optimization.reduce_buckets in the DeepSpeed JSON."
     ),
     '{"zero_optimization": {"stage": 3, "overlap_comm": 1}}': (
-        'zero_optimization.overlap_comm in the DeepSpeed JSON is 1. Write, for example, "overlap_comm": true'
+        "zero_optimization.overlap_comm in the DeepSpeed JSON is 1 instead of true or false. Write, for example, "
+        '"overlap_comm": true'
     ),
     '{"zero_optimization": {"stage": 3, "zenflow": {"topk_ratio": 1}}}': (
         "zero_optimization.zenflow in the DeepSpeed JSON is not supported. Remove the entry: it updates"

@@ -154,5 +154,5 @@ def test_a_job_in_a_process_of_its_own(tmp_path):
 
 
 def test_another_number_of_devices_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"has 8 devices \(CPU\), but the run is one of 4 .* CPU_NUM_DEVICES=4"):
+    with pytest.raises(ConfigError, match=r"--world-size 4 is not .*: 8 \(CPU\).* CPU_NUM_DEVICES=4"):
         train_command(command("xla", tmp_path / "x", f"{ONE_LAYER} --world-size 4", 1)[1:])

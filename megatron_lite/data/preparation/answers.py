@@ -1,4 +1,4 @@
-"""Prompts with answers: JSON lines of prompt and completion, or of chats, as documents of prompts and answers.
+"""Supervised finetuning data: JSON lines of prompt and completion or of chats, parsed into prompts and answers.
 
 A document is a tuple of texts, alternately prompt and answer. They are tokenized one by one, as at inference, where the
 prompt is known alone; the loss mask is 1 for the tokens of answers.

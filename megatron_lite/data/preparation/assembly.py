@@ -1,4 +1,4 @@
-"""Assembly of the final datasets: the tokens of all work units in input order, written directly or from shards."""
+"""Dataset writer of preprocessing: tokens of all work units in input order, written directly or merged from shards."""
 
 from __future__ import annotations
 

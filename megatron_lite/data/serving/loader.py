@@ -1,4 +1,4 @@
-"""Micro-batch loader of one data-parallel replica: tokens of a micro-batch, by samples consumed and its index.
+"""Micro-batch loader of one data-parallel replica: tokens for a count of consumed samples and a micro-batch index.
 
 The loader has no state to save or restore: the same place gives the same tokens in any order and in any process.
 """
