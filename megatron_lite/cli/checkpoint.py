@@ -11,6 +11,7 @@ from megatron_lite.cli.checkpoint_inspect import diff, existing, inspect, num_pa
 from megatron_lite.cli.import_ import add_foreign_arguments
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.cli.progress import byte_progress
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.errors import CheckpointError
 from megatron_lite.formatting import format_count, format_size
 
@@ -30,9 +31,7 @@ def run(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     options.flags = flags
 
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console(highlight=False, markup=False, soft_wrap=True)
     actions = {
         "list": _list,
         "inspect": inspect,

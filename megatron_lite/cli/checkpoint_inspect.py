@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.import_ import foreign_options
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.formatting import format_count, format_shape, format_size
 
@@ -215,9 +216,8 @@ def table(title: object, *columns: str) -> Table:
 
 def _print_wide(made: Table) -> None:
     """Print a table of names at full width: names are copied and searched for, so none is folded."""
-    from rich.console import Console
 
-    Console(width=1 << 12, highlight=False, markup=False).print(made)
+    make_console(width=1 << 12, highlight=False, markup=False).print(made)
 
 
 def _plain(value: object) -> str:

@@ -13,6 +13,7 @@ from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.nodelist import ranks_by_node
 from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visible_gpus
 from megatron_lite.cli.parser import Parser, real
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.config.arguments import parse_layout
 from megatron_lite.config.launcher import TrainingCommand, ranks_per_task, read_command
 from megatron_lite.config.parallel import replica_flags
@@ -156,7 +157,6 @@ def _check_command(command: TrainingCommand, flags: CommandLine, ranks: int | No
 
 
 def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, exclude_file: Path | None) -> int:
-    from rich.console import Console
 
     from megatron_lite.lifecycle.node_check import check_nodes, fast_check, plan_of
     from megatron_lite.ops.doctor.show import json_record, print_check
@@ -169,7 +169,7 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
         if options.json == "-":
             print(json.dumps(record, indent=2))
         else:
-            print_check(verdict, reports, Console(soft_wrap=True))
+            print_check(verdict, reports, make_console(soft_wrap=True))
         sys.stdout.flush()
         if json_file is not None:
             json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

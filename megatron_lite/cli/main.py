@@ -17,6 +17,7 @@ from types import FrameType, ModuleType
 
 from megatron_lite import __version__
 from megatron_lite.backend.environment import Launch, host_name, read_launch
+from megatron_lite.cli.standard_output import discard_output, flush_output
 from megatron_lite.errors import MegatronLiteError
 
 COMMANDS = (
@@ -81,7 +82,7 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
     """Call the command; print a MegatronLiteError without traceback."""
     try:
         with _terminable():
-            code: int = command.run(argv)
+            code = _run_and_flush(command, argv)
     except MegatronLiteError as error:
         launch = _launch()
         if getattr(command, "SEVERAL_RANKS", False) and launch is not None and launch.world_size > 1:
@@ -101,9 +102,21 @@ def run_command(command: ModuleType, argv: list[str]) -> int:
             sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # `megatron-lite data inspect … | head`: redirect stdout, because Python reports the closed pipe again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # `megatron-lite data inspect … | head`
         return 0
+    return code
+
+
+def _run_and_flush(command: ModuleType, argv: list[str]) -> int:
+    try:
+        code: int = command.run(argv)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # If standard output is at fault, an empty line fails, too; otherwise the error is the command's own.
+        flush_output("\n")
+        raise
+    flush_output()
     return code
 
 

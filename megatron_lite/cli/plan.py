@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lite.cli.standard_output import discard_output, flush_output
 from megatron_lite.config.arguments import asks_for_help, parse_command, raise_all
 from megatron_lite.config.values import is_utf8, read_float, read_int, shortened, shown_bytes
 from megatron_lite.errors import ConfigError, ConfigErrors, MegatronLiteError
@@ -20,14 +22,15 @@ if TYPE_CHECKING:
 
 SUMMARY = "time, memory, disk, cost and failures of a training command, before it is queued"
 DEFAULT_GPU = "h100-80gb"
-MAX_DEVICES, MAX_REAL = 10**6, 1e12
+MAX_DEVICES = 10**6
 USAGE = f"""usage: megatron-lite plan FLAG [VALUE] … [--world-size N] [OPTION …]
        megatron-lite plan [OPTION …] torchrun --nproc-per-node 8 pretrain_gpt.py FLAG [VALUE] …
        megatron-lite plan [OPTION …] 'srun … bash -c "…"'
 
 Takes the flags of pretrain_gpt.py, or the job's complete command with its
 launcher (quote it if it contains quotes itself), and needs neither a GPU nor
-the data. Exit code 1: the run does not fit, or exceeds --budget-hours.
+the data. Exit code 1: the run does not fit, cannot finish, or exceeds
+--budget-hours; or the command line has an error.
 
 machine
   --gpu NAME               data sheet to use (default: {DEFAULT_GPU}); an unknown name
@@ -56,35 +59,39 @@ cost
   --json                   print one JSON object instead of tables"""
 
 
-def _positive(text: str) -> float:
-    number = read_float(text)
-    if not 0 < number < MAX_REAL:
-        raise ValueError
-    return number
+Option = tuple[Callable[[str], Any], str]
 
 
-def _count(text: str) -> int:
-    number = read_int(text)
-    if not 0 < number <= MAX_DEVICES:
-        raise ValueError
-    return number
+def _number(read: Callable[[str], float], kind: str, least: float, most: float) -> Option:
+    """Return the reader of a number between bounds, which keep every result of a plan finite, and its description."""
+
+    def bounded(text: str) -> float:
+        number = read(text)
+        if not least <= number <= most:
+            raise ValueError
+        return number
+
+    return bounded, f"{kind} from {least:,} to {most:,}"
 
 
-NUMBER, COUNT = "a number above 0", f"a whole number from 1 to {MAX_DEVICES:,}"
-OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+def _real(least: float, most: float) -> Option:
+    return _number(read_float, "a number", least, most)
+
+
+OPTIONS: dict[str, Option] = {
     "--gpu": (str, f"a name such as {DEFAULT_GPU}"),
-    "--gpus-per-node": (_count, COUNT),
-    "--network-gbit": (_positive, NUMBER),
-    "--write-gbytes": (_positive, NUMBER),
+    "--gpus-per-node": _number(read_int, "a whole number", 1, MAX_DEVICES),
+    "--network-gbit": _real(0.001, 10**6),
+    "--write-gbytes": _real(0.001, 10**6),
     "--calibrate": (Path, "the path of a run's metrics.jsonl"),
-    "--job-hours": (_positive, NUMBER),
-    "--restart-minutes": (_positive, NUMBER),
-    "--node-mttf-hours": (_positive, NUMBER),
-    "--budget-hours": (_positive, NUMBER),
-    "--gpu-watts": (_positive, NUMBER),
-    "--pue": (_positive, NUMBER),
-    "--carbon-intensity": (_positive, NUMBER),
-    "--gpu-hour-price": (_positive, NUMBER),
+    "--job-hours": _real(0.01, 10**6),
+    "--restart-minutes": _real(0, 10**4),
+    "--node-mttf-hours": _real(0.001, 10**9),
+    "--budget-hours": _real(0.001, 10**12),
+    "--gpu-watts": _real(1, 10**5),
+    "--pue": _real(1, 10),
+    "--carbon-intensity": _real(0.1, 10**4),
+    "--gpu-hour-price": _real(0.0001, 10**6),
 }
 """Options with a value: what reads it, and its description."""
 SEARCH_OPTIONS = frozenset({"--gpu", "--gpus-per-node", "--network-gbit", "--calibrate"})
@@ -115,7 +122,7 @@ class Request:
 
 
 def run(argv: list[str]) -> int:
-    """Plan the training command `argv`; return 1 if it does not fit or exceeds the budget."""
+    """Plan the training command `argv`; return 1 if it does not fit, cannot finish or exceeds the budget."""
     if asks_for_help(argv):
         print(USAGE)
         return 0
@@ -123,12 +130,16 @@ def run(argv: list[str]) -> int:
     if request.search:
         return _search(request)
     record, problems = make_plan(request)
-    if request.as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        from megatron_lite.cli.plan_tables import print_plan
+    with suppress(BrokenPipeError):  # `megatron-lite plan … | head`: the exit code is still the answer
+        if request.as_json:
+            print(json.dumps(record, indent=2, allow_nan=False))
+        else:
+            from megatron_lite.cli.plan_tables import print_plan
 
-        print_plan(record)
+            print_plan(record)
+        flush_output()
+        return 1 if problems else 0
+    discard_output()
     return 1 if problems else 0
 
 
@@ -195,11 +206,11 @@ def _read(request: Request, name: str, value: str) -> None:
         request.values[name] = read(value)
     except ValueError:
         shown = repr(shortened(value)) if is_utf8(value) else shown_bytes(value)
-        request.errors.append(ConfigError(f"{name} {shown} is not {kind}", fix=f"Give {name} {kind}"))
+        request.errors.append(ConfigError(f"Cannot read {name} {shown}", fix=f"Give {name} {kind}"))
 
 
 def make_plan(request: Request) -> tuple[dict[str, Any], bool]:
-    """Return the plan as a JSON record, and whether the run does not fit or exceeds the budget.
+    """Return the plan as a JSON record, and whether the run does not fit, cannot finish or exceeds the budget.
 
     Raises:
         ConfigError, ConfigErrors: of all that is wrong with options and training command.

@@ -42,7 +42,7 @@ MAX_NODES = 4096
 def plan_record(
     parsed: ParsedRun, machine: Hardware, assumptions: Assumptions, budget: float, calibration: Calibration | None
 ) -> tuple[dict[str, Any], bool]:
-    """Return the plan, and whether the run does not fit or exceeds the budget.
+    """Return the plan, and whether the run does not fit, cannot finish or exceeds the budget.
 
     Args:
         parsed: the training command.
@@ -77,6 +77,7 @@ def plan_record(
             "done_iterations": done,
             "remaining_days": job.seconds_after(done) / 86400.0,
             "fits": memory["fits"],
+            "can_finish": job.can_finish,
             "device_hours": job.cost.device_hours,
             "within_budget": None if not budget else not over_budget,
         },
@@ -100,7 +101,7 @@ def plan_record(
         "calibration": None if calibration is None else _calibration(calibration),
         "formulas": FORMULAS,
     }
-    return record, over_budget or not memory["fits"]
+    return record, over_budget or not memory["fits"] or not job.can_finish
 
 
 def _counted(config: RunConfig) -> RunConfig:

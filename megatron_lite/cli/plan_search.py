@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from megatron_lite.cli.progress import stage_progress
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.config.arguments import ParsedRun
 from megatron_lite.config.layout import axis_sizes
 from megatron_lite.config.run import RunConfig
@@ -63,10 +64,9 @@ def search_record(parsed: ParsedRun, machine: Hardware) -> dict[str, Any]:
 
 def print_search(record: dict[str, Any]) -> None:
     """Print the best layouts, and the flags of the first."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     console.print(
         f"{record['model']} on {record['devices']:,} x {record['device']}, batch {record['global_batch']:,} x "
         f"{record['seq_length']:,} tokens: {record['fitting']:,} of {record['tried']:,} layouts fit",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.formatting import (
     format_count,
     format_duration,
@@ -36,7 +37,7 @@ DAY = 86400.0
 
 def print_plan(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a plan."""
-    console = console or Console(highlight=False)
+    console = console or make_console(highlight=False)
     console.print(_answer(record), soft_wrap=True)
     for warning in record["warnings"]:
         console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
@@ -64,6 +65,8 @@ def _answer(record: dict[str, Any]) -> Text:
     if done := answer["done_iterations"]:
         text.append(f"\n{format_days(answer['remaining_days'])} of them left after iteration {done:,}", style="bold")
     text.append("\n")
+    if not answer["can_finish"]:
+        text.append("CANNOT FINISH, ", style="bold red")
     if not answer["fits"]:
         text.append("DOES NOT FIT", style="bold red")
     else:
@@ -147,7 +150,7 @@ def _disk_facts(disk: dict[str, Any]) -> Iterator[str]:
         f"{disk['written_bytes_per_day'] / 1e12:.3g} TB a day"
     )
     share = disk["share_of_interval"]
-    waits = f"training waits {format_duration(disk['blocking_seconds'])}" + (f" ({share:.1%})" if share else "")
+    waits = f"training waits {format_duration(disk['blocking_seconds'])}" + (f" ({share:.1%})" if 0 < share < 1 else "")
     yield (
         f"            a save is written in {format_duration(disk['save_seconds'])} at "
         f"{disk['write_rate'] / 1e9:.3g} GB/s (--write-gbytes), {waits}"
@@ -157,7 +160,10 @@ def _disk_facts(disk: dict[str, Any]) -> Iterator[str]:
 def _goodput_facts(record: dict[str, Any]) -> Iterator[str]:
     found, hours = record["goodput"], record["assumptions"]["node_hours"]
     every = format_duration(found["failure_seconds"])
-    rate = f"a node fails every {hours:,.0f} h (--node-mttf-hours), the job every {every}"
+    rate = f"a node fails every {hours:,.4g} h (--node-mttf-hours), the job every {every}"
+    if not found["can_finish"]:
+        yield f"Failures    {rate}: not in the total, since the run cannot finish"
+        return
     best = f"best time between saves {format_duration(found['best_seconds'])} (Daly 2006), goodput"
     if found["between_saves_seconds"] is None:
         yield f"Failures    {rate}: not in the total, since nothing is saved"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.config.arguments import asks_for_help, parse_command
 from megatron_lite.config.layout import axis_sizes, describe_sizes, shown_axes
 from megatron_lite.config.run import RunConfig
@@ -142,9 +143,8 @@ def _rank_record(report: RankReport) -> dict[str, Any]:
 
 
 def _print_tables(record: dict[str, Any]) -> None:
-    from rich.console import Console
 
-    console = Console()
+    console = make_console()
     layout = record["layout"]
     world = layout["world_size"]
     axes = shown_axes(layout["cp"])

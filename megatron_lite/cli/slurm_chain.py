@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -142,7 +143,6 @@ def _as_json(folder: Path, chain: Chain, queue: list[QueuedJob] | None) -> dict[
 
 
 def _print_status(folder: Path, chain: Chain, queue: list[QueuedJob] | None, unknown: str) -> None:
-    from rich.console import Console
 
     from megatron_lite.ops.chain_script import COPY_NAME, script_changed
 
@@ -157,7 +157,7 @@ def _print_status(folder: Path, chain: Chain, queue: list[QueuedJob] | None, unk
     if chain.excluded:
         print(f"Excluded after failures: {', '.join(chain.excluded)}")
     if chain.outcomes or queue:
-        Console(highlight=False, markup=False).print(_table(chain, queue or []))
+        make_console(highlight=False, markup=False).print(_table(chain, queue or []))
 
 
 def _table(chain: Chain, queue: list[QueuedJob]) -> Table:

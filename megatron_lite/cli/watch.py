@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lite.cli.parser import Parser, real
+from megatron_lite.cli.standard_output import make_console
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -237,10 +238,8 @@ def _once(observer: _Observer, *, as_json: bool) -> int:
 
 
 def _console() -> Console:
-    from rich.console import Console
-
     # A pipe has no width: 80 columns, or COLUMNS.
-    return Console(highlight=False)
+    return make_console(highlight=False)
 
 
 def _print(console: Console, views: Sequence[View]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.formatting import format_duration, format_size
+from megatron_lite.formatting import format_count, format_duration, format_size
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import JobPlan
 
@@ -15,8 +15,10 @@ BUBBLE, IDLE, IMBALANCE = 0.15, 0.05, 0.1
 TILE = 64
 """Elements: products whose sizes are multiples of it use the matrix units best (NVIDIA's guide)."""
 MANY_CHECKPOINTS = 100
-SAVING = 0.05
-"""Share of the time between two saves in which a save may block training."""
+USEFUL = 0.2
+"""Goodput from which another save interval is worth naming."""
+SAVING, STARTS = 0.05, 0.2
+"""Share of the time between two saves in which a save may block training; and of the total in which jobs start."""
 
 
 @dataclass(frozen=True)
@@ -158,21 +160,58 @@ def _vocabulary(of: Situation) -> Iterator[Advice]:
         )
 
 
+def _finishes(of: Situation) -> Iterator[Advice]:
+    job, step = of.job, of.job.final.total
+    useful = job.seconds["training"] + job.seconds["evaluation"]
+    if job.repeats_first_job:
+        yield Advice(
+            f"The run cannot finish: a job ends after {format_duration(job.job_seconds)} of the "
+            f"{format_duration(useful)}, nothing is saved, and each job starts at iteration 0",
+            f"Add --save FOLDER --load FOLDER --save-interval {max(1, int(job.job_seconds / step / 4))}, or use longer "
+            "jobs (--job-hours)",
+        )
+    if not job.goodput.can_finish:
+        every, best = format_duration(job.goodput.failure_seconds), job.goodput
+        apart = (
+            f"saves are {format_duration(job.between_saves)} of training apart"
+            if job.between_saves < useful
+            else "nothing is saved before the end"
+        )
+        yield Advice(
+            f"The run cannot finish: with {format_count(job.nodes, 'node')} it fails every {every}, and {apart}",
+            f"Use --save-interval {max(1, round(best.best_seconds / step))}"
+            if best.best_share > USEFUL
+            else "Use fewer nodes, or nodes that fail less often (--node-mttf-hours)",
+        )
+
+
+def _job_starts(of: Situation) -> Iterator[Advice]:
+    job = of.job
+    share = job.seconds["job starts"] / job.total_seconds
+    if job.jobs > 1 and share > STARTS:
+        yield Advice(
+            f"Jobs of {format_duration(job.job_seconds)} start {job.jobs:,} times, which takes {share:.0%} of the time",
+            "Use longer jobs (--job-hours, or --exit-duration-in-mins), or a smaller --restart-minutes if they start "
+            "faster",
+        )
+
+
 def _saving(of: Situation) -> Iterator[Advice]:
     config, job = of.config, of.job
+    if job.repeats_first_job:
+        return
     if not config.checkpoint.save:
         yield Advice("The run writes no checkpoint: a failure loses everything", "Add --save FOLDER --save-interval N")
         return
-    step, training = job.final.total, config.training
-    limit = training.exit_duration_minutes * 60.0
+    step, limit = job.final.total, job.job_seconds
     if limit and job.between_saves > limit and not config.checkpoint.save_on_exit:
         yield Advice(
             f"A job ends before its first save: {format_duration(job.between_saves)} of training lie between two "
-            f"saves, and a job has {format_duration(limit)} (--exit-duration-in-mins, --no-save-on-exit)",
+            f"saves, and a job has {format_duration(limit)} (--no-save-on-exit)",
             f"Use --save-interval {max(1, int(limit / step / 2))} or less, or remove --no-save-on-exit",
         )
     best = job.goodput.best_seconds
-    if job.between_saves > 3 * best or job.between_saves < best / 3:
+    if job.goodput.can_finish and (job.between_saves > 3 * best or job.between_saves < best / 3):
         gain = job.goodput.best_share - job.goodput.share
         if gain > 0.005:
             yield Advice(
@@ -185,7 +224,7 @@ def _saving(of: Situation) -> Iterator[Advice]:
     if share > SAVING and not config.checkpoint.asynchronous:
         yield Advice(
             f"A save of {format_size(job.storage.checkpoint)} blocks training for {format_duration(job.save_seconds)}, "
-            f"{share:.0%} of the time between two saves",
+            f"{f'{share:,.0f} times' if share >= 2 else f'{share:.0%} of'} the time between two saves",
             "Add --async-save, or use a larger --save-interval",
         )
     if job.save_seconds > job.between_saves:
@@ -229,10 +268,12 @@ def _divisor_below(number: int, limit: int) -> int:
 
 
 RULES: tuple[Callable[[Situation], Iterator[Advice]], ...] = (
+    _finishes,
     _precision,
     _tensor_parallel_nodes,
     _few_microbatches,
     _idle_replicas,
+    _job_starts,
     _saving,
     _optimizer,
     _imbalance,

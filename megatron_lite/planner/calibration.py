@@ -9,15 +9,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.step_time import StepTime, step_time_of
-from megatron_lite.runs.metrics_file import read_records
+from megatron_lite.runs.metrics_file import scan_lines
 
 WARM_UP = 3
 """First iterations of a job that are left out: allocation, compilation, reading ahead."""
@@ -67,6 +68,8 @@ class Measurement:
     count: int
 
 
+MEASURED = ("global_batch_size", "seq_length", "seconds")
+"""Fields of an iteration's record that a calibration needs."""
 TIMED: dict[str, tuple[str, ...]] = {
     "optimizer": ("optimizer",),
     "forward-backward": (
@@ -88,17 +91,27 @@ def run_of(path: Path) -> tuple[RunConfig, str, list[Measurement]]:
 
     Raises:
         ConfigError: the file has no start record, or too few iterations.
-        DataError: it cannot be read.
+        DataError: it cannot be read, or a line is damaged.
     """
-    records = read_records(path)
-    starts = [number for number, record in enumerate(records) if record["kind"] == "start"]
+    lines = list(scan_lines(path))
+    starts = [number for number, (_, record) in enumerate(lines) if record["kind"] == "start"]
     if not starts:
         raise ConfigError(
             f"--calibrate {path} has no record of a run's start",
             fix="Give the metrics.jsonl of a run: it is in its --save folder, or at --metrics-file",
         )
-    start, job = records[starts[-1]], records[starts[-1] + 1 :]
-    iterations = [record for record in job if record["kind"] == "iteration"][WARM_UP:]
+    (start_line, start), job = lines[starts[-1]], lines[starts[-1] + 1 :]
+    if not isinstance(start.get("config"), dict):
+        raise _damaged(path, start_line, "config is not that of a run")
+    iterations = list[dict[str, Any]]()
+    for line, record in [pair for pair in job if pair[1]["kind"] == "iteration"][WARM_UP:]:
+        timers = record.get("timers", {})
+        if wrong := [name for name in MEASURED if not _is_positive(record.get(name))]:
+            kind = "numbers" if len(wrong) > 1 else "a number"
+            raise _damaged(path, line, f"{' and '.join(wrong)} should be {kind} above 0")
+        if not isinstance(timers, dict) or not all(_is_positive(timers[name]) for name in TIMED if name in timers):
+            raise _damaged(path, line, "timers should be numbers above 0")
+        iterations.append(record)
     if not iterations:
         raise ConfigError(
             f"--calibrate {path} has no iteration after the first {WARM_UP} of its last job",
@@ -106,6 +119,18 @@ def run_of(path: Path) -> tuple[RunConfig, str, list[Measurement]]:
         )
     config = from_record(RunConfig, start["config"], str(path))
     return config, str(start.get("device", "")), list(_measurements(iterations))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and isfinite(value) and value > 0
+
+
+def _damaged(path: Path, line: bytes, fault: str) -> DataError:
+    number = path.read_bytes().split(b"\n").index(line) + 1
+    return DataError(
+        f"--calibrate {path} has a damaged line {number}: {fault}",
+        fix="Give a copy of the file without that line",
+    )
 
 
 def calibrate(config: RunConfig, machine: Hardware, measurements: Iterable[Measurement]) -> Calibration:

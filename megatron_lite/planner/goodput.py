@@ -12,6 +12,7 @@ from math import exp, expm1, inf, sqrt
 LLAMA3_NODE_HOURS = 6000.0
 """Hours between unexpected interruptions per node of 8 GPUs: 419 in 54 days on 2,048 nodes (arXiv:2407.21783, section
 3.3.4)."""
+MOST_LOST = 50.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Goodput:
         lost_seconds: expected run time beyond training and saves: repeated iterations and restarts.
         best_seconds: training time between saves with the largest share (Daly's optimum).
         best_share: share with that interval.
+        can_finish: whether the failures leave the run a chance: they take at most MOST_LOST times as long as the rest.
     """
 
     failure_seconds: float
@@ -33,6 +35,7 @@ class Goodput:
     lost_seconds: float
     best_seconds: float
     best_share: float
+    can_finish: bool
 
 
 def goodput(*, useful: float, between: float, save: float, restart: float, node_hours: float, nodes: int) -> Goodput:
@@ -51,13 +54,15 @@ def goodput(*, useful: float, between: float, save: float, restart: float, node_
     best = best_interval(save, mean)
     least = expected_seconds(useful, min(best, useful), save, restart, mean)
     without = useful * (1.0 + save / min(between, useful)) if useful else 0.0
+    lost = max(0.0, total - without)
     return Goodput(
         failure_seconds=mean,
         failures=total / mean,
         share=useful / total if total else 1.0,
-        lost_seconds=max(0.0, total - without),
+        lost_seconds=lost,
         best_seconds=best,
         best_share=useful / least if least else 1.0,
+        can_finish=lost <= MOST_LOST * without,
     )
 
 
@@ -65,9 +70,9 @@ def expected_seconds(useful: float, between: float, save: float, restart: float,
     """Return Daly's expected run time M exp(R/M) (exp((t + d)/M) - 1) useful / t (2006, eq. 13)."""
     if not useful:
         return 0.0
-    if (between + save) / mean > 500.0:
+    if max(between + save, restart) / mean > 300.0:
         return inf
-    return mean * exp(min(500.0, restart / mean)) * expm1((between + save) / mean) * useful / between
+    return mean * exp(restart / mean) * expm1((between + save) / mean) * useful / between
 
 
 def best_interval(save: float, mean: float) -> float:

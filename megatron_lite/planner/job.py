@@ -101,6 +101,7 @@ class JobPlan:
         blocking_seconds: of those, the ones in which training waits.
         between_saves: training time between two scheduled saves at the end of the run; inf: there is no schedule.
         jobs: number of jobs under the time limit.
+        job_seconds: that limit; 0: none.
     """
 
     iterations: int
@@ -116,8 +117,19 @@ class JobPlan:
     blocking_seconds: float
     between_saves: float
     jobs: int
+    job_seconds: float
     goodput: Goodput
     cost: Cost
+
+    @property
+    def repeats_first_job(self) -> bool:
+        """Whether every job starts at iteration 0, since nothing is saved within the time limit."""
+        return self.jobs > 1 and not self.storage.saves
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether the run reaches its last iteration; failures that prevent it are not in its time."""
+        return self.goodput.can_finish and not self.repeats_first_job
 
     @property
     def total_seconds(self) -> float:
@@ -198,7 +210,7 @@ def plan_job(config: RunConfig, machine: Hardware, assumptions: Assumptions) -> 
         "saves": saves,
         "job starts": jobs * assumptions.restart_seconds,
         # Without a schedule, a failure may cost any time: a warning says so.
-        "failures": failures.lost_seconds if interval else 0.0,
+        "failures": failures.lost_seconds if interval and failures.can_finish else 0.0,
     }
     final = stages[-1].step
     tokens = tokens_at(config, end)
@@ -219,6 +231,7 @@ def plan_job(config: RunConfig, machine: Hardware, assumptions: Assumptions) -> 
         blocking_seconds=blocking,
         between_saves=between,
         jobs=jobs,
+        job_seconds=limit,
         goodput=failures,
         cost=_cost(sum(seconds.values()), parallel.world_size, machine, assumptions),
     )

@@ -1,9 +1,11 @@
 """Tests of `megatron-lite plan`: the answer, JSON, exit codes, options, and all errors at once."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from support.job_commands import BIG_RAMP, CURRICULUM, MULTILINGUAL, SMALL, without
@@ -121,7 +123,7 @@ def test_everything_that_is_wrong_is_reported_at_once(capsys):
     assert code == 1 and not out
     assert "4 errors" in err
     assert "--gpu a1000 is unknown. Use --gpu a1" in err
-    assert "--pue '0' is not a number above 0" in err
+    assert "Cannot read --pue '0'. Give --pue a number from 1 to 10" in err
     assert "--budget-hours has no value" in err
     assert "--num-layers" in err
 
@@ -131,6 +133,47 @@ def test_numbers(value, capsys):
     for option in ("--gpus-per-node", "--network-gbit", "--budget-hours", "--node-mttf-hours", "--pue"):
         code, out, err = plan(capsys, *SMALL, f"{option}={value}")
         assert code == 1 and not out and option in err and len(err) < 500
+
+
+EXTREMES = {"--write-gbytes": "0.001", "--node-mttf-hours": "0.001", "--restart-minutes": "1e4", "--job-hours": "0.01"}
+
+
+@pytest.mark.parametrize("options", [{name: EXTREMES[name]} for name in EXTREMES] + [EXTREMES])
+def test_extreme_options_give_finite_plans(options, capsys):
+    argv = [*SMALL, "--train-iters", "1000000", "--save", "x", "--save-interval", "10", "--world-size", "4"]
+    argv += [word for pair in options.items() for word in pair]
+    code, out, _ = plan(capsys, *argv, "--json")
+    record = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert record["answer"]["days"] < 1e6 and code == (0 if record["answer"]["can_finish"] else 1)
+    _, out, _ = plan(capsys, *argv)
+    assert max(map(len, out.splitlines())) < 400 and " nan" not in out and " inf" not in out
+
+
+def test_a_run_that_cannot_finish(capsys):
+    saving = ["--train-iters", "10000000", "--save", "x", "--save-interval", "1000000"]
+    code, out, _ = plan(capsys, *SMALL, *saving, "--node-mttf-hours", "0.01")
+    assert code == 1 and out.splitlines()[1].startswith("CANNOT FINISH, fits (")
+    assert "The run cannot finish: with 1 node it fails every 00:00:36, and saves are " in out.splitlines()[2]
+    assert "not in the total, since the run cannot finish" in out
+    code, out, _ = plan(capsys, *SMALL, "--train-iters", "10000000", "--job-hours", "2")
+    assert code == 1 and "nothing is saved, and each job starts at iteration 0. Add --save FOLDER" in out
+    code, out, _ = plan(capsys, *SMALL, *saving, "--job-hours", "0.5")
+    assert code == 0 and "which takes 25% of the time. Use longer jobs" in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_output_that_cannot_be_written(more):
+    command = [sys.executable, "-m", "megatron_lite", "plan", *SMALL, *more]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Cannot write to standard output: No space left on device. " in done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 0 and not done.stderr, "a closed pipe is not a run that does not fit"
 
 
 def test_a_run_without_length_or_training(capsys):
@@ -231,6 +274,18 @@ def test_unusable_metrics_files(tmp_path, capsys):
     path.write_bytes(encode({"kind": "message", "text": "x"}))
     code, _, err = plan(capsys, *SMALL, "--calibrate", path)
     assert code == 1 and "has no record of a run's start" in err
+    path.write_bytes(encode({"kind": "start"}) + encode({"kind": "iteration"}))
+    code, _, err = plan(capsys, *SMALL, "--calibrate", path)
+    assert code == 1 and "metrics.jsonl has a damaged line 1: config is not that of a run. Give a copy" in err
+    sound = {"kind": "iteration", "seconds": 1.0, "global_batch_size": 8, "seq_length": 32}
+    for damage, shown in (
+        ({"seconds": "NaN"}, "seconds should be a number above 0"),
+        ({"global_batch_size": 0, "seq_length": "x"}, "global_batch_size and seq_length should be numbers above 0"),
+        ({"timers": {"optimizer": None}}, "timers should be numbers above 0"),
+    ):
+        path.write_bytes(b"".join(map(encode, [{"kind": "start", "config": {}}, *[sound] * 3, sound | damage])))
+        code, _, err = plan(capsys, *SMALL, "--calibrate", path)
+        assert code == 1 and f"has a damaged line 5: {shown}" in err
     path.write_bytes(encode({"kind": "start", "config": {}}))
     code, _, err = plan(capsys, *SMALL, "--calibrate", path)
     assert code == 1 and "has no iteration after the first 3" in err
