@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from pathlib import Path
 
 from megatron_lite.cli.output_file import write_output
-from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.cli.parser import Parser, file_path, whole
 from megatron_lite.errors import ConfigError
 
 SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and as an SVG file"
@@ -16,8 +15,8 @@ SUMMARY = "draw a run's loss curve from its metrics.jsonl, in the terminal and a
 def run(argv: list[str]) -> int:
     """Draw the loss curve."""
     parser = Parser(prog="megatron-lite curve", description=SUMMARY[0].upper() + SUMMARY[1:] + ".")
-    parser.add_argument("metrics", type=Path, help="a run's metrics.jsonl, or the folder that holds it")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file as well")
+    parser.add_argument("metrics", type=file_path, help="a run's metrics.jsonl, or the folder that holds it")
+    parser.add_argument("--svg", type=file_path, metavar="FILE", help="write the picture to this file as well")
     parser.add_argument("--title", default="", help="title of the picture (default: the model's size)")
     parser.add_argument(
         "--width", type=whole(0, 10_000), default=0, help="columns of the terminal drawing (default: the terminal's)"

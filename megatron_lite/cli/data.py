@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from megatron_lite.cli.data_pack import pack
 from megatron_lite.cli.data_samples import build_indices, show_samples
-from megatron_lite.cli.parser import Parser, whole
+from megatron_lite.cli.output_file import write_output
+from megatron_lite.cli.parser import Parser, file_path, whole
 from megatron_lite.cli.progress import TokenProgress
 from megatron_lite.cli.tokenizer_arguments import add_tokenizer_arguments, given_tokenizer
 from megatron_lite.errors import DataError
-from megatron_lite.system_errors import reason, remedy
 
 if TYPE_CHECKING:
     from megatron_lite.data.format.indexed_dataset import IndexedDataset
@@ -73,7 +73,7 @@ def inspect(argv: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=whole(), default=64, metavar="N", help="tokens of each document to print (default 64)"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the length histogram as an image")
+    parser.add_argument("--picture", type=file_path, metavar="FILE.svg", help="write the length histogram as an image")
     add_tokenizer_arguments(parser)
     options = parser.parse_args(argv)
 
@@ -93,13 +93,7 @@ def inspect(argv: list[str]) -> int:
         print(f"  {name:<15} {value}")
     print("\n".join(draw_lengths(lengths)))
     if options.picture:
-        try:
-            options.picture.write_text(draw_lengths_svg(lengths, Path(data.prefix).name), encoding="utf-8")
-        except OSError as error:
-            raise DataError(
-                f"Cannot write --picture {options.picture}: {reason(error)}",
-                fix=remedy(error, options.picture, instead="give another path with --picture", writing=True),
-            ) from error
+        write_output(options.picture, draw_lengths_svg(lengths, Path(data.prefix).name), "--picture")
         print(f"  image: {options.picture}")
     from megatron_lite.data.format.manifest import check_manifest
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_lite.backend.environment import Launch, read_launch
 from megatron_lite.backend.nodelist import ranks_by_node
 from megatron_lite.backend.task_ranks import end_with_parent, start_ranks, visible_gpus
+from megatron_lite.cli.output_file import check_output, write_output
 from megatron_lite.cli.parser import Parser, real
 from megatron_lite.cli.standard_output import make_console
 from megatron_lite.config.arguments import parse_layout
@@ -172,7 +173,7 @@ def _check(options: argparse.Namespace, flags: CommandLine, launch: Launch, excl
             print_check(verdict, reports, make_console(soft_wrap=True))
         sys.stdout.flush()
         if json_file is not None:
-            json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_output(json_file, json.dumps(record, indent=2) + "\n", "--json")
 
     plan = plan_of(flags, timeout=options.timeout, expected=ranks_by_node(launch.world_size))
     fast = fast_check(plan)
@@ -202,4 +203,5 @@ def _json_file(name: str | None) -> Path | None:
             f"Cannot write --json {path}: {'it is a folder' if path.is_dir() else reason}",
             fix="Give a file in a folder that you may write to",
         )
+    check_output(path, json.dumps({"good": False}, indent=2), "--json")
     return path

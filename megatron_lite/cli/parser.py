@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_lite.config.values import (
@@ -49,6 +50,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one paragraph without the usage text, and exit."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")
+
+
+def file_path(text: str) -> Path:
+    """Return the path of an argument, which is not empty: an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def whole(least: int = 0, most: int = MAX_NUMBER) -> Callable[[str], int]:

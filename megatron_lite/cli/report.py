@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lite.cli.parser import Parser
+from megatron_lite.cli.parser import Parser, file_path
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_size
 
@@ -23,11 +23,15 @@ def run(argv: list[str]) -> int:
     """Write the report and print its path."""
     parser = Parser(prog="megatron-lite report", description=_TEXT)
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="--save folder of a run, or its metrics.jsonl (default: here)"
+        "runs",
+        nargs="*",
+        type=file_path,
+        metavar="RUN",
+        help="--save folder of a run, or its metrics.jsonl (default: here)",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help=f"default: RUN/{REPORT_NAME}; for several runs: {COMPARISON_NAME} in the current folder",
     )

@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at an iteration: kind (spike, restart, rollback), description, and time since 1970 or 0."""
+    """Vertical line at an iteration: kind (spike, non-finite, restart, rollback), description, time since 1970 or 0."""
 
     x: float
     kind: str

@@ -15,8 +15,8 @@ from megatron_lite.formatting import format_short
 from megatron_lite.report.chart import Chart, Line, draw, line_of
 from megatron_lite.report.html import choice, details, document, duration, percent, section, table
 from megatron_lite.report.page import describe_machine, describe_model, key_figures, pair
-from megatron_lite.report.run_charts import WARM_UP, X_FIELDS, validation_lines, varies
-from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average
+from megatron_lite.report.run_charts import WARM_UP, X_FIELDS, final_loss, validation_lines, varies
+from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_text
 from megatron_lite.report.timeline import BETWEEN, account
 from megatron_lite.runs.comparison import compare_configs, flag_of
 from megatron_lite.runs.evaluations import Evaluation, job_key, read_evaluations
@@ -79,7 +79,9 @@ def _losses(runs: Mapping[str, RunLog], title: str, line: Callable[[str, RunLog,
 
 
 def _training_line(name: str, log: RunLog, x_name: str, colour: int) -> Line | None:
-    return _smooth_line(name, log.columns[X_FIELDS[x_name]], log.losses[LOSS], colour, note="{:.4f}")
+    line = _smooth_line(name, log.columns[X_FIELDS[x_name]], log.losses[LOSS], colour, note="{:.4f}")
+    final = final_loss(log)
+    return line if line is None or math.isfinite(final) else replace(line, note=loss_text(final))
 
 
 def _smooth_line(name: str, x: Column, y: Column, colour: int, *, note: str = "") -> Line | None:
@@ -139,7 +141,11 @@ def _common_tokens(runs: Mapping[str, RunLog]) -> tuple[str, list[str]]:
     common, cells = min(reached), []
     for log in runs.values():
         line = _training_line("", log, "tokens", 1)
-        cells.append("" if line is None else f"{np.interp(common, line.series.x, line.series.y):.4f}")
+        tokens, losses = log.columns["consumed_train_tokens"], log.losses[LOSS]
+        at = min(int(np.searchsorted(tokens, common)), len(losses) - 1)
+        diverged = any(some.first <= log.columns["iteration"][at] <= some.last for some in log.not_finite)
+        value = losses[at] if diverged or line is None else np.interp(common, line.series.x, line.series.y)
+        cells.append("" if line is None and not diverged else loss_text(float(value)))
     return f"Training loss at {format_short(common)} tokens", cells
 
 

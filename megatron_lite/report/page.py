@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from megatron_lite.config.arguments import to_argv
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
@@ -18,7 +20,7 @@ from megatron_lite.report.energy import read_energy
 from megatron_lite.report.html import cards, date, details, document, duration, percent, section, table
 from megatron_lite.report.plan import RunPlan, make_plan, planned_parts
 from megatron_lite.report.run_charts import final_loss, loss_chart, marks, source_chart, speed_charts, training_charts
-from megatron_lite.report.run_log import RunLog, is_average, loss_of
+from megatron_lite.report.run_log import LOSS, RunLog, is_average, loss_of, loss_text, lowest
 from megatron_lite.report.timeline import (
     BETWEEN,
     COMMUNICATION,
@@ -131,8 +133,10 @@ def key_figures(log: RunLog, timeline: Timeline) -> Iterator[tuple[str, str, str
     yield "Iterations", f"{log.iterations:,}", f"of {wanted:,}" if wanted else ""
     if math.isfinite(tokens := log.last("consumed_train_tokens")):
         yield "Tokens", format_short(tokens), f"{int(log.last('consumed_train_samples')):,} samples"
-    if math.isfinite(loss := final_loss(log)):
-        yield "Training loss", f"{loss:.4f}", "mean of the last 2%"
+    if np.isfinite(log.losses[LOSS]).any() or log.not_finite:
+        loss = final_loss(log)
+        note = "mean of the last 2%" if math.isfinite(loss) else f"from iteration {log.not_finite[-1].first:,}"
+        yield "Training loss", loss_text(loss), note
     yield from _validation_figures(log)
     if math.isfinite(speed := log.median("tokens_per_second")):
         per_device = speed / max(1, int(log.start.get("world_size", 1)))
@@ -156,9 +160,10 @@ def _validation_figures(log: RunLog) -> Iterator[tuple[str, str, str]]:
         return
     name = next((name for name in curves if is_average(name)), next(iter(curves)))
     records = curves[name]
-    best = min(records, key=loss_of)
+    best = lowest(records)
     label = "Validation loss" + (" (average)" if is_average(name) else "")
-    yield label, f"{loss_of(records[-1]):.4f}", f"lowest {loss_of(best):.4f} at {best['iteration']:,}"
+    note = "" if best is None else f"lowest {loss_of(best):.4f} at {best['iteration']:,}"
+    yield label, loss_text(loss_of(records[-1])), note
 
 
 def pair(figures: Sequence[str]) -> str:
@@ -278,13 +283,13 @@ def _validations(log: RunLog) -> str:
     rows = []
     for split in ("validation", "test"):
         for name, records in log.validation_curves(split).items():
-            last, best = records[-1], min(records, key=loss_of)
+            last, best = records[-1], lowest(records)
             row = (
                 name,
-                f"{loss_of(last):.4f}",
+                loss_text(loss_of(last)),
                 f"{last['iteration']:,}",
-                f"{loss_of(best):.4f}",
-                f"{best['iteration']:,}",
+                "" if best is None else f"{loss_of(best):.4f}",
+                "" if best is None else f"{best['iteration']:,}",
             )
             rows.append((*row, str(len(records))))
     header = ("dataset", "last loss", "at iteration", "lowest", "at iteration", "evaluations")

@@ -12,7 +12,7 @@ from megatron_lite.formatting import format_count
 from megatron_lite.report.chart import Chart, Line, Mark, draw, line_of
 from megatron_lite.report.html import choice
 from megatron_lite.report.plan import RunPlan
-from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_of, read_rollbacks
+from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_of, loss_text, read_rollbacks
 
 X_FIELDS = {
     "iteration": "iteration",
@@ -36,6 +36,14 @@ def marks(log: RunLog) -> list[Mark]:
         )
         for spike in log.spikes
     ]
+    for some in log.not_finite:
+        where = (
+            f"from iteration {some.first}"
+            if some.last == log.iterations
+            else f"in iterations {some.first} to {some.last}"
+        )
+        where = f"in iteration {some.first}" if some.first == some.last else where
+        found.append(Mark(some.first, "non-finite", f"loss is {loss_text(some.loss)} {where}", some.time))
     for record in read_rollbacks(log.folder):
         skipped = record.get("skipped_samples")
         samples = f", skipping samples {skipped[0]} to {skipped[1] - 1}" if skipped else ""
@@ -72,13 +80,18 @@ def _loss(log: RunLog, x_name: str) -> Chart:
     lines = []
     x, train = log.columns[X_FIELDS[x_name]], log.losses[LOSS]
     if np.isfinite(train).any():
-        lines.append(line_of("training", x, train, 1, note=f"{final_loss(log):.4f}"))
+        lines.append(line_of("training", x, train, 1, note=loss_text(final_loss(log))))
     lines += validation_lines(log, x_name, first_colour=2)
     return Chart("Loss", "nats per token", lines, value="loss", x_name=x_name)
 
 
 def final_loss(log: RunLog) -> float:
-    """Return the mean training loss of the last 2% of the iterations; NaN: there is none."""
+    """Return the mean of the finite training losses of the last 2% of the iterations.
+
+    It is not finite if the last loss is not: the run has diverged. NaN: no loss was recorded.
+    """
+    if log.not_finite and log.not_finite[-1].last == log.iterations:
+        return log.not_finite[-1].loss
     losses = log.losses[LOSS]
     losses = losses[np.isfinite(losses)]
     return float(losses[-max(1, len(losses) // 50) :].mean()) if len(losses) else math.nan
@@ -91,7 +104,7 @@ def validation_lines(log: RunLog, x_name: str, *, first_colour: int) -> list[Lin
     for number, (name, records) in enumerate(curves):
         x = np.array([float(record.get(X_FIELDS[x_name], math.nan)) for record in records])
         losses = np.array([loss_of(record) for record in records])
-        found.append(line_of(name, x, losses, first_colour + number, "points", f"{losses[-1]:.4f}"))
+        found.append(line_of(name, x, losses, first_colour + number, "points", loss_text(losses[-1])))
     return found
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -59,6 +59,16 @@ class Spike:
     time: float
 
 
+@dataclass
+class NotFinite:
+    """Iterations [first, last] whose losses are not finite, the first of these losses, and the time of its record."""
+
+    first: int
+    last: int
+    loss: float
+    time: float
+
+
 @dataclass(frozen=True)
 class Event:
     """Start, evaluation, save or discarded record: kind, time, time of the latest record before it or 0, fields."""
@@ -87,6 +97,7 @@ class RunLog:
         rank_seconds: busy seconds of each rank in the last measurements.
         spikes: recorded loss spikes.
         warnings: (iteration, text) of warnings.
+        not_finite: iterations whose recorded training loss is NaN or infinite, in runs of consecutive ones.
         events: records other than iterations, in order.
         first_time: time of the first record minus the start-up of its job.
         last_time: time of the last record.
@@ -105,6 +116,7 @@ class RunLog:
     rank_seconds: list[list[float]] = field(default_factory=list)
     spikes: list[Spike] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
+    not_finite: list[NotFinite] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     first_time: float = 0.0
     last_time: float = 0.0
@@ -133,10 +145,10 @@ class RunLog:
         return float(np.median(values)) if len(values) else math.nan
 
     def validation_curves(self, split: str = "validation") -> dict[str, list[dict[str, Any]]]:
-        """Return the finite evaluations of a split by dataset, without the average if there is one dataset."""
+        """Return the evaluations of a split by dataset."""
         found: dict[str, list[dict[str, Any]]] = {}
         for record in self.validations:
-            if record.get("split", "validation") == split and math.isfinite(loss_of(record)):
+            if record.get("split", "validation") == split:
                 found.setdefault(str(record.get("name", split)), []).append(record)
         return found
 
@@ -157,6 +169,16 @@ class RunLog:
 def loss_of(record: Mapping[str, Any]) -> float:
     """Return the loss of an evaluation record; NaN: it has none."""
     return float(record.get("losses", {}).get(LOSS, math.nan))
+
+
+def lowest(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the evaluation with the lowest finite loss; None: there is none."""
+    return min((record for record in records if math.isfinite(loss_of(record))), key=loss_of, default=None)
+
+
+def loss_text(loss: float) -> str:
+    """Return a loss with four decimals, or NaN, Infinity or -Infinity as in metrics.jsonl."""
+    return f"{loss:.4f}" if math.isfinite(loss) else "NaN" if math.isnan(loss) else f"{'-' * (loss < 0)}Infinity"
 
 
 def is_average(name: str) -> bool:
@@ -237,12 +259,21 @@ class _Reader:
                 self._losses[name] = array("d", [math.nan]) * self._count
             self._losses[name].append(float(loss))
         self._count += 1
+        if not math.isfinite(loss := float(losses.get(LOSS, 0.0))):
+            self._not_finite(int(record["iteration"]), loss, float(record.get("time", 0.0)))
         if len(losses) != len(self._losses):
             for values in self._losses.values():
                 if len(values) < self._count:
                     values.append(math.nan)
         if "parts" in record or "rank_seconds" in record:
             self._measured(record)
+
+    def _not_finite(self, iteration: int, loss: float, when: float) -> None:
+        found = self._log.not_finite
+        if found and found[-1].last == iteration - 1:
+            found[-1].last = iteration
+        else:
+            found.append(NotFinite(iteration, iteration, loss, when))
 
     def _measured(self, record: Mapping[str, Any]) -> None:
         log, seconds = self._log, self._columns["seconds"]

@@ -177,8 +177,12 @@ def test_verify_continues_after_a_damaged_dataset(prefix, tmp_path, capsys):
         f"is a folder, not the common prefix of a .bin and an .idx file. Give a dataset of that folder: {prefix}"
         in said.err
     )
-    assert main(["data", "inspect", prefix, "--picture", str(tmp_path / "absent" / "lengths.svg")]) == 1
+    assert main(["data", "inspect", prefix, "--picture", str(tmp_path / "corpus.bin" / "lengths.svg")]) == 1
     assert "--picture" in capsys.readouterr().err
+    before = (tmp_path / "corpus.bin").read_bytes()
+    assert main(["data", "inspect", prefix, "--picture", f"{prefix}.bin"]) == 1
+    assert "Refusing to replace --picture" in capsys.readouterr().err
+    assert (tmp_path / "corpus.bin").read_bytes() == before
 
 
 def test_index_builds_every_set(prefix, capsys):

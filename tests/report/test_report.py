@@ -22,7 +22,7 @@ from megatron_lite.report.chart import Chart, draw, line_of
 from megatron_lite.report.comparison import comparison_page
 from megatron_lite.report.energy import Energy, read_energy
 from megatron_lite.report.html import duration
-from megatron_lite.report.page import read_config, run_page
+from megatron_lite.report.page import key_figures, read_config, run_page
 from megatron_lite.report.plan import make_plan, planned_parts
 from megatron_lite.report.run_log import read_run
 from megatron_lite.report.timeline import account
@@ -256,6 +256,42 @@ def test_unreadable_runs_name_what_to_give(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("notes\nof mine\n")
     with pytest.raises(DataError, match="not a metrics file"):
         command.run([str(tmp_path)])
+
+
+def test_a_run_whose_loss_is_nan_is_not_reported_with_its_last_finite_loss(run, tmp_path):
+    files = RunFiles(tmp_path)
+    files.start()
+    files.iterations(1, 10)
+    files.iterations(11, 11, losses={"lm loss": "Infinity"})
+    files.iterations(12, 20)
+    files.iterations(21, 40, losses={"lm loss": "NaN"})
+    files.validation(20)
+    files.validation(40, losses={"lm loss": "NaN"})
+    files.file.close()
+    log = read_run(tmp_path)
+    page = run_page(log)
+    assert "loss is Infinity in iteration 11" in page and "loss is NaN from iteration 21" in page
+    figures = {label: (value, note) for label, value, note in key_figures(log, account(log))}
+    assert figures["Training loss"] == ("NaN", "from iteration 21")
+    assert figures["Validation loss"][0] == "NaN" and figures["Validation loss"][1].endswith(" at 20")
+    compared = comparison_page([read_run(run), log])
+    assert re.search(r"Training loss at [^<]* tokens</td><td>[\d.]+</td><td>NaN</td>", compared)
+
+
+def test_an_existing_file_of_another_kind_is_not_replaced(run, tmp_path, capsys):
+    (tmp_path / "empty.html").touch()
+    assert command.run([str(run), "--output", str(tmp_path / "empty.html")]) == 0
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("metrics.jsonl", "rollbacks.jsonl"):
+        path = tmp_path / "run" / name
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match=r"Refusing to replace --output .*Give another path with --output"):
+            command.run([str(tmp_path / "run"), "--output", str(path)])
+        assert path.read_bytes() == before
+    for words in (["--output", ""], [""]):
+        with pytest.raises(SystemExit):
+            command.run([str(run), *words])
+        assert "the path is empty" in capsys.readouterr().err
 
 
 def test_unwritable_outputs_and_too_many_runs_are_refused(run, tmp_path):
