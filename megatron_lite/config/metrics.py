@@ -120,6 +120,11 @@ def tools_are_complete(config: RunConfig) -> Iterator[ConfigError]:
             f"--codecarbon-country {country} is not a country code of three capital letters",
             fix="Give the code of ISO 3166-1 alpha-3, for example --codecarbon-country FRA or DEU",
         )
+    elif country != MetricsConfig.codecarbon_country and not metrics.codecarbon_dir:
+        yield ConfigError(
+            f"--codecarbon-country {country} without --codecarbon-dir: the energy would not be measured",
+            fix="Add --codecarbon-dir DIR, or remove --codecarbon-country",
+        )
 
 
 RULES = (tools_are_complete,)

@@ -236,8 +236,7 @@ def time_bar(timeline: Timeline) -> str:
         else "No iteration was measured by part."
     )
     lost = (
-        f" {format_count(timeline.lost_iterations, 'iteration')} after the last checkpoint of a job, or after a "
-        "rollback's, were trained again."
+        f" Discarded by restarts and rollbacks: {format_count(timeline.lost_iterations, 'iteration')}."
         if timeline.lost_iterations
         else ""
     )

@@ -152,18 +152,30 @@ class RunLog:
                 found.setdefault(str(record.get("name", split)), []).append(record)
         return found
 
+    @property
+    def is_rolled_back(self) -> bool:
+        """Return whether no job has trained since the last rollback: the files of a completion are from before it."""
+        rollbacks = read_rollbacks(self.folder)
+        return bool(rollbacks) and float(rollbacks[-1]["time"]) > self.last_time
+
     def exit_status(self) -> ExitStatus | None:
         """Return how the last job ended; None: unknown."""
         return read_exit_status(self.folder)
 
     def state(self) -> str:
         """Return the state of the run in a few words."""
-        if completed_iteration(self.folder) is not None:
+        rolled_back = self.is_rolled_back
+        if completed_iteration(self.folder) is not None and not rolled_back:
             return "completed"
-        if (status := self.exit_status()) is not None:
+        status = self.exit_status()
+        if status is not None and not (rolled_back and status.status == "completed"):
             return status.status.replace("_", " ")
         lock = read_lock(self.folder)
-        return "running" if lock is not None and lock.is_held(time.time()) else "unfinished"
+        return (
+            "running"
+            if lock is not None and lock.is_held(time.time())
+            else ("rolled back" if rolled_back else "unfinished")
+        )
 
 
 def loss_of(record: Mapping[str, Any]) -> float:

@@ -32,7 +32,7 @@ class Timeline:
         iterations: seconds of the iterations that count.
         measured: iterations whose parts were measured.
         jobs: number of starts, those whose records were removed by a later one included.
-        lost_iterations: iterations that were trained again after a restart or rollback.
+        lost_iterations: iterations that restarts and rollbacks discarded.
     """
 
     wall: float

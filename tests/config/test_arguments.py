@@ -290,6 +290,7 @@ COMPANIONS = {
     "metrics.wandb_exp_name": {"metrics": {"wandb_project": "gpt"}},
     "metrics.wandb_save_dir": {"metrics": {"wandb_project": "gpt"}},
     "metrics.wandb_entity": {"metrics": {"wandb_project": "gpt"}},
+    "metrics.codecarbon_country": {"metrics": {"codecarbon_dir": "x"}},
     "model.make_vocab_size_divisible_by": {"model": {"make_vocab_size_divisible_by": 64}},
 }
 OPTIMIZERS = ("adafactor", "lion", "muon")

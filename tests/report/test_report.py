@@ -278,6 +278,26 @@ def test_a_run_whose_loss_is_nan_is_not_reported_with_its_last_finite_loss(run, 
     assert re.search(r"Training loss at [^<]* tokens</td><td>[\d.]+</td><td>NaN</td>", compared)
 
 
+def test_a_completed_run_that_was_rolled_back_is_not_completed(tmp_path):
+    files = RunFiles(tmp_path)
+    files.start()
+    files.iterations(1, 15)
+    files.discarded(15, 15, 14.0)
+    (tmp_path / "completed_iteration.txt").write_text("30\n")
+    files.file.flush()
+    log = read_run(tmp_path)
+    assert log.state() == "completed"
+    files.now += 60.0
+    files.rollback(15, None)
+    (tmp_path / "exit_status.json").write_bytes(ExitStatus(status="completed", message="done").encode())
+    assert log.state() == "rolled back" and "trained again" not in run_page(log)
+    (tmp_path / "exit_status.json").write_bytes(ExitStatus(status="error", message="no").encode())
+    assert log.state() == "error", "a start after the rollback failed"
+    files.start(15)
+    files.file.close()
+    assert not read_run(tmp_path).is_rolled_back
+
+
 def test_an_existing_file_of_another_kind_is_not_replaced(run, tmp_path, capsys):
     (tmp_path / "empty.html").touch()
     assert command.run([str(run), "--output", str(tmp_path / "empty.html")]) == 0

@@ -9,6 +9,7 @@ FROM_FLAGS = {
     # metrics
     "--wandb-entity us --wandb-exp-name x": "--wandb-exp-name x and --wandb-entity us without --wandb-project",
     "--codecarbon-country france": "--codecarbon-country france is not a country code of three capital letters",
+    "--codecarbon-country DEU": "--codecarbon-country DEU without --codecarbon-dir: the energy would not be measured",
     # profiler
     "--profile --profile-step-start 12": "--profile-step-end 12 by default is not above --profile-step-start 12. The",
     "--profile --profile-ranks 0 9": "Cannot profile rank 9 of a job with 4 ranks (--profile-ranks). Give ranks from",
