@@ -42,8 +42,6 @@ class Capabilities:
     fp8: bool = True
     """Matrix products of 8-bit values, or their emulation."""
     float64: bool = True
-    max_world: int | None = None
-    """Largest number of ranks; None: no limit."""
 
 
 def scaled_dot_product_attention(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +20,9 @@ from megatron_lite.backend import kernel_trials as trials
 from megatron_lite.backend import vendors
 from megatron_lite.backend.comparison import Comparison
 from megatron_lite.backend.vendors import AttentionKernel, LossKernel, NormKernel, WeightGradientKernel, torch_norm
+from megatron_lite.config.kernels import Function, obstacles
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, install_extra
-
-Function = Literal["norm", "attention", "loss", "weight gradient"]
-Obstacle = Callable[[RunConfig], str]
-"""Returns why a candidate cannot serve a run; empty: it can."""
 
 KERNELS = Comparison(
     topic="kernels",
@@ -69,14 +66,12 @@ class Candidate:
         modules: top-level modules that are there if it is installed. NVIDIA's apex is found by its extensions: the
             package named apex in PyPI's index is another project.
         adapt: imports the kernel, and returns it in the form of the function (backend/vendors.py).
-        obstacle: conditions on the run.
         install: instruction to install it.
     """
 
     name: str
     modules: tuple[str, ...]
     adapt: Callable[[RunConfig], Any]
-    obstacle: Obstacle
     install: str
 
     @property
@@ -107,51 +102,6 @@ def _found(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def _half(config: RunConfig) -> str:
-    return "it takes bf16 and fp16 only" if config.precision.dtype == "fp32" else ""
-
-
-def _norm_by_apex(config: RunConfig) -> str:
-    return "it has no zero-centered norms" if config.model.zero_centered_norm else ""
-
-
-def _norm_by_liger(config: RunConfig) -> str:
-    model = config.model
-    if model.normalization == "RMSNorm":
-        return ""
-    return "its LayerNorm is not zero-centered" if model.zero_centered_norm else _same_dtype(config)
-
-
-def _same_dtype(config: RunConfig) -> str:
-    return "it does not take fp32 residuals" if config.model.fp32_residual else ""
-
-
-def _flash(config: RunConfig) -> str:
-    if config.parallel.cp > 1:
-        return "the sequence is split over context-parallel ranks"
-    channels = config.model.head_dim
-    if channels % 8 or channels > 256:
-        return f"it takes heads of up to 256 channels, in multiples of 8, not {channels}"
-    return _half(config)
-
-
-def _flash3(config: RunConfig) -> str:
-    model = config.model
-    if model.position_embedding == "alibi":
-        return "it has no ALiBi"
-    return "it has no dropout" if model.attention_dropout else _flash(config)
-
-
-def _whole_vocabulary(config: RunConfig) -> str:
-    return "the vocabulary is split over tensor-parallel ranks" if config.parallel.tp > 1 else ""
-
-
-def _loss_by_cce(config: RunConfig) -> str:
-    if config.runtime.deterministic:
-        return "it adds in no fixed order (--deterministic-mode)"
-    return _whole_vocabulary(config) or _half(config)
-
-
 _APEX = "Install it with `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex`"
 _TE = "Install it with `pip install --no-build-isolation 'transformer_engine[pytorch]'`"
 _FLASH = "Install it with `pip install --no-build-isolation flash-attn`"
@@ -159,23 +109,23 @@ _LIGER = _CCE = install_extra("kernels")
 
 CANDIDATES: dict[Function, tuple[Candidate, ...]] = {
     "norm": (
-        Candidate("apex", ("fused_layer_norm_cuda", "apex"), vendors.apex_norm, _norm_by_apex, _APEX),
-        Candidate("liger", ("liger_kernel",), vendors.liger_norm, _norm_by_liger, _LIGER),
-        Candidate("te", ("transformer_engine",), vendors.te_norm, _same_dtype, _TE),
+        Candidate("apex", ("fused_layer_norm_cuda", "apex"), vendors.apex_norm, _APEX),
+        Candidate("liger", ("liger_kernel",), vendors.liger_norm, _LIGER),
+        Candidate("te", ("transformer_engine",), vendors.te_norm, _TE),
     ),
     "attention": (
-        Candidate("te", ("transformer_engine",), vendors.te_attention, _flash, _TE),
-        Candidate("flash-attn 3", ("flash_attn_interface",), vendors.flash3_attention, _flash3, _FLASH),
-        Candidate("flash-attn", ("flash_attn",), vendors.flash_attention, _flash, _FLASH),
+        Candidate("te", ("transformer_engine",), vendors.te_attention, _TE),
+        Candidate("flash-attn 3", ("flash_attn_interface",), vendors.flash3_attention, _FLASH),
+        Candidate("flash-attn", ("flash_attn",), vendors.flash_attention, _FLASH),
     ),
     "loss": (
-        Candidate("te", ("transformer_engine",), vendors.te_loss, _whole_vocabulary, _TE),
-        Candidate("liger", ("liger_kernel",), vendors.liger_loss, _whole_vocabulary, _LIGER),
-        Candidate("cce", ("cut_cross_entropy",), vendors.cce_loss, _loss_by_cce, _CCE),
+        Candidate("te", ("transformer_engine",), vendors.te_loss, _TE),
+        Candidate("liger", ("liger_kernel",), vendors.liger_loss, _LIGER),
+        Candidate("cce", ("cut_cross_entropy",), vendors.cce_loss, _CCE),
     ),
     "weight gradient": (
-        Candidate("apex", ("fused_weight_gradient_mlp_cuda",), vendors.apex_weight_gradient, _half, _APEX),
-        Candidate("PyTorch's addmm", (), vendors.torch_weight_gradient, _half, ""),
+        Candidate("apex", ("fused_weight_gradient_mlp_cuda",), vendors.apex_weight_gradient, _APEX),
+        Candidate("PyTorch's addmm", (), vendors.torch_weight_gradient, ""),
     ),
 }
 TRIALS: dict[Function, Callable[[Any, RunConfig, torch.device], float]] = {
@@ -211,10 +161,10 @@ def _wish_attention(config: RunConfig) -> Wish:
     runtime, model = config.runtime, config.model
     if runtime.attention in ("fused", "unfused"):
         return Wish((), f"--attention-backend {runtime.attention}")
-    if runtime.transformer_impl == "transformer_engine":
-        return Wish(("te",), flag="--transformer-impl transformer_engine")
     if runtime.attention == "flash":
         return Wish(("flash-attn 3", "flash-attn"))
+    if runtime.transformer_impl == "transformer_engine":
+        return Wish(("te",), flag="--transformer-impl transformer_engine")
     # PyTorch's varlen kernel, of version 2.10 and newer, has no dropout, and ROCm has none.
     varlen = not torch.version.hip and find_spec("torch.nn.attention.varlen") is not None
     by_document = config.data.reset_attention_mask and (model.attention_dropout or not varlen)
@@ -264,8 +214,11 @@ def choose_kernels(config: RunConfig, device: torch.device, *, gpu: bool) -> Ker
     for function, wish_of in WISHES.items():
         wish = wish_of(config)
         if not gpu:
-            if wish.flag:
-                report.append(f"{function}: {TORCH[function]} ({wish.names[0]} needs a GPU)")
+            flag = wish.flag
+            if function == "attention" and config.runtime.attention != "auto":
+                flag = f"--attention-backend {config.runtime.attention}"
+            if flag:
+                report.append(f"{function}: {TORCH[function]} ({flag} needs --device cuda)")
             continue
         chosen[function], text = _choose(function, wish, config, device)
         report.append(f"{function}: {text}")
@@ -295,8 +248,8 @@ def prepare(function: Function, candidate: Candidate, config: RunConfig, device:
     """Return a candidate's kernel, or None and the reason why it cannot serve the run."""
     if not candidate.installed:
         return None, "not installed"
-    if reason := candidate.obstacle(config):
-        return None, reason
+    if found := obstacles(function, candidate.name, config):
+        return None, found[0][0]
     try:
         kernel = candidate.adapt(config)
         deviation = TRIALS[function](kernel, config, device)

@@ -70,13 +70,9 @@ class MpsBackend(Backend):
         return f"Apple GPU ({platform.processor() or platform.machine()}, macOS {platform.mac_ver()[0]})"
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities: bf16 from macOS 14 on; no float64."""
+        """Return the capabilities: bf16 from macOS 14 on. config/devices.py has what no Apple GPU can run."""
         bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
         return Capabilities(
             dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())),
             fused_adam=False,
-            compile=False,
-            fp8=False,
-            float64=False,
-            max_world=1,
         )

@@ -15,7 +15,7 @@ from megatron_lite.backend.mps import MpsBackend
 from megatron_lite.backend.xla import XlaBackend
 from megatron_lite.backend.xpu import XpuBackend
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.runtime import DEVICE_SPELLINGS, RuntimeConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count
 
@@ -57,8 +57,9 @@ def select_backend(runtime: RuntimeConfig, parallel: ParallelConfig, launch: Lau
     device = automatic_kind() if runtime.device == "auto" else runtime.device
     if missing := find_device(device).missing:
         there = ", ".join(entry.kind for entry in list_devices() if entry.found)
+        also = ", ".join(spelled for spelled, kind in DEVICE_SPELLINGS.items() if kind == device)
         raise ConfigError(
-            f"--device {device} is given, but {missing}",
+            f"--device {device}{f' (or {also})' if also else ''} is given, but {missing}",
             fix=f"Use a device of this host (--device {there}), or install {_BUILDS[device]}; `megatron-lite "
             "devices` says why the others are missing",
         )

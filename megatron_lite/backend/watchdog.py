@@ -286,8 +286,8 @@ class Watchdog:
                     Failure(
                         rank,
                         last["host"],
-                        f"{last['name']} sent no heartbeat for {now - self._last_beats[rank][1]:.0f} s; it was killed "
-                        f"or disconnected in {last['phase']}",
+                        f"{last['name']} was killed or disconnected: it has sent no heartbeat for "
+                        f"{now - self._last_beats[rank][1]:.0f} s. The phase that it sent last: {last['phase']}",
                         lost=True,
                     )
                 )

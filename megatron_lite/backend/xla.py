@@ -75,7 +75,7 @@ class XlaBackend(Backend):
             from torch_xla.distributed import spmd
         except ImportError as error:
             raise ConfigError(
-                f"--device xla needs torch_xla, which cannot be imported ({error})",
+                f"--device xla (or tpu) needs torch_xla, which cannot be imported ({error})",
                 fix=f"{install_extra('xla')}, with the version of PyTorch that torch_xla is built for (docs/tpu.md)",
             ) from error
         self._xla, self._xm, self._spmd, self._metrics = torch_xla, xm, spmd, metrics

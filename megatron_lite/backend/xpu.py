@@ -23,11 +23,6 @@ class XpuBackend(GpuBackend):
 
     def __init__(self, runtime: RuntimeConfig, parallel: ParallelConfig, launch: Launch) -> None:
         super().__init__(launch)
-        if runtime.attention not in ("auto", "unfused"):
-            raise ConfigError(
-                f"--attention-backend {runtime.attention} names a kernel of CUDA devices, and --device xpu has none",
-                fix="Use --attention-backend auto",
-            )
         torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
         if launch.world_size > 1:
             if not dist.is_xccl_available():
@@ -42,9 +37,9 @@ class XpuBackend(GpuBackend):
         return {**super().library_versions(), "oneAPI": torch.version.xpu or ""}
 
     def capabilities(self) -> Capabilities:
-        """Return the capabilities: without fp8, and without float64 on client GPUs."""
+        """Return the capabilities: client GPUs have no float64. config/devices.py has what no Intel GPU can run."""
         float64 = bool(getattr(torch.xpu.get_device_properties(self.device), "has_fp64", True))
-        return Capabilities(fp8=False, float64=float64)
+        return Capabilities(float64=float64)
 
     def _group_options(self, axis: str) -> GroupOptions:
         return GroupOptions("xccl", self._timeout)

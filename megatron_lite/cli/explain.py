@@ -13,7 +13,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sharing import describe_sharing
 from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import DataError
-from megatron_lite.formatting import format_size
+from megatron_lite.formatting import format_count, format_size
 from megatron_lite.planner.summary import BatchStage, RunSummary, summarize
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -80,7 +80,7 @@ def _lines(parsed: ParsedRun, config: RunConfig, summary: RunSummary, vocabulary
     yield f"            vocabulary {model.vocab_size:,} padded to {model.padded_vocab_size:,} ({vocabulary})"
     yield f"            {model.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward"
     sharding = ", optimizer state split over replicas" if layout.distributed_optimizer else ""
-    yield f"Layout      {layout.world_size} ranks = {layout.axes}{sharding}"
+    yield f"Layout      {format_count(layout.world_size, 'rank')} = {layout.axes}{sharding}"
     if len(layout.stage_layers) > 1:
         yield "            layers by stage: " + " ".join(str(count) for _, count in layout.stage_layers)
     yield (

@@ -95,5 +95,6 @@ def _evaluations(config: RunConfig) -> str:
     training = config.training
     if not training.eval_iters:
         return "no evaluation (--eval-iters 0)"
+    batches = "1 batch" if training.eval_iters == 1 else f"{training.eval_iters:,} batches"
     every = f"every {training.eval_interval:,} iterations and " if training.eval_interval else ""
-    return f"evaluated {every}at the end{'' if every else ' only'}, on {training.eval_iters:,} batches"
+    return f"evaluated {every}at the end{'' if every else ' only'}, on {batches}"

@@ -11,8 +11,10 @@ from megatron_lite.config import (
     checkpoint,
     curriculum_rules,
     data,
+    devices,
     engines,
     fp8,
+    kernels,
     learning_rate,
     metrics,
     model_rules,
@@ -49,6 +51,7 @@ RESOLVERS: tuple[Callable[[Given], None], ...] = (
     *learning_rate.RESOLVERS,
     *fp8.RESOLVERS,
     *runtime.RESOLVERS,
+    *kernels.RESOLVERS,
     *checkpoint.RESOLVERS,
     *data.RESOLVERS,
     *xla.RESOLVERS,
@@ -71,6 +74,8 @@ RULES: tuple[Rule, ...] = (
     *fp8.RULES,
     *metrics.RULES,
     *engines.RULES,
+    *kernels.RULES,
+    *devices.RULES,
     *xla.RULES,
 )
 

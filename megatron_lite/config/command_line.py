@@ -229,7 +229,9 @@ def _form(flag: Flag, args: Sequence[str]) -> str:
     if flag.format:
         example = flag.format.example
     else:
-        example = choices[0] if choices else write_value(flag.default) if flag.default else ""
+        # The size 1, a default of many flags, turns their feature off.
+        default = 2 if kind is int and flag.default == 1 else flag.default
+        example = choices[0] if choices else write_value(default) if default else ""
     return f"Write {flag.name}{metavar(flag, ' ')}" + (f", for example {flag.name} {example}" if example else "")
 
 

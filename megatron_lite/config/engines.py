@@ -64,7 +64,7 @@ DEEPSPEED = (
     ),
     Limit(
         lambda run: given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}"),
-        "It was not tried with a sequence that is split over ranks",
+        "It has not been tested with a sequence that is split over ranks",
         "Remove --context-parallel-size, or use --engine native with ZeRO stage 1",
     ),
     Limit(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Compile = Literal["off", "auto", "layer", "stage"]
 """What torch.compile compiles; auto: --compile without a value, resolved to layer or stage."""
 
+DEVICE_SPELLINGS = {"gpu": "cuda", "rocm": "cuda", "tpu": "xla"}
+"""Further spellings of --device."""
+
 LOSS_CHUNK = 4096
 """Tokens whose logits a GPU computes at once for the loss."""
 
@@ -40,7 +43,7 @@ class RuntimeConfig:
             "--device",
             "Kind of device: cuda for NVIDIA and AMD, xpu for Intel, mps for a Mac, xla for TPUs (docs/tpu.md); auto "
             "uses cuda or xpu if there is a GPU. `megatron-lite devices` lists those of this host.",
-            choices={"gpu": "cuda", "rocm": "cuda", "tpu": "xla"},
+            choices=DEVICE_SPELLINGS,
         ),
         may_differ="the device in use is compared instead: auto and cuda may mean the same",
     )
@@ -102,7 +105,7 @@ class RuntimeConfig:
         Flag(
             "--cross-entropy-fusion-impl",
             "Cross-entropy in chunks with the projection (native), or on a GPU by Transformer Engine, Liger Kernel or "
-            "cut cross-entropy (cce), without tensor parallelism. Also accepted: linear (native).",
+            "cut cross-entropy (cce), without tensor parallelism.",
             choices={"linear": "native"},
         ),
     )

@@ -68,7 +68,7 @@ def resolve_xla_engine(given: Given) -> None:
     if run.runtime.device == "xla":
         if given.has(FIELD.runtime.engine) and run.runtime.engine != "xla":
             given.refuse(
-                f"--device xla has an engine of its own, and {engine} is given",
+                f"--device xla has an engine of its own, but {engine} is given",
                 fix=f"Remove {engine}, or use --device cuda or --device cpu",
             )
         given.give(FIELD.runtime.engine, "xla", "--device xla")

@@ -6,6 +6,7 @@ from megatron_lite.backend.base import Backend
 from megatron_lite.backend.comparison import Comparison
 from megatron_lite.backend.kernels import KERNELS, Kernels, choose_kernels
 from megatron_lite.config.arguments import raise_all
+from megatron_lite.config.devices import FLOAT64, device_errors
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.shared_fields import data_paths, shared_values
@@ -82,17 +83,10 @@ def check_capabilities(config: RunConfig, backend: Backend) -> None:
             rule="A GPU of compute capability 8.9 or higher has them",
             fix="Remove --fp8-format",
         )
-    if config.optimizer.kind == "adafactor" and not able.float64:
-        raise ConfigError(
-            f"{backend.device_name()} has no float64, in which --optimizer adafactor sums squares",
-            fix="Use --optimizer adam, or --device cpu",
-        )
-    if able.max_world is not None and config.parallel.world_size > able.max_world:
-        raise ConfigError(
-            f"--device {backend.name} supports at most {able.max_world} ranks, and the job has "
-            f"{config.parallel.world_size}",
-            fix=f"Start at most {able.max_world} ranks, or use another --device",
-        )
+    if not able.float64 and (flag := FLOAT64.found(config)):
+        raise ConfigError(f"{backend.device_name()} cannot run {flag}", rule=FLOAT64.reason, fix=FLOAT64.fix)
+    for error in device_errors(backend.name, config):
+        raise error
 
 
 def agree_on_kernels(config: RunConfig, backend: Backend) -> Kernels:

@@ -16,6 +16,7 @@ from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.kernels import CANDIDATES, TRIALS, Kernels, choose_kernels
 from megatron_lite.backend.vendors import LossKernel, torch_norm
+from megatron_lite.config import kernels as conditions
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
 from megatron_lite.errors import ConfigError
@@ -43,10 +44,14 @@ def test_nothing_is_reported_without_a_gpu_unless_a_flag_asks_for_a_kernel(monke
     config = configure(transformer_impl="transformer_engine", loss_kernel="liger")
     report = choose_kernels(config, CPU, gpu=False).report
     assert report == (
-        "norm: PyTorch (te needs a GPU)",
-        "attention: PyTorch (te needs a GPU)",
-        "loss: native (liger needs a GPU)",
+        "norm: PyTorch (--transformer-impl transformer_engine needs --device cuda)",
+        "attention: PyTorch (--transformer-impl transformer_engine needs --device cuda)",
+        "loss: native (--cross-entropy-fusion-impl liger needs --device cuda)",
     )
+    for backend in ("flash", "fused", "unfused"):
+        config = configure(transformer_impl="transformer_engine", attention=backend)
+        lines = choose_kernels(config, CPU, gpu=False).report
+        assert f"attention: PyTorch (--attention-backend {backend} needs --device cuda)" in lines
 
 
 def test_without_any_package_pytorch_computes_everything(monkeypatch):
@@ -85,6 +90,8 @@ def test_without_any_package_pytorch_computes_everything(monkeypatch):
         ({"model": {"attention_dropout": 0.1}, "documents": True}, "attention", "flash-attn"),
         ({"transformer_impl": "transformer_engine"}, "attention", "te"),
         ({"transformer_impl": "transformer_engine", "attention": "unfused"}, "attention", "PyTorch"),
+        ({"transformer_impl": "transformer_engine", "attention": "flash"}, "attention", "flash-attn 3"),
+        ({"transformer_impl": "transformer_engine", "norm_kernel": "apex"}, "norm", "apex"),
         ({"cell": Cell(), "attention": "flash"}, "attention", "PyTorch"),
         ({"model": {"head_dim": 4}, "attention": "flash"}, "attention", "PyTorch"),
         ({}, "loss", "native"),
@@ -145,7 +152,7 @@ def test_transformer_engine_may_leave_a_function_to_pytorch(monkeypatch):
     install(monkeypatch, *ALL)
     changes = {"transformer_impl": "transformer_engine", "model": {"fp32_residual": True, "head_dim": 4}}
     report = choose_kernels(configure(**changes), CPU, gpu=True).report
-    assert report[0] == "norm: PyTorch (te: it does not take fp32 residuals)"
+    assert report[0] == "norm: PyTorch (te: it does not take fp32 residuals (--fp32-residual-connection))"
     assert report[1] == "attention: PyTorch (te: it takes heads of up to 256 channels, in multiples of 8, not 4)"
 
 
@@ -221,7 +228,7 @@ def test_training_by_a_vendors_kernel_equals_pytorchs(monkeypatch, runtime, mode
         pytest.skip("documents concern attention only")
     install(monkeypatch, *(name for name in ALL if name != "flash_attn_interface"))
     # The largest dtype that the kernels take: fp32, but for attention and cce, whose conditions are lifted here.
-    monkeypatch.setattr(kernels_module, "_half", lambda config: "")
+    monkeypatch.setattr(conditions, "_half", lambda config: ())
     for function in ("attention", "loss"):
         rows = [dataclasses.replace(row, obstacle=lambda config: "") for row in CANDIDATES[function]]
         monkeypatch.setitem(CANDIDATES, function, tuple(rows))

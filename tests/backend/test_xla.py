@@ -14,7 +14,7 @@ from megatron_lite.errors import ConfigError
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
-    with pytest.raises(ConfigError, match=r"--device xla needs torch_xla, .*\[xla\]"):
+    with pytest.raises(ConfigError, match=r"--device xla \(or tpu\) needs torch_xla, .*\[xla\]"):
         select_backend(RuntimeConfig(device="xla"), ParallelConfig(), Launch())
 
 

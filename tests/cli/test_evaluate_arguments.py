@@ -29,7 +29,22 @@ def test_flags_without_effect(args, found):
 def test_context_parallelism_of_training_is_refused(capsys):
     with pytest.raises(SystemExit):
         evaluate_parser().parse_args([*GIVEN, "--context-parallel-size", "2"])
-    assert "only training splits sequences over ranks, not '2': decoding computes one" in capsys.readouterr().err
+    assert "only training has context parallelism; the checkpoint can be read without it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "kind"), [("gpu", "cuda"), ("rocm", "cuda"), ("XPU", "xpu"), ("cpu", "cpu")])
+def test_the_spellings_of_devices_are_those_of_training(word, kind):
+    assert evaluate_parser().parse_args([*GIVEN, "--device", word]).device == kind
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("mps", "only training runs on mps"), ("tpu", "only training runs on xla"), ("gpus", "unknown device 'gpus'")],
+)
+def test_other_devices_are_refused(capsys, word, message):
+    with pytest.raises(SystemExit):
+        evaluate_parser().parse_args([*GIVEN, "--device", word])
+    assert message in capsys.readouterr().err
 
 
 def test_a_flag_without_any_effect_is_refused(capsys):

@@ -26,6 +26,12 @@ def test_the_text(capsys):
         assert part in text, part
 
 
+def test_one_rank_and_one_batch_are_singular(capsys):
+    run([*BIG_RAMP, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--eval-iters", "1"])
+    text = capsys.readouterr().out
+    assert " 1 rank = tensor 1" in text and "on 1 batch\n" in text
+
+
 def test_the_parsed_command_can_be_run(capsys):
     run([*LLAMA, "--world-size", "64"])
     text = capsys.readouterr().out

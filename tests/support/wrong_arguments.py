@@ -48,6 +48,7 @@ FROM_FLAGS = {
     "--glu-activation gelu": "Cannot read --glu-activation gelu: expected one of geglu, liglu, reglu, swiglu.",
     "--accept-changed weights": "Cannot read --accept-changed weights: expected some of tokenizer, data, code.",
     "--input x.jsonl": "--input x.jsonl is not supported. The flag belongs to tools/preprocess_data.py or",
+    "--context-parallel-size two": "for example --context-parallel-size 2",
     # resolvers
     "--zero-stage 3": "ZeRO stage 3 is run by DeepSpeed only (--zero-stage 3). Add --deepspeed; or use stage 1, for",
     "--zero-stage 4": "--zero-stage 4 is out of range. Give --zero-stage a number from 0 to 3",
@@ -64,7 +65,7 @@ FROM_FLAGS = {
         "The DeepSpeed engine cannot run --pipeline-model-parallel-size 2. Its ZeRO stages reduce"
     ),
     "--engine deepspeed --context-parallel-size 2": (
-        "The DeepSpeed engine cannot run --context-parallel-size 2. It was not tried"
+        "The DeepSpeed engine cannot run --context-parallel-size 2. It has not been tested"
     ),
     "--engine deepspeed --bf16": "The DeepSpeed engine cannot run ZeRO stage 0 with --bf16. Without ZeRO, DeepSpeed",
     "--engine deepspeed --pipeline-schedule zb-h1": "The DeepSpeed engine cannot run --pipeline-schedule zb-h1. It has",
@@ -76,7 +77,7 @@ FROM_FLAGS = {
         "The DeepSpeed engine cannot run --cross-entropy-fusion-impl te. Other packages'"
     ),
     "--engine xla": "--engine xla is given without --device xla. Add --device xla, or remove --engine xla",
-    "--device xla --engine native": "--device xla has an engine of its own, and --engine native is given. Remove",
+    "--device xla --engine native": "--device xla has an engine of its own, but --engine native is given. Remove",
     "--device xla --micro-batch-size 2 --global-batch-size 12": (
         "With --device xla, --global-batch-size 12 is not a multiple of 8 (--micro-batch-size 2 x 4 data-parallel"
     ),
@@ -97,6 +98,24 @@ FROM_FLAGS = {
     "--device xla --profile": "cannot run --profile. PyTorch's profiler does not see the devices",
     "--device xla --check-nodes": "cannot run --check-nodes. The checks measure GPUs",
     "--device xla --norm-kernel apex": "cannot run --norm-kernel apex. Other packages' kernels are those of GPUs",
+    # kernels and devices
+    "--cross-entropy-fusion-impl cce --device cuda": "compute the loss of this run: it takes bf16 and fp16 only",
+    "--cross-entropy-fusion-impl cce --bf16 --deterministic-mode": "no fixed order (--deterministic-mode). Remove",
+    "--cross-entropy-fusion-impl te --tensor-model-parallel-size 2": (
+        "split over tensor-parallel ranks (--tensor-model-parallel-size 2)"
+    ),
+    "--norm-kernel te --fp32-residual-connection --bf16": "--norm-kernel te cannot compute the norm of this run: it",
+    "--norm-kernel apex --apply-layernorm-1p --bf16": "it has no zero-centered norms (--apply-layernorm-1p). Remove",
+    "--transformer-impl local --norm-kernel te": (
+        "--transformer-impl local and --norm-kernel te contradict each other"
+    ),
+    "--device mps --world-size 4": "--device mps cannot run 4 ranks. PyTorch has no communication between Apple",
+    "--device mps --compile layer": "--device mps cannot run --compile layer",
+    "--device mps --fp8-format e4m3 --bf16": "--device mps cannot run --fp8-format e4m3. It has no fp8",
+    "--device mps --optimizer adafactor": "--device mps cannot run --optimizer adafactor. It has no float64",
+    "--device mps --optimizer adamw8bit": "--device mps cannot run --optimizer adamw8bit. It has no float64",
+    "--device xpu --attention-backend flash": "--device xpu cannot run --attention-backend flash. The flag names",
+    "--device xpu --fp8-format e4m3 --bf16": "--device xpu cannot run --fp8-format e4m3. It has no fp8",
     "--engine deepspeed --zero-stage 1 --bf16 --fp8-format e4m3": (
         "The DeepSpeed engine cannot run --fp8-format e4m3. The scales of"
     ),
