@@ -197,6 +197,13 @@ def test_trials_leave_the_default_generators_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def lift(patch, *functions):
+    """Remove the conditions of all kernels of some functions."""
+    for function in functions:
+        lifted = dict.fromkeys(conditions.OBSTACLES[function], lambda config: ())
+        patch.setitem(conditions.OBSTACLES, function, lifted)
+
+
 def train(config, kernels, backend=None):
     backend = backend or CpuBackend(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig(), Launch())
     mesh = mesh_of(backend, config.parallel.tp, 1)
@@ -228,10 +235,7 @@ def test_training_by_a_vendors_kernel_equals_pytorchs(monkeypatch, runtime, mode
         pytest.skip("documents concern attention only")
     install(monkeypatch, *(name for name in ALL if name != "flash_attn_interface"))
     # The largest dtype that the kernels take: fp32, but for attention and cce, whose conditions are lifted here.
-    monkeypatch.setattr(conditions, "_half", lambda config: ())
-    for function in ("attention", "loss"):
-        rows = [dataclasses.replace(row, obstacle=lambda config: "") for row in CANDIDATES[function]]
-        monkeypatch.setitem(CANDIDATES, function, tuple(rows))
+    lift(monkeypatch, "attention", "loss")
     config = configure(Cell(documents=documents), model=model, documents=documents, **runtime)
     kernels = dataclasses.replace(choose_kernels(config, CPU, gpu=True), weight_gradient=None)
     assert kernels.norm is not torch_norm or kernels.attention is not None or kernels.loss is not None
@@ -265,12 +269,7 @@ def train_both_ways(backend):
     config = configure(Cell(tp=2, model="bloom", documents=True, **SP), documents=True, norm_kernel="apex")
     with pytest.MonkeyPatch.context() as patch:
         install(patch, *ALL)
-        patch.setattr(kernels_module, "_half", lambda config: "")
-        patch.setitem(
-            CANDIDATES,
-            "attention",
-            tuple(dataclasses.replace(row, obstacle=lambda config: "") for row in CANDIDATES["attention"]),
-        )
+        lift(patch, "attention")
         kernels = choose_kernels(config, CPU, gpu=True)
         assert (kernels.names["norm"], kernels.names["attention"]) == ("apex", "flash-attn")
         kernels = dataclasses.replace(kernels, weight_gradient=None)
@@ -312,7 +311,7 @@ def test_installed_kernels_equal_pytorchs_on_a_gpu(function, row, dtype):
     if not row.installed:
         pytest.skip(f"{row.name} is not installed")
     config = configure(Cell(dtype=dtype), model={"head_dim": 64})
-    if reason := row.obstacle(config):
-        pytest.skip(reason)
+    if found := conditions.obstacles(function, row.name, config):
+        pytest.skip(found[0][0])
     deviation = TRIALS[function](row.adapt(config), config, torch.device("cuda"))
     assert deviation <= kernels_module.trials.tolerance(function, config)
