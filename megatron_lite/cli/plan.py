@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lite.cli.standard_output import discard_output, flush_output
 from megatron_lite.config.arguments import asks_for_help, parse_command, raise_all
+from megatron_lite.config.table import flags_by_spelling, spelling
 from megatron_lite.config.values import is_utf8, read_float, read_int, shortened, shown_bytes
 from megatron_lite.errors import ConfigError, ConfigErrors, MegatronLiteError
 
@@ -94,6 +96,7 @@ OPTIONS: dict[str, Option] = {
     "--gpu-hour-price": _real(0.0001, 10**6),
 }
 """Options with a value: what reads it, and its description."""
+SWITCHES = ("--json", "--search")
 SEARCH_OPTIONS = frozenset({"--gpu", "--gpus-per-node", "--network-gbit", "--calibrate"})
 """Options that --search uses."""
 
@@ -171,28 +174,54 @@ def read_request(argv: Sequence[str]) -> Request:
     own.
     """
     request, words = Request(), list(argv)
+    ranks: list[str] = []  # --world-size before the launcher
     script = next((place for place, word in enumerate(words) if word.endswith(".py")), -1)
     place, in_launcher = 0, False
     while place < len(words):
         word = words[place]
         name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
         place += 1
         if in_launcher:
             in_launcher = place <= script
             request.words.append(word)
-        elif word == "--json":
-            request.as_json = True
-        elif word == "--search":
-            request.search = True
-        elif name in OPTIONS:
+        elif word in SWITCHES:
+            request.as_json |= word == "--json"
+            request.search |= word == "--search"
+            _check_next(request, word, words[place:], "no value")
+        elif option in OPTIONS:
             if not equals:
                 value = words[place] if place < len(words) and not words[place].startswith("--") else ""
                 place += bool(value)
-            _read(request, name, value)
+            _read(request, option, value)
+            _check_next(request, word, words[place:], "one value")
+        elif spelling(name) == "--world-size" and not request.words and not equals:
+            ranks = words[place - 1 : place + 1]
+            place += 1
+        elif (near := _nearest_option(word)) is not None:
+            request.errors.append(ConfigError(f"Unknown option {name} of plan", fix=f"Write {near}"))
+            place += not equals and place < len(words) and not words[place].startswith("--")
         else:
             in_launcher = not word.startswith("-") and not request.words and place <= script
             request.words.append(word)
+    request.words += ranks
     return request
+
+
+def _check_next(request: Request, word: str, rest: Sequence[str], values: str) -> None:
+    """Refuse a word after an option and its value, which the flag before the option would take as its own."""
+    if rest and request.words and not rest[0].startswith("-"):
+        request.errors.append(
+            ConfigError(f"{word} takes {values}, but {shortened(rest[0])} follows", fix=f"Remove {shortened(rest[0])}")
+        )
+
+
+def _nearest_option(word: str) -> str | None:
+    """Return the option that a misspelled word resembles; None: the word is a training flag, or resembles none."""
+    name = spelling(word)
+    if not name.startswith("--") or name in flags_by_spelling():
+        return None
+    return next(iter(difflib.get_close_matches(name, [*OPTIONS, *SWITCHES], n=1, cutoff=0.8)), None)
 
 
 def _read(request: Request, name: str, value: str) -> None:

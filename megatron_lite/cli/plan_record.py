@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def plan_record(
     if over_budget:
         warnings.insert(
             0,
-            f"{job.cost.device_hours:,.0f} device hours exceed --budget-hours {budget:,.0f}. Use a shorter run, or a "
+            f"{job.cost.device_hours:,.0f} GPU hours exceed --budget-hours {budget:,.0f}. Use a shorter run, or a "
             "faster layout",
         )
     record = {
@@ -87,7 +87,14 @@ def plan_record(
         "layout": {"text": describe_sizes(axis_sizes(config.parallel)), "world_size": config.parallel.world_size}
         | axis_sizes(config.parallel),
         "machine": asdict(machine) | {"nodes": job.nodes},
-        "assumptions": asdict(assumptions),
+        "assumptions": asdict(
+            replace(
+                assumptions,
+                write_rate=job.write_rate,
+                job_seconds=job.job_seconds,
+                watts=assumptions.watts or machine.device.watts,
+            )
+        ),
         "time": _time(job, machine, config),
         "memory": memory,
         "disk": _disk(job),

@@ -1,4 +1,4 @@
-"""Search of `megatron-lite plan --search`: record and table of the best layouts, and the error if none fits."""
+"""Search results of `megatron-lite plan --search`: JSON record and table of the best layouts, or why none fits."""
 
 from __future__ import annotations
 

@@ -96,6 +96,14 @@ def _hours(hours: float) -> str:
     return f"{hours:,.0f} GPU hours" if hours >= 10 else f"{hours:.2f} GPU hours"
 
 
+def _mass(tons: float) -> str:
+    return f"{tons:,.1f} t" if tons >= 1 else f"{1000 * tons:,.3g} kg"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
+
+
 def _memory_line(memory: dict[str, Any]) -> str:
     device = memory["device_bytes"]
     fullest = format_size(memory["fullest_bytes"])
@@ -112,9 +120,9 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
     yield f"Length      {time['iterations']:,} iterations, {time['samples']:,} samples, {time['tokens']:,} tokens"
     yield (
         f"Speed       {format_short(time['tokens_per_second'])} tokens/s; per GPU "
-        f"{time['model_tflops_per_device']:.1f} TFLOP/s of the model ({time['mfu']:.1%} MFU), "
-        f"{time['hardware_tflops_per_device']:.1f} with recomputation ({time['hfu']:.1%} HFU), of "
-        f"{time['peak_tflops']:,.0f} in {time['peak_dtype']}"
+        f"{_digits(time['model_tflops_per_device'])} TFLOP/s of the model ({time['mfu']:.1%} MFU), "
+        f"{_digits(time['hardware_tflops_per_device'])} with recomputation ({time['hfu']:.1%} HFU), of "
+        f"{_digits(time['peak_tflops'])} in {time['peak_dtype']}"
     )
     yield (
         f"Rule        {format_days(time['classic_seconds'] / DAY)} by 8 B P / (n T) at that speed "
@@ -124,7 +132,7 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
     yield from _goodput_facts(record)
     power = cost["megawatt_hours"]
     energy = f"{power:,.1f} MWh" if power >= 1 else f"{1000 * power:,.1f} kWh"
-    carbon = "" if cost["tons_of_co2"] is None else f", {cost['tons_of_co2']:,.1f} t of CO2"
+    carbon = "" if cost["tons_of_co2"] is None else f", {_mass(cost['tons_of_co2'])} of CO2"
     price = "" if cost["price"] is None else f", {cost['price']:,.0f} at the given price"
     more = "" if carbon else " (CO2: --carbon-intensity)"
     yield f"Cost        {_hours(cost['device_hours'])}, {energy}{carbon}{price}{more}"
@@ -169,7 +177,7 @@ def _goodput_facts(record: dict[str, Any]) -> Iterator[str]:
         yield f"Failures    {rate}: not in the total, since nothing is saved"
         yield f"            {best} {found['best_share']:.1%}"
         return
-    yield f"Failures    {found['failures']:,.1f} expected ({rate}): goodput {found['share']:.1%}"
+    yield f"Failures    {_digits(found['failures'])} expected ({rate}): goodput {found['share']:.1%}"
     yield f"            {best} {found['best_share']:.1%}; yours: {format_duration(found['between_saves_seconds'])}"
 
 

@@ -101,6 +101,11 @@ def _recorded_error(given: Given) -> Iterator[None]:
 def _read(given: Given) -> dict[str, Any]:
     path = given.run.command.deepspeed_config
     if not path:
+        if given.has(FIELD.command.deepspeed_config):
+            given.refuse(
+                "The path of --deepspeed_config is empty (is a variable unset?)",
+                fix="Give the path of DeepSpeed's JSON, or remove --deepspeed_config",
+            )
         return {}
     text = given.read_file(path, "--deepspeed_config")
     return {} if text is None else _parse(text, f"{path} (--deepspeed_config)", path, given)
@@ -122,8 +127,15 @@ def _parse(text: str, origin: str, place: str, given: Given) -> dict[str, Any]:
         place: what to repair.
         given: records errors.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            given.refuse(f'{origin} has the entry "{name}" more than once', fix=f"Leave one of them in {place}")
+        return dict(pairs)
+
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         fix = "Remove the excess brackets: a DeepSpeed configuration is at most a few levels deep"
         given.refuse(f"{origin} is nested too deeply to be read as JSON", fix=fix)
@@ -271,7 +283,7 @@ def _optimizer(entries: dict[str, Any], given: Given) -> None:
             value = float(read_number(beta, f"{prefix}betas"))
             take_entry(given, field, value, f"{prefix}betas {value:g}")
     fixed = {"torch_adam": None, "adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False}
-    for entry in parameters.keys() - fields.keys() - {"betas"}:
+    for entry in parameters.keys() - fields.keys() - ({"betas"} if kind == "adam" else set()):
         if entry not in fixed:
             refuse_unknown(entry, prefix, [*fields, "betas", *fixed], given)
         elif fixed[entry] is not None and parameters[entry] is not fixed[entry]:

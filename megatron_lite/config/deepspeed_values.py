@@ -31,16 +31,26 @@ def read_section(entries: dict[str, Any], key: str) -> dict[str, Any]:
     """Return a section without the entries that are "auto"; empty: there is none.
 
     Raises:
-        ConfigError: it is not an object.
+        ConfigError: it is not an object, or "enabled" in it is neither true nor false.
     """
     section = entries.get(key, {})
     if not isinstance(section, dict):
-        example = '"stage": 1' if key == "zero_optimization" else '"enabled": true'
+        example = {"zero_optimization": '"stage": 1', "optimizer": '"type": "Adam"'}.get(key, '"enabled": true')
         raise ConfigError(
             f"{key} in the DeepSpeed JSON is {section!r} instead of an object",
             fix=f'Write, for example, "{key.rpartition(".")[2]}": {{{example}}}',
         )
+    if not isinstance(enabled := section.get("enabled", "auto"), bool) and enabled != "auto":
+        raise not_boolean(f"{key}.enabled", enabled)
     return {name: value for name, value in section.items() if value != "auto"}
+
+
+def not_boolean(key: str, value: Any) -> ConfigError:
+    """Return the error of an entry that is neither true nor false."""
+    return ConfigError(
+        f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of true or false",
+        fix=f'Write "{key.rpartition(".")[2]}": true or false, without quotes',
+    )
 
 
 _DEFAULTS = {

@@ -14,7 +14,14 @@ from megatron_lite.config.deepspeed_entries import (
     ZERO_RENAMED,
     ZERO_WITHOUT_EFFECT,
 )
-from megatron_lite.config.deepspeed_values import read_number, read_section, read_whole, refuse_unknown, take_entry
+from megatron_lite.config.deepspeed_values import (
+    not_boolean,
+    read_number,
+    read_section,
+    read_whole,
+    refuse_unknown,
+    take_entry,
+)
 from megatron_lite.config.flag import FIELD
 from megatron_lite.config.given import Given
 from megatron_lite.errors import ConfigError
@@ -61,6 +68,14 @@ def _needs_deepspeed(entries: dict[str, Any], given: Given) -> Iterator[str]:
 def _current_names(zero: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the entries with the present names."""
     for name, value in zero.items():
+        if (present := ZERO_RENAMED.get(name)) in zero:
+            raise ConfigError(
+                f"{_PREFIX}{name} and {_PREFIX}{present} are both in the DeepSpeed JSON",
+                rule="They are the former and the present name of one entry",
+                fix=f"Remove {name}",
+            )
+        if name.startswith("cpu_offload") and name in ZERO_RENAMED and not isinstance(value, bool):
+            raise not_boolean(f"{_PREFIX}{name}", value)
         if name.startswith("cpu_offload") and name in ZERO_RENAMED:
             yield ZERO_RENAMED[name], {"device": "cpu"} if value else {}
         else:

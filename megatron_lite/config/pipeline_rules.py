@@ -45,8 +45,9 @@ def virtual_stages_are_whole(config: RunConfig) -> Iterator[ConfigError]:
             else f"Add --num-layers-per-virtual-pipeline-stage N with N = {divisors(layers // parallel.pp)}: each "
             f"rank then holds {layers // parallel.pp} / N chunks of N layers"
             if layers % parallel.pp == 0
-            else f"Use --num-layers {nearest_multiples(layers, parallel.pp)} and add "
-            "--num-layers-per-virtual-pipeline-stage N, or use --pipeline-schedule 1f1b",
+            else f"{layers} layers do not divide evenly over {parallel.pp} pipeline ranks: use --num-layers "
+            f"{nearest_multiples(layers, parallel.pp)} and add --num-layers-per-virtual-pipeline-stage N, where N "
+            "divides the layers of a rank, or use --pipeline-schedule 1f1b",
         )
     if not chunk:
         return
@@ -124,8 +125,9 @@ def given_ends_fit(config: RunConfig) -> Iterator[ConfigError]:
     rest = layers - first - last
     if rest < others or (not others and rest):
         yield ConfigError(
-            f"Cannot assign {layers} layers to {others + len(given)} pipeline stages: the sizes given leave {rest} "
-            f"layers for {others} other stages ({ends}, --num-layers {layers})",
+            f"Cannot assign {layers} layers to {others + len(given)} pipeline stages: the sizes given leave "
+            f"{format_count(max(rest, 0), 'layer')} for {format_count(others, 'other stage')} ({ends}, "
+            f"--num-layers {layers})",
             rule="Every stage needs a layer, and every layer a stage",
             fix=f"Give {' and '.join(given)} at most "
             f"{format_count(layers - others, 'layer')}{' in all' if len(given) > 1 else ''}"

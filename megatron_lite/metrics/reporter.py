@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
 from megatron_lite.metrics.console import ConsoleSink, line_writer
 from megatron_lite.metrics.csv_files import CsvSink
 from megatron_lite.metrics.emissions import EmissionsSink, import_codecarbon
@@ -19,6 +20,7 @@ from megatron_lite.metrics.sink import GuardedSink, Sink
 from megatron_lite.metrics.tensorboard import TensorboardSink, open_writer
 from megatron_lite.metrics.weights_and_biases import WandbSink, import_wandb
 from megatron_lite.runs.metrics_file import metrics_path
+from megatron_lite.system_errors import reason, remedy
 
 
 class Reporter:
@@ -87,7 +89,8 @@ def build_reporter(
         emissions_rank: this rank, if it measures the energy of its node (--codecarbon-dir); None: another one does.
 
     Raises:
-        ConfigError: the package of TensorBoard, Weights & Biases or CodeCarbon is not installed.
+        ConfigError: the package of TensorBoard, Weights & Biases or CodeCarbon is not installed, or the folder of the
+            CSV files cannot be created.
     """
     metrics, save = config.metrics, config.checkpoint.save
     bar = ProgressSink(stream) if active and metrics.progress_bar and is_terminal(stream) else None
@@ -115,6 +118,17 @@ def build_reporter(
     if metrics.wandb_project:
         tools.append(guarded(WandbSink(import_wandb(), metrics, save), "Weights & Biases"))
     if metrics.csv_dir:
-        tools.append(guarded(CsvSink(Path(metrics.csv_dir)), "CSV"))
+        tools.append(guarded(CsvSink(_make_folder(Path(metrics.csv_dir), "--csv-dir")), "CSV"))
     own: list[Sink | None] = [record, *tools, console, bar]
     return Reporter([sink for sink in own if sink is not None])
+
+
+def _make_folder(folder: Path, flag: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot create the folder {flag} {folder}: {reason(error)}",
+            fix=remedy(error, folder, instead=f"give another folder with {flag}", writing=True),
+        ) from error
+    return folder

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import MegatronLiteError
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.system_errors import reason
 
 
 class Sink(Protocol):
@@ -86,8 +88,14 @@ class GuardedSink:
             event(self._sink)
         except Exception as error:
             self._sink = None
-            first = next(iter(str(error).splitlines()), "")
             self._warn(
-                f"{self._name} failed and receives nothing more from this job, and training continues: "
-                f"{type(error).__name__}: {first}"
+                f"{self._name} failed and receives nothing more from this job, and training continues: {_text(error)}"
             )
+
+
+def _text(error: Exception) -> str:
+    """Return the first line of an error: of the operating system's with the file's name, of others with its class."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{reason(error)} ({error.filename})" if error.filename else reason(error)
+    first = next(iter(str(error).splitlines()), "")
+    return first if isinstance(error, MegatronLiteError) else f"{type(error).__name__}: {first}"

@@ -116,7 +116,9 @@ def _idle_replicas(of: Situation) -> Iterator[Advice]:
             f"Replicas have no micro-batch, or fewer than others, in {lost:.0%} of the device time: the smallest batch "
             f"is {job.stages[0].global_batch:,} samples for {of.config.parallel.dp} replicas",
             "Start the ramp-up on fewer nodes, use a --micro-batch-size and batches that the replicas divide, or a "
-            "shorter --rampup-batch-size",
+            "shorter --rampup-batch-size"
+            if of.config.batch.rampup
+            else "Use a smaller --micro-batch-size, a --global-batch-size that the replicas divide, or fewer nodes",
         )
 
 

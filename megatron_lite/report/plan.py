@@ -1,4 +1,4 @@
-"""Predicted times of a run's iterations (planner/step_time.py), beside the measured ones."""
+"""Predicted iteration times of a run (by planner/step_time.py), shown beside the measured ones in its report."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.errors import DataError
+from megatron_lite.formatting import format_ranges
 from megatron_lite.ops.watch_metrics import METRICS_NAME, SPIKE, metrics_path
 from megatron_lite.runs.comparison import Difference, compare_configs
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
@@ -45,6 +46,8 @@ FIELDS = (
 """Fields of iteration records that are columns, besides the losses."""
 # A million iterations have 600 MB, of which orjson (extra "fast") reads three times as many in a second.
 _LOAD: Callable[[bytes], Any] = import_module("orjson").loads if find_spec("orjson") else json.loads
+STATES = {"exit_flag": "stopped by an exit flag"}
+"""Texts of statuses of exit_status.json that are not texts themselves."""
 MEASUREMENTS = 3
 """Measurements of the ranks' busy times whose median counts."""
 
@@ -169,7 +172,7 @@ class RunLog:
             return "completed"
         status = self.exit_status()
         if status is not None and not (rolled_back and status.status == "completed"):
-            return status.status.replace("_", " ")
+            return STATES.get(status.status, status.status.replace("_", " "))
         lock = read_lock(self.folder)
         return (
             "running"
@@ -249,13 +252,17 @@ class _Reader:
 
     def read(self) -> None:
         log = self._log
-        for _, record in scan_lines(log.path, _decode):
+        skipped: list[int] = []
+        for _, record in scan_lines(log.path, _decode, skipped):
             kind = record["kind"]
             if kind == "iteration":
                 self._iteration(record)
             else:
                 self._other(kind, record)
             log.last_time = max(log.last_time, float(record.get("time", 0.0)))
+        if skipped:
+            lines = format_ranges(skipped)
+            log.warnings.append((0, f"{log.path} is damaged in line {lines}, which this report leaves out"))
         log.columns = {name: np.array(values) for name, values in self._columns.items()}
         log.losses = {name.removeprefix(f"{LOSS} "): np.array(values) for name, values in self._losses.items()}
         log.config = self._config

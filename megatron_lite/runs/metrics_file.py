@@ -103,14 +103,21 @@ def seconds_of(record: Mapping[str, Any]) -> float:
     return float(record.get(field, 0.0))
 
 
-def scan_lines(path: Path, decode_line: Decoder = decode) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def scan_lines(
+    path: Path, decode_line: Decoder = decode, skipped: list[int] | None = None
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield complete lines without their newline, each with its record, reading the file step by step.
+
+    Args:
+        path: the file.
+        decode_line: returns the record of a line, or raises ValueError.
+        skipped: receives the numbers of damaged lines between others, which are left out; None: they are an error.
 
     Raises:
         DataError: as read_records.
     """
     torn: tuple[int, bytes] | None = None
-    found = False
+    damaged, found = list[int](), False
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -121,10 +128,13 @@ def scan_lines(path: Path, decode_line: Decoder = decode) -> Iterator[tuple[byte
                     record = decode_line(line)
                 except ValueError:
                     torn = torn or (number, line)
+                    damaged.append(number)
                     continue
-                if torn is not None:
+                if torn is not None and (skipped is None or not found):
                     raise _damaged(path, *torn)
-                found = True
+                if skipped is not None:
+                    skipped += damaged
+                torn, damaged, found = None, [], True
                 yield line, record
     except OSError as error:
         raise DataError(

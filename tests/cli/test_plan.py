@@ -192,6 +192,27 @@ def test_options_of_a_launcher_stay_its_own():
     assert found.words == [*launcher, *SMALL]
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--gpu h100 a100", "--gpu takes one value, but a100 follows. Remove a100"),
+        ("--search 3", "--search takes no value, but 3 follows. Remove 3"),
+        ("--json yes", "--json takes no value, but yes follows. Remove yes"),
+        ("--gpu-wats 3", "Unknown option --gpu-wats of plan. Write --gpu-watts"),
+        ("--gpu_watts=0", "Cannot read --gpu-watts '0'. Give --gpu-watts a number from 1 to"),
+        ("--serach", "Unknown option --serach of plan. Write --search"),
+    ],
+)
+def test_misspelled_options(words, text, capsys):
+    code, out, err = plan(capsys, *SMALL, *words.split())
+    assert (code, out) == (1, "") and text in " ".join(err.split())
+
+
+def test_the_number_of_ranks_before_the_launcher():
+    launcher = ["torchrun", "--nproc-per-node", "8", "pretrain_gpt.py"]
+    assert read_request(["--world-size", "16", *launcher, *SMALL]).words == [*launcher, *SMALL, "--world-size", "16"]
+
+
 def test_the_launcher_gives_the_number_of_ranks(capsys):
     found = record_of(capsys, "--gpu", "a100", "torchrun", "--nproc-per-node", "8", "--nnodes", "2", "pretrain_gpt.py",
                       *SMALL)  # fmt: skip

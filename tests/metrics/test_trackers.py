@@ -254,3 +254,10 @@ def _installed(name):
         return __import__(name)
     except ImportError:
         return None
+
+
+def test_a_csv_folder_that_cannot_be_made_is_an_error_before_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = config(tmp_path / "run", csv_dir=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"Cannot create the folder --csv-dir .*file: File exists"):
+        build_reporter(settings, io.StringIO())

@@ -243,6 +243,16 @@ def test_the_command_writes_one_file_twice_without_torch(run, tmp_path):
     assert (run / "report.html").is_file() and target.is_file()
 
 
+def test_a_damaged_line_is_left_out_with_a_warning(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], b"\0\0\0", b"{", *lines[2:]]) + b"\n")
+    log = read_run(run)
+    assert [text for _, text in log.warnings if "is damaged in line" in text] == [
+        f"{path} is damaged in line 3-4, which this report leaves out"
+    ]
+
+
 def test_unreadable_runs_name_what_to_give(tmp_path):
     with pytest.raises(DataError, match=r"none does not exist.*--save folder"):
         command.run([str(tmp_path / "none")])

@@ -326,6 +326,7 @@ FROM_FLAGS = {
     "--load-iteration 5": "--load-iteration has no effect without --load. Add --load FOLDER, or remove",
     # DeepSpeed
     "--deepspeed_config ds.json": "--deepspeed_config ds.json has no effect without --deepspeed. Add",
+    "--deepspeed --deepspeed_config=": "The path of --deepspeed_config is empty (is a variable unset?). Give the path",
 }
 
 FROM_JSON = {
@@ -340,6 +341,21 @@ FROM_JSON = {
     ),
     '{"optimizer": {"type": "Adam", "params": {"adam_w_mode": false}}}': (
         "optimizer.params.adam_w_mode in the DeepSpeed JSON is false, and the optimizer here has true. Write"
+    ),
+    '{"optimizer": {"type": "SGD", "params": {"betas": [0.1, 0.2]}}}': (
+        "Unknown entry optimizer.params.betas in the DeepSpeed JSON"
+    ),
+    '{"optimizer": "Adam"}': "optimizer in the DeepSpeed JSON is 'Adam' instead of an object. Write, for example, "
+    '"optimizer": {"type": "Adam"}',
+    '{"fp16": {"enabled": "false"}}': 'fp16.enabled in the DeepSpeed JSON is "false" instead of true or false. Write',
+    '{"zero_optimization": {"stage": 2, "cpu_offload": "no"}}': (
+        'zero_optimization.cpu_offload in the DeepSpeed JSON is "no" instead of true or false'
+    ),
+    '{"zero_optimization": {"stage": 2, "cpu_offload": true, "offload_optimizer": {"device": "none"}}}': (
+        "zero_optimization.cpu_offload and zero_optimization.offload_optimizer are both in the DeepSpeed JSON. They"
+    ),
+    '{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 1}}': (
+        'ds.json (--deepspeed_config) has the entry "zero_optimization" more than once. Leave one of them in'
     ),
     '{"bf16": {"enabled": false, "immediate_grad_updates": true}}': (
         "Unknown entry bf16.immediate_grad_updates in the DeepSpeed JSON. Did you mean bf16.immediate_grad_update?"
