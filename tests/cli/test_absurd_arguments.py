@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.cli.main import COMMANDS, main
-from megatron_lite.cli.parser import Parser
+from megatron_lite.cli.parser import Parser, file_path
 from megatron_lite.config.help import plain_type
 from megatron_lite.config.table import supported_flags
 
@@ -114,7 +114,7 @@ def with_option(name, option, value):
 def test_numbers(name, capsys, monkeypatch):
     parser = parser_of(name, monkeypatch)
     for action in actions_of(parser, name.split(" ")[1:]):
-        if getattr(action.type, "__module__", "") != "megatron_lite.cli.parser":
+        if action.type is file_path or getattr(action.type, "__module__", "") != "megatron_lite.cli.parser":
             continue
         for value in NUMBERS:
             option = action.option_strings[0]

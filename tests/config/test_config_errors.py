@@ -202,7 +202,7 @@ SUGGESTIONS = {
     "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --num-layers 6": "layers 12, or --pi",
     "--pipeline-schedule interleaved": "Use --pipeline-schedule 1f1b: a pipeline of one stage",
     "--pipeline-schedule interleaved --pipeline-model-parallel-size 2 --num-layers 8": "stage N with N = 1, 2 or 4",
-    "--pipeline-schedule interleaved --pipeline-model-parallel-size 4 --num-layers 6": "Use --num-layers 4 or 8 and",
+    "--pipeline-schedule interleaved --pipeline-model-parallel-size 4 --num-layers 6": "use --num-layers 4 or 8 and",
     "--decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-size 4": "Give "
     "--decoder-first-pipeline-num-layers at most 1 layer",
     "--min-lr 1": "Give --min-lr a number from 0 to 0.001, or raise --lr",
