@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.job_commands import SMALL, without
-from support.wrong_arguments import FROM_FLAGS, FROM_JSON
+from support.wrong_arguments import FROM_FLAGS
+from support.wrong_deepspeed_json import FROM_JSON
 
 import megatron_lite.config
 from megatron_lite.config import command_line, files, given, vocabulary
