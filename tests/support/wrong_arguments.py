@@ -1,4 +1,4 @@
-"""Wrong flags and DeepSpeed JSONs added to a sound command line, each with the beginning of its error."""
+"""Wrong flags added to a sound command line, each with the beginning of its error."""
 
 FROM_FLAGS = {
     "--compile all": "layer, stage, off, or no value",
