@@ -31,12 +31,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, too
-def pytest_xdist_auto_num_workers():
-    """Start a worker more than there are processors: several tests wait for time limits of other processes."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def plain_environment():
     """Remove the variables of launchers and terminals; set 80 columns."""
