@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from megatron_lite.config.engines import Limit, given_if
+from megatron_lite.config.engines import Limit, compilation, fp8_products, given_if
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 FP8 = Limit(
-    lambda run: given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}"),
+    fp8_products,
     "It has no fp8 matrix products",
     "Remove --fp8-format",
 )
@@ -40,7 +40,7 @@ MPS = (
         "Use parallel sizes of 1 and start one rank, or use --device cpu",
     ),
     Limit(
-        lambda run: given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}"),
+        compilation,
         "Compiled training has not been tested on Apple GPUs",
         "Remove --compile",
     ),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_lite.config.kernels import named_kernels
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,38 +33,75 @@ def given_if(applies: bool, flag: str) -> str:
     return flag if applies else ""
 
 
-def _kernel_flag(run: RunConfig) -> str:
-    runtime = run.runtime
-    return (
-        given_if(runtime.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine")
-        or given_if(runtime.norm_kernel not in ("auto", "torch"), f"--norm-kernel {runtime.norm_kernel}")
-        or given_if(runtime.loss_kernel != "native", f"--cross-entropy-fusion-impl {runtime.loss_kernel}")
-    )
+def pipeline(run: RunConfig) -> str:
+    """Return the flag of several pipeline stages."""
+    return given_if(run.parallel.pp > 1, f"--pipeline-model-parallel-size {run.parallel.pp}")
 
 
-KERNELS = Limit(
-    _kernel_flag, "Other packages' kernels are chosen for the native engine", "Remove the flag, or use --engine native"
-)
+def other_schedule(run: RunConfig) -> str:
+    """Return the flag of a schedule that reorders the work of a single pipeline stage."""
+    schedule = run.parallel.pipeline_schedule
+    return given_if(run.parallel.pp == 1 and schedule != "1f1b", f"--pipeline-schedule {schedule}")
+
+
+def context_parallelism(run: RunConfig) -> str:
+    """Return the flag of context parallelism."""
+    return given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}")
+
+
+def fp8_products(run: RunConfig) -> str:
+    """Return the flag of fp8 matrix products."""
+    return given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}")
+
+
+def other_optimizer(run: RunConfig) -> str:
+    """Return the flag of an optimizer other than AdamW and SGD."""
+    return given_if(run.optimizer.kind not in ("adam", "sgd"), f"--optimizer {run.optimizer.kind}")
+
+
+def weight_average(run: RunConfig) -> str:
+    """Return the flag of a moving average of the weights."""
+    return given_if(run.optimizer.ema_decay > 0, f"--ema-decay {run.optimizer.ema_decay:g}")
+
+
+def compilation(run: RunConfig) -> str:
+    """Return the flag of torch.compile."""
+    return given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}")
+
+
+def weight_checks(run: RunConfig) -> str:
+    """Return the flag of checks that replicas have equal weights."""
+    interval = run.training.weight_check_interval
+    return given_if(interval > 0, f"--check-weight-hash-across-dp-replicas-interval {interval}")
+
+
+def other_kernels(run: RunConfig) -> str:
+    """Return the first flag that chooses kernels of another package."""
+    if run.runtime.transformer_impl == "transformer_engine":
+        return "--transformer-impl transformer_engine"
+    return next((f"{flag} {kernel}" for kernel, flag in named_kernels(run).values()), "")
+
 
 DEEPSPEED = (
-    KERNELS,
     Limit(
-        lambda run: given_if(run.parallel.pp > 1, f"--pipeline-model-parallel-size {run.parallel.pp}"),
+        other_kernels,
+        "Other packages' kernels are chosen for the native engine",
+        "Remove the flag, or use --engine native",
+    ),
+    Limit(
+        pipeline,
         "Its ZeRO stages reduce or partition gradients in each backward pass, of which a pipeline stage has several at "
         "once",
         "Use --pipeline-model-parallel-size 1 with a larger --tensor-model-parallel-size, or --engine native with ZeRO "
         "stage 1",
     ),
     Limit(
-        lambda run: given_if(
-            run.parallel.pp == 1 and run.parallel.pipeline_schedule != "1f1b",
-            f"--pipeline-schedule {run.parallel.pipeline_schedule}",
-        ),
+        other_schedule,
         "It has one pipeline stage, whose micro-batches run one after the other",
         "Remove --pipeline-schedule",
     ),
     Limit(
-        lambda run: given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}"),
+        context_parallelism,
         "It has not been tested with a sequence that is split over ranks",
         "Remove --context-parallel-size, or use --engine native with ZeRO stage 1",
     ),
@@ -75,30 +113,27 @@ DEEPSPEED = (
         "Use ZeRO stage 1 (--zero-stage 1), or --engine native",
     ),
     Limit(
-        lambda run: given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}"),
+        fp8_products,
         "The scales of fp8 products are state of the native engine",
         "Remove --fp8-format, or use --engine native with ZeRO stage 1",
     ),
     Limit(
-        lambda run: given_if(run.optimizer.kind not in ("adam", "sgd"), f"--optimizer {run.optimizer.kind}"),
+        other_optimizer,
         "It updates flat partitions by torch's AdamW or SGD",
         "Use --optimizer adam or sgd, or --engine native with ZeRO stage 1",
     ),
     Limit(
-        lambda run: given_if(run.optimizer.ema_decay > 0, f"--ema-decay {run.optimizer.ema_decay:g}"),
+        weight_average,
         "Its optimizer keeps no moving average of the weights",
         "Remove --ema-decay, or use --engine native with ZeRO stage 1",
     ),
     Limit(
-        lambda run: given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}"),
+        compilation,
         "It gathers parameters and reduces gradients in hooks of modules, which a compiled graph leaves out",
         "Remove --compile, or use --engine native with ZeRO stage 1",
     ),
     Limit(
-        lambda run: given_if(
-            run.training.weight_check_interval > 0,
-            f"--check-weight-hash-across-dp-replicas-interval {run.training.weight_check_interval}",
-        ),
+        weight_checks,
         "Replicas that share partitions cannot repair each other",
         "Remove --check-weight-hash-across-dp-replicas-interval, or use --engine native with ZeRO stage 1",
     ),
@@ -111,21 +146,18 @@ DEEPSPEED = (
 
 XLA = (
     Limit(
-        lambda run: given_if(run.parallel.pp > 1, f"--pipeline-model-parallel-size {run.parallel.pp}"),
+        pipeline,
         "XLA partitions one program over all devices, and pipeline stages are different programs",
         "Use --pipeline-model-parallel-size 1, and --tensor-model-parallel-size, --use-distributed-optimizer or "
         "--recompute-granularity full if memory is short",
     ),
     Limit(
-        lambda run: given_if(
-            run.parallel.pp == 1 and run.parallel.pipeline_schedule != "1f1b",
-            f"--pipeline-schedule {run.parallel.pipeline_schedule}",
-        ),
+        other_schedule,
         "XLA orders the products of a step itself, those of weight gradients too",
         "Remove --pipeline-schedule",
     ),
     Limit(
-        lambda run: given_if(run.parallel.cp > 1, f"--context-parallel-size {run.parallel.cp}"),
+        context_parallelism,
         "It splits samples and heads over the devices, and attention reads complete sequences",
         "Use --context-parallel-size 1, and a larger --tensor-model-parallel-size with --sequence-parallel",
     ),
@@ -135,28 +167,28 @@ XLA = (
         "Use --bf16",
     ),
     Limit(
-        lambda run: given_if(run.fp8.format != "off", f"--fp8-format {run.fp8.format}"),
+        fp8_products,
         "The fp8 products are those of GPUs",
         "Remove --fp8-format",
     ),
     Limit(
-        lambda run: given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}"),
+        compilation,
         "XLA compiles every step, without torch.compile",
         "Remove --compile",
     ),
     Limit(
-        lambda run: given_if(run.optimizer.kind not in ("adam", "sgd"), f"--optimizer {run.optimizer.kind}"),
+        other_optimizer,
         "It updates partitioned parameters by AdamW or SGD",
         "Use --optimizer adam or sgd",
     ),
     Limit(
-        lambda run: given_if(run.optimizer.ema_decay > 0, f"--ema-decay {run.optimizer.ema_decay:g}"),
+        weight_average,
         "Its optimizer keeps no moving average of the weights",
         "Remove --ema-decay; `megatron-lite checkpoint average` averages saved weights",
     ),
     Limit(
         lambda run: given_if(run.data.reset_attention_mask, "--reset-attention-mask"),
-        "Documents have other lengths in every micro-batch, so that every step would be compiled again",
+        "Documents have different lengths in every micro-batch, so that every step would be compiled again",
         "Remove --reset-attention-mask",
     ),
     Limit(
@@ -165,10 +197,7 @@ XLA = (
         "Remove --attention-backend",
     ),
     Limit(
-        lambda run: given_if(
-            run.training.weight_check_interval > 0,
-            f"--check-weight-hash-across-dp-replicas-interval {run.training.weight_check_interval}",
-        ),
+        weight_checks,
         "XLA keeps the replicas, which cannot be read one by one",
         "Remove --check-weight-hash-across-dp-replicas-interval",
     ),
@@ -188,7 +217,7 @@ XLA = (
         "Remove --check-nodes",
     ),
     Limit(
-        _kernel_flag,
+        other_kernels,
         "Other packages' kernels are those of GPUs",
         "Remove the flag",
     ),

@@ -52,7 +52,7 @@ class CsvSink:
     aside. Rows are written at once, so that a reader sees them.
 
     Args:
-        folder: of the files; it is created.
+        folder: of the files; it exists.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,8 +61,7 @@ class CsvSink:
         self._files: dict[str, TextIO] = {}
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
-        """Create the folder, and truncate the files after the checkpoint's iteration."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Truncate the files after the checkpoint's iteration."""
         for name in NAMES:
             path = self._path(name)
             if not path.exists():

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.sink import missing_library
 
 START_SECONDS = 30
 """Longest wait for the tracker's start, at the end of a short job."""
@@ -24,10 +24,7 @@ def import_codecarbon() -> Any:
     try:
         import codecarbon
     except ImportError as error:
-        raise ConfigError(
-            f"--codecarbon-dir needs the library codecarbon, which cannot be imported ({error})",
-            fix=f"{install_extra('codecarbon')}, or remove --codecarbon-dir",
-        ) from error
+        raise missing_library("--codecarbon-dir", "codecarbon", error) from error
     return codecarbon
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError, install_extra
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.system_errors import reason
 
@@ -34,6 +34,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Handle the end or failure of the run."""
+
+
+def missing_library(flag: str, name: str, error: ImportError) -> ConfigError:
+    """Return the error that a flag needs a library, which is installed by an extra of the same name."""
+    return ConfigError(
+        f"{flag} needs the library {name}, which cannot be imported ({error})",
+        fix=f"{install_extra(name)}, or remove {flag.split()[0]}",
+    )
 
 
 class GuardedSink:

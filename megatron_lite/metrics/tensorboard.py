@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, install_extra
+from megatron_lite.errors import ConfigError
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
 from megatron_lite.metrics.scalars import (
@@ -20,6 +20,7 @@ from megatron_lite.metrics.scalars import (
     training_scalars,
     validation_scalars,
 )
+from megatron_lite.metrics.sink import missing_library
 from megatron_lite.system_errors import reason, remedy
 
 
@@ -32,10 +33,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(
-            f"--tensorboard-dir {folder} needs the library tensorboard, which cannot be imported ({error})",
-            fix=f"{install_extra('tensorboard')}, or remove --tensorboard-dir",
-        ) from error
+        raise missing_library(f"--tensorboard-dir {folder}", "tensorboard", error) from error
     try:
         return SummaryWriter(log_dir=folder, max_queue=queue_size)
     except OSError as error:

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
 from megatron_lite.metrics.scalars import is_logged, machine_scalars, training_scalars, validation_scalars
+from megatron_lite.metrics.sink import missing_library
 from megatron_lite.runs.atomic import replace_file
 
 RUN_ID_NAME = "wandb_run_id.txt"
@@ -30,10 +30,7 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(
-            f"--wandb-project needs the library wandb, which cannot be imported ({error})",
-            fix=f"{install_extra('wandb')}, or remove --wandb-project",
-        ) from error
+        raise missing_library("--wandb-project", "wandb", error) from error
     return wandb
 
 

@@ -51,7 +51,7 @@ def comparison_page(logs: Sequence[RunLog]) -> str:
 
 
 def _names(logs: Sequence[RunLog]) -> list[str]:
-    """Return a name for each run: its folder's, with as much of the path as tells them apart."""
+    """Return a distinct name for each run: the shortest end of its path that no other run has."""
     for depth in range(1, 10):
         names = ["/".join(log.folder.resolve().parts[-depth:]) for log in logs]
         if len(set(names)) == len(names):

@@ -66,7 +66,7 @@ def build_deepspeed_engine(
         parameters = _partition(stage, parameters, init, config, mesh)
     parameters = apply_selection(parameters, select_parameters(config))
     for parameter in parameters:
-        # By this attribute DeepSpeed knows which norms to sum over tp.
+        # DeepSpeed sums the squared norms of gradients over tp for parameters with this attribute only.
         vars(parameter.param)["tensor_model_parallel"] = parameter.tp_dim is not None
         if parameter.sequence_parallel and parameter.trained:
             parameter.param.register_hook(_SumOverTp(mesh))
