@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,26 +128,27 @@ def run(argv: list[str]) -> int:
     if asks_for_help(argv):
         print(USAGE)
         return 0
+    from megatron_lite.cli.plan_search import print_search
+    from megatron_lite.cli.plan_tables import print_plan
+
     request = read_request(argv)
-    if request.search:
-        return _search(request)
-    record, problems = make_plan(request)
-    with suppress(BrokenPipeError):  # `megatron-lite plan … | head`: the exit code is still the answer
+    record, problems = (_search(request), False) if request.search else make_plan(request)
+    try:
         if request.as_json:
             print(json.dumps(record, indent=2, allow_nan=False))
+        elif request.search:
+            print_search(record)
         else:
-            from megatron_lite.cli.plan_tables import print_plan
-
             print_plan(record)
         flush_output()
-        return 1 if problems else 0
-    discard_output()
+    except BrokenPipeError:  # `megatron-lite plan … | head`: the exit code is still the answer
+        discard_output()
     return 1 if problems else 0
 
 
-def _search(request: Request) -> int:
-    """Print the best layouts; nothing that a search does not use may be asked for."""
-    from megatron_lite.cli.plan_search import print_search, search_record
+def _search(request: Request) -> dict[str, Any]:
+    """Return the best layouts as a JSON record; nothing that a search does not use may be asked for."""
+    from megatron_lite.cli.plan_search import search_record
 
     unused = [name for name in request.values if name not in SEARCH_OPTIONS]
     if unused:
@@ -159,12 +159,7 @@ def _search(request: Request) -> int:
             )
         )
     parsed, machine, _ = _inputs(request)
-    record = search_record(parsed, machine)
-    if request.as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        print_search(record)
-    return 0
+    return search_record(parsed, machine)
 
 
 def read_request(argv: Sequence[str]) -> Request:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.cli.plan_remedies import remedies
-from megatron_lite.config.arguments import ParsedRun, raise_all
+from megatron_lite.config.arguments import ParsedRun
 from megatron_lite.config.files import missing_files
 from megatron_lite.config.layout import axis_sizes, describe_sizes
 from megatron_lite.config.run import RunConfig
@@ -128,21 +128,19 @@ def _done(config: RunConfig) -> int:
 
 
 def _check_length(config: RunConfig) -> None:
-    if last_iteration(config) < 1:
-        samples, batch = config.training.train_samples, global_batch_size(config.batch, 0, config.parallel.dp)
-        raise_all(
-            [
-                ConfigError(
-                    f"The number of samples of --epochs {config.tuning.epochs} is unknown, since the data cannot be "
-                    "opened here"
-                    if config.tuning.epochs
-                    else f"The run has no iteration: --train-samples {samples} is less than a global batch of {batch}",
-                    fix="Give --train-samples N instead of --epochs to plan it"
-                    if config.tuning.epochs
-                    else f"Give --train-samples {batch} or more, or a smaller --global-batch-size",
-                )
-            ]
+    if last_iteration(config) >= 1:
+        return
+    if config.tuning.epochs:
+        raise ConfigError(
+            f"The number of samples of --epochs {config.tuning.epochs} is unknown, since the data cannot be opened "
+            "here",
+            fix="Give --train-samples N instead of --epochs to plan it",
         )
+    samples, batch = config.training.train_samples, global_batch_size(config.batch, 0, config.parallel.dp)
+    raise ConfigError(
+        f"The run has no iteration: --train-samples {samples} is less than a global batch of {batch}",
+        fix=f"Give --train-samples {batch} or more, or a smaller --global-batch-size",
+    )
 
 
 def _memory(config: RunConfig, machine: Hardware) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from megatron_lite.config.arguments import parse_run, to_argv
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.errors import ConfigError
-from megatron_lite.planner.memory import rank_memory
+from megatron_lite.planner.memory import fullest_bytes
 
 MOST = 3
 """Remedies that are listed."""
@@ -28,7 +28,7 @@ def remedies(config: RunConfig, available: int, per_node: int) -> list[tuple[str
             continue
         try:
             changed = parse_run([*to_argv(config), *flags], world_size=config.parallel.world_size).config
-            size = max(rank.total for rank in rank_memory(with_vocabulary(changed, config.model.vocab_size)))
+            size = fullest_bytes(with_vocabulary(changed, config.model.vocab_size))
         except ConfigError:
             continue  # the layout does not divide the model or the ranks
         if size <= available:

@@ -13,7 +13,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_parameters, format_size, size_unit
 from megatron_lite.planner.hardware import Hardware
-from megatron_lite.planner.memory import rank_memory
+from megatron_lite.planner.memory import fullest_bytes, rank_memory
 from megatron_lite.planner.search import FoundLayout, SearchResult, fewest_devices, layout_flags, search
 from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.planner.summary import summarize
@@ -42,7 +42,7 @@ def search_record(parsed: ParsedRun, machine: Hardware) -> dict[str, Any]:
     batch = final_batch_size(config.batch, config.parallel.dp)
     own = FoundLayout(
         config,
-        max(rank.total for rank in rank_memory(config)),
+        fullest_bytes(config),
         step_time_of(config, machine, batch, config.batch.seq_length),
     )
     fits = not machine.device.available or own.memory <= machine.device.available

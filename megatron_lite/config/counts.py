@@ -69,7 +69,7 @@ def layer_forward_flops(model: ModelConfig, seq_length: int) -> int:
 
 def head_forward_flops(model: ModelConfig) -> int:
     """Return the forward FLOPs of the output layer, and of the projection before it, for one token."""
-    return 2 * model.embedding_width * (model.padded_vocab_size or model.vocab_size) + projection_flops(model)
+    return 2 * model.embedding_width * model.vocab_rows + projection_flops(model)
 
 
 def projection_flops(model: ModelConfig) -> int:

@@ -188,7 +188,7 @@ XLA = (
     ),
     Limit(
         lambda run: given_if(run.data.reset_attention_mask, "--reset-attention-mask"),
-        "Documents have different lengths in every micro-batch, so that every step would be compiled again",
+        "Documents have other lengths in every micro-batch, so that every step would be compiled again",
         "Remove --reset-attention-mask",
     ),
     Limit(

@@ -268,6 +268,11 @@ class ModelConfig:
             derive(self, "ffn_hidden_size", max(64, width * 2 // 3 // 64 * 64) if self.gated else width)
 
     @property
+    def vocab_rows(self) -> int:
+        """Rows of the word embeddings: the padded vocabulary, or the vocabulary where it is not padded yet."""
+        return self.padded_vocab_size or self.vocab_size
+
+    @property
     def embedding_width(self) -> int:
         """Channels of a row of the embeddings: --embedding-size, or the hidden size."""
         return self.embedding_size or self.hidden_size

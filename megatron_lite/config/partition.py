@@ -46,7 +46,7 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_length: int =
         work = layer_forward_flops(model, seq_length or model.max_position_embeddings)
         return _ranges(_balanced(layers, stages, head_forward_flops(model) / work))
     if method == "parameters":
-        rows = model.padded_vocab_size or model.vocab_size
+        rows = model.vocab_rows
         ends = embedding_parameters(model, rows)
         return _by_weight([ends, *[sum(layer_parameters(model).values())] * layers, ends], stages)
     pattern = method.partition(":")[2]

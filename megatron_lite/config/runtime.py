@@ -21,6 +21,15 @@ DEVICE_SPELLINGS = {"gpu": "cuda", "rocm": "cuda", "tpu": "xla"}
 
 LOSS_CHUNK = 4096
 """Tokens whose logits a GPU computes at once for the loss."""
+LOSS_BLOCKS = 9
+"""Parts of a chunk that eager kernels work on one after the other: they need temporary tensors of a part's size in
+fp32. At 9 parts these are less than a quarter of a chunk's logits in bf16."""
+GRADIENT_ROWS = 16384
+"""Output channels of a temporary weight gradient: all of a layer's, a part of the vocabulary's."""
+MAX_SCORES = 1 << 27
+"""Scores of queries and keys that separate products compute at once: 512 MB in fp32."""
+QUANTIZATION_BLOCK = 256
+"""Elements of an 8-bit moment with a common scale: the largest of their absolute values."""
 
 
 def read_compile(args: Sequence[str]) -> Compile:

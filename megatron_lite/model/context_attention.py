@@ -25,11 +25,9 @@ from megatron_lite.backend.attention_blocks import (
 )
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
+from megatron_lite.config.runtime import MAX_SCORES
 from megatron_lite.model.batch import Documents
 from megatron_lite.parallel.context_parallel import Block, KeyExchange, chunk_positions
-
-MAX_SCORES = 1 << 27
-"""Scores of queries and keys that separate products compute at once: 512 MB in fp32."""
 
 
 @dataclass(frozen=True, eq=False)

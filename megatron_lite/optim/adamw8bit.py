@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.optimizer import OptimizerConfig
+from megatron_lite.config.runtime import QUANTIZATION_BLOCK as BLOCK
 from megatron_lite.optim.update_rule import CHUNK, PieceState, UpdateRule, prepare, states_of_shards
 from megatron_lite.parallel.buffers import Shard
-
-BLOCK = 256
-"""Elements with a common scale: the largest of their absolute values."""
 
 
 def dynamic_codes(*, signed: bool) -> list[float]:

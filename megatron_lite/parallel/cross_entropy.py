@@ -19,11 +19,8 @@ from torch import Tensor, nn
 
 from megatron_lite.backend.group import Group, Work
 from megatron_lite.backend.vendors import LossKernel
+from megatron_lite.config.runtime import LOSS_BLOCKS
 from megatron_lite.parallel.gemm import Accumulate, input_gradient, linear
-
-_BLOCKS = 9
-"""Parts of a chunk that eager kernels work on one after the other: they need temporary tensors of a part's size in
-fp32. At 9 parts these are less than a quarter of a chunk's logits in bf16."""
 
 
 @dataclass
@@ -213,7 +210,7 @@ def _in_blocks(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Tensor) -> Tensor:
         if args[0].device.type == "xla":  # which fuses the kernel's operations
             return kernel(*args)
-        rows = -(-args[0].shape[0] // _BLOCKS)
+        rows = -(-args[0].shape[0] // LOSS_BLOCKS)
         parts = [kernel(*block) for block in zip(*(arg.split(rows) for arg in args), strict=True)]
         return torch.cat(parts, dim=-1)
 

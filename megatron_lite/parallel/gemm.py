@@ -20,12 +20,11 @@ from torch.nn import functional as F
 
 from megatron_lite.backend.group import Group
 from megatron_lite.backend.vendors import WeightGradientKernel
+from megatron_lite.config.runtime import GRADIENT_ROWS
 from megatron_lite.parallel.fp8 import Fp8
 
 Key = tuple[int, int]
 """(stage, micro-batch)."""
-_ROWS = 16384
-"""Output channels of a temporary weight gradient: all of a layer's, a part of the vocabulary's."""
 
 
 class Accumulate(Protocol):
@@ -100,7 +99,7 @@ def accumulate_weight_gradient_(
     if fused is not None and fp8 is None:
         fused(out, gradient, x, first)
         return
-    for rows, part in zip(out.split(_ROWS), gradient.split(_ROWS, dim=-1), strict=True):
+    for rows, part in zip(out.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=-1), strict=True):
         product = weight_gradient(part, x, fp8)
         rows.copy_(product) if first else rows.add_(product)
 

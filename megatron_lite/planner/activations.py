@@ -11,13 +11,10 @@ from functools import lru_cache
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import RecomputeConfig
 from megatron_lite.config.recompute import recompute_units
-from megatron_lite.config.runtime import LOSS_CHUNK
+from megatron_lite.config.runtime import GRADIENT_ROWS, LOSS_BLOCKS, LOSS_CHUNK
 from megatron_lite.planner.model_parts import ModelParts
-from megatron_lite.planner.operators import ROWS, Shapes
+from megatron_lite.planner.operators import Shapes
 from megatron_lite.planner.tape import Tape
-
-_BLOCKS = 9
-"""Parts of a chunk of logits that eager kernels work on one after the other (parallel/cross_entropy.py)."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +193,13 @@ def _embedding(model: ModelConfig, shapes: Shapes) -> _Part:
 def _loss(model: ModelConfig, shapes: Shapes) -> int:
     """Return the bytes of the loss besides hidden states: one chunk of logits with what its kernels need."""
     chunk = min(LOSS_CHUNK, shapes.tokens)
-    rows, width = (model.padded_vocab_size or model.vocab_size) // shapes.tp, model.embedding_width
+    rows, width = model.vocab_rows // shapes.tp, model.embedding_width
     logits = chunk * rows * shapes.itemsize
     of_input = chunk * width * shapes.itemsize
     gathered = of_input if shapes.split else 0
-    block = -(-chunk // _BLOCKS) * rows * 4
+    block = -(-chunk // LOSS_BLOCKS) * rows * 4
     in_place = shapes.fused or shapes.itemsize == 4
-    product = 0 if in_place else min(rows, ROWS) * width * shapes.itemsize
+    product = 0 if in_place else min(rows, GRADIENT_ROWS) * width * shapes.itemsize
     gradient = _head_size(model, shapes)
     per_token = 3 * 4 * shapes.tokens + (8 + 1 + 5 * 4) * chunk
     return gradient + per_token + gathered + logits + max(block, of_input + product)

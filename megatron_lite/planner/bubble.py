@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_lite.config.parallel import PipelineKind
-from megatron_lite.schedules.pipeline import Action, num_chunks, num_stages, pipeline_schedule, rank_of_stage
+from megatron_lite.schedules.lowering import source_of
+from megatron_lite.schedules.pipeline import num_chunks, num_stages, pipeline_schedule, rank_of_stage
 from megatron_lite.schedules.simulate import Costs, is_split
 
 SIMULATED = 4
@@ -77,7 +78,7 @@ def _dependencies(kind: PipelineKind, pp: int, microbatches: int, chunks: int) -
         for rank, actions in enumerate(schedule):
             while done[rank] < len(actions):
                 action = actions[done[rank]]
-                needed = _source(action, stages)
+                needed = source_of(action, stages)
                 if needed is not None and needed not in places:
                     break
                 source = -1 if needed is None else places[needed]
@@ -88,16 +89,6 @@ def _dependencies(kind: PipelineKind, pp: int, microbatches: int, chunks: int) -
                 done[rank] += 1
                 moved = True
     return _Dependencies(steps, is_split(schedule))
-
-
-def _source(action: Action, stages: int) -> tuple[str, int, int] | None:
-    """Return kind, stage and micro-batch of the action whose result `action` needs; None: it needs none."""
-    kind, stage, microbatch = action.kind, action.stage, action.microbatch
-    if kind == "F":
-        return ("F", stage - 1, microbatch) if stage else None
-    if kind == "B":
-        return ("B", stage + 1, microbatch) if stage < stages - 1 else ("F", stage, microbatch)
-    return "B", stage, microbatch
 
 
 def _duration(dependencies: _Dependencies, costs: Costs) -> float:

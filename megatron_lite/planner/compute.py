@@ -154,7 +154,7 @@ class LayerCosts:
         the logits, in fp32 where they are not compiled.
         """
         model, tokens = self._model, self.tokens
-        rows = -(-(model.padded_vocab_size or model.vocab_size) // self._tp)
+        rows = -(-model.vocab_rows // self._tp)
         width = model.embedding_width
         dtype = self._dtype
         products = (

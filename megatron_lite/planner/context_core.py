@@ -5,11 +5,9 @@ The tensors of the first context-parallel rank, whose other blocks are later hal
 
 from __future__ import annotations
 
+from megatron_lite.config.runtime import MAX_SCORES
 from megatron_lite.planner.operators import Operators
 from megatron_lite.planner.tape import Storage, Value
-
-SCORES = 1 << 27
-"""Scores that separate products compute at once (model/context_attention.py)."""
 
 
 class ContextCore(Operators):
@@ -88,7 +86,7 @@ class ContextCore(Operators):
         length = shapes.tokens // shapes.samples
         keys = max(length, length * (shapes.cp - 1) // 2) if shapes.gathers_keys else length
         heads = query.elements // model.head_dim // shapes.tokens
-        scores = min(SCORES, shapes.samples * heads * length * keys)
+        scores = min(MAX_SCORES, shapes.samples * heads * length * keys)
         copies = (4 + 2 * dropout) if backward else (3 + dropout)
         # The mask of ALiBi is that of one sample.
         biases = 0 if model.position_embedding != "alibi" else scores // shapes.samples

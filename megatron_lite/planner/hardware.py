@@ -58,8 +58,8 @@ class Accelerator:
 
     @property
     def family(self) -> str:
-        """Name without the size of the memory or the form of the board, in capitals: A100."""
-        return self.name.partition("-")[0].upper()
+        """Name without the size of the memory or the form of the board, in capitals: A100, RTX-4090."""
+        return str(re.findall("^(?:[a-z]+-)?[^-]+", self.name)[0]).upper()
 
     @property
     def memory(self) -> int:
@@ -333,7 +333,8 @@ def device_of(driver_name: str) -> Accelerator | None:
 def device_of_resource(text: str) -> Accelerator | None:
     """Return the entry of the first device that a Slurm resource names, such as gpu:a100:8; None: it names none."""
     # Resources leave out the x of MI250X, and add letters of their own: v100s.
-    entries = {entry.family.lower().removesuffix("x"): entry for entry in ACCELERATORS}
+    entries = {entry.family.lower().removesuffix("x"): entry for entry in ACCELERATORS if entry.name != "cpu"}
+    patterns = {name.replace("-", "[-_]?"): entry for name, entry in entries.items()}
     return next(
-        (entry for name, entry in entries.items() if re.search(rf"(?<![a-z0-9]){name}(?![0-9])", text.lower())), None
+        (entry for name, entry in patterns.items() if re.search(rf"(?<![a-z0-9]){name}(?![0-9])", text.lower())), None
     )

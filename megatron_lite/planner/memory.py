@@ -138,6 +138,11 @@ def _rank_memory(
     )
 
 
+def fullest_bytes(config: RunConfig) -> int:
+    """Return the bytes of the pipeline rank with the most of them; arguments as for rank_memory."""
+    return max(rank.total for rank in rank_memory(config))
+
+
 @dataclass(frozen=True)
 class _Peak:
     activations: int

@@ -48,7 +48,7 @@ class ModelParts(ContextCore):
             x = self.replaced(x, tape.tensor(tokens * width, shapes.itemsize))
             x = self.replaced(x, tape.tensor(local * width, shapes.itemsize))
         looked_up = x
-        rows = (model.padded_vocab_size or model.vocab_size) // shapes.tp
+        rows = model.vocab_rows // shapes.tp
 
         def backward() -> None:
             gradient = tape.take_gradient(looked_up)

@@ -12,14 +12,13 @@ from megatron_lite.config.layout import AXES, Coordinates
 from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS, shared_stages, stage_parameters
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.runtime import QUANTIZATION_BLOCK
 from megatron_lite.config.selection import select_parameters
 from megatron_lite.config.sharing import LAYERS
 from megatron_lite.schedules.pipeline import rank_of_stage
 
 GRADIENT_BYTES = 4
 """Bytes per parameter of the fp32 gradient buffer."""
-QUANTIZATION_BLOCK = 256
-"""Elements of an 8-bit moment that have a scale in common."""
 
 
 class RankParameter(NamedTuple):
@@ -152,7 +151,7 @@ def rank_parameters(config: RunConfig, pp_rank: int, tp_rank: int) -> tuple[Rank
         name for name, stages in shared_stages(model, layers).items() if len({ranks[stage] for stage in stages}) > 1
     ]
     found: dict[str, RankParameter] = {}
-    rows = (model.padded_vocab_size or model.vocab_size) // parallel.tp
+    rows = model.vocab_rows // parallel.tp
     for stage, rank in enumerate(ranks):
         if rank != pp_rank:
             continue

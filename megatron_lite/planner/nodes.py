@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import run_stages
-from megatron_lite.planner.memory import rank_memory
+from megatron_lite.planner.memory import fullest_bytes
 from megatron_lite.schedules.length import ramp_stages
 from megatron_lite.schedules.microbatches import total_microbatches
 
@@ -64,7 +64,7 @@ def node_count(config: RunConfig, machine: Hardware, nodes: int) -> NodeCount:
         device_hours=devices * seconds / 3600.0,
         even=all(stage.idle == 0.0 for stage in stages),
         idle=sum(stage.idle * stage.seconds for stage in stages) / seconds if seconds else 0.0,
-        memory=max(rank.total for rank in rank_memory(changed)) if config.parallel.pp <= LONG else None,
+        memory=fullest_bytes(changed) if config.parallel.pp <= LONG else None,
     )
 
 

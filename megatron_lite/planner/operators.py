@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.runtime import GRADIENT_ROWS
 from megatron_lite.planner.tape import Deferred, Storage, Tape, Value
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD
-
-ROWS = 16384
-"""Output channels of a temporary weight gradient (parallel/gemm.py)."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ class Operators:
         shapes = self.shapes
         if shapes.defers:
             in_place = shapes.fused or shapes.itemsize == 4
-            product = 0 if in_place else min(outputs, ROWS) * inputs * shapes.itemsize
+            product = 0 if in_place else min(outputs, GRADIENT_ROWS) * inputs * shapes.itemsize
             operands = self.tape.keep(gradient), self.tape.keep(x)
             self.tape.deferred.append(Deferred(operands, product + gathered))
             return ()

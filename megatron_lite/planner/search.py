@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megatron_lite.config.arguments import RULES
 from megatron_lite.config.optimizer import RecomputeConfig
@@ -17,7 +18,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.errors import ConfigError
 from megatron_lite.planner.hardware import Hardware
-from megatron_lite.planner.memory import rank_memory
+from megatron_lite.planner.memory import fullest_bytes
 from megatron_lite.planner.model_state import states_of_stages
 from megatron_lite.planner.step_time import StepTime, step_time_of
 from megatron_lite.schedules.batch_size import final_batch_size
@@ -100,7 +101,7 @@ def fewest_devices(config: RunConfig, vocab_size: int, machine: Hardware, most: 
             _first_that_fits(candidates[-1:], machine)[0] is not None
             for parallel in _meshes(wider, machine)
             if parallel.distributed_optimizer and parallel.pipeline_schedule == "1f1b"
-            for candidates in list(_variants(wider, parallel, vocab_size))[:1]
+            for candidates in islice(_variants(wider, parallel, vocab_size), 1)
         ):
             return devices
         devices *= 2
@@ -202,10 +203,10 @@ def _first_that_fits(
     if available:
         state = max(sum(parts.values()) for parts in states_of_stages(candidates[0]))
         if state > available:
-            smallest = candidates[-1], max(rank.total for rank in rank_memory(candidates[-1]))
+            smallest = candidates[-1], fullest_bytes(candidates[-1])
             return None, smallest
     for config in candidates:
-        memory = max(rank.total for rank in rank_memory(config))
+        memory = fullest_bytes(config)
         if not available or memory <= available:
             batch = final_batch_size(config.batch, config.parallel.dp)
             step = step_time_of(config, machine, batch, config.batch.seq_length)

@@ -16,16 +16,14 @@ from megatron_lite.config.counts import (
     layer_parameters,
 )
 from megatron_lite.config.partition import stage_layers
+from megatron_lite.config.recompute import recompute_units
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner.bubble import pipeline_seconds
 from megatron_lite.planner.communication import Axis
 from megatron_lite.planner.compute import LayerCosts, Passes, Seconds, element_bytes
 from megatron_lite.planner.hardware import Hardware
-from megatron_lite.schedules.batch_size import global_batch_size
-from megatron_lite.schedules.length import iteration_at
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, num_chunks, rank_of_stage
-from megatron_lite.schedules.sequence_length import sequence_length
 from megatron_lite.schedules.simulate import Costs
 
 OPTIMIZER_BYTES = {"adam": 28, "adamw8bit": 17, "muon": 20, "lion": 20, "sgd": 20, "adafactor": 24}
@@ -104,19 +102,6 @@ PARTS = {
     "optimizer": "optimizer",
 }
 """Names of the parts of a step, in the order of StepTime."""
-
-
-def step_time(config: RunConfig, machine: Hardware, consumed_samples: int) -> StepTime:
-    """Return the step time of the iteration that starts after `consumed_samples` samples.
-
-    Args:
-        config: its model.padded_vocab_size should be filled in (config/vocabulary.py).
-        machine: device, node size and efficiencies.
-        consumed_samples: progress of the run, which ramp-up and curriculum depend on.
-    """
-    batch = global_batch_size(config.batch, consumed_samples, config.parallel.dp)
-    length = sequence_length(config.batch, iteration_at(config, consumed_samples))
-    return step_time_of(config, machine, batch, length)
 
 
 def step_time_of(config: RunConfig, machine: Hardware, global_batch: int, seq_length: int) -> StepTime:
@@ -269,7 +254,7 @@ class StepModel:
         gradients = 4.0 * parameters
         seconds = 0.0
         if self._config.model.tied_embeddings and parallel.pp > 1:
-            rows = self._config.model.padded_vocab_size or self._config.model.vocab_size
+            rows = self._config.model.vocab_rows
             seconds += self._pp.message(8.0 * rows * self._config.model.embedding_width / parallel.tp)
         if axis.size == 1:
             return seconds
@@ -287,7 +272,7 @@ class StepModel:
     def _optimizer(self) -> float:
         """Return the seconds of norm, update and conversion of the main parameters."""
         config, parallel = self._config, self._config.parallel
-        parameters = max(self._parameters()) / (parallel.dp if parallel.distributed_optimizer else 1)
+        parameters = max(self._parameters()) / (self._dp.size if parallel.distributed_optimizer else 1)
         size = OPTIMIZER_BYTES[config.optimizer.kind] + (4 if config.optimizer.clip_grad else 0)
         size += 0 if config.precision.dtype == "fp32" else 2
         size += 12 if config.optimizer.ema_decay else 0
@@ -303,7 +288,7 @@ class StepModel:
         # X Xᵀ, its square, and the product with X.
         flops = sum(4.0 * min(pair) ** 2 * max(pair) + 2.0 * min(pair) ** 3 for pair in matrices)
         layers = max(map(len, self._layers)) * self._chunks
-        shards = parallel.dp if parallel.distributed_optimizer else 1
+        shards = self._dp.size if parallel.distributed_optimizer else 1
         shards *= parallel.tp if optimizer.muon_tp_mode == "blockwise" else 1
         peak = self._machine.device.peak("bf16") or self._machine.device.peak("fp32")
         rate = peak * self._machine.efficiency.matmul
@@ -320,7 +305,7 @@ class StepModel:
     def _parameters(self) -> list[float]:
         """Return the parameters of each pipeline rank, split over the tensor-parallel ranks."""
         model, parallel = self._config.model, self._config.parallel
-        rows = model.padded_vocab_size or model.vocab_size
+        rows = model.vocab_rows
         layer = sum(layer_parameters(model).values())
         ranks = [0.0] * parallel.pp
         for stage, layers in enumerate(self._layers):
@@ -352,11 +337,9 @@ class StepModel:
 
 def _recomputed_of(config: RunConfig, layers: int) -> int:
     """Return how many of a stage's layers run again in backward; selective: a part of each."""
-    recompute = config.recompute
-    if recompute.granularity == "none":
-        return 0
-    is_block = recompute.granularity == "full" and recompute.method == "block"
-    return min(recompute.num_layers, layers) if is_block else layers
+    if config.recompute.granularity == "selective":
+        return layers
+    return sum(len(unit) for unit, again in recompute_units(layers, config.recompute) if again)
 
 
 def _exposed(seconds: float, hidden_by: float, bucket: float, overlaps: bool) -> float:

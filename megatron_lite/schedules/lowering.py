@@ -58,7 +58,7 @@ def _target(action: Action, stages: int) -> int | None:
     return target if target != action.stage and 0 <= target < stages else None
 
 
-def _source(action: Action, stages: int) -> tuple[str, int, int] | None:
+def source_of(action: Action, stages: int) -> tuple[str, int, int] | None:
     """Return (kind, stage, micro-batch) of the computation whose result `action` needs; None: no computation."""
     if action.kind == "F":
         return ("F", action.stage - 1, action.microbatch) if action.stage > 0 else None
@@ -77,7 +77,7 @@ def _starts(schedule: Schedule, stages: int, costs: Costs) -> list[list[float]]:
         for rank, actions in enumerate(schedule):
             while len(starts[rank]) < len(actions):
                 action = actions[len(starts[rank])]
-                source = _source(action, stages)
+                source = source_of(action, stages)
                 if source is not None and source not in ends:
                     break
                 start = clocks[rank] if source is None else max(clocks[rank], ends[source])

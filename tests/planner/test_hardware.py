@@ -43,6 +43,9 @@ def test_device_by_the_words_of_the_drivers_name(name, expected):
         ("gpu:mi250:8", "mi250x"),
         ("a100_80", "a100"),
         ("gpu:gh200", "gh200"),
+        ("gpu:rtx_4090:2", "rtx-4090"),
+        ("gpu:rtx_a6000", None),
+        ("cpu", None),
         ("4", None),
     ],
 )

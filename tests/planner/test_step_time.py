@@ -11,9 +11,12 @@ from megatron_lite.planner.bubble import pipeline_seconds
 from megatron_lite.planner.communication import Axis
 from megatron_lite.planner.compute import product_seconds
 from megatron_lite.planner.hardware import hardware
-from megatron_lite.planner.step_time import PARTS, step_time, step_time_of
+from megatron_lite.planner.step_time import PARTS, step_time_of
+from megatron_lite.schedules.batch_size import global_batch_size
+from megatron_lite.schedules.length import iteration_at
 from megatron_lite.schedules.lowering import lower
 from megatron_lite.schedules.pipeline import pipeline_schedule
+from megatron_lite.schedules.sequence_length import sequence_length
 from megatron_lite.schedules.simulate import Costs, simulate
 
 A100, H100 = hardware("a100"), hardware("h100")
@@ -21,6 +24,12 @@ A100, H100 = hardware("a100"), hardware("h100")
 
 def config_of(argv, world, vocabulary=50257):
     return with_vocabulary(parse_run(argv, world_size=world).config, vocabulary)
+
+
+def step_time(config, machine, consumed_samples):
+    batch = global_batch_size(config.batch, consumed_samples, config.parallel.dp)
+    length = sequence_length(config.batch, iteration_at(config, consumed_samples))
+    return step_time_of(config, machine, batch, length)
 
 
 def test_parts_sum_to_the_total():
