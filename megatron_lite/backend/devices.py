@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 
 from megatron_lite.backend.cpu import processor_name
 from megatron_lite.backend.xla_devices import count_xla_devices
+from megatron_lite.formatting import format_count
 
 
 class Device(NamedTuple):
@@ -28,17 +30,17 @@ class Device(NamedTuple):
 
 def list_devices() -> list[Device]:
     """Return every kind of device; those that --device auto prefers come first."""
-    return [_cuda(), _xpu(), _mps(), _xla(), Device("cpu", processor_name(), "")]
+    return [find() for find in _FINDERS.values()]
 
 
 def find_device(kind: str) -> Device:
-    """Return the entry of one kind."""
-    return next(device for device in list_devices() if device.kind == kind)
+    """Return the entry of one kind; no other kind of device is touched."""
+    return _FINDERS[kind]()
 
 
 def automatic_kind() -> str:
     """Return the kind that --device auto uses: a GPU of a server if there is one. A Mac's GPU must be asked for."""
-    return next(device.kind for device in list_devices() if device.found and device.kind not in ("mps", "xla"))
+    return next(kind for kind in ("cuda", "xpu", "cpu") if find_device(kind).found)
 
 
 def _cuda() -> Device:
@@ -72,5 +74,12 @@ def _xla() -> Device:
     if find_spec("torch_xla") is None:
         return Device("xla", "", "torch_xla is not installed (docs/tpu.md)")
     if count := count_xla_devices():
-        return Device("xla", f"{count} devices of torch_xla", "")
+        return Device("xla", f"{format_count(count, 'device')} of torch_xla", "")
     return Device("xla", "", "this host has no device file of a TPU, such as /dev/accel0")
+
+
+def _cpu() -> Device:
+    return Device("cpu", processor_name(), "")
+
+
+_FINDERS: dict[str, Callable[[], Device]] = {"cuda": _cuda, "xpu": _xpu, "mps": _mps, "xla": _xla, "cpu": _cpu}

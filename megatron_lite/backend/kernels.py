@@ -19,6 +19,7 @@ import torch
 from megatron_lite.backend import kernel_trials as trials
 from megatron_lite.backend import vendors
 from megatron_lite.backend.comparison import Comparison
+from megatron_lite.backend.libraries import is_installed
 from megatron_lite.backend.vendors import AttentionKernel, LossKernel, NormKernel, WeightGradientKernel, torch_norm
 from megatron_lite.config.kernels import Function, obstacles
 from megatron_lite.config.run import RunConfig
@@ -77,7 +78,7 @@ class Candidate:
     @property
     def installed(self) -> bool:
         """Return whether its modules can be found, without importing them."""
-        return all(_found(module) for module in self.modules)
+        return all(is_installed(module) for module in self.modules)
 
 
 class Wish(NamedTuple):
@@ -94,12 +95,6 @@ class Wish(NamedTuple):
     why: str = ""
     flag: str = ""
     strict: bool = False
-
-
-def _found(module: str) -> bool:
-    if module in sys.modules:
-        return sys.modules[module] is not None
-    return find_spec(module) is not None
 
 
 _APEX = "Install it with `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex`"

@@ -1,13 +1,22 @@
-"""Process groups and launcher variables for libraries that call torch.distributed themselves (DeepSpeed)."""
+"""Optional libraries: whether one is installed; groups and variables for those that call torch.distributed."""
 
 from __future__ import annotations
 
 import os
+import sys
+from importlib.util import find_spec
 
 import torch.distributed as dist
 
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.group import Group
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return find_spec(module) is not None
 
 
 def join_as_library(backend: Backend) -> None:

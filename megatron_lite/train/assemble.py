@@ -137,7 +137,9 @@ def assembled(
         )
         compare_with_checkpoint(start, config, provenance, data, reporter.message)
         timers = Timers(config.metrics.timing_log_level, backend.synchronize)
-        compute = ComputeTime(backend, measuring_interval(config.metrics.log_interval, mesh.world.size))
+        # The parts of an XLA graph cannot be timed, and to measure an iteration waits for the device.
+        interval = measuring_interval(config.metrics.log_interval, mesh.world.size)
+        compute = ComputeTime(backend, 0 if config.runtime.engine == "xla" else interval)
         num_sources = len(data.train.names) if data.train is not None else 0
         with backend.phases.enter("building the model"):
             kernels = agree_on_kernels(config, backend)

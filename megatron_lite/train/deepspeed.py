@@ -9,13 +9,12 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_lite.backend.libraries import join_as_library, library_group
+from megatron_lite.backend.libraries import is_installed, join_as_library, library_group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.selection import select_parameters
 from megatron_lite.errors import ConfigError, install_extra
@@ -43,9 +42,8 @@ def build_deepspeed_engine(
         timed: measures the parts of a step; None: no timing.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or an operation that is not compiled is needed.
+        ConfigError: an operation that is not compiled is needed.
     """
-    require_deepspeed()
     library = _import_deepspeed(mesh)
     rng, groups = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank), _Groups(mesh)
     # At stage 3 the model may be larger than the memory of a device: it gets its values one parameter at a time.
@@ -113,11 +111,7 @@ def require_deepspeed() -> None:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        found = find_spec("deepspeed") is not None
-    except ValueError:  # a module without a specification
-        found = False
-    if not found:
+    if not is_installed("deepspeed"):
         raise ConfigError(
             "--engine deepspeed needs the package deepspeed, which is not installed", fix=install_extra("deepspeed")
         )

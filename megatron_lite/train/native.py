@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Reading
 from megatron_lite.backend.group import Group
+from megatron_lite.config.parallel import PipelineKind
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.optim.optimizer import Optimizer, StepResult
@@ -69,7 +70,6 @@ class NativeEngine:
         if config.fp8.format != "off" and config.fp8.recipe == "delayed":
             layers = {name: scales for stage in stages.values() for name, scales in stage.delayed_scales().items()}
             self._amax = AmaxHistory(layers, config.fp8, mesh.group("tp", "cp", "dp"), mesh.backend.device)
-        self._program = lru_cache(maxsize=64)(self._make_program)
 
     @property
     def world(self) -> Group:
@@ -179,13 +179,20 @@ class NativeEngine:
         """Overwrite differing replicas."""
         self._replicas.repair(mismatches)
 
-    def _make_program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
-        parallel, pp = self._config.parallel, self._mesh.pp
-        chunks = len(self._stages)
-        schedule = pipeline_schedule(parallel.pipeline_schedule, pp.size, microbatches, chunks)
-        if not backward:
-            schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
-        return tuple(lower(schedule, parallel.pipeline_schedule, chunks)[pp.rank])
+    def _program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
+        kind, pp = self._config.parallel.pipeline_schedule, self._mesh.pp
+        return rank_program(kind, pp.size, pp.rank, microbatches, len(self._stages), backward)
+
+
+@lru_cache(maxsize=64)
+def rank_program(
+    kind: PipelineKind, size: int, rank: int, microbatches: int, chunks: int, backward: bool
+) -> tuple[Action, ...]:
+    """Return the actions of one rank of a pipeline; without backward, those of an evaluation."""
+    schedule = pipeline_schedule(kind, size, microbatches, chunks)
+    if not backward:
+        schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
+    return tuple(lower(schedule, kind, chunks)[rank])
 
 
 def reduce_losses(losses: StepLosses, num_sources: int, mesh: Mesh) -> Tensor:

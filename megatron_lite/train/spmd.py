@@ -34,10 +34,8 @@ from megatron_lite.parallel.shared import rank_parameters
 from megatron_lite.parallel.tensors import GlobalTensor
 from megatron_lite.pipeline.executor import Executor, Messages
 from megatron_lite.schedules.iteration import IterationPlan
-from megatron_lite.schedules.lowering import lower
-from megatron_lite.schedules.pipeline import Action, pipeline_schedule
 from megatron_lite.train.engine import BatchReader, LossSum, PendingStep, Rates
-from megatron_lite.train.native import EnqueuedStep, loss_sums, read_losses
+from megatron_lite.train.native import EnqueuedStep, loss_sums, rank_program, read_losses
 from megatron_lite.train.spmd_state import SpmdState, partition_spec
 from megatron_lite.train.start import Notify
 
@@ -160,7 +158,7 @@ class SpmdEngine:
         batches: list[MicroBatch] = []
         with backend.phases.enter(self._executor):
             losses = self._executor.run(
-                _program(plan.microbatches, backward=True),
+                rank_program("1f1b", 1, 0, plan.microbatches, 1, True),
                 _recording(read, batches),
                 iteration=plan.iteration,
                 seq_length=plan.seq_length,
@@ -188,7 +186,7 @@ class SpmdEngine:
         batches: list[MicroBatch] = []
         with self._backend.phases.enter(self._executor):
             losses = self._executor.run(
-                _program(microbatches, backward=False),
+                rank_program("1f1b", 1, 0, microbatches, 1, False),
                 _recording(read, batches),
                 iteration=0,
                 seq_length=seq_length,
@@ -250,9 +248,8 @@ def build_spmd_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, notify
     rng = RngStreams(config.runtime.seed, backend)
     stage = GPTStage(single, range(config.model.num_layers), local, rng)
     stage.mask(config.batch.seq_length)  # an input of the graph: built within it, it would make the second one differ
-    selection = select_parameters(config)
-    _move(stage, apply_selection(rank_parameters({0: stage}, {}, 0), selection), backend)
-    parameters = apply_selection(rank_parameters({0: stage}, {}, 0), selection)
+    _move(stage, rank_parameters({0: stage}, {}, 0), backend)
+    parameters = apply_selection(rank_parameters({0: stage}, {}, 0), select_parameters(config))
     for layer in stage.decoder.layers.values():
         layer.register_forward_hook(partial(_partition_hidden, config.parallel.sequence_parallel, backend))
     state = SpmdState(config, parameters, backend)
@@ -289,13 +286,6 @@ def _partition_hidden(
 ) -> Tensor:
     """Mark hidden states [s, b, h] between layers: samples over dp, and the sequence over tp if it is parallel."""
     return backend.partition_with_gradient(hidden, ("tp" if sequence_parallel else None, "dp", None))
-
-
-def _program(microbatches: int, *, backward: bool) -> tuple[Action, ...]:
-    schedule = pipeline_schedule("1f1b", 1, microbatches, 1)
-    if not backward:
-        schedule = [[action for action in actions if action.kind == "F"] for actions in schedule]
-    return tuple(lower(schedule, "1f1b", 1)[0])
 
 
 def _recording(read: BatchReader, batches: list[MicroBatch]) -> BatchReader:
