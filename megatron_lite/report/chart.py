@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -68,7 +68,6 @@ class Chart:
         x_from: first x shown.
         log: logarithmic vertical axis; all values are positive.
         robust: the vertical axis leaves out the highest and lowest 0.5% of the values.
-        levels: horizontal lines: (name, value).
     """
 
     title: str
@@ -80,7 +79,6 @@ class Chart:
     x_from: float = -math.inf
     log: bool = False
     robust: bool = False
-    levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
 
     @property
     def is_empty(self) -> bool:
@@ -96,7 +94,6 @@ def draw(chart: Chart, *, tall: bool = False) -> str:
     up = _vertical(chart, lines, 6 if tall else 4)
     place = _Placement(across, up, chart.log)
     legend = "".join(_legend_entry(line) for line in lines)
-    legend += "".join(f"<li><i class='level'></i>{escape(name)}</li>" for name, _ in chart.levels)
     for kind in dict.fromkeys(mark.kind for mark in chart.marks):
         count = sum(mark.kind == kind for mark in chart.marks)
         legend += f"<li><i class='mark {kind}'></i>{kind}{f' ({count:,})' if count > 1 else ''}</li>"
@@ -108,7 +105,7 @@ def draw(chart: Chart, *, tall: bool = False) -> str:
         f"aria-label='{escape(_description(chart, lines), quote=True)}' data-x='{across.low},{across.high}' "
         f"data-y='{up.low},{up.high}' data-log='{int(chart.log)}' data-value='{chart.value}' "
         f"data-x-name='{chart.x_name}'>"
-        f"{_grid(up, place)}{''.join(_level(value, place) for _, value in chart.levels)}"
+        f"{_grid(up, place)}"
         f"{_marks(chart.marks, place)}{''.join(_line(line, place) for line in lines)}"
         f"</svg></div>{_horizontal_labels(across, place)}<div class='x-name'>{chart.x_name}</div></div>"
         f"<ul class='legend'>{legend}</ul></figure>"
@@ -156,7 +153,7 @@ def _vertical(chart: Chart, lines: Sequence[Line], ticks: int) -> Axis:
     ends = np.quantile(values, (0.005, 0.995)) if chart.robust else np.array([values.min(), values.max()])
     # A mean of values near the largest number may overflow.
     ends = ends[np.isfinite(ends)].tolist() or [0.0, 1.0]
-    return make_axis([*ends, *(value for _, value in chart.levels)], ticks)
+    return make_axis(ends, ticks)
 
 
 def _vertical_labels(up: Axis, place: _Placement, chart: Chart) -> str:
@@ -207,10 +204,6 @@ def _horizontal_labels(across: Axis, place: _Placement) -> str:
 def _grid(up: Axis, place: _Placement) -> str:
     heights = place.y(np.array([_raw(tick, place) for tick in up.ticks]))
     return f"<path class='grid' d='{''.join(f'M0 {y:.0f}H{SCALE}' for y in heights)}'/>"
-
-
-def _level(value: float, place: _Placement) -> str:
-    return f"<path class='level' d='M0 {place.y(np.array([value]))[0]:.0f}H{SCALE}'/>"
 
 
 def _marks(marks: Sequence[Mark], place: _Placement) -> str:

@@ -13,13 +13,14 @@ import numpy as np
 from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_short
 from megatron_lite.report.chart import Chart, Line, draw, line_of
-from megatron_lite.report.html import choice, details, document, duration, percent, section, table
+from megatron_lite.report.html import Markup, choice, details, document, duration, percent, section, table
 from megatron_lite.report.page import describe_machine, describe_model, key_figures, pair
 from megatron_lite.report.run_charts import WARM_UP, X_FIELDS, final_loss, validation_lines, varies
-from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_text
+from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_text
 from megatron_lite.report.timeline import BETWEEN, account
 from megatron_lite.runs.comparison import compare_configs, flag_of
 from megatron_lite.runs.evaluations import Evaluation, job_key, read_evaluations
+from megatron_lite.runs.metrics_file import is_average
 
 MACHINE_SECTIONS = ("checkpoint", "metrics", "profile", "runtime")
 """Sections of the configuration that do not change what is learned."""
@@ -126,7 +127,8 @@ def _charts(runs: Mapping[str, RunLog]) -> list[str]:
 
 def _figures(runs: Mapping[str, RunLog]) -> str:
     columns = [{label: (value, note) for label, value, note in key_figures(log, account(log))} for log in runs.values()]
-    rows = [[_common_tokens(runs)[0], *_common_tokens(runs)[1]]]
+    at_tokens, losses = _common_tokens(runs)
+    rows = [[at_tokens, *losses]]
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label, ("", "")) for column in columns]
         rows.append([label, *(f"{value} ({note})" if note and label != "Goodput" else value for value, note in cells)])
@@ -156,7 +158,7 @@ def _differences(runs: Mapping[str, RunLog]) -> tuple[str, str]:
     tables = []
     for machine in (False, True):
         rows = [
-            [f"<code>{escape(flag_of(path))}</code>", *(_shown(config, path) for config in configs)]
+            [Markup(f"<code>{escape(flag_of(path))}</code>"), *(_shown(config, path) for config in configs)]
             for path in paths
             if (path.partition(".")[0] in MACHINE_SECTIONS) == machine
         ]

@@ -28,11 +28,16 @@ def _resource(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def section(name: str, title: str, *content: str, note: str = "") -> str:
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+def section(name: str, title: str, *content: str) -> str:
     """Return a section with a heading, or nothing if it has no content."""
     inner = "".join(content)
-    explained = f"<p class='note'>{escape(note)}</p>" if note else ""
-    return f"<section id='{name}'><h2>{escape(title)}</h2>{explained}{inner}</section>" if inner else ""
+    return f"<section id='{name}'><h2>{escape(title)}</h2>{inner}</section>" if inner else ""
 
 
 def cards(values: Iterable[tuple[str, str, str]]) -> str:
@@ -51,12 +56,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Coll
 
     Args:
         header: column titles.
-        rows: cells, escaped unless they begin with "<".
+        rows: cells, escaped unless they are Markup.
         numbers: columns aligned to the right.
     """
 
     def cell(tag: str, index: int, text: str) -> str:
-        shown = text if text.startswith("<") else escape(text)
+        shown = text if isinstance(text, Markup) else escape(text)
         kind = " class='n'" if index in numbers else " class='text'" if tag == "td" and len(text) > 60 else ""
         return f"<{tag}{kind}>{shown}</{tag}>"
 

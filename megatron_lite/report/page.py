@@ -17,17 +17,21 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_count, format_parameters, format_short, format_size
 from megatron_lite.report.energy import read_energy
-from megatron_lite.report.html import cards, date, details, document, duration, percent, section, table
+from megatron_lite.report.html import Markup, cards, date, details, document, duration, percent, section, table
 from megatron_lite.report.plan import RunPlan, make_plan, planned_parts
 from megatron_lite.report.run_charts import final_loss, loss_chart, marks, source_chart, speed_charts, training_charts
-from megatron_lite.report.run_log import LOSS, RunLog, is_average, loss_of, loss_text, lowest
+from megatron_lite.report.run_log import LOSS, RunLog, loss_of, loss_text, lowest
 from megatron_lite.report.timeline import (
     BETWEEN,
     COMMUNICATION,
     COMPUTE,
     DATA,
+    EVALUATION,
     LOST,
     OPTIMIZER,
+    OTHER,
+    SAVES,
+    START,
     TRAINING,
     Timeline,
     account,
@@ -36,6 +40,7 @@ from megatron_lite.runs.catalog import best_iteration, latest_iteration, list_ch
 from megatron_lite.runs.comparison import flag_of
 from megatron_lite.runs.evaluations import read_evaluations
 from megatron_lite.runs.manifest import read_manifest
+from megatron_lite.runs.metrics_file import is_average
 
 SHOWN = 200
 """Rows of a table of events or warnings; the latest ones."""
@@ -46,11 +51,11 @@ _PART_COLOURS = {
     COMMUNICATION: "var(--c1)",
     DATA: "var(--c5)",
     OPTIMIZER: "var(--c6)",
-    "evaluation": "var(--c7)",
-    "saves": "var(--c2)",
-    "start-up": "var(--c4)",
+    EVALUATION: "var(--c7)",
+    SAVES: "var(--c2)",
+    START: "var(--c4)",
     LOST: "var(--bad)",
-    "other": "var(--c8)",
+    OTHER: "var(--c8)",
     BETWEEN: "var(--rule)",
 }
 
@@ -62,7 +67,8 @@ def run_page(log: RunLog) -> str:
         DataError: the recorded evaluations are damaged.
     """
     timeline = account(log)
-    plan = make_plan(log, read_config(log))
+    config = read_config(log)
+    plan = make_plan(log, config)
     sections = [
         ("loss", "Loss", [loss_chart(log)]),
         ("sources", "Data sources", [source_chart(log)]),
@@ -73,7 +79,7 @@ def run_page(log: RunLog) -> str:
         ("validation", "Validation", [_validations(log)]),
         ("checkpoints", "Checkpoints", [_checkpoints(log)]),
         ("evaluations", "Evaluations", [_evaluations(log)]),
-        ("configuration", "Configuration", [_command(log), _configuration(log)]),
+        ("configuration", "Configuration", [_command(log, config), _configuration(log)]),
         ("environment", "Environment", [_environment(log)]),
     ]
     shown = [(name, title, content) for name, title, content in sections if any(content)]
@@ -222,7 +228,7 @@ def time_bar(timeline: Timeline) -> str:
     )
     rows = [
         (
-            f"<i class='key' style='background:{_PART_COLOURS[name]}'></i>{name}",
+            Markup(f"<i class='key' style='background:{_PART_COLOURS[name]}'></i>{name}"),
             duration(seconds),
             percent(seconds / total) if name in in_jobs else "",
         )
@@ -267,7 +273,7 @@ def _events(log: RunLog) -> str:
         return ""
     rows.sort(key=lambda row: row[0])
     shown = [
-        (f"<span class='date'>{date(when)}</span>", f"{iteration:,}", kind, text)
+        (Markup(f"<span class='date'>{date(when)}</span>"), f"{iteration:,}", kind, text)
         for when, iteration, kind, text in rows[-SHOWN:]
     ]
     return table(("time", "iteration", "event", ""), shown, numbers=(1,))
@@ -337,10 +343,10 @@ def read_config(log: RunLog) -> RunConfig | None:
         return None
 
 
-def _command(log: RunLog) -> str:
+def _command(log: RunLog, config: RunConfig | None) -> str:
     words: Sequence[str] = log.start.get("command", ())
     note = "Command line of the last start:"
-    if not words and (config := read_config(log)) is not None:
+    if not words and config is not None:
         words, note = to_argv(config), "The command line was not recorded; these flags give the same configuration:"
     if not words:
         return ""

@@ -11,6 +11,7 @@ from megatron_lite.errors import MegatronLiteError
 from megatron_lite.planner.hardware import Hardware, device_of
 from megatron_lite.planner.step_time import StepTime, step_time_of
 from megatron_lite.report.run_log import Column, RunLog
+from megatron_lite.report.timeline import COMMUNICATION, COMPUTE, OPTIMIZER
 
 SHAPES = 200
 """Pairs of batch size and sequence length that are predicted; a longer ramp is sampled."""
@@ -64,7 +65,7 @@ def make_plan(log: RunLog, config: RunConfig | None) -> RunPlan | None:
 def planned_parts(step: StepTime) -> dict[str, float]:
     """Return the predicted seconds by the measured parts of an iteration (metrics/compute_time.py)."""
     return {
-        "compute": step.matmul + step.attention + step.elementwise + step.recompute + step.tensor_parallel,
-        "communication and waiting": step.context_parallel + step.pipeline + step.bubble + step.data_parallel,
-        "optimizer": step.optimizer,
+        COMPUTE: step.matmul + step.attention + step.elementwise + step.recompute + step.tensor_parallel,
+        COMMUNICATION: step.context_parallel + step.pipeline + step.bubble + step.data_parallel,
+        OPTIMIZER: step.optimizer,
     }

@@ -12,7 +12,8 @@ from megatron_lite.formatting import format_count
 from megatron_lite.report.chart import Chart, Line, Mark, draw, line_of
 from megatron_lite.report.html import choice
 from megatron_lite.report.plan import RunPlan
-from megatron_lite.report.run_log import LOSS, Column, RunLog, is_average, loss_of, loss_text, read_rollbacks
+from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_of, loss_text, read_rollbacks
+from megatron_lite.runs.metrics_file import is_average
 
 X_FIELDS = {
     "iteration": "iteration",
@@ -62,14 +63,15 @@ def marks(log: RunLog) -> list[Mark]:
 def loss_chart(log: RunLog) -> str:
     """Return training and validation loss, over iterations, samples or tokens, and without the first part."""
     events = marks(log)
+    charts = {name: _loss(log, name) for name in X_FIELDS}
     figures = [
         (f"by {name}", draw(replace(chart, marks=_moved(events, log, name)), tall=True))
-        for name in X_FIELDS
-        if not (chart := _loss(log, name)).is_empty
+        for name, chart in charts.items()
+        if not chart.is_empty
     ]
     reached = log.columns["iteration"]
     if len(reached) >= 20:
-        late = replace(_loss(log, "iteration"), x_from=float(reached[0] + WARM_UP * (reached[-1] - reached[0])))
+        late = replace(charts["iteration"], x_from=float(reached[0] + WARM_UP * (reached[-1] - reached[0])))
         late = replace(late, robust=True, marks=events)
         if not late.is_empty:
             figures.append((f"without the first {WARM_UP:.0%}", draw(late, tall=True)))

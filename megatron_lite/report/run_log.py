@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from megatron_lite.errors import DataError
 from megatron_lite.formatting import format_ranges
-from megatron_lite.ops.watch_metrics import METRICS_NAME, SPIKE, metrics_path
+from megatron_lite.ops.watch_metrics import MEASUREMENTS, METRICS_NAME, SPIKE, metrics_path
 from megatron_lite.runs.comparison import Difference, compare_configs
 from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.lock_file import read_lock
-from megatron_lite.runs.metrics_file import AVERAGE, scan_lines
+from megatron_lite.runs.metrics_file import scan_lines
 from megatron_lite.runs.rollback import ROLLBACKS_NAME
 
 Column = NDArray[np.float64]
@@ -48,8 +48,6 @@ FIELDS = (
 _LOAD: Callable[[bytes], Any] = import_module("orjson").loads if find_spec("orjson") else json.loads
 STATES = {"exit_flag": "stopped by an exit flag"}
 """Texts of statuses of exit_status.json that are not texts themselves."""
-MEASUREMENTS = 3
-"""Measurements of the ranks' busy times whose median counts."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +192,6 @@ def lowest(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 def loss_text(loss: float) -> str:
     """Return a loss with four decimals, or NaN, Infinity or -Infinity as in metrics.jsonl."""
     return f"{loss:.4f}" if math.isfinite(loss) else "NaN" if math.isnan(loss) else f"{'-' * (loss < 0)}Infinity"
-
-
-def is_average(name: str) -> bool:
-    """Return whether an evaluation's name is that of the average over several datasets."""
-    return name.partition("-")[0] == AVERAGE
 
 
 def read_run(given: Path) -> RunLog:

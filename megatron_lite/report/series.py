@@ -36,20 +36,19 @@ class Series:
         return len(self.x)
 
 
-def reduce_series(x: Values, y: Values, buckets: int = BUCKETS) -> Series:
-    """Return the finite points of a series, reduced to at most `buckets`.
+def reduce_series(x: Values, y: Values) -> Series:
+    """Return the finite points of a series, reduced to at most BUCKETS.
 
     Args:
         x: ascending [n].
         y: values [n]; those that are not finite are omitted.
-        buckets: at least 2.
     """
     known = np.isfinite(y) & np.isfinite(x)
     x, y = x[known], y[known]
     count = len(x)
-    if count <= buckets:
+    if count <= BUCKETS:
         return Series(x, y, y, y, _smoothed(x, y), count)
-    edges = np.unique(np.linspace(0, count, buckets + 1).astype(np.int64))[:-1]
+    edges = np.unique(np.linspace(0, count, BUCKETS + 1).astype(np.int64))[:-1]
     sizes = np.diff(np.append(edges, count))
     means = np.add.reduceat(y, edges) / sizes
     low, high = np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)

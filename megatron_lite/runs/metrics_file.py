@@ -90,6 +90,11 @@ def loss_point(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
     return None
 
 
+def is_average(name: str) -> bool:
+    """Return whether an evaluation's name is that of the average over several datasets."""
+    return name.partition("-")[0] == AVERAGE
+
+
 def seconds_of(record: Mapping[str, Any]) -> float:
     """Return the seconds of the job's time that a record accounts for; 0: none of its own, or unknown.
 
@@ -97,7 +102,7 @@ def seconds_of(record: Mapping[str, Any]) -> float:
     over several validation sets repeat their seconds.
     """
     kind = record["kind"]
-    if kind == "validation" and str(record.get("name", "")).partition("-")[0] == AVERAGE:
+    if kind == "validation" and is_average(str(record.get("name", ""))):
         return 0.0
     field = {"save": "blocking_seconds", "start": "startup_seconds"}.get(kind, "seconds")
     return float(record.get(field, 0.0))

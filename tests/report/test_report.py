@@ -21,7 +21,7 @@ from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.report.chart import Chart, draw, line_of
 from megatron_lite.report.comparison import comparison_page
 from megatron_lite.report.energy import Energy, read_energy
-from megatron_lite.report.html import duration
+from megatron_lite.report.html import Markup, duration, table
 from megatron_lite.report.page import key_figures, read_config, run_page
 from megatron_lite.report.plan import make_plan, planned_parts
 from megatron_lite.report.run_log import read_run
@@ -243,11 +243,16 @@ def test_the_command_writes_one_file_twice_without_torch(run, tmp_path):
     assert (run / "report.html").is_file() and target.is_file()
 
 
-def test_a_damaged_line_is_left_out_with_a_warning(run):
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines()
+def test_cells_are_escaped_whatever_they_begin_with():
+    page = table(("flag", "value"), [("--eod-token", "</s>"), (Markup("<code>--x</code>"), "<eod>")])
+    assert "&lt;/s&gt;" in page and "&lt;eod&gt;" in page and "<code>--x</code>" in page
+
+
+def test_a_damaged_line_is_left_out_with_a_warning(run, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:2], b"\0\0\0", b"{", *lines[2:]]) + b"\n")
-    log = read_run(run)
+    log = read_run(tmp_path)
     assert [text for _, text in log.warnings if "is damaged in line" in text] == [
         f"{path} is damaged in line 3-4, which this report leaves out"
     ]
