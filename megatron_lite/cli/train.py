@@ -48,9 +48,12 @@ def run(argv: list[str]) -> int:
     if launch.launcher == "task":
         end_with_parent()
     world_size = None if launch.launcher == "python" and count == 1 else launch.world_size * count
-    is_xla = _is_xla(argv)
-    if is_xla:
-        world_size = _num_xla_devices(argv, launch)
+    given = Given()
+    read_command_line(argv, given)
+    is_xla = given.run.runtime.device == "xla"
+    if is_xla:  # one process drives all devices of a host
+        own = None if given.has(FIELD.parallel.world_size) else count_xla_devices()
+        world_size = None if own is None else own * launch.world_size
     # From here on, every error is written to exit_status.json.
     with ExitRecord(save_folder(argv), launch) as record:
         if broken is not None:
@@ -90,21 +93,6 @@ def run(argv: list[str]) -> int:
         record.begin(lambda: complete.iteration, trains=False)
         record.end("completed", f"training was complete after {complete.iteration} iterations: nothing was done")
         return 0
-
-
-def _is_xla(argv: list[str]) -> bool:
-    """Return whether the flags choose XLA devices, all of which on a host are one rank's."""
-    given = Given()
-    read_command_line(argv, given)
-    return given.run.runtime.device == "xla"
-
-
-def _num_xla_devices(argv: list[str], launch: Launch) -> int | None:
-    """Return the number of XLA devices of all hosts; None: unknown, or --world-size gives it."""
-    given = Given()
-    read_command_line(argv, given)
-    own = None if given.has(FIELD.parallel.world_size) else count_xla_devices()
-    return None if own is None else own * launch.world_size
 
 
 def _ranks_to_start(argv: list[str], launch: Launch) -> int:
