@@ -33,6 +33,8 @@ class RunFacts:
     """Versions of Python, libraries and this program, and the operating system of the reporting rank."""
     startup_seconds: float = 0.0
     """From the start of the job, or from its automatic rollback, to the first iteration."""
+    after_rollback: bool = False
+    """True if the same job has trained before, and has rolled itself back (--auto-rollback)."""
 
 
 @dataclass(frozen=True, kw_only=True)

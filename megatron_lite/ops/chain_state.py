@@ -20,7 +20,7 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.ops import slurm
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.catalog import latest_iteration, locate
-from megatron_lite.runs.exit_status import ExitStatus, read_exit_status
+from megatron_lite.runs.exit_status import ROLLED_BACK, ExitStatus, read_exit_status
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.lock_file import read_owner
 from megatron_lite.runs.manifest import read_manifest
@@ -295,7 +295,7 @@ def outcome_of(folder: Path, start: Start, *, earlier_exit: str = "", how: str =
     saved = latest_iteration(folder) or 0
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     # The file of an earlier start stays if this one was killed before it began to train.
-    if status is not None and _is_of_start(status, start, earlier_exit):
+    if status is not None and status.status != ROLLED_BACK and _is_of_start(status, start, earlier_exit):
         host = status.host if status.status == "error" else ""
         full = status.status == "error" and max(status.failed_saves, default=0) > saved and not _has_room(folder, saved)
         return Outcome(str(start), status.status, status.message, saved, host, now, full)

@@ -15,7 +15,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.ops import slurm
 from megatron_lite.ops.chain_state import COMPLETE, ENDING, STOPPED_BY_USER, Chain, read_chain
 from megatron_lite.ops.slurm import QueuedJob
-from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
+from megatron_lite.runs.exit_status import ROLLED_BACK, ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.lock_file import LockState, read_lock
 from megatron_lite.runs.process import is_running, is_stopped
 
@@ -38,7 +38,7 @@ STATES = {
 ACTIVE = ("running", "starting", "paused", "busy", "queued", "waiting")
 QUEUE_SECONDS = 30.0
 """Seconds between two calls of squeue: clusters ask their users not to poll it."""
-_RESUMED = ("time_limit", "signal")
+_RESUMED = ("time_limit", "signal", ROLLED_BACK)
 """Exit statuses after which the next task of an array may continue the run."""
 _UNFINISHED = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING", "STOPPED")
 """States of a job in Slurm's records that are not its end."""

@@ -11,11 +11,9 @@ from typing import Any, BinaryIO
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.catalog import latest_iteration, locate
 from megatron_lite.runs.manifest import read_manifest
-from megatron_lite.runs.metrics_file import decode, loss_point
+from megatron_lite.runs.metrics_file import decode, loss_point, spikes_of
 
 METRICS_NAME = "metrics.jsonl"
-SPIKE = re.compile(r"WARNING: loss spike: the loss rose to (\S+) in iterations (\d+) to (\d+)")
-"""Message of lifecycle/spikes.py."""
 CHUNK = 16 * 2**20
 FULL_DETAIL = 2**20
 """Bytes at the end of a long file in which every iteration is read; before them a sample of about CHUNK bytes is."""
@@ -50,7 +48,8 @@ class MetricsReader:
         start: the record of the last start; empty: there is none.
         recent: the last iteration records.
         curve: points (iteration, loss) by series; "" is the training loss.
-        spikes: time and message match (SPIKE) of each recorded loss spike.
+        spikes: time and message match (SPIKE) of each loss spike, also in discarded iterations; one that a restart
+            repeats counts once.
         rank_seconds: the last measurements, each with the compute seconds of every rank.
         messages: the last messages.
         last_time: time of the last record, in seconds since 1970; 0: there is none.
@@ -125,5 +124,6 @@ class MetricsReader:
         elif kind == "message":
             text = str(record.get("text", ""))
             self.messages.append(text)
-            if match := SPIKE.match(text):
-                self.spikes.append((self.last_time, match))
+        if kind in ("message", "discarded"):
+            known = {match.string for _, match in self.spikes}
+            self.spikes += [spike for spike in spikes_of(record) if spike[1].string not in known]

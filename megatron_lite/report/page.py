@@ -44,7 +44,7 @@ from megatron_lite.runs.metrics_file import is_average
 
 SHOWN = 200
 """Rows of a table of events or warnings; the latest ones."""
-_PILLS = {"completed": "good", "evaluated": "good", "running": "run", "error": "bad"}
+_PILLS = {"completed": "good", "evaluated": "good", "running": "run", "failed": "bad"}
 _PART_COLOURS = {
     COMPUTE: "var(--c3)",
     TRAINING: "var(--c3)",
@@ -92,7 +92,7 @@ def run_page(log: RunLog) -> str:
 def _header(log: RunLog) -> str:
     state = log.state()
     status = log.exit_status()
-    reason = status.message if status is not None and state not in ("completed", "running") else ""
+    reason = status.message if status is not None and state != "completed" else ""
     return (
         f"<header><div class='top'><h1>{escape(log.name)}</h1>"
         f"<span class='pill {_PILLS.get(state, '')}'>{escape(state)}</span></div>"
@@ -259,6 +259,8 @@ def _events(log: RunLog) -> str:
     """Return starts, discarded iterations, rollbacks and spikes, in the order of time."""
     rows: list[tuple[float, int, str, str]] = []
     for number, (start, changes) in enumerate(zip(log.starts, log.changes, strict=True)):
+        if start.get("after_rollback", False):  # the rollback is an event itself
+            continue
         text = "; ".join(f"{flag_of(one.path)} {one.saved} → {one.current}" for one in changes[:8])
         text += f" and {len(changes) - 8} more" if len(changes) > 8 else ""
         began = float(start.get("time", 0.0)) - float(start.get("startup_seconds", 0.0))

@@ -12,7 +12,7 @@ from megatron_lite.formatting import format_count
 from megatron_lite.report.chart import Chart, Line, Mark, draw, line_of
 from megatron_lite.report.html import choice
 from megatron_lite.report.plan import RunPlan
-from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_of, loss_text, read_rollbacks
+from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_of, loss_text
 from megatron_lite.runs.metrics_file import is_average
 
 X_FIELDS = {
@@ -32,7 +32,7 @@ def marks(log: RunLog) -> list[Mark]:
         Mark(
             spike.first,
             "spike",
-            f"spike: loss {spike.loss:.4f} in iterations {spike.first} to {spike.last}",
+            f"spike: loss {loss_text(spike.loss)} in iterations {spike.first} to {spike.last}",
             spike.time,
         )
         for spike in log.spikes
@@ -45,17 +45,16 @@ def marks(log: RunLog) -> list[Mark]:
         )
         where = f"in iteration {some.first}" if some.first == some.last else where
         found.append(Mark(some.first, "non-finite", f"loss is {loss_text(some.loss)} {where}", some.time))
-    for record in read_rollbacks(log.folder):
+    for record in log.rollbacks:
         skipped = record.get("skipped_samples")
         samples = f", skipping samples {skipped[0]} to {skipped[1] - 1}" if skipped else ""
         kind = "automatic rollback" if record.get("automatic") else "rollback"
         found.append(
             Mark(float(record["to"]), "rollback", f"{kind} to iteration {record['to']}{samples}", float(record["time"]))
         )
-    returned = {mark.x for mark in found if mark.kind == "rollback"}
     for start in log.starts[1:]:
-        iteration = int(start.get("iteration", 0))
-        if iteration not in returned:
+        if not start.get("after_rollback", False):
+            iteration = int(start.get("iteration", 0))
             found.append(Mark(iteration, "restart", f"restart at iteration {iteration}"))
     return sorted(found, key=lambda mark: mark.x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 
 from megatron_lite.errors import DataError
 from megatron_lite.formatting import format_ranges
-from megatron_lite.ops.watch_metrics import MEASUREMENTS, METRICS_NAME, SPIKE, metrics_path
+from megatron_lite.ops.watch_metrics import MEASUREMENTS, METRICS_NAME, metrics_path
 from megatron_lite.runs.comparison import Difference, compare_configs
-from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
+from megatron_lite.runs.exit_status import ROLLED_BACK, ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.lock_file import read_lock
-from megatron_lite.runs.metrics_file import scan_lines
+from megatron_lite.runs.metrics_file import scan_lines, spikes_of
 from megatron_lite.runs.rollback import ROLLBACKS_NAME
 
 Column = NDArray[np.float64]
@@ -46,8 +47,15 @@ FIELDS = (
 """Fields of iteration records that are columns, besides the losses."""
 # A million iterations have 600 MB, of which orjson (extra "fast") reads three times as many in a second.
 _LOAD: Callable[[bytes], Any] = import_module("orjson").loads if find_spec("orjson") else json.loads
-STATES = {"exit_flag": "stopped by an exit flag"}
-"""Texts of statuses of exit_status.json that are not texts themselves."""
+STATES = {
+    "time_limit": "stopped at the time limit",
+    "signal": "stopped by a signal",
+    "kill_switch": "stopped by the kill switch",
+    ROLLED_BACK: "rolled back",
+    "error": "failed",
+}
+"""Texts of statuses of exit_status.json; `completed` and `evaluated` are texts themselves."""
+_EXIT_FLAG = re.compile(r"--exit-[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ class RunLog:
         validations: evaluation records.
         parts: (iteration seconds, seconds by part) of each measured iteration.
         rank_seconds: busy seconds of each rank in the last measurements.
-        spikes: recorded loss spikes.
+        spikes: recorded loss spikes, discarded iterations included; one that a restart repeats is listed once.
+        rollbacks: records of rollbacks.jsonl.
         warnings: (iteration, text) of warnings.
         not_finite: iterations whose recorded training loss is NaN or infinite, in runs of consecutive ones.
         events: records other than iterations, in order.
@@ -116,6 +125,7 @@ class RunLog:
     parts: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     rank_seconds: list[list[float]] = field(default_factory=list)
     spikes: list[Spike] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     not_finite: list[NotFinite] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -153,30 +163,20 @@ class RunLog:
                 found.setdefault(str(record.get("name", split)), []).append(record)
         return found
 
-    @property
-    def is_rolled_back(self) -> bool:
-        """Return whether no job has trained since the last rollback: the files of a completion are from before it."""
-        rollbacks = read_rollbacks(self.folder)
-        return bool(rollbacks) and float(rollbacks[-1]["time"]) > self.last_time
-
     def exit_status(self) -> ExitStatus | None:
         """Return how the last job ended; None: unknown."""
         return read_exit_status(self.folder)
 
     def state(self) -> str:
         """Return the state of the run in a few words."""
-        rolled_back = self.is_rolled_back
-        if completed_iteration(self.folder) is not None and not rolled_back:
+        if completed_iteration(self.folder) is not None:
             return "completed"
-        status = self.exit_status()
-        if status is not None and not (rolled_back and status.status == "completed"):
-            return STATES.get(status.status, status.status.replace("_", " "))
+        if (status := self.exit_status()) is not None:
+            if status.status == "exit_flag" and (flag := _EXIT_FLAG.search(status.message)):
+                return f"stopped by {flag[0]}"
+            return STATES.get(status.status, status.status)
         lock = read_lock(self.folder)
-        return (
-            "running"
-            if lock is not None and lock.is_held(time.time())
-            else ("rolled back" if rolled_back else "unfinished")
-        )
+        return "running" if lock is not None and lock.is_held(time.time()) else "unfinished"
 
 
 def loss_of(record: Mapping[str, Any]) -> float:
@@ -207,7 +207,7 @@ def read_run(given: Path) -> RunLog:
             f"{given} {'holds no ' + METRICS_NAME if given.is_dir() else 'does not exist'}",
             fix="Give the --save folder of a run, or its metrics.jsonl (--metrics-file)",
         )
-    log = RunLog(folder.resolve().name, folder, path)
+    log = RunLog(folder.resolve().name, folder, path, rollbacks=_read_rollbacks(folder))
     _Reader(log).read()
     if not len(log.columns["iteration"]) and not log.validations:
         raise DataError(
@@ -217,7 +217,7 @@ def read_run(given: Path) -> RunLog:
     return log
 
 
-def read_rollbacks(folder: Path) -> list[dict[str, Any]]:
+def _read_rollbacks(folder: Path) -> list[dict[str, Any]]:
     """Return the records of rollbacks.jsonl that can be read, in order."""
     path = folder / ROLLBACKS_NAME
     if not path.is_file():
@@ -309,10 +309,14 @@ class _Reader:
             log.validations.append(record)
         elif kind == "message":
             text = str(record.get("text", ""))
-            if match := SPIKE.match(text):
-                log.spikes.append(Spike(int(match[2]), int(match[3]), float(match[1].rstrip(",")), when))
             if text.startswith("WARNING"):
                 log.warnings.append((int(record.get("iteration", 0)), text.removeprefix("WARNING: ")))
+        if kind in ("message", "discarded"):
+            known = {(spike.first, spike.last, loss_text(spike.loss)) for spike in log.spikes}
+            for time_of, match in spikes_of(record):
+                spike = Spike(int(match[2]), int(match[3]), float(match[1].rstrip(",")), time_of)
+                if (spike.first, spike.last, loss_text(spike.loss)) not in known:
+                    log.spikes.append(spike)
         if kind in ("start", "validation", "save", "discarded"):
             log.events.append(Event(kind, when, log.last_time, record))
 

@@ -31,7 +31,7 @@ class Timeline:
         device_seconds: seconds of all jobs times their devices.
         iterations: seconds of the iterations that count.
         measured: iterations whose parts were measured.
-        jobs: number of starts, those whose records were removed by a later one included.
+        jobs: number of jobs, those whose records were removed by a later one included.
         lost_iterations: iterations that restarts and rollbacks discarded.
     """
 
@@ -70,7 +70,7 @@ def account(log: RunLog) -> Timeline:
             gap = max(0.0, event.time - event.before - seconds) if event.values["starts"] else 0.0
             device_seconds -= gap * world
         elif event.kind == "start":
-            jobs += 1
+            jobs += not event.values.get("after_rollback", False)
             began = event.time - seconds
             if event.before:
                 gap = max(0.0, began - event.before)

@@ -1,6 +1,7 @@
 """Exit status of a job (exit_status.json, completed_iteration.txt): format and reading.
 
-Scripts decide by these files whether to resubmit a job; lifecycle/exit_status.py writes them.
+Scripts decide by these files whether to resubmit a job; lifecycle/exit_status.py writes them, and runs/rollback.py
+replaces those of a later iteration.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 EXIT_STATUS_NAME = "exit_status.json"
 COMPLETED_NAME = "completed_iteration.txt"
+ROLLED_BACK = "rolled_back"
+"""Status that `megatron-lite rollback` writes, instead of that of the last job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class ExitStatus:
     """Content of exit_status.json.
 
     Attributes:
-        status: completed, evaluated, time_limit, signal, kill_switch, exit_flag or error.
+        status: completed, evaluated, time_limit, signal, kill_switch, exit_flag, error or rolled_back.
         message: the log line with which the job ended, or the error.
         iteration: last finished iteration of the run; None: the job ended before it had loaded a checkpoint.
         saved_iteration: the checkpoint from which the next start resumes; None: there is none.

@@ -1,8 +1,9 @@
 """metrics.jsonl file format: encoding, reading, and truncation on resume.
 
 Each line is a JSON object whose `kind` is "start", "iteration", "validation", "save", "message" or "discarded" (the sum
-of the lines that a resume or rollback removed). Floats are written with all their digits, so that a file shows whether
-two runs are equal bit for bit. JSON has no NaN or infinities; they are the strings "NaN", "Infinity" and "-Infinity".
+of the lines that a resume or rollback removed, with the loss spikes among them). Floats are written with all their
+digits, so that a file shows whether two runs are equal bit for bit. JSON has no NaN or infinities; they are the strings
+"NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +26,8 @@ from megatron_lite.system_errors import reason, remedy
 
 AVERAGE = "average"
 """Name of the average over several validation sets in reports."""
+SPIKE = re.compile(r"WARNING: loss spike: the loss rose to (\S+) in iterations (\d+) to (\d+)")
+"""Message of lifecycle/spikes.py."""
 Decoder = Callable[[bytes], dict[str, Any]]
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -106,6 +110,16 @@ def seconds_of(record: Mapping[str, Any]) -> float:
         return 0.0
     field = {"save": "blocking_seconds", "start": "startup_seconds"}.get(kind, "seconds")
     return float(record.get(field, 0.0))
+
+
+def spikes_of(record: Mapping[str, Any]) -> list[tuple[float, re.Match[str]]]:
+    """Return time and message (SPIKE) of each loss spike that a record reports: a message, or what was discarded."""
+    messages = record.get("spikes", ()) if record["kind"] == "discarded" else (record,)
+    return [
+        (float(message.get("time", 0.0)), match)
+        for message in messages
+        if (match := SPIKE.match(str(message.get("text", ""))))
+    ]
 
 
 def scan_lines(
@@ -214,18 +228,23 @@ def _survives(record: Mapping[str, Any], resumed_iteration: int, validation_due:
 def _encode_discarded(removed: Sequence[Mapping[str, Any]], resumed_iteration: int) -> bytes:
     """Return the line that sums up removed records; empty: they account for no time.
 
-    `time` is that of the last removed record, `starts` the number of removed starts of jobs.
+    `time` is that of the last removed record, `starts` the number of removed starts of jobs, `spikes` the messages of
+    loss spikes: the reason of a rollback.
     """
     seconds = sum(map(seconds_of, removed))
-    iterations, starts = (
-        sum(record["kind"] == kind for record in removed)
-        + sum(int(record[field]) for record in removed if record["kind"] == "discarded")
-        for kind, field in (("iteration", "iterations"), ("start", "starts"))
+    earlier = [record for record in removed if record["kind"] == "discarded"]
+    iterations = sum(record["kind"] == "iteration" for record in removed) + sum(
+        int(one["iterations"]) for one in earlier
     )
+    starts = sum(record["kind"] == "start" and not record.get("after_rollback", False) for record in removed)
+    spikes = [{"time": when, "text": match.string} for record in removed for when, match in spikes_of(record)]
     if not iterations and not seconds:
         return b""
     last = max(float(record.get("time", 0.0)) for record in removed)
-    values = {"iterations": iterations, "seconds": seconds, "starts": starts}
+    values: dict[str, Any] = {"iterations": iterations, "seconds": seconds}
+    values["starts"] = starts + sum(int(one["starts"]) for one in earlier)
+    if spikes:
+        values["spikes"] = spikes
     return encode({"kind": "discarded", "time": last, "iteration": resumed_iteration, **values})
 
 

@@ -7,8 +7,10 @@ overwrites checkpoints later than the latest. The same command again finishes an
 from __future__ import annotations
 
 import json
+import platform
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_lite.errors import CheckpointError
@@ -22,6 +24,13 @@ from megatron_lite.runs.catalog import (
     locate,
     read_latest,
     set_latest,
+)
+from megatron_lite.runs.exit_status import (
+    COMPLETED_NAME,
+    EXIT_STATUS_NAME,
+    ROLLED_BACK,
+    ExitStatus,
+    completed_iteration,
 )
 from megatron_lite.runs.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
 from megatron_lite.schedules.skipping import merged, place_of
@@ -82,6 +91,8 @@ def roll_back(
         replace_file(checkpoint / MANIFEST_NAME, encode_manifest(replace(manifest, provenance=provenance)))
     set_latest(root, iteration)
     forget_best_after(root, iteration)
+    if not automatic:  # otherwise its job runs
+        _replace_exit_status(root, iteration)
     moved = _move_later(root, iteration, aside)
     weights = root / WEIGHTS_FOLDER
     if weights.is_dir():
@@ -131,6 +142,22 @@ def _record(root: Path, iteration: int, skip: tuple[int, int] | None, automatic:
     }
     before = path.read_bytes() if path.exists() else b""
     replace_file(path, before + json.dumps(entry).encode() + b"\n")
+
+
+def _replace_exit_status(root: Path, iteration: int) -> None:
+    """Record that the run is at `iteration`, for scripts, chains and `watch`, which resubmit no complete run."""
+    if (completed_iteration(root) or 0) > iteration:
+        (root / COMPLETED_NAME).unlink()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    status = ExitStatus(
+        status=ROLLED_BACK,
+        message=f"rolled back to iteration {iteration} with `megatron-lite rollback`",
+        iteration=iteration,
+        saved_iteration=iteration,
+        time=now,
+        host=platform.node(),
+    )
+    replace_file(root / EXIT_STATUS_NAME, status.encode())
 
 
 def _set_newest(weights: Path, iteration: int) -> None:

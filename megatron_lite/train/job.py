@@ -55,7 +55,7 @@ def train_job(
         _acquire_lock(record, world)
         origin = Origin(command, started)
         while (rollback := _run_once(config, backend, record, started, notices, origin).rollback) is not None:
-            iteration, origin = rollback.iteration, Origin(command, time.monotonic())
+            iteration, origin = rollback.iteration, Origin(command, time.monotonic(), after_rollback=True)
             record.begin(lambda iteration=iteration: iteration)  # type: ignore[misc]
             config = _roll_back(config, rollback, world, record)
 

@@ -26,10 +26,17 @@ from megatron_lite.schedules.progress import Progress
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of a start, for the records: command line, and time.monotonic() when the job began or rolled back."""
+    """Origin of a start, for the records.
+
+    Attributes:
+        command: command line of the job.
+        began: time.monotonic() when the job began, or rolled back.
+        after_rollback: whether the job has rolled itself back.
+    """
 
     command: Sequence[str] = ()
     began: float = field(default_factory=time.monotonic)
+    after_rollback: bool = False
 
 
 def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin, kernels: Kernels) -> RunFacts:
@@ -49,6 +56,7 @@ def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin,
         command=[str(word) for word in origin.command],
         environment=_environment(kernels) if world.rank == world.size - 1 else {},
         startup_seconds=time.monotonic() - origin.began,
+        after_rollback=origin.after_rollback,
     )
 
 

@@ -87,6 +87,11 @@ def test_a_spike_is_reported_and_a_rollback_excludes_its_samples(corpus, seen, t
     assert iterations(save) == list(range(1, 21))
     assert read_manifest(save / "iter_0000020").provenance.skipped_samples == ((40, 52),)
     assert not [record for record in records(save) if "loss spike" in str(record.get("text"))]
+    assert [match["text"] for match in discarded(save)["spikes"]] == [told]
+
+
+def discarded(save):
+    return next(record for record in records(save) if record["kind"] == "discarded")
 
 
 def steps(board):
@@ -109,6 +114,9 @@ def test_automatic_rollback(corpus, seen, tmp_path, mode):
     assert trained == [*range(56), *range(32, 40), *range(52, 92)]
     assert checkpoints(save) == [f"iter_{number:07d}" for number in (4, 8, 12, 16, 20)]
     assert iterations(save) == list(range(1, 21))
+    assert "in iterations 12 to 13" in discarded(save)["spikes"][0]["text"]
+    starts = [record["after_rollback"] for record in records(save) if record["kind"] == "start"]
+    assert starts == [False, True]
 
     # The same with manual rollbacks, between two jobs.
     stopped = corpus.job(*JOB, "--save", by_hand, "--load", by_hand)

@@ -153,6 +153,10 @@ def test_a_kill_at_any_byte_is_repaired(tmp_path_factory, cut, resumed):
 def test_the_time_of_removed_lines_is_kept(tmp_path):
     path = tmp_path / "m.jsonl"
     write(path, 0, range(1, 8), end=False).close()
+    spike = "WARNING: loss spike: the loss rose to NAN in iterations 5 to 6"
+    with path.open("ab") as file:
+        file.write(encode({"kind": "start", "iteration": 7, "time": 8.0, "after_rollback": True}))
+        file.write(encode({"kind": "message", "iteration": 7, "time": 9.0, "text": spike}))
     write(path, 4, [5, 6], end=False).close()  # 5, 6 and 7 again
     first = [record for record in read_records(path) if record["kind"] == "discarded"]
     assert [(one["iteration"], one["iterations"], one["starts"]) for one in first] == [(4, 3, 0)]
@@ -160,6 +164,7 @@ def test_the_time_of_removed_lines_is_kept(tmp_path):
     prepare(path, 2)  # a rollback discards that start, too
     (sum_of_all,) = [record for record in read_records(path) if record["kind"] == "discarded"]
     assert (sum_of_all["iteration"], sum_of_all["iterations"], sum_of_all["starts"]) == (2, 7, 1)
+    assert sum_of_all["spikes"] == [{"time": 9.0, "text": spike}]
     assert sum_of_all["seconds"] == pytest.approx(0.7)
     before = path.read_bytes()
     prepare(path, 2)

@@ -4,8 +4,8 @@ import json
 import math
 
 from megatron_lite.ops import watch_metrics
-from megatron_lite.ops.watch_metrics import SPIKE, MetricsReader
-from megatron_lite.runs.metrics_file import encode
+from megatron_lite.ops.watch_metrics import MetricsReader
+from megatron_lite.runs.metrics_file import SPIKE, encode
 
 
 def iteration(number, loss=1.0, **values):

@@ -12,6 +12,7 @@ import pytest
 from megatron_lite.checkpoint.verify import verify_checkpoint
 from megatron_lite.errors import CheckpointError
 from megatron_lite.runs.catalog import find_checkpoint, is_complete
+from megatron_lite.runs.exit_status import ExitStatus, completed_iteration, read_exit_status
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.rollback import ROLLBACKS_NAME, automatic_rollbacks, roll_back
 
@@ -42,6 +43,18 @@ def test_later_checkpoints_are_moved_aside(kit, tmp_path):
     assert automatic_rollbacks(tmp_path) == 0
     roll_back(tmp_path, 10, automatic=True)
     assert automatic_rollbacks(tmp_path) == 1
+
+
+def test_a_complete_run_is_not_complete_after_a_rollback(kit, tmp_path):
+    saved(kit, tmp_path, (10, 20))
+    (tmp_path / "completed_iteration.txt").write_text("20\n")
+    (tmp_path / "exit_status.json").write_bytes(ExitStatus(status="completed", message="done", iteration=20).encode())
+    roll_back(tmp_path, 20)
+    assert completed_iteration(tmp_path) == 20
+    roll_back(tmp_path, 10)
+    status = read_exit_status(tmp_path)
+    assert completed_iteration(tmp_path) is None
+    assert (status.status, status.iteration, status.saved_iteration) == ("rolled_back", 10, 10)
 
 
 def test_skipped_ranges_are_merged(kit, tmp_path):

@@ -1,4 +1,4 @@
-"""Files of a training run of any length, as the trainer writes them, with restarts, a spike and a rollback."""
+"""Files of a training run of any length, as the trainer writes them, with restarts, spikes and a rollback."""
 
 import json
 import math
@@ -111,9 +111,10 @@ class RunFiles:
     def message(self, iteration, text):
         self.write("message", iteration=iteration, text=text)
 
-    def discarded(self, iteration, iterations, seconds, starts=0):
+    def discarded(self, iteration, iterations, seconds, starts=0, **values):
         self.now += seconds
-        self.write("discarded", iteration=iteration, iterations=iterations, seconds=seconds, starts=starts)
+        fields = {"iteration": iteration, "iterations": iterations, "seconds": seconds, "starts": starts}
+        self.write("discarded", **fields | values)
 
     def rollback(self, iteration, skipped):
         entry = {"time": self.now, "from": "1200", "to": iteration, "skipped_samples": skipped, "automatic": True}
@@ -122,7 +123,7 @@ class RunFiles:
 
 
 def eventful_run(folder, lr=6e-4, seed=1):
-    """Write a run of 3,000 iterations with two sources, a restart after a crash, a spike and a rollback."""
+    """Write a run of 3,000 iterations with two sources, a restart after a crash, two spikes and a rollback."""
     run = RunFiles(folder, lr, seed)
     run.start()
     for first in range(1, 3001, 500):
@@ -130,11 +131,12 @@ def eventful_run(folder, lr=6e-4, seed=1):
             run.discarded(1000, 130, 125.0)
             run.start(1000, gap=5400.0)
         if first == 2001:
-            run.message(2000, "WARNING: loss spike: the loss rose to 4.912000E+00 in iterations 1701 to 1703, from a "
-                        "median of 2.500000E+00. Since the step before it")  # fmt: skip
-            run.discarded(2000, 60, 58.0)
+            spike = "WARNING: loss spike: the loss rose to {} in iterations {}, from a median of 2.500000E+00"
+            run.message(2000, spike.format("4.912000E+00", "1701 to 1703"))
+            ended = {"time": run.now + 50.0, "text": spike.format("5.102000E+00", "2050 to 2052")}
+            run.discarded(2000, 60, 58.0, spikes=[ended])
             run.rollback(2000, [131072, 131584])
-            run.start(2000, startup=15.0)
+            run.start(2000, startup=15.0, after_rollback=True)
         run.iterations(first, first + 499, sources=("wiki", "code"), measured=100)
         run.validation(first + 499)
         run.save(first + 499)
