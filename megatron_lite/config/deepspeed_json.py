@@ -10,13 +10,11 @@ from typing import Any
 from megatron_lite.config.batch import SequenceRamp
 from megatron_lite.config.deepspeed import write_settings
 from megatron_lite.config.deepspeed_entries import ENGINE, NATIVE, Entries
+from megatron_lite.config.deepspeed_kinds import SECTIONS, json_text
 from megatron_lite.config.deepspeed_values import (
-    DEFAULT_SCALE_POWER,
-    read_number,
-    read_section,
-    read_whole,
+    asks_for_nothing,
+    read_entries,
     refuse_contradiction,
-    refuse_unknown,
     take_entry,
 )
 from megatron_lite.config.deepspeed_zero import choose_engine, merge_zero_stage, read_zero
@@ -25,11 +23,24 @@ from megatron_lite.config.given import Given
 from megatron_lite.config.optimizer import Dtype, OptimizerKind
 from megatron_lite.errors import ConfigError
 
-FP16_KEYS = frozenset(
-    {"enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"}
-)
-MAX_SCALE_POWER = 126
-"""Largest exponent of two that is a loss scale in fp32."""
+FIELDS: dict[str, float] = {
+    "gradient_clipping": FIELD.optimizer.clip_grad,
+    "train_micro_batch_size_per_gpu": FIELD.batch.micro_batch_size,
+    "train_batch_size": FIELD.batch.global_batch_size,
+    "gradient_accumulation_steps": FIELD.command.accumulation_steps,
+}
+"""Fields that entries at the top level set, where the engine merges them."""
+SCALES: dict[str, float] = {
+    "initial_scale_power": FIELD.precision.initial_loss_scale,
+    "loss_scale_window": FIELD.precision.loss_scale_window,
+    "hysteresis": FIELD.precision.hysteresis,
+    "min_loss_scale": FIELD.precision.min_loss_scale,
+}
+"""Fields that entries of the section fp16 set; the power of two is the logarithm of the field."""
+OPTIMIZERS: dict[str, OptimizerKind] = {"adam": "adam", "adamw": "adam", "sgd": "sgd"}
+"""--optimizer by the optimizer's type in the JSON. DeepSpeed's Adam decouples weight decay, too, by default."""
+FIXED = {"torch_adam": None, "adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False}
+"""Values of the optimizer's parameters that have no flag; None: any."""
 
 
 def merge_deepspeed(given: Given) -> None:
@@ -43,30 +54,31 @@ def merge_deepspeed(given: Given) -> None:
     if not command.deepspeed and not engine_asked:
         _refuse_without_deepspeed(given)
         return
-    entries = _read_settings(given) if given.has(FIELD.deepspeed.settings) else _read(given)
+    found = _read_settings(given) if given.has(FIELD.deepspeed.settings) else _read(given)
+    entries = read_entries(found, given)
     if command.deepspeed and not given.has(FIELD.precision.scaler):
         given.give(FIELD.precision.scaler, "deepspeed", "--deepspeed")
-    with _recorded_error(given):
-        merge_zero_stage(entries, given)
-        choose_engine(entries, given)
+    merge_zero_stage(entries, given)
+    choose_engine(entries, given)
     engine = given.run.runtime.engine
     known = ENGINE if engine == "deepspeed" else NATIVE
     for key in entries:
         _note_entry(key, entries[key], known, given)
-    for merge in (_precision, _clipping, _micro_batch, _optimizer, _curriculum):
-        # Without --deepspeed or a file, the flags' values apply, not DeepSpeed's defaults.
-        if command.deepspeed or command.deepspeed_config or merge is not _precision:
-            with _recorded_error(given):
-                merge(entries, given)
-    if engine == "deepspeed":
+    # Without --deepspeed or a file, the flags' values apply, not DeepSpeed's defaults.
+    if command.deepspeed or command.deepspeed_config:
+        _precision(entries, given)
+    if not given.unreadable:  # the entries that were dropped may be the ones that these need
+        _optimizer(entries, given)
         with _recorded_error(given):
-            _global_batch(entries, given)
-    with _recorded_error(given):
-        zero = read_zero(entries, given)
-        if engine == "deepspeed":
-            settings = {key: value for key, value in entries.items() if key in known.passed}
-            origin = given.origin(FIELD.deepspeed.settings) or given.origin(FIELD.runtime.engine)
-            given.give(FIELD.deepspeed.settings, write_settings({**settings, "zero_optimization": zero}), origin)
+            _curriculum(entries, given)
+    for key, field in FIELDS.items():
+        if key in entries and key in known.merged:
+            take_entry(given, field, entries[key], f"{key} {json_text(entries[key])}")
+    zero = read_zero(entries, given)
+    if engine == "deepspeed":
+        settings = {key: value for key, value in entries.items() if key in known.passed}
+        origin = given.origin(FIELD.deepspeed.settings) or given.origin(FIELD.runtime.engine)
+        given.give(FIELD.deepspeed.settings, write_settings({**settings, "zero_optimization": zero}), origin)
 
 
 def _refuse_without_deepspeed(given: Given) -> None:
@@ -148,30 +160,21 @@ def _parse(text: str, origin: str, place: str, given: Given) -> dict[str, Any]:
         return {}
     if not isinstance(entries, dict):
         fix = 'Write, for example, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}'
-        given.refuse(
-            f"{origin} holds a JSON {type(entries).__name__} instead of an object: {text[:40]!r}",
-            fix=fix,
-        )
+        given.refuse(f"{origin} is {json_text(entries)} instead of a JSON object", fix=fix)
         return {}
-    return {key: value for key, value in entries.items() if value != "auto" and not key.startswith("_")}
+    return entries
 
 
 def _note_entry(key: str, value: Any, known: Entries, given: Given) -> None:
     """Record why an entry is not merged."""
     if key in known.without_effect:
         given.notes.append(f"DeepSpeed JSON: {key} has no effect: {known.without_effect[key]}")
-    elif key in known.refused:
-        # A section that is switched off asks for nothing.
-        if value and not (isinstance(value, dict) and value.get("enabled") is False):
-            given.refuse(f'The "{key}" section of the DeepSpeed JSON is not supported', fix=known.refused[key])
-    elif key not in known.merged and key not in known.passed:
-        refuse_unknown(key, "", known.all, given)
+    elif key in known.refused and not asks_for_nothing(key, value):
+        given.refuse(f"{key} in the DeepSpeed JSON is not supported", fix=known.refused[key])
 
 
 def _precision(entries: dict[str, Any], given: Given) -> None:
-    fp16 = read_section(entries, "fp16")
-    bf16 = read_section(entries, "bf16" if "bf16" in entries else "bfloat16")
-    _bf16_keys(bf16, given)
+    fp16, bf16 = entries.get("fp16", {}), entries.get("bf16", {})
     if fp16.get("enabled") and bf16.get("enabled"):
         given.refuse(
             "fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON",
@@ -193,118 +196,54 @@ def _precision(entries: dict[str, Any], given: Given) -> None:
         given.notes.append(
             f"{scale_origin} has no effect: with --deepspeed the JSON's fp16.loss_scale sets it (0: dynamic)"
         )
-    scale = read_number(fp16.get("loss_scale", 0), "fp16.loss_scale")
-    given.give(FIELD.precision.loss_scale, float(scale), f"fp16.loss_scale {scale} in the DeepSpeed JSON")
-    if not fp16:
-        return
-
-    def entry(name: str, value: float) -> str:
-        return f"fp16.{name} {value:g}{'' if name in fp16 else ', the default of DeepSpeed'}"
-
-    power = read_number(fp16.get("initial_scale_power", DEFAULT_SCALE_POWER), "fp16.initial_scale_power")
-    if abs(power) > MAX_SCALE_POWER:
-        given.refuse(
-            f"fp16.initial_scale_power in the DeepSpeed JSON is {power:g}, an initial loss scale of 2^{power:g}, "
-            "beyond "
-            "the range of fp32",
-            fix=f"Write a number from -{MAX_SCALE_POWER} to {MAX_SCALE_POWER}, or remove the entry for DeepSpeed's "
-            f"default {DEFAULT_SCALE_POWER}",
-        )
-        return
-    take_entry(given, FIELD.precision.initial_loss_scale, 2.0**power, entry("initial_scale_power", power))
-    window = read_whole(fp16.get("loss_scale_window", 1000), "fp16.loss_scale_window")
-    take_entry(given, FIELD.precision.loss_scale_window, window, entry("loss_scale_window", window))
-    hysteresis = read_whole(fp16.get("hysteresis", 2), "fp16.hysteresis")
-    take_entry(given, FIELD.precision.hysteresis, hysteresis, entry("hysteresis", hysteresis))
-    least = float(read_number(fp16.get("min_loss_scale", 1.0), "fp16.min_loss_scale"))
-    take_entry(given, FIELD.precision.min_loss_scale, least, entry("min_loss_scale", least))
-    for name in sorted(name for name in fp16.keys() - FP16_KEYS if fp16[name] is not False):
-        refuse_unknown(name, "fp16.", FP16_KEYS, given)
-
-
-def _bf16_keys(bf16: dict[str, Any], given: Given) -> None:
-    """Refuse entries of the section bf16 that change how bf16 is trained."""
-    for name in sorted(name for name in bf16.keys() - {"enabled"} if bf16[name] is not False):
-        if name == "immediate_grad_update":
-            given.notes.append("DeepSpeed JSON: bf16.immediate_grad_update has no effect: gradients are added in fp32")
-        else:
-            refuse_unknown(name, "bf16.", ["enabled", "immediate_grad_update"], given)
-
-
-def _clipping(entries: dict[str, Any], given: Given) -> None:
-    if "gradient_clipping" in entries:
-        value = float(read_number(entries["gradient_clipping"], "gradient_clipping"))
-        take_entry(given, FIELD.optimizer.clip_grad, value, f"gradient_clipping {value}")
-
-
-def _global_batch(entries: dict[str, Any], given: Given) -> None:
-    """Take the sizes of a batch; the native engine leaves them to --global-batch-size and its ramp-up."""
-    if "train_batch_size" in entries:
-        size = read_whole(entries["train_batch_size"], "train_batch_size")
-        take_entry(given, FIELD.batch.global_batch_size, size, f"train_batch_size {size}")
-    if "gradient_accumulation_steps" in entries:
-        steps = read_whole(entries["gradient_accumulation_steps"], "gradient_accumulation_steps")
-        take_entry(given, FIELD.command.accumulation_steps, steps, f"gradient_accumulation_steps {steps}")
-
-
-OPTIMIZERS: dict[str, OptimizerKind] = {"adam": "adam", "adamw": "adam", "sgd": "sgd"}
-"""--optimizer by the optimizer's type in the JSON. DeepSpeed's Adam decouples weight decay, too, by default."""
+    scale = fp16.get("loss_scale", 0)
+    given.give(FIELD.precision.loss_scale, float(scale), f"fp16.loss_scale {scale:g} in the DeepSpeed JSON")
+    if fp16:
+        for name, field in SCALES.items():
+            value = fp16.get(name, SECTIONS["fp16"][name].example)
+            origin = f"fp16.{name} {value:g}{'' if name in fp16 else ', the default of DeepSpeed'}"
+            take_entry(given, field, 2.0**value if name == "initial_scale_power" else value, origin)
 
 
 def _optimizer(entries: dict[str, Any], given: Given) -> None:
     """Take the optimizer and its parameters."""
-    optimizer = read_section(entries, "optimizer")
+    optimizer = entries.get("optimizer", {})
     if not optimizer:
         return
-    name = str(optimizer.get("type", ""))
+    name = optimizer.get("type", "")
     kind = OPTIMIZERS.get(name.lower())
     if kind is None:
         given.refuse(
-            f'optimizer.type in the DeepSpeed JSON is "{name}"',
-            fix="Write Adam, AdamW or SGD, or remove the section and use --optimizer, --lr and --weight-decay",
+            f"optimizer.type in the DeepSpeed JSON is {json_text(name) if name else 'missing'}",
+            fix='Write "type": "Adam", "AdamW" or "SGD", or remove the section and use --optimizer, --lr and '
+            "--weight-decay",
         )
         return
     take_entry(given, FIELD.optimizer.kind, kind, f"optimizer.type {name}")
-    parameters, prefix = read_section(optimizer, "params"), "optimizer.params."
     fields: dict[str, float] = {"lr": FIELD.lr.lr, "weight_decay": FIELD.optimizer.weight_decay}
     fields |= {"eps": FIELD.optimizer.adam_eps} if kind == "adam" else {"momentum": FIELD.optimizer.sgd_momentum}
-    for entry, field in fields.items():
-        if entry in parameters:
-            value = float(read_number(parameters[entry], prefix + entry))
-            take_entry(given, field, value, f"{prefix}{entry} {value:g}")
-    betas = parameters.get("betas")
-    if betas is not None and kind == "adam":
-        if not isinstance(betas, list) or len(betas) != 2:
-            raise ConfigError(
-                f"{prefix}betas in the DeepSpeed JSON is {betas!r}",
-                fix='Write two numbers, such as "betas": [0.9, 0.95]',
-            )
-        for field, beta in zip((FIELD.optimizer.adam_beta1, FIELD.optimizer.adam_beta2), betas, strict=True):
-            value = float(read_number(beta, f"{prefix}betas"))
-            take_entry(given, field, value, f"{prefix}betas {value:g}")
-    fixed = {"torch_adam": None, "adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False}
-    for entry in parameters.keys() - fields.keys() - ({"betas"} if kind == "adam" else set()):
-        if entry not in fixed:
-            refuse_unknown(entry, prefix, [*fields, "betas", *fixed], given)
-        elif fixed[entry] is not None and parameters[entry] is not fixed[entry]:
+    for entry, value in optimizer.get("params", {}).items():
+        key = f"optimizer.params.{entry}"
+        if entry in fields:
+            take_entry(given, fields[entry], value, f"{key} {value:g}")
+        elif entry == "betas" and kind == "adam":
+            for field, beta in zip((FIELD.optimizer.adam_beta1, FIELD.optimizer.adam_beta2), value, strict=True):
+                take_entry(given, field, beta, f"{key} {beta:g}")
+        elif entry not in FIXED:
+            given.refuse(f"{key} in the DeepSpeed JSON does not apply to {name}", fix="Remove the entry")
+        elif FIXED[entry] not in (None, value):
             given.refuse(
-                f"{prefix}{entry} in the DeepSpeed JSON is {json.dumps(parameters[entry])}, and the optimizer here has "
-                f"{json.dumps(fixed[entry])}",
-                fix=f'Write "{entry}": {json.dumps(fixed[entry])}, or remove the entry',
+                f"{key} in the DeepSpeed JSON is {json_text(value)}, and the optimizer here has "
+                f"{json_text(FIXED[entry])}",
+                fix=f'Write "{entry}": {json_text(FIXED[entry])}, or remove the entry',
             )
-
-
-def _micro_batch(entries: dict[str, Any], given: Given) -> None:
-    if "train_micro_batch_size_per_gpu" in entries:
-        size = read_whole(entries["train_micro_batch_size_per_gpu"], "train_micro_batch_size_per_gpu")
-        take_entry(given, FIELD.batch.micro_batch_size, size, f"train_micro_batch_size_per_gpu {size}")
 
 
 def _curriculum(entries: dict[str, Any], given: Given) -> None:
-    curriculum = read_section(entries, "curriculum_learning")
+    curriculum = entries.get("curriculum_learning", {})
     if not curriculum.get("enabled"):
         return
-    schedule, kind = read_section(curriculum, "schedule_config"), curriculum.get("schedule_type", "fixed_linear")
+    schedule, kind = curriculum.get("schedule_config", {}), curriculum.get("schedule_type", "fixed_linear")
     if curriculum.get("curriculum_type", "seqlen") != "seqlen" or kind not in ("fixed_linear", "fixed_discrete"):
         given.refuse(
             "curriculum_learning in the DeepSpeed JSON has curriculum_type "
@@ -314,7 +253,7 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
         )
         return
     length = given.run.batch.seq_length
-    longest = read_whole(curriculum.get("max_difficulty", length), "curriculum_learning.max_difficulty")
+    longest = curriculum.get("max_difficulty", length)
     if length and longest != length:
         refuse_contradiction(
             given,
@@ -327,27 +266,40 @@ def _curriculum(entries: dict[str, Any], given: Given) -> None:
 
 
 def _linear(curriculum: dict[str, Any], schedule: dict[str, Any]) -> SequenceRamp:
-    step = schedule.get("difficulty_step", SequenceRamp().step)
+    """Read fixed_linear: from min_difficulty to max_difficulty over total_curriculum_step iterations.
+
+    Raises:
+        ConfigError: one of the two is missing.
+    """
+    for section, place, entry, example in (
+        (curriculum, "", "min_difficulty", 64),
+        (schedule, "schedule_config.", "total_curriculum_step", 1000),
+    ):
+        if entry not in section:
+            raise ConfigError(
+                f"curriculum_learning.{place}{entry} is missing in the DeepSpeed JSON",
+                fix=f'Add "{entry}" there with a number, such as {example}',
+            )
     return SequenceRamp(
-        start=read_whole(curriculum.get("min_difficulty", 0), "curriculum_learning.min_difficulty"),
-        iterations=read_whole(
-            schedule.get("total_curriculum_step"), "curriculum_learning.schedule_config.total_curriculum_step"
-        ),
-        step=read_whole(step, "curriculum_learning.schedule_config.difficulty_step"),
+        start=curriculum["min_difficulty"],
+        iterations=schedule["total_curriculum_step"],
+        step=schedule.get("difficulty_step", SequenceRamp().step),
     )
 
 
 def _staged(schedule: dict[str, Any]) -> SequenceRamp:
-    """Read fixed_discrete: difficulty[i] applies up to iteration max_step[i], the last one to the end."""
+    """Read fixed_discrete: difficulty[i] applies up to iteration max_step[i], the last one to the end.
+
+    Raises:
+        ConfigError: the lists are missing, or their lengths do not fit.
+    """
     lengths, ends = schedule.get("difficulty"), schedule.get("max_step")
-    if not isinstance(lengths, list) or not isinstance(ends, list) or len(lengths) != len(ends) + 1:
+    if lengths is None or ends is None or len(lengths) != len(ends) + 1:
         raise ConfigError(
-            f"curriculum_learning in the DeepSpeed JSON has difficulty {lengths} and max_step {ends}",
+            f"curriculum_learning in the DeepSpeed JSON has difficulty {json_text(lengths)} and max_step "
+            f"{json_text(ends)}",
             rule="schedule_type fixed_discrete needs a list of lengths, and a list of the iterations at which all but "
-            "the "
-            "last of them end",
+            "the last of them end",
             fix='Write schedule_config like {"difficulty": [64, 128, 2048], "max_step": [1000, 5000]}',
         )
-    firsts = [0, *(read_whole(end, "curriculum_learning.schedule_config.max_step") + 1 for end in ends)]
-    sizes = [read_whole(length, "curriculum_learning.schedule_config.difficulty") for length in lengths]
-    return SequenceRamp(stages=tuple(zip(firsts, sizes, strict=True)))
+    return SequenceRamp(stages=tuple(zip([0, *(end + 1 for end in ends)], lengths, strict=True)))

@@ -1,110 +1,122 @@
-"""DeepSpeed JSON parsing: sections and numbers, with errors that name the entry; config fields that entries set."""
+"""DeepSpeed JSON values: checked against their kinds, and merged into config fields."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from megatron_lite.config.deepspeed_entries import DEFAULTS, ENGINE, NATIVE, REFUSED, RENAMED, WITHOUT_EFFECT
+from megatron_lite.config.deepspeed_kinds import SECTIONS, SWITCH, json_text, read_value
 from megatron_lite.config.flag import key_of
 from megatron_lite.config.given import Given
-from megatron_lite.config.values import MAX_NUMBER, shortened
 from megatron_lite.errors import ConfigError
-from megatron_lite.formatting import format_number
 
 T = TypeVar("T")
-
-DEFAULT_SCALE_POWER = 16
-
-
-def refuse_unknown(name: str, section: str, known: Iterable[str], given: Given) -> None:
-    """Refuse an entry that DeepSpeed does not have, and name the nearest one."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    given.refuse(
-        f"Unknown entry {section}{name} in the DeepSpeed JSON",
-        fix=f"Did you mean {section}{nearest[0]}?" if nearest else "Remove the entry",
-    )
+_TOP = {*ENGINE.all, *NATIVE.all}
 
 
-def read_section(entries: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a section without the entries that are "auto"; empty: there is none.
+def read_entries(found: Mapping[str, Any], given: Given, section: str = "") -> dict[str, Any]:
+    """Return the entries of a section whose values are of the kinds in config/deepspeed_kinds.py.
+
+    Entries that are "auto", and comments, whose names begin with _, are left out.
+
+    Args:
+        found: entries of the JSON.
+        given: records notes, and an error for each entry that is unknown, refused or has a wrong value.
+        section: name, with those of the sections around it; empty: the top level.
+    """
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        if value == "auto" or name.startswith("_"):
+            continue
+        try:
+            present, value = _present(name, value, found, section, given)
+            values |= _read_entry(present, value, section, given)
+        except ConfigError as error:
+            given.unreadable = True
+            given.errors.append(error)
+    return values
+
+
+def _read_entry(name: str, value: Any, section: str, given: Given) -> dict[str, Any]:
+    """Return the entry as {name: value}; {}: there is nothing to merge.
 
     Raises:
-        ConfigError: it is not an object, or "enabled" in it is neither true nor false.
+        ConfigError: the value is not of the entry's kind.
     """
-    section = entries.get(key, {})
-    if not isinstance(section, dict):
-        example = {"zero_optimization": '"stage": 1', "optimizer": '"type": "Adam"'}.get(key, '"enabled": true')
-        raise ConfigError(
-            f"{key} in the DeepSpeed JSON is {section!r} instead of an object",
-            fix=f'Write, for example, "{key.rpartition(".")[2]}": {{{example}}}',
-        )
-    if not isinstance(enabled := section.get("enabled", "auto"), bool) and enabled != "auto":
-        raise not_boolean(f"{key}.enabled", enabled)
-    return {name: value for name, value in section.items() if value != "auto"}
-
-
-def not_boolean(key: str, value: Any) -> ConfigError:
-    """Return the error of an entry that is neither true nor false."""
-    return ConfigError(
-        f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of true or false",
-        fix=f'Write "{key.rpartition(".")[2]}": true or false, without quotes',
-    )
-
-
-_DEFAULTS = {
-    "fp16.loss_scale": "0, a dynamic scale",
-    "fp16.initial_scale_power": str(DEFAULT_SCALE_POWER),
-    "fp16.loss_scale_window": "1000",
-    "fp16.hysteresis": "2",
-    "fp16.min_loss_scale": "1",
-}
-"""DeepSpeed's defaults; without one of the other entries, the flag of the command line applies."""
-
-
-def _removed(key: str) -> str:
-    """Return the advice to remove an entry, with what applies then."""
-    default = _DEFAULTS.get(key)
-    return "remove the entry for " + (f"DeepSpeed's default of {default}" if default else "the command line's value")
-
-
-def read_number(value: Any, key: str) -> float:
-    """Return the number of an entry.
-
-    Raises:
-        ConfigError: it is missing, not a number or too large.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
-        return value
-    entry = key.rpartition(".")[2]
-    if value is None:
-        raise ConfigError(
-            f"{key} is missing in the DeepSpeed JSON", fix=f'Add "{entry}" there with a number, such as 1000'
-        )
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ConfigError(
-            f"{key} in the DeepSpeed JSON is {shortened(repr(value))}; the limit is {format_number(MAX_NUMBER)}",
-            fix=f'Write a finite number within the limit, for example "{entry}": 1, or {_removed(key)}',
-        )
-    plain = str(value).replace("_", "").strip()
-    if isinstance(value, str) and plain.replace(".", "", 1).isdigit():
-        fix = f'Write it without quotes: "{entry}": {shortened(plain)}; or {_removed(key)}'
+    key = _join(section, name)
+    kind = SECTIONS[section].get(name)
+    if kind is not None:
+        return {} if value is None and kind.nullable else {name: read_value(kind, key, value)}
+    if key and key in SECTIONS:
+        if value is not None and not isinstance(value, dict):
+            raise _not_a_section(key, value)
+        return {name: read_entries(value or {}, given, key)}
+    if key in WITHOUT_EFFECT:
+        given.notes.append(f"DeepSpeed JSON: {key} has no effect: {WITHOUT_EFFECT[key]}")
+    elif key in REFUSED:
+        if not asks_for_nothing(key, value):
+            given.refuse(f"{key} in the DeepSpeed JSON is not supported", fix=REFUSED[key])
+    elif not section and name in _TOP:
+        return {name: value}
     else:
-        fix = f'Write a number, for example "{entry}": 1, or {_removed(key)}'
-    raise ConfigError(f"{key} in the DeepSpeed JSON is {shortened(json.dumps(value))} instead of a number", fix=fix)
+        _refuse_unknown(name, section, given)
+    return {}
 
 
-def read_whole(value: Any, key: str) -> int:
-    """Return the whole number of an entry, which may be written as 1e9; errors as in read_number."""
-    number = read_number(value, key)
-    if number != int(number):
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
+
+
+def asks_for_nothing(key: str, value: Any) -> bool:
+    """Return True if a refused entry has the value that leaves it switched off."""
+    if isinstance(value, dict):
+        return not value or value.get("enabled") is False
+    return value in (DEFAULTS.get(key, False), None, [])
+
+
+def _present(name: str, value: Any, found: Mapping[str, Any], section: str, given: Given) -> tuple[str, Any]:
+    """Return an entry with its present name.
+
+    Raises:
+        ConfigError: the section has the present name, too, or the value is not of the former entry's kind.
+    """
+    key = _join(section, name)
+    present = RENAMED.get(key)
+    if present is None:
+        return name, value
+    if present in found:
         raise ConfigError(
-            f"{key} in the DeepSpeed JSON is {value!r} instead of a whole number",
-            fix=f'Write a whole number, for example "{key.rpartition(".")[2]}": {max(1, int(number))}, or '
-            + _removed(key),
+            f"{key} and {_join(section, present)} are both in the DeepSpeed JSON",
+            rule="They are the former and the present name of one entry",
+            fix=f"Remove {name}",
         )
-    return int(number)
+    given.notes.append(f"DeepSpeed JSON: {key} is read as {present}")
+    if name.startswith("cpu_offload"):
+        return present, {"device": "cpu" if read_value(SWITCH, key, value) else "none"}
+    return present, value
+
+
+def _not_a_section(key: str, value: Any) -> ConfigError:
+    """Return the error of a value where there should be a section."""
+    entry, kind = next(iter(SECTIONS[key].items()))
+    example = json_text({entry: {"enabled": True, "device": "cpu"}.get(entry, kind.example)})
+    return ConfigError(
+        f"{key} in the DeepSpeed JSON is {json_text(value)} instead of an object",
+        fix=f'Write, for example, "{key.rpartition(".")[2]}": {example}',
+    )
+
+
+def _refuse_unknown(name: str, section: str, given: Given) -> None:
+    """Refuse an entry that DeepSpeed does not have, and name the nearest one of its section."""
+    keys = [*SECTIONS, *WITHOUT_EFFECT, *REFUSED, *(_join(section, own) for own in SECTIONS[section])]
+    known = [key.rpartition(".")[2] for key in keys if key and key.rpartition(".")[0] == section]
+    nearest = difflib.get_close_matches(name, [*known, *([] if section else _TOP)], n=1)
+    given.refuse(
+        f"Unknown entry {_join(section, name or json_text(name))} in the DeepSpeed JSON",
+        fix=f"Did you mean {_join(section, nearest[0])}?" if nearest else "Remove the entry",
+    )
 
 
 def refuse_contradiction(given: Given, origin: str, entry: str, fix: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,13 +67,44 @@ def weight_average(run: RunConfig) -> str:
 
 def compilation(run: RunConfig) -> str:
     """Return the flag of torch.compile."""
-    return given_if(run.runtime.compile != "off", f"--compile {run.runtime.compile}")
+    return given_if(run.runtime.compile != "off", "--compile")
 
 
 def weight_checks(run: RunConfig) -> str:
     """Return the flag of checks that replicas have equal weights."""
     interval = run.training.weight_check_interval
     return given_if(interval > 0, f"--check-weight-hash-across-dp-replicas-interval {interval}")
+
+
+def scaled_gradients(run: RunConfig) -> str:
+    """Return the entry of the DeepSpeed JSON that scales gradients before a reduce-scatter."""
+    entries, zero = run.deepspeed.entries, run.deepspeed.zero
+    found = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    entry = next((entry for entry, default in found.items() if entries.get(entry, default) != default), "")
+    scatters = run.deepspeed.stage >= 2 and zero.get("reduce_scatter", True)
+    return given_if(bool(entry) and scatters, f"{entry} {json.dumps(entries.get(entry))} with reduce_scatter")
+
+
+def accumulation_type(run: RunConfig) -> str:
+    """Return the entry of the DeepSpeed JSON that asks for a type in which its ZeRO stage cannot add gradients."""
+    found = run.deepspeed.entries.get("data_types", {}).get("grad_accum_dtype")
+    dtype, stage = run.precision.dtype, run.deepspeed.stage
+    return given_if(
+        found not in (None, dtype) and (stage < 2 or found != "fp32"),
+        f'data_types.grad_accum_dtype "{found}" with parameters in {dtype} and ZeRO stage {stage}',
+    )
+
+
+def odd_buckets(run: RunConfig) -> str:
+    """Return the entry of the DeepSpeed JSON that gives buckets an odd size."""
+    size = run.deepspeed.zero.get("allgather_bucket_size", 2)
+    return given_if(run.deepspeed.stage in (1, 2) and size % 2 == 1, f"zero_optimization.allgather_bucket_size {size}")
+
+
+def partial_offloading(run: RunConfig) -> str:
+    """Return the entry of the DeepSpeed JSON that offloads a part of the optimizer's state."""
+    ratio = run.deepspeed.zero.get("offload_optimizer", {}).get("ratio", 1)
+    return given_if(ratio != 1, f"zero_optimization.offload_optimizer.ratio {ratio:g}")
 
 
 def other_kernels(run: RunConfig) -> str:
@@ -141,6 +173,26 @@ DEEPSPEED = (
         lambda run: given_if(run.metrics.log_num_zeros, "--log-num-zeros-in-grad"),
         "It frees gradients before they could be counted",
         "Remove --log-num-zeros-in-grad, or use --engine native with ZeRO stage 1",
+    ),
+    Limit(
+        scaled_gradients,
+        "ZeRO stages 2 and 3 divide gradients once, after the reduce-scatter",
+        'Remove the entry from the JSON, or write "reduce_scatter": false in zero_optimization',
+    ),
+    Limit(
+        accumulation_type,
+        "ZeRO stages 2 and 3 add gradients in fp32 or in the type of the parameters, stages 0 and 1 in the latter",
+        "Remove grad_accum_dtype from the JSON",
+    ),
+    Limit(
+        odd_buckets,
+        "ZeRO stages 1 and 2 gather an even number of elements at a time",
+        "Write an even number, such as 500000000, or remove the entry",
+    ),
+    Limit(
+        partial_offloading,
+        "A part of the state is offloaded only with DeepSpeed's CPU Adam, which is compiled at the start",
+        "Remove ratio from the JSON",
     ),
 )
 

@@ -5,6 +5,7 @@ from support.job_commands import SMALL
 
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.batch import SequenceRamp
+from megatron_lite.errors import ConfigErrors
 
 
 @pytest.fixture
@@ -110,12 +111,38 @@ def test_stages_2_and_3_and_offloading_run_on_deepspeed(parse):
 
 def test_deepspeed_uses_the_batch_and_its_own_entries(parse):
     entries = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "zero_optimization": {"stage": 2}}
-    config = parse({**entries, "prescale_gradients": True, "tensorboard": {"enabled": False}}).config
+    config = parse({**entries, "memory_breakdown": True, "tensorboard": {"enabled": False}}).config
     assert config.batch.global_batch_size == 8
-    assert config.deepspeed.entries == {"prescale_gradients": True, "zero_optimization": {"stage": 2}}
+    assert config.deepspeed.entries == {"memory_breakdown": True, "zero_optimization": {"stage": 2}}
 
 
 def test_a_section_that_is_switched_off_asks_for_nothing(parse):
     parse({"amp": {"enabled": False}, "flops_profiler": {"enabled": False}, "sparse_attention": {}})
     zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "compute_grad_norm": True}
     assert parse({"zero_optimization": zero}).config.deepspeed.zero == {"stage": 3}
+
+
+def test_a_wrong_value_is_one_error(parse):
+    """A wrong value is dropped, so that no second error follows from it."""
+    curriculum = {"enabled": True, "min_difficulty": "8", "schedule_config": {"total_curriculum_step": 0}}
+    wrong = {"zero_optimization": True, "optimizer": {"type": 1}, "curriculum_learning": curriculum}
+    with pytest.raises(ConfigErrors) as caught:
+        parse(wrong)
+    keys = [error.problem.partition(" in the DeepSpeed JSON")[0] for error in caught.value.errors]
+    assert keys == [
+        "zero_optimization",
+        "optimizer.type",
+        "curriculum_learning.min_difficulty",
+        "curriculum_learning.schedule_config.total_curriculum_step",
+    ]
+
+
+def test_values_as_deepspeed_expects_them(parse):
+    zero = {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": None, "_comment": "none", "allgather_size": 2e8}
+    config = parse({"zero_optimization": zero, "communication_data_type": "FP32", "comms_logger": {"prof_ops": []}})
+    assert config.config.deepspeed.entries == {
+        "comms_logger": {"prof_ops": []},
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000_000, "allgather_bucket_size": 200_000_000},
+    }
+    assert any("allgather_size is read as allgather_bucket_size" in note for note in config.notes)

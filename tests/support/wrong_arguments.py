@@ -88,7 +88,7 @@ FROM_FLAGS = {
     "--device xla --context-parallel-size 2": "cannot run --context-parallel-size 2. It splits samples and heads",
     "--device xla --fp16": "cannot run --fp16. TPUs compute in bf16",
     "--device xla --bf16 --fp8-format e4m3": "cannot run --fp8-format e4m3. The fp8 products are those of GPUs",
-    "--device xla --compile layer": "cannot run --compile layer. XLA compiles every step",
+    "--device xla --compile layer": "cannot run --compile. XLA compiles every step",
     "--device xla --optimizer lion": "cannot run --optimizer lion. It updates partitioned parameters by AdamW or SGD",
     "--device xla --ema-decay 0.9": "cannot run --ema-decay 0.9. Its optimizer keeps no moving average",
     "--device xla --reset-attention-mask": "cannot run --reset-attention-mask. Documents have other lengths",
@@ -110,7 +110,7 @@ FROM_FLAGS = {
         "--transformer-impl local and --norm-kernel te contradict each other"
     ),
     "--device mps --world-size 4": "--device mps cannot run 4 ranks. PyTorch has no communication between Apple",
-    "--device mps --compile layer": "--device mps cannot run --compile layer",
+    "--device mps --compile layer": "--device mps cannot run --compile",
     "--device mps --fp8-format e4m3 --bf16": "--device mps cannot run --fp8-format e4m3. It has no fp8",
     "--device mps --optimizer adafactor": "--device mps cannot run --optimizer adafactor. It has no float64",
     "--device mps --optimizer adamw8bit": "--device mps cannot run --optimizer adamw8bit. It has no float64",
@@ -121,7 +121,7 @@ FROM_FLAGS = {
     ),
     "--engine deepspeed --optimizer lion": "The DeepSpeed engine cannot run --optimizer lion. It updates flat",
     "--engine deepspeed --ema-decay 0.9": "The DeepSpeed engine cannot run --ema-decay 0.9. Its optimizer keeps no",
-    "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile layer. It gathers parameters",
+    "--engine deepspeed --compile layer": "The DeepSpeed engine cannot run --compile. It gathers parameters",
     "--engine deepspeed --check-weight-hash-across-dp-replicas-interval 5": (
         "The DeepSpeed engine cannot run --check-weight-hash-across-dp-replicas-interval 5. Replicas that share"
     ),
