@@ -104,7 +104,7 @@ docs: $(STAMP)-dev
 	$(BIN)/python -m megatron_lite.config.reference
 
 docs-layouts: $(STAMP)-dev
-	$(BIN)/python tests/support/parallelism_page.py
+	PYTHONPATH=tests $(BIN)/python tests/support/parallelism_page.py
 
 # Broken links are errors. The pages need neither a server nor a network.
 site: $(STAMP)-site

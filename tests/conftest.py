@@ -1,6 +1,7 @@
 """Fixtures and settings for all tests."""
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -29,6 +30,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell starts background commands with SIGINT ignored, which the processes of tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_frozen():
+    """Exempt imported modules from garbage collection, a million objects; a training run unfreezes them at its end."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +70,4 @@ def on_ranks(tmp_path_factory):
     pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
     yield pools
     pools.close()
+

@@ -171,7 +171,7 @@ def test_a_rank_0_that_is_stuck_when_another_fails_leaves_no_lock(tmp_path):
 
 
 def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
-    with Job(tmp_path, "sleep", 1, []) as job:
+    with Job(tmp_path, "sleep", 1, ["--distributed-timeout-minutes", "0.2"]) as job:
         job.ends_with(1, 1)
         for rank in (0, 1):
             text = job.text(rank)

@@ -1,7 +1,7 @@
 """Matrix of layouts that must train the same model: a covering set, a runner, and deviations between two runs.
 
 Each cell trains 20 iterations of a tiny model on the same samples through the real engine. The batch ramps up from 2
-micro-batches to 10, so replicas hold uneven numbers of them, and where there are more than two, none at first.
+micro-batches over 6 to 10, so replicas hold uneven numbers of them, and where there are more than two, none at first.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ class Cell:
                 seq_length=LENGTH,
                 micro_batch_size=self.micro_batch,
                 global_batch_size=10,
-                rampup=Rampup(start=2, increment=2, samples=48),
+                rampup=Rampup(start=2, increment=4, samples=48),
             ),
             data=DataConfig(reset_attention_mask=self.documents),
             training=TrainingConfig(train_iters=ITERATIONS),

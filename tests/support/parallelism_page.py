@@ -1,6 +1,6 @@
 """Generator of the table of layouts in docs/parallelism.md.
 
-python tests/support/parallelism_page.py            runs every layout and rewrites the table in the page
+PYTHONPATH=tests python tests/support/parallelism_page.py: run every layout and rewrite the table in the page.
 """
 
 import sys
