@@ -70,4 +70,3 @@ def on_ranks(tmp_path_factory):
     pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
     yield pools
     pools.close()
-
