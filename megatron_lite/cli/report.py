@@ -44,11 +44,13 @@ def run(argv: list[str]) -> int:
         )
 
     from megatron_lite.cli.output_file import write_output
-    from megatron_lite.report.comparison import comparison_page
+    from megatron_lite.report.comparison import comparison_page, same_runs
     from megatron_lite.report.page import run_page
     from megatron_lite.report.run_log import read_run
 
     logs = [read_run(path) for path in runs]
+    for note in same_runs(logs):
+        print(f"note: {note}")
     page = run_page(logs[0]) if len(logs) == 1 else comparison_page(logs)
     path = options.output or (logs[0].folder / REPORT_NAME if len(logs) == 1 else Path(COMPARISON_NAME))
     write_output(path, page, "--output")

@@ -209,11 +209,11 @@ def to_argv(config: RunConfig) -> list[str]:
     derived = field_metadata("derived")
     chosen = {key: value for key, value in leaves.items() if key not in derived and value != _default(key)}
     given = Given()
-    read_command_line(_write(chosen), given)
+    read_command_line(write_fields(chosen), given)
     reread = _resolve(given)
     assert reread is not None and not given.errors, given.errors
     reread_leaves = _leaves(reread)
-    return _write({key: value for key, value in leaves.items() if key in chosen or reread_leaves[key] != value})
+    return write_fields({key: value for key, value in leaves.items() if key in chosen or reread_leaves[key] != value})
 
 
 def _leaves(config: RunConfig) -> dict[Key, Any]:
@@ -230,7 +230,8 @@ def _default(key: Key) -> Any:
     return None if default is MISSING else default
 
 
-def _write(values: dict[Key, Any]) -> list[str]:
+def write_fields(values: dict[Key, Any]) -> list[str]:
+    """Return the arguments that give fields their values; none of them has a default that no flag sets."""
     args: list[str] = []
     if schedule := values.get(key_of(FIELD.batch.step_schedule)):
         length = values[key_of(FIELD.batch.seq_length)]

@@ -52,6 +52,11 @@ def from_record(kind: type[T], record: Mapping[str, Any], where: str = "") -> T:
         ) from error
 
 
+def read_field(kind: type[Any], name: str, value: Any) -> Any:
+    """Return the value of one field of a dataclass from its record; KeyError: there is no such field."""
+    return _value(get_type_hints(kind)[name], value)
+
+
 def _value(hint: Any, value: Any) -> Any:
     if value is None:
         return None

@@ -257,6 +257,15 @@ def _description(chart: Chart, lines: Sequence[Line]) -> str:
     return f"{chart.title} by {chart.x_name}: {names}"
 
 
+def average_line(name: str, x: Values, y: Values, colour: int, note: str = "") -> Line | None:
+    """Return the moving average of a series of any length; None: it has no point."""
+    series = reduce_series(x, y)
+    if not len(series):
+        return None
+    smooth = series.smooth
+    return Line(name, replace(series, y=smooth, low=smooth, high=smooth), colour, "plain", note)
+
+
 def line_of(name: str, x: Values, y: Values, colour: int, style: str = "smooth", note: str = "") -> Line:
     """Return the line of a series of any length."""
     return Line(name, reduce_series(x, y), colour, style, note)

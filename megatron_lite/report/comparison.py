@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_short
-from megatron_lite.report.chart import Chart, Line, draw, line_of
-from megatron_lite.report.html import Markup, choice, details, document, duration, percent, section, table
+from megatron_lite.report.chart import Chart, Line, average_line, draw
+from megatron_lite.report.html import Markup, details, document, duration, percent, section, table
 from megatron_lite.report.page import describe_machine, describe_model, key_figures, pair
-from megatron_lite.report.run_charts import WARM_UP, X_FIELDS, final_loss, validation_lines, varies
-from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_text
+from megatron_lite.report.run_charts import QUANTITIES, X_FIELDS, final_loss, loss_views, validation_lines, varies
+from megatron_lite.report.run_log import LOSS, RunLog, loss_text
+from megatron_lite.report.settings import setting_name, setting_text
 from megatron_lite.report.timeline import BETWEEN, account
-from megatron_lite.runs.comparison import compare_configs, flag_of
+from megatron_lite.runs.comparison import compare_configs
 from megatron_lite.runs.evaluations import Evaluation, job_key, read_evaluations
 from megatron_lite.runs.metrics_file import is_average
 
@@ -38,7 +40,9 @@ def comparison_page(logs: Sequence[RunLog]) -> str:
         for number, (name, log) in enumerate(runs.items(), 1)
     )
     body = (
-        f"<header><h1>{escape(title)}</h1><ul class='legend runs'>{lead}</ul></header>"
+        f"<header><h1>{escape(title)}</h1><ul class='legend runs'>{lead}</ul>"
+        + "".join(f"<p class='note'>{escape(note)}</p>" for note in same_runs(logs))
+        + "</header>"
         + section("loss", "Loss", _losses(runs, "Training loss", _training_line))
         + section("validation", "Validation", _losses(runs, "Validation loss", _validation_line))
         + section("figures", "Key figures", _figures(runs))
@@ -51,47 +55,35 @@ def comparison_page(logs: Sequence[RunLog]) -> str:
     return document(f"{title} · megatron-lite", body)
 
 
+def same_runs(logs: Sequence[RunLog]) -> list[str]:
+    """Return a note for each run that is given more than once, also by another path."""
+    names: dict[Path, list[str]] = {}
+    for name, log in zip(_names(logs), logs, strict=True):
+        names.setdefault(log.path.resolve(), []).append(name)
+    return [f"{' and '.join(equal)} are the same run: {path}" for path, equal in names.items() if len(equal) > 1]
+
+
 def _names(logs: Sequence[RunLog]) -> list[str]:
     """Return a distinct name for each run: the shortest end of its path that no other run has."""
     for depth in range(1, 10):
         names = ["/".join(log.folder.resolve().parts[-depth:]) for log in logs]
         if len(set(names)) == len(names):
             return names
-    return [f"{log.path} ({number})" for number, log in enumerate(logs, 1)]
+    return [f"{log.name}/{log.path.name} ({number})" for number, log in enumerate(logs, 1)]
 
 
 def _losses(runs: Mapping[str, RunLog], title: str, line: Callable[[str, RunLog, str, int], Line | None]) -> str:
     """Return a chart of one loss of each run, over tokens, samples or iterations."""
-    figures: list[tuple[str, str]] = []
-    charts: dict[str, Chart] = {}
+    charts = []
     for x_name in reversed(X_FIELDS):
         lines = [line(name, log, x_name, number) for number, (name, log) in enumerate(runs.items(), 1)]
-        chart = Chart(title, "nats per token", [one for one in lines if one is not None], value="loss", x_name=x_name)
-        if not chart.is_empty:
-            figures.append((f"by {x_name}", draw(chart, tall=True)))
-            charts[x_name] = chart
-    if "tokens" in charts:
-        chart = charts["tokens"]
-        ends = [float(end) for line in chart.lines for end in (line.series.x[0], line.series.x[-1])]
-        late = replace(chart, x_from=min(ends) + WARM_UP * (max(ends) - min(ends)), robust=True)
-        if not late.is_empty:
-            figures.append((f"without the first {WARM_UP:.0%}", draw(late, tall=True)))
-    return choice(title.split()[0].lower(), figures) if figures else ""
+        found = [one for one in lines if one is not None]
+        charts.append(Chart(title, "nats per token", found, value="loss", x_name=x_name))
+    return loss_views(title.split()[0].lower(), charts)
 
 
 def _training_line(name: str, log: RunLog, x_name: str, colour: int) -> Line | None:
-    line = _smooth_line(name, log.columns[X_FIELDS[x_name]], log.losses[LOSS], colour, note="{:.4f}")
-    final = final_loss(log)
-    return line if line is None or math.isfinite(final) else replace(line, note=loss_text(final))
-
-
-def _smooth_line(name: str, x: Column, y: Column, colour: int, *, note: str = "") -> Line | None:
-    """Return the moving average of a series; None: it has no point."""
-    line = line_of(name, x, y, colour, "plain")
-    if not len(line.series):
-        return None
-    series = replace(line.series, y=line.series.smooth, low=line.series.smooth, high=line.series.smooth)
-    return replace(line, series=series, note=note.format(series.y[-1]))
+    return average_line(name, log.columns[X_FIELDS[x_name]], log.losses[LOSS], colour, loss_text(final_loss(log)))
 
 
 def _validation_line(name: str, log: RunLog, x_name: str, colour: int) -> Line | None:
@@ -104,22 +96,16 @@ def _validation_line(name: str, log: RunLog, x_name: str, colour: int) -> Line |
 
 def _charts(runs: Mapping[str, RunLog]) -> list[str]:
     found = []
-    for field, title, value in (
-        ("learning_rate", "Learning rate", "power"),
-        ("grad_norm", "Gradient norm", "short"),
-        ("tokens_per_second", "Tokens per second", "short"),
-        ("mfu", "Model FLOP/s utilization (MFU)", "percent"),
-        ("global_batch_size", "Global batch", "whole"),
-    ):
+    for field in ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "global_batch_size"):
         if field == "global_batch_size" and not any(varies(log.columns[field]) for log in runs.values()):
             continue
+        title, value = QUANTITIES[field]
         lines = [
-            _smooth_line(name, log.columns["iteration"], log.columns[field], number)
+            average_line(name, log.columns["iteration"], log.columns[field], number)
             for number, (name, log) in enumerate(runs.items(), 1)
         ]
-        chart = Chart(
-            title, "", [line for line in lines if line is not None], value=value, robust=field != "learning_rate"
-        )
+        known = [line for line in lines if line is not None]
+        chart = Chart(title, "", known, value=value, robust=field != "learning_rate")
         if not chart.is_empty:
             found.append(draw(chart))
     return found
@@ -131,7 +117,7 @@ def _figures(runs: Mapping[str, RunLog]) -> str:
     rows = [[at_tokens, *losses]]
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label, ("", "")) for column in columns]
-        rows.append([label, *(f"{value} ({note})" if note and label != "Goodput" else value for value, note in cells)])
+        rows.append([label, *(f"{value} ({note})" if note else value for value, note in cells)])
     return table(("", *runs), [row for row in rows if any(row[1:])])
 
 
@@ -158,7 +144,7 @@ def _differences(runs: Mapping[str, RunLog]) -> tuple[str, str]:
     tables = []
     for machine in (False, True):
         rows = [
-            [Markup(f"<code>{escape(flag_of(path))}</code>"), *(_shown(config, path) for config in configs)]
+            [Markup(f"<code>{escape(setting_name(path))}</code>"), *(_shown(config, path) for config in configs)]
             for path in paths
             if (path.partition(".")[0] in MACHINE_SECTIONS) == machine
         ]
@@ -171,7 +157,7 @@ def _shown(config: Mapping[str, Any], path: str) -> str:
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return "not set" if value is None else str(value)
+    return setting_text(path, value)
 
 
 def _time(runs: Mapping[str, RunLog]) -> str:

@@ -94,11 +94,13 @@ def choice(name: str, figures: Sequence[tuple[str, str]]) -> str:
 def duration(seconds: float) -> str:
     """Return a duration with its two largest units.
 
-    >>> duration(0.25), duration(125), duration(3725), duration(200_000), duration(float("nan"))
-    ('0.25 s', '2 min 5 s', '1 h 2 min', '2 d 8 h', 'unknown')
+    >>> duration(0.00025), duration(0.25), duration(125), duration(3725), duration(200_000), duration(float("nan"))
+    ('0.25 ms', '0.25 s', '2 min 5 s', '1 h 2 min', '2 d 8 h', 'unknown')
     """
     if not math.isfinite(seconds):
         return "unknown"
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
     whole = round(seconds)

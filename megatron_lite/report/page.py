@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
-from megatron_lite.config.arguments import to_argv
 from megatron_lite.config.record import from_record
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.evaluation.report import metric_texts
 from megatron_lite.formatting import format_count, format_parameters, format_short, format_size
+from megatron_lite.ops.watch import rank_times
 from megatron_lite.report.energy import read_energy
 from megatron_lite.report.html import Markup, cards, date, details, document, duration, percent, section, table
 from megatron_lite.report.plan import RunPlan, make_plan, planned_parts
 from megatron_lite.report.run_charts import final_loss, loss_chart, marks, source_chart, speed_charts, training_charts
 from megatron_lite.report.run_log import LOSS, RunLog, loss_of, loss_text, lowest
+from megatron_lite.report.settings import all_settings, change_text, command_panel
 from megatron_lite.report.timeline import (
     BETWEEN,
     COMMUNICATION,
@@ -37,7 +36,6 @@ from megatron_lite.report.timeline import (
     account,
 )
 from megatron_lite.runs.catalog import best_iteration, latest_iteration, list_checkpoints
-from megatron_lite.runs.comparison import flag_of
 from megatron_lite.runs.evaluations import read_evaluations
 from megatron_lite.runs.manifest import read_manifest
 from megatron_lite.runs.metrics_file import is_average
@@ -79,7 +77,11 @@ def run_page(log: RunLog) -> str:
         ("validation", "Validation", [_validations(log)]),
         ("checkpoints", "Checkpoints", [_checkpoints(log)]),
         ("evaluations", "Evaluations", [_evaluations(log)]),
-        ("configuration", "Configuration", [_command(log, config), _configuration(log)]),
+        (
+            "configuration",
+            "Configuration",
+            [command_panel(log.start.get("command", ()), config), all_settings(log.config)],
+        ),
         ("environment", "Environment", [_environment(log)]),
     ]
     shown = [(name, title, content) for name, title, content in sections if any(content)]
@@ -152,7 +154,7 @@ def key_figures(log: RunLog, timeline: Timeline) -> Iterator[tuple[str, str, str
     elif math.isfinite(tflops := log.median("tflops_per_device")):
         yield "TFLOP/s per device", f"{tflops:.3g}", "model FLOPs"
     yield "Time", duration(timeline.wall), format_count(timeline.jobs, "job")
-    yield "Goodput", percent(timeline.goodput), "iterations, of the jobs' time"
+    yield "Goodput", percent(timeline.goodput), "of job time spent in iterations"
     hours = timeline.device_seconds / 3600
     yield "Device hours", f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}", ""
     if (energy := read_energy(log.config.get("metrics", {}).get("codecarbon_dir", ""))) is not None:
@@ -202,19 +204,13 @@ def _planned(log: RunLog, timeline: Timeline, plan: RunPlan | None) -> str:
 
 def slow_ranks(log: RunLog) -> str:
     """Return the ranks with the longest busy times; empty: fewer than two ranks were measured."""
-    if not log.rank_seconds or len(log.rank_seconds[-1]) < 2:
+    ranks = rank_times(log.rank_seconds, {**log.start, "config": log.config})
+    if len(ranks) < 2:
         return ""
-    seconds = [sorted(values)[len(values) // 2] for values in zip(*log.rank_seconds, strict=True)]
-    hosts = log.start.get("hosts", ())
-    order = sorted(range(len(seconds)), key=lambda rank: -seconds[rank])
-    middle = sorted(seconds)[len(seconds) // 2]
-    rows = [
-        (str(rank), hosts[rank] if rank < len(hosts) else "", f"{seconds[rank]:.3f} s", f"{seconds[rank] / middle:.2f}")
-        for rank in order[:8]
-        if middle
-    ]
-    listed = table(("rank", "host", "busy in an iteration", "relative to the median rank"), rows, numbers=(2, 3))
-    return details("Ranks with the longest compute and data time", listed)
+    slowest = sorted(ranks, key=lambda one: (-one.ratio, -one.seconds))[:8]
+    rows = [(str(one.rank), one.host, f"{one.seconds:.3f} s", f"{one.ratio:.2f}") for one in slowest]
+    header = ("rank", "host", "busy in an iteration", "relative to the median of its pipeline stage")
+    return details("Ranks with the longest compute and data time", table(header, rows, numbers=(2, 3)))
 
 
 def time_bar(timeline: Timeline) -> str:
@@ -257,28 +253,30 @@ def time_bar(timeline: Timeline) -> str:
 
 def _events(log: RunLog) -> str:
     """Return starts, discarded iterations, rollbacks and spikes, in the order of time."""
-    rows: list[tuple[float, int, str, str]] = []
+    rows: list[tuple[float, int, str]] = []
     for number, (start, changes) in enumerate(zip(log.starts, log.changes, strict=True)):
         if start.get("after_rollback", False):  # the rollback is an event itself
             continue
-        text = "; ".join(f"{flag_of(one.path)} {one.saved} → {one.current}" for one in changes[:8])
+        text = "; ".join(map(change_text, changes[:8]))
         text += f" and {len(changes) - 8} more" if len(changes) > 8 else ""
         began = float(start.get("time", 0.0)) - float(start.get("startup_seconds", 0.0))
-        rows.append((began, int(start.get("iteration", 0)), "restart" if number else "start", text))
+        kind = "restart" if number else "start"
+        rows.append((began, int(start.get("iteration", 0)), f"{kind}: {text}" if text else kind))
     for event in log.events:
         if event.kind == "discarded":
             lost = format_count(int(event.values["iterations"]), "iteration")
             text = f"{lost} discarded ({duration(float(event.values['seconds']))})"
-            rows.append((event.time, int(event.values["iteration"]), "discarded", text))
-    rows += [(mark.time, int(mark.x), mark.kind, mark.text) for mark in marks(log) if mark.kind != "restart"]
+            rows.append((event.time, int(event.values["iteration"]), text))
+    rows += [(mark.time, int(mark.x), mark.text) for mark in marks(log) if mark.kind != "restart"]
     if len(rows) < 2:
         return ""
     rows.sort(key=lambda row: row[0])
-    shown = [
-        (Markup(f"<span class='date'>{date(when)}</span>"), f"{iteration:,}", kind, text)
-        for when, iteration, kind, text in rows[-SHOWN:]
-    ]
-    return table(("time", "iteration", "event", ""), shown, numbers=(1,))
+    shown = [(_date(when), f"{iteration:,}", text) for when, iteration, text in rows[-SHOWN:]]
+    return table(("time (UTC)", "iteration", "event"), shown, numbers=(1,))
+
+
+def _date(seconds: float) -> Markup:
+    return Markup(f"<span class='date'>{date(seconds).removesuffix(' UTC')}</span>")
 
 
 def _warnings(log: RunLog) -> str:
@@ -313,7 +311,7 @@ def _checkpoints(log: RunLog) -> str:
             continue
         names = [name for name, iteration in (("latest", latest), ("best", best)) if iteration == manifest.iteration]
         saved = manifest.writer.get("time")
-        when = date(float(saved)) if isinstance(saved, (int, float)) else ""
+        when = _date(float(saved)) if isinstance(saved, (int, float)) else ""
         rows.append((f"{manifest.iteration:,}", format_size(manifest.size), when, ", ".join(names)))
     saves = [event.values for event in log.events if event.kind == "save"]
     note = ""
@@ -324,7 +322,7 @@ def _checkpoints(log: RunLog) -> str:
             f"<p class='note'>{format_count(len(saves), 'save')}, the longest in {duration(longest)}; training paused "
             f"for {duration(paused)} in all.</p>"
         )
-    return note + table(("iteration", "size", "saved", ""), rows, numbers=(0, 1))
+    return note + table(("iteration", "size", "saved (UTC)", ""), rows, numbers=(0, 1))
 
 
 def _evaluations(log: RunLog) -> str:
@@ -343,36 +341,6 @@ def read_config(log: RunLog) -> RunConfig | None:
         return from_record(RunConfig, log.config)
     except MegatronLiteError:
         return None
-
-
-def _command(log: RunLog, config: RunConfig | None) -> str:
-    words: Sequence[str] = log.start.get("command", ())
-    note = "Command line of the last start:"
-    if not words and config is not None:
-        words, note = to_argv(config), "The command line was not recorded; these flags give the same configuration:"
-    if not words:
-        return ""
-    lines: list[str] = ["python pretrain_gpt.py"]
-    for word in words:
-        if word.startswith("--"):
-            lines.append(shlex.quote(word))
-        else:
-            lines[-1] += " " + shlex.quote(word)
-    text = " \\\n    ".join(lines)
-    return f"<p class='note'>{note}</p><pre>{escape(text)}</pre>"
-
-
-def _configuration(log: RunLog) -> str:
-    panels = "".join(
-        f"<h3>{name}</h3>" + table(("field", "value"), ((f"{key}", _shown(value)) for key, value in values.items()))
-        for name, values in log.config.items()
-        if isinstance(values, dict)
-    )
-    return details("All settings", panels)
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _environment(log: RunLog) -> str:

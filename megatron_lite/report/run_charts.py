@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_lite.formatting import format_count
-from megatron_lite.report.chart import Chart, Line, Mark, draw, line_of
+from megatron_lite.report.chart import Chart, Line, Mark, average_line, draw, line_of
 from megatron_lite.report.html import choice
 from megatron_lite.report.plan import RunPlan
 from megatron_lite.report.run_log import LOSS, Column, RunLog, loss_of, loss_text
@@ -21,6 +21,19 @@ X_FIELDS = {
     "tokens": "consumed_train_tokens",
 }
 """Horizontal axes: name and field."""
+QUANTITIES = {
+    "learning_rate": ("Learning rate", "power"),
+    "grad_norm": ("Gradient norm", "short"),
+    "global_batch_size": ("Global batch", "whole"),
+    "seq_length": ("Sequence length", "whole"),
+    "loss_scale": ("Loss scale", "whole"),
+    "params_norm": ("Norm of the parameters", "short"),
+    "num_zeros": ("Zeros in the gradient", "short"),
+    "tokens_per_second": ("Tokens per second", "short"),
+    "mfu": ("Model FLOP/s utilization (MFU)", "percent"),
+    "tflops_per_device": ("TFLOP/s per device", "short"),
+}
+"""Columns with a chart: title, and format of the values (Chart.value)."""
 SOURCES_SHOWN = 24
 WARM_UP = 0.1
 """Share of the run that the second view of the loss leaves out."""
@@ -32,7 +45,8 @@ def marks(log: RunLog) -> list[Mark]:
         Mark(
             spike.first,
             "spike",
-            f"spike: loss {loss_text(spike.loss)} in iterations {spike.first} to {spike.last}",
+            f"spike: loss {loss_text(spike.loss)} in iterations {spike.first} to {spike.last}"
+            + (", discarded" if spike.discarded else ""),
             spike.time,
         )
         for spike in log.spikes
@@ -62,19 +76,25 @@ def marks(log: RunLog) -> list[Mark]:
 def loss_chart(log: RunLog) -> str:
     """Return training and validation loss, over iterations, samples or tokens, and without the first part."""
     events = marks(log)
-    charts = {name: _loss(log, name) for name in X_FIELDS}
-    figures = [
-        (f"by {name}", draw(replace(chart, marks=_moved(events, log, name)), tall=True))
-        for name, chart in charts.items()
-        if not chart.is_empty
-    ]
-    reached = log.columns["iteration"]
-    if len(reached) >= 20:
-        late = replace(charts["iteration"], x_from=float(reached[0] + WARM_UP * (reached[-1] - reached[0])))
-        late = replace(late, robust=True, marks=events)
-        if not late.is_empty:
+    return loss_views("loss", [replace(_loss(log, name), marks=_moved(events, log, name)) for name in X_FIELDS])
+
+
+def loss_views(name: str, charts: Sequence[Chart]) -> str:
+    """Return charts of a loss of which one is shown, and the first of them without the first iterations.
+
+    Args:
+        name: of the choice, unique in the page.
+        charts: over different x; those without a point are left out.
+    """
+    shown = [chart for chart in charts if not chart.is_empty]
+    figures = [(f"by {chart.x_name}", draw(chart, tall=True)) for chart in shown]
+    for chart in shown[:1]:
+        drawn = [line.series for line in chart.lines if len(line.series)]
+        first, last = min(series.x[0] for series in drawn), max(series.x[-1] for series in drawn)
+        late = replace(chart, x_from=float(first + WARM_UP * (last - first)), robust=True)
+        if max(series.count for series in drawn) >= 20 and not late.is_empty:
             figures.append((f"without the first {WARM_UP:.0%}", draw(late, tall=True)))
-    return choice("loss", figures) if figures else ""
+    return choice(name, figures) if figures else ""
 
 
 def _loss(log: RunLog, x_name: str) -> Chart:
@@ -121,13 +141,8 @@ def source_chart(log: RunLog) -> str:
     """Return the training loss of each data source of a blend; empty: there is one source."""
     names = [name for name in log.losses if name != LOSS]
     x = log.columns["iteration"]
-    lines = [
-        replace(
-            line, style="plain", series=replace(line.series, y=line.series.smooth), note=f"{line.series.smooth[-1]:.4f}"
-        )
-        for number, name in enumerate(names[:SOURCES_SHOWN], 1)
-        if len((line := line_of(name, x, log.losses[name], number)).series)
-    ]
+    found = [average_line(name, x, log.losses[name], number) for number, name in enumerate(names[:SOURCES_SHOWN], 1)]
+    lines = [replace(line, note=f"{line.series.y[-1]:.4f}") for line in found if line is not None]
     if not lines:
         return ""
     shown = "" if len(names) <= SOURCES_SHOWN else f"{SOURCES_SHOWN} of "
@@ -139,19 +154,13 @@ def training_charts(log: RunLog) -> list[str]:
     """Return learning rate, gradient norm and the other quantities that change during the run."""
     columns = log.columns
     found = [
-        _chart(log, "Learning rate", "", columns["learning_rate"], value="power", style="plain"),
-        _chart(log, "Gradient norm", "before clipping", columns["grad_norm"], log_scale=True),
+        _chart(log, "learning_rate", style="plain"),
+        _chart(log, "grad_norm", "before clipping", log_scale=True),
     ]
-    for name, title, unit in (
-        ("global_batch_size", "Global batch", "samples"),
-        ("seq_length", "Sequence length", "tokens"),
-        ("loss_scale", "Loss scale", ""),
-    ):
+    for name, unit in (("global_batch_size", "samples"), ("seq_length", "tokens"), ("loss_scale", "")):
         if varies(columns[name]):
-            found.append(_chart(log, title, unit, columns[name], style="plain", value="whole"))
-    for name, title in (("params_norm", "Norm of the parameters"), ("num_zeros", "Zeros in the gradient")):
-        if np.isfinite(columns[name]).any():
-            found.append(_chart(log, title, "", columns[name]))
+            found.append(_chart(log, name, unit, style="plain"))
+    found += [_chart(log, name) for name in ("params_norm", "num_zeros")]
     return [figure for figure in found if figure]
 
 
@@ -165,23 +174,19 @@ def speed_charts(log: RunLog, plan: RunPlan | None = None) -> list[str]:
     columns, world = log.columns, max(1, int(log.start.get("world_size", 1)))
     tokens = columns["global_batch_size"] * columns["seq_length"]
     expected = None if plan is None else tokens / plan.seconds
-    found = [
-        _speed(log, "Tokens per second", f"all {format_count(world, 'device')}", columns["tokens_per_second"], expected)
-    ]
-    for name, title, unit, value in (
-        ("mfu", "Model FLOP/s utilization (MFU)", "of the device's peak", "percent"),
-        ("tflops_per_device", "TFLOP/s per device", "model FLOPs", "short"),
-    ):
+    found = [_speed(log, "tokens_per_second", f"all {format_count(world, 'device')}", expected)]
+    for name, unit in (("mfu", "of the device's peak"), ("tflops_per_device", "model FLOPs")):
         values = columns[name]
         if np.isfinite(values).any():
             # Both are proportional to tokens per second, at one sequence length.
             wanted = None if expected is None else expected * np.nanmedian(values / columns["tokens_per_second"])
-            found.append(_speed(log, title, unit, values, wanted, value))
+            found.append(_speed(log, name, unit, wanted))
             break
     return [figure for figure in found if figure]
 
 
-def _speed(log: RunLog, title: str, unit: str, values: Column, plan: Column | None, value: str = "short") -> str:
+def _speed(log: RunLog, name: str, unit: str, plan: Column | None) -> str:
+    values, (title, value) = log.columns[name], QUANTITIES[name]
     if not np.isfinite(values).any():
         return ""
     x = log.columns["iteration"]
@@ -192,16 +197,8 @@ def _speed(log: RunLog, title: str, unit: str, values: Column, plan: Column | No
     return draw(Chart(title, unit, lines, marks=marks(log), value=value, robust=len(values) > 20))
 
 
-def _chart(
-    log: RunLog,
-    title: str,
-    unit: str,
-    values: Column,
-    *,
-    style: str = "smooth",
-    value: str = "short",
-    log_scale: bool = False,
-) -> str:
+def _chart(log: RunLog, name: str, unit: str = "", *, style: str = "smooth", log_scale: bool = False) -> str:
+    values, (title, value) = log.columns[name], QUANTITIES[name]
     known = values[np.isfinite(values)]
     if not len(known):
         return ""

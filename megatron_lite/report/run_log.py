@@ -60,12 +60,16 @@ _EXIT_FLAG = re.compile(r"--exit-[\w-]+")
 
 @dataclass(frozen=True)
 class Spike:
-    """Recorded loss spike: iterations [first, last], the highest loss, and the time of the warning."""
+    """Recorded loss spike: iterations [first, last], the highest loss, the time of the warning.
+
+    `discarded`: these iterations are not in the curves, because a restart or rollback discarded them.
+    """
 
     first: int
     last: int
     loss: float
     time: float
+    discarded: bool
 
 
 @dataclass
@@ -241,6 +245,7 @@ class _Reader:
         self._columns = {name: array("d") for name in FIELDS}
         self._losses: dict[str, array[float]] = {LOSS: array("d")}
         self._config: dict[str, Any] = {}
+        self._spikes: dict[tuple[int, int, str], Spike] = {}
         self._count = 0
 
     def read(self) -> None:
@@ -259,6 +264,7 @@ class _Reader:
         log.columns = {name: np.array(values) for name, values in self._columns.items()}
         log.losses = {name.removeprefix(f"{LOSS} "): np.array(values) for name, values in self._losses.items()}
         log.config = self._config
+        log.spikes = list(self._spikes.values())
         if not log.first_time:
             log.first_time = log.last_time - float(log.columns["seconds"].sum())
 
@@ -312,11 +318,10 @@ class _Reader:
             if text.startswith("WARNING"):
                 log.warnings.append((int(record.get("iteration", 0)), text.removeprefix("WARNING: ")))
         if kind in ("message", "discarded"):
-            known = {(spike.first, spike.last, loss_text(spike.loss)) for spike in log.spikes}
             for time_of, match in spikes_of(record):
-                spike = Spike(int(match[2]), int(match[3]), float(match[1].rstrip(",")), time_of)
-                if (spike.first, spike.last, loss_text(spike.loss)) not in known:
-                    log.spikes.append(spike)
+                first, last, loss = int(match[2]), int(match[3]), float(match[1].rstrip(","))
+                # A restart repeats the spikes of the iterations that it discards.
+                self._spikes[first, last, loss_text(loss)] = Spike(first, last, loss, time_of, kind == "discarded")
         if kind in ("start", "validation", "save", "discarded"):
             log.events.append(Event(kind, when, log.last_time, record))
 

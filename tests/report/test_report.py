@@ -84,7 +84,7 @@ def test_a_page_shows_everything_and_loads_nothing(run):
         *("automatic rollback to iteration 2000", "restart"),
         *("130 iterations discarded", "skipping samples 131072 to 131583", "Gradient norm", "Learning rate"),
         *("lost to restarts", "communication and waiting", "between jobs", "17.25 ±0.500", "wikitext (window 2048)"),
-        *("--data-path &#x27;a &lt;b&gt;&#x27;", "PyTorch", "2.11.0", "989 TFLOP/s per device in bf16", "1.27"),
+        *("--data-path &#x27;a &lt;b&gt;&#x27;", "PyTorch", "2.11.0", "989 TFLOP/s per device in bf16", "1.29"),
     ):
         assert text in page, text
 
@@ -336,7 +336,15 @@ def test_runs_are_compared_over_tokens_with_their_differing_settings(run, tmp_pa
     assert f"{tmp_path.name}/{name}" in page, "equal names show more of the path"
     assert "<code>--lr</code></td><td>0.0006</td><td>0.0003</td>" in page
     assert "Training loss at 393M tokens" in page and "by samples" in page and "wikitext (window 2048)" in page
-    assert "No setting that changes what is learned differs" in comparison_page([read_run(run)] * 2)
+
+
+def test_a_run_compared_with_itself_is_noted(run, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(run)
+    output = tmp_path / "comparison.html"
+    assert command.run([str(run), str(tmp_path / "link"), "--output", str(output)]) == 0
+    assert "(1) and gpt <1.3B> & co/metrics.jsonl (2) are the same run: " in capsys.readouterr().out
+    page = output.read_text(encoding="utf-8")
+    assert "are the same run" in page and "No setting that changes what is learned differs" in page
 
 
 PROBE = """<pre id='probe'></pre><script>
