@@ -14,7 +14,8 @@ from typing import TextIO
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_duration
-from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.sink import Sink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ def format_validation(report: ValidationReport) -> str:
     return f"{dashes}\n{line}\n{dashes}"
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """Writes one log line per log interval.
 
     Args:
@@ -187,9 +188,6 @@ class ConsoleSink:
     def validation(self, report: ValidationReport) -> None:
         """Print the evaluation."""
         self._write(format_validation(report))
-
-    def saved(self, record: SaveRecord) -> None:
-        """Do nothing: a message reports it."""
 
     def message(self, text: str) -> None:
         """Print the text unchanged."""

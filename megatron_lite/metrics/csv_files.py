@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.sink import Sink
 from megatron_lite.runs.atomic import replace_file
 from megatron_lite.runs.metrics_file import move_aside
 
@@ -45,7 +46,7 @@ VALIDATION_FIELDS = (
 )
 
 
-class CsvSink:
+class CsvSink(Sink):
     """Appends a row to `iterations.csv`, `validations.csv` or `saves.csv` for each event.
 
     A resume removes the rows after its iteration, as in metrics.jsonl; a run that starts at 0 moves existing files
@@ -86,12 +87,6 @@ class CsvSink:
         """Append the save."""
         names = ("iteration", "seconds", "blocking_seconds", "size")
         self._append("saves", {name: getattr(record, name) for name in names})
-
-    def message(self, text: str) -> None:
-        """Do nothing: messages have no columns."""
-
-    def stopping(self) -> None:
-        """Do nothing: no row is buffered."""
 
     def close(self) -> None:
         """Close the files."""

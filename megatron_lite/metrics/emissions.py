@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
-from megatron_lite.metrics.sink import missing_library
+from megatron_lite.metrics.report import RunFacts, SaveRecord
+from megatron_lite.metrics.sink import Sink, missing_library
 
 START_SECONDS = 30
 """Longest wait for the tracker's start, at the end of a short job."""
@@ -28,7 +28,7 @@ def import_codecarbon() -> Any:
     return codecarbon
 
 
-class EmissionsSink:
+class EmissionsSink(Sink):
     """Runs CodeCarbon's tracker, which measures the node in a thread of its own, without network.
 
     Args:
@@ -50,22 +50,10 @@ class EmissionsSink:
         self._thread = threading.Thread(target=self._begin, name="codecarbon", daemon=True)
         self._thread.start()
 
-    def iteration(self, report: IterationReport) -> None:
-        """Do nothing: the tracker measures by itself."""
-
-    def validation(self, report: ValidationReport) -> None:
-        """Do nothing."""
-
     def saved(self, record: SaveRecord) -> None:
         """Write the sums so far, which a kill would lose."""
         if self._thread is not None and not self._thread.is_alive():
             self._check(self._started().flush())
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def stopping(self) -> None:
-        """Do nothing."""
 
     def close(self) -> None:
         """Write the sums of the job."""

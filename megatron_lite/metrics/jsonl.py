@@ -13,11 +13,12 @@ from typing import Any
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import TrainingError
 from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.sink import Sink
 from megatron_lite.runs.metrics_file import encode, prepare
 from megatron_lite.system_errors import reason, remedy
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends one line per event, unbuffered: a kill loses at most the line being written.
 
     Args:
@@ -67,9 +68,6 @@ class JsonlSink:
             self._early.append((text, time.time()))
         else:
             self._append("message", {"iteration": self._iteration, "text": text})
-
-    def stopping(self) -> None:
-        """Do nothing: no record is buffered."""
 
     def close(self) -> None:
         """Close the file."""

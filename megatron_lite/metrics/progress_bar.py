@@ -10,7 +10,8 @@ from rich.text import Text
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.formatting import format_duration, format_short
-from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
+from megatron_lite.metrics.sink import Sink
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -43,7 +44,7 @@ _BAR = 8
 """Minimum columns of the bar."""
 
 
-class ProgressSink:
+class ProgressSink(Sink):
     """Progress bar; the console sink prints its lines above the bar through `write`.
 
     Args:
@@ -91,12 +92,6 @@ class ProgressSink:
         if self._task is not None and self._last is not None:
             status = format_status(self._last, self._validation_loss, self._console.width - _BAR - len(" 100%  "))
             self._progress.update(self._task, completed=self._last.iteration, status=status)
-
-    def saved(self, record: SaveRecord) -> None:
-        """Do nothing: a message reports it."""
-
-    def message(self, text: str) -> None:
-        """Do nothing: the console sink prints messages through `write`."""
 
     def stopping(self) -> None:
         """Stop the bar in its last state and restore the cursor."""

@@ -1,9 +1,8 @@
-"""Sink protocol, and the guard by which a failing sink does not stop training."""
+"""Base class of the metric sinks, and the guard by which a failing sink does not stop training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError, install_extra
@@ -11,8 +10,8 @@ from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, 
 from megatron_lite.system_errors import reason
 
 
-class Sink(Protocol):
-    """Destination of reports."""
+class Sink:
+    """Destination of reports. A subclass overrides the methods of the events that it handles."""
 
     def start(self, config: RunConfig, facts: RunFacts) -> None:
         """Handle the start of training, before the first iteration."""
@@ -44,7 +43,7 @@ def missing_library(flag: str, name: str, error: ImportError) -> ConfigError:
     )
 
 
-class GuardedSink:
+class GuardedSink(Sink):
     """Passes events to a sink until it fails; then warns once, and passes nothing more.
 
     For tools beside the training, such as trackers in the network: without them the run loses nothing that it needs to

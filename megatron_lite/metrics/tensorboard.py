@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.rewind import VS_SAMPLES, cut_events
 from megatron_lite.metrics.scalars import (
     is_logged,
@@ -20,7 +20,7 @@ from megatron_lite.metrics.scalars import (
     training_scalars,
     validation_scalars,
 )
-from megatron_lite.metrics.sink import missing_library
+from megatron_lite.metrics.sink import Sink, missing_library
 from megatron_lite.system_errors import reason, remedy
 
 
@@ -43,7 +43,7 @@ def open_writer(folder: str, queue_size: int) -> Any:
         ) from error
 
 
-class TensorboardSink:
+class TensorboardSink(Sink):
     """Writes scalars to TensorBoard.
 
     Args:
@@ -83,15 +83,6 @@ class TensorboardSink:
             self._writer.add_scalar(tag, value, report.iteration)
             self._writer.add_scalar(f"{tag}{VS_SAMPLES}", value, report.consumed_train_samples)
         self._writer.flush()
-
-    def saved(self, record: SaveRecord) -> None:
-        """Do nothing: a message reports it."""
-
-    def message(self, text: str) -> None:
-        """Do nothing: TensorBoard shows no messages."""
-
-    def stopping(self) -> None:
-        """Do nothing: close() flushes."""
 
     def close(self) -> None:
         """Flush and close the writer."""

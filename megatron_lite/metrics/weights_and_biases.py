@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_lite.config.metrics import MetricsConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.metrics.report import IterationReport, RunFacts, SaveRecord, ValidationReport
+from megatron_lite.metrics.report import IterationReport, RunFacts, ValidationReport
 from megatron_lite.metrics.scalars import is_logged, machine_scalars, training_scalars, validation_scalars
-from megatron_lite.metrics.sink import missing_library
+from megatron_lite.metrics.sink import Sink, missing_library
 from megatron_lite.runs.atomic import replace_file
 
 RUN_ID_NAME = "wandb_run_id.txt"
@@ -34,7 +34,7 @@ def import_wandb() -> Any:
     return wandb
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Logs scalars by iteration.
 
     W&B's own step only grows, while a rollback repeats iterations: the iteration is therefore a logged value, and the
@@ -90,15 +90,6 @@ class WandbSink:
     def validation(self, report: ValidationReport) -> None:
         """Log the losses."""
         self._log(report, validation_scalars(self._config, report))
-
-    def saved(self, record: SaveRecord) -> None:
-        """Do nothing: checkpoints stay where they are."""
-
-    def message(self, text: str) -> None:
-        """Do nothing: metrics.jsonl holds the messages."""
-
-    def stopping(self) -> None:
-        """Do nothing: close() uploads the rest."""
 
     def close(self) -> None:
         """Finish the W&B run, as failed if an error ends the job."""
