@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "time, memory, disk, cost and failures of a training command, before it is queued"
 DEFAULT_GPU = "h100-80gb"
+DEFAULT_GPUS = {"cpu": "cpu", "xla": "tpu-v4"}
+"""Data sheets of --device cpu and xla, if --gpu is not given."""
 MAX_DEVICES = 10**6
 USAGE = f"""usage: megatron-lite plan FLAG [VALUE] … [--world-size N] [OPTION …]
        megatron-lite plan [OPTION …] torchrun --nproc-per-node 8 pretrain_gpt.py FLAG [VALUE] …
@@ -34,8 +37,8 @@ the data. Exit code 1: the run does not fit, cannot finish, or exceeds
 --budget-hours; or the command line has an error.
 
 machine
-  --gpu NAME               data sheet to use (default: {DEFAULT_GPU}); an unknown name
-                           lists all
+  --gpu NAME               data sheet to use (default: {DEFAULT_GPU}, cpu with --device
+                           cpu, {DEFAULT_GPUS["xla"]} with --device xla); an unknown name lists all
   --gpus-per-node N        (default: those of the vendor's reference system)
   --network-gbit X         Gbit/s of one GPU to other nodes (likewise)
   --write-gbytes X         GB/s of all nodes to the file system (default: 1 for
@@ -96,6 +99,8 @@ OPTIONS: dict[str, Option] = {
 }
 """Options with a value: what reads it, and its description."""
 SWITCHES = ("--json", "--search")
+PLAIN_VALUE = re.compile(r"[\d.]+|yes|no|true|false|on|off", re.IGNORECASE)
+"""Values that name no launcher."""
 SEARCH_OPTIONS = frozenset({"--gpu", "--gpus-per-node", "--network-gbit", "--calibrate"})
 """Options that --search uses."""
 
@@ -158,8 +163,8 @@ def _search(request: Request) -> dict[str, Any]:
                 fix=f"Remove {' and '.join(unused)}, or remove --search",
             )
         )
-    parsed, machine, _ = _inputs(request)
-    return search_record(parsed, machine)
+    parsed, machine, calibration = _inputs(request)
+    return search_record(parsed, machine, is_calibrated=calibration is not None)
 
 
 def read_request(argv: Sequence[str]) -> Request:
@@ -183,16 +188,16 @@ def read_request(argv: Sequence[str]) -> Request:
         elif word in SWITCHES:
             request.as_json |= word == "--json"
             request.search |= word == "--search"
-            _check_next(request, word, words[place:], "no value")
+            place += _refuse_value(request, word, words[place:], "no value")
         elif option in OPTIONS:
             if not equals:
                 value = words[place] if place < len(words) and not words[place].startswith("--") else ""
                 place += bool(value)
             _read(request, option, value)
-            _check_next(request, word, words[place:], "one value")
-        elif spelling(name) == "--world-size" and not request.words and not equals:
-            ranks = words[place - 1 : place + 1]
-            place += 1
+            place += _refuse_value(request, word, words[place:], "one value")
+        elif spelling(name) == "--world-size" and not request.words:
+            ranks = [word] if equals else words[place - 1 : place + 1]
+            place += not equals
         elif (near := _nearest_option(word)) is not None:
             request.errors.append(ConfigError(f"Unknown option {name} of plan", fix=f"Write {near}"))
             place += not equals and place < len(words) and not words[place].startswith("--")
@@ -203,12 +208,18 @@ def read_request(argv: Sequence[str]) -> Request:
     return request
 
 
-def _check_next(request: Request, word: str, rest: Sequence[str], values: str) -> None:
-    """Refuse a word after an option and its value, which the flag before the option would take as its own."""
-    if rest and request.words and not rest[0].startswith("-"):
+def _refuse_value(request: Request, word: str, rest: Sequence[str], values: str) -> bool:
+    """Refuse a value too many of an option; return whether there is one.
+
+    Amid training flags every word after an option and its value is one: the flag before the option would take it as its
+    own. Before the training command it may be the launcher, unless it is a number or a truth value.
+    """
+    is_value = bool(rest) and not rest[0].startswith("-") and bool(request.words or PLAIN_VALUE.fullmatch(rest[0]))
+    if is_value:
         request.errors.append(
             ConfigError(f"{word} takes {values}, but {shortened(rest[0])} follows", fix=f"Remove {shortened(rest[0])}")
         )
+    return is_value
 
 
 def _nearest_option(word: str) -> str | None:
@@ -216,11 +227,16 @@ def _nearest_option(word: str) -> str | None:
     name = spelling(word)
     if not name.startswith("--") or name in flags_by_spelling():
         return None
-    return next(iter(difflib.get_close_matches(name, [*OPTIONS, *SWITCHES], n=1, cutoff=0.8)), None)
+    whole = [option for option in OPTIONS if name[2:] in option[2:].split("-")]
+    near = difflib.get_close_matches(name, [*OPTIONS, *SWITCHES], n=1, cutoff=0.8)
+    return whole[0] if len(whole) == 1 else next(iter(near), None)
 
 
 def _read(request: Request, name: str, value: str) -> None:
     read, kind = OPTIONS[name]
+    if name in request.values:
+        request.errors.append(ConfigError(f"{name} is given twice", fix=f"Remove one {name}"))
+        return
     if not value:
         request.errors.append(ConfigError(f"{name} has no value", fix=f"Give {name} {kind}"))
         return
@@ -252,9 +268,10 @@ def _inputs(request: Request) -> tuple[ParsedRun, Hardware, Calibration | None]:
         ConfigError, ConfigErrors: of all that is wrong with options and training command.
     """
     errors = list(request.errors)
-    calibration = _collected(errors, lambda: _calibration(request))
-    machine = _collected(errors, lambda: calibration.machine if calibration else _machine(request))
     parsed = _collected(errors, lambda: _parsed(request))
+    device = parsed.config.runtime.device if parsed else "auto"
+    calibration = _collected(errors, lambda: _calibration(request))
+    machine = _collected(errors, lambda: calibration.machine if calibration else _machine(request, device))
     raise_all(errors)
     assert machine is not None and parsed is not None
     return parsed, machine, calibration
@@ -283,11 +300,12 @@ def _parsed(request: Request) -> ParsedRun:
     return parsed
 
 
-def _machine(request: Request) -> Hardware:
+def _machine(request: Request, device: str = "auto") -> Hardware:
+    """Return the machine of the options; without --gpu, of the training command's --device."""
     from megatron_lite.planner.hardware import hardware
 
     return hardware(
-        request.get("--gpu", DEFAULT_GPU),
+        request.get("--gpu", DEFAULT_GPUS.get(device, DEFAULT_GPU)),
         per_node=request.get("--gpus-per-node", 0),
         network_gbit=request.get("--network-gbit", 0.0),
     )

@@ -15,13 +15,14 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.serving.epochs import with_epochs
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.formatting import format_size
-from megatron_lite.planner.advice import advise
+from megatron_lite.planner.advice import advise, device_advice
 from megatron_lite.planner.calibration import Calibration
+from megatron_lite.planner.compute import peak_of
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import Assumptions, JobPlan, plan_job
 from megatron_lite.planner.memory import rank_memory
 from megatron_lite.planner.nodes import even_nodes, node_counts
-from megatron_lite.planner.summary import summarize
+from megatron_lite.planner.summary import model_size
 from megatron_lite.runs.catalog import latest_iteration
 from megatron_lite.schedules.batch_size import global_batch_size
 from megatron_lite.schedules.length import last_iteration
@@ -60,9 +61,9 @@ def plan_record(
     memory = _memory(config, machine)
     done = min(_done(config), job.iterations)
     over_budget = bool(budget) and job.cost.device_hours > budget
-    warnings = [str(advice) for advice in advise(config, machine, job)]
-    if machine.device.name == "cpu" and calibration is None:
-        warnings.insert(0, "The speeds of --gpu cpu are placeholders. Give --calibrate with a run's metrics.jsonl")
+    of_device = device_advice(config, machine, is_calibrated=calibration is not None)
+    warnings = [str(advice) for advice in (*of_device, *advise(config, machine, job))]
+    even = even_nodes(config, machine, min(MAX_NODES, 4 * job.nodes))
     if machine.device.memory and not memory["fits"]:
         warnings.insert(0, _does_not_fit(config, memory, machine))
     if over_budget:
@@ -83,7 +84,7 @@ def plan_record(
         },
         "warnings": [*warnings, *parsed.warnings],
         "notes": [*parsed.notes, *map(str, missing_files(config, parsed.missing, parsed.spellings))],
-        "model": {**asdict(summarize(config).model), "vocabulary_from": vocabulary},
+        "model": {**asdict(model_size(config)), "vocabulary_from": vocabulary},
         "layout": {"text": describe_sizes(axis_sizes(config.parallel)), "world_size": config.parallel.world_size}
         | axis_sizes(config.parallel),
         "machine": asdict(machine) | {"nodes": job.nodes},
@@ -103,8 +104,8 @@ def plan_record(
             for name, value in [*asdict(job.goodput).items(), ("between_saves_seconds", job.between_saves)]
         },
         "cost": asdict(job.cost),
-        "nodes": [asdict(count) for count in node_counts(config, machine)],
-        "nodes_without_idle_replicas": even_nodes(config, machine, min(MAX_NODES, 4 * job.nodes)),
+        "nodes": [asdict(count) for count in node_counts(config, machine, even)],
+        "nodes_without_idle_replicas": even,
         "calibration": None if calibration is None else _calibration(calibration),
         "formulas": FORMULAS,
     }
@@ -168,8 +169,7 @@ def _does_not_fit(config: RunConfig, memory: dict[str, Any], machine: Hardware) 
 
 
 def _time(job: JobPlan, machine: Hardware, config: RunConfig) -> dict[str, Any]:
-    dtype = "fp8" if config.fp8.format != "off" else config.precision.dtype
-    peak = machine.device.peak(dtype, tf32=config.runtime.tf32) or machine.device.peak("fp32")
+    dtype, peak = peak_of(config, machine)
     return {
         "iterations": job.iterations,
         "samples": job.samples,

@@ -11,12 +11,14 @@ from megatron_lite.config.arguments import ParsedRun
 from megatron_lite.config.layout import axis_sizes
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.formatting import format_parameters, format_size, size_unit
+from megatron_lite.formatting import format_count, format_size, size_unit
+from megatron_lite.planner.advice import device_advice
+from megatron_lite.planner.compute import peak_of
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.memory import fullest_bytes, rank_memory
 from megatron_lite.planner.search import FoundLayout, SearchResult, fewest_devices, layout_flags, search
 from megatron_lite.planner.step_time import step_time_of
-from megatron_lite.planner.summary import summarize
+from megatron_lite.planner.summary import model_size
 from megatron_lite.schedules.batch_size import final_batch_size
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
@@ -26,8 +28,13 @@ MAX_DEVICES = 1 << 17
 """Devices up to which an error names the number that would do."""
 
 
-def search_record(parsed: ParsedRun, machine: Hardware) -> dict[str, Any]:
+def search_record(parsed: ParsedRun, machine: Hardware, *, is_calibrated: bool) -> dict[str, Any]:
     """Return the best layouts as a JSON record.
+
+    Args:
+        parsed: the training command.
+        machine: device, node size and efficiencies.
+        is_calibrated: the machine is fitted to a measured run.
 
     Raises:
         ConfigError: no layout fits, or none is valid.
@@ -47,7 +54,8 @@ def search_record(parsed: ParsedRun, machine: Hardware) -> dict[str, Any]:
     )
     fits = not machine.device.available or own.memory <= machine.device.available
     return {
-        "model": format_parameters(summarize(config).model.exact),
+        "model": model_size(config).name,
+        "warnings": [str(advice) for advice in device_advice(config, machine, is_calibrated=is_calibrated)],
         "vocabulary_from": vocabulary,
         "devices": config.parallel.world_size,
         "device": machine.device.name,
@@ -65,13 +73,16 @@ def search_record(parsed: ParsedRun, machine: Hardware) -> dict[str, Any]:
 def print_search(record: dict[str, Any]) -> None:
     """Print the best layouts, and the flags of the first."""
     from rich.table import Table
+    from rich.text import Text
 
     console = make_console(highlight=False)
     console.print(
         f"{record['model']} on {record['devices']:,} x {record['device']}, batch {record['global_batch']:,} x "
-        f"{record['seq_length']:,} tokens: {record['fitting']:,} of {record['tried']:,} layouts fit",
+        f"{record['seq_length']:,} tokens: {format_count(record['fitting'], 'layout')} fit, of {record['tried']:,}",
         style="bold",
     )
+    for warning in record["warnings"]:
+        console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
     given = record["given"]
     shown = [(str(number), layout) for number, layout in enumerate(record["layouts"][:SHOWN], 1)] + [("given", given)]
     axes = [axis for axis in ("tp", "cp", "pp", "dp") if axis != "cp" or any(layout["cp"] > 1 for _, layout in shown)]
@@ -91,7 +102,7 @@ def print_search(record: dict[str, Any]) -> None:
             layout["recompute"],
             "yes" if layout["distributed_optimizer"] else "no",
             f"{layout['step_seconds']:.3g}",
-            "" if layout["mfu"] is None else f"{layout['mfu']:.1%}",
+            f"{layout['mfu']:.1%}",
             f"{layout['memory_bytes'] / unit:.1f}",
         )
     console.print()
@@ -110,8 +121,7 @@ def _layout(found: FoundLayout, machine: Hardware) -> dict[str, Any]:
     is_block = recompute.granularity == "full" and recompute.method == "block"
     again = f"block {recompute.num_layers}" if is_block else recompute.granularity
     chunk = parallel.num_layers_per_virtual_stage
-    dtype = "fp8" if config.fp8.format != "off" else config.precision.dtype
-    peak = machine.device.peak(dtype, tf32=config.runtime.tf32)
+    _, peak = peak_of(config, machine)
     return {
         **axis_sizes(parallel),
         "schedule": parallel.pipeline_schedule,
@@ -121,7 +131,7 @@ def _layout(found: FoundLayout, machine: Hardware) -> dict[str, Any]:
         "distributed_optimizer": parallel.distributed_optimizer,
         "step_seconds": step.total,
         "tokens_per_second": step.tokens / step.total,
-        "mfu": step.model_flops_per_second / peak if peak else None,
+        "mfu": step.model_flops_per_second / peak,
         "parts_seconds": step.parts,
         "memory_bytes": found.memory,
         "flags": layout_flags(config),
@@ -130,7 +140,7 @@ def _layout(found: FoundLayout, machine: Hardware) -> dict[str, Any]:
 
 def _nothing_fits(given: RunConfig, config: RunConfig, machine: Hardware, found: SearchResult) -> ConfigError:
     world, device = config.parallel.world_size, machine.device
-    name = format_parameters(summarize(config).model.exact)
+    name = model_size(config).name
     if found.closest is None:
         return ConfigError(
             f"No layout of {world:,} ranks is possible (--world-size {world}, --global-batch-size "

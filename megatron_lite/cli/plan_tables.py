@@ -58,8 +58,7 @@ def _answer(record: dict[str, Any]) -> Text:
     text = Text()
     text.append(
         f"{format_days(answer['days'])}, {_hours(answer['device_hours'])}: "
-        f"{format_parameters(record['model']['exact'])} on {devices:,} x {device} "
-        f"({format_count(machine['nodes'], 'node')} of {machine['per_node']})",
+        f"{format_parameters(record['model']['exact'])} on {devices:,} x {device} ({_nodes(machine, devices)})",
         style="bold",
     )
     if done := answer["done_iterations"]:
@@ -79,6 +78,12 @@ def _answer(record: dict[str, Any]) -> Text:
     count = len(record["warnings"])
     text.append(f", {format_count(count, 'warning')}" if count else ", no warnings")
     return text
+
+
+def _nodes(machine: dict[str, Any], devices: int) -> str:
+    if devices < machine["per_node"]:
+        return f"{devices} of {machine['per_node']} in a node"
+    return f"{format_count(machine['nodes'], 'node')} of {machine['per_node']}"
 
 
 def format_days(days: float) -> str:
@@ -155,7 +160,7 @@ def _disk_facts(disk: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Disk        {format_count(disk['saves'], 'checkpoint')} of {format_size(disk['checkpoint'])}, at most "
         f"{kept:,} at a time: {format_size(disk['total'])}; {format_size(disk['written'])} written, "
-        f"{disk['written_bytes_per_day'] / 1e12:.3g} TB a day"
+        f"{format_size(disk['written_bytes_per_day'])} a day"
     )
     share = disk["share_of_interval"]
     waits = f"training waits {format_duration(disk['blocking_seconds'])}" + (f" ({share:.1%})" if 0 < share < 1 else "")

@@ -41,6 +41,35 @@ class Situation:
     job: JobPlan
 
 
+def device_advice(config: RunConfig, machine: Hardware, *, is_calibrated: bool) -> list[Advice]:
+    """Return what a reader must know of the device that is planned: not that of the command, or without a data sheet.
+
+    Args:
+        config: the run, whose --device is compared.
+        machine: that is planned.
+        is_calibrated: the machine is fitted to a measured run.
+    """
+    wanted, name = config.runtime.device, machine.device.name
+    planned = "xla" if name.startswith("tpu-") else "cpu" if name == "cpu" else "cuda"
+    found = []
+    if wanted not in ("auto", planned) and not (is_calibrated and name == "cpu"):
+        found.append(
+            Advice(
+                f"The command trains on --device {wanted}, and the plan is for {name}",
+                f"Remove --device {wanted}, or give --calibrate with the metrics.jsonl of a short run on that device, "
+                "without --gpu",
+            )
+        )
+    if planned == "cpu" and not is_calibrated:
+        found.append(
+            Advice(
+                "The speeds of a CPU are placeholders, and times are not predicted",
+                "Give --calibrate with the metrics.jsonl of a short run, or --gpu NAME to plan a GPU",
+            )
+        )
+    return found
+
+
 def advise(config: RunConfig, machine: Hardware, job: JobPlan) -> list[Advice]:
     """Return the warnings of a plan, the expensive ones first."""
     situation = Situation(config, machine, job)
@@ -91,8 +120,8 @@ def _few_microbatches(of: Situation) -> Iterator[Advice]:
     if parallel.pp > 1 and share > BUBBLE:
         less = "fewer" if step.microbatches < parallel.pp else "few"
         yield Advice(
-            f"The pipeline is idle or waits for messages in {share:.0%} of a step: {step.microbatches} micro-batches a "
-            f"replica are {less} for {parallel.pp} stages ({parallel.pipeline_schedule})",
+            f"The pipeline is idle or waits for messages in {share:.0%} of a step: {step.microbatches:,} micro-batches "
+            f"a replica are {less} for {parallel.pp} stages ({parallel.pipeline_schedule})",
             "Use a larger --global-batch-size, a smaller --micro-batch-size or --pipeline-model-parallel-size, fewer "
             "replicas, or --pipeline-schedule zb-h1",
         )
@@ -114,7 +143,7 @@ def _idle_replicas(of: Situation) -> Iterator[Advice]:
     if lost > IDLE:
         yield Advice(
             f"Replicas have no micro-batch, or fewer than others, in {lost:.0%} of the device time: the smallest batch "
-            f"is {job.stages[0].global_batch:,} samples for {of.config.parallel.dp} replicas",
+            f"is {job.stages[0].global_batch:,} samples for {of.config.parallel.dp:,} replicas",
             "Start the ramp-up on fewer nodes, use a --micro-batch-size and batches that the replicas divide, or a "
             "shorter --rampup-batch-size"
             if of.config.batch.rampup
@@ -246,7 +275,7 @@ def _optimizer(of: Situation) -> Iterator[Advice]:
     parallel = of.config.parallel
     if parallel.dp > 1 and not parallel.distributed_optimizer:
         yield Advice(
-            f"Each of the {parallel.dp} replicas holds and updates the whole optimizer state",
+            f"Each of the {parallel.dp:,} replicas holds and updates the whole optimizer state",
             "Add --use-distributed-optimizer (ZeRO-1)",
         )
     if parallel.tp > 1 and not parallel.sequence_parallel:

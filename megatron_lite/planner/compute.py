@@ -86,6 +86,17 @@ class Passes:
         return Passes(self.forward * factor, self.backward * factor, self.weight * factor)
 
 
+def peak_of(config: RunConfig, machine: Hardware) -> tuple[str, float]:
+    """Return the dtype in which a run's linear layers compute on a device, and its peak FLOP/s: MFU is a share of it.
+
+    Devices without fp8 units compute in 16 bits, and those without bf16 units in fp32.
+    """
+    device, tf32 = machine.device, config.runtime.tf32
+    wanted = (*(["fp8"] if config.fp8.format != "off" else []), config.precision.dtype, "fp32")
+    dtype = next(dtype for dtype in wanted if device.peak(dtype, tf32=tf32))
+    return dtype, device.peak(dtype, tf32=tf32)
+
+
 @lru_cache(maxsize=65536)
 def product_seconds(
     machine: Hardware, dtype: str, rows: int, columns: int, inner: int, *, batch: int = 1, out_bytes: int = 0
@@ -102,7 +113,7 @@ def product_seconds(
         out_bytes: bytes read and written for an element of the result; 0: one write in the dtype.
     """
     device, size = machine.device, element_bytes(dtype)
-    peak = device.peak("fp32" if dtype == "tf32" else dtype, tf32=dtype == "tf32") or device.peak("fp32")
+    peak = device.rate("fp32" if dtype == "tf32" else dtype, tf32=dtype == "tf32")
     rate = peak * machine.efficiency.matmul / device.processors
     compute = min(
         ceil(batch * ceil(rows / high) * ceil(columns / wide) / device.processors) * 2 * high * wide * inner / share
@@ -175,7 +186,8 @@ class LayerCosts:
             (model.hidden_size, (2 if model.gated else 1) * model.ffn_hidden_size // tp),
             (model.ffn_hidden_size // tp, model.hidden_size),
         )
-        dtype = "fp8" if self._config.fp8.format != "off" and self._machine.device.fp8_tflops else self._dtype
+        is_fp8 = peak_of(self._config, self._machine)[0] == "fp8"
+        dtype = "fp8" if is_fp8 else self._dtype
         fused = self._config.runtime.gradient_accumulation_fusion and not self._compiled
         # A weight gradient that is not added to the buffer while it is computed is written, read, and added.
         out = 8 if fused or self._dtype in ("fp32", "tf32") else 2 * self._bytes + 8
@@ -211,7 +223,7 @@ class LayerCosts:
             )
         # ALiBi's bias is a mask to the kernels, which then compute the whole square.
         flops = 4.0 * scores * channels * (1.0 if model.position_embedding == "alibi" else 0.5)
-        peak = self._machine.device.peak(self._config.precision.dtype) or self._machine.device.peak("fp32")
+        peak = self._machine.device.rate(self._config.precision.dtype)
         seconds = flops / (peak * self._machine.efficiency.attention)
         # Backward has five products where forward has two.
         kernel = self._machine.device.kernel_seconds

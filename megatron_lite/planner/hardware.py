@@ -79,6 +79,10 @@ class Accelerator:
             return 1e12 * self.fp8_tflops
         return 1e12 * (self.tflops if self.bf16 or dtype == "fp16" else 0.0)
 
+    def rate(self, dtype: str, *, tf32: bool = False) -> float:
+        """Return the FLOP/s at which products in a dtype run: those of fp32 if the device has no units for them."""
+        return self.peak(dtype, tf32=tf32) or self.peak("fp32")
+
 
 PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
 """GB/s of 16 lanes in one direction."""

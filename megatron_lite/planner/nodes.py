@@ -1,7 +1,8 @@
-"""Node counts of a run: those that its layout can use, each with run time, device hours and replicas without work."""
+"""Node counts of a run: those that its layout can use, each with run time, GPU hours and replicas without work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_lite.config.run import RunConfig
@@ -38,15 +39,13 @@ class NodeCount:
     memory: int | None
 
 
-def node_counts(config: RunConfig, machine: Hardware) -> list[NodeCount]:
-    """Return half to four times the given number of nodes, and the largest number that divides every batch.
+def node_counts(config: RunConfig, machine: Hardware, even: Sequence[int]) -> list[NodeCount]:
+    """Return a quarter to four times the given number of nodes, and the largest of `even` (even_nodes).
 
     Only numbers whose ranks are whole replicas of the model are in the list.
     """
     given = max(1, config.parallel.world_size // machine.per_node)
-    candidates = {max(1, given // 4), max(1, given // 2), given, 2 * given, 4 * given}
-    if even := even_nodes(config, machine, 4 * given):
-        candidates.add(even[-1])
+    candidates = {max(1, given // 4), max(1, given // 2), given, 2 * given, 4 * given, *even[-1:]}
     return [node_count(config, machine, nodes) for nodes in sorted(candidates) if is_feasible(config, machine, nodes)]
 
 

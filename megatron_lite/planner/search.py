@@ -54,7 +54,7 @@ class SearchResult:
 
     Attributes:
         tried: number of valid layouts, with those that cannot be better than another one.
-        layouts: that fit.
+        layouts: that fit; of one with and without ZeRO-1, the faster.
         closest: the layout with the least memory, if none fits.
         closest_memory: bytes of its fullest rank.
     """
@@ -89,7 +89,15 @@ def search(
                 closest, least = smallest
         progress(number + 1, len(groups))
     found.sort(key=lambda layout: (layout.step.total, layout.memory))
-    return SearchResult(tried, tuple(found), None if found else closest, least)
+    once: dict[object, FoundLayout] = {}
+    for layout in found:
+        once.setdefault(_apart_from_zero1(layout.config), layout)
+    return SearchResult(tried, tuple(once.values()), None if found else closest, least)
+
+
+def _apart_from_zero1(config: RunConfig) -> object:
+    """Return the layout without what follows from the choice of ZeRO-1: whether, and which recomputation fits then."""
+    return replace(config.parallel, distributed_optimizer=False), config.batch.micro_batch_size
 
 
 def fewest_devices(config: RunConfig, vocab_size: int, machine: Hardware, most: int) -> int:

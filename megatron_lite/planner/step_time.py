@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from megatron_lite.config.counts import (
-    embedding_parameters,
-    flops_per_token,
-    head_parameters,
-    layer_forward_flops,
-    layer_parameters,
-)
+from megatron_lite.config.counts import flops_per_token, layer_forward_flops
 from megatron_lite.config.partition import stage_layers
 from megatron_lite.config.recompute import recompute_units
 from megatron_lite.config.run import RunConfig
@@ -22,6 +16,7 @@ from megatron_lite.planner.bubble import pipeline_seconds
 from megatron_lite.planner.communication import Axis
 from megatron_lite.planner.compute import LayerCosts, Passes, Seconds, element_bytes
 from megatron_lite.planner.hardware import Hardware
+from megatron_lite.planner.model_state import GRADIENT_BYTES, states_of_stages
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.schedules.pipeline import SPLIT_BACKWARD, num_chunks, rank_of_stage
 from megatron_lite.schedules.simulate import Costs
@@ -250,8 +245,8 @@ class StepModel:
     def _data_parallel(self, busiest: Passes) -> float:
         """Return the reduction beyond the last backward pass and the gather beyond the first forward pass."""
         parallel, axis = self._config.parallel, self._dp
-        parameters = max(self._parameters())
-        gradients = 4.0 * parameters
+        parameters = self._trained()
+        gradients = float(GRADIENT_BYTES * parameters)
         seconds = 0.0
         if self._config.model.tied_embeddings and parallel.pp > 1:
             rows = self._config.model.vocab_rows
@@ -259,7 +254,7 @@ class StepModel:
         if axis.size == 1:
             return seconds
         # The last bucket is complete when backward ends, the first parameters are needed when forward begins.
-        bucket = min(1.0, parallel.bucket_megabytes * 2**20 / gradients)
+        bucket = min(1.0, parallel.bucket_megabytes * 2**20 / max(gradients, 1.0))
         backward = busiest.backward.total + busiest.weight.total
         reduce = axis.all_gather(gradients) if parallel.distributed_optimizer else axis.all_reduce(gradients)
         seconds += _exposed(reduce, backward, bucket, parallel.overlap_grad_reduce)
@@ -272,7 +267,7 @@ class StepModel:
     def _optimizer(self) -> float:
         """Return the seconds of norm, update and conversion of the main parameters."""
         config, parallel = self._config, self._config.parallel
-        parameters = max(self._parameters()) / (self._dp.size if parallel.distributed_optimizer else 1)
+        parameters = self._trained() / (self._dp.size if parallel.distributed_optimizer else 1)
         size = OPTIMIZER_BYTES[config.optimizer.kind] + (4 if config.optimizer.clip_grad else 0)
         size += 0 if config.precision.dtype == "fp32" else 2
         size += 12 if config.optimizer.ema_decay else 0
@@ -290,8 +285,7 @@ class StepModel:
         layers = max(map(len, self._layers)) * self._chunks
         shards = self._dp.size if parallel.distributed_optimizer else 1
         shards *= parallel.tp if optimizer.muon_tp_mode == "blockwise" else 1
-        peak = self._machine.device.peak("bf16") or self._machine.device.peak("fp32")
-        rate = peak * self._machine.efficiency.matmul
+        rate = self._machine.device.rate("bf16") * self._machine.efficiency.matmul
         return flops * optimizer.muon_num_ns_steps * layers / shards / rate
 
     def _by_rank(self) -> list[Passes]:
@@ -302,20 +296,9 @@ class StepModel:
             ranks[rank] += passes
         return ranks
 
-    def _parameters(self) -> list[float]:
-        """Return the parameters of each pipeline rank, split over the tensor-parallel ranks."""
-        model, parallel = self._config.model, self._config.parallel
-        rows = model.vocab_rows
-        layer = sum(layer_parameters(model).values())
-        ranks = [0.0] * parallel.pp
-        for stage, layers in enumerate(self._layers):
-            parameters = layer * len(layers)
-            last = stage == len(self._layers) - 1
-            parameters += embedding_parameters(model, rows) if stage == 0 else 0
-            parameters += head_parameters(model, rows) if last else 0
-            parameters += rows * model.embedding_width if last and model.tied_embeddings and stage else 0
-            ranks[rank_of_stage(parallel.pipeline_schedule, parallel.pp, stage)] += parameters / parallel.tp
-        return ranks
+    def _trained(self) -> int:
+        """Return the trained parameters of the rank with the most of them, padding of its buffers included."""
+        return max(state["gradients"] for state in states_of_stages(self._config)) // GRADIENT_BYTES
 
     def _recomputed_layers(self) -> float:
         """Return the layers of the model that run forward twice; the core of attention alone counts as its share."""

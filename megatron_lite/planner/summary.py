@@ -144,7 +144,7 @@ class RunSummary:
 def summarize(config: RunConfig) -> RunSummary:
     """Return the summary of a run; model.vocab_size should be filled in (config/vocabulary.py)."""
     return RunSummary(
-        _model(config), _layout(config), _memory(config), _length(config), batch_stages(config), _saves(config)
+        model_size(config), _layout(config), _memory(config), _length(config), batch_stages(config), _saves(config)
     )
 
 
@@ -174,7 +174,8 @@ def batch_stages(config: RunConfig) -> tuple[BatchStage, ...]:
     return tuple(stages)
 
 
-def _model(config: RunConfig) -> ModelSize:
+def model_size(config: RunConfig) -> ModelSize:
+    """Return the size of a run's model."""
     model = config.model
     exact = parameter_count(model)
     return ModelSize(

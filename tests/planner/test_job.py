@@ -163,7 +163,7 @@ def test_node_counts_over_the_ramp_up():
     config, machine = config_of(BIG_RAMP, 256, 50257), hardware("v100", per_node=4)
     # Batches are multiples of 16: 16 replicas of 8 ranks divide all of them.
     assert even_nodes(config, machine, 128) == [2, 4, 8, 16, 32]
-    found = {count.nodes: count for count in node_counts(config, machine)}
+    found = {count.nodes: count for count in node_counts(config, machine, [2, 4, 8, 16, 32])}
     assert list(found) == [16, 32, 64, 128, 256]
     assert found[32].even and not found[64].even and found[64].idle > 0
     assert found[16].seconds > found[32].seconds > found[64].seconds

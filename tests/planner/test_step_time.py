@@ -129,6 +129,13 @@ def test_sequence_parallelism_and_zero1_change_their_parts():
     assert step_time_of(replicated, A100, 1024, 2048).optimizer == pytest.approx(32 * whole.optimizer)
 
 
+def test_shared_and_frozen_parameters_are_neither_reduced_nor_updated():
+    whole = step_time_of(config_of(SMALL, 8, 1000), A100, 8, 32)
+    for more in (["--share-layers", "all"], ["--freeze", "layers"]):
+        fewer = step_time_of(config_of([*SMALL, *more], 8, 1000), A100, 8, 32)
+        assert fewer.optimizer < 0.6 * whole.optimizer and fewer.data_parallel < whole.data_parallel
+
+
 def test_tensor_parallelism_over_nodes_is_slower():
     config = config_of(BIG_RAMP, 256)
     small = hardware("a100", per_node=1)
