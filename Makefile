@@ -21,7 +21,7 @@ help:
 	@echo "make test-portable   the numeric tests under every instruction set of this processor"
 	@echo "make test-xla        the XLA engine on 8 virtual devices of this CPU, in .venv-xla (torch 2.9; Linux on x86-64)"
 	@echo "make test-slurm      chained jobs on a real Slurm, in network namespaces of this machine (8 minutes; needs root)"
-	@echo "make test-deepspeed  the DeepSpeed engine, in an environment of its own (.venv-deepspeed; 5 minutes on 2 cores)"
+	@echo "make test-deepspeed  the DeepSpeed engine, in an environment of its own (.venv-deepspeed; 7 minutes on 2 cores)"
 	@echo "make slurm-up        start that Slurm cluster: munged, slurmctld and four nodes; make slurm-down stops it"
 	@echo "make check           format, lint, types, import contracts, spelling, file sizes, README"
 	@echo "make format          format and fix the files for 'make check'"
@@ -71,7 +71,8 @@ test-xla: $(XLA)/.installed
 test-slurm: $(STAMP)-dev
 	$(PYTEST) tests/slurm
 
-# An environment of its own: DeepSpeed is no dependency of anything else. Nothing is compiled.
+# An environment of its own: DeepSpeed is no dependency of anything else. The tests of NVMe compile its operator there, and
+# are skipped without libaio-dev and g++.
 $(DEEPSPEED_VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(DEEPSPEED_VENV)
 	$(DEEPSPEED_VENV)/bin/pip install --quiet "$(TORCH)"

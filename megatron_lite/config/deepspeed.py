@@ -43,9 +43,14 @@ class DeepSpeedConfig:
         return int(self.zero.get("stage", 0))
 
     def offload_device(self, part: str) -> str:
-        """Return the device that "optimizer" state or "param"eters are offloaded to: none or cpu."""
+        """Return the device that "optimizer" state or "param"eters are offloaded to: none, cpu or nvme."""
         section = self.zero.get(f"offload_{part}") or {}
         return str(section.get("device", "none"))
+
+    @property
+    def swaps(self) -> bool:
+        """Return whether state is offloaded to swap files (device nvme)."""
+        return "nvme" in (self.offload_device("optimizer"), self.offload_device("param"))
 
 
 def write_settings(entries: Mapping[str, Any]) -> str:

@@ -14,6 +14,10 @@ _PREFIX = "zero_optimization."
 _STAGES = 3
 OFFLOADING = ("offload_optimizer", "offload_param")
 """Sections of offloading."""
+NVME_ONLY = frozenset(
+    {"nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init"}
+)
+"""Entries of these sections that DeepSpeed reads for device nvme only."""
 
 
 def merge_zero_stage(entries: dict[str, Any], given: Given) -> None:
@@ -89,17 +93,15 @@ def _check_offload(settings: Mapping[str, Any], given: Given) -> None:
         section = settings.get(name)
         if section is None:
             continue
-        device = section.get("device")
-        if device == "nvme":
-            given.refuse(
-                f'{_PREFIX}{name}.device "nvme" in the DeepSpeed JSON is not supported',
-                rule="Checkpoints are written from memory, and this state would be in files of DeepSpeed",
-                fix='Write "device": "cpu", or use more ranks',
-            )
         if stage < least:
             given.refuse(
                 f"{_PREFIX}{name} in the DeepSpeed JSON needs ZeRO stage {least} or more, and the stage is {stage}",
                 fix=f"Use zero_optimization.stage {_STAGES}, or remove {name}",
+            )
+        unused = sorted(section.keys() & NVME_ONLY) if section.get("device") == "cpu" else []
+        if unused:
+            given.notes.append(
+                f"DeepSpeed JSON: {_PREFIX}{name}.{{{','.join(unused)}}} have no effect: they belong to device nvme"
             )
 
 

@@ -152,6 +152,7 @@ def assembled(
                 kernels=kernels,
                 notify=reporter.message,
             )
+        stack.callback(engine.close)
         if (found := start.continued(config)) is not None and (skipped := found.provenance.skipped_samples):
             provenance = replace(provenance, skipped_samples=skipped)
             ranges = ", ".join(f"{first} to {end - 1}" for first, end in skipped)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lite.backend.libraries import is_installed, join_as_library, library_group
+from megatron_lite.config.deepspeed_nvme import largest_part, optimizer_buffers
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.selection import select_parameters
 from megatron_lite.errors import ConfigError, install_extra
@@ -28,6 +29,7 @@ from megatron_lite.parallel.random import RngStreams
 from megatron_lite.pipeline.executor import Timed
 from megatron_lite.train.deepspeed_engine import DeepSpeedEngine, Parts
 from megatron_lite.train.deepspeed_model import LossModel, join_shared_parameters
+from megatron_lite.train.deepspeed_swap import SwapFolders, prepare_swap
 
 
 def build_deepspeed_engine(
@@ -42,9 +44,10 @@ def build_deepspeed_engine(
         timed: measures the parts of a step; None: no timing.
 
     Raises:
-        ConfigError: an operation that is not compiled is needed.
+        ConfigError: state cannot be offloaded to NVMe here.
     """
     library = _import_deepspeed(mesh)
+    swap = prepare_swap(config, mesh, lambda: library.ops.op_builder.AsyncIOBuilder().load(verbose=False))
     rng, groups = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank), _Groups(mesh)
     # At stage 3 the model may be larger than the memory of a device: it gets its values one parameter at a time.
     partitions = config.deepspeed.stage == 3 and mesh.replicas.size > 1
@@ -53,7 +56,7 @@ def build_deepspeed_engine(
     check_count(stage)
     parameters = join_shared_parameters(stage)
     decays = [has_decay(parameter) for parameter in parameters]
-    settings = deepspeed_config(config, mesh.replicas.size)
+    settings = deepspeed_config(config, mesh.replicas.size, swap)
     if partitions:
         init = library.zero.Init(
             module=nn.Module(),
@@ -76,14 +79,19 @@ def build_deepspeed_engine(
         mpu=groups,
         dist_init_required=False,
     )[0]
-    return DeepSpeedEngine(config, mesh, Parts(engine, optimizer, stage, parameters, rng), num_sources, timed)
+    return DeepSpeedEngine(config, mesh, Parts(engine, optimizer, stage, parameters, rng, swap), num_sources, timed)
 
 
-def deepspeed_config(config: RunConfig, replicas: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, replicas: int, swap: SwapFolders | None = None) -> dict[str, Any]:
     """Return the configuration for DeepSpeed: what follows from the run, and the entries passed on.
 
     At stages 2 and 3, gradients are added over micro-batches in fp32, as in the native engine, unless data_types says
     otherwise. The loss scale is set before each iteration, and clipping at stage 0 is the engine's.
+
+    Args:
+        config: the run.
+        replicas: of the model.
+        swap: folders for swap files; None: there are none.
     """
     dtype, micro = config.precision.dtype, config.batch.micro_batch_size
     entries: dict[str, Any] = {
@@ -102,7 +110,17 @@ def deepspeed_config(config: RunConfig, replicas: int) -> dict[str, Any]:
         entries["bf16"] = {"enabled": True, "check_grad_overflow": config.stops_at_nan}
     if dtype != "fp32" and config.deepspeed.stage > 1:
         entries["data_types"] = {"grad_accum_dtype": "fp32"}
-    return {**entries, **config.deepspeed.entries}
+    entries.update(config.deepspeed.entries)
+    if swap is not None:
+        zero = entries["zero_optimization"] = swap.settings(config.deepspeed.zero)
+        if config.deepspeed.offload_device("optimizer") == "nvme":
+            zero["offload_optimizer"].setdefault("buffer_count", optimizer_buffers(config))
+        if config.deepspeed.offload_device("param") == "nvme":
+            # A parameter that stays gathered keeps its swap buffer, and a step needs all of them sooner or later.
+            zero["offload_param"].setdefault("buffer_size", largest_part(config, replicas)[0])
+            zero.setdefault("stage3_max_reuse_distance", 0)
+            zero.setdefault("stage3_prefetch_bucket_size", 0)
+    return entries
 
 
 def require_deepspeed() -> None:
@@ -130,7 +148,31 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     transport = "nccl" if mesh.backend.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(transport, dist_init_required=False)
+    _align_swapping()
     return deepspeed
+
+
+def _align_swapping() -> None:
+    """Keep DeepSpeed 0.19 from reading to addresses that are not multiples of 512 bytes.
+
+    Direct I/O refuses them, and DeepSpeed does not look at the result: gradients, and parameters that stay in memory,
+    would keep the values of the buffer.
+    """
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
+    # Parameters are read to the swap buffers, and copied from there.
+    AsyncPartitionedParameterSwapper._is_io_aligned = lambda swapper, numel: False
+    OptimizerSwapper._swap_out_gradients = _keep_gradients
+
+
+def _keep_gradients(
+    swapper: Any, parameter: Any, gradient_offsets: Sequence[int], gradient_tensors: Sequence[Tensor], **_: Any
+) -> None:
+    """Leave a partition's gradients in memory, where DeepSpeed accumulates them anyway; the step copies them."""
+    info = swapper.swap_params_info.get(swapper.parameter_id(parameter))
+    if info is not None:
+        info.unswapped_gradients.update(zip(gradient_offsets, gradient_tensors, strict=True))
 
 
 def _partition(

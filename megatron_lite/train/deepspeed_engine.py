@@ -27,6 +27,7 @@ from megatron_lite.schedules.iteration import IterationPlan
 from megatron_lite.schedules.microbatches import num_microbatches
 from megatron_lite.train.deepspeed_model import LossScales
 from megatron_lite.train.deepspeed_state import OptimizerState
+from megatron_lite.train.deepspeed_swap import SwapFolders, explain_missing_buffers
 from megatron_lite.train.engine import BatchReader, LossSum, PendingStep, Rates, StepOutcome
 from megatron_lite.train.native import read_losses, reduce_losses
 
@@ -45,6 +46,7 @@ class Parts:
         stage: the model.
         parameters: of this rank.
         rng: dropout streams.
+        swap: folders of swap files; None: nothing is offloaded to NVMe.
     """
 
     engine: Any
@@ -52,6 +54,7 @@ class Parts:
     stage: GPTStage
     parameters: Sequence[NamedParameter]
     rng: RngStreams
+    swap: SwapFolders | None = None
 
 
 class DeepSpeedEngine:
@@ -78,6 +81,7 @@ class DeepSpeedEngine:
         self._model = parts.stage
         self._parameters = parts.parameters
         self._rng = parts.rng
+        self._swap = parts.swap
         self._num_sources = num_sources if num_sources > 1 else 0
         self._timed: Timed = timed or (lambda name: nullcontext())
         self._stage = config.deepspeed.stage
@@ -101,7 +105,7 @@ class DeepSpeedEngine:
         scale = self._scaler.scale
         if self._config.precision.dtype == "fp16":
             self._engine.optimizer.override_loss_scale(scale)
-        with phases.enter(self), self._timed("forward-backward"):
+        with phases.enter(self), self._timed("forward-backward"), explain_missing_buffers():
             losses = self._run(plan, read, scale)
         sums = reduce_losses(losses, self._num_sources, self._mesh)
         with phases.enter("optimizer (DeepSpeed)"), self._timed("optimizer"):
@@ -141,7 +145,7 @@ class DeepSpeedEngine:
         most = torch.tensor([microbatches], device=self._mesh.backend.device)
         self._mesh.dp.all_reduce_(most, "max")
         losses = StepLosses()
-        with self._mesh.backend.phases.enter(self):
+        with self._mesh.backend.phases.enter(self), explain_missing_buffers():
             for index in range(int(most.item())):
                 self._phase = f"forward of micro-batch {index}"
                 batch = read(index) if index < microbatches else self._empty(seq_length)
@@ -183,6 +187,11 @@ class DeepSpeedEngine:
 
     def repair_replicas(self, mismatches: Sequence[Mismatch]) -> None:
         """Do nothing: no mismatch is found."""
+
+    def close(self) -> None:
+        """Remove the swap files."""
+        if self._swap is not None:
+            self._swap.close()
 
     def _run(self, plan: IterationPlan, read: BatchReader, scale: float) -> StepLosses:
         """Run all forwards and backwards of an iteration."""

@@ -13,6 +13,7 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.tensors import GlobalTensor, Piece, parameter_tensor
 from megatron_lite.rectangle import rectangles_of_range
+from megatron_lite.train.deepspeed_swap import SwapFiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Fragment:
     Attributes:
         parameter: on this rank, with its shape before ZeRO stage 3 partitions it.
         start: first element in the flattened parameter.
-        flat: [n] fp32 main parameters of a partition; key of the optimizer's state.
+        flat: [n] fp32 main parameters of a partition, empty if they are in a swap file; key of the optimizer's state.
         position: of the fragment in `flat`.
         length: elements, padding at the end included.
     """
@@ -39,7 +40,10 @@ class Fragment:
 
 
 class OptimizerState:
-    """Weights, main parameters and moments of this rank as views of DeepSpeed's tensors.
+    """Weights, main parameters and moments of this rank as views of DeepSpeed's tensors or swap files.
+
+    Attributes:
+        files: swap files of what is offloaded to NVMe.
 
     Args:
         zero: DeepSpeed's optimizer, or torch's at stage 0.
@@ -57,21 +61,23 @@ class OptimizerState:
         self._stage = stage
         self._parameters = parameters
         self._mesh = mesh
+        self.files = SwapFiles(zero)
         self._fragments = [
             fragment for parameter in parameters if parameter.trained for fragment in self._find(parameter)
         ]
         for flat in self._partitions():
-            self._start(flat)
+            with self.files.in_memory(flat):
+                self._start(flat)
 
     def tensors(self) -> list[GlobalTensor]:
         """Return weights under their own names, main parameters unless the weights are fp32, and moments."""
         weights = [self._weight(parameter) for parameter in self._parameters]
         found = [tensor for tensor in weights if tensor.pieces]
+        states = {id(flat): {"main_param": self._main(flat), **self._moments(flat)} for flat in self._partitions()}
         for fragment in self._fragments:
-            states = self._moments(fragment.flat)
-            if self._is_half(fragment):
-                states = {"main_param": fragment.flat, **states}
-            for name, flat in states.items():
+            for name, flat in states[id(fragment.flat)].items():
+                if name == "main_param" and not self._is_half(fragment):
+                    continue
                 tensor = self._global(f"optimizer.{name}", fragment, fragment.view(flat.detach()))
                 found += [tensor] if tensor.pieces else []
         return found
@@ -79,9 +85,11 @@ class OptimizerState:
     def adopt(self) -> None:
         """Take over values that were written to the tensors; a collective call at stage 3."""
         with torch.no_grad():
+            mains = {id(flat): self._main(flat) for flat in self._partitions()}
             for fragment in self._fragments:
                 if not self._is_half(fragment) and self._stage:
-                    fragment.view(fragment.flat).copy_(self._values(fragment))
+                    fragment.view(mains[id(fragment.flat)]).copy_(self._values(fragment))
+            self.files.flush()
             persistent = getattr(self._zero, "persistent_parameters", [])
             if self._stage == 3 and persistent:
                 # Small parameters stay gathered between iterations.
@@ -98,9 +106,10 @@ class OptimizerState:
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of all trained parameters; a collective call; float64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.backend.device)
+        mains = {id(flat): self._main(flat) for flat in self._partitions()}
         for fragment in self._fragments:
             if self._counts(fragment.parameter):
-                real = fragment.view(fragment.flat)[: fragment.parameter.rectangle.numel - fragment.start]
+                real = fragment.view(mains[id(fragment.flat)])[: fragment.parameter.rectangle.numel - fragment.start]
                 total += real.detach().double().square().sum().to(total.device)
         group = self._mesh.group("tp", "cp", "dp") if self._stage else self._mesh.tp
         group.all_reduce_(total)
@@ -110,9 +119,15 @@ class OptimizerState:
         """Return the bytes of this rank's main parameters and moments."""
         partitions = self._partitions()
         moments = sum(moment.nbytes for flat in partitions for moment in self._moments(flat).values())
-        return {"main parameters": sum(flat.nbytes for flat in partitions) if self._stage else 0, "moments": moments}
+        return {
+            "main parameters": sum(self._main(flat).nbytes for flat in partitions) if self._stage else 0,
+            "moments": moments,
+        }
 
     def _partitions(self) -> list[Tensor]:
+        """Return the partitions, at stage 3 in the order in which DeepSpeed swaps them."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
         return list({id(fragment.flat): fragment.flat for fragment in self._fragments}.values())
 
     def _find(self, parameter: NamedParameter) -> list[Fragment]:
@@ -146,7 +161,11 @@ class OptimizerState:
         """Return the moments of a partition by their names in checkpoints."""
         state: Mapping[str, Tensor] = self._optimizer.state[flat]
         names = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
-        return {name: state[key] for key, name in names.items() if key in state}
+        return {name: self.files.state(flat, state[key]) for key, name in names.items() if key in state}
+
+    def _main(self, flat: Tensor) -> Tensor:
+        """Return the main parameters of a partition, [n]."""
+        return self.files.state(flat, flat)
 
     def _is_half(self, fragment: Fragment) -> bool:
         return fragment.parameter.param.dtype != torch.float32
@@ -155,8 +174,7 @@ class OptimizerState:
         """Return the fragment's elements of the weight, [n]."""
         param: Any = fragment.parameter.param
         if self._stage == 3:
-            shard: Tensor = param.ds_tensor
-            return shard.view(-1)[: fragment.length]
+            return self.files.shard(param).view(-1)[: fragment.length]
         return param.data.view(-1)[fragment.start : fragment.start + fragment.length]
 
     def _counts(self, parameter: NamedParameter) -> bool:
@@ -170,7 +188,7 @@ class OptimizerState:
             if not self._counts(parameter):
                 return parameter_tensor(parameter, write=False)
             return parameter_tensor(parameter, write=group.rank == 0, replica=(group.rank, group.size))
-        shard: Tensor = parameter.param.ds_tensor  # type: ignore[attr-defined]
+        shard = self.files.shard(parameter.param)
         fragment = Fragment(parameter, shard.numel() * group.rank, shard, 0, shard.numel())
         return self._global("", fragment, shard.detach())
 

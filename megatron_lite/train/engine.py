@@ -115,3 +115,6 @@ class Engine(Protocol):
 
     def repair_replicas(self, mismatches: Sequence[Mismatch]) -> None:
         """Overwrite differing replicas, and their optimizer state, with one of them; a collective call."""
+
+    def close(self) -> None:
+        """Remove the engine's temporary files, at the end of the run."""

@@ -80,8 +80,9 @@ def _machine(config: RunConfig, backend: Backend, sizes: Layout) -> str:
 def _offloading(config: RunConfig) -> str:
     """Return the state that DeepSpeed offloads, and where to."""
     names = {"optimizer": "optimizer state", "param": "parameters"}
-    places = {part: config.deepspeed.offload_device(part) for part in names}
-    return "".join(f", {names[part]} in {place.upper()} memory" for part, place in places.items() if place != "none")
+    places = {"cpu": "in CPU memory", "nvme": "on NVMe"}
+    devices = {part: config.deepspeed.offload_device(part) for part in names}
+    return "".join(f", {names[part]} {places[device]}" for part, device in devices.items() if device != "none")
 
 
 def _trained(config: RunConfig) -> Iterator[tuple[str, str]]:

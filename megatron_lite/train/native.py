@@ -179,6 +179,9 @@ class NativeEngine:
         """Overwrite differing replicas."""
         self._replicas.repair(mismatches)
 
+    def close(self) -> None:
+        """Do nothing: there are no temporary files."""
+
     def _program(self, microbatches: int, backward: bool) -> tuple[Action, ...]:
         kind, pp = self._config.parallel.pipeline_schedule, self._mesh.pp
         return rank_program(kind, pp.size, pp.rank, microbatches, len(self._stages), backward)

@@ -225,6 +225,9 @@ class SpmdEngine:
     def repair_replicas(self, mismatches: Sequence[Mismatch]) -> None:
         """Do nothing: there are no mismatches."""
 
+    def close(self) -> None:
+        """Do nothing: there are no temporary files."""
+
 
 def build_spmd_engine(config: RunConfig, mesh: Mesh, *, num_sources: int, notify: Notify) -> SpmdEngine:
     """Build the model on the host, and move it to the devices with its partition.

@@ -16,7 +16,8 @@ class ZeroCell(Cell):
 
     def config(self):
         config = super().config()
-        settings = write_settings({"zero_optimization": {"stage": self.stage, **dict(self.zero)}})
+        aio = {"block_size": 4096}  # smaller tensors stay in memory
+        settings = write_settings({"zero_optimization": {"stage": self.stage, **dict(self.zero)}, "aio": aio})
         return replace(
             config,
             runtime=replace(config.runtime, engine="deepspeed"),
@@ -29,3 +30,18 @@ class ZeroCell(Cell):
 
 OFFLOAD = (("offload_optimizer", {"device": "cpu"}),)
 OFFLOAD_ALL = (*OFFLOAD, ("offload_param", {"device": "cpu"}))
+
+
+def nvme(folder, **optimizer):
+    """Return the entries that offload optimizer state and all parameters to swap files in a folder.
+
+    Args:
+        folder: is created.
+        optimizer: further entries of offload_optimizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = {"device": "nvme", "nvme_path": str(folder)}
+    return (
+        ("offload_optimizer", {**place, **optimizer}),
+        ("offload_param", {**place, "max_in_cpu": 0, "buffer_count": 8}),
+    )

@@ -52,9 +52,24 @@ FROM_JSON = {
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}': (
         'zero_optimization.offload_param.device in the DeepSpeed JSON is "disk" instead of "cpu", "nvme" or "none". '
     ),
-    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}': (
-        'zero_optimization.offload_optimizer.device "nvme" in the DeepSpeed JSON is not supported. Checkpoints are'
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}': (
+        'zero_optimization.offload_optimizer.device in the DeepSpeed JSON is "nvme", and nvme_path is missing. Add'
     ),
+    '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}': (
+        "zero_optimization.offload_optimizer in the DeepSpeed JSON has device nvme, and the stage is 2. DeepSpeed"
+    ),
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/n", "buffer_count": 4, '
+    '"pipeline_read": true}}}': (
+        "zero_optimization.offload_optimizer.buffer_count in the DeepSpeed JSON is 4, and a step needs 8. Main param"
+    ),
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/n", '
+    '"fast_init": true}}}': (
+        "zero_optimization.offload_optimizer.fast_init in the DeepSpeed JSON is true. It reads parameters to addresses"
+    ),
+    '{"aio": {"use_gds": true}, "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": '
+    '"/n"}}}': "aio.use_gds in the DeepSpeed JSON is true. Swap files are read into the host's memory",
+    '{"aio": {"block_size": 5000}, "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": '
+    '"/n"}}}': "aio.block_size in the DeepSpeed JSON is 5000. Direct I/O needs a multiple of 4096 bytes. Write",
     '{"zero_force_ds_cpu_optimizer": true, "zero_optimization": {"stage": 2}}': (
         "zero_force_ds_cpu_optimizer in the DeepSpeed JSON is not supported. Remove the entry: torch"
     ),
