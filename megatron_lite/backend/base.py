@@ -139,6 +139,11 @@ class Backend(ABC):
     def capabilities(self) -> Capabilities:
         """Return the capabilities of this backend."""
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Return the dtype in which the device sums over samples and parameters: float64, or fp32 if it has none."""
+        return torch.float64 if self.capabilities().float64 else torch.float32
+
     def host_tensor(self, array: np.ndarray) -> Tensor:
         """Return a tensor with the array's values in host memory of the kind that to_device copies without waiting."""
         return torch.from_numpy(array if array.flags.writeable else array.copy())

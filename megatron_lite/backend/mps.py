@@ -6,9 +6,11 @@ import platform
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.explicit_attention import explicit_attention
 from megatron_lite.backend.seeding import seed_generator
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -69,10 +71,32 @@ class MpsBackend(Backend):
         """Return the kind of processor."""
         return f"Apple GPU ({platform.processor() or platform.machine()}, macOS {platform.mac_ver()[0]})"
 
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        dropout: float,
+        causal: bool,
+        new_shapes: bool = False,
+    ) -> Tensor:
+        """Return attention by products.
+
+        Without gradients, scaled_dot_product_attention runs kernels that return wrong values for permuted inputs and,
+        in 16 bits, attend to later tokens (pytorch/pytorch issues 163597, 174861, 181133, 195910).
+        """
+        return explicit_attention(q, k, v, mask, dropout=dropout, causal=causal)
+
     def capabilities(self) -> Capabilities:
-        """Return the capabilities: bf16 from macOS 14 on. config/devices.py has what no Apple GPU can run."""
+        """Return the capabilities: bf16 from macOS 14 on. config/devices.py has what no Apple GPU can run.
+
+        torch's fused optimizers ignore the scale of gradients and overflows (pytorch/pytorch pull request 186360).
+        """
         bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
         return Capabilities(
             dtypes=frozenset({"fp32", "fp16"} | ({"bf16"} if bf16 else set())),
             fused_adam=False,
+            float64=False,
         )

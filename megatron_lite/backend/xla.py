@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
+from megatron_lite.backend.explicit_attention import explicit_attention
 from megatron_lite.config.divisors import divisors
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
@@ -233,17 +233,8 @@ class XlaBackend(Backend):
         causal: bool,
         new_shapes: bool = False,
     ) -> Tensor:
-        """Return attention by products that keep batch and heads as dims, so that both stay split over the mesh."""
-        if q.shape[2] != k.shape[2]:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-        scores = torch.einsum("sbnd,tbnd->bnst", q * q.shape[-1] ** -0.5, k).float()
-        if causal:
-            later = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
-        if mask is not None:
-            scores = scores + mask
-        shares = F.dropout(scores.softmax(-1), dropout)
-        return torch.einsum("bnst,tbnd->sbnd", shares.to(v.dtype), v)
+        """Return attention by products, so that samples and heads stay split over the mesh."""
+        return explicit_attention(q, k, v, mask, dropout=dropout, causal=causal)
 
     def _accelerator(self) -> str:
         """Return the TPU's generation and size as its host knows it, such as v4-32; empty: it does not."""

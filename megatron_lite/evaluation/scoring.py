@@ -95,9 +95,9 @@ class Scorer:
         check_spans(spans, self.stage.config)
         order = sorted(range(len(spans)), key=lambda index: -spans[index].length)
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        dp, device = self.mesh.dp, self.stage.sharding.backend.device
+        dp, backend = self.mesh.dp, self.stage.sharding.backend
         # Of each span: summed loss, and number of tokens that are not the likeliest.
-        totals = torch.zeros(len(spans), 2, dtype=torch.float64, device=device)
+        totals = torch.zeros(len(spans), 2, dtype=backend.sum_dtype, device=backend.device)
         was_training = self.stage.training
         self.stage.eval()
         try:
@@ -140,8 +140,8 @@ class Scorer:
         for first in range(0, len(labels), CHUNK):
             part = slice(first, first + CHUNK)
             logits = self._logits(scored[part])
-            losses = F.cross_entropy(logits, label[part], reduction="none").double()
-            missed = (logits.argmax(-1) != label[part]).double()
+            losses = F.cross_entropy(logits, label[part], reduction="none").to(totals.dtype)
+            missed = (logits.argmax(-1) != label[part]).to(totals.dtype)
             totals.index_add_(0, owner[part], torch.stack((losses, missed), 1))
 
     def _logits(self, hidden: Tensor) -> Tensor:

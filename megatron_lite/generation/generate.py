@@ -172,10 +172,12 @@ def _next_tokens(
         logits = model.next(tokens, [0 if text is None else text.position for text in texts])
         if logits is not None:
             logits = logits[list(running)]
-    if logits is None:
-        chosen = torch.empty(len(running), 2, dtype=torch.float64, device=stage.sharding.backend.device)
-    else:
-        chosen = _choose(logits, list(running.values()), stage.config.vocab_size)
+    backend = stage.sharding.backend
+    chosen = torch.empty(len(running), 2, dtype=backend.sum_dtype, device=backend.device)
+    if logits is not None:
+        # Probabilities are computed in float64, on the host if the device has none.
+        logits = logits if backend.sum_dtype == torch.float64 else logits.cpu()
+        chosen.copy_(_choose(logits, list(running.values()), stage.config.vocab_size))
     pp.broadcast_(chosen, pp.size - 1)
     for row, (token, log_prob) in zip(running, chosen.tolist(), strict=True):
         if token < 0:

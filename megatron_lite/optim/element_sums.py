@@ -26,31 +26,34 @@ class ElementSums:
         tp_rank: this rank's coordinate along tp.
         group: the ranks whose shards together hold the model once: tp and pp, and cp and dp under ZeRO-1.
         device: of the shards, of which this rank may have none; None: the CPU.
+        dtype: of the sums (Backend.sum_dtype).
     """
 
     shards: Sequence[Shard]
     tp_rank: int
     group: Group
     device: torch.device | None = None
+    dtype: torch.dtype = torch.float64
 
     def is_counted(self, parameter: NamedParameter) -> bool:
         """Return whether this rank's stage and tp coordinate count (and save) the parameter."""
         return parameter.owned and (parameter.tp_dim is not None or self.tp_rank == 0)
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the sum of squares over this rank's share: a float64 scalar.
+        """Return the sum of squares over this rank's share: a scalar.
 
         Args:
             tensors: one flat tensor for each shard.
         """
-        return self._sum([_squares(part) for part in self._counted_parts(tensors)])
+        return self._sum([_squares(part, self.dtype) for part in self._counted_parts(tensors)], self.dtype)
 
     def zeros(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the number of elements equal to zero in this rank's share, without padding: a float64 scalar."""
+        """Return the number of elements equal to zero in this rank's share, without padding: a scalar."""
         pieces = [piece for shard in self.shards for piece in shard.pieces if self.is_counted(piece.parameter)]
         # Padded vocabulary rows come last in the flattened parameter.
         elements = sum(max(0, min(piece.stop, piece.parameter.rectangle.numel) - piece.start) for piece in pieces)
-        return elements - self._sum([part.count_nonzero().double() for part in self._counted_parts(tensors)])
+        nonzero = self._sum([part.count_nonzero() for part in self._counted_parts(tensors)], torch.int64)
+        return (elements - nonzero).to(self.dtype)  # fp32 would round both terms
 
     def over_ranks(self, values: Sequence[Tensor]) -> Tensor:
         """Return scalars summed over the group, [n] on the device; one collective."""
@@ -58,9 +61,9 @@ class ElementSums:
         self.group.all_reduce_(joined)
         return joined
 
-    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+    def _sum(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if not parts:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
+            return torch.zeros((), dtype=dtype, device=self.device)
         return torch.stack(list(parts)).sum()
 
     def _counted_parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -81,8 +84,8 @@ class ElementSums:
         return parts
 
 
-def _squares(flat: Tensor) -> Tensor:
-    """Return the sum of squares of [n], in float64 over rows of fp32 norms.
+def _squares(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of squares of [n], in `dtype` over rows of fp32 norms.
 
     One fp32 norm over a long tensor is off by a percent at 1e8 elements on a CPU: the few running sums become so large
     that small terms are rounded away.
@@ -90,4 +93,4 @@ def _squares(flat: Tensor) -> Tensor:
     whole = flat.numel() // _ROW * _ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
-    return rows.double().square().sum() + rest.double().square()
+    return rows.to(dtype).square().sum() + rest.to(dtype).square()

@@ -68,7 +68,7 @@ class Optimizer:
         self._applied = 0
         self._next_scale: Tensor | None = None
         group = mesh.world if buffers.sharded else mesh.group("tp", "pp")
-        self._sums = ElementSums(shards, mesh.tp.rank, group, mesh.backend.device)
+        self._sums = ElementSums(shards, mesh.tp.rank, group, mesh.backend.device, mesh.backend.sum_dtype)
         # Index and number of the replicas that hold the same state.
         self._replica = (0, 1) if buffers.sharded else (mesh.replicas.rank, mesh.replicas.size)
 
@@ -97,7 +97,7 @@ class Optimizer:
             gradient_divisor: scalar on the device by which gradients are divided besides the loss scale; None: 1.
 
         Returns:
-            [n] float64 on the device: the values of the step, for `settle`.
+            [n] on the device, in its dtype of sums: the values of the step, for `settle`.
         """
         metrics, optimizer = self._config.metrics, self._config.optimizer
         gradients = [shard.gradients for shard in self._buffers.shards]
@@ -123,7 +123,7 @@ class Optimizer:
         self._copy_mains_to_parameters()
         if metrics.log_params_norm:
             values.append(self._sums.over_ranks([self._sums.squares(self._mains)])[0].sqrt())
-        return torch.stack([applies.double(), finite.double(), norm, *values])
+        return torch.stack([applies.to(norm.dtype), finite.to(norm.dtype), norm, *values])
 
     def settle(self, values: Sequence[float]) -> StepResult:
         """Adapt the loss scale and the count of steps to a step; return its result.

@@ -37,7 +37,7 @@ class PieceState:
 class UpdateRule(ABC):
     """Optimizer step over shards of fp32 main parameters (Shard.values) with their fp32 gradients.
 
-    Rules run on the device alone: no value is read on the host.
+    Rules run on the device alone: no value is read on the host, unless torch has no fused kernel for the device.
     """
 
     @abstractmethod
@@ -85,7 +85,8 @@ class TorchRule(UpdateRule):
         kind: which of the two.
         config: hyperparameters.
         shards: main parameters.
-        fused: whether to use torch's fused kernels. Others (of meta tensors) neither scale gradients nor skip steps.
+        fused: whether to use torch's fused kernels, which scale gradients and skip steps on the device. For others
+            the gradients are scaled before, and the host reads whether the step is applied.
     """
 
     def __init__(
@@ -137,6 +138,11 @@ class TorchRule(UpdateRule):
             # Inputs of the fused kernels for mixed precision; torch's GradScaler passes them in the same way.
             self._rule.grad_scale = None if divisor is None else divisor.float()  # type: ignore[attr-defined]
             self._rule.found_inf = 1.0 - applies.float()  # type: ignore[attr-defined]
+        else:
+            if not applies.item():
+                return
+            for shard in self._shards:
+                prepare(shard.gradients, divisor, applies)
         self._rule.step()
 
     def states(self) -> list[PieceState]:

@@ -223,10 +223,11 @@ class DeepSpeedEngine:
 
     def _count_tokens(self, batches: Sequence[MicroBatch]) -> float:
         """Return the unmasked tokens of the global batch, at least 1."""
-        total = torch.zeros((), dtype=torch.float64, device=self._mesh.backend.device)
+        backend = self._mesh.backend
+        total = torch.zeros((), dtype=backend.sum_dtype, device=backend.device)
         for batch in batches:
             weights = self._model.sample_weights(batch)
-            total += 0.0 if weights is None else weights.double().sum()
+            total += 0.0 if weights is None else weights.to(total.dtype).sum()
         self._mesh.dp.all_reduce_(total)
         return max(total.item(), 1.0)
 
@@ -255,13 +256,14 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _step_unsharded(self) -> tuple[bool, float]:
         """Clip and step torch's optimizer, whose gradients DeepSpeed has reduced."""
-        squares = torch.zeros((), dtype=torch.float64, device=self._mesh.backend.device)
+        backend = self._mesh.backend
+        squares = torch.zeros((), dtype=backend.sum_dtype, device=backend.device)
         gradients = []
         for parameter in self._parameters:
             if parameter.trained and parameter.param.grad is not None:
                 gradients.append(parameter.param.grad)
                 if parameter.tp_dim is not None or self._mesh.tp.rank == 0:
-                    squares += parameter.param.grad.double().square().sum()
+                    squares += parameter.param.grad.to(squares.dtype).square().sum()
         self._mesh.tp.all_reduce_(squares)
         norm = squares.sqrt()
         if self._config.stops_at_nan and not norm.isfinite():

@@ -104,13 +104,14 @@ class OptimizerState:
                 self._optimizer.state[flat]["step"].fill_(applied)
 
     def squared_norm(self) -> Tensor:
-        """Return the sum of squares of all trained parameters; a collective call; float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=self._mesh.backend.device)
+        """Return the sum of squares of all trained parameters; a collective call; a scalar."""
+        backend = self._mesh.backend
+        total = torch.zeros((), dtype=backend.sum_dtype, device=backend.device)
         mains = {id(flat): self._main(flat) for flat in self._partitions()}
         for fragment in self._fragments:
             if self._counts(fragment.parameter):
                 real = fragment.view(mains[id(fragment.flat)])[: fragment.parameter.rectangle.numel - fragment.start]
-                total += real.detach().double().square().sum().to(total.device)
+                total += real.detach().to(total.dtype).square().sum().to(total.device)
         group = self._mesh.group("tp", "cp", "dp") if self._stage else self._mesh.tp
         group.all_reduce_(total)
         return total

@@ -220,12 +220,13 @@ def loss_sums(losses: StepLosses, num_sources: int, backend: Backend) -> Tensor:
         backend: of their device.
 
     Returns:
-        [2, 1 + num_sources] float64 on the device.
+        [2, 1 + num_sources] on the device, in its dtype of sums.
     """
-    sums = torch.zeros(2, 1 + num_sources, dtype=torch.float64, device=backend.device)
+    dtype = backend.sum_dtype
+    sums = torch.zeros(2, 1 + num_sources, dtype=dtype, device=backend.device)
     for samples, weights, sources in zip(losses.samples, losses.weights, losses.sources, strict=True):
         weights = torch.ones_like(samples) if weights is None else weights
-        pairs = torch.stack((samples.double(), weights.double()))
+        pairs = torch.stack((samples.to(dtype), weights.to(dtype)))
         sums[:, 0] += pairs.sum(1)
         if num_sources and sources is not None:
             sums.index_add_(1, 1 + backend.to_device(torch.tensor(sources)), pairs)

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_lite.backend.base import Capabilities
+from megatron_lite.backend.cpu import CpuBackend
 from megatron_lite.config.optimizer import OptimizerKind
 from megatron_lite.optim.optimizer import Optimizer, clip_coefficient
 from megatron_lite.parallel.buffers import ParameterBuffers
@@ -65,6 +67,13 @@ def assert_same(module, other, **tolerance):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
+@pytest.fixture(params=[True, False], ids=["fused", "unfused"])
+def fused_or_not(request, monkeypatch):
+    """Run a test with and without torch's fused optimizers, which a Mac's GPU cannot use."""
+    monkeypatch.setattr(CpuBackend, "capabilities", lambda backend: Capabilities(fused_adam=request.param))
+
+
+@pytest.mark.usefixtures("fused_or_not")
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 def test_adam_and_clipping_equal_torchs_parameter_by_parameter(kit, clip):
     ours, plain = model(), model()
@@ -77,6 +86,7 @@ def test_adam_and_clipping_equal_torchs_parameter_by_parameter(kit, clip):
     assert_same(ours, plain, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.usefixtures("fused_or_not")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_equals_torchs(kit, momentum):
     ours, plain = model(), model()
@@ -131,6 +141,7 @@ def test_fp16_scales_the_loss_and_reports_the_unscaled_norm(kit):
     assert math.sqrt(total) == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.usefixtures("fused_or_not")
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
