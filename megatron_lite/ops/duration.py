@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_lite.planner.hardware import Hardware, device_of_resource
 from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size
-from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.length import awaits_epochs, last_iteration
 from megatron_lite.schedules.saves import FIRST_SAVE_RATE, SAVE_SAFETY, save_budget
 
 RECENT = 50
@@ -78,7 +79,7 @@ class Timing:
         save_source: measured or assumed.
         step: duration of an iteration; None: unknown.
         interval: the shortest save interval in iterations; 0: no scheduled saves.
-        remaining: iterations up to the end of the run.
+        remaining: iterations up to the end of the run; infinite: unknown until the data of --epochs are open.
     """
 
     limit: int
@@ -87,14 +88,14 @@ class Timing:
     save_source: str
     step: Step | None
     interval: int
-    remaining: int
+    remaining: float
 
     @property
     def iterations(self) -> int | None:
         """Number of iterations in one job; None: the step time is unknown."""
         if self.step is None:
             return None
-        return min(self.remaining, max(0, int((self.limit if self.stop is None else self.stop) / self.step.seconds)))
+        return int(min(self.remaining, max(0, (self.limit if self.stop is None else self.stop) / self.step.seconds)))
 
 
 def timing_of(config: RunConfig, resources: Resources, step: Step | None, reached: int) -> Timing | None:
@@ -124,7 +125,7 @@ def timing_of(config: RunConfig, resources: Resources, step: Step | None, reache
         source,
         step,
         min((phase.interval for phase in config.checkpoint.phases if phase.interval), default=0) if save else 0,
-        max(0, last_iteration(config) - reached),
+        math.inf if awaits_epochs(config) else max(0, last_iteration(config) - reached),
     )
 
 
@@ -136,8 +137,8 @@ def timing_facts(timing: Timing) -> Iterator[tuple[str, str]]:
     step, iterations = timing.step, timing.iterations
     if step is not None and iterations is not None:
         text = f"{_seconds(step.seconds)} s an iteration ({step.source}): about {iterations:,} iterations in one job"
-        if iterations and timing.remaining > iterations:
-            text += f", about {-(-timing.remaining // iterations):,} jobs to the end"
+        if iterations and iterations < timing.remaining < math.inf:
+            text += f", about {math.ceil(timing.remaining / iterations):,} jobs to the end"
         yield "Step", text
     else:
         yield "Step", "duration unknown before the first job; give --step-seconds S to check it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_lite.ops.job import Job
 from megatron_lite.ops.quota import Space
 from megatron_lite.planner.disk import Storage
 from megatron_lite.runs.exit_status import completed_iteration
-from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.length import awaits_epochs, last_iteration
 
 
 def folder_problems(folder: Path) -> Iterator[ConfigError]:
@@ -31,12 +32,22 @@ def folder_problems(folder: Path) -> Iterator[ConfigError]:
         )
 
 
+def saves_line(config: RunConfig) -> str:
+    """Return the schedule of saves in one line."""
+    last, done, parts = math.inf if awaits_epochs(config) else last_iteration(config), 0.0, []
+    for phase in config.checkpoint.phases:
+        if done < last and phase.interval:
+            done = min(phase.until or last, last)
+            parts.append(f"every {phase.interval:,} to {f'iteration {done:,}' if done < math.inf else 'the end'}")
+    return f"{', '.join(parts) or 'at the end only'} in --save {config.checkpoint.save}"
+
+
 def completion_problems(config: RunConfig) -> Iterator[ConfigError]:
     """Yield an error if the run in the --save folder is complete."""
     folder = Path(config.checkpoint.save)
     done = completed_iteration(folder)
-    if config.tuning.epochs and not config.epoch_samples:
-        return  # the length is known once the data are opened: the job itself finds that it is complete
+    if awaits_epochs(config):
+        return  # the job itself finds that it is complete
     if done is not None and done >= last_iteration(config):
         yield ConfigError(
             f"The run in --save {folder} is complete: it reached iteration {done:,}",

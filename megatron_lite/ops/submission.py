@@ -29,6 +29,7 @@ from megatron_lite.ops.storage import (
     folder_problems,
     nearest_existing,
     of_array_task,
+    saves_line,
     space_problems,
     space_warnings,
 )
@@ -36,7 +37,8 @@ from megatron_lite.ops.watch_job import Queue, folder_user
 from megatron_lite.planner.disk import Storage, storage_of
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations
-from megatron_lite.schedules.length import last_iteration
+from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
+from megatron_lite.schedules.length import awaits_epochs
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 OWN_FOLDER = re.compile(r"^[^#\n]*dirname[^\n]*\$\{?(0|BASH_SOURCE)\b", re.MULTILINE)
@@ -218,20 +220,17 @@ def _check_further(submission: Submission, step_seconds: float | None) -> None:
 def _check_folder(submission: Submission, config: RunConfig, folder: Path, storage: Storage) -> None:
     """Check the run in the --save folder, and the space for its checkpoints."""
     existing = nearest_existing(folder)
-    submission.facts.append(("Saves", _saves_line(config)))
+    submission.facts.append(("Saves", saves_line(config)))
     submission.complete += [of_array_task(submission.job, problem) for problem in completion_problems(config)]
     if (lock := folder_user(folder, Queue(), time.time())) is not None:
         submission.warnings.append(
             f"--save {folder} is in use by {lock.owner}: a job that starts before it ends is refused"
         )
     space = free_space(existing)
-    submission.facts.append(
-        (
-            "Disk",
-            f"{format_count(storage.kept, 'checkpoint')} of {format_size(storage.checkpoint)}: "
-            f"{format_size(storage.total)}; {format_size(space.free)} {space.free_limit} at {existing}",
-        )
-    )
+    size = format_size(storage.checkpoint)
+    kept = f"{format_count(storage.kept, 'checkpoint')} of {size}: {format_size(storage.total)}"
+    kept = f"{size} for each checkpoint" if awaits_epochs(config) else kept
+    submission.facts.append(("Disk", f"{kept}; {format_size(space.free)} {space.free_limit} at {existing}"))
     submission.local_problems += space_problems(storage, space, existing)
     submission.warnings += space_warnings(storage, space, existing)
     try:
@@ -380,19 +379,14 @@ def _summary_facts(config: RunConfig, summary: RunSummary, vocabulary: str) -> I
         f"{config.precision.dtype}",
     )
     yield "Memory", f"{format_size(summary.memory.total)} on the fullest rank"
+    batch, dp = config.batch, config.parallel.dp
     batches = [stage.global_batch for stage in summary.stages]
-    ramp = f"{batches[0]:,} to {batches[-1]:,}" if len(batches) > 1 else f"{batches[-1] if batches else 0:,}"
+    batches = batches or [global_batch_size(batch, 0, dp), final_batch_size(batch, dp)]
+    ramp = f"{batches[0]:,} to {batches[-1]:,}" if batches[0] != batches[-1] else f"{batches[-1]:,}"
     load = Path(config.checkpoint.load) if config.checkpoint.load else None
     resumed = latest_iteration(load) if load and load.is_dir() and os.access(load, os.R_OK | os.X_OK) else None
     start = f"; resumes after iteration {resumed:,}" if resumed else ""
-    size = f"{length.samples:,} samples, {length.tokens:,} tokens"
-    yield "Run", f"{length.iterations:,} iterations of batch {ramp}, {size}{start}"
-
-
-def _saves_line(config: RunConfig) -> str:
-    last, done, parts = last_iteration(config), 0, []
-    for phase in config.checkpoint.phases:
-        if done < last and phase.interval:
-            done = min(phase.until or last, last)
-            parts.append(f"every {phase.interval:,} to iteration {done:,}")
-    return f"{', '.join(parts) or 'at the end only'} in --save {config.checkpoint.save}"
+    size = f"{length.iterations:,} iterations of batch {ramp}, {length.samples:,} samples, {length.tokens:,} tokens"
+    if awaits_epochs(config):
+        size = f"{format_count(config.tuning.epochs, 'epoch')} of batch {ramp}; the job counts their iterations"
+    yield "Run", f"{size}{start}"

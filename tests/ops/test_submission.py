@@ -141,8 +141,14 @@ def test_a_run_that_is_complete_or_has_no_folder(check, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "completed_iteration.txt").write_text("100\n")
     assert "is complete: it reached iteration 100" in texts(check())[0]
-    epochs = check("--train-iters 0 --epochs 3 --data-path x")  # the job counts their iterations when it opens the data
+    by_epochs = FLAGS.replace("--train-iters 100", "--epochs 3 --lr-decay-style constant")
+    by_epochs = by_epochs.replace("--mock-data", "--data-path x")
+    epochs = check(flags=by_epochs, step_seconds=2.0)  # the job counts their iterations when it opens the data
     assert not any("is complete" in text for text in texts(epochs))
+    facts = dict(epochs.facts)
+    assert facts["Run"] == "3 epochs of batch 4; the job counts their iterations"
+    assert facts["Step"].endswith("about 1,650 iterations in one job")
+    assert facts["Saves"].startswith("every 20 to the end") and " for each checkpoint; " in facts["Disk"]
     assert any("there is no --save" in warning for warning in check(save="").warnings)
 
 
