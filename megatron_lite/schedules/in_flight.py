@@ -19,8 +19,8 @@ from megatron_lite.schedules.simulate import is_split
 
 MAX_SENDS = 4
 """Largest number of sent tensors that a rank keeps alive; a further send waits for the oldest."""
-_ROUNDS = 2
-"""Rounds of pp micro-batches after which the states of a schedule repeat."""
+_ROUNDS: dict[PipelineKind, int] = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h1": 1, "zb-v": 2}
+"""Rounds of pp micro-batches after which the states of a schedule repeat, but for sends that wait."""
 
 
 class HeldState(NamedTuple):
@@ -64,11 +64,10 @@ def held_states(kind: PipelineKind, pp: int, microbatches: int, chunks: int = 1)
 def _simulated(kind: PipelineKind, pp: int, microbatches: int) -> int:
     """Return a number of micro-batches that is enough to reach the most that the schedule ever has in flight."""
     if kind != "interleaved":
-        rounds = _ROUNDS + (kind == "zb-v")
-        return min(microbatches, rounds * pp + MAX_SENDS)
+        return min(microbatches, _ROUNDS[kind] * pp + MAX_SENDS)
     # The size of a round depends on the number of micro-batches (schedules/pipeline.py).
     rounds = max(1, microbatches // pp)
-    shown = min(rounds, _ROUNDS)
+    shown = min(rounds, _ROUNDS[kind])
     return shown * (microbatches // rounds) + min(microbatches % rounds, shown)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_lite.config.parallel import PipelineKind
 from megatron_lite.errors import ConfigError
@@ -21,8 +20,7 @@ SPLIT_BACKWARD: frozenset[str] = frozenset({"zb-h1", "zb-v"})
 """Schedules with deferred weight gradients: B computes the input gradient of a stage, W the weight gradients."""
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One action of a rank: computes, sends or receives for one micro-batch of one of its stages.
 
     F, B and W compute. SEND_F sends the output of `stage` to the rank of the next stage, RECV_F receives the input of

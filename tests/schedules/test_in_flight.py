@@ -1,5 +1,6 @@
 """Tests of the tensors that ranks hold under each pipeline schedule."""
 
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -32,13 +33,13 @@ def test_micro_batches_in_flight_are_those_of_the_simulation(kind):
 
 def test_a_long_iteration_needs_no_long_simulation(monkeypatch):
     """The first rounds have the states of all."""
-    for kind in ("1f1b", "zb-h1", "zb-v"):
+    for kind, pp in product(("1f1b", "zb-h1", "zb-v"), (1, 2, 3, 6)):
         held_states.cache_clear()
-        short = held_states(kind, 3, 40, 2 if kind == "zb-v" else 1)
+        short = held_states(kind, pp, 40, 2 if kind == "zb-v" else 1)
         with monkeypatch.context() as patch:
             patch.setattr(in_flight, "_simulated", lambda kind, pp, microbatches: microbatches)
             held_states.cache_clear()
-            assert [set(states) for states in held_states(kind, 3, 40, 2 if kind == "zb-v" else 1)] == [
+            assert [set(states) for states in held_states(kind, pp, 40, 2 if kind == "zb-v" else 1)] == [
                 set(states) for states in short
             ]
     held_states.cache_clear()
