@@ -52,6 +52,7 @@ class IndexedDatasetWriter:
         unfinished: path of the temporary files without suffix, if they are kept when writing is interrupted; empty:
             they are next to the dataset and removed.
         extent: content of the temporary files to append to; the rest of the files is removed.
+        synced: `finish` waits until the files are on the disk.
 
     Attributes:
         index_piece: bytes and CRC-32 of the .idx, when the writer is finished.
@@ -67,6 +68,8 @@ class IndexedDatasetWriter:
         dtype: np.dtype | type[np.integer],
         unfinished: str | Path = "",
         extent: Extent | None = None,
+        *,
+        synced: bool = True,
     ) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -74,6 +77,7 @@ class IndexedDatasetWriter:
         self.num_sequences, self.num_documents, self.num_tokens = extent or Extent()
         self.index_piece = (0, 0)
         self._is_kept = bool(unfinished)
+        self._synced = synced
         self._sizes = array("i")
         self._documents = array("q") if extent else array("q", [0])
         self._paths = {
@@ -190,12 +194,17 @@ class IndexedDatasetWriter:
         self.num_documents += other.num_documents
         self.num_tokens += other.num_tokens
 
-    def sync(self) -> None:
-        """Wait until the content so far is on the disk, from where another writer can continue."""
+    def flush(self) -> None:
+        """Pass the content so far to the operating system."""
         self._spill()
         with self._writing():
             for file in self._files.values():
                 file.flush()
+
+    def sync(self) -> None:
+        """Wait until the flushed content is on the disk, from where another writer can continue; for any thread."""
+        with self._writing():
+            for file in self._files.values():
                 os.fdatasync(file.fileno())
 
     def finish(self) -> None:
@@ -208,8 +217,7 @@ class IndexedDatasetWriter:
             self._spill()
             with self._writing():
                 self._write_index()
-                self._files["bin"].flush()
-                os.fsync(self._files["bin"].fileno())
+                self._flush(self._files["bin"])
                 # Renaming the temporary .bin releases the lock on the name: the side files are removed before that, as
                 # afterwards they may belong to another writer.
                 for part in ("sizes", "documents"):
@@ -272,9 +280,13 @@ class IndexedDatasetWriter:
             for piece in itertools.chain([header], self._pieces("sizes"), self._pointers(), self._pieces("documents")):
                 index.write(piece)
                 size, checksum = size + len(piece), zlib.crc32(piece, checksum)
-            index.flush()
-            os.fsync(index.fileno())
+            self._flush(index)
         self.index_piece = (size, checksum)
+
+    def _flush(self, file: BinaryIO) -> None:
+        file.flush()
+        if self._synced:
+            os.fsync(file.fileno())
 
     def _pieces(self, part: str) -> Iterator[bytes]:
         """Yield the content of a side file in chunks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -11,11 +12,11 @@ import numpy as np
 
 from megatron_lite.data.format.indexed_writer import Extent, IndexedDatasetWriter
 from megatron_lite.data.preparation.sources import Unit
-from megatron_lite.data.preparation.work_folder import WorkFolder
+from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder
 from megatron_lite.data.preparation.worker import Step, UnitWorker
 
 COMMIT_BYTES = 64 << 20
-"""Bytes of tokens after which the appended units are recorded as finished."""
+"""Bytes of tokens after which the appended units are recorded as finished, in a thread that waits for the disk."""
 
 
 class Assembly:
@@ -48,6 +49,8 @@ class Assembly:
             itertools.takewhile(lambda unit: unit.is_assembled, (finished[n] for n in numbers if n in finished))
         )
         self._committed = len(self.done)
+        self._thread = ThreadPoolExecutor(1)
+        self._record = self._thread.submit(lambda: None)
         self.writers: list[IndexedDatasetWriter] = []
         try:
             for key, (prefix, dtype) in enumerate(zip(prefixes, dtypes, strict=True)):
@@ -79,22 +82,32 @@ class Assembly:
         self._commit_if_due()
 
     def _commit_if_due(self) -> None:
-        if sum(shard.num_bytes for one in self.done[self._committed :] for shard in one.shards) >= COMMIT_BYTES:
-            self.commit()
+        size = sum(shard.num_bytes for one in self.done[self._committed :] for shard in one.shards)
+        if size >= COMMIT_BYTES and self._record.done():
+            self._commit()
 
     def commit(self) -> None:
-        """Record the units appended since the last call as finished, after their tokens are on the disk."""
-        new = self.done[self._committed :]
+        """Record all appended units as finished, after their tokens are on the disk."""
+        self._commit()
+        self._record.result()
+
+    def _commit(self) -> None:
+        self._record.result()
+        first, new = self._committed, self.done[self._committed :]
         if not new:
             return
         for writer in self.writers:
-            writer.sync()
-        joined = [replace(one, shards=[replace(shard, name="") for shard in one.shards]) for one in new]
-        first = self._committed
-        self._folder.mark_assembled(dict(zip(self._numbers[first:], joined, strict=False)))
-        self._folder.drop([shard for one in new for shard in one.shards if shard.name])
-        self.done[first:] = joined
+            writer.flush()
+        self.done[first:] = [replace(one, shards=[replace(shard, name="") for shard in one.shards]) for one in new]
         self._committed = len(self.done)
+        units = dict(zip(self._numbers[first:], self.done[first:], strict=False))
+        self._record = self._thread.submit(self._sync, units, [shard for one in new for shard in one.shards])
+
+    def _sync(self, units: dict[int, FinishedUnit], copied: Sequence[Shard]) -> None:
+        for writer in self.writers:
+            writer.sync()
+        self._folder.mark_assembled(units)
+        self._folder.drop([shard for shard in copied if shard.name])
 
     def __enter__(self) -> Assembly:
         return self
@@ -109,5 +122,6 @@ class Assembly:
             self._close()
 
     def _close(self) -> None:
+        self._thread.shutdown()
         for writer in self.writers:
             writer.abort()

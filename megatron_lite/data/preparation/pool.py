@@ -23,11 +23,16 @@ Event = TypeVar("Event")
 Job = Callable[[Task], Iterator[Event]]
 """Runs one task and yields events about its progress."""
 
+QUEUED = 2
+"""Tasks sent to a process before the first one is done: it has the next one while the parent copies and syncs files."""
+
 
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    tasks: int = 0
+    """Tasks that were sent and are not done."""
 
 
 class Pool(Generic[Task, Event]):
@@ -64,13 +69,9 @@ class Pool(Generic[Task, Event]):
             DataError: a worker raised one, or was killed.
         """
         left = iter(tasks)
-        busy: list[_Worker] = []
-        for worker in self._workers:
-            task = next(left, None)
-            if task is not None:
-                self._send(worker, task)
-                busy.append(worker)
-        while busy:
+        for worker in self._workers * QUEUED:
+            self._send_next(worker, left)
+        while busy := [worker for worker in self._workers if worker.tasks]:
             ready = wait([worker.pipe for worker in busy])
             for worker in [worker for worker in busy if worker.pipe in ready]:
                 try:
@@ -84,14 +85,15 @@ class Pool(Generic[Task, Event]):
                 if kind == "event":
                     yield content
                     continue
-                task = next(left, None)
-                if task is None:
-                    busy.remove(worker)
-                else:
-                    self._send(worker, task)
+                worker.tasks -= 1
+                self._send_next(worker, left)
 
     @staticmethod
-    def _send(worker: _Worker, task: object) -> None:
+    def _send_next(worker: _Worker, left: Iterator[Task]) -> None:
+        task = next(left, None)
+        if task is None:
+            return
+        worker.tasks += 1
         try:
             worker.pipe.send(task)
         except OSError as error:

@@ -39,10 +39,13 @@ from megatron_lite.tokenizer.build import build_tokenizer
 
 _Pool = Pool[Task, Step]
 
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 8 << 20
 """Maximum bytes of input that a worker writes to one shard (a larger unit is a shard)."""
 
 GROUPS_PER_WORKER = 8
+"""Parts, for each worker, of the input that is left, of which the next group is one at most: the last groups are small,
+so that all workers end at the same time."""
+
 PROBED_LINES = 1000
 """Lines, at least, from which the mean size of a document is estimated."""
 
@@ -190,13 +193,14 @@ class _Run:
 
         The shuffle sorts unit by unit.
         """
-        size = min(GROUP_BYTES, _size(todo) // (GROUPS_PER_WORKER * self.options.workers))
-        groups, group = list[UnitGroup](), list[Unit]()
+        groups, group, left = list[UnitGroup](), list[Unit](), _size(todo)
         for unit, following in zip_longest(todo, todo[1:]):
             group.append(unit)
             is_next = following is not None and following.number == unit.number + 1
+            size = min(GROUP_BYTES, left // (GROUPS_PER_WORKER * self.options.workers))
             if self.options.shuffle or _size(group) >= size or not is_next:
                 groups.append(UnitGroup(tuple(group)))
+                left -= _size(group)
                 group = []
         return groups
 

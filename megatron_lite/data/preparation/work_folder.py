@@ -2,6 +2,9 @@
 
 Units are finished when `{number of the first}.json` exists, which names their shards. Each attempt has its own shard
 names: a worker process that outlives its killed parent cannot damage the shards of another attempt.
+
+Shards that are copied and deleted moments later are not synced, which would write all tokens to the disk twice. They
+survive the end of a process; what a failure of the machine leaves of them is found and deleted by the next run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_lite.data.format.file_lock import acquire, holder
+from megatron_lite.data.format.index_format import bin_path
+from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.preparation.options import PreprocessOptions
 from megatron_lite.data.preparation.report import UnitReport
 from megatron_lite.data.preparation.sources import Source
@@ -81,10 +86,16 @@ def new_prefix(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def mark_finished(folder: Path, units: dict[int, FinishedUnit], prefix: str = "") -> None:
+def mark_finished(folder: Path, units: dict[int, FinishedUnit], prefix: str = "", *, sync: bool = True) -> None:
     """Record that consecutive units are finished."""
-    content = {str(number): asdict(unit) for number, unit in units.items()}
-    replace_file(folder / f"{prefix}{min(units):06d}.json", json.dumps(content).encode())
+    content = json.dumps({str(number): asdict(unit) for number, unit in units.items()}).encode()
+    path = folder / f"{prefix}{min(units):06d}.json"
+    if sync:
+        replace_file(path, content)
+    else:
+        aside = path.with_name(f"{path.stem}-{os.getpid()}.tmp")
+        aside.write_bytes(content)
+        aside.replace(path)
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:
@@ -174,6 +185,9 @@ class WorkFolder:
         return any(entry.suffix == ".json" for entry in old)
 
     def _remove_unfinished(self) -> None:
+        for path in self.path.glob("*.json"):
+            if not _is_intact(path):
+                path.unlink()
         keep = {shard.name for unit in self.finished().values() for shard in unit.shards}
         for entry in self.path.iterdir():
             is_shard = entry.suffix in SHARD_SUFFIXES and str(entry.with_suffix("")) not in keep
@@ -220,6 +234,18 @@ class WorkFolder:
     def release(self) -> None:
         """Release the lock."""
         self._lock.close()
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a record and the shards that it names, except deleted ones, are complete."""
+    try:
+        names = {shard.name for unit in _read_units(path).values() for shard in unit.shards if shard.name}
+        for name in names:
+            if bin_path(name).exists():
+                IndexedDataset(name).check()
+    except (ValueError, DataError):  # not JSON; too short
+        return False
+    return True
 
 
 def _read_units(path: Path) -> dict[int, FinishedUnit]:

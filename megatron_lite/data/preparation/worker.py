@@ -73,7 +73,7 @@ def build_job(options: PreprocessOptions, folder: Path, tokenizer: Tokenizer | N
             units = yield from worker.write_shards(task.units, prefix)
             if options.shuffle:
                 units = {number: _sorted(unit) for number, unit in units.items()}
-            mark_finished(folder, units)
+            mark_finished(folder, units, sync=options.shuffle)
         except OSError as error:
             raise unwritable(folder, error) from error
 
@@ -159,7 +159,10 @@ class UnitWorker:
         names, done = [f"{prefix}.{i}" for i in range(len(self.dtypes))], dict[int, FinishedUnit]()
         with contextlib.ExitStack() as stack:
             pairs = zip(names, self.dtypes, strict=True)
-            writers = [stack.enter_context(IndexedDatasetWriter(name, dtype)) for name, dtype in pairs]
+            writers = [
+                stack.enter_context(IndexedDatasetWriter(name, dtype, synced=self.options.shuffle))
+                for name, dtype in pairs
+            ]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
             for unit in units:
                 finished = yield from self.run(unit, writers, orders)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_lite.data.preparation.progress import ProgressDisplay
@@ -221,6 +222,27 @@ def test_one_run_at_a_time(make, tmp_path):
         make()
     folder.release()
     make()
+
+
+def test_shards_lost_in_a_power_failure_are_made_again(tmp_path):
+    """They were not synced: files end early, or are empty."""
+    from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
+    from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder, mark_finished
+
+    prefix = str(tmp_path / "out")
+    folder = WorkFolder(prefix, "plan")
+    for number in range(4):
+        with IndexedDatasetWriter(folder.path / f"{number}", np.uint16, synced=False) as writer:
+            writer.add_document([1, 2, 3])
+        shard = Shard(str(folder.path / f"{number}"), 6, 0, (1, 1, 3))
+        mark_finished(folder.path, {number: FinishedUnit([shard], UnitReport())}, sync=False)
+    folder.release()
+    for name, size in (("0.bin", 4), ("1.idx", 0), ("000002.json", 0)):
+        os.truncate(folder.path / name, size)
+    folder = WorkFolder(prefix, "plan")
+    assert list(folder.finished()) == [3]
+    assert sorted(path.name for path in folder.path.glob("*.bin")) == ["3.bin"]
+    folder.release()
 
 
 def test_bytes_per_token_refer_to_the_output():
