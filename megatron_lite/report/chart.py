@@ -135,15 +135,14 @@ def _within(chart: Chart) -> Chart:
     lines = []
     for line in chart.lines:
         series, kept = line.series, line.series.x >= chart.x_from
-        cut = Series(
-            series.x[kept], series.y[kept], series.low[kept], series.high[kept], series.smooth[kept], int(kept.sum())
-        )
-        lines.append(replace(line, series=cut))
+        x, y, smooth = series.x[kept], series.y[kept], series.smooth[kept]
+        low, high = series.low[kept], series.high[kept]
+        lines.append(replace(line, series=Series(x, y, low, high, smooth, int(kept.sum()), series.end)))
     return replace(chart, lines=lines, marks=[mark for mark in chart.marks if mark.x >= chart.x_from])
 
 
 def _ends(lines: Sequence[Line]) -> list[float]:
-    return [float(end) for line in lines for end in (line.series.x[0], line.series.x[-1])]
+    return [float(end) for line in lines for end in (line.series.x[0], line.series.end)]
 
 
 def _vertical(chart: Chart, lines: Sequence[Line], ticks: int) -> Axis:
@@ -170,7 +169,7 @@ def _raw(tick: float, place: _Placement) -> float:
 
 def _tick(tick: float, up: Axis, chart: Chart) -> str:
     if chart.log:
-        return f"{10.0**tick:.2g}"
+        return short(float(f"{10.0**tick:.2g}"))
     if chart.value == "percent":
         return f"{100 * tick:.3g}%"
     if chart.value == "power" and (not tick or abs(tick) < 0.01):

@@ -209,7 +209,7 @@ def slow_ranks(log: RunLog) -> str:
         return ""
     slowest = sorted(ranks, key=lambda one: (-one.ratio, -one.seconds))[:8]
     rows = [(str(one.rank), one.host, f"{one.seconds:.3f} s", f"{one.ratio:.2f}") for one in slowest]
-    header = ("rank", "host", "busy in an iteration", "relative to the median of its pipeline stage")
+    header = ("rank", "host", "busy in an iteration", "relative to the other ranks of its pipeline stage")
     return details("Ranks with the longest compute and data time", table(header, rows, numbers=(2, 3)))
 
 

@@ -23,6 +23,7 @@ class Series:
         y: means of the buckets, or the values themselves if there are at most BUCKETS.
         smooth: moving average of y.
         count: number of values before the reduction.
+        end: last x, also of a value that is not finite: the axis of a diverged run reaches its last iteration.
     """
 
     x: Values
@@ -31,6 +32,7 @@ class Series:
     high: Values
     smooth: Values
     count: int
+    end: float
 
     def __len__(self) -> int:
         return len(self.x)
@@ -43,11 +45,12 @@ def reduce_series(x: Values, y: Values) -> Series:
         x: ascending [n].
         y: values [n]; those that are not finite are omitted.
     """
+    end = float(np.max(x, initial=-np.inf, where=np.isfinite(x)))
     known = np.isfinite(y) & np.isfinite(x)
     x, y = x[known], y[known]
     count = len(x)
     if count <= BUCKETS:
-        return Series(x, y, y, y, _smoothed(x, y), count)
+        return Series(x, y, y, y, _smoothed(x, y), count, end)
     edges = np.unique(np.linspace(0, count, BUCKETS + 1).astype(np.int64))[:-1]
     sizes = np.diff(np.append(edges, count))
     means = np.add.reduceat(y, edges) / sizes
@@ -55,7 +58,7 @@ def reduce_series(x: Values, y: Values) -> Series:
     middles = np.add.reduceat(x, edges) / sizes
     # The ends of the run are drawn, not the middles of the outermost buckets.
     middles[0], middles[-1] = x[0], x[-1]
-    return Series(middles, means, low, high, _smoothed(middles, means), count)
+    return Series(middles, means, low, high, _smoothed(middles, means), count, end)
 
 
 def _smoothed(x: Values, y: Values) -> Values:

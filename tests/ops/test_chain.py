@@ -160,6 +160,15 @@ def test_a_job_that_was_killed_is_judged_by_its_successor(run, queue, state, sta
     assert chain.outcomes[-1].message == f"ended without an exit status{f' (Slurm: {state})' if state else ''}"
 
 
+def test_a_rollback_after_a_kill_is_no_end_of_a_job(run, queue):
+    begins(run, queue, "100")
+    queue.states.pop("100")
+    queue.final["100"] = "NODE_FAIL"
+    status = ExitStatus(status="rolled_back", message="rolled back", time="2027-01-15T08:00:00+00:00")
+    (run / "exit_status.json").write_bytes(status.encode())
+    assert begins(run, queue, "101").outcomes[-1].status == "killed"
+
+
 def test_a_requeued_job_keeps_its_successor(run, queue):
     chain = begins(run, queue, "100")
     ends(run, "error", job="100", saved=3)

@@ -296,6 +296,8 @@ def test_a_run_whose_loss_is_nan_is_not_reported_with_its_last_finite_loss(run, 
     assert "loss is Infinity in iteration 11" in page and "loss is NaN from iteration 21" in page
     figures = {label: (value, note) for label, value, note in key_figures(log, account(log))}
     assert figures["Training loss"] == ("NaN", "from iteration 21")
+    low, high = map(float, re.search(r"data-x='([^']*)'", page)[1].split(","))
+    assert low <= 1 and high == 40, "the axis reaches the last iteration"
     assert figures["Validation loss"][0] == "NaN" and figures["Validation loss"][1].endswith(" at 20")
     compared = comparison_page([read_run(run), log])
     assert re.search(r"Training loss at [^<]* tokens</td><td>[\d.]+</td><td>NaN</td>", compared)
