@@ -289,7 +289,7 @@ def _engine(of: Situation) -> Iterator[Advice]:
     engine = of.config.runtime.engine
     if engine != "native":
         yield Advice(
-            f"The run uses --engine {engine}, and is planned as if it were the native engine",
+            f"The run uses --engine {engine}, and its time is that of the native engine",
             "Calibrate with --calibrate and the metrics.jsonl of a short run of that engine",
         )
 

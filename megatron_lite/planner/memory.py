@@ -70,6 +70,10 @@ class RankMemory:
         return self.model_state + self.working + self.slack
 
 
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters."""
+
+
 def rank_memory(config: RunConfig, *, microbatches: int | None = None) -> tuple[RankMemory, ...]:
     """Return the memory of each pipeline rank.
 
@@ -99,8 +103,36 @@ def rank_memory(config: RunConfig, *, microbatches: int | None = None) -> tuple[
             [stage_memory(model, config.recompute, shapes, part) for part in own],
             len(own) * table,
         )
-        for pp_rank, (own, state, held) in enumerate(zip(chunks, states_of_stages(config), schedule, strict=True))
+        for pp_rank, (own, state, held) in enumerate(zip(chunks, device_states(config), schedule, strict=True))
     )
+
+
+def device_states(config: RunConfig) -> tuple[dict[str, int], ...]:
+    """Return the bytes of model state in device memory of the first rank of each pipeline stage, by kind.
+
+    They are those of states_of_stages, exact, for the native engine. For DeepSpeed they are estimates: ZeRO stage 2
+    divides gradients by the replicas, stage 3 also parameters (Rajbhandari et al. 2020, arXiv:1910.02054, section 5),
+    of which stage3_max_live_parameters are gathered at a time; state that is offloaded takes no device memory.
+    """
+    states, parallel, settings = states_of_stages(config), config.parallel, config.deepspeed
+    if config.runtime.engine != "deepspeed":
+        return states
+    replicas = parallel.dp * parallel.cp
+    itemsize = 4 if config.precision.dtype == "fp32" else 2
+    live = itemsize * int(settings.zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+    without_optimizer = settings.offload_device("optimizer") != "none"
+    found = []
+    for state in states:
+        parameters, gradients = state["parameters"], state["gradients"]
+        if settings.stage >= 2:
+            # Offloaded optimizer state is updated by gradients in host memory.
+            gradients = 0 if without_optimizer else -(-gradients // replicas)
+        if settings.stage == 3:
+            shard = 0 if settings.offload_device("param") != "none" else -(-parameters // replicas)
+            parameters = min(parameters, shard + live)
+        rest = {name: 0 if without_optimizer else state[name] for name in state}
+        found.append({**rest, "parameters": parameters, "gradients": gradients})
+    return tuple(found)
 
 
 def _rank_memory(

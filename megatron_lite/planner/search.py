@@ -18,8 +18,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.vocabulary import with_vocabulary
 from megatron_lite.errors import ConfigError
 from megatron_lite.planner.hardware import Hardware
-from megatron_lite.planner.memory import fullest_bytes
-from megatron_lite.planner.model_state import states_of_stages
+from megatron_lite.planner.memory import device_states, fullest_bytes
 from megatron_lite.planner.step_time import StepTime, step_time_of
 from megatron_lite.schedules.batch_size import final_batch_size
 
@@ -140,13 +139,15 @@ def _meshes(config: RunConfig, machine: Hardware) -> Iterator[ParallelConfig]:
     """Yield sizes of the axes, schedule and ZeRO-1, without a check by the rules."""
     world, layers = config.parallel.world_size, config.model.num_layers
     base = replace(config.parallel, first_stage_layers=0, last_stage_layers=0)
+    # The ZeRO stage of DeepSpeed is that of the command.
+    choices = (base.distributed_optimizer,) if config.runtime.engine == "deepspeed" else (True, False)
     for tp in _powers(machine.per_node):
         for cp in _powers(max(1, min(MAX_CONTEXT, config.batch.seq_length // MIN_CHUNK))):
             if world % (tp * cp):
                 continue
             for pp in (size for size in range(1, min(layers, world // (tp * cp)) + 1) if not world // (tp * cp) % size):
                 for kind, chunk in _schedules(layers, pp):
-                    for zero in (True, False) if world // (tp * pp) > 1 else (False,):
+                    for zero in choices if world // (tp * pp) > 1 else choices[-1:]:
                         yield replace(
                             base,
                             tp=tp,
@@ -209,7 +210,7 @@ def _first_that_fits(
     available = machine.device.available
     smallest = candidates[-1], 0
     if available:
-        state = max(sum(parts.values()) for parts in states_of_stages(candidates[0]))
+        state = max(sum(parts.values()) for parts in device_states(candidates[0]))
         if state > available:
             smallest = candidates[-1], fullest_bytes(candidates[-1])
             return None, smallest

@@ -301,7 +301,7 @@ def test_a_plan_by_a_measured_run(tmp_path, capsys):
     [
         ("--device cpu", "cpu", "The speeds of a CPU are placeholders, and times are not predicted. Give --calibrate"),
         ("--device cpu --gpu a100", "a100-80gb", "The command trains on --device cpu, and the plan is for a100-80gb. "),
-        ("--device tpu", "tpu-v4", "planned as if it were the native engine"),
+        ("--device tpu", "tpu-v4", "its time is that of the native engine"),
         ("--device cuda --gpu cpu", "cpu", "The command trains on --device cuda, and the plan is for cpu. "),
     ],
 )

@@ -100,7 +100,11 @@ def test_a_sound_run_has_no_warning():
             {"assumptions": Assumptions(write_rate=2e8)},
             ("Writing a checkpoint takes 00:01:0", "longer than the 00:00:06", "Use a larger --save-interval"),
         ),
-        ("--engine deepspeed", {}, ("--engine deepspeed, and is planned as if", "Calibrate with --calibrate")),
+        (
+            "--engine deepspeed",
+            {},
+            ("--engine deepspeed, and its time is that of the native engine", "Calibrate with --calibrate"),
+        ),
         ("--keep-last 0", {}, ("All 200 checkpoints are kept: ", "Add --keep-last N")),
     ],
 )
