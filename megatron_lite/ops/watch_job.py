@@ -30,7 +30,7 @@ STATES = {
     "queued": "a job is in Slurm's queue",
     "waiting": "the next job of a chain waits for the end of another, or for its start time",
     "completed": "the run is complete",
-    "stopped": "the last job ended and wrote exit_status.json",
+    "stopped": "the last job ended and wrote exit_status.json, or `megatron-lite rollback` did",
     "killed": "the last job ended without writing exit_status.json",
     "empty": "the folder holds no run",
     "missing": "the folder does not exist",
