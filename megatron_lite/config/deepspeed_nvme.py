@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_lite.config.parameters import parameter_layouts
+from megatron_lite.config.parameters import HEAD, WORD_EMBEDDINGS, parameter_layouts
 from megatron_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,10 +101,14 @@ def largest_part(config: RunConfig, replicas: int) -> tuple[int, str]:
 
 
 def _local_sizes(config: RunConfig) -> dict[str, int]:
-    """Return the elements of each parameter on a tensor-parallel rank."""
-    tp = config.parallel.tp
+    """Return the elements of each parameter on a tensor-parallel rank, with the padding of the vocabulary."""
+    tp, padded = config.parallel.tp, max(config.model.padded_vocab_size, config.model.vocab_size)
+    shapes = {
+        name: (padded, *layout.shape[1:]) if name in (WORD_EMBEDDINGS, HEAD) else layout.shape
+        for name, layout in parameter_layouts(config.model).items()
+    }
     return {
-        name: math.ceil(math.prod(layout.shape) / (1 if layout.tp_dim is None else tp))
+        name: math.ceil(math.prod(shapes[name]) / (1 if layout.tp_dim is None else tp))
         for name, layout in parameter_layouts(config.model).items()
     }
 

@@ -48,6 +48,27 @@ def build_deepspeed_engine(
     """
     library = _import_deepspeed(mesh)
     swap = prepare_swap(config, mesh, lambda: library.ops.op_builder.AsyncIOBuilder().load(verbose=False))
+    try:
+        return _build(config, mesh, library, swap, num_sources, timed)
+    except BaseException:
+        if swap is not None:
+            swap.close()
+        raise
+
+
+def _build(
+    config: RunConfig, mesh: Mesh, library: Any, swap: SwapFolders | None, num_sources: int, timed: Timed | None
+) -> DeepSpeedEngine:
+    """Build the model and wrap it; arguments as for build_deepspeed_engine.
+
+    Args:
+        config: the run, with the vocabulary size.
+        mesh: this rank's groups.
+        library: DeepSpeed.
+        swap: folders for swap files; None: there are none.
+        num_sources: data sources of a blend whose losses are reported one by one.
+        timed: measures the parts of a step.
+    """
     rng, groups = RngStreams(config.runtime.seed, mesh.backend, mesh.tp.rank), _Groups(mesh)
     # At stage 3 the model may be larger than the memory of a device: it gets its values one parameter at a time.
     partitions = config.deepspeed.stage == 3 and mesh.replicas.size > 1

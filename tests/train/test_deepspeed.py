@@ -20,7 +20,7 @@ from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.parallel.random import RngStreams
-from megatron_lite.train import deepspeed_swap
+from megatron_lite.train import deepspeed, deepspeed_swap
 from megatron_lite.train.deepspeed import deepspeed_config, require_deepspeed
 from megatron_lite.train.deepspeed_model import LossModel, LossScales, join_shared_parameters
 from megatron_lite.train.deepspeed_swap import SwapFolders, prepare_swap
@@ -108,6 +108,24 @@ def test_buffers_that_are_too_small_or_cannot_be_locked(swapping, monkeypatch):
         ConfigError, match=r"swap buffers take .* of locked memory.*may lock 8 KiB.*ulimit -l unlimited"
     ):
         swapping()
+
+
+def test_buffers_hold_the_padded_vocabulary(swapping):
+    config, ours = swapping()
+    padded = config.model.padded_vocab_size * config.model.hidden_size
+    assert deepspeed_config(config, 2, ours)["zero_optimization"]["offload_param"]["buffer_size"] >= padded / 2
+    ours.close()
+
+
+def test_a_model_that_cannot_be_built_leaves_no_files(swapping, tmp_path, monkeypatch):
+    config, ours = swapping()
+    mesh = build_mesh(select_backend(config.runtime, config.parallel, Launch()), config.parallel)
+    monkeypatch.setattr(deepspeed, "_import_deepspeed", lambda mesh: None)
+    monkeypatch.setattr(deepspeed, "prepare_swap", lambda *_: ours)
+    monkeypatch.setattr(deepspeed, "_build", lambda *_: {}["model"])
+    with pytest.raises(KeyError):
+        deepspeed.build_deepspeed_engine(config, mesh)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_operator_is_an_error_with_its_remedies(swapping, tmp_path):
