@@ -53,6 +53,15 @@ def format_duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
+def format_time(seconds: float) -> str:
+    """Return a duration, below a minute as seconds with three digits.
+
+    >>> format_time(0.01234), format_time(36), format_time(184), format_time(0)
+    ('0.0123 s', '36 s', '00:03:04', '0 s')
+    """
+    return f"{seconds:.3g} s" if seconds < 59.5 else format_duration(seconds)
+
+
 def format_number(number: float) -> str:
     """Return a number with separators of thousands, or its power of ten if it is long.
 

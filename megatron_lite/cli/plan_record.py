@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,14 @@ def plan_record(
         "layout": {"text": describe_sizes(axis_sizes(config.parallel)), "world_size": config.parallel.world_size}
         | axis_sizes(config.parallel),
         "machine": asdict(machine) | {"nodes": job.nodes},
-        "assumptions": asdict(
-            replace(
-                assumptions,
-                write_rate=job.write_rate,
-                job_seconds=job.job_seconds,
-                watts=assumptions.watts or machine.device.watts,
-            )
-        ),
+        "assumptions": asdict(assumptions)
+        | {
+            "write_rate": job.write_rate,
+            "job_seconds": job.job_seconds or None,
+            "watts": assumptions.watts or machine.device.watts,
+            "carbon": assumptions.carbon or None,
+            "price": assumptions.price or None,
+        },
         "time": _time(job, machine, config),
         "memory": memory,
         "disk": _disk(job),

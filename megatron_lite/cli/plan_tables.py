@@ -13,10 +13,10 @@ from rich.text import Text
 from megatron_lite.cli.standard_output import make_console
 from megatron_lite.formatting import (
     format_count,
-    format_duration,
     format_parameters,
     format_short,
     format_size,
+    format_time,
     size_unit,
 )
 from megatron_lite.planner.step_time import PARTS
@@ -94,7 +94,7 @@ def format_days(days: float) -> str:
     """
     if days >= 2:
         return f"{days:,.1f} days"
-    return f"{days * 24:.1f} hours" if days * 24 >= 2 else format_duration(days * DAY)
+    return f"{days * 24:.1f} hours" if days * 24 >= 2 else format_time(days * DAY)
 
 
 def _hours(hours: float) -> str:
@@ -163,27 +163,27 @@ def _disk_facts(disk: dict[str, Any]) -> Iterator[str]:
         f"{format_size(disk['written_bytes_per_day'])} a day"
     )
     share = disk["share_of_interval"]
-    waits = f"training waits {format_duration(disk['blocking_seconds'])}" + (f" ({share:.1%})" if 0 < share < 1 else "")
+    waits = f"training waits {format_time(disk['blocking_seconds'])}" + (f" ({share:.1%})" if 0 < share < 1 else "")
     yield (
-        f"            a save is written in {format_duration(disk['save_seconds'])} at "
+        f"            a save is written in {format_time(disk['save_seconds'])} at "
         f"{disk['write_rate'] / 1e9:.3g} GB/s (--write-gbytes), {waits}"
     )
 
 
 def _goodput_facts(record: dict[str, Any]) -> Iterator[str]:
     found, hours = record["goodput"], record["assumptions"]["node_hours"]
-    every = format_duration(found["failure_seconds"])
+    every = format_time(found["failure_seconds"])
     rate = f"a node fails every {hours:,.4g} h (--node-mttf-hours), the job every {every}"
     if not found["can_finish"]:
         yield f"Failures    {rate}: not in the total, since the run cannot finish"
         return
-    best = f"best time between saves {format_duration(found['best_seconds'])} (Daly 2006), goodput"
+    best = f"best time between saves {format_time(found['best_seconds'])} (Daly 2006), goodput"
     if found["between_saves_seconds"] is None:
         yield f"Failures    {rate}: not in the total, since nothing is saved"
         yield f"            {best} {found['best_share']:.1%}"
         return
     yield f"Failures    {_digits(found['failures'])} expected ({rate}): goodput {found['share']:.1%}"
-    yield f"            {best} {found['best_share']:.1%}; yours: {format_duration(found['between_saves_seconds'])}"
+    yield f"            {best} {found['best_share']:.1%}; yours: {format_time(found['between_saves_seconds'])}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -200,8 +200,8 @@ def _time_table(record: dict[str, Any]) -> Table:
     for name, seconds in time["seconds"].items():
         if seconds:
             label = f"{name} ({time['jobs']:,})" if name == "job starts" else name
-            table.add_row(label, format_duration(seconds), f"{seconds / time['total_seconds']:.1%}")
-    table.add_row("total", format_duration(time["total_seconds"]), "100.0%", style="bold")
+            table.add_row(label, format_time(seconds), f"{seconds / time['total_seconds']:.1%}")
+    table.add_row("total", format_time(time["total_seconds"]), "100.0%", style="bold")
     return table
 
 
@@ -240,7 +240,7 @@ def _stage_table(record: dict[str, Any]) -> Table | None:
             format_short(row["tokens_per_second"]),
             f"{row['model_tflops_per_device']:.1f}",
             f"{row['idle']:.0%}",
-            format_duration(row["seconds"]),
+            format_time(row["seconds"]),
         )
     return table
 
@@ -262,7 +262,7 @@ def _node_table(record: dict[str, Any]) -> Table | None:
             f"{row['nodes']:,}",
             f"{row['devices']:,}",
             f"{row['dp']:,}",
-            format_duration(row["seconds"]),
+            format_time(row["seconds"]),
             f"{row['device_hours']:,.0f}",
             f"{row['idle']:.0%}",
             "yes" if row["even"] else "no",

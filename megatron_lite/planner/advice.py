@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_lite.config.run import RunConfig
-from megatron_lite.formatting import format_count, format_duration, format_size
+from megatron_lite.formatting import format_count, format_size, format_time
 from megatron_lite.planner.hardware import Hardware
 from megatron_lite.planner.job import JobPlan
 
@@ -196,15 +196,15 @@ def _finishes(of: Situation) -> Iterator[Advice]:
     useful = job.seconds["training"] + job.seconds["evaluation"]
     if job.repeats_first_job:
         yield Advice(
-            f"The run cannot finish: a job ends after {format_duration(job.job_seconds)} of the "
-            f"{format_duration(useful)}, nothing is saved, and each job starts at iteration 0",
+            f"The run cannot finish: a job ends after {format_time(job.job_seconds)} of the "
+            f"{format_time(useful)}, nothing is saved, and each job starts at iteration 0",
             f"Add --save FOLDER --load FOLDER --save-interval {max(1, int(job.job_seconds / step / 4))}, or use longer "
             "jobs (--job-hours)",
         )
     if not job.goodput.can_finish:
-        every, best = format_duration(job.goodput.failure_seconds), job.goodput
+        every, best = format_time(job.goodput.failure_seconds), job.goodput
         apart = (
-            f"saves are {format_duration(job.between_saves)} of training apart"
+            f"saves are {format_time(job.between_saves)} of training apart"
             if job.between_saves < useful
             else "nothing is saved before the end"
         )
@@ -221,7 +221,7 @@ def _job_starts(of: Situation) -> Iterator[Advice]:
     share = job.seconds["job starts"] / job.total_seconds
     if job.jobs > 1 and share > STARTS:
         yield Advice(
-            f"Jobs of {format_duration(job.job_seconds)} start {job.jobs:,} times, which takes {share:.0%} of the time",
+            f"Jobs of {format_time(job.job_seconds)} start {job.jobs:,} times, which takes {share:.0%} of the time",
             "Use longer jobs (--job-hours, or --exit-duration-in-mins), or a smaller --restart-minutes if they start "
             "faster",
         )
@@ -237,8 +237,8 @@ def _saving(of: Situation) -> Iterator[Advice]:
     step, limit = job.final.total, job.job_seconds
     if limit and job.between_saves > limit and not config.checkpoint.save_on_exit:
         yield Advice(
-            f"A job ends before its first save: {format_duration(job.between_saves)} of training lie between two "
-            f"saves, and a job has {format_duration(limit)} (--no-save-on-exit)",
+            f"A job ends before its first save: {format_time(job.between_saves)} of training lie between two "
+            f"saves, and a job has {format_time(limit)} (--no-save-on-exit)",
             f"Use --save-interval {max(1, int(limit / step / 2))} or less, or remove --no-save-on-exit",
         )
     best = job.goodput.best_seconds
@@ -246,22 +246,22 @@ def _saving(of: Situation) -> Iterator[Advice]:
         gain = job.goodput.best_share - job.goodput.share
         if gain > 0.005:
             yield Advice(
-                f"Saves are {format_duration(job.between_saves)} of training apart; with a failure every "
-                f"{format_duration(job.goodput.failure_seconds)}, {format_duration(best)} would be best, and give "
+                f"Saves are {format_time(job.between_saves)} of training apart; with a failure every "
+                f"{format_time(job.goodput.failure_seconds)}, {format_time(best)} would be best, and give "
                 f"{gain:.1%} more goodput",
                 f"Use --save-interval {min(job.iterations, max(1, round(best / step)))}",
             )
     share = job.blocking_seconds / job.between_saves
     if share > SAVING and not config.checkpoint.asynchronous:
         yield Advice(
-            f"A save of {format_size(job.storage.checkpoint)} blocks training for {format_duration(job.save_seconds)}, "
+            f"A save of {format_size(job.storage.checkpoint)} blocks training for {format_time(job.save_seconds)}, "
             f"{f'{share:,.0f} times' if share >= 2 else f'{share:.0%} of'} the time between two saves",
             "Add --async-save, or use a larger --save-interval",
         )
     if job.save_seconds > job.between_saves:
         yield Advice(
-            f"Writing a checkpoint takes {format_duration(job.save_seconds)}, longer than the "
-            f"{format_duration(job.between_saves)} between two saves",
+            f"Writing a checkpoint takes {format_time(job.save_seconds)}, longer than the "
+            f"{format_time(job.between_saves)} between two saves",
             "Use a larger --save-interval, a faster file system (--write-gbytes), or --no-save-optim",
         )
     if not config.checkpoint.keep_last and job.storage.saves > MANY_CHECKPOINTS:

@@ -63,6 +63,7 @@ def test_json(capsys):
     assert sum(found["time"]["seconds"].values()) == pytest.approx(found["time"]["total_seconds"])
     final = found["time"]["stages"][-1]
     assert sum(final["parts"].values()) == pytest.approx(final["step_seconds"])
+    assert found["assumptions"]["watts"] == 700 and found["assumptions"]["price"] is None
     assert 0.2 < found["time"]["mfu"] < found["time"]["hfu"] < 0.8
     assert found["disk"]["checkpoint"] == 14 * found["model"]["exact"]
     assert found["cost"]["tons_of_co2"] == pytest.approx(found["cost"]["megawatt_hours"] * 0.057)
@@ -153,7 +154,7 @@ def test_a_run_that_cannot_finish(capsys):
     saving = ["--train-iters", "10000000", "--save", "x", "--save-interval", "1000000"]
     code, out, _ = plan(capsys, *SMALL, *saving, "--node-mttf-hours", "0.01")
     assert code == 1 and out.splitlines()[1].startswith("CANNOT FINISH, fits (")
-    assert "The run cannot finish: with 1 node it fails every 00:00:36, and saves are " in out.splitlines()[2]
+    assert "The run cannot finish: with 1 node it fails every 36 s, and saves are " in out.splitlines()[2]
     assert "not in the total, since the run cannot finish" in out
     code, out, _ = plan(capsys, *SMALL, "--train-iters", "10000000", "--job-hours", "2")
     assert code == 1 and "nothing is saved, and each job starts at iteration 0. Add --save FOLDER" in out
