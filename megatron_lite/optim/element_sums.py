@@ -45,7 +45,7 @@ class ElementSums:
         Args:
             tensors: one flat tensor for each shard.
         """
-        return self._sum([_squares(part, self.dtype) for part in self._counted_parts(tensors)], self.dtype)
+        return self._sum([squares_of(part, self.dtype) for part in self._counted_parts(tensors)], self.dtype)
 
     def zeros(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the number of elements equal to zero in this rank's share, without padding: a scalar."""
@@ -84,7 +84,7 @@ class ElementSums:
         return parts
 
 
-def _squares(flat: Tensor, dtype: torch.dtype) -> Tensor:
+def squares_of(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of squares of [n], in `dtype` over rows of fp32 norms.
 
     One fp32 norm over a long tensor is off by a percent at 1e8 elements on a CPU: the few running sums become so large

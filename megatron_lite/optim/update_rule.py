@@ -78,6 +78,34 @@ class UpdateRule(ABC):
         """Set the number of steps so far, after the tensors of `states` and `vectors` were filled."""
 
 
+def torch_optimizer(
+    kind: Literal["adam", "sgd"], config: OptimizerConfig, rows: Sequence[tuple[Tensor, bool, float]], *, fused: bool
+) -> torch.optim.Optimizer:
+    """Create torch's AdamW or SGD, with a group for each combination of weight decay and learning-rate factor.
+
+    Args:
+        kind: which of the two.
+        config: hyperparameters.
+        rows: tensors to update, each with whether weight decay applies to it, and the factor of its learning rate.
+        fused: whether to use torch's fused kernels.
+    """
+    groups = [
+        {"params": [tensor for tensor, *own in rows if own == [decays, factor]], "decays": decays, "factor": factor}
+        for decays, factor in dict.fromkeys((decays, factor) for _, decays, factor in rows)
+    ]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Set learning rate and weight decay of the groups of torch_optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
 class TorchRule(UpdateRule):
     """torch's AdamW or SGD, in one pass over main parameters, gradients and moments.
 
@@ -96,21 +124,8 @@ class TorchRule(UpdateRule):
         self._steps: list[Tensor] = []
         self._fused = fused
         self._moments: list[dict[str, Tensor]] = []
-        classes = [(shard.decay, shard.lr_factor) for shard in shards]
-        groups = [
-            {
-                "params": [shard.values for shard, own in zip(shards, classes, strict=True) if own == (decay, factor)],
-                "decays": decay,
-                "factor": factor,
-            }
-            for decay, factor in dict.fromkeys(classes)
-        ]
-        self._rule: torch.optim.Optimizer | None = None
-        if groups and kind == "adam":
-            betas = (config.adam_beta1, config.adam_beta2)
-            self._rule = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused)
-        elif groups:
-            self._rule = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
+        rows = [(shard.values, shard.decay, shard.lr_factor) for shard in shards]
+        self._rule = torch_optimizer(kind, config, rows, fused=fused) if rows else None
         names = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"} if kind == "adam" else {}
         if kind == "sgd" and config.sgd_momentum:
             names = {"momentum": "momentum_buffer"}
@@ -131,9 +146,7 @@ class TorchRule(UpdateRule):
         """Update the main parameters; gradients are divided in place."""
         if self._rule is None or self._shards[0].values.is_meta:
             return  # on meta tensors torch's kernels would allocate what the fused ones do not
-        for group in self._rule.param_groups:
-            group["lr"] = lr * group["factor"]
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        set_rates(self._rule, lr, weight_decay)
         if self._fused:
             # Inputs of the fused kernels for mixed precision; torch's GradScaler passes them in the same way.
             self._rule.grad_scale = None if divisor is None else divisor.float()  # type: ignore[attr-defined]

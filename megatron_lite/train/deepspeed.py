@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.model.count_check import check_count
 from megatron_lite.model.gpt import GPTStage
 from megatron_lite.model.init import initialize
+from megatron_lite.optim.update_rule import torch_optimizer
 from megatron_lite.parallel.buffers import has_decay
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter, apply_selection
@@ -92,7 +93,13 @@ def _build(
         vars(parameter.param)["tensor_model_parallel"] = parameter.tp_dim is not None
         if parameter.sequence_parallel and parameter.trained:
             parameter.param.register_hook(_SumOverTp(mesh))
-    optimizer = _build_optimizer(config, parameters, decays, fused=mesh.backend.capabilities().fused_adam)
+    rows = [
+        (parameter.param, decay, parameter.lr_factor)
+        for parameter, decay in zip(parameters, decays, strict=True)
+        if parameter.trained
+    ]
+    kind: Literal["adam", "sgd"] = "sgd" if config.optimizer.kind == "sgd" else "adam"
+    optimizer = torch_optimizer(kind, config.optimizer, rows, fused=mesh.backend.capabilities().fused_adam)
     engine = library.initialize(
         model=LossModel(stage),
         optimizer=optimizer,
@@ -224,35 +231,6 @@ def _partition(
         init._convert_to_zero_parameters([real.param])
         found.append(real)
     return found
-
-
-def _build_optimizer(
-    config: RunConfig, parameters: Sequence[NamedParameter], decays: Sequence[bool], *, fused: bool
-) -> torch.optim.Optimizer:
-    """Create torch's optimizer, with a group for each combination of weight decay and factor of the learning rate.
-
-    Args:
-        config: optimizer's constants.
-        parameters: of the model.
-        decays: whether weight decay applies to each.
-        fused: whether to use torch's fused kernels.
-    """
-    settings = config.optimizer
-    pairs = [(p, decay) for p, decay in zip(parameters, decays, strict=True) if p.trained]
-    trained = [parameter for parameter, _ in pairs]
-    classes = [(decay, parameter.lr_factor) for parameter, decay in pairs]
-    groups = [
-        {
-            "params": [p.param for p, own in zip(trained, classes, strict=True) if own == (decays, factor)],
-            "decays": decays,
-            "factor": factor,
-        }
-        for decays, factor in dict.fromkeys(classes)
-    ]
-    if settings.kind == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=settings.sgd_momentum, fused=fused)
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_eps, fused=fused)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,11 @@ from megatron_lite.backend.group import Group
 from megatron_lite.config.run import RunConfig
 from megatron_lite.model.batch import MicroBatch
 from megatron_lite.model.gpt import GPTStage
+from megatron_lite.optim.element_sums import squares_of
 from megatron_lite.optim.loss_scaler import DivergedError, build_loss_scaler
 from megatron_lite.optim.optimizer import clip_coefficient
 from megatron_lite.optim.replicas import Mismatch
+from megatron_lite.optim.update_rule import set_rates
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.random import RngStreams
@@ -110,9 +112,7 @@ class DeepSpeedEngine:
         sums = reduce_losses(losses, self._num_sources, self._mesh)
         with phases.enter("optimizer (DeepSpeed)"), self._timed("optimizer"):
             lr, weight_decay = (plan.learning_rate, plan.weight_decay) if rates is None else rates()
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
-                group["weight_decay"] = weight_decay if group["decays"] else 0.0
+            set_rates(self._optimizer, lr, weight_decay)
             loss, by_source = read_losses(sums.flatten().tolist())
             if self._config.stops_at_nan and not math.isfinite(loss.mean):
                 applied, norm = False, math.nan
@@ -202,7 +202,9 @@ class DeepSpeedEngine:
         total = float(plan.global_batch)
         if self._config.per_token_loss:
             # DeepSpeed may clip and reduce before the number of unmasked tokens is known: read all batches first.
-            batches = [read(index) for index in range(plan.microbatches)]
+            self._phase = "reading data"
+            with self._timed("batch-generator"):
+                batches = [read(index) for index in range(plan.microbatches)]
             fetch, total = batches.__getitem__, self._count_tokens(batches)
         for index in range(count):
             real = index < plan.microbatches
@@ -263,7 +265,7 @@ class DeepSpeedEngine:
             if parameter.trained and parameter.param.grad is not None:
                 gradients.append(parameter.param.grad)
                 if parameter.tp_dim is not None or self._mesh.tp.rank == 0:
-                    squares += parameter.param.grad.to(squares.dtype).square().sum()
+                    squares += squares_of(parameter.param.grad.flatten(), squares.dtype)
         self._mesh.tp.all_reduce_(squares)
         norm = squares.sqrt()
         if self._config.stops_at_nan and not norm.isfinite():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.optim.element_sums import squares_of
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameters import NamedParameter
 from megatron_lite.parallel.tensors import GlobalTensor, Piece, parameter_tensor
@@ -111,7 +112,7 @@ class OptimizerState:
         for fragment in self._fragments:
             if self._counts(fragment.parameter):
                 real = fragment.view(mains[id(fragment.flat)])[: fragment.parameter.rectangle.numel - fragment.start]
-                total += real.detach().to(total.dtype).square().sum().to(total.device)
+                total += squares_of(real.detach(), total.dtype).to(total.device)
         group = self._mesh.group("tp", "cp", "dp") if self._stage else self._mesh.tp
         group.all_reduce_(total)
         return total
