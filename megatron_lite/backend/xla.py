@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_lite.backend.base import Backend, Capabilities
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.explicit_attention import explicit_attention
-from megatron_lite.config.divisors import divisors
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.runtime import RuntimeConfig
+from megatron_lite.config.xla import device_count_errors
 from megatron_lite.errors import ConfigError, install_extra
 from megatron_lite.formatting import format_count
 from megatron_lite.planner.hardware import device_of
@@ -118,20 +118,8 @@ class XlaBackend(Backend):
                 fix=f"Start one process on each host, with RANK, WORLD_SIZE={hosts}, MASTER_ADDR and MASTER_PORT set, "
                 "as examples/tpu/run_on_host.sh does",
             )
-        if count != parallel.world_size:
-            raise ConfigError(
-                f"--world-size {parallel.world_size} is not the number of devices that the XLA runtime found: {count} "
-                f"({self.kind})",
-                fix=f"Give --world-size {count}"
-                + (f", or set CPU_NUM_DEVICES={parallel.world_size}" if self.kind == "CPU" else ""),
-            )
-        if parallel.dp % hosts:
-            raise ConfigError(
-                f"Cannot divide {parallel.dp} data-parallel replicas of {format_count(parallel.tp, 'device')} "
-                f"(--tensor-model-parallel-size {parallel.tp}) evenly among {hosts} hosts",
-                rule="All devices of a replica must belong to one host, which reads the replica's samples",
-                fix=f"Use --tensor-model-parallel-size {divisors(count // hosts)}",
-            )
+        for error in device_count_errors(parallel, count, hosts, self.kind):
+            raise error
 
     def seed(self, value: int) -> None:
         """Seed the devices' generator; the seed is an input of the graph, not a constant."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from megatron_lite.config.files import missing_files
 from megatron_lite.config.flag import FIELD
 from megatron_lite.config.given import Given
 from megatron_lite.config.launcher import ranks_per_task
+from megatron_lite.config.xla import device_count_errors
 from megatron_lite.errors import ConfigError
 from megatron_lite.formatting import format_count
 from megatron_lite.lifecycle.exit_status import ExitRecord
@@ -38,7 +40,17 @@ def run(argv: list[str]) -> int:
             print(help_text(width=min(100, shutil.get_terminal_size().columns)))
         return 0
     count = _ranks_to_start(argv, launch) if broken is None else 1
-    if count > 1 and launch.launcher == "torchrun":
+    given = Given()
+    read_command_line(argv, given)
+    is_xla = given.run.runtime.device == "xla"
+    if is_xla and (count > 1 or launch.local_world_size > 1):
+        started_by = f"--ranks-per-task {count}" if count > 1 else launch.launcher
+        broken = ConfigError(
+            f"{started_by} starts {max(count, launch.local_world_size)} processes on {launch.host} with --device xla",
+            rule="One process drives all devices of a host",
+            fix="Remove --ranks-per-task" if count > 1 else "Start one process on each host",
+        )
+    elif count > 1 and launch.launcher == "torchrun":
         broken = ConfigError(
             f"--ranks-per-task {count} is given, but torchrun starts all ranks itself",
             fix="Remove --ranks-per-task, or replace torchrun by srun with one task for each node",
@@ -48,12 +60,10 @@ def run(argv: list[str]) -> int:
     if launch.launcher == "task":
         end_with_parent()
     world_size = None if launch.launcher == "python" and count == 1 else launch.world_size * count
-    given = Given()
-    read_command_line(argv, given)
-    is_xla = given.run.runtime.device == "xla"
-    if is_xla:  # one process drives all devices of a host
-        own = None if given.has(FIELD.parallel.world_size) else count_xla_devices()
-        world_size = None if own is None else own * launch.world_size
+    devices = count_xla_devices() if is_xla else None
+    if is_xla:  # the sizes count devices, which --world-size gives where they cannot be counted
+        given_size = given.has(FIELD.parallel.world_size)
+        world_size = None if given_size or devices is None else devices * launch.world_size
     # From here on, every error is written to exit_status.json.
     with ExitRecord(save_folder(argv), launch) as record:
         if broken is not None:
@@ -78,6 +88,11 @@ def run(argv: list[str]) -> int:
                     "srun, or add --dry-run to check the command only",
                 )
             )
+        if is_xla:
+            # Virtual devices are counted exactly; of a host's TPU chips the runtime may use a part.
+            kind = "CPU" if os.environ.get("PJRT_DEVICE") == "CPU" else "TPU"
+            counted = devices * launch.world_size if devices is not None and kind == "CPU" else wanted
+            errors += device_count_errors(parsed.config.parallel, counted, launch.world_size, kind)
         raise_all(errors)
         if launch.rank == 0:
             sys.stderr.write("".join(f"{line}\n" for line in (*parsed.notes, *parsed.warnings)))

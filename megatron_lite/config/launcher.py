@@ -132,7 +132,7 @@ def ranks_per_task(flags: Sequence[str], *, tasks_per_node: int, num_gpus: int) 
     given = Given()
     read_command_line(flags, given)
     asked = given.run.command.ranks_per_task
-    if asked or tasks_per_node != 1 or given.run.runtime.device == "cpu":
+    if asked or tasks_per_node != 1 or given.run.runtime.device in ("cpu", "xla"):
         return asked or 1
     return max(1, num_gpus)
 

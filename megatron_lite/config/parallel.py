@@ -256,14 +256,16 @@ def replicas_fill_the_world(config: RunConfig) -> Iterator[ConfigError]:
     """Require a world of whole replicas of tp x cp x pp ranks."""
     parallel = config.parallel
     replica = parallel.replica_size
+    # On an XLA device the sizes count devices, and a process drives all those of its host.
+    unit, start = ("devices", "use") if config.runtime.device == "xla" else ("ranks", "start")
     if parallel.world_size % replica:
         yield ConfigError(
-            f"Cannot split {parallel.world_size:,} ranks into model replicas of {replica:,} ranks "
+            f"Cannot split {parallel.world_size:,} {unit} into model replicas of {replica:,} {unit} "
             f"({replica_flags(parallel)})",
-            rule="The number of ranks must be a multiple of tensor x "
+            rule=f"The number of {unit} must be a multiple of tensor x "
             f"{'context x ' if parallel.cp > 1 else ''}pipeline-parallel size",
-            fix=f"Change the sizes so that their product is {divisors(parallel.world_size)}, or start "
-            f"{nearest_multiples(parallel.world_size, replica)} ranks",
+            fix=f"Change the sizes so that their product is {divisors(parallel.world_size)}, or {start} "
+            f"{nearest_multiples(parallel.world_size, replica)} {unit}",
         )
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_lite.config.divisors import divisors
 from megatron_lite.config.flag import FIELD
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.formatting import format_count
 
 if TYPE_CHECKING:
     from megatron_lite.config.given import Given
@@ -77,6 +80,31 @@ def resolve_xla_engine(given: Given) -> None:
 
 
 RESOLVERS = (resolve_xla_engine, note_flags_without_effect)
+
+
+def device_count_errors(parallel: ParallelConfig, devices: int, hosts: int, kind: str) -> Iterator[ConfigError]:
+    """Yield an error if a mesh does not fit the devices and hosts of a job.
+
+    Args:
+        parallel: the mesh's sizes, in devices.
+        devices: of all hosts.
+        hosts: each with one process.
+        kind: of the devices: CPU, TPU.
+    """
+    if devices != parallel.world_size:
+        yield ConfigError(
+            f"--world-size {parallel.world_size} is not the number of XLA devices: {devices} ({kind})",
+            fix=f"Give --world-size {devices}"
+            + (f", or set CPU_NUM_DEVICES={max(1, parallel.world_size // hosts)}" if kind == "CPU" else ""),
+        )
+    elif parallel.dp % hosts:
+        yield ConfigError(
+            f"Cannot divide {format_count(parallel.dp, 'data-parallel replica')} of "
+            f"{format_count(parallel.tp, 'device')} (--tensor-model-parallel-size {parallel.tp}) evenly among {hosts} "
+            "hosts",
+            rule="All devices of a replica must belong to one host, which reads the replica's samples",
+            fix=f"Use --tensor-model-parallel-size {divisors(devices // hosts)}",
+        )
 
 
 def per_process(config: RunConfig, processes: int) -> RunConfig:

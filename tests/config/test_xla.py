@@ -3,7 +3,7 @@
 import pytest
 from support.job_commands import SMALL
 
-from megatron_lite.cli import doctor, rehearse
+from megatron_lite.cli import doctor, rehearse, train
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.xla import per_process
 from megatron_lite.errors import ConfigError
@@ -60,3 +60,21 @@ def test_commands_that_run_single_ranks_refuse_the_device():
         rehearse.run([*SMALL, "--device", "xla", "--micro-batch-size", "1", "--world-size", "8"])
     with pytest.raises(ConfigError, match="doctor does not measure --device xla"):
         doctor.run(["--device", "xla"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        ("--tensor-model-parallel-size 3", {}, "Cannot split 8 devices into model .* or use 6 or 9 devices"),
+        ("--world-size 4", {}, "not the number of XLA devices: 8 .*Give --world-size 8, or set CPU_NUM_DEVICES=4"),
+        ("--tensor-model-parallel-size 16 --num-attention-heads 16", {"WORLD_SIZE": "2"}, "evenly among 2 hosts"),
+        ("--ranks-per-task 2", {}, "--ranks-per-task 2 starts 2 processes .* Remove --ranks-per-task"),
+        ("", {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun starts 2 processes .* one process on each host"),
+    ],
+)
+def test_devices_and_processes_are_checked_before_the_runtime_starts(monkeypatch, flags, variables, message):
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if variables else {}
+    for name, value in {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", **launch, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train.run([*SMALL, "--micro-batch-size", "1", "--device", "xla", *flags.split()])
