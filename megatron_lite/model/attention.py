@@ -18,7 +18,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.batch import Documents
 from megatron_lite.model.context_attention import ContextAttention
 from megatron_lite.model.norms import Norm
-from megatron_lite.model.positions import RotaryTable, rank_slopes
+from megatron_lite.model.positions import RotaryTable
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, Sharding
 from megatron_lite.parallel.random import RngStreams, layer_number
 from megatron_lite.parallel.recompute import recomputed
@@ -102,6 +102,8 @@ class AttentionContext:
     """None: the model has no rotary position embedding."""
     mask: Tensor | None = None
     """ALiBi's bias, or the mask of rows of a cache (positions.AttentionMask); None: causal."""
+    slopes: Tensor | None = None
+    """ALiBi's slope of each head of this rank, [n] fp32, for a kernel that computes the bias; None: no ALiBi."""
     documents: Documents | None = None
     """Documents that attention is restricted to; None: each sample is one document."""
     cache: CachedPass | None = None
@@ -136,8 +138,6 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.recompute_core = recompute_core
         self.kernel = sharding.kernels.attention
-        slopes = rank_slopes(config, sharding.tp)
-        self.slopes = torch.tensor(slopes, device=sharding.backend.device) if slopes and self.kernel else None
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         width = config.num_attention_heads * config.head_dim
@@ -185,7 +185,7 @@ class SelfAttention(nn.Module):
         if self.kernel is not None and mask is None and q.shape[0] == k.shape[0]:
             cu_seqlens = None if documents is None else documents.cu_seqlens
             dropout = self.dropout if self.training else 0.0
-            return self.kernel(q, k, v, slopes=self.slopes, cu_seqlens=cu_seqlens, dropout=dropout).flatten(2, 3)
+            return self.kernel(q, k, v, slopes=context.slopes, cu_seqlens=cu_seqlens, dropout=dropout).flatten(2, 3)
         if documents is None:
             return self._attention(q, k, v, mask)
         if mask is None and not (self.dropout > 0 and self.training) and self.backend.has_varlen_attention(q):

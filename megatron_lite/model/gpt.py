@@ -178,11 +178,12 @@ class GPTStage(nn.Module):
             Hidden states shaped like x; from the last stage those that the head projects to logits, with as many
             channels as the embedding.
         """
+        positions = self._positions(batch)
         if self.embedding is not None:
             assert batch.tokens is not None, "the first stage reads tokens"
-            x = self.embedding(local_chunks(batch.tokens, self.sharding.cp, 1), self._positions(batch))
+            x = self.embedding(local_chunks(batch.tokens, self.sharding.cp, 1), positions)
         assert x is not None, "a stage without the embedding needs hidden states"
-        hidden: Tensor = self.decoder(x, self._context(batch, cache, x.device))
+        hidden: Tensor = self.decoder(x, self._context(batch, cache, positions, x.device))
         return hidden if self.output_projection is None else self.output_projection(hidden)
 
     def logits(self, x: Tensor | None, batch: MicroBatch, cache: CachedPass | None = None) -> Tensor:
@@ -268,11 +269,13 @@ class GPTStage(nn.Module):
             return None if batch.position_ids is None else local_chunks(batch.position_ids, cp, 1)
         return chunk_positions(cp.rank, batch.shape[1], cp.size, self.sharding.backend.device).unsqueeze(0)
 
-    def _context(self, batch: MicroBatch, cache: CachedPass | None, device: torch.device) -> AttentionContext:
-        """Return the inputs of attention that all layers share."""
+    def _context(
+        self, batch: MicroBatch, cache: CachedPass | None, positions: Tensor | None, device: torch.device
+    ) -> AttentionContext:
+        """Return the inputs of attention that all layers share; `positions` as of _positions."""
         length = batch.shape[1]
         assert cache is None or batch.documents is None, "a cache holds one document per row"
-        rotary = None if self.rotary is None else self.rotary(length, self._positions(batch), device)
+        rotary = None if self.rotary is None else self.rotary(length, positions, device)
         if (cp := self.sharding.cp).size > 1:
             assert cache is None, "generation needs a stage without context parallelism"
             starts = None if batch.documents is None else document_starts(batch.documents, batch.shape[0])
@@ -284,4 +287,4 @@ class GPTStage(nn.Module):
             mask = self.mask(length)
         else:
             mask = self.mask.of_single_tokens(cache.positions, cache.length, cache.aligned)
-        return AttentionContext(rotary, mask, batch.documents, cache)
+        return AttentionContext(rotary, mask, self.mask.slopes, batch.documents, cache)

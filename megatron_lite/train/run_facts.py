@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from megatron_lite import __version__
 from megatron_lite.backend.base import Backend
 from megatron_lite.backend.environment import host_name
@@ -54,7 +52,7 @@ def run_facts(config: RunConfig, mesh: Mesh, progress: Progress, origin: Origin,
         dtype=config.precision.dtype,
         hosts=world.all_gather_object(backend.launch.host or host_name()),
         command=[str(word) for word in origin.command],
-        environment=_environment(kernels) if world.rank == world.size - 1 else {},
+        environment=_environment(kernels, backend) if world.rank == world.size - 1 else {},
         startup_seconds=time.monotonic() - origin.began,
         after_rollback=origin.after_rollback,
     )
@@ -65,15 +63,13 @@ def peak_flops(config: RunConfig, backend: Backend) -> float | None:
     return backend.peak_flops(DTYPES[config.precision.dtype])
 
 
-def _environment(kernels: Kernels) -> dict[str, str]:
+def _environment(kernels: Kernels, backend: Backend) -> dict[str, str]:
     """Return the versions of what this rank runs, for the reporting rank: git is a process of its own."""
     revision = git_revision(PACKAGE)
     versions = {
         "megatron_lite": f"{__version__} at git revision {revision}" if revision else __version__,
         "Python": platform.python_version(),
-        "PyTorch": str(torch.__version__),
-        "CUDA": torch.version.cuda,
-        "ROCm": torch.version.hip,
+        **backend.library_versions(),
         "system": platform.platform(),
         "processors": f"{os.cpu_count()} ({platform.machine()})",
         **{f"kernel of {function}": kernel for function, kernel in kernels.names.items()},

@@ -43,8 +43,8 @@ def with_a_mask(stage, lengths):
     ids, plain = document_ids(lengths), stage._context
     same = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
 
-    def context(batch, cache, device):
-        found = plain(batch, cache, device)
+    def context(*args):
+        found = plain(*args)
         mask = same.tril() if found.mask is None else found.mask.masked_fill(~same, float("-inf"))
         return dataclasses.replace(found, mask=mask, documents=None)
 
