@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import tempfile
+import textwrap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -205,7 +206,8 @@ def _load(load_operator: Callable[[], object]) -> None:
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"DeepSpeed's operator async_io, by which state is offloaded to NVMe, cannot be loaded: {text}",
+            f"DeepSpeed's operator async_io, by which state is offloaded to NVMe, cannot be loaded: "
+            f"{textwrap.shorten(text, 200, placeholder='...')}",
             fix="Install libaio's headers (apt-get install libaio-dev, or dnf install libaio-devel), a C++ compiler "
             "and ninja (pip install ninja), by which it is built at the first start, or build it in advance with "
             f"DS_BUILD_AIO=1 (docs/deepspeed.md), or {_CPU}",
