@@ -6,6 +6,7 @@ Each has its own pipe because a process that is killed while it holds the lock o
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -94,10 +95,9 @@ class Pool(Generic[Task, Event]):
         if task is None:
             return
         worker.tasks += 1
-        try:
+        # A process that has ended is reported when its pipe is read, where the error that ended it may come first.
+        with contextlib.suppress(OSError):
             worker.pipe.send(task)
-        except OSError as error:
-            raise _died(worker.process) from error
 
     def __enter__(self) -> Pool[Task, Event]:
         return self

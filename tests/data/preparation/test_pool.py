@@ -44,6 +44,10 @@ def test_pool():
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
         with Pool(1, make_square) as pool, pytest.raises(error, match=message):
             list(pool.run([1, task, 2]))
+    with Pool(1, make_square) as pool, pytest.raises(DataError, match=r"a problem"):
+        for _ in pool.run([1, "refuse", 2]):
+            for process in set(multiprocessing.active_children()) - set(before):
+                process.join()  # it has refused the second task before it is sent the third
     assert set(multiprocessing.active_children()) <= set(before)
 
 
