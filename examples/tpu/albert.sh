@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ALBERT-style GPT-2 on TPUs: 12 layers of hidden size 768 with one set of parameters, and a factorized embedding.
 #   examples/tpu/albert.sh [FLAGS]
-# Flags after the script override those here: --preset algpt2-large, --train-iters 1000.
+# Flags after the script override those here: --preset algpt2-large, --train-iters 10_000.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPT of 760M parameters with ALiBi on TPUs, such as 16 chips of v4 (v4-32); layers are recomputed in backward.
 #   examples/tpu/gpt-760m.sh [FLAGS]
-# Flags after the script override those here: --tensor-model-parallel-size 4, --train-iters 1000.
+# Flags after the script override those here: --tensor-model-parallel-size 4, --train-iters 10_000.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Request TPUs as a queued resource, install megatron_lite on every host, and train; after a preemption, again.
 #   examples/tpu/start.sh NAME ACCELERATOR JOB [FLAGS]
-#   ZONE=us-central2-b SPOT=1 examples/tpu/start.sh gpt v4-32 examples/tpu/gpt-760m.sh --train-iters 1000
+#   ZONE=us-central2-b SPOT=1 examples/tpu/start.sh gpt v4-32 examples/tpu/gpt-760m.sh --train-iters 10_000
 # Needs the gcloud command with a project. ACCELERATOR is a type such as v4-32, v5litepod-16, v5p-16 or v6e-8, VERSION its
 # runtime (gcloud compute tpus tpu-vm versions list). DISK, if given, is a Filestore share, HOST:/SHARE, that every host
 # mounts at /data: data and checkpoints must be the same folders on all hosts.

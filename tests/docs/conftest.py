@@ -1,9 +1,10 @@
-"""Fixtures of the documentation's commands: toy files, a shell, and comparisons with transformers in this process."""
+"""Fixtures of the documentation's commands: toy files, a shell, a hub, and comparisons with transformers."""
 
 import logging
 
 import pytest
 import torch
+from support.hub_server import HubServer
 from support.page_shell import PageShell
 from support.toy_files import ToyFiles
 
@@ -16,7 +17,19 @@ def toy_files(tmp_path_factory):
 
 
 @pytest.fixture
-def shell(toy_files, tmp_path, monkeypatch):
+def hub(monkeypatch):
+    from huggingface_hub import constants
+
+    made = HubServer("ada", orgs=[("you", "write"), ("USER", "write")])
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def shell(toy_files, tmp_path, monkeypatch, hub):
     def compare(folder, request):
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers_logits.main([str(folder), str(request)])

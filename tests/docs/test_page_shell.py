@@ -36,13 +36,14 @@ def shell(tmp_path):
         ("megatron-lite curve /etc/passwd", "outside of the test's folder"),
         ("pip install -e '.[hf,nothing]'", "no extra ['nothing']"),
         ("make nothing", "no target ['nothing']"),
-        ("python examples/check_loss.py x --expect 3", "no ['--expect']"),
+        ("python examples/check_loss.py x --expected 3 --tolerance 1", "FileNotFoundError"),
+        ("python -c 'import sys; sys.exit(3)'", "$ python -c"),
         ("bash slurm/none.slurm", "No such file"),
         ("if true; then", "syntax error"),
         ("megatron-lite evaluate --load run --tasks a", ""),
         ('flags="--lr 1e-3"; megatron-lite explain … $flags | head -n 1', ""),
         ("--save-interval 500   # a comment\n--keep-last 3 --keep-phase 10:100 90:1000", ""),
-        ("echo Once | megatron-lite generate --load run --tensor-model-parallel-size 2", ""),
+        ("echo Once | megatron-lite generate --load run --tensor-model-parallel-size 2", "--load run does not exist"),
     ],
 )
 def test_faults(text, fault, shell):
@@ -56,7 +57,6 @@ def test_blocks_and_directives(tmp_path, shell):
 
    <!-- test:
    replace 500 2
-   parse
    -->
    ```sh
    --save-interval 500
@@ -73,12 +73,12 @@ task: x
 ```
 """
     flags, task = read_blocks(page)
-    assert (flags.line, flags.text, flags.parsed_only) == (9, "--save-interval 2\n  # indented\n", True)
+    assert (flags.line, flags.text) == (8, "--save-interval 2\n  # indented\n")
     assert shell.run(task) == ""
     assert (tmp_path / "tasks" / "task.yaml").read_text() == "task: x\n"
     for wrong, match in (
         ("\n```\nls\n```\n", "name the language"),
-        ("<!-- test: parse -->\ntext\n", "no block follows"),
+        ("<!-- test: replace a b -->\ntext\n", "no block follows"),
     ):
         with pytest.raises(ValueError, match=match):
             read_blocks(wrong)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from support.launchers import by_hand, mpirun, step
 from support.trainer import status
 
 from megatron_lite.backend import rendezvous
@@ -30,12 +31,6 @@ TRAIN = shlex.split(
     --save-interval 100
     """
 )
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 class Process:
@@ -101,32 +96,6 @@ def ranks(tmp_path):
     for process in started:
         process.process.kill()
         process.process.join()
-
-
-def by_hand(world, *ranks):
-    port = free_port()
-    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in ranks or range(world)]
-
-
-def step(number, world):
-    common = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_STEP_ID": str(number),
-        "SLURM_STEP_NUM_TASKS": str(world),
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_STEP_TASKS_PER_NODE": str(world),
-        "SLURM_STEP_NODELIST": "nowhere",
-        "SLURMD_NODENAME": "nowhere",
-    }
-    return [{**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(world)]
-
-
-def mpirun(world, namespace):
-    common = {"OMPI_COMM_WORLD_SIZE": str(world), "OMPI_COMM_WORLD_LOCAL_SIZE": str(world), "PMIX_NAMESPACE": namespace}
-    return [
-        {**common, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)} for rank in range(world)
-    ]
 
 
 def notice_soon(_rank):

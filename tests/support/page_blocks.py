@@ -5,7 +5,6 @@ An HTML comment before a block prepares the folder in which the page's commands 
     <!-- test:
     corpus corpus.jsonl             makes toy files (support/toy_files.py: MAKERS)
     replace iter_0090000 iter_0000004   in the next block
-    parse                           the commands of the next block are parsed only
     file tasks/my_task.yaml         the next block is written to this file
     -->
 """
@@ -31,7 +30,6 @@ class Block:
         language: after the three backticks.
         text: the content, without common indentation.
         made: directives that make files: (kind, paths).
-        parsed_only: whether its commands are parsed only.
         file: path to write the content to, instead of running it.
     """
 
@@ -39,7 +37,6 @@ class Block:
     language: str
     text: str
     made: list[tuple[str, list[str]]] = field(default_factory=list)
-    parsed_only: bool = False
     file: str = ""
 
 
@@ -60,9 +57,7 @@ def read_blocks(page):
         if not block.language:
             raise ValueError(f"line {line}: name the language of the block: ```sh for commands, ```text for output")
         for kind, *arguments in waiting:
-            if kind == "parse":
-                block.parsed_only = True
-            elif kind == "file":
+            if kind == "file":
                 (block.file,) = arguments
             elif kind == "replace":
                 block.text = block.text.replace(*arguments)

@@ -12,7 +12,7 @@ import shutil
 from support.trainer import command
 
 SIZES = (
-    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"),
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "64"),
     *("--seq-length", "128", "--max-position-embeddings", "128", "--micro-batch-size", "2", "--global-batch-size", "2"),
 )
 SHAPE = (
@@ -132,6 +132,36 @@ class ToyFiles:
         return self.folder / "gpt2"
 
     @functools.cached_property
+    def gpt580m(self):
+        """Train a model of the preset gpt-580m."""
+        shape = ("--preset", "gpt-580m")
+        _run("train", *self.job(shape), "--save", self.folder / "gpt580m", "--save-interval", 4)
+        return self.folder / "gpt580m"
+
+    @functools.cached_property
+    def qwen2(self):
+        """Export a model of the preset qwen2-0.5b to Hugging Face."""
+        _run("train", *self.job(("--preset", "qwen2-0.5b")), "--save", self.folder / "qwen2-run", "--save-interval", 4)
+        _run("export", self.folder / "qwen2-run", "--output", self.folder / "qwen2", "--no-verify")
+        return self.folder / "qwen2"
+
+    @functools.cached_property
+    def algpt2(self):
+        """Export a model of shared layers to Hugging Face."""
+        _run("train", *self.job(("--share-layers", "all")), "--save", self.folder / "shared", "--save-interval", 4)
+        _run("export", self.folder / "shared", "--output", self.folder / "algpt2", "--no-verify")
+        return self.folder / "algpt2"
+
+    def questions(self, path):
+        """Write lines with question, choices and the index of the right one."""
+        choices = [" a", " b"]
+        self.write_lines(path, ({"question": text[:20], "choices": choices, "label": 0} for text in self.texts[:4]))
+
+    def exclude(self, path):
+        """Write an exclude file with the host NODE."""
+        path.write_text("NODE  # by hand\n", encoding="utf-8")
+
+    @functools.cached_property
     def model(self):
         """Export the run to Hugging Face."""
         _run("export", self.run, "--output", self.folder / "model", "--no-verify")
@@ -183,7 +213,13 @@ MAKERS = {
     "merges": _copied_file("merges.txt"),
     "run": _copied("run"),
     "gpt2": _copied("gpt2"),
+    "gpt580m": _copied("gpt580m"),
+    "algpt2": _copied("algpt2"),
     "model": _copied("model"),
+    "qwen2": _copied("qwen2"),
+    "exclude": ToyFiles.exclude,
+    "questions": ToyFiles.questions,
+    "remove": lambda files, path: shutil.rmtree(path),
     "megatron": _copied("megatron"),
     "folder": lambda files, path: path.mkdir(),
 }
