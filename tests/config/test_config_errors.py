@@ -13,7 +13,9 @@ import megatron_lite.config
 from megatron_lite.config import command_line, files, given, vocabulary
 from megatron_lite.config.arguments import parse_run
 from megatron_lite.config.files import missing_files
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.vocabulary import padded_vocab_size, with_vocabulary
+from megatron_lite.config.xla import device_count_errors
 from megatron_lite.errors import ConfigError, ConfigErrors
 
 FOLDER = Path(megatron_lite.config.__file__).parent
@@ -133,6 +135,18 @@ def test_vocabulary_mismatch_errors():
     vocabulary_errors()
 
 
+def xla_device_errors():
+    (error,) = device_count_errors(ParallelConfig(world_size=6), 8, 1, "CPU")
+    assert "--world-size 6 is not the number of XLA devices: 8 (CPU)" in str(error)
+    assert error.fix == "Give --world-size 8, or set CPU_NUM_DEVICES=6"
+    (error,) = device_count_errors(ParallelConfig(world_size=8), 8, 3, "TPU")
+    assert "Cannot divide 8 data-parallel replicas of 1 device (--tensor-model-parallel-size 1) evenly" in str(error)
+
+
+def test_xla_device_errors():
+    xla_device_errors()
+
+
 def sites():
     """Lines of every ConfigError(...) and given.refuse(...) in config/, as (file, first line, last line)."""
     found = set()
@@ -169,6 +183,7 @@ def test_no_config_error_is_without_a_test(monkeypatch):
     error_of([])
     missing_file_errors()
     vocabulary_errors()
+    xla_device_errors()
     forgotten = [
         f"{Path(path).relative_to(FOLDER)}:{first}"
         for path, first, last in sites()

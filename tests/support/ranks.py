@@ -11,7 +11,8 @@ import pickle
 import signal
 import time
 import traceback
-from multiprocessing import connection
+from multiprocessing import connection, util
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,9 @@ from megatron_lite.config.runtime import RuntimeConfig
 
 # Fork starts 8 ranks in 1 s, spawn in 10 s: torch is already imported.
 _FORK = multiprocessing.get_context("fork")
+# Each gloo group has three threads, one of which wakes a hundred times a second for as long as the process lives: pools
+# that wait are stopped, and one with the groups of many tests is replaced.
+MOST_THREADS = 120
 
 
 class RankError(AssertionError):
@@ -52,9 +56,16 @@ class Ranks:
     def alive(self):
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
+    @property
+    def crowded(self):
+        """Whether the groups of earlier tests take more than MOST_THREADS."""
+        tasks = Path(f"/proc/{self.processes[0].pid}/task")
+        return tasks.is_dir() and len(list(tasks.iterdir())) > MOST_THREADS
+
     def run(self, function, *args, timeout=240.0):
         """Call function(backend, *args) on every rank; return the results in order of ranks."""
         job = pickle.dumps((function, args))
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send_bytes(job)
         results, deadline = {}, time.monotonic() + timeout
@@ -79,7 +90,12 @@ class Ranks:
         if failure is not None:
             self.close()
             raise failure
+        self._signal(signal.SIGSTOP)
         return [results[rank] for rank in range(self.world_size)]
+
+    def _signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
 
     def close(self):
         """Kill the processes."""
@@ -95,11 +111,16 @@ class RankPools:
     def __init__(self, make_folder):
         self._make_folder = make_folder
         self._worlds = {}
+        # In this process only, before multiprocessing waits at the exit for processes that are stopped.
+        util.Finalize(None, self.close, exitpriority=1)
 
     def __call__(self, world_size, function, *args, timeout=240.0):
         """Call function(backend, *args) on `world_size` ranks; return the results in order."""
         world = self._worlds.get(world_size)
-        if world is None or not world.alive:
+        if world is not None and (not world.alive or world.crowded):
+            world.close()
+            world = None
+        if world is None:
             world = self._worlds[world_size] = Ranks(world_size, self._make_folder() / "store")
         return world.run(function, *args, timeout=timeout)
 
@@ -110,6 +131,7 @@ class RankPools:
 
 def _serve(rank, world_size, store, pipe, inherited):
     """Main function of a rank: join the process group, then run the received functions until the pipe closes."""
+    os.setpgrp()  # a hangup, which the end of a group's parent sends to groups with stopped members, is theirs alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in inherited:
         other.close()
