@@ -20,6 +20,7 @@ from support.layout_matrix import (
     run_cell,
     within,
 )
+from support.ranks import RankPools
 from support.resume import check
 
 from megatron_lite.errors import TrainingError
@@ -42,6 +43,14 @@ def operator():
         for module in (optimizer_utils, partitioned_param_swapper):
             patch.setattr(module, "MIN_AIO_BYTES", 4096)
         yield
+
+
+@pytest.fixture(scope="module")
+def on_ranks(operator, tmp_path_factory):
+    """Ranks that are forked after `operator` has changed DeepSpeed."""
+    pools = RankPools(lambda: tmp_path_factory.mktemp("ranks"))
+    yield pools
+    pools.close()
 
 
 @pytest.mark.parametrize(
