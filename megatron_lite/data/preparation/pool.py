@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import queue
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megatron_lite.errors import DataError
 
@@ -137,14 +139,24 @@ def _serve(pipe: Connection, make_job: Callable[[], Job[Task, Event]]) -> None:
         except OSError:  # the parent has ended
             raise SystemExit from None
 
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def receive() -> None:
+        """Take tasks off the pipe at once: a parent that waits for room in it reads no events."""
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    tasks.put(pipe.recv())
+        finally:
+            tasks.put(None)
+
+    threading.Thread(target=receive, daemon=True).start()
     try:
         job = make_job()
-        while True:
-            for event in job(pipe.recv()):
+        while (task := tasks.get()) is not None:
+            for event in job(task):
                 send("event", event)
             send("done", None)
-    except EOFError:
-        return
     except DataError as error:  # exceptions with keyword arguments cannot be pickled
         send("error", (error.problem, error.rule, error.fix))
     except Exception:

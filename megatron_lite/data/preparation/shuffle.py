@@ -19,6 +19,7 @@ from megatron_lite.data.format.index_format import bin_path, idx_path
 from megatron_lite.data.format.indexed_dataset import IndexedDataset
 from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
 from megatron_lite.data.preparation.work_folder import Shard
+from megatron_lite.runs.atomic import write_synced
 
 BUCKET_BYTES = 128 << 20
 CHUNK_TOKENS = 1 << 20
@@ -66,7 +67,7 @@ def sort_shard(shard: Shard, order: npt.NDArray[np.uint64]) -> Shard:
             parts = [dataset.get(index) for index in sequences] or [np.empty(0, dataset.dtype)]
             lengths = dataset.sizes[sequences].astype(np.int64)
             checksum = writer.add_batch(np.concatenate(parts), lengths, lasts - firsts, checksum)
-    order[positions].tofile(f"{name}.order")
+    write_synced(Path(f"{name}.order"), order[positions].tobytes())
     del dataset
     bin_path(shard.name).unlink()
     idx_path(shard.name).unlink()

@@ -27,6 +27,9 @@ def square(task):
         os.kill(os.getpid(), signal.SIGINT)
         yield "still here"
         return
+    if isinstance(task, str):
+        yield from [task[:1000]] * 2000
+        return
     yield task * task
 
 
@@ -39,6 +42,8 @@ def test_pool():
     with Pool(2, make_square) as pool:
         assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
         assert list(pool.run(["interrupt"])) == ["still here"], "only the parent handles Ctrl-C"
+        # More than both pipes hold: a worker takes a task while its events wait for the parent.
+        assert len(list(pool.run(["x" * 1_000_000] * 6))) == 6 * 2000
         with pytest.raises(DataError, match=r"a problem\. a rule\. do that"):
             list(pool.run([1, "refuse"]))
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):
