@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +67,8 @@ def read_value(kind: Kind, key: str, value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Return True for a finite or infinite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    # NaN differs from itself; math.isnan overflows for integers of more than 308 digits.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _unquoted(value: Any) -> Any:
@@ -184,7 +184,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "initial_scale_power": _number(16, least=-_MAX_SCALE_POWER, most=_MAX_SCALE_POWER),
         "loss_scale_window": _whole(1000, least=1),
         "hysteresis": _whole(2, least=1),
-        "min_loss_scale": _number(1, above=0),
+        "min_loss_scale": _number(1.0, above=0),
     },
     "bf16": {"enabled": _switch(False)},
     "optimizer": {"type": _text("Adam")},

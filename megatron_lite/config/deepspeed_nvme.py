@@ -37,7 +37,7 @@ def optimizer_buffers(config: RunConfig) -> int:
 def nvme_offload_can_run(config: RunConfig) -> Iterator[ConfigError]:
     """Refuse offloading that DeepSpeed would refuse by an assertion, or carry out on other state than ours."""
     settings = config.deepspeed
-    if _section(config, "optimizer").get("fast_init"):
+    if settings.offload_device("optimizer") == "nvme" and _section(config, "optimizer").get("fast_init"):
         yield ConfigError(
             f"{_ZERO}offload_optimizer.fast_init in the DeepSpeed JSON is true",
             rule="It reads parameters to addresses that are not aligned for direct I/O, which fails without an error",

@@ -136,9 +136,9 @@ def deepspeed_config(config: RunConfig, replicas: int, swap: SwapFolders | None 
         entries["fp16"] = {"enabled": True, "loss_scale": 1.0}
     elif dtype == "bf16":
         entries["bf16"] = {"enabled": True, "check_grad_overflow": config.stops_at_nan}
-    if dtype != "fp32" and config.deepspeed.stage > 1:
-        entries["data_types"] = {"grad_accum_dtype": "fp32"}
     entries.update(config.deepspeed.entries)
+    if dtype != "fp32" and config.deepspeed.stage > 1:
+        entries["data_types"] = {"grad_accum_dtype": "fp32"} | (entries.get("data_types") or {})
     if swap is not None:
         zero = entries["zero_optimization"] = swap.settings(config.deepspeed.zero)
         if config.deepspeed.offload_device("optimizer") == "nvme":
@@ -197,10 +197,11 @@ def _align_swapping() -> None:
 def _keep_gradients(
     swapper: Any, parameter: Any, gradient_offsets: Sequence[int], gradient_tensors: Sequence[Tensor], **_: Any
 ) -> None:
-    """Leave a partition's gradients in memory, where DeepSpeed accumulates them anyway; the step copies them."""
+    """Keep a partition's gradients in host memory, without a swap file; the step copies them."""
     info = swapper.swap_params_info.get(swapper.parameter_id(parameter))
     if info is not None:
-        info.unswapped_gradients.update(zip(gradient_offsets, gradient_tensors, strict=True))
+        in_memory = (gradient.to("cpu") for gradient in gradient_tensors)  # DeepSpeed gives those of a GPU on the GPU
+        info.unswapped_gradients.update(zip(gradient_offsets, in_memory, strict=True))
 
 
 def _partition(

@@ -156,7 +156,7 @@ def _check(config: RunConfig, replicas: int, needed: Mapping[str, int], ranks: i
     """Check sizes, where `ranks` share this host's disks."""
     largest, name = largest_part(config, replicas)
     size = config.deepspeed.zero.get("offload_param", {}).get("buffer_size", largest)
-    if size < largest:
+    if config.deepspeed.offload_device("param") == "nvme" and size < largest:
         raise ConfigError(
             f"offload_param.buffer_size in the DeepSpeed JSON is {size:,} elements, and a rank's part of {name} has "
             f"{largest:,}",

@@ -80,6 +80,7 @@ FROM_JSON = {
     '{"fp16": true}': 'fp16 in the DeepSpeed JSON is true instead of an object. Write, for example, "fp16": {',
     '{"gradient_clipping": "1"}': 'gradient_clipping in the DeepSpeed JSON is "1" instead of a number of at least 0. W',
     '{"gradient_clipping": NaN}': "gradient_clipping in the DeepSpeed JSON is NaN instead of a number of at least 0.",
+    f'{{"gradient_clipping": 1{"0" * 400}}}': "gradient_clipping in the DeepSpeed JSON is 1000",
     '{"gradient_clipping": 1e999}': "gradient_clipping in the DeepSpeed JSON is Infinity instead of a number of",
     '{"fp16": {"enabled": true, "hysteresis": 1.5}}': (
         "fp16.hysteresis in the DeepSpeed JSON is 1.5 instead of a whole"

@@ -40,6 +40,9 @@ def test_settings_reach_deepspeed():
     assert found["train_batch_size"] == 4 * found["train_micro_batch_size_per_gpu"]
     assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+    automatic = ["--deepspeed-settings", '{"data_types": {"grad_accum_dtype": "auto"}}']
+    found = deepspeed_config(parse_run([*argv, *automatic], world_size=4).config, replicas=4)
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.fixture
