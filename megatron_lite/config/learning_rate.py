@@ -104,7 +104,7 @@ def lr_bounds(config: RunConfig) -> Iterator[ConfigError]:
 def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
     """Require one length of the warm-up, within the decay."""
     lr, training = config.lr, config.training
-    if config.tuning.epochs and not config.epoch_samples:
+    if config.awaits_epochs:
         return  # the length is known once the data are opened
     absolute = f"--lr-warmup-iters {lr.warmup_iters}" if lr.warmup_iters else f"--lr-warmup-samples {lr.warmup_samples}"
     if lr.warmup_fraction is not None and (lr.warmup_iters or lr.warmup_samples):
@@ -128,7 +128,7 @@ def lr_spans(config: RunConfig) -> Iterator[ConfigError]:
 def wsd_has_a_decay(config: RunConfig) -> Iterator[ConfigError]:
     """Require a length of WSD's decay phase, within the whole schedule."""
     lr, training = config.lr, config.training
-    if lr.style != "WSD" or (config.tuning.epochs and not config.epoch_samples):
+    if lr.style != "WSD" or config.awaits_epochs:
         return
     if training.train_samples:
         unit, phase, decay = "samples", lr.wsd_decay_samples, lr.decay_samples or training.train_samples

@@ -55,6 +55,11 @@ class RunConfig:
         return self.training.train_samples // self.tuning.epochs if self.tuning.epochs else 0
 
     @property
+    def awaits_epochs(self) -> bool:
+        """True if the length is that of --epochs, and the data are not open yet: all iteration numbers are 0."""
+        return bool(self.tuning.epochs) and not self.epoch_samples
+
+    @property
     def stops_at_nan(self) -> bool:
         """True if a loss or gradient that is not finite ends the run; fp16 lowers the loss scale instead."""
         return self.optimizer.check_for_nan and self.precision.dtype != "fp16"

@@ -16,7 +16,7 @@ from megatron_lite.planner.hardware import Hardware, device_of_resource
 from megatron_lite.planner.step_time import step_time_of
 from megatron_lite.runs.metrics_file import metrics_path, read_records, slowest_save
 from megatron_lite.schedules.batch_size import final_batch_size
-from megatron_lite.schedules.length import awaits_epochs, last_iteration
+from megatron_lite.schedules.length import last_iteration
 from megatron_lite.schedules.saves import FIRST_SAVE_RATE, SAVE_SAFETY, save_budget
 
 RECENT = 50
@@ -125,7 +125,7 @@ def timing_of(config: RunConfig, resources: Resources, step: Step | None, reache
         source,
         step,
         min((phase.interval for phase in config.checkpoint.phases if phase.interval), default=0) if save else 0,
-        math.inf if awaits_epochs(config) else max(0, last_iteration(config) - reached),
+        math.inf if config.awaits_epochs else max(0, last_iteration(config) - reached),
     )
 
 

@@ -14,7 +14,7 @@ from megatron_lite.ops.job import Job
 from megatron_lite.ops.quota import Space
 from megatron_lite.planner.disk import Storage
 from megatron_lite.runs.exit_status import completed_iteration
-from megatron_lite.schedules.length import awaits_epochs, last_iteration
+from megatron_lite.schedules.length import last_iteration
 
 
 def folder_problems(folder: Path) -> Iterator[ConfigError]:
@@ -34,7 +34,7 @@ def folder_problems(folder: Path) -> Iterator[ConfigError]:
 
 def saves_line(config: RunConfig) -> str:
     """Return the schedule of saves in one line."""
-    last, done, parts = math.inf if awaits_epochs(config) else last_iteration(config), 0.0, []
+    last, done, parts = math.inf if config.awaits_epochs else last_iteration(config), 0.0, []
     for phase in config.checkpoint.phases:
         if done < last and phase.interval:
             done = min(phase.until or last, last)
@@ -46,7 +46,7 @@ def completion_problems(config: RunConfig) -> Iterator[ConfigError]:
     """Yield an error if the run in the --save folder is complete."""
     folder = Path(config.checkpoint.save)
     done = completed_iteration(folder)
-    if awaits_epochs(config):
+    if config.awaits_epochs:
         return  # the job itself finds that it is complete
     if done is not None and done >= last_iteration(config):
         yield ConfigError(

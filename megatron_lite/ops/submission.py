@@ -38,7 +38,6 @@ from megatron_lite.planner.disk import Storage, storage_of
 from megatron_lite.planner.summary import RunSummary, summarize
 from megatron_lite.runs.catalog import latest_iteration, list_iterations
 from megatron_lite.schedules.batch_size import final_batch_size, global_batch_size
-from megatron_lite.schedules.length import awaits_epochs
 from megatron_lite.tokenizer.vocabulary import fill_vocabulary
 
 OWN_FOLDER = re.compile(r"^[^#\n]*dirname[^\n]*\$\{?(0|BASH_SOURCE)\b", re.MULTILINE)
@@ -229,7 +228,7 @@ def _check_folder(submission: Submission, config: RunConfig, folder: Path, stora
     space = free_space(existing)
     size = format_size(storage.checkpoint)
     kept = f"{format_count(storage.kept, 'checkpoint')} of {size}: {format_size(storage.total)}"
-    kept = f"{size} for each checkpoint" if awaits_epochs(config) else kept
+    kept = f"{size} for each checkpoint" if config.awaits_epochs else kept
     submission.facts.append(("Disk", f"{kept}; {format_size(space.free)} {space.free_limit} at {existing}"))
     submission.local_problems += space_problems(storage, space, existing)
     submission.warnings += space_warnings(storage, space, existing)
@@ -387,6 +386,6 @@ def _summary_facts(config: RunConfig, summary: RunSummary, vocabulary: str) -> I
     resumed = latest_iteration(load) if load and load.is_dir() and os.access(load, os.R_OK | os.X_OK) else None
     start = f"; resumes after iteration {resumed:,}" if resumed else ""
     size = f"{length.iterations:,} iterations of batch {ramp}, {length.samples:,} samples, {length.tokens:,} tokens"
-    if awaits_epochs(config):
+    if config.awaits_epochs:
         size = f"{format_count(config.tuning.epochs, 'epoch')} of batch {ramp}; the job counts their iterations"
     yield "Run", f"{size}{start}"

@@ -82,11 +82,6 @@ def train_samples(config: RunConfig, progress: Progress = START) -> int:
     return _consumed_at(as_scheduled, config.training.train_iters, config.parallel.dp, progress)
 
 
-def awaits_epochs(config: RunConfig) -> bool:
-    """Return whether the length is that of --epochs, and the data are not open yet: all iteration numbers are 0."""
-    return bool(config.tuning.epochs) and not config.epoch_samples
-
-
 def train_requests(config: RunConfig, progress: Progress = START) -> tuple[int, ...]:
     """Return the numbers of training samples to request one after the other, increasing.
 
