@@ -103,14 +103,11 @@ def largest_part(config: RunConfig, replicas: int) -> tuple[int, str]:
 def _local_sizes(config: RunConfig) -> dict[str, int]:
     """Return the elements of each parameter on a tensor-parallel rank, with the padding of the vocabulary."""
     tp, padded = config.parallel.tp, max(config.model.padded_vocab_size, config.model.vocab_size)
-    shapes = {
-        name: (padded, *layout.shape[1:]) if name in (WORD_EMBEDDINGS, HEAD) else layout.shape
-        for name, layout in parameter_layouts(config.model).items()
-    }
-    return {
-        name: math.ceil(math.prod(shapes[name]) / (1 if layout.tp_dim is None else tp))
-        for name, layout in parameter_layouts(config.model).items()
-    }
+    found = {}
+    for name, layout in parameter_layouts(config.model).items():
+        shape = (padded, *layout.shape[1:]) if name in (WORD_EMBEDDINGS, HEAD) else layout.shape
+        found[name] = math.ceil(math.prod(shape) / (1 if layout.tp_dim is None else tp))
+    return found
 
 
 def swapped_bytes(config: RunConfig, replicas: int) -> dict[str, int]:
@@ -121,7 +118,7 @@ def swapped_bytes(config: RunConfig, replicas: int) -> dict[str, int]:
         replicas: ranks that parameters and state are partitioned over.
     """
     elements = math.ceil(sum(_local_sizes(config).values()) / replicas)
-    width = {"optimizer": 4 * state_tensors(config), "param": 4 if config.precision.dtype == "fp32" else 2}
+    width = {"optimizer": 4 * state_tensors(config), "param": config.precision.itemsize}
     found: dict[str, int] = {}
     for part, size in width.items():
         if config.deepspeed.offload_device(part) == "nvme":
@@ -144,8 +141,8 @@ def locked_bytes(config: RunConfig, replicas: int) -> int:
         count = _section(config, "optimizer").get("buffer_count", optimizer_buffers(config))
         total += 4 * count * min(group, math.ceil(sum(sizes) / replicas))
     if config.deepspeed.offload_device("param") == "nvme":
-        section, width = _section(config, "param"), 4 if config.precision.dtype == "fp32" else 2
-        total += width * section.get("buffer_count", 5) * section.get("buffer_size", largest)
+        section = _section(config, "param")
+        total += config.precision.itemsize * section.get("buffer_count", 5) * section.get("buffer_size", largest)
     return total
 
 

@@ -179,6 +179,11 @@ class PrecisionConfig:
         ),
     )
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter."""
+        return 4 if self.dtype == "fp32" else 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeConfig:

@@ -108,7 +108,7 @@ def plan_of(flags: RunConfig, *, timeout: float, expected: Mapping[str, int] | N
         expected: see CheckPlan.
     """
     hidden_states = flags.batch.seq_length * flags.batch.micro_batch_size * flags.model.hidden_size
-    size = hidden_states * (4 if flags.precision.dtype == "fp32" else 2)
+    size = hidden_states * flags.precision.itemsize
     return CheckPlan(
         runtime=flags.runtime,
         parallel=flags.parallel,

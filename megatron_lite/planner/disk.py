@@ -92,7 +92,7 @@ def storage_of(config: RunConfig, existing: list[int]) -> Storage:
     options = config.checkpoint
     size = checkpoint_size(config)
     average = 4 if config.optimizer.ema_decay else 0
-    weights = parameter_count(config.model) * (average + (4 if config.precision.dtype == "fp32" else 2))
+    weights = parameter_count(config.model) * (average + config.precision.itemsize)
     last = last_iteration(config)
     kept, saves = _most_kept(options, existing, last), count_saves(options, max(existing, default=0), last)
     every, newest = options.weights_only_every, max(existing, default=0)

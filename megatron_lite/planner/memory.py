@@ -118,8 +118,7 @@ def device_states(config: RunConfig) -> tuple[dict[str, int], ...]:
     if config.runtime.engine != "deepspeed":
         return states
     replicas = parallel.dp * parallel.cp
-    itemsize = 4 if config.precision.dtype == "fp32" else 2
-    live = itemsize * int(settings.zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+    live = config.precision.itemsize * int(settings.zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
     without_optimizer = settings.offload_device("optimizer") != "none"
     found = []
     for state in states:
