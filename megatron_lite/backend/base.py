@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Backend(ABC):
     def capabilities(self) -> Capabilities:
         """Return the capabilities of this backend."""
 
-    @property
+    @cached_property
     def sum_dtype(self) -> torch.dtype:
         """Return the dtype in which the device sums over samples and parameters: float64, or fp32 if it has none."""
         return torch.float64 if self.capabilities().float64 else torch.float32
