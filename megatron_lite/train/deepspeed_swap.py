@@ -286,7 +286,7 @@ class SwapFiles:
                 os.close(descriptor)
 
     def _info(self, flat: Tensor) -> Any:
-        """Return DeepSpeed's record of a partition; None: it is in memory, as are those of less than 1 MiB."""
+        """Return DeepSpeed's record of a partition; None: it is in memory, as small ones are."""
         return None if self._swapper is None else self._swapper.swap_params_info.get(vars(flat)["ds_id"])
 
     def _map(self, path: str, numel: int, dtype: torch.dtype) -> Tensor:

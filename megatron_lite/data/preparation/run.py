@@ -40,11 +40,11 @@ from megatron_lite.tokenizer.build import build_tokenizer
 _Pool = Pool[Task, Step]
 
 GROUP_BYTES = 8 << 20
-"""Maximum bytes of input that a worker writes to one shard (a larger unit is a shard)."""
+"""Bytes of input after which a worker begins another shard; a larger unit is a shard of its own."""
 
 GROUPS_PER_WORKER = 8
-"""Parts, for each worker, of the input that is left, of which the next group is one at most: the last groups are small,
-so that all workers end at the same time."""
+"""The next group has about this part, for each worker, of the input that is left: the last groups are small, so that
+all workers end at about the same time."""
 
 PROBED_LINES = 1000
 """Lines, at least, from which the mean size of a document is estimated."""

@@ -3,8 +3,9 @@
 Units are finished when `{number of the first}.json` exists, which names their shards. Each attempt has its own shard
 names: a worker process that outlives its killed parent cannot damage the shards of another attempt.
 
-Shards that are copied and deleted moments later are not synced, which would write all tokens to the disk twice. They
-survive the end of a process; what a failure of the machine leaves of them is found and deleted by the next run.
+Shards that are copied and deleted moments later are not synced, which would write all tokens to the disk twice. A
+killed process leaves them complete. After a failure of the machine the next run deletes those that end early, and makes
+them again.
 """
 
 from __future__ import annotations

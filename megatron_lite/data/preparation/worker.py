@@ -159,10 +159,7 @@ class UnitWorker:
         names, done = [f"{prefix}.{i}" for i in range(len(self.dtypes))], dict[int, FinishedUnit]()
         with contextlib.ExitStack() as stack:
             pairs = zip(names, self.dtypes, strict=True)
-            writers = [
-                stack.enter_context(IndexedDatasetWriter(name, dtype, synced=self.options.shuffle))
-                for name, dtype in pairs
-            ]
+            writers = [stack.enter_context(IndexedDatasetWriter(name, dtype, synced=False)) for name, dtype in pairs]
             orders = [stack.enter_context(Path(f"{name}.order").open("wb")) for name in names if self.options.shuffle]
             for unit in units:
                 finished = yield from self.run(unit, writers, orders)
