@@ -6,18 +6,13 @@ import threading
 import time
 
 import pytest
+from support.launchers import free_port
 
 from megatron_lite.backend import rendezvous
 from megatron_lite.backend.environment import Launch
 from megatron_lite.backend.rendezvous import Rendezvous
 from megatron_lite.backend.rendezvous_server import look_up
 from megatron_lite.errors import ConfigError, DataError, failed_rank
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def launch(rank, world_size=2, *, ports=(0,), job="a", host=None, local_rank=None):

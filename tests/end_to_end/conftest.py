@@ -1,10 +1,10 @@
 """Fixtures of the end-to-end tests: a tiny corpus, and jobs that end with their test."""
 
 import os
-import socket
 
 import pytest
 import torch
+from support.launchers import free_port
 from support.trainer import Job, make_corpus
 
 
@@ -35,12 +35,6 @@ def start(tmp_path):
     for job in jobs:
         job.process.kill()
         job.process.join()
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.job_commands import SMALL
+from support.launchers import free_port
 
 from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock import FolderLock
@@ -58,12 +59,6 @@ sys.exit(main(["train", *words]))
 """
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def torchrun_variables(rank, world, port):
     return {
         "RANK": str(rank),
@@ -92,7 +87,7 @@ class Job:
     """Ranks as processes, started as a launcher starts them."""
 
     def __init__(self, folder, what, failing, words, *, world=2, variables=torchrun_variables):
-        port = free_port()
+        port = str(free_port())
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
         self.processes = []

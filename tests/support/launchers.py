@@ -10,12 +10,12 @@ _STEPS = itertools.count()
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+        return found.getsockname()[1]
 
 
 def by_hand(world, *ranks):
     """Return the variables of the given ranks of a job, of all by default, without a launcher."""
-    port = free_port()
+    port = str(free_port())
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in ranks or range(world)]
 

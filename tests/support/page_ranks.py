@@ -1,7 +1,6 @@
 """Several ranks of a command of the documentation: forked from this process, with the variables of a launcher."""
 
 import contextlib
-import gc
 import io
 import multiprocessing
 import os
@@ -60,7 +59,6 @@ def _rank(args, variables, path, stdin):
     sys.stdin = io.StringIO(stdin)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(variables)
-    gc.disable()  # a collection over pytest's objects takes 0.2 s
     sys.exit(main(args))
 
 
