@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import resource
 import unicodedata
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ RECENT = (
 
 EMPTY: Ids = np.empty(0, np.uint32)
 
+_agrees: dict[str, bool] = {}
+"""By tokenizer.json that this process has built an encoder for: whether it gave the ids of `tokenizers`."""
+
 
 def build(library: tokenizers.Tokenizer) -> GigatokenBpe | None:
     """Return the gigatoken encoder of a tokenizer; None if it is not installed, or gives other ids for the probe text.
@@ -65,16 +69,18 @@ def build(library: tokenizers.Tokenizer) -> GigatokenBpe | None:
 
     if not isinstance(library.model, hf.models.BPE) or importlib.util.find_spec("gigatoken") is None:
         return None
+    spec = library.to_str()
     try:
-        encoder = GigatokenBpe(library.to_str())
+        encoder = GigatokenBpe(spec)
     except (ValueError, RuntimeError, NotImplementedError):  # a tokenizer.json that gigatoken does not support
         return None
-    texts = probe_texts()
-    ours = encoder.encode_flat(texts)
-    expected = [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
-    lengths = [len(ids) for ids in expected]
-    same = ours.lengths.tolist() == lengths and ours.ids.tolist() == [token for ids in expected for token in ids]
-    return encoder if same else None
+    if spec not in _agrees:
+        texts = probe_texts()
+        ours = encoder.encode_flat(texts)
+        expected = [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = [len(ids) for ids in expected]
+        _agrees[spec] = ours.lengths.tolist() == lengths and ours.ids.tolist() == list(itertools.chain(*expected))
+    return encoder if _agrees[spec] else None
 
 
 class GigatokenBpe:

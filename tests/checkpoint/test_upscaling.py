@@ -145,6 +145,7 @@ def test_shared_parameters_stay_shared(make, tmp_path, share, layers, copies):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["interleave", "stack"])
 @pytest.mark.parametrize("fields", [{}, {"parallel_residual": True, "position_embedding": "rotary"}])
 def test_preserve_function_keeps_the_logits(make, tmp_path, order, fields):
@@ -164,6 +165,7 @@ def test_preserve_function_sets_only_output_projections_of_added_layers_to_zero(
         assert bool((value == 0).all()) == zero, name
 
 
+@pytest.mark.slow
 def test_the_moving_average_can_be_copied_or_carried(make, path, tmp_path):
     averaged = make(average=True)
     before = values(averaged)
@@ -225,6 +227,7 @@ def test_the_command_prints_factors_and_the_map(path, tmp_path, capsys):
     assert "--finetune" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_printed_command_has_the_flags_of_the_carried_state(make, tmp_path, capsys):
     first, again = tmp_path / "first", tmp_path / "again"
     carry = ("--optimizer", "carry", "--ema")

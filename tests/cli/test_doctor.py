@@ -50,6 +50,7 @@ def test_problems_have_exit_code_1(capsys):
     assert "PROBLEM:" in output and "write test of --save failed" in output
 
 
+@pytest.mark.slow
 def test_a_bad_host_is_excluded_and_forgiven(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(node_check, "matrix_speed", lambda *_, **__: raise_(ValueError("wrong results")))
     arguments = ["doctor", "--fast", "--device=cpu", "--save", str(tmp_path)]

@@ -86,6 +86,7 @@ def test_a_batch_with_cache_equals_single_prompts_without_cache(make_stage, shap
     assert len({tuple(one.tokens) for one in found}) == 4  # not one constant that would prove nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("length", "step"), [(8, 4), (5, 1), (6, 6)])

@@ -170,6 +170,7 @@ def test_too_short_a_time_is_no_fault_of_a_host():
     assert check.needed_seconds(1) == 14 and CheckPlan(save="x").needed_seconds(2) == 77
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written():
     verdict, _ = run_alone(plan(save="/proc/run"))
     (finding,) = verdict.problems
@@ -180,11 +181,13 @@ def test_a_folder_that_cannot_be_written():
     assert verdict.excluded == {}, "it is the folder's fault"
 
 
+@pytest.mark.slow
 def test_a_full_disk():
     verdict, _ = run_alone(replace(plan(save="/dev/shm"), thresholds=Thresholds(shm=0)))
     assert not [finding for finding in verdict.problems if finding.kind != "full --save"]
 
 
+@pytest.mark.slow
 def test_wrong_results_are_found():
     drawn = iter(range(10**6))
     verdict, _ = run_alone(plan(), product=lambda a, b: torch.full((2, 2), float(next(drawn))))

@@ -111,6 +111,7 @@ def test_any_tp_equals_one_device(on_ranks, model, tp, sequence_parallel):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recompute",
     [

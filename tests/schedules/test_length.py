@@ -131,6 +131,7 @@ def schedules(draw):
     return fields
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(fields=schedules(), samples=st.integers(0, 1500))
 def test_samples_iterations_and_batches_agree_with_the_plain_loop(run_config, fields, samples):

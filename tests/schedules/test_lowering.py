@@ -89,6 +89,7 @@ def pipelines(draw):
 TIMES = st.sampled_from([0.1, 0.5, 1.0, 1.7, 3.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     pipelines(), st.builds(Costs, forward=TIMES, backward=TIMES, weight=TIMES, comm=st.sampled_from([0.0, 0.3, 5.0]))

@@ -41,6 +41,7 @@ text = st.text(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(text, max_size=5))
 def test_same_ids(both, texts):
@@ -92,6 +93,7 @@ def others(request, bpe_folder, tmp_path_factory):
     return tokenizers
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(text, max_size=4))
 def test_other_tokenizers_give_the_same_ids(others, texts):
@@ -182,6 +184,7 @@ def test_unsuitable_tokenizers_use_another_encoder(bpe_folder, tmp_path, monkeyp
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     assert read_hugging_face(str(tmp_path)).fast is None, "gigatoken does not support the pattern"
     with monkeypatch.context() as patch:
+        patch.setattr(gigatoken_bpe, "_agrees", {})
         patch.setattr(
             GigatokenBpe, "encode_flat", lambda self, texts: read_gpt2(*files, encoders=()).encode_flat(["b"])
         )

@@ -23,6 +23,7 @@ def plain_loop(weights, size):
     return order
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(0.001, 10), min_size=1, max_size=6), size=st.integers(1, 700))
 def test_lookup_equals_the_reference_loop(weights, size):

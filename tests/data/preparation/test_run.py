@@ -120,6 +120,7 @@ def test_killed_runs_are_continued(corpus, tokenizer, tmp_path, look, make):
     assert "Already complete" in again.stdout
 
 
+@pytest.mark.slow
 def test_several_keys(make, look):
     prefix = make(json_keys=("text", "title"), workers=2)
     alone = make("alone", json_keys=("title",))
@@ -127,6 +128,7 @@ def test_several_keys(make, look):
     assert look.files(prefix)[:2] == look.files(make("text"))[:2]
 
 
+@pytest.mark.slow
 def test_compressed_and_several_inputs_are_read_in_order(make, look, corpus, tmp_path):
     pytest.importorskip("zstandard")
     pytest.importorskip("pyarrow")

@@ -13,6 +13,8 @@ from megatron_lite.data.preparation.sentences import SentenceSplitter
 from megatron_lite.errors import DataError
 from megatron_lite.tokenizer.build import build_tokenizer
 
+pytestmark = pytest.mark.slow  # imports nltk
+
 TEXT = "Dr. Low sat.  The cat sat too.\n\nA mat! (It was red.) Was it?"
 WHOLE = ["Dr. Low sat.", "The cat sat too.", "A mat!", "(It was red.)", "Was it?"]
 KEPT = ["Dr. Low sat.  ", "The cat sat too.\n\n", "A mat! ", "(It was red.)", "Was it?"]

@@ -146,6 +146,7 @@ def test_output_of_a_program_is_not_evaluated(tmp_path):
     assert [command.arguments[0] for command in found.commands] == ["run"] and not found.notes
 
 
+@pytest.mark.slow
 def test_bad_scripts_are_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"job\.slurm is no valid bash script: .*1:1"):
         evaluate_script("if true\n", environment={}, folder=tmp_path, name="job.slurm")
