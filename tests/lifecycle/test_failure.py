@@ -7,16 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.job_commands import SMALL
 from support.launchers import free_port
+from support.trainer import Job
 
+from megatron_lite.optim.update_rule import TorchRule
 from megatron_lite.runs.exit_status import read_exit_status
 from megatron_lite.runs.lock import FolderLock
 from megatron_lite.runs.lock_file import LOCK_NAME
 from megatron_lite.runs.process import this_process
+from megatron_lite.train.native import NativeEngine
 
 pytestmark = pytest.mark.slow
 
@@ -26,37 +30,40 @@ TRAIN = [
     *shlex.split("--make-vocab-size-divisible-by 8 --device cpu --num-threads 1 --log-interval 1"),
     *shlex.split("--distributed-timeout-minutes 0.3 --rendezvous-timeout-minutes 1"),
 ]
-PROGRAM = """
-import os, signal, sys, time
-from megatron_lite.cli.main import main
-from megatron_lite.optim.update_rule import TorchRule
-from megatron_lite.train.native import NativeEngine
 
-what, rank, *words = sys.argv[1:]
-mine = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == int(rank)
-train_step, step = NativeEngine.train_step, TorchRule.step
 
-def wrapped(self, plan, read, rates=None):
-    if mine and plan.iteration == 3:
-        if what == "sleep":
-            time.sleep(600)
-        if what == "kill":
-            time.sleep(2)
-            os.kill(os.getpid(), signal.SIGKILL)
-    if what == "stuck" and plan.iteration == 3:
-        if mine:
-            raise ValueError("the optimizer is broken")
-        time.sleep(600)
-    return train_step(self, plan, read, rates)
+@dataclass(frozen=True)
+class Fault:
+    """Fault of one rank in iteration 3, or in its first step of the optimizer; it prepares the process of that rank."""
 
-def broken(self, *args):
-    if mine and what == "raise":
-        raise ValueError("the optimizer is broken")
-    return step(self, *args)
+    kind: str
+    rank: int
+    variables: dict
 
-NativeEngine.train_step, TorchRule.step = wrapped, broken
-sys.exit(main(["train", *words]))
-"""
+    def __call__(self):
+        os.environ.update(self.variables)
+        train_step, step = NativeEngine.train_step, TorchRule.step
+        mine = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) == self.rank
+
+        def wrapped(engine, plan, read, rates=None):
+            if mine and plan.iteration == 3:
+                if self.kind == "sleep":
+                    time.sleep(600)
+                if self.kind == "kill":
+                    time.sleep(2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if self.kind == "stuck" and plan.iteration == 3:
+                if mine:
+                    raise ValueError("the optimizer is broken")
+                time.sleep(600)
+            return train_step(engine, plan, read, rates)
+
+        def broken(rule, *args):
+            if mine and self.kind == "raise":
+                raise ValueError("the optimizer is broken")
+            return step(rule, *args)
+
+        NativeEngine.train_step, TorchRule.step = wrapped, broken
 
 
 def torchrun_variables(rank, world, port):
@@ -83,49 +90,39 @@ def slurm_variables(rank, world, port):
     }
 
 
-class Job:
-    """Ranks as processes, started as a launcher starts them."""
+class Ranks:
+    """Ranks as processes, with the variables of a launcher."""
 
     def __init__(self, folder, what, failing, words, *, world=2, variables=torchrun_variables):
         port = str(free_port())
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-        self.outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
-        self.processes = []
+        self.jobs = []
         for rank in range(world):
-            environment = {**clean, **variables(rank, world, port), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-c", PROGRAM, what, str(failing), *TRAIN, *words]
-            with self.outputs[rank].open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                )
+            (folder / f"rank{rank}").mkdir()
+            fault = Fault(what, failing, variables(rank, world, port))
+            self.jobs.append(Job(folder / f"rank{rank}", ["train", *TRAIN, *words], fault))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        for job in self.jobs:
+            job.process.kill()
+            job.process.join()
 
     def text(self, rank):
-        return self.outputs[rank].read_text(encoding="utf-8")
+        return self.jobs[rank].text()
 
-    def wait_for(self, rank, text, timeout=90.0):
-        deadline = time.monotonic() + timeout
-        while text not in self.text(rank):
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text(rank)}"
-            assert self.processes[rank].poll() is None, self.text(rank)
-            time.sleep(0.05)
+    def wait_for(self, rank, text):
+        assert self.jobs[rank].until(lambda: text in self.text(rank), timeout=90.0), self.text(rank)
 
-    def ends_with(self, *codes, timeout=120.0):
-        deadline = time.monotonic() + timeout
-        ended = tuple(process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes)
+    def ends_with(self, *codes):
+        ended = tuple(job.wait(120.0).code for job in self.jobs)
         assert ended == codes, "\n".join(f"rank {rank}:\n{self.text(rank)}" for rank in range(len(ended)))
 
 
 @pytest.mark.parametrize("variables", [torchrun_variables, slurm_variables])
 def test_an_exception_on_one_rank_ends_all_and_is_named_by_all(tmp_path, variables):
-    with Job(tmp_path, "raise", 1, ["--tensor-model-parallel-size", "2"], variables=variables) as job:
+    with Ranks(tmp_path, "raise", 1, ["--tensor-model-parallel-size", "2"], variables=variables) as job:
         job.ends_with(1, 1)
         host = "node1" if variables is slurm_variables else socket.gethostname()
         words = (
@@ -140,7 +137,7 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
     save = tmp_path / "run"
     save.mkdir()
     words = ["--pipeline-model-parallel-size", "2", "--save", str(save), "--save-interval", "1000000"]
-    with Job(tmp_path, "kill", killed, words) as job:
+    with Ranks(tmp_path, "kill", killed, words) as job:
         codes = [1, 1]
         codes[killed] = -signal.SIGKILL
         job.ends_with(*codes)
@@ -157,7 +154,7 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path, killed):
 
 def test_a_rank_0_that_is_stuck_when_another_fails_leaves_no_lock(tmp_path):
     save = tmp_path / "run"
-    with Job(tmp_path, "stuck", 1, ["--save", str(save), "--save-interval", "1000000"]) as job:
+    with Ranks(tmp_path, "stuck", 1, ["--save", str(save), "--save-interval", "1000000"]) as job:
         job.ends_with(1, 1)
         assert "because another rank failed first" in job.text(0)
     ended = read_exit_status(save)
@@ -166,7 +163,7 @@ def test_a_rank_0_that_is_stuck_when_another_fails_leaves_no_lock(tmp_path):
 
 
 def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
-    with Job(tmp_path, "sleep", 1, ["--distributed-timeout-minutes", "0.2"]) as job:
+    with Ranks(tmp_path, "sleep", 1, ["--distributed-timeout-minutes", "0.1"]) as job:
         job.ends_with(1, 1)
         for rank in (0, 1):
             text = job.text(rank)
@@ -174,14 +171,14 @@ def test_a_stalled_collective_shows_the_stacks_of_all_ranks_and_ends(tmp_path):
             assert f"rank {rank} (dp {rank}, pp 0, tp 0)] " in text
             assert "Python stacks of this rank, in iteration 3" in text
             assert " in train_step" in text or rank == 1
-        assert '"<string>", line 14 in wrapped' in job.text(1), "the stalled rank's stack shows the cause"
+        assert f'"{__file__}", line ' in job.text(1), "the stalled rank's stack shows the cause"
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_save(tmp_path):
     save = tmp_path / "run"
-    with Job(tmp_path, "", 0, ["--save", str(save), "--save-interval", "1000000"], world=2) as job:
+    with Ranks(tmp_path, "", 0, ["--save", str(save), "--save-interval", "1000000"], world=2) as job:
         job.wait_for(1, "iteration        3/")
-        job.processes[0].send_signal(signal.SIGTERM)
+        job.jobs[0].send(signal.SIGTERM)
         job.ends_with(0, 0)
         assert "exiting program after receiving SIGTERM" in job.text(1)
         ended = read_exit_status(save)
@@ -193,7 +190,7 @@ def test_a_second_job_of_several_ranks_is_refused_on_all(tmp_path):
     save = tmp_path / "run"
     words = ["--save", str(save), "--load", str(save), "--save-interval", "1000000"]
     with FolderLock(save, process=this_process("gpu07"), command="train"):
-        with Job(tmp_path, "", 0, words) as refused:
+        with Ranks(tmp_path, "", 0, words) as refused:
             refused.ends_with(1, 1)
             printed = refused.text(0) + refused.text(1)
             assert printed.count(f"{save} is in use by process {os.getpid()} on gpu07") == 1

@@ -81,13 +81,14 @@ class PageShell:
     Args:
         folder: where its commands run.
         files: maker of toy files.
+        programs: class of the programs by name.
     """
 
-    def __init__(self, folder, files):
+    def __init__(self, folder, files, programs=Programs):
         self.folder = folder
         self.files = files
         self.bin = tempfile.TemporaryDirectory()  # the path of a socket has at most 107 characters
-        self.programs = Programs(files, Path(self.bin.name))
+        self.programs = programs(files, Path(self.bin.name))
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{self.bin.name}/server")
         self.listener.listen()
