@@ -129,6 +129,8 @@ def compare_rates(texts: list[str], few: list[str], config: TokenizerConfig, fol
             side.run()
             wall[name] = max(wall[name], side.megabytes / (time.perf_counter() - began))
             cpu[name] = max(cpu[name], side.megabytes / (sum(os.times()[:4]) - worked))
+            for path in folder.glob("**/out_*"):
+                path.unlink()
     print(f"{much:.0f} MB of text, {len(texts)} documents, vocabulary {plain.vocab_size}")
     print(f"  {'':34s}    MB   MB/s   MB per CPU second")
     for name, side in sides.items():
@@ -180,8 +182,6 @@ def ours(corpus: Path, config: TokenizerConfig, folder: Path, workers: int) -> N
         ),
         ProgressDisplay(),
     )
-    for path in folder.glob("out_*"):
-        path.unlink()
 
 
 def at_once(corpus: Path, config: TokenizerConfig, folder: Path) -> None:

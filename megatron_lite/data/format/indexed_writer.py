@@ -168,7 +168,7 @@ class IndexedDatasetWriter:
         return zlib.crc32(stored.data, checksum)
 
     def append(self, prefix: str | Path) -> None:
-        """Append a dataset of the same token type by copying its bytes, inside the kernel where that is supported.
+        """Append a dataset of the same token type by copying its bytes.
 
         Raises:
             DataError: `prefix` is damaged or has another token type.
@@ -182,8 +182,7 @@ class IndexedDatasetWriter:
             )
         other.check()
         self._spill()
-        with self._writing(), bin_path(prefix).open("rb") as source:
-            self._files["bin"].flush()
+        with self._writing(), bin_path(prefix).open("rb", buffering=0) as source:
             copy_bytes(source, self._files["bin"], other.num_bytes)
             for low in range(0, len(other), CHUNK):
                 self._files["sizes"].write(other.sizes[low : low + CHUNK].tobytes())
@@ -329,8 +328,7 @@ def _open_exclusively(path: Path, prefix: str) -> BinaryIO:
         OSError: the file cannot be created.
     """
     while True:
-        # Not truncated before it is locked, as it may be another process's; and not opened for appending, which
-        # copy_file_range refuses.
+        # Not truncated before it is locked, as it may be another process's.
         file = _open(path)
         is_locked = acquire(file, wait=False)
         # If the file was renamed between open and lock, it is another writer's finished dataset: open again.

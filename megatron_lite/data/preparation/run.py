@@ -39,7 +39,7 @@ from megatron_lite.tokenizer.build import build_tokenizer
 
 _Pool = Pool[Task, Step]
 
-GROUP_BYTES = 8 << 20
+GROUP_BYTES = 32 << 20
 """Bytes of input after which a worker begins another shard; a larger unit is a shard of its own."""
 
 GROUPS_PER_WORKER = 8
@@ -83,7 +83,9 @@ def preprocess(options: PreprocessOptions, progress: ProgressDisplay) -> Result:
         if not options.overwrite and run.unfinished_plan != run.plan:
             for prefix in run.prefixes:
                 require_absent(prefix)
-        summary = run.make(after_workers.enter_context(WorkFolder(options.output_prefix, run.plan)))
+        summary = run.make(
+            after_workers.enter_context(WorkFolder(options.output_prefix, run.plan, shuffle=options.shuffle))
+        )
     return Result(options.data_prefixes, summary.text())
 
 
@@ -211,8 +213,8 @@ class _Run:
     def _add_units(self, assembly: Assembly, todo: Sequence[Unit]) -> Iterator[Step]:
         """Append all units in order, as soon as they are finished, and yield the steps of the unfinished ones."""
         if self.pool is not None:
-            for step in self.pool.run(self._groups(todo)):
-                yield step
+            for steps in self.pool.run(self._groups(todo)):
+                yield from steps
                 _append_finished(assembly)
             _append_finished(assembly)
             return
@@ -224,7 +226,7 @@ class _Run:
     def _work(self, folder: Path, tasks: Sequence[Task]) -> Iterator[Step]:
         """Run tasks in the workers or in this process, and yield their steps."""
         if self.pool is not None:
-            return self.pool.run(tasks)
+            return chain.from_iterable(self.pool.run(tasks))
         return chain.from_iterable(map(build_job(self.options, folder, self.tokenizer), tasks))
 
     def _summarize(self, folder: WorkFolder, done: Sequence[FinishedUnit]) -> Summary:

@@ -116,6 +116,7 @@ class WorkFolder:
     Args:
         output_prefix: the run's --output-prefix.
         plan: hash from plan_hash; unfinished work of another plan is deleted.
+        shuffle: whether shards of finished units may be missing, because `drop` deleted them after the shuffle.
 
     Attributes:
         path: the folder.
@@ -126,14 +127,14 @@ class WorkFolder:
         DataError: another run has locked the folder, or it cannot be created.
     """
 
-    def __init__(self, output_prefix: str, plan: str) -> None:
+    def __init__(self, output_prefix: str, plan: str, *, shuffle: bool = False) -> None:
         self.path = self.path_of(output_prefix)
         self.can_continue = True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire()
             self.discarded = self._discard_other_plans(plan)
-            self._remove_unfinished()
+            self._remove_unfinished(shuffle)
         except OSError as error:
             raise DataError(
                 f"Cannot write to {self.path}: {reason(error)}",
@@ -185,9 +186,9 @@ class WorkFolder:
         replace_file(path, plan.encode())
         return any(entry.suffix == ".json" for entry in old)
 
-    def _remove_unfinished(self) -> None:
+    def _remove_unfinished(self, shuffle: bool) -> None:
         for path in self.path.glob("*.json"):
-            if not _is_intact(path):
+            if not _is_intact(path, shuffle):
                 path.unlink()
         keep = {shard.name for unit in self.finished().values() for shard in unit.shards}
         for entry in self.path.iterdir():
@@ -237,14 +238,14 @@ class WorkFolder:
         self._lock.close()
 
 
-def _is_intact(path: Path) -> bool:
-    """Return whether a record and the shards that it names, except deleted ones, are complete."""
+def _is_intact(path: Path, may_be_missing: bool) -> bool:
+    """Return whether a record and the shards that it names are complete."""
     try:
         names = {shard.name for unit in _read_units(path).values() for shard in unit.shards if shard.name}
         for name in names:
-            if bin_path(name).exists():
+            if bin_path(name).exists() or not may_be_missing:
                 IndexedDataset(name).check()
-    except (ValueError, DataError):  # not JSON; too short
+    except (ValueError, DataError):  # not JSON; missing or too short
         return False
     return True
 

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import signal
+from itertools import chain
 
 import pytest
 
@@ -28,7 +29,7 @@ def square(task):
         yield "still here"
         return
     if isinstance(task, str):
-        yield from [task[:1000]] * 2000
+        yield from (f"{number} {task[:1000]}" for number in range(2000))
         return
     yield task * task
 
@@ -40,10 +41,10 @@ make_square = functools.partial(functools.partial, square)
 def test_pool():
     before = multiprocessing.active_children()
     with Pool(2, make_square) as pool:
-        assert sorted(pool.run(range(20))) == [i * i for i in range(20)]
-        assert list(pool.run(["interrupt"])) == ["still here"], "only the parent handles Ctrl-C"
+        assert sorted(chain.from_iterable(pool.run(range(20)))) == [i * i for i in range(20)]
+        assert list(pool.run(["interrupt"])) == [["still here"]], "only the parent handles Ctrl-C"
         # More than both pipes hold: a worker takes a task while its events wait for the parent.
-        assert len(list(pool.run(["x" * 1_000_000] * 6))) == 6 * 2000
+        assert len(list(chain.from_iterable(pool.run(["x" * 1_000_000] * 6)))) == 6 * 2000
         with pytest.raises(DataError, match=r"a problem\. a rule\. do that"):
             list(pool.run([1, "refuse"]))
     for task, error, message in (("fail", RuntimeError, "ZeroDivisionError: oh"), ("die", DataError, "SIGKILL")):

@@ -227,13 +227,13 @@ def test_one_run_at_a_time(make, tmp_path):
 
 
 def test_shards_lost_in_a_power_failure_are_made_again(tmp_path):
-    """They were not synced: files end early, or are empty."""
+    """They were not synced: files end early, are empty or missing."""
     from megatron_lite.data.format.indexed_writer import IndexedDatasetWriter
     from megatron_lite.data.preparation.work_folder import FinishedUnit, Shard, WorkFolder, mark_finished
 
     prefix = str(tmp_path / "out")
     folder = WorkFolder(prefix, "plan")
-    for number in range(4):
+    for number in range(5):
         with IndexedDatasetWriter(folder.path / f"{number}", np.uint16, synced=False) as writer:
             writer.add_document([1, 2, 3])
         shard = Shard(str(folder.path / f"{number}"), 6, 0, (1, 1, 3))
@@ -241,6 +241,7 @@ def test_shards_lost_in_a_power_failure_are_made_again(tmp_path):
     folder.release()
     for name, size in (("0.bin", 4), ("1.idx", 0), ("000002.json", 0)):
         os.truncate(folder.path / name, size)
+    (folder.path / "4.bin").unlink()
     folder = WorkFolder(prefix, "plan")
     assert list(folder.finished()) == [3]
     assert sorted(path.name for path in folder.path.glob("*.bin")) == ["3.bin"]
