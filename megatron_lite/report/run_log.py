@@ -305,7 +305,8 @@ class _Reader:
         log, when = self._log, float(record.get("time", 0.0))
         if kind == "start":
             config = record.pop("config", {})
-            log.changes.append(compare_configs(self._config, config) if self._config else [])
+            found = compare_configs(self._config, config) if self._config else []
+            log.changes.append([change for change in found if change.is_comparable])
             self._config = config
             log.starts.append(record)
             log.rank_seconds = []

@@ -1,4 +1,4 @@
-"""Recorded settings as text: values in the form in which a command line gives them."""
+"""Recorded settings as text: each value formatted as one would type it on the command line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_lite.config.flag import Flag
 from megatron_lite.config.record import read_field
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.table import SECTIONS, flags_by_field
+from megatron_lite.errors import ConfigError
 from megatron_lite.report.html import Markup, details, table
 from megatron_lite.runs.comparison import Difference, flag_of
 
@@ -42,7 +43,7 @@ def setting_text(path: str, value: Any) -> str:
     section, _, name = path.partition(".")
     try:
         args = write_fields({(section, name): read_field(SECTIONS[section], name, value)})
-    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):  # of another version of the program
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError, ConfigError):  # of another version
         args = []
     if not args:  # derived from other fields
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -61,6 +62,8 @@ def change_text(change: Difference) -> str:
     before, after = (_with_flag(flag, setting_text(change.path, value)) for value in (change.saved, change.current))
     if isinstance(change.current, bool):
         return f"{flag} {'added' if after else 'removed'}"
+    if not before and not after:  # as None and 0
+        return f"{flag}: {change.saved} → {change.current}"
     if before and after:
         return f"{before} → {after.removeprefix(f'{flag} ') if before.startswith(f'{flag} ') else after}"
     return f"{before} removed" if before else f"{after} added"

@@ -32,6 +32,11 @@ class Difference:
     saved: Any
     current: Any
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether both configs have the field, which may exist in one of two versions of the program only."""
+        return _ABSENT not in (self.saved, self.current)
+
     def __str__(self) -> str:
         return f"{flag_of(self.path)}: {_show(self.saved)} in the checkpoint, {_show(self.current)} now"
 
@@ -67,8 +72,7 @@ def check_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     found = compare_configs({"model": saved["model"]}, {"model": current["model"]})
     may_change = {name for section, name in field_metadata("may_change") if section == "model"}
     may_change |= _TABLE if saved["model"].get("position_embedding") != "learned" else set()
-    # A field that exists in one of the two versions of the program only cannot be compared.
-    broken = [d for d in found if d.path.split(".")[1] not in may_change and _ABSENT not in (d.saved, d.current)]
+    broken = [d for d in found if d.path.split(".")[1] not in may_change and d.is_comparable]
     if broken:
         raise CheckpointError(
             f"The model of this command is not that of the checkpoint:\n{describe(broken)}\n",

@@ -1,4 +1,4 @@
-"""Tests of recorded settings as text."""
+"""Tests of recorded settings rendered as command-line text."""
 
 import pytest
 
@@ -22,6 +22,7 @@ from megatron_lite.runs.comparison import Difference
         ("checkpoint.phases", [{"interval": 10, "until": 0}], "--save-interval 10"),
         ("precision.dtype", "bf16", "--bf16"),
         ("fields.of_another_version", [1, 2], "1 2"),
+        ("checkpoint.phases", [{"of another version": 1}], "{'of another version': 1}"),
     ],
 )
 def test_a_value_is_shown_as_on_a_command_line(path, value, text):
@@ -39,6 +40,7 @@ def test_a_field_of_several_flags_without_arguments_has_its_own_name():
         ("training.exit_interval", 0, 15, "--exit-interval 15 added"),
         ("training.eval_iters", 100, 0, "--eval-iters 100 → 0"),
         ("training.skip_train", True, False, "--skip-train removed"),
+        ("training.exit_interval", None, 0, "--exit-interval: None → 0"),
         ("precision.dtype", "fp32", "bf16", "--fp32 → --bf16"),
         (
             "checkpoint.phases",
