@@ -1,11 +1,13 @@
-"""NVMe offloading of the DeepSpeed engine: checks before the start, folders of a run, and swap files as tensors."""
+"""NVMe offloading of the DeepSpeed engine: checks before the start, a run's folders, and swap files read as tensors."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import resource
+import secrets
 import shutil
 import tempfile
 import textwrap
@@ -31,6 +33,8 @@ from megatron_lite.system_errors import reason, remedy
 _PREFIX = "megatron-lite-swap-"
 _LOCK = "lock"
 _CPU = 'write "device": "cpu" in the DeepSpeed JSON'
+_BLOCK = 4096
+"""Bytes of a direct write: a multiple of the sector size of any disk."""
 _CAP_IPC_LOCK = 14
 """Number of the capability that frees a process from ulimit -l; capabilities(7)."""
 
@@ -103,14 +107,16 @@ def _remove_abandoned(parent: Path) -> None:
 
 def _require_direct_io(parent: Path) -> None:
     """Write a block past the page cache, as DeepSpeed's operator does, which ends the process on an error."""
-    file = parent / f".megatron-lite-{os.getpid()}"
+    file = parent / f".megatron-lite-{secrets.token_hex(8)}"  # nodes may share the folder, and number processes alike
     try:
-        descriptor = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
-        os.close(descriptor)
-        file.unlink()
+        with mmap.mmap(-1, _BLOCK) as block:  # pages are aligned
+            descriptor = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
+            try:
+                os.write(descriptor, block)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            file.unlink(missing_ok=True)
             raise ConfigError(
                 f"nvme_path {parent} in the DeepSpeed JSON is on a file system without direct I/O (O_DIRECT)",
                 fix=f"Give a folder on a local disk (df -T {parent} shows the file system), or {_CPU}",
@@ -119,6 +125,9 @@ def _require_direct_io(parent: Path) -> None:
             f"Cannot write to nvme_path {parent} in the DeepSpeed JSON: {reason(error)}",
             fix=remedy(error, file, instead=f"give another nvme_path, or {_CPU}", writing=True),
         ) from error
+    finally:
+        with suppress(OSError):  # some file systems create the file before they refuse the flag
+            file.unlink()
 
 
 def prepare_swap(config: RunConfig, mesh: Mesh, load_operator: Callable[[], object]) -> SwapFolders | None:
