@@ -1,4 +1,4 @@
-"""Optional libraries: whether one is installed; groups and variables for those that call torch.distributed."""
+"""Optional libraries: whether one is installed, and process groups and variables for those that need them."""
 
 from __future__ import annotations
 

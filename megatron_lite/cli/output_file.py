@@ -1,4 +1,4 @@
-"""Output files of commands: atomic writes that replace only files of the same kind, with errors that name the flag."""
+"""Output files of commands: atomic writes, only over an earlier output of the same format; errors name the flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output of commands: tables in it, and errors of a closed pipe or a full disk behind it."""
+"""Standard output of commands: printed tables, and errors of a closed pipe or a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed engine settings: JSON entries handed to DeepSpeed unchanged, and what this engine cannot run."""
+"""DeepSpeed engine settings: JSON entries passed to DeepSpeed unchanged, and features that the engine refuses."""
 
 from __future__ import annotations
 

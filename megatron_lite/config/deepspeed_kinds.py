@@ -1,4 +1,4 @@
-"""Types and ranges of the DeepSpeed JSON's entries, after the configuration classes of DeepSpeed 0.19."""
+"""Types and ranges of the DeepSpeed JSON's entries, taken from the config classes of DeepSpeed 0.19."""
 
 from __future__ import annotations
 

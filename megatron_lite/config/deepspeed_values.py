@@ -1,4 +1,4 @@
-"""DeepSpeed JSON values: checked against their kinds, and merged into config fields."""
+"""Values of the DeepSpeed JSON: checks of type and range, and their merge into the fields of the run's config."""
 
 from __future__ import annotations
 

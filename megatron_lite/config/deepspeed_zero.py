@@ -1,4 +1,4 @@
-"""ZeRO section of the DeepSpeed JSON: stage, offloading, the --engine that these require, and entries for DeepSpeed."""
+"""ZeRO section of the DeepSpeed JSON: stage, offloading, the --engine they need, and entries passed on unchanged."""
 
 from __future__ import annotations
 

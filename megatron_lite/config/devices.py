@@ -1,4 +1,4 @@
-"""Device limits: settings that no device of a kind can run, as data, and the rule that refuses them."""
+"""Device limits: settings that a type of device (MPS, Intel XPU) cannot run, and the rule that refuses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recomputed units: split of a pipeline stage's layers into the parts that full activation recomputation runs again."""
+"""Recomputed units: the layers of a pipeline stage split into chunks for full activation recomputation."""
 
 from __future__ import annotations
 

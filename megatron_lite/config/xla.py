@@ -1,4 +1,4 @@
-"""XLA device config: engine choice, ignored flags, batch sizes, and the config of one of several host processes."""
+"""XLA device config: engine choice, ignored flags, batch sizes, and the config of each process in multi-host runs."""
 
 from __future__ import annotations
 

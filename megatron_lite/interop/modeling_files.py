@@ -1,4 +1,4 @@
-"""Modeling code in exports: files for classes missing from transformers, and a check that a copy is unmodified.
+"""Modeling code in exports: files for classes that transformers lacks, and a check that an export's copy is unmodified.
 
 Only unchanged copies are executed: a folder that is imported may come from anywhere.
 """

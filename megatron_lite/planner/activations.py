@@ -1,4 +1,4 @@
-"""Activation memory of a pipeline stage: bytes per micro-batch, kept between its actions and needed in each of them.
+"""Activation memory of a pipeline stage: bytes of a micro-batch kept between forward and backward, and used in each.
 
 A layer is simulated once (planner/model_parts.py); equal layers of a stage have equal numbers.
 """

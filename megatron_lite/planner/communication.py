@@ -1,4 +1,4 @@
-"""Communication time: seconds of collectives and messages along the axes of the mesh, on node links and network.
+"""Communication time: seconds of collectives and messages for each mesh axis, over the links of a node or the network.
 
 Collectives are rings (Thakur et al. 2005): of n ranks, an all-gather or reduce-scatter sends (n-1)/n of the complete
 tensor through each rank, an all-reduce twice that. A ring within a node runs at the link's rate. A ring over several

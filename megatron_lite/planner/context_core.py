@@ -1,4 +1,4 @@
-"""Simulated context-parallel attention: tensors that model/context_attention.py allocates, recorded on a tape.
+"""Memory estimate of context-parallel attention: the tensors that model/context_attention.py allocates, simulated.
 
 The tensors of the first context-parallel rank, whose other blocks are later half of its queries and all keys.
 """

@@ -1,4 +1,4 @@
-"""Simulated transformer layer, embedding and head: tape operators that stand for the model in the memory estimate.
+"""Memory estimate of a transformer layer, embedding and head, as sequences of simulated operators.
 
 They mirror model/layer.py, model/attention.py, model/embedding.py and model/head.py.
 """

@@ -1,4 +1,4 @@
-"""Node counts of a run: those that its layout can use, each with run time, GPU hours and replicas without work."""
+"""Node counts that the layout of a run allows, each with run time, GPU hours and idle data-parallel replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused kernels on meta tensors: memory of attention and RMSNorm, without the intermediates of unfused operators.
+"""Meta-tensor versions of fused attention and RMSNorm: memory without the intermediates of unfused operators.
 
 On the meta device torch decomposes these operators, and autograd would save what the GPU's kernels do not.
 """

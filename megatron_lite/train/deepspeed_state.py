@@ -1,4 +1,4 @@
-"""DeepSpeed optimizer state: this rank's main parameters and moments as parts of global tensors, any ZeRO stage."""
+"""DeepSpeed optimizer state: this rank's fp32 parameters and moments as slices of global tensors, at any ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of the DeepSpeed JSON's entries has those of DeepSpeed's own classes, with the same defaults."""
+"""Tests that our table of DeepSpeed JSON entries has the entries and defaults of DeepSpeed's config classes."""
 
 import pytest
 from deepspeed.comm.config import CommsLoggerConfig

@@ -1,4 +1,4 @@
-"""ZeRO stage 3 with optimizer state and parameters in swap files, through DeepSpeed's own operator."""
+"""Tests of ZeRO stage 3 with NVMe swap files for parameters and optimizer state, on DeepSpeed's I/O extension."""
 
 import dataclasses
 import sys

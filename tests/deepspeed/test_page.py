@@ -1,4 +1,4 @@
-"""The commands of docs/deepspeed.md at toy size."""
+"""Tests of docs/deepspeed.md: its commands at toy size."""
 
 from support.page_shell import PageShell, run_page
 from support.toy_files import ToyFiles

@@ -1,4 +1,4 @@
-"""Fixtures of the documentation's commands: toy files, a shell, a hub, and comparisons with transformers."""
+"""Fixtures for tests of the documentation's commands: toy files, a shell, a local hub, checks by transformers."""
 
 import logging
 

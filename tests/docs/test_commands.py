@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ runs at toy size, on several ranks where it starts several.
+"""Tests of README.md and docs/: every command at toy size, those of several ranks on several ranks.
 
 tests/support/page_blocks.py describes the directives in the pages, page_programs.py what is run, and page_sizes.py its
 sizes.

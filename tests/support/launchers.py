@@ -1,4 +1,4 @@
-"""Environment variables that torchrun, srun and mpirun set for the ranks of a job on one machine."""
+"""Environment variables of the ranks of a one-node job, as torchrun, srun and mpirun set them; and free ports."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Programs that the commands of the documentation name, run at toy size.
+"""Stand-ins at toy size for the programs that documented commands call: megatron-lite, python, torchrun, pip.
 
 A command of megatron_lite runs in this process, because it has imported torch; several ranks are forked from it
 (support/page_ranks.py). Training, ranks and node checks get toy sizes (support/page_sizes.py). "…" in a command stands

@@ -1,4 +1,4 @@
-"""Several ranks of a command of the documentation: forked from this process, with the variables of a launcher."""
+"""Ranks of a documented command, forked from this process with a launcher's environment variables."""
 
 import contextlib
 import io

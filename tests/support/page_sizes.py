@@ -1,4 +1,4 @@
-"""Toy sizes of the documentation's commands: model, iterations, ranks, node check.
+"""Toy sizes for the documentation's commands: smaller model, fewer iterations and ranks, a shorter node check.
 
 A flag of training that asks for no more than LIMITS keeps its value.
 """

@@ -132,9 +132,9 @@ class RankPools:
 def _share_event_loop():
     """Let all gloo groups of this process share one event loop.
 
-    By default each has its own, which wakes a hundred times a second; and while another thread holds the lock of a
-    connection (gloo/transport/tcp/pair.cc, handleEvents), the loop polls: on two processors it then often takes the time
-    of that thread, and is therefore given less.
+    By default each has its own, which wakes a hundred times a second. A loop polls while another thread holds the
+    lock of a connection (gloo/transport/tcp/pair.cc, handleEvents), and often takes the processor from that thread:
+    its priority is therefore lower.
     """
     device = ProcessGroupGloo.create_default_device()
     for task in Path("/proc/self/task").glob("*"):

@@ -1,4 +1,4 @@
-"""Files of a training run of any length, as the trainer writes them, with restarts, spikes and a rollback."""
+"""Synthetic files of a training run of any length, in the trainer's format, with restarts, spikes and a rollback."""
 
 import json
 import math

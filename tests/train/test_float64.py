@@ -1,4 +1,4 @@
-"""Tests of jobs on a device without float64, fused optimizers and a usable attention kernel, as a Mac's GPU."""
+"""Tests of jobs on a device like a Mac's GPU: no float64, no fused optimizers, no usable attention kernel."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The commands of docs/tpu.md at toy size, with the scripts in examples/tpu, whose host is this machine."""
+"""Tests of docs/tpu.md: its commands and the scripts of examples/tpu at toy size, with this machine as the TPU host."""
 
 from support.page_shell import PageShell, run_page
 from support.toy_files import ToyFiles

@@ -1,4 +1,4 @@
-"""Dataset writer of preprocessing: tokens of all work units in input order, written directly or merged from shards."""
+"""Dataset writer of preprocessing: tokens in input order, written directly or merged from the workers' shards."""
 
 from __future__ import annotations
 
