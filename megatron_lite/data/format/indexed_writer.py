@@ -103,7 +103,8 @@ class IndexedDatasetWriter:
                 "the interruption",
                 fix=f'Delete the folder "{self._paths[part].parent}" and give the same command again',
             )
-        file.truncate(size)
+        if found > size:  # ext4 writes a file that was truncated to the disk when it is closed
+            file.truncate(size)
         file.seek(size)
 
     @property
